@@ -1,0 +1,270 @@
+//! The C ABI, version 1.0. `include/bitnet_plugin.h` declares the same types for C; a test compiles
+//! it and compares every size and offset.
+//!
+//! # Compatibility
+//! Every struct begins with `struct_size`, which the side that fills the struct sets to
+//! `sizeof` of the version it was built with. Fields are only ever appended, with a new *minor*
+//! version; a reader looks at a field only if `struct_size` covers it. Anything else is a new
+//! *major* version, and a host refuses a plugin of another major version.
+//!
+//! # Memory and threads
+//! * The host owns every buffer, and every buffer outlives the call it is passed to. Nothing that
+//!   one side allocates is freed by the other. A plugin keeps no pointer beyond the call.
+//! * The host owns all threads and all partitioning. It calls `run` (and `pack`, `unpack`) of one
+//!   kernel concurrently, on disjoint ranges. A kernel starts no threads, and leaves the
+//!   floating-point environment as it found it.
+//! * No panic and no exception crosses the boundary.
+//! * The descriptor and everything it points to are immutable and live as long as the library is
+//!   loaded; the host never unloads a library whose kernels it has used.
+
+use std::ffi::c_char;
+
+/// Major version: a plugin of another major version is refused.
+pub const ABI_MAJOR: u32 = 1;
+/// Minor version: counts the compatible additions to the major version.
+pub const ABI_MINOR: u32 = 0;
+
+/// Name of the function that a plugin exports: [`EntryFn`].
+pub const ENTRY_SYMBOL: &str = "bitnet_plugin";
+
+/// The plugin's one exported function: returns its descriptor, the same on every call.
+pub type EntryFn = unsafe extern "C" fn() -> *const Plugin;
+
+/// [`Kernel::operation`]: y = ternary weights times int8 activations.
+pub const OPERATION_TERNARY_MATMUL: u32 = 1;
+
+/// [`Kernel::target`]: runs on the host's CPU, through function pointers.
+pub const TARGET_CPU: u32 = 1;
+
+/// What a call returns. Any value but [`STATUS_OK`] makes the host take its next kernel.
+pub type Status = i32;
+/// The call did what it was asked to.
+pub const STATUS_OK: Status = 0;
+/// The kernel can't do this shape, though it claimed to.
+pub const STATUS_UNSUPPORTED: Status = 1;
+/// An argument breaks this contract.
+pub const STATUS_INVALID_ARGUMENT: Status = 2;
+/// The kernel failed; the message says why.
+pub const STATUS_FAILED: Status = 3;
+/// The kernel panicked; the SDK caught it.
+pub const STATUS_PANICKED: Status = 4;
+
+/// Activation rows begin at multiples of this many bytes, and are zero-filled up to one.
+pub const ACTIVATION_ALIGNMENT: usize = 64;
+/// Bytes that may be read (their values are unspecified) behind the last activation row.
+pub const ACTIVATION_SLACK: usize = 64;
+/// Canonical weights are only this well aligned: they may lie in a memory-mapped file.
+pub const CANONICAL_ALIGNMENT: usize = 32;
+/// Workspaces are aligned to this many bytes.
+pub const WORKSPACE_ALIGNMENT: usize = 64;
+/// A kernel may ask for no larger alignment of its private packing than this.
+pub const MAX_WEIGHT_ALIGNMENT: u64 = 4096;
+
+/// What is to be computed: an [m, k] by [n, k]ᵀ product, on so many threads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Signature {
+    /// `sizeof(Signature)` of the host.
+    pub struct_size: u64,
+    /// `OPERATION_*`.
+    pub operation: u32,
+    /// Threads that the host will call `run` from.
+    pub threads: u32,
+    /// Rows of activations (tokens), at least 1.
+    pub m: u64,
+    /// Output features, at least 1.
+    pub n: u64,
+    /// Input features, at least 1 and at most 2^23 (so that i32 sums can't overflow).
+    pub k: u64,
+}
+
+/// Quantised activations: `m` rows of `k` int8 values, with what absmax quantisation found.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Activations {
+    /// `sizeof(Activations)` of the host.
+    pub struct_size: u64,
+    /// Rows.
+    pub m: u64,
+    /// Values a row.
+    pub k: u64,
+    /// Bytes from one row to the next: `k` rounded up to a multiple of 64.
+    pub stride: u64,
+    /// Row 0, aligned to 64 bytes. Bytes `k..stride` of each row are zero, and 64 bytes behind the
+    /// last row may be read.
+    pub q: *const i8,
+    /// `m` row scales: absmax / 127.
+    pub scale: *const f32,
+    /// `m` sums over the row's `k` values.
+    pub sum: *const i32,
+}
+
+/// A ternary weight matrix [n, k], in the canonical layout or in the kernel's own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Weights {
+    /// `sizeof(Weights)` of the host.
+    pub struct_size: u64,
+    /// Output features (rows).
+    pub n: u64,
+    /// Input features.
+    pub k: u64,
+    /// The packed codes, aligned as the kernel asks, canonical ones to 32 bytes.
+    pub data: *const u8,
+    /// Readable bytes at `data`.
+    pub size: u64,
+    /// The tensor's scale: weight = code * scale.
+    pub scale: f32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Where the results go: y[m, n] is at `y[m * stride + n]`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Output {
+    /// `sizeof(Output)` of the host.
+    pub struct_size: u64,
+    /// Row 0, column 0; aligned to 4 bytes only.
+    pub y: *mut f32,
+    /// Elements from one row to the next.
+    pub stride: u64,
+}
+
+/// The part of the output that one call of `run` computes, and the only part it may write.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// `sizeof(Tile)` of the host.
+    pub struct_size: u64,
+    /// First output feature, a multiple of the kernel's `row_granule`.
+    pub n0: u64,
+    /// End of the output features: a multiple of `row_granule`, or `n`.
+    pub n1: u64,
+    /// First activation row.
+    pub m0: u64,
+    /// End of the activation rows.
+    pub m1: u64,
+}
+
+/// A buffer of the host's for a message: UTF-8, NUL-terminated, cut off at the capacity.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Message {
+    /// `sizeof(Message)` of the host.
+    pub struct_size: u64,
+    /// The buffer.
+    pub text: *mut c_char,
+    /// Its size in bytes, with the NUL.
+    pub capacity: u64,
+}
+
+/// One kernel.
+///
+/// A kernel whose `layout` is null reads canonical weights where they lie; `packed_size`, `pack` and
+/// `unpack` are then null too. Kernels of one plugin that name the same `layout` read each other's
+/// packed bytes, so that the host can choose among them call by call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    /// `sizeof(Kernel)` of the plugin.
+    pub struct_size: u64,
+    /// Name, unique within the plugin: `[A-Za-z0-9._-]{1,63}`.
+    pub name: *const c_char,
+    /// Name of the private packing (same alphabet), or null for the canonical layout.
+    pub layout: *const c_char,
+    /// CPU features that it needs, in Rust's names, separated by commas ("avx2,fma"), or null. The
+    /// host never calls `run` on a machine that lacks one of them.
+    pub features: *const c_char,
+    /// `OPERATION_*`.
+    pub operation: u32,
+    /// `TARGET_*`.
+    pub target: u32,
+    /// Alignment in bytes that packed weights need: a power of two up to 4096.
+    pub weight_alignment: u64,
+    /// `run`, `pack` and `unpack` get ranges of output features that begin at multiples of this.
+    pub row_granule: u64,
+    /// Whether it can compute this: 1 or 0. Must not depend on `threads` or `m` for packing.
+    pub supports: Option<unsafe extern "C" fn(*const Signature) -> i32>,
+    /// Bytes of packed weights for an [n, k] matrix; 0 if it can't pack it.
+    pub packed_size: Option<unsafe extern "C" fn(n: u64, k: u64) -> u64>,
+    /// Packs rows `n0..n1` of canonical weights. Writes only what belongs to those rows (padding
+    /// behind row n belongs to the last range).
+    pub pack: Option<
+        unsafe extern "C" fn(
+            canonical: *const Weights,
+            packed: *mut u8,
+            n0: u64,
+            n1: u64,
+            message: *const Message,
+        ) -> Status,
+    >,
+    /// The inverse of `pack`: writes canonical rows `n0..n1` (row 0 of the matrix is at `canonical`).
+    pub unpack: Option<
+        unsafe extern "C" fn(
+            packed: *const Weights,
+            canonical: *mut u8,
+            n0: u64,
+            n1: u64,
+            message: *const Message,
+        ) -> Status,
+    >,
+    /// Bytes of workspace for one matmul (null: none). The host aligns it to 64 bytes. Depends on `m`
+    /// and `k` alone: weights over the same activations share one workspace.
+    pub workspace_size: Option<unsafe extern "C" fn(*const Signature) -> u64>,
+    /// Called once a matmul, before any `run` of it, to fill the workspace from the activations
+    /// (null: nothing to prepare).
+    pub prepare: Option<
+        unsafe extern "C" fn(x: *const Activations, workspace: *mut u8, message: *const Message) -> Status,
+    >,
+    /// Computes one tile. Called concurrently on disjoint tiles.
+    pub run: Option<
+        unsafe extern "C" fn(
+            weights: *const Weights,
+            x: *const Activations,
+            workspace: *const u8,
+            y: *const Output,
+            tile: *const Tile,
+            message: *const Message,
+        ) -> Status,
+    >,
+}
+
+// SAFETY: a kernel descriptor is immutable data; the strings and functions that it points to live as
+// long as the library (module contract).
+unsafe impl Sync for Kernel {}
+// SAFETY: as above; nothing in it belongs to one thread.
+unsafe impl Send for Kernel {}
+
+/// A plugin: what [`EntryFn`] returns.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Plugin {
+    /// `sizeof(Plugin)` of the plugin.
+    pub struct_size: u64,
+    /// [`ABI_MAJOR`] that the plugin was built with. `struct_size`, `abi_major` and `abi_minor` keep
+    /// their places in every version.
+    pub abi_major: u32,
+    /// [`ABI_MINOR`] that the plugin was built with.
+    pub abi_minor: u32,
+    /// Name: `[A-Za-z0-9._-]{1,63}`.
+    pub name: *const c_char,
+    /// Version, as its author counts.
+    pub version: *const c_char,
+    /// `kernel_count` pointers to kernels.
+    pub kernels: *const *const Kernel,
+    /// Number of kernels, at most 256.
+    pub kernel_count: u64,
+}
+
+// SAFETY: as for `Kernel`.
+unsafe impl Sync for Plugin {}
+// SAFETY: as for `Kernel`.
+unsafe impl Send for Plugin {}
+
+impl Signature {
+    /// A ternary matmul [m, k] x [n, k]ᵀ on `threads` threads.
+    pub const fn ternary(m: u64, n: u64, k: u64, threads: u32) -> Self {
+        Self { struct_size: size_of::<Self>() as u64, operation: OPERATION_TERNARY_MATMUL, threads, m, n, k }
+    }
+}

@@ -1,0 +1,50 @@
+//! The contract between bitnet-burn and the kernels it loads.
+//!
+//! A *kernel* multiplies int8 activations by ternary weights. A *plugin* is a library that brings
+//! kernels; the ones built into bitnet-burn and the ones that third parties ship speak the same C
+//! ABI, which this crate defines, and are checked and measured by the same manager.
+//!
+//! * [`abi`]: the `#[repr(C)]` types. `include/bitnet_plugin.h` is the same contract for C.
+//! * [`canonical`]: the canonical weight layout (I2_S rows) that every kernel packs from.
+//! * [`sdk`]: a safe trait to implement, and the macros that turn it into a plugin:
+//!
+//! ```
+//! use bitnet_burn_plugin::sdk::*;
+//!
+//! /// Reads the canonical layout, one weight at a time.
+//! struct Plain;
+//!
+//! impl TernaryKernel for Plain {
+//!     const NAME: &'static std::ffi::CStr = c"plain";
+//!
+//!     fn run(w: &WeightsRef, x: &ActivationsRef, _workspace: &[u8], y: &mut OutputTile) -> KernelResult {
+//!         for m in y.rows_m() {
+//!             for n in y.rows_n() {
+//!                 let codes = w.canonical_row(n);
+//!                 let dot = (0..w.k()).map(|k| i32::from(codes.weight(k)) * i32::from(x.row(m)[k])).sum();
+//!                 y.set(m, n, dot, w, x);
+//!             }
+//!         }
+//!         Ok(())
+//!     }
+//! }
+//!
+//! bitnet_burn_plugin::plugin! {
+//!     /// The descriptor; `export_plugin!(PLUGIN)` in a `cdylib` makes it loadable.
+//!     pub static PLUGIN = { name: c"example", version: c"0.1.0", kernels: [Plain] };
+//! }
+//! assert_eq!(PLUGIN.kernel_count, 1);
+//! ```
+//!
+//! The arithmetic that every kernel must reproduce, bit for bit: with `q[m, k]` the int8
+//! activations, `c[n, k]` in {-1, 0, 1} the weights, `s` the weight scale and `a[m]` the row scale,
+//!
+//! ```text
+//! y[m, n] = (f32)(sum_k q[m, k] * c[n, k]) * (s * a[m])
+//! ```
+//!
+//! with an exact i32 sum, and two separate f32 products (no fused multiply-add).
+
+pub mod abi;
+pub mod canonical;
+pub mod sdk;

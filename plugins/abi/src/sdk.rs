@@ -1,0 +1,489 @@
+//! Writing a kernel in Rust: implement [`TernaryKernel`], name it in [`plugin!`](crate::plugin), and
+//! export the plugin from a `cdylib` with [`export_plugin!`](crate::export_plugin). Panics are caught
+//! at the boundary and become a status.
+
+use std::ffi::{CStr, c_char};
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::abi::{
+    self, Activations, Kernel, Message, Output, STATUS_FAILED, STATUS_INVALID_ARGUMENT, STATUS_OK,
+    STATUS_PANICKED, STATUS_UNSUPPORTED, Signature, Status, Tile, Weights,
+};
+use crate::canonical;
+
+/// Why a kernel did not do what it was asked to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelError {
+    /// `STATUS_*`, never `STATUS_OK`.
+    pub status: Status,
+    /// For the person who reads the report.
+    pub message: String,
+}
+
+impl KernelError {
+    /// The kernel failed.
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self { status: STATUS_FAILED, message: message.into() }
+    }
+
+    /// The kernel can't do this shape.
+    pub fn unsupported(message: impl Into<String>) -> Self {
+        Self { status: STATUS_UNSUPPORTED, message: message.into() }
+    }
+
+    /// An argument breaks the contract.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self { status: STATUS_INVALID_ARGUMENT, message: message.into() }
+    }
+}
+
+/// Result of a kernel's functions.
+pub type KernelResult = Result<(), KernelError>;
+
+/// A ternary matmul kernel. One type per kernel, without state; see the [crate] for the arithmetic.
+pub trait TernaryKernel: Send + Sync + 'static {
+    /// Name, unique within the plugin: `[A-Za-z0-9._-]{1,63}`.
+    const NAME: &'static CStr;
+    /// Name of the private packing, or `None` for a kernel that reads canonical weights in place.
+    const LAYOUT: Option<&'static CStr> = None;
+    /// CPU features that it needs, in Rust's names, separated by commas; empty for none.
+    const FEATURES: &'static CStr = c"";
+    /// Ranges of output features begin at multiples of this.
+    const ROW_GRANULE: usize = 1;
+    /// Alignment of the private packing in bytes.
+    const WEIGHT_ALIGNMENT: usize = 64;
+
+    /// Whether it can compute this.
+    fn supports(_signature: &Signature) -> bool {
+        true
+    }
+
+    /// Bytes that [`Self::ROW_GRANULE`] rows of `k` weights take in the private packing.
+    fn granule_bytes(_k: usize) -> usize {
+        0
+    }
+
+    /// Packs `rows` (whole granules; the last may be cut off at n) into `out`, which is as long as
+    /// those granules. Rows behind n must be packed so that `run` stays right.
+    fn pack(_canonical: &WeightsRef, _rows: Range<usize>, _out: &mut [u8]) -> KernelResult {
+        Err(KernelError::unsupported("reads the canonical layout; there is nothing to pack"))
+    }
+
+    /// The inverse of [`pack`](Self::pack): `out` holds the canonical bytes of `rows`.
+    fn unpack(_packed: &WeightsRef, _rows: Range<usize>, _out: &mut [u8]) -> KernelResult {
+        Err(KernelError::unsupported("reads the canonical layout; there is nothing to unpack"))
+    }
+
+    /// Bytes of workspace for `m` rows of `k` activations. Weights that share activations share it.
+    fn workspace_size(_m: usize, _k: usize) -> usize {
+        0
+    }
+
+    /// Fills the workspace from the activations, once a matmul.
+    fn prepare(_x: &ActivationsRef, _workspace: &mut [u8]) -> KernelResult {
+        Ok(())
+    }
+
+    /// Computes the tile.
+    fn run(w: &WeightsRef, x: &ActivationsRef, workspace: &[u8], y: &mut OutputTile) -> KernelResult;
+}
+
+/// A weight matrix, canonical or privately packed.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightsRef<'a> {
+    n: usize,
+    k: usize,
+    scale: f32,
+    data: &'a [u8],
+}
+
+impl<'a> WeightsRef<'a> {
+    /// A view of packed bytes.
+    pub fn new(n: usize, k: usize, scale: f32, data: &'a [u8]) -> Self {
+        Self { n, k, scale, data }
+    }
+
+    /// Output features.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Input features.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// weight = code * scale.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// The packed bytes.
+    pub fn data(&self) -> &'a [u8] {
+        self.data
+    }
+
+    /// Row `n` of canonical weights.
+    ///
+    /// # Panics
+    /// If the bytes are fewer than the canonical layout needs.
+    pub fn canonical_row(&self, n: usize) -> canonical::Row<'a> {
+        let bytes = canonical::row_bytes(self.k);
+        canonical::Row(&self.data[n * bytes..(n + 1) * bytes])
+    }
+
+    /// The same as the C ABI passes it.
+    pub fn as_abi(&self) -> Weights {
+        Weights {
+            struct_size: size_of::<Weights>() as u64,
+            n: self.n as u64,
+            k: self.k as u64,
+            data: self.data.as_ptr(),
+            size: self.data.len() as u64,
+            scale: self.scale,
+            reserved: 0,
+        }
+    }
+
+    /// # Safety
+    /// `raw` is filled as [`Weights`] says, and its data outlives `'a`.
+    unsafe fn from_abi(raw: &Weights) -> Self {
+        // SAFETY: the caller's promise.
+        let data = unsafe { std::slice::from_raw_parts(raw.data, raw.size as usize) };
+        Self { n: raw.n as usize, k: raw.k as usize, scale: raw.scale, data }
+    }
+}
+
+/// Quantised activations.
+#[derive(Clone, Copy, Debug)]
+pub struct ActivationsRef<'a> {
+    m: usize,
+    k: usize,
+    stride: usize,
+    q: &'a [i8],
+    scale: &'a [f32],
+    sum: &'a [i32],
+}
+
+impl<'a> ActivationsRef<'a> {
+    /// # Safety
+    /// `raw` is filled as [`Activations`] says, and its buffers outlive `'a`.
+    pub unsafe fn from_abi(raw: &Activations) -> Self {
+        let (m, stride) = (raw.m as usize, raw.stride as usize);
+        // SAFETY: m rows of stride bytes and the slack behind them are readable (ABI), as are m scales
+        // and m sums; the caller promises the lifetime.
+        unsafe {
+            Self {
+                m,
+                k: raw.k as usize,
+                stride,
+                q: std::slice::from_raw_parts(raw.q, m * stride),
+                scale: std::slice::from_raw_parts(raw.scale, m),
+                sum: std::slice::from_raw_parts(raw.sum, m),
+            }
+        }
+    }
+
+    /// Rows.
+    pub fn m(&self) -> usize {
+        self.m
+    }
+
+    /// Values a row.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Bytes from one row to the next: `k` rounded up to a multiple of 64.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Row `m`, `k` values.
+    pub fn row(&self, m: usize) -> &'a [i8] {
+        &self.q[m * self.stride..][..self.k]
+    }
+
+    /// Row `m` with the zeros behind it, [`stride`](Self::stride) values, aligned to 64 bytes; another
+    /// [`abi::ACTIVATION_SLACK`] bytes behind it may be read.
+    pub fn padded_row(&self, m: usize) -> &'a [i8] {
+        &self.q[m * self.stride..][..self.stride]
+    }
+
+    /// Row `m`'s scale, absmax / 127.
+    pub fn scale(&self, m: usize) -> f32 {
+        self.scale[m]
+    }
+
+    /// Sum of row `m`'s values.
+    pub fn sum(&self, m: usize) -> i32 {
+        self.sum[m]
+    }
+}
+
+/// The part of the output that one call computes.
+#[derive(Debug)]
+pub struct OutputTile {
+    y: *mut f32,
+    stride: usize,
+    n: Range<usize>,
+    m: Range<usize>,
+}
+
+impl OutputTile {
+    /// # Safety
+    /// The elements y[m * stride + n] with (m, n) in the tile are writable, and nobody else accesses
+    /// them while this value lives.
+    pub unsafe fn from_abi(output: &Output, tile: &Tile) -> Self {
+        Self {
+            y: output.y,
+            stride: output.stride as usize,
+            n: tile.n0 as usize..tile.n1 as usize,
+            m: tile.m0 as usize..tile.m1 as usize,
+        }
+    }
+
+    /// Output features to compute.
+    pub fn rows_n(&self) -> Range<usize> {
+        self.n.clone()
+    }
+
+    /// Activation rows to compute.
+    pub fn rows_m(&self) -> Range<usize> {
+        self.m.clone()
+    }
+
+    /// The place of y[m, n]; y[m, n..rows_n().end] follows it.
+    ///
+    /// # Panics
+    /// If (m, n) is outside the tile.
+    pub fn at(&mut self, m: usize, n: usize) -> *mut f32 {
+        assert!(self.m.contains(&m) && self.n.contains(&n), "({m}, {n}) is outside the tile");
+        // SAFETY: inside the tile, which `from_abi`'s caller promised to be within the output.
+        unsafe { self.y.add(m * self.stride + n) }
+    }
+
+    /// Stores y[m, n] from the exact integer sum.
+    ///
+    /// # Panics
+    /// If (m, n) is outside the tile.
+    pub fn set(&mut self, m: usize, n: usize, sum: i32, w: &WeightsRef, x: &ActivationsRef) {
+        let place = self.at(m, n);
+        // SAFETY: `at` checked that the element belongs to the tile, which nobody else accesses.
+        unsafe { *place = sum as f32 * (w.scale() * x.scale(m)) }
+    }
+}
+
+/// The descriptor of a kernel type. Used by [`plugin!`](crate::plugin).
+pub const fn kernel<K: TernaryKernel>() -> Kernel {
+    let private = K::LAYOUT.is_some();
+    Kernel {
+        struct_size: size_of::<Kernel>() as u64,
+        name: K::NAME.as_ptr(),
+        layout: match K::LAYOUT {
+            Some(name) => name.as_ptr(),
+            None => std::ptr::null(),
+        },
+        features: K::FEATURES.as_ptr(),
+        operation: abi::OPERATION_TERNARY_MATMUL,
+        target: abi::TARGET_CPU,
+        weight_alignment: if private { K::WEIGHT_ALIGNMENT as u64 } else { abi::CANONICAL_ALIGNMENT as u64 },
+        row_granule: K::ROW_GRANULE as u64,
+        supports: Some(supports::<K>),
+        packed_size: if private { Some(packed_size::<K>) } else { None },
+        pack: if private { Some(pack::<K>) } else { None },
+        unpack: if private { Some(unpack::<K>) } else { None },
+        workspace_size: Some(workspace_size::<K>),
+        prepare: Some(prepare::<K>),
+        run: Some(run::<K>),
+    }
+}
+
+unsafe extern "C" fn supports<K: TernaryKernel>(signature: *const Signature) -> i32 {
+    // SAFETY: the host passes a filled signature.
+    let signature = unsafe { &*signature };
+    catch_unwind(|| K::supports(signature)).unwrap_or(false).into()
+}
+
+fn private_size<K: TernaryKernel>(n: usize, k: usize) -> Option<usize> {
+    n.div_ceil(K::ROW_GRANULE).checked_mul(K::granule_bytes(k))
+}
+
+unsafe extern "C" fn packed_size<K: TernaryKernel>(n: u64, k: u64) -> u64 {
+    catch_unwind(|| private_size::<K>(n as usize, k as usize)).ok().flatten().unwrap_or(0) as u64
+}
+
+unsafe extern "C" fn pack<K: TernaryKernel>(
+    canonical: *const Weights,
+    packed: *mut u8,
+    n0: u64,
+    n1: u64,
+    message: *const Message,
+) -> Status {
+    guarded(message, || {
+        // SAFETY: the host passes filled weights.
+        let w = unsafe { WeightsRef::from_abi(&*canonical) };
+        let granule_bytes = K::granule_bytes(w.k());
+        let (n0, n1) = (n0 as usize, n1 as usize);
+        let (first, end) = (n0 / K::ROW_GRANULE, n1.div_ceil(K::ROW_GRANULE));
+        // SAFETY: the packing is `packed_size` bytes; the granules of n0..n1 lie within it and belong
+        // to this call alone.
+        let out = unsafe {
+            std::slice::from_raw_parts_mut(packed.add(first * granule_bytes), (end - first) * granule_bytes)
+        };
+        K::pack(&w, n0..n1, out)
+    })
+}
+
+unsafe extern "C" fn unpack<K: TernaryKernel>(
+    packed: *const Weights,
+    canonical: *mut u8,
+    n0: u64,
+    n1: u64,
+    message: *const Message,
+) -> Status {
+    guarded(message, || {
+        // SAFETY: the host passes filled weights.
+        let w = unsafe { WeightsRef::from_abi(&*packed) };
+        let row = canonical::row_bytes(w.k());
+        let (n0, n1) = (n0 as usize, n1 as usize);
+        // SAFETY: canonical rows n0..n1 lie within the host's buffer and belong to this call alone.
+        let out = unsafe { std::slice::from_raw_parts_mut(canonical.add(n0 * row), (n1 - n0) * row) };
+        K::unpack(&w, n0..n1, out)
+    })
+}
+
+unsafe extern "C" fn workspace_size<K: TernaryKernel>(signature: *const Signature) -> u64 {
+    // SAFETY: the host passes a filled signature.
+    let signature = unsafe { &*signature };
+    catch_unwind(|| K::workspace_size(signature.m as usize, signature.k as usize) as u64).unwrap_or(0)
+}
+
+unsafe extern "C" fn prepare<K: TernaryKernel>(
+    x: *const Activations,
+    workspace: *mut u8,
+    message: *const Message,
+) -> Status {
+    guarded(message, || {
+        // SAFETY: the host passes filled activations.
+        let raw = unsafe { &*x };
+        let size = K::workspace_size(raw.m as usize, raw.k as usize);
+        // SAFETY: the host's workspace has the size that `workspace_size` asked for; null only for 0.
+        let workspace = match size {
+            0 => &mut [][..],
+            _ => unsafe { std::slice::from_raw_parts_mut(workspace, size) },
+        };
+        // SAFETY: the host's activations live during the call.
+        let x = unsafe { ActivationsRef::from_abi(raw) };
+        K::prepare(&x, workspace)
+    })
+}
+
+unsafe extern "C" fn run<K: TernaryKernel>(
+    weights: *const Weights,
+    x: *const Activations,
+    workspace: *const u8,
+    y: *const Output,
+    tile: *const Tile,
+    message: *const Message,
+) -> Status {
+    guarded(message, || {
+        // SAFETY: the host passes filled structs whose buffers live during the call, and gives the
+        // tile to this call alone.
+        let (raw, weights, mut tile) =
+            unsafe { (&*x, WeightsRef::from_abi(&*weights), OutputTile::from_abi(&*y, &*tile)) };
+        let size = K::workspace_size(raw.m as usize, raw.k as usize);
+        // SAFETY: as in `prepare`; nobody writes it while tiles run.
+        let workspace = match size {
+            0 => &[][..],
+            _ => unsafe { std::slice::from_raw_parts(workspace, size) },
+        };
+        // SAFETY: the host's activations live during the call.
+        let x = unsafe { ActivationsRef::from_abi(raw) };
+        K::run(&weights, &x, workspace, &mut tile)
+    })
+}
+
+/// Runs `f`; turns errors and panics into a status and a message.
+fn guarded(message: *const Message, f: impl FnOnce() -> KernelResult) -> Status {
+    let error = match catch_unwind(AssertUnwindSafe(f)) {
+        Ok(Ok(())) => return STATUS_OK,
+        Ok(Err(error)) => error,
+        Err(panic) => {
+            let text = panic
+                .downcast_ref::<&str>()
+                .map(|s| (*s).to_owned())
+                .or_else(|| panic.downcast_ref::<String>().cloned())
+                .unwrap_or_else(|| "no message".into());
+            KernelError { status: STATUS_PANICKED, message: format!("panicked: {text}") }
+        }
+    };
+    // SAFETY: the host passes null or a filled message.
+    if let Some(message) = unsafe { message.as_ref() } {
+        write_message(message, &error.message);
+    }
+    error.status
+}
+
+fn write_message(message: &Message, text: &str) {
+    if message.text.is_null() || message.capacity == 0 {
+        return;
+    }
+    let mut length = text.len().min(message.capacity as usize - 1);
+    while !text.is_char_boundary(length) {
+        length -= 1;
+    }
+    // SAFETY: the buffer has `capacity` bytes, and length < capacity.
+    unsafe {
+        std::ptr::copy_nonoverlapping(text.as_ptr().cast::<c_char>(), message.text, length);
+        *message.text.add(length) = 0;
+    }
+}
+
+/// Declares a plugin's descriptor as a static.
+///
+/// ```ignore
+/// plugin! {
+///     /// What it is.
+///     pub static PLUGIN = { name: c"mine", version: c"1.0.0", kernels: [KernelA, KernelB] };
+/// }
+/// ```
+#[macro_export]
+macro_rules! plugin {
+    ($(#[$attribute:meta])* $visibility:vis static $ident:ident = {
+        name: $name:expr, version: $version:expr, kernels: [$($kernel:ty),+ $(,)?] $(,)?
+    };) => {
+        $(#[$attribute])*
+        $visibility static $ident: $crate::abi::Plugin = {
+            const KERNELS: &[&$crate::abi::Kernel] = {
+                &[$({
+                    static KERNEL: $crate::abi::Kernel = $crate::sdk::kernel::<$kernel>();
+                    &KERNEL
+                }),+]
+            };
+            $crate::abi::Plugin {
+                struct_size: size_of::<$crate::abi::Plugin>() as u64,
+                abi_major: $crate::abi::ABI_MAJOR,
+                abi_minor: $crate::abi::ABI_MINOR,
+                name: ::std::ffi::CStr::as_ptr($name),
+                version: ::std::ffi::CStr::as_ptr($version),
+                kernels: KERNELS.as_ptr().cast(),
+                kernel_count: KERNELS.len() as u64,
+            }
+        };
+    };
+}
+
+/// Exports a plugin's descriptor from a `cdylib`: the one symbol that the host looks for.
+#[macro_export]
+macro_rules! export_plugin {
+    ($plugin:path) => {
+        /// The entry point that bitnet-burn looks for.
+        // SAFETY: the symbol is this ABI's own name, and a cdylib exports it once.
+        #[unsafe(no_mangle)]
+        pub extern "C" fn bitnet_plugin() -> *const $crate::abi::Plugin {
+            &raw const $plugin
+        }
+    };
+}
