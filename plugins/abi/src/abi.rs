@@ -230,6 +230,15 @@ pub struct Kernel {
     >,
 }
 
+// SAFETY: read-only views of buffers that nobody writes while a call uses them (module contract).
+unsafe impl Sync for Activations {}
+// SAFETY: as above.
+unsafe impl Send for Activations {}
+// SAFETY: as above.
+unsafe impl Sync for Weights {}
+// SAFETY: as above.
+unsafe impl Send for Weights {}
+
 // SAFETY: a kernel descriptor is immutable data; the strings and functions that it points to live as
 // long as the library (module contract).
 unsafe impl Sync for Kernel {}

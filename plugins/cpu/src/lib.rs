@@ -1,1 +1,60 @@
-//! Placeholder while the workspace is laid out.
+//! SIMD kernels for ternary matrix multiplication on CPUs, as a bitnet-burn kernel plugin, and the
+//! activation quantisation that feeds them.
+//!
+//! [`PLUGIN`] is the descriptor: the host links this crate and registers it like any other plugin, or
+//! loads the same descriptor from the `cdylib` that `bitnet-burn-cpu-plugin` builds. There are two
+//! families of kernels, each in portable Rust and once per instruction set:
+//!
+//! | kernels | weights | idea |
+//! | --- | --- | --- |
+//! | `i2s-*` | canonical (I2_S) rows, read where they lie | one weight row at a time against up to 8 activation rows |
+//! | `t2-*` | the private packing `t2x32` ([`tile`]) | 32 weight rows at a time, one per 32-bit lane: no horizontal sums, one sequential stream |
+//!
+//! All of them multiply *unsigned* codes c = w + 1 in {0, 1, 2} by signed activations, which is what the
+//! byte dot-product instructions want, and subtract the activations' sum: dot = sum(c * x) - sum(x).
+//!
+//! # Layout of this crate
+//! `generic` holds the loops over tiles, written once; `arch` says, per instruction set, how one block
+//! is multiplied; [`quantise`] and [`tile`] are the data formats on both sides.
+
+mod arch;
+mod generic;
+pub mod quantise;
+pub mod tile;
+
+use std::ffi::CStr;
+
+/// The crate's version, as the descriptor wants it.
+const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+    Ok(version) => version,
+    Err(_) => panic!("a version contains no NUL"),
+};
+
+#[cfg(target_arch = "x86_64")]
+bitnet_burn_plugin::plugin! {
+    /// The descriptor of this plugin.
+    pub static PLUGIN = {
+        name: c"cpu",
+        version: VERSION,
+        kernels: [
+            arch::x86_64::avx512vnni::Tiles,
+            arch::x86_64::avx512vnni::Rows,
+            arch::x86_64::avxvnni::Tiles,
+            arch::x86_64::avxvnni::Rows,
+            arch::x86_64::avx2::Tiles,
+            arch::x86_64::avx2::Rows,
+            arch::scalar::Tiles,
+            arch::scalar::Rows,
+        ],
+    };
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+bitnet_burn_plugin::plugin! {
+    /// The descriptor of this plugin.
+    pub static PLUGIN = {
+        name: c"cpu",
+        version: VERSION,
+        kernels: [arch::scalar::Tiles, arch::scalar::Rows],
+    };
+}

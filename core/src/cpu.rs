@@ -1,0 +1,94 @@
+//! What this machine's processor is and can do.
+
+use std::sync::OnceLock;
+
+/// Names (Rust's) of the CPU features that kernels may ask for and this machine has.
+pub fn features() -> &'static [&'static str] {
+    static FEATURES: OnceLock<Vec<&'static str>> = OnceLock::new();
+    FEATURES.get_or_init(detect)
+}
+
+macro_rules! detected {
+    ($detect:ident: $($name:tt),+ $(,)?) => {{
+        let mut found = Vec::new();
+        $(if std::arch::$detect!($name) { found.push($name); })+
+        found
+    }};
+}
+
+#[cfg(target_arch = "x86_64")]
+fn detect() -> Vec<&'static str> {
+    detected!(is_x86_feature_detected:
+        "sse2", "sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2",
+        "gfni", "vaes", "vpclmulqdq", "avxvnni", "avxifma", "avxvnniint8", "avxvnniint16", "avx512f",
+        "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni", "avx512vbmi", "avx512vbmi2",
+        "avx512bitalg", "avx512vpopcntdq", "avx512ifma", "avx512bf16", "avx512fp16",
+    )
+}
+
+#[cfg(target_arch = "aarch64")]
+fn detect() -> Vec<&'static str> {
+    detected!(is_aarch64_feature_detected: "neon", "dotprod", "i8mm", "fp16", "bf16", "sve", "sve2")
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn detect() -> Vec<&'static str> {
+    Vec::new()
+}
+
+/// The processor's name as the system gives it, or its architecture.
+pub fn model() -> &'static str {
+    static MODEL: OnceLock<String> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let from_file = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
+            let line = text.lines().find(|l| l.starts_with("model name") || l.starts_with("Model"))?;
+            Some(line.split_once(':')?.1.trim().to_owned())
+        });
+        from_file.filter(|name| !name.is_empty()).unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+    })
+}
+
+/// Physical cores that this process may use: the number of threads that compute-bound work wants.
+/// Counts what the scheduler and control groups allow where the system tells, hardware threads of
+/// one core once.
+pub fn physical_cores() -> usize {
+    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    physical_in_sysfs().map_or(allowed, |cores| cores.clamp(1, allowed))
+}
+
+fn physical_in_sysfs() -> Option<usize> {
+    let mut cores = std::collections::HashSet::new();
+    for entry in std::fs::read_dir("/sys/devices/system/cpu").ok()? {
+        let topology = entry.ok()?.path().join("topology");
+        let read = |name: &str| std::fs::read_to_string(topology.join(name)).ok();
+        if let (Some(package), Some(core)) = (read("physical_package_id"), read("core_id")) {
+            cores.insert((package, core));
+        }
+    }
+    (!cores.is_empty()).then_some(cores.len())
+}
+
+/// Bytes of the largest cache level, where the system tells.
+pub fn last_level_cache() -> Option<usize> {
+    let size = |index: usize| {
+        let text = std::fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size")).ok()?;
+        let text = text.trim();
+        let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+        let factor = match unit {
+            "K" => 1 << 10,
+            "M" => 1 << 20,
+            _ => 1,
+        };
+        Some(digits.parse::<usize>().ok()? * factor)
+    };
+    (0..8).filter_map(size).max()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_machine_is_described() {
+        assert!(super::physical_cores() >= 1);
+        assert!(!super::model().is_empty());
+    }
+}

@@ -1,0 +1,176 @@
+//! Tuning results on disk: one readable JSON file per machine, written atomically, merged with what
+//! other processes wrote meanwhile. Whatever is wrong with the file costs a new measurement, nothing
+//! else.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::tune::Measurement;
+use crate::cpu;
+
+const VERSION: u32 = 1;
+/// A cache file of thousands of shapes is far below this.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// `$XDG_CACHE_HOME/bitnet-burn`, `~/.cache/bitnet-burn`, `~/Library/Caches/bitnet-burn` or
+/// `%LOCALAPPDATA%\bitnet-burn`, whichever the system has.
+pub(super) fn default_dir() -> Option<PathBuf> {
+    let var = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let base = if cfg!(windows) {
+        var("LOCALAPPDATA")?
+    } else if cfg!(target_os = "macos") {
+        var("HOME")?.join("Library/Caches")
+    } else {
+        var("XDG_CACHE_HOME").filter(|dir| dir.is_absolute()).or_else(|| Some(var("HOME")?.join(".cache")))?
+    };
+    Some(base.join("bitnet-burn"))
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    version: u32,
+    cpu: String,
+    features: Vec<String>,
+    /// By signature, in words.
+    measurements: BTreeMap<String, Vec<Measurement>>,
+}
+
+/// The measurements known for this machine.
+#[derive(Debug, Default)]
+pub(super) struct Cache {
+    path: Option<PathBuf>,
+    known: BTreeMap<String, Vec<Measurement>>,
+    /// What is wrong with the file, in words, once something was.
+    pub problem: Option<String>,
+}
+
+impl Cache {
+    /// Reads this machine's file in `dir`, if there is one.
+    pub fn open(dir: Option<&Path>) -> Self {
+        let Some(dir) = dir else { return Self::default() };
+        let machine = format!("{}\n{}", cpu::model(), cpu::features().join(","));
+        let hash: String = Sha256::digest(machine).iter().take(8).map(|b| format!("{b:02x}")).collect();
+        let path = dir.join(format!("tune-v{VERSION}-{hash}.json"));
+        let (known, problem) = match read(&path) {
+            Ok(known) => (known, None),
+            Err(problem) => {
+                tracing::warn!(path = %path.display(), problem, "ignoring the tuning cache");
+                (BTreeMap::new(), Some(problem))
+            }
+        };
+        Self { path: Some(path), known, problem }
+    }
+
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    pub fn get(&self, signature: &str) -> Option<&Vec<Measurement>> {
+        self.known.get(signature)
+    }
+
+    /// Remembers a signature's measurements and writes the file.
+    pub fn insert(&mut self, signature: String, measurements: Vec<Measurement>) {
+        self.known.insert(signature.clone(), measurements);
+        let Some(path) = self.path.clone() else { return };
+        // Another process may have written since: its other signatures stay.
+        let mut merged = read(&path).unwrap_or_default();
+        merged.extend(self.known.iter().map(|(k, v)| (k.clone(), v.clone())));
+        if let Err(error) = write(&path, merged) {
+            let problem = format!("can't be written: {error}");
+            if self.problem.as_ref() != Some(&problem) {
+                tracing::warn!(path = %path.display(), %error, "the tuning cache can't be written");
+                self.problem = Some(problem);
+            }
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<BTreeMap<String, Vec<Measurement>>, String> {
+    match std::fs::metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+        Err(error) => return Err(format!("can't be read: {error}")),
+        Ok(metadata) if metadata.len() > MAX_BYTES => {
+            return Err(format!("has {} bytes; no tuning cache is that long", metadata.len()));
+        }
+        Ok(_) => {}
+    }
+    let text = std::fs::read_to_string(path).map_err(|error| format!("can't be read: {error}"))?;
+    let file: File = serde_json::from_str(&text).map_err(|error| format!("is damaged: {error}"))?;
+    if file.version != VERSION {
+        return Err(format!("has version {}, this program writes {VERSION}", file.version));
+    }
+    if file.cpu != cpu::model() || file.features != cpu::features() {
+        return Err(format!("was measured on another machine ({})", file.cpu));
+    }
+    Ok(file.measurements)
+}
+
+/// Writes a new file beside the old one and puts it in its place, so that nobody ever sees half.
+fn write(path: &Path, measurements: BTreeMap<String, Vec<Measurement>>) -> std::io::Result<()> {
+    let dir = path.parent().expect("the path has a file name in a directory");
+    std::fs::create_dir_all(dir)?;
+    let file = File {
+        version: VERSION,
+        cpu: cpu::model().to_owned(),
+        features: cpu::features().iter().map(|&f| f.to_owned()).collect(),
+        measurements,
+    };
+    let mut temporary = tempfile::NamedTempFile::new_in(dir)?;
+    serde_json::to_writer_pretty(&mut temporary, &file)?;
+    temporary.write_all(b"\n")?;
+    temporary.as_file().sync_all()?;
+    temporary.persist(path)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measurement(kernel: &str) -> Vec<Measurement> {
+        vec![Measurement { kernel: kernel.into(), median_ns: Some(5), runs: 20, note: None }]
+    }
+
+    #[test]
+    fn what_one_process_writes_another_reads_and_both_keep() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut a = Cache::open(Some(dir.path()));
+        let mut b = Cache::open(Some(dir.path()));
+        a.insert("one".into(), measurement("x"));
+        b.insert("two".into(), measurement("y"));
+        let c = Cache::open(Some(dir.path()));
+        assert_eq!((c.get("one").unwrap(), c.get("two").unwrap()), (&measurement("x"), &measurement("y")));
+        assert_eq!(c.problem, None);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn a_damaged_file_is_reported_and_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = Cache::open(Some(dir.path())).path().unwrap().to_owned();
+        for content in ["", "{", "[]", "{\"version\": 99}", "\u{0}\u{1}", "{\"version\":1,\"cpu\":\"other\",\"features\":[],\"measurements\":{}}"] {
+            std::fs::write(&path, content).unwrap();
+            let mut cache = Cache::open(Some(dir.path()));
+            assert!(cache.problem.is_some(), "{content:?}");
+            cache.insert("one".into(), measurement("x"));
+            assert!(Cache::open(Some(dir.path())).get("one").is_some());
+        }
+    }
+
+    #[test]
+    fn a_directory_that_can_not_be_written_only_costs_the_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let mut cache = Cache::open(Some(&file.join("sub")));
+        cache.insert("one".into(), measurement("x"));
+        assert!(cache.get("one").is_some());
+        assert!(cache.problem.is_some());
+    }
+}

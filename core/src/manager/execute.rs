@@ -1,0 +1,412 @@
+//! Running kernels: the host owns the threads, the partitioning and every buffer.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use bitnet_burn_plugin::abi::{self, Output, Tile};
+use bitnet_burn_plugin::canonical;
+
+use super::{Entry, Fallback, Job, KernelManager, ManagerError, REFERENCE, abi_weights, bucket, lock};
+use crate::memory::{Activations, AlignedBytes, WeightArena, WeightBuffer};
+use crate::plugin::{Kernel, KernelFailure};
+use crate::pool::Pool;
+use crate::reference;
+
+/// Bytes of activations that a tile walks over again and again: they should stay in the L2 cache.
+const ACTIVATION_BLOCK: usize = 480 << 10;
+/// A task should read at least so many bytes of weights, or the fork-join costs more than it wins.
+const MIN_TASK_BYTES: usize = 16 << 10;
+
+/// Workspaces, kept from call to call.
+#[derive(Debug, Default)]
+pub(super) struct Scratch(Mutex<Vec<AlignedBytes>>);
+
+impl Scratch {
+    fn take(&self, size: usize) -> AlignedBytes {
+        let mut free = lock(&self.0);
+        match free.iter().position(|buffer| buffer.len() >= size) {
+            Some(i) => free.swap_remove(i),
+            None => AlignedBytes::zeroed(size),
+        }
+    }
+
+    fn give_back(&self, buffer: AlignedBytes) {
+        let mut free = lock(&self.0);
+        if free.len() < 4 {
+            free.push(buffer);
+        }
+    }
+}
+
+/// One kernel on one matrix, writing columns `column..column + n` of the output.
+pub(super) struct Part<'a> {
+    pub kernel: &'a Kernel,
+    pub weights: abi::Weights,
+    pub column: usize,
+}
+
+/// The output of a matmul, shared by the tasks, which write disjoint tiles.
+#[derive(Clone, Copy)]
+struct SharedOutput(*mut f32);
+
+// SAFETY: the tasks write disjoint tiles of a buffer that outlives them (`run_parts`).
+unsafe impl Send for SharedOutput {}
+// SAFETY: as above.
+unsafe impl Sync for SharedOutput {}
+
+impl SharedOutput {
+    fn at(self, column: usize) -> *mut f32 {
+        self.0.wrapping_add(column)
+    }
+}
+
+/// Runs kernels over shared activations in one fork-join. Returns each part's failure, if it failed.
+///
+/// The caller has checked that `y` holds `x.m()` rows of `stride`, and that every part's columns are
+/// within the stride and disjoint from the others'.
+pub(super) fn run_parts(
+    pool: &Pool,
+    scratch: &Scratch,
+    parts: &[Part],
+    x: &Activations,
+    y: &mut [f32],
+    stride: usize,
+) -> Vec<Option<KernelFailure>> {
+    let m = x.m();
+    let abi_x = x.as_abi();
+    let mut failures: Vec<Option<KernelFailure>> = parts.iter().map(|_| None).collect();
+
+    // Parts of one kernel share its workspace.
+    let mut workspaces: Vec<(&abi::Kernel, AlignedBytes)> = Vec::new();
+    let mut workspace_of = vec![usize::MAX; parts.len()];
+    for (i, part) in parts.iter().enumerate() {
+        let raw = part.kernel.raw();
+        if let Some(known) = workspaces.iter().position(|(kernel, _)| std::ptr::eq(*kernel, raw)) {
+            workspace_of[i] = known;
+            failures[i] = failures[..i]
+                .iter()
+                .zip(&parts[..i])
+                .find(|(_, other)| std::ptr::eq(other.kernel.raw(), raw))
+                .and_then(|(failure, _)| failure.clone());
+            continue;
+        }
+        let signature = abi::Signature::ternary(m as u64, part.weights.n, abi_x.k, pool.threads() as u32);
+        let size = part.kernel.workspace_size(&signature);
+        if size > 64 * (m + 64) * (x.stride() + 4096) {
+            failures[i] = Some(KernelFailure {
+                status: abi::STATUS_INVALID_ARGUMENT,
+                message: format!("asks for a workspace of {size} bytes"),
+            });
+            continue;
+        }
+        let mut workspace = scratch.take(size);
+        // SAFETY: filled activations, and a workspace of the size that the kernel asked for.
+        failures[i] = unsafe { part.kernel.prepare(&abi_x, workspace.as_mut_ptr()) }.err();
+        workspace_of[i] = workspaces.len();
+        workspaces.push((raw, workspace));
+    }
+
+    let grid = Grid::new(pool.threads(), parts, m, x.stride());
+    let output = SharedOutput(y.as_mut_ptr());
+    let first_failure: Vec<AtomicU32> = parts.iter().map(|_| AtomicU32::new(0)).collect();
+    let messages: Mutex<Vec<(usize, KernelFailure)>> = Mutex::default();
+    let skip: Vec<bool> = failures.iter().map(Option::is_some).collect();
+    pool.run(grid.tasks(), &|task| {
+        let (i, tile) = grid.tile(task);
+        if skip[i] || first_failure[i].load(Ordering::Relaxed) != 0 {
+            return;
+        }
+        let part = &parts[i];
+        let y = Output {
+            struct_size: size_of::<Output>() as u64,
+            y: output.at(part.column),
+            stride: stride as u64,
+        };
+        let workspace = workspaces[workspace_of[i]].1.as_ptr();
+        // SAFETY: the structs are filled and their buffers live until `pool.run` returns; the grid's
+        // tiles are disjoint and within [m, n] of the part, whose columns are its own.
+        if let Err(failure) = unsafe { part.kernel.run(&part.weights, &abi_x, workspace, &y, &tile) } {
+            first_failure[i].store(1, Ordering::Relaxed);
+            lock(&messages).push((i, failure));
+        }
+    });
+    for (i, failure) in messages.into_inner().unwrap_or_else(|e| e.into_inner()) {
+        failures[i].get_or_insert(failure);
+    }
+    for (_, workspace) in workspaces {
+        scratch.give_back(workspace);
+    }
+    failures
+}
+
+/// Cuts several matrices' outputs into tiles: decode into ranges of rows that are read as one stream
+/// each, prefill into blocks of activations that stay in cache.
+struct Grid {
+    m: usize,
+    m_block: usize,
+    /// Per part: rows of a tile, number of row ranges, output features, first task.
+    parts: Vec<(usize, usize, usize, usize)>,
+    tasks: usize,
+}
+
+impl Grid {
+    fn new(threads: usize, parts: &[Part], m: usize, x_stride: usize) -> Self {
+        let m_block = (ACTIVATION_BLOCK / x_stride / 8 * 8).max(8).min(m.max(1));
+        let m_blocks = m.div_ceil(m_block);
+        let total: usize = parts.iter().map(|p| p.weights.n as usize * m_blocks).sum();
+        // Several ranges a thread even out what other programs take away; one thread needs none.
+        let wanted = if threads == 1 { 1 } else { threads * 4 };
+        let mut tasks = 0;
+        let parts = parts
+            .iter()
+            .map(|part| {
+                let (n, k) = (part.weights.n as usize, part.weights.k as usize);
+                let granule = part.kernel.row_granule();
+                let least = if m == 1 { MIN_TASK_BYTES / canonical::row_bytes(k).max(1) } else { 1 };
+                let rows = total.div_ceil(wanted).max(least).next_multiple_of(granule).min(n.next_multiple_of(granule));
+                let ranges = n.div_ceil(rows);
+                let first = tasks;
+                tasks += ranges * m_blocks;
+                (rows, ranges, n, first)
+            })
+            .collect();
+        Self { m, m_block, parts, tasks }
+    }
+
+    fn tasks(&self) -> usize {
+        self.tasks
+    }
+
+    fn tile(&self, task: usize) -> (usize, Tile) {
+        let i = self.parts.iter().rposition(|part| part.3 <= task).expect("the first part begins at 0");
+        let (rows, ranges, n, first) = self.parts[i];
+        let (block, range) = ((task - first) / ranges, (task - first) % ranges);
+        let (n0, m0) = (range * rows, block * self.m_block);
+        let tile = Tile {
+            struct_size: size_of::<Tile>() as u64,
+            n0: n0 as u64,
+            n1: (n0 + rows).min(n) as u64,
+            m0: m0 as u64,
+            m1: (m0 + self.m_block).min(self.m) as u64,
+        };
+        (i, tile)
+    }
+}
+
+/// Packs a matrix on all threads.
+pub(super) fn pack(
+    kernel: &Kernel,
+    pool: &Pool,
+    arena: &WeightArena,
+    n: usize,
+    k: usize,
+    weights: &[u8],
+) -> Result<WeightBuffer, ManagerError> {
+    let size = kernel.weight_bytes(n, k).ok_or_else(|| {
+        ManagerError::Operands(format!("kernel {} can't pack weights [{n}, {k}]", kernel.id()))
+    })?;
+    let mut packed = arena
+        .allocate(size, kernel.weight_alignment())
+        .map_err(|source| ManagerError::System { what: "memory for packed weights", source })?;
+    let canonical = abi_weights(n, k, 1.0, weights);
+    let out = SharedBytes(packed.as_mut_slice().as_mut_ptr());
+    let granules = n.div_ceil(kernel.row_granule());
+    let tasks = (pool.threads() * 4).min(granules).max(1);
+    let failure: Mutex<Option<KernelFailure>> = Mutex::default();
+    pool.run(tasks, &|task| {
+        let bound = |i: usize| (granules * i / tasks * kernel.row_granule()).min(n);
+        let rows = bound(task)..bound(task + 1);
+        if rows.is_empty() {
+            return;
+        }
+        // SAFETY: the buffer has the size and the alignment that the kernel asked for, and the ranges
+        // are disjoint and begin at granules.
+        if let Err(error) = unsafe { kernel.pack(&canonical, out.pointer(), rows) } {
+            lock(&failure).get_or_insert(error);
+        }
+    });
+    match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
+        None => Ok(packed),
+        Some(error) => Err(ManagerError::Operands(format!(
+            "kernel {} failed to pack weights [{n}, {k}]: {error}",
+            kernel.id()
+        ))),
+    }
+}
+
+#[derive(Clone, Copy)]
+struct SharedBytes(*mut u8);
+
+// SAFETY: the tasks of `pack` write disjoint parts of a buffer that outlives them.
+unsafe impl Send for SharedBytes {}
+// SAFETY: as above.
+unsafe impl Sync for SharedBytes {}
+
+impl SharedBytes {
+    fn pointer(self) -> *mut u8 {
+        self.0
+    }
+}
+
+pub(super) fn unpack(kernel: &Kernel, n: usize, k: usize, packed: &[u8]) -> Result<Vec<u8>, ManagerError> {
+    let fail = |reason: String| ManagerError::Unpack { kernel: kernel.id().into(), n, k, reason };
+    if kernel.weight_bytes(n, k) != Some(packed.len()) {
+        return Err(fail(format!("they are {} bytes, not {:?}", packed.len(), kernel.weight_bytes(n, k))));
+    }
+    let mut out = vec![0; n * canonical::row_bytes(k)];
+    // SAFETY: filled weights of the kernel's own size, and room for all canonical rows.
+    unsafe { kernel.unpack(&abi_weights(n, k, 1.0, packed), out.as_mut_ptr()) }
+        .map_err(|error| fail(error.to_string()))?;
+    Ok(out)
+}
+
+impl KernelManager {
+    /// y[m, column + i] = activations of row m times row i of each job's weights, in one fork-join.
+    ///
+    /// A kernel that fails is replaced by the next one of its ranking, and the last by the reference;
+    /// both are counted and reported, and strict mode refuses the reference.
+    ///
+    /// # Errors
+    /// If the operands do not fit together, or strict mode forbids what is left.
+    pub fn matmul(&self, jobs: &[Job], x: &Activations, y: &mut [f32], stride: usize) -> Result<(), ManagerError> {
+        let m = x.m();
+        self.check_operands(jobs, x, y, stride)?;
+        if m == 0 {
+            return Ok(());
+        }
+        let mut pending: Vec<usize> = (0..jobs.len()).collect();
+        // What failed on the way to each job's present kernel.
+        let mut failed: Vec<Option<(Arc<Entry>, KernelFailure)>> = jobs.iter().map(|_| None).collect();
+        while !pending.is_empty() {
+            let mut parts = Vec::with_capacity(pending.len());
+            let mut used = Vec::with_capacity(pending.len());
+            for &i in &pending {
+                let job = &jobs[i];
+                let next = self.next_kernel(job, m);
+                if let Some((from, failure)) = failed[i].take() {
+                    self.record_fallback(&from, next.map(|(_, e)| e.kernel.id()), job, m, &failure);
+                }
+                match next {
+                    Some((rank, entry)) => {
+                        let (n, k) = job.choice.shape();
+                        parts.push(Part {
+                            kernel: &entry.kernel,
+                            weights: abi_weights(n, k, job.scale, job.weights),
+                            column: job.column,
+                        });
+                        used.push((i, rank, entry));
+                    }
+                    None => self.run_reference(job, x, y, stride)?,
+                }
+            }
+            let failures = run_parts(&self.pool, &self.scratch, &parts, x, y, stride);
+            pending.clear();
+            for ((i, rank, entry), failure) in used.into_iter().zip(failures) {
+                match failure {
+                    None => {
+                        entry.calls.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Some(failure) => {
+                        entry.failures.fetch_add(1, Ordering::Relaxed);
+                        jobs[i].choice.demoted[bucket(m)].fetch_or(1 << rank, Ordering::Relaxed);
+                        failed[i] = Some((entry.clone(), failure));
+                        pending.push(i);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_operands(&self, jobs: &[Job], x: &Activations, y: &[f32], stride: usize) -> Result<(), ManagerError> {
+        let fail = |message: String| Err(ManagerError::Operands(message));
+        let mut columns: Vec<(usize, usize)> = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            let (n, k) = job.choice.shape();
+            if k != x.k() {
+                return fail(format!("weights [{n}, {k}] do not fit activations [{}, {}]", x.m(), x.k()));
+            }
+            if job.weights.len() != job.choice.weight_bytes() {
+                return fail(format!(
+                    "weights [{n}, {k}] take {} bytes in the layout {}, not {}",
+                    job.choice.weight_bytes(),
+                    job.choice.layout().unwrap_or("canonical"),
+                    job.weights.len()
+                ));
+            }
+            columns.push((job.column, job.column + n));
+        }
+        columns.sort_unstable();
+        if columns.windows(2).any(|w| w[0].1 > w[1].0) || columns.last().is_some_and(|c| c.1 > stride) {
+            return fail(format!("columns {columns:?} overlap or exceed the output's {stride}"));
+        }
+        if x.m() > 0 && y.len() < (x.m() - 1) * stride + columns.last().map_or(0, |c| c.1) {
+            return fail(format!("an output of {} elements can't hold {} rows of {stride}", y.len(), x.m()));
+        }
+        Ok(())
+    }
+
+    /// The fastest kernel that has not failed for this signature and can read these weights.
+    fn next_kernel<'a>(&self, job: &Job<'a>, m: usize) -> Option<(usize, &'a Arc<Entry>)> {
+        let ranking = self.ranking(job.choice, m);
+        let demoted = job.choice.demoted[bucket(m)].load(Ordering::Relaxed);
+        let address = job.weights.as_ptr() as usize;
+        // One bit a rank: what ranks behind 64 kernels is never needed.
+        ranking.candidates.iter().map(|c| &c.entry).enumerate().take(64).find(|(rank, entry)| {
+            demoted & (1 << rank) == 0
+                && entry.ready()
+                && address.is_multiple_of(entry.kernel.weight_alignment())
+        })
+    }
+
+    fn run_reference(&self, job: &Job, x: &Activations, y: &mut [f32], stride: usize) -> Result<(), ManagerError> {
+        let (n, k) = job.choice.shape();
+        let m = x.m();
+        if self.config.strict {
+            return Err(ManagerError::NoKernel { m, n, k, missing: self.why_none(m, n, k) });
+        }
+        let unpacked;
+        let weights = match job.choice.packer {
+            None => job.weights,
+            Some(_) => {
+                unpacked = self.unpack(job.choice, job.weights)?;
+                &unpacked
+            }
+        };
+        reference::matmul(
+            weights,
+            n,
+            k,
+            job.scale,
+            x.q(),
+            x.stride(),
+            x.scale(),
+            m,
+            &mut y[job.column..],
+            stride,
+        );
+        self.reference_calls.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn record_fallback(&self, from: &Entry, to: Option<&str>, job: &Job, m: usize, failure: &KernelFailure) {
+        let (n, k) = job.choice.shape();
+        let (kernel, replacement) = (from.kernel.id(), to.unwrap_or(REFERENCE));
+        let mut fallbacks = lock(&self.fallbacks);
+        let same = |f: &&mut Fallback| {
+            f.kernel == kernel && f.replacement == replacement && (f.shape.1, f.shape.2) == (n, k)
+        };
+        if let Some(known) = fallbacks.iter_mut().find(same) {
+            known.count += 1;
+            return;
+        }
+        tracing::warn!(kernel, replacement, m, n, k, %failure, "kernel failed, falling back");
+        fallbacks.push(Fallback {
+            kernel: kernel.into(),
+            replacement: replacement.into(),
+            shape: (m, n, k),
+            reason: failure.to_string(),
+            count: 1,
+        });
+    }
+}

@@ -1,0 +1,708 @@
+//! The kernel manager: registers kernels, checks them against the reference, measures them on the
+//! caller's shapes, remembers the result, selects, falls back, and can say why.
+//!
+//! ```text
+//! register ▸ check ▸ tune ▸ select ▸ run ▸ fall back
+//! ```
+
+mod cache;
+mod check;
+mod execute;
+mod tune;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
+use std::time::Duration;
+
+use bitnet_burn_plugin::abi::{self, Signature};
+use bitnet_burn_plugin::canonical;
+use serde::Serialize;
+
+pub use self::tune::{Candidate, Measurement, Ranking, Source};
+use crate::cpu;
+use crate::memory::{WeightArena, WeightBuffer};
+use crate::plugin::{Kernel, Origin, Plugin, PluginError};
+use crate::pool::Pool;
+
+/// Name under which reports count the scalar reference.
+pub const REFERENCE: &str = "reference";
+
+/// How a manager is set up.
+#[derive(Clone, Debug)]
+pub struct ManagerConfig {
+    /// Threads for kernels; 0 means one per physical core.
+    pub threads: usize,
+    /// Refuse the reference: a ternary matmul without a fast kernel is an error.
+    pub strict: bool,
+    /// Use this kernel alone (`plugin/kernel`, or `kernel` where that is unambiguous).
+    pub force: Option<String>,
+    /// CPU features to act as if the machine lacked them.
+    pub masked_features: Vec<String>,
+    /// Directory of the tuning results; `None` keeps them in memory.
+    pub cache_dir: Option<PathBuf>,
+    /// Time that tuning may take in all; what is not measured by then is ranked by the nearest
+    /// measurement.
+    pub tune_budget: Duration,
+}
+
+impl Default for ManagerConfig {
+    fn default() -> Self {
+        Self {
+            threads: 0,
+            strict: false,
+            force: None,
+            masked_features: Vec::new(),
+            cache_dir: None,
+            tune_budget: Duration::from_secs(10),
+        }
+    }
+}
+
+impl ManagerConfig {
+    /// The defaults, changed by `BITNET_THREADS`, `BITNET_STRICT_MODE` (1 or true), `BITNET_KERNEL`,
+    /// `BITNET_CPU_MASK` (feature names, separated by commas) and `BITNET_CACHE_DIR` (empty: keep
+    /// nothing; unset: the user's cache directory).
+    ///
+    /// # Errors
+    /// If a variable holds something else than it should.
+    pub fn from_env() -> Result<Self, ManagerError> {
+        let var = |name: &'static str| std::env::var(name).ok();
+        let mut config = Self::default();
+        if let Some(threads) = var("BITNET_THREADS") {
+            config.threads = threads.parse().map_err(|_| ManagerError::Config {
+                name: "BITNET_THREADS",
+                value: threads.clone(),
+                expected: "a number of threads",
+            })?;
+        }
+        if let Some(strict) = var("BITNET_STRICT_MODE") {
+            config.strict = match strict.as_str() {
+                "1" | "true" => true,
+                "" | "0" | "false" => false,
+                _ => {
+                    return Err(ManagerError::Config {
+                        name: "BITNET_STRICT_MODE",
+                        value: strict,
+                        expected: "1 or 0",
+                    });
+                }
+            };
+        }
+        config.force = var("BITNET_KERNEL").filter(|name| !name.is_empty());
+        if let Some(mask) = var("BITNET_CPU_MASK") {
+            config.masked_features =
+                mask.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
+        }
+        config.cache_dir = match var("BITNET_CACHE_DIR") {
+            Some(dir) => (!dir.is_empty()).then(|| dir.into()),
+            None => cache::default_dir(),
+        };
+        Ok(config)
+    }
+}
+
+/// What the manager can't do.
+#[derive(Debug, thiserror::Error)]
+pub enum ManagerError {
+    /// An environment variable is wrong.
+    #[error("{name}={value}: expected {expected}")]
+    Config {
+        /// The variable.
+        name: &'static str,
+        /// What it holds.
+        value: String,
+        /// What it should hold.
+        expected: &'static str,
+    },
+    /// The forced kernel does not exist.
+    #[error("no kernel is named `{name}`; there are: {known}")]
+    UnknownKernel {
+        /// The name.
+        name: String,
+        /// All kernels.
+        known: String,
+    },
+    /// Strict mode, and no kernel for this.
+    #[error(
+        "strict mode: no kernel can compute the ternary matmul [{m}, {k}] x [{n}, {k}]ᵀ here, and the \
+         reference is not allowed. {missing}"
+    )]
+    NoKernel {
+        /// Rows of activations.
+        m: usize,
+        /// Output features.
+        n: usize,
+        /// Input features.
+        k: usize,
+        /// Each kernel, and why not.
+        missing: String,
+    },
+    /// Operands that do not fit together.
+    #[error("ternary matmul: {0}")]
+    Operands(String),
+    /// No memory or no threads.
+    #[error("{what}: {source}")]
+    System {
+        /// What was asked for.
+        what: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Private weights can't be read back.
+    #[error("kernel {kernel} can't unpack its weights [{n}, {k}]: {reason}")]
+    Unpack {
+        /// The kernel.
+        kernel: String,
+        /// Output features.
+        n: usize,
+        /// Input features.
+        k: usize,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Whether a kernel may compute.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "state", content = "reason", rename_all = "snake_case")]
+pub enum Status {
+    /// Checked, and a candidate.
+    Ready,
+    /// It needs CPU features that the machine lacks.
+    Unavailable(String),
+    /// Its results were wrong, or it failed the check.
+    Rejected(String),
+}
+
+/// A registered kernel, with what is known of it.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    kernel: Kernel,
+    /// Set once, from `Ready`, when the kernel turns out to be wrong.
+    status: RwLock<Status>,
+    calls: AtomicU64,
+    failures: AtomicU64,
+}
+
+impl Entry {
+    fn ready(&self) -> bool {
+        *self.status.read().unwrap_or_else(|e| e.into_inner()) == Status::Ready
+    }
+
+    fn status(&self) -> Status {
+        self.status.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    fn reject(&self, reason: String) {
+        tracing::warn!(kernel = self.kernel.id(), reason, "kernel rejected");
+        *self.status.write().unwrap_or_else(|e| e.into_inner()) = Status::Rejected(reason);
+    }
+}
+
+/// Groups of M that are tuned together: (name, rows that stand for the group).
+pub const BUCKETS: [(&str, usize); 6] =
+    [("1", 1), ("2-4", 3), ("5-16", 8), ("17-64", 32), ("65-256", 96), ("257+", 320)];
+
+/// The bucket of `m` rows.
+pub fn bucket(m: usize) -> usize {
+    match m {
+        0..=1 => 0,
+        2..=4 => 1,
+        5..=16 => 2,
+        17..=64 => 3,
+        65..=256 => 4,
+        _ => 5,
+    }
+}
+
+/// Which kernels multiply by the weights of one shape, and in which layout the weights are kept.
+#[derive(Debug)]
+pub struct Choice {
+    n: usize,
+    k: usize,
+    /// The private layout, with a kernel that packs it; `None` for canonical weights in place.
+    packer: Option<Arc<Entry>>,
+    rankings: [OnceLock<Ranking>; BUCKETS.len()],
+    /// Per bucket, a bit for each rank whose kernel has failed in use.
+    demoted: [AtomicU64; BUCKETS.len()],
+}
+
+impl Choice {
+    /// Output and input features.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.n, self.k)
+    }
+
+    /// Private layout (`plugin/layout`) that the weights are packed in, or `None` for canonical.
+    pub fn layout(&self) -> Option<&str> {
+        self.packer.as_ref().and_then(|entry| entry.kernel.layout())
+    }
+
+    /// Bytes of the weights in the chosen layout.
+    pub fn weight_bytes(&self) -> usize {
+        match &self.packer {
+            Some(entry) => entry.kernel.weight_bytes(self.n, self.k).expect("checked when chosen"),
+            None => self.n * canonical::row_bytes(self.k),
+        }
+    }
+}
+
+/// Whether weights may be packed privately.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LayoutPolicy {
+    /// Whatever is the fastest.
+    Any,
+    /// Read canonical weights where they lie.
+    Canonical,
+}
+
+/// A kernel that failed in use, and what took over.
+#[derive(Clone, Debug, Serialize)]
+pub struct Fallback {
+    /// The kernel that failed.
+    pub kernel: String,
+    /// The kernel that took its place.
+    pub replacement: String,
+    /// Shape: rows (of the first failure), output and input features.
+    pub shape: (usize, usize, usize),
+    /// Status and message.
+    pub reason: String,
+    /// How often.
+    pub count: u64,
+}
+
+/// A kernel as reports show it.
+#[derive(Clone, Debug, Serialize)]
+pub struct KernelReport {
+    /// `plugin/kernel`.
+    pub kernel: String,
+    /// Version of its plugin.
+    pub version: String,
+    /// "built in", or the file.
+    pub origin: String,
+    /// SHA-256 of the file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// Layout of its weights.
+    pub layout: String,
+    /// CPU features that it needs.
+    pub features: Vec<String>,
+    /// Whether it may compute.
+    pub status: Status,
+    /// Matmuls that it computed.
+    pub calls: u64,
+    /// Matmuls that it failed.
+    pub failures: u64,
+}
+
+/// What the manager did so far.
+#[derive(Clone, Debug, Serialize)]
+pub struct ManagerReport {
+    /// Threads of the pool.
+    pub threads: usize,
+    /// Whether strict mode is on.
+    pub strict: bool,
+    /// Signatures measured in this process.
+    pub tuned: u64,
+    /// Signatures whose measurements came from the cache.
+    pub cached: u64,
+    /// The cache file, if one is kept.
+    pub cache_file: Option<PathBuf>,
+    /// What is wrong with the cache file, if something is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_problem: Option<String>,
+    /// All kernels.
+    pub kernels: Vec<KernelReport>,
+    /// Matmuls that the reference computed.
+    pub reference_calls: u64,
+    /// Kernels that failed in use.
+    pub fallbacks: Vec<Fallback>,
+}
+
+impl ManagerReport {
+    /// The kernels that computed something since `earlier`, with their calls since then.
+    pub fn used_since(&self, earlier: &Self) -> Vec<KernelReport> {
+        let before = |id: &str| earlier.kernels.iter().find(|k| k.kernel == id).map_or(0, |k| k.calls);
+        let mut used: Vec<KernelReport> = self
+            .kernels
+            .iter()
+            .map(|kernel| KernelReport { calls: kernel.calls - before(&kernel.kernel), ..kernel.clone() })
+            .filter(|kernel| kernel.calls > 0)
+            .collect();
+        let reference = self.reference_calls - earlier.reference_calls;
+        if reference > 0 {
+            used.push(KernelReport {
+                kernel: REFERENCE.into(),
+                version: env!("CARGO_PKG_VERSION").into(),
+                origin: "built in".into(),
+                sha256: None,
+                layout: "canonical".into(),
+                features: Vec::new(),
+                status: Status::Ready,
+                calls: reference,
+                failures: 0,
+            });
+        }
+        used.sort_by_key(|kernel| std::cmp::Reverse(kernel.calls));
+        used
+    }
+}
+
+/// Packed weights as [`KernelManager::pack`] returns them.
+#[derive(Debug)]
+pub enum Packed {
+    /// The chosen kernels read the canonical layout: keep the canonical bytes.
+    Canonical,
+    /// The chosen kernels' private layout.
+    Private(WeightBuffer),
+}
+
+/// One matrix of a [`KernelManager::matmul`].
+#[derive(Clone, Copy, Debug)]
+pub struct Job<'a> {
+    /// What [`KernelManager::choose`] chose for the shape.
+    pub choice: &'a Choice,
+    /// The weights in the chosen layout.
+    pub weights: &'a [u8],
+    /// weight = code * scale.
+    pub scale: f32,
+    /// Column of the output where this matrix's features begin.
+    pub column: usize,
+}
+
+/// Registers, checks, tunes, selects and runs kernels. See the [module](self).
+#[derive(Debug)]
+pub struct KernelManager {
+    config: ManagerConfig,
+    pool: Pool,
+    arena: WeightArena,
+    plugins: Mutex<Vec<Arc<Plugin>>>,
+    entries: RwLock<Vec<Arc<Entry>>>,
+    choices: Mutex<HashMap<(usize, usize, LayoutPolicy), Arc<Choice>>>,
+    tuner: tune::Tuner,
+    reference_calls: AtomicU64,
+    fallbacks: Mutex<Vec<Fallback>>,
+    scratch: execute::Scratch,
+}
+
+impl KernelManager {
+    /// A manager without kernels.
+    ///
+    /// # Errors
+    /// If its threads can't be started.
+    pub fn new(config: ManagerConfig) -> Result<Self, ManagerError> {
+        let threads = if config.threads == 0 { cpu::physical_cores() } else { config.threads };
+        let pool = Pool::new(threads)
+            .map_err(|source| ManagerError::System { what: "starting the kernels' threads", source })?;
+        Ok(Self {
+            tuner: tune::Tuner::new(&config),
+            config,
+            pool,
+            arena: WeightArena::default(),
+            plugins: Mutex::default(),
+            entries: RwLock::default(),
+            choices: Mutex::default(),
+            reference_calls: AtomicU64::new(0),
+            fallbacks: Mutex::default(),
+            scratch: execute::Scratch::default(),
+        })
+    }
+
+    /// How it was set up.
+    pub fn config(&self) -> &ManagerConfig {
+        &self.config
+    }
+
+    /// The threads that kernels run on; anything else that computes between them should use these.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Registers a plugin's kernels, and compares each that this machine can run with the reference.
+    /// A kernel that is wrong is rejected, with the reason, and the others stay. Weights prepared
+    /// earlier keep their choice.
+    ///
+    /// # Errors
+    /// If a plugin of this name is registered already.
+    pub fn register(&self, plugin: Plugin) -> Result<Vec<KernelReport>, PluginError> {
+        let plugin = Arc::new(plugin);
+        {
+            let mut plugins = lock(&self.plugins);
+            if let Some(other) = plugins.iter().find(|p| p.name() == plugin.name()) {
+                return Err(PluginError::Duplicate {
+                    origin: plugin.origin().to_string(),
+                    name: plugin.name().into(),
+                    other: other.origin().to_string(),
+                });
+            }
+            plugins.push(plugin.clone());
+        }
+        let mut reports = Vec::new();
+        for kernel in plugin.kernels() {
+            let status = match self.lacking(&kernel) {
+                Some(reason) => Status::Unavailable(reason),
+                None => match check::check(&kernel) {
+                    Ok(()) => Status::Ready,
+                    Err(reason) => Status::Rejected(reason),
+                },
+            };
+            if let Status::Rejected(reason) = &status {
+                tracing::warn!(kernel = kernel.id(), reason, "kernel rejected");
+            }
+            let entry = Arc::new(Entry {
+                kernel,
+                status: RwLock::new(status),
+                calls: AtomicU64::new(0),
+                failures: AtomicU64::new(0),
+            });
+            reports.push(report(&entry));
+            self.entries.write().unwrap_or_else(|e| e.into_inner()).push(entry);
+        }
+        lock(&self.choices).clear();
+        Ok(reports)
+    }
+
+    /// Loads a plugin from a file (which runs its code: see [`Plugin::load`]) and registers it.
+    ///
+    /// # Errors
+    /// If the file is no plugin that this host can use.
+    pub fn load_plugin(&self, path: &Path) -> Result<Vec<KernelReport>, PluginError> {
+        self.register(Plugin::load(path)?)
+    }
+
+    /// Checks that the forced kernel, if there is one, exists.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn validate(&self) -> Result<(), ManagerError> {
+        let Some(name) = &self.config.force else { return Ok(()) };
+        let entries = self.entries();
+        if entries.iter().any(|entry| names(&entry.kernel, name)) {
+            return Ok(());
+        }
+        let known: Vec<_> = entries.iter().map(|entry| entry.kernel.id()).collect();
+        Err(ManagerError::UnknownKernel { name: name.clone(), known: known.join(", ") })
+    }
+
+    /// The features that a kernel needs and the machine, or the configuration, lacks.
+    fn lacking(&self, kernel: &Kernel) -> Option<String> {
+        let missing: Vec<_> = kernel
+            .features()
+            .iter()
+            .filter_map(|feature| {
+                if self.config.masked_features.contains(feature) {
+                    Some(format!("{feature} (masked)"))
+                } else if !cpu::features().contains(&feature.as_str()) {
+                    Some(feature.clone())
+                } else {
+                    None
+                }
+            })
+            .collect();
+        (!missing.is_empty()).then(|| format!("needs {}", missing.join(", ")))
+    }
+
+    fn entries(&self) -> Vec<Arc<Entry>> {
+        self.entries.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Kernels that may compute this shape.
+    fn candidates(&self, m: usize, n: usize, k: usize, policy: LayoutPolicy) -> Vec<Arc<Entry>> {
+        let signature = self.signature(m, n, k);
+        self.entries()
+            .into_iter()
+            .filter(|entry| {
+                self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name))
+                    && (policy == LayoutPolicy::Any || entry.kernel.layout().is_none())
+                    && entry.ready()
+                    && entry.kernel.supports(&signature)
+                    && entry.kernel.weight_bytes(n, k).is_some()
+            })
+            .collect()
+    }
+
+    fn signature(&self, m: usize, n: usize, k: usize) -> Signature {
+        Signature::ternary(m as u64, n as u64, k as u64, self.pool.threads() as u32)
+    }
+
+    /// Why no kernel computes a shape: one clause a kernel.
+    fn why_none(&self, m: usize, n: usize, k: usize) -> String {
+        let signature = self.signature(m, n, k);
+        let reasons: Vec<_> = self
+            .entries()
+            .iter()
+            .filter(|entry| self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name)))
+            .map(|entry| {
+                let why = match entry.status() {
+                    Status::Unavailable(reason) => reason,
+                    Status::Rejected(reason) => format!("rejected: {reason}"),
+                    Status::Ready if !entry.kernel.supports(&signature) => "does not support the shape".into(),
+                    Status::Ready => "failed in use".into(),
+                };
+                format!("{}: {why}", entry.kernel.id())
+            })
+            .collect();
+        if reasons.is_empty() { "No kernel is registered.".into() } else { format!("Kernels: {}.", reasons.join("; ")) }
+    }
+
+    /// Chooses kernels for weights [n, k], measuring where that has not been done on this machine:
+    /// which layout decides the speed of decode (M = 1); within 5 % of each other, that of prefill
+    /// (M = 32); within 5 % again, the lower memory use.
+    ///
+    /// # Errors
+    /// In strict mode, if no kernel can compute the shape.
+    pub fn choose(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<Arc<Choice>, ManagerError> {
+        if let Some(choice) = lock(&self.choices).get(&(n, k, policy)) {
+            return Ok(choice.clone());
+        }
+        if n == 0 || k == 0 || k as u64 > 1 << 23 {
+            return Err(ManagerError::Operands(format!(
+                "weights [{n}, {k}]: both must be at least 1, and K at most 2^23"
+            )));
+        }
+        let choice = Arc::new(self.decide(n, k, policy)?);
+        Ok(lock(&self.choices).entry((n, k, policy)).or_insert(choice).clone())
+    }
+
+    fn decide(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<Choice, ManagerError> {
+        let candidates = self.candidates(1, n, k, policy);
+        if candidates.is_empty() && self.config.strict {
+            return Err(ManagerError::NoKernel { m: 1, n, k, missing: self.why_none(1, n, k) });
+        }
+        let mut layouts: Vec<Option<&str>> = Vec::new();
+        for entry in &candidates {
+            if !layouts.contains(&entry.kernel.layout()) {
+                layouts.push(entry.kernel.layout());
+            }
+        }
+        let layout = if layouts.len() > 1 {
+            let best = |m: usize, layout: Option<&str>| {
+                let ranking = self.rank(m, n, k, policy);
+                let of_layout = ranking.candidates.iter().filter(|c| c.entry.kernel.layout() == layout);
+                of_layout.filter_map(|c| c.measurement.median_ns).min().unwrap_or(u64::MAX)
+            };
+            let bytes = |layout: Option<&str>| {
+                let entry = candidates.iter().find(|e| e.kernel.layout() == layout);
+                // Canonical weights are there anyway.
+                layout.and(entry).and_then(|e| e.kernel.weight_bytes(n, k)).unwrap_or(0) as u64
+            };
+            for (m, slack) in [(1, 1.05), (32, 1.05)] {
+                let fastest = layouts.iter().map(|&l| best(m, l)).min().unwrap_or(u64::MAX);
+                layouts.retain(|&l| best(m, l) as f64 <= fastest as f64 * slack);
+            }
+            layouts.sort_by_key(|&l| bytes(l));
+            layouts[0]
+        } else {
+            layouts.first().copied().flatten()
+        };
+        let packer = layout.map(|layout| {
+            let entry = candidates.iter().find(|e| e.kernel.layout() == Some(layout));
+            entry.expect("the layout is a candidate's").clone()
+        });
+        Ok(Choice { n, k, packer, rankings: Default::default(), demoted: Default::default() })
+    }
+
+    /// The ranking for `m` rows of a choice's shape, measured at the first use.
+    fn ranking<'a>(&self, choice: &'a Choice, m: usize) -> &'a Ranking {
+        choice.rankings[bucket(m)].get_or_init(|| {
+            let policy = if choice.packer.is_some() { LayoutPolicy::Any } else { LayoutPolicy::Canonical };
+            let mut ranking = self.rank(m, choice.n, choice.k, policy);
+            ranking.candidates.retain(|c| c.entry.kernel.layout() == choice.layout());
+            ranking
+        })
+    }
+
+    /// Measures whatever a choice may need for prompts of up to `m` rows, so that no call has to.
+    pub fn warm_up(&self, choice: &Choice, m: usize) {
+        for (index, &(_, rows)) in BUCKETS.iter().enumerate() {
+            if index <= bucket(m) {
+                self.ranking(choice, rows);
+            }
+        }
+    }
+
+    /// Packs canonical weights (rows of [`canonical::row_bytes`]) into the chosen layout, on all
+    /// threads.
+    ///
+    /// # Errors
+    /// If the bytes do not fit the shape, memory is short, or the kernel fails.
+    pub fn pack(&self, choice: &Choice, weights: &[u8]) -> Result<Packed, ManagerError> {
+        let (n, k) = choice.shape();
+        if Some(weights.len()) != canonical::matrix_bytes(n, k) {
+            return Err(ManagerError::Operands(format!(
+                "canonical weights [{n}, {k}] take {:?} bytes, not {}",
+                canonical::matrix_bytes(n, k),
+                weights.len()
+            )));
+        }
+        match &choice.packer {
+            None => Ok(Packed::Canonical),
+            Some(entry) => execute::pack(&entry.kernel, &self.pool, &self.arena, n, k, weights).map(Packed::Private),
+        }
+    }
+
+    /// The canonical form of weights that [`pack`](Self::pack) packed.
+    ///
+    /// # Errors
+    /// If the kernel can't.
+    pub fn unpack(&self, choice: &Choice, weights: &[u8]) -> Result<Vec<u8>, ManagerError> {
+        match &choice.packer {
+            None => Ok(weights.to_vec()),
+            Some(entry) => execute::unpack(&entry.kernel, choice.n, choice.k, weights),
+        }
+    }
+
+    /// Why: the candidates for `m` rows of [n, k], the fastest first, with their measurements.
+    pub fn explain(&self, m: usize, n: usize, k: usize) -> Ranking {
+        self.rank(m, n, k, LayoutPolicy::Any)
+    }
+
+    /// What happened so far.
+    pub fn report(&self) -> ManagerReport {
+        let (cache_file, cache_problem) = self.tuner.cache_file();
+        ManagerReport {
+            threads: self.pool.threads(),
+            strict: self.config.strict,
+            tuned: self.tuner.tuned(),
+            cached: self.tuner.cached(),
+            cache_file,
+            cache_problem,
+            kernels: self.entries().iter().map(|entry| report(entry)).collect(),
+            reference_calls: self.reference_calls.load(Ordering::Relaxed),
+            fallbacks: lock(&self.fallbacks).clone(),
+        }
+    }
+}
+
+fn names(kernel: &Kernel, name: &str) -> bool {
+    kernel.id() == name || kernel.id().rsplit_once('/').is_some_and(|(_, short)| short == name)
+}
+
+fn report(entry: &Entry) -> KernelReport {
+    let plugin = entry.kernel.plugin();
+    KernelReport {
+        kernel: entry.kernel.id().into(),
+        version: plugin.version().into(),
+        origin: plugin.origin().to_string(),
+        sha256: match plugin.origin() {
+            Origin::BuiltIn => None,
+            Origin::File { sha256, .. } => Some(sha256.clone()),
+        },
+        layout: entry.kernel.layout().unwrap_or("canonical").into(),
+        features: entry.kernel.features().to_vec(),
+        status: entry.status(),
+        calls: entry.calls.load(Ordering::Relaxed),
+        failures: entry.failures.load(Ordering::Relaxed),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Filled weights for the ABI.
+fn abi_weights(n: usize, k: usize, scale: f32, data: &[u8]) -> abi::Weights {
+    bitnet_burn_plugin::sdk::WeightsRef::new(n, k, scale, data).as_abi()
+}

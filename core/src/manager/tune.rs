@@ -1,0 +1,415 @@
+//! Measuring kernels against each other on the caller's shape.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bitnet_burn_plugin::canonical;
+use serde::{Deserialize, Serialize};
+
+use super::cache::Cache;
+use super::check::Random;
+use super::execute::{self, Part, Scratch, run_parts};
+use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, ManagerConfig, abi_weights, bucket, lock};
+use crate::cpu;
+use crate::memory::{Activations, WeightArena, WeightBuffer};
+use crate::reference;
+
+/// Runs before the clock counts, and counted runs at most.
+const WARM_UP: usize = 5;
+const RUNS: usize = 20;
+/// After so many runs, a kernel that was never faster than this many times the best median is out.
+const EARLY: usize = 4;
+const CLEARLY_SLOWER: f64 = 1.3;
+/// A kernel this many times slower for fewer rows is not tried for more.
+const HOPELESS: f64 = 4.0;
+/// Time for one signature, whatever its size.
+const SIGNATURE_BUDGET: Duration = Duration::from_millis(600);
+
+/// How fast one kernel was for one signature.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Measurement {
+    /// `plugin@version/kernel`, with the file's hash where there is a file.
+    pub kernel: String,
+    /// Median time of one matmul in nanoseconds; `None` if it was not measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub median_ns: Option<u64>,
+    /// Counted runs.
+    #[serde(default)]
+    pub runs: u32,
+    /// Why it was not measured, or stopped early.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// A kernel in a [`Ranking`].
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    pub(super) entry: Arc<Entry>,
+    /// How fast it was.
+    pub measurement: Measurement,
+}
+
+impl Candidate {
+    /// `plugin/kernel`.
+    pub fn kernel(&self) -> &str {
+        self.entry.kernel.id()
+    }
+
+    /// Layout of its weights: `plugin/layout`, or `None` for canonical.
+    pub fn layout(&self) -> Option<&str> {
+        self.entry.kernel.layout()
+    }
+}
+
+/// Where a ranking comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// Measured in this process.
+    Measured,
+    /// Measured earlier, on this machine, with the same candidates.
+    Cached,
+    /// There is nothing to compare: one candidate, or none.
+    OnlyCandidate,
+    /// The tuning budget was spent; taken from the measurement for this many rows, or, for 0, the
+    /// order of registration.
+    Nearest(usize),
+}
+
+/// Kernels for one signature, the fastest first.
+#[derive(Clone, Debug)]
+pub struct Ranking {
+    /// Rows of activations that were measured.
+    pub rows: usize,
+    /// The kernels.
+    pub candidates: Vec<Candidate>,
+    /// Where the order comes from.
+    pub source: Source,
+}
+
+/// The measurements of a manager.
+#[derive(Debug)]
+pub(super) struct Tuner {
+    cache: Mutex<Cache>,
+    /// Rankings of this process, by signature and candidates.
+    rankings: Mutex<HashMap<String, Ranking>>,
+    /// One measurement at a time: two would measure each other.
+    turn: Mutex<()>,
+    spent: AtomicU64,
+    tuned: AtomicU64,
+    cached: AtomicU64,
+}
+
+impl Tuner {
+    pub fn new(config: &ManagerConfig) -> Self {
+        Self {
+            cache: Mutex::new(Cache::open(config.cache_dir.as_deref())),
+            rankings: Mutex::default(),
+            turn: Mutex::new(()),
+            spent: AtomicU64::new(0),
+            tuned: AtomicU64::new(0),
+            cached: AtomicU64::new(0),
+        }
+    }
+
+    pub fn tuned(&self) -> u64 {
+        self.tuned.load(Ordering::Relaxed)
+    }
+
+    pub fn cached(&self) -> u64 {
+        self.cached.load(Ordering::Relaxed)
+    }
+
+    pub fn cache_file(&self) -> (Option<PathBuf>, Option<String>) {
+        let cache = lock(&self.cache);
+        (cache.path().map(Into::into), cache.problem.clone())
+    }
+}
+
+/// How the cache names a kernel: with the exact build that was measured.
+fn identity(entry: &Entry) -> String {
+    let (_, name) = entry.kernel.id().split_once('/').expect("an id is plugin/kernel");
+    format!("{}/{name}", entry.kernel.plugin().identity())
+}
+
+impl KernelManager {
+    /// The candidates for `m` rows of [n, k], the fastest first; measured if nobody has yet.
+    pub(super) fn rank(&self, m: usize, n: usize, k: usize, policy: LayoutPolicy) -> Ranking {
+        let index = bucket(m);
+        let rows = BUCKETS[index].1;
+        let entries = self.candidates(rows, n, k, policy);
+        if entries.len() <= 1 {
+            let candidates = entries
+                .into_iter()
+                .map(|entry| Candidate {
+                    measurement: Measurement { kernel: identity(&entry), median_ns: None, runs: 0, note: None },
+                    entry,
+                })
+                .collect();
+            return Ranking { rows, candidates, source: Source::OnlyCandidate };
+        }
+        let signature = format!("ternary m={rows} n={n} k={k} threads={}", self.pool.threads());
+        let mut identities: Vec<_> = entries.iter().map(|entry| identity(entry)).collect();
+        identities.sort();
+        let key = format!("{signature} {}", identities.join(" "));
+        if let Some(ranking) = lock(&self.tuner.rankings).get(&key) {
+            return ranking.clone();
+        }
+        // What is known for fewer rows tells what need not be tried for more.
+        let fewer = (index > 0 && rows > 8).then(|| self.rank(BUCKETS[index - 1].1, n, k, policy));
+        let _turn = lock(&self.tuner.turn);
+        if let Some(ranking) = lock(&self.tuner.rankings).get(&key) {
+            return ranking.clone();
+        }
+        let cached = lock(&self.tuner.cache).get(&signature).and_then(|known| ranked(&entries, known));
+        let ranking = if let Some(candidates) = cached {
+            self.tuner.cached.fetch_add(1, Ordering::Relaxed);
+            Ranking { rows, candidates, source: Source::Cached }
+        } else if self.tuner.spent.load(Ordering::Relaxed) >= self.config.tune_budget.as_nanos() as u64 {
+            match fewer.or_else(|| self.nearest(n, k, &identities)) {
+                Some(near) => Ranking { rows, source: Source::Nearest(near.rows), ..near },
+                None => Ranking { rows, candidates: unmeasured(entries), source: Source::Nearest(0) },
+            }
+        } else {
+            let started = Instant::now();
+            let measurements = self.measure(rows, n, k, &entries, fewer.as_ref());
+            self.tuner.spent.fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
+            self.tuner.tuned.fetch_add(1, Ordering::Relaxed);
+            tracing::info!(signature, elapsed = ?started.elapsed(), "tuned");
+            let entries: Vec<_> = entries.into_iter().filter(|entry| entry.ready()).collect();
+            let candidates = ranked(&entries, &measurements).unwrap_or_else(|| unmeasured(entries));
+            lock(&self.tuner.cache).insert(signature, measurements);
+            Ranking { rows, candidates, source: Source::Measured }
+        };
+        lock(&self.tuner.rankings).insert(key, ranking.clone());
+        ranking
+    }
+
+    /// Another ranking of the same weights and candidates.
+    fn nearest(&self, n: usize, k: usize, identities: &[String]) -> Option<Ranking> {
+        let rankings = lock(&self.tuner.rankings);
+        BUCKETS.iter().rev().find_map(|(_, rows)| {
+            let key = format!(
+                "ternary m={rows} n={n} k={k} threads={} {}",
+                self.pool.threads(),
+                identities.join(" ")
+            );
+            rankings.get(&key).cloned()
+        })
+    }
+
+    /// Accuracy before speed: compares every candidate with the reference on rows of this shape, then
+    /// times them in turn.
+    fn measure(
+        &self,
+        m: usize,
+        n: usize,
+        k: usize,
+        entries: &[Arc<Entry>],
+        fewer: Option<&Ranking>,
+    ) -> Vec<Measurement> {
+        let mut random = Random::new((n * 31 + k) as u64);
+        let weights = random.weights(n, k);
+        let x = random.activations(m, k);
+        let mut y = vec![0f32; m * n];
+        let expected = Sample::new(&weights, n, k, &x, &mut random);
+
+        // Decode finds its weights in memory, not in cache: rotate over copies that no cache holds.
+        let one = n * canonical::row_bytes(k);
+        let copies = if m <= 4 {
+            (cpu::last_level_cache().unwrap_or(32 << 20).clamp(8 << 20, 64 << 20) * 2 / one).clamp(1, 64)
+        } else {
+            1
+        };
+        let mut layouts: Vec<(Option<&str>, Result<Vec<WeightBuffer>, String>)> = Vec::new();
+        for entry in entries {
+            let layout = entry.kernel.layout();
+            if !layouts.iter().any(|(known, _)| *known == layout) {
+                layouts.push((layout, self.copies(entry, n, k, &weights, copies)));
+            }
+        }
+
+        let mut measurements: Vec<Measurement> = entries
+            .iter()
+            .map(|entry| Measurement { kernel: identity(entry), median_ns: None, runs: 0, note: None })
+            .collect();
+        let mut times: Vec<Vec<u64>> = vec![Vec::new(); entries.len()];
+        let mut racing = Vec::new();
+        let fastest_before = fewer.and_then(|f| f.candidates.first()?.measurement.median_ns);
+        for (i, entry) in entries.iter().enumerate() {
+            let before = fewer.and_then(|f| f.candidates.iter().find(|c| c.entry.kernel.id() == entry.kernel.id()));
+            if let (Some(best), Some(before)) = (fastest_before, before) {
+                let slower = before.measurement.median_ns.map(|ns| ns as f64 / best as f64);
+                if slower.is_none_or(|s| s > HOPELESS) {
+                    let note = slower.map_or("not tried: it was not for fewer rows".into(), |s| {
+                        format!("not tried: {s:.1} times slower than the best for {} rows", fewer.map_or(0, |f| f.rows))
+                    });
+                    measurements[i].note = Some(note);
+                    continue;
+                }
+            }
+            let buffers = match &layouts.iter().find(|(l, _)| *l == entry.kernel.layout()).expect("packed above").1 {
+                Ok(buffers) => buffers,
+                Err(reason) => {
+                    measurements[i].note = Some(reason.clone());
+                    continue;
+                }
+            };
+            y.fill(f32::NAN);
+            let result = self.run_once(entry, &buffers[0], n, k, &x, &mut y);
+            if let Err(reason) = result.and_then(|_| expected.compare(&y)) {
+                let reason = format!("[{m}, {k}] x [{n}, {k}]ᵀ: {reason}");
+                measurements[i].note = Some(format!("rejected: {reason}"));
+                entry.reject(reason);
+                continue;
+            }
+            racing.push((i, buffers));
+        }
+
+        let started = Instant::now();
+        let mut turn = 0;
+        for round in 0..WARM_UP + RUNS {
+            // The first runs tell what a round costs; large matmuls need no warm-up of milliseconds.
+            if racing.is_empty() || (started.elapsed() > SIGNATURE_BUDGET && racing.iter().all(|(i, _)| !times[*i].is_empty())) {
+                break;
+            }
+            let counted = round >= WARM_UP || started.elapsed() > SIGNATURE_BUDGET / 8;
+            for (i, buffers) in &racing {
+                turn += 1;
+                let clock = Instant::now();
+                let result = self.run_once(&entries[*i], &buffers[turn % buffers.len()], n, k, &x, &mut y);
+                let elapsed = clock.elapsed().as_nanos() as u64;
+                match result {
+                    Ok(()) if counted => times[*i].push(elapsed),
+                    Ok(()) => {}
+                    Err(reason) => measurements[*i].note = Some(reason),
+                }
+            }
+            let best = racing.iter().filter_map(|(i, _)| median(&times[*i])).min().unwrap_or(0) as f64;
+            racing.retain(|(i, _)| {
+                let fastest = times[*i].iter().min().copied().unwrap_or(0) as f64;
+                let out = times[*i].len() >= EARLY && fastest > best * CLEARLY_SLOWER;
+                if out && measurements[*i].note.is_none() {
+                    measurements[*i].note = Some("clearly slower; stopped early".into());
+                }
+                !out && measurements[*i].note.is_none()
+            });
+            if racing.len() == 1 && times[racing[0].0].len() >= EARLY * 2 {
+                break;
+            }
+        }
+        for (measurement, times) in measurements.iter_mut().zip(&times) {
+            measurement.median_ns = median(times);
+            measurement.runs = times.len() as u32;
+        }
+        measurements
+    }
+
+    fn copies(
+        &self,
+        entry: &Entry,
+        n: usize,
+        k: usize,
+        weights: &[u8],
+        copies: usize,
+    ) -> Result<Vec<WeightBuffer>, String> {
+        let arena = WeightArena::default();
+        let first = if entry.kernel.layout().is_some() {
+            execute::pack(&entry.kernel, &self.pool, &arena, n, k, weights).map_err(|e| e.to_string())?
+        } else {
+            let mut buffer = arena.allocate(weights.len(), 64).map_err(|e| e.to_string())?;
+            buffer.as_mut_slice().copy_from_slice(weights);
+            buffer
+        };
+        let mut buffers = vec![first];
+        for _ in 1..copies {
+            let size = buffers[0].as_slice().len();
+            let mut buffer =
+                arena.allocate(size, entry.kernel.weight_alignment()).map_err(|e| e.to_string())?;
+            buffer.as_mut_slice().copy_from_slice(buffers[0].as_slice());
+            buffers.push(buffer);
+        }
+        Ok(buffers)
+    }
+
+    fn run_once(
+        &self,
+        entry: &Entry,
+        weights: &WeightBuffer,
+        n: usize,
+        k: usize,
+        x: &Activations,
+        y: &mut [f32],
+    ) -> Result<(), String> {
+        let part = Part {
+            kernel: &entry.kernel,
+            weights: abi_weights(n, k, SCALE, weights.as_slice()),
+            column: 0,
+        };
+        match run_parts(&self.pool, &Scratch::default(), &[part], x, y, n).remove(0) {
+            None => Ok(()),
+            Some(failure) => Err(failure.to_string()),
+        }
+    }
+}
+
+const SCALE: f32 = 0.021;
+
+/// Some of the outputs that the reference has for a shape.
+struct Sample(Vec<(usize, f32)>);
+
+impl Sample {
+    fn new(weights: &[u8], n: usize, k: usize, x: &Activations, random: &mut Random) -> Self {
+        let row = canonical::row_bytes(k);
+        let rows: Vec<usize> =
+            (0..n.min(24)).map(|i| if i < 2 { i * (n - 1) } else { random.next() as usize % n }).collect();
+        let mut sample = Vec::new();
+        for m in [0, x.m() / 2, x.m() - 1] {
+            for &r in &rows {
+                let sum = reference::dot(&weights[r * row..][..row], &x.q()[m * x.stride()..][..k]);
+                sample.push((m * n + r, sum as f32 * (SCALE * x.scale()[m])));
+            }
+        }
+        Self(sample)
+    }
+
+    fn compare(&self, y: &[f32]) -> Result<(), String> {
+        match self.0.iter().find(|(i, want)| y[*i].to_bits() != want.to_bits()) {
+            None => Ok(()),
+            Some((i, want)) => Err(format!("y[{i}] = {:e}, the reference has {want:e}", y[*i])),
+        }
+    }
+}
+
+fn median(times: &[u64]) -> Option<u64> {
+    let mut sorted = times.to_vec();
+    sorted.sort_unstable();
+    sorted.get(sorted.len() / 2).copied()
+}
+
+fn unmeasured(entries: Vec<Arc<Entry>>) -> Vec<Candidate> {
+    entries
+        .into_iter()
+        .map(|entry| Candidate {
+            measurement: Measurement { kernel: identity(&entry), median_ns: None, runs: 0, note: None },
+            entry,
+        })
+        .collect()
+}
+
+/// The entries in the order of their measurements, if every one of them has one.
+fn ranked(entries: &[Arc<Entry>], measurements: &[Measurement]) -> Option<Vec<Candidate>> {
+    let mut candidates = Vec::with_capacity(entries.len());
+    for entry in entries {
+        let identity = identity(entry);
+        let measurement = measurements.iter().find(|m| m.kernel == identity)?.clone();
+        candidates.push(Candidate { entry: entry.clone(), measurement });
+    }
+    // What was not measured comes last, in the order of registration.
+    candidates.sort_by_key(|c| c.measurement.median_ns.unwrap_or(u64::MAX));
+    Some(candidates)
+}

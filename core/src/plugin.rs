@@ -1,0 +1,494 @@
+//! The host's side of the plugin ABI: loads a library, and believes nothing that its descriptor says
+//! before it was checked.
+
+use std::ffi::{CStr, c_char};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bitnet_burn_plugin::abi::{
+    self, ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, EntryFn, Kernel as RawKernel, MAX_WEIGHT_ALIGNMENT,
+    Message, OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, STATUS_OK, Signature, Status, TARGET_CPU,
+};
+use sha2::{Digest, Sha256};
+
+/// Why a plugin was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum PluginError {
+    /// The file can't be read.
+    #[error("plugin {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is no library that this system can load.
+    #[error("plugin {}: not a loadable library: {source}", path.display())]
+    Load {
+        /// The file.
+        path: PathBuf,
+        /// What the loader said.
+        source: libloading::Error,
+    },
+    /// The library does not export the entry point.
+    #[error(
+        "plugin {}: it does not export `{ENTRY_SYMBOL}`, so it is no bitnet-burn plugin \
+         (Rust: `export_plugin!`; C: see bitnet_plugin.h)", path.display()
+    )]
+    NoEntry {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Built for another major version of the ABI.
+    #[error(
+        "plugin {origin}: built for ABI {major}.{minor}, and this host speaks ABI \
+         {ABI_MAJOR}.{ABI_MINOR}; rebuild it against bitnet-burn-plugin {ABI_MAJOR}"
+    )]
+    Version {
+        /// Where it came from.
+        origin: String,
+        /// Its major version.
+        major: u32,
+        /// Its minor version.
+        minor: u32,
+    },
+    /// The descriptor breaks the ABI.
+    #[error("plugin {origin}: its descriptor is invalid: {reason}")]
+    Descriptor {
+        /// Where it came from.
+        origin: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A plugin of the same name is there already.
+    #[error("plugin {origin}: a plugin named `{name}` is registered already (from {other})")]
+    Duplicate {
+        /// Where it came from.
+        origin: String,
+        /// The name.
+        name: String,
+        /// Where the other one came from.
+        other: String,
+    },
+}
+
+/// Where a plugin came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Linked into the program.
+    BuiltIn,
+    /// Loaded from a file.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// SHA-256 of its bytes, in hexadecimal.
+        sha256: String,
+    },
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::BuiltIn => write!(f, "built in"),
+            Self::File { path, .. } => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// A plugin whose descriptor was checked. Its library stays loaded for the rest of the process.
+#[derive(Debug)]
+pub struct Plugin {
+    name: String,
+    version: String,
+    origin: Origin,
+    kernels: Vec<RawKernelRef>,
+}
+
+/// A kernel of a checked descriptor.
+#[derive(Clone, Copy)]
+struct RawKernelRef(&'static RawKernel);
+
+impl std::fmt::Debug for RawKernelRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", text(self.0.name, 63))
+    }
+}
+
+impl Plugin {
+    /// A plugin that is linked into the program.
+    ///
+    /// # Errors
+    /// If the descriptor breaks the ABI.
+    pub fn built_in(descriptor: &'static RawPlugin) -> Result<Self, PluginError> {
+        // SAFETY: a static reference; the pointers in it were made by `plugin!` or are the linking
+        // program's own responsibility, exactly as if it called them itself.
+        unsafe { Self::from_descriptor(descriptor, Origin::BuiltIn) }
+    }
+
+    /// Loads a library and checks its descriptor. **This runs the library's code** (its initialisers
+    /// and its entry point): load only what you would also execute.
+    ///
+    /// # Errors
+    /// If the file is unreadable, no library, no plugin, of another ABI, or its descriptor invalid.
+    pub fn load(path: &Path) -> Result<Self, PluginError> {
+        let bytes =
+            std::fs::read(path).map_err(|source| PluginError::Read { path: path.to_owned(), source })?;
+        let sha256 = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        drop(bytes);
+        // An absolute path keeps the system's library search out of it.
+        let absolute =
+            path.canonicalize().map_err(|source| PluginError::Read { path: path.to_owned(), source })?;
+        // SAFETY: loading runs foreign code; the caller decided to (documented above).
+        let library = unsafe { libloading::Library::new(&absolute) }
+            .map_err(|source| PluginError::Load { path: path.to_owned(), source })?;
+        // SAFETY: the symbol has this type in every plugin (ABI).
+        let entry = unsafe { library.get::<EntryFn>(ENTRY_SYMBOL.as_bytes()) }
+            .map(|symbol| *symbol)
+            .map_err(|_| PluginError::NoEntry { path: path.to_owned() })?;
+        // SAFETY: the entry point takes nothing and returns the descriptor (ABI).
+        let descriptor = unsafe { entry() };
+        // The descriptor lives in the library, and other libraries may have been told about it.
+        std::mem::forget(library);
+        // SAFETY: what the library returned; `from_descriptor` reads it step by step.
+        unsafe { Self::from_descriptor(descriptor, Origin::File { path: absolute, sha256 }) }
+    }
+
+    /// Checks a descriptor.
+    ///
+    /// # Safety
+    /// `descriptor` is null or points to the beginning of a descriptor of any version, which lives as
+    /// long as the process, and whose pointers are null or valid.
+    pub unsafe fn from_descriptor(
+        descriptor: *const RawPlugin,
+        origin: Origin,
+    ) -> Result<Self, PluginError> {
+        let invalid =
+            |reason: String| PluginError::Descriptor { origin: origin.to_string(), reason };
+        if descriptor.is_null() || !descriptor.is_aligned() {
+            return Err(invalid("the entry point returned no descriptor".into()));
+        }
+        // SAFETY: these three fields keep their places in every version.
+        let (size, major, minor) = unsafe {
+            (
+                (&raw const (*descriptor).struct_size).read(),
+                (&raw const (*descriptor).abi_major).read(),
+                (&raw const (*descriptor).abi_minor).read(),
+            )
+        };
+        if major != ABI_MAJOR {
+            return Err(PluginError::Version { origin: origin.to_string(), major, minor });
+        }
+        if size < size_of::<RawPlugin>() as u64 || size > 1 << 16 {
+            return Err(invalid(format!(
+                "struct_size of the plugin is {size}, ABI {ABI_MAJOR}.0 has {}",
+                size_of::<RawPlugin>()
+            )));
+        }
+        // SAFETY: same major version, and at least as long as version 1.0.
+        let raw = unsafe { &*descriptor };
+        let name = name(raw.name, "the plugin's name").map_err(&invalid)?;
+        let version = text(raw.version, 63)
+            .filter(|v| !v.is_empty())
+            .ok_or_else(|| invalid("the plugin has no version".into()))?;
+        if raw.kernels.is_null() || !raw.kernels.is_aligned() || !(1..=256).contains(&raw.kernel_count) {
+            return Err(invalid(format!("it claims {} kernels", raw.kernel_count)));
+        }
+        // SAFETY: the caller's promise: a non-null pointer is valid, here to `kernel_count` pointers.
+        let pointers = unsafe { std::slice::from_raw_parts(raw.kernels, raw.kernel_count as usize) };
+        let mut kernels: Vec<RawKernelRef> = Vec::with_capacity(pointers.len());
+        for (i, &pointer) in pointers.iter().enumerate() {
+            if pointer.is_null() || !pointer.is_aligned() {
+                return Err(invalid(format!("kernel {i} is null")));
+            }
+            // SAFETY: a non-null pointer is valid (the caller's promise).
+            let kernel = unsafe { check_kernel(i, pointer) }.map_err(&invalid)?;
+            if kernels.iter().any(|k| text(k.0.name, 63) == text(kernel.name, 63)) {
+                return Err(invalid(format!("two kernels are named {:?}", text(kernel.name, 63))));
+            }
+            kernels.push(RawKernelRef(kernel));
+        }
+        Ok(Self { name, version, origin, kernels })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its version, as its author counts.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// Where it came from.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// Identifies exactly this build in caches: name, version, and the hash of a file.
+    pub fn identity(&self) -> String {
+        match &self.origin {
+            Origin::BuiltIn => format!("{}@{}", self.name, self.version),
+            Origin::File { sha256, .. } => format!("{}@{}#{}", self.name, self.version, &sha256[..16]),
+        }
+    }
+
+    pub(crate) fn kernels(self: &Arc<Self>) -> Vec<Kernel> {
+        self.kernels
+            .iter()
+            .map(|raw| Kernel {
+                id: format!("{}/{}", self.name, text(raw.0.name, 63).expect("checked")),
+                layout: text(raw.0.layout, 63).map(|layout| format!("{}/{layout}", self.name)),
+                features: text(raw.0.features, 255)
+                    .map(|list| list.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect())
+                    .unwrap_or_default(),
+                plugin: self.clone(),
+                raw: raw.0,
+            })
+            .collect()
+    }
+}
+
+/// # Safety
+/// `pointer` points to the beginning of a kernel of any minor version.
+unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<&'static RawKernel, String> {
+    // SAFETY: the first field of every version.
+    let size = unsafe { (&raw const (*pointer).struct_size).read() };
+    if size < size_of::<RawKernel>() as u64 || size > 1 << 16 {
+        return Err(format!(
+            "struct_size of kernel {i} is {size}, ABI {ABI_MAJOR}.0 has {}",
+            size_of::<RawKernel>()
+        ));
+    }
+    // SAFETY: at least as long as version 1.0.
+    let kernel = unsafe { &*pointer };
+    let name = name(kernel.name, &format!("the name of kernel {i}"))?;
+    if !kernel.layout.is_null() {
+        self::name(kernel.layout, &format!("the layout of kernel `{name}`"))?;
+        if kernel.packed_size.is_none() || kernel.pack.is_none() || kernel.unpack.is_none() {
+            return Err(format!("kernel `{name}` has a private layout but not packed_size, pack and unpack"));
+        }
+    }
+    if !kernel.features.is_null() && text(kernel.features, 255).is_none() {
+        return Err(format!("the CPU features of kernel `{name}` are no text of at most 255 bytes"));
+    }
+    if kernel.operation != OPERATION_TERNARY_MATMUL || kernel.target != TARGET_CPU {
+        return Err(format!(
+            "kernel `{name}` has operation {} and target {}; ABI {ABI_MAJOR}.{ABI_MINOR} knows operation \
+             {OPERATION_TERNARY_MATMUL} (ternary matmul) and target {TARGET_CPU} (CPU)",
+            kernel.operation, kernel.target
+        ));
+    }
+    if !kernel.weight_alignment.is_power_of_two() || kernel.weight_alignment > MAX_WEIGHT_ALIGNMENT {
+        return Err(format!(
+            "kernel `{name}` asks for weights aligned to {}; it must be a power of two up to \
+             {MAX_WEIGHT_ALIGNMENT}",
+            kernel.weight_alignment
+        ));
+    }
+    if !(1..=4096).contains(&kernel.row_granule) {
+        return Err(format!("kernel `{name}` has a row granule of {}; 1 to 4096 are possible", kernel.row_granule));
+    }
+    if kernel.supports.is_none() || kernel.run.is_none() {
+        return Err(format!("kernel `{name}` lacks `supports` or `run`"));
+    }
+    if kernel.workspace_size.is_none() && kernel.prepare.is_some() {
+        return Err(format!("kernel `{name}` prepares a workspace but has no workspace_size"));
+    }
+    Ok(kernel)
+}
+
+/// Text of at most `limit` bytes behind a pointer that is null or NUL-terminated.
+fn text(pointer: *const c_char, limit: usize) -> Option<String> {
+    if pointer.is_null() {
+        return None;
+    }
+    let mut length = 0;
+    // SAFETY: a descriptor's string is NUL-terminated (ABI); no byte behind the NUL is read, and at
+    // most `limit` + 1 bytes are.
+    while unsafe { *pointer.add(length) } != 0 {
+        length += 1;
+        if length > limit {
+            return None;
+        }
+    }
+    // SAFETY: the loop above found `length` bytes before the NUL.
+    let bytes = unsafe { std::slice::from_raw_parts(pointer.cast::<u8>(), length) };
+    std::str::from_utf8(bytes).ok().map(str::to_owned)
+}
+
+fn name(pointer: *const c_char, what: &str) -> Result<String, String> {
+    text(pointer, 63)
+        .filter(|name| {
+            !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        })
+        .ok_or_else(|| format!("{what} is not 1 to 63 of A-Z, a-z, 0-9, '.', '_', '-'"))
+}
+
+/// A kernel of a checked plugin, callable without `unsafe`.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    id: String,
+    layout: Option<String>,
+    features: Vec<String>,
+    plugin: Arc<Plugin>,
+    raw: &'static RawKernel,
+}
+
+/// A status other than OK, with the kernel's message.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("status {status} ({}){}", status_name(*.status), if message.is_empty() { String::new() } else { format!(": {message}") })]
+pub struct KernelFailure {
+    /// `STATUS_*`.
+    pub status: Status,
+    /// The kernel's words, or the host's.
+    pub message: String,
+}
+
+fn status_name(status: Status) -> &'static str {
+    match status {
+        abi::STATUS_UNSUPPORTED => "unsupported",
+        abi::STATUS_INVALID_ARGUMENT => "invalid argument",
+        abi::STATUS_FAILED => "failed",
+        abi::STATUS_PANICKED => "panicked",
+        _ => "unknown",
+    }
+}
+
+/// Calls `f` with a message buffer and turns its status into a result.
+fn call(f: impl FnOnce(*const Message) -> Status) -> Result<(), KernelFailure> {
+    let mut buffer = [0 as c_char; 256];
+    let message = Message {
+        struct_size: size_of::<Message>() as u64,
+        text: buffer.as_mut_ptr(),
+        capacity: buffer.len() as u64,
+    };
+    let status = f(&raw const message);
+    if status == STATUS_OK {
+        return Ok(());
+    }
+    buffer[buffer.len() - 1] = 0;
+    // SAFETY: the last byte is NUL.
+    let message = unsafe { CStr::from_ptr(buffer.as_ptr()) }.to_string_lossy().into_owned();
+    Err(KernelFailure { status, message })
+}
+
+impl Kernel {
+    /// `plugin/kernel`.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The descriptor; its address identifies the kernel.
+    pub(crate) fn raw(&self) -> &'static RawKernel {
+        self.raw
+    }
+
+    /// `plugin/layout` of its private packing; `None` for the canonical layout.
+    pub fn layout(&self) -> Option<&str> {
+        self.layout.as_deref()
+    }
+
+    /// CPU features that it needs.
+    pub fn features(&self) -> &[String] {
+        &self.features
+    }
+
+    /// The plugin that brought it.
+    pub fn plugin(&self) -> &Plugin {
+        &self.plugin
+    }
+
+    /// Ranges of output features begin at multiples of this.
+    pub fn row_granule(&self) -> usize {
+        self.raw.row_granule as usize
+    }
+
+    /// Alignment of its weights in bytes.
+    pub fn weight_alignment(&self) -> usize {
+        match self.layout {
+            Some(_) => self.raw.weight_alignment as usize,
+            None => abi::CANONICAL_ALIGNMENT,
+        }
+    }
+
+    /// Whether it claims this.
+    pub fn supports(&self, signature: &Signature) -> bool {
+        let supports = self.raw.supports.expect("checked");
+        // SAFETY: a filled signature (ABI).
+        unsafe { supports(signature) == 1 }
+    }
+
+    /// Bytes of its packing of an [n, k] matrix, of the canonical layout if it has none of its own;
+    /// `None` if it can't pack it.
+    pub fn weight_bytes(&self, n: usize, k: usize) -> Option<usize> {
+        match self.raw.packed_size {
+            None => bitnet_burn_plugin::canonical::matrix_bytes(n, k),
+            // SAFETY: takes two numbers (ABI).
+            Some(packed_size) => match unsafe { packed_size(n as u64, k as u64) } {
+                0 => None,
+                // More than 16 bits a weight, plus padding, is no packing but a mistake.
+                size if size > (n as u64 + 4096) * (k as u64 + 4096) * 2 => None,
+                size => usize::try_from(size).ok(),
+            },
+        }
+    }
+
+    /// Packs rows `rows` of a canonical matrix. Concurrent calls take disjoint ranges that begin at
+    /// multiples of [`row_granule`](Self::row_granule).
+    ///
+    /// # Safety
+    /// `packed` has [`weight_bytes`](Self::weight_bytes) writable bytes, aligned as the kernel asks,
+    /// and no other access overlaps these rows' part of them.
+    pub(crate) unsafe fn pack(
+        &self,
+        canonical: &abi::Weights,
+        packed: *mut u8,
+        rows: std::ops::Range<usize>,
+    ) -> Result<(), KernelFailure> {
+        let pack = self.raw.pack.expect("checked with the layout");
+        // SAFETY: the caller's promise, and filled weights.
+        call(|message| unsafe { pack(canonical, packed, rows.start as u64, rows.end as u64, message) })
+    }
+
+    /// Unpacks all rows to the canonical layout.
+    ///
+    /// # Safety
+    /// `packed` is filled, and `canonical` has room for the whole matrix.
+    pub(crate) unsafe fn unpack(&self, packed: &abi::Weights, canonical: *mut u8) -> Result<(), KernelFailure> {
+        let unpack = self.raw.unpack.expect("checked with the layout");
+        // SAFETY: the caller's promise.
+        call(|message| unsafe { unpack(packed, canonical, 0, packed.n, message) })
+    }
+
+    pub(crate) fn workspace_size(&self, signature: &Signature) -> usize {
+        // SAFETY: a filled signature (ABI).
+        self.raw.workspace_size.map_or(0, |size| unsafe { size(signature) } as usize)
+    }
+
+    /// # Safety
+    /// Filled activations, and a workspace of [`workspace_size`](Self::workspace_size) bytes.
+    pub(crate) unsafe fn prepare(&self, x: &abi::Activations, workspace: *mut u8) -> Result<(), KernelFailure> {
+        match self.raw.prepare {
+            None => Ok(()),
+            // SAFETY: the caller's promise.
+            Some(prepare) => call(|message| unsafe { prepare(x, workspace, message) }),
+        }
+    }
+
+    /// # Safety
+    /// Filled structs whose buffers are as the ABI says, a workspace that `prepare` filled, and a
+    /// tile of the output that nobody else accesses.
+    pub(crate) unsafe fn run(
+        &self,
+        weights: &abi::Weights,
+        x: &abi::Activations,
+        workspace: *const u8,
+        y: &abi::Output,
+        tile: &abi::Tile,
+    ) -> Result<(), KernelFailure> {
+        let run = self.raw.run.expect("checked");
+        // SAFETY: the caller's promise.
+        call(|message| unsafe { run(weights, x, workspace, y, tile, message) })
+    }
+}

@@ -1,0 +1,640 @@
+//! A model's files as the model sees them: a configuration, and tensors by the part that they play.
+//!
+//! [`Checkpoint::open`] takes a GGUF file or a Hugging Face directory. What differs between them (names,
+//! packings, the direction of a scale, masters or codes) is translated below this interface, and nothing
+//! above it knows about it: a projection is always a [`TernaryTensor`] in the canonical layout.
+//!
+//! Files are memory-mapped. **Changing or truncating a file while a checkpoint, or a tensor taken from
+//! one, is alive is undefined behaviour**: replace files by renaming a new one over the old name (which
+//! is what [`GgufWriter`](crate::gguf::GgufWriter) does).
+//!
+//! Files are not trusted. Every count, length and offset is checked against the size of the file before it
+//! is used or allocates anything, and whatever is wrong becomes a [`LoadError`] that names the file, the
+//! tensor or key, what was found and what would work.
+//!
+//! ```no_run
+//! use bitnet_burn::checkpoint::{Checkpoint, OpenOptions, Projection};
+//!
+//! let checkpoint = Checkpoint::open("model.gguf".as_ref(), &OpenOptions::default())?;
+//! println!("{} layers", checkpoint.config().n_layers);
+//! let q = checkpoint.projection(0, Projection::Q)?;
+//! println!("{}: [{}, {}], scale {}, stored as {}", q.name, q.n, q.k, q.scale, q.stored_as);
+//! # Ok::<(), bitnet_burn::checkpoint::LoadError>(())
+//! ```
+
+use crate::config::{Activation, ConfigError, ModelConfig};
+use crate::gguf::model::GgufModel;
+use crate::hf::HfModel;
+use bitnet_burn_core::formats::dense::DenseFormat;
+use bytes::Bytes;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Whatever can be wrong with a model's files.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The operating system refused.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What was attempted.
+        action: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The path leads to nothing that can be opened as a model.
+    #[error("{}: {problem}; a model is a GGUF file, or a directory with config.json and model.safetensors", path.display())]
+    NoModel {
+        /// The path.
+        path: PathBuf,
+        /// What is there instead.
+        problem: String,
+    },
+    /// The file is not GGUF.
+    #[error("{}: not a GGUF file: it begins with {found}, not with \"GGUF\"", path.display())]
+    WrongMagic {
+        /// The file.
+        path: PathBuf,
+        /// The first bytes, printable, with a guess at what they are.
+        found: String,
+    },
+    /// The file was written for big-endian machines.
+    #[error(
+        "{}: a big-endian GGUF file (version {version}, byte-swapped); only little-endian files are supported: \
+         convert it with gguf-py's gguf_convert_endian", path.display()
+    )]
+    BigEndian {
+        /// The file.
+        path: PathBuf,
+        /// Its version, in the right byte order.
+        version: u32,
+    },
+    /// A version of GGUF that is not read.
+    #[error("{}: GGUF version {version}; versions 2 and 3 are supported", path.display())]
+    GgufVersion {
+        /// The file.
+        path: PathBuf,
+        /// The version found.
+        version: u32,
+    },
+    /// The file ends too early, or a length in it is wrong.
+    #[error(
+        "{}: {what} needs {needed} bytes at offset {at}, but the file has {size}: truncated or corrupt; \
+         download it again", path.display()
+    )]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        what: String,
+        /// Where it begins.
+        at: u64,
+        /// How many bytes it needs.
+        needed: u64,
+        /// Size of the file.
+        size: u64,
+    },
+    /// A count or length that no model needs.
+    #[error("{}: {what} is {found}; at most {limit} is supported", path.display())]
+    Limit {
+        /// The file.
+        path: PathBuf,
+        /// The count or length.
+        what: String,
+        /// Its value.
+        found: u64,
+        /// The largest value accepted.
+        limit: u64,
+    },
+    /// Text that is not UTF-8.
+    #[error("{}: {what} at offset {at} is not valid UTF-8", path.display())]
+    InvalidUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// The text.
+        what: String,
+        /// Where it is.
+        at: u64,
+    },
+    /// A metadata key or a tensor occurs twice.
+    #[error("{}: {what} `{name}` occurs twice", path.display())]
+    Duplicate {
+        /// The file.
+        path: PathBuf,
+        /// `key` or `tensor`.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// A metadata value whose encoding is unknown or invalid.
+    #[error("{}: the value of key `{key}` {problem}", path.display())]
+    InvalidValue {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A metadata key that must be there is not.
+    #[error("{}: key `{key}` is missing{help}", path.display())]
+    MissingKey {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What it is for, or where else it was looked for; begins with punctuation, or is empty.
+        help: String,
+    },
+    /// A metadata key has a value of another type or out of range.
+    #[error("{}: key `{key}` is {found}; expected {expected}", path.display())]
+    WrongValue {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What it is.
+        found: String,
+        /// What it should be.
+        expected: String,
+    },
+    /// A field of the configuration that no model can have.
+    #[error("{}: the configuration is impossible: {source}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The field.
+        source: ConfigError,
+    },
+    /// An architecture that this program does not implement.
+    #[error("{}: architecture `{found}` is not supported; supported: {supported}", path.display())]
+    Architecture {
+        /// The file.
+        path: PathBuf,
+        /// The architecture found.
+        found: String,
+        /// Those that are implemented.
+        supported: &'static str,
+    },
+    /// The feed-forward activation is unknown or can't be told.
+    #[error("{}: {problem}", path.display())]
+    UnknownActivation {
+        /// The file.
+        path: PathBuf,
+        /// What was found, and how to choose.
+        problem: String,
+    },
+    /// A feature of the model that this program does not implement.
+    #[error("{}: {what} is {found}, which is not supported; supported: {supported}", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// The feature: a key of the file's configuration.
+        what: String,
+        /// Its value.
+        found: String,
+        /// The values that are implemented.
+        supported: String,
+    },
+    /// How the weights were quantised is not stated, or not supported.
+    #[error("{}: {problem}", path.display())]
+    Quantization {
+        /// The file.
+        path: PathBuf,
+        /// What was found, and what would work.
+        problem: String,
+    },
+    /// A JSON file that is not what it should be.
+    #[error("{}: {problem}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with line and column where the parser knows them.
+        problem: String,
+    },
+    /// A safetensors header that the format forbids.
+    #[error("{}: not a valid safetensors file: {problem}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// An index names a file outside the model's directory.
+    #[error("{}: the index names the shard {shard:?}; a shard must be a plain file name in the same directory", path.display())]
+    ShardEscapes {
+        /// The index.
+        path: PathBuf,
+        /// The name in it.
+        shard: String,
+    },
+    /// A tensor whose type is unknown: not even its size can be told.
+    #[error("{}: tensor `{tensor}` has type {found}; supported: {supported}", path.display())]
+    UnknownTensorType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its type, as name and number.
+        found: String,
+        /// The types that can be read.
+        supported: String,
+    },
+    /// A known type that cannot play this part.
+    #[error("{}: tensor `{tensor}` is {found}; {role} must be one of {supported}", path.display())]
+    UnsupportedTensorType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its type.
+        found: String,
+        /// The part that it plays.
+        role: &'static str,
+        /// The types that can.
+        supported: String,
+    },
+    /// Dimensions that the format or the tensor's type forbids.
+    #[error("{}: tensor `{tensor}` with dimensions {dims:?}: {problem}", path.display())]
+    InvalidShape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its dimensions as the file lists them.
+        dims: Vec<u64>,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Dimensions that don't fit the configuration.
+    #[error("{}: tensor `{tensor}` is {found:?} (rows first); the configuration asks for {expected:?}", path.display())]
+    WrongShape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its shape, rows first.
+        found: Vec<u64>,
+        /// The shape that it should have.
+        expected: Vec<u64>,
+    },
+    /// A tensor whose data does not begin on the file's alignment.
+    #[error("{}: tensor `{tensor}` at offset {offset} is not aligned to {alignment} bytes", path.display())]
+    Misaligned {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its offset within the data section.
+        offset: u64,
+        /// `general.alignment`.
+        alignment: u64,
+    },
+    /// A tensor whose data lies outside the file.
+    #[error(
+        "{}: tensor `{tensor}` needs {bytes} bytes at offset {offset} of a data section of {available}: \
+         truncated or corrupt; download it again", path.display()
+    )]
+    OutOfBounds {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its offset within the data section.
+        offset: u64,
+        /// Its size.
+        bytes: u64,
+        /// Size of the data section.
+        available: u64,
+    },
+    /// Two tensors share bytes.
+    #[error(
+        "{}: tensors `{first}` (ends at {first_end}) and `{second}` (begins at {second_start}) overlap", path.display()
+    )]
+    Overlap {
+        /// The file.
+        path: PathBuf,
+        /// The tensor that begins first.
+        first: String,
+        /// Where it ends.
+        first_end: u64,
+        /// The other one.
+        second: String,
+        /// Where that begins.
+        second_start: u64,
+    },
+    /// A tensor that the model needs is not there.
+    #[error("{}: tensor `{tensor}` is missing{help}", path.display())]
+    MissingTensor {
+        /// The file or directory.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What it is for; begins with punctuation, or is empty.
+        help: String,
+    },
+    /// A tensor that changes the result and that this program would ignore.
+    #[error("{}: tensor `{tensor}` is not supported: {problem}", path.display())]
+    UnsupportedTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Why it can't be ignored.
+        problem: String,
+    },
+    /// A projection whose values are not ternary.
+    #[error(
+        "{}: tensor `{tensor}` ({stored_as}) is not ternary: {problem}; a projection must be exactly {{-s, 0, s}} \
+         with one s for the whole tensor", path.display()
+    )]
+    NotTernary {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The type it is stored in.
+        stored_as: &'static str,
+        /// The value, and where it is.
+        problem: String,
+    },
+    /// A scale that is not a usable number.
+    #[error("{}: the scale of tensor `{tensor}` is {value}; it must be finite{help}", path.display())]
+    InvalidScale {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The scale.
+        value: f32,
+        /// A further condition, beginning with a space, or empty.
+        help: &'static str,
+    },
+    /// A weight that is not a number.
+    #[error("{}: tensor `{tensor}` holds {value} at row {row}, column {column}", path.display())]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Row of the first such value.
+        row: usize,
+        /// Its column.
+        column: usize,
+        /// The value.
+        value: f32,
+    },
+    /// A layer that the model does not have was asked for.
+    #[error("{}: layer {layer} was asked for; the model has {n_layers}", path.display())]
+    NoSuchLayer {
+        /// The file.
+        path: PathBuf,
+        /// The layer, from zero.
+        layer: usize,
+        /// Number of layers.
+        n_layers: usize,
+    },
+}
+
+/// The seven ternary matrices of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Projection {
+    /// Queries, [n_heads * head_dim, hidden].
+    Q,
+    /// Keys, [n_kv_heads * head_dim, hidden].
+    K,
+    /// Values, [n_kv_heads * head_dim, hidden].
+    V,
+    /// Attention output, [hidden, n_heads * head_dim].
+    O,
+    /// Feed-forward gate, [intermediate, hidden].
+    Gate,
+    /// Feed-forward up, [intermediate, hidden].
+    Up,
+    /// Feed-forward down, [hidden, intermediate].
+    Down,
+}
+
+impl Projection {
+    /// All seven, in the order in which a layer uses them.
+    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// (N, K): output and input features.
+    pub fn shape(self, config: &ModelConfig) -> (usize, usize) {
+        match self {
+            Self::Q => (config.q_size(), config.hidden_size),
+            Self::K | Self::V => (config.kv_size(), config.hidden_size),
+            Self::O => (config.hidden_size, config.q_size()),
+            Self::Gate | Self::Up => (config.intermediate_size, config.hidden_size),
+            Self::Down => (config.hidden_size, config.intermediate_size),
+        }
+    }
+}
+
+/// The RMSNorm weights; numbers are layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Norm {
+    /// Before q, k and v: [hidden].
+    Attention(usize),
+    /// Between attention and its output projection: [n_heads * head_dim]. Only with `sub_norms`.
+    AttentionSub(usize),
+    /// Before gate and up: [hidden].
+    FeedForward(usize),
+    /// Before the down projection: [intermediate]. Only with `sub_norms`.
+    FeedForwardSub(usize),
+    /// Before the output head: [hidden].
+    Output,
+}
+
+impl Norm {
+    /// Number of weights.
+    pub fn len(self, config: &ModelConfig) -> usize {
+        match self {
+            Self::Attention(_) | Self::FeedForward(_) | Self::Output => config.hidden_size,
+            Self::AttentionSub(_) => config.q_size(),
+            Self::FeedForwardSub(_) => config.intermediate_size,
+        }
+    }
+
+    /// The layer, or `None` for the last norm.
+    pub fn layer(self) -> Option<usize> {
+        match self {
+            Self::Attention(l) | Self::AttentionSub(l) | Self::FeedForward(l) | Self::FeedForwardSub(l) => Some(l),
+            Self::Output => None,
+        }
+    }
+
+    /// The norms of a layer, in the order in which they are used.
+    pub fn of_layer(layer: usize, sub_norms: bool) -> impl Iterator<Item = Self> {
+        let all = [
+            (true, Self::Attention(layer)),
+            (sub_norms, Self::AttentionSub(layer)),
+            (true, Self::FeedForward(layer)),
+            (sub_norms, Self::FeedForwardSub(layer)),
+        ];
+        all.into_iter().filter_map(|(present, norm)| present.then_some(norm))
+    }
+}
+
+/// A ternary matrix, W = scale * codes.
+#[derive(Clone)]
+pub struct TernaryTensor {
+    /// The tensor's name in the file.
+    pub name: String,
+    /// Output features: rows.
+    pub n: usize,
+    /// Input features: columns.
+    pub k: usize,
+    /// One scale for the whole tensor, finite. Includes a separate scale tensor where the file has one.
+    pub scale: f32,
+    /// Rows in the canonical layout (I2_S padded to whole blocks), `n * k.div_ceil(128) * 32` bytes,
+    /// aligned to 32: a view of the memory map where the file holds just that, else a buffer of its own.
+    ///
+    /// Codes read from a GGUF I2_S tensor are not scanned for the invalid code 3 when they are opened (that
+    /// would read the whole file); [`Checkpoint::check`] does.
+    pub codes: Bytes,
+    /// How the file holds it: `I2_S`, `TQ2_0`, `BF16 master (absmean)` ...
+    pub stored_as: &'static str,
+}
+
+impl fmt::Debug for TernaryTensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, n, k, scale, codes, stored_as } = self;
+        write!(f, "TernaryTensor({name:?}, [{n}, {k}], scale {scale:e}, {stored_as}, {} bytes)", codes.len())
+    }
+}
+
+/// A matrix in one of the dense formats: the embedding or the output head.
+#[derive(Clone)]
+pub struct DenseTensor {
+    /// The tensor's name in the file.
+    pub name: String,
+    /// Rows.
+    pub n: usize,
+    /// Columns: the contiguous dimension.
+    pub k: usize,
+    /// How a row is encoded.
+    pub format: DenseFormat,
+    /// `n` rows: a view of the memory map, aligned as the file has it.
+    pub data: Bytes,
+}
+
+impl fmt::Debug for DenseTensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, n, k, format, data } = self;
+        write!(f, "DenseTensor({name:?}, [{n}, {k}], {format:?}, {} bytes)", data.len())
+    }
+}
+
+/// What the caller knows better than the file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// The feed-forward activation, for files that don't state it (`--hidden-act`). Wins over the file,
+    /// with a warning where the two differ.
+    pub hidden_act: Option<Activation>,
+    /// The pre-tokenizer of a GGUF vocabulary, for files without `tokenizer.ggml.pre` (`--pre`). Handed on
+    /// in [`GgufTokenizer::pre`].
+    pub pre: Option<String>,
+}
+
+/// Where the tokenizer is; reading it is the tokenizer's business.
+#[derive(Clone, Debug)]
+pub enum TokenizerSource {
+    /// Inside the GGUF file.
+    Gguf(Box<GgufTokenizer>),
+    /// `tokenizer.json` and its companions in this directory.
+    Hf {
+        /// The model's directory.
+        dir: PathBuf,
+    },
+}
+
+/// The `tokenizer.*` keys of a GGUF file as they stand there; an absent key is `None` or empty.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GgufTokenizer {
+    /// The file, for messages.
+    pub path: PathBuf,
+    /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE), `llama` (SentencePiece) ...
+    pub model: Option<String>,
+    /// The pre-tokenizer: [`OpenOptions::pre`], else `tokenizer.ggml.pre`.
+    pub pre: Option<String>,
+    /// Token texts by id.
+    pub tokens: Vec<String>,
+    /// Scores by id (SentencePiece); as long as `tokens`, or empty.
+    pub scores: Vec<f32>,
+    /// Token types by id: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte; as long as
+    /// `tokens`, or empty.
+    pub token_types: Vec<i32>,
+    /// BPE merges in order of rank, the two parts separated by a space.
+    pub merges: Vec<String>,
+    /// `bos_token_id`.
+    pub bos: Option<u32>,
+    /// `eos_token_id`.
+    pub eos: Option<u32>,
+    /// `eot_token_id`.
+    pub eot: Option<u32>,
+    /// `unknown_token_id`.
+    pub unk: Option<u32>,
+    /// `padding_token_id`.
+    pub pad: Option<u32>,
+    /// `seperator_token_id` (spelt so in the format).
+    pub sep: Option<u32>,
+    /// `add_bos_token`.
+    pub add_bos: Option<bool>,
+    /// `add_eos_token`.
+    pub add_eos: Option<bool>,
+    /// `add_space_prefix`.
+    pub add_space_prefix: Option<bool>,
+    /// `remove_extra_whitespaces`.
+    pub remove_extra_whitespaces: Option<bool>,
+    /// `tokenizer.chat_template`: Jinja.
+    pub chat_template: Option<String>,
+}
+
+/// A tensor of the file, for display.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its name.
+    pub name: String,
+    /// Its type's name.
+    pub type_name: String,
+    /// Its shape, rows first (a GGUF file lists the columns first).
+    pub shape: Vec<u64>,
+    /// Its size in the file.
+    pub bytes: u64,
+}
+
+/// What [`Checkpoint::check`] went through; getting one means that nothing was wrong.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// Tensors decoded.
+    pub tensors: usize,
+    /// Ternary weights, all of them -1, 0 or 1.
+    pub ternary_weights: u64,
+    /// Those that are zero.
+    pub zero_weights: u64,
+    /// Values of norms, embedding and head, all of them finite.
+    pub dense_values: u64,
+    /// Bytes of all tensors in the file.
+    pub bytes: u64,
+}
+
+/// What a kind of file must answer. Names and rules are the implementation's.
+pub(crate) trait Source: Send + Sync {
+    fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError>;
+    fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError>;
+    fn embedding(&self) -> Result<DenseTensor, LoadError>;
+    fn output(&self) -> Result<Option<DenseTensor>, LoadError>;
+    fn tokenizer_source(&self) -> TokenizerSource;
+    fn tensors(&self) -> Vec<TensorInfo>;
+    fn metadata(&self) -> Vec<(String, String)>;
+}
+
+/// A model's files, opened and checked against the model's shape.
+pub struct Checkpoint {
+    path: PathBuf,
+    config: ModelConfig,
+    warnings: Vec<String>,
+    source: Box<dyn Source>,
+}

@@ -1,0 +1,299 @@
+//! The matmul loops over the two weight layouts, written once; an instruction set brings the inner
+//! products of one block ([`TileMicro`], [`RowMicro`]).
+//!
+//! Everything here is `#[inline(always)]`: it is compiled into the caller, the one function per
+//! instruction set that carries `#[target_feature]`, and so with that function's instructions.
+
+use std::array::from_fn;
+
+use bitnet_burn_plugin::abi::{ACTIVATION_ALIGNMENT, OPERATION_TERNARY_MATMUL, Signature};
+use bitnet_burn_plugin::canonical;
+use bitnet_burn_plugin::sdk::{ActivationsRef, KernelError, KernelResult, OutputTile, WeightsRef};
+
+use crate::tile::{self, BLOCK_ROWS};
+
+/// Activation bytes that are used again for every weight block: most of a second-level cache of 1 MiB or
+/// half of it, with room for the weights that stream by.
+const ACTIVATION_BYTES: usize = 480 * 1024;
+
+/// Weights of a row up to which the ABI's i32 sums can't overflow.
+pub(crate) const MAX_K: u64 = 1 << 23;
+
+/// Whether the signature is a ternary matmul with at most `max_k` weights a row.
+pub(crate) fn supports(signature: &Signature, max_k: u64) -> bool {
+    signature.operation == OPERATION_TERNARY_MATMUL && (1..=max_k).contains(&signature.k)
+}
+
+/// Products of one `t2x32` block with activation rows. All sums are of the *codes*: sum(c * x).
+///
+/// # Safety
+/// For both functions: the CPU has the implementation's features; `w` points to `steps` steps of
+/// [`tile::STEP_BYTES`] bytes; each `x` points to [`tile::STEP`]` * steps` activations; all readable.
+pub(crate) trait TileMicro {
+    /// Activation rows that one call of [`gemm`](Self::gemm) takes at most; at most 8.
+    const MR: usize;
+
+    /// Sums of the 32 rows with one activation row.
+    #[allow(clippy::missing_safety_doc, reason = "on the trait")]
+    unsafe fn gemv(w: *const u8, steps: usize, x: *const i8) -> [i32; BLOCK_ROWS];
+
+    /// Sums of the 32 rows with `M` activation rows.
+    #[allow(clippy::missing_safety_doc, reason = "on the trait")]
+    #[inline(always)]
+    unsafe fn gemm<const M: usize>(w: *const u8, steps: usize, x: [*const i8; M]) -> [[i32; BLOCK_ROWS]; M] {
+        // SAFETY: the caller's promise, row by row.
+        x.map(|x| unsafe { Self::gemv(w, steps, x) })
+    }
+}
+
+/// Products of one canonical row with activation rows. All sums are of the *codes*: sum(c * x).
+///
+/// # Safety
+/// For both functions: the CPU has the implementation's features; `w` points to a canonical row whose
+/// activations take `stride` bytes (a multiple of 64), that is `stride.div_ceil(128)` blocks; each `x`
+/// points to `stride` activations, or to [`workspace_stride`](Self::workspace_stride) bytes that
+/// [`prepare_row`](Self::prepare_row) filled, where that is not 0; all readable.
+pub(crate) trait RowMicro {
+    /// Activation rows that one call of [`gemm`](Self::gemm) takes at most; at most 8.
+    const MR: usize;
+
+    /// Bytes of workspace for an activation row of `stride` bytes; 0 to read it as it is.
+    fn workspace_stride(_stride: usize) -> usize {
+        0
+    }
+
+    /// Fills a row's workspace from its activations.
+    fn prepare_row(_x: &[i8], _workspace: &mut [u8]) {}
+
+    /// Sum of the row with one activation row.
+    #[allow(clippy::missing_safety_doc, reason = "on the trait")]
+    unsafe fn gemv(w: *const u8, stride: usize, x: *const i8) -> i32;
+
+    /// Sums of the row with `M` activation rows.
+    #[allow(clippy::missing_safety_doc, reason = "on the trait")]
+    #[inline(always)]
+    unsafe fn gemm<const M: usize>(w: *const u8, stride: usize, x: [*const i8; M]) -> [i32; M] {
+        // SAFETY: the caller's promise, row by row.
+        x.map(|x| unsafe { Self::gemv(w, stride, x) })
+    }
+}
+
+/// That activations, weights and output belong together: what every kernel's memory safety rests on.
+fn check(w: &WeightsRef, x: &ActivationsRef, y: &OutputTile) -> KernelResult {
+    let (ns, ms) = (y.rows_n(), y.rows_m());
+    if x.k() != w.k() || x.stride() != x.k().next_multiple_of(ACTIVATION_ALIGNMENT) {
+        return Err(KernelError::invalid(format!(
+            "activations of {} values with stride {} for weights of {}",
+            x.k(),
+            x.stride(),
+            w.k()
+        )));
+    }
+    if ns.end > w.n() || ms.end > x.m() {
+        return Err(KernelError::invalid(format!("a tile {ns:?} x {ms:?} outside {} x {}", w.n(), x.m())));
+    }
+    Ok(())
+}
+
+/// The arguments of a matmul with `t2x32` weights, checked against each other.
+pub(crate) struct TileJob<'a> {
+    w: &'a WeightsRef<'a>,
+    x: &'a ActivationsRef<'a>,
+    y: &'a mut OutputTile,
+}
+
+impl<'a> TileJob<'a> {
+    /// Checks that the buffers have the sizes that the kernels go by.
+    pub(crate) fn new(w: &'a WeightsRef, x: &'a ActivationsRef, y: &'a mut OutputTile) -> Result<Self, KernelError> {
+        check(w, x, y)?;
+        tile::check_range(w, &y.rows_n())?;
+        tile::check_packed(w)?;
+        Ok(Self { w, x, y })
+    }
+
+    /// Computes the tile.
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`.
+    #[inline(always)]
+    pub(crate) unsafe fn run<K: TileMicro>(mut self) {
+        let (ns, ms) = (self.y.rows_n(), self.y.rows_m());
+        for chunk in chunks(ms, rows_in_cache(self.x.stride())) {
+            for n in ns.clone().step_by(BLOCK_ROWS) {
+                let mut m = chunk.start;
+                while m < chunk.end {
+                    let rows = (chunk.end - m).min(K::MR);
+                    // SAFETY: the caller's promise; (m, n) begins a block of the tile and has `rows` rows.
+                    unsafe {
+                        match rows {
+                            1 => self.block::<K, 1>(m, n),
+                            2 => self.block::<K, 2>(m, n),
+                            3 => self.block::<K, 3>(m, n),
+                            4 => self.block::<K, 4>(m, n),
+                            5 => self.block::<K, 5>(m, n),
+                            6 => self.block::<K, 6>(m, n),
+                            7 => self.block::<K, 7>(m, n),
+                            _ => self.block::<K, 8>(m, n),
+                        }
+                    }
+                    m += rows.min(8);
+                }
+            }
+        }
+    }
+
+    /// Computes y[m .. m + M, n .. n + 32], cut off at the tile's end.
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`.
+    #[inline(always)]
+    unsafe fn block<K: TileMicro, const M: usize>(&mut self, m: usize, n: usize) {
+        let (w, x) = (self.w, self.x);
+        let bytes = tile::block_bytes(w.k());
+        let weights = w.data()[n / BLOCK_ROWS * bytes..][..bytes].as_ptr();
+        let rows: [*const i8; M] = from_fn(|i| x.padded_row(m + i).as_ptr());
+        let steps = tile::steps(w.k());
+        // SAFETY: a block has `steps` steps (the slice above), and a padded row is at least 16 * steps
+        // long: its stride is k rounded up to a multiple of 64 (`check`). Features: the caller.
+        let sums = unsafe {
+            if M == 1 { [K::gemv(weights, steps, rows[0]); M] } else { K::gemm::<M>(weights, steps, rows) }
+        };
+        let count = BLOCK_ROWS.min(self.y.rows_n().end - n);
+        for (i, sums) in sums.iter().enumerate() {
+            let (offset, scale) = (x.sum(m + i), w.scale() * x.scale(m + i));
+            let mut values = [0f32; BLOCK_ROWS];
+            for (value, sum) in values.iter_mut().zip(sums) {
+                *value = sum.wrapping_sub(offset) as f32 * scale;
+            }
+            let out = self.y.at(m + i, n);
+            // SAFETY: `at` checked (m + i, n); the elements n .. n + count follow it within the tile,
+            // which belongs to this call alone. The two cases differ in speed only.
+            unsafe {
+                match count {
+                    BLOCK_ROWS => out.copy_from_nonoverlapping(values.as_ptr(), BLOCK_ROWS),
+                    _ => out.copy_from_nonoverlapping(values.as_ptr(), count),
+                }
+            }
+        }
+    }
+}
+
+/// Bytes of workspace of a canonical kernel.
+pub(crate) fn workspace_size<K: RowMicro>(m: usize, k: usize) -> usize {
+    m.saturating_mul(K::workspace_stride(k.next_multiple_of(ACTIVATION_ALIGNMENT)))
+}
+
+/// Fills the workspace of a canonical kernel.
+#[inline(always)]
+pub(crate) fn prepare<K: RowMicro>(x: &ActivationsRef, workspace: &mut [u8]) -> KernelResult {
+    let stride = K::workspace_stride(x.stride());
+    if stride != 0 {
+        if workspace.len() < x.m() * stride {
+            return Err(KernelError::invalid(format!("a workspace of {} bytes is too small", workspace.len())));
+        }
+        for (m, row) in workspace.chunks_exact_mut(stride).enumerate().take(x.m()) {
+            K::prepare_row(x.padded_row(m), row);
+        }
+    }
+    Ok(())
+}
+
+/// The arguments of a matmul with canonical weights, checked against each other.
+pub(crate) struct RowJob<'a> {
+    w: &'a WeightsRef<'a>,
+    x: &'a ActivationsRef<'a>,
+    workspace: &'a [u8],
+    y: &'a mut OutputTile,
+}
+
+impl<'a> RowJob<'a> {
+    /// Checks that the buffers have the sizes that the kernels go by.
+    pub(crate) fn new<K: RowMicro>(
+        w: &'a WeightsRef,
+        x: &'a ActivationsRef,
+        workspace: &'a [u8],
+        y: &'a mut OutputTile,
+    ) -> Result<Self, KernelError> {
+        check(w, x, y)?;
+        if canonical::matrix_bytes(w.n(), w.k()).is_none_or(|bytes| w.data().len() < bytes) {
+            return Err(KernelError::invalid(format!("{} bytes are too few for canonical weights", w.data().len())));
+        }
+        if workspace.len() < workspace_size::<K>(x.m(), x.k()) {
+            return Err(KernelError::invalid(format!("a workspace of {} bytes is too small", workspace.len())));
+        }
+        Ok(Self { w, x, workspace, y })
+    }
+
+    /// Computes the tile.
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`, for which the job was checked.
+    #[inline(always)]
+    pub(crate) unsafe fn run<K: RowMicro>(mut self) {
+        let (ns, ms) = (self.y.rows_n(), self.y.rows_m());
+        for chunk in chunks(ms, rows_in_cache(self.x.stride())) {
+            // One row after the other for all activations of the chunk: several short streams at once
+            // would defeat the hardware's prefetching.
+            for n in ns.clone() {
+                let mut m = chunk.start;
+                while m < chunk.end {
+                    let rows = (chunk.end - m).min(K::MR);
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        match rows {
+                            1 => self.row::<K, 1>(m, n),
+                            2 => self.row::<K, 2>(m, n),
+                            3 => self.row::<K, 3>(m, n),
+                            4 => self.row::<K, 4>(m, n),
+                            5 => self.row::<K, 5>(m, n),
+                            6 => self.row::<K, 6>(m, n),
+                            7 => self.row::<K, 7>(m, n),
+                            _ => self.row::<K, 8>(m, n),
+                        }
+                    }
+                    m += rows.min(8);
+                }
+            }
+        }
+    }
+
+    /// Computes y[m .. m + M, n].
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`, for which the job was checked.
+    #[inline(always)]
+    unsafe fn row<K: RowMicro, const M: usize>(&mut self, m: usize, n: usize) {
+        let (w, x) = (self.w, self.x);
+        let stride = x.stride();
+        let prepared = K::workspace_stride(stride);
+        let weights = w.canonical_row(n).0.as_ptr();
+        let rows: [*const i8; M] = from_fn(|i| match prepared {
+            0 => x.padded_row(m + i).as_ptr(),
+            _ => self.workspace[(m + i) * prepared..][..prepared].as_ptr().cast(),
+        });
+        // SAFETY: a canonical row has k.div_ceil(128) blocks, which is stride.div_ceil(128) since stride
+        // is k rounded up to a multiple of 64 (`check`); the rows have the bytes that the slices above
+        // have, and `prepare` filled the workspace before. Features: the caller.
+        let sums = unsafe {
+            if M == 1 { [K::gemv(weights, stride, rows[0]); M] } else { K::gemm::<M>(weights, stride, rows) }
+        };
+        for (i, sum) in sums.into_iter().enumerate() {
+            self.y.set(m + i, n, sum.wrapping_sub(x.sum(m + i)), w, x);
+        }
+    }
+}
+
+/// Activation rows of `stride` bytes that stay in cache together, a multiple of every micro-kernel's.
+fn rows_in_cache(stride: usize) -> usize {
+    (ACTIVATION_BYTES / stride.max(1)).next_multiple_of(8).max(8)
+}
+
+/// `range` in pieces of `length`.
+#[inline(always)]
+fn chunks(
+    range: std::ops::Range<usize>,
+    length: usize,
+) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let end = range.end;
+    range.step_by(length).map(move |start| start..end.min(start + length))
+}
