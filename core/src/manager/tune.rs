@@ -370,7 +370,7 @@ impl Sample {
         let mut sample = Vec::new();
         for m in [0, x.m() / 2, x.m() - 1] {
             for &r in &rows {
-                let sum = reference::dot(&weights[r * row..][..row], &x.q()[m * x.stride()..][..k]);
+                let sum = reference::row_sum_products(&weights[r * row..][..row], &x.q()[m * x.stride()..][..k]);
                 sample.push((m * n + r, sum as f32 * (SCALE * x.scale()[m])));
             }
         }

@@ -104,7 +104,11 @@ pub(crate) struct TileJob<'a> {
 
 impl<'a> TileJob<'a> {
     /// Checks that the buffers have the sizes that the kernels go by.
-    pub(crate) fn new(w: &'a WeightsRef, x: &'a ActivationsRef, y: &'a mut OutputTile) -> Result<Self, KernelError> {
+    pub(crate) fn new(
+        w: &'a WeightsRef,
+        x: &'a ActivationsRef,
+        y: &'a mut OutputTile,
+    ) -> Result<Self, KernelError> {
         check(w, x, y)?;
         tile::check_range(w, &y.rows_n())?;
         tile::check_packed(w)?;
@@ -189,7 +193,10 @@ pub(crate) fn prepare<K: RowMicro>(x: &ActivationsRef, workspace: &mut [u8]) -> 
     let stride = K::workspace_stride(x.stride());
     if stride != 0 {
         if workspace.len() < x.m() * stride {
-            return Err(KernelError::invalid(format!("a workspace of {} bytes is too small", workspace.len())));
+            return Err(KernelError::invalid(format!(
+                "a workspace of {} bytes is too small",
+                workspace.len()
+            )));
         }
         for (m, row) in workspace.chunks_exact_mut(stride).enumerate().take(x.m()) {
             K::prepare_row(x.padded_row(m), row);
@@ -216,10 +223,16 @@ impl<'a> RowJob<'a> {
     ) -> Result<Self, KernelError> {
         check(w, x, y)?;
         if canonical::matrix_bytes(w.n(), w.k()).is_none_or(|bytes| w.data().len() < bytes) {
-            return Err(KernelError::invalid(format!("{} bytes are too few for canonical weights", w.data().len())));
+            return Err(KernelError::invalid(format!(
+                "{} bytes are too few for canonical weights",
+                w.data().len()
+            )));
         }
         if workspace.len() < workspace_size::<K>(x.m(), x.k()) {
-            return Err(KernelError::invalid(format!("a workspace of {} bytes is too small", workspace.len())));
+            return Err(KernelError::invalid(format!(
+                "a workspace of {} bytes is too small",
+                workspace.len()
+            )));
         }
         Ok(Self { w, x, workspace, y })
     }
@@ -290,10 +303,7 @@ fn rows_in_cache(stride: usize) -> usize {
 
 /// `range` in pieces of `length`.
 #[inline(always)]
-fn chunks(
-    range: std::ops::Range<usize>,
-    length: usize,
-) -> impl Iterator<Item = std::ops::Range<usize>> {
+fn chunks(range: std::ops::Range<usize>, length: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
     let end = range.end;
     range.step_by(length).map(move |start| start..end.min(start + length))
 }

@@ -1,1 +1,613 @@
-//! pub placeholder
+//! Activation quantisation: absmax int8 per row, as BitNet b1.58 has it, alone or fused with RMSNorm.
+//!
+//! For a row x of K values,
+//!
+//! ```text
+//! a = max(max |x|, 1e-5)      q = round_half_even(x * (127 / a))      x ~ q * (a / 127)
+//! ```
+//!
+//! in f32, each operation rounded once. The clamp to [-128, 127] of the definition never acts: |x| <= a,
+//! and rounding the quotient and the product moves 127 by less than 127 * 2^-22, which is far from 127.5.
+//! A row with a NaN or an infinity gets q = 0, scale NaN and sum 0.
+//!
+//! RMSNorm is y = (x * r) * w with r = 1 / sqrt(mean(x^2) + eps). Its sum of squares runs in 16 lanes,
+//! lane l over the elements l, 16 + l, 32 + l, ... in this order with fused multiply-adds, and then over
+//! the lanes as a tree (l with l + 8, l + 4, l + 2, l + 1). So every CPU gets the same bits.
+//!
+//! The loops are written once on arrays of 16 values and compiled once per instruction set.
+
+/// Values in an array that stands for one or more vectors.
+const LANES: usize = 16;
+/// The smallest absmax: a row of zeros has this scale.
+const MIN_ABSMAX: f32 = 1e-5;
+/// 1.5 * 2^23: adding it rounds a value of magnitude up to 2^22 to an integer, half to even, which is then
+/// in the low bits of the sum's representation.
+const ROUND: f32 = 12_582_912.0;
+
+/// Quantises rows of `k` values.
+///
+/// # Arguments
+/// * `x`: rows of `k` values, one behind the other.
+/// * `q`: rows of `stride` int8 values; those behind `k` become 0.
+/// * `scale`: one absmax / 127 per row; their number is the number of rows.
+/// * `sum`: the sum of the row's int8 values.
+///
+/// # Panics
+/// If `stride` is smaller than `k`, or a slice has not the length that goes with the others (`q` may be
+/// longer).
+pub fn quantise_rows(x: &[f32], k: usize, q: &mut [i8], stride: usize, scale: &mut [f32], sum: &mut [i32]) {
+    let rows = Rows::new(x, k, q, stride, scale, sum);
+    #[cfg(target_arch = "x86_64")]
+    match x86_64::level() {
+        // SAFETY: the CPU has the features.
+        x86_64::Level::Avx512 => return unsafe { x86_64::quantise_avx512(rows) },
+        // SAFETY: the CPU has the features.
+        x86_64::Level::Avx2 => return unsafe { x86_64::quantise_avx2(rows) },
+        x86_64::Level::Baseline => {}
+    }
+    rows.quantise();
+}
+
+/// RMSNorm over rows of `k` values, and quantisation of the result.
+///
+/// # Arguments
+/// * `norm_weight`: `k` weights of the norm.
+/// * `eps`: added to the mean square.
+///
+/// The others are those of [`quantise_rows`], and the result is the one of [`rms_norm_rows`] followed by
+/// [`quantise_rows`], without the detour through memory.
+///
+/// # Panics
+/// As [`quantise_rows`], and if `norm_weight` has not `k` elements.
+#[allow(clippy::too_many_arguments, reason = "the arguments of two operations in one")]
+pub fn rms_norm_quantise_rows(
+    x: &[f32],
+    norm_weight: &[f32],
+    eps: f32,
+    k: usize,
+    q: &mut [i8],
+    stride: usize,
+    scale: &mut [f32],
+    sum: &mut [i32],
+) {
+    assert_eq!(norm_weight.len(), k, "norm weights for rows of another length");
+    let rows = Rows::new(x, k, q, stride, scale, sum);
+    #[cfg(target_arch = "x86_64")]
+    match x86_64::level() {
+        // SAFETY: the CPU has the features.
+        x86_64::Level::Avx512 => return unsafe { x86_64::norm_quantise_avx512(rows, norm_weight, eps) },
+        // SAFETY: the CPU has the features.
+        x86_64::Level::Avx2 => return unsafe { x86_64::norm_quantise_avx2(rows, norm_weight, eps) },
+        x86_64::Level::Baseline => {}
+    }
+    rows.norm_quantise::<BASELINE_FMA>(norm_weight, eps);
+}
+
+/// RMSNorm over rows of `k` values: `y` = x / sqrt(mean(x^2) + `eps`) * `norm_weight`.
+///
+/// # Panics
+/// If `x` and `y` differ in length, `k` does not divide it, or `norm_weight` has not `k` elements.
+pub fn rms_norm_rows(x: &[f32], norm_weight: &[f32], eps: f32, k: usize, y: &mut [f32]) {
+    assert_eq!(norm_weight.len(), k, "norm weights for rows of another length");
+    assert_eq!(x.len(), y.len(), "a norm's result has the shape of its argument");
+    assert!(x.len().checked_rem(k).unwrap_or(x.len()) == 0, "{} values are not rows of {k}", x.len());
+    #[cfg(target_arch = "x86_64")]
+    match x86_64::level() {
+        // SAFETY: the CPU has the features.
+        x86_64::Level::Avx512 => return unsafe { x86_64::norm_avx512(x, norm_weight, eps, y) },
+        // SAFETY: the CPU has the features.
+        x86_64::Level::Avx2 => return unsafe { x86_64::norm_avx2(x, norm_weight, eps, y) },
+        x86_64::Level::Baseline => {}
+    }
+    norm::<BASELINE_FMA>(x, norm_weight, eps, y);
+}
+
+/// Whether the target's baseline has a fused multiply-add instruction.
+const BASELINE_FMA: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
+
+/// The instantiations for instruction sets beyond the baseline.
+#[cfg(target_arch = "x86_64")]
+mod x86_64 {
+    use super::Rows;
+
+    /// What the CPU has.
+    #[derive(Clone, Copy)]
+    pub(super) enum Level {
+        /// What every x86-64 CPU has.
+        Baseline,
+        /// AVX2 and FMA.
+        Avx2,
+        /// AVX-512 F, BW and VL.
+        Avx512,
+    }
+
+    pub(super) fn level() -> Level {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl");
+        match (avx2, avx512) {
+            (true, true) => Level::Avx512,
+            (true, false) => Level::Avx2,
+            _ => Level::Baseline,
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
+    pub(super) fn quantise_avx512(rows: Rows) {
+        rows.quantise();
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn quantise_avx2(rows: Rows) {
+        rows.quantise();
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
+    pub(super) fn norm_quantise_avx512(rows: Rows, w: &[f32], eps: f32) {
+        rows.norm_quantise::<true>(w, eps);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn norm_quantise_avx2(rows: Rows, w: &[f32], eps: f32) {
+        rows.norm_quantise::<true>(w, eps);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
+    pub(super) fn norm_avx512(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+        super::norm::<true>(x, w, eps, y);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn norm_avx2(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+        super::norm::<true>(x, w, eps, y);
+    }
+}
+
+/// Checked arguments of a quantisation.
+struct Rows<'a> {
+    x: &'a [f32],
+    k: usize,
+    q: &'a mut [i8],
+    stride: usize,
+    scale: &'a mut [f32],
+    sum: &'a mut [i32],
+}
+
+impl<'a> Rows<'a> {
+    fn new(
+        x: &'a [f32],
+        k: usize,
+        q: &'a mut [i8],
+        stride: usize,
+        scale: &'a mut [f32],
+        sum: &'a mut [i32],
+    ) -> Self {
+        let m = scale.len();
+        assert!(k >= 1 && stride >= k, "rows of {k} values with a stride of {stride}");
+        assert_eq!(Some(x.len()), m.checked_mul(k), "{} values are not {m} rows of {k}", x.len());
+        assert!(m.checked_mul(stride).is_some_and(|n| n <= q.len()), "too few int8 values for {m} rows");
+        assert_eq!(sum.len(), m, "as many sums as scales");
+        Self { x, k, q, stride, scale, sum }
+    }
+
+    #[inline(always)]
+    fn quantise(self) {
+        self.each(|x| Plain(x));
+    }
+
+    #[inline(always)]
+    fn norm_quantise<const FMA: bool>(self, w: &[f32], eps: f32) {
+        self.each(|x| Normed { x, w, r: inverse_rms::<FMA>(x, eps) });
+    }
+
+    #[inline(always)]
+    fn each<'x, S: Source>(self, source: impl Fn(&'x [f32]) -> S)
+    where
+        'a: 'x,
+    {
+        let outputs = self.scale.iter_mut().zip(self.sum);
+        for ((x, q), (scale, sum)) in
+            self.x.chunks_exact(self.k).zip(self.q.chunks_exact_mut(self.stride)).zip(outputs)
+        {
+            (*scale, *sum) = quantise_row(source(x), q);
+        }
+    }
+}
+
+/// A row's values, 16 at a time.
+trait Source {
+    /// Number of values.
+    fn len(&self) -> usize;
+    /// Values 16j .. 16j + 16.
+    fn chunk(&self, j: usize) -> [f32; LANES];
+    /// Value `i`.
+    fn value(&self, i: usize) -> f32;
+
+    /// The values behind the last whole chunk, and zeros.
+    #[inline(always)]
+    fn tail(&self) -> [f32; LANES] {
+        let mut tail = [0.0; LANES];
+        for (l, i) in (self.len() / LANES * LANES..self.len()).enumerate() {
+            tail[l] = self.value(i);
+        }
+        tail
+    }
+}
+
+/// The values as they are.
+struct Plain<'a>(&'a [f32]);
+
+impl Source for Plain<'_> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    #[inline(always)]
+    fn chunk(&self, j: usize) -> [f32; LANES] {
+        self.0.as_chunks().0[j]
+    }
+
+    #[inline(always)]
+    fn value(&self, i: usize) -> f32 {
+        self.0[i]
+    }
+}
+
+/// The values after RMSNorm, computed each time: cheaper than keeping them.
+struct Normed<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    r: f32,
+}
+
+impl Source for Normed<'_> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.x.len()
+    }
+
+    #[inline(always)]
+    fn chunk(&self, j: usize) -> [f32; LANES] {
+        let (x, w): (&[f32; LANES], &[f32; LANES]) = (&self.x.as_chunks().0[j], &self.w.as_chunks().0[j]);
+        let mut y = [0.0; LANES];
+        for l in 0..LANES {
+            y[l] = (x[l] * self.r) * w[l];
+        }
+        y
+    }
+
+    #[inline(always)]
+    fn value(&self, i: usize) -> f32 {
+        (self.x[i] * self.r) * self.w[i]
+    }
+}
+
+/// Quantises one row into `q`, zero behind its end; returns scale and sum.
+#[inline(always)]
+fn quantise_row(x: impl Source, q: &mut [i8]) -> (f32, i32) {
+    // The bits of |x| order as integers, NaN and infinity above everything finite.
+    let magnitude = |v: f32| (v.to_bits() & 0x7fff_ffff) as i32;
+    let chunks = x.len() / LANES;
+    let mut max = [0; LANES];
+    for j in 0..chunks {
+        let v = x.chunk(j);
+        for l in 0..LANES {
+            max[l] = max[l].max(magnitude(v[l]));
+        }
+    }
+    let tail = x.tail();
+    for l in 0..LANES {
+        max[l] = max[l].max(magnitude(tail[l]));
+    }
+    let max = f32::from_bits(max.into_iter().fold(0, i32::max) as u32);
+    if !max.is_finite() {
+        q.fill(0);
+        return (f32::NAN, 0);
+    }
+    let a = max.max(MIN_ABSMAX);
+    let factor = 127.0 / a;
+    // The integer is the difference of two representations, and its low byte that of the sum's.
+    let rounded = |v: f32| (v * factor + ROUND).to_bits();
+    let mut sums = [0u32; LANES];
+    let (out, rest) = q.as_chunks_mut::<LANES>();
+    for j in 0..chunks {
+        let v = x.chunk(j);
+        let mut bits = [0; LANES];
+        for l in 0..LANES {
+            bits[l] = rounded(v[l]);
+            sums[l] = sums[l].wrapping_add(bits[l]);
+        }
+        out[j] = bits.map(|bits| bits as i8);
+    }
+    let counted = (chunks * LANES) as u32;
+    let sum =
+        sums.into_iter().fold(0u32, u32::wrapping_add).wrapping_sub(counted.wrapping_mul(ROUND.to_bits()));
+    let mut sum = sum as i32;
+    let mut last = [0i8; LANES];
+    for l in 0..LANES {
+        last[l] = rounded(tail[l]) as i8;
+        sum += i32::from(last[l]);
+    }
+    // What is left: the tail, and zeros up to the stride.
+    match out.get_mut(chunks) {
+        Some(place) => {
+            *place = last;
+            out[chunks + 1..].as_flattened_mut().fill(0);
+            rest.fill(0);
+        }
+        None => rest.copy_from_slice(&last[..rest.len()]),
+    }
+    (a / 127.0, sum)
+}
+
+/// 1 / sqrt(mean(x^2) + eps).
+#[inline(always)]
+fn inverse_rms<const FMA: bool>(x: &[f32], eps: f32) -> f32 {
+    let mut sums = [0.0; LANES];
+    let source = Plain(x);
+    for j in 0..x.len() / LANES {
+        let v = source.chunk(j);
+        for l in 0..LANES {
+            sums[l] = add_square::<FMA>(v[l], sums[l]);
+        }
+    }
+    if !x.len().is_multiple_of(LANES) {
+        let v = source.tail();
+        for l in 0..LANES {
+            sums[l] = add_square::<FMA>(v[l], sums[l]);
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            sums[l] += sums[l + width];
+        }
+        width /= 2;
+    }
+    1.0 / (sums[0] / x.len() as f32 + eps).sqrt()
+}
+
+/// x * x + sum, rounded once, for sum >= 0.
+#[inline(always)]
+fn add_square<const FMA: bool>(x: f32, sum: f32) -> f32 {
+    if FMA {
+        return x.mul_add(x, sum);
+    }
+    // Without the instruction: the square is exact in f64; the sum is rounded there to odd, that is, if it
+    // is inexact, to the neighbour with an odd last digit. Then the rounding to f32 is as if it were the
+    // only one (S. Boldo, G. Melquiond, Emulation of a FMA and correctly rounded sums, 2008).
+    let (square, sum) = (f64::from(x) * f64::from(x), f64::from(sum));
+    let total = square + sum;
+    // Knuth's TwoSum: the exact error of the addition.
+    let part = total - square;
+    let error = (square - (total - part)) + (sum - part);
+    let bits = total.to_bits();
+    // NaN compares false, so that infinity and NaN stay as they are.
+    let up = u64::from(error > 0.0 && bits & 1 == 0);
+    let down = u64::from(error < 0.0 && bits & 1 == 0);
+    f64::from_bits(bits + up - down) as f32
+}
+
+#[inline(always)]
+fn norm<const FMA: bool>(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+    if w.is_empty() {
+        return;
+    }
+    for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
+        let r = inverse_rms::<FMA>(x, eps);
+        for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+            *y = (x * r) * w;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// xorshift64*, enough for test data.
+    struct Random(u64);
+
+    impl Random {
+        fn next(&mut self) -> u64 {
+            self.0 ^= self.0 >> 12;
+            self.0 ^= self.0 << 25;
+            self.0 ^= self.0 >> 27;
+            self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+        }
+
+        /// In [-1, 1).
+        fn value(&mut self) -> f32 {
+            (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+        }
+    }
+
+    /// The definition, one operation after the other.
+    fn reference(x: &[f32], stride: usize) -> (Vec<i8>, f32, i32) {
+        let mut q = vec![0; stride];
+        if x.iter().any(|v| !v.is_finite()) {
+            return (q, f32::NAN, 0);
+        }
+        let a = x.iter().fold(0f32, |a, v| a.max(v.abs())).max(1e-5);
+        let mut sum = 0;
+        for (q, &x) in q.iter_mut().zip(x) {
+            *q = (x * (127.0 / a)).round_ties_even().clamp(-128.0, 127.0) as i8;
+            sum += i32::from(*q);
+        }
+        (q, a / 127.0, sum)
+    }
+
+    fn norm_reference(x: &[f32], w: &[f32], eps: f32) -> Vec<f32> {
+        let mut lanes = [0f32; 16];
+        for (i, &v) in x.iter().enumerate() {
+            lanes[i % 16] = v.mul_add(v, lanes[i % 16]);
+        }
+        for width in [8, 4, 2, 1] {
+            for l in 0..width {
+                lanes[l] += lanes[l + width];
+            }
+        }
+        let r = 1.0 / (lanes[0] / x.len() as f32 + eps).sqrt();
+        x.iter().zip(w).map(|(x, w)| (x * r) * w).collect()
+    }
+
+    type Quantise = fn(Rows);
+    type NormQuantise = fn(Rows, &[f32], f32);
+    type Norm = fn(&[f32], &[f32], f32, &mut [f32]);
+
+    /// Every instantiation that this machine can run.
+    fn versions() -> Vec<(&'static str, Quantise, NormQuantise, Norm)> {
+        let mut versions: Vec<(_, Quantise, NormQuantise, Norm)> = vec![
+            ("baseline", |r| r.quantise(), |r, w, e| r.norm_quantise::<false>(w, e), norm::<false>),
+            ("mul_add", |r| r.quantise(), |r, w, e| r.norm_quantise::<true>(w, e), norm::<true>),
+        ];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let level = x86_64::level();
+            if !matches!(level, x86_64::Level::Baseline) {
+                // SAFETY (all three): AVX2 and FMA were detected.
+                versions.push((
+                    "avx2",
+                    |r| unsafe { x86_64::quantise_avx2(r) },
+                    |r, w, e| unsafe { x86_64::norm_quantise_avx2(r, w, e) },
+                    |x, w, e, y| unsafe { x86_64::norm_avx2(x, w, e, y) },
+                ));
+            }
+            if matches!(level, x86_64::Level::Avx512) {
+                // SAFETY (all three): AVX-512 was detected.
+                versions.push((
+                    "avx512",
+                    |r| unsafe { x86_64::quantise_avx512(r) },
+                    |r, w, e| unsafe { x86_64::norm_quantise_avx512(r, w, e) },
+                    |x, w, e, y| unsafe { x86_64::norm_avx512(x, w, e, y) },
+                ));
+            }
+        }
+        versions
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        // All NaNs are one: which one comes out is up to the CPU.
+        values.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() }).collect()
+    }
+
+    /// Runs all versions, and the public functions, on rows of `k` and compares them with the references.
+    fn check(x: &[f32], k: usize, w: &[f32], eps: f32) {
+        let m = x.len() / k;
+        let stride = k.next_multiple_of(64);
+        let mut plain = (Vec::new(), Vec::new(), Vec::new());
+        let mut fused = (Vec::new(), Vec::new(), Vec::new());
+        let mut normed = Vec::new();
+        for row in x.chunks_exact(k) {
+            let norm = norm_reference(row, w, eps);
+            for (all, row) in [(&mut plain, row), (&mut fused, &norm[..])] {
+                let (q, scale, sum) = reference(row, stride);
+                all.0.extend(q);
+                all.1.push(scale);
+                all.2.push(sum);
+            }
+            normed.extend(norm);
+        }
+        let mut all: Vec<(&str, Box<dyn Fn(Rows)>, Box<dyn Fn(Rows)>, Box<dyn Fn(&mut [f32])>)> = Vec::new();
+        for (name, quantise, norm_quantise, norm) in versions() {
+            all.push((
+                name,
+                Box::new(quantise),
+                Box::new(move |r| norm_quantise(r, w, eps)),
+                Box::new(move |y| norm(x, w, eps, y)),
+            ));
+        }
+        all.push((
+            "public",
+            Box::new(|r| quantise_rows(r.x, r.k, r.q, r.stride, r.scale, r.sum)),
+            Box::new(|r| rms_norm_quantise_rows(r.x, w, eps, r.k, r.q, r.stride, r.scale, r.sum)),
+            Box::new(|y| rms_norm_rows(x, w, eps, k, y)),
+        ));
+        for (name, quantise, norm_quantise, norm) in all {
+            for (what, run, expected) in [("plain", quantise, &plain), ("fused", norm_quantise, &fused)] {
+                // One byte more than needed, which must stay.
+                let mut q = vec![99i8; m * stride + 1];
+                let (mut scale, mut sum) = (vec![9.0; m], vec![9; m]);
+                run(Rows::new(x, k, &mut q, stride, &mut scale, &mut sum));
+                assert_eq!(q.pop(), Some(99));
+                assert_eq!(q, expected.0, "{name} {what} k {k}");
+                assert_eq!(bits(&scale), bits(&expected.1), "{name} {what} k {k}");
+                assert_eq!(sum, expected.2, "{name} {what} k {k}");
+            }
+            let mut y = vec![9.0; x.len()];
+            norm(&mut y);
+            assert_eq!(bits(&y), bits(&normed), "{name} norm k {k}");
+        }
+    }
+
+    #[test]
+    fn every_version_equals_the_definition_on_random_rows() {
+        let mut random = Random(7);
+        for k in [1, 2, 15, 16, 17, 31, 63, 64, 65, 100, 127, 128, 129, 640, 1000, 2560, 6912] {
+            for magnitude in [1.0, 1e-30, 1e-6, 3e4, 1e18, 3e38] {
+                let x: Vec<f32> = (0..3 * k).map(|_| random.value() * magnitude).collect();
+                let w: Vec<f32> = (0..k).map(|_| random.value() + 1.0).collect();
+                check(&x, k, &w, 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn ties_round_to_even() {
+        // With an absmax of 127 the factor is 1 and every half is a tie.
+        let x: Vec<f32> = (-254..=254).map(|i| i as f32 / 2.0).collect();
+        let (mut q, mut scale, mut sum) = (vec![0; 512], [0.0], [0]);
+        quantise_rows(&x, x.len(), &mut q, 512, &mut scale, &mut sum);
+        let at = |v: f32| q[((v + 127.0) * 2.0) as usize];
+        assert_eq!([at(62.5), at(63.5), at(-62.5), at(0.5), at(-0.5), at(1.5)], [62, 64, -62, 0, 0, 2]);
+        assert_eq!([at(127.0), at(-127.0), at(126.5)], [127, -127, 126]);
+        check(&x, x.len(), &vec![1.0; x.len()], 1e-5);
+    }
+
+    #[test]
+    fn special_rows() {
+        let w: Vec<f32> = (0..40).map(|i| i as f32 / 8.0).collect();
+        let mut x = vec![0.0; 40 * 12];
+        x[45] = f32::NAN;
+        x[80] = f32::INFINITY;
+        x[159] = f32::NEG_INFINITY;
+        x[160] = f32::MAX;
+        x[161] = -f32::MAX;
+        x[240] = f32::MIN_POSITIVE / 8.0;
+        x[280] = -1e-5;
+        x[320..360].fill(-0.0);
+        x[360..400].fill(-3.0);
+        x[400..440].fill(f32::NAN);
+        x[440..].fill(1e-38);
+        check(&x, 40, &w, 1e-6);
+        check(&x, 40, &w, 0.0);
+        let (mut q, mut scale, mut sum) = (vec![1; 64 * 12], [0.0; 12], [1; 12]);
+        quantise_rows(&x, 40, &mut q, 64, &mut scale, &mut sum);
+        assert!(scale[1].is_nan() && sum[1] == 0 && q[64..128].iter().all(|&q| q == 0));
+        assert_eq!((scale[0], sum[0]), (1e-5 / 127.0, 0));
+    }
+
+    #[test]
+    fn the_software_fused_multiply_add_is_one() {
+        let mut random = Random(3);
+        for i in 0..2_000_000u32 {
+            let x = f32::from_bits(random.next() as u32);
+            let sum = match i % 3 {
+                // Of a magnitude with the square, near ties, and anything.
+                0 => x * x * (random.value() + 1.0),
+                1 => f32::from_bits(
+                    ((x * x).to_bits() & 0xff80_0000).wrapping_sub((random.next() % 30) as u32 * 0x0080_0000)
+                        & 0x7fff_ffff,
+                ),
+                _ => f32::from_bits(random.next() as u32 & 0x7fff_ffff),
+            };
+            let (ours, theirs) = (add_square::<false>(x, sum), x.mul_add(x, sum));
+            assert!(
+                ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()),
+                "{x:e} {sum:e}"
+            );
+        }
+    }
+}

@@ -102,7 +102,10 @@ pub fn pack(w: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult 
     let row_bytes = canonical::row_bytes(w.k());
     check_range(w, &rows)?;
     if canonical::matrix_bytes(w.n(), w.k()).is_none_or(|bytes| w.data().len() < bytes) {
-        return Err(KernelError::invalid(format!("{} bytes are too few for canonical weights", w.data().len())));
+        return Err(KernelError::invalid(format!(
+            "{} bytes are too few for canonical weights",
+            w.data().len()
+        )));
     }
     let bytes = block_bytes(w.k());
     if out.len() != rows.len().div_ceil(BLOCK_ROWS) * bytes {
@@ -160,7 +163,10 @@ pub fn unpack(w: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResul
     check_range(w, &rows)?;
     check_packed(w)?;
     if out.len() != rows.len() * row_bytes {
-        return Err(KernelError::invalid(format!("{} bytes for canonical rows are the wrong size", out.len())));
+        return Err(KernelError::invalid(format!(
+            "{} bytes for canonical rows are the wrong size",
+            out.len()
+        )));
     }
     let bytes = block_bytes(w.k());
     let steps = steps(w.k());
@@ -220,7 +226,9 @@ mod tests {
 
     #[test]
     fn packing_is_the_documented_layout_and_unpacks_to_what_it_was() {
-        for (n, k) in [(1, 1), (31, 15), (32, 16), (33, 17), (64, 127), (65, 128), (40, 129), (70, 1000), (96, 2560)] {
+        for (n, k) in
+            [(1, 1), (31, 15), (32, 16), (33, 17), (64, 127), (65, 128), (40, 129), (70, 1000), (96, 2560)]
+        {
             let mut canonical_bytes = Vec::new();
             for row in 0..n {
                 let weights: Vec<i8> = (0..k).map(|i| ((row * 31 + i * 7 + i / 5) % 3) as i8 - 1).collect();

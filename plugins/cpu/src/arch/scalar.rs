@@ -25,7 +25,8 @@ impl RowMicro for Scalar {
     #[inline(always)]
     unsafe fn gemv(w: *const u8, stride: usize, x: *const i8) -> i32 {
         // SAFETY: the caller's promise: the row has that many blocks, and there are `stride` activations.
-        let (w, x) = unsafe { (from_raw_parts(w, stride.div_ceil(BLOCK) * BLOCK_BYTES), from_raw_parts(x, stride)) };
+        let (w, x) =
+            unsafe { (from_raw_parts(w, stride.div_ceil(BLOCK) * BLOCK_BYTES), from_raw_parts(x, stride)) };
         let (w, _) = w.as_chunks::<BLOCK_BYTES>();
         let (x, half) = x.as_chunks::<BLOCK>();
         let mut total = [0i32; 32];
@@ -47,7 +48,8 @@ impl RowMicro for Scalar {
         if let (Some(w), Ok(x)) = (w.get(x.len()), <&[i8; BLOCK / 2]>::try_from(half)) {
             // The activations end in the middle of the last block.
             for i in 0..32 {
-                let dot = i16::from(w[i] >> 6) * i16::from(x[i]) + i16::from(w[i] >> 4 & 3) * i16::from(x[32 + i]);
+                let dot =
+                    i16::from(w[i] >> 6) * i16::from(x[i]) + i16::from(w[i] >> 4 & 3) * i16::from(x[32 + i]);
                 total[i] = total[i].wrapping_add(i32::from(dot));
             }
         }

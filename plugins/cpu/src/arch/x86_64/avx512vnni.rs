@@ -249,7 +249,5 @@ impl RowMicro for Micro {
 #[inline(always)]
 unsafe fn load_pair(w: *const u8, both: bool) -> __m512i {
     // SAFETY: the caller's promise; masked-off elements are not accessed.
-    unsafe {
-        if both { _mm512_loadu_si512(w.cast()) } else { _mm512_maskz_loadu_epi64(0x0f, w.cast()) }
-    }
+    unsafe { if both { _mm512_loadu_si512(w.cast()) } else { _mm512_maskz_loadu_epi64(0x0f, w.cast()) } }
 }
