@@ -211,8 +211,8 @@ fn each_block<const BYTES: usize, const LEN: usize>(
 
 /// The 32 values of a Q8_0 block: d * q.
 ///
-/// This and the other block decoders have no branches and are inlined always, so that a caller
-/// compiled for a richer instruction set gets them vectorised for it.
+/// This and the other block decoders have loops without branches and are inlined always, so that a
+/// caller compiled for a richer instruction set gets them vectorised for it.
 #[inline(always)]
 pub fn q8_0_block(block: &[u8; Q8_0_BYTES], out: &mut [f32; QK]) {
     let d = f16_at(block, 0);
@@ -263,11 +263,31 @@ pub fn q6_k_block(block: &[u8; Q6_K_BYTES], out: &mut [f32; QK_K]) {
         }
     }
     let d = f16_at(block, 208);
-    for part in 0..16 {
-        let scale = d * f32::from(block[192 + part] as i8);
-        for i in 16 * part..16 * part + 16 {
-            out[i] = scale * f32::from(codes[i] as i8 - 32);
-        }
+    // Written out: of a loop over the parts LLVM makes gathers across them, several times slower.
+    q6_k_part::<0>(block, &codes, d, out);
+    q6_k_part::<1>(block, &codes, d, out);
+    q6_k_part::<2>(block, &codes, d, out);
+    q6_k_part::<3>(block, &codes, d, out);
+    q6_k_part::<4>(block, &codes, d, out);
+    q6_k_part::<5>(block, &codes, d, out);
+    q6_k_part::<6>(block, &codes, d, out);
+    q6_k_part::<7>(block, &codes, d, out);
+    q6_k_part::<8>(block, &codes, d, out);
+    q6_k_part::<9>(block, &codes, d, out);
+    q6_k_part::<10>(block, &codes, d, out);
+    q6_k_part::<11>(block, &codes, d, out);
+    q6_k_part::<12>(block, &codes, d, out);
+    q6_k_part::<13>(block, &codes, d, out);
+    q6_k_part::<14>(block, &codes, d, out);
+    q6_k_part::<15>(block, &codes, d, out);
+}
+
+/// The 16 values of the part of a Q6_K block that shares scale `PART`.
+#[inline(always)]
+fn q6_k_part<const PART: usize>(block: &[u8; Q6_K_BYTES], codes: &[u8; QK_K], d: f32, out: &mut [f32; QK_K]) {
+    let scale = d * f32::from(block[192 + PART] as i8);
+    for i in 16 * PART..16 * PART + 16 {
+        out[i] = scale * f32::from(codes[i] as i8 - 32);
     }
 }
 
