@@ -1,1 +1,24 @@
-//! Placeholder while the workspace is laid out.
+//! BitNet's operations as an extension of Burn's backends.
+//!
+//! [`TernaryBackend`] is a backend-extension trait. Each of its operations has a default body in
+//! plain Burn operations, which is its specification and works on every backend; Flex and NdArray,
+//! whose tensors lie in host memory, have fast bodies that run the kernels of
+//! [`manager`](manager::manager) without copying weights. The functions in [`ops`] are the same
+//! operations over Burn's `Tensor`.
+
+// Packed codes and raw weights are files' little-endian bytes, seen as u32 words.
+const _: () = assert!(cfg!(target_endian = "little"), "bitnet-burn needs a little-endian machine");
+
+mod default;
+mod extension;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod host;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod host_backend;
+pub mod manager;
+pub mod ops;
+
+pub use extension::{
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend, TernaryWeight,
+    TernaryWeights,
+};

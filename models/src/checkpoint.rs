@@ -25,6 +25,7 @@
 use crate::config::{Activation, ConfigError, ModelConfig};
 use crate::gguf::model::GgufModel;
 use crate::hf::HfModel;
+use bitnet_burn_core::formats::check_canonical;
 use bitnet_burn_core::formats::dense::DenseFormat;
 use bytes::Bytes;
 use std::fmt;
@@ -460,7 +461,9 @@ impl Norm {
     /// The layer, or `None` for the last norm.
     pub fn layer(self) -> Option<usize> {
         match self {
-            Self::Attention(l) | Self::AttentionSub(l) | Self::FeedForward(l) | Self::FeedForwardSub(l) => Some(l),
+            Self::Attention(l) | Self::AttentionSub(l) | Self::FeedForward(l) | Self::FeedForwardSub(l) => {
+                Some(l)
+            }
             Self::Output => None,
         }
     }
@@ -637,4 +640,354 @@ pub struct Checkpoint {
     config: ModelConfig,
     warnings: Vec<String>,
     source: Box<dyn Source>,
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { path, config, warnings, source: _ } = self;
+        f.debug_struct("Checkpoint")
+            .field("path", path)
+            .field("config", config)
+            .field("warnings", warnings)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Checkpoint {
+    /// Opens a GGUF file, a Hugging Face directory, or a directory with exactly one GGUF file.
+    ///
+    /// The files are mapped, their headers read, and every tensor that the model needs is checked to be
+    /// there with the right shape and a type that can be read. The weights are not touched.
+    ///
+    /// # Errors
+    /// [`LoadError`]
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, LoadError> {
+        let meta = std::fs::metadata(path).map_err(|source| LoadError::Io {
+            path: path.to_owned(),
+            action: "open",
+            source,
+        })?;
+        let mut warnings = Vec::new();
+        let gguf = if meta.is_dir() { gguf_in_directory(path)? } else { Some(path.to_owned()) };
+        let (source, config): (Box<dyn Source>, _) = match gguf {
+            Some(file) => {
+                let (model, config) = GgufModel::open(&file, options, &mut warnings)?;
+                (Box::new(model), config)
+            }
+            None => {
+                let (model, config) = HfModel::open(path, options, &mut warnings)?;
+                (Box::new(model), config)
+            }
+        };
+        for warning in &warnings {
+            tracing::warn!(path = %path.display(), "{warning}");
+        }
+        Ok(Self { path: path.to_owned(), config, warnings, source })
+    }
+
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What was odd about the files without being wrong, in sentences.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// A ternary matrix of a layer: [N, K] as [`Projection::shape`] says.
+    ///
+    /// # Errors
+    /// [`LoadError::NoSuchLayer`], [`LoadError::NotTernary`], [`LoadError::InvalidScale`].
+    pub fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {
+        self.check_layer(layer)?;
+        self.source.projection(layer, which)
+    }
+
+    /// The weights of an RMSNorm, all finite.
+    ///
+    /// # Errors
+    /// [`LoadError::NoSuchLayer`], [`LoadError::NotFinite`]; [`LoadError::MissingTensor`] for a sub-norm of
+    /// a model that has none.
+    pub fn norm(&self, which: Norm) -> Result<Vec<f32>, LoadError> {
+        if let Some(layer) = which.layer() {
+            self.check_layer(layer)?;
+        }
+        floats(&self.path, &self.source.norm(which)?)
+    }
+
+    /// The embedding, [vocabulary, hidden].
+    ///
+    /// # Errors
+    /// None after a successful [`open`](Self::open) that a caller could expect.
+    pub fn embedding(&self) -> Result<DenseTensor, LoadError> {
+        self.source.embedding()
+    }
+
+    /// The output head, [vocabulary, hidden], or `None` where the embedding serves as such.
+    ///
+    /// # Errors
+    /// As [`embedding`](Self::embedding).
+    pub fn output(&self) -> Result<Option<DenseTensor>, LoadError> {
+        if self.config.tied_embeddings { Ok(None) } else { self.source.output() }
+    }
+
+    /// Where to find the tokenizer.
+    pub fn tokenizer_source(&self) -> TokenizerSource {
+        self.source.tokenizer_source()
+    }
+
+    /// All tensors of the files, for display.
+    pub fn tensors(&self) -> Vec<TensorInfo> {
+        self.source.tensors()
+    }
+
+    /// All metadata of the files, printable, long values cut.
+    pub fn metadata(&self) -> Vec<(String, String)> {
+        self.source.metadata()
+    }
+
+    /// Reads everything: that all projections hold nothing but -1, 0 and 1, and that all other weights are
+    /// finite.
+    ///
+    /// # Errors
+    /// [`LoadError::NotTernary`], [`LoadError::NotFinite`] or [`LoadError::InvalidScale`] for the first
+    /// tensor that is wrong, in the order in which the model uses them.
+    pub fn check(&self) -> Result<CheckReport, LoadError> {
+        let mut report =
+            CheckReport { bytes: self.tensors().iter().map(|t| t.bytes).sum(), ..Default::default() };
+        let embedding = self.embedding()?;
+        report.dense_values += self.check_dense(&embedding)?;
+        report.tensors += 1;
+        for layer in 0..self.config.n_layers {
+            for norm in Norm::of_layer(layer, self.config.sub_norms) {
+                report.dense_values += self.norm(norm)?.len() as u64;
+                report.tensors += 1;
+            }
+            for which in Projection::ALL {
+                let tensor = self.projection(layer, which)?;
+                check_canonical(&tensor.codes, tensor.n, tensor.k).map_err(|e| LoadError::NotTernary {
+                    path: self.path.clone(),
+                    tensor: tensor.name.clone(),
+                    stored_as: tensor.stored_as,
+                    problem: e.to_string(),
+                })?;
+                report.ternary_weights += tensor.n as u64 * tensor.k as u64;
+                report.zero_weights += tensor.zeros();
+                report.tensors += 1;
+            }
+        }
+        report.dense_values += self.norm(Norm::Output)?.len() as u64;
+        report.tensors += 1;
+        if let Some(output) = self.output()? {
+            report.dense_values += self.check_dense(&output)?;
+            report.tensors += 1;
+        }
+        Ok(report)
+    }
+
+    fn check_layer(&self, layer: usize) -> Result<(), LoadError> {
+        let n_layers = self.config.n_layers;
+        if layer < n_layers {
+            return Ok(());
+        }
+        Err(LoadError::NoSuchLayer { path: self.path.clone(), layer, n_layers })
+    }
+
+    /// Checks that all values are finite; says how many there are.
+    fn check_dense(&self, tensor: &DenseTensor) -> Result<u64, LoadError> {
+        let mut row = vec![0.0; tensor.k];
+        for n in 0..tensor.n {
+            decode_finite(&self.path, tensor, n, &mut row)?;
+        }
+        Ok(tensor.n as u64 * tensor.k as u64)
+    }
+}
+
+impl TernaryTensor {
+    /// Number of weights that are zero.
+    pub fn zeros(&self) -> u64 {
+        // Code 1 is a pair of bits with the lower one set and the upper one not.
+        let pairs = |byte: u8| u64::from((byte & !(byte >> 1) & 0b01_01_01_01).count_ones());
+        let all: u64 = self.codes.iter().map(|&byte| pairs(byte)).sum();
+        let padding = self.codes.len() as u64 * 4 - self.n as u64 * self.k as u64;
+        all.saturating_sub(padding)
+    }
+}
+
+/// The GGUF file that a directory stands for, or `None` where it is a Hugging Face directory.
+fn gguf_in_directory(path: &Path) -> Result<Option<PathBuf>, LoadError> {
+    let io = |source| LoadError::Io { path: path.to_owned(), action: "list", source };
+    let has = |name| path.join(name).exists();
+    let config = has("config.json");
+    if config && (has(crate::hf::SINGLE) || has(crate::hf::INDEX)) {
+        return Ok(None);
+    }
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(io)? {
+        let file = entry.map_err(io)?.path();
+        if file.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+            files.push(file);
+        }
+    }
+    files.sort();
+    match &files[..] {
+        [file] => Ok(Some(file.clone())),
+        [] if config => Ok(None),
+        [] => Err(LoadError::NoModel {
+            path: path.to_owned(),
+            problem: "the directory has neither a config.json nor a GGUF file".into(),
+        }),
+        several => {
+            let names: Vec<_> =
+                several.iter().filter_map(|f| f.file_name()).map(|n| n.to_string_lossy()).collect();
+            Err(LoadError::NoModel {
+                path: path.to_owned(),
+                problem: format!(
+                    "the directory has several GGUF files ({}): name one of them",
+                    names.join(", ")
+                ),
+            })
+        }
+    }
+}
+
+/// What canonical rows are aligned to: a block.
+const ROW_ALIGNMENT: usize = 32;
+
+/// The bytes in a buffer aligned to 32; they move only if they have to.
+pub(crate) fn aligned(bytes: Vec<u8>) -> Bytes {
+    aligned_view(Bytes::from_owner(bytes))
+}
+
+/// The bytes themselves if they are aligned to 32, else a copy that is.
+pub(crate) fn aligned_view(bytes: Bytes) -> Bytes {
+    let misalignment = |address: *const u8| address.addr() % ROW_ALIGNMENT;
+    if misalignment(bytes.as_ptr()) == 0 {
+        return bytes;
+    }
+    let mut buffer = Vec::with_capacity(bytes.len() + ROW_ALIGNMENT);
+    let start = (ROW_ALIGNMENT - misalignment(buffer.as_ptr())) % ROW_ALIGNMENT;
+    buffer.resize(start, 0);
+    buffer.extend_from_slice(&bytes); // within the capacity, so the buffer stays where it is
+    let end = buffer.len();
+    Bytes::from_owner(buffer).slice(start..end)
+}
+
+/// A scale that can be computed with.
+pub(crate) fn checked_scale(path: &Path, tensor: &str, value: f32) -> Result<f32, LoadError> {
+    if value.is_finite() && value >= 0.0 {
+        return Ok(value);
+    }
+    Err(LoadError::InvalidScale {
+        path: path.to_owned(),
+        tensor: tensor.to_owned(),
+        value,
+        help: " and not negative",
+    })
+}
+
+/// Decodes row `n` of a tensor and checks it.
+fn decode_finite(path: &Path, tensor: &DenseTensor, n: usize, row: &mut [f32]) -> Result<(), LoadError> {
+    let impossible = |problem: String| LoadError::InvalidShape {
+        path: path.to_owned(),
+        tensor: tensor.name.clone(),
+        dims: vec![tensor.k as u64, tensor.n as u64],
+        problem,
+    };
+    let bytes = tensor.row(n).ok_or_else(|| impossible(format!("row {n} is not in the data")))?;
+    tensor.format.decode_row(bytes, row).map_err(|e| impossible(e.to_string()))?;
+    match row.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(column) => Err(LoadError::NotFinite {
+            path: path.to_owned(),
+            tensor: tensor.name.clone(),
+            row: n,
+            column,
+            value: row[column],
+        }),
+    }
+}
+
+impl DenseTensor {
+    /// The bytes of row `n`, or `None` where there is no such row.
+    pub fn row(&self, n: usize) -> Option<&[u8]> {
+        let bytes = self.format.row_bytes(self.k)?;
+        let start = n.checked_mul(bytes)?;
+        self.data.get(start..start.checked_add(bytes)?)
+    }
+}
+
+/// All values of a small tensor, all finite.
+pub(crate) fn floats(path: &Path, tensor: &DenseTensor) -> Result<Vec<f32>, LoadError> {
+    let mut values = vec![0.0; tensor.n * tensor.k];
+    for (n, row) in values.chunks_exact_mut(tensor.k.max(1)).enumerate() {
+        decode_finite(path, tensor, n, row)?;
+    }
+    Ok(values)
+}
+
+/// The value of a tensor of one element.
+pub(crate) fn one_float(path: &Path, tensor: &DenseTensor) -> Result<f32, LoadError> {
+    match floats(path, tensor)?[..] {
+        [value] => Ok(value),
+        _ => Err(LoadError::WrongShape {
+            path: path.to_owned(),
+            tensor: tensor.name.clone(),
+            found: vec![tensor.n as u64, tensor.k as u64],
+            expected: vec![1],
+        }),
+    }
+}
+
+/// The feed-forward activation: the option, else what the file states under `(key, name)`, else the default.
+pub(crate) fn choose_activation(
+    path: &Path,
+    options: &OpenOptions,
+    stated: Option<(&str, &str)>,
+    warnings: &mut Vec<String>,
+    default: impl FnOnce() -> Result<Activation, LoadError>,
+) -> Result<Activation, LoadError> {
+    let of_file = match stated {
+        None => default(),
+        Some((key, name)) => Activation::from_name(name).ok_or_else(|| LoadError::UnknownActivation {
+            path: path.to_owned(),
+            problem: format!(
+                "key `{key}` is \"{name}\", an activation that is not supported; supported: relu2, silu"
+            ),
+        }),
+    };
+    let Some(asked) = options.hidden_act else { return of_file };
+    match (of_file, stated) {
+        (Ok(found), None) if found != asked => {
+            warnings.push(format!(
+                "the activation is {asked} as asked for; by its architecture it would be {found}"
+            ));
+        }
+        (Ok(found), Some((key, _))) if found != asked => {
+            warnings.push(format!("the activation is {asked} as asked for; key `{key}` says {found}"));
+        }
+        (Err(e), Some(_)) => warnings.push(format!("the activation is {asked} as asked for; {e}")),
+        _ => {}
+    }
+    Ok(asked)
+}
+
+/// Removes special tokens outside the vocabulary: they could never be embedded or sampled.
+pub(crate) fn drop_foreign_tokens(config: &mut ModelConfig, warnings: &mut Vec<String>) {
+    let size = config.vocab_size;
+    let mut known = |what: &str, id: u32| {
+        let known = (id as usize) < size;
+        if !known {
+            warnings.push(format!("the {what} token {id} is outside the vocabulary of {size} and ignored"));
+        }
+        known
+    };
+    config.bos_token = config.bos_token.filter(|&id| known("beginning", id));
+    config.eos_tokens.retain(|&id| known("end", id));
 }

@@ -127,7 +127,8 @@ impl ModelConfig {
             }
         }
         if !self.n_heads.is_multiple_of(self.n_kv_heads) {
-            let problem = format!("is {}, which does not divide the {} query heads", self.n_kv_heads, self.n_heads);
+            let problem =
+                format!("is {}, which does not divide the {} query heads", self.n_kv_heads, self.n_heads);
             return err("n_kv_heads", problem);
         }
         if !self.head_dim.is_multiple_of(2) {
@@ -172,7 +173,8 @@ impl ModelConfig {
         let [hidden, inter, q, kv, layers] =
             [self.hidden_size, self.intermediate_size, self.q_size(), self.kv_size(), self.n_layers]
                 .map(|v| v as u64);
-        let columns = q.saturating_mul(2).saturating_add(kv.saturating_mul(2)).saturating_add(inter.saturating_mul(3));
+        let columns =
+            q.saturating_mul(2).saturating_add(kv.saturating_mul(2)).saturating_add(inter.saturating_mul(3));
         hidden.saturating_mul(columns).saturating_mul(layers)
     }
 

@@ -20,7 +20,9 @@ mod types;
 mod value;
 mod writer;
 
+pub(crate) use file::map_file;
 pub use file::{GgufFile, GgufTensor};
+pub use model::{norm_name, projection_name};
 pub use types::TensorType;
 pub use value::{Array, Value, ValueType};
 pub use writer::{GgufWriteError, GgufWriter};

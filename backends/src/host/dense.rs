@@ -407,7 +407,9 @@ mod tests {
                 _ => &[256, 768],
             };
             for &k in ks {
-                for (n, m) in [(1, 1), (3, 1), (4, 2), (7, 3), (10, 4), (37, 9), (2 * TASK_BYTES / 4 / k / 64, 1)] {
+                for (n, m) in
+                    [(1, 1), (3, 1), (4, 2), (7, 3), (10, 4), (37, 9), (2 * TASK_BYTES / 4 / k / 64, 1)]
+                {
                     let n = n.max(1);
                     let w = weights(&mut rng, format, n, k);
                     let x = rng.f32s(m * k);

@@ -771,7 +771,8 @@ pub(crate) mod tests {
     #[test]
     fn emulated_fma_is_fma() {
         let mut rng = Rng(1);
-        let special = [0.0, -0.0, 1.0, -1.0, f32::MIN_POSITIVE, 1e-45, -1e-45, f32::MAX, f32::MIN, f32::INFINITY];
+        let special =
+            [0.0, -0.0, 1.0, -1.0, f32::MIN_POSITIVE, 1e-45, -1e-45, f32::MAX, f32::MIN, f32::INFINITY];
         let check = |a: f32, b: f32, c: f32| {
             let (want, got) = (a.mul_add(b, c), emulated_fma(a, b, c));
             assert!(
@@ -874,7 +875,8 @@ pub(crate) mod tests {
         for _ in 0..200 {
             let f = rng.f32s(256);
             // No NaN among the bytes read as floats.
-            let b: Vec<u8> = rng.bytes(64).into_iter().map(|b| if b & 0x7c == 0x7c { b ^ 0x40 } else { b }).collect();
+            let b: Vec<u8> =
+                rng.bytes(64).into_iter().map(|b| if b & 0x7c == 0x7c { b ^ 0x40 } else { b }).collect();
             let want = bits(&Level::Portable(Portable).run(Everything { f: &f, b: &b }));
             for level in Level::available() {
                 assert_eq!(bits(&level.run(Everything { f: &f, b: &b })), want, "{level:?}");

@@ -230,8 +230,11 @@ impl GgufFile {
     /// # Errors
     /// [`LoadError::MissingTensor`].
     pub fn tensor_bytes(&self, name: &str) -> Result<Bytes, LoadError> {
-        let missing =
-            || LoadError::MissingTensor { path: self.path.clone(), tensor: name.to_owned(), help: String::new() };
+        let missing = || LoadError::MissingTensor {
+            path: self.path.clone(),
+            tensor: name.to_owned(),
+            help: String::new(),
+        };
         let tensor = self.tensor(name).ok_or_else(missing)?;
         let start = self.data_start + tensor.offset as usize; // within the file: checked when it was opened
         Ok(self.map.slice(start..start + tensor.bytes as usize))
@@ -244,7 +247,8 @@ impl GgufFile {
     pub fn i2_s(&self, name: &str) -> Result<(Bytes, f32), LoadError> {
         let data = self.tensor_bytes(name)?;
         let found = self.tensor(name).map(|t| t.tensor_type);
-        let (Some(TensorType::I2_S), Some(codes)) = (found, data.len().checked_sub(I2_S_TAIL as usize)) else {
+        let (Some(TensorType::I2_S), Some(codes)) = (found, data.len().checked_sub(I2_S_TAIL as usize))
+        else {
             return Err(LoadError::UnsupportedTensorType {
                 path: self.path.clone(),
                 tensor: name.to_owned(),
@@ -321,16 +325,20 @@ impl Cursor<'_> {
         match version {
             2 | 3 => {}
             _ if matches!(version.swap_bytes(), 1..=0xffff) && version & 0xffff == 0 => {
-                return Err(LoadError::BigEndian { path: self.path.to_owned(), version: version.swap_bytes() });
+                return Err(LoadError::BigEndian {
+                    path: self.path.to_owned(),
+                    version: version.swap_bytes(),
+                });
             }
             _ => return Err(LoadError::GgufVersion { path: self.path.to_owned(), version }),
         }
         let n_tensors = self.u64("the number of tensors")?;
         let n_keys = self.u64("the number of keys")?;
         // Key: name's length, type, one byte. Tensor: name's length, n_dims, a dimension, type, offset.
-        for (what, count, limit, least) in
-            [("the number of keys", n_keys, limit::KEYS, 13), ("the number of tensors", n_tensors, limit::TENSORS, 32)]
-        {
+        for (what, count, limit, least) in [
+            ("the number of keys", n_keys, limit::KEYS, 13),
+            ("the number of tensors", n_tensors, limit::TENSORS, 32),
+        ] {
             if count > limit {
                 return Err(LoadError::Limit {
                     path: self.path.to_owned(),
@@ -366,7 +374,9 @@ impl Cursor<'_> {
         let what = what.to_string();
         match std::str::from_utf8(self.take(len, &what)?) {
             Ok(text) => Ok(text),
-            Err(e) => Err(LoadError::InvalidUtf8 { path: path.to_owned(), what, at: at + e.valid_up_to() as u64 }),
+            Err(e) => {
+                Err(LoadError::InvalidUtf8 { path: path.to_owned(), what, at: at + e.valid_up_to() as u64 })
+            }
         }
     }
 

@@ -8,11 +8,12 @@
 use super::{GgufFile, GgufTensor, TensorType, Value, ValueType};
 use crate::checkpoint::{
     DenseTensor, GgufTokenizer, LoadError, Norm, OpenOptions, Projection, Source, TensorInfo, TernaryTensor,
-    TokenizerSource, aligned, aligned_view, checked_scale, choose_activation, one_float,
+    TokenizerSource, aligned, aligned_view, checked_scale, choose_activation, floats, one_float,
 };
 use crate::config::{Activation, ModelConfig};
 use bitnet_burn_core::formats::dense::DenseFormat;
-use bitnet_burn_core::formats::{FormatError, ternary, tq1_0, tq2_0};
+use bitnet_burn_core::formats::{ternary, tq1_0, tq2_0};
+use bytes::Bytes;
 use std::collections::HashSet;
 use std::path::Path;
 
@@ -22,7 +23,6 @@ const ARCHITECTURES_TEXT: &str = "bitnet-b1.58, bitnet-25, bitnet";
 const PREFIXES: [&str; 3] = ["bitnet", "bitnet-b1.58", "bitnet-25"];
 /// Keys that state the activation; llama.cpp defines none for BitNet, converters have their own.
 const ACTIVATION_KEYS: [&str; 3] = ["hidden_act", "feed_forward.activation", "hidden_activation"];
-const TERNARY_TYPES: &str = "I2_S, TQ1_0, TQ2_0, Q4_0, F32, F16, BF16";
 const DENSE_TYPES: &str = "F32, F16, BF16, Q8_0, Q6_K, Q4_0";
 /// llama.cpp's, for a file without `rope.freq_base`.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
@@ -66,9 +66,6 @@ impl GgufModel {
                 let tensor = self.info(&projection_name(layer, which))?;
                 let (n, k) = which.shape(config);
                 self.check_shape(tensor, &[n, k])?;
-                if matches!(tensor.tensor_type, TensorType::Q8_0 | TensorType::Q6_K) {
-                    return Err(self.wrong_type(tensor, "a projection", TERNARY_TYPES));
-                }
                 used.insert(tensor.name.as_str());
                 if let Some(scale) = self.scale_tensor(layer, which)? {
                     used.insert(scale.name.as_str());
@@ -94,15 +91,18 @@ impl GgufModel {
                 problem: problem.to_owned(),
             };
             if tensor.name.starts_with("rope_f") {
-                let values = self.dense(&tensor.name, "RoPE factors")?.to_f32()?;
+                let values = floats(self.file.path(), &self.dense(&tensor.name, "RoPE factors")?)?;
                 if values.iter().any(|&v| v != 1.0) {
-                    return Err(refuse("its RoPE frequency factors are not 1, and scaled RoPE is not implemented"));
+                    return Err(refuse(
+                        "its RoPE frequency factors are not 1, and scaled RoPE is not implemented",
+                    ));
                 }
             } else if tensor.name.ends_with(".bias") {
                 return Err(refuse("BitNet projections have no bias"));
             } else if tensor.name.starts_with("blk.") {
                 let [n, all] = [self.n_layers, used.len()];
-                let problem = format!("the {n} layers of a BitNet model have {all} known tensors, and this is none");
+                let problem =
+                    format!("the {n} layers of a BitNet model have {all} known tensors, and this is none");
                 return Err(refuse(&problem));
             } else {
                 warnings.push(format!("tensor `{}` is not used", tensor.name));
@@ -123,17 +123,17 @@ impl GgufModel {
         let tensor = self.info(name)?;
         match dense_format(tensor.tensor_type) {
             Some(_) => Ok(tensor),
-            None => Err(self.wrong_type(tensor, role, DENSE_TYPES)),
+            None => Err(self.wrong_type(tensor, role)),
         }
     }
 
-    fn wrong_type(&self, tensor: &GgufTensor, role: &'static str, supported: &str) -> LoadError {
+    fn wrong_type(&self, tensor: &GgufTensor, role: &'static str) -> LoadError {
         LoadError::UnsupportedTensorType {
             path: self.file.path().to_owned(),
             tensor: tensor.name.clone(),
             found: TensorType::describe(tensor.tensor_type.id()),
             role,
-            supported: supported.to_owned(),
+            supported: DENSE_TYPES.to_owned(),
         }
     }
 
@@ -157,12 +157,10 @@ impl GgufModel {
 
     fn dense(&self, name: &str, role: &'static str) -> Result<DenseTensor, LoadError> {
         let tensor = self.info(name)?;
-        let format =
-            dense_format(tensor.tensor_type).ok_or_else(|| self.wrong_type(tensor, role, DENSE_TYPES))?;
+        let format = dense_format(tensor.tensor_type).ok_or_else(|| self.wrong_type(tensor, role))?;
         let (n, k) = tensor.matrix(); // both within the file's size, as every tensor's bytes are
         let (n, k) = (n as usize, k as usize);
-        let path = self.file.path().to_owned();
-        Ok(DenseTensor { name: name.to_owned(), n, k, format, data: self.file.tensor_bytes(name)?, path })
+        Ok(DenseTensor { name: name.to_owned(), n, k, format, data: self.file.tensor_bytes(name)? })
     }
 
     /// The tensor that holds a projection's separate scale, under any of the names in use.
@@ -178,9 +176,7 @@ impl GgufModel {
                     problem: format!("`{}` is a scale of the same projection; one is expected", first.name),
                 });
             }
-            if !matches!(tensor.tensor_type, TensorType::F32 | TensorType::F16 | TensorType::BF16) {
-                return Err(self.wrong_type(tensor, "a scale", "F32, F16, BF16"));
-            }
+            self.dense_info(&tensor.name, "a scale")?;
             self.check_shape(tensor, &[1])?;
             found = Some(tensor);
         }
@@ -197,35 +193,29 @@ impl Source for GgufModel {
         let (n, k) = (n as usize, k as usize); // within the file's size
         let stored_as = tensor.tensor_type.name();
         let data = self.file.tensor_bytes(&name)?;
-        let ternary = |result: Result<(Vec<u8>, f32), FormatError>| match result {
-            Ok((codes, scale)) => Ok((aligned(codes), scale)),
-            Err(e) => Err(LoadError::NotTernary {
-                path: path.to_owned(),
-                tensor: name.clone(),
-                stored_as,
-                problem: e.to_string(),
-            }),
-        };
-        let (codes, mut scale) = match tensor.tensor_type {
+        let decoded = match tensor.tensor_type {
             TensorType::I2_S => {
                 let (codes, scale) = self.file.i2_s(&name)?;
-                (aligned_view(codes), scale)
+                Ok((aligned_view(codes), scale))
             }
-            TensorType::TQ1_0 => ternary(tq1_0::to_canonical(&data, n, k))?,
-            TensorType::TQ2_0 => ternary(tq2_0::to_canonical(&data, n, k))?,
-            TensorType::Q4_0 => ternary(ternary::from_q4_0(&data, n, k))?,
-            TensorType::F32 => ternary(ternary::from_dense(DenseFormat::F32, &data, n, k))?,
-            TensorType::F16 => ternary(ternary::from_dense(DenseFormat::F16, &data, n, k))?,
-            TensorType::BF16 => ternary(ternary::from_dense(DenseFormat::BF16, &data, n, k))?,
-            TensorType::Q8_0 | TensorType::Q6_K => {
-                return Err(self.wrong_type(tensor, "a projection", TERNARY_TYPES));
+            TensorType::TQ1_0 => tq1_0::to_canonical(&data, n, k).map(owned),
+            TensorType::TQ2_0 => tq2_0::to_canonical(&data, n, k).map(owned),
+            other => {
+                let format = dense_format(other).ok_or_else(|| self.wrong_type(tensor, "a projection"))?;
+                ternary::exact_from_dense(format, &data, n, k).map(owned)
             }
         };
+        let (codes, mut scale) = decoded.map_err(|e| LoadError::NotTernary {
+            path: path.to_owned(),
+            tensor: name.clone(),
+            stored_as,
+            problem: e.to_string(),
+        })?;
         // llama.cpp multiplies the product by the separate scale, whatever the weights' own scale is; here
         // the two become one.
         if let Some(extra) = self.scale_tensor(layer, which)? {
             let extra = self.dense(&extra.name, "a scale")?;
-            scale *= checked_scale(path, &extra.name, one_float(&extra)?)?;
+            scale *= checked_scale(path, &extra.name, one_float(path, &extra)?)?;
         }
         let scale = checked_scale(path, &name, scale)?;
         Ok(TernaryTensor { name, n, k, scale, codes, stored_as })
@@ -280,13 +270,18 @@ fn projection_stem(layer: usize, which: Projection) -> String {
     format!("blk.{layer}.{part}")
 }
 
+/// Decoded codes in a buffer with the alignment that kernels want.
+fn owned((codes, scale): (Vec<u8>, f32)) -> (Bytes, f32) {
+    (aligned(codes), scale)
+}
+
 /// The name of a projection's tensor in GGUF.
-pub(crate) fn projection_name(layer: usize, which: Projection) -> String {
+pub fn projection_name(layer: usize, which: Projection) -> String {
     projection_stem(layer, which) + ".weight"
 }
 
 /// The name of a norm's tensor in GGUF.
-pub(crate) fn norm_name(which: Norm) -> String {
+pub fn norm_name(which: Norm) -> String {
     let (layer, part) = match which {
         Norm::Attention(l) => (l, "attn_norm"),
         Norm::AttentionSub(l) => (l, "attn_sub_norm"),
@@ -502,7 +497,8 @@ fn config(
 
 /// The key, else the rows of the embedding (which the tokens should agree with).
 fn vocabulary(keys: &Keys<'_>, warnings: &mut Vec<String>) -> Result<usize, LoadError> {
-    let tokens = keys.file.value("tokenizer.ggml.tokens").and_then(Value::as_array).map(|tokens| tokens.len());
+    let tokens =
+        keys.file.value("tokenizer.ggml.tokens").and_then(Value::as_array).map(|tokens| tokens.len());
     let rows = keys.file.tensor("token_embd.weight").and_then(|t| usize::try_from(t.matrix().0).ok());
     let size = keys.size("vocab_size")?.or(rows).or(tokens).ok_or_else(|| keys.missing("vocab_size"))?;
     if let Some(tokens) = tokens.filter(|&tokens| tokens != size) {
@@ -536,7 +532,8 @@ fn end_tokens(file: &GgufFile) -> Result<Vec<u32>, LoadError> {
     let stated = [token(file, "tokenizer.ggml.eos_token_id")?, token(file, "tokenizer.ggml.eot_token_id")?];
     let mut end: Vec<u32> = stated.into_iter().flatten().collect();
     let array = |key| file.value(key).and_then(Value::as_array);
-    if let (Some(tokens), Some(types)) = (array("tokenizer.ggml.tokens"), array("tokenizer.ggml.token_type")) {
+    if let (Some(tokens), Some(types)) = (array("tokenizer.ggml.tokens"), array("tokenizer.ggml.token_type"))
+    {
         let controls = tokens.strings().zip(types.iter()).enumerate().filter(|(_, (text, kind))| {
             text.starts_with('<') && END_TOKENS.contains(text) && kind.as_i64() == Some(CONTROL)
         });
@@ -547,7 +544,8 @@ fn end_tokens(file: &GgufFile) -> Result<Vec<u32>, LoadError> {
     Ok(end)
 }
 
-const TOKENIZER_STRINGS: [&str; 3] = ["tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"];
+const TOKENIZER_STRINGS: [&str; 3] =
+    ["tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"];
 const TOKENIZER_BOOLS: [&str; 4] = [
     "tokenizer.ggml.add_bos_token",
     "tokenizer.ggml.add_eos_token",
@@ -580,8 +578,16 @@ fn check_tokenizer(file: &GgufFile) -> Result<(), LoadError> {
     for (key, allowed, expected) in [
         ("tokenizer.ggml.tokens", &[ValueType::String][..], "an array of strings"),
         ("tokenizer.ggml.merges", &[ValueType::String], "an array of strings"),
-        ("tokenizer.ggml.scores", &[ValueType::F32, ValueType::F64], "an array of floats, one for each token"),
-        ("tokenizer.ggml.token_type", &[ValueType::I32, ValueType::U32], "an array of i32, one for each token"),
+        (
+            "tokenizer.ggml.scores",
+            &[ValueType::F32, ValueType::F64],
+            "an array of floats, one for each token",
+        ),
+        (
+            "tokenizer.ggml.token_type",
+            &[ValueType::I32, ValueType::U32],
+            "an array of i32, one for each token",
+        ),
     ] {
         let Some(value) = file.value(key) else { continue };
         let array = value.as_array().filter(|a| allowed.contains(&a.element_type()));

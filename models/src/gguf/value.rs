@@ -246,7 +246,7 @@ impl fmt::Display for Value {
 pub struct Array {
     element: ValueType,
     len: usize,
-    /// The elements as the file holds them.
+    /// The elements as the file holds them: exactly `len`, and valid.
     data: Bytes,
 }
 
@@ -257,11 +257,6 @@ impl fmt::Debug for Array {
 }
 
 impl Array {
-    /// `data` holds exactly `len` valid elements: the reader has seen to it.
-    pub(crate) fn from_checked(element: ValueType, len: usize, data: Bytes) -> Self {
-        Self { element, len, data }
-    }
-
     /// An array of strings.
     pub fn from_strings<S: AsRef<str>>(items: impl IntoIterator<Item = S>) -> Self {
         let mut data = Vec::new();
@@ -454,7 +449,7 @@ mod tests {
         for array in &inner {
             Value::Array(array.clone()).encode(&mut data);
         }
-        let outer = Array::from_checked(ValueType::Array, 2, data.into());
+        let outer = Array { element: ValueType::Array, len: 2, data: data.into() };
         let items: Vec<_> = outer.iter().collect();
         assert_eq!(items, inner.map(Value::Array));
         round_trip(Value::Array(outer));

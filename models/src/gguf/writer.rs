@@ -2,8 +2,9 @@
 
 use super::types::I2_S_TAIL;
 use super::value::encode_str;
-use super::{DEFAULT_ALIGNMENT, TensorType, Value};
-use crate::checkpoint::{DenseTensor, TernaryTensor};
+use super::{DEFAULT_ALIGNMENT, TensorType, Value, norm_name, projection_name};
+use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection, TernaryTensor};
+use crate::config::{Activation, ModelConfig};
 use bitnet_burn_core::formats::dense::DenseFormat;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -41,6 +42,9 @@ pub enum GgufWriteError {
         /// Its name.
         name: String,
     },
+    /// The model to be written could not be read.
+    #[error(transparent)]
+    Load(#[from] LoadError),
 }
 
 type Producer<'a> = Box<dyn FnOnce(&mut dyn Write) -> io::Result<()> + 'a>;
@@ -91,7 +95,11 @@ impl<'a> GgufWriter<'a> {
     ///
     /// # Errors
     /// [`GgufWriteError::Duplicate`].
-    pub fn set(&mut self, key: impl Into<String>, value: impl Into<Value>) -> Result<&mut Self, GgufWriteError> {
+    pub fn set(
+        &mut self,
+        key: impl Into<String>,
+        value: impl Into<Value>,
+    ) -> Result<&mut Self, GgufWriteError> {
         let key = key.into();
         if self.metadata.iter().any(|(k, _)| *k == key) {
             return Err(GgufWriteError::Duplicate { what: "key", name: key });
@@ -131,7 +139,13 @@ impl<'a> GgufWriter<'a> {
             let problem = if problem.is_empty() { "its size overflows".into() } else { problem };
             return Err(GgufWriteError::Tensor { tensor: name, dims: dims.to_vec(), tensor_type, problem });
         };
-        self.tensors.push(Pending { name, dims: dims.to_vec(), tensor_type, bytes, produce: Box::new(produce) });
+        self.tensors.push(Pending {
+            name,
+            dims: dims.to_vec(),
+            tensor_type,
+            bytes,
+            produce: Box::new(produce),
+        });
         Ok(self)
     }
 
@@ -140,7 +154,11 @@ impl<'a> GgufWriter<'a> {
     /// # Errors
     /// [`GgufWriteError::Tensor`] where K is no multiple of 128, or the codes are not `n` canonical rows;
     /// [`GgufWriteError::Duplicate`].
-    pub fn i2_s(&mut self, name: impl Into<String>, tensor: TernaryTensor) -> Result<&mut Self, GgufWriteError> {
+    pub fn i2_s(
+        &mut self,
+        name: impl Into<String>,
+        tensor: TernaryTensor,
+    ) -> Result<&mut Self, GgufWriteError> {
         let (name, dims) = (name.into(), [tensor.k as u64, tensor.n as u64]);
         let TernaryTensor { codes, scale, .. } = tensor;
         let expected = TensorType::I2_S.bytes(dims[0].saturating_mul(dims[1])).map(|b| b - I2_S_TAIL);
@@ -156,7 +174,11 @@ impl<'a> GgufWriter<'a> {
     ///
     /// # Errors
     /// As [`GgufWriter::tensor`].
-    pub fn dense(&mut self, name: impl Into<String>, tensor: DenseTensor) -> Result<&mut Self, GgufWriteError> {
+    pub fn dense(
+        &mut self,
+        name: impl Into<String>,
+        tensor: DenseTensor,
+    ) -> Result<&mut Self, GgufWriteError> {
         let dims = [tensor.k as u64, tensor.n as u64];
         let tensor_type = match tensor.format {
             DenseFormat::F32 => TensorType::F32,
@@ -175,8 +197,93 @@ impl<'a> GgufWriter<'a> {
     /// As [`GgufWriter::tensor`].
     pub fn vector(&mut self, name: impl Into<String>, values: Vec<f32>) -> Result<&mut Self, GgufWriteError> {
         let dims = [values.len() as u64];
-        self.tensor(name, &dims, TensorType::F32, move |out| {
-            values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
+        self.tensor(name, &dims, TensorType::F32, move |out| write_floats(out, &values))
+    }
+
+    /// Adds the keys of a configuration, so that a reader finds the same one.
+    ///
+    /// The architecture is `bitnet-b1.58` for squared ReLU with sub-norms, as in the published models, else
+    /// `bitnet`; `hidden_act` states the activation in either case.
+    ///
+    /// # Errors
+    /// [`GgufWriteError::Duplicate`].
+    pub fn config(&mut self, config: &ModelConfig) -> Result<&mut Self, GgufWriteError> {
+        let b158 = config.activation == Activation::Relu2 && config.sub_norms;
+        let architecture = if b158 { "bitnet-b1.58" } else { "bitnet" };
+        self.set("general.architecture", architecture)?;
+        if let Some(name) = &config.name {
+            self.set("general.name", name.as_str())?;
+        }
+        let mut sizes = vec![
+            ("vocab_size", config.vocab_size),
+            ("context_length", config.context_length),
+            ("embedding_length", config.hidden_size),
+            ("block_count", config.n_layers),
+            ("feed_forward_length", config.intermediate_size),
+            ("rope.dimension_count", config.head_dim),
+            ("attention.head_count", config.n_heads),
+            ("attention.head_count_kv", config.n_kv_heads),
+        ];
+        if config.q_size() != config.hidden_size {
+            sizes.extend([
+                ("attention.key_length", config.head_dim),
+                ("attention.value_length", config.head_dim),
+            ]);
+        }
+        for (suffix, size) in sizes {
+            // As u32, which readers expect; what ModelConfig::validate lets through fits.
+            self.set(format!("{architecture}.{suffix}"), u32::try_from(size).unwrap_or(u32::MAX))?;
+        }
+        self.set(format!("{architecture}.attention.layer_norm_rms_epsilon"), config.rms_norm_eps)?;
+        self.set(format!("{architecture}.rope.freq_base"), config.rope_theta as f32)?;
+        self.set(format!("{architecture}.hidden_act"), config.activation.name())?;
+        let tokens = [
+            ("bos_token_id", config.bos_token),
+            ("eos_token_id", config.eos_tokens.first().copied()),
+            ("eot_token_id", config.eos_tokens.get(1).copied()),
+        ];
+        for (key, token) in tokens {
+            if let Some(token) = token {
+                self.set(format!("tokenizer.ggml.{key}"), token)?;
+            }
+        }
+        Ok(self)
+    }
+
+    /// Adds a whole model but its tokenizer: configuration, projections as I2_S, norms as F32, embedding and
+    /// head as they are stored. Projections are read when their turn to be written comes.
+    ///
+    /// # Errors
+    /// [`GgufWriteError::Tensor`] where I2_S cannot hold a projection: K must be a multiple of 128.
+    /// [`GgufWriteError::Load`] where the embedding or the head can't be read.
+    pub fn checkpoint(&mut self, checkpoint: &'a Checkpoint) -> Result<&mut Self, GgufWriteError> {
+        let config = checkpoint.config();
+        self.config(config)?;
+        self.dense("token_embd.weight", checkpoint.embedding()?)?;
+        for layer in 0..config.n_layers {
+            for norm in Norm::of_layer(layer, config.sub_norms) {
+                self.norm(checkpoint, norm)?;
+            }
+            for which in Projection::ALL {
+                let (n, k) = which.shape(config);
+                let dims = [k as u64, n as u64];
+                self.tensor(projection_name(layer, which), &dims, TensorType::I2_S, move |out| {
+                    let tensor = checkpoint.projection(layer, which).map_err(io::Error::other)?;
+                    write_i2_s(out, &tensor.codes, tensor.scale)
+                })?;
+            }
+        }
+        self.norm(checkpoint, Norm::Output)?;
+        if let Some(output) = checkpoint.output()? {
+            self.dense("output.weight", output)?;
+        }
+        Ok(self)
+    }
+
+    fn norm(&mut self, checkpoint: &'a Checkpoint, which: Norm) -> Result<&mut Self, GgufWriteError> {
+        let dims = [which.len(checkpoint.config()) as u64];
+        self.tensor(norm_name(which), &dims, TensorType::F32, move |out| {
+            write_floats(out, &checkpoint.norm(which).map_err(io::Error::other)?)
         })
     }
 
@@ -204,7 +311,8 @@ impl<'a> GgufWriter<'a> {
         // The mode of any new file: temporary files are for their owner alone otherwise.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let temporary = builder.tempfile_in(directory).map_err(fail("create a temporary file beside it".into()))?;
+        let temporary =
+            builder.tempfile_in(directory).map_err(fail("create a temporary file beside it".into()))?;
 
         let mut out = BufWriter::with_capacity(1 << 20, temporary.as_file());
         out.write_all(&header).map_err(fail("write the header".into()))?;
@@ -221,7 +329,10 @@ impl<'a> GgufWriter<'a> {
         out.flush().map_err(fail("write".into()))?;
         drop(out);
         temporary.as_file().sync_all().map_err(fail("flush to the disk".into()))?;
-        temporary.persist(path).map_err(|e| e.error).map_err(fail("rename the complete file to its name".into()))?;
+        temporary
+            .persist(path)
+            .map_err(|e| e.error)
+            .map_err(fail("rename the complete file to its name".into()))?;
         // The name, too, should survive a power cut. Where directories can't be opened or flushed (Windows,
         // some network file systems) the file is complete all the same.
         #[cfg(unix)]
@@ -264,6 +375,10 @@ fn write_i2_s(out: &mut dyn Write, codes: &[u8], scale: f32) -> io::Result<()> {
     let mut tail = [0u8; I2_S_TAIL as usize];
     tail[..4].copy_from_slice(&scale.to_le_bytes());
     out.write_all(&tail)
+}
+
+fn write_floats(out: &mut dyn Write, values: &[f32]) -> io::Result<()> {
+    values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
 }
 
 /// Lets no more than the stated number of bytes through.
@@ -358,7 +473,9 @@ mod tests {
         assert!(error_of(writer.set("k", 2u32)).contains("`k` was given twice"));
         writer.tensor("t", &[1], TensorType::F32, nothing).unwrap();
         assert!(error_of(writer.tensor("t", &[1], TensorType::F32, nothing)).contains("`t` was given twice"));
-        assert!(error_of(writer.tensor("a", &[200, 2], TensorType::I2_S, nothing)).contains("multiple of 128"));
+        assert!(
+            error_of(writer.tensor("a", &[200, 2], TensorType::I2_S, nothing)).contains("multiple of 128")
+        );
         assert!(error_of(writer.tensor("a", &[], TensorType::F32, nothing)).contains("one to four"));
         assert!(error_of(writer.tensor("a", &[4, 0], TensorType::F32, nothing)).contains("zero"));
         assert!(error_of(writer.tensor("a", &[u64::MAX, 9], TensorType::F32, nothing)).contains("overflows"));

@@ -46,16 +46,21 @@ pub(crate) trait TileMicro {
     }
 }
 
-/// Products of one canonical row with activation rows. All sums are of the *codes*: sum(c * x).
+/// Products of canonical rows with activation rows. All sums are of the *codes*: sum(c * x).
 ///
 /// # Safety
-/// For both functions: the CPU has the implementation's features; `w` points to a canonical row whose
-/// activations take `stride` bytes (a multiple of 64), that is `stride.div_ceil(128)` blocks; each `x`
-/// points to `stride` activations, or to [`workspace_stride`](Self::workspace_stride) bytes that
-/// [`prepare_row`](Self::prepare_row) filled, where that is not 0; all readable.
+/// For both functions: the CPU has the implementation's features; `w` points to `N` canonical rows whose
+/// activations take `stride` bytes (a multiple of 64), each [`row_bytes`] long; each `x` points to `stride`
+/// activations, or to [`workspace_stride`](Self::workspace_stride) bytes that
+/// [`prepare_row`](Self::prepare_row) filled, where that is not 0; all readable. `M` and `N` are at most
+/// what the constants say.
 pub(crate) trait RowMicro {
-    /// Activation rows that one call of [`gemm`](Self::gemm) takes at most; at most 8.
+    /// Activation rows that one call of [`gemm`](Self::gemm) takes at most; at most 4.
     const MR: usize;
+    /// Weight rows that one call of [`gemm`](Self::gemm) takes: 1, 2 or 4.
+    const NR: usize;
+    /// Weight rows that one call of [`gemv`](Self::gemv) takes: 1, 8 or 16.
+    const GROUP: usize;
 
     /// Bytes of workspace for an activation row of `stride` bytes; 0 to read it as it is.
     fn workspace_stride(_stride: usize) -> usize {
@@ -65,17 +70,29 @@ pub(crate) trait RowMicro {
     /// Fills a row's workspace from its activations.
     fn prepare_row(_x: &[i8], _workspace: &mut [u8]) {}
 
-    /// Sum of the row with one activation row.
+    /// Sums of `N` weight rows with one activation row. Goes through the rows one after the other: several
+    /// short streams at once would defeat the hardware's prefetching.
     #[allow(clippy::missing_safety_doc, reason = "on the trait")]
-    unsafe fn gemv(w: *const u8, stride: usize, x: *const i8) -> i32;
+    unsafe fn gemv<const N: usize>(w: *const u8, stride: usize, x: *const i8) -> [i32; N];
 
-    /// Sums of the row with `M` activation rows.
+    /// Sums of `N` weight rows with each of `M` activation rows.
     #[allow(clippy::missing_safety_doc, reason = "on the trait")]
     #[inline(always)]
-    unsafe fn gemm<const M: usize>(w: *const u8, stride: usize, x: [*const i8; M]) -> [i32; M] {
+    unsafe fn gemm<const M: usize, const N: usize>(
+        w: *const u8,
+        stride: usize,
+        x: [*const i8; M],
+    ) -> [[i32; N]; M] {
         // SAFETY: the caller's promise, row by row.
         x.map(|x| unsafe { Self::gemv(w, stride, x) })
     }
+}
+
+/// Bytes of a canonical row whose activations take `stride` bytes: since that is k rounded up to a multiple
+/// of 64, it has as many blocks as k.
+#[inline(always)]
+pub(crate) const fn row_bytes(stride: usize) -> usize {
+    canonical::row_bytes(stride)
 }
 
 /// That activations, weights and output belong together: what every kernel's memory safety rests on.
@@ -245,54 +262,105 @@ impl<'a> RowJob<'a> {
     pub(crate) unsafe fn run<K: RowMicro>(mut self) {
         let (ns, ms) = (self.y.rows_n(), self.y.rows_m());
         for chunk in chunks(ms, rows_in_cache(self.x.stride())) {
-            // One row after the other for all activations of the chunk: several short streams at once
-            // would defeat the hardware's prefetching.
-            for n in ns.clone() {
+            let group = if chunk.len() == 1 { K::GROUP } else { K::NR };
+            let mut n = ns.start;
+            while n < ns.end {
+                // Whole groups, then what is left row by row.
+                let count = if ns.end - n >= group { group } else { 1 };
                 let mut m = chunk.start;
                 while m < chunk.end {
                     let rows = (chunk.end - m).min(K::MR);
-                    // SAFETY: the caller's promise.
+                    // SAFETY: the caller's promise; (m, n) begins `rows` by `count` elements of the tile.
                     unsafe {
-                        match rows {
-                            1 => self.row::<K, 1>(m, n),
-                            2 => self.row::<K, 2>(m, n),
-                            3 => self.row::<K, 3>(m, n),
-                            4 => self.row::<K, 4>(m, n),
-                            5 => self.row::<K, 5>(m, n),
-                            6 => self.row::<K, 6>(m, n),
-                            7 => self.row::<K, 7>(m, n),
-                            _ => self.row::<K, 8>(m, n),
+                        match (chunk.len(), count) {
+                            (1, 16) => self.single::<K, 16>(m, n),
+                            (1, 8) => self.single::<K, 8>(m, n),
+                            (1, _) => self.single::<K, 1>(m, n),
+                            (_, 4) => self.several::<K, 4>(m, n, rows),
+                            (_, 2) => self.several::<K, 2>(m, n, rows),
+                            (_, _) => self.several::<K, 1>(m, n, rows),
                         }
                     }
-                    m += rows.min(8);
+                    m += rows;
                 }
+                n += count;
             }
         }
     }
 
-    /// Computes y[m .. m + M, n].
+    /// Computes y[m, n .. n + N].
     ///
     /// # Safety
     /// The CPU has the features of `K`, for which the job was checked.
     #[inline(always)]
-    unsafe fn row<K: RowMicro, const M: usize>(&mut self, m: usize, n: usize) {
-        let (w, x) = (self.w, self.x);
-        let stride = x.stride();
-        let prepared = K::workspace_stride(stride);
-        let weights = w.canonical_row(n).0.as_ptr();
-        let rows: [*const i8; M] = from_fn(|i| match prepared {
-            0 => x.padded_row(m + i).as_ptr(),
-            _ => self.workspace[(m + i) * prepared..][..prepared].as_ptr().cast(),
-        });
-        // SAFETY: a canonical row has k.div_ceil(128) blocks, which is stride.div_ceil(128) since stride
-        // is k rounded up to a multiple of 64 (`check`); the rows have the bytes that the slices above
-        // have, and `prepare` filled the workspace before. Features: the caller.
-        let sums = unsafe {
-            if M == 1 { [K::gemv(weights, stride, rows[0]); M] } else { K::gemm::<M>(weights, stride, rows) }
-        };
-        for (i, sum) in sums.into_iter().enumerate() {
-            self.y.set(m + i, n, sum.wrapping_sub(x.sum(m + i)), w, x);
+    unsafe fn single<K: RowMicro, const N: usize>(&mut self, m: usize, n: usize) {
+        let (weights, x) = (self.weights::<N>(n), self.activations::<K>(m));
+        // SAFETY: the two functions return what the micro-kernel reads. Features: the caller.
+        let sums = unsafe { K::gemv::<N>(weights, self.x.stride(), x) };
+        self.store(m, n, sums);
+    }
+
+    /// Computes y[m .. m + rows, n .. n + N].
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`, for which the job was checked.
+    #[inline(always)]
+    unsafe fn several<K: RowMicro, const N: usize>(&mut self, m: usize, n: usize, rows: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match rows {
+                1 => self.block::<K, 1, N>(m, n),
+                2 => self.block::<K, 2, N>(m, n),
+                3 => self.block::<K, 3, N>(m, n),
+                _ => self.block::<K, 4, N>(m, n),
+            }
         }
+    }
+
+    /// Computes y[m .. m + M, n .. n + N].
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`, for which the job was checked.
+    #[inline(always)]
+    unsafe fn block<K: RowMicro, const M: usize, const N: usize>(&mut self, m: usize, n: usize) {
+        let weights = self.weights::<N>(n);
+        let x: [*const i8; M] = from_fn(|i| self.activations::<K>(m + i));
+        // SAFETY: the two functions return what the micro-kernel reads. Features: the caller.
+        let sums = unsafe { K::gemm::<M, N>(weights, self.x.stride(), x) };
+        for (i, sums) in sums.into_iter().enumerate() {
+            self.store(m + i, n, sums);
+        }
+    }
+
+    /// `N` weight rows from `n`.
+    #[inline(always)]
+    fn weights<const N: usize>(&self, n: usize) -> *const u8 {
+        let bytes = row_bytes(self.x.stride());
+        self.w.data()[n * bytes..][..N * bytes].as_ptr()
+    }
+
+    /// Activation row `m`, or what `prepare` made of it.
+    #[inline(always)]
+    fn activations<K: RowMicro>(&self, m: usize) -> *const i8 {
+        match K::workspace_stride(self.x.stride()) {
+            0 => self.x.padded_row(m).as_ptr(),
+            stride => self.workspace[m * stride..][..stride].as_ptr().cast(),
+        }
+    }
+
+    /// Stores y[m, n .. n + N] from sums of codes.
+    #[inline(always)]
+    fn store<const N: usize>(&mut self, m: usize, n: usize, sums: [i32; N]) {
+        assert!(n + N <= self.y.rows_n().end, "rows behind the tile's end");
+        let (offset, scale) = (self.x.sum(m), self.w.scale() * self.x.scale(m));
+        let mut values = [0f32; N];
+        for (value, sum) in values.iter_mut().zip(sums) {
+            *value = sum.wrapping_sub(offset) as f32 * scale;
+        }
+        let out = self.y.at(m, n);
+        // SAFETY: `at` checked (m, n), and the elements up to n + N follow it within the tile (asserted
+        // above), which belongs to this call alone.
+        unsafe { out.copy_from_nonoverlapping(values.as_ptr(), N) }
     }
 }
 

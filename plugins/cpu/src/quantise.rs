@@ -14,9 +14,9 @@
 //! lane l over the elements l, 16 + l, 32 + l, ... in this order with fused multiply-adds, and then over
 //! the lanes as a tree (l with l + 8, l + 4, l + 2, l + 1). So every CPU gets the same bits.
 //!
-//! The loops are written once on arrays of 16 values and compiled once per instruction set.
+//! The loops are written once, so that compilers vectorise them, and compiled once per instruction set.
 
-/// Values in an array that stands for one or more vectors.
+/// Lanes of the sum of squares.
 const LANES: usize = 16;
 /// The smallest absmax: a row of zeros has this scale.
 const MIN_ABSMAX: f32 = 1e-5;
@@ -193,151 +193,49 @@ impl<'a> Rows<'a> {
 
     #[inline(always)]
     fn quantise(self) {
-        self.each(|x| Plain(x));
+        let inputs = self.x.chunks_exact(self.k).zip(self.q.chunks_exact_mut(self.stride));
+        let outputs = self.scale.iter_mut().zip(self.sum);
+        for ((x, q), (scale, sum)) in inputs.zip(outputs) {
+            let (q, padding) = q.split_at_mut(self.k);
+            (*scale, *sum) = quantise_row(x.iter().copied(), q);
+            padding.fill(0);
+        }
     }
 
     #[inline(always)]
     fn norm_quantise<const FMA: bool>(self, w: &[f32], eps: f32) {
-        self.each(|x| Normed { x, w, r: inverse_rms::<FMA>(x, eps) });
-    }
-
-    #[inline(always)]
-    fn each<'x, S: Source>(self, source: impl Fn(&'x [f32]) -> S)
-    where
-        'a: 'x,
-    {
+        let inputs = self.x.chunks_exact(self.k).zip(self.q.chunks_exact_mut(self.stride));
         let outputs = self.scale.iter_mut().zip(self.sum);
-        for ((x, q), (scale, sum)) in
-            self.x.chunks_exact(self.k).zip(self.q.chunks_exact_mut(self.stride)).zip(outputs)
-        {
-            (*scale, *sum) = quantise_row(source(x), q);
+        for ((x, q), (scale, sum)) in inputs.zip(outputs) {
+            let (q, padding) = q.split_at_mut(self.k);
+            let r = inverse_rms::<FMA>(x, eps);
+            // Computed anew in each pass over the row: cheaper than keeping the result.
+            (*scale, *sum) = quantise_row(x.iter().zip(w).map(|(x, w)| (x * r) * w), q);
+            padding.fill(0);
         }
     }
 }
 
-/// A row's values, 16 at a time.
-trait Source {
-    /// Number of values.
-    fn len(&self) -> usize;
-    /// Values 16j .. 16j + 16.
-    fn chunk(&self, j: usize) -> [f32; LANES];
-    /// Value `i`.
-    fn value(&self, i: usize) -> f32;
-
-    /// The values behind the last whole chunk, and zeros.
-    #[inline(always)]
-    fn tail(&self) -> [f32; LANES] {
-        let mut tail = [0.0; LANES];
-        for (l, i) in (self.len() / LANES * LANES..self.len()).enumerate() {
-            tail[l] = self.value(i);
-        }
-        tail
-    }
-}
-
-/// The values as they are.
-struct Plain<'a>(&'a [f32]);
-
-impl Source for Plain<'_> {
-    #[inline(always)]
-    fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    #[inline(always)]
-    fn chunk(&self, j: usize) -> [f32; LANES] {
-        self.0.as_chunks().0[j]
-    }
-
-    #[inline(always)]
-    fn value(&self, i: usize) -> f32 {
-        self.0[i]
-    }
-}
-
-/// The values after RMSNorm, computed each time: cheaper than keeping them.
-struct Normed<'a> {
-    x: &'a [f32],
-    w: &'a [f32],
-    r: f32,
-}
-
-impl Source for Normed<'_> {
-    #[inline(always)]
-    fn len(&self) -> usize {
-        self.x.len()
-    }
-
-    #[inline(always)]
-    fn chunk(&self, j: usize) -> [f32; LANES] {
-        let (x, w): (&[f32; LANES], &[f32; LANES]) = (&self.x.as_chunks().0[j], &self.w.as_chunks().0[j]);
-        let mut y = [0.0; LANES];
-        for l in 0..LANES {
-            y[l] = (x[l] * self.r) * w[l];
-        }
-        y
-    }
-
-    #[inline(always)]
-    fn value(&self, i: usize) -> f32 {
-        (self.x[i] * self.r) * self.w[i]
-    }
-}
-
-/// Quantises one row into `q`, zero behind its end; returns scale and sum.
+/// Quantises one row into `q`; returns scale and sum.
+///
+/// Both reductions are over integers, so that compilers may vectorise them in any order.
 #[inline(always)]
-fn quantise_row(x: impl Source, q: &mut [i8]) -> (f32, i32) {
+fn quantise_row(x: impl Iterator<Item = f32> + Clone, q: &mut [i8]) -> (f32, i32) {
     // The bits of |x| order as integers, NaN and infinity above everything finite.
-    let magnitude = |v: f32| (v.to_bits() & 0x7fff_ffff) as i32;
-    let chunks = x.len() / LANES;
-    let mut max = [0; LANES];
-    for j in 0..chunks {
-        let v = x.chunk(j);
-        for l in 0..LANES {
-            max[l] = max[l].max(magnitude(v[l]));
-        }
-    }
-    let tail = x.tail();
-    for l in 0..LANES {
-        max[l] = max[l].max(magnitude(tail[l]));
-    }
-    let max = f32::from_bits(max.into_iter().fold(0, i32::max) as u32);
+    let max = x.clone().fold(0, |max: i32, v| max.max((v.to_bits() & 0x7fff_ffff) as i32));
+    let max = f32::from_bits(max as u32);
     if !max.is_finite() {
         q.fill(0);
         return (f32::NAN, 0);
     }
     let a = max.max(MIN_ABSMAX);
     let factor = 127.0 / a;
-    // The integer is the difference of two representations, and its low byte that of the sum's.
-    let rounded = |v: f32| (v * factor + ROUND).to_bits();
-    let mut sums = [0u32; LANES];
-    let (out, rest) = q.as_chunks_mut::<LANES>();
-    for j in 0..chunks {
-        let v = x.chunk(j);
-        let mut bits = [0; LANES];
-        for l in 0..LANES {
-            bits[l] = rounded(v[l]);
-            sums[l] = sums[l].wrapping_add(bits[l]);
-        }
-        out[j] = bits.map(|bits| bits as i8);
-    }
-    let counted = (chunks * LANES) as u32;
-    let sum =
-        sums.into_iter().fold(0u32, u32::wrapping_add).wrapping_sub(counted.wrapping_mul(ROUND.to_bits()));
-    let mut sum = sum as i32;
-    let mut last = [0i8; LANES];
-    for l in 0..LANES {
-        last[l] = rounded(tail[l]) as i8;
-        sum += i32::from(last[l]);
-    }
-    // What is left: the tail, and zeros up to the stride.
-    match out.get_mut(chunks) {
-        Some(place) => {
-            *place = last;
-            out[chunks + 1..].as_flattened_mut().fill(0);
-            rest.fill(0);
-        }
-        None => rest.copy_from_slice(&last[..rest.len()]),
+    let mut sum = 0i32;
+    for (q, v) in q.iter_mut().zip(x) {
+        // The integer is the distance from ROUND in units of the last place.
+        let integer = (v * factor + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+        *q = integer as i8;
+        sum = sum.wrapping_add(integer);
     }
     (a / 127.0, sum)
 }
@@ -346,18 +244,14 @@ fn quantise_row(x: impl Source, q: &mut [i8]) -> (f32, i32) {
 #[inline(always)]
 fn inverse_rms<const FMA: bool>(x: &[f32], eps: f32) -> f32 {
     let mut sums = [0.0; LANES];
-    let source = Plain(x);
-    for j in 0..x.len() / LANES {
-        let v = source.chunk(j);
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    for v in chunks {
         for l in 0..LANES {
             sums[l] = add_square::<FMA>(v[l], sums[l]);
         }
     }
-    if !x.len().is_multiple_of(LANES) {
-        let v = source.tail();
-        for l in 0..LANES {
-            sums[l] = add_square::<FMA>(v[l], sums[l]);
-        }
+    for (sum, v) in sums.iter_mut().zip(tail) {
+        *sum = add_square::<FMA>(*v, *sum);
     }
     let mut width = LANES / 2;
     while width > 0 {

@@ -29,10 +29,8 @@ const MARGIN: usize = 256;
 impl Buffer {
     fn new(length: usize, alignment: usize) -> Self {
         // Aligned to `alignment`, but to nothing more.
-        let layout =
-            Layout::from_size_align(length + 2 * (MARGIN + alignment), 2 * alignment.max(MARGIN)).unwrap();
         let offset = MARGIN.next_multiple_of(2 * alignment) + alignment;
-        assert!(offset + length + MARGIN <= layout.size() + MARGIN);
+        let layout = Layout::from_size_align(offset + length + MARGIN, 2 * alignment).unwrap();
         // SAFETY: the size is not zero; the bytes are initialised at once.
         let allocation = unsafe {
             let allocation = alloc(layout);

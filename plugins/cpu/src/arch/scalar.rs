@@ -9,7 +9,7 @@ use bitnet_burn_plugin::abi::Signature;
 use bitnet_burn_plugin::canonical::{BLOCK, BLOCK_BYTES};
 use bitnet_burn_plugin::sdk::{ActivationsRef, KernelResult, OutputTile, TernaryKernel, WeightsRef};
 
-use crate::generic::{self, MAX_K, RowJob, RowMicro, TileJob, TileMicro};
+use crate::generic::{self, MAX_K, RowJob, RowMicro, TileJob, TileMicro, row_bytes};
 use crate::tile::{self, BLOCK_ROWS, STEP, STEP_BYTES};
 
 /// The products in portable Rust.
@@ -21,40 +21,52 @@ const BLOCKS_PER_FLUSH: usize = 16;
 
 impl RowMicro for Scalar {
     const MR: usize = 1;
+    const NR: usize = 1;
+    const GROUP: usize = 1;
 
     #[inline(always)]
-    unsafe fn gemv(w: *const u8, stride: usize, x: *const i8) -> i32 {
-        // SAFETY: the caller's promise: the row has that many blocks, and there are `stride` activations.
-        let (w, x) =
-            unsafe { (from_raw_parts(w, stride.div_ceil(BLOCK) * BLOCK_BYTES), from_raw_parts(x, stride)) };
-        let (w, _) = w.as_chunks::<BLOCK_BYTES>();
-        let (x, half) = x.as_chunks::<BLOCK>();
-        let mut total = [0i32; 32];
-        for (w, x) in w.chunks(BLOCKS_PER_FLUSH).zip(x.chunks(BLOCKS_PER_FLUSH)) {
-            let mut sums = [0i16; 32];
-            for (w, x) in w.iter().zip(x) {
-                for i in 0..32 {
-                    let dot = i16::from(w[i] >> 6) * i16::from(x[i])
-                        + i16::from(w[i] >> 4 & 3) * i16::from(x[32 + i])
-                        + i16::from(w[i] >> 2 & 3) * i16::from(x[64 + i])
-                        + i16::from(w[i] & 3) * i16::from(x[96 + i]);
-                    sums[i] += dot;
-                }
-            }
-            for (total, sum) in total.iter_mut().zip(sums) {
-                *total = total.wrapping_add(i32::from(sum));
-            }
+    unsafe fn gemv<const N: usize>(w: *const u8, stride: usize, x: *const i8) -> [i32; N] {
+        let bytes = row_bytes(stride);
+        // SAFETY: the caller's promise: N rows of that many bytes, and `stride` activations.
+        let (w, x) = unsafe { (from_raw_parts(w, N * bytes), from_raw_parts(x, stride)) };
+        let mut sums = [0; N];
+        for (sum, w) in sums.iter_mut().zip(w.chunks_exact(bytes)) {
+            *sum = row(w, x);
         }
-        if let (Some(w), Ok(x)) = (w.get(x.len()), <&[i8; BLOCK / 2]>::try_from(half)) {
-            // The activations end in the middle of the last block.
-            for i in 0..32 {
-                let dot =
-                    i16::from(w[i] >> 6) * i16::from(x[i]) + i16::from(w[i] >> 4 & 3) * i16::from(x[32 + i]);
-                total[i] = total[i].wrapping_add(i32::from(dot));
-            }
-        }
-        total.into_iter().fold(0, i32::wrapping_add)
+        sums
     }
+}
+
+/// Sum of one row with one activation row.
+#[inline(always)]
+fn row(w: &[u8], x: &[i8]) -> i32 {
+    let (w, _) = w.as_chunks::<BLOCK_BYTES>();
+    let (x, half) = x.as_chunks::<BLOCK>();
+    let mut total = [0i32; 32];
+    for (w, x) in w.chunks(BLOCKS_PER_FLUSH).zip(x.chunks(BLOCKS_PER_FLUSH)) {
+        let mut sums = [0i16; 32];
+        for (w, x) in w.iter().zip(x) {
+            for i in 0..32 {
+                let dot = i16::from(w[i] >> 6) * i16::from(x[i])
+                    + i16::from(w[i] >> 4 & 3) * i16::from(x[32 + i])
+                    + i16::from(w[i] >> 2 & 3) * i16::from(x[64 + i])
+                    + i16::from(w[i] & 3) * i16::from(x[96 + i]);
+                sums[i] += dot;
+            }
+        }
+        for (total, sum) in total.iter_mut().zip(sums) {
+            *total = total.wrapping_add(i32::from(sum));
+        }
+    }
+    if let (Some(w), Ok(x)) = (w.get(x.len()), <&[i8; BLOCK / 2]>::try_from(half)) {
+        // The activations end in the middle of the last block.
+        for i in 0..32 {
+            let dot =
+                i16::from(w[i] >> 6) * i16::from(x[i]) + i16::from(w[i] >> 4 & 3) * i16::from(x[32 + i]);
+            total[i] = total[i].wrapping_add(i32::from(dot));
+        }
+    }
+    total.into_iter().fold(0, i32::wrapping_add)
 }
 
 impl TileMicro for Scalar {

@@ -4,9 +4,9 @@ use std::arch::x86_64::*;
 
 use bitnet_burn_plugin::canonical::{BLOCK, BLOCK_BYTES};
 
-use super::avxvnni::reduce;
 use super::kernels;
-use crate::generic::{RowMicro, TileMicro};
+use super::ymm::{ROW_PREFETCH, TILE_PREFETCH, first, groups, load_rows, split, totals};
+use crate::generic::{RowMicro, TileMicro, row_bytes};
 use crate::tile::{BLOCK_ROWS, STEP, STEP_BYTES};
 
 /// The products with `vpmaddubsw ymm`.
@@ -27,11 +27,6 @@ kernels!(
 const FLUSH_SCALED: usize = 8;
 /// The same where each adds four products of codes up to 2: four pairs of 2 * -128 are -2048.
 const FLUSH_PLAIN: usize = 16;
-
-/// Bytes ahead to prefetch.
-const TILE_PREFETCH: usize = 8192;
-/// The same for rows, which are short.
-const ROW_PREFETCH: usize = 4096;
 
 impl TileMicro for Micro {
     const MR: usize = 4;
@@ -131,98 +126,112 @@ impl TileMicro for Micro {
 }
 
 impl RowMicro for Micro {
-    const MR: usize = 8;
+    const MR: usize = 4;
+    const NR: usize = 2;
+    const GROUP: usize = 8;
 
     #[inline(always)]
-    unsafe fn gemv(w: *const u8, stride: usize, x: *const i8) -> i32 {
-        // SAFETY: the caller promises the features, a row of stride.div_ceil(128) blocks at w and `stride`
-        // activations at x: 128 for a whole block, 64 for a last half one.
+    unsafe fn gemv<const N: usize>(w: *const u8, stride: usize, x: *const i8) -> [i32; N] {
+        // SAFETY: the caller promises the features and N rows of that many bytes at w.
         unsafe {
-            let (blocks, half) = (stride / BLOCK, stride % BLOCK);
-            // acc[0] for the bits 0 and 4, acc[1] for 2 and 6, 4 times too large: at most
-            // 4 * 2 * 128 * 2^23/16 = 2^29 in a lane.
-            let masks = [_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c)];
-            let mut wide = [_mm256_setzero_si256(); 2];
-            let mut start = 0;
-            while start < blocks {
-                let end = blocks.min(start + FLUSH_SCALED);
-                let mut acc = [_mm256_setzero_si256(); 2];
-                for b in start..end {
-                    let w = w.add(b * BLOCK_BYTES);
-                    let x = x.add(b * BLOCK);
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(ROW_PREFETCH).cast());
-                    let v = _mm256_loadu_si256(w.cast());
-                    let u = _mm256_srli_epi16::<4>(v);
-                    for i in 0..2 {
-                        // Bits 1..0 hold group 3, 3..2 group 2, 5..4 group 1, 7..6 group 0.
-                        let (low, high) = (x.add(32 * (3 - i)), x.add(32 * (1 - i)));
-                        dot(&mut acc[i], _mm256_and_si256(v, masks[i]), _mm256_loadu_si256(low.cast()));
-                        dot(&mut acc[i], _mm256_and_si256(u, masks[i]), _mm256_loadu_si256(high.cast()));
-                    }
-                }
-                flush(&mut wide[0], acc[0]);
-                flush(&mut wide[1], acc[1]);
-                start = end;
+            let mut rows = [_mm256_setzero_si256(); 8];
+            for (r, row) in rows.iter_mut().enumerate().take(N) {
+                *row = row_sums(w.add(r * row_bytes(stride)), stride, x);
             }
-            if half != 0 {
-                let u = _mm256_srli_epi16::<4>(_mm256_loadu_si256(w.add(blocks * BLOCK_BYTES).cast()));
-                for i in 0..2 {
-                    let mut acc = _mm256_setzero_si256();
-                    let x = _mm256_loadu_si256(x.add(blocks * BLOCK + 32 * (1 - i)).cast());
-                    dot(&mut acc, _mm256_and_si256(u, masks[i]), x);
-                    flush(&mut wide[i], acc);
-                }
-            }
-            reduce(_mm256_add_epi32(wide[0], _mm256_srai_epi32::<2>(wide[1])))
+            first(totals(rows))
         }
     }
 
     #[inline(always)]
-    unsafe fn gemm<const M: usize>(w: *const u8, stride: usize, x: [*const i8; M]) -> [i32; M] {
-        // SAFETY: as in `gemv`, for each of the rows.
+    unsafe fn gemm<const M: usize, const N: usize>(
+        w: *const u8,
+        stride: usize,
+        x: [*const i8; M],
+    ) -> [[i32; N]; M] {
+        // SAFETY: the caller promises the features, N rows of stride.div_ceil(128) blocks at w and `stride`
+        // activations at each x: 128 for a whole block, 64 for a last half one.
         unsafe {
-            let (blocks, half) = (stride / BLOCK, stride % BLOCK);
             let mask = _mm256_set1_epi8(3);
-            let mut wide = [_mm256_setzero_si256(); M];
+            let blocks = stride.div_ceil(BLOCK);
+            let mut wide = [[_mm256_setzero_si256(); N]; M];
             let mut start = 0;
             while start < blocks {
                 let end = blocks.min(start + FLUSH_PLAIN);
-                let mut acc = [_mm256_setzero_si256(); M];
+                let mut acc = [[_mm256_setzero_si256(); N]; M];
                 for b in start..end {
-                    let w = w.add(b * BLOCK_BYTES);
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(ROW_PREFETCH).cast());
-                    let mut v = _mm256_loadu_si256(w.cast());
+                    let groups = groups(stride, b);
+                    let mut v = load_rows::<N>(w, stride, b);
                     for g in (0..4).rev() {
-                        let codes = _mm256_and_si256(v, mask);
-                        for m in 0..M {
-                            dot(&mut acc[m], codes, _mm256_loadu_si256(x[m].add(b * BLOCK + 32 * g).cast()));
+                        if g < groups {
+                            for m in 0..M {
+                                let x = _mm256_loadu_si256(x[m].add(b * BLOCK + 32 * g).cast());
+                                for r in 0..N {
+                                    dot(&mut acc[m][r], _mm256_and_si256(v[r], mask), x);
+                                }
+                            }
                         }
-                        v = _mm256_srli_epi16::<2>(v);
+                        for v in &mut v {
+                            *v = _mm256_srli_epi16::<2>(*v);
+                        }
                     }
                 }
                 for m in 0..M {
-                    flush(&mut wide[m], acc[m]);
+                    for r in 0..N {
+                        flush(&mut wide[m][r], acc[m][r]);
+                    }
                 }
                 start = end;
             }
-            if half != 0 {
-                let mut v = _mm256_srli_epi16::<4>(_mm256_loadu_si256(w.add(blocks * BLOCK_BYTES).cast()));
-                for g in (0..2).rev() {
-                    let codes = _mm256_and_si256(v, mask);
-                    for m in 0..M {
-                        let mut acc = _mm256_setzero_si256();
-                        dot(&mut acc, codes, _mm256_loadu_si256(x[m].add(blocks * BLOCK + 32 * g).cast()));
-                        flush(&mut wide[m], acc);
-                    }
-                    v = _mm256_srli_epi16::<2>(v);
+            split(wide)
+        }
+    }
+}
+
+/// The products of one row, in eight sums.
+///
+/// # Safety
+/// The CPU has AVX2; a row of stride.div_ceil(128) blocks can be read at `w`, and `stride` activations at `x`.
+#[inline(always)]
+unsafe fn row_sums(w: *const u8, stride: usize, x: *const i8) -> __m256i {
+    // SAFETY: the caller's promise: 128 activations for a whole block, 64 for a last half one; a prefetch
+    // may have any address.
+    unsafe {
+        let (blocks, half) = (stride / BLOCK, stride % BLOCK);
+        // acc[0] for the bits 0 and 4, acc[1] for 2 and 6, 4 times too large: at most
+        // 4 * 2 * 128 * 2^23/16 = 2^29 in a lane.
+        let masks = [_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c)];
+        let mut wide = [_mm256_setzero_si256(); 2];
+        let mut start = 0;
+        while start < blocks {
+            let end = blocks.min(start + FLUSH_SCALED);
+            let mut acc = [_mm256_setzero_si256(); 2];
+            for b in start..end {
+                let w = w.add(b * BLOCK_BYTES);
+                let x = x.add(b * BLOCK);
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(ROW_PREFETCH).cast());
+                let v = _mm256_loadu_si256(w.cast());
+                let u = _mm256_srli_epi16::<4>(v);
+                for i in 0..2 {
+                    // Bits 1..0 hold group 3, 3..2 group 2, 5..4 group 1, 7..6 group 0.
+                    let (low, high) = (x.add(32 * (3 - i)), x.add(32 * (1 - i)));
+                    dot(&mut acc[i], _mm256_and_si256(v, masks[i]), _mm256_loadu_si256(low.cast()));
+                    dot(&mut acc[i], _mm256_and_si256(u, masks[i]), _mm256_loadu_si256(high.cast()));
                 }
             }
-            let mut sums = [0; M];
-            for m in 0..M {
-                sums[m] = reduce(wide[m]);
-            }
-            sums
+            flush(&mut wide[0], acc[0]);
+            flush(&mut wide[1], acc[1]);
+            start = end;
         }
+        if half != 0 {
+            let u = _mm256_srli_epi16::<4>(_mm256_loadu_si256(w.add(blocks * BLOCK_BYTES).cast()));
+            for i in 0..2 {
+                let mut acc = _mm256_setzero_si256();
+                let x = _mm256_loadu_si256(x.add(blocks * BLOCK + 32 * (1 - i)).cast());
+                dot(&mut acc, _mm256_and_si256(u, masks[i]), x);
+                flush(&mut wide[i], acc);
+            }
+        }
+        _mm256_add_epi32(wide[0], _mm256_srai_epi32::<2>(wide[1]))
     }
 }
 

@@ -5,7 +5,8 @@ use std::arch::x86_64::*;
 use bitnet_burn_plugin::canonical::{BLOCK, BLOCK_BYTES};
 
 use super::kernels;
-use crate::generic::{RowMicro, TileMicro};
+use super::ymm::{ROW_PREFETCH, TILE_PREFETCH, first, groups, load_rows, split, totals};
+use crate::generic::{RowMicro, TileMicro, row_bytes};
 use crate::tile::{BLOCK_ROWS, STEP, STEP_BYTES};
 
 /// The products with `vpdpbusd ymm`.
@@ -20,11 +21,6 @@ kernels!(
     // 4 * 2 * 128 * K/2 in magnitude, -2^31 at K = 2^22.
     tiles_max_k: 1 << 22,
 );
-
-/// Bytes ahead to prefetch.
-const TILE_PREFETCH: usize = 8192;
-/// The same for rows, which are short.
-const ROW_PREFETCH: usize = 4096;
 
 impl TileMicro for Micro {
     const MR: usize = 4;
@@ -105,81 +101,96 @@ impl TileMicro for Micro {
 }
 
 impl RowMicro for Micro {
-    const MR: usize = 8;
+    const MR: usize = 4;
+    const NR: usize = 2;
+    const GROUP: usize = 8;
 
     #[inline(always)]
-    unsafe fn gemv(w: *const u8, stride: usize, x: *const i8) -> i32 {
-        // SAFETY: the caller promises the features, a row of stride.div_ceil(128) blocks at w and `stride`
-        // activations at x: 128 for a whole block, 64 for a last half one.
+    unsafe fn gemv<const N: usize>(w: *const u8, stride: usize, x: *const i8) -> [i32; N] {
+        // SAFETY: the caller promises the features and N rows of that many bytes at w.
         unsafe {
-            let (blocks, half) = (stride / BLOCK, stride % BLOCK);
-            // acc[.][0] for the bits 0 and 4, acc[.][1] for 2 and 6, 4 times too large: at most
-            // 4 * 2 * 128 * 2^23/16 = 2^29 in a lane.
-            let masks = [_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c)];
-            let mut acc = [[_mm256_setzero_si256(); 2]; 4];
-            let mut b = 0;
-            while b + 4 <= blocks {
-                for u in 0..4 {
-                    let w = w.add((b + u) * BLOCK_BYTES);
-                    if u % 2 == 0 {
-                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(ROW_PREFETCH).cast());
-                    }
-                    block(&mut acc[u], w, x.add((b + u) * BLOCK), &masks);
-                }
-                b += 4;
+            let mut rows = [_mm256_setzero_si256(); 8];
+            for (r, row) in rows.iter_mut().enumerate().take(N) {
+                *row = row_sums(w.add(r * row_bytes(stride)), stride, x);
             }
-            while b < blocks {
-                block(&mut acc[0], w.add(b * BLOCK_BYTES), x.add(b * BLOCK), &masks);
-                b += 1;
-            }
-            if half != 0 {
-                half_block(&mut acc[0], w.add(b * BLOCK_BYTES), x.add(b * BLOCK), &masks);
-            }
-            let mut sum = _mm256_setzero_si256();
-            for [a, b] in acc {
-                sum = _mm256_add_epi32(sum, _mm256_add_epi32(a, _mm256_srai_epi32::<2>(b)));
-            }
-            reduce(sum)
+            first(totals(rows))
         }
     }
 
     #[inline(always)]
-    unsafe fn gemm<const M: usize>(w: *const u8, stride: usize, x: [*const i8; M]) -> [i32; M] {
-        // SAFETY: as in `gemv`, for each of the rows.
+    unsafe fn gemm<const M: usize, const N: usize>(
+        w: *const u8,
+        stride: usize,
+        x: [*const i8; M],
+    ) -> [[i32; N]; M] {
+        // SAFETY: the caller promises the features, N rows of stride.div_ceil(128) blocks at w and `stride`
+        // activations at each x: 128 for a whole block, 64 for a last half one.
         unsafe {
-            let (blocks, half) = (stride / BLOCK, stride % BLOCK);
             let mask = _mm256_set1_epi8(3);
-            let mut acc = [_mm256_setzero_si256(); M];
-            for b in 0..blocks {
-                let w = w.add(b * BLOCK_BYTES);
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(ROW_PREFETCH).cast());
-                let mut v = _mm256_loadu_si256(w.cast());
+            let mut acc = [[_mm256_setzero_si256(); N]; M];
+            for b in 0..stride.div_ceil(BLOCK) {
+                let groups = groups(stride, b);
+                let mut v = load_rows::<N>(w, stride, b);
                 for g in (0..4).rev() {
-                    let codes = _mm256_and_si256(v, mask);
-                    for m in 0..M {
-                        let x = _mm256_loadu_si256(x[m].add(b * BLOCK + 32 * g).cast());
-                        acc[m] = _mm256_dpbusd_avx_epi32(acc[m], codes, x);
+                    if g < groups {
+                        for m in 0..M {
+                            let x = _mm256_loadu_si256(x[m].add(b * BLOCK + 32 * g).cast());
+                            for r in 0..N {
+                                let codes = _mm256_and_si256(v[r], mask);
+                                acc[m][r] = _mm256_dpbusd_avx_epi32(acc[m][r], codes, x);
+                            }
+                        }
                     }
-                    v = _mm256_srli_epi16::<2>(v);
+                    for v in &mut v {
+                        *v = _mm256_srli_epi16::<2>(*v);
+                    }
                 }
             }
-            if half != 0 {
-                let mut v = _mm256_srli_epi16::<4>(_mm256_loadu_si256(w.add(blocks * BLOCK_BYTES).cast()));
-                for g in (0..2).rev() {
-                    let codes = _mm256_and_si256(v, mask);
-                    for m in 0..M {
-                        let x = _mm256_loadu_si256(x[m].add(blocks * BLOCK + 32 * g).cast());
-                        acc[m] = _mm256_dpbusd_avx_epi32(acc[m], codes, x);
-                    }
-                    v = _mm256_srli_epi16::<2>(v);
-                }
-            }
-            let mut sums = [0; M];
-            for m in 0..M {
-                sums[m] = reduce(acc[m]);
-            }
-            sums
+            split(acc)
         }
+    }
+}
+
+/// The products of one row, in eight sums.
+///
+/// # Safety
+/// The CPU has AVX-VNNI; a row of stride.div_ceil(128) blocks can be read at `w`, and `stride` activations
+/// at `x`.
+#[inline(always)]
+unsafe fn row_sums(w: *const u8, stride: usize, x: *const i8) -> __m256i {
+    // SAFETY: the caller's promise: 128 activations for a whole block, 64 for a last half one; a prefetch
+    // may have any address.
+    unsafe {
+        let (blocks, half) = (stride / BLOCK, stride % BLOCK);
+        // acc[.][0] for the bits 0 and 4, acc[.][1] for 2 and 6, 4 times too large: at most
+        // 4 * 2 * 128 * 2^23/16 = 2^29 in a lane.
+        let masks = [_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c)];
+        let mut acc = [[_mm256_setzero_si256(); 2]; 4];
+        let mut b = 0;
+        while b + 4 <= blocks {
+            for u in 0..4 {
+                let w = w.add((b + u) * BLOCK_BYTES);
+                if u % 2 == 0 {
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(ROW_PREFETCH).cast());
+                }
+                block(&mut acc[u], w, x.add((b + u) * BLOCK), &masks);
+            }
+            b += 4;
+        }
+        while b < blocks {
+            let w = w.add(b * BLOCK_BYTES);
+            _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(ROW_PREFETCH).cast());
+            block(&mut acc[0], w, x.add(b * BLOCK), &masks);
+            b += 1;
+        }
+        if half != 0 {
+            half_block(&mut acc[0], w.add(b * BLOCK_BYTES), x.add(b * BLOCK), &masks);
+        }
+        let mut sum = _mm256_setzero_si256();
+        for [a, b] in acc {
+            sum = _mm256_add_epi32(sum, _mm256_add_epi32(a, _mm256_srai_epi32::<2>(b)));
+        }
+        sum
     }
 }
 
@@ -215,19 +226,5 @@ unsafe fn half_block(acc: &mut [__m256i; 2], w: *const u8, x: *const i8, masks: 
             let x = _mm256_loadu_si256(x.add(32 * (1 - i)).cast());
             acc[i] = _mm256_dpbusd_avx_epi32(acc[i], _mm256_and_si256(u, masks[i]), x);
         }
-    }
-}
-
-/// Sum of the eight lanes.
-///
-/// # Safety
-/// The CPU has AVX2.
-#[inline(always)]
-pub(super) unsafe fn reduce(v: __m256i) -> i32 {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let v = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
-        let v = _mm_add_epi32(v, _mm_shuffle_epi32::<0b01_00_11_10>(v));
-        _mm_cvtsi128_si32(_mm_add_epi32(v, _mm_shuffle_epi32::<0b10_11_00_01>(v)))
     }
 }

@@ -3,6 +3,7 @@
 pub(crate) mod avx2;
 pub(crate) mod avx512vnni;
 pub(crate) mod avxvnni;
+mod ymm;
 
 /// Declares the two kernels of an instruction set: `Rows` for canonical weights and `Tiles` for `t2x32`.
 ///

@@ -1,0 +1,300 @@
+//! The operations in plain Burn operations: what they mean, and how they run on a backend without
+//! bodies of its own.
+
+use bitnet_burn_core::formats::DenseFormat;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, TensorMetadata};
+use burn::tensor::{DType, FloatDType, IntDType, Shape, Slice, TensorData};
+
+use crate::extension::{
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, TernaryWeight, TernaryWeights,
+};
+
+const EPSILON: f32 = 1e-5;
+
+fn dims<T: TensorMetadata>(tensor: &T) -> Vec<usize> {
+    tensor.shape().to_vec()
+}
+
+fn slice(ranges: &[std::ops::Range<usize>]) -> Vec<Slice> {
+    ranges.iter().map(|r| Slice::new(r.start as isize, Some(r.end as isize), 1)).collect()
+}
+
+pub(crate) fn rms_norm<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, eps: f32) -> FloatTensor<B> {
+    let k = dims(&x)[1];
+    let mean = B::float_mean_dim(B::float_mul(x.clone(), x.clone()), 1);
+    let root = B::float_sqrt(B::float_add_scalar(mean, eps.into()));
+    B::float_mul(B::float_div(x, root), B::float_reshape(weight, Shape::new([1, k])))
+}
+
+pub(crate) fn bit_linear<B: Backend>(
+    x: FloatTensor<B>,
+    norm: InputNorm<B>,
+    weights: TernaryWeights<B>,
+    args: &BitLinearArgs,
+) -> FloatTensor<B> {
+    let x = match norm {
+        InputNorm::None => x,
+        InputNorm::Rms(weight) => rms_norm::<B>(x, weight, args.eps),
+    };
+    // Products of int8 and -1, 0, 1 are whole numbers, and so are their sums: exact in f32 below 2^24,
+    // whatever the order of a backend's matmul.
+    let (x, row_scale) = if args.quantise {
+        let a = B::float_clamp_min(B::float_max_abs_dim(x.clone(), 1), EPSILON.into());
+        let to_int8 = B::float_mul_scalar(B::float_recip(a.clone()), 127f32.into());
+        let q = B::float_round(B::float_mul(x, to_int8));
+        (B::float_clamp(q, (-128f32).into(), 127f32.into()), Some(B::float_div_scalar(a, 127f32.into())))
+    } else {
+        (x, None)
+    };
+    let outputs = weights
+        .into_vec()
+        .into_iter()
+        .zip(&args.matrices)
+        .map(|(weight, matrix)| {
+            let codes = codes::<B>(weight.codes, matrix.n, args.k);
+            let sums = B::float_matmul(x.clone(), B::float_transpose(codes));
+            let scale = B::float_reshape(weight.scale, Shape::new([1, 1]));
+            match &row_scale {
+                Some(a) => B::float_mul(sums, B::float_mul(a.clone(), scale)),
+                None => B::float_mul(sums, scale),
+            }
+        })
+        .collect();
+    concat::<B>(outputs)
+}
+
+fn concat<B: Backend>(mut tensors: Vec<FloatTensor<B>>) -> FloatTensor<B> {
+    if tensors.len() == 1 { tensors.remove(0) } else { B::float_cat(tensors, 1) }
+}
+
+pub(crate) fn bit_linear_backward<B: Backend>(
+    dy: FloatTensor<B>,
+    weights: TernaryWeights<B>,
+    args: &BitLinearArgs,
+) -> FloatTensor<B> {
+    let m = dims(&dy)[0];
+    let mut from = 0;
+    let mut sum: Option<FloatTensor<B>> = None;
+    for (weight, matrix) in weights.into_vec().into_iter().zip(&args.matrices) {
+        let TernaryWeight { codes: words, scale } = weight;
+        let part = B::float_slice(dy.clone(), &slice(&[0..m, from..from + matrix.n]));
+        from += matrix.n;
+        let dx = B::float_matmul(part, codes::<B>(words, matrix.n, args.k));
+        let dx = B::float_mul(dx, B::float_reshape(scale, Shape::new([1, 1])));
+        sum = Some(match sum {
+            None => dx,
+            Some(sum) => B::float_add(sum, dx),
+        });
+    }
+    sum.expect("TernaryWeights holds one to three matrices")
+}
+
+/// The weights -1, 0, 1 as floats [n, k] from canonical words [n, ceil(k / 128) * 8].
+///
+/// Block b's byte 4 w + i is byte i of its word w, and holds in its bit pairs, from the highest down,
+/// the weights g * 32 + 4 w + i for g in 0..4.
+fn codes<B: Backend>(words: IntTensor<B>, n: usize, k: usize) -> FloatTensor<B> {
+    let blocks = k.div_ceil(128);
+    let words = B::int_reshape(words, Shape::new([n, blocks, 1, 8]));
+    let shifts = (0..4).flat_map(|g| (0..4).map(move |i| 8 * i + 6 - 2 * g));
+    let parts = shifts
+        .map(|shift| {
+            let shifted = B::bitwise_right_shift_scalar(words.clone(), (shift as i64).into());
+            B::bitwise_and_scalar(shifted, 3i64.into())
+        })
+        .collect();
+    // [n, blocks, g * 4 + i, w] -> [n, blocks, g, w, i]
+    let all = B::int_reshape(B::int_cat(parts, 2), Shape::new([n, blocks, 4, 4, 8]));
+    let ordered = B::int_reshape(B::int_permute(all, &[0, 1, 2, 4, 3]), Shape::new([n, blocks * 128]));
+    let values = B::int_into_float(ordered, FloatDType::F32);
+    let values = B::float_sub_scalar(values, 1f32.into());
+    if k == blocks * 128 { values } else { B::float_slice(values, &slice(&[0..n, 0..k])) }
+}
+
+pub(crate) fn rope<B: Backend>(
+    x: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    head_dim: usize,
+) -> FloatTensor<B> {
+    let [m, width] = dims(&x)[..] else { panic!("rope takes [M, heads * head_dim]") };
+    let (heads, half) = (width / head_dim, head_dim / 2);
+    let x = B::float_reshape(x, Shape::new([m, heads, head_dim]));
+    let low = B::float_slice(x.clone(), &slice(&[0..m, 0..heads, 0..half]));
+    let high = B::float_slice(x, &slice(&[0..m, 0..heads, half..head_dim]));
+    let cos = B::float_reshape(cos, Shape::new([m, 1, half]));
+    let sin = B::float_reshape(sin, Shape::new([m, 1, half]));
+    let new_low = B::float_sub(
+        B::float_mul(low.clone(), cos.clone()),
+        B::float_mul(high.clone(), sin.clone()),
+    );
+    let new_high = B::float_add(B::float_mul(high, cos), B::float_mul(low, sin));
+    B::float_reshape(B::float_cat(vec![new_low, new_high], 2), Shape::new([m, width]))
+}
+
+pub(crate) fn cache_append<B: Backend>(
+    cache: FloatTensor<B>,
+    rows: FloatTensor<B>,
+    position: usize,
+) -> FloatTensor<B> {
+    let [heads, _, d] = dims(&cache)[..] else { panic!("a cache is [kv heads, capacity, head_dim]") };
+    let m = dims(&rows)[0];
+    let rows = B::float_permute(B::float_reshape(rows, Shape::new([m, heads, d])), &[1, 0, 2]);
+    let rows = if cache.dtype() == rows.dtype() { rows } else { B::float_cast(rows, cache.dtype().into()) };
+    B::float_slice_assign(cache, &slice(&[0..heads, position..position + m, 0..d]), rows)
+}
+
+pub(crate) fn attention<B: Backend>(
+    q: FloatTensor<B>,
+    keys: FloatTensor<B>,
+    values: FloatTensor<B>,
+    args: &AttentionArgs,
+) -> FloatTensor<B> {
+    let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = *args;
+    let m = dims(&q)[0];
+    let (group, length) = (n_heads / n_kv_heads, position + m);
+    let device = q.device();
+    let seen = |cache: FloatTensor<B>| {
+        let part = B::float_slice(cache, &slice(&[0..n_kv_heads, 0..length, 0..head_dim]));
+        if part.dtype() == DType::F32 { part } else { B::float_cast(part, FloatDType::F32) }
+    };
+    // [M, kv, group, d] -> [kv, group * M, d]
+    let q = B::float_reshape(q, Shape::new([m, n_kv_heads, group, head_dim]));
+    let q = B::float_reshape(B::float_permute(q, &[1, 2, 0, 3]), Shape::new([n_kv_heads, group * m, head_dim]));
+    let scores = B::float_matmul(q, B::float_transpose(seen(keys)));
+    let scores = B::float_mul_scalar(scores, (1.0 / (head_dim as f32).sqrt()).into());
+    let mask: Vec<f32> = (0..group * m)
+        .flat_map(|row| (0..length).map(move |p| if p <= position + row % m { 0.0 } else { -1e30 }))
+        .collect();
+    let mask = B::float_from_data(TensorData::new(mask, [1, group * m, length]), &device);
+    let scores = B::float_add(scores, mask);
+    let scores = B::float_sub(scores.clone(), B::float_max_dim(scores, 2));
+    let weights = B::float_exp(scores);
+    let sums = B::float_sum_dim(weights.clone(), 2);
+    let out = B::float_div(B::float_matmul(weights, seen(values)), sums);
+    let out = B::float_reshape(out, Shape::new([n_kv_heads, group, m, head_dim]));
+    B::float_reshape(B::float_permute(out, &[2, 0, 1, 3]), Shape::new([m, n_heads * head_dim]))
+}
+
+pub(crate) fn gated<B: Backend>(gate_up: FloatTensor<B>, activation: GatedActivation) -> FloatTensor<B> {
+    let [m, width] = dims(&gate_up)[..] else { panic!("gated takes [M, 2 * F]") };
+    let gate = B::float_slice(gate_up.clone(), &slice(&[0..m, 0..width / 2]));
+    let up = B::float_slice(gate_up, &slice(&[0..m, width / 2..width]));
+    let gate = match activation {
+        GatedActivation::Relu2 => {
+            let relu = B::float_clamp_min(gate, 0f32.into());
+            B::float_mul(relu.clone(), relu)
+        }
+        GatedActivation::Silu => {
+            let e = B::float_exp(B::float_neg(gate.clone()));
+            B::float_div(gate, B::float_add_scalar(e, 1f32.into()))
+        }
+    };
+    B::float_mul(gate, up)
+}
+
+pub(crate) fn dense_linear<B: Backend>(x: FloatTensor<B>, words: IntTensor<B>, args: &DenseArgs) -> FloatTensor<B> {
+    B::float_matmul(x, B::float_transpose(decode::<B>(words, args)))
+}
+
+pub(crate) fn dense_rows<B: Backend>(words: IntTensor<B>, ids: IntTensor<B>, args: &DenseArgs) -> FloatTensor<B> {
+    let row = args.format.row_bytes(args.k).expect("checked when the tensor was made");
+    if !row.is_multiple_of(4) {
+        return B::float_select(decode::<B>(words, args), 0, ids);
+    }
+    let words = B::int_slice(words, &slice(&[0..args.n * row / 4]));
+    let rows = B::int_select(B::int_reshape(words, Shape::new([args.n, row / 4])), 0, ids);
+    let m = dims(&rows)[0];
+    decode::<B>(B::int_reshape(rows, Shape::new([m * row / 4])), &DenseArgs { n: m, ..*args })
+}
+
+/// W [n, k] as f32.
+fn decode<B: Backend>(words: IntTensor<B>, args: &DenseArgs) -> FloatTensor<B> {
+    let DenseArgs { format, n, k } = *args;
+    let size = n * format.row_bytes(k).expect("checked when the tensor was made");
+    let block = format.block_bytes();
+    let blocks = size / block;
+    let bits = |tensor: IntTensor<B>, shift: i64, width: i64| {
+        let shifted = if shift == 0 { tensor } else { B::bitwise_right_shift_scalar(tensor, shift.into()) };
+        B::bitwise_and_scalar(shifted, ((1i64 << width) - 1).into())
+    };
+    let count = dims(&words)[0];
+    let float = |tensor: IntTensor<B>| B::int_into_float(tensor, FloatDType::F32);
+    let whole = Shape::new([n, k]);
+    if format == DenseFormat::F32 {
+        return B::float_reshape(from_bits::<B>(B::int_slice(words, &slice(&[0..n * k])), 8, 23), whole);
+    }
+    // [words, 4] bytes, cut off at the tensor's end: [blocks, bytes of a block].
+    let words = B::int_reshape(words, Shape::new([count, 1]));
+    let bytes = B::int_cat((0..4).map(|i| bits(words.clone(), 8 * i, 8)).collect(), 1);
+    let bytes = B::int_reshape(bytes, Shape::new([4 * count]));
+    let bytes = B::int_reshape(B::int_slice(bytes, &slice(&[0..size])), Shape::new([blocks, block]));
+    let part = |from: usize, to: usize| B::int_slice(bytes.clone(), &slice(&[0..blocks, from..to]));
+    let half = |at: usize| {
+        let high = B::bitwise_left_shift_scalar(part(at + 1, at + 2), 8i64.into());
+        B::bitwise_or(part(at, at + 1), high)
+    };
+    // Two's complement: (b ^ 128) - 128.
+    let signed = |tensor: IntTensor<B>| {
+        B::float_sub_scalar(float(B::bitwise_xor_scalar(tensor, 128i64.into())), 128f32.into())
+    };
+    let values = match format {
+        DenseFormat::F32 => unreachable!("returned above"),
+        DenseFormat::F16 => from_bits::<B>(half(0), 5, 10),
+        DenseFormat::BF16 => from_bits::<B>(half(0), 8, 7),
+        DenseFormat::Q8_0 => B::float_mul(signed(part(2, 34)), from_bits::<B>(half(0), 5, 10)),
+        DenseFormat::Q4_0 => {
+            let nibbles = B::int_cat(vec![bits(part(2, 18), 0, 4), bits(part(2, 18), 4, 4)], 1);
+            B::float_mul(B::float_sub_scalar(float(nibbles), 8f32.into()), from_bits::<B>(half(0), 5, 10))
+        }
+        DenseFormat::Q6_K => {
+            // ql [0, 128), qh [128, 192), scales [192, 208), d [208, 210); two halves of 128 weights.
+            let quarters = (0..2).flat_map(|h| (0..4).map(move |q| (h, q))).map(|(h, q)| {
+                let low = part(64 * h + 32 * (q % 2), 64 * h + 32 * (q % 2) + 32);
+                let low = bits(low, 4 * (q as i64 / 2), 4);
+                let high = bits(part(128 + 32 * h, 160 + 32 * h), 2 * q as i64, 2);
+                B::bitwise_or(low, B::bitwise_left_shift_scalar(high, 4i64.into()))
+            });
+            let q = B::float_sub_scalar(float(B::int_cat(quarters.collect(), 1)), 32f32.into());
+            let scales = B::float_mul(signed(part(192, 208)), from_bits::<B>(half(208), 5, 10));
+            B::float_mul(
+                B::float_reshape(q, Shape::new([blocks, 16, 16])),
+                B::float_reshape(scales, Shape::new([blocks, 16, 1])),
+            )
+        }
+    };
+    B::float_reshape(values, whole)
+}
+
+/// IEEE-like floats (finite) from their bits: sign, `exponent` bits, `mantissa` bits.
+fn from_bits<B: Backend>(bits: IntTensor<B>, exponent: u32, mantissa: u32) -> FloatTensor<B> {
+    let shape = bits.shape();
+    let device = bits.device();
+    let count = shape.num_elements();
+    let field = |shift: u32, width: u32| {
+        let shifted = B::bitwise_right_shift_scalar(bits.clone(), i64::from(shift).into());
+        let field = B::bitwise_and_scalar(shifted, ((1i64 << width) - 1).into());
+        B::int_reshape(field, Shape::new([count]))
+    };
+    let table = |values: Vec<f32>, index: IntTensor<B>| {
+        let length = values.len();
+        let table = B::float_from_data(TensorData::new(values, [length]), &device);
+        B::float_select(table, 0, B::int_cast(index, IntDType::I32))
+    };
+    let e = field(mantissa, exponent);
+    let bias = (1i32 << (exponent - 1)) - 1;
+    let exponents = 0..1i32 << exponent;
+    // Powers down to 2^-149 in two factors, each a normal number.
+    let power = |e: i32| e.max(1) - bias;
+    let first = table(exponents.clone().map(|e| 2f32.powi(power(e) / 2)).collect(), e.clone());
+    let second = table(exponents.clone().map(|e| 2f32.powi(power(e) - power(e) / 2)).collect(), e.clone());
+    let implicit = table(exponents.map(|e| f32::from(e > 0)).collect(), e);
+    let fraction = B::float_mul_scalar(
+        B::int_into_float(field(0, mantissa), FloatDType::F32),
+        2f32.powi(-(mantissa as i32)).into(),
+    );
+    let sign = table(vec![1.0, -1.0], field(mantissa + exponent, 1));
+    let magnitude = B::float_mul(B::float_mul(B::float_add(implicit, fraction), first), second);
+    B::float_reshape(B::float_mul(magnitude, sign), shape)
+}

@@ -1,0 +1,293 @@
+//! The extension trait and its arguments.
+
+use std::sync::Arc;
+
+use bitnet_burn_core::formats::DenseFormat;
+use bitnet_burn_core::manager::Choice;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{ExtensionType, backend_extension};
+
+use crate::default;
+
+/// One packed ternary matrix.
+#[derive(ExtensionType)]
+pub struct TernaryWeight<B: burn::backend::Backend> {
+    /// U32 words: canonical rows [N, ceil(K / 128) * 8], or a kernel's private packing.
+    pub codes: IntTensor<B>,
+    /// [1]: weight = code * scale.
+    pub scale: FloatTensor<B>,
+}
+
+/// One to three matrices that share their activations (q/k/v, gate/up).
+#[derive(ExtensionType)]
+pub enum TernaryWeights<B: burn::backend::Backend> {
+    /// One matrix.
+    One(#[extension_type] TernaryWeight<B>),
+    /// Two.
+    Two(#[extension_type] TernaryWeight<B>, #[extension_type] TernaryWeight<B>),
+    /// Three.
+    Three(
+        #[extension_type] TernaryWeight<B>,
+        #[extension_type] TernaryWeight<B>,
+        #[extension_type] TernaryWeight<B>,
+    ),
+}
+
+impl<B: burn::backend::Backend> TernaryWeights<B> {
+    /// The matrices in order.
+    pub fn into_vec(self) -> Vec<TernaryWeight<B>> {
+        match self {
+            Self::One(a) => vec![a],
+            Self::Two(a, b) => vec![a, b],
+            Self::Three(a, b, c) => vec![a, b, c],
+        }
+    }
+}
+
+/// What is done to the input before it is quantised.
+#[derive(ExtensionType)]
+pub enum InputNorm<B: burn::backend::Backend> {
+    /// Nothing.
+    None,
+    /// RMSNorm with this weight [K].
+    Rms(FloatTensor<B>),
+}
+
+/// Shape and kernels of one of a bit_linear's matrices.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    /// Output features.
+    pub n: usize,
+    /// The chosen kernels, which also say how the codes are laid out; `None`: canonical, and chosen at
+    /// the first use.
+    pub choice: Option<Arc<Choice>>,
+}
+
+/// Arguments of [`TernaryBackend::bit_linear`] that are no tensors.
+#[derive(Clone, Debug)]
+pub struct BitLinearArgs {
+    /// Input features.
+    pub k: usize,
+    /// The matrices.
+    pub matrices: Vec<Matrix>,
+    /// Epsilon of the RMSNorm.
+    pub eps: f32,
+    /// Whether activations are quantised to int8 (BitNet does; a float reference does not).
+    pub quantise: bool,
+}
+
+impl BitLinearArgs {
+    /// Output features of all matrices.
+    pub fn total_n(&self) -> usize {
+        self.matrices.iter().map(|m| m.n).sum()
+    }
+}
+
+/// Arguments of [`TernaryBackend::attention`].
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionArgs {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; query head h reads kv head h / (n_heads / n_kv_heads).
+    pub n_kv_heads: usize,
+    /// Values a head.
+    pub head_dim: usize,
+    /// Position of the first query row in its sequence.
+    pub position: usize,
+}
+
+/// A dense matrix [n, k] in the format of its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DenseArgs {
+    /// The format.
+    pub format: DenseFormat,
+    /// Rows: output features, or vocabulary.
+    pub n: usize,
+    /// Columns: input features, or hidden size.
+    pub k: usize,
+}
+
+/// What the feed-forward network does with gate and up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GatedActivation {
+    /// relu(gate)^2 * up
+    Relu2,
+    /// silu(gate) * up
+    Silu,
+}
+
+/// BitNet's operations. See the [crate].
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    NdArray: cfg(feature = "ndarray"),
+    Cube: cfg(feature = "cube"),
+    Autodiff,
+)]
+pub trait TernaryBackend: burn::backend::Backend {
+    /// y = concat_i(quantise(norm(x)) * W_iᵀ), the BitNet linear layer.
+    ///
+    /// With a = max(max |x|, 1e-5) of each row of the (normalised) input and
+    /// q = clamp(round_half_even(x * (127 / a)), -128, 127):
+    /// y[m, n] = (f32)(sum_k q[m, k] * code[n, k]) * (scale * (a / 127)).
+    ///
+    /// # Shapes
+    /// x [M, K]; the output is [M, sum of N].
+    fn bit_linear(
+        x: FloatTensor<Self>,
+        #[extension_type] norm: InputNorm<Self>,
+        #[extension_type] weights: TernaryWeights<Self>,
+        args: BitLinearArgs,
+    ) -> FloatTensor<Self> {
+        default::bit_linear::<Self>(x, norm, weights, &args)
+    }
+
+    /// The gradient of [`bit_linear`](Self::bit_linear) (without its norm) for its input, by the
+    /// straight-through estimator: concat(dy_i) * concat(W_i).
+    ///
+    /// # Shapes
+    /// dy [M, sum of N]; the output is [M, K].
+    fn bit_linear_backward(
+        dy: FloatTensor<Self>,
+        #[extension_type] weights: TernaryWeights<Self>,
+        args: BitLinearArgs,
+    ) -> FloatTensor<Self> {
+        default::bit_linear_backward::<Self>(dy, weights, &args)
+    }
+
+    /// x / sqrt(mean(x^2) + eps) * weight, by rows.
+    ///
+    /// # Shapes
+    /// x [M, K], weight [K]; the output is [M, K].
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        default::rms_norm::<Self>(x, weight, eps)
+    }
+
+    /// Rotary position embedding by half rotation: element j of a head pairs with j + d / 2.
+    ///
+    /// # Shapes
+    /// x [M, heads * d], cos and sin [M, d / 2]; the output is like x.
+    fn rope(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        head_dim: usize,
+    ) -> FloatTensor<Self> {
+        default::rope::<Self>(x, cos, sin, head_dim)
+    }
+
+    /// Writes rows into a KV cache from `position` on: in place while the cache is uniquely owned.
+    ///
+    /// # Shapes
+    /// cache [kv heads, capacity, d], rows [M, kv heads * d]; the output is the cache.
+    fn cache_append(cache: FloatTensor<Self>, rows: FloatTensor<Self>, position: usize) -> FloatTensor<Self> {
+        default::cache_append::<Self>(cache, rows, position)
+    }
+
+    /// Causal attention of the rows of one sequence over its cache: row m is at `position + m` and sees
+    /// the positions up to its own. Scores are scaled by 1 / sqrt(d).
+    ///
+    /// # Shapes
+    /// q [M, heads * d], keys and values [kv heads, capacity, d]; the output is like q.
+    fn attention(
+        q: FloatTensor<Self>,
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
+        args: AttentionArgs,
+    ) -> FloatTensor<Self> {
+        default::attention::<Self>(q, keys, values, &args)
+    }
+
+    /// The gated activation of a feed-forward network.
+    ///
+    /// # Shapes
+    /// gate_up [M, 2 * F]; the output is [M, F].
+    fn gated(gate_up: FloatTensor<Self>, activation: GatedActivation) -> FloatTensor<Self> {
+        default::gated::<Self>(gate_up, activation)
+    }
+
+    /// y = x * Wᵀ with W in its file's format, decoded to f32.
+    ///
+    /// # Shapes
+    /// x [M, K], words: the raw bytes as U32 words; the output is [M, N].
+    fn dense_linear(x: FloatTensor<Self>, words: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
+        default::dense_linear::<Self>(x, words, &args)
+    }
+
+    /// Rows of W, decoded to f32: an embedding.
+    ///
+    /// # Shapes
+    /// words: the raw bytes as U32 words, ids [M]; the output is [M, K].
+    fn dense_rows(words: IntTensor<Self>, ids: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
+        default::dense_rows::<Self>(words, ids, &args)
+    }
+}
+
+#[cfg(feature = "cube")]
+impl TernaryBackend for burn_cubecl::CubeBackend {}
+
+mod autodiff {
+    use burn::backend::Autodiff;
+    use burn::backend::autodiff::checkpoint::base::Checkpointer;
+    use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+    use burn::backend::autodiff::grads::Gradients;
+    use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+    use burn::backend::tensor::FloatTensor;
+
+    use super::{BitLinearArgs, InputNorm, TernaryBackend, TernaryWeight, TernaryWeights};
+
+    #[derive(Debug)]
+    struct BitLinearBackward;
+
+    /// Codes and scales of the inner backend.
+    type Saved<B> = Vec<(burn::backend::tensor::IntTensor<B>, FloatTensor<B>)>;
+
+    fn weights<B: TernaryBackend>(saved: Saved<B>) -> TernaryWeights<B> {
+        let mut matrices = saved.into_iter().map(|(codes, scale)| TernaryWeight { codes, scale });
+        match (matrices.next(), matrices.next(), matrices.next()) {
+            (Some(a), Some(b), Some(c)) => TernaryWeights::Three(a, b, c),
+            (Some(a), Some(b), None) => TernaryWeights::Two(a, b),
+            (Some(a), None, None) => TernaryWeights::One(a),
+            _ => unreachable!("TernaryWeights holds one to three matrices"),
+        }
+    }
+
+    impl<B: TernaryBackend> Backward<B, 1> for BitLinearBackward {
+        type State = (Saved<B>, BitLinearArgs);
+
+        fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+            let [node_x] = ops.parents;
+            let dy = grads.consume::<B>(&ops.node);
+            let (saved, args) = ops.state;
+            if let Some(node) = node_x {
+                grads.register::<B>(node.id, B::bit_linear_backward(dy, weights(saved), args));
+            }
+        }
+    }
+
+    /// The packed layer under autodiff: the inner backend computes it, and the gradient for the input
+    /// is the straight-through estimator's. Codes and scales are constants.
+    impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C> {
+        fn bit_linear(
+            x: FloatTensor<Self>,
+            norm: InputNorm<Self>,
+            matrices: TernaryWeights<Self>,
+            args: BitLinearArgs,
+        ) -> FloatTensor<Self> {
+            // The norm differentiates by itself.
+            let x = match norm {
+                InputNorm::None => x,
+                InputNorm::Rms(weight) => Self::rms_norm(x, weight, args.eps),
+            };
+            let saved: Saved<B> =
+                matrices.into_vec().into_iter().map(|w| (w.codes, w.scale.into_primitive())).collect();
+            let forward = |x, saved| B::bit_linear(x, InputNorm::None, weights(saved), args.clone());
+            match BitLinearBackward.prepare::<C>([x.node()]).compute_bound().stateful() {
+                OpsKind::Tracked(prep) => {
+                    let y = forward(x.into_primitive(), saved.clone());
+                    prep.finish((saved, args), y)
+                }
+                OpsKind::UnTracked(prep) => prep.finish(forward(x.into_primitive(), saved)),
+            }
+        }
+    }
+}

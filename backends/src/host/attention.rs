@@ -1,0 +1,999 @@
+//! Causal attention with grouped queries over a KV cache, and writing to the cache.
+//!
+//! out[r, h] = sum over positions p <= first + r of softmax(scale * q[r, h] . k[p]) v[p], where query head h reads
+//! kv head h / (heads / kv heads).
+//!
+//! # Order of computation
+//! The softmax is taken in f32 over tiles of [`TILE`] positions that begin at absolute multiples of it, so that it does
+//! not depend on how a prompt is cut into chunks. For each (row, head) and tile:
+//! - scores q.k by 16 lanes over the head's elements (see [`super`]), times `scale`;
+//! - m their maximum, p = exp(score - m) by [`super::simd::exp`], l the sum of p by 16 lanes over the positions;
+//! - for each element of the head, a = fma(p, v, a) over the positions in ascending order, from +0.
+//!
+//! The first tile is the state (m, l, a); each further one is merged into it in ascending order: m' = max,
+//! c = exp(m - m'), d = exp(m_tile - m'), l = fma(l_tile, d, l * c), a = fma(a_tile, d, a * c). The result is a / l.
+//! Tiles are independent before the merge, so a single row over a long cache occupies many threads. (This is the split
+//! of Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>, at fixed places.)
+//!
+//! There are two ways to the same bits: a few rows read keys and values where they lie, once for all heads of a group;
+//! many rows transpose each run of keys, so that the lanes are positions and a score needs no sum across lanes.
+
+use std::cell::Cell;
+
+use bitnet_burn_core::pool::Pool;
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use super::simd::{Isa, Kernel, LANES, Level, exp};
+use super::{Shared, rows_fit, run};
+
+/// Positions in a tile of the softmax.
+pub(crate) const TILE: usize = 256;
+
+/// Positions whose keys are transposed together.
+const RUN: usize = 64;
+
+/// From so many (row, head) per kv head on, keys are transposed.
+const TRANSPOSE_FROM: usize = 16;
+
+/// The keys or the values of a sequence: [n_kv_heads][capacity][head_dim].
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum CacheRef<'a> {
+    /// Single precision.
+    F32(&'a [f32]),
+    /// Half precision; computed with as the f32 of the same value.
+    F16(&'a [f16]),
+}
+
+impl CacheRef<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(c) => c.len(),
+            Self::F16(c) => c.len(),
+        }
+    }
+}
+
+/// [`CacheRef`] to write to.
+#[derive(Debug)]
+pub(crate) enum CacheMut<'a> {
+    /// Single precision.
+    F32(&'a mut [f32]),
+    /// Half precision: rounded to nearest even, infinite beyond the range.
+    F16(&'a mut [f16]),
+}
+
+/// The shape of an attention.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    /// Query heads, a multiple of `n_kv_heads`.
+    pub n_heads: usize,
+    /// Heads of the cache.
+    pub n_kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Positions that the cache has room for.
+    pub capacity: usize,
+    /// What scores are multiplied by: head_dim^-0.5.
+    pub scale: f32,
+}
+
+/// Writes `rows` rows of keys or values to the positions from `position` on.
+///
+/// # Arguments
+/// * `cache`: [n_kv_heads][capacity][head_dim]
+/// * `x`: rows of n_kv_heads * head_dim values, `x_stride` elements apart
+///
+/// # Panics
+/// If the positions or the slices do not fit.
+pub(crate) fn append(
+    cache: CacheMut,
+    shape: Shape,
+    position: usize,
+    rows: usize,
+    x: &[f32],
+    x_stride: usize,
+) {
+    let Shape { n_kv_heads, head_dim, capacity, .. } = shape;
+    assert!(rows <= capacity && position <= capacity - rows, "{position}+{rows} positions of {capacity}");
+    assert!(rows_fit(x.len(), rows, n_kv_heads * head_dim, x_stride), "{rows} rows in {} elements", x.len());
+    let size = n_kv_heads * capacity * head_dim;
+    let pieces = (0..rows).flat_map(|r| (0..n_kv_heads).map(move |h| (r, h))).map(|(r, h)| {
+        let from = (h * capacity + position + r) * head_dim;
+        (from..from + head_dim, &x[r * x_stride + h * head_dim..][..head_dim])
+    });
+    match cache {
+        CacheMut::F32(cache) => {
+            assert_eq!(cache.len(), size, "elements of the cache");
+            pieces.for_each(|(to, x)| cache[to].copy_from_slice(x));
+        }
+        CacheMut::F16(cache) => {
+            assert_eq!(cache.len(), size, "elements of the cache");
+            pieces.for_each(|(to, x)| cache[to].convert_from_f32_slice(x));
+        }
+    }
+}
+
+/// Attention of `rows` rows of queries, of which row r is at position `first_position + r` and sees the positions up to
+/// its own, over one sequence's cache.
+///
+/// # Arguments
+/// * `q`: rows of n_heads * head_dim values, `q_stride` elements apart
+/// * `keys`, `values`: the cache, which holds the positions before `first_position + rows`
+/// * `out`: rows of n_heads * head_dim values, `out_stride` elements apart
+///
+/// # Panics
+/// If the heads do not divide, or the positions or the slices do not fit.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn attention(
+    q: &[f32],
+    q_stride: usize,
+    rows: usize,
+    keys: CacheRef,
+    values: CacheRef,
+    shape: Shape,
+    first_position: usize,
+    out: &mut [f32],
+    out_stride: usize,
+    pool: &Pool,
+) {
+    attention_at(
+        Level::best(),
+        q,
+        q_stride,
+        rows,
+        keys,
+        values,
+        shape,
+        first_position,
+        out,
+        out_stride,
+        pool,
+    );
+}
+
+/// [`attention`] with a given instruction set.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn attention_at(
+    level: Level,
+    q: &[f32],
+    q_stride: usize,
+    rows: usize,
+    keys: CacheRef,
+    values: CacheRef,
+    shape: Shape,
+    first_position: usize,
+    out: &mut [f32],
+    out_stride: usize,
+    pool: &Pool,
+) {
+    let Shape { n_heads, n_kv_heads, head_dim, capacity, .. } = shape;
+    if rows == 0 || n_heads == 0 || head_dim == 0 {
+        return;
+    }
+    assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads}");
+    assert!(
+        rows <= capacity && first_position <= capacity - rows,
+        "{first_position}+{rows} positions of {capacity}"
+    );
+    let size = n_kv_heads * capacity * head_dim;
+    assert_eq!((keys.len(), values.len()), (size, size), "elements of the cache");
+    let width = n_heads * head_dim;
+    assert!(rows_fit(q.len(), rows, width, q_stride), "{rows} rows of queries in {}", q.len());
+    assert!(rows_fit(out.len(), rows, width, out_stride), "{rows} rows of results in {}", out.len());
+    let call = Call { q, q_stride, rows, shape, first_position, out_stride };
+    match (keys, values) {
+        (CacheRef::F32(k), CacheRef::F32(v)) => call.over(level, k, v, out, pool),
+        (CacheRef::F32(k), CacheRef::F16(v)) => call.over(level, k, v, out, pool),
+        (CacheRef::F16(k), CacheRef::F32(v)) => call.over(level, k, v, out, pool),
+        (CacheRef::F16(k), CacheRef::F16(v)) => call.over(level, k, v, out, pool),
+    }
+}
+
+/// What a cache holds.
+trait Element: Copy + Send + Sync {
+    fn load<I: Isa>(isa: I, v: &[Self; 16]) -> I::F;
+    fn load_first<I: Isa>(isa: I, v: &[Self]) -> I::F;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<I: Isa>(isa: I, v: &[f32; 16]) -> I::F {
+        isa.load(v)
+    }
+    #[inline(always)]
+    fn load_first<I: Isa>(isa: I, v: &[f32]) -> I::F {
+        isa.load_first(v)
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    fn load<I: Isa>(isa: I, v: &[f16; 16]) -> I::F {
+        isa.load_f16(v)
+    }
+    #[inline(always)]
+    fn load_first<I: Isa>(isa: I, v: &[f16]) -> I::F {
+        let mut all = [f16::ZERO; 16];
+        all[..v.len()].copy_from_slice(v);
+        isa.load_f16(&all)
+    }
+}
+
+/// The arguments of a call that do not depend on the cache's type.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    q: &'a [f32],
+    q_stride: usize,
+    rows: usize,
+    shape: Shape,
+    first_position: usize,
+    out_stride: usize,
+}
+
+impl<'a> Call<'a> {
+    fn group(&self) -> usize {
+        self.shape.n_heads / self.shape.n_kv_heads
+    }
+
+    /// Number of positions that a row sees.
+    #[inline(always)]
+    fn seen(&self, row: usize) -> usize {
+        self.first_position + row + 1
+    }
+
+    #[inline(always)]
+    fn query(&self, row: usize, head: usize) -> &'a [f32] {
+        &self.q[row * self.q_stride + head * self.shape.head_dim..][..self.shape.head_dim]
+    }
+
+    fn over<K: Element, V: Element>(self, level: Level, k: &[K], v: &[V], out: &mut [f32], pool: &Pool) {
+        let Shape { n_heads, n_kv_heads, head_dim, .. } = self.shape;
+        let last = self.seen(self.rows - 1);
+        let out = &Shared::new(out);
+        let parallel = n_heads * head_dim * self.rows * last >= 1 << 18;
+        if self.rows * self.group() >= TRANSPOSE_FROM {
+            // Blocks large enough that transposing does not show, and enough of them for all threads.
+            let queries = if self.rows * n_heads >= 128 * 4 * pool.threads() { 128 } else { 64 };
+            let block = (queries / self.group()).clamp(1, self.rows);
+            let blocks = self.rows.div_ceil(block);
+            run(pool, parallel, blocks * n_kv_heads, &|task| {
+                // Late rows see more positions: they go first.
+                let (from, kv_head) = ((blocks - 1 - task / n_kv_heads) * block, task % n_kv_heads);
+                level.run(Block { call: self, from, to: (from + block).min(self.rows), kv_head, k, v, out });
+            });
+            return;
+        }
+        let padded = head_dim.next_multiple_of(LANES);
+        for row in 0..self.rows {
+            let tiles = self.seen(row).div_ceil(TILE);
+            // Per (tile, head): the sums, then m and l.
+            let mut parts = vec![0.0; tiles * n_heads * (padded + 2)];
+            let shared = &Shared::new(&mut parts);
+            run(pool, parallel, tiles * n_kv_heads, &|task| {
+                let (tile, kv_head) = (task / n_kv_heads, task % n_kv_heads);
+                level.run(Row { call: self, row, tile, kv_head, k, v, parts: shared });
+            });
+            level.run(Merge { call: self, row, tiles, parts: &mut parts, out });
+        }
+    }
+}
+
+/// One row over one tile, for the heads of one kv head.
+struct Row<'a, K, V> {
+    call: Call<'a>,
+    row: usize,
+    tile: usize,
+    kv_head: usize,
+    k: &'a [K],
+    v: &'a [V],
+    parts: &'a Shared<'a, f32>,
+}
+
+impl<K: Element, V: Element> Kernel for Row<'_, K, V> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let mut head = 0;
+        let group = self.call.group();
+        while head + 4 <= group {
+            self.heads::<I, 4>(isa, head);
+            head += 4;
+        }
+        while head < group {
+            self.heads::<I, 1>(isa, head);
+            head += 1;
+        }
+    }
+}
+
+impl<K: Element, V: Element> Row<'_, K, V> {
+    /// H heads of the group from `head` on.
+    #[inline(always)]
+    fn heads<I: Isa, const H: usize>(&self, isa: I, head: usize) {
+        let Shape { n_heads, head_dim, capacity, scale, .. } = self.call.shape;
+        let head = self.kv_head * self.call.group() + head;
+        let from = self.tile * TILE;
+        let count = TILE.min(self.call.seen(self.row) - from);
+        let cached =
+            (self.kv_head * capacity + from) * head_dim..(self.kv_head * capacity + from + count) * head_dim;
+        let (keys, values) = (&self.k[cached.clone()], &self.v[cached]);
+        let q: [&[f32]; H] = std::array::from_fn(|h| self.call.query(self.row, head + h));
+        let mut scores = [[0.0; TILE]; H];
+        // Two keys at a time: they share the loads of the queries, and their chains overlap.
+        let mut p = 0;
+        while p + 2 <= count {
+            ahead(isa, keys, (p + AHEAD) * head_dim, 2 * head_dim);
+            let dots =
+                dots::<I, K, H, 2>(isa, q, [&keys[p * head_dim..], &keys[(p + 1) * head_dim..]], head_dim);
+            for h in 0..H {
+                scores[h][p] = dots[h][0] * scale;
+                scores[h][p + 1] = dots[h][1] * scale;
+            }
+            p += 2;
+        }
+        if p < count {
+            let dots = dots::<I, K, H, 1>(isa, q, [&keys[p * head_dim..]], head_dim);
+            for h in 0..H {
+                scores[h][p] = dots[h][0] * scale;
+            }
+        }
+        let width = head_dim.next_multiple_of(LANES) + 2;
+        // SAFETY: this task alone writes the parts of its tile and its kv head's heads, one group of heads at a time.
+        let parts = unsafe { self.parts.part((self.tile * n_heads + head) * width, H * width) };
+        for (scores, part) in scores.iter_mut().zip(parts.chunks_exact_mut(width)) {
+            let (m, l) = softmax(isa, scores, count);
+            part[width - 2] = m;
+            part[width - 1] = l;
+        }
+        let p: [&[f32]; H] = std::array::from_fn(|h| &scores[h][..count]);
+        weigh::<I, V, H, true>(isa, p, values, head_dim, parts, width);
+    }
+}
+
+/// Merges the tiles of one row.
+struct Merge<'a> {
+    call: Call<'a>,
+    row: usize,
+    tiles: usize,
+    parts: &'a mut [f32],
+    out: &'a Shared<'a, f32>,
+}
+
+impl Kernel for Merge<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Shape { n_heads, head_dim, .. } = self.call.shape;
+        let width = head_dim.next_multiple_of(LANES) + 2;
+        let (first, others) = self.parts.split_at_mut(n_heads * width);
+        for (head, state) in first.chunks_exact_mut(width).enumerate() {
+            for tile in 0..self.tiles - 1 {
+                let part = &others[(tile * n_heads + head) * width..][..width];
+                merge(isa, state, part);
+            }
+            // SAFETY: the calling thread alone writes the results of a row, one head at a time.
+            let out = unsafe { self.out.part(self.row * self.call.out_stride + head * head_dim, head_dim) };
+            finish(state, out);
+        }
+    }
+}
+
+thread_local! {
+    /// Memory of a [`Block`], kept from one to the next (about half a megabyte, which would be new pages each time).
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Rows `from..to`, for the heads of one kv head.
+struct Block<'a, K, V> {
+    call: Call<'a>,
+    from: usize,
+    to: usize,
+    kv_head: usize,
+    k: &'a [K],
+    v: &'a [V],
+    out: &'a Shared<'a, f32>,
+}
+
+impl<K: Element, V: Element> Kernel for Block<'_, K, V> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let call = self.call;
+        let Shape { head_dim, capacity, scale, .. } = call.shape;
+        let (group, padded) = (call.group(), head_dim.next_multiple_of(LANES));
+        let width = padded + 2;
+        // Queries in the order of (row, head of the group).
+        let queries = (self.to - self.from) * group;
+        let row = |query: usize| self.from + query / group;
+        let mut scratch = SCRATCH.take();
+        let sizes = [head_dim * RUN, RUN * head_dim, queries * TILE, queries * width, queries * width];
+        let total = sizes.iter().sum::<usize>() + queries * head_dim;
+        if scratch.len() < total {
+            scratch.resize(total, 0.0);
+        }
+        let (transposed, rest) = scratch.split_at_mut(sizes[0]);
+        let (values, rest) = rest.split_at_mut(sizes[1]);
+        let (scores, rest) = rest.split_at_mut(sizes[2]);
+        let (part, rest) = rest.split_at_mut(sizes[3]);
+        let (state, rest) = rest.split_at_mut(sizes[4]);
+        let sorted = &mut rest[..queries * head_dim];
+        let transposed = transposed.as_chunks_mut::<RUN>().0;
+        let mut waiting = [[[isa.splat(0.0); 4]; 4]; 5];
+        // The queries, their elements sorted by lane.
+        let starts = lane_starts(head_dim);
+        for (query, sorted) in sorted.chunks_exact_mut(head_dim).enumerate() {
+            for (i, &q) in call.query(row(query), self.kv_head * group + query % group).iter().enumerate() {
+                sorted[starts[i % LANES] + i / LANES] = q;
+            }
+        }
+        let last = call.seen(self.to - 1);
+        for tile in (0..last).step_by(TILE) {
+            // The positions of the tile that a query sees: ascending with the row.
+            let count = |query: usize| call.seen(row(query)).saturating_sub(tile).min(TILE);
+            let positions = TILE.min(last - tile);
+            for at in (0..positions).step_by(RUN) {
+                let n = RUN.min(positions - at);
+                let cached = (self.kv_head * capacity + tile + at) * head_dim;
+                transpose(isa, &self.k[cached..cached + n * head_dim], head_dim, transposed);
+                // Rows that see nothing of the run stand in front.
+                let mut query = (0..queries).find(|&query| count(query) > at).unwrap_or(queries);
+                while query < queries {
+                    let (q, scores) = (&sorted[query * head_dim..], &mut scores[query * TILE + at..]);
+                    match queries - query {
+                        4.. if I::WIDE => {
+                            columns::<I, 4>(isa, q, transposed, scale, &mut waiting, scores);
+                            query += 4;
+                        }
+                        2.. => {
+                            columns::<I, 2>(isa, q, transposed, scale, &mut waiting, scores);
+                            query += 2;
+                        }
+                        _ => {
+                            columns::<I, 1>(isa, q, transposed, scale, &mut waiting, scores);
+                            query += 1;
+                        }
+                    }
+                }
+            }
+            part.fill(0.0);
+            let first = (0..queries).find(|&query| count(query) > 0).unwrap_or(queries);
+            for query in first..queries {
+                let (m, l) = softmax(isa, &mut scores[query * TILE..][..TILE], count(query));
+                part[query * width + padded] = m;
+                part[query * width + padded + 1] = l;
+            }
+            for at in (0..positions).step_by(RUN) {
+                let n = RUN.min(positions - at);
+                let cached = (self.kv_head * capacity + tile + at) * head_dim;
+                widen(isa, &self.v[cached..cached + n * head_dim], values);
+                let values = &values[..n * head_dim];
+                let seen = |query: usize| count(query).saturating_sub(at).min(n);
+                let mut query = (0..queries).find(|&query| seen(query) > 0).unwrap_or(queries);
+                while query < queries {
+                    // Four queries that see the same positions; others one by one.
+                    let n = seen(query);
+                    let p = |i: usize| &scores[(query + i) * TILE + at..][..n];
+                    let values = &values[..n * head_dim];
+                    let sums = &mut part[query * width..];
+                    if queries - query >= 4 && seen(query + 3) == n {
+                        weigh::<I, f32, 4, false>(
+                            isa,
+                            [p(0), p(1), p(2), p(3)],
+                            values,
+                            head_dim,
+                            sums,
+                            width,
+                        );
+                        query += 4;
+                    } else {
+                        weigh::<I, f32, 1, false>(isa, [p(0)], values, head_dim, sums, width);
+                        query += 1;
+                    }
+                }
+            }
+            for query in first..queries {
+                let (state, part) = (&mut state[query * width..][..width], &part[query * width..][..width]);
+                if tile == 0 {
+                    state.copy_from_slice(part);
+                } else {
+                    merge(isa, state, part);
+                }
+            }
+        }
+        for (query, state) in state.chunks_exact(width).enumerate() {
+            let head = self.kv_head * group + query % group;
+            // SAFETY: this task alone writes the results of its rows and its kv head's heads, one at a time.
+            let out = unsafe { self.out.part(row(query) * call.out_stride + head * head_dim, head_dim) };
+            finish(state, out);
+        }
+        SCRATCH.set(scratch);
+    }
+}
+
+/// The dot products of H queries and P keys, each key at the start of its slice.
+#[inline(always)]
+fn dots<I: Isa, K: Element, const H: usize, const P: usize>(
+    isa: I,
+    q: [&[f32]; H],
+    k: [&[K]; P],
+    head_dim: usize,
+) -> [[f32; P]; H] {
+    let mut acc = [[isa.splat(0.0); P]; H];
+    let k = k.map(|k| &k[..head_dim]);
+    let q = q.map(|q| &q[..head_dim]);
+    let mut at = 0;
+    while at + LANES <= head_dim {
+        let mut key = [isa.splat(0.0); P];
+        for p in 0..P {
+            key[p] = K::load(isa, k[p][at..at + LANES].first_chunk().expect("16 elements"));
+        }
+        for h in 0..H {
+            let query = isa.load(q[h][at..at + LANES].first_chunk().expect("16 elements"));
+            for p in 0..P {
+                acc[h][p] = isa.fma(query, key[p], acc[h][p]);
+            }
+        }
+        at += LANES;
+    }
+    if at < head_dim {
+        for h in 0..H {
+            for p in 0..P {
+                let (query, key) = (isa.load_first(&q[h][at..]), K::load_first(isa, &k[p][at..]));
+                acc[h][p] = isa.fma_first(head_dim - at, query, key, acc[h][p]);
+            }
+        }
+    }
+    let mut sums = [[0.0; P]; H];
+    for h in 0..H {
+        for p in 0..P {
+            sums[h][p] = isa.sum(acc[h][p]);
+        }
+    }
+    sums
+}
+
+/// The 16 lanes in the order in which the tree joins them: neighbours first, then neighbouring pairs, …
+const ORDER: [usize; LANES] = [0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15];
+
+/// Where the elements of each lane begin, if the elements of a head are sorted by lane in [`ORDER`]; by lane.
+fn lane_starts(head_dim: usize) -> [usize; LANES] {
+    let (mut starts, mut start) = ([0; LANES], 0);
+    for lane in ORDER {
+        starts[lane] = start;
+        start += (head_dim + LANES - 1 - lane) / LANES;
+    }
+    starts
+}
+
+/// Writes the keys of up to [`RUN`] positions as [head_dim][RUN], the elements sorted by lane; what stands for the
+/// positions after them is arbitrary.
+#[inline(always)]
+fn transpose<I: Isa, K: Element>(isa: I, keys: &[K], head_dim: usize, to: &mut [[f32; RUN]]) {
+    let starts = lane_starts(head_dim);
+    for (block, keys) in keys.chunks(LANES * head_dim).enumerate() {
+        for at in (0..head_dim).step_by(LANES) {
+            let mut v = [isa.splat(0.0); LANES];
+            for (v, key) in v.iter_mut().zip(keys.chunks_exact(head_dim)) {
+                *v = match key[at..].first_chunk() {
+                    Some(key) => K::load(isa, key),
+                    None => K::load_first(isa, &key[at..]),
+                };
+            }
+            for (lane, v) in isa.transpose(v).into_iter().enumerate().take(head_dim - at) {
+                let to = &mut to[starts[lane] + at / LANES][block * LANES..];
+                isa.store(v, to.first_chunk_mut().expect("16 of 64 positions"));
+            }
+        }
+    }
+}
+
+/// Writes values as f32.
+#[inline(always)]
+fn widen<I: Isa, V: Element>(isa: I, v: &[V], to: &mut [f32]) {
+    let (chunks, rest) = v.as_chunks();
+    for (v, to) in chunks.iter().zip(to.as_chunks_mut().0) {
+        isa.store(V::load(isa, v), to);
+    }
+    let mut last = [0.0; LANES];
+    isa.store(V::load_first(isa, rest), &mut last);
+    to[v.len() - rest.len()..][..rest.len()].copy_from_slice(&last[..rest.len()]);
+}
+
+/// The scores of Q queries (sorted by lane, one after the other) for the [`RUN`] transposed positions; query i's are
+/// written at `i * TILE`.
+#[inline(always)]
+fn columns<I: Isa, const Q: usize>(
+    isa: I,
+    q: &[f32],
+    keys: &[[f32; RUN]],
+    scale: f32,
+    waiting: &mut Waiting<I>,
+    scores: &mut [f32],
+) {
+    if I::WIDE {
+        columns_by::<I, Q, 4>(isa, q, keys, scale, waiting, scores);
+    } else {
+        columns_by::<I, Q, 2>(isa, q, keys, scale, waiting, scores);
+    }
+}
+
+/// Sums of 1, 2, 4, 8 lanes that wait for their other half, and last the whole; for up to 4 queries and 4 vectors.
+type Waiting<I> = [[[<I as Isa>::F; 4]; 4]; 5];
+
+/// [`columns`], P vectors of positions at a time.
+#[inline(always)]
+fn columns_by<I: Isa, const Q: usize, const P: usize>(
+    isa: I,
+    q: &[f32],
+    keys: &[[f32; RUN]],
+    scale: f32,
+    waiting: &mut Waiting<I>,
+    scores: &mut [f32],
+) {
+    let head_dim = keys.len();
+    for from in (0..RUN).step_by(P * LANES) {
+        let mut start = 0;
+        for (step, &lane) in ORDER.iter().enumerate() {
+            let end = start + (head_dim + LANES - 1 - lane) / LANES;
+            let mut acc = [[isa.splat(0.0); P]; Q];
+            let mut queries = [&q[..0]; Q];
+            for n in 0..Q {
+                queries[n] = &q[n * head_dim + start..][..end - start];
+            }
+            for (i, keys) in keys[start..end].iter().enumerate() {
+                let mut k = [isa.splat(0.0); P];
+                for p in 0..P {
+                    k[p] = isa.load(keys[from + p * LANES..].first_chunk().expect("16 of 64 positions"));
+                }
+                for n in 0..Q {
+                    let q = isa.splat(queries[n][i]);
+                    for p in 0..P {
+                        acc[n][p] = isa.fma(q, k[p], acc[n][p]);
+                    }
+                }
+            }
+            start = end;
+            let level = step.trailing_ones() as usize;
+            for waiting in &waiting[..level] {
+                for n in 0..Q {
+                    for p in 0..P {
+                        acc[n][p] = isa.add(waiting[n][p], acc[n][p]);
+                    }
+                }
+            }
+            for n in 0..Q {
+                waiting[level][n][..P].copy_from_slice(&acc[n]);
+            }
+        }
+        for n in 0..Q {
+            for p in 0..P {
+                let to = scores[n * TILE + from + p * LANES..].first_chunk_mut().expect("16 of 64 positions");
+                isa.store(isa.mul(waiting[4][n][p], isa.splat(scale)), to);
+            }
+        }
+    }
+}
+
+/// Replaces the first `count` (at least one) of a tile's scores by exp(score - m) and returns m, their maximum, and the
+/// sum.
+#[inline(always)]
+fn softmax<I: Isa>(isa: I, scores: &mut [f32], count: usize) -> (f32, f32) {
+    let padded = count.next_multiple_of(LANES);
+    scores[count..padded].fill(f32::NEG_INFINITY);
+    let (scores, _) = scores[..padded].as_chunks_mut::<LANES>();
+    let mut max = [f32::NEG_INFINITY; LANES];
+    for scores in scores.iter() {
+        for l in 0..LANES {
+            max[l] = if scores[l] > max[l] { scores[l] } else { max[l] };
+        }
+    }
+    let m = max.into_iter().fold(f32::NEG_INFINITY, |m, v| if v > m { v } else { m });
+    let mut sum = isa.splat(0.0);
+    for scores in scores {
+        for score in scores.iter_mut() {
+            *score = exp(isa, *score - m);
+        }
+        // The padding's zeros change no sum.
+        sum = isa.add(sum, isa.load(scores));
+    }
+    (m, isa.sum(sum))
+}
+
+/// Positions that are asked for ahead of their use.
+const AHEAD: usize = 16;
+
+/// Prefetches `count` elements from `from` on.
+#[inline(always)]
+fn ahead<I: Isa, T>(isa: I, v: &[T], from: usize, count: usize) {
+    let start = v.as_ptr().wrapping_add(from).cast::<u8>();
+    for line in (0..count * size_of::<T>()).step_by(64) {
+        isa.prefetch(start.wrapping_add(line));
+    }
+}
+
+/// Adds each query's weighted values to its sums: of query i, `sums[i * stride..]`, a whole number of vectors.
+/// With `PREFETCH`, values are asked for before they are needed.
+#[inline(always)]
+fn weigh<I: Isa, V: Element, const Q: usize, const PREFETCH: bool>(
+    isa: I,
+    p: [&[f32]; Q],
+    values: &[V],
+    head_dim: usize,
+    sums: &mut [f32],
+    stride: usize,
+) {
+    let mut at = 0;
+    while I::WIDE && at + 4 * LANES <= head_dim {
+        weigh_by::<I, V, Q, 4, PREFETCH>(isa, p, values, head_dim, at, sums, stride);
+        at += 4 * LANES;
+    }
+    while !I::WIDE && at + 2 * LANES <= head_dim {
+        weigh_by::<I, V, Q, 2, PREFETCH>(isa, p, values, head_dim, at, sums, stride);
+        at += 2 * LANES;
+    }
+    while at < head_dim {
+        weigh_by::<I, V, Q, 1, PREFETCH>(isa, p, values, head_dim, at, sums, stride);
+        at += LANES;
+    }
+}
+
+/// [`weigh`] for D vectors of elements from `at` on; the last one may be partial if D is 1.
+#[inline(always)]
+fn weigh_by<I: Isa, V: Element, const Q: usize, const D: usize, const PREFETCH: bool>(
+    isa: I,
+    p: [&[f32]; Q],
+    values: &[V],
+    head_dim: usize,
+    at: usize,
+    sums: &mut [f32],
+    stride: usize,
+) {
+    let mut acc = [[isa.splat(0.0); D]; Q];
+    for n in 0..Q {
+        for d in 0..D {
+            acc[n][d] =
+                isa.load(sums[n * stride + at + d * LANES..].first_chunk().expect("a vector of sums"));
+        }
+    }
+    let count = p[0].len();
+    let p = p.map(|p| &p[..count]);
+    for (i, value) in values.chunks_exact(head_dim).take(count).enumerate() {
+        if PREFETCH && at == 0 {
+            ahead(isa, value, AHEAD * head_dim, head_dim);
+        }
+        let mut v = [isa.splat(0.0); D];
+        if D > 1 || at + LANES <= head_dim {
+            let value = &value[at..at + D * LANES];
+            for d in 0..D {
+                v[d] = V::load(isa, value[d * LANES..].first_chunk().expect("16 elements"));
+            }
+        } else {
+            v[0] = V::load_first(isa, &value[at..]);
+        }
+        for n in 0..Q {
+            let p = isa.splat(p[n][i]);
+            for d in 0..D {
+                acc[n][d] = isa.fma(p, v[d], acc[n][d]);
+            }
+        }
+    }
+    for n in 0..Q {
+        for d in 0..D {
+            let to = sums[n * stride + at + d * LANES..].first_chunk_mut().expect("a vector of sums");
+            isa.store(acc[n][d], to);
+        }
+    }
+}
+
+/// Merges a later tile into the state; both are a head's sums (padded to whole vectors), then m and l.
+#[inline(always)]
+fn merge<I: Isa>(isa: I, state: &mut [f32], part: &[f32]) {
+    let padded = state.len() - 2;
+    let (sums, ml) = state.split_at_mut(padded);
+    let (part, [tile_m, tile_l]) = (&part[..padded], [part[padded], part[padded + 1]]);
+    let m = if tile_m > ml[0] { tile_m } else { ml[0] };
+    let (c, d) = (exp(isa, ml[0] - m), exp(isa, tile_m - m));
+    ml[0] = m;
+    ml[1] = isa.fma1(tile_l, d, ml[1] * c);
+    let (c, d) = (isa.splat(c), isa.splat(d));
+    for (sum, part) in sums.as_chunks_mut().0.iter_mut().zip(part.as_chunks().0) {
+        isa.store(isa.fma(isa.load(part), d, isa.mul(isa.load(sum), c)), sum);
+    }
+}
+
+/// Divides the sums by l.
+#[inline(always)]
+fn finish(state: &[f32], out: &mut [f32]) {
+    let l = state[state.len() - 1];
+    for (out, sum) in out.iter_mut().zip(state) {
+        *out = sum / l;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::tests::{Rng, bits};
+    use super::*;
+
+    struct Case {
+        shape: Shape,
+        k: Vec<f32>,
+        v: Vec<f32>,
+        q: Vec<f32>,
+        q_stride: usize,
+        positions: usize,
+    }
+
+    impl Case {
+        /// A cache that holds `positions`, garbage behind them, and a query at each position.
+        fn new(seed: u64, n_heads: usize, n_kv_heads: usize, head_dim: usize, positions: usize) -> Self {
+            let mut rng = Rng(seed);
+            let capacity = positions + 9;
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            let shape = Shape { n_heads, n_kv_heads, head_dim, capacity, scale };
+            let mut cache = || {
+                let mut cache = vec![f32::NAN; n_kv_heads * capacity * head_dim];
+                let x = rng.f32s(positions * n_kv_heads * head_dim);
+                append(CacheMut::F32(&mut cache), shape, 0, positions, &x, n_kv_heads * head_dim);
+                cache
+            };
+            let (k, v) = (cache(), cache());
+            let q_stride = n_heads * head_dim + 5;
+            let q = rng.f32s(positions * q_stride).into_iter().map(|q| q * 4.0).collect();
+            Self { shape, k, v, q, q_stride, positions }
+        }
+
+        fn run(&self, level: Level, rows: std::ops::Range<usize>, pool: &Pool) -> Vec<f32> {
+            self.run_with(level, rows, pool, CacheRef::F32(&self.k), CacheRef::F32(&self.v))
+        }
+
+        fn run_with(
+            &self,
+            level: Level,
+            rows: std::ops::Range<usize>,
+            pool: &Pool,
+            k: CacheRef,
+            v: CacheRef,
+        ) -> Vec<f32> {
+            let width = self.shape.n_heads * self.shape.head_dim;
+            let stride = width + 3;
+            let mut out = vec![7.0; rows.len() * stride];
+            let q = &self.q[rows.start * self.q_stride..];
+            let n = rows.len();
+            attention_at(level, q, self.q_stride, n, k, v, self.shape, rows.start, &mut out, stride, pool);
+            assert!(out.chunks(stride).all(|row| row[width..] == [7.0; 3]));
+            out.chunks(stride).flat_map(|row| &row[..width]).copied().collect()
+        }
+
+        fn in_f64(&self, row: usize) -> Vec<f64> {
+            let Shape { n_heads, n_kv_heads, head_dim, capacity, scale } = self.shape;
+            let mut out = Vec::new();
+            for head in 0..n_heads {
+                let q = &self.q[row * self.q_stride + head * head_dim..][..head_dim];
+                let at = |p: usize| (head / (n_heads / n_kv_heads) * capacity + p) * head_dim;
+                let scores: Vec<f64> = (0..=row)
+                    .map(|p| {
+                        let k = &self.k[at(p)..][..head_dim];
+                        q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>()
+                            * f64::from(scale)
+                    })
+                    .collect();
+                let m = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let l: f64 = scores.iter().map(|s| (s - m).exp()).sum();
+                for d in 0..head_dim {
+                    let sum: f64 =
+                        (0..=row).map(|p| (scores[p] - m).exp() * f64::from(self.v[at(p) + d])).sum();
+                    out.push(sum / l);
+                }
+            }
+            out
+        }
+    }
+
+    const SHAPES: [(usize, usize, usize, usize); 6] = [
+        (4, 1, 16, 70),
+        (8, 2, 64, 300),
+        (3, 3, 100, 140),
+        (5, 1, 24, 530),
+        (12, 2, 32, 257),
+        (20, 5, 128, 66),
+    ];
+
+    #[test]
+    fn close_to_double_precision() {
+        let pool = Pool::new(2).unwrap();
+        for (i, (heads, kv_heads, head_dim, positions)) in SHAPES.into_iter().enumerate() {
+            let case = Case::new(i as u64, heads, kv_heads, head_dim, positions);
+            let got = case.run(Level::best(), 0..positions, &pool);
+            for row in [0, 1, 15, 63, 64, positions / 2, positions - 1] {
+                for (got, want) in got[row * heads * head_dim..].iter().zip(case.in_f64(row)) {
+                    assert!(
+                        (f64::from(*got) - want).abs() < 2e-6,
+                        "{heads}x{head_dim}, row {row}: {got} {want}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn instruction_sets_threads_and_chunks_agree() {
+        let pools = [1, 2, 3].map(|threads| Pool::new(threads).unwrap());
+        for (i, (heads, kv_heads, head_dim, positions)) in SHAPES.into_iter().enumerate() {
+            let case = Case::new(i as u64 + 50, heads, kv_heads, head_dim, positions);
+            let want = bits(&case.run(Level::best(), 0..positions, &pools[0]));
+            for level in Level::available() {
+                for (pool, chunk) in pools.iter().zip([1, 7, 3]) {
+                    let by_chunks: Vec<f32> = (0..positions)
+                        .step_by(chunk)
+                        .flat_map(|from| case.run(level, from..(from + chunk).min(positions), pool))
+                        .collect();
+                    assert!(bits(&by_chunks) == want, "{level:?}, chunks of {chunk}, {heads}x{head_dim}");
+                }
+                for (pool, chunk) in pools.iter().rev().zip([positions, 64, 41]) {
+                    let by_chunks: Vec<f32> = (0..positions)
+                        .step_by(chunk)
+                        .flat_map(|from| case.run(level, from..(from + chunk).min(positions), pool))
+                        .collect();
+                    assert!(bits(&by_chunks) == want, "{level:?}, chunks of {chunk}, {heads}x{head_dim}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn half_precision_is_the_same_computation_on_rounded_values() {
+        let pool = Pool::new(2).unwrap();
+        for (i, (heads, kv_heads, head_dim, positions)) in SHAPES.into_iter().enumerate() {
+            let mut case = Case::new(i as u64 + 90, heads, kv_heads, head_dim, positions);
+            let round = |v: &[f32]| v.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>();
+            let (k, v) = (round(&case.k), round(&case.v));
+            case.k = k.iter().map(|k| k.to_f32()).collect();
+            case.v = v.iter().map(|v| v.to_f32()).collect();
+            let want = bits(&case.run(Level::best(), 0..positions, &pool));
+            let (k, v) = (CacheRef::F16(&k), CacheRef::F16(&v));
+            for level in Level::available() {
+                assert!(bits(&case.run_with(level, 0..positions, &pool, k, v)) == want, "{level:?}");
+                let last = positions - 1..positions;
+                let mixed = case.run_with(level, last, &pool, CacheRef::F32(&case.k), v);
+                assert!(bits(&mixed) == want[want.len() - mixed.len()..], "{level:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn appending_rounds_and_touches_nothing_else() {
+        let shape = Shape { n_heads: 2, n_kv_heads: 2, head_dim: 3, capacity: 4, scale: 1.0 };
+        let x = [1.0, 2.0, 3.0, 4.0, 5.0, 1e6, 0.0, 1.0 / 3.0, -2049.0, 8.0, 9.0, 1e-9, 2051.0, 11.0];
+        let mut cache = [-1.0; 24];
+        append(CacheMut::F32(&mut cache), shape, 1, 2, &x, 8);
+        let untouched = [-1.0; 3];
+        let want = [untouched, [1.0, 2.0, 3.0], [-2049.0, 8.0, 9.0], untouched];
+        assert_eq!(cache[..12], want.concat());
+        let want = [untouched, [4.0, 5.0, 1e6], [1e-9, 2051.0, 11.0], untouched];
+        assert_eq!(cache[12..], want.concat());
+        let mut halves = [f16::NEG_ONE; 24];
+        append(CacheMut::F16(&mut halves), shape, 1, 2, &x, 8);
+        for (half, cached) in halves.iter().zip(cache) {
+            assert_eq!(*half, f16::from_f32(cached));
+        }
+        assert_eq!(halves[12 + 5], f16::INFINITY);
+        assert_eq!((halves[6].to_f32(), halves[12 + 7].to_f32()), (-2048.0, 2052.0));
+    }
+
+    #[test]
+    fn a_nan_stays_in_its_rows() {
+        let pool = Pool::new(1).unwrap();
+        let mut case = Case::new(7, 4, 2, 32, 40);
+        case.q[20 * case.q_stride] = f32::NAN;
+        let out = case.run(Level::best(), 0..40, &pool);
+        for (row, out) in out.chunks(4 * 32).enumerate() {
+            assert_eq!(out[..32].iter().all(|v| v.is_nan()), row == 20);
+            assert!(out[32..].iter().all(|v| v.is_finite()));
+        }
+    }
+}

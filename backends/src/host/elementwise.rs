@@ -1,0 +1,396 @@
+//! Rotary embedding, RMSNorm, gated activations, residual sums, argmax.
+
+use bitnet_burn_core::pool::Pool;
+
+use super::simd::{Isa, Kernel, LANES, Level, exp};
+use super::{Shared, rows_fit, run};
+
+/// Elements from which on the work is shared out.
+const PARALLEL_FROM: usize = 1 << 16;
+/// Elements in one task.
+const TASK: usize = 1 << 14;
+
+/// The cosines and sines of a rotary embedding (Su et al., "RoFormer", arXiv 2104.09864) by position.
+///
+/// Pair j of position p turns by p * theta^(-2j / head_dim). The angle, its cosine and its sine are computed in f64 and
+/// rounded once to f32.
+#[derive(Clone, Debug)]
+pub(crate) struct RopeTable {
+    half: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl RopeTable {
+    /// The table for positions below `max_positions`.
+    pub(crate) fn new(theta: f64, head_dim: usize, max_positions: usize) -> Self {
+        let half = head_dim / 2;
+        let frequencies: Vec<f64> =
+            (0..half).map(|j| theta.powf(-2.0 * j as f64 / head_dim as f64)).collect();
+        let angles = || (0..max_positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
+        Self {
+            half,
+            cos: angles().map(|a| a.cos() as f32).collect(),
+            sin: angles().map(|a| a.sin() as f32).collect(),
+        }
+    }
+
+    /// The cosines of the positions `first .. first + rows`, head_dim / 2 each.
+    ///
+    /// # Panics
+    /// If the table ends before.
+    pub(crate) fn cos(&self, first: usize, rows: usize) -> &[f32] {
+        &self.cos[first * self.half..(first + rows) * self.half]
+    }
+
+    /// The sines, likewise.
+    ///
+    /// # Panics
+    /// If the table ends before.
+    pub(crate) fn sin(&self, first: usize, rows: usize) -> &[f32] {
+        &self.sin[first * self.half..(first + rows) * self.half]
+    }
+}
+
+/// Turns each head of each row: with x1, x2 its halves, out = (x1 * cos - x2 * sin, x2 * cos + x1 * sin).
+///
+/// Products and sums are rounded separately, as Hugging Face's `x * cos + rotate_half(x) * sin` does.
+///
+/// # Arguments
+/// * `x`: rows of n_heads * head_dim values, `x_stride` elements apart
+/// * `cos`, `sin`: rows of head_dim / 2 values, of each row's position
+/// * `out`: rows of n_heads * head_dim values, `out_stride` elements apart
+///
+/// # Panics
+/// If head_dim is odd or a slice is too short.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn rope(
+    x: &[f32],
+    x_stride: usize,
+    rows: usize,
+    n_heads: usize,
+    head_dim: usize,
+    cos: &[f32],
+    sin: &[f32],
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    let (width, half) = (n_heads * head_dim, head_dim / 2);
+    assert!(head_dim.is_multiple_of(2), "pairs of elements in a head of {head_dim}");
+    assert!(rows_fit(x.len(), rows, width, x_stride), "{rows} rows of {width} in {}", x.len());
+    assert!(rows_fit(out.len(), rows, width, out_stride), "{rows} rows of {width} in {}", out.len());
+    assert!(cos.len() >= rows * half && sin.len() >= rows * half, "cosines and sines of {rows} rows");
+    if half == 0 {
+        return;
+    }
+    for row in 0..rows {
+        let (cos, sin) = (&cos[row * half..][..half], &sin[row * half..][..half]);
+        let heads = x[row * x_stride..][..width].chunks_exact(head_dim);
+        for (x, out) in heads.zip(out[row * out_stride..][..width].chunks_exact_mut(head_dim)) {
+            let ((x1, x2), (y1, y2)) = (x.split_at(half), out.split_at_mut(half));
+            let (x1, x2, y1, y2) = (&x1[..half], &x2[..half], &mut y1[..half], &mut y2[..half]);
+            for j in 0..half {
+                y1[j] = x1[j] * cos[j] - x2[j] * sin[j];
+                y2[j] = x2[j] * cos[j] + x1[j] * sin[j];
+            }
+        }
+    }
+}
+
+/// Squared ReLU gating (arXiv 2109.08668, gated): out = (relu(g) * relu(g)) * u. A NaN stays one.
+///
+/// # Arguments
+/// * `gate_up`: rows of F gates g, then F values u
+/// * `out`: rows of F
+///
+/// # Panics
+/// If `gate_up` is not twice as long as `out`, or that is no whole number of rows.
+pub(crate) fn relu2_mul(gate_up: &[f32], f: usize, out: &mut [f32], pool: &Pool) {
+    gated(Level::best(), gate_up, f, out, pool, Gate::Relu2);
+}
+
+/// SiLU gating (arXiv 2002.05202): out = (g * sigmoid(g)) * u.
+///
+/// sigmoid(g) is 1 / (1 + e) for g >= 0 and e / (1 + e) below, with e = exp(-|g|) by [`super::simd::exp`]; so it is zero
+/// below -87.
+///
+/// # Arguments
+/// * `gate_up`: rows of F gates g, then F values u
+/// * `out`: rows of F
+///
+/// # Panics
+/// If `gate_up` is not twice as long as `out`, or that is no whole number of rows.
+pub(crate) fn silu_mul(gate_up: &[f32], f: usize, out: &mut [f32], pool: &Pool) {
+    gated(Level::best(), gate_up, f, out, pool, Gate::Silu);
+}
+
+#[derive(Clone, Copy)]
+enum Gate {
+    Relu2,
+    Silu,
+}
+
+fn gated(level: Level, gate_up: &[f32], f: usize, out: &mut [f32], pool: &Pool, gate: Gate) {
+    assert!(gate_up.len() == 2 * out.len(), "{} gates and values for {}", gate_up.len(), out.len());
+    if out.is_empty() {
+        return;
+    }
+    assert!(f > 0 && out.len().is_multiple_of(f), "{} results are no rows of {f}", out.len());
+    by_rows(out, f, pool, &|row, out| {
+        let (g, u) = gate_up[2 * row * f..][..2 * out.len()].split_at(f);
+        level.run(Gated { g, u, out, gate });
+    });
+}
+
+/// Calls `f(row, its values)` for each row of `out`, in parallel where there are many.
+fn by_rows(out: &mut [f32], width: usize, pool: &Pool, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+    let rows = out.len() / width;
+    let at_once = (TASK / width).max(1);
+    let parallel = out.len() >= PARALLEL_FROM;
+    let out = Shared::new(out);
+    run(pool, parallel, rows.div_ceil(at_once), &|task| {
+        for row in task * at_once..((task + 1) * at_once).min(rows) {
+            // SAFETY: each row belongs to one task, which holds one at a time.
+            f(row, unsafe { out.part(row * width, width) });
+        }
+    });
+}
+
+struct Gated<'a> {
+    g: &'a [f32],
+    u: &'a [f32],
+    out: &'a mut [f32],
+    gate: Gate,
+}
+
+impl Kernel for Gated<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let inputs = self.g.iter().zip(self.u);
+        match self.gate {
+            Gate::Relu2 => {
+                for (out, (&g, &u)) in self.out.iter_mut().zip(inputs) {
+                    let g = if g < 0.0 { 0.0 } else { g };
+                    *out = (g * g) * u;
+                }
+            }
+            Gate::Silu => {
+                for (out, (&g, &u)) in self.out.iter_mut().zip(inputs) {
+                    let e = exp(isa, -g.abs());
+                    let sigmoid = (if g < 0.0 { e } else { 1.0 }) / (1.0 + e);
+                    *out = (g * sigmoid) * u;
+                }
+            }
+        }
+    }
+}
+
+/// x += y.
+///
+/// # Panics
+/// If the lengths differ.
+pub(crate) fn add(x: &mut [f32], y: &[f32]) {
+    assert_eq!(x.len(), y.len(), "elements to add");
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}
+
+/// RMSNorm (arXiv 1910.07467) of each row: y = (x * r) * w, r = 1 / sqrt(mean(x^2) + eps).
+///
+/// The sum of squares is taken in f32 by 16 lanes (see [`super`]), then divided by K.
+///
+/// # Arguments
+/// * `x`, `y`: rows of K
+/// * `w`: K weights
+///
+/// # Panics
+/// If the lengths do not fit.
+pub(crate) fn rms_norm_rows(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], pool: &Pool) {
+    rms_norm_at(Level::best(), x, w, eps, y, pool);
+}
+
+fn rms_norm_at(level: Level, x: &[f32], w: &[f32], eps: f32, y: &mut [f32], pool: &Pool) {
+    let k = w.len();
+    assert_eq!(x.len(), y.len(), "rows of the result");
+    if y.is_empty() {
+        return;
+    }
+    assert!(k > 0 && y.len().is_multiple_of(k), "{} values are no rows of {k}", y.len());
+    by_rows(y, k, pool, &|row, y| level.run(RmsNorm { x: &x[row * k..][..k], w, eps, y }));
+}
+
+struct RmsNorm<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    eps: f32,
+    y: &'a mut [f32],
+}
+
+impl Kernel for RmsNorm<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let mut acc = isa.splat(0.0);
+        let (chunks, rest) = self.x.as_chunks::<LANES>();
+        for chunk in chunks {
+            let x = isa.load(chunk);
+            acc = isa.fma(x, x, acc);
+        }
+        if !rest.is_empty() {
+            let x = isa.load_first(rest);
+            acc = isa.fma_first(rest.len(), x, x, acc);
+        }
+        let mean = isa.sum(acc) / self.x.len() as f32;
+        let r = 1.0 / (mean + self.eps).sqrt();
+        for ((y, x), w) in self.y.iter_mut().zip(self.x).zip(self.w) {
+            *y = (x * r) * w;
+        }
+    }
+}
+
+/// The index of the largest value, the first of equal ones. NaNs are passed over; `None` if there is nothing else.
+pub(crate) fn argmax(x: &[f32]) -> Option<usize> {
+    let mut best: Option<(usize, f32)> = None;
+    for (block, values) in x.chunks(1024).enumerate() {
+        // The largest first (which vectorises), then, only if it is a new one, where it is.
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let (chunks, rest) = values.as_chunks::<LANES>();
+        for chunk in chunks {
+            for (lane, &v) in lanes.iter_mut().zip(chunk) {
+                *lane = if v > *lane { v } else { *lane };
+            }
+        }
+        let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &v| if v > max { v } else { max });
+        if best.is_none_or(|(_, value)| max > value)
+            && let Some(i) = values.iter().position(|&v| v == max)
+        {
+            best = Some((block * 1024 + i, max));
+        }
+    }
+    best.map(|(i, _)| i)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::tests::{Rng, bits};
+    use super::*;
+
+    #[test]
+    fn rope_turns_pairs() {
+        let mut rng = Rng(1);
+        let (rows, heads, head_dim, first) = (5, 3, 20, 37);
+        let table = RopeTable::new(500_000.0, head_dim, 64);
+        let (x_stride, out_stride) = (heads * head_dim + 4, heads * head_dim + 1);
+        let x = rng.f32s(rows * x_stride);
+        let mut out = vec![7.0; rows * out_stride];
+        let (cos, sin) = (table.cos(first, rows), table.sin(first, rows));
+        rope(&x, x_stride, rows, heads, head_dim, cos, sin, &mut out, out_stride);
+        for row in 0..rows {
+            for head in 0..heads {
+                for j in 0..head_dim / 2 {
+                    let at = |base: usize, half: usize| base + head * head_dim + half * head_dim / 2 + j;
+                    let (x1, x2) = (x[at(row * x_stride, 0)], x[at(row * x_stride, 1)]);
+                    let (y1, y2) = (out[at(row * out_stride, 0)], out[at(row * out_stride, 1)]);
+                    let angle = (first + row) as f64 * 500_000f64.powf(-2.0 * j as f64 / head_dim as f64);
+                    let (x1, x2) = (f64::from(x1), f64::from(x2));
+                    assert!((f64::from(y1) - (x1 * angle.cos() - x2 * angle.sin())).abs() < 3e-7);
+                    assert!((f64::from(y2) - (x2 * angle.cos() + x1 * angle.sin())).abs() < 3e-7);
+                }
+            }
+            assert_eq!(out[row * out_stride + heads * head_dim], 7.0);
+        }
+        assert_eq!(RopeTable::new(10_000.0, 4, 2).cos(0, 1), [1.0, 1.0]);
+    }
+
+    #[test]
+    fn gates_agree_and_are_accurate() {
+        let mut rng = Rng(2);
+        let pools = [1, 2, 3].map(|threads| Pool::new(threads).unwrap());
+        for (rows, f) in [(1, 1), (3, 37), (2, 6912), (40, 6912)] {
+            let scale = [0.1, 1.0, 30.0, 100.0];
+            let gate_up: Vec<f32> =
+                rng.f32s(2 * rows * f).into_iter().enumerate().map(|(i, v)| v * scale[i % 4]).collect();
+            let at = |i: usize| (gate_up[i / f * 2 * f + i % f], gate_up[i / f * 2 * f + f + i % f]);
+            for gate in [Gate::Relu2, Gate::Silu] {
+                let mut want = vec![0.0; rows * f];
+                gated(Level::best(), &gate_up, f, &mut want, &pools[0], gate);
+                for (i, got) in want.iter().enumerate() {
+                    let (g, u) = at(i);
+                    let (g, u) = (f64::from(g), f64::from(u));
+                    let exact = match gate {
+                        Gate::Relu2 => g.max(0.0).powi(2) * u,
+                        Gate::Silu => g / (1.0 + (-g).exp()) * u,
+                    };
+                    let close = (f64::from(*got) - exact).abs() <= 6e-7 * exact.abs() + 2e-34;
+                    assert!(close, "{g} {u}: {got} {exact}");
+                }
+                for level in Level::available() {
+                    for pool in &pools {
+                        let mut out = vec![0.0; rows * f];
+                        gated(level, &gate_up, f, &mut out, pool, gate);
+                        assert!(bits(&out) == bits(&want), "{level:?}");
+                    }
+                }
+            }
+        }
+        let mut out = [0.0; 2];
+        relu2_mul(&[-3.0, 3.0, 5.0, 5.0], 2, &mut out, &pools[0]);
+        assert_eq!(out, [0.0, 45.0]);
+        silu_mul(&[-200.0, 200.0, 5.0, 5.0], 2, &mut out, &pools[0]);
+        assert_eq!(out, [0.0, 1000.0]);
+    }
+
+    #[test]
+    fn norms_agree_and_are_accurate() {
+        let mut rng = Rng(3);
+        let pools = [1, 2, 3].map(|threads| Pool::new(threads).unwrap());
+        for (rows, k) in [(1, 1), (3, 15), (4, 100), (2, 2560), (33, 6912)] {
+            let (x, w) = (rng.f32s(rows * k), rng.f32s(k));
+            let mut want = vec![0.0; rows * k];
+            rms_norm_rows(&x, &w, 1e-5, &mut want, &pools[0]);
+            for (x, y) in x.chunks(k).zip(want.chunks(k)) {
+                let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / k as f64;
+                let r = 1.0 / (mean + 1e-5f32 as f64).sqrt();
+                for ((x, y), w) in x.iter().zip(y).zip(&w) {
+                    let exact = f64::from(*x) * r * f64::from(*w);
+                    assert!((f64::from(*y) - exact).abs() <= 2e-6 * exact.abs(), "{y} {exact}");
+                }
+            }
+            for level in Level::available() {
+                for pool in &pools {
+                    let mut y = vec![0.0; rows * k];
+                    rms_norm_at(level, &x, &w, 1e-5, &mut y, pool);
+                    assert!(bits(&y) == bits(&want), "{level:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn adds() {
+        let mut x = [1.0, 2.0];
+        add(&mut x, &[0.5, -2.0]);
+        assert_eq!(x, [1.5, 0.0]);
+    }
+
+    #[test]
+    fn argmax_takes_the_first_largest() {
+        assert_eq!(argmax(&[]), None);
+        assert_eq!(argmax(&[f32::NAN]), None);
+        assert_eq!(argmax(&[f32::NEG_INFINITY; 2]), Some(0));
+        assert_eq!(argmax(&[f32::NAN, -1.0, 3.0, 3.0, f32::NAN]), Some(2));
+        let mut rng = Rng(4);
+        for n in [1, 16, 100, 1024, 5000] {
+            let mut x = rng.f32s(n);
+            let at = rng.next() as usize % n;
+            x[at] = 2.0;
+            assert_eq!(argmax(&x), Some(at));
+            x.extend(x.clone());
+            assert_eq!(argmax(&x), Some(at));
+        }
+    }
+}

@@ -1,0 +1,551 @@
+//! The fast bodies, over host memory: Flex and NdArray.
+//!
+//! They differ only in how a tensor's memory is reached ([`HostBackend`]). Nothing is copied that lies
+//! contiguous, least of all weights, which may be a memory-mapped file's.
+
+use std::borrow::Cow;
+use std::sync::Mutex;
+
+use bitnet_burn_core::manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerError};
+use bitnet_burn_core::memory::{Activations, ActivationsMut};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, TensorMetadata};
+use burn::tensor::Shape;
+
+use crate::default;
+use crate::extension::{
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, TernaryWeight, TernaryWeights,
+};
+use crate::host::attention::{self as host_attention, CacheMut, CacheRef};
+use crate::host::{Shared, dense, elementwise};
+use crate::manager::{leave_error, manager};
+
+/// Rows of a tensor [M, K] in host memory.
+pub(crate) struct Rows<'a> {
+    values: Cow<'a, [f32]>,
+    /// Elements from row to row.
+    stride: usize,
+}
+
+/// A backend whose tensors lie in host memory.
+pub(crate) trait HostBackend: Backend {
+    /// A float tensor's values in row-major order.
+    fn floats(tensor: &FloatTensor<Self>) -> Cow<'_, [f32]>;
+
+    /// The rows of a tensor [M, K], which may be a view of wider rows.
+    fn rows(tensor: &FloatTensor<Self>) -> Rows<'_>;
+
+    /// A U32 tensor's words.
+    fn words(tensor: &IntTensor<Self>) -> Cow<'_, [u32]>;
+
+    /// An int tensor's values, whatever its type.
+    fn indices(tensor: &IntTensor<Self>) -> Vec<u32>;
+
+    /// A new tensor.
+    fn tensor(values: Vec<f32>, shape: Shape) -> FloatTensor<Self>;
+
+    /// A KV cache to read.
+    fn cache(tensor: &FloatTensor<Self>) -> CacheRef<'_>;
+
+    /// A KV cache changed by `write`, in place if `tensor` is its only owner.
+    fn update_cache(tensor: FloatTensor<Self>, write: impl FnOnce(CacheMut)) -> FloatTensor<Self>;
+}
+
+#[cfg(feature = "flex")]
+mod flex {
+    use std::borrow::Cow;
+
+    use burn::backend::Flex;
+    use burn::tensor::{Bytes, DType, Element, Shape, bf16, f16};
+    use burn_flex::{FlexTensor, Layout};
+
+    use super::{CacheMut, CacheRef, HostBackend, Rows};
+
+    fn contiguous<E: Element + bytemuck::Pod>(tensor: &FlexTensor) -> Cow<'_, [E]> {
+        match tensor.layout().contiguous_offsets() {
+            Some((from, to)) => Cow::Borrowed(&tensor.storage::<E>()[from..to]),
+            None => Cow::Owned(tensor.to_contiguous().as_slice::<E>().expect("contiguous now").to_vec()),
+        }
+    }
+
+    impl HostBackend for Flex {
+        fn floats(tensor: &FlexTensor) -> Cow<'_, [f32]> {
+            match tensor.dtype() {
+                DType::F32 => contiguous::<f32>(tensor),
+                DType::F16 => Cow::Owned(contiguous::<f16>(tensor).iter().map(|v| v.to_f32()).collect()),
+                DType::BF16 => Cow::Owned(contiguous::<bf16>(tensor).iter().map(|v| v.to_f32()).collect()),
+                DType::F64 => Cow::Owned(contiguous::<f64>(tensor).iter().map(|&v| v as f32).collect()),
+                other => panic!("bitnet-burn's operations take f32, f16, bf16 or f64 tensors, not {other:?}"),
+            }
+        }
+
+        fn rows(tensor: &FlexTensor) -> Rows<'_> {
+            let layout = tensor.layout();
+            if tensor.dtype() == DType::F32
+                && let [stride, 1] = layout.strides()
+                && let Ok(stride) = usize::try_from(*stride)
+            {
+                let [m, k] = layout.shape()[..] else { panic!("rows of a tensor of rank 2") };
+                let from = layout.start_offset();
+                let length = if m == 0 { 0 } else { (m - 1) * stride + k };
+                return Rows { values: Cow::Borrowed(&tensor.storage::<f32>()[from..from + length]), stride };
+            }
+            let stride = layout.shape()[1];
+            Rows { values: Self::floats(tensor), stride }
+        }
+
+        fn words(tensor: &FlexTensor) -> Cow<'_, [u32]> {
+            assert_eq!(tensor.dtype(), DType::U32, "packed weights are U32 words");
+            contiguous::<u32>(tensor)
+        }
+
+        fn indices(tensor: &FlexTensor) -> Vec<u32> {
+            let data = tensor.clone().into_data();
+            data.iter::<i64>().map(|i| u32::try_from(i).unwrap_or(u32::MAX)).collect()
+        }
+
+        fn tensor(values: Vec<f32>, shape: Shape) -> FlexTensor {
+            FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape), DType::F32)
+        }
+
+        fn cache(tensor: &FlexTensor) -> CacheRef<'_> {
+            match tensor.dtype() {
+                DType::F16 => CacheRef::F16(tensor.as_slice::<f16>().expect("a cache is contiguous")),
+                DType::F32 => CacheRef::F32(tensor.as_slice::<f32>().expect("a cache is contiguous")),
+                other => panic!("a KV cache is f32 or f16, not {other:?}"),
+            }
+        }
+
+        fn update_cache(mut tensor: FlexTensor, write: impl FnOnce(CacheMut)) -> FlexTensor {
+            let (from, to) = tensor.layout().contiguous_offsets().expect("a cache is contiguous");
+            match tensor.dtype() {
+                DType::F16 => write(CacheMut::F16(&mut tensor.storage_mut::<f16>()[from..to])),
+                DType::F32 => write(CacheMut::F32(&mut tensor.storage_mut::<f32>()[from..to])),
+                other => panic!("a KV cache is f32 or f16, not {other:?}"),
+            }
+            tensor
+        }
+    }
+}
+
+#[cfg(feature = "ndarray")]
+#[allow(deprecated, reason = "Burn deprecates NdArray in favour of Flex, and still supports it")]
+mod ndarray {
+    use std::borrow::Cow;
+
+    use burn::backend::{NdArray, TensorMetadata};
+    use burn::tensor::{Shape, TensorData};
+    use burn_ndarray::NdArrayTensor;
+
+    use super::{CacheMut, CacheRef, HostBackend, Rows};
+
+    impl HostBackend for NdArray {
+        fn floats(tensor: &NdArrayTensor) -> Cow<'_, [f32]> {
+            match tensor {
+                NdArrayTensor::F32(storage) => match storage.view().to_slice() {
+                    Some(values) => Cow::Borrowed(values),
+                    None => Cow::Owned(storage.view().iter().copied().collect()),
+                },
+                NdArrayTensor::F64(storage) => Cow::Owned(storage.view().iter().map(|&v| v as f32).collect()),
+                other => panic!("bitnet-burn's operations take f32 or f64 tensors, not {:?}", other.dtype()),
+            }
+        }
+
+        fn rows(tensor: &NdArrayTensor) -> Rows<'_> {
+            Rows { values: Self::floats(tensor), stride: tensor.shape()[1] }
+        }
+
+        fn words(tensor: &NdArrayTensor) -> Cow<'_, [u32]> {
+            match tensor {
+                NdArrayTensor::U32(storage) => match storage.view().to_slice() {
+                    Some(values) => Cow::Borrowed(values),
+                    None => Cow::Owned(storage.view().iter().copied().collect()),
+                },
+                other => panic!("packed weights are U32 words, not {:?}", other.dtype()),
+            }
+        }
+
+        fn indices(tensor: &NdArrayTensor) -> Vec<u32> {
+            macro_rules! convert {
+                ($($variant:ident),+) => {
+                    match tensor {
+                        $(NdArrayTensor::$variant(s) => {
+                            s.view().iter().map(|&i| u32::try_from(i).unwrap_or(u32::MAX)).collect()
+                        })+
+                        other => panic!("indices are integers, not {:?}", other.dtype()),
+                    }
+                };
+            }
+            convert!(I64, I32, I16, I8, U64, U32, U16, U8)
+        }
+
+        fn tensor(values: Vec<f32>, shape: Shape) -> NdArrayTensor {
+            NdArrayTensor::from_data(TensorData::new(values, shape))
+        }
+
+        fn cache(tensor: &NdArrayTensor) -> CacheRef<'_> {
+            match tensor {
+                NdArrayTensor::F32(storage) => {
+                    CacheRef::F32(storage.view().to_slice().expect("a cache is contiguous"))
+                }
+                other => panic!("a KV cache on NdArray is f32, not {:?}", other.dtype()),
+            }
+        }
+
+        fn update_cache(mut tensor: NdArrayTensor, write: impl FnOnce(CacheMut)) -> NdArrayTensor {
+            match &mut tensor {
+                NdArrayTensor::F32(storage) => {
+                    let array = storage.ensure_owned();
+                    write(CacheMut::F32(array.as_slice_mut().expect("a cache is contiguous")));
+                }
+                other => panic!("a KV cache on NdArray is f32, not {:?}", other.dtype()),
+            }
+            tensor
+        }
+    }
+}
+
+fn dims<T: TensorMetadata>(tensor: &T) -> [usize; 2] {
+    let shape = tensor.shape();
+    let [m, k] = shape[..] else { panic!("an operand of rank 2, not {shape:?}") };
+    [m, k]
+}
+
+/// Quantised activations are as large as the activations and used for a moment: kept from call to call.
+static ACTIVATIONS: Mutex<Vec<Activations>> = Mutex::new(Vec::new());
+
+fn with_activations<R>(f: impl FnOnce(&mut Activations) -> R) -> R {
+    let free = || ACTIVATIONS.lock().unwrap_or_else(|e| e.into_inner());
+    let mut activations = free().pop().unwrap_or_default();
+    let result = f(&mut activations);
+    free().push(activations);
+    result
+}
+
+/// Rows are shared out to the pool from so many values on.
+const PARALLEL: usize = 1 << 15;
+
+/// Norm (if any) and quantisation of rows, on the pool where that pays.
+fn quantise(
+    manager: &KernelManager,
+    x: &[f32],
+    k: usize,
+    norm: Option<(&[f32], f32)>,
+    out: ActivationsMut,
+) {
+    let rows = |x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]| match norm {
+        None => bitnet_burn_cpu::quantise_rows(x, k, q, out.stride, scale, sum),
+        Some((weight, eps)) => {
+            bitnet_burn_cpu::rms_norm_quantise_rows(x, weight, eps, k, q, out.stride, scale, sum);
+        }
+    };
+    let m = out.scale.len();
+    let tasks = (manager.pool().threads() * 4).min(m);
+    if x.len() < PARALLEL || tasks < 2 {
+        return rows(x, out.q, out.scale, out.sum);
+    }
+    let (q, scale, sum) = (Shared::new(out.q), Shared::new(out.scale), Shared::new(out.sum));
+    let stride = out.stride;
+    manager.pool().run(tasks, &|task| {
+        let (from, to) = (m * task / tasks, m * (task + 1) / tasks);
+        let count = to - from;
+        // SAFETY: the tasks' ranges of rows are disjoint.
+        let (q, scale, sum) =
+            unsafe { (q.part(from * stride, count * stride), scale.part(from, count), sum.part(from, count)) };
+        rows(&x[from * k..to * k], q, scale, sum);
+    });
+}
+
+pub(crate) fn bit_linear<B: HostBackend>(
+    x: FloatTensor<B>,
+    norm: InputNorm<B>,
+    weights: TernaryWeights<B>,
+    args: BitLinearArgs,
+) -> FloatTensor<B> {
+    let [m, k] = dims(&x);
+    let weights = weights.into_vec();
+    let total = args.total_n();
+    let manager = manager();
+    let choices = args.matrices.iter().map(|matrix| match &matrix.choice {
+        Some(choice) => Ok(choice.clone()),
+        None => manager.choose(matrix.n, args.k, LayoutPolicy::Canonical),
+    });
+    let choices: Vec<_> = match choices.collect::<Result<_, _>>() {
+        Ok(choices) => choices,
+        Err(error) => return failed::<B>(error, m, total),
+    };
+    if !args.quantise {
+        // Float activations: a reference, in plain operations.
+        return match canonical_weights::<B>(manager, weights, &choices, args.k) {
+            Ok(weights) => default::bit_linear::<B>(x, norm, weights, &args),
+            Err(error) => failed::<B>(error, m, total),
+        };
+    }
+    let mut y = vec![0f32; m * total];
+    let words: Vec<_> = weights.iter().map(|w| B::words(&w.codes)).collect();
+    let mut column = 0;
+    let jobs: Vec<Job> = weights
+        .iter()
+        .zip(&words)
+        .zip(&choices)
+        .map(|((weight, words), choice)| {
+            let bytes: &[u8] = bytemuck::cast_slice(words);
+            let job = Job {
+                choice,
+                // Words are whole; a private packing may end within one.
+                weights: bytes.get(..choice.weight_bytes()).unwrap_or(bytes),
+                scale: B::floats(&weight.scale)[0],
+                column,
+            };
+            column += choice.shape().0;
+            job
+        })
+        .collect();
+    let result = with_activations(|activations| {
+        let values = B::floats(&x);
+        let weight = match &norm {
+            InputNorm::None => None,
+            InputNorm::Rms(weight) => Some(B::floats(weight)),
+        };
+        let norm = weight.as_deref().map(|weight| (weight, args.eps));
+        quantise(manager, &values, k, norm, activations.resize(m, k));
+        manager.matmul(&jobs, activations, &mut y, total)
+    });
+    match result {
+        Ok(()) => B::tensor(y, Shape::new([m, total])),
+        Err(error) => failed::<B>(error, m, total),
+    }
+}
+
+/// Leaves the error for the caller, and NaN for whoever does not ask.
+fn failed<B: HostBackend>(error: ManagerError, m: usize, n: usize) -> FloatTensor<B> {
+    leave_error(error);
+    B::tensor(vec![f32::NAN; m * n], Shape::new([m, n]))
+}
+
+/// The weights with their codes in the canonical layout.
+fn canonical_weights<B: HostBackend>(
+    manager: &KernelManager,
+    weights: Vec<TernaryWeight<B>>,
+    choices: &[std::sync::Arc<Choice>],
+    k: usize,
+) -> Result<TernaryWeights<B>, ManagerError> {
+    let mut canonical = Vec::with_capacity(weights.len());
+    for (weight, choice) in weights.into_iter().zip(choices) {
+        let TernaryWeight { codes, scale } = weight;
+        let codes = if choice.layout().is_none() {
+            codes
+        } else {
+            let n = choice.shape().0;
+            let words = B::words(&codes);
+            let bytes = manager.unpack(choice, &bytemuck::cast_slice(&words)[..choice.weight_bytes()])?;
+            let words: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let device = codes.device();
+            B::int_from_data(burn::tensor::TensorData::new(words, [n, k.div_ceil(128) * 8]), &device)
+        };
+        canonical.push(TernaryWeight { codes, scale });
+    }
+    let mut matrices = canonical.into_iter();
+    Ok(match (matrices.next(), matrices.next(), matrices.next()) {
+        (Some(a), Some(b), Some(c)) => TernaryWeights::Three(a, b, c),
+        (Some(a), Some(b), None) => TernaryWeights::Two(a, b),
+        (Some(a), _, _) => TernaryWeights::One(a),
+        _ => unreachable!("TernaryWeights holds one to three matrices"),
+    })
+}
+
+pub(crate) fn bit_linear_backward<B: HostBackend>(
+    dy: FloatTensor<B>,
+    weights: TernaryWeights<B>,
+    args: BitLinearArgs,
+) -> FloatTensor<B> {
+    let manager = manager();
+    let choices: Result<Vec<_>, _> = args
+        .matrices
+        .iter()
+        .map(|matrix| match &matrix.choice {
+            Some(choice) => Ok(choice.clone()),
+            None => manager.choose(matrix.n, args.k, LayoutPolicy::Canonical),
+        })
+        .collect();
+    let m = dims(&dy)[0];
+    match choices.and_then(|choices| canonical_weights::<B>(manager, weights.into_vec(), &choices, args.k)) {
+        Ok(weights) => default::bit_linear_backward::<B>(dy, weights, &args),
+        Err(error) => failed::<B>(error, m, args.k),
+    }
+}
+
+pub(crate) fn rms_norm<B: HostBackend>(x: FloatTensor<B>, weight: FloatTensor<B>, eps: f32) -> FloatTensor<B> {
+    let [m, k] = dims(&x);
+    let mut y = vec![0f32; m * k];
+    elementwise::rms_norm_rows(&B::floats(&x), &B::floats(&weight), eps, &mut y, manager().pool());
+    B::tensor(y, Shape::new([m, k]))
+}
+
+pub(crate) fn rope<B: HostBackend>(
+    x: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    head_dim: usize,
+) -> FloatTensor<B> {
+    let [m, width] = dims(&x);
+    let rows = B::rows(&x);
+    let (cos, sin) = (B::floats(&cos), B::floats(&sin));
+    let mut y = vec![0f32; m * width];
+    elementwise::rope(&rows.values, rows.stride, m, width / head_dim, head_dim, &cos, &sin, &mut y, width);
+    B::tensor(y, Shape::new([m, width]))
+}
+
+fn cache_shape<T: TensorMetadata>(cache: &T, n_heads: usize) -> host_attention::Shape {
+    let shape = cache.shape();
+    let [n_kv_heads, capacity, head_dim] = shape[..] else {
+        panic!("a cache is [kv heads, capacity, head_dim], not {shape:?}")
+    };
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    host_attention::Shape { n_heads, n_kv_heads, head_dim, capacity, scale }
+}
+
+pub(crate) fn cache_append<B: HostBackend>(
+    cache: FloatTensor<B>,
+    rows: FloatTensor<B>,
+    position: usize,
+) -> FloatTensor<B> {
+    let shape = cache_shape(&cache, 0);
+    let m = dims(&rows)[0];
+    let rows = B::rows(&rows);
+    B::update_cache(cache, |cache| {
+        host_attention::append(cache, shape, position, m, &rows.values, rows.stride);
+    })
+}
+
+pub(crate) fn attention<B: HostBackend>(
+    q: FloatTensor<B>,
+    keys: FloatTensor<B>,
+    values: FloatTensor<B>,
+    args: AttentionArgs,
+) -> FloatTensor<B> {
+    let [m, width] = dims(&q);
+    let rows = B::rows(&q);
+    let mut out = vec![0f32; m * width];
+    host_attention::attention(
+        &rows.values,
+        rows.stride,
+        m,
+        B::cache(&keys),
+        B::cache(&values),
+        cache_shape(&keys, args.n_heads),
+        args.position,
+        &mut out,
+        width,
+        manager().pool(),
+    );
+    B::tensor(out, Shape::new([m, width]))
+}
+
+pub(crate) fn gated<B: HostBackend>(gate_up: FloatTensor<B>, activation: GatedActivation) -> FloatTensor<B> {
+    let [m, width] = dims(&gate_up);
+    let f = width / 2;
+    let mut out = vec![0f32; m * f];
+    let values = B::floats(&gate_up);
+    match activation {
+        GatedActivation::Relu2 => elementwise::relu2_mul(&values, f, &mut out, manager().pool()),
+        GatedActivation::Silu => elementwise::silu_mul(&values, f, &mut out, manager().pool()),
+    }
+    B::tensor(out, Shape::new([m, f]))
+}
+
+fn raw<'a>(words: &'a [u32], args: &DenseArgs) -> &'a [u8] {
+    let size = args.n * args.format.row_bytes(args.k).expect("checked when the tensor was made");
+    &bytemuck::cast_slice(words)[..size]
+}
+
+pub(crate) fn dense_linear<B: HostBackend>(x: FloatTensor<B>, words: IntTensor<B>, args: DenseArgs) -> FloatTensor<B> {
+    let m = dims(&x)[0];
+    let words = B::words(&words);
+    let mut y = vec![0f32; m * args.n];
+    let (weights, values) = (raw(&words, &args), B::floats(&x));
+    dense::linear(args.format, weights, args.n, args.k, &values, m, &mut y, args.n, manager().pool());
+    B::tensor(y, Shape::new([m, args.n]))
+}
+
+pub(crate) fn dense_rows<B: HostBackend>(words: IntTensor<B>, ids: IntTensor<B>, args: DenseArgs) -> FloatTensor<B> {
+    let (words, ids) = (B::words(&words), B::indices(&ids));
+    let mut y = vec![0f32; ids.len() * args.k];
+    dense::gather_rows(args.format, raw(&words, &args), args.k, &ids, &mut y);
+    B::tensor(y, Shape::new([ids.len(), args.k]))
+}
+
+macro_rules! fast_bodies {
+    ($backend:ty) => {
+        impl crate::TernaryBackend for $backend {
+            fn bit_linear(
+                x: FloatTensor<Self>,
+                norm: InputNorm<Self>,
+                weights: TernaryWeights<Self>,
+                args: BitLinearArgs,
+            ) -> FloatTensor<Self> {
+                bit_linear::<Self>(x, norm, weights, args)
+            }
+
+            fn bit_linear_backward(
+                dy: FloatTensor<Self>,
+                weights: TernaryWeights<Self>,
+                args: BitLinearArgs,
+            ) -> FloatTensor<Self> {
+                bit_linear_backward::<Self>(dy, weights, args)
+            }
+
+            fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+                rms_norm::<Self>(x, weight, eps)
+            }
+
+            fn rope(
+                x: FloatTensor<Self>,
+                cos: FloatTensor<Self>,
+                sin: FloatTensor<Self>,
+                head_dim: usize,
+            ) -> FloatTensor<Self> {
+                rope::<Self>(x, cos, sin, head_dim)
+            }
+
+            fn cache_append(
+                cache: FloatTensor<Self>,
+                rows: FloatTensor<Self>,
+                position: usize,
+            ) -> FloatTensor<Self> {
+                cache_append::<Self>(cache, rows, position)
+            }
+
+            fn attention(
+                q: FloatTensor<Self>,
+                keys: FloatTensor<Self>,
+                values: FloatTensor<Self>,
+                args: AttentionArgs,
+            ) -> FloatTensor<Self> {
+                attention::<Self>(q, keys, values, args)
+            }
+
+            fn gated(gate_up: FloatTensor<Self>, activation: GatedActivation) -> FloatTensor<Self> {
+                gated::<Self>(gate_up, activation)
+            }
+
+            fn dense_linear(x: FloatTensor<Self>, words: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
+                dense_linear::<Self>(x, words, args)
+            }
+
+            fn dense_rows(words: IntTensor<Self>, ids: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
+                dense_rows::<Self>(words, ids, args)
+            }
+        }
+    };
+}
+
+#[cfg(feature = "flex")]
+fast_bodies!(burn::backend::Flex);
+
+#[cfg(feature = "ndarray")]
+mod ndarray_bodies {
+    #![allow(deprecated, reason = "Burn deprecates NdArray in favour of Flex, and still supports it")]
+    use super::*;
+    fast_bodies!(burn::backend::NdArray);
+}

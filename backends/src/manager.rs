@@ -1,0 +1,91 @@
+//! The kernel manager that Burn's operations use.
+//!
+//! Burn's extension operations are static functions, so theirs is one per process: configured at the
+//! start, or made from the environment at its first use. Tests and embedders can make others with
+//! [`with_built_in_kernels`].
+
+use std::cell::Cell;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use bitnet_burn_core::manager::{KernelManager, ManagerConfig, ManagerError};
+use bitnet_burn_core::plugin::{Plugin, PluginError};
+
+/// The manager could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// It is in use already, with another configuration.
+    #[error("the process's kernel manager is in use already; configure it before the first operation")]
+    AlreadyInUse,
+    /// The manager refused its configuration.
+    #[error(transparent)]
+    Manager(#[from] ManagerError),
+    /// A plugin was refused.
+    #[error(transparent)]
+    Plugin(#[from] PluginError),
+}
+
+static MANAGER: OnceLock<KernelManager> = OnceLock::new();
+
+/// A manager with the kernels that are linked in.
+///
+/// # Errors
+/// If the configuration is refused, or names a kernel that does not exist.
+pub fn with_built_in_kernels(config: ManagerConfig) -> Result<KernelManager, SetupError> {
+    let manager = KernelManager::new(config)?;
+    manager.register(Plugin::built_in(&bitnet_burn_cpu::PLUGIN)?)?;
+    Ok(manager)
+}
+
+/// Sets the process's manager up: the built-in kernels and `plugins`. A plugin that is refused does
+/// not keep the others from being used; its error is returned in the list.
+///
+/// # Errors
+/// If the manager is in use already, or its configuration is refused.
+pub fn configure(
+    config: ManagerConfig,
+    plugins: &[PathBuf],
+) -> Result<(&'static KernelManager, Vec<PluginError>), SetupError> {
+    let manager = with_built_in_kernels(config)?;
+    let refused: Vec<_> = plugins.iter().filter_map(|path| manager.load_plugin(path).err()).collect();
+    manager.validate()?;
+    MANAGER.set(manager).map_err(|_| SetupError::AlreadyInUse)?;
+    Ok((MANAGER.get().expect("set above"), refused))
+}
+
+/// The process's manager; at the first use, from the environment ([`ManagerConfig::from_env`]), where
+/// a setting that is wrong is reported and ignored.
+pub fn manager() -> &'static KernelManager {
+    MANAGER.get_or_init(|| {
+        let from_env = ManagerConfig::from_env().map_err(SetupError::from).and_then(|config| {
+            let manager = with_built_in_kernels(config)?;
+            manager.validate()?;
+            Ok(manager)
+        });
+        from_env.unwrap_or_else(|error| {
+            tracing::error!(%error, "the kernel manager's environment is ignored");
+            with_built_in_kernels(ManagerConfig::default())
+                .expect("the default configuration needs nothing but threads")
+        })
+    })
+}
+
+thread_local! {
+    /// The first error of an operation on this thread since the last [`take_error`]. Burn's
+    /// operations return tensors, not results.
+    static ERROR: Cell<Option<ManagerError>> = const { Cell::new(None) };
+}
+
+/// Leaves an error for [`take_error`]; the first one stays.
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+pub(crate) fn leave_error(error: ManagerError) {
+    ERROR.with(|slot| {
+        let first = slot.take().unwrap_or(error);
+        slot.set(Some(first));
+    });
+}
+
+/// Takes the error that an operation left behind on this thread. Its result was NaN.
+pub fn take_error() -> Option<ManagerError> {
+    ERROR.take()
+}

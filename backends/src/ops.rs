@@ -1,0 +1,239 @@
+//! [`TernaryBackend`](crate::TernaryBackend)'s operations over Burn's `Tensor`, on whatever backend
+//! the tensors are.
+
+use std::sync::Arc;
+
+use bitnet_burn_core::formats::canonical;
+use bitnet_burn_core::manager::{Choice, LayoutPolicy, ManagerError, Packed};
+use burn::backend::Dispatch;
+use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
+
+use crate::extension::{
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend, TernaryWeight,
+    TernaryWeights,
+};
+use crate::manager::{manager, take_error};
+
+/// A packed ternary matrix [N, K] on a device.
+#[derive(Clone, Debug)]
+pub struct TernaryMatrix {
+    /// U32 words: canonical rows [N, ceil(K / 128) * 8], or one row [1, words] of a kernel's private
+    /// packing.
+    pub codes: Tensor<2, Int>,
+    /// [1]: weight = code * scale.
+    pub scale: Tensor<1>,
+    /// Output features.
+    pub n: usize,
+    /// Input features.
+    pub k: usize,
+    /// The chosen kernels; `None` for canonical codes on a backend that has no kernels, or whose
+    /// kernels are chosen at the first use.
+    pub choice: Option<Arc<Choice>>,
+}
+
+/// Bytes as a tensor of U32 words, without a copy where they are aligned and whole words.
+pub fn words(bytes: bytes::Bytes, shape: [usize; 2], device: &Device) -> Tensor<2, Int> {
+    let aligned = (bytes.as_ptr() as usize).is_multiple_of(4) && bytes.len() == shape[0] * shape[1] * 4;
+    let data = if aligned {
+        // Not `Native`: NdArray copies native memory.
+        let shared = Bytes::from_shared(bytes, AllocationProperty::Other);
+        TensorData::from_bytes(shared, shape, DType::U32)
+    } else {
+        let mut words = vec![0u32; shape[0] * shape[1]];
+        bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(&bytes);
+        TensorData::new(words, shape)
+    };
+    Tensor::from_data(data, (device, DType::U32))
+}
+
+/// Whether a device's tensors lie in host memory, where the kernels of plugins run.
+pub fn is_host(device: &Device) -> bool {
+    let kind = format!("{device:?}");
+    kind.contains("Flex") || kind.contains("NdArray")
+}
+
+impl TernaryMatrix {
+    /// Canonical codes as they are: rows of [`canonical::row_bytes`]`(k)` bytes.
+    ///
+    /// # Panics
+    /// If the bytes are not [N, K] in the canonical layout.
+    pub fn canonical(codes: bytes::Bytes, scale: f32, n: usize, k: usize, device: &Device) -> Self {
+        assert_eq!(Some(codes.len()), canonical::matrix_bytes(n, k), "canonical codes of [{n}, {k}]");
+        Self {
+            codes: words(codes, [n, canonical::row_bytes(k) / 4], device),
+            scale: Tensor::from_floats([scale], device),
+            n,
+            k,
+            choice: None,
+        }
+    }
+
+    /// Canonical codes in the layout that the fastest kernels of this machine read, on a device in
+    /// host memory; canonical on any other.
+    ///
+    /// # Errors
+    /// If no kernel may compute the shape, or it can't be packed.
+    pub fn prepared(
+        codes: bytes::Bytes,
+        scale: f32,
+        n: usize,
+        k: usize,
+        device: &Device,
+    ) -> Result<Self, ManagerError> {
+        if !is_host(device) {
+            return Ok(Self::canonical(codes, scale, n, k, device));
+        }
+        let choice = manager().choose(n, k, LayoutPolicy::Any)?;
+        match manager().pack(&choice, &codes)? {
+            Packed::Canonical => {
+                Ok(Self { choice: Some(choice), ..Self::canonical(codes, scale, n, k, device) })
+            }
+            Packed::Private(buffer) => {
+                let count = choice.weight_bytes().div_ceil(4);
+                let codes = words(bytes::Bytes::from_owner(buffer), [1, count], device);
+                Ok(Self { codes, scale: Tensor::from_floats([scale], device), n, k, choice: Some(choice) })
+            }
+        }
+    }
+
+    fn matrix(&self) -> Matrix {
+        Matrix { n: self.n, choice: self.choice.clone() }
+    }
+
+    fn into_weight(self) -> TernaryWeight<Dispatch> {
+        TernaryWeight { codes: self.codes.into_dispatch(), scale: self.scale.into_dispatch() }
+    }
+}
+
+/// How a [`bit_linear`] treats its input.
+#[derive(Clone, Debug)]
+pub struct BitLinearInput {
+    /// Weight [K] and epsilon of an RMSNorm before quantisation.
+    pub norm: Option<(Tensor<1>, f32)>,
+    /// Whether activations are quantised to int8, as BitNet defines.
+    pub quantise: bool,
+}
+
+/// y = concat(quantise(norm(x)) * W_iᵀ) for one to three matrices over the same input.
+///
+/// # Shapes
+/// x [M, K]; the output is [M, sum of N].
+///
+/// # Errors
+/// In strict mode, if no kernel may compute it.
+///
+/// # Panics
+/// If the shapes do not fit, or there are not one to three matrices.
+pub fn bit_linear(
+    x: Tensor<2>,
+    input: BitLinearInput,
+    matrices: Vec<TernaryMatrix>,
+) -> Result<Tensor<2>, ManagerError> {
+    let [_, k] = x.dims();
+    for matrix in &matrices {
+        assert_eq!(matrix.k, k, "an input of {k} features for weights [{}, {}]", matrix.n, matrix.k);
+    }
+    let (norm, eps) = match input.norm {
+        None => (InputNorm::None, 0.0),
+        Some((weight, eps)) => {
+            assert_eq!(weight.dims(), [k], "the norm's weight");
+            (InputNorm::Rms(weight.into_dispatch()), eps)
+        }
+    };
+    let args = BitLinearArgs {
+        k,
+        matrices: matrices.iter().map(TernaryMatrix::matrix).collect(),
+        eps,
+        quantise: input.quantise,
+    };
+    let mut weights = matrices.into_iter().map(TernaryMatrix::into_weight);
+    let weights = match (weights.next(), weights.next(), weights.next(), weights.next()) {
+        (Some(a), None, None, None) => TernaryWeights::One(a),
+        (Some(a), Some(b), None, None) => TernaryWeights::Two(a, b),
+        (Some(a), Some(b), Some(c), None) => TernaryWeights::Three(a, b, c),
+        _ => panic!("bit_linear takes one to three matrices"),
+    };
+    take_error();
+    let y = Dispatch::bit_linear(x.into_dispatch(), norm, weights, args);
+    match take_error() {
+        None => Ok(Tensor::from_dispatch(y)),
+        Some(error) => Err(error),
+    }
+}
+
+/// x / sqrt(mean(x^2) + eps) * weight, by rows of x [M, K].
+pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
+    assert_eq!(weight.dims(), [x.dims()[1]], "the norm's weight");
+    Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), weight.into_dispatch(), eps))
+}
+
+/// Rotary position embedding by half rotation. x [M, heads * d]; cos and sin [M, d / 2].
+pub fn rope(x: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, head_dim: usize) -> Tensor<2> {
+    let [m, width] = x.dims();
+    assert!(head_dim.is_multiple_of(2) && width.is_multiple_of(head_dim), "heads of {head_dim} in {width}");
+    assert_eq!((cos.dims(), sin.dims()), ([m, head_dim / 2], [m, head_dim / 2]), "angles of the rows");
+    let (x, cos, sin) = (x.into_dispatch(), cos.into_dispatch(), sin.into_dispatch());
+    Tensor::from_dispatch(Dispatch::rope(x, cos, sin, head_dim))
+}
+
+/// Writes rows [M, kv heads * d] into a cache [kv heads, capacity, d] from `position` on, in place
+/// while `cache` is its only owner.
+///
+/// # Panics
+/// If the rows do not fit the cache.
+pub fn cache_append(cache: Tensor<3>, rows: Tensor<2>, position: usize) -> Tensor<3> {
+    let ([heads, capacity, d], [m, width]) = (cache.dims(), rows.dims());
+    assert_eq!(width, heads * d, "rows of {heads} heads of {d}");
+    assert!(position + m <= capacity, "rows {position}..{} of a cache of {capacity}", position + m);
+    Tensor::from_dispatch(Dispatch::cache_append(cache.into_dispatch(), rows.into_dispatch(), position))
+}
+
+/// Causal attention of the rows q [M, heads * d] of one sequence over its cache.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn attention(q: Tensor<2>, keys: Tensor<3>, values: Tensor<3>, args: AttentionArgs) -> Tensor<2> {
+    let [m, width] = q.dims();
+    let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
+    assert_eq!(width, n_heads * head_dim, "queries of {n_heads} heads of {head_dim}");
+    assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads}");
+    for cache in [&keys, &values] {
+        let [heads, capacity, d] = cache.dims();
+        assert_eq!((heads, d), (n_kv_heads, head_dim), "the cache's heads");
+        assert!(position + m <= capacity, "positions up to {} of a cache of {capacity}", position + m);
+    }
+    let (keys, values) = (keys.into_dispatch(), values.into_dispatch());
+    Tensor::from_dispatch(Dispatch::attention(q.into_dispatch(), keys, values, args))
+}
+
+/// activation(gate) * up, of rows [M, 2 * F] that hold gate and up side by side.
+pub fn gated(gate_up: Tensor<2>, activation: GatedActivation) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::gated(gate_up.into_dispatch(), activation))
+}
+
+/// y = x * Wᵀ; `words` holds W's raw bytes.
+pub fn dense_linear(x: Tensor<2>, words: Tensor<2, Int>, args: DenseArgs) -> Tensor<2> {
+    assert_eq!(x.dims()[1], args.k, "input features");
+    check_dense(&words, &args);
+    Tensor::from_dispatch(Dispatch::dense_linear(x.into_dispatch(), words.into_dispatch(), args))
+}
+
+/// Rows `ids` of W [N, K]; `words` holds W's raw bytes.
+///
+/// # Panics
+/// If an id is not below N.
+pub fn dense_rows(words: Tensor<2, Int>, ids: &[u32], args: DenseArgs) -> Tensor<2> {
+    assert!(ids.iter().all(|&id| (id as usize) < args.n), "a row that the table of {} lacks", args.n);
+    check_dense(&words, &args);
+    let device = words.device();
+    let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+    let count = ids.len();
+    let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [count]), (&device, DType::I32));
+    Tensor::from_dispatch(Dispatch::dense_rows(words.into_dispatch(), ids.into_dispatch(), args))
+}
+
+fn check_dense(words: &Tensor<2, Int>, args: &DenseArgs) {
+    let size = args.format.row_bytes(args.k).and_then(|row| row.checked_mul(args.n));
+    let has = words.shape().num_elements() * 4;
+    assert!(size.is_some_and(|size| size <= has), "{:?} takes {size:?} bytes, not {has}", args);
+}

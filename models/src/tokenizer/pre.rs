@@ -1,0 +1,146 @@
+//! The pre-tokenizers of GGUF files: how a text is cut into words before BPE merges within each.
+//!
+//! `tokenizer.ggml.pre` is a name that stands for regular expressions; what each name means was laid down by
+//! llama.cpp, whose converter writes it. Where the model's own `tokenizer.json` has the expression, it stands
+//! here as there. Several expressions apply one after the other, each to the pieces that the one before left.
+
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::tokenizer::normalizer::SplitDelimiterBehavior;
+
+/// A pre-tokenizer and what goes with it.
+#[derive(Debug)]
+pub(super) struct PreTokenizer {
+    /// The names by which files know it.
+    names: &'static [&'static str],
+    patterns: &'static [&'static str],
+    /// A word that is a token is that token, whether or not the merges lead there.
+    pub(super) ignore_merges: bool,
+    /// Whether BOS goes in front of a text if the file doesn't say.
+    pub(super) add_bos: bool,
+}
+
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+const PRE_TOKENIZERS: [PreTokenizer; 8] = [
+    PreTokenizer {
+        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1"],
+        patterns: &[LLAMA3],
+        ignore_merges: true,
+        add_bos: true,
+    },
+    PreTokenizer {
+        names: &["dbrx", "smaug-bpe"],
+        patterns: &[LLAMA3],
+        ignore_merges: false,
+        add_bos: false,
+    },
+    // llama.cpp's own, from before it knew any names; files that were converted then still carry it.
+    PreTokenizer {
+        names: &["default"],
+        patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+        ignore_merges: false,
+        add_bos: false,
+    },
+    PreTokenizer {
+        names: &["gpt-2", "phi-2", "mpt", "olmo"],
+        patterns: &[GPT2],
+        ignore_merges: false,
+        add_bos: false,
+    },
+    PreTokenizer {
+        names: &["smollm", "starcoder", "refact", "command-r", "codeshell"],
+        patterns: &[r"\p{N}", GPT2],
+        ignore_merges: false,
+        add_bos: false,
+    },
+    PreTokenizer {
+        names: &["qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"],
+        patterns: &[QWEN2],
+        ignore_merges: false,
+        add_bos: false,
+    },
+    PreTokenizer { names: &["tekken"], patterns: &[TEKKEN], ignore_merges: true, add_bos: true },
+    PreTokenizer { names: &["gpt-4o", "llama4"], patterns: &[GPT4O], ignore_merges: false, add_bos: false },
+];
+
+/// The pre-tokenizer with this name.
+pub(super) fn find(name: &str) -> Option<&'static PreTokenizer> {
+    PRE_TOKENIZERS.iter().find(|pre| pre.names.contains(&name))
+}
+
+/// All names, for messages.
+pub(super) fn names() -> String {
+    PRE_TOKENIZERS.iter().flat_map(|pre| pre.names).copied().collect::<Vec<_>>().join(", ")
+}
+
+impl PreTokenizer {
+    /// For the library: the cuts, then bytes to GPT-2's characters.
+    pub(super) fn build(&self) -> tokenizers::Result<Sequence> {
+        let split = |pattern: &&str| {
+            let pattern = SplitPattern::Regex(pattern.to_string());
+            Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map(PreTokenizerWrapper::from)
+        };
+        let mut steps = self.patterns.iter().map(split).collect::<tokenizers::Result<Vec<_>>>()?;
+        steps.push(ByteLevel::new(false, true, false).into());
+        Ok(Sequence::new(steps))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+
+    /// The words that the `tokenizers` package of Python makes of the same texts with the pre-tokenizers of
+    /// the models' own `tokenizer.json`; another regex engine (Oniguruma) and, for `gpt-2` and `smollm`, other
+    /// pre-tokenizers. `default` has no such model and follows llama.cpp's definition alone.
+    #[test]
+    fn words_equal_those_of_the_models_own_pre_tokenizers() {
+        let goldens = include_str!("../../testdata/tokenizer/pre_goldens.json");
+        let goldens: serde_json::Value = serde_json::from_str(goldens).unwrap();
+        let texts: Vec<String> = serde_json::from_value(goldens["texts"].clone()).unwrap();
+        let words: std::collections::BTreeMap<String, Vec<Vec<String>>> =
+            serde_json::from_value(goldens["words"].clone()).unwrap();
+        assert!(texts.len() >= 20 && words.len() >= 6);
+        for (name, expected) in &words {
+            let pre = find(name).unwrap().build().unwrap();
+            for (text, expected) in texts.iter().zip(expected) {
+                let mut string = PreTokenizedString::from(text.as_str());
+                pre.pre_tokenize(&mut string).unwrap();
+                let splits = string.get_splits(OffsetReferential::Original, OffsetType::Byte);
+                let found: Vec<_> = splits.iter().map(|(word, ..)| *word).collect();
+                assert_eq!(&found, expected, "{name}: {text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn default_is_not_gpt_2() {
+        let words = |name: &str, text: &str| {
+            let mut string = PreTokenizedString::from(text);
+            find(name).unwrap().build().unwrap().pre_tokenize(&mut string).unwrap();
+            let splits = string.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            splits.iter().map(|(word, ..)| word.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(words("gpt-2", "it's 12345"), ["it", "'s", "Ġ12345"]);
+        assert_eq!(words("default", "it's 12345"), ["it", "'", "s", "Ġ", "123", "45"]);
+    }
+
+    #[test]
+    fn every_name_is_unique_and_builds() {
+        let mut all: Vec<_> = PRE_TOKENIZERS.iter().flat_map(|pre| pre.names).collect();
+        let n = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), n);
+        assert!(PRE_TOKENIZERS.iter().all(|pre| pre.build().is_ok()));
+        assert!(find("no-such").is_none());
+    }
+}
