@@ -6,6 +6,9 @@
 //! variables `messages`, `tools` and `documents` (none), `add_generation_prompt` and the special tokens.
 //! minijinja renders it.
 //!
+//! A template is a program from a model's file. It can't reach anything outside, its steps are counted and it
+//! runs on a stack of its own that is large enough for what so many steps can nest; its memory is not limited.
+//!
 //! The text has the special tokens in it, so it is encoded without adding others
 //! (`tokenizer.encode(&text, false)`).
 
@@ -55,7 +58,6 @@ impl Object for Message {
 
 /// The texts of the special tokens, as variables of the template; one that is `None` is undefined there.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
-#[expect(clippy::struct_field_names, reason = "these are the variables' names")]
 pub struct TemplateTokens {
     /// Begins a text.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -89,6 +91,9 @@ pub enum ChatError {
         /// What is wrong there.
         message: String,
     },
+    /// The operating system gave no thread to render on.
+    #[error("the chat template can't be rendered: {0}")]
+    Thread(#[from] std::io::Error),
     /// The template fails on these messages.
     #[error("the chat template fails in line {line}: {message}")]
     Render {
@@ -127,6 +132,13 @@ const NAME: &str = "chat_template";
 /// How deep `tojson` follows lists in lists. A template can nest them without end.
 const MAX_DEPTH: usize = 64;
 
+/// How many instructions a template may take: some 100 a message are usual.
+const MAX_STEPS: u64 = 500_000;
+
+/// The stack to render on. A template can wrap a list in a list with every few steps, and dropping the
+/// outermost takes a stack frame for each: 40 MB without optimisation.
+const STACK: usize = 64 << 20;
+
 impl ChatTemplate {
     /// Parses a template.
     ///
@@ -152,9 +164,16 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
+        environment.set_fuel(Some(MAX_STEPS));
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(|state, value, method, arguments| {
+            // minijinja-contrib 2.24 does not come back from counting nothing in a string.
+            if method == "count" && arguments.first().is_some_and(|a| a.as_str() == Some("")) {
+                return Err(Error::new(ErrorKind::InvalidOperation, "count: there is nothing to count"));
+            }
+            minijinja_contrib::pycompat::unknown_method_callback(state, value, method, arguments)
+        });
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Refusal(message)))
@@ -191,15 +210,22 @@ impl ChatTemplate {
                 None => ChatError::Render { line, message },
             }
         };
-        let messages: Vec<Value> = messages.iter().map(|m| Value::from_object(m.clone())).collect();
-        let context = minijinja::context! {
-            messages,
-            tools => (),
-            documents => (),
-            add_generation_prompt,
-            ..Value::from_serialize(tokens)
+        let render = || {
+            let messages: Vec<Value> = messages.iter().map(|m| Value::from_object(m.clone())).collect();
+            let context = minijinja::context! {
+                messages,
+                tools => (),
+                documents => (),
+                add_generation_prompt,
+                ..Value::from_serialize(tokens)
+            };
+            self.environment.get_template(NAME).and_then(|t| t.render(context)).map_err(fail)
         };
-        self.environment.get_template(NAME).and_then(|t| t.render(context)).map_err(fail)
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK);
+            let panicked = |_| ChatError::Render { line: 1, message: "the template engine panicked".into() };
+            thread.spawn_scoped(scope, render)?.join().map_err(panicked)?
+        })
     }
 }
 
@@ -383,8 +409,7 @@ fn strftime(format: &str, now: SystemTime) -> Result<String, Error> {
 fn civil(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let shifted = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * shifted + 2) / 5 + 1;
@@ -400,8 +425,7 @@ mod tests {
     fn render(source: &str) -> Result<String, ChatError> {
         let clock = || UNIX_EPOCH + Duration::from_secs(1_721_910_896);
         let tokens = TemplateTokens { bos_token: Some("<s>".into()), ..TemplateTokens::default() };
-        let messages =
-            [Message::new("system", "Be <brief> & \"kind\"."), Message::new("user", " Grüße\n ")];
+        let messages = [Message::new("system", "Be <brief> & \"kind\"."), Message::new("user", " Grüße\n ")];
         ChatTemplate::with_clock(source, clock)?.render(&messages, &tokens, true)
     }
 
@@ -433,7 +457,10 @@ end
             ("{% if tools is none and documents is none %}none{% endif %}", "none"),
             ("{% if not eos_token is defined %}no eos{% endif %}[{{ eos_token }}]", "no eos[]"),
             ("{% if tools %}x{% endif %}{{ 'tool_calls' in messages[0] }}", "False"),
-            ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "2"),
+            (
+                "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+                "2",
+            ),
             ("{% for m in messages %}{{ loop.index0 }}{% break %}{% endfor %}", "0"),
             ("{% for k, v in messages[0].items() %}{{ k }};{% endfor %}", "role;content;"),
             ("{{ messages[0].get('name', 'none') }}{{ messages[0].content is string }}", "noneTrue"),
@@ -441,7 +468,7 @@ end
             ("a{% generation %}b{%- endgeneration -%} c", "abc"),
             ("{{ 'a{% b' }}{% if true %}c{% endif %}", "a{% bc"),
         ] {
-            assert_eq!(text(source).replace("true", "True").replace("false", "False"), expected, "{source}");
+            assert_eq!(text(source), expected, "{source}");
         }
     }
 
@@ -463,7 +490,10 @@ end
     fn the_date() {
         // date -u -d @1721910896
         assert_eq!(text("{{ strftime_now('%d %b %Y') }}"), "25 Jul 2024");
-        assert_eq!(text("{{ strftime_now('%A %B %e, %H:%M:%S %p %I %F %T %y%%') }}"), "Thursday July 25, 12:34:56 PM 12 2024-07-25 12:34:56 24%");
+        assert_eq!(
+            text("{{ strftime_now('%A %B %e, %H:%M:%S %p %I %F %T %y%%') }}"),
+            "Thursday July 25, 12:34:56 PM 12 2024-07-25 12:34:56 24%"
+        );
         assert!(render("{{ strftime_now('%Q') }}").unwrap_err().to_string().contains("%Q"));
         assert!(render("{{ strftime_now('%') }}").is_err());
         assert_eq!(civil(0), (1970, 1, 1));
@@ -482,14 +512,30 @@ end
         let failing = render("a\n\n{{ nothing.at.all }}").unwrap_err();
         assert!(matches!(failing, ChatError::Render { line: 3, .. }), "{failing}");
         let refused = render("a\n{{ raise_exception('roles must alternate') }}").unwrap_err();
-        assert!(matches!(&refused, ChatError::Refused { line: 2, message } if message == "roles must alternate"));
-        for source in ["{% unknown %}", "{{ x | nofilter }}", "{{ nofunction() }}", "{% include 'x' %}", "{{ 1 // 0 }}", "{{ 'a' + 1 }}"] {
+        assert!(
+            matches!(&refused, ChatError::Refused { line: 2, message } if message == "roles must alternate")
+        );
+        for source in [
+            "{% unknown %}",
+            "{{ x | nofilter }}",
+            "{{ nofunction() }}",
+            "{% include 'x' %}",
+            "{{ 1 // 0 }}",
+            "{{ 'a'.count('') }}",
+            "{{ 'a' + 1 }}",
+        ] {
             assert!(render(source).is_err(), "{source}");
         }
     }
 
     #[test]
-    fn endless_recursion_is_an_error() {
+    fn a_template_without_end_is_an_error() {
+        let nest = "{% set ns.x = [ns.x] %}";
+        let deep =
+            format!("{{% set ns = namespace(x=[]) %}}{{% for i in range(60000) %}}{nest}{{% endfor %}}");
+        assert_eq!(text(&deep), "");
+        let endless = "{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}";
+        assert!(matches!(render(endless), Err(ChatError::Render { .. })));
         assert!(render("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").is_err());
         assert!(ChatTemplate::new(&"(".repeat(10_000)).is_ok());
         assert!(ChatTemplate::new(&format!("{{{{ {} }}}}", "(".repeat(100_000))).is_err());

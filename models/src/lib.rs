@@ -1,1 +1,22 @@
-//! Placeholder while the workspace is laid out.
+//! BitNet (1.58-bit, ternary-weight) neural networks on [Burn](https://burn.dev).
+//!
+//! - [`nn`]: layers for your own models, [`nn::BitLinear`] first of all.
+//! - [`bitnet`]: the BitNet b1.58 model; [`checkpoint`] opens GGUF files and Hugging Face directories.
+//! - [`generate`]: prompts in, tokens out.
+//!
+//! The ternary matmuls run on kernels that [`bitnet_burn_core::manager`] checks against an exact
+//! reference, measures on this machine and selects; third parties can bring their own as plugins.
+
+pub mod bitnet;
+pub mod chat;
+pub mod checkpoint;
+pub mod config;
+pub mod generate;
+pub mod gguf;
+pub mod hf;
+pub mod nn;
+pub mod sampling;
+pub mod tokenizer;
+
+pub use bitnet_burn_backends as backends;
+pub use bitnet_burn_core as core;

@@ -573,7 +573,8 @@ mod tests {
 
     #[test]
     fn settings_out_of_range_are_named() {
-        let bad: [(&str, fn(&mut SamplingConfig)); 9] = [
+        type Edit = fn(&mut SamplingConfig);
+        let bad: [(&str, Edit); 9] = [
             ("temperature", |c| c.temperature = -0.1),
             ("temperature", |c| c.temperature = f32::NAN),
             ("temperature", |c| c.temperature = f32::INFINITY),

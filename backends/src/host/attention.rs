@@ -34,7 +34,7 @@ pub(crate) const TILE: usize = 256;
 const RUN: usize = 64;
 
 /// From so many (row, head) per kv head on, keys are transposed.
-const TRANSPOSE_FROM: usize = 16;
+const TRANSPOSE_FROM: usize = 32;
 
 /// The keys or the values of a sequence: [n_kv_heads][capacity][head_dim].
 #[derive(Clone, Copy, Debug)]
@@ -578,6 +578,7 @@ fn transpose<I: Isa, K: Element>(isa: I, keys: &[K], head_dim: usize, to: &mut [
         for at in (0..head_dim).step_by(LANES) {
             let mut v = [isa.splat(0.0); LANES];
             for (v, key) in v.iter_mut().zip(keys.chunks_exact(head_dim)) {
+                ahead(isa, key, LANES * head_dim + at, 1);
                 *v = match key[at..].first_chunk() {
                     Some(key) => K::load(isa, key),
                     None => K::load_first(isa, &key[at..]),
@@ -596,6 +597,7 @@ fn transpose<I: Isa, K: Element>(isa: I, keys: &[K], head_dim: usize, to: &mut [
 fn widen<I: Isa, V: Element>(isa: I, v: &[V], to: &mut [f32]) {
     let (chunks, rest) = v.as_chunks();
     for (v, to) in chunks.iter().zip(to.as_chunks_mut().0) {
+        ahead(isa, v, 64 * LANES, 1);
         isa.store(V::load(isa, v), to);
     }
     let mut last = [0.0; LANES];

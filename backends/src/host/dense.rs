@@ -7,6 +7,8 @@
 //! and while one tile is computed the next is prefetched, at the same pace. Several rows are needed for their
 //! independent chains of multiply-adds (one row's order of summation is fixed, see the numerics of [`super`]).
 
+use std::cell::Cell;
+
 use bitnet_burn_core::formats::DenseFormat;
 use bitnet_burn_core::formats::dense::{Q4_0_BYTES, Q6_K_BYTES, Q8_0_BYTES, QK, QK_K};
 use bitnet_burn_core::pool::Pool;
@@ -96,6 +98,14 @@ pub(crate) fn gather_rows(format: DenseFormat, w: &[u8], k: usize, ids: &[u32], 
     }
 }
 
+/// Rows of activations for which weights are decoded once: with K in the thousands they stay in the L2 cache.
+const BLOCK: usize = 32;
+
+thread_local! {
+    /// Decoded rows of a tile, kept from one range to the next.
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
 /// A range of rows of the weights, for all rows of the activations.
 struct Range<'a> {
     format: DenseFormat,
@@ -128,7 +138,7 @@ impl Kernel for Range<'_> {
 
 impl Range<'_> {
     #[inline(always)]
-    fn decoded_by<I: Isa, D: Decoder<V>, const V: usize>(&self, isa: I) {
+    fn decoded_by<I: Isa, D: Decoder<V, Unit = u8>, const V: usize>(&self, isa: I) {
         match (I::WIDE, self.m) {
             (true, 1) => self.tiles::<I, D, V, ROWS, 1>(isa),
             (true, _) => self.tiles::<I, D, V, ROWS, 4>(isa),
@@ -137,32 +147,102 @@ impl Range<'_> {
         }
     }
 
-    /// Tiles of R rows of weights by C rows of activations. The last tile repeats its last row where there are fewer.
+    /// Tiles of R rows of weights by C rows of activations. A tile of fewer rows repeats its last one.
     #[inline(always)]
-    fn tiles<I: Isa, D: Decoder<V>, const V: usize, const R: usize, const C: usize>(&self, isa: I) {
-        for m in (0..self.m).step_by(C) {
-            let x: [&[f32]; C] = std::array::from_fn(|c| {
-                let from = (m + c).min(self.m - 1) * self.k;
-                &self.x[from..from + self.k]
-            });
+    fn tiles<I: Isa, D: Decoder<V, Unit = u8>, const V: usize, const R: usize, const C: usize>(
+        &self,
+        isa: I,
+    ) {
+        // With more activations than a tile, weights are decoded once for a block of them.
+        let blocked = C > 1 && (D::DECODED_ONCE || self.m > C);
+        let mut scratch = if blocked { SCRATCH.take() } else { Vec::new() };
+        if blocked && scratch.len() < R * self.k {
+            scratch.resize(R * self.k, 0.0);
+        }
+        let block = if blocked { BLOCK } else { C };
+        for from in (0..self.m).step_by(block) {
             for n in (self.from..self.to).step_by(R) {
-                let w: [&[u8]; R] = std::array::from_fn(|r| {
-                    let from = (n + r).min(self.to - 1) * self.row_bytes;
-                    &self.w[from..from + self.row_bytes]
-                });
+                let mut w = [&self.w[..0]; R];
+                for (r, w) in w.iter_mut().enumerate() {
+                    let start = (n + r).min(self.to - 1) * self.row_bytes;
+                    *w = &self.w[start..start + self.row_bytes];
+                }
                 // Only the first pass over the rows finds them in memory. (The address may lie behind the weights.)
-                let next = (m == 0).then(|| w[0].as_ptr().wrapping_add(R * self.row_bytes));
-                let sums = tile::<I, D, V, R, C>(isa, w, x, self.k, next);
-                for c in 0..C.min(self.m - m) {
-                    let count = R.min(self.to - n);
-                    // SAFETY: the task of this range is the only one that writes its columns, one part at a time.
-                    let y = unsafe { self.y.part((m + c) * self.y_stride + n, count) };
-                    for (r, y) in y.iter_mut().enumerate() {
-                        *y = sums[r][c];
-                    }
+                let next = (from == 0).then(|| w[0].as_ptr().wrapping_add(R * self.row_bytes));
+                if !blocked {
+                    let sums = tile::<I, D, V, R, C>(isa, w, self.activations(from), self.k, next);
+                    self.write(n, from, sums);
+                    continue;
+                }
+                for (r, w) in w.into_iter().enumerate() {
+                    let next = next.map(|next| next.wrapping_add(r * self.row_bytes));
+                    decode_row::<I, D, V>(isa, w, &mut scratch[r * self.k..][..self.k], next);
+                }
+                let mut w = [&scratch[..0]; R];
+                for (r, w) in w.iter_mut().enumerate() {
+                    *w = &scratch[r * self.k..][..self.k];
+                }
+                for m in (from..(from + block).min(self.m)).step_by(C) {
+                    let sums = tile::<I, Decoded, 2, R, C>(isa, w, self.activations(m), self.k, None);
+                    self.write(n, m, sums);
                 }
             }
         }
+        if blocked {
+            SCRATCH.set(scratch);
+        }
+    }
+
+    /// C rows of activations from row `m` on.
+    #[inline(always)]
+    fn activations<const C: usize>(&self, m: usize) -> [&[f32]; C] {
+        let mut x = [&self.x[..0]; C];
+        for (c, x) in x.iter_mut().enumerate() {
+            let from = (m + c).min(self.m - 1) * self.k;
+            *x = &self.x[from..from + self.k];
+        }
+        x
+    }
+
+    #[inline(always)]
+    fn write<const R: usize, const C: usize>(&self, n: usize, m: usize, sums: [[f32; C]; R]) {
+        let count = R.min(self.to - n);
+        for c in 0..C.min(self.m - m) {
+            // SAFETY: the task of this range is the only one that writes its columns, one part at a time.
+            let y = unsafe { self.y.part((m + c) * self.y_stride + n, count) };
+            for (r, y) in y.iter_mut().enumerate() {
+                *y = sums[r][c];
+            }
+        }
+    }
+}
+
+/// The values of a row.
+#[inline(always)]
+fn decode_row<I: Isa, D: Decoder<V>, const V: usize>(
+    isa: I,
+    w: &[D::Unit],
+    values: &mut [f32],
+    next: Option<*const u8>,
+) {
+    let (steps, rest) = (values.len() / D::LEN, values.len() % D::LEN);
+    for step in 0..steps {
+        if let Some(next) = next {
+            for line in (0..D::UNITS * size_of::<D::Unit>()).step_by(64) {
+                isa.prefetch(next.wrapping_add(step * D::UNITS * size_of::<D::Unit>() + line));
+            }
+        }
+        for part in 0..D::PARTS {
+            let to = &mut values[step * D::LEN + part * V * LANES..][..V * LANES];
+            let decoded = D::decode(isa, &w[step * D::UNITS..][..D::UNITS], part);
+            for (&v, to) in decoded.iter().zip(to.as_chunks_mut().0) {
+                isa.store(v, to);
+            }
+        }
+    }
+    let from = values.len() - rest;
+    for (i, value) in values[from..].iter_mut().enumerate() {
+        *value = D::single(isa, w, from + i);
     }
 }
 
@@ -170,7 +250,7 @@ impl Range<'_> {
 #[inline(always)]
 fn tile<I: Isa, D: Decoder<V>, const V: usize, const R: usize, const C: usize>(
     isa: I,
-    w: [&[u8]; R],
+    w: [&[D::Unit]; R],
     x: [&[f32]; C],
     k: usize,
     next: Option<*const u8>,
@@ -180,7 +260,7 @@ fn tile<I: Isa, D: Decoder<V>, const V: usize, const R: usize, const C: usize>(
     let mut asked = 0;
     for step in 0..steps {
         if let Some(next) = next {
-            while asked < (step + 1) * R * D::BYTES {
+            while asked < (step + 1) * R * D::UNITS * size_of::<D::Unit>() {
                 isa.prefetch(next.wrapping_add(asked));
                 asked += 64;
             }
@@ -188,14 +268,15 @@ fn tile<I: Isa, D: Decoder<V>, const V: usize, const R: usize, const C: usize>(
         for part in 0..D::PARTS {
             let at = step * D::LEN + part * V * LANES;
             let x: [&[f32]; C] = std::array::from_fn(|c| &x[c][at..at + V * LANES]);
-            for r in 0..R {
-                let block = &w[r][step * D::BYTES..][..D::BYTES];
-                let weights = D::decode(isa, block, part);
-                for (v, &weight) in weights.iter().enumerate() {
-                    for c in 0..C {
-                        let x = x[c][v * LANES..].first_chunk().expect("16 of V * 16 activations");
-                        acc[r][c] = isa.fma(weight, isa.load(x), acc[r][c]);
-                    }
+            // Unrolled by hand, which keeps the sums in registers.
+            for r in (0..R).step_by(4) {
+                multiply::<I, D, V, C>(isa, w[r], step, part, x, &mut acc[r]);
+                if r + 1 < R {
+                    multiply::<I, D, V, C>(isa, w[r + 1], step, part, x, &mut acc[r + 1]);
+                }
+                if r + 3 < R {
+                    multiply::<I, D, V, C>(isa, w[r + 2], step, part, x, &mut acc[r + 2]);
+                    multiply::<I, D, V, C>(isa, w[r + 3], step, part, x, &mut acc[r + 3]);
                 }
             }
         }
@@ -223,18 +304,42 @@ fn tile<I: Isa, D: Decoder<V>, const V: usize, const R: usize, const C: usize>(
     sums
 }
 
-/// How to get at the weights of a format: steps of `LEN` weights in `BYTES` bytes, each in `PARTS` parts of V vectors.
+/// Adds the products of one part of a step of a row.
+#[inline(always)]
+fn multiply<I: Isa, D: Decoder<V>, const V: usize, const C: usize>(
+    isa: I,
+    w: &[D::Unit],
+    step: usize,
+    part: usize,
+    x: [&[f32]; C],
+    acc: &mut [I::F; C],
+) {
+    let weights = D::decode(isa, &w[step * D::UNITS..][..D::UNITS], part);
+    for (v, &weight) in weights.iter().enumerate() {
+        for c in 0..C {
+            let x = x[c][v * LANES..].first_chunk().expect("16 of V * 16 activations");
+            acc[c] = isa.fma(weight, isa.load(x), acc[c]);
+        }
+    }
+}
+
+/// How to get at the weights of a format: steps of `LEN` weights in `UNITS` units (mostly bytes), each in `PARTS` parts of
+/// V vectors.
 trait Decoder<const V: usize> {
+    /// What a row is a slice of.
+    type Unit: Copy;
     const LEN: usize;
-    const BYTES: usize;
+    const UNITS: usize;
     const PARTS: usize = 1;
+    /// Whether a part takes so many registers that a tile with several activations has too few.
+    const DECODED_ONCE: bool = false;
 
     /// The vectors of one part of a step.
-    fn decode<I: Isa>(isa: I, step: &[u8], part: usize) -> [I::F; V];
+    fn decode<I: Isa>(isa: I, step: &[Self::Unit], part: usize) -> [I::F; V];
 
     /// Weight `i` of a row; only where `LEN` is more than one block of the format.
     #[inline(always)]
-    fn single<I: Isa>(_isa: I, _row: &[u8], _i: usize) -> f32 {
+    fn single<I: Isa>(_isa: I, _row: &[Self::Unit], _i: usize) -> f32 {
         unreachable!("rows are whole blocks")
     }
 }
@@ -253,10 +358,29 @@ struct Q8_0;
 #[allow(non_camel_case_types)]
 struct Q4_0;
 struct Q6K;
+/// Values decoded before.
+struct Decoded;
+
+impl Decoder<2> for Decoded {
+    type Unit = f32;
+    const LEN: usize = 32;
+    const UNITS: usize = 32;
+
+    #[inline(always)]
+    fn decode<I: Isa>(isa: I, step: &[f32], _part: usize) -> [I::F; 2] {
+        let (vectors, _) = step.as_chunks();
+        [isa.load(&vectors[0]), isa.load(&vectors[1])]
+    }
+    #[inline(always)]
+    fn single<I: Isa>(_isa: I, row: &[f32], i: usize) -> f32 {
+        row[i]
+    }
+}
 
 impl Decoder<4> for F32 {
+    type Unit = u8;
     const LEN: usize = 64;
-    const BYTES: usize = 256;
+    const UNITS: usize = 256;
 
     #[inline(always)]
     fn decode<I: Isa>(isa: I, step: &[u8], _part: usize) -> [I::F; 4] {
@@ -273,8 +397,9 @@ impl Decoder<4> for F32 {
 }
 
 impl Decoder<4> for F16 {
+    type Unit = u8;
     const LEN: usize = 64;
-    const BYTES: usize = 128;
+    const UNITS: usize = 128;
 
     #[inline(always)]
     fn decode<I: Isa>(isa: I, step: &[u8], _part: usize) -> [I::F; 4] {
@@ -293,8 +418,9 @@ impl Decoder<4> for F16 {
 }
 
 impl Decoder<4> for BF16 {
+    type Unit = u8;
     const LEN: usize = 64;
-    const BYTES: usize = 128;
+    const UNITS: usize = 128;
 
     #[inline(always)]
     fn decode<I: Isa>(isa: I, step: &[u8], _part: usize) -> [I::F; 4] {
@@ -311,8 +437,9 @@ impl Decoder<4> for BF16 {
 }
 
 impl Decoder<2> for Q8_0 {
+    type Unit = u8;
     const LEN: usize = QK;
-    const BYTES: usize = Q8_0_BYTES;
+    const UNITS: usize = Q8_0_BYTES;
 
     #[inline(always)]
     fn decode<I: Isa>(isa: I, step: &[u8], _part: usize) -> [I::F; 2] {
@@ -322,8 +449,9 @@ impl Decoder<2> for Q8_0 {
 }
 
 impl Decoder<2> for Q4_0 {
+    type Unit = u8;
     const LEN: usize = QK;
-    const BYTES: usize = Q4_0_BYTES;
+    const UNITS: usize = Q4_0_BYTES;
 
     #[inline(always)]
     fn decode<I: Isa>(isa: I, step: &[u8], _part: usize) -> [I::F; 2] {
@@ -334,9 +462,11 @@ impl Decoder<2> for Q4_0 {
 }
 
 impl Decoder<8> for Q6K {
+    type Unit = u8;
     const LEN: usize = QK_K;
-    const BYTES: usize = Q6_K_BYTES;
+    const UNITS: usize = Q6_K_BYTES;
     const PARTS: usize = 2;
+    const DECODED_ONCE: bool = true;
 
     /// A half of the block: 128 weights. Its layout is in the formats' `q6_k_block`.
     #[inline(always)]
@@ -345,6 +475,9 @@ impl Decoder<8> for Q6K {
         let d = isa.splat_f16(u16::from_le_bytes(*bytes(block, 208)));
         let mut scales = [0.0; LANES];
         isa.store(isa.mul(d, isa.i8_bytes(bytes(block, 192))), &mut scales);
+        // Through memory, from where a scale is broadcast by the multiplication itself; else the compiler would
+        // shuffle each out of the register.
+        let scales = std::hint::black_box(&scales);
         let mut v = [isa.splat(0.0); 8];
         for i in 0..2 {
             let at = 64 * part + 16 * i;

@@ -321,15 +321,16 @@ impl KernelManager {
         let first = if entry.kernel.layout().is_some() {
             execute::pack(&entry.kernel, &self.pool, &arena, n, k, weights).map_err(|e| e.to_string())?
         } else {
-            let mut buffer = arena.allocate(weights.len(), 64).map_err(|e| e.to_string())?;
-            buffer.as_mut_slice().copy_from_slice(weights);
+            // A memory-mapped file aligns tensors to 32 bytes, so that vectors of 64 straddle cache lines.
+            let mut buffer = arena.allocate(weights.len() + 32, 64).map_err(|e| e.to_string())?;
+            buffer.as_mut_slice()[32..].copy_from_slice(weights);
             buffer
         };
         let mut buffers = vec![first];
         for _ in 1..copies {
             let size = buffers[0].as_slice().len();
-            let mut buffer =
-                arena.allocate(size, entry.kernel.weight_alignment()).map_err(|e| e.to_string())?;
+            let alignment = entry.kernel.weight_alignment().max(64);
+            let mut buffer = arena.allocate(size, alignment).map_err(|e| e.to_string())?;
             buffer.as_mut_slice().copy_from_slice(buffers[0].as_slice());
             buffers.push(buffer);
         }
@@ -345,9 +346,11 @@ impl KernelManager {
         x: &Activations,
         y: &mut [f32],
     ) -> Result<(), String> {
+        let bytes = weights.as_slice();
+        let bytes = if entry.kernel.layout().is_some() { bytes } else { &bytes[32..] };
         let part = Part {
             kernel: &entry.kernel,
-            weights: abi_weights(n, k, SCALE, weights.as_slice()),
+            weights: abi_weights(n, k, SCALE, bytes),
             column: 0,
         };
         match run_parts(&self.pool, &Scratch::default(), &[part], x, y, n).remove(0) {

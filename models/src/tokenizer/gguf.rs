@@ -9,8 +9,8 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use super::decode::{Decoder, Kind, Malformed, Pieces, byte_token};
 use super::pre::PreTokenizer;
 use super::spm::SentencePiece;
-use super::{Encoder, Ends, Special, Tokenizer, VocabularyError, guarded, pre, size_warning};
 use super::{END_OF_GENERATION, VocabularyError as Error};
+use super::{Encoder, Ends, Special, Tokenizer, VocabularyError, guarded, pre, size_warning};
 use crate::checkpoint::GgufTokenizer;
 
 /// The size of LLaMA 3's vocabulary, which BitNet b1.58 2B-4T shares: some of its files name no pre-tokenizer.
@@ -97,16 +97,18 @@ pub(super) fn build(keys: &GgufTokenizer, vocab_size: usize) -> Result<Tokenizer
             }
             let add_space = keys.add_space_prefix.unwrap_or(true);
             let spm = SentencePiece::new(tokens, &keys.scores, &types, special.unk, add_space)?;
-            (Encoder::SentencePiece(spm), sentencepiece_pieces(tokens, &types, add_space), true)
+            (Encoder::SentencePiece(Box::new(spm)), sentencepiece_pieces(tokens, &types, add_space), true)
         }
         other => return Err(Error::Model(other.to_owned())),
     };
 
     let bos = end(keys.add_bos, add_bos, special.bos, "tokenizer.ggml.add_bos_token", "bos_token_id")?;
     let eos = end(keys.add_eos, false, special.eos, "tokenizer.ggml.add_eos_token", "eos_token_id")?;
-    let by_name = tokens.iter().zip(&types).enumerate().filter(|(_, (token, kind))| {
-        kind.is_recognised() && END_OF_GENERATION.contains(&token.as_str())
-    });
+    let by_name = tokens
+        .iter()
+        .zip(&types)
+        .enumerate()
+        .filter(|(_, (token, kind))| kind.is_recognised() && END_OF_GENERATION.contains(&token.as_str()));
     let mut end_of_generation: Vec<u32> = by_name.map(|(id, _)| id as u32).collect();
     end_of_generation.extend(special.eos.into_iter().chain(eot));
     end_of_generation.retain(|&id| (id as usize) < vocab_size);
@@ -155,7 +157,7 @@ fn pre_tokenizer(
         }
         _ => return Err(Error::MissingPre { tokens }),
     };
-    pre::find(name).ok_or_else(|| Error::UnknownPre(name.to_owned()))
+    pre::find(name).ok_or_else(|| Error::UnknownPre { pre: name.to_owned() })
 }
 
 fn byte_level_bpe(

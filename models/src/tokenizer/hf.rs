@@ -13,9 +13,7 @@ use super::{END_OF_GENERATION, Encoder, Ends, Special, Tokenizer, VocabularyErro
 
 pub(super) fn build(dir: &Path, vocab_size: usize) -> Result<Tokenizer, VocabularyError> {
     let Some(json) = read(dir, "tokenizer.json")? else {
-        return Err(VocabularyError::NoTokenizerJson {
-            sentencepiece: dir.join("tokenizer.model").exists(),
-        });
+        return Err(VocabularyError::NoTokenizerJson { sentencepiece: dir.join("tokenizer.model").exists() });
     };
     let mut library = guarded(|| tokenizers::Tokenizer::from_bytes(&json))
         .map_err(|message| VocabularyError::Json { file: "tokenizer.json".into(), message })?;

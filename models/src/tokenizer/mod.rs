@@ -67,7 +67,7 @@ pub struct Tokenizer {
 
 enum Encoder {
     Library(Box<tokenizers::Tokenizer>),
-    SentencePiece(spm::SentencePiece),
+    SentencePiece(Box<spm::SentencePiece>),
 }
 
 /// The ids of the tokens with a role.
@@ -167,15 +167,19 @@ pub enum VocabularyError {
     /// The pre-tokenizer is not named and can't be told.
     #[error(
         "tokenizer.ggml.pre is missing, and a vocabulary of {tokens} tokens doesn't tell which pre-tokenizer \
-         it was made with: name it with --pre, one of {}", pre::names()
+         it was made with: name it with --pre, one of {}",
+        pre::names()
     )]
     MissingPre {
         /// The size of the vocabulary.
         tokens: usize,
     },
     /// A pre-tokenizer that isn't supported.
-    #[error("the pre-tokenizer (tokenizer.ggml.pre or --pre) is {0:?}; supported are {}", pre::names())]
-    UnknownPre(String),
+    #[error("the pre-tokenizer (tokenizer.ggml.pre or --pre) is {pre:?}; supported are {}", pre::names())]
+    UnknownPre {
+        /// Its name.
+        pre: String,
+    },
     /// An array has another length than the vocabulary.
     #[error("{key} has {found} entries for {tokens} tokens")]
     Length {

@@ -35,12 +35,7 @@ const PRE_TOKENIZERS: [PreTokenizer; 8] = [
         ignore_merges: true,
         add_bos: true,
     },
-    PreTokenizer {
-        names: &["dbrx", "smaug-bpe"],
-        patterns: &[LLAMA3],
-        ignore_merges: false,
-        add_bos: false,
-    },
+    PreTokenizer { names: &["dbrx", "smaug-bpe"], patterns: &[LLAMA3], ignore_merges: false, add_bos: false },
     // llama.cpp's own, from before it knew any names; files that were converted then still carry it.
     PreTokenizer {
         names: &["default"],

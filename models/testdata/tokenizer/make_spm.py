@@ -18,7 +18,10 @@ There is a saying here: whoever drinks from all three springs will come back, wh
 Der Fluss entspringt im Norden und fließt durch drei kleine Städte; im Frühling führt er Hochwasser.
 La rivière est froide au printemps, mais les enfants s'y baignent tout l'été, même après l'orage.
 def depth(level, offset=0.5): return level - offset  # metres above the weir
-for day in range(1, 31): print(day, depth(day * 0.25))
+for day in range(1, 31):
+    if day % 7:
+        print(day, depth(day * 0.25))
+        heron  =  fish[day]    # one a day
 """
 
 TEXTS = [
@@ -56,7 +59,7 @@ TEXTS = [
     "\u2581 the lower one eighth block itself",
     "\u00a0nbsp\u3000ideographic",
     "\u0001\u007f control",
-    "no <s> or </s> or <unk> or <0x41> in here?",
+    "no byte <0x41> in here, <s only",
     "The miller's daughter, who is eighty-four, remembers the sound: a slow knocking.",
     "zzzzqqqqxxxx",
     "é",

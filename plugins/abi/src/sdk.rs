@@ -369,9 +369,9 @@ unsafe extern "C" fn prepare<K: TernaryKernel>(
         // SAFETY: the host passes filled activations.
         let raw = unsafe { &*x };
         let size = K::workspace_size(raw.m as usize, raw.k as usize);
-        // SAFETY: the host's workspace has the size that `workspace_size` asked for; null only for 0.
         let workspace = match size {
             0 => &mut [][..],
+            // SAFETY: the host's workspace has the size that `workspace_size` asked for; null only for 0.
             _ => unsafe { std::slice::from_raw_parts_mut(workspace, size) },
         };
         // SAFETY: the host's activations live during the call.
@@ -394,9 +394,9 @@ unsafe extern "C" fn run<K: TernaryKernel>(
         let (raw, weights, mut tile) =
             unsafe { (&*x, WeightsRef::from_abi(&*weights), OutputTile::from_abi(&*y, &*tile)) };
         let size = K::workspace_size(raw.m as usize, raw.k as usize);
-        // SAFETY: as in `prepare`; nobody writes it while tiles run.
         let workspace = match size {
             0 => &[][..],
+            // SAFETY: as in `prepare`; nobody writes it while tiles run.
             _ => unsafe { std::slice::from_raw_parts(workspace, size) },
         };
         // SAFETY: the host's activations live during the call.

@@ -7,7 +7,7 @@
 //!
 //! | kernels | weights | idea |
 //! | --- | --- | --- |
-//! | `i2s-*` | canonical (I2_S) rows, read where they lie | one weight row at a time against up to 8 activation rows |
+//! | `i2s-*` | canonical (I2_S) rows, read where they lie | GEMV one weight row after the other, GEMM in register blocks of up to 4 x 4 rows |
 //! | `t2-*` | the private packing `t2x32` ([`tile`]) | 32 weight rows at a time, one per 32-bit lane: no horizontal sums, one sequential stream |
 //!
 //! All of them multiply *unsigned* codes c = w + 1 in {0, 1, 2} by signed activations, which is what the

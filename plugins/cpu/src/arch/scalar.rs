@@ -116,6 +116,14 @@ impl TernaryKernel for Rows {
         generic::supports(signature, MAX_K)
     }
 
+    fn workspace_size(m: usize, k: usize) -> usize {
+        generic::workspace_size::<Scalar>(m, k)
+    }
+
+    fn prepare(x: &ActivationsRef, workspace: &mut [u8]) -> KernelResult {
+        generic::prepare::<Scalar>(x, workspace)
+    }
+
     fn run(w: &WeightsRef, x: &ActivationsRef, workspace: &[u8], y: &mut OutputTile) -> KernelResult {
         let job = RowJob::new::<Scalar>(w, x, workspace, y)?;
         // SAFETY: portable code needs no features; the job was checked for it.

@@ -24,7 +24,7 @@ kernels!(
 /// Bytes ahead to prefetch: what it takes to keep up with memory on one sequential stream.
 const TILE_PREFETCH: usize = 8192;
 /// The same for rows, which are short.
-const ROW_PREFETCH: usize = 4096;
+const ROW_PREFETCH: usize = 8192;
 
 impl TileMicro for Micro {
     const MR: usize = 8;
@@ -69,7 +69,13 @@ impl TileMicro for Micro {
         // SAFETY: as in `gemv`, for each of the rows.
         unsafe {
             let mask = _mm512_set1_epi8(3);
-            let mut acc = [[_mm512_setzero_si512(); 2]; M];
+            // Few activation rows leave registers free: more sums, so that each waits less for itself.
+            let spread = match M {
+                1 | 2 => 4,
+                3 | 4 => 2,
+                _ => 1,
+            };
+            let mut acc = [[[_mm512_setzero_si512(); 2]; 4]; M];
             for j in 0..steps {
                 let w = w.add(j * STEP_BYTES);
                 _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
@@ -86,15 +92,21 @@ impl TileMicro for Micro {
                     for m in 0..M {
                         let x = x[m].add(j * STEP + 4 * t).cast::<i32>().read_unaligned();
                         let x = _mm512_set1_epi32(x);
-                        acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], codes[t][0], x);
-                        acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], codes[t][1], x);
+                        let acc = &mut acc[m][t % spread];
+                        acc[0] = _mm512_dpbusd_epi32(acc[0], codes[t][0], x);
+                        acc[1] = _mm512_dpbusd_epi32(acc[1], codes[t][1], x);
                     }
                 }
             }
             let mut sums = [[0; BLOCK_ROWS]; M];
             for m in 0..M {
-                _mm512_storeu_si512(sums[m].as_mut_ptr().cast(), acc[m][0]);
-                _mm512_storeu_si512(sums[m][16..].as_mut_ptr().cast(), acc[m][1]);
+                for tile in 0..2 {
+                    let mut sum = acc[m][0][tile];
+                    for t in 1..spread {
+                        sum = _mm512_add_epi32(sum, acc[m][t][tile]);
+                    }
+                    _mm512_storeu_si512(sums[m][16 * tile..].as_mut_ptr().cast(), sum);
+                }
             }
             sums
         }

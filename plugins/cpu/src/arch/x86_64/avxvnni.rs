@@ -72,7 +72,9 @@ impl TileMicro for Micro {
             let mut sums = [[0; BLOCK_ROWS]; M];
             // The two tiles one after the other: 4 rows of activations by 16 of weights fill 8 registers.
             for tile in 0..2 {
-                let mut acc = [[_mm256_setzero_si256(); 2]; M];
+                // Few activation rows leave registers free: more sums, so that each waits less for itself.
+                let spread = if M <= 2 { 2 } else { 1 };
+                let mut acc = [[[_mm256_setzero_si256(); 2]; 2]; M];
                 for j in 0..steps {
                     let w = w.add(j * STEP_BYTES + 64 * tile);
                     _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
@@ -82,8 +84,9 @@ impl TileMicro for Micro {
                         for m in 0..M {
                             let x = x[m].add(j * STEP + 4 * t).cast::<i32>().read_unaligned();
                             let x = _mm256_set1_epi32(x);
-                            acc[m][0] = _mm256_dpbusd_avx_epi32(acc[m][0], codes[0], x);
-                            acc[m][1] = _mm256_dpbusd_avx_epi32(acc[m][1], codes[1], x);
+                            let acc = &mut acc[m][t % spread];
+                            acc[0] = _mm256_dpbusd_avx_epi32(acc[0], codes[0], x);
+                            acc[1] = _mm256_dpbusd_avx_epi32(acc[1], codes[1], x);
                         }
                         v = [_mm256_srli_epi16::<2>(v[0]), _mm256_srli_epi16::<2>(v[1])];
                     }
@@ -91,7 +94,7 @@ impl TileMicro for Micro {
                 for m in 0..M {
                     for half in 0..2 {
                         let out = sums[m][16 * tile + 8 * half..].as_mut_ptr();
-                        _mm256_storeu_si256(out.cast(), acc[m][half]);
+                        _mm256_storeu_si256(out.cast(), _mm256_add_epi32(acc[m][0][half], acc[m][1][half]));
                     }
                 }
             }
@@ -127,7 +130,9 @@ impl RowMicro for Micro {
         // activations at each x: 128 for a whole block, 64 for a last half one.
         unsafe {
             let mask = _mm256_set1_epi8(3);
-            let mut acc = [[_mm256_setzero_si256(); N]; M];
+            // Few sums would wait for themselves: then the bit groups take turns at two sets of them.
+            let spread = if M * N <= 4 { 2 } else { 1 };
+            let mut acc = [[[_mm256_setzero_si256(); N]; M]; 2];
             for b in 0..stride.div_ceil(BLOCK) {
                 let groups = groups(stride, b);
                 let mut v = load_rows::<N>(w, stride, b);
@@ -137,7 +142,8 @@ impl RowMicro for Micro {
                             let x = _mm256_loadu_si256(x[m].add(b * BLOCK + 32 * g).cast());
                             for r in 0..N {
                                 let codes = _mm256_and_si256(v[r], mask);
-                                acc[m][r] = _mm256_dpbusd_avx_epi32(acc[m][r], codes, x);
+                                let acc = &mut acc[g % spread][m][r];
+                                *acc = _mm256_dpbusd_avx_epi32(*acc, codes, x);
                             }
                         }
                     }
@@ -146,7 +152,12 @@ impl RowMicro for Micro {
                     }
                 }
             }
-            split(acc)
+            for m in 0..M {
+                for r in 0..N {
+                    acc[0][m][r] = _mm256_add_epi32(acc[0][m][r], acc[1][m][r]);
+                }
+            }
+            split(acc[0])
         }
     }
 }

@@ -1,0 +1,342 @@
+//! BitNet b1.58 ("BitNet b1.58 2B4T Technical Report", arXiv 2504.12285): the whole model, from rows
+//! of tokens to logits.
+//!
+//! ```text
+//! x = embedding[token]
+//! for each block:
+//!     q, k, v = BitLinear(rms_norm(x))
+//!     x += BitLinear(sub_norm(attention(rope(q), rope(k), v)))
+//!     gate, up = BitLinear(rms_norm(x))
+//!     x += BitLinear(sub_norm(relu(gate)^2 * up))
+//! logits = lm_head(rms_norm(x))
+//! ```
+//!
+//! The forward pass takes rows of (token, sequence, position): a chunk of a prompt, one token each of
+//! several sequences, or both at once are the same code.
+
+use std::ops::Range;
+
+use bitnet_burn_backends::manager::manager;
+use bitnet_burn_backends::ops::{self, TernaryMatrix};
+use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
+use burn::module::{Module, Param, ParamId};
+use burn::nn::{RmsNorm, RmsNormConfig};
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::checkpoint::{Checkpoint, LoadError, Norm, Projection};
+use crate::config::{Activation, ModelConfig};
+use crate::nn::{
+    BitAttentionConfig, BitBlock, BitFeedForward, BitLinear, CacheError, CacheType, GatedActivation, KvCache,
+    RotaryEncoding, RotaryEncodingConfig, SequenceId, StoredMatrix,
+};
+
+/// Why a model could not be made from a checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The checkpoint.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The kernels.
+    #[error(transparent)]
+    Kernel(#[from] ManagerError),
+}
+
+/// Why a forward pass failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// The kernels.
+    #[error(transparent)]
+    Kernel(#[from] ManagerError),
+    /// The KV cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// A token that the vocabulary lacks.
+    #[error("token {token} is not in the model's vocabulary of {vocabulary}")]
+    Token {
+        /// The token.
+        token: u32,
+        /// Size of the vocabulary.
+        vocabulary: usize,
+    },
+    /// Rows that do not continue their sequences.
+    #[error("row {row}: {problem}")]
+    Rows {
+        /// The row.
+        row: usize,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// One row of a forward pass: a token at the next position of its sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Token id.
+    pub token: u32,
+    /// The sequence in the KV cache.
+    pub sequence: SequenceId,
+    /// Position in the sequence: its length in the cache, plus the rows before this one.
+    pub position: usize,
+}
+
+/// The rows of a forward pass, as layers see them.
+#[derive(Debug)]
+pub struct Batch {
+    /// Runs of rows of one sequence.
+    pub(crate) sequences: Vec<SequenceRows>,
+    /// Cosines and sines of the rows' positions.
+    pub(crate) angles: (Tensor<2>, Tensor<2>),
+    /// Whether activations are quantised.
+    pub(crate) quantise: bool,
+}
+
+/// Consecutive rows of one sequence.
+#[derive(Debug)]
+pub(crate) struct SequenceRows {
+    pub id: SequenceId,
+    pub rows: Range<usize>,
+    pub position: usize,
+}
+
+/// The model.
+#[derive(Module, Debug)]
+pub struct BitNet {
+    /// Token embedding [vocabulary, hidden], and lm_head where that is tied.
+    pub embedding: StoredMatrix,
+    /// The blocks.
+    pub blocks: Vec<BitBlock>,
+    /// The norm before the head.
+    pub norm: RmsNorm,
+    /// lm_head [vocabulary, hidden], where it is not tied.
+    pub output: Option<StoredMatrix>,
+    #[module(skip)]
+    rotary: RotaryEncoding,
+    #[module(skip)]
+    config: ModelConfig,
+    #[module(skip)]
+    quantise: bool,
+}
+
+/// How a model is loaded.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Quantise activations to int8, as BitNet does. Without, the model is what a float reference
+    /// computes, and slow.
+    pub quantise_activations: bool,
+    /// Rows of the largest forward pass: kernels are measured for up to this many.
+    pub max_rows: usize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { quantise_activations: true, max_rows: DEFAULT_CHUNK }
+    }
+}
+
+/// Rows of a prompt that are computed at once, if nothing else is asked for.
+pub const DEFAULT_CHUNK: usize = 256;
+
+/// How far loading is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadProgress {
+    /// Measuring kernels on the shapes of the model: (done, all).
+    Tuning(usize, usize),
+    /// Packing layers: (done, all).
+    Packing(usize, usize),
+}
+
+impl BitNet {
+    /// Builds the model on a device, with the kernels that are the fastest there. Weights that the
+    /// chosen kernels read as the file stores them stay in the memory map.
+    ///
+    /// # Errors
+    /// If a tensor is missing or wrong, or a kernel refuses.
+    pub fn from_checkpoint(
+        checkpoint: &Checkpoint,
+        device: &Device,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
+        let config = checkpoint.config().clone();
+        if ops::is_host(device) && options.quantise_activations {
+            choose_kernels(&config, options.max_rows, progress)?;
+        }
+        let norm = |which: Norm| -> Result<RmsNorm, ModelError> {
+            Ok(rms_norm(checkpoint.norm(which)?, config.rms_norm_eps, device))
+        };
+        let linear = |layer: usize, which: Projection| -> Result<BitLinear, ModelError> {
+            let t = checkpoint.projection(layer, which)?;
+            let matrix = if options.quantise_activations {
+                TernaryMatrix::prepared(t.codes, t.scale, t.n, t.k, device)?
+            } else {
+                TernaryMatrix::canonical(t.codes, t.scale, t.n, t.k, device)
+            };
+            Ok(BitLinear::from_matrix(matrix))
+        };
+        let with_norm = |linear: BitLinear, which: Norm| -> Result<BitLinear, ModelError> {
+            if config.sub_norms { Ok(linear.with_norm(norm(which)?)) } else { Ok(linear) }
+        };
+        let attention = BitAttentionConfig::new(
+            config.hidden_size,
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+        );
+        let activation = match config.activation {
+            Activation::Relu2 => GatedActivation::Relu2,
+            Activation::Silu => GatedActivation::Silu,
+        };
+        let mut blocks = Vec::with_capacity(config.n_layers);
+        for i in 0..config.n_layers {
+            progress(LoadProgress::Packing(i, config.n_layers));
+            let projections = [
+                linear(i, Projection::Q)?,
+                linear(i, Projection::K)?,
+                linear(i, Projection::V)?,
+                with_norm(linear(i, Projection::O)?, Norm::AttentionSub(i))?,
+            ];
+            let feed_forward = [
+                linear(i, Projection::Gate)?,
+                linear(i, Projection::Up)?,
+                with_norm(linear(i, Projection::Down)?, Norm::FeedForwardSub(i))?,
+            ];
+            blocks.push(BitBlock {
+                attention: attention.assemble(norm(Norm::Attention(i))?, projections),
+                feed_forward: BitFeedForward::assemble(norm(Norm::FeedForward(i))?, feed_forward, activation),
+            });
+        }
+        progress(LoadProgress::Packing(config.n_layers, config.n_layers));
+        let embedding = StoredMatrix::new(checkpoint.embedding()?, device);
+        let output = checkpoint.output()?.map(|tensor| StoredMatrix::new(tensor, device));
+        let rotary = RotaryEncodingConfig::new(config.context_length, config.head_dim)
+            .with_theta(config.rope_theta)
+            .init();
+        let norm = norm(Norm::Output)?;
+        let quantise = options.quantise_activations;
+        Ok(Self { embedding, blocks, norm, output, rotary, config, quantise })
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The device of its weights.
+    pub fn device(&self) -> Device {
+        self.embedding.words.val().device()
+    }
+
+    /// An empty KV cache for up to `context` positions a sequence (at most the model's own context).
+    ///
+    /// # Errors
+    /// If the device does not support the type.
+    pub fn cache(&self, context: usize, cache_type: CacheType) -> Result<KvCache, CacheError> {
+        let c = &self.config;
+        let shape = [c.n_layers, c.n_kv_heads, c.head_dim];
+        KvCache::new(shape, context.min(c.context_length), cache_type, &self.device())
+    }
+
+    /// Appends the rows to their sequences and returns the logits of the rows `wanted`.
+    ///
+    /// Rows of one sequence are consecutive, and continue it.
+    ///
+    /// # Shapes
+    /// The output is [wanted, vocabulary].
+    ///
+    /// # Errors
+    /// If a row does not continue its sequence, a token is not in the vocabulary, the context is
+    /// full, or a kernel refuses. The sequences' lengths are unchanged then.
+    pub fn forward(&self, rows: &[Row], wanted: &[usize], cache: &mut KvCache) -> Result<Tensor<2>, ForwardError> {
+        let batch = self.batch(rows, cache)?;
+        let tokens: Vec<u32> = rows.iter().map(|row| row.token).collect();
+        let mut x = self.embedding.rows(&tokens);
+        for (i, block) in self.blocks.iter().enumerate() {
+            x = block.forward(x, i, &self.rotary, &batch, cache)?;
+        }
+        for sequence in &batch.sequences {
+            cache.advance(sequence.id, sequence.rows.len())?;
+        }
+        let x = select_rows(x, wanted);
+        let x = ops::rms_norm(x, self.norm.gamma.val(), self.norm.epsilon as f32);
+        Ok(self.output.as_ref().unwrap_or(&self.embedding).forward(x))
+    }
+
+    /// Checks the rows, makes room for them in the cache, and looks up their angles.
+    fn batch(&self, rows: &[Row], cache: &mut KvCache) -> Result<Batch, ForwardError> {
+        let vocabulary = self.embedding.args().n;
+        let mut sequences: Vec<SequenceRows> = Vec::new();
+        for (i, row) in rows.iter().enumerate() {
+            if row.token as usize >= vocabulary {
+                return Err(ForwardError::Token { token: row.token, vocabulary });
+            }
+            let fail = |problem: String| Err(ForwardError::Rows { row: i, problem });
+            match sequences.last_mut() {
+                Some(last) if last.id == row.sequence => {
+                    let next = last.position + last.rows.len();
+                    if row.position != next {
+                        return fail(format!("position {}, the sequence continues at {next}", row.position));
+                    }
+                    last.rows.end += 1;
+                }
+                _ => {
+                    if sequences.iter().any(|s| s.id == row.sequence) {
+                        return fail("rows of one sequence must be consecutive".into());
+                    }
+                    let next = cache.length(row.sequence)?;
+                    if row.position != next {
+                        return fail(format!("position {}, the sequence continues at {next}", row.position));
+                    }
+                    sequences.push(SequenceRows { id: row.sequence, rows: i..i + 1, position: next });
+                }
+            }
+        }
+        if sequences.is_empty() {
+            return Err(ForwardError::Rows { row: 0, problem: "a forward pass takes at least one row".into() });
+        }
+        for sequence in &sequences {
+            cache.reserve(sequence.id, sequence.rows.len())?;
+        }
+        let positions: Vec<usize> = rows.iter().map(|row| row.position).collect();
+        let angles = self.rotary.angles(&positions, &self.device());
+        Ok(Batch { sequences, angles, quantise: self.quantise })
+    }
+}
+
+fn rms_norm(weight: Vec<f32>, eps: f32, device: &Device) -> RmsNorm {
+    let k = weight.len();
+    let gamma = Tensor::from_data(TensorData::new(weight, [k]), device);
+    let mut norm = RmsNormConfig::new(k).with_epsilon(f64::from(eps)).init(device);
+    norm.gamma = Param::initialized(ParamId::new(), gamma);
+    norm
+}
+
+fn select_rows(x: Tensor<2>, wanted: &[usize]) -> Tensor<2> {
+    let [m, k] = x.dims();
+    if wanted.len() == m && wanted.iter().enumerate().all(|(i, &w)| i == w) {
+        return x;
+    }
+    let rows: Vec<Tensor<2>> = wanted.iter().map(|&i| x.clone().slice([i..i + 1, 0..k])).collect();
+    if rows.len() == 1 { rows.into_iter().next().expect("one") } else { Tensor::cat(rows, 0) }
+}
+
+/// Measures the kernels on the model's shapes, where that has not been done on this machine.
+fn choose_kernels(
+    config: &ModelConfig,
+    max_rows: usize,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<(), ManagerError> {
+    let mut shapes: Vec<(usize, usize)> = Vec::new();
+    for projection in Projection::ALL {
+        let shape = projection.shape(config);
+        if !shapes.contains(&shape) {
+            shapes.push(shape);
+        }
+    }
+    for (i, &(n, k)) in shapes.iter().enumerate() {
+        progress(LoadProgress::Tuning(i, shapes.len()));
+        let choice = manager().choose(n, k, LayoutPolicy::Any)?;
+        manager().warm_up(&choice, max_rows);
+    }
+    progress(LoadProgress::Tuning(shapes.len(), shapes.len()));
+    Ok(())
+}

@@ -1,0 +1,158 @@
+//! Grouped-query attention with BitLinear projections.
+
+use bitnet_burn_backends::AttentionArgs;
+use bitnet_burn_backends::ops::{self, BitLinearInput};
+use burn::config::Config;
+use burn::module::Module;
+use burn::nn::{RmsNorm, RmsNormConfig};
+use burn::tensor::{Device, Tensor};
+
+use super::{BitLinear, BitLinearConfig, KvCache, RotaryEncoding};
+use crate::bitnet::{Batch, ForwardError};
+
+/// Configuration of a [`BitAttention`].
+#[derive(Config, Debug)]
+pub struct BitAttentionConfig {
+    /// Size of the residual stream.
+    pub hidden_size: usize,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads.
+    pub n_kv_heads: usize,
+    /// Values a head.
+    pub head_dim: usize,
+    /// Whether the heads' output passes an RMSNorm before the output projection.
+    #[config(default = true)]
+    pub sub_norm: bool,
+    /// Epsilon of the norms.
+    #[config(default = 1e-5)]
+    pub eps: f64,
+}
+
+/// o_proj(sub_norm(attention(q, k, v))) with q, k, v = projections of norm(x).
+///
+/// Made by [`BitAttentionConfig`], or from a checkpoint.
+#[derive(Module, Debug)]
+pub struct BitAttention {
+    /// Norm of the input, shared by q, k and v.
+    pub input_norm: RmsNorm,
+    /// Queries.
+    pub q_proj: BitLinear,
+    /// Keys.
+    pub k_proj: BitLinear,
+    /// Values.
+    pub v_proj: BitLinear,
+    /// Output; its norm is `attn_sub_norm`.
+    pub o_proj: BitLinear,
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+}
+
+impl BitAttentionConfig {
+    /// A layer in the training state.
+    pub fn init(&self, device: &Device) -> BitAttention {
+        let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
+        let linear = |d_in, d_out| BitLinearConfig::new(d_in, d_out).init(device);
+        let projections = [
+            linear(self.hidden_size, q),
+            linear(self.hidden_size, kv),
+            linear(self.hidden_size, kv),
+            BitLinearConfig::new(q, self.hidden_size)
+                .with_norm(self.sub_norm)
+                .with_norm_eps(self.eps)
+                .init(device),
+        ];
+        self.assemble(RmsNormConfig::new(self.hidden_size).with_epsilon(self.eps).init(device), projections)
+    }
+
+    /// A layer of given parts: q, k, v and o (with its norm).
+    pub fn assemble(&self, input_norm: RmsNorm, projections: [BitLinear; 4]) -> BitAttention {
+        let [q_proj, k_proj, v_proj, o_proj] = projections;
+        BitAttention {
+            input_norm,
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            n_heads: self.n_heads,
+            n_kv_heads: self.n_kv_heads,
+            head_dim: self.head_dim,
+        }
+    }
+}
+
+impl BitAttention {
+    /// The layer's contribution to the residual stream.
+    ///
+    /// # Shapes
+    /// x and output: [rows of the batch, hidden_size].
+    ///
+    /// # Errors
+    /// If a kernel or the cache refuses.
+    pub fn forward(
+        &self,
+        x: Tensor<2>,
+        layer: usize,
+        rotary: &RotaryEncoding,
+        batch: &Batch,
+        cache: &mut KvCache,
+    ) -> Result<Tensor<2>, ForwardError> {
+        let [m, _] = x.dims();
+        let (q_size, kv_size) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
+        let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
+        let qkv = linears(x, norm, batch.quantise, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
+        let part = |from: usize, to: usize| qkv.clone().slice([0..m, from..to]);
+        let q = rotary.apply(part(0, q_size), &batch.angles);
+        let k = rotary.apply(part(q_size, q_size + kv_size), &batch.angles);
+        let v = part(q_size + kv_size, q_size + 2 * kv_size);
+        let mut outputs = Vec::with_capacity(batch.sequences.len());
+        for sequence in &batch.sequences {
+            let rows = sequence.rows.clone();
+            let of = |tensor: &Tensor<2>, width: usize| match batch.sequences.len() {
+                1 => tensor.clone(),
+                _ => tensor.clone().slice([rows.clone(), 0..width]),
+            };
+            let (keys, values) = cache.append(sequence.id, layer, of(&k, kv_size), of(&v, kv_size))?;
+            let args = AttentionArgs {
+                n_heads: self.n_heads,
+                n_kv_heads: self.n_kv_heads,
+                head_dim: self.head_dim,
+                position: sequence.position,
+            };
+            outputs.push(ops::attention(of(&q, q_size), keys, values, args));
+        }
+        let context = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 0) };
+        linear(context, batch.quantise, &self.o_proj)
+    }
+}
+
+/// Several packed layers over one input with its norm, side by side in the output; in the training
+/// state one after the other.
+pub(crate) fn linears(
+    x: Tensor<2>,
+    norm: (Tensor<1>, f32),
+    quantise: bool,
+    layers: &[&BitLinear],
+) -> Result<Tensor<2>, ForwardError> {
+    let matrices: Option<Vec<_>> = layers.iter().map(|layer| layer.matrix()).collect();
+    match matrices {
+        Some(matrices) => Ok(ops::bit_linear(x, BitLinearInput { norm: Some(norm), quantise }, matrices)?),
+        None => {
+            let x = ops::rms_norm(x, norm.0, norm.1);
+            let outputs: Result<Vec<_>, _> = layers.iter().map(|layer| layer.try_forward(x.clone())).collect();
+            Ok(Tensor::cat(outputs?, 1))
+        }
+    }
+}
+
+/// One layer with its own norm.
+pub(crate) fn linear(x: Tensor<2>, quantise: bool, layer: &BitLinear) -> Result<Tensor<2>, ForwardError> {
+    match layer.matrix() {
+        Some(matrix) => {
+            let input = BitLinearInput { norm: layer.norm_input(), quantise };
+            Ok(ops::bit_linear(x, input, vec![matrix])?)
+        }
+        None => Ok(layer.try_forward(x)?),
+    }
+}

@@ -1,0 +1,261 @@
+//! The BitNet linear layer ("The Era of 1-bit LLMs", arXiv 2402.17764; quantisers as in arXiv
+//! 2504.12285, section 2).
+
+use std::sync::Arc;
+
+use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
+use bitnet_burn_core::formats::canonical;
+use bitnet_burn_core::manager::{Choice, ManagerError};
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
+use burn::nn::{RmsNorm, RmsNormConfig};
+use burn::tensor::{Device, Int, Tensor};
+use bytes::Bytes;
+
+/// Configuration of a [`BitLinear`].
+#[derive(Config, Debug)]
+pub struct BitLinearConfig {
+    /// Input features, K.
+    pub d_input: usize,
+    /// Output features, N.
+    pub d_output: usize,
+    /// Whether a bias is added to the output. Default: no (BitNet has none).
+    #[config(default = false)]
+    pub bias: bool,
+    /// Whether the input passes an RMSNorm before it is quantised. Default: no.
+    #[config(default = false)]
+    pub norm: bool,
+    /// Epsilon of that norm.
+    #[config(default = 1e-5)]
+    pub norm_eps: f64,
+    /// How the latent weights are initialised.
+    #[config(
+        default = "Initializer::KaimingUniform{gain:1.0/num_traits_sqrt_3(), fan_out_only:false}"
+    )]
+    pub initializer: Initializer,
+}
+
+/// 3^(1/2): with it, `KaimingUniform` is the initialisation of Burn's `Linear`.
+const fn num_traits_sqrt_3() -> f64 {
+    1.732_050_807_568_877_2
+}
+
+/// A linear layer with ternary weights and int8 activations: y = quantise(norm(x)) * Wᵀ (+ bias).
+///
+/// It has two states, see [`BitLinearWeight`]: in *training* the weights are latent floats that every
+/// forward pass ternarises; [`pack`](Self::pack) freezes them into 2 bits each.
+///
+/// - Weights: s = max(mean |W|, 1e-5), W ~ s * clamp(round(W / s), -1, 1).
+/// - Activations, by rows: a = max(max |x|, 1e-5), x ~ (a / 127) * clamp(round(x * 127 / a), -128, 127).
+///
+/// Made by [`BitLinearConfig`].
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct BitLinear {
+    /// [d_output, d_input], latent or packed.
+    pub weight: BitLinearWeight,
+    /// [d_output].
+    pub bias: Option<Param<Tensor<1>>>,
+    /// Norm of the input, before quantisation.
+    pub norm: Option<RmsNorm>,
+    d_input: usize,
+    d_output: usize,
+}
+
+/// The weights of a [`BitLinear`].
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a handful of layers a model; boxing would only be one more hop")]
+pub enum BitLinearWeight {
+    /// Training: latent floats [d_output, d_input].
+    Latent(Param<Tensor<2>>),
+    /// Frozen: 2 bits a weight.
+    Packed(PackedWeight),
+}
+
+/// Frozen ternary weights.
+#[derive(Module, Debug)]
+pub struct PackedWeight {
+    /// U32 words: canonical rows [d_output, ceil(d_input / 128) * 8], or [1, words] in the private
+    /// packing of the kernel that was chosen for this machine.
+    pub codes: Param<Tensor<2, Int>>,
+    /// [1]: weight = code * scale.
+    pub scale: Param<Tensor<1>>,
+    #[module(skip)]
+    choice: Option<Arc<Choice>>,
+}
+
+impl BitLinearConfig {
+    /// A layer in the training state.
+    pub fn init(&self, device: &Device) -> BitLinear {
+        let (n, k) = (self.d_output, self.d_input);
+        let init = |shape: [usize; 2]| self.initializer.init_with(shape, Some(k), Some(n), device);
+        BitLinear {
+            weight: BitLinearWeight::Latent(init([n, k])),
+            bias: self.bias.then(|| Param::from_tensor(Tensor::zeros([n], device))),
+            norm: self.norm.then(|| RmsNormConfig::new(k).with_epsilon(self.norm_eps).init(device)),
+            d_input: k,
+            d_output: n,
+        }
+    }
+}
+
+impl BitLinear {
+    /// A layer in the packed state, without norm and bias.
+    pub fn from_matrix(matrix: TernaryMatrix) -> Self {
+        let TernaryMatrix { codes, scale, n, k, choice } = matrix;
+        let weight = PackedWeight {
+            codes: Param::initialized(ParamId::new(), codes),
+            scale: Param::initialized(ParamId::new(), scale.set_require_grad(false)),
+            choice,
+        };
+        Self { weight: BitLinearWeight::Packed(weight), bias: None, norm: None, d_input: k, d_output: n }
+    }
+
+    /// The same layer with a norm before quantisation.
+    pub fn with_norm(self, norm: RmsNorm) -> Self {
+        Self { norm: Some(norm), ..self }
+    }
+
+    /// Input features.
+    pub fn d_input(&self) -> usize {
+        self.d_input
+    }
+
+    /// Output features.
+    pub fn d_output(&self) -> usize {
+        self.d_output
+    }
+
+    /// Applies the layer.
+    ///
+    /// # Shapes
+    /// - input: `[..., d_input]`
+    /// - output: `[..., d_output]`
+    ///
+    /// # Panics
+    /// If the input has other features, or in strict mode if no kernel may compute the layer
+    /// ([`try_forward`](Self::try_forward) returns that instead).
+    pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
+        self.try_forward(input).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// [`forward`](Self::forward) that returns the kernels' errors.
+    ///
+    /// # Errors
+    /// In strict mode, if no kernel may compute the layer.
+    pub fn try_forward<const D: usize>(&self, input: Tensor<D>) -> Result<Tensor<D>, ManagerError> {
+        let mut shape = input.dims();
+        let rows: usize = shape[..D - 1].iter().product();
+        let x = input.reshape([rows, self.d_input]);
+        let y = match &self.weight {
+            BitLinearWeight::Packed(_) => {
+                let matrix = self.matrix().expect("packed");
+                ops::bit_linear(x, BitLinearInput { norm: self.norm_input(), quantise: true }, vec![matrix])?
+            }
+            BitLinearWeight::Latent(weight) => {
+                let x = match &self.norm {
+                    Some(norm) => norm.forward(x),
+                    None => x,
+                };
+                let (codes, scale) = ternarise(weight.val());
+                let n = scale.dims()[0];
+                let quantised = codes * scale.reshape([n, 1]);
+                let weight = straight_through(weight.val(), quantised);
+                fake_quantise(x).matmul(weight.transpose())
+            }
+        };
+        let y = match &self.bias {
+            Some(bias) => y + bias.val().unsqueeze(),
+            None => y,
+        };
+        shape[D - 1] = self.d_output;
+        Ok(y.reshape(shape))
+    }
+
+    /// The norm as the fused operation takes it.
+    pub(crate) fn norm_input(&self) -> Option<(Tensor<1>, f32)> {
+        self.norm.as_ref().map(|norm| (norm.gamma.val(), norm.epsilon as f32))
+    }
+
+    /// The packed matrix, for operations over several layers; `None` in the training state.
+    pub fn matrix(&self) -> Option<TernaryMatrix> {
+        match &self.weight {
+            BitLinearWeight::Latent(_) => None,
+            BitLinearWeight::Packed(weight) => Some(TernaryMatrix {
+                codes: weight.codes.val(),
+                scale: weight.scale.val(),
+                n: self.d_output,
+                k: self.d_input,
+                choice: weight.choice.clone(),
+            }),
+        }
+    }
+
+    /// The layer with its weights frozen: exactly the codes and the scale that the training state's
+    /// forward pass computes with. On a device in host memory they are packed for the kernels that
+    /// are the fastest on this machine. A packed layer stays as it is.
+    ///
+    /// # Errors
+    /// If no kernel may compute the layer (in strict mode), or memory is short.
+    ///
+    /// # Panics
+    /// If the tensors can't be read back from their device.
+    pub fn pack(self) -> Result<Self, ManagerError> {
+        let BitLinearWeight::Latent(weight) = &self.weight else { return Ok(self) };
+        let device = weight.val().device();
+        let (codes, scale) = ternarise(weight.val().detach());
+        let scale = scale.into_data().iter::<f32>().next().expect("one scale");
+        let codes: Vec<i8> = codes.into_data().iter::<f32>().map(|code| code as i8).collect();
+        let mut bytes = vec![0u8; self.d_output * canonical::row_bytes(self.d_input)];
+        let rows = codes.chunks_exact(self.d_input);
+        for (codes, row) in rows.zip(bytes.chunks_exact_mut(canonical::row_bytes(self.d_input))) {
+            canonical::pack_row(codes, row);
+        }
+        // Packed weights are constants, on the device without gradients.
+        let matrix =
+            TernaryMatrix::prepared(Bytes::from(bytes), scale, self.d_output, self.d_input, &device.inner())?;
+        Ok(Self { bias: self.bias, norm: self.norm, ..Self::from_matrix(matrix) })
+    }
+}
+
+/// absmean: the codes (as floats) and the scale [1] of latent weights.
+fn ternarise(weight: Tensor<2>) -> (Tensor<2>, Tensor<1>) {
+    let scale = weight.clone().abs().mean().clamp_min(1e-5);
+    let codes = (weight * scale.clone().recip().reshape([1, 1])).round().clamp(-1.0, 1.0);
+    (codes, scale)
+}
+
+/// absmax: activations as the int8 kernels see them, with the straight-through estimator.
+fn fake_quantise(x: Tensor<2>) -> Tensor<2> {
+    let a = x.clone().detach().abs().max_dim(1).clamp_min(1e-5);
+    let q = (x.clone().detach() * (a.clone().recip() * 127.0)).round().clamp(-128.0, 127.0);
+    straight_through(x, q * (a / 127.0))
+}
+
+/// Computes with `quantised`, and differentiates as if it were `x` (Bengio et al., arXiv 1308.3432).
+fn straight_through(x: Tensor<2>, quantised: Tensor<2>) -> Tensor<2> {
+    x.clone() + (quantised - x).detach()
+}
+
+impl ModuleDisplay for BitLinear {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new().with_new_line_after_attribute(false).optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let state = match &self.weight {
+            BitLinearWeight::Latent(_) => "training",
+            BitLinearWeight::Packed(weight) => match weight.choice.as_ref().and_then(|c| c.layout()) {
+                None => "packed",
+                Some(_) => "packed for this machine",
+            },
+        };
+        content
+            .add("d_input", &self.d_input)
+            .add("d_output", &self.d_output)
+            .add("bias", &self.bias.is_some())
+            .add("norm", &self.norm.is_some())
+            .add_formatted(&format!("state: {state}"))
+            .optional()
+    }
+}

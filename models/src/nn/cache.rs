@@ -1,0 +1,242 @@
+//! The KV cache: what attention has seen of each sequence.
+
+use bitnet_burn_backends::ops;
+use burn::tensor::{DType, Device, Shape, Tensor};
+
+/// Type of the cached keys and values. They are always read back through it, so results do not depend
+/// on how a prompt was cut into chunks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheType {
+    /// 4 bytes a value.
+    #[default]
+    F32,
+    /// 2 bytes a value.
+    F16,
+}
+
+impl CacheType {
+    /// Bytes a value.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 => 2,
+        }
+    }
+
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+        }
+    }
+}
+
+/// What a cache can't do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CacheError {
+    /// The device has no such type.
+    #[error("the device {device} does not support a KV cache of f16; use f32")]
+    Type {
+        /// The device.
+        device: String,
+    },
+    /// The context is full.
+    #[error(
+        "position {position} is beyond the context of {capacity}; shorten the prompt, or truncate the sequence"
+    )]
+    Full {
+        /// The position that was to be written.
+        position: usize,
+        /// Positions that a sequence can have.
+        capacity: usize,
+    },
+    /// There is no such sequence.
+    #[error("there is no sequence {0} in the KV cache")]
+    Unknown(usize),
+}
+
+/// Names a sequence in a [`KvCache`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SequenceId(pub(crate) usize);
+
+/// Keys and values by sequence and layer, [kv heads, room, head_dim] each.
+///
+/// A sequence grows in place; its room doubles when it is full, so a token costs no copy of the
+/// history. [`fork`](Self::fork) shares the history until one of the two is written to.
+#[derive(Debug)]
+pub struct KvCache {
+    slots: Vec<Option<Slot>>,
+    n_layers: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+    capacity: usize,
+    cache_type: CacheType,
+    device: Device,
+}
+
+#[derive(Clone, Debug)]
+struct Slot {
+    length: usize,
+    room: usize,
+    /// `None` only while an operation holds the tensors.
+    layers: Vec<Option<(Tensor<3>, Tensor<3>)>>,
+}
+
+/// Positions that a sequence first has room for.
+const FIRST_ROOM: usize = 128;
+
+impl KvCache {
+    /// An empty cache.
+    ///
+    /// # Arguments
+    /// * `capacity`: positions that a sequence can have at most
+    ///
+    /// # Errors
+    /// If the device does not support the type.
+    pub fn new(
+        [n_layers, n_kv_heads, head_dim]: [usize; 3],
+        capacity: usize,
+        cache_type: CacheType,
+        device: &Device,
+    ) -> Result<Self, CacheError> {
+        if !device.supports_dtype(cache_type.dtype()) {
+            return Err(CacheError::Type { device: format!("{device:?}") });
+        }
+        let device = device.clone();
+        Ok(Self { slots: Vec::new(), n_layers, n_kv_heads, head_dim, capacity, cache_type, device })
+    }
+
+    /// Positions that a sequence can have.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Type of the values.
+    pub fn cache_type(&self) -> CacheType {
+        self.cache_type
+    }
+
+    /// Begins a sequence, with room for `expected` positions before it first grows.
+    pub fn add_sequence(&mut self, expected: usize) -> SequenceId {
+        let room = expected.max(FIRST_ROOM).min(self.capacity.max(1));
+        let layers = (0..self.n_layers).map(|_| Some((self.empty(room), self.empty(room)))).collect();
+        self.insert(Slot { length: 0, room, layers })
+    }
+
+    fn insert(&mut self, slot: Slot) -> SequenceId {
+        let free = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.slots[free] = Some(slot);
+        SequenceId(free)
+    }
+
+    fn empty(&self, room: usize) -> Tensor<3> {
+        let shape = Shape::new([self.n_kv_heads, room, self.head_dim]);
+        Tensor::zeros(shape, (&self.device, self.cache_type.dtype()))
+    }
+
+    fn slot(&self, id: SequenceId) -> Result<&Slot, CacheError> {
+        self.slots.get(id.0).and_then(Option::as_ref).ok_or(CacheError::Unknown(id.0))
+    }
+
+    fn slot_mut(&mut self, id: SequenceId) -> Result<&mut Slot, CacheError> {
+        self.slots.get_mut(id.0).and_then(Option::as_mut).ok_or(CacheError::Unknown(id.0))
+    }
+
+    /// Positions of a sequence.
+    ///
+    /// # Errors
+    /// If there is no such sequence.
+    pub fn length(&self, id: SequenceId) -> Result<usize, CacheError> {
+        Ok(self.slot(id)?.length)
+    }
+
+    /// Forgets all positions from `length` on; does nothing if the sequence is not that long.
+    ///
+    /// # Errors
+    /// If there is no such sequence.
+    pub fn truncate(&mut self, id: SequenceId, length: usize) -> Result<(), CacheError> {
+        let slot = self.slot_mut(id)?;
+        slot.length = slot.length.min(length);
+        Ok(())
+    }
+
+    /// A new sequence with the same history.
+    ///
+    /// # Errors
+    /// If there is no such sequence.
+    pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId, CacheError> {
+        let slot = self.slot(id)?.clone();
+        Ok(self.insert(slot))
+    }
+
+    /// Ends a sequence.
+    ///
+    /// # Errors
+    /// If there is no such sequence.
+    pub fn remove(&mut self, id: SequenceId) -> Result<(), CacheError> {
+        self.slot(id)?;
+        self.slots[id.0] = None;
+        Ok(())
+    }
+
+    /// Bytes of all sequences' keys and values (shared histories count for each).
+    pub fn bytes(&self) -> usize {
+        let values = self.n_layers * self.n_kv_heads * self.head_dim * 2 * self.cache_type.bytes();
+        self.slots.iter().flatten().map(|slot| slot.room * values).sum()
+    }
+
+    /// Makes room for `rows` more positions.
+    ///
+    /// # Errors
+    /// If the context is full.
+    pub(crate) fn reserve(&mut self, id: SequenceId, rows: usize) -> Result<(), CacheError> {
+        let (length, room) = (self.slot(id)?.length, self.slot(id)?.room);
+        let needed = length + rows;
+        if needed > self.capacity {
+            return Err(CacheError::Full { position: needed - 1, capacity: self.capacity });
+        }
+        if needed <= room {
+            return Ok(());
+        }
+        let new_room = needed.max(room * 2).min(self.capacity);
+        let (heads, d) = (self.n_kv_heads, self.head_dim);
+        for layer in 0..self.n_layers {
+            let (k, v) = self.slot_mut(id)?.layers[layer].take().expect("no operation holds it");
+            let grow = |old: Tensor<3>| {
+                let seen = old.slice([0..heads, 0..length, 0..d]);
+                self.empty(new_room).slice_assign([0..heads, 0..length, 0..d], seen)
+            };
+            let grown = (grow(k), grow(v));
+            self.slot_mut(id)?.layers[layer] = Some(grown);
+        }
+        self.slot_mut(id)?.room = new_room;
+        Ok(())
+    }
+
+    /// Appends rows [M, kv heads * head_dim] of one layer behind the sequence's length and gives the
+    /// caches to attend to. The length moves on with [`advance`](Self::advance), after all layers.
+    pub(crate) fn append(
+        &mut self,
+        id: SequenceId,
+        layer: usize,
+        keys: Tensor<2>,
+        values: Tensor<2>,
+    ) -> Result<(Tensor<3>, Tensor<3>), CacheError> {
+        let slot = self.slot_mut(id)?;
+        // Taken out, so that the operation is the only owner and writes in place.
+        let (k, v) = slot.layers[layer].take().expect("no operation holds it");
+        let k = ops::cache_append(k, keys, slot.length);
+        let v = ops::cache_append(v, values, slot.length);
+        slot.layers[layer] = Some((k.clone(), v.clone()));
+        Ok((k, v))
+    }
+
+    /// Counts `rows` appended positions.
+    pub(crate) fn advance(&mut self, id: SequenceId, rows: usize) -> Result<(), CacheError> {
+        self.slot_mut(id)?.length += rows;
+        Ok(())
+    }
+}
