@@ -234,9 +234,9 @@ fn quantise(
     out: ActivationsMut,
 ) {
     let rows = |x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]| match norm {
-        None => bitnet_burn_cpu::quantise_rows(x, k, q, out.stride, scale, sum),
+        None => bitnet_burn_cpu::quantise::quantise_rows(x, k, q, out.stride, scale, sum),
         Some((weight, eps)) => {
-            bitnet_burn_cpu::rms_norm_quantise_rows(x, weight, eps, k, q, out.stride, scale, sum);
+            bitnet_burn_cpu::quantise::rms_norm_quantise_rows(x, weight, eps, k, q, out.stride, scale, sum);
         }
     };
     let m = out.scale.len();

@@ -93,7 +93,7 @@ pub enum ChatError {
     },
     /// The operating system gave no thread to render on.
     #[error("the chat template can't be rendered: {0}")]
-    Thread(#[from] std::io::Error),
+    Thread(std::io::Error),
     /// The template fails on these messages.
     #[error("the chat template fails in line {line}: {message}")]
     Render {
@@ -224,7 +224,7 @@ impl ChatTemplate {
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK);
             let panicked = |_| ChatError::Render { line: 1, message: "the template engine panicked".into() };
-            thread.spawn_scoped(scope, render)?.join().map_err(panicked)?
+            thread.spawn_scoped(scope, render).map_err(ChatError::Thread)?.join().map_err(panicked)?
         })
     }
 }

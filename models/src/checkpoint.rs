@@ -35,17 +35,20 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The operating system refused.
-    #[error("{}: cannot {action}: {source}", path.display())]
+    #[error("{}: cannot {action}: {error}", path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,
         /// What was attempted.
         action: &'static str,
         /// The system's answer.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The path leads to nothing that can be opened as a model.
-    #[error("{}: {problem}; a model is a GGUF file, or a directory with config.json and model.safetensors", path.display())]
+    #[error(
+        "{}: {problem}; a model is a GGUF file, or a directory with config.json and model.safetensors",
+        path.display()
+    )]
     NoModel {
         /// The path.
         path: PathBuf,
@@ -161,12 +164,12 @@ pub enum LoadError {
         expected: String,
     },
     /// A field of the configuration that no model can have.
-    #[error("{}: the configuration is impossible: {source}", path.display())]
+    #[error("{}: the configuration is impossible: {error}", path.display())]
     Config {
         /// The file.
         path: PathBuf,
         /// The field.
-        source: ConfigError,
+        error: ConfigError,
     },
     /// An architecture that this program does not implement.
     #[error("{}: architecture `{found}` is not supported; supported: {supported}", path.display())]
@@ -223,7 +226,10 @@ pub enum LoadError {
         problem: String,
     },
     /// An index names a file outside the model's directory.
-    #[error("{}: the index names the shard {shard:?}; a shard must be a plain file name in the same directory", path.display())]
+    #[error(
+        "{}: the index names the shard {shard:?}; a shard must be a plain file name in the same directory",
+        path.display()
+    )]
     ShardEscapes {
         /// The index.
         path: PathBuf,
@@ -269,7 +275,10 @@ pub enum LoadError {
         problem: String,
     },
     /// Dimensions that don't fit the configuration.
-    #[error("{}: tensor `{tensor}` is {found:?} (rows first); the configuration asks for {expected:?}", path.display())]
+    #[error(
+        "{}: tensor `{tensor}` is {found:?} (rows first); the configuration asks for {expected:?}",
+        path.display()
+    )]
     WrongShape {
         /// The file.
         path: PathBuf,
@@ -311,7 +320,8 @@ pub enum LoadError {
     },
     /// Two tensors share bytes.
     #[error(
-        "{}: tensors `{first}` (ends at {first_end}) and `{second}` (begins at {second_start}) overlap", path.display()
+        "{}: tensors `{first}` (ends at {first_end}) and `{second}` (begins at {second_start}) overlap",
+        path.display()
     )]
     Overlap {
         /// The file.
@@ -347,8 +357,8 @@ pub enum LoadError {
     },
     /// A projection whose values are not ternary.
     #[error(
-        "{}: tensor `{tensor}` ({stored_as}) is not ternary: {problem}; a projection must be exactly {{-s, 0, s}} \
-         with one s for the whole tensor", path.display()
+        "{}: tensor `{tensor}` ({stored_as}) is not ternary: {problem}; a projection must be exactly \
+         {{-s, 0, s}} with one s for the whole tensor", path.display()
     )]
     NotTernary {
         /// The file.
@@ -436,15 +446,15 @@ impl Projection {
 /// The RMSNorm weights; numbers are layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Norm {
-    /// Before q, k and v: [hidden].
+    /// Before q, k and v: `[hidden]`.
     Attention(usize),
     /// Between attention and its output projection: [n_heads * head_dim]. Only with `sub_norms`.
     AttentionSub(usize),
-    /// Before gate and up: [hidden].
+    /// Before gate and up: `[hidden]`.
     FeedForward(usize),
-    /// Before the down projection: [intermediate]. Only with `sub_norms`.
+    /// Before the down projection: `[intermediate]`. Only with `sub_norms`.
     FeedForwardSub(usize),
-    /// Before the output head: [hidden].
+    /// Before the output head: `[hidden]`.
     Output,
 }
 
@@ -662,10 +672,10 @@ impl Checkpoint {
     /// # Errors
     /// [`LoadError`]
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, LoadError> {
-        let meta = std::fs::metadata(path).map_err(|source| LoadError::Io {
+        let meta = std::fs::metadata(path).map_err(|error| LoadError::Io {
             path: path.to_owned(),
             action: "open",
-            source,
+            error,
         })?;
         let mut warnings = Vec::new();
         let gguf = if meta.is_dir() { gguf_in_directory(path)? } else { Some(path.to_owned()) };
@@ -822,7 +832,7 @@ impl TernaryTensor {
 
 /// The GGUF file that a directory stands for, or `None` where it is a Hugging Face directory.
 fn gguf_in_directory(path: &Path) -> Result<Option<PathBuf>, LoadError> {
-    let io = |source| LoadError::Io { path: path.to_owned(), action: "list", source };
+    let io = |error| LoadError::Io { path: path.to_owned(), action: "list", error };
     let has = |name| path.join(name).exists();
     let config = has("config.json");
     if config && (has(crate::hf::SINGLE) || has(crate::hf::INDEX)) {

@@ -137,7 +137,7 @@ fn rows(tokens: &[u32], sequence: SequenceId, position: usize) -> Vec<Row> {
 /// A tensor's values on the host.
 fn values(tensor: Tensor<2>) -> Result<Vec<f32>, GenerateError> {
     let data = tensor.try_into_data().map_err(|error| GenerateError::Device(error.to_string()))?;
-    data.to_vec::<f32>().map_err(|error| GenerateError::Device(format!("{error:?}")))
+    data.try_to_vec::<f32>().map_err(|error| GenerateError::Device(format!("{error:?}")))
 }
 
 /// Generates tokens behind a prompt. `on_token` sees each as it comes, with the logits that it was

@@ -80,7 +80,7 @@ impl HfModel {
         fields.architecture()?;
         let tensors = read_tensors(dir)?;
         let config = config(dir, fields, &tensors, options, warnings)?;
-        config.validate().map_err(|source| LoadError::Config { path: path.clone(), source })?;
+        config.validate().map_err(|error| LoadError::Config { path: path.clone(), error })?;
         let style = style(fields, &tensors, warnings)?;
         let model = Self { dir: dir.to_owned(), json, tensors, style, config: config.clone() };
         model.check_tensors(warnings)?;
@@ -153,7 +153,8 @@ impl HfModel {
                         return Err(LoadError::Quantization {
                             path: self.dir.join("config.json"),
                             problem: format!(
-                                "quantization_mode is `online`, which needs float masters, but tensor `{name}` is packed (U8)"
+                                "quantization_mode is `online`, which needs float masters, but tensor `{name}` is \
+                                 packed (U8)"
                             ),
                         });
                     }
@@ -345,7 +346,7 @@ fn norm_name(which: Norm) -> String {
 
 /// Reads a JSON file of sensible size.
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, LoadError> {
-    let io = |action| move |source| LoadError::Io { path: path.to_owned(), action, source };
+    let io = |action| move |error| LoadError::Io { path: path.to_owned(), action, error };
     let file = std::fs::File::open(path).map_err(io("open"))?;
     let size = file.metadata().map_err(io("open"))?.len();
     if size > MAX_JSON_BYTES {
@@ -464,7 +465,8 @@ fn read_shard(path: &Path) -> Result<BTreeMap<String, HfTensor>, LoadError> {
     let data_size = size - data_start as u64;
     if end > data_size {
         let problem = format!(
-            "its tensors need {end} bytes behind the header, and there are {data_size}: truncated; download it again"
+            "its tensors need {end} bytes behind the header, and there are {data_size}: truncated; download it \
+             again"
         );
         return Err(invalid(problem));
     }
@@ -607,8 +609,8 @@ fn config(
     let activation = choose_activation(fields.path, options, stated, warnings, || {
         Err(LoadError::UnknownActivation {
             path: fields.path.to_owned(),
-            problem: "key `hidden_act` is missing: pass --hidden-act relu2 (BitNet b1.58 2B-4T) or --hidden-act silu \
-                      (Llama and the older BitNet models)"
+            problem: "key `hidden_act` is missing: pass --hidden-act relu2 (BitNet b1.58 2B-4T) or \
+                      --hidden-act silu (Llama and the older BitNet models)"
                 .into(),
         })
     })?;
@@ -689,18 +691,19 @@ fn style(
     let Some(quantization) = fields.within("quantization_config") else {
         let first = projection_name(0, Projection::Q);
         let packed = tensors.get(&first).is_some_and(|t| t.dtype == Dtype::U8);
+        const AUTO: &str = r#"{"quant_method": "bitnet", "linear_class": "autobitlinear""#;
         return Err(refuse(if packed {
             format!(
-                "`quantization_config` is missing, so that nothing says in which direction the scales of the packed \
-                 weights (`{first}` is U8) go; add {{\"quant_method\": \"bitnet\", \"linear_class\": \"autobitlinear\", \
-                 \"quantization_mode\": \"offline\"}} if they multiply, or {{\"quant_method\": \"bitnet\", \
-                 \"linear_class\": \"bitlinear\"}} if they divide"
+                "`quantization_config` is missing, so that nothing says in which direction the scales of the \
+                 packed weights (`{first}` is U8) go; add {AUTO}, \"quantization_mode\": \"offline\"}} if they \
+                 multiply, or {{\"quant_method\": \"bitnet\", \"linear_class\": \"bitlinear\"}} if they divide"
             )
         } else {
-            "`quantization_config` is missing: without it this is a model with plain float weights, which transformers \
-             would run without any quantisation; if the weights are masters trained for BitNet, add \
-             {\"quant_method\": \"bitnet\", \"linear_class\": \"autobitlinear\", \"quantization_mode\": \"online\"}"
-                .into()
+            format!(
+                "`quantization_config` is missing: without it this is a model with plain float weights, which \
+                 transformers would run without any quantisation; if the weights are masters trained for \
+                 BitNet, add {AUTO}, \"quantization_mode\": \"online\"}}"
+            )
         }));
     };
     match quantization.str("quant_method")? {
@@ -728,7 +731,8 @@ fn style(
                 || name.starts_with("model.layers.")
             {
                 return Err(refuse(format!(
-                    "`modules_to_not_convert` has \"{name}\": models with projections that are not ternary are not supported"
+                    "`modules_to_not_convert` has \"{name}\": models with projections that are not ternary are \
+                     not supported"
                 )));
             }
         }
@@ -742,7 +746,8 @@ fn style(
         None | Some("bitlinear") => {
             if mode == Some("online") {
                 warnings.push(
-                    "`quantization_mode` is online, but linear_class `bitlinear` is always packed; read as such".into(),
+                    "`quantization_mode` is online, but linear_class `bitlinear` is always packed; read as such"
+                        .into(),
                 );
             }
             Ok(Style::PackedInverse)

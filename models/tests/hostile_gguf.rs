@@ -858,8 +858,7 @@ fn no_changed_byte_of_the_header_does_harm() {
     let (header, bytes) = model().header_and_bytes();
     let path = dir.write(&bytes);
     let mut accepted = 0;
-    for at in 0..header {
-        let old = bytes[at];
+    for (at, &old) in bytes.iter().enumerate().take(header) {
         let changed =
             (0..8).map(|bit| old ^ 1 << bit).chain([0, 0xff, old.wrapping_add(1), old.wrapping_sub(1)]);
         for byte in changed.filter(|&b| b != old) {

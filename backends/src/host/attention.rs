@@ -1,22 +1,25 @@
 //! Causal attention with grouped queries over a KV cache, and writing to the cache.
 //!
-//! out[r, h] = sum over positions p <= first + r of softmax(scale * q[r, h] . k[p]) v[p], where query head h reads
-//! kv head h / (heads / kv heads).
+//! out[r, h] = sum over positions p <= first + r of softmax(scale * q[r, h] . k[p]) v[p], where query head h
+//! reads kv head h / (heads / kv heads).
 //!
 //! # Order of computation
-//! The softmax is taken in f32 over tiles of [`TILE`] positions that begin at absolute multiples of it, so that it does
-//! not depend on how a prompt is cut into chunks. For each (row, head) and tile:
+//! The softmax is taken in f32 over tiles of [`TILE`] positions that begin at absolute multiples of it, so
+//! that it does not depend on how a prompt is cut into chunks. For each (row, head) and tile:
 //! - scores q.k by 16 lanes over the head's elements (see [`super`]), times `scale`;
-//! - m their maximum, p = exp(score - m) by [`super::simd::exp`], l the sum of p by 16 lanes over the positions;
+//! - m their maximum, p = exp(score - m) by [`super::simd::exp`], l the sum of p by 16 lanes over the
+//!   positions;
 //! - for each element of the head, a = fma(p, v, a) over the positions in ascending order, from +0.
 //!
-//! The first tile is the state (m, l, a); each further one is merged into it in ascending order: m' = max,
-//! c = exp(m - m'), d = exp(m_tile - m'), l = fma(l_tile, d, l * c), a = fma(a_tile, d, a * c). The result is a / l.
-//! Tiles are independent before the merge, so a single row over a long cache occupies many threads. (This is the split
-//! of Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>, at fixed places.)
+//! The first tile is the state (m, l, a); each further one is merged into it in ascending order: m' = max, c
+//! = exp(m - m'), d = exp(m_tile - m'), l = fma(l_tile, d, l * c), a = fma(a_tile, d, a * c). The result is a
+//! / l. Tiles are independent before the merge, so a single row over a long cache occupies many threads.
+//! (This is the split of Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>, at fixed
+//! places.)
 //!
-//! There are two ways to the same bits: a few rows read keys and values where they lie, once for all heads of a group;
-//! many rows transpose each run of keys, so that the lanes are positions and a score needs no sum across lanes.
+//! There are two ways to the same bits: a few rows read keys and values where they lie, once for all heads of
+//! a group; many rows transpose each run of keys, so that the lanes are positions and a score needs no sum
+//! across lanes.
 
 use std::cell::Cell;
 
@@ -114,8 +117,8 @@ pub(crate) fn append(
     }
 }
 
-/// Attention of `rows` rows of queries, of which row r is at position `first_position + r` and sees the positions up to
-/// its own, over one sequence's cache.
+/// Attention of `rows` rows of queries, of which row r is at position `first_position + r` and sees the
+/// positions up to its own, over one sequence's cache.
 ///
 /// # Arguments
 /// * `q`: rows of n_heads * head_dim values, `q_stride` elements apart
@@ -340,7 +343,8 @@ impl<K: Element, V: Element> Row<'_, K, V> {
             }
         }
         let width = head_dim.next_multiple_of(LANES) + 2;
-        // SAFETY: this task alone writes the parts of its tile and its kv head's heads, one group of heads at a time.
+        // SAFETY: this task alone writes the parts of its tile and its kv head's heads, one group of heads at
+        // a time.
         let parts = unsafe { self.parts.part((self.tile * n_heads + head) * width, H * width) };
         for (scores, part) in scores.iter_mut().zip(parts.chunks_exact_mut(width)) {
             let (m, l) = softmax(isa, scores, count);
@@ -382,7 +386,8 @@ impl Kernel for Merge<'_> {
 }
 
 thread_local! {
-    /// Memory of a [`Block`], kept from one to the next (about half a megabyte, which would be new pages each time).
+    /// Memory of a [`Block`], kept from one to the next (about half a megabyte, which would be new pages each
+    /// time).
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
@@ -569,8 +574,8 @@ fn lane_starts(head_dim: usize) -> [usize; LANES] {
     starts
 }
 
-/// Writes the keys of up to [`RUN`] positions as [head_dim][RUN], the elements sorted by lane; what stands for the
-/// positions after them is arbitrary.
+/// Writes the keys of up to [`RUN`] positions as [head_dim][RUN], the elements sorted by lane; what stands
+/// for the positions after them is arbitrary.
 #[inline(always)]
 fn transpose<I: Isa, K: Element>(isa: I, keys: &[K], head_dim: usize, to: &mut [[f32; RUN]]) {
     let starts = lane_starts(head_dim);
@@ -605,8 +610,8 @@ fn widen<I: Isa, V: Element>(isa: I, v: &[V], to: &mut [f32]) {
     to[v.len() - rest.len()..][..rest.len()].copy_from_slice(&last[..rest.len()]);
 }
 
-/// The scores of Q queries (sorted by lane, one after the other) for the [`RUN`] transposed positions; query i's are
-/// written at `i * TILE`.
+/// The scores of Q queries (sorted by lane, one after the other) for the [`RUN`] transposed positions; query
+/// i's are written at `i * TILE`.
 #[inline(always)]
 fn columns<I: Isa, const Q: usize>(
     isa: I,
@@ -623,7 +628,8 @@ fn columns<I: Isa, const Q: usize>(
     }
 }
 
-/// Sums of 1, 2, 4, 8 lanes that wait for their other half, and last the whole; for up to 4 queries and 4 vectors.
+/// Sums of 1, 2, 4, 8 lanes that wait for their other half, and last the whole; for up to 4 queries and 4
+/// vectors.
 type Waiting<I> = [[[<I as Isa>::F; 4]; 4]; 5];
 
 /// [`columns`], P vectors of positions at a time.
@@ -680,8 +686,8 @@ fn columns_by<I: Isa, const Q: usize, const P: usize>(
     }
 }
 
-/// Replaces the first `count` (at least one) of a tile's scores by exp(score - m) and returns m, their maximum, and the
-/// sum.
+/// Replaces the first `count` (at least one) of a tile's scores by exp(score - m) and returns m, their
+/// maximum, and the sum.
 #[inline(always)]
 fn softmax<I: Isa>(isa: I, scores: &mut [f32], count: usize) -> (f32, f32) {
     let padded = count.next_multiple_of(LANES);
@@ -717,8 +723,8 @@ fn ahead<I: Isa, T>(isa: I, v: &[T], from: usize, count: usize) {
     }
 }
 
-/// Adds each query's weighted values to its sums: of query i, `sums[i * stride..]`, a whole number of vectors.
-/// With `PREFETCH`, values are asked for before they are needed.
+/// Adds each query's weighted values to its sums: of query i, `sums[i * stride..]`, a whole number of
+/// vectors. With `PREFETCH`, values are asked for before they are needed.
 #[inline(always)]
 fn weigh<I: Isa, V: Element, const Q: usize, const PREFETCH: bool>(
     isa: I,

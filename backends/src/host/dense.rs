@@ -1,11 +1,12 @@
-//! The dense linear layer, for lm_head and other layers that are not ternary: f32 activations times weights in the
-//! format that their file stores.
+//! The dense linear layer, for lm_head and other layers that are not ternary: f32 activations times weights
+//! in the format that their file stores.
 //!
-//! The weights are exactly the f32 values of [`DenseFormat::decode_row`]; they are decoded in registers, a few rows at a
-//! time, and never written down. With one row of activations the layer runs at the speed of memory, so what counts is
-//! that the weights are asked for early and in order: a tile of [`ROWS`] adjacent rows is one contiguous run of bytes,
-//! and while one tile is computed the next is prefetched, at the same pace. Several rows are needed for their
-//! independent chains of multiply-adds (one row's order of summation is fixed, see the numerics of [`super`]).
+//! The weights are exactly the f32 values of [`DenseFormat::decode_row`]; they are decoded in registers, a
+//! few rows at a time (and with many rows of activations, once for a block of them). With one row the layer
+//! runs at the speed of memory, so what counts is that the weights are asked for early and in order: a tile
+//! of [`ROWS`] adjacent rows is one contiguous run of bytes, and while one tile is computed the next is
+//! prefetched, at the same pace. Several rows are needed for their independent chains of multiply-adds: one
+//! row's order of summation is fixed, see the numerics of [`super`].
 
 use std::cell::Cell;
 
@@ -167,7 +168,8 @@ impl Range<'_> {
                     let start = (n + r).min(self.to - 1) * self.row_bytes;
                     *w = &self.w[start..start + self.row_bytes];
                 }
-                // Only the first pass over the rows finds them in memory. (The address may lie behind the weights.)
+                // Only the first pass over the rows finds them in memory. (The address may lie behind the
+                // weights.)
                 let next = (from == 0).then(|| w[0].as_ptr().wrapping_add(R * self.row_bytes));
                 if !blocked {
                     let sums = tile::<I, D, V, R, C>(isa, w, self.activations(from), self.k, next);
@@ -207,11 +209,11 @@ impl Range<'_> {
     #[inline(always)]
     fn write<const R: usize, const C: usize>(&self, n: usize, m: usize, sums: [[f32; C]; R]) {
         let count = R.min(self.to - n);
-        for c in 0..C.min(self.m - m) {
+        for c in m..self.m.min(m + C) {
             // SAFETY: the task of this range is the only one that writes its columns, one part at a time.
-            let y = unsafe { self.y.part((m + c) * self.y_stride + n, count) };
+            let y = unsafe { self.y.part(c * self.y_stride + n, count) };
             for (r, y) in y.iter_mut().enumerate() {
-                *y = sums[r][c];
+                *y = sums[r][c - m];
             }
         }
     }
@@ -323,8 +325,8 @@ fn multiply<I: Isa, D: Decoder<V>, const V: usize, const C: usize>(
     }
 }
 
-/// How to get at the weights of a format: steps of `LEN` weights in `UNITS` units (mostly bytes), each in `PARTS` parts of
-/// V vectors.
+/// How to get at the weights of a format: steps of `LEN` weights in `UNITS` units (mostly bytes), each in
+/// `PARTS` parts of V vectors.
 trait Decoder<const V: usize> {
     /// What a row is a slice of.
     type Unit: Copy;
@@ -475,8 +477,8 @@ impl Decoder<8> for Q6K {
         let d = isa.splat_f16(u16::from_le_bytes(*bytes(block, 208)));
         let mut scales = [0.0; LANES];
         isa.store(isa.mul(d, isa.i8_bytes(bytes(block, 192))), &mut scales);
-        // Through memory, from where a scale is broadcast by the multiplication itself; else the compiler would
-        // shuffle each out of the register.
+        // Through memory, from where a scale is broadcast by the multiplication itself; else the compiler
+        // would shuffle each out of the register.
         let scales = std::hint::black_box(&scales);
         let mut v = [isa.splat(0.0); 8];
         for i in 0..2 {

@@ -12,8 +12,8 @@ const TASK: usize = 1 << 14;
 
 /// The cosines and sines of a rotary embedding (Su et al., "RoFormer", arXiv 2104.09864) by position.
 ///
-/// Pair j of position p turns by p * theta^(-2j / head_dim). The angle, its cosine and its sine are computed in f64 and
-/// rounded once to f32.
+/// Pair j of position p turns by p * theta^(-2j / head_dim). The angle, its cosine and its sine are computed
+/// in f64 and rounded once to f32.
 #[derive(Clone, Debug)]
 pub(crate) struct RopeTable {
     half: usize,
@@ -111,8 +111,8 @@ pub(crate) fn relu2_mul(gate_up: &[f32], f: usize, out: &mut [f32], pool: &Pool)
 
 /// SiLU gating (arXiv 2002.05202): out = (g * sigmoid(g)) * u.
 ///
-/// sigmoid(g) is 1 / (1 + e) for g >= 0 and e / (1 + e) below, with e = exp(-|g|) by [`super::simd::exp`]; so it is zero
-/// below -87.
+/// sigmoid(g) is 1 / (1 + e) for g >= 0 and e / (1 + e) below, with e = exp(-|g|) by [`super::simd::exp`]; so
+/// it is zero below -87.
 ///
 /// # Arguments
 /// * `gate_up`: rows of F gates g, then F values u
@@ -252,7 +252,8 @@ impl Kernel for RmsNorm<'_> {
     }
 }
 
-/// The index of the largest value, the first of equal ones. NaNs are passed over; `None` if there is nothing else.
+/// The index of the largest value, the first of equal ones. NaNs are passed over; `None` if there is nothing
+/// else.
 pub(crate) fn argmax(x: &[f32]) -> Option<usize> {
     let mut best: Option<(usize, f32)> = None;
     for (block, values) in x.chunks(1024).enumerate() {

@@ -1,11 +1,12 @@
 //! Sixteen `f32` lanes on whatever vectors the machine has.
 //!
-//! An algorithm is written once, as a [`Kernel`], over the operations of [`Isa`]; [`Level::run`] compiles it for
-//! AVX-512, for AVX2 and for the target's baseline, and picks one. Every operation of `Isa` gives the same bits on
-//! every instruction set, so the kernels do too. (The scheme of one generic algorithm over a small vector trait is
-//! that of the `memchr` crate; the proof by token, that of `pulp`.)
+//! An algorithm is written once, as a [`Kernel`], over the operations of [`Isa`]; [`Level::run`] compiles it
+//! for AVX-512, for AVX2 and for the target's baseline, and picks one. Every operation of `Isa` gives the
+//! same bits on every instruction set, so the kernels do too. (The scheme of one generic algorithm over a
+//! small vector trait is that of the `memchr` crate; the proof by token, that of `pulp`.)
 //!
-//! A value of [`Avx512`] or [`Avx2`] proves that the CPU has those instructions: only [`Level::available`] makes them.
+//! A value of [`Avx512`] or [`Avx2`] proves that the CPU has those instructions: only [`Level::available`]
+//! makes them.
 
 use half::f16;
 
@@ -14,7 +15,8 @@ pub(crate) const LANES: usize = 16;
 
 /// Sixteen lanes of `f32` and the operations on them that the kernels of this module need.
 ///
-/// All methods are `#[inline(always)]`: they have to be compiled into the function that enables the instructions.
+/// All methods are `#[inline(always)]`: they have to be compiled into the function that enables the
+/// instructions.
 pub(crate) trait Isa: Copy + Send + Sync {
     /// Sixteen lanes.
     type F: Copy;
@@ -39,8 +41,9 @@ pub(crate) trait Isa: Copy + Send + Sync {
     fn i8_bytes(self, v: &[u8; 16]) -> Self::F;
     /// The low nibbles less 8, and the high nibbles less 8.
     fn nibbles(self, v: &[u8; 16]) -> [Self::F; 2];
-    /// Four times sixteen 6-bit values less 32, as Q6_K holds them: the low nibbles of `a` with bits 0..2 of `high`,
-    /// those of `b` with bits 2..4, the high nibbles of `a` with bits 4..6, those of `b` with bits 6..8.
+    /// Four times sixteen 6-bit values less 32, as Q6_K holds them: the low nibbles of `a` with bits 0..2 of
+    /// `high`, those of `b` with bits 2..4, the high nibbles of `a` with bits 4..6, those of `b` with bits
+    /// 6..8.
     fn sixes(self, a: &[u8; 16], b: &[u8; 16], high: &[u8; 16]) -> [Self::F; 4];
     /// Writes sixteen values.
     fn store(self, v: Self::F, to: &mut [f32; 16]);
@@ -134,7 +137,8 @@ impl Level {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Portable;
 
-/// `f32` from the bits of a half: the exponent is re-biased by an exact multiplication, which also normalises.
+/// `f32` from the bits of a half: the exponent is re-biased by an exact multiplication, which also
+/// normalises.
 #[inline(always)]
 fn half_to_f32(bits: u16) -> f32 {
     let magnitude = u32::from(bits & 0x7fff) << 13;
@@ -146,9 +150,9 @@ fn half_to_f32(bits: u16) -> f32 {
 
 /// `a * b + c` rounded once, without the instruction for it.
 ///
-/// The product of two `f32` is exact in `f64`. The sum is rounded to odd there (the error of the addition, which is
-/// exact, tells the direction), after which rounding to `f32` is right, since `f64` has more than two bits to spare
-/// (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
+/// The product of two `f32` is exact in `f64`. The sum is rounded to odd there (the error of the addition,
+/// which is exact, tells the direction), after which rounding to `f32` is right, since `f64` has more than
+/// two bits to spare (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
 #[cfg_attr(any(target_feature = "fma", not(target_arch = "x86_64")), allow(dead_code))]
 #[inline(always)]
 fn emulated_fma(a: f32, b: f32, c: f32) -> f32 {
@@ -290,8 +294,8 @@ impl Isa for Portable {
 pub(crate) mod x86 {
     //! The same operations in AVX-512 and AVX2.
     //!
-    //! Small integers become floats without a conversion: put into the low bits of a power of two's mantissa, they
-    //! are that power plus the integer times the last bit's weight, and subtracting the power is exact.
+    //! Small integers become floats without a conversion: put into the low bits of a power of two's mantissa,
+    //! they are that power plus the integer times the last bit's weight, and subtracting the power is exact.
 
     use std::arch::x86_64::*;
 
@@ -308,8 +312,9 @@ pub(crate) mod x86 {
     /// Calls an intrinsic inside a method of a token.
     macro_rules! by_token {
         ($($body:tt)*) => {
-            // SAFETY: `self` is a token, which only `new` makes, after detecting the instructions; memory is reached
-            // through references to arrays of the size that is read or written, by unaligned loads and stores.
+            // SAFETY: `self` is a token, which only `new` makes, after detecting the instructions; memory is
+            // reached through references to arrays of the size that is read or written, by unaligned loads
+            // and stores.
             unsafe { $($body)* }
         };
     }
@@ -714,8 +719,9 @@ pub(crate) mod x86 {
 
 /// `e^x` in `f32`, within 2 ulp for -87 <= x <= 88; zero below that, infinite above; NaN for NaN.
 ///
-/// Range reduction by Cody and Waite, then a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2] with Cephes' coefficients
-/// (`expf`), all by fused multiply-adds, so the same bits everywhere; branch-free, so that loops over it vectorise.
+/// Range reduction by Cody and Waite, then a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2] with Cephes'
+/// coefficients (`expf`), all by fused multiply-adds, so the same bits everywhere; branch-free, so that loops
+/// over it vectorise.
 #[inline(always)]
 pub(crate) fn exp<I: Isa>(isa: I, x: f32) -> f32 {
     /// 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits.

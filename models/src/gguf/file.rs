@@ -63,7 +63,7 @@ pub struct GgufFile {
 
 /// Maps a file into memory.
 pub(crate) fn map_file(path: &Path) -> Result<Bytes, LoadError> {
-    let io = |action| move |source| LoadError::Io { path: path.to_owned(), action, source };
+    let io = |action| move |error| LoadError::Io { path: path.to_owned(), action, error };
     let meta = std::fs::metadata(path).map_err(io("open"))?;
     if !meta.is_file() {
         let problem = "not a regular file".to_owned();

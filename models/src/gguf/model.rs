@@ -46,7 +46,7 @@ impl GgufModel {
     ) -> Result<(Self, ModelConfig), LoadError> {
         let file = GgufFile::open(path)?;
         let config = config(&file, options, warnings)?;
-        config.validate().map_err(|source| LoadError::Config { path: path.to_owned(), source })?;
+        config.validate().map_err(|error| LoadError::Config { path: path.to_owned(), error })?;
         let model = Self { file, pre: options.pre.clone(), n_layers: config.n_layers };
         model.check_tensors(&config, warnings)?;
         check_tokenizer(&model.file)?;
@@ -100,9 +100,8 @@ impl GgufModel {
             } else if tensor.name.ends_with(".bias") {
                 return Err(refuse("BitNet projections have no bias"));
             } else if tensor.name.starts_with("blk.") {
-                let [n, all] = [self.n_layers, used.len()];
                 let problem =
-                    format!("the {n} layers of a BitNet model have {all} known tensors, and this is none");
+                    format!("it is none of the tensors of a BitNet model of {} layers", self.n_layers);
                 return Err(refuse(&problem));
             } else {
                 warnings.push(format!("tensor `{}` is not used", tensor.name));
@@ -437,7 +436,8 @@ fn config(
         Some(theta) => theta,
         None => {
             warnings.push(format!(
-                "key `{architecture}.rope.freq_base` is missing; {DEFAULT_ROPE_THETA} is used, as llama.cpp does"
+                "key `{architecture}.rope.freq_base` is missing; {DEFAULT_ROPE_THETA} is used, as \
+                 llama.cpp does"
             ));
             DEFAULT_ROPE_THETA
         }
@@ -460,9 +460,9 @@ fn config(
         _ if is_2b => Err(LoadError::UnknownActivation {
             path: path(),
             problem: format!(
-                "architecture `{architecture}` usually means SiLU, but this is the shape of BitNet b1.58 2B-4T, which \
-                 has squared ReLU, and no key `{architecture}.hidden_act` says which: pass --hidden-act relu2 or \
-                 --hidden-act silu"
+                "architecture `{architecture}` usually means SiLU, but this is the shape of BitNet b1.58 \
+                 2B-4T, which has squared ReLU, and no key `{architecture}.hidden_act` says which: pass \
+                 --hidden-act relu2 or --hidden-act silu"
             ),
         }),
         _ => Ok(Activation::Silu),

@@ -13,14 +13,14 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum GgufWriteError {
     /// The operating system refused, or a tensor's producer failed.
-    #[error("{}: cannot {action}: {source}", path.display())]
+    #[error("{}: cannot {action}: {error}", path.display())]
     Io {
         /// The file that was to be written.
         path: PathBuf,
         /// What was attempted.
         action: String,
         /// The system's answer.
-        source: io::Error,
+        error: io::Error,
     },
     /// A tensor that the format cannot hold.
     #[error("tensor `{tensor}` with dimensions {dims:?} cannot be written as {tensor_type}: {problem}")]
@@ -299,7 +299,7 @@ impl<'a> GgufWriter<'a> {
     pub fn write(self, path: &Path) -> Result<(), GgufWriteError> {
         let fail = |action: String| {
             let path = path.to_owned();
-            move |source| GgufWriteError::Io { path, action, source }
+            move |error| GgufWriteError::Io { path, action, error }
         };
         let directory = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,

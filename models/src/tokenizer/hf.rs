@@ -64,7 +64,7 @@ fn read(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, VocabularyError> {
     match std::fs::read(dir.join(name)) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(VocabularyError::Read { file: name.into(), source }),
+        Err(error) => Err(VocabularyError::Read { file: name.into(), error }),
     }
 }
 

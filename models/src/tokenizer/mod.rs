@@ -1,10 +1,10 @@
 //! Text to token ids and back.
 //!
-//! | source | encoding | decoding |
-//! | --- | --- | --- |
-//! | `tokenizer.json` of a Hugging Face directory | the `tokenizers` crate, as the file says | [`decode`] |
-//! | GGUF, `tokenizer.ggml.model = gpt2` | byte-level BPE of the `tokenizers` crate with the [pre-tokenizer](pre) that the file names | [`decode`] |
-//! | GGUF, `tokenizer.ggml.model = llama` | SentencePiece BPE by [scores](spm) | [`decode`] |
+//! | source | encoding |
+//! | --- | --- |
+//! | `tokenizer.json` of a Hugging Face directory | the `tokenizers` crate, as the file says |
+//! | GGUF, `tokenizer.ggml.model = gpt2` | the crate's byte-level BPE, with the pre-tokenizer that the file names |
+//! | GGUF, `tokenizer.ggml.model = llama` | SentencePiece's BPE by scores, written out here |
 //!
 //! Special tokens in a text are recognised as such, in a chat template's output as in a user's text: whoever
 //! must not let users write them checks before.
@@ -97,7 +97,6 @@ pub enum TokenizerError {
         /// The file or directory.
         path: PathBuf,
         /// What is wrong.
-        #[source]
         problem: VocabularyError,
     },
     /// A token id that the model does not have.
@@ -131,13 +130,12 @@ pub enum TokenizerError {
 #[non_exhaustive]
 pub enum VocabularyError {
     /// A file can't be read.
-    #[error("{file} can't be read: {source}")]
+    #[error("{file} can't be read: {error}")]
     Read {
         /// The file's name.
         file: String,
         /// Why.
-        #[source]
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// A file is not the JSON that it should be.
     #[error("{file} is not valid: {message}")]

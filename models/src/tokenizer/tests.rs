@@ -1,4 +1,5 @@
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use serde_json::Value;
@@ -452,22 +453,24 @@ fn a_missing_pre_tokenizer_is_guessed_for_llama_3_only() {
     assert_eq!(tokenizer.encode("a", true).unwrap(), [64]);
 }
 
+static A: LazyLock<[Tokenizer; 2]> = LazyLock::new(tokenizers_a);
+static SPM: LazyLock<Tokenizer> = LazyLock::new(|| gguf(spm_keys()).unwrap());
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn text_survives(text in "(\\PC|[ \n\t]|<\\|eot_id\\|>|</s>|▁){0,30}") {
-        for tokenizer in tokenizers_a() {
+        for tokenizer in &*A {
             let ids = tokenizer.encode(&text, false).unwrap();
             prop_assert_eq!(&tokenizer.decode(&ids, false).unwrap(), &text);
-            prop_assert_eq!(&streamed(&tokenizer, &ids, false), &text);
+            prop_assert_eq!(&streamed(tokenizer, &ids, false), &text);
         }
     }
 
     #[test]
     fn streams_are_decode_in_pieces(ids in prop::collection::vec(0u32..320, 0..40), skip in any::<bool>(), cut in 0usize..40) {
-        let spm = gguf(spm_keys()).unwrap();
-        for tokenizer in tokenizers_a().iter().chain([&spm]) {
+        for tokenizer in A.iter().chain([&*SPM]) {
             let whole = tokenizer.decode(&ids, skip).unwrap();
             prop_assert_eq!(&streamed(tokenizer, &ids, skip), &whole);
             let (before, after) = ids.split_at(cut.min(ids.len()));
