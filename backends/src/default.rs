@@ -125,10 +125,8 @@ pub(crate) fn rope<B: Backend>(
     let high = B::float_slice(x, &slice(&[0..m, 0..heads, half..head_dim]));
     let cos = B::float_reshape(cos, Shape::new([m, 1, half]));
     let sin = B::float_reshape(sin, Shape::new([m, 1, half]));
-    let new_low = B::float_sub(
-        B::float_mul(low.clone(), cos.clone()),
-        B::float_mul(high.clone(), sin.clone()),
-    );
+    let new_low =
+        B::float_sub(B::float_mul(low.clone(), cos.clone()), B::float_mul(high.clone(), sin.clone()));
     let new_high = B::float_add(B::float_mul(high, cos), B::float_mul(low, sin));
     B::float_reshape(B::float_cat(vec![new_low, new_high], 2), Shape::new([m, width]))
 }
@@ -161,7 +159,8 @@ pub(crate) fn attention<B: Backend>(
     };
     // [M, kv, group, d] -> [kv, group * M, d]
     let q = B::float_reshape(q, Shape::new([m, n_kv_heads, group, head_dim]));
-    let q = B::float_reshape(B::float_permute(q, &[1, 2, 0, 3]), Shape::new([n_kv_heads, group * m, head_dim]));
+    let q =
+        B::float_reshape(B::float_permute(q, &[1, 2, 0, 3]), Shape::new([n_kv_heads, group * m, head_dim]));
     let scores = B::float_matmul(q, B::float_transpose(seen(keys)));
     let scores = B::float_mul_scalar(scores, (1.0 / (head_dim as f32).sqrt()).into());
     let mask: Vec<f32> = (0..group * m)
@@ -194,11 +193,19 @@ pub(crate) fn gated<B: Backend>(gate_up: FloatTensor<B>, activation: GatedActiva
     B::float_mul(gate, up)
 }
 
-pub(crate) fn dense_linear<B: Backend>(x: FloatTensor<B>, words: IntTensor<B>, args: &DenseArgs) -> FloatTensor<B> {
+pub(crate) fn dense_linear<B: Backend>(
+    x: FloatTensor<B>,
+    words: IntTensor<B>,
+    args: &DenseArgs,
+) -> FloatTensor<B> {
     B::float_matmul(x, B::float_transpose(decode::<B>(words, args)))
 }
 
-pub(crate) fn dense_rows<B: Backend>(words: IntTensor<B>, ids: IntTensor<B>, args: &DenseArgs) -> FloatTensor<B> {
+pub(crate) fn dense_rows<B: Backend>(
+    words: IntTensor<B>,
+    ids: IntTensor<B>,
+    args: &DenseArgs,
+) -> FloatTensor<B> {
     let row = args.format.row_bytes(args.k).expect("checked when the tensor was made");
     if !row.is_multiple_of(4) {
         return B::float_select(decode::<B>(words, args), 0, ids);

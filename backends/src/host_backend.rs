@@ -226,13 +226,7 @@ fn with_activations<R>(f: impl FnOnce(&mut Activations) -> R) -> R {
 const PARALLEL: usize = 1 << 15;
 
 /// Norm (if any) and quantisation of rows, on the pool where that pays.
-fn quantise(
-    manager: &KernelManager,
-    x: &[f32],
-    k: usize,
-    norm: Option<(&[f32], f32)>,
-    out: ActivationsMut,
-) {
+fn quantise(manager: &KernelManager, x: &[f32], k: usize, norm: Option<(&[f32], f32)>, out: ActivationsMut) {
     let rows = |x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]| match norm {
         None => bitnet_burn_cpu::quantise::quantise_rows(x, k, q, out.stride, scale, sum),
         Some((weight, eps)) => {
@@ -250,8 +244,9 @@ fn quantise(
         let (from, to) = (m * task / tasks, m * (task + 1) / tasks);
         let count = to - from;
         // SAFETY: the tasks' ranges of rows are disjoint.
-        let (q, scale, sum) =
-            unsafe { (q.part(from * stride, count * stride), scale.part(from, count), sum.part(from, count)) };
+        let (q, scale, sum) = unsafe {
+            (q.part(from * stride, count * stride), scale.part(from, count), sum.part(from, count))
+        };
         rows(&x[from * k..to * k], q, scale, sum);
     });
 }
@@ -339,7 +334,8 @@ fn canonical_weights<B: HostBackend>(
             let n = choice.shape().0;
             let words = B::words(&codes);
             let bytes = manager.unpack(choice, &bytemuck::cast_slice(&words)[..choice.weight_bytes()])?;
-            let words: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let words: Vec<u32> =
+                bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
             let device = codes.device();
             B::int_from_data(burn::tensor::TensorData::new(words, [n, k.div_ceil(128) * 8]), &device)
         };
@@ -375,10 +371,14 @@ pub(crate) fn bit_linear_backward<B: HostBackend>(
     }
 }
 
-pub(crate) fn rms_norm<B: HostBackend>(x: FloatTensor<B>, weight: FloatTensor<B>, eps: f32) -> FloatTensor<B> {
+pub(crate) fn rms_norm<B: HostBackend>(
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    eps: f32,
+) -> FloatTensor<B> {
     let [m, k] = dims(&x);
     let mut y = vec![0f32; m * k];
-    elementwise::rms_norm_rows(&B::floats(&x), &B::floats(&weight), eps, &mut y, manager().pool());
+    bitnet_burn_cpu::quantise::rms_norm_rows(&B::floats(&x), &B::floats(&weight), eps, k, &mut y);
     B::tensor(y, Shape::new([m, k]))
 }
 
@@ -459,7 +459,11 @@ fn raw<'a>(words: &'a [u32], args: &DenseArgs) -> &'a [u8] {
     &bytemuck::cast_slice(words)[..size]
 }
 
-pub(crate) fn dense_linear<B: HostBackend>(x: FloatTensor<B>, words: IntTensor<B>, args: DenseArgs) -> FloatTensor<B> {
+pub(crate) fn dense_linear<B: HostBackend>(
+    x: FloatTensor<B>,
+    words: IntTensor<B>,
+    args: DenseArgs,
+) -> FloatTensor<B> {
     let m = dims(&x)[0];
     let words = B::words(&words);
     let mut y = vec![0f32; m * args.n];
@@ -468,7 +472,11 @@ pub(crate) fn dense_linear<B: HostBackend>(x: FloatTensor<B>, words: IntTensor<B
     B::tensor(y, Shape::new([m, args.n]))
 }
 
-pub(crate) fn dense_rows<B: HostBackend>(words: IntTensor<B>, ids: IntTensor<B>, args: DenseArgs) -> FloatTensor<B> {
+pub(crate) fn dense_rows<B: HostBackend>(
+    words: IntTensor<B>,
+    ids: IntTensor<B>,
+    args: DenseArgs,
+) -> FloatTensor<B> {
     let (words, ids) = (B::words(&words), B::indices(&ids));
     let mut y = vec![0f32; ids.len() * args.k];
     dense::gather_rows(args.format, raw(&words, &args), args.k, &ids, &mut y);
@@ -529,11 +537,19 @@ macro_rules! fast_bodies {
                 gated::<Self>(gate_up, activation)
             }
 
-            fn dense_linear(x: FloatTensor<Self>, words: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
+            fn dense_linear(
+                x: FloatTensor<Self>,
+                words: IntTensor<Self>,
+                args: DenseArgs,
+            ) -> FloatTensor<Self> {
                 dense_linear::<Self>(x, words, args)
             }
 
-            fn dense_rows(words: IntTensor<Self>, ids: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
+            fn dense_rows(
+                words: IntTensor<Self>,
+                ids: IntTensor<Self>,
+                args: DenseArgs,
+            ) -> FloatTensor<Self> {
                 dense_rows::<Self>(words, ids, args)
             }
         }

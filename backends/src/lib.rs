@@ -19,6 +19,6 @@ pub mod manager;
 pub mod ops;
 
 pub use extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend, TernaryWeight,
-    TernaryWeights,
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend,
+    TernaryWeight, TernaryWeights,
 };

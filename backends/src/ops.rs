@@ -9,8 +9,8 @@ use burn::backend::Dispatch;
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend, TernaryWeight,
-    TernaryWeights,
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend,
+    TernaryWeight, TernaryWeights,
 };
 use crate::manager::{manager, take_error};
 

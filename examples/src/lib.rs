@@ -1,1 +1,6 @@
-//! Placeholder while the workspace is laid out.
+//! Programs to copy from, one file each, beside this folder. From the root of the repository:
+//!
+//! | command | shows |
+//! | --- | --- |
+//! | `cargo run --release --example mlp` | `BitLinear` in a network of your own: training, packing, inference |
+//! | `cargo run --release --example generate -- MODEL PROMPT` | loading a checkpoint and streaming text |

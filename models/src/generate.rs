@@ -85,6 +85,8 @@ pub struct Generation {
     pub prompt_tokens: usize,
     /// Time until the last prompt token's logits were there.
     pub prefill: Duration,
+    /// Time until the first new token was drawn, if one was.
+    pub first_token: Option<Duration>,
     /// Time of each following forward pass, with sampling.
     pub steps: Vec<Duration>,
 }
@@ -161,12 +163,14 @@ pub fn generate(
         finish: Finish::Length,
         prompt_tokens: prompt.len(),
         prefill: started.elapsed(),
+        first_token: None,
         steps: Vec::new(),
     };
     let mut history = prompt.to_vec();
     let mut clock = Instant::now();
     while result.tokens.len() < options.max_new_tokens {
         let token = sampler.sample(&logits, &history)?;
+        result.first_token.get_or_insert_with(|| started.elapsed());
         if options.stop_tokens.contains(&token) {
             result.finish = Finish::StopToken;
             break;

@@ -153,8 +153,8 @@ impl HfModel {
                         return Err(LoadError::Quantization {
                             path: self.dir.join("config.json"),
                             problem: format!(
-                                "quantization_mode is `online`, which needs float masters, but tensor `{name}` is \
-                                 packed (U8)"
+                                "quantization_mode is `online`, which needs float masters, but tensor \
+                                 `{name}` is packed (U8)"
                             ),
                         });
                     }

@@ -7,6 +7,7 @@
 //! The ternary matmuls run on kernels that [`bitnet_burn_core::manager`] checks against an exact
 //! reference, measures on this machine and selects; third parties can bring their own as plugins.
 
+pub mod bench;
 pub mod bitnet;
 pub mod chat;
 pub mod checkpoint;
@@ -15,7 +16,9 @@ pub mod generate;
 pub mod gguf;
 pub mod hf;
 pub mod nn;
+pub mod report;
 pub mod sampling;
+pub mod synth;
 pub mod tokenizer;
 
 pub use bitnet_burn_backends as backends;

@@ -889,7 +889,9 @@ proptest::proptest! {
     }
 
     #[test]
-    fn noise_behind_a_good_start_does_no_harm(noise in proptest::collection::vec(0u8..=255, 0..600), keep in 0usize..400) {
+    fn noise_behind_a_good_start_does_no_harm(
+        noise in proptest::collection::vec(0u8..=255, 0..600), keep in 0usize..400,
+    ) {
         let mut bytes = model().bytes();
         bytes.truncate(keep);
         bytes.extend(noise);

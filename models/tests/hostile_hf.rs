@@ -3,7 +3,7 @@
 
 use bitnet_burn::checkpoint::{Checkpoint, LoadError, OpenOptions, Projection, TokenizerSource};
 use bitnet_burn::config::Activation;
-use proptest::strategy::Strategy;
+use proptest::prelude::{Just, Strategy, any};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
@@ -534,7 +534,8 @@ fn safetensors_files_that_lie_are_refused() {
         (
             "overlapping",
             with_header(
-                r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}"#,
+                r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},
+                    "b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}"#,
                 &[0; 3],
             ),
             &["model.safetensors"],
@@ -577,9 +578,8 @@ proptest::proptest! {
     fn no_value_of_any_field_does_harm(
         field in 0usize..15,
         value in proptest::prop_oneof![
-            proptest::prelude::Just(json!(null)), proptest::prelude::Just(json!([])), proptest::prelude::Just(json!({})),
-            proptest::prelude::Just(json!("text")), proptest::prelude::Just(json!(true)),
-            proptest::prelude::any::<i64>().prop_map(|v| json!(v)), proptest::prelude::any::<f64>().prop_map(|v| json!(v)),
+            Just(json!(null)), Just(json!([])), Just(json!({})), Just(json!("text")), Just(json!(true)),
+            any::<i64>().prop_map(|v| json!(v)), any::<f64>().prop_map(|v| json!(v)),
             (0u64..64).prop_map(|b| json!(1u64 << b)), (0i64..20).prop_map(|v| json!(v)),
         ],
     ) {

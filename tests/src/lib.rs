@@ -1,14 +1,46 @@
-//! What the tests share: golden data of peers, and models on a device.
+//! What the tests share: golden data of peers, an oracle, and models on a device.
+
+pub mod reference;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
 
+use bitnet_burn::backends::manager;
 use bitnet_burn::bitnet::{BitNet, LoadOptions};
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn::core::manager::{KernelManager, ManagerConfig};
 use bitnet_burn::generate;
 use bitnet_burn::nn::CacheType;
 use burn::tensor::Device;
 use safetensors::{Dtype, SafeTensors};
+
+/// The process's kernel manager as tests want it: two threads, nothing on disk, and nothing measured,
+/// so that every run takes the same kernels (the first that is registered, or `BITNET_KERNEL`).
+///
+/// # Panics
+/// If the manager was set up otherwise before.
+pub fn setup() -> &'static KernelManager {
+    static MANAGER: OnceLock<&'static KernelManager> = OnceLock::new();
+    MANAGER.get_or_init(|| {
+        let from_env = ManagerConfig::from_env().unwrap_or_else(|error| panic!("{error}"));
+        let config = ManagerConfig { threads: 2, cache_dir: None, tune_budget: Duration::ZERO, ..from_env };
+        let (manager, _) = manager::configure(config, &[]).unwrap_or_else(|error| panic!("{error}"));
+        manager
+    })
+}
+
+/// The devices in host memory that this build has.
+pub fn host_devices() -> Vec<Device> {
+    setup();
+    vec![
+        Device::flex(),
+        #[cfg(feature = "ndarray")]
+        #[allow(deprecated, reason = "Burn deprecates NdArray in favour of Flex, and still supports it")]
+        Device::ndarray(),
+    ]
+}
 
 /// The small golden sets, which are part of the repository.
 pub fn repository_golden() -> PathBuf {
@@ -33,6 +65,23 @@ pub fn golden_dir(what: &str) -> Option<PathBuf> {
             None
         }
     }
+}
+
+/// Hugging Face model directories with goldens: all with `BITNET_GOLDEN_DIR`, else the repository's two.
+pub fn hf_models() -> Vec<PathBuf> {
+    let dir = golden_dir("the model directories that are not in the repository");
+    let dir = dir.unwrap_or_else(repository_golden).join("hf");
+    let entries = std::fs::read_dir(&dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+    let mut models: Vec<_> =
+        entries.filter_map(|e| Some(e.ok()?.path())).filter(|d| d.join("goldens.safetensors").exists()).collect();
+    models.sort();
+    assert!(models.len() >= 2, "{} has {} models", dir.display(), models.len());
+    models
+}
+
+/// The last component of a path.
+pub fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// A golden tensor, as f32 (integers converted).
@@ -72,6 +121,11 @@ pub fn read_goldens(path: &Path) -> HashMap<String, Golden> {
                 Dtype::I64 => {
                     data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f32).collect()
                 }
+                Dtype::BF16 => data
+                    .chunks_exact(2)
+                    .map(|b| f32::from_bits(u32::from(u16::from_le_bytes(b.try_into().unwrap())) << 16))
+                    .collect(),
+                Dtype::U8 => data.iter().map(|&b| f32::from(b)).collect(),
                 Dtype::I8 => data.iter().map(|&b| f32::from(b as i8)).collect(),
                 other => panic!("golden {name} of type {other:?}"),
             };
@@ -114,11 +168,12 @@ pub fn read_tokens(path: &Path) -> Vec<u32> {
     ids.map(|s| s.parse().unwrap()).collect()
 }
 
-/// Loads a model.
+/// Loads a model, on the process's manager as [`setup`] makes it.
 ///
 /// # Panics
 /// If it can't be loaded.
 pub fn load(path: &Path, device: &Device, options: &LoadOptions) -> BitNet {
+    setup();
     let checkpoint = Checkpoint::open(path, &OpenOptions::default()).unwrap_or_else(|error| panic!("{error}"));
     BitNet::from_checkpoint(&checkpoint, device, options, &mut |_| {}).unwrap_or_else(|error| panic!("{error}"))
 }
@@ -134,6 +189,66 @@ pub fn all_logits(model: &BitNet, tokens: &[u32], chunk: usize, cache_type: Cach
     generate::logits(model, tokens, sequence, &mut cache, chunk, &mut |_, rows| logits.extend_from_slice(rows))
         .unwrap_or_else(|error| panic!("{error}"));
     logits
+}
+
+/// Small pseudo-random numbers (SplitMix64), the same everywhere.
+#[derive(Clone, Debug)]
+pub struct Random(pub u64);
+
+impl Random {
+    /// 64 random bits.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.bits() >> 33) as usize % n
+    }
+
+    /// A number in -1 .. 1.
+    pub fn float(&mut self) -> f32 {
+        ((self.bits() >> 40) as f32 / (1 << 23) as f32) - 1.0
+    }
+
+    /// Numbers in -1 .. 1.
+    pub fn floats(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.float()).collect()
+    }
+
+    /// Ternary weights.
+    pub fn ternary(&mut self, count: usize) -> Vec<i8> {
+        (0..count).map(|_| self.below(3) as i8 - 1).collect()
+    }
+}
+
+/// Canonical rows of ternary weights.
+pub fn canonical_rows(weights: &[i8], k: usize) -> Vec<u8> {
+    use bitnet_burn::core::formats::canonical;
+    let mut bytes = vec![0; weights.len() / k * canonical::row_bytes(k)];
+    for (row, out) in weights.chunks_exact(k).zip(bytes.chunks_exact_mut(canonical::row_bytes(k))) {
+        canonical::pack_row(row, out);
+    }
+    bytes
+}
+
+/// The same numbers, bit for bit.
+///
+/// # Panics
+/// If they are not.
+pub fn assert_same_bits(a: &[f32], b: &[f32], what: &str) {
+    assert_eq!(a.len(), b.len(), "{what}");
+    if let Some(i) = (0..a.len()).find(|&i| a[i].to_bits() != b[i].to_bits()) {
+        panic!("{what}: value {i} of {} is {:e} and {:e}", a.len(), a[i], b[i]);
+    }
+}
+
+/// The position of the largest value.
+pub fn argmax(values: &[f32]) -> usize {
+    (0..values.len()).fold(0, |best, i| if values[i] > values[best] { i } else { best })
 }
 
 /// The largest absolute difference, and NaN if one of the two has a NaN.

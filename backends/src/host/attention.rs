@@ -11,11 +11,11 @@
 //!   positions;
 //! - for each element of the head, a = fma(p, v, a) over the positions in ascending order, from +0.
 //!
-//! The first tile is the state (m, l, a); each further one is merged into it in ascending order: m' = max, c
-//! = exp(m - m'), d = exp(m_tile - m'), l = fma(l_tile, d, l * c), a = fma(a_tile, d, a * c). The result is a
-//! / l. Tiles are independent before the merge, so a single row over a long cache occupies many threads.
-//! (This is the split of Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>, at fixed
-//! places.)
+//! The first tile is the state (m, l, a); each further one is merged into it in ascending order:
+//! m' = max(m, m_tile), c = exp(m - m'), d = exp(m_tile - m'), l = fma(l_tile, d, l * c),
+//! a = fma(a_tile, d, a * c). The result is a / l. Tiles are independent before the merge, so a single row over
+//! a long cache occupies many threads. (This is the split of Flash-Decoding,
+//! <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>, at fixed places.)
 //!
 //! There are two ways to the same bits: a few rows read keys and values where they lie, once for all heads of
 //! a group; many rows transpose each run of keys, so that the lanes are positions and a score needs no sum

@@ -1,56 +1,15 @@
-//! Rotary embedding, RMSNorm, gated activations, residual sums, argmax.
+//! Rotary embedding and gated activations. (RMSNorm lives in `bitnet_burn_cpu`, beside the quantiser that it
+//! is fused with.)
 
 use bitnet_burn_core::pool::Pool;
 
-use super::simd::{Isa, Kernel, LANES, Level, exp};
+use super::simd::{Isa, Kernel, Level, exp};
 use super::{Shared, rows_fit, run};
 
 /// Elements from which on the work is shared out.
 const PARALLEL_FROM: usize = 1 << 16;
 /// Elements in one task.
 const TASK: usize = 1 << 14;
-
-/// The cosines and sines of a rotary embedding (Su et al., "RoFormer", arXiv 2104.09864) by position.
-///
-/// Pair j of position p turns by p * theta^(-2j / head_dim). The angle, its cosine and its sine are computed
-/// in f64 and rounded once to f32.
-#[derive(Clone, Debug)]
-pub(crate) struct RopeTable {
-    half: usize,
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-}
-
-impl RopeTable {
-    /// The table for positions below `max_positions`.
-    pub(crate) fn new(theta: f64, head_dim: usize, max_positions: usize) -> Self {
-        let half = head_dim / 2;
-        let frequencies: Vec<f64> =
-            (0..half).map(|j| theta.powf(-2.0 * j as f64 / head_dim as f64)).collect();
-        let angles = || (0..max_positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
-        Self {
-            half,
-            cos: angles().map(|a| a.cos() as f32).collect(),
-            sin: angles().map(|a| a.sin() as f32).collect(),
-        }
-    }
-
-    /// The cosines of the positions `first .. first + rows`, head_dim / 2 each.
-    ///
-    /// # Panics
-    /// If the table ends before.
-    pub(crate) fn cos(&self, first: usize, rows: usize) -> &[f32] {
-        &self.cos[first * self.half..(first + rows) * self.half]
-    }
-
-    /// The sines, likewise.
-    ///
-    /// # Panics
-    /// If the table ends before.
-    pub(crate) fn sin(&self, first: usize, rows: usize) -> &[f32] {
-        &self.sin[first * self.half..(first + rows) * self.half]
-    }
-}
 
 /// Turns each head of each row: with x1, x2 its halves, out = (x1 * cos - x2 * sin, x2 * cos + x1 * sin).
 ///
@@ -187,94 +146,6 @@ impl Kernel for Gated<'_> {
     }
 }
 
-/// x += y.
-///
-/// # Panics
-/// If the lengths differ.
-pub(crate) fn add(x: &mut [f32], y: &[f32]) {
-    assert_eq!(x.len(), y.len(), "elements to add");
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
-    }
-}
-
-/// RMSNorm (arXiv 1910.07467) of each row: y = (x * r) * w, r = 1 / sqrt(mean(x^2) + eps).
-///
-/// The sum of squares is taken in f32 by 16 lanes (see [`super`]), then divided by K.
-///
-/// # Arguments
-/// * `x`, `y`: rows of K
-/// * `w`: K weights
-///
-/// # Panics
-/// If the lengths do not fit.
-pub(crate) fn rms_norm_rows(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], pool: &Pool) {
-    rms_norm_at(Level::best(), x, w, eps, y, pool);
-}
-
-fn rms_norm_at(level: Level, x: &[f32], w: &[f32], eps: f32, y: &mut [f32], pool: &Pool) {
-    let k = w.len();
-    assert_eq!(x.len(), y.len(), "rows of the result");
-    if y.is_empty() {
-        return;
-    }
-    assert!(k > 0 && y.len().is_multiple_of(k), "{} values are no rows of {k}", y.len());
-    by_rows(y, k, pool, &|row, y| level.run(RmsNorm { x: &x[row * k..][..k], w, eps, y }));
-}
-
-struct RmsNorm<'a> {
-    x: &'a [f32],
-    w: &'a [f32],
-    eps: f32,
-    y: &'a mut [f32],
-}
-
-impl Kernel for RmsNorm<'_> {
-    type Out = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let mut acc = isa.splat(0.0);
-        let (chunks, rest) = self.x.as_chunks::<LANES>();
-        for chunk in chunks {
-            let x = isa.load(chunk);
-            acc = isa.fma(x, x, acc);
-        }
-        if !rest.is_empty() {
-            let x = isa.load_first(rest);
-            acc = isa.fma_first(rest.len(), x, x, acc);
-        }
-        let mean = isa.sum(acc) / self.x.len() as f32;
-        let r = 1.0 / (mean + self.eps).sqrt();
-        for ((y, x), w) in self.y.iter_mut().zip(self.x).zip(self.w) {
-            *y = (x * r) * w;
-        }
-    }
-}
-
-/// The index of the largest value, the first of equal ones. NaNs are passed over; `None` if there is nothing
-/// else.
-pub(crate) fn argmax(x: &[f32]) -> Option<usize> {
-    let mut best: Option<(usize, f32)> = None;
-    for (block, values) in x.chunks(1024).enumerate() {
-        // The largest first (which vectorises), then, only if it is a new one, where it is.
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        let (chunks, rest) = values.as_chunks::<LANES>();
-        for chunk in chunks {
-            for (lane, &v) in lanes.iter_mut().zip(chunk) {
-                *lane = if v > *lane { v } else { *lane };
-            }
-        }
-        let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &v| if v > max { v } else { max });
-        if best.is_none_or(|(_, value)| max > value)
-            && let Some(i) = values.iter().position(|&v| v == max)
-        {
-            best = Some((block * 1024 + i, max));
-        }
-    }
-    best.map(|(i, _)| i)
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::simd::tests::{Rng, bits};
@@ -284,19 +155,24 @@ mod tests {
     fn rope_turns_pairs() {
         let mut rng = Rng(1);
         let (rows, heads, head_dim, first) = (5, 3, 20, 37);
-        let table = RopeTable::new(500_000.0, head_dim, 64);
+        let angles: Vec<f64> = (first..first + rows)
+            .flat_map(|p| {
+                (0..head_dim / 2).map(move |j| p as f64 * 500_000f64.powf(-2.0 * j as f64 / head_dim as f64))
+            })
+            .collect();
+        let cos: Vec<f32> = angles.iter().map(|a| a.cos() as f32).collect();
+        let sin: Vec<f32> = angles.iter().map(|a| a.sin() as f32).collect();
         let (x_stride, out_stride) = (heads * head_dim + 4, heads * head_dim + 1);
         let x = rng.f32s(rows * x_stride);
         let mut out = vec![7.0; rows * out_stride];
-        let (cos, sin) = (table.cos(first, rows), table.sin(first, rows));
-        rope(&x, x_stride, rows, heads, head_dim, cos, sin, &mut out, out_stride);
+        rope(&x, x_stride, rows, heads, head_dim, &cos, &sin, &mut out, out_stride);
         for row in 0..rows {
             for head in 0..heads {
                 for j in 0..head_dim / 2 {
                     let at = |base: usize, half: usize| base + head * head_dim + half * head_dim / 2 + j;
                     let (x1, x2) = (x[at(row * x_stride, 0)], x[at(row * x_stride, 1)]);
                     let (y1, y2) = (out[at(row * out_stride, 0)], out[at(row * out_stride, 1)]);
-                    let angle = (first + row) as f64 * 500_000f64.powf(-2.0 * j as f64 / head_dim as f64);
+                    let angle = angles[row * head_dim / 2 + j];
                     let (x1, x2) = (f64::from(x1), f64::from(x2));
                     assert!((f64::from(y1) - (x1 * angle.cos() - x2 * angle.sin())).abs() < 3e-7);
                     assert!((f64::from(y2) - (x2 * angle.cos() + x1 * angle.sin())).abs() < 3e-7);
@@ -304,7 +180,6 @@ mod tests {
             }
             assert_eq!(out[row * out_stride + heads * head_dim], 7.0);
         }
-        assert_eq!(RopeTable::new(10_000.0, 4, 2).cos(0, 1), [1.0, 1.0]);
     }
 
     #[test]
@@ -343,55 +218,5 @@ mod tests {
         assert_eq!(out, [0.0, 45.0]);
         silu_mul(&[-200.0, 200.0, 5.0, 5.0], 2, &mut out, &pools[0]);
         assert_eq!(out, [0.0, 1000.0]);
-    }
-
-    #[test]
-    fn norms_agree_and_are_accurate() {
-        let mut rng = Rng(3);
-        let pools = [1, 2, 3].map(|threads| Pool::new(threads).unwrap());
-        for (rows, k) in [(1, 1), (3, 15), (4, 100), (2, 2560), (33, 6912)] {
-            let (x, w) = (rng.f32s(rows * k), rng.f32s(k));
-            let mut want = vec![0.0; rows * k];
-            rms_norm_rows(&x, &w, 1e-5, &mut want, &pools[0]);
-            for (x, y) in x.chunks(k).zip(want.chunks(k)) {
-                let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / k as f64;
-                let r = 1.0 / (mean + 1e-5f32 as f64).sqrt();
-                for ((x, y), w) in x.iter().zip(y).zip(&w) {
-                    let exact = f64::from(*x) * r * f64::from(*w);
-                    assert!((f64::from(*y) - exact).abs() <= 2e-6 * exact.abs(), "{y} {exact}");
-                }
-            }
-            for level in Level::available() {
-                for pool in &pools {
-                    let mut y = vec![0.0; rows * k];
-                    rms_norm_at(level, &x, &w, 1e-5, &mut y, pool);
-                    assert!(bits(&y) == bits(&want), "{level:?}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn adds() {
-        let mut x = [1.0, 2.0];
-        add(&mut x, &[0.5, -2.0]);
-        assert_eq!(x, [1.5, 0.0]);
-    }
-
-    #[test]
-    fn argmax_takes_the_first_largest() {
-        assert_eq!(argmax(&[]), None);
-        assert_eq!(argmax(&[f32::NAN]), None);
-        assert_eq!(argmax(&[f32::NEG_INFINITY; 2]), Some(0));
-        assert_eq!(argmax(&[f32::NAN, -1.0, 3.0, 3.0, f32::NAN]), Some(2));
-        let mut rng = Rng(4);
-        for n in [1, 16, 100, 1024, 5000] {
-            let mut x = rng.f32s(n);
-            let at = rng.next() as usize % n;
-            x[at] = 2.0;
-            assert_eq!(argmax(&x), Some(at));
-            x.extend(x.clone());
-            assert_eq!(argmax(&x), Some(at));
-        }
     }
 }

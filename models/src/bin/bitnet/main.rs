@@ -1,1 +1,93 @@
-fn main() {}
+//! `bitnet`: run, look at and measure BitNet models.
+
+mod args;
+mod bench;
+mod engine;
+mod inspect;
+mod kernels;
+mod logits;
+mod output;
+mod perplexity;
+mod run;
+mod synth;
+mod tokenize;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Run, look at and measure BitNet (1.58-bit) models.
+///
+/// A model is a GGUF file or a Hugging Face directory (config.json with safetensors).
+#[derive(Debug, Parser)]
+#[command(name = "bitnet", version, after_long_help = ENVIRONMENT, propagate_version = true)]
+#[command(arg_required_else_help = true, subcommand_required = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const ENVIRONMENT: &str = "\
+Environment (a flag wins over its variable):
+  BITNET_THREADS      threads of the kernels (--threads); default: one per physical core
+  BITNET_KERNEL       use this kernel alone (--kernel)
+  BITNET_PLUGIN_PATH  kernel plugins: files and directories of them, separated as in PATH (--plugin)
+  BITNET_CPU_MASK     CPU features to act as if the machine lacked them, separated by commas
+  BITNET_STRICT_MODE  1: a ternary matmul that no kernel can compute is an error, and so is a refused plugin
+  BITNET_CACHE_DIR    where measurements of kernels are kept; empty: nowhere; default: the user's cache directory
+  RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn
+
+Exit status: 0 done, 1 error, 2 wrong usage.
+
+Examples:
+  bitnet run --model model.gguf --prompt 'The capital of France is'
+  bitnet inspect --model model.gguf --check
+  bitnet synth --shape 2b-4t --out synthetic.gguf
+  bitnet bench --model synthetic.gguf -p 128 -n 64 --threads 1
+  bitnet kernels --explain 6912x2560";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(run::RunArgs),
+    Inspect(inspect::InspectArgs),
+    Tokenize(tokenize::TokenizeArgs),
+    Kernels(kernels::KernelsArgs),
+    Bench(bench::BenchArgs),
+    Synth(synth::SynthArgs),
+    Perplexity(perplexity::PerplexityArgs),
+    Logits(logits::LogitsArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    output::start_logging();
+    let result = match cli.command {
+        Command::Run(args) => run::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Tokenize(args) => tokenize::run(args),
+        Command::Kernels(args) => kernels::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Synth(args) => synth::run(args),
+        Command::Perplexity(args) => perplexity::run(args),
+        Command::Logits(args) => logits::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has seen enough: `bitnet inspect ... | head`.
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::print_error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,237 @@
+//! Flags that several subcommands share.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn::config::Activation;
+use bitnet_burn::nn::CacheType;
+use burn::tensor::Device;
+use clap::{Args, ValueEnum};
+
+/// Which files.
+#[derive(Debug, Args)]
+pub struct FileArgs {
+    /// The model: a GGUF file, or a directory with config.json and safetensors
+    #[arg(long, short, value_name = "PATH", help_heading = "Model")]
+    pub model: PathBuf,
+    /// The feed-forward activation, for files that don't state it: relu2 or silu
+    #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Model")]
+    pub hidden_act: Option<Activation>,
+    /// The pre-tokenizer, for GGUF files that don't name it (llama-bpe, gpt-2, qwen2 ...)
+    #[arg(long, value_name = "NAME", help_heading = "Model")]
+    pub pre: Option<String>,
+}
+
+impl FileArgs {
+    /// Opens the files; warnings have been logged.
+    pub fn open(&self) -> anyhow::Result<Checkpoint> {
+        let options = OpenOptions { hidden_act: self.hidden_act, pre: self.pre.clone() };
+        Ok(Checkpoint::open(&self.model, &options)?)
+    }
+}
+
+/// How many threads.
+#[derive(Debug, Args)]
+pub struct ThreadArgs {
+    /// Threads of the kernels [default: one per physical core]
+    #[arg(long, short, value_name = "N", value_parser = threads, help_heading = "Kernels")]
+    pub threads: Option<usize>,
+}
+
+/// Which kernels.
+#[derive(Debug, Args)]
+pub struct KernelArgs {
+    #[command(flatten)]
+    pub threads: ThreadArgs,
+    /// Use this kernel alone: `plugin/kernel`, or `kernel` (see `bitnet kernels`)
+    #[arg(long, value_name = "NAME", help_heading = "Kernels")]
+    pub kernel: Option<String>,
+    /// A kernel plugin, or a directory of them: runs their code; may be repeated
+    #[arg(long = "plugin", value_name = "PATH", help_heading = "Kernels")]
+    pub plugins: Vec<PathBuf>,
+}
+
+/// Which files, kernels and device, and how much memory for the context.
+#[derive(Debug, Args)]
+pub struct EngineArgs {
+    #[command(flatten)]
+    pub file: FileArgs,
+    #[command(flatten)]
+    pub kernels: KernelArgs,
+    /// Where the model computes; each is compiled in by the cargo feature of its name
+    #[arg(long, value_enum, default_value_t = DeviceKind::compiled(), help_heading = "Kernels")]
+    pub device: DeviceKind,
+    /// Positions of the KV cache [default: as many as the model was trained for]
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Model")]
+    pub context: Option<usize>,
+    /// Type of the cached keys and values
+    #[arg(long, value_enum, default_value_t = KvCacheType::F32, help_heading = "Model")]
+    pub kv_cache: KvCacheType,
+}
+
+impl EngineArgs {
+    /// The context that was asked for, or else the model's, at most `default`.
+    pub fn context(&self, checkpoint: &Checkpoint, default: usize) -> anyhow::Result<usize> {
+        let trained = checkpoint.config().context_length;
+        match self.context {
+            None => Ok(trained.min(default)),
+            Some(context) if context <= trained => Ok(context),
+            Some(context) => bail!("--context {context}: the model was trained for {trained} positions"),
+        }
+    }
+}
+
+/// Burn's backends, by the features of this package.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceKind {
+    /// The CPU, with the kernels of plugins
+    Flex,
+    /// The CPU through NdArray, with the kernels of plugins
+    Ndarray,
+    /// A GPU through wgpu, with Burn's own operations
+    Wgpu,
+}
+
+impl DeviceKind {
+    /// The first that is compiled in.
+    fn compiled() -> Self {
+        if cfg!(feature = "flex") {
+            Self::Flex
+        } else if cfg!(feature = "ndarray") {
+            Self::Ndarray
+        } else if cfg!(feature = "wgpu") {
+            Self::Wgpu
+        } else {
+            Self::Flex
+        }
+    }
+
+    /// Its name, which is that of its feature.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Flex => "flex",
+            Self::Ndarray => "ndarray",
+            Self::Wgpu => "wgpu",
+        }
+    }
+
+    /// The device, if it is compiled in and there is one.
+    pub fn open(self) -> anyhow::Result<Device> {
+        match self {
+            #[cfg(feature = "flex")]
+            Self::Flex => Ok(Device::flex()),
+            #[cfg(feature = "ndarray")]
+            #[allow(deprecated, reason = "NdArray still has users")]
+            Self::Ndarray => Ok(Device::ndarray()),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => wgpu(),
+            #[allow(unreachable_patterns, reason = "with all features")]
+            _ => {
+                let name = self.name();
+                bail!("--device {name} is not compiled in: build with `cargo build --release --features {name}`")
+            }
+        }
+    }
+}
+
+/// A GPU, tried out: wgpu panics where there is none.
+#[cfg(feature = "wgpu")]
+fn wgpu() -> anyhow::Result<Device> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    let device = std::panic::catch_unwind(|| {
+        let device = Device::wgpu(Default::default());
+        let data = burn::tensor::Tensor::<1>::ones([1], &device).try_into_data();
+        data.map(|_| device).map_err(|error| error.to_string())
+    });
+    std::panic::set_hook(hook);
+    let problem = match device {
+        Ok(Ok(device)) => return Ok(device),
+        Ok(Err(error)) => error,
+        Err(payload) => payload
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| payload.downcast_ref::<&str>().map(|&s| s.to_owned()))
+            .unwrap_or_else(|| "unknown error".into()),
+    };
+    bail!("--device wgpu: there is no usable GPU here: {problem}")
+}
+
+/// Types of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KvCacheType {
+    /// 4 bytes a value
+    F32,
+    /// 2 bytes a value
+    F16,
+}
+
+impl From<KvCacheType> for CacheType {
+    fn from(kind: KvCacheType) -> Self {
+        match kind {
+            KvCacheType::F32 => Self::F32,
+            KvCacheType::F16 => Self::F16,
+        }
+    }
+}
+
+pub fn activation(name: &str) -> Result<Activation, String> {
+    Activation::from_name(name).ok_or_else(|| "it is relu2 or silu".into())
+}
+
+/// A number of at least 1.
+pub fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be at least 1".into()),
+        Ok(n) => Ok(n),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    positive(text).and_then(|n| if n <= 1024 { Ok(n) } else { Err("at most 1024 are possible".into()) })
+}
+
+/// Token ids in a file, separated by commas or white space.
+pub fn read_tokens(path: &Path, vocabulary: usize) -> anyhow::Result<Vec<u32>> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = std::str::from_utf8(&bytes)
+        .ok()
+        .with_context(|| format!("{}: not text; token ids are expected", path.display()))?;
+    let tokens = parse_tokens(text, vocabulary).with_context(|| path.display().to_string())?;
+    if tokens.is_empty() {
+        bail!("{}: there are no token ids in it", path.display());
+    }
+    Ok(tokens)
+}
+
+/// Token ids, separated by commas or white space.
+pub fn parse_tokens(text: &str, vocabulary: usize) -> anyhow::Result<Vec<u32>> {
+    let separated = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|part| !part.is_empty());
+    let id = |(i, part): (usize, &str)| match part.parse::<u32>() {
+        Ok(id) if (id as usize) < vocabulary => Ok(id),
+        Ok(id) => bail!("entry {}: token {id} is not in the model's vocabulary of {vocabulary}", i + 1),
+        Err(_) => {
+            let shown: String = part.chars().take(40).collect();
+            bail!("entry {}: {shown:?} is not a token id; ids are separated by commas or white space", i + 1)
+        }
+    };
+    separated.enumerate().map(id).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn token_ids_are_separated_by_commas_or_white_space() {
+        assert_eq!(parse_tokens("1,2, 3\n4\t5,,\n", 6).unwrap(), [1, 2, 3, 4, 5]);
+        assert!(parse_tokens("", 6).unwrap().is_empty());
+        let error = |text: &str| parse_tokens(text, 6).unwrap_err().to_string();
+        assert!(error("1 x").starts_with("entry 2: \"x\" is not a token id"));
+        assert!(error("1 6").starts_with("entry 2: token 6 is not in the model's vocabulary of 6"));
+        assert!(error("-1").contains("is not a token id"));
+        assert!(error("1 4294967296").contains("is not a token id"));
+    }
+}

@@ -1,0 +1,155 @@
+//! What people and machines get to see: stdout, stderr, errors, logs, progress, files.
+
+use std::fmt::Display;
+use std::io::{self, ErrorKind, IsTerminal as _, Write};
+use std::path::Path;
+
+use anyhow::Context as _;
+use bitnet_burn::bitnet::ForwardError;
+use bitnet_burn::checkpoint::LoadError;
+use bitnet_burn::core::ManagerError;
+use bitnet_burn::core::plugin::PluginError;
+use bitnet_burn::generate::GenerateError;
+use bitnet_burn::tokenizer::TokenizerError;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+use tracing_subscriber::EnvFilter;
+
+/// Logs go to stderr: warnings, or what `RUST_LOG` asks for.
+pub fn start_logging() {
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new("warn,wgpu_core=error,wgpu_hal=error,naga=error"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
+        .without_time()
+        .with_target(false)
+        .init();
+}
+
+/// A line on stderr. That stderr is closed is nobody's problem.
+pub fn note(message: impl Display) {
+    let _ = writeln!(io::stderr(), "{message}");
+}
+
+/// `warning: ...` on stderr.
+pub fn warning(message: impl Display) {
+    note(format_args!("warning: {message}"));
+}
+
+/// A line on stdout.
+pub fn print(message: impl Display) -> anyhow::Result<()> {
+    writeln!(io::stdout().lock(), "{message}").context("cannot write to stdout")
+}
+
+/// A line of JSON on stdout.
+pub fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    print(serde_json::to_string(value).context("cannot write JSON")?)
+}
+
+/// Whether an error is that nobody reads our output any more.
+pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let broken = |e: &io::Error| e.kind() == ErrorKind::BrokenPipe;
+    error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(broken))
+}
+
+/// `error: ...`, its causes, and what to do about it where that is known.
+pub fn print_error(error: &anyhow::Error) {
+    let mut said = error.to_string();
+    note(format_args!("error: {said}"));
+    for cause in error.chain().skip(1) {
+        let text = cause.to_string();
+        // Many errors say their cause themselves.
+        if !said.contains(&text) {
+            note(format_args!("  caused by: {text}"));
+            said = text;
+        }
+    }
+    if let Some(hint) = error.chain().find_map(hint) {
+        note(format_args!("  hint: {hint}"));
+    }
+}
+
+/// What would help.
+fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+    if let Some(error) = cause.downcast_ref::<ManagerError>() {
+        return match error {
+            ManagerError::UnknownKernel { .. } => Some("`bitnet kernels` shows what there is"),
+            ManagerError::NoKernel { .. } => Some(
+                "`bitnet kernels` shows each kernel's status; without BITNET_STRICT_MODE the (slow) reference \
+                 computes",
+            ),
+            _ => None,
+        };
+    }
+    if let Some(error) = cause.downcast_ref::<LoadError>() {
+        return match error {
+            LoadError::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
+                Some("--model takes a GGUF file or a directory with config.json and safetensors")
+            }
+            LoadError::NotTernary { .. } => Some("`bitnet inspect` shows the types of all tensors"),
+            _ => None,
+        };
+    }
+    if let Some(TokenizerError::Invalid { .. }) = cause.downcast_ref() {
+        return Some("--tokens-file takes token ids instead of text and needs no tokenizer");
+    }
+    if let Some(PluginError::Read { .. }) = cause.downcast_ref() {
+        return Some("--plugin and BITNET_PLUGIN_PATH take files and directories of libraries");
+    }
+    if let Some(GenerateError::Forward(ForwardError::Cache(_))) = cause.downcast_ref() {
+        return Some("--context gives the KV cache more positions, up to those that the model was trained for");
+    }
+    None
+}
+
+/// A progress bar on stderr, where that is a terminal.
+pub fn bar(total: u64, template: &str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar
+}
+
+/// Writes a file as a whole or not at all: under a temporary name beside it, then renamed.
+pub fn write_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let action = || format!("cannot write {}", path.display());
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".bitnet-").suffix(".part");
+    // The mode of any new file: temporary files are for their owner alone otherwise.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut temporary = builder.tempfile_in(directory).with_context(action)?;
+    let mut out = io::BufWriter::with_capacity(1 << 20, temporary.as_file_mut());
+    write(&mut out)?;
+    out.flush().with_context(action)?;
+    drop(out);
+    temporary.as_file().sync_all().with_context(action)?;
+    temporary.persist(path).map_err(|e| e.error).with_context(action)?;
+    Ok(())
+}
+
+/// Columns of text, each as wide as its widest cell, the last one open.
+pub fn columns(rows: &[Vec<String>]) -> String {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..count).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line.push_str(&format!("{cell:<width$}  "));
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}

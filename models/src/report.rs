@@ -1,0 +1,367 @@
+//! What a run did, in figures: one type for people (a table), for machines (JSON) and for embedders.
+//!
+//! Everything here was measured or counted; what was not measured is absent.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bitnet_burn_core::manager::{Fallback, KernelReport, ManagerReport, REFERENCE};
+use serde::Serialize;
+
+use crate::checkpoint::Checkpoint;
+use crate::generate::{Finish, Generation};
+
+/// The model that ran.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ModelSummary {
+    /// The file or directory.
+    pub path: PathBuf,
+    /// What the file calls it.
+    pub architecture: String,
+    /// Its name, where the file has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+impl ModelSummary {
+    /// Of an open checkpoint.
+    pub fn of(checkpoint: &Checkpoint) -> Self {
+        let config = checkpoint.config();
+        Self {
+            path: checkpoint.path().to_owned(),
+            architecture: config.architecture.clone(),
+            name: config.name.clone(),
+        }
+    }
+}
+
+/// Seconds that single tokens took.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Latency {
+    /// Half of the tokens took no longer.
+    pub p50: f64,
+    /// 95 % of the tokens took no longer.
+    pub p95: f64,
+}
+
+impl Latency {
+    /// By nearest rank; `None` without a token.
+    pub fn of(steps: &[Duration]) -> Option<Self> {
+        let mut sorted = steps.to_vec();
+        sorted.sort_unstable();
+        let rank = |percent: usize| {
+            let index = (sorted.len() * percent).div_ceil(100).max(1) - 1;
+            sorted.get(index).map(Duration::as_secs_f64)
+        };
+        Some(Self { p50: rank(50)?, p95: rank(95)? })
+    }
+}
+
+/// Measurements of kernels: made now, or remembered.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Tuning {
+    /// Signatures (shape, rows, threads) measured in this run.
+    pub measured: u64,
+    /// Signatures whose measurements came from the cache file.
+    pub from_cache: u64,
+    /// Seconds that looking them up and measuring took while the model was loaded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+    /// The cache file, if one is kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_file: Option<PathBuf>,
+    /// What is wrong with the cache file, if something is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_problem: Option<String>,
+}
+
+/// Which kernels computed, and whether any was replaced.
+#[derive(Clone, Debug, Serialize)]
+pub struct Receipt {
+    /// `flex`, `ndarray`, `wgpu` ...
+    pub device: String,
+    /// Threads of the kernels.
+    pub threads: usize,
+    /// Whether strict mode was on: no ternary matmul on the reference.
+    pub strict: bool,
+    /// Kernels that computed, with their calls.
+    pub kernels: Vec<KernelReport>,
+    /// Ternary matmuls that the reference computed.
+    pub reference_calls: u64,
+    /// Kernels that failed, and what took over.
+    pub fallbacks: Vec<Fallback>,
+    /// Where the choice of kernels comes from.
+    pub tuning: Tuning,
+    /// Plugins and kernels of plugins that were refused, with the reason.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub refused_plugins: Vec<String>,
+}
+
+impl Receipt {
+    /// What happened between two reports of a manager.
+    pub fn between(device: &str, before: &ManagerReport, after: &ManagerReport) -> Self {
+        let since = |fallback: &Fallback| {
+            let earlier = before.fallbacks.iter().find(|f| {
+                (&f.kernel, &f.replacement, f.shape) == (&fallback.kernel, &fallback.replacement, fallback.shape)
+            });
+            let count = fallback.count.saturating_sub(earlier.map_or(0, |f| f.count));
+            (count > 0).then(|| Fallback { count, ..fallback.clone() })
+        };
+        Self {
+            device: device.to_owned(),
+            threads: after.threads,
+            strict: after.strict,
+            kernels: after.used_since(before),
+            reference_calls: after.reference_calls - before.reference_calls,
+            fallbacks: after.fallbacks.iter().filter_map(since).collect(),
+            tuning: Tuning {
+                measured: after.tuned - before.tuned,
+                from_cache: after.cached - before.cached,
+                seconds: None,
+                cache_file: after.cache_file.clone(),
+                cache_problem: after.cache_problem.clone(),
+            },
+            refused_plugins: Vec::new(),
+        }
+    }
+}
+
+/// What a generation did.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunReport {
+    /// The model.
+    pub model: ModelSummary,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated.
+    pub generated_tokens: usize,
+    /// Why it ended.
+    pub finish: Finish,
+    /// The seed of the sampler, where one was used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// Seconds from opening the files to a model that is ready.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load_seconds: Option<f64>,
+    /// Seconds for the prompt.
+    pub prefill_seconds: f64,
+    /// Tokens of the prompt a second.
+    pub prefill_tokens_per_s: f64,
+    /// Seconds from the start of the prompt to the first new token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_token_seconds: Option<f64>,
+    /// Tokens a second behind the first, which is the prompt's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode_tokens_per_s: Option<f64>,
+    /// Seconds a token behind the first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_seconds: Option<Latency>,
+    /// Bytes of the KV cache.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache_bytes: Option<usize>,
+    /// Most memory that the process had resident at once, mapped files included, where the system tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_rss_bytes: Option<u64>,
+    /// Which kernels computed.
+    #[serde(flatten)]
+    pub receipt: Receipt,
+}
+
+impl RunReport {
+    /// Of a generation that has just ended.
+    pub fn new(model: ModelSummary, generation: &Generation, receipt: Receipt) -> Self {
+        let decode: Duration = generation.steps.iter().sum();
+        let prefill_seconds = generation.prefill.as_secs_f64();
+        Self {
+            model,
+            prompt_tokens: generation.prompt_tokens,
+            generated_tokens: generation.tokens.len(),
+            finish: generation.finish,
+            seed: None,
+            load_seconds: None,
+            prefill_seconds,
+            prefill_tokens_per_s: generation.prompt_tokens as f64 / prefill_seconds,
+            first_token_seconds: generation.first_token.map(|d| d.as_secs_f64()),
+            decode_tokens_per_s: (!generation.steps.is_empty())
+                .then(|| generation.steps.len() as f64 / decode.as_secs_f64()),
+            token_seconds: Latency::of(&generation.steps),
+            kv_cache_bytes: None,
+            peak_rss_bytes: peak_rss_bytes(),
+            receipt,
+        }
+    }
+}
+
+/// Most memory that this process had resident at once, where the system tells (`VmHWM` on Linux).
+pub fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Bytes in the largest decimal unit that leaves a digit in front: `1.21 GB`.
+pub fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut unit = 0;
+    let mut value = bytes as f64;
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{bytes} B"),
+        _ if value < 9.995 => format!("{value:.2} {}", UNITS[unit]),
+        _ if value < 99.95 => format!("{value:.1} {}", UNITS[unit]),
+        _ => format!("{value:.0} {}", UNITS[unit]),
+    }
+}
+
+/// A time in the unit that suits it: `12.3 ms`.
+pub fn human_seconds(seconds: f64) -> String {
+    match seconds {
+        s if s >= 0.9995 => format!("{s:.2} s"),
+        s if s >= 0.9995e-3 => format!("{:.1} ms", s * 1e3),
+        s => format!("{:.1} us", s * 1e6),
+    }
+}
+
+/// `1 token`, `2 tokens`.
+pub fn count(n: u64, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
+}
+
+/// One line of a table for people.
+pub(crate) fn line(f: &mut fmt::Formatter<'_>, label: &str, value: impl fmt::Display) -> fmt::Result {
+    writeln!(f, "{label:<13} {value}")
+}
+
+fn file(path: &Path) -> String {
+    path.display().to_string()
+}
+
+impl fmt::Display for Tuning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let n = |count_of: u64| count(count_of, "signature");
+        match (self.measured, self.from_cache) {
+            (0, 0) => write!(f, "nothing to measure")?,
+            (0, cached) => write!(f, "measured nothing; {} from the cache", n(cached))?,
+            (measured, 0) => write!(f, "{} measured", n(measured))?,
+            (measured, cached) => write!(f, "{} measured, {cached} from the cache", n(measured))?,
+        }
+        if let Some(seconds) = self.seconds.filter(|_| self.measured > 0) {
+            write!(f, " in {}", human_seconds(seconds))?;
+        }
+        if let Some(path) = &self.cache_file {
+            write!(f, " ({})", file(path))?;
+        }
+        match &self.cache_problem {
+            Some(problem) => write!(f, "; the cache file {problem}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Receipt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let strict = if self.strict { ", strict mode" } else { "" };
+        line(f, "device", format_args!("{}, {}{strict}", self.device, count(self.threads as u64, "thread")))?;
+        let mut label = "kernels";
+        if self.kernels.is_empty() {
+            line(f, label, "none of the manager's: the device's own operations computed")?;
+        }
+        for kernel in &self.kernels {
+            let calls = count(kernel.calls, "call");
+            if kernel.kernel == REFERENCE {
+                line(f, label, format_args!("{REFERENCE} (slow: no kernel could compute), {calls}"))?;
+            } else {
+                let KernelReport { kernel: name, version, origin, layout, .. } = kernel;
+                line(f, label, format_args!("{name} {version} ({origin}; layout {layout}), {calls}"))?;
+            }
+            label = "";
+        }
+        line(f, "tuning", &self.tuning)?;
+        let mut label = "fallbacks";
+        for fallback in &self.fallbacks {
+            let Fallback { kernel, replacement, shape: (m, n, k), reason, count } = fallback;
+            line(f, label, format_args!("{kernel} -> {replacement}, {count} x, [{m}, {k}] x [{n}, {k}]ᵀ: {reason}"))?;
+            label = "";
+        }
+        let mut label = "refused";
+        for refused in &self.refused_plugins {
+            line(f, label, refused)?;
+            label = "";
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for RunReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.model.name.as_ref().map(|name| format!(", {name}")).unwrap_or_default();
+        line(f, "model", format_args!("{} ({}{name})", file(&self.model.path), self.model.architecture))?;
+        let ended = match self.finish {
+            Finish::Length => "as many as asked for",
+            Finish::StopToken => "ended by the model",
+            Finish::StopString => "ended by a stop string",
+            Finish::Context => "ended by the context, which is full",
+            Finish::Cancelled => "cancelled",
+        };
+        let (prompt, generated) = (self.prompt_tokens, self.generated_tokens);
+        line(f, "tokens", format_args!("{prompt} of the prompt, {generated} generated; {ended}"))?;
+        if let Some(seed) = self.seed {
+            line(f, "seed", seed)?;
+        }
+        if let Some(seconds) = self.load_seconds {
+            line(f, "load", human_seconds(seconds))?;
+        }
+        let (rate, time) = (self.prefill_tokens_per_s, human_seconds(self.prefill_seconds));
+        line(f, "prefill", format_args!("{rate:.1} tokens/s ({prompt} in {time})"))?;
+        if let Some(seconds) = self.first_token_seconds {
+            line(f, "first token", human_seconds(seconds))?;
+        }
+        if let (Some(rate), Some(Latency { p50, p95 })) = (self.decode_tokens_per_s, self.token_seconds) {
+            let (p50, p95) = (human_seconds(p50), human_seconds(p95));
+            line(f, "decode", format_args!("{rate:.1} tokens/s (a token: median {p50}, 95 % below {p95})"))?;
+        }
+        if let Some(bytes) = self.kv_cache_bytes {
+            line(f, "KV cache", human_bytes(bytes as u64))?;
+        }
+        if let Some(bytes) = self.peak_rss_bytes {
+            line(f, "peak memory", human_bytes(bytes))?;
+        }
+        write!(f, "{}", self.receipt)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_nearest_ranks() {
+        let steps = |n: u64| (1..=n).rev().map(Duration::from_secs).collect::<Vec<_>>();
+        assert_eq!(Latency::of(&[]), None);
+        assert_eq!(Latency::of(&steps(1)), Some(Latency { p50: 1.0, p95: 1.0 }));
+        assert_eq!(Latency::of(&steps(20)), Some(Latency { p50: 10.0, p95: 19.0 }));
+        assert_eq!(Latency::of(&steps(100)), Some(Latency { p50: 50.0, p95: 95.0 }));
+    }
+
+    #[test]
+    fn sizes_and_times_are_readable() {
+        assert_eq!(human_bytes(999), "999 B");
+        assert_eq!(human_bytes(1000), "1.00 kB");
+        assert_eq!(human_bytes(12_345_678), "12.3 MB");
+        assert_eq!(human_bytes(999_600), "1.00 MB");
+        assert_eq!(human_bytes(u64::MAX), "18446744 TB");
+        assert_eq!(human_seconds(1.5), "1.50 s");
+        assert_eq!(human_seconds(0.0312), "31.2 ms");
+        assert_eq!(human_seconds(4.2e-5), "42.0 us");
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_peak_is_measured() {
+        assert!(peak_rss_bytes().unwrap() > 1 << 20);
+    }
+}
