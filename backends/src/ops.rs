@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bitnet_burn_core::formats::canonical;
 use bitnet_burn_core::manager::{Choice, LayoutPolicy, ManagerError, Packed};
-use burn::backend::Dispatch;
+use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
 use crate::extension::{
@@ -48,8 +48,14 @@ pub fn words(bytes: bytes::Bytes, shape: [usize; 2], device: &Device) -> Tensor<
 
 /// Whether a device's tensors lie in host memory, where the kernels of plugins run.
 pub fn is_host(device: &Device) -> bool {
-    let kind = format!("{device:?}");
-    kind.contains("Flex") || kind.contains("NdArray")
+    match device.clone().without_autodiff().as_dispatch() {
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => true,
+        #[cfg(feature = "ndarray")]
+        DispatchDevice::NdArray(_) => true,
+        #[allow(unreachable_patterns, reason = "without another backend there are only these")]
+        _ => false,
+    }
 }
 
 impl TernaryMatrix {

@@ -71,7 +71,8 @@ fn physical_in_sysfs() -> Option<usize> {
 /// Bytes of the largest cache level, where the system tells.
 pub fn last_level_cache() -> Option<usize> {
     let size = |index: usize| {
-        let text = std::fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size")).ok()?;
+        let text =
+            std::fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size")).ok()?;
         let text = text.trim();
         let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
         let factor = match unit {

@@ -273,8 +273,7 @@ mod tests {
     #[test]
     fn buffers_are_aligned_disjoint_and_zero() {
         let arena = WeightArena::default();
-        let mut buffers: Vec<_> =
-            (1..40).map(|i| arena.allocate(i * 1000, 1 << (i % 13)).unwrap()).collect();
+        let mut buffers: Vec<_> = (1..40).map(|i| arena.allocate(i * 1000, 1 << (i % 13)).unwrap()).collect();
         buffers.push(arena.allocate(CHUNK + 5, 64).unwrap());
         for (i, buffer) in buffers.iter_mut().enumerate() {
             assert!(buffer.as_slice().iter().all(|&b| b == 0));

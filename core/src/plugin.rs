@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bitnet_burn_plugin::abi::{
-    self, ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, EntryFn, Kernel as RawKernel, MAX_WEIGHT_ALIGNMENT,
-    Message, OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, STATUS_OK, Signature, Status, TARGET_CPU,
+    self, ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, EntryFn, Kernel as RawKernel, MAX_WEIGHT_ALIGNMENT, Message,
+    OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, STATUS_OK, Signature, Status, TARGET_CPU,
 };
 use sha2::{Digest, Sha256};
 
@@ -158,12 +158,8 @@ impl Plugin {
     /// # Safety
     /// `descriptor` is null or points to the beginning of a descriptor of any version, which lives as
     /// long as the process, and whose pointers are null or valid.
-    pub unsafe fn from_descriptor(
-        descriptor: *const RawPlugin,
-        origin: Origin,
-    ) -> Result<Self, PluginError> {
-        let invalid =
-            |reason: String| PluginError::Descriptor { origin: origin.to_string(), reason };
+    pub unsafe fn from_descriptor(descriptor: *const RawPlugin, origin: Origin) -> Result<Self, PluginError> {
+        let invalid = |reason: String| PluginError::Descriptor { origin: origin.to_string(), reason };
         if descriptor.is_null() || !descriptor.is_aligned() {
             return Err(invalid("the entry point returned no descriptor".into()));
         }
@@ -240,7 +236,9 @@ impl Plugin {
                 id: format!("{}/{}", self.name, text(raw.0.name, 63).expect("checked")),
                 layout: text(raw.0.layout, 63).map(|layout| format!("{}/{layout}", self.name)),
                 features: text(raw.0.features, 255)
-                    .map(|list| list.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect())
+                    .map(|list| {
+                        list.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect()
+                    })
                     .unwrap_or_default(),
                 plugin: self.clone(),
                 raw: raw.0,
@@ -287,7 +285,10 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<&'static R
         ));
     }
     if !(1..=4096).contains(&kernel.row_granule) {
-        return Err(format!("kernel `{name}` has a row granule of {}; 1 to 4096 are possible", kernel.row_granule));
+        return Err(format!(
+            "kernel `{name}` has a row granule of {}; 1 to 4096 are possible",
+            kernel.row_granule
+        ));
     }
     if kernel.supports.is_none() || kernel.run.is_none() {
         return Err(format!("kernel `{name}` lacks `supports` or `run`"));
@@ -455,7 +456,11 @@ impl Kernel {
     ///
     /// # Safety
     /// `packed` is filled, and `canonical` has room for the whole matrix.
-    pub(crate) unsafe fn unpack(&self, packed: &abi::Weights, canonical: *mut u8) -> Result<(), KernelFailure> {
+    pub(crate) unsafe fn unpack(
+        &self,
+        packed: &abi::Weights,
+        canonical: *mut u8,
+    ) -> Result<(), KernelFailure> {
         let unpack = self.raw.unpack.expect("checked with the layout");
         // SAFETY: the caller's promise.
         call(|message| unsafe { unpack(packed, canonical, 0, packed.n, message) })
@@ -468,7 +473,11 @@ impl Kernel {
 
     /// # Safety
     /// Filled activations, and a workspace of [`workspace_size`](Self::workspace_size) bytes.
-    pub(crate) unsafe fn prepare(&self, x: &abi::Activations, workspace: *mut u8) -> Result<(), KernelFailure> {
+    pub(crate) unsafe fn prepare(
+        &self,
+        x: &abi::Activations,
+        workspace: *mut u8,
+    ) -> Result<(), KernelFailure> {
         match self.raw.prepare {
             None => Ok(()),
             // SAFETY: the caller's promise.

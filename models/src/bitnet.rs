@@ -176,12 +176,8 @@ impl BitNet {
         let with_norm = |linear: BitLinear, which: Norm| -> Result<BitLinear, ModelError> {
             if config.sub_norms { Ok(linear.with_norm(norm(which)?)) } else { Ok(linear) }
         };
-        let attention = BitAttentionConfig::new(
-            config.hidden_size,
-            config.n_heads,
-            config.n_kv_heads,
-            config.head_dim,
-        );
+        let attention =
+            BitAttentionConfig::new(config.hidden_size, config.n_heads, config.n_kv_heads, config.head_dim);
         let activation = match config.activation {
             Activation::Relu2 => GatedActivation::Relu2,
             Activation::Silu => GatedActivation::Silu,
@@ -246,7 +242,12 @@ impl BitNet {
     /// # Errors
     /// If a row does not continue its sequence, a token is not in the vocabulary, the context is
     /// full, or a kernel refuses. The sequences' lengths are unchanged then.
-    pub fn forward(&self, rows: &[Row], wanted: &[usize], cache: &mut KvCache) -> Result<Tensor<2>, ForwardError> {
+    pub fn forward(
+        &self,
+        rows: &[Row],
+        wanted: &[usize],
+        cache: &mut KvCache,
+    ) -> Result<Tensor<2>, ForwardError> {
         let batch = self.batch(rows, cache)?;
         let tokens: Vec<u32> = rows.iter().map(|row| row.token).collect();
         let mut x = self.embedding.rows(&tokens);
@@ -291,7 +292,10 @@ impl BitNet {
             }
         }
         if sequences.is_empty() {
-            return Err(ForwardError::Rows { row: 0, problem: "a forward pass takes at least one row".into() });
+            return Err(ForwardError::Rows {
+                row: 0,
+                problem: "a forward pass takes at least one row".into(),
+            });
         }
         for sequence in &sequences {
             cache.reserve(sequence.id, sequence.rows.len())?;

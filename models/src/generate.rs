@@ -219,8 +219,8 @@ pub fn generate_text(
         let flow = if output.text.is_empty() { ControlFlow::Continue(()) } else { on_text(&output.text) };
         (flow, output.stopped.is_some())
     };
-    let mut generation = generate(model, prompt, sequence, cache, options, &mut |token, _| {
-        match decoder.push(token) {
+    let mut generation =
+        generate(model, prompt, sequence, cache, options, &mut |token, _| match decoder.push(token) {
             Ok(None) => ControlFlow::Continue(()),
             Ok(Some(text)) => {
                 let (flow, stop) = emit(text, &mut stops);
@@ -231,8 +231,7 @@ pub fn generate_text(
                 problem = Some(error);
                 ControlFlow::Break(())
             }
-        }
-    })?;
+        })?;
     if let Some(error) = problem {
         return Err(error.into());
     }

@@ -154,7 +154,14 @@ mod tests {
     fn a_damaged_file_is_reported_and_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = Cache::open(Some(dir.path())).path().unwrap().to_owned();
-        for content in ["", "{", "[]", "{\"version\": 99}", "\u{0}\u{1}", "{\"version\":1,\"cpu\":\"other\",\"features\":[],\"measurements\":{}}"] {
+        for content in [
+            "",
+            "{",
+            "[]",
+            "{\"version\": 99}",
+            "\u{0}\u{1}",
+            "{\"version\":1,\"cpu\":\"other\",\"features\":[],\"measurements\":{}}",
+        ] {
             std::fs::write(&path, content).unwrap();
             let mut cache = Cache::open(Some(dir.path()));
             assert!(cache.problem.is_some(), "{content:?}");

@@ -109,7 +109,8 @@ pub(super) fn check(kernel: &Kernel) -> Result<(), String> {
                 parts.sum[i] = i32::from(value) * k as i32;
             }
         }
-        compare(kernel, &pool, &weights, n, k, &x).map_err(|reason| format!("[{m}, {k}] x [{n}, {k}]ᵀ: {reason}"))?;
+        compare(kernel, &pool, &weights, n, k, &x)
+            .map_err(|reason| format!("[{m}, {k}] x [{n}, {k}]ᵀ: {reason}"))?;
     }
     if tried == 0 {
         return Err(format!("it supports none of the {} shapes that kernels are checked on", SHAPES.len()));
@@ -131,9 +132,11 @@ fn compare(
     let canonical_bytes = Misaligned::new(weights);
     let mut packed = None;
     let bytes = if kernel.layout().is_some() {
-        let buffer = super::execute::pack(kernel, pool, &WeightArena::default(), n, k, canonical_bytes.bytes())
-            .map_err(|error| error.to_string())?;
-        let back = super::execute::unpack(kernel, n, k, buffer.as_slice()).map_err(|error| error.to_string())?;
+        let buffer =
+            super::execute::pack(kernel, pool, &WeightArena::default(), n, k, canonical_bytes.bytes())
+                .map_err(|error| error.to_string())?;
+        let back =
+            super::execute::unpack(kernel, n, k, buffer.as_slice()).map_err(|error| error.to_string())?;
         if let Some(at) = (0..n * k).find(|&i| {
             let row = canonical::row_bytes(k);
             let of = |data: &[u8]| canonical::Row(&data[i / k * row..][..row]).code(i % k);
@@ -152,7 +155,9 @@ fn compare(
     let mut y = vec![poison; MARGIN + m * stride + MARGIN];
     let part = Part { kernel, weights: abi_weights(n, k, scale, bytes), column: 0 };
     let end = y.len() - MARGIN;
-    if let Some(failure) = run_parts(pool, &Scratch::default(), &[part], x, &mut y[MARGIN..end], stride).remove(0) {
+    if let Some(failure) =
+        run_parts(pool, &Scratch::default(), &[part], x, &mut y[MARGIN..end], stride).remove(0)
+    {
         return Err(failure.to_string());
     }
     let mut expected = vec![poison; y.len()];

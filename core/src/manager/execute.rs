@@ -163,7 +163,11 @@ impl Grid {
                 let (n, k) = (part.weights.n as usize, part.weights.k as usize);
                 let granule = part.kernel.row_granule();
                 let least = if m == 1 { MIN_TASK_BYTES / canonical::row_bytes(k).max(1) } else { 1 };
-                let rows = total.div_ceil(wanted).max(least).next_multiple_of(granule).min(n.next_multiple_of(granule));
+                let rows = total
+                    .div_ceil(wanted)
+                    .max(least)
+                    .next_multiple_of(granule)
+                    .min(n.next_multiple_of(granule));
                 let ranges = n.div_ceil(rows);
                 let first = tasks;
                 tasks += ranges * m_blocks;
@@ -268,7 +272,13 @@ impl KernelManager {
     ///
     /// # Errors
     /// If the operands do not fit together, or strict mode forbids what is left.
-    pub fn matmul(&self, jobs: &[Job], x: &Activations, y: &mut [f32], stride: usize) -> Result<(), ManagerError> {
+    pub fn matmul(
+        &self,
+        jobs: &[Job],
+        x: &Activations,
+        y: &mut [f32],
+        stride: usize,
+    ) -> Result<(), ManagerError> {
         let m = x.m();
         self.check_operands(jobs, x, y, stride)?;
         if m == 0 {
@@ -318,7 +328,13 @@ impl KernelManager {
         Ok(())
     }
 
-    fn check_operands(&self, jobs: &[Job], x: &Activations, y: &[f32], stride: usize) -> Result<(), ManagerError> {
+    fn check_operands(
+        &self,
+        jobs: &[Job],
+        x: &Activations,
+        y: &[f32],
+        stride: usize,
+    ) -> Result<(), ManagerError> {
         let fail = |message: String| Err(ManagerError::Operands(message));
         let mut columns: Vec<(usize, usize)> = Vec::with_capacity(jobs.len());
         for job in jobs {
@@ -359,7 +375,13 @@ impl KernelManager {
         })
     }
 
-    fn run_reference(&self, job: &Job, x: &Activations, y: &mut [f32], stride: usize) -> Result<(), ManagerError> {
+    fn run_reference(
+        &self,
+        job: &Job,
+        x: &Activations,
+        y: &mut [f32],
+        stride: usize,
+    ) -> Result<(), ManagerError> {
         let (n, k) = job.choice.shape();
         let m = x.m();
         if self.config.strict {

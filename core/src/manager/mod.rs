@@ -538,13 +538,19 @@ impl KernelManager {
                 let why = match entry.status() {
                     Status::Unavailable(reason) => reason,
                     Status::Rejected(reason) => format!("rejected: {reason}"),
-                    Status::Ready if !entry.kernel.supports(&signature) => "does not support the shape".into(),
+                    Status::Ready if !entry.kernel.supports(&signature) => {
+                        "does not support the shape".into()
+                    }
                     Status::Ready => "failed in use".into(),
                 };
                 format!("{}: {why}", entry.kernel.id())
             })
             .collect();
-        if reasons.is_empty() { "No kernel is registered.".into() } else { format!("Kernels: {}.", reasons.join("; ")) }
+        if reasons.is_empty() {
+            "No kernel is registered.".into()
+        } else {
+            format!("Kernels: {}.", reasons.join("; "))
+        }
     }
 
     /// Chooses kernels for weights [n, k], measuring where that has not been done on this machine:
@@ -639,7 +645,9 @@ impl KernelManager {
         }
         match &choice.packer {
             None => Ok(Packed::Canonical),
-            Some(entry) => execute::pack(&entry.kernel, &self.pool, &self.arena, n, k, weights).map(Packed::Private),
+            Some(entry) => {
+                execute::pack(&entry.kernel, &self.pool, &self.arena, n, k, weights).map(Packed::Private)
+            }
         }
     }
 

@@ -146,7 +146,12 @@ impl KernelManager {
             let candidates = entries
                 .into_iter()
                 .map(|entry| Candidate {
-                    measurement: Measurement { kernel: identity(&entry), median_ns: None, runs: 0, note: None },
+                    measurement: Measurement {
+                        kernel: identity(&entry),
+                        median_ns: None,
+                        runs: 0,
+                        note: None,
+                    },
                     entry,
                 })
                 .collect();
@@ -241,24 +246,29 @@ impl KernelManager {
         let mut racing = Vec::new();
         let fastest_before = fewer.and_then(|f| f.candidates.first()?.measurement.median_ns);
         for (i, entry) in entries.iter().enumerate() {
-            let before = fewer.and_then(|f| f.candidates.iter().find(|c| c.entry.kernel.id() == entry.kernel.id()));
+            let before =
+                fewer.and_then(|f| f.candidates.iter().find(|c| c.entry.kernel.id() == entry.kernel.id()));
             if let (Some(best), Some(before)) = (fastest_before, before) {
                 let slower = before.measurement.median_ns.map(|ns| ns as f64 / best as f64);
                 if slower.is_none_or(|s| s > HOPELESS) {
                     let note = slower.map_or("not tried: it was not for fewer rows".into(), |s| {
-                        format!("not tried: {s:.1} times slower than the best for {} rows", fewer.map_or(0, |f| f.rows))
+                        format!(
+                            "not tried: {s:.1} times slower than the best for {} rows",
+                            fewer.map_or(0, |f| f.rows)
+                        )
                     });
                     measurements[i].note = Some(note);
                     continue;
                 }
             }
-            let buffers = match &layouts.iter().find(|(l, _)| *l == entry.kernel.layout()).expect("packed above").1 {
-                Ok(buffers) => buffers,
-                Err(reason) => {
-                    measurements[i].note = Some(reason.clone());
-                    continue;
-                }
-            };
+            let buffers =
+                match &layouts.iter().find(|(l, _)| *l == entry.kernel.layout()).expect("packed above").1 {
+                    Ok(buffers) => buffers,
+                    Err(reason) => {
+                        measurements[i].note = Some(reason.clone());
+                        continue;
+                    }
+                };
             y.fill(f32::NAN);
             let result = self.run_once(entry, &buffers[0], n, k, &x, &mut y);
             if let Err(reason) = result.and_then(|_| expected.compare(&y)) {
@@ -274,7 +284,9 @@ impl KernelManager {
         let mut turn = 0;
         for round in 0..WARM_UP + RUNS {
             // The first runs tell what a round costs; large matmuls need no warm-up of milliseconds.
-            if racing.is_empty() || (started.elapsed() > SIGNATURE_BUDGET && racing.iter().all(|(i, _)| !times[*i].is_empty())) {
+            if racing.is_empty()
+                || (started.elapsed() > SIGNATURE_BUDGET && racing.iter().all(|(i, _)| !times[*i].is_empty()))
+            {
                 break;
             }
             let counted = round >= WARM_UP || started.elapsed() > SIGNATURE_BUDGET / 8;
@@ -348,11 +360,7 @@ impl KernelManager {
     ) -> Result<(), String> {
         let bytes = weights.as_slice();
         let bytes = if entry.kernel.layout().is_some() { bytes } else { &bytes[32..] };
-        let part = Part {
-            kernel: &entry.kernel,
-            weights: abi_weights(n, k, SCALE, bytes),
-            column: 0,
-        };
+        let part = Part { kernel: &entry.kernel, weights: abi_weights(n, k, SCALE, bytes), column: 0 };
         match run_parts(&self.pool, &Scratch::default(), &[part], x, y, n).remove(0) {
             None => Ok(()),
             Some(failure) => Err(failure.to_string()),
@@ -373,7 +381,8 @@ impl Sample {
         let mut sample = Vec::new();
         for m in [0, x.m() / 2, x.m() - 1] {
             for &r in &rows {
-                let sum = reference::row_sum_products(&weights[r * row..][..row], &x.q()[m * x.stride()..][..k]);
+                let sum =
+                    reference::row_sum_products(&weights[r * row..][..row], &x.q()[m * x.stride()..][..k]);
                 sample.push((m * n + r, sum as f32 * (SCALE * x.scale()[m])));
             }
         }

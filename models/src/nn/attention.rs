@@ -140,7 +140,8 @@ pub(crate) fn linears(
         Some(matrices) => Ok(ops::bit_linear(x, BitLinearInput { norm: Some(norm), quantise }, matrices)?),
         None => {
             let x = ops::rms_norm(x, norm.0, norm.1);
-            let outputs: Result<Vec<_>, _> = layers.iter().map(|layer| layer.try_forward(x.clone())).collect();
+            let outputs: Result<Vec<_>, _> =
+                layers.iter().map(|layer| layer.try_forward(x.clone())).collect();
             Ok(Tensor::cat(outputs?, 1))
         }
     }

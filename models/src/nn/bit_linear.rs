@@ -28,16 +28,9 @@ pub struct BitLinearConfig {
     /// Epsilon of that norm.
     #[config(default = 1e-5)]
     pub norm_eps: f64,
-    /// How the latent weights are initialised.
-    #[config(
-        default = "Initializer::KaimingUniform{gain:1.0/num_traits_sqrt_3(), fan_out_only:false}"
-    )]
+    /// How the latent weights are initialised. Default: as Burn's `Linear`, whose gain is 1 / sqrt(3).
+    #[config(default = "Initializer::KaimingUniform{gain:0.577_350_269_189_625_8, fan_out_only:false}")]
     pub initializer: Initializer,
-}
-
-/// 3^(1/2): with it, `KaimingUniform` is the initialisation of Burn's `Linear`.
-const fn num_traits_sqrt_3() -> f64 {
-    1.732_050_807_568_877_2
 }
 
 /// A linear layer with ternary weights and int8 activations: y = quantise(norm(x)) * Wᵀ (+ bias).
@@ -64,7 +57,10 @@ pub struct BitLinear {
 
 /// The weights of a [`BitLinear`].
 #[derive(Module, Debug)]
-#[allow(clippy::large_enum_variant, reason = "a handful of layers a model; boxing would only be one more hop")]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a handful of layers a model; boxing would only be one more hop"
+)]
 pub enum BitLinearWeight {
     /// Training: latent floats [d_output, d_input].
     Latent(Param<Tensor<2>>),
@@ -212,8 +208,13 @@ impl BitLinear {
             canonical::pack_row(codes, row);
         }
         // Packed weights are constants, on the device without gradients.
-        let matrix =
-            TernaryMatrix::prepared(Bytes::from(bytes), scale, self.d_output, self.d_input, &device.inner())?;
+        let matrix = TernaryMatrix::prepared(
+            Bytes::from(bytes),
+            scale,
+            self.d_output,
+            self.d_input,
+            &device.without_autodiff(),
+        )?;
         Ok(Self { bias: self.bias, norm: self.norm, ..Self::from_matrix(matrix) })
     }
 }
