@@ -134,7 +134,7 @@ mod tests {
     use super::*;
 
     fn measurement(kernel: &str) -> Vec<Measurement> {
-        vec![Measurement { kernel: kernel.into(), median_ns: Some(5), runs: 20, note: None }]
+        vec![Measurement { kernel: kernel.into(), median_ns: Some(5), runs: 20, note: None, rejected: false }]
     }
 
     #[test]

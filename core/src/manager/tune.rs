@@ -43,6 +43,15 @@ pub struct Measurement {
     /// Why it was not measured, or stopped early.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+    /// Its results were wrong.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rejected: bool,
+}
+
+impl Measurement {
+    fn none(entry: &Entry) -> Self {
+        Self { kernel: identity(entry), median_ns: None, runs: 0, note: None, rejected: false }
+    }
 }
 
 /// A kernel in a [`Ranking`].
@@ -145,15 +154,7 @@ impl KernelManager {
         if entries.len() <= 1 {
             let candidates = entries
                 .into_iter()
-                .map(|entry| Candidate {
-                    measurement: Measurement {
-                        kernel: identity(&entry),
-                        median_ns: None,
-                        runs: 0,
-                        note: None,
-                    },
-                    entry,
-                })
+                .map(|entry| Candidate { measurement: Measurement::none(&entry), entry })
                 .collect();
             return Ranking { rows, candidates, source: Source::OnlyCandidate };
         }
@@ -238,10 +239,8 @@ impl KernelManager {
             }
         }
 
-        let mut measurements: Vec<Measurement> = entries
-            .iter()
-            .map(|entry| Measurement { kernel: identity(entry), median_ns: None, runs: 0, note: None })
-            .collect();
+        let mut measurements: Vec<Measurement> =
+            entries.iter().map(|entry| Measurement::none(entry)).collect();
         let mut times: Vec<Vec<u64>> = vec![Vec::new(); entries.len()];
         let mut racing = Vec::new();
         let fastest_before = fewer.and_then(|f| f.candidates.first()?.measurement.median_ns);
@@ -273,7 +272,8 @@ impl KernelManager {
             let result = self.run_once(entry, &buffers[0], n, k, &x, &mut y);
             if let Err(reason) = result.and_then(|_| expected.compare(&y)) {
                 let reason = format!("[{m}, {k}] x [{n}, {k}]ᵀ: {reason}");
-                measurements[i].note = Some(format!("rejected: {reason}"));
+                measurements[i].note = Some(reason.clone());
+                measurements[i].rejected = true;
                 entry.reject(reason);
                 continue;
             }
@@ -404,13 +404,7 @@ fn median(times: &[u64]) -> Option<u64> {
 }
 
 fn unmeasured(entries: Vec<Arc<Entry>>) -> Vec<Candidate> {
-    entries
-        .into_iter()
-        .map(|entry| Candidate {
-            measurement: Measurement { kernel: identity(&entry), median_ns: None, runs: 0, note: None },
-            entry,
-        })
-        .collect()
+    entries.into_iter().map(|entry| Candidate { measurement: Measurement::none(&entry), entry }).collect()
 }
 
 /// The entries in the order of their measurements, if every one of them has one.
@@ -419,6 +413,13 @@ fn ranked(entries: &[Arc<Entry>], measurements: &[Measurement]) -> Option<Vec<Ca
     for entry in entries {
         let identity = identity(entry);
         let measurement = measurements.iter().find(|m| m.kernel == identity)?.clone();
+        if measurement.rejected {
+            // Found wrong by an earlier process: the same build is wrong still.
+            if entry.ready() {
+                entry.reject(measurement.note.unwrap_or_default());
+            }
+            continue;
+        }
         candidates.push(Candidate { entry: entry.clone(), measurement });
     }
     // What was not measured comes last, in the order of registration.
