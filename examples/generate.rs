@@ -33,7 +33,8 @@ fn main() -> anyhow::Result<()> {
             show(&format!("{token} "))
         })?,
         Err(_) => {
-            let tokenizer = Tokenizer::from_source(&checkpoint.tokenizer_source(), model.config().vocab_size)?;
+            let tokenizer =
+                Tokenizer::from_source(&checkpoint.tokenizer_source(), model.config().vocab_size)?;
             options.stop_tokens = tokenizer.end_of_generation().to_vec();
             let prompt = tokenizer.encode(&prompt, true)?;
             generate_text(&model, &tokenizer, &prompt, sequence, &mut cache, &options, &mut show)?

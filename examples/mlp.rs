@@ -89,6 +89,9 @@ fn main() -> anyhow::Result<()> {
     println!("{packed}");
     let after = packed.forward(x);
     let difference: f32 = (before - after.clone()).abs().max().into_scalar();
-    println!("accuracy {:.3}; packing changed the outputs by at most {difference:e}", accuracy(after, labels));
+    println!(
+        "accuracy {:.3}; packing changed the outputs by at most {difference:e}",
+        accuracy(after, labels)
+    );
     Ok(())
 }

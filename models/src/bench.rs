@@ -167,7 +167,8 @@ impl BytesPerToken {
                 (head_row * head_rows, embedding_row)
             }
         };
-        let of_layer = |layer| Norm::of_layer(layer, config.sub_norms).map(|norm| norm.len(config)).sum::<usize>();
+        let of_layer =
+            |layer| Norm::of_layer(layer, config.sub_norms).map(|norm| norm.len(config)).sum::<usize>();
         let norms = (0..config.n_layers).map(of_layer).sum::<usize>() + Norm::Output.len(config);
         Ok(Self { ternary, head, norms: norms as u64 * 4, embedding_row })
     }
@@ -226,7 +227,11 @@ pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
 ///
 /// # Errors
 /// If nothing is asked for, it doesn't fit the context, or the model fails.
-pub fn run(model: &BitNet, options: &BenchOptions, progress: Progress<'_>) -> Result<BenchResult, BenchError> {
+pub fn run(
+    model: &BitNet,
+    options: &BenchOptions,
+    progress: Progress<'_>,
+) -> Result<BenchResult, BenchError> {
     let BenchOptions { prompt_tokens, generated_tokens, .. } = *options;
     let repetitions = options.repetitions.max(1);
     if prompt_tokens == 0 && generated_tokens == 0 && options.contexts.is_empty() {
@@ -244,7 +249,8 @@ pub fn run(model: &BitNet, options: &BenchOptions, progress: Progress<'_>) -> Re
     }
     let steps = repetitions + 1 + options.contexts.len();
     let mut random = SplitMix64::new(options.seed);
-    let cache = || model.cache(context, options.kv_cache).map_err(ForwardError::from).map_err(GenerateError::from);
+    let cache =
+        || model.cache(context, options.kv_cache).map_err(ForwardError::from).map_err(GenerateError::from);
     let mut done = 0;
     let mut step = || {
         done += 1;

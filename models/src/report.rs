@@ -103,7 +103,8 @@ impl Receipt {
     pub fn between(device: &str, before: &ManagerReport, after: &ManagerReport) -> Self {
         let since = |fallback: &Fallback| {
             let earlier = before.fallbacks.iter().find(|f| {
-                (&f.kernel, &f.replacement, f.shape) == (&fallback.kernel, &fallback.replacement, fallback.shape)
+                (&f.kernel, &f.replacement, f.shape)
+                    == (&fallback.kernel, &fallback.replacement, fallback.shape)
             });
             let count = fallback.count.saturating_sub(earlier.map_or(0, |f| f.count));
             (count > 0).then(|| Fallback { count, ..fallback.clone() })
@@ -233,7 +234,7 @@ pub fn count(n: u64, what: &str) -> String {
 
 /// One line of a table for people.
 pub(crate) fn line(f: &mut fmt::Formatter<'_>, label: &str, value: impl fmt::Display) -> fmt::Result {
-    writeln!(f, "{label:<13} {value}")
+    writeln!(f, "{label:<11}  {value}")
 }
 
 fn file(path: &Path) -> String {
@@ -284,7 +285,11 @@ impl fmt::Display for Receipt {
         let mut label = "fallbacks";
         for fallback in &self.fallbacks {
             let Fallback { kernel, replacement, shape: (m, n, k), reason, count } = fallback;
-            line(f, label, format_args!("{kernel} -> {replacement}, {count} x, [{m}, {k}] x [{n}, {k}]ᵀ: {reason}"))?;
+            line(
+                f,
+                label,
+                format_args!("{kernel} -> {replacement}, {count} x, [{m}, {k}] x [{n}, {k}]ᵀ: {reason}"),
+            )?;
             label = "";
         }
         let mut label = "refused";

@@ -50,7 +50,11 @@ pub fn shape(name: &str) -> Option<ModelConfig> {
         bos_token: Some(128_000),
         eos_tokens: vec![128_001, 128_009],
     };
-    let sized = |hidden_size, intermediate_size, n_layers, [n_heads, n_kv_heads, head_dim]: [usize; 3], vocab_size| {
+    let sized = |hidden_size,
+                 intermediate_size,
+                 n_layers,
+                 [n_heads, n_kv_heads, head_dim]: [usize; 3],
+                 vocab_size| {
         let (bos_token, eos_tokens) = last_tokens(vocab_size);
         ModelConfig {
             hidden_size,
@@ -216,7 +220,8 @@ fn tokenizer(writer: &mut GgufWriter<'_>, config: &ModelConfig) -> Result<(), Gg
             () => None,
         }
     };
-    let (mut tokens, mut types) = (Vec::with_capacity(config.vocab_size), Vec::with_capacity(config.vocab_size));
+    let (mut tokens, mut types) =
+        (Vec::with_capacity(config.vocab_size), Vec::with_capacity(config.vocab_size));
     let mut bytes = (0..=255u8).map(byte_character);
     for id in 0..config.vocab_size {
         let (token, kind) = match special(id) {

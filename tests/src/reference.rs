@@ -53,6 +53,9 @@ pub struct Linear {
     pub scale: f64,
     /// Input features.
     pub k: usize,
+    /// Output features with a float master so near the boundary between two codes that float32 may
+    /// choose either.
+    pub uncertain: Vec<usize>,
 }
 
 /// One block.
@@ -298,12 +301,14 @@ impl Reference {
                 let w = f64s(&w.values);
                 let scale = (w.iter().map(|w| w.abs()).sum::<f64>() / w.len() as f64).max(1e-5);
                 let codes = w.iter().map(|w| (w / scale).round_ties_even().clamp(-1.0, 1.0)).collect();
-                return Linear { codes, scale, k };
+                let near = |w: f64| ((w / scale).abs() - 0.5).abs() < 2e-7;
+                let uncertain = (0..w.len()).filter(|&i| near(w[i])).map(|i| i / k).collect();
+                return Linear { codes, scale, k, uncertain };
             };
             let scale = f64::from(scale.values[0]);
             // Four rows a byte, a quarter of the rows apart, the first quarter in the lowest bits.
             let codes = (0..4).flat_map(|i| w.values.iter().map(move |&b| f64::from((b as u8 >> (2 * i)) & 3) - 1.0));
-            Linear { codes: codes.collect(), scale: if divide { 1.0 / scale } else { scale }, k }
+            Linear { codes: codes.collect(), scale: if divide { 1.0 / scale } else { scale }, k, uncertain: vec![] }
         };
         let number = |name: &str| c[name].as_u64().expect("a number") as usize;
         let layers = (0..number("num_hidden_layers")).map(|i| {
@@ -341,7 +346,7 @@ impl Reference {
         let linear = |name: String| {
             let (w, k) = gguf.floats(&name);
             let scale = largest(&w);
-            Linear { codes: w.iter().map(|w| w / scale).collect(), scale, k }
+            Linear { codes: w.iter().map(|w| w / scale).collect(), scale, k, uncertain: vec![] }
         };
         let layers = (0..number("block_count") as usize).map(|i| {
             let norms = ["attn_norm", "attn_sub_norm", "ffn_norm", "ffn_sub_norm"];
@@ -413,7 +418,7 @@ impl<'a> Gguf<'a> {
             let key = string(&mut take);
             let kind = number(take(4));
             if let Some(number) = value(kind, &mut take) {
-                numbers.insert(key.split_once('.').map_or(key.clone(), |(_, rest)| rest.to_owned()), number);
+                numbers.insert(key.trim_start_matches("bitnet-b1.58.").to_owned(), number);
             }
         }
         let mut tensors = HashMap::new();

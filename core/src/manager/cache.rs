@@ -134,7 +134,15 @@ mod tests {
     use super::*;
 
     fn measurement(kernel: &str) -> Vec<Measurement> {
-        vec![Measurement { kernel: kernel.into(), median_ns: Some(5), runs: 20, note: None, rejected: false }]
+        let kernel = kernel.into();
+        vec![Measurement {
+            kernel,
+            median_ns: Some(5),
+            min_ns: Some(4),
+            runs: 20,
+            note: None,
+            rejected: false,
+        }]
     }
 
     #[test]

@@ -37,6 +37,9 @@ pub struct Measurement {
     /// Median time of one matmul in nanoseconds; `None` if it was not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub median_ns: Option<u64>,
+    /// Its fastest run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_ns: Option<u64>,
     /// Counted runs.
     #[serde(default)]
     pub runs: u32,
@@ -50,7 +53,7 @@ pub struct Measurement {
 
 impl Measurement {
     fn none(entry: &Entry) -> Self {
-        Self { kernel: identity(entry), median_ns: None, runs: 0, note: None, rejected: false }
+        Self { kernel: identity(entry), median_ns: None, min_ns: None, runs: 0, note: None, rejected: false }
     }
 }
 
@@ -243,12 +246,14 @@ impl KernelManager {
             entries.iter().map(|entry| Measurement::none(entry)).collect();
         let mut times: Vec<Vec<u64>> = vec![Vec::new(); entries.len()];
         let mut racing = Vec::new();
-        let fastest_before = fewer.and_then(|f| f.candidates.first()?.measurement.median_ns);
+        // Minima: on a busy machine, a few runs' median may be many times too long.
+        let fastest_before =
+            fewer.and_then(|f| f.candidates.iter().filter_map(|c| c.measurement.min_ns).min());
         for (i, entry) in entries.iter().enumerate() {
             let before =
                 fewer.and_then(|f| f.candidates.iter().find(|c| c.entry.kernel.id() == entry.kernel.id()));
             if let (Some(best), Some(before)) = (fastest_before, before) {
-                let slower = before.measurement.median_ns.map(|ns| ns as f64 / best as f64);
+                let slower = before.measurement.min_ns.map(|ns| ns as f64 / best as f64);
                 if slower.is_none_or(|s| s > HOPELESS) {
                     let note = slower.map_or("not tried: it was not for fewer rows".into(), |s| {
                         format!(
@@ -316,6 +321,7 @@ impl KernelManager {
         }
         for (measurement, times) in measurements.iter_mut().zip(&times) {
             measurement.median_ns = median(times);
+            measurement.min_ns = times.iter().min().copied();
             measurement.runs = times.len() as u32;
         }
         measurements

@@ -129,7 +129,9 @@ impl DeviceKind {
             #[allow(unreachable_patterns, reason = "with all features")]
             _ => {
                 let name = self.name();
-                bail!("--device {name} is not compiled in: build with `cargo build --release --features {name}`")
+                bail!(
+                    "--device {name} is not compiled in: build with `cargo build --release --features {name}`"
+                )
             }
         }
     }

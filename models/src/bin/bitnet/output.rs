@@ -85,7 +85,7 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
     }
     if let Some(error) = cause.downcast_ref::<LoadError>() {
         return match error {
-            LoadError::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
+            LoadError::Io { error, .. } if error.kind() == ErrorKind::NotFound => {
                 Some("--model takes a GGUF file or a directory with config.json and safetensors")
             }
             LoadError::NotTernary { .. } => Some("`bitnet inspect` shows the types of all tensors"),
@@ -99,7 +99,9 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
         return Some("--plugin and BITNET_PLUGIN_PATH take files and directories of libraries");
     }
     if let Some(GenerateError::Forward(ForwardError::Cache(_))) = cause.downcast_ref() {
-        return Some("--context gives the KV cache more positions, up to those that the model was trained for");
+        return Some(
+            "--context gives the KV cache more positions, up to those that the model was trained for",
+        );
     }
     None
 }
@@ -114,7 +116,10 @@ pub fn bar(total: u64, template: &str) -> ProgressBar {
 }
 
 /// Writes a file as a whole or not at all: under a temporary name beside it, then renamed.
-pub fn write_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>) -> anyhow::Result<()> {
+pub fn write_file(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -1,0 +1,148 @@
+//! `bitnet bench`: how fast a model runs here.
+
+use bitnet_burn::bench::{self, BenchOptions, BenchResult, DecodeAt, Spread};
+use bitnet_burn::bitnet::DEFAULT_CHUNK;
+use bitnet_burn::config::ModelConfig;
+use bitnet_burn::core::cpu;
+use bitnet_burn::report::{ModelSummary, Receipt, human_bytes, human_seconds};
+use clap::Args;
+use serde::Serialize;
+
+use crate::args::{EngineArgs, positive};
+use crate::engine::Wishes;
+use crate::output::{self, columns};
+
+/// Measure prefill and decode speed beside the memory's read bandwidth
+///
+/// A repetition is a fresh sequence: a prompt of -p random tokens, then -n tokens one by one (forward pass and
+/// logits, without sampling). One repetition before the first is not counted. Between them a read-only stream
+/// over a large buffer measures what the memory gives to the same threads: decoding has to read
+/// bytes_per_token for every token (ternary weights, output head, norms; the KV cache comes on top).
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// Tokens of the prompt; 0 measures decode alone
+    #[arg(long, short, value_name = "N", default_value_t = 128)]
+    prompt: usize,
+    /// Tokens generated behind it; 0 measures prefill alone
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 64)]
+    generate: usize,
+    /// How often
+    #[arg(long, short, value_name = "N", value_parser = positive, default_value_t = 5)]
+    repetitions: usize,
+    /// Measure decode at these context lengths, too, once each
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',')]
+    contexts: Vec<usize>,
+    /// Rows of the prompt that are computed at once
+    #[arg(long, value_name = "N", value_parser = positive, default_value_t = DEFAULT_CHUNK)]
+    chunk: usize,
+    /// Seed of the random tokens
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnet bench -m model.gguf -p 128 -n 64 --threads 1 --repetitions 5
+  bitnet bench -m model.gguf -p 512 -n 0                        # prefill alone
+  bitnet bench -m model.gguf --contexts 128,512,2048 --json | jq .decode_by_context";
+
+#[derive(Serialize)]
+struct Output<'a> {
+    model: &'a ModelSummary,
+    config: &'a ModelConfig,
+    load_seconds: f64,
+    #[serde(flatten)]
+    result: &'a BenchResult,
+    #[serde(flatten)]
+    receipt: &'a Receipt,
+}
+
+pub fn run(args: BenchArgs) -> anyhow::Result<()> {
+    if cfg!(debug_assertions) {
+        output::warning("this program was built without optimisation: add --release to the cargo command");
+    }
+    let wishes = Wishes { tokenizer: false, quantise_activations: true, max_rows: args.chunk };
+    let engine = args.engine.load(&wishes)?;
+    let options = BenchOptions {
+        prompt_tokens: args.prompt,
+        generated_tokens: args.generate,
+        repetitions: args.repetitions,
+        contexts: args.contexts.clone(),
+        chunk: args.chunk,
+        context: args.engine.context(&engine.checkpoint, usize::MAX)?,
+        kv_cache: args.engine.kv_cache.into(),
+        seed: args.seed,
+    };
+    let bar = output::bar(0, "measuring [{bar:30}] {pos}/{len}");
+    let result = bench::run(&engine.model, &options, &mut |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    let receipt = engine.receipt();
+    if args.json {
+        return output::print_json(&Output {
+            model: &engine.summary,
+            config: engine.checkpoint.config(),
+            load_seconds: engine.load_seconds,
+            result: &result,
+            receipt: &receipt,
+        });
+    }
+    output::print(text(&engine.summary, engine.load_seconds, &result, &receipt).trim_end())
+}
+
+fn text(model: &ModelSummary, load_seconds: f64, result: &BenchResult, receipt: &Receipt) -> String {
+    let mut rows = vec![vec!["".into(), "median".into(), "min".into(), "max".into(), "".into()]];
+    let mut spread = |label: String, spread: Option<Spread>, unit: &str| {
+        if let Some(Spread { median, min, max }) = spread {
+            let digits = |value: f64| format!("{value:.2}");
+            rows.push(vec![label, digits(median), digits(min), digits(max), unit.into()]);
+        }
+    };
+    let BenchResult { prompt_tokens: p, generated_tokens: n, .. } = result;
+    spread(format!("prefill {p}"), result.prefill_tokens_per_s, "tokens/s");
+    spread(format!("decode {n}"), result.decode_tokens_per_s, "tokens/s");
+    spread("memory read".into(), Some(result.read_bandwidth_gb_per_s), "GB/s");
+    let mut text = columns(&rows);
+    for DecodeAt { context, decode_tokens_per_s, .. } in &result.decode_by_context {
+        text.push_str(&format!("decode {n} at a context of {context}: {decode_tokens_per_s:.2} tokens/s\n"));
+    }
+    text.push('\n');
+    let row = |label: &str, value: String| vec![label.to_owned(), value];
+    let parts = &result.bytes_per_token_parts;
+    let name = model.name.as_ref().map(|name| format!(", {name}")).unwrap_or_default();
+    let mut rows = vec![
+        row("model", format!("{} ({}{name})", model.path.display(), model.architecture)),
+        row("repetitions", result.repetitions.to_string()),
+        row(
+            "bytes/token",
+            format!(
+                "{} (ternary {}, head {}, norms {})",
+                human_bytes(result.bytes_per_token),
+                human_bytes(parts.ternary),
+                human_bytes(parts.head),
+                human_bytes(parts.norms)
+            ),
+        ),
+    ];
+    if let Some(fraction) = result.decode_fraction_of_bandwidth {
+        let cached = cpu::last_level_cache().is_some_and(|cache| result.bytes_per_token < cache as u64);
+        let cached = if cached { " (but the weights fit the cache)" } else { "" };
+        rows.push(row("decode", format!("{:.0} % of what the bandwidth allows{cached}", fraction * 100.0)));
+    }
+    rows.push(row("load", human_seconds(load_seconds)));
+    rows.push(row("KV cache", human_bytes(result.kv_cache_bytes as u64)));
+    if let Some(bytes) = result.peak_rss_bytes {
+        rows.push(row("peak memory", human_bytes(bytes)));
+    }
+    text.push_str(&columns(&rows));
+    text.push_str(&receipt.to_string());
+    text
+}

@@ -1,0 +1,562 @@
+//! The program `bitnet`, as its users and other programs see it: on a small synthetic model, end to end.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A directory with a tiny model in it, and with a tuning cache of its own.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let place = Self::empty();
+        place.ok(&["synth", "--shape", "tiny", "--seed", "7", "--out", "model.gguf"]);
+        place.write("ids.txt", "509, 72 101\n108,108\t111 32 119");
+        place
+    }
+
+    fn empty() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        std::fs::write(self.path(name), content).unwrap();
+    }
+
+    /// The program in this directory, with nothing of the environment that would change what it does.
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+        for variable in [
+            "BITNET_THREADS",
+            "BITNET_KERNEL",
+            "BITNET_PLUGIN_PATH",
+            "BITNET_CPU_MASK",
+            "BITNET_STRICT_MODE",
+            "RUST_LOG",
+        ] {
+            command.env_remove(variable);
+        }
+        command.env("BITNET_CACHE_DIR", self.path("cache")).current_dir(self.0.path()).args(args);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// stdout of a call that must succeed.
+    fn ok(&self, args: &[&str]) -> String {
+        ok(&mut self.command(args))
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        json(&self.ok(args))
+    }
+
+    /// stderr of a call that must fail as an error does.
+    fn error(&self, args: &[&str]) -> String {
+        error(&mut self.command(args))
+    }
+}
+
+fn ok(command: &mut Command) -> String {
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    let stderr = String::from_utf8(stderr).unwrap();
+    assert!(status.success(), "{command:?}: {status}\n{stderr}");
+    String::from_utf8(stdout).unwrap()
+}
+
+fn error(command: &mut Command) -> String {
+    let Output { status, stderr, .. } = command.output().unwrap();
+    let stderr = String::from_utf8(stderr).unwrap();
+    assert_eq!(status.code(), Some(1), "{command:?}\n{stderr}");
+    assert!(stderr.contains("error: ") && !stderr.contains("panicked"), "{stderr}");
+    stderr
+}
+
+/// One object, on one line.
+fn json(text: &str) -> Value {
+    assert_eq!(text.trim_end().lines().count(), 1, "{text}");
+    serde_json::from_str(text).unwrap()
+}
+
+/// Shape and values of a NumPy file.
+fn npy(path: &Path) -> (String, Vec<f32>) {
+    let bytes = std::fs::read(path).unwrap();
+    assert_eq!(&bytes[..8], b"\x93NUMPY\x01\x00");
+    let end = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+    assert!(end.is_multiple_of(64));
+    let header = std::str::from_utf8(&bytes[10..end]).unwrap();
+    assert!(header.contains("'descr': '<f4'") && header.contains("'fortran_order': False"), "{header}");
+    let shape = header.split_once("'shape': ").unwrap().1.split_once(", }").unwrap().0;
+    (
+        shape.to_owned(),
+        bytes[end..].chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
+    )
+}
+
+#[test]
+fn run_is_the_same_twice_and_streams_what_it_reports() {
+    let place = Place::new();
+    let call = ["run", "-m", "model.gguf", "--prompt", "Hello", "--max-new-tokens", "12", "--greedy"];
+    let ids = place.ok(&[&call[..], &["--print-ids"]].concat());
+    assert_eq!(ids, place.ok(&[&call[..], &["--print-ids", "--threads", "1", "--seed", "3"]].concat()));
+    let ids: Vec<u32> = ids.split_whitespace().map(|id| id.parse().unwrap()).collect();
+    assert!(!ids.is_empty() && ids.len() <= 12);
+
+    let report = place.json(&[&call[..], &["--json", "--report", "report.json"]].concat());
+    let streamed = place.ok(&call);
+    assert_eq!(streamed.strip_suffix('\n'), report["text"].as_str());
+    assert_eq!(report["token_ids"], serde_json::to_value(&ids).unwrap());
+    assert_eq!(report["prompt_token_ids"], serde_json::json!([509, 72, 101, 108, 108, 111]));
+    assert_eq!(report["generated_tokens"], ids.len());
+    assert_eq!(report["prompt_tokens"], 6);
+    for key in ["load_seconds", "prefill_tokens_per_s", "first_token_seconds", "decode_tokens_per_s"] {
+        assert!(report[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+    assert!(report["token_seconds"]["p50"].as_f64() <= report["token_seconds"]["p95"].as_f64());
+    assert!(report["seed"].is_null(), "greedy has no seed");
+    assert_eq!(report["model"]["architecture"], "bitnet-b1.58");
+    assert_eq!(report["device"], "flex");
+    assert_eq!((&report["reference_calls"], &report["fallbacks"]), (&0.into(), &serde_json::json!([])));
+    let kernels = report["kernels"].as_array().unwrap();
+    assert!(kernels.iter().all(|k| k["calls"].as_u64().unwrap() > 0 && !k["version"].is_null()));
+    // Seven projections in each of two layers, in every forward pass: the prompt's, and one a token but the
+    // last.
+    let calls: u64 = kernels.iter().map(|k| k["calls"].as_u64().unwrap()).sum();
+    assert_eq!(calls, 14 * ids.len() as u64);
+    let written: Value = serde_json::from_slice(&std::fs::read(place.path("report.json")).unwrap()).unwrap();
+    assert_eq!(written["generated_tokens"], ids.len());
+}
+
+#[test]
+fn token_ids_in_a_file_are_a_prompt_and_chunks_do_not_change_results() {
+    let place = Place::new();
+    place.write("hello.txt", "509 72,101\n108 108,\t111");
+    let call = ["run", "-m", "model.gguf", "--print-ids", "-n", "8"];
+    let by_text = place.ok(&[&call[..], &["-p", "Hello"]].concat());
+    for chunk in ["1", "4", "256"] {
+        let by_file = place.ok(&[&call[..], &["--tokens-file", "hello.txt", "--chunk", chunk]].concat());
+        assert_eq!(by_file, by_text);
+    }
+    let none = place.ok(&[&call[..4], &["-n", "0", "-p", "Hello"]].concat());
+    assert_eq!(none, "\n");
+}
+
+#[test]
+fn sampling_repeats_with_its_seed_and_stops_at_stop_strings() {
+    let place = Place::new();
+    let call = [
+        "run",
+        "-m",
+        "model.gguf",
+        "-p",
+        "Hello",
+        "-n",
+        "16",
+        "--ignore-eos",
+        "--temperature",
+        "1",
+        "--json",
+    ];
+    let report = place.json(&call);
+    let seed = report["seed"].as_u64().unwrap().to_string();
+    let again = place.json(&[&call[..], &["--seed", &seed]].concat());
+    assert_eq!(report["token_ids"], again["token_ids"]);
+    assert_eq!(report["finish"], "length");
+    let other = place.json(&[&call[..], &["--seed", "1", "--top-k", "40", "--top-p", "0.95"]].concat());
+    assert_ne!(report["token_ids"], other["token_ids"]);
+
+    let text = report["text"].as_str().unwrap();
+    let (at, stop) = text.char_indices().nth(text.chars().count() / 2).unwrap();
+    let cut = text.find(stop).unwrap().min(at);
+    let stopped = place.json(&[&call[..], &["--seed", &seed, "--stop", &stop.to_string()]].concat());
+    assert_eq!(stopped["text"], text[..cut]);
+    assert_eq!(stopped["finish"], "stop_string");
+}
+
+#[test]
+fn the_chat_template_is_rendered() {
+    let place = Place::new();
+    let report =
+        place.json(&["run", "-m", "model.gguf", "--chat", "--system", "S", "-p", "Hi", "-n", "1", "--json"]);
+    let ids: Vec<String> =
+        report["prompt_token_ids"].as_array().unwrap().iter().map(Value::to_string).collect();
+    let text = place.ok(&["tokenize", "-m", "model.gguf", "--decode", &ids.join(",")]);
+    assert_eq!(text, "<|begin_of_text|>System: S<|eot_id|>User: Hi<|eot_id|>Assistant: \n");
+    place.write("template", "{{ messages[0].content }}!");
+    let report = place.json(&[
+        "run",
+        "-m",
+        "model.gguf",
+        "--chat-template",
+        "template",
+        "-p",
+        "Hi",
+        "-n",
+        "1",
+        "--json",
+    ]);
+    assert_eq!(report["prompt_token_ids"], serde_json::json!([72, 105, 33]));
+}
+
+#[test]
+fn logits_are_numpy_files_that_do_not_depend_on_chunks_threads_or_kernels() {
+    let place = Place::new();
+    let call = ["logits", "-m", "model.gguf", "--tokens-file", "ids.txt", "--out"];
+    place.ok(&[&call[..], &["all.npy"]].concat());
+    let (shape, all) = npy(&place.path("all.npy"));
+    assert_eq!(shape, "(8, 512)");
+    assert_eq!(all.len(), 8 * 512);
+    assert!(all.iter().all(|v| v.is_finite()));
+    let bytes = std::fs::read(place.path("all.npy")).unwrap();
+    for more in [&["--chunk", "1"][..], &["--chunk", "3", "--threads", "1"], &["--kernel", "i2s-scalar"]] {
+        place.ok(&[&call[..], &["other.npy"], more].concat());
+        assert_eq!(bytes, std::fs::read(place.path("other.npy")).unwrap(), "{more:?}");
+    }
+    let report = place.json(&[&call[..], &["float.npy", "--no-activation-quantisation", "--json"]].concat());
+    assert_eq!(report["shape"], serde_json::json!([8, 512]));
+    assert_eq!(report["quantised_activations"], false);
+    let (_, float) = npy(&place.path("float.npy"));
+    let difference = all.iter().zip(&float).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(difference > 0.0 && difference < 1.0, "{difference}");
+    // Nothing but the files that were asked for is left.
+    let mut names: Vec<_> = std::fs::read_dir(place.0.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["all.npy", "cache", "float.npy", "ids.txt", "model.gguf", "other.npy"]);
+}
+
+#[test]
+fn inspect_shows_and_checks() {
+    let place = Place::new();
+    let report = place.json(&["inspect", "-m", "model.gguf", "--check", "--json", "--threads", "1"]);
+    assert_eq!(report["config"]["hidden_size"], 256);
+    assert_eq!(report["parameters"]["ternary"], report["check"]["ternary_weights"]);
+    assert_eq!(report["memory"]["kv_cache_bytes_per_token"], 2 * 2 * 128 * 4);
+    assert_eq!(report["tensors"].as_array().unwrap().len(), 24);
+    let text = place.ok(&["inspect", "-m", "model.gguf", "--kv-cache", "f16", "--context", "100"]);
+    for part in
+        ["synthetic tiny", "blk.*.ffn_down.weight", "I2_S", "at 100 positions", "bitnet-b1.58.block_count"]
+    {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+
+    // A code that means nothing, in the last projection.
+    let mut bytes = std::fs::read(place.path("model.gguf")).unwrap();
+    let at = bytes.len() - 256 * 4 - 32 - 5;
+    bytes[at] = 0xff;
+    place.write("damaged.gguf", bytes);
+    let stderr = place.error(&["inspect", "-m", "damaged.gguf", "--check"]);
+    assert!(stderr.contains("blk.1.ffn_down.weight") && stderr.contains("not ternary"), "{stderr}");
+}
+
+#[test]
+fn bench_reports_what_other_tools_rely_on() {
+    let place = Place::new();
+    let call = ["bench", "--model", "model.gguf", "--threads", "1", "--repetitions", "2", "--json"];
+    let report = place.json(&[&call[..], &["-p", "16", "-n", "4", "--contexts", "8,32"]].concat());
+    for key in ["prefill_tokens_per_s", "decode_tokens_per_s", "read_bandwidth_gb_per_s"] {
+        let [min, median, max] = ["min", "median", "max"].map(|part| report[key][part].as_f64().unwrap());
+        assert!(0.0 < min && min <= median && median <= max, "{key}");
+    }
+    assert_eq!(report["threads"], 1);
+    assert!(report["load_seconds"].as_f64().unwrap() > 0.0);
+    assert!(report["kernels"].as_array().unwrap().iter().any(|k| k["calls"].as_u64().unwrap() > 0));
+    let parts = &report["bytes_per_token_parts"];
+    let sum: u64 = parts.as_object().unwrap().values().map(|v| v.as_u64().unwrap()).sum();
+    assert_eq!(report["bytes_per_token"], sum);
+    assert_eq!(parts["head"], 512 * 210);
+    assert_eq!(parts["norms"], (2 * (3 * 256 + 640) + 256) * 4);
+    if cfg!(target_os = "linux") {
+        assert!(report["peak_rss_bytes"].as_u64().unwrap() > 0);
+    }
+    let contexts: Vec<_> =
+        report["decode_by_context"].as_array().unwrap().iter().map(|d| d["context"].clone()).collect();
+    assert_eq!(contexts, [8, 32]);
+
+    let prefill = place.json(&[&call[..], &["-p", "4", "-n", "0"]].concat());
+    assert!(prefill["decode_tokens_per_s"].is_null() && !prefill["prefill_tokens_per_s"].is_null());
+    let decode = place.json(&[&call[..], &["-p", "0", "-n", "2"]].concat());
+    assert!(decode["prefill_tokens_per_s"].is_null() && !decode["decode_tokens_per_s"].is_null());
+    assert!(place.error(&[&call[..], &["-p", "0", "-n", "0"]].concat()).contains("nothing to measure"));
+    assert!(place.error(&[&call[..], &["-p", "512", "-n", "1"]].concat()).contains("513"));
+}
+
+#[test]
+fn perplexity_scores_every_token_but_the_first_of_a_window() {
+    let place = Place::new();
+    place.write("text.txt", "The quick brown fox jumps over the lazy dog.\n".repeat(3));
+    let call = ["perplexity", "-m", "model.gguf", "--file", "text.txt", "--json"];
+    let report = place.json(&call);
+    assert_eq!((&report["tokens"], &report["tokens_scored"]), (&136.into(), &135.into()));
+    let (perplexity, nll) = (report["perplexity"].as_f64().unwrap(), &report["mean_negative_log_likelihood"]);
+    assert!(perplexity > 1.0 && (perplexity.ln() - nll.as_f64().unwrap()).abs() < 1e-9);
+    assert_eq!(report["perplexity"], place.json(&[&call[..], &["--chunk", "7"]].concat())["perplexity"]);
+
+    let report = place.json(&[&call[..], &["--context", "32"]].concat());
+    assert_eq!((&report["windows"], &report["tokens_scored"]), (&5.into(), &131.into()));
+    let report = place.json(&[&call[..], &["--context", "32", "--stride", "16"]].concat());
+    assert_eq!((&report["windows"], &report["tokens_scored"]), (&8.into(), &135.into()));
+    let text = place.ok(&["perplexity", "-m", "model.gguf", "--tokens-file", "ids.txt"]);
+    assert!(text.starts_with("perplexity "), "{text}");
+    assert!(place.error(&[&call[..], &["--stride", "600"]].concat()).contains("--stride 600"));
+    assert!(place.error(&[&call[..], &["--max-tokens", "1"]].concat()).contains("at least 2"));
+}
+
+#[test]
+fn text_survives_tokenize_and_back() {
+    let place = Place::new();
+    let text = "Grüße, 世界! 1234\n\t'quoted'";
+    let ids = place.ok(&["tokenize", "-m", "model.gguf", "--no-special", text]);
+    assert_eq!(place.ok(&["tokenize", "-m", "model.gguf", "--decode", &ids]), format!("{text}\n"));
+    let report = place.json(&["tokenize", "-m", "model.gguf", "--json", "Hi"]);
+    assert_eq!(
+        report,
+        serde_json::json!({
+            "text": "Hi", "ids": [509, 72, 105], "tokens": ["<|begin_of_text|>", "H", "i"],
+        })
+    );
+    assert!(place.error(&["tokenize", "-m", "model.gguf", "--decode", "1 512"]).contains("token 512"));
+    assert!(place.error(&["tokenize", "-m", "model.gguf", "--decode", "one"]).contains("\"one\""));
+}
+
+#[test]
+fn errors_say_what_is_wrong() {
+    let place = Place::new();
+    let run = |more: &[&str]| place.error(&[&["run", "-m", "model.gguf"][..], more].concat());
+    place.write("junk.txt", "1, 2, three");
+    assert!(run(&["--tokens-file", "junk.txt"]).contains("entry 3: \"three\""));
+    place.write("beyond.txt", "1 512");
+    assert!(run(&["--tokens-file", "beyond.txt"]).contains("token 512 is not in the model's vocabulary"));
+    place.write("empty.txt", " \n");
+    assert!(run(&["--tokens-file", "empty.txt"]).contains("no token ids"));
+    place.write("binary.txt", [0xff, 0xfe, 0x00]);
+    assert!(run(&["--tokens-file", "binary.txt"]).contains("not text"));
+    assert!(run(&["--tokens-file", "missing.txt"]).contains("missing.txt"));
+    place.write("long.txt", "1 ".repeat(600));
+    assert!(run(&["--tokens-file", "long.txt"]).contains("600 tokens, the context 512"));
+    assert!(run(&["-p", "x", "--context", "600"]).contains("trained for 512"));
+    assert!(run(&["-p", "x", "--temperature", "-1"]).contains("temperature is -1"));
+    assert!(run(&["-p", "x", "--stop", ""]).contains("--stop"));
+    let unknown = run(&["-p", "x", "--kernel", "nonsense"]);
+    assert!(
+        unknown.contains("no kernel is named `nonsense`") && unknown.contains("cpu/t2-scalar"),
+        "{unknown}"
+    );
+    if !cfg!(feature = "wgpu") {
+        assert!(run(&["-p", "x", "--device", "wgpu"]).contains("--features wgpu"));
+    }
+    let missing = place.error(&["inspect", "-m", "none.gguf"]);
+    assert!(missing.contains("none.gguf") && missing.contains("hint:"), "{missing}");
+    place.write("not.gguf", "PK\x03\x04");
+    assert!(place.error(&["run", "-m", "not.gguf", "-p", "x"]).contains("not a GGUF file"));
+    assert!(place.error(&["synth", "--intermediate-size", "100", "--out", "x"]).contains("multiple of 128"));
+    assert!(place.error(&["synth", "--vocab-size", "9", "--out", "x"]).contains("too small"));
+    assert!(!place.path("x").exists());
+    assert!(error(place.command(&["kernels"]).env("BITNET_THREADS", "many")).contains("BITNET_THREADS=many"));
+
+    // An empty prompt is BOS alone; the context's end is no error.
+    let report = place.json(&["run", "-m", "model.gguf", "-p", "", "-n", "1", "--json"]);
+    assert_eq!(report["prompt_token_ids"], serde_json::json!([509]));
+    let report = place.json(&[
+        "run",
+        "-m",
+        "model.gguf",
+        "-p",
+        "Hello",
+        "--context",
+        "8",
+        "-n",
+        "50",
+        "--ignore-eos",
+        "--json",
+    ]);
+    assert_eq!((&report["finish"], &report["generated_tokens"]), (&"context".into(), &3.into()));
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2() {
+    let place = Place::empty();
+    for args in [
+        &["nonsense"][..],
+        &[],
+        &["run"],
+        &["run", "-m", "x"],
+        &["run", "-m", "x", "-p", "y", "--tokens-file", "z"],
+        &["run", "-m", "x", "-p", "y", "--top-k", "5"],
+        &["run", "-m", "x", "-p", "y", "--chunk", "0"],
+        &["run", "-m", "x", "-p", "y", "--threads", "0"],
+        &["run", "-m", "x", "-p", "y", "--hidden-act", "gelu"],
+        &["kernels", "--explain", "big"],
+        &["synth", "--shape", "huge"],
+    ] {
+        let Output { status, stderr, .. } = place.command(args).output().unwrap();
+        assert_eq!(status.code(), Some(2), "{args:?}: {}", String::from_utf8_lossy(&stderr));
+    }
+    for command in ["run", "inspect", "tokenize", "kernels", "bench", "synth", "perplexity", "logits"] {
+        let help = place.ok(&[command, "--help"]);
+        assert!(help.contains("Examples:") && help.contains(&format!("bitnet {command}")), "{help}");
+    }
+    assert!(place.ok(&["--help"]).contains("BITNET_STRICT_MODE"));
+}
+
+#[test]
+fn nobody_minds_a_reader_that_has_seen_enough() {
+    let place = Place::new();
+    let mut child = place
+        .command(&["inspect", "-m", "model.gguf", "--tensors"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert!(output.status.success());
+}
+
+#[test]
+fn the_second_start_measures_nothing_and_a_damaged_cache_is_survived() {
+    let place = Place::new();
+    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "2", "--json"];
+    let first = place.json(&call);
+    assert!(first["tuning"]["measured"].as_u64().unwrap() > 0);
+    let second = place.json(&call);
+    assert_eq!(second["tuning"]["measured"], 0);
+    assert_eq!(second["tuning"]["from_cache"], first["tuning"]["measured"]);
+    assert_eq!(second["token_ids"], first["token_ids"]);
+    let said = place.command(&call[..7]).output().unwrap();
+    assert!(String::from_utf8_lossy(&said.stderr).contains("measured nothing"));
+
+    let cache = PathBuf::from(second["tuning"]["cache_file"].as_str().unwrap());
+    assert!(cache.starts_with(place.path("cache")));
+    std::fs::write(&cache, "{ half a fi").unwrap();
+    let third = place.json(&call);
+    assert!(third["tuning"]["measured"].as_u64().unwrap() > 0);
+    assert!(third["tuning"]["cache_problem"].as_str().unwrap().contains("damaged"));
+    assert_eq!(third["token_ids"], first["token_ids"]);
+    let fourth = place.json(&call);
+    assert_eq!(
+        (&fourth["tuning"]["measured"], &fourth["tuning"]["cache_problem"]),
+        (&0.into(), &Value::Null)
+    );
+    std::fs::remove_file(&cache).unwrap();
+    assert!(place.json(&call)["tuning"]["measured"].as_u64().unwrap() > 0);
+}
+
+/// The kernels' status says which CPU features there are; a mask takes them away.
+#[test]
+fn strict_mode_names_what_is_missing() {
+    let place = Place::new();
+    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "2", "--json", "--kernel", "t2-scalar"];
+    let scalar = json(&ok(place.command(&call).env("BITNET_STRICT_MODE", "1")));
+    assert_eq!((&scalar["strict"], &scalar["reference_calls"]), (&true.into(), &0.into()));
+
+    let kernels = place.json(&["kernels", "--json"]);
+    let fast = kernels["kernels"].as_array().unwrap().iter().find_map(|kernel| {
+        let features = kernel["features"].as_array().unwrap();
+        features.first().map(|f| (kernel["kernel"].as_str().unwrap(), f.as_str().unwrap()))
+    });
+    let Some((kernel, feature)) = fast else { return };
+    let mut call = call;
+    call[9] = kernel;
+    let stderr = error(place.command(&call).env("BITNET_STRICT_MODE", "1").env("BITNET_CPU_MASK", feature));
+    for part in ["strict mode", kernel, feature, "masked"] {
+        assert!(stderr.contains(part), "{part}: {stderr}");
+    }
+    let report = json(&ok(place.command(&call).env("BITNET_CPU_MASK", feature)));
+    assert!(report["reference_calls"].as_u64().unwrap() > 0);
+    assert_eq!(report["kernels"][0]["kernel"], "reference");
+    assert_eq!(report["token_ids"], scalar["token_ids"]);
+}
+
+#[test]
+fn a_refused_plugin_does_not_keep_the_others_from_being_used() {
+    let place = Place::new();
+    let name = format!("not_a_library.{}", std::env::consts::DLL_EXTENSION);
+    place.write(&name, "nothing of the kind");
+    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "2", "--json"];
+    let plain = place.json(&call);
+    let with_flag = place.command(&[&call[..], &["--plugin", &name]].concat()).output().unwrap();
+    assert!(String::from_utf8_lossy(&with_flag.stderr).contains("not a loadable library"));
+    let report = json(std::str::from_utf8(&with_flag.stdout).unwrap());
+    assert_eq!(report["token_ids"], plain["token_ids"]);
+    assert!(report["refused_plugins"][0].as_str().unwrap().contains(&name));
+
+    // The same through a directory in the environment; in strict mode it is an error.
+    let directory = place.0.path();
+    let report = json(&ok(place.command(&call).env("BITNET_PLUGIN_PATH", directory)));
+    assert_eq!(report["refused_plugins"].as_array().unwrap().len(), 1);
+    let mut strict = place.command(&call);
+    let stderr = error(strict.env("BITNET_PLUGIN_PATH", directory).env("BITNET_STRICT_MODE", "1"));
+    assert!(stderr.contains("strict mode") && stderr.contains(&name), "{stderr}");
+    let listed = place.json(&["kernels", "--json", "--plugin", "missing.so"]);
+    assert!(listed["refused_plugins"][0].as_str().unwrap().contains("missing.so"));
+}
+
+#[test]
+fn kernels_are_listed_and_explained() {
+    let place = Place::empty();
+    let report =
+        place.json(&["kernels", "--json", "--threads", "1", "--explain", "2x96x256", "--explain", "64x128"]);
+    assert_eq!(report["threads"], 1);
+    let explanations = report["explanations"].as_array().unwrap();
+    assert_eq!(explanations.len(), 4);
+    assert_eq!(
+        (&explanations[0]["m"], &explanations[0]["n"], &explanations[0]["k"]),
+        (&2.into(), &96.into(), &256.into())
+    );
+    for explanation in explanations {
+        let candidates = explanation["candidates"].as_array().unwrap();
+        assert!(candidates.iter().any(|c| c["kernel"] == explanation["chosen"]));
+        assert!(candidates.iter().any(|c| !c["median_ns"].is_null()));
+    }
+    assert!(Path::new(report["cache_file"].as_str().unwrap()).exists());
+    let text = place.ok(&["kernels", "--threads", "1", "--explain", "2x96x256"]);
+    assert!(text.contains("[2, 256] x [96, 256]ᵀ") && text.contains("measured earlier"), "{text}");
+    let kept = ok(place.command(&["kernels"]).env("BITNET_CACHE_DIR", ""));
+    assert!(kept.contains("measurements are not kept"), "{kept}");
+}
+
+#[test]
+fn synth_writes_what_was_asked_for() {
+    let place = Place::empty();
+    let report = place.json(&[
+        "synth",
+        "--json",
+        "--out",
+        "x.gguf",
+        "--hidden-size",
+        "128",
+        "--intermediate-size",
+        "256",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--kv-heads",
+        "1",
+        "--vocab-size",
+        "300",
+        "--embedding-type",
+        "q8_0",
+        "--hidden-act",
+        "silu",
+        "--untied",
+        "--seed",
+        "5",
+    ]);
+    assert_eq!(report["config"]["head_dim"], 64);
+    let shown = place.json(&["inspect", "-m", "x.gguf", "--json", "--check"]);
+    for key in ["hidden_size", "n_layers", "activation", "tied_embeddings", "vocab_size", "bos_token"] {
+        assert_eq!(shown["config"][key], report["config"][key], "{key}");
+    }
+    assert_eq!(shown["tensors"].as_array().unwrap().iter().filter(|t| t["type"] == "Q8_0").count(), 2);
+    place.ok(&["run", "-m", "x.gguf", "-p", "a", "-n", "2"]);
+}
