@@ -41,7 +41,9 @@ pub(crate) fn bit_linear<B: Backend>(
     // whatever the order of a backend's matmul.
     let (x, row_scale) = if args.quantise {
         let a = B::float_clamp_min(B::float_max_abs_dim(x.clone(), 1), EPSILON.into());
-        let to_int8 = B::float_mul_scalar(B::float_recip(a.clone()), 127f32.into());
+        // 127 / a, rounded once: 127 * (1 / a) would break exact ties.
+        let steps = B::float_full(a.shape(), 127f32.into(), &a.device(), FloatDType::F32);
+        let to_int8 = B::float_div(steps, a.clone());
         let q = B::float_round(B::float_mul(x, to_int8));
         (B::float_clamp(q, (-128f32).into(), 127f32.into()), Some(B::float_div_scalar(a, 127f32.into())))
     } else {
@@ -207,6 +209,7 @@ pub(crate) fn dense_rows<B: Backend>(
     args: &DenseArgs,
 ) -> FloatTensor<B> {
     let row = args.format.row_bytes(args.k).expect("checked when the tensor was made");
+    let words = flat::<B>(words);
     if !row.is_multiple_of(4) {
         return B::float_select(decode::<B>(words, args), 0, ids);
     }
@@ -214,6 +217,12 @@ pub(crate) fn dense_rows<B: Backend>(
     let rows = B::int_select(B::int_reshape(words, Shape::new([args.n, row / 4])), 0, ids);
     let m = dims(&rows)[0];
     decode::<B>(B::int_reshape(rows, Shape::new([m * row / 4])), &DenseArgs { n: m, ..*args })
+}
+
+/// Words in one dimension, whatever shape they are kept in.
+fn flat<B: Backend>(words: IntTensor<B>) -> IntTensor<B> {
+    let count = words.shape().num_elements();
+    B::int_reshape(words, Shape::new([count]))
 }
 
 /// W [n, k] as f32.
@@ -226,6 +235,7 @@ fn decode<B: Backend>(words: IntTensor<B>, args: &DenseArgs) -> FloatTensor<B> {
         let shifted = if shift == 0 { tensor } else { B::bitwise_right_shift_scalar(tensor, shift.into()) };
         B::bitwise_and_scalar(shifted, ((1i64 << width) - 1).into())
     };
+    let words = flat::<B>(words);
     let count = dims(&words)[0];
     let float = |tensor: IntTensor<B>| B::int_into_float(tensor, FloatDType::F32);
     let whole = Shape::new([n, k]);

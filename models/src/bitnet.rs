@@ -200,13 +200,13 @@ impl BitNet {
                 attention: attention.assemble(norm(Norm::Attention(i))?, projections),
                 feed_forward: BitFeedForward::assemble(norm(Norm::FeedForward(i))?, feed_forward, activation),
             });
+            // What was packed is not needed in the file's form; what is read in place comes back.
+            checkpoint.release();
         }
         progress(LoadProgress::Packing(config.n_layers, config.n_layers));
         let embedding = StoredMatrix::new(checkpoint.embedding()?, device);
         let output = checkpoint.output()?.map(|tensor| StoredMatrix::new(tensor, device));
-        let rotary = RotaryEncodingConfig::new(config.context_length, config.head_dim)
-            .with_theta(config.rope_theta)
-            .init();
+        let rotary = RotaryEncodingConfig::new(config.head_dim).with_theta(config.rope_theta).init();
         let norm = norm(Norm::Output)?;
         let quantise = options.quantise_activations;
         Ok(Self { embedding, blocks, norm, output, rotary, config, quantise })

@@ -642,6 +642,8 @@ pub(crate) trait Source: Send + Sync {
     fn tokenizer_source(&self) -> TokenizerSource;
     fn tensors(&self) -> Vec<TensorInfo>;
     fn metadata(&self) -> Vec<(String, String)>;
+    /// Gives the pages of mapped files back to the system.
+    fn release(&self);
 }
 
 /// A model's files, opened and checked against the model's shape.
@@ -745,6 +747,12 @@ impl Checkpoint {
     /// As [`embedding`](Self::embedding).
     pub fn output(&self) -> Result<Option<DenseTensor>, LoadError> {
         if self.config.tied_embeddings { Ok(None) } else { self.source.output() }
+    }
+
+    /// Gives the memory of the mapped files back to the system. Everything stays readable: what is read
+    /// again comes from the file again.
+    pub fn release(&self) {
+        self.source.release();
     }
 
     /// Where to find the tokenizer.

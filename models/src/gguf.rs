@@ -20,7 +20,7 @@ mod types;
 mod value;
 mod writer;
 
-pub(crate) use file::map_file;
+pub(crate) use file::{FileMap, map_file};
 pub use file::{GgufFile, GgufTensor};
 pub use model::{norm_name, projection_name};
 pub use types::TensorType;

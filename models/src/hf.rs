@@ -18,7 +18,7 @@ use crate::checkpoint::{
     TokenizerSource, aligned, checked_scale, choose_activation, drop_foreign_tokens, floats, one_float,
 };
 use crate::config::ModelConfig;
-use crate::gguf::map_file;
+use crate::gguf::{FileMap, map_file};
 use bitnet_burn_core::formats::FormatError;
 use bitnet_burn_core::formats::dense::DenseFormat;
 use bitnet_burn_core::formats::hf::unpack_to_canonical;
@@ -63,6 +63,7 @@ pub(crate) struct HfModel {
     dir: PathBuf,
     json: Value,
     tensors: BTreeMap<String, HfTensor>,
+    maps: Vec<FileMap>,
     style: Style,
     config: ModelConfig,
 }
@@ -78,11 +79,11 @@ impl HfModel {
         let json: Value = read_json(&path)?;
         let fields = Fields { path: &path, json: &json };
         fields.architecture()?;
-        let tensors = read_tensors(dir)?;
+        let (tensors, maps) = read_tensors(dir)?;
         let config = config(dir, fields, &tensors, options, warnings)?;
         config.validate().map_err(|error| LoadError::Config { path: path.clone(), error })?;
         let style = style(fields, &tensors, warnings)?;
-        let model = Self { dir: dir.to_owned(), json, tensors, style, config: config.clone() };
+        let model = Self { dir: dir.to_owned(), json, tensors, maps, style, config: config.clone() };
         model.check_tensors(warnings)?;
         Ok((model, config))
     }
@@ -227,6 +228,10 @@ impl HfModel {
 }
 
 impl Source for HfModel {
+    fn release(&self) {
+        self.maps.iter().for_each(FileMap::release);
+    }
+
     fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {
         let name = projection_name(layer, which);
         let tensor = self.tensor(&name)?;
@@ -372,7 +377,10 @@ struct Index {
 }
 
 /// Maps all weights of the directory.
-fn read_tensors(dir: &Path) -> Result<BTreeMap<String, HfTensor>, LoadError> {
+/// All tensors, and the maps that they are views of.
+type Shards = (BTreeMap<String, HfTensor>, Vec<FileMap>);
+
+fn read_tensors(dir: &Path) -> Result<Shards, LoadError> {
     let single = dir.join(SINGLE);
     if single.exists() {
         return read_shard(&single);
@@ -389,12 +397,15 @@ fn read_tensors(dir: &Path) -> Result<BTreeMap<String, HfTensor>, LoadError> {
     let index: Index = read_json(&index_path)?;
     let shards: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
     let mut tensors = BTreeMap::new();
+    let mut maps = Vec::new();
     let mut shard_of = BTreeMap::new();
     for shard in shards {
         if !is_plain_file_name(shard) {
             return Err(LoadError::ShardEscapes { path: index_path, shard: shard.to_owned() });
         }
-        for (name, tensor) in read_shard(&dir.join(shard))? {
+        let (shard_tensors, shard_maps) = read_shard(&dir.join(shard))?;
+        maps.extend(shard_maps);
+        for (name, tensor) in shard_tensors {
             if tensors.insert(name.clone(), tensor).is_some() {
                 return Err(LoadError::Duplicate { path: dir.to_owned(), what: "tensor", name });
             }
@@ -407,7 +418,7 @@ fn read_tensors(dir: &Path) -> Result<BTreeMap<String, HfTensor>, LoadError> {
             return Err(LoadError::MissingTensor { path: dir.to_owned(), tensor: name.clone(), help });
         }
     }
-    Ok(tensors)
+    Ok((tensors, maps))
 }
 
 /// Whether a name stays in its directory, on any system.
@@ -420,8 +431,8 @@ fn is_plain_file_name(name: &str) -> bool {
 
 /// Maps one safetensors file. Its header is checked by the safetensors crate: lengths, that the tensors
 /// cover the data exactly, and that each is as long as its type and shape say.
-fn read_shard(path: &Path) -> Result<BTreeMap<String, HfTensor>, LoadError> {
-    let map = map_file(path)?;
+fn read_shard(path: &Path) -> Result<Shards, LoadError> {
+    let (map, file_map) = map_file(path)?;
     let invalid = |problem: String| LoadError::Safetensors { path: path.to_owned(), problem };
     let size = map.len() as u64;
     let truncated = |what: &str, at, needed| LoadError::Truncated {
@@ -477,7 +488,7 @@ fn read_shard(path: &Path) -> Result<BTreeMap<String, HfTensor>, LoadError> {
         let data = map.slice(data_start + start..data_start + end);
         tensors.insert(name, HfTensor { dtype: info.dtype, shape: info.shape.clone(), data });
     }
-    Ok(tensors)
+    Ok((tensors, file_map.into_iter().collect()))
 }
 
 /// The fields of a configuration file, or of an object in it.

@@ -467,7 +467,7 @@ fn strict_mode_names_what_is_missing() {
     let mut call = call;
     call[9] = kernel;
     let stderr = error(place.command(&call).env("BITNET_STRICT_MODE", "1").env("BITNET_CPU_MASK", feature));
-    for part in ["strict mode", kernel, feature, "masked"] {
+    for part in ["strict mode", kernel, feature, "masked", "hint: "] {
         assert!(stderr.contains(part), "{part}: {stderr}");
     }
     let report = json(&ok(place.command(&call).env("BITNET_CPU_MASK", feature)));

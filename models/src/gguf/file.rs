@@ -8,6 +8,7 @@ use bytes::Bytes;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Limits on what the format itself leaves open: far above any model.
 mod limit {
@@ -52,6 +53,8 @@ impl GgufTensor {
 pub struct GgufFile {
     path: PathBuf,
     map: Bytes,
+    /// What `map` is a view of, if it is a file's.
+    file_map: Option<FileMap>,
     version: u32,
     alignment: u64,
     data_start: usize,
@@ -61,8 +64,31 @@ pub struct GgufFile {
     names: HashMap<String, usize>,
 }
 
-/// Maps a file into memory.
-pub(crate) fn map_file(path: &Path) -> Result<Bytes, LoadError> {
+/// A file in memory, whose pages can be given back.
+#[derive(Clone)]
+pub(crate) struct FileMap(Arc<memmap2::Mmap>);
+
+impl AsRef<[u8]> for FileMap {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl FileMap {
+    /// Gives the file's pages in this process back to the system, which reads them again where they are
+    /// needed: what was only read to be packed should not stay beside its packing.
+    pub(crate) fn release(&self) {
+        #[cfg(unix)]
+        // SAFETY: the map is a read-only one of a file: a page that is given back holds the same bytes when
+        // it is read again.
+        if let Err(error) = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) } {
+            tracing::debug!(%error, "the model's pages stay in memory");
+        }
+    }
+}
+
+/// Maps a file into memory. An empty file has no map.
+pub(crate) fn map_file(path: &Path) -> Result<(Bytes, Option<FileMap>), LoadError> {
     let io = |action| move |error| LoadError::Io { path: path.to_owned(), action, error };
     let meta = std::fs::metadata(path).map_err(io("open"))?;
     if !meta.is_file() {
@@ -71,12 +97,13 @@ pub(crate) fn map_file(path: &Path) -> Result<Bytes, LoadError> {
     }
     let file = File::open(path).map_err(io("open"))?;
     if meta.len() == 0 {
-        return Ok(Bytes::new());
+        return Ok((Bytes::new(), None));
     }
     // SAFETY: the map is private to this process and never written through. That nobody changes or
     // truncates the file meanwhile cannot be enforced; the module's documentation demands it.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io("map"))?;
-    Ok(Bytes::from_owner(map))
+    let map = FileMap(Arc::new(map));
+    Ok((Bytes::from_owner(map.clone()), Some(map)))
 }
 
 impl GgufFile {
@@ -86,7 +113,15 @@ impl GgufFile {
     /// [`LoadError`] for whatever is wrong with it. No panic and no allocation larger than a small multiple
     /// of the header is reachable from any content.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
-        Self::parse(path.to_owned(), map_file(path)?)
+        let (bytes, file_map) = map_file(path)?;
+        Ok(Self { file_map, ..Self::parse(path.to_owned(), bytes)? })
+    }
+
+    /// Gives the file's pages back to the system.
+    pub(crate) fn release(&self) {
+        if let Some(map) = &self.file_map {
+            map.release();
+        }
     }
 
     /// Reads a file that is in memory already; `path` is for messages.
@@ -137,6 +172,7 @@ impl GgufFile {
         let data_start = (cursor.at as u64).next_multiple_of(alignment).min(map.len() as u64);
         let file = Self {
             data_start: data_start as usize,
+            file_map: None,
             path,
             version,
             alignment,

@@ -184,6 +184,10 @@ impl GgufModel {
 }
 
 impl Source for GgufModel {
+    fn release(&self) {
+        self.file.release();
+    }
+
     fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {
         let name = projection_name(layer, which);
         let tensor = self.info(&name)?;

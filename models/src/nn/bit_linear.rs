@@ -229,7 +229,8 @@ fn ternarise(weight: Tensor<2>) -> (Tensor<2>, Tensor<1>) {
 /// absmax: activations as the int8 kernels see them, with the straight-through estimator.
 fn fake_quantise(x: Tensor<2>) -> Tensor<2> {
     let a = x.clone().detach().abs().max_dim(1).clamp_min(1e-5);
-    let q = (x.clone().detach() * (a.clone().recip() * 127.0)).round().clamp(-128.0, 127.0);
+    // 127 / a, rounded once, as the kernels have it.
+    let q = (x.clone().detach() * (a.full_like(127.0) / a.clone())).round().clamp(-128.0, 127.0);
     straight_through(x, q * (a / 127.0))
 }
 
@@ -256,7 +257,7 @@ impl ModuleDisplay for BitLinear {
             .add("d_output", &self.d_output)
             .add("bias", &self.bias.is_some())
             .add("norm", &self.norm.is_some())
-            .add_formatted(&format!("state: {state}"))
+            .add("state", &state.to_owned())
             .optional()
     }
 }

@@ -39,7 +39,7 @@ impl KernelArgs {
             if strict {
                 return Err(error).context("strict mode: a plugin is refused");
             }
-            let text = error.to_string();
+            let text = output::in_one_line(error);
             output::warning(format_args!("{text}; it is not used"));
             refused.push(text);
         }

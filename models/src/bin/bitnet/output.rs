@@ -5,10 +5,10 @@ use std::io::{self, ErrorKind, IsTerminal as _, Write};
 use std::path::Path;
 
 use anyhow::Context as _;
-use bitnet_burn::bitnet::ForwardError;
+use bitnet_burn::backends::manager::SetupError;
+use bitnet_burn::bitnet::{ForwardError, ModelError};
 use bitnet_burn::checkpoint::LoadError;
 use bitnet_burn::core::ManagerError;
-use bitnet_burn::core::plugin::PluginError;
 use bitnet_burn::generate::GenerateError;
 use bitnet_burn::tokenizer::TokenizerError;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -56,54 +56,78 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// `error: ...`, its causes, and what to do about it where that is known.
 pub fn print_error(error: &anyhow::Error) {
-    let mut said = error.to_string();
-    note(format_args!("error: {said}"));
-    for cause in error.chain().skip(1) {
-        let text = cause.to_string();
-        // Many errors say their cause themselves.
-        if !said.contains(&text) {
-            note(format_args!("  caused by: {text}"));
-            said = text;
-        }
+    let mut causes = causes(error).into_iter();
+    note(format_args!("error: {}", causes.next().unwrap_or_default()));
+    for cause in causes {
+        note(format_args!("  caused by: {cause}"));
     }
     if let Some(hint) = error.chain().find_map(hint) {
         note(format_args!("  hint: {hint}"));
     }
 }
 
-/// What would help.
+/// An error and its causes, without those that the one before says itself.
+fn causes(error: &anyhow::Error) -> Vec<String> {
+    let mut causes: Vec<String> = Vec::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if causes.last().is_none_or(|before| !before.contains(&cause)) {
+            causes.push(cause);
+        }
+    }
+    causes
+}
+
+/// An error with its causes, on one line.
+pub fn in_one_line(error: impl Into<anyhow::Error>) -> String {
+    causes(&error.into()).join(": ")
+}
+
+/// What would help. Errors that are another one's transparent skin are not in a chain themselves.
 fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
-    if let Some(error) = cause.downcast_ref::<ManagerError>() {
+    if let Some(error) = cause.downcast_ref::<ModelError>() {
         return match error {
-            ManagerError::UnknownKernel { .. } => Some("`bitnet kernels` shows what there is"),
-            ManagerError::NoKernel { .. } => Some(
-                "`bitnet kernels` shows each kernel's status; without BITNET_STRICT_MODE the (slow) reference \
-                 computes",
+            ModelError::Load(error) => of_load(error),
+            ModelError::Kernel(error) => of_manager(error),
+        };
+    }
+    if let Some(GenerateError::Forward(error)) = cause.downcast_ref() {
+        return match error {
+            ForwardError::Kernel(error) => of_manager(error),
+            ForwardError::Cache(_) => Some(
+                "--context gives the KV cache more positions, up to those that the model was trained for",
             ),
             _ => None,
         };
     }
-    if let Some(error) = cause.downcast_ref::<LoadError>() {
-        return match error {
-            LoadError::Io { error, .. } if error.kind() == ErrorKind::NotFound => {
-                Some("--model takes a GGUF file or a directory with config.json and safetensors")
-            }
-            LoadError::NotTernary { .. } => Some("`bitnet inspect` shows the types of all tensors"),
-            _ => None,
-        };
+    if let Some(SetupError::Manager(error)) = cause.downcast_ref() {
+        return of_manager(error);
     }
     if let Some(TokenizerError::Invalid { .. }) = cause.downcast_ref() {
-        return Some("--tokens-file takes token ids instead of text and needs no tokenizer");
-    }
-    if let Some(PluginError::Read { .. }) = cause.downcast_ref() {
-        return Some("--plugin and BITNET_PLUGIN_PATH take files and directories of libraries");
-    }
-    if let Some(GenerateError::Forward(ForwardError::Cache(_))) = cause.downcast_ref() {
         return Some(
-            "--context gives the KV cache more positions, up to those that the model was trained for",
+            "--tokens-file takes token ids instead of text; with --print-ids no tokenizer is needed",
         );
     }
-    None
+    cause.downcast_ref().and_then(of_load).or_else(|| cause.downcast_ref().and_then(of_manager))
+}
+
+fn of_load(error: &LoadError) -> Option<&'static str> {
+    match error {
+        LoadError::Io { error, .. } if error.kind() == ErrorKind::NotFound => {
+            Some("--model takes a GGUF file or a directory with config.json and safetensors")
+        }
+        LoadError::NotTernary { .. } => Some("`bitnet inspect` shows the types of all tensors"),
+        _ => None,
+    }
+}
+
+fn of_manager(error: &ManagerError) -> Option<&'static str> {
+    match error {
+        ManagerError::UnknownKernel { .. } => Some("`bitnet kernels` shows what there is"),
+        ManagerError::NoKernel { .. } => Some(
+            "`bitnet kernels` shows each kernel's status; without BITNET_STRICT_MODE the (slow) reference computes",
+        ),
+        _ => None,
+    }
 }
 
 /// A progress bar on stderr, where that is a terminal.

@@ -1,0 +1,197 @@
+/* A plugin in plain C: one portable kernel, and, by macros, every way to get it wrong. */
+#include "bitnet_plugin.h"
+
+#ifndef NAME
+#define NAME "example"
+#endif
+#ifndef MAJOR
+#define MAJOR BITNET_ABI_MAJOR
+#endif
+#ifndef WRONG
+#define WRONG 0
+#endif
+#ifndef GRANULE
+#define GRANULE 1
+#endif
+#ifndef ALIGNMENT
+#define ALIGNMENT 32
+#endif
+#ifndef OPERATION
+#define OPERATION BITNET_OPERATION_TERNARY_MATMUL
+#endif
+#ifndef KERNEL_NAME
+#define KERNEL_NAME "plain"
+#endif
+#ifndef FEATURES
+#define FEATURES NULL
+#endif
+#ifndef KERNEL_SIZE
+#define KERNEL_SIZE sizeof(bitnet_kernel_t)
+#endif
+#ifndef PLUGIN_SIZE
+#define PLUGIN_SIZE sizeof(bitnet_plugin_t)
+#endif
+
+static int32_t supports(const bitnet_signature_t *s) {
+#ifdef SUPPORTS_NOTHING
+    (void)s;
+    return 0;
+#else
+    return s->operation == BITNET_OPERATION_TERNARY_MATMUL;
+#endif
+}
+
+static void say(const bitnet_message_t *message, const char *text) {
+    uint64_t i = 0;
+    if (!message || !message->text || !message->capacity) return;
+    for (; text[i] && i + 1 < message->capacity; i++) message->text[i] = text[i];
+    message->text[i] = 0;
+}
+
+#ifdef PRIVATE
+/* One byte a weight, and the activations copied into the workspace. */
+static uint64_t packed_size(uint64_t n, uint64_t k) { return n * k; }
+
+static bitnet_status_t pack(const bitnet_weights_t *w, uint8_t *packed, uint64_t n0, uint64_t n1,
+                            const bitnet_message_t *message) {
+    uint64_t row = bitnet_canonical_row_bytes(w->k);
+    (void)message;
+    for (uint64_t n = n0; n < n1; n++)
+        for (uint64_t k = 0; k < w->k; k++)
+            packed[n * w->k + k] = (uint8_t)(bitnet_canonical_weight(w->data + n * row, k) + 1);
+    return BITNET_OK;
+}
+
+static bitnet_status_t unpack(const bitnet_weights_t *w, uint8_t *canonical, uint64_t n0, uint64_t n1,
+                              const bitnet_message_t *message) {
+    uint64_t row = bitnet_canonical_row_bytes(w->k);
+    (void)message;
+    for (uint64_t n = n0; n < n1; n++) {
+        uint8_t *out = canonical + n * row;
+        for (uint64_t i = 0; i < row; i++) out[i] = 0x55;
+        for (uint64_t k = 0; k < w->k; k++) {
+            int shift = 6 - 2 * (int)(k % 128 / 32);
+            uint8_t *byte = out + k / 128 * 32 + k % 32;
+#ifdef WRONG_UNPACK
+            if (k == 30) continue;
+#endif
+            *byte = (uint8_t)((*byte & ~(3 << shift)) | w->data[n * w->k + k] << shift);
+        }
+    }
+    return BITNET_OK;
+}
+
+static uint64_t workspace_size(const bitnet_signature_t *s) { return s->m * s->k; }
+
+static bitnet_status_t prepare(const bitnet_activations_t *x, uint8_t *workspace, const bitnet_message_t *message) {
+    (void)message;
+    for (uint64_t m = 0; m < x->m; m++)
+        for (uint64_t k = 0; k < x->k; k++) workspace[m * x->k + k] = (uint8_t)x->q[m * x->stride + k];
+    return BITNET_OK;
+}
+#endif
+
+static bitnet_status_t run(const bitnet_weights_t *w, const bitnet_activations_t *x, const uint8_t *workspace,
+                           const bitnet_output_t *y, const bitnet_tile_t *tile, const bitnet_message_t *message) {
+    (void)workspace;
+#ifdef FAIL_AT_N
+    if (w->n == FAIL_AT_N) {
+        say(message, "out of luck");
+        return BITNET_FAILED;
+    }
+#endif
+    for (uint64_t m = tile->m0; m < tile->m1; m++)
+        for (uint64_t n = tile->n0; n < tile->n1; n++) {
+            int32_t sum = WRONG;
+            for (uint64_t k = 0; k < w->k; k++) {
+#ifdef PRIVATE
+                int32_t weight = w->data[n * w->k + k] - 1, q = (int8_t)workspace[m * x->k + k];
+#else
+                int32_t weight = bitnet_canonical_weight(w->data + n * bitnet_canonical_row_bytes(w->k), k);
+                int32_t q = x->q[m * x->stride + k];
+#endif
+                sum += weight * q;
+            }
+            float scale = w->scale * x->scale[m];
+            y->y[m * y->stride + n] = (float)sum * scale;
+        }
+#ifdef WRITE_BEHIND
+    if (tile->n1 == w->n) y->y[tile->m0 * y->stride + w->n] = 1.0f;
+#endif
+#ifdef LEAVE_OUT
+    if (tile->n1 == w->n && w->n > 40) y->y[tile->m0 * y->stride + w->n - 1] = 0.0f;
+#endif
+    (void)say;
+    (void)message;
+    return BITNET_OK;
+}
+
+static const bitnet_kernel_t kernel = {
+    .struct_size = KERNEL_SIZE,
+    .name = KERNEL_NAME,
+    .features = FEATURES,
+    .operation = OPERATION,
+    .target = BITNET_TARGET_CPU,
+    .weight_alignment = ALIGNMENT,
+    .row_granule = GRANULE,
+    .supports = supports,
+#ifdef PRIVATE
+    .layout = "bytes",
+    .packed_size = packed_size,
+    .pack = pack,
+    .unpack = unpack,
+    .workspace_size = workspace_size,
+    .prepare = prepare,
+#endif
+#ifdef LAYOUT_WITHOUT_PACK
+    .layout = "bytes",
+#endif
+#ifndef NO_RUN
+    .run = run,
+#endif
+};
+
+static const bitnet_kernel_t *const kernels[] = {
+#ifdef NULL_KERNEL
+    NULL,
+#endif
+    &kernel,
+#ifdef TWICE
+    &kernel,
+#endif
+};
+
+static const bitnet_plugin_t plugin = {
+    .struct_size = PLUGIN_SIZE,
+    .abi_major = MAJOR,
+    .abi_minor = BITNET_ABI_MINOR,
+    .name = NAME,
+#ifndef NO_VERSION
+    .version = "1.2.3",
+#endif
+#ifdef COUNT
+    .kernel_count = COUNT,
+#else
+    .kernel_count = sizeof kernels / sizeof *kernels,
+#endif
+#ifdef NO_KERNELS
+    .kernels = sizeof kernels ? NULL : kernels,
+#else
+    .kernels = kernels,
+#endif
+};
+
+#ifdef NO_SYMBOL
+#define bitnet_plugin some_other_function
+const bitnet_plugin_t *some_other_function(void);
+#endif
+
+const bitnet_plugin_t *bitnet_plugin(void) {
+    (void)run; /* not every variant has it */
+#ifdef NULL_DESCRIPTOR
+    (void)plugin;
+    return NULL;
+#else
+    return &plugin;
+#endif
+}

@@ -1,0 +1,112 @@
+//! The same models through the default bodies, on a GPU or what stands in for one (lavapipe). Without an
+//! adapter these tests fail: whoever builds the feature wants it tested.
+#![cfg(feature = "wgpu")]
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use bitnet_burn::bitnet::LoadOptions;
+use bitnet_burn::generate::{self, GenerateOptions};
+use bitnet_burn::nn::{BitLinearConfig, CacheType};
+use bitnet_burn_tests::reference::{Forward, Mutation, Reference};
+use bitnet_burn_tests::*;
+use burn::tensor::{Device, Tensor, TensorData};
+
+const TOLERANCE: f32 = 1e-3;
+
+fn gpu() -> Device {
+    Device::wgpu(Default::default())
+}
+
+/// Logits up to the first uncertain rounding; behind it only sanity.
+fn compare(what: &str, got: &[f32], want: &Golden, forward: &Forward, at_least: usize) {
+    let positions = forward.certain().min(want.shape[0]).max(at_least);
+    let end = positions * want.shape[1];
+    let (difference, all) = (max_difference(&got[..end], &want.values[..end]), max_difference(got, &want.values));
+    println!("{what}: {difference:.1e} over {positions} positions, {all:.1e} over all {}", want.shape[0]);
+    assert!(difference < TOLERANCE, "{what}: {difference:e}");
+    assert!(all < 1.0, "{what}: {all:e} over all");
+}
+
+#[test]
+fn logits_and_greedy_tokens_are_those_of_transformers() {
+    let dir = repository_golden().join("hf/A-packed-auto");
+    let model = load(&dir, &gpu(), &LoadOptions::default());
+    let reference = Reference::from_hf(&dir);
+    let goldens = read_goldens(&dir.join("goldens.safetensors"));
+    for n in [1, 16, 64] {
+        let get = |name: &str| &goldens[&format!("seq{n}.{name}")];
+        let prompt = get("input_ids").ids();
+        let want = get("gen_ids").ids();
+        let forward = reference.forward(&[prompt.clone(), want.clone()].concat(), Mutation::None);
+        for chunk in [256, 7] {
+            let got = all_logits(&model, &prompt, chunk, CacheType::F32);
+            compare(&format!("seq{n} in chunks of {chunk}"), &got, get("logits"), &forward, usize::from(n == 1));
+        }
+        let mut cache = model.cache(n + 32, CacheType::F32).unwrap();
+        let sequence = cache.add_sequence(0);
+        let options = GenerateOptions { max_new_tokens: 32, ..GenerateOptions::default() };
+        let generation = generate::generate(&model, &prompt, sequence, &mut cache, &options, &mut |_, _| {
+            ControlFlow::Continue(())
+        });
+        let tokens = generation.unwrap().tokens;
+        let margins = &get("gen_margin").values;
+        let compared = (0..32).take_while(|&i| n - 1 + i < forward.certain() || margins[i] >= 0.5).count();
+        println!("seq{n}: {compared} tokens compared");
+        assert_eq!(tokens[..compared], want[..compared], "seq{n}");
+    }
+}
+
+#[test]
+fn a_gguf_file_gives_the_logits_of_the_float64_reference() {
+    let dir = repository_golden().join("gguf");
+    let path = dir.join("tiny_a-i2_s.gguf");
+    let device = gpu();
+    let [model, float] = [true, false].map(|quantise_activations| {
+        load(&path, &device, &LoadOptions { quantise_activations, ..LoadOptions::default() })
+    });
+    let reference = Reference::from_gguf(&path);
+    for n in [16, 37] {
+        let ids = read_tokens(&dir.join(format!("tiny_a-tokens{n}.txt")));
+        let golden = |kind: &str| read_npy(&Path::new(&dir).join(format!("tiny_a-{kind}-{n}.npy")));
+        let forward = reference.forward(&ids, Mutation::None);
+        let got = all_logits(&model, &ids, 256, CacheType::F32);
+        compare(&format!("tiny_a {n}"), &got, &golden("ref_int8"), &forward, 0);
+        let got = all_logits(&float, &ids, 256, CacheType::F32);
+        let difference = max_difference(&got, &golden("ref_none").values);
+        println!("tiny_a {n} with float activations: {difference:.1e}");
+        assert!(difference < 1e-3, "tiny_a {n} with float activations: {difference:e}");
+    }
+}
+
+#[test]
+fn bit_linear_computes_and_differentiates_as_on_the_host() {
+    setup();
+    let (k, n, m) = (784, 100, 5);
+    let (host, gpu) = (Device::flex().autodiff(), gpu().autodiff());
+    let layer = BitLinearConfig::new(k, n).with_norm(true).init(&host);
+    let mut random = Random(12);
+    let (x, dy) = (random.floats(m * k), random.floats(m * n));
+    let values = |tensor: Tensor<2>| tensor.into_data().try_to_vec::<f32>().unwrap();
+    for packed in [false, true] {
+        let mut results = Vec::new();
+        for device in [&host, &gpu] {
+            use burn::module::Module;
+            let layer = layer.clone().to_device(device);
+            let layer = if packed { layer.pack().unwrap() } else { layer };
+            let tensor = |values: &[f32], shape: [usize; 2]| -> Tensor<2> {
+                Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
+            };
+            let input = tensor(&x, [m, k]).require_grad();
+            let y = layer.forward(input.clone());
+            let gradients = (y.clone() * tensor(&dy, [m, n])).sum().backward();
+            results.push((values(y), values(input.grad(&gradients).expect("a gradient for the input"))));
+        }
+        let largest = |values: &[f32]| values.iter().fold(0f32, |a, v| a.max(v.abs()));
+        let (host, gpu) = (&results[0], &results[1]);
+        for (what, a, b) in [("output", &gpu.0, &host.0), ("gradient", &gpu.1, &host.1)] {
+            let difference = max_difference(a, b);
+            assert!(difference <= 1e-4 * largest(b), "{what}, packed {packed}: {difference:e} of {:e}", largest(b));
+        }
+    }
+}
