@@ -128,7 +128,7 @@ fn compare(
 ) -> Result<(), String> {
     let m = x.m();
     let scale = 0.037_f32;
-    // 64-byte alignment is more than any canonical kernel may rely on; 32 is what it gets here.
+    // As badly aligned as canonical weights may be.
     let canonical_bytes = Misaligned::new(weights);
     let mut packed = None;
     let bytes = if kernel.layout().is_some() {
@@ -178,17 +178,19 @@ fn compare(
     Ok(())
 }
 
-/// Canonical bytes at an address that is a multiple of 32 but not of 64, as in a memory map.
+/// Canonical bytes at an address that is a multiple of 4 and of nothing larger.
 struct Misaligned(crate::memory::AlignedBytes, usize);
+
+const OFFSET: usize = bitnet_burn_plugin::abi::CANONICAL_ALIGNMENT;
 
 impl Misaligned {
     fn new(bytes: &[u8]) -> Self {
-        let mut buffer = crate::memory::AlignedBytes::zeroed(bytes.len() + 32);
-        buffer[32..].copy_from_slice(bytes);
+        let mut buffer = crate::memory::AlignedBytes::zeroed(bytes.len() + OFFSET);
+        buffer[OFFSET..].copy_from_slice(bytes);
         Self(buffer, bytes.len())
     }
 
     fn bytes(&self) -> &[u8] {
-        &self.0[32..32 + self.1]
+        &self.0[OFFSET..OFFSET + self.1]
     }
 }

@@ -541,7 +541,7 @@ impl KernelManager {
                     Status::Ready if !entry.kernel.supports(&signature) => {
                         "does not support the shape".into()
                     }
-                    Status::Ready => "failed in use".into(),
+                    Status::Ready => "failed in use, or the weights are not aligned as it asks".into(),
                 };
                 format!("{}: {why}", entry.kernel.id())
             })

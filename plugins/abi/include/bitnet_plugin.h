@@ -46,7 +46,7 @@ typedef int32_t bitnet_status_t; /* anything but OK: the host takes its next ker
 
 #define BITNET_ACTIVATION_ALIGNMENT 64 /* rows begin at multiples of it, zero-filled up to one */
 #define BITNET_ACTIVATION_SLACK 64     /* readable bytes behind the last activation row */
-#define BITNET_CANONICAL_ALIGNMENT 32  /* canonical weights may lie in a memory-mapped file */
+#define BITNET_CANONICAL_ALIGNMENT 4   /* canonical weights lie in a file or a tensor: unaligned loads */
 #define BITNET_WORKSPACE_ALIGNMENT 64
 
 /* The canonical layout (I2_S): a row of k weights takes bitnet_canonical_row_bytes(k). 128 weights
@@ -83,7 +83,7 @@ typedef struct bitnet_weights {
     uint64_t struct_size;
     uint64_t n;
     uint64_t k;
-    const uint8_t *data; /* aligned to weight_alignment, canonical ones to 32 bytes */
+    const uint8_t *data; /* aligned to weight_alignment, canonical ones to 4 bytes */
     uint64_t size;       /* readable bytes at data */
     float scale;         /* weight = code * scale */
     uint32_t reserved;   /* 0 */

@@ -53,8 +53,9 @@ pub const STATUS_PANICKED: Status = 4;
 pub const ACTIVATION_ALIGNMENT: usize = 64;
 /// Bytes that may be read (their values are unspecified) behind the last activation row.
 pub const ACTIVATION_SLACK: usize = 64;
-/// Canonical weights are only this well aligned: they may lie in a memory-mapped file.
-pub const CANONICAL_ALIGNMENT: usize = 32;
+/// Canonical weights are only this well aligned: they lie wherever their owner keeps them, in a
+/// memory-mapped file (32 there) or in a tensor. Read them with unaligned loads.
+pub const CANONICAL_ALIGNMENT: usize = 4;
 /// Workspaces are aligned to this many bytes.
 pub const WORKSPACE_ALIGNMENT: usize = 64;
 /// A kernel may ask for no larger alignment of its private packing than this.
@@ -109,7 +110,7 @@ pub struct Weights {
     pub n: u64,
     /// Input features.
     pub k: u64,
-    /// The packed codes, aligned as the kernel asks, canonical ones to 32 bytes.
+    /// The packed codes, aligned as the kernel asks, canonical ones to 4 bytes.
     pub data: *const u8,
     /// Readable bytes at `data`.
     pub size: u64,
