@@ -102,6 +102,25 @@ impl TernaryMatrix {
         }
     }
 
+    /// The same matrix with canonical codes, for saving it or for another device.
+    ///
+    /// # Errors
+    /// If the kernel that packed it can't unpack it.
+    ///
+    /// # Panics
+    /// If the codes can't be read back from their device.
+    pub fn into_canonical(self) -> Result<Self, ManagerError> {
+        let Some(choice) = self.choice.filter(|choice| choice.layout().is_some()) else {
+            return Ok(Self { choice: None, ..self });
+        };
+        let device = self.codes.device();
+        let words: Vec<u32> = self.codes.into_data().iter::<i64>().map(|word| word as u32).collect();
+        let packed = &bytemuck::cast_slice(&words)[..choice.weight_bytes()];
+        let canonical = manager().unpack(&choice, packed)?;
+        let codes = self::words(canonical.into(), [self.n, canonical::row_bytes(self.k) / 4], &device);
+        Ok(Self { codes, choice: None, ..self })
+    }
+
     fn matrix(&self) -> Matrix {
         Matrix { n: self.n, choice: self.choice.clone() }
     }
@@ -145,6 +164,12 @@ pub fn bit_linear(
             assert_eq!(weight.dims(), [k], "the norm's weight");
             (InputNorm::Rms(weight.into_dispatch()), eps)
         }
+    };
+    // Only kernels read private packings, and they run in host memory.
+    let matrices = if is_host(&x.device()) {
+        matrices
+    } else {
+        matrices.into_iter().map(TernaryMatrix::into_canonical).collect::<Result<_, _>>()?
     };
     let args = BitLinearArgs {
         k,

@@ -187,6 +187,22 @@ impl BitLinear {
         }
     }
 
+    /// The layer with packed weights in the canonical layout, which every machine and device reads: for
+    /// saving it, or before it moves to another device. (A private packing that has moved is unpacked at
+    /// every call.) A layer in the training state stays as it is.
+    ///
+    /// # Errors
+    /// If the kernel that packed the weights can't unpack them.
+    pub fn into_canonical(self) -> Result<Self, ManagerError> {
+        match self.matrix() {
+            None => Ok(self),
+            Some(matrix) => {
+                let canonical = Self::from_matrix(matrix.into_canonical()?);
+                Ok(Self { bias: self.bias, norm: self.norm, ..canonical })
+            }
+        }
+    }
+
     /// The layer with its weights frozen: exactly the codes and the scale that the training state's
     /// forward pass computes with. On a device in host memory they are packed for the kernels that
     /// are the fastest on this machine. A packed layer stays as it is.
@@ -259,5 +275,40 @@ impl ModuleDisplay for BitLinear {
             .add("norm", &self.norm.is_some())
             .add("state", &state.to_owned())
             .optional()
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn::tensor::Distribution;
+
+    use super::*;
+
+    #[test]
+    fn packed_layouts_compute_the_same() {
+        let device = Device::flex();
+        let layer = BitLinearConfig::new(256, 96).init(&device);
+        let x = Tensor::<3>::random([2, 3, 256], Distribution::Normal(0.0, 1.0), &device);
+        let values = |layer: &BitLinear| layer.forward(x.clone()).into_data();
+        let latent = values(&layer);
+        let packed = layer.pack().unwrap();
+        let private = values(&packed);
+        // Sums of floats against exact sums: near zero, relative to the terms.
+        latent.assert_approx_eq::<f32>(&private, burn::tensor::Tolerance::rel_abs(1e-5, 1e-6));
+        let canonical = packed.into_canonical().unwrap();
+        assert_eq!(canonical.matrix().unwrap().codes.dims(), [96, 16]);
+        values(&canonical).assert_eq(&private, true);
+    }
+
+    #[test]
+    fn it_prints_itself_as_burns_modules_do() {
+        let device = Device::flex();
+        let layer = BitLinearConfig::new(8, 4).with_bias(true).init(&device);
+        let text = layer.to_string();
+        assert!(
+            text.contains("BitLinear") && text.contains("d_input: 8") && text.contains("training"),
+            "{text}"
+        );
+        assert!(layer.pack().unwrap().to_string().contains("packed"));
     }
 }
