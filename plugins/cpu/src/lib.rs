@@ -49,7 +49,25 @@ bitnet_burn_plugin::plugin! {
     };
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+bitnet_burn_plugin::plugin! {
+    /// The descriptor of this plugin.
+    pub static PLUGIN = {
+        name: c"cpu",
+        version: VERSION,
+        kernels: [
+            arch::aarch64::i8mm::Tiles,
+            arch::aarch64::dotprod::Tiles,
+            arch::aarch64::dotprod::Rows,
+            arch::aarch64::neon::Tiles,
+            arch::aarch64::neon::Rows,
+            arch::scalar::Tiles,
+            arch::scalar::Rows,
+        ],
+    };
+}
+
+#[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little"))))]
 bitnet_burn_plugin::plugin! {
     /// The descriptor of this plugin.
     pub static PLUGIN = {

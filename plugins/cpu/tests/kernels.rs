@@ -7,8 +7,8 @@ use std::ops::{Deref, DerefMut};
 
 use bitnet_burn_cpu::PLUGIN;
 use bitnet_burn_plugin::abi::{
-    ACTIVATION_SLACK, Activations, CANONICAL_ALIGNMENT, Kernel, Message, Output, STATUS_OK, Signature, Tile,
-    WORKSPACE_ALIGNMENT, Weights,
+    ACTIVATION_SLACK, Activations, CANONICAL_ALIGNMENT, Kernel, Message, Output, STATUS_OK,
+    STATUS_UNSUPPORTED, Signature, Tile, WORKSPACE_ALIGNMENT, Weights,
 };
 use bitnet_burn_plugin::canonical;
 use proptest::prelude::*;
@@ -223,6 +223,13 @@ fn detected(feature: &str) -> bool {
         "avx512vnni" => return is_x86_feature_detected!("avx512vnni"),
         _ => {}
     }
+    #[cfg(target_arch = "aarch64")]
+    match feature {
+        "neon" => return std::arch::is_aarch64_feature_detected!("neon"),
+        "dotprod" => return std::arch::is_aarch64_feature_detected!("dotprod"),
+        "i8mm" => return std::arch::is_aarch64_feature_detected!("i8mm"),
+        _ => {}
+    }
     panic!("the test does not know the feature {feature}")
 }
 
@@ -435,6 +442,46 @@ fn a_scale_of_nan_reaches_every_result() {
     for kernel in kernels().filter(|kernel| runs_here(kernel)) {
         check(&case, kernel, &mut random);
     }
+}
+
+/// A host never calls them, but if it did, it would get an error and not an illegal instruction.
+#[test]
+fn kernels_for_other_cpus_refuse_to_run() {
+    let case = Case::new(2, 40, 100, Values::Random, 1);
+    let mut random = Random::new(1);
+    for kernel in kernels().filter(|kernel| !runs_here(kernel)) {
+        let name = text(kernel.name);
+        let private = packed(&case, kernel, &mut random);
+        let weights = case.as_weights(private.as_deref().unwrap_or(&case.weights));
+        let x = case.activations();
+        // SAFETY: called as the ABI says but for the features, here and below.
+        let size = unsafe { kernel.workspace_size.unwrap()(&case.signature()) };
+        let workspace = Buffer::new(size as usize, WORKSPACE_ALIGNMENT);
+        let mut y = Buffer::new(4 * 2 * 40, 4);
+        let output = Output { struct_size: size_of::<Output>() as u64, y: y.as_mut_ptr().cast(), stride: 40 };
+        let tile = Tile { struct_size: size_of::<Tile>() as u64, n0: 0, n1: 40, m0: 0, m1: 2 };
+        // SAFETY: as above.
+        let status = unsafe {
+            kernel.run.unwrap()(&weights, &x, workspace.as_ptr(), &output, &tile, std::ptr::null())
+        };
+        assert_eq!(status, STATUS_UNSUPPORTED, "{name}");
+        assert!(y.iter().all(|&b| b == POISON), "{name} wrote");
+    }
+}
+
+/// The kernels that this CPU ought to run, in the order in which a host would take them untuned.
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+#[test]
+fn the_features_decide_which_kernels_run() {
+    let mut expected = vec!["t2-neon", "i2s-neon", "t2-scalar", "i2s-scalar"];
+    if detected("dotprod") {
+        expected.splice(0..0, ["t2-dotprod", "i2s-dotprod"]);
+        if detected("i8mm") {
+            expected.insert(0, "t2-i8mm");
+        }
+    }
+    let names: Vec<String> = kernels().filter(|kernel| runs_here(kernel)).map(|k| text(k.name)).collect();
+    assert_eq!(names, expected);
 }
 
 #[test]
