@@ -833,7 +833,6 @@ mod tests {
         v: Vec<f32>,
         q: Vec<f32>,
         q_stride: usize,
-        positions: usize,
     }
 
     impl Case {
@@ -852,7 +851,7 @@ mod tests {
             let (k, v) = (cache(), cache());
             let q_stride = n_heads * head_dim + 5;
             let q = rng.f32s(positions * q_stride).into_iter().map(|q| q * 4.0).collect();
-            Self { shape, k, v, q, q_stride, positions }
+            Self { shape, k, v, q, q_stride }
         }
 
         fn run(&self, level: Level, rows: std::ops::Range<usize>, pool: &Pool) -> Vec<f32> {
