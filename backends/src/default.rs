@@ -1,6 +1,8 @@
 //! The operations in plain Burn operations: what they mean, and how they run on a backend without
 //! bodies of its own.
 
+#![allow(clippy::single_range_in_vec_init, reason = "tensors of one dimension are sliced by one range")]
+
 use bitnet_burn_core::formats::DenseFormat;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
@@ -314,4 +316,199 @@ fn from_bits<B: Backend>(bits: IntTensor<B>, exponent: u32, mantissa: u32) -> Fl
     let sign = table(vec![1.0, -1.0], field(mantissa + exponent, 1));
     let magnitude = B::float_mul(B::float_mul(B::float_add(implicit, fraction), first), second);
     B::float_reshape(B::float_mul(magnitude, sign), shape)
+}
+
+/// The packed linear layer against the fast bodies. (The other operations are compared in the tests
+/// package, where a device with autodiff has default bodies for them.)
+#[cfg(all(test, any(feature = "flex", feature = "ndarray")))]
+mod tests {
+    use bitnet_burn_core::quant;
+    use burn::backend::tensor::FloatTensor;
+    use burn::tensor::TensorData;
+
+    use super::*;
+    use crate::extension::{Matrix, TernaryBackend};
+
+    /// Small pseudo-random numbers in 0..n.
+    fn numbers(seed: u32, count: usize, n: u32) -> impl Iterator<Item = u32> {
+        let mut state = seed.wrapping_mul(2_654_435_761) | 1;
+        (0..count).map(move |_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) % n
+        })
+    }
+
+    fn floats<B: Backend>(values: Vec<f32>, shape: &[usize]) -> FloatTensor<B> {
+        B::float_from_data(TensorData::new(values, shape.to_vec()), &Default::default())
+    }
+
+    fn values<B: Backend>(tensor: FloatTensor<B>) -> Vec<f32> {
+        let data = ready(B::float_into_data(tensor));
+        data.try_to_vec().expect("f32")
+    }
+
+    /// What a future gives, which is there already.
+    fn ready<T, E: std::fmt::Debug>(future: impl Future<Output = Result<T, E>>) -> T {
+        let mut future = std::pin::pin!(future);
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        match future.as_mut().poll(&mut context) {
+            std::task::Poll::Ready(result) => result.expect("host memory"),
+            std::task::Poll::Pending => unreachable!("host memory answers at once"),
+        }
+    }
+
+    /// Weights of one to three matrices: as the operations take them, and -1, 0, 1 with the scales.
+    type Weights<B> = (TernaryWeights<B>, Vec<(Vec<i8>, f32)>);
+
+    fn weights<B: Backend>(ns: &[usize], k: usize) -> Weights<B> {
+        let plain: Vec<(Vec<i8>, f32)> = ns
+            .iter()
+            .map(|&n| (numbers(n as u32, n * k, 3).map(|c| c as i8 - 1).collect(), 0.03 + n as f32 / 100.0))
+            .collect();
+        let mut matrices = plain.iter().map(|(codes, scale)| {
+            let words: Vec<u32> = codes
+                .chunks_exact(k)
+                .flat_map(|row| {
+                    let mut bytes = vec![0; bitnet_burn_plugin::canonical::row_bytes(k)];
+                    bitnet_burn_plugin::canonical::pack_row(row, &mut bytes);
+                    bytes
+                        .chunks_exact(4)
+                        .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                        .collect::<Vec<_>>()
+                })
+                .collect();
+            let shape = [codes.len() / k, k.div_ceil(128) * 8];
+            let codes = B::int_from_data(TensorData::new(words, shape), &Default::default());
+            TernaryWeight { codes, scale: floats::<B>(vec![*scale], &[1]) }
+        });
+        let weights = match (matrices.next(), matrices.next(), matrices.next()) {
+            (Some(a), Some(b), Some(c)) => TernaryWeights::Three(a, b, c),
+            (Some(a), Some(b), None) => TernaryWeights::Two(a, b),
+            (Some(a), _, _) => TernaryWeights::One(a),
+            _ => panic!("one to three matrices"),
+        };
+        (weights, plain)
+    }
+
+    fn close(got: &[f32], want: &[f32], tolerance: f32, what: &str) {
+        assert_eq!(got.len(), want.len(), "{what}");
+        let largest = want.iter().fold(0f32, |a, v| a.max(v.abs()));
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            assert!((got - want).abs() <= tolerance * largest, "{what}, value {i}: {got:e} and {want:e}");
+        }
+    }
+
+    fn bit_linear_is_the_same<B: TernaryBackend>() {
+        for (m, ns, k) in [(1, &[5][..], 128), (3, &[7, 7], 784), (9, &[16, 3, 5], 100), (2, &[64], 513)] {
+            let what = format!("[{m}, {k}] x {ns:?}");
+            let total: usize = ns.iter().sum();
+            let x: Vec<f32> = numbers(m as u32, m * k, 2001).map(|v| v as f32 / 1000.0 - 1.0).collect();
+            let norm: Vec<f32> = (0..k).map(|i| 0.5 + (i % 7) as f32 / 7.0).collect();
+            let args = |quantise| BitLinearArgs {
+                k,
+                matrices: ns.iter().map(|&n| Matrix { n, choice: None }).collect(),
+                eps: 1e-5,
+                quantise,
+            };
+            let (weights, plain) = weights::<B>(ns, k);
+            let again = || match &weights {
+                TernaryWeights::One(a) => TernaryWeights::One(copy(a)),
+                TernaryWeights::Two(a, b) => TernaryWeights::Two(copy(a), copy(b)),
+                TernaryWeights::Three(a, b, c) => TernaryWeights::Three(copy(a), copy(b), copy(c)),
+            };
+            fn copy<B: Backend>(w: &TernaryWeight<B>) -> TernaryWeight<B> {
+                TernaryWeight { codes: w.codes.clone(), scale: w.scale.clone() }
+            }
+            let input = || floats::<B>(x.clone(), &[m, k]);
+            for quantise in [true, false] {
+                for with_norm in [false, true] {
+                    let norm = || match with_norm {
+                        true => InputNorm::Rms(floats::<B>(norm.clone(), &[k])),
+                        false => InputNorm::None,
+                    };
+                    let fast = values::<B>(B::bit_linear(input(), norm(), again(), args(quantise)));
+                    let plain = values::<B>(bit_linear::<B>(input(), norm(), again(), &args(quantise)));
+                    // Nothing but the last bits of the scales and, with the norm, of the input.
+                    close(&fast, &plain, 1e-6, &format!("{what} quantise {quantise} norm {with_norm}"));
+                }
+            }
+            // The sums are exact: with a row scale of one and weights' scales of one they are integers.
+            let whole: Vec<f32> = numbers(7, m * k, 255).map(|v| v as f32 - 127.0).collect();
+            let whole: Vec<f32> =
+                whole.chunks_exact(k).flat_map(|row| [&[127.0], &row[1..]].concat()).collect();
+            let ones = |w: TernaryWeights<B>| {
+                let mut w = w
+                    .into_vec()
+                    .into_iter()
+                    .map(|w| TernaryWeight { scale: floats::<B>(vec![1.0], &[1]), ..w });
+                match (w.next(), w.next(), w.next()) {
+                    (Some(a), Some(b), Some(c)) => TernaryWeights::Three(a, b, c),
+                    (Some(a), Some(b), None) => TernaryWeights::Two(a, b),
+                    (Some(a), _, _) => TernaryWeights::One(a),
+                    _ => panic!("one to three matrices"),
+                }
+            };
+            let mut sums = vec![0f32; m * total];
+            for (row, out) in whole.chunks_exact(k).zip(sums.chunks_exact_mut(total)) {
+                let mut q = vec![0; k];
+                assert_eq!(quant::absmax_row(row, &mut q).0, 1.0);
+                let all = plain.iter().flat_map(|(codes, _)| codes.chunks_exact(k));
+                for (out, codes) in out.iter_mut().zip(all) {
+                    *out =
+                        codes.iter().zip(&q).map(|(&c, &q)| i32::from(c) * i32::from(q)).sum::<i32>() as f32;
+                }
+            }
+            let x = || floats::<B>(whole.clone(), &[m, k]);
+            let fast = values::<B>(B::bit_linear(x(), InputNorm::None, ones(again()), args(true)));
+            let default = values::<B>(bit_linear::<B>(x(), InputNorm::None, ones(again()), &args(true)));
+            assert_eq!((&fast, &default), (&sums, &sums), "{what}");
+
+            let dy: Vec<f32> = numbers(11, m * total, 2001).map(|v| v as f32 / 1000.0 - 1.0).collect();
+            let dy = || floats::<B>(dy.clone(), &[m, total]);
+            let fast = values::<B>(B::bit_linear_backward(dy(), again(), args(true)));
+            let default = values::<B>(bit_linear_backward::<B>(dy(), again(), &args(true)));
+            close(&fast, &default, 1e-6, &format!("{what} backward"));
+        }
+    }
+
+    /// 62.5 steps are 62 (half to even), and 127 * (1 / a) instead of 127 / a would miss such ties.
+    fn ties_are_rounded_to_even<B: TernaryBackend>() {
+        for a in [127.0f32, 3.0, 0.7, 1.1, 41.0] {
+            let x: Vec<f32> = (0..64).map(|i| a * (i as f32 + 0.5) / 127.0).chain([-a]).collect();
+            let mut q = vec![0i8; 65];
+            let (scale, _) = quant::absmax_row(&x, &mut q);
+            let (codes, one) = (vec![1i8; 65], 1.0);
+            let mut bytes = vec![0; bitnet_burn_plugin::canonical::row_bytes(65)];
+            bitnet_burn_plugin::canonical::pack_row(&codes, &mut bytes);
+            let words: Vec<u32> =
+                bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let codes = B::int_from_data(TensorData::new(words, [1, 8]), &Default::default());
+            let weights = TernaryWeights::One(TernaryWeight { codes, scale: floats::<B>(vec![one], &[1]) });
+            let args = BitLinearArgs {
+                k: 65,
+                matrices: vec![Matrix { n: 1, choice: None }],
+                eps: 0.0,
+                quantise: true,
+            };
+            let got =
+                values::<B>(bit_linear::<B>(floats::<B>(x, &[1, 65]), InputNorm::None, weights, &args))[0];
+            let want = q.iter().map(|&q| i32::from(q)).sum::<i32>() as f32 * scale;
+            assert!((got - want).abs() <= want.abs() * 1e-6, "a = {a}: {got} and {want}");
+        }
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn flex() {
+        bit_linear_is_the_same::<burn::backend::Flex>();
+        ties_are_rounded_to_even::<burn::backend::Flex>();
+    }
+
+    #[cfg(feature = "ndarray")]
+    #[test]
+    #[allow(deprecated, reason = "Burn deprecates NdArray in favour of Flex, and still supports it")]
+    fn ndarray() {
+        bit_linear_is_the_same::<burn::backend::NdArray>();
+        ties_are_rounded_to_even::<burn::backend::NdArray>();
+    }
 }

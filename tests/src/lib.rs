@@ -72,8 +72,10 @@ pub fn hf_models() -> Vec<PathBuf> {
     let dir = golden_dir("the model directories that are not in the repository");
     let dir = dir.unwrap_or_else(repository_golden).join("hf");
     let entries = std::fs::read_dir(&dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
-    let mut models: Vec<_> =
-        entries.filter_map(|e| Some(e.ok()?.path())).filter(|d| d.join("goldens.safetensors").exists()).collect();
+    let mut models: Vec<_> = entries
+        .filter_map(|e| Some(e.ok()?.path()))
+        .filter(|d| d.join("goldens.safetensors").exists())
+        .collect();
     models.sort();
     assert!(models.len() >= 2, "{} has {} models", dir.display(), models.len());
     models
@@ -117,7 +119,9 @@ pub fn read_goldens(path: &Path) -> HashMap<String, Golden> {
         .map(|(name, view)| {
             let data = view.data();
             let values = match view.dtype() {
-                Dtype::F32 => data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
+                Dtype::F32 => {
+                    data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+                }
                 Dtype::I64 => {
                     data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f32).collect()
                 }
@@ -174,8 +178,10 @@ pub fn read_tokens(path: &Path) -> Vec<u32> {
 /// If it can't be loaded.
 pub fn load(path: &Path, device: &Device, options: &LoadOptions) -> BitNet {
     setup();
-    let checkpoint = Checkpoint::open(path, &OpenOptions::default()).unwrap_or_else(|error| panic!("{error}"));
-    BitNet::from_checkpoint(&checkpoint, device, options, &mut |_| {}).unwrap_or_else(|error| panic!("{error}"))
+    let checkpoint =
+        Checkpoint::open(path, &OpenOptions::default()).unwrap_or_else(|error| panic!("{error}"));
+    BitNet::from_checkpoint(&checkpoint, device, options, &mut |_| {})
+        .unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// The logits of all positions, the prompt cut into chunks.
@@ -186,8 +192,10 @@ pub fn all_logits(model: &BitNet, tokens: &[u32], chunk: usize, cache_type: Cach
     let mut cache = model.cache(tokens.len(), cache_type).unwrap();
     let sequence = cache.add_sequence(0);
     let mut logits = Vec::new();
-    generate::logits(model, tokens, sequence, &mut cache, chunk, &mut |_, rows| logits.extend_from_slice(rows))
-        .unwrap_or_else(|error| panic!("{error}"));
+    generate::logits(model, tokens, sequence, &mut cache, chunk, &mut |_, rows| {
+        logits.extend_from_slice(rows)
+    })
+    .unwrap_or_else(|error| panic!("{error}"));
     logits
 }
 

@@ -187,8 +187,11 @@ impl Reference {
             let mut y = x.to_vec();
             for (i, head) in y.chunks_exact_mut(d).enumerate() {
                 for j in 0..d / 2 {
-                    let (a, b) =
-                        if mutation == Mutation::InterleavedRope { (2 * j, 2 * j + 1) } else { (j, j + d / 2) };
+                    let (a, b) = if mutation == Mutation::InterleavedRope {
+                        (2 * j, 2 * j + 1)
+                    } else {
+                        (j, j + d / 2)
+                    };
                     let (sin, cos) = angle(i / heads, j).sin_cos();
                     (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
                 }
@@ -200,7 +203,8 @@ impl Reference {
             trace.insert(name, Golden { shape, values: values.iter().map(|&v| v as f32).collect() });
         };
 
-        let mut x: Vec<f64> = ids.iter().flat_map(|&i| &self.embedding[i as usize * hidden..][..hidden]).copied().collect();
+        let mut x: Vec<f64> =
+            ids.iter().flat_map(|&i| &self.embedding[i as usize * hidden..][..hidden]).copied().collect();
         keep("embed".into(), &x);
         for (i, layer) in self.layers.iter().enumerate() {
             let [q, k, v, o, gate, up, down] = &layer.linears;
@@ -307,14 +311,33 @@ impl Reference {
             };
             let scale = f64::from(scale.values[0]);
             // Four rows a byte, a quarter of the rows apart, the first quarter in the lowest bits.
-            let codes = (0..4).flat_map(|i| w.values.iter().map(move |&b| f64::from((b as u8 >> (2 * i)) & 3) - 1.0));
-            Linear { codes: codes.collect(), scale: if divide { 1.0 / scale } else { scale }, k, uncertain: vec![] }
+            let codes =
+                (0..4).flat_map(|i| w.values.iter().map(move |&b| f64::from((b as u8 >> (2 * i)) & 3) - 1.0));
+            Linear {
+                codes: codes.collect(),
+                scale: if divide { 1.0 / scale } else { scale },
+                k,
+                uncertain: vec![],
+            }
         };
         let number = |name: &str| c[name].as_u64().expect("a number") as usize;
         let layers = (0..number("num_hidden_layers")).map(|i| {
             let p = format!("model.layers.{i}.");
-            let norms = ["input_layernorm", "self_attn.attn_sub_norm", "post_attention_layernorm", "mlp.ffn_sub_norm"];
-            let linears = ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"];
+            let norms = [
+                "input_layernorm",
+                "self_attn.attn_sub_norm",
+                "post_attention_layernorm",
+                "mlp.ffn_sub_norm",
+            ];
+            let linears = [
+                "self_attn.q",
+                "self_attn.k",
+                "self_attn.v",
+                "self_attn.o",
+                "mlp.gate",
+                "mlp.up",
+                "mlp.down",
+            ];
             Layer {
                 norms: norms.map(|name| get(&format!("{p}{name}.weight"))),
                 linears: linears.map(|name| linear(format!("{p}{name}_proj"))),
@@ -438,8 +461,16 @@ impl<'a> Gguf<'a> {
         let data = &self.data[*offset as usize..];
         let count = dims.iter().product::<u64>() as usize;
         let values = match kind {
-            0 => data.chunks_exact(4).take(count).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect(),
-            1 => data.chunks_exact(2).take(count).map(|b| f16::from_le_bytes(b.try_into().unwrap()).to_f64()).collect(),
+            0 => data
+                .chunks_exact(4)
+                .take(count)
+                .map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap())))
+                .collect(),
+            1 => data
+                .chunks_exact(2)
+                .take(count)
+                .map(|b| f16::from_le_bytes(b.try_into().unwrap()).to_f64())
+                .collect(),
             36 => {
                 let scale = f32::from_le_bytes(data[count / 4..][..4].try_into().unwrap());
                 let code = |i: usize| data[i / 128 * 32 + i % 32] >> (6 - 2 * (i % 128 / 32)) & 3;

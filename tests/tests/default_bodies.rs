@@ -124,9 +124,11 @@ fn every_dense_format_decodes_the_same() {
                 format.decode_row(row, out).unwrap();
             }
             let args = DenseArgs { format, n, k };
-            let words = |device: &Device| ops::words(bytes.clone().into(), [1, bytes.len().div_ceil(4)], device);
+            let words =
+                |device: &Device| ops::words(bytes.clone().into(), [1, bytes.len().div_ceil(4)], device);
             let ids: Vec<u32> = vec![n as u32 - 1, 0, 1, 1];
-            let gathered: Vec<f32> = ids.iter().flat_map(|&id| &want[id as usize * k..][..k]).copied().collect();
+            let gathered: Vec<f32> =
+                ids.iter().flat_map(|&id| &want[id as usize * k..][..k]).copied().collect();
             for fast in host_devices() {
                 for device in [fast.clone(), fast.autodiff()] {
                     let got = values(ops::dense_rows(words(&device), &ids, args));
@@ -173,7 +175,10 @@ fn packing_keeps_the_codes_and_the_outputs_of_the_training_state() {
                 assert_eq!(got.dims(), [2, 3, n]);
                 let largest = want.iter().fold(0f32, |a, v| a.max(v.abs()));
                 let difference = max_difference(&values(got), &want);
-                assert!(difference <= 1e-5 * largest, "[{n}, {k}] on {device:?}: {difference:e} of {largest:e}");
+                assert!(
+                    difference <= 1e-5 * largest,
+                    "[{n}, {k}] on {device:?}: {difference:e} of {largest:e}"
+                );
 
                 let (codes, scale) = codes_of(&packed);
                 let want = quant::absmean_quantise(&latent, scale);

@@ -68,7 +68,14 @@ fn the_oracle_agrees_with_transformers() {
             if n != 16 || !name_of(&dir).starts_with("A-") {
                 continue;
             }
-            for name in ["embed", "layer0.after_attn", "layer0.mlp_act", "layer1.attn_ctx", "layer1.after_mlp", "final_norm"] {
+            for name in [
+                "embed",
+                "layer0.after_attn",
+                "layer0.mlp_act",
+                "layer1.attn_ctx",
+                "layer1.after_mlp",
+                "final_norm",
+            ] {
                 let (got, want) = (&forward.trace[name], &goldens[&format!("seq16.{name}")]);
                 let got = &got.values[..want.values.len()];
                 assert_close(got, want, 1e-5, &format!("{} {name}", name_of(&dir)));
@@ -85,7 +92,8 @@ fn logits_are_those_of_transformers() {
             let goldens = read_goldens(&dir.join("goldens.safetensors"));
             for n in [1, 16, 64] {
                 let golden = &goldens[&format!("seq{n}.logits")];
-                let logits = all_logits(&model, &goldens[&format!("seq{n}.input_ids")].ids(), 256, CacheType::F32);
+                let logits =
+                    all_logits(&model, &goldens[&format!("seq{n}.input_ids")].ids(), 256, CacheType::F32);
                 let positions = compared(&dir, n);
                 let end = positions * golden.shape[1];
                 let difference = max_difference(&logits[..end], &golden.values[..end]);
@@ -115,10 +123,11 @@ fn greedy_tokens_are_those_of_transformers() {
                 let options = GenerateOptions { max_new_tokens: 32, ..GenerateOptions::default() };
                 let mut logits = Vec::new();
                 let prompt = get("input_ids").ids();
-                let generation = generate::generate(&model, &prompt, sequence, &mut cache, &options, &mut |_, row| {
-                    logits.push(row.to_vec());
-                    ControlFlow::Continue(())
-                });
+                let generation =
+                    generate::generate(&model, &prompt, sequence, &mut cache, &options, &mut |_, row| {
+                        logits.push(row.to_vec());
+                        ControlFlow::Continue(())
+                    });
                 let tokens = generation.unwrap().tokens;
                 let (want, margins) = (get("gen_ids").ids(), &get("gen_margin").values);
                 let mut compared = 0;
@@ -136,7 +145,10 @@ fn greedy_tokens_are_those_of_transformers() {
                     compared += 1;
                 }
                 let equal = tokens.iter().zip(&want).take_while(|(a, b)| a == b).count();
-                println!("{device:?} {} seq{n}: {compared} tokens compared, {equal} of 32 equal", name_of(&dir));
+                println!(
+                    "{device:?} {} seq{n}: {compared} tokens compared, {equal} of 32 equal",
+                    name_of(&dir)
+                );
             }
         }
     }
@@ -159,7 +171,10 @@ fn check_layers(dir: &Path, device: &Device, trace: &dyn Fn(&str) -> Golden) {
     let checkpoint = Checkpoint::open(dir, &OpenOptions::default()).unwrap();
     let config = checkpoint.config();
     let tensor = |golden: &Golden| -> Tensor<2> {
-        let shape = [golden.values.len() / golden.shape[golden.shape.len() - 1], golden.shape[golden.shape.len() - 1]];
+        let shape = [
+            golden.values.len() / golden.shape[golden.shape.len() - 1],
+            golden.shape[golden.shape.len() - 1],
+        ];
         Tensor::from_data(TensorData::new(golden.values.clone(), shape), device)
     };
     let values = |tensor: Tensor<2>| tensor.into_data().try_to_vec::<f32>().unwrap();
@@ -173,16 +188,32 @@ fn check_layers(dir: &Path, device: &Device, trace: &dyn Fn(&str) -> Golden) {
     let positions: Vec<usize> = (0..t).collect();
     let rotary = RotaryEncodingConfig::new(config.head_dim).with_theta(config.rope_theta).init();
     let angles = rotary.angles(&positions, device);
-    let add = |a: &Golden, b: &Golden| -> Vec<f32> { a.values.iter().zip(&b.values).map(|(a, b)| a + b).collect() };
+    let add =
+        |a: &Golden, b: &Golden| -> Vec<f32> { a.values.iter().zip(&b.values).map(|(a, b)| a + b).collect() };
 
     let mut x = trace("embed");
     for layer in 0..config.n_layers {
         let get = |name: &str| trace(&format!("layer{layer}.{name}"));
         let what = |name: &str| format!("{} layer {layer} {name}", name_of(dir));
         assert_close(&norm(&x, Norm::Attention(layer)), &get("q_proj.in"), 1e-5, &what("attention norm"));
-        assert_close(&norm(&get("attn_ctx"), Norm::AttentionSub(layer)), &get("o_proj.in"), 1e-5, &what("attn_sub_norm"));
-        assert_close(&norm(&get("after_attn"), Norm::FeedForward(layer)), &get("gate_proj.in"), 1e-5, &what("ffn norm"));
-        assert_close(&norm(&get("mlp_act"), Norm::FeedForwardSub(layer)), &get("down_proj.in"), 1e-5, &what("ffn_sub_norm"));
+        assert_close(
+            &norm(&get("attn_ctx"), Norm::AttentionSub(layer)),
+            &get("o_proj.in"),
+            1e-5,
+            &what("attn_sub_norm"),
+        );
+        assert_close(
+            &norm(&get("after_attn"), Norm::FeedForward(layer)),
+            &get("gate_proj.in"),
+            1e-5,
+            &what("ffn norm"),
+        );
+        assert_close(
+            &norm(&get("mlp_act"), Norm::FeedForwardSub(layer)),
+            &get("down_proj.in"),
+            1e-5,
+            &what("ffn_sub_norm"),
+        );
         let projections = [
             (Projection::Q, "q", "q"),
             (Projection::K, "q", "k"),
@@ -234,9 +265,19 @@ fn check_layers(dir: &Path, device: &Device, trace: &dyn Fn(&str) -> Golden) {
         let context = ops::attention(q, cache(&get("k_rope")), cache(&get("v_proj.out")), args);
         assert_close(&values(context), &get("attn_ctx"), 1e-5, &what("attention"));
         let gate_up = Tensor::cat(vec![tensor(&get("gate_proj.out")), tensor(&get("up_proj.out"))], 1);
-        assert_close(&values(ops::gated(gate_up, GatedActivation::Relu2)), &get("mlp_act"), 1e-5, &what("relu2"));
+        assert_close(
+            &values(ops::gated(gate_up, GatedActivation::Relu2)),
+            &get("mlp_act"),
+            1e-5,
+            &what("relu2"),
+        );
         assert_close(&add(&x, &get("o_proj.out")), &get("after_attn"), 1e-5, &what("residual"));
-        assert_close(&add(&get("after_attn"), &get("down_proj.out")), &get("after_mlp"), 1e-5, &what("residual"));
+        assert_close(
+            &add(&get("after_attn"), &get("down_proj.out")),
+            &get("after_mlp"),
+            1e-5,
+            &what("residual"),
+        );
         x = get("after_mlp");
     }
     assert_close(&norm(&x, Norm::Output), &trace("final_norm"), 1e-5, "the last norm");
@@ -266,7 +307,10 @@ fn check_quantised(x: &Golden, int8: &Golden, scale: &Golden, what: &str) -> Vec
                 if difference != 0.0 {
                     let exact = f64::from(x.row(row)[i]) * (127.0 / f64::from(absmax));
                     let boundary = 0.5 - (exact - exact.round_ties_even()).abs();
-                    assert!(difference.abs() == 1.0 && boundary < BOUNDARY, "{what}: {got} for {exact}, golden {want}");
+                    assert!(
+                        difference.abs() == 1.0 && boundary < BOUNDARY,
+                        "{what}: {got} for {exact}, golden {want}"
+                    );
                     ties += 1;
                 }
             }
@@ -305,7 +349,8 @@ fn every_layer_agrees_on_the_oracles_inputs() {
             let goldens = read_goldens(&dir.join("goldens.safetensors"));
             check_layers(&dir, &device, &|name| match name {
                 "ids" => {
-                    let ids = ["input_ids", "gen_ids"].map(|name| goldens[&format!("seq64.{name}")].values.clone());
+                    let ids =
+                        ["input_ids", "gen_ids"].map(|name| goldens[&format!("seq64.{name}")].values.clone());
                     Golden { shape: vec![96], values: ids.concat() }
                 }
                 "logits" => forward.logits.clone(),

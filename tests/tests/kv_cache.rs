@@ -48,11 +48,11 @@ fn a_fork_and_its_origin_go_on_independently() {
         assert_eq!(cache.length(fork).unwrap(), 20);
         // Token by token in turn, so that each would see what the other writes.
         let (mut of_origin, mut of_fork) = (Vec::new(), Vec::new());
-        for i in 0..14 {
-            if let Some(token) = a.get(i) {
-                of_origin.extend(append(&model, &mut cache, origin, &[*token]));
+        for (i, &token) in b.iter().enumerate() {
+            if let Some(&token) = a.get(i) {
+                of_origin.extend(append(&model, &mut cache, origin, &[token]));
             }
-            of_fork.extend(append(&model, &mut cache, fork, &[b[i]]));
+            of_fork.extend(append(&model, &mut cache, fork, &[token]));
         }
         let with = |tail: &[u32]| [&history, tail].concat();
         assert_same_bits(&of_origin, &alone(&model, &with(&a), 9, CacheType::F32), "the origin");
@@ -60,7 +60,11 @@ fn a_fork_and_its_origin_go_on_independently() {
         // The origin's end is not the fork's.
         cache.remove(origin).unwrap();
         let more = append(&model, &mut cache, fork, &a);
-        assert_same_bits(&more, &alone(&model, &[with(&b), a.clone()].concat(), 9, CacheType::F32), "the fork");
+        assert_same_bits(
+            &more,
+            &alone(&model, &[with(&b), a.clone()].concat(), 9, CacheType::F32),
+            "the fork",
+        );
     }
 }
 
@@ -98,28 +102,35 @@ fn sequences_in_one_batch_are_each_as_if_alone() {
         let batch: Vec<Row> = (0..3).flat_map(|i| rows(&next[i], ids[i], histories[i].len())).collect();
         let got = forward(&model, &mut cache, &batch).unwrap();
         let want: Vec<f32> = (0..3)
-            .flat_map(|i| alone(&model, &[&histories[i][..], &next[i]].concat(), next[i].len(), CacheType::F32))
+            .flat_map(|i| {
+                alone(&model, &[&histories[i][..], &next[i]].concat(), next[i].len(), CacheType::F32)
+            })
             .collect();
         assert_same_bits(&got, &want, "three sequences");
         // And again, in another order, one token each.
         let second = [tokens(13, 1), tokens(14, 1), tokens(15, 1)];
         let order = [2, 0, 1];
-        let batch: Vec<Row> =
-            order.iter().flat_map(|&i| rows(&second[i], ids[i], histories[i].len() + next[i].len())).collect();
+        let batch: Vec<Row> = order
+            .iter()
+            .flat_map(|&i| rows(&second[i], ids[i], histories[i].len() + next[i].len()))
+            .collect();
         let got = forward(&model, &mut cache, &batch).unwrap();
         let whole = |i: usize| [&histories[i][..], &next[i], &second[i]].concat();
-        let want: Vec<f32> = order.iter().flat_map(|&i| alone(&model, &whole(i), 1, CacheType::F32)).collect();
+        let want: Vec<f32> =
+            order.iter().flat_map(|&i| alone(&model, &whole(i), 1, CacheType::F32)).collect();
         assert_same_bits(&got, &want, "one token each");
         // Only some rows' logits are wanted.
-        let batch: Vec<Row> = (0..3).flat_map(|i| rows(&next[i], ids[i], cache.length(ids[i]).unwrap())).collect();
+        let batch: Vec<Row> =
+            (0..3).flat_map(|i| rows(&next[i], ids[i], cache.length(ids[i]).unwrap())).collect();
         let mut again = KvCache::new([2, 2, 64], 128, CacheType::F32, &model.device()).unwrap();
         let again_ids = [(); 3].map(|()| again.add_sequence(0));
-        for i in 0..3 {
-            append(&model, &mut again, again_ids[i], &whole(i));
+        for (i, &id) in again_ids.iter().enumerate() {
+            append(&model, &mut again, id, &whole(i));
         }
         let rows: Vec<Row> = (0..3).flat_map(|i| rows(&next[i], again_ids[i], whole(i).len())).collect();
         let all = forward(&model, &mut cache, &batch).unwrap();
-        let some: Vec<f32> = model.forward(&rows, &[19, 3], &mut again).unwrap().into_data().try_to_vec().unwrap();
+        let some: Vec<f32> =
+            model.forward(&rows, &[19, 3], &mut again).unwrap().into_data().try_to_vec().unwrap();
         let of = |row: usize| all[row * VOCABULARY..(row + 1) * VOCABULARY].to_vec();
         assert_same_bits(&some, &[of(19), of(3)].concat(), "wanted rows");
     }
@@ -165,7 +176,10 @@ fn a_full_context_is_an_error_that_changes_nothing() {
         let sequence = cache.add_sequence(100);
         append(&model, &mut cache, sequence, &ids[..10]);
         let error = forward(&model, &mut cache, &rows(&ids[10..], sequence, 10)).unwrap_err();
-        assert!(matches!(error, ForwardError::Cache(CacheError::Full { position: 19, capacity: 16 })), "{error}");
+        assert!(
+            matches!(error, ForwardError::Cache(CacheError::Full { position: 19, capacity: 16 })),
+            "{error}"
+        );
         assert!(error.to_string().contains("context of 16"), "{error}");
         assert_eq!(cache.length(sequence).unwrap(), 10);
         let got = append(&model, &mut cache, sequence, &ids[10..16]);
@@ -174,9 +188,10 @@ fn a_full_context_is_an_error_that_changes_nothing() {
         // Generation ends there.
         let sequence = cache.add_sequence(0);
         let options = GenerateOptions { max_new_tokens: 100, ..GenerateOptions::default() };
-        let generation = generate::generate(&model, &ids[..10], sequence, &mut cache, &options, &mut |_, _| {
-            std::ops::ControlFlow::Continue(())
-        });
+        let generation =
+            generate::generate(&model, &ids[..10], sequence, &mut cache, &options, &mut |_, _| {
+                std::ops::ControlFlow::Continue(())
+            });
         let generation = generation.unwrap();
         assert_eq!((generation.finish, generation.tokens.len()), (Finish::Context, 7));
 

@@ -11,6 +11,7 @@ use bitnet_burn::core::manager::{
 };
 use bitnet_burn::core::memory::Activations;
 use bitnet_burn::core::{cpu, reference};
+use bitnet_burn_plugin::abi::CANONICAL_ALIGNMENT;
 use bitnet_burn_tests::{Random, assert_same_bits, canonical_rows};
 use proptest::prelude::*;
 
@@ -51,13 +52,14 @@ fn packed(manager: &KernelManager, choice: &Choice, canonical: &[u8]) -> Vec<u8>
     }
 }
 
-/// Bytes at an address that is a multiple of 64, as a kernel's packing may ask for.
+/// Weights at an address that is as well aligned as the layout promises, and no better.
 struct Aligned(Vec<u8>, usize, usize);
 
 impl Aligned {
-    fn new(bytes: &[u8]) -> Self {
-        let mut buffer = vec![0; bytes.len() + 4096];
-        let from = buffer.as_ptr().align_offset(4096);
+    fn new(choice: &Choice, bytes: &[u8]) -> Self {
+        let mut buffer = vec![0; bytes.len() + 2 * 4096];
+        let from = buffer.as_ptr().align_offset(4096)
+            + if choice.layout().is_none() { CANONICAL_ALIGNMENT } else { 0 };
         buffer[from..from + bytes.len()].copy_from_slice(bytes);
         Self(buffer, from, bytes.len())
     }
@@ -103,11 +105,14 @@ fn check(manager: &KernelManager, what: &str, m: usize, ns: &[usize], k: usize, 
         let choice = manager.choose(n, k, LayoutPolicy::Any).unwrap();
         let bytes = packed(manager, &choice, &canonical);
         assert_eq!(bytes.len(), choice.weight_bytes(), "{what} [{n}, {k}]");
-        assert!(manager.unpack(&choice, &bytes).unwrap() == canonical, "{what}: unpack(pack(w)) of [{n}, {k}]");
+        assert!(
+            manager.unpack(&choice, &bytes).unwrap() == canonical,
+            "{what}: unpack(pack(w)) of [{n}, {k}]"
+        );
         let scale = 0.01 + random.float().abs();
         let out = &mut want[column..];
         reference::matmul(&canonical, n, k, scale, x.q(), x.stride(), x.scale(), m, out, stride);
-        buffers.push((Aligned::new(&bytes), scale, column));
+        buffers.push((Aligned::new(&choice, &bytes), scale, column));
         choices.push(choice);
         column += n + gap;
     }
@@ -145,7 +150,9 @@ proptest! {
 #[test]
 fn every_kernel_equals_the_reference_on_shapes_of_models() {
     // Prefill blocks of activations, long rows, and the head of a layer of an MLP.
-    for (m, ns, k) in [(1, &[640, 160, 160][..], 2560), (70, &[33], 6912), (300, &[64, 32], 256), (3, &[100], 784)] {
+    for (m, ns, k) in
+        [(1, &[640, 160, 160][..], 2560), (70, &[33], 6912), (300, &[64, 32], 256), (3, &[100], 784)]
+    {
         for (what, manager) in forced() {
             check(manager, what, m, ns, k, 5, 1);
         }
@@ -172,7 +179,7 @@ fn rows_that_are_not_finite_become_nan_alone() {
         let x = Activations::from_rows(&x, 200);
         let canonical = canonical_rows(&Random(4).ternary(5 * 200), 200);
         let choice = manager.choose(5, 200, LayoutPolicy::Any).unwrap();
-        let weights = Aligned::new(&packed(manager, &choice, &canonical));
+        let weights = Aligned::new(&choice, &packed(manager, &choice, &canonical));
         let mut y = vec![0.0; 15];
         let job = Job { choice: &choice, weights: weights.bytes(), scale: 1.0, column: 0 };
         manager.matmul(&[job], &x, &mut y, 5).unwrap();
@@ -192,7 +199,8 @@ fn start(dir: &Path, threads: usize) -> (KernelManager, Vec<Vec<String>>) {
     let manager = built_in(config);
     let choice = manager.choose(96, 256, LayoutPolicy::Any).unwrap();
     manager.warm_up(&choice, 8);
-    let order = [1, 3, 8].map(|m| manager.explain(m, 96, 256).candidates.iter().map(|c| c.kernel().to_owned()).collect());
+    let order = [1, 3, 8]
+        .map(|m| manager.explain(m, 96, 256).candidates.iter().map(|c| c.kernel().to_owned()).collect());
     (manager, order.to_vec())
 }
 
@@ -209,7 +217,8 @@ fn the_second_start_tunes_nothing_and_a_lost_cache_only_costs_tuning() {
     let report = second.report();
     assert!(report.tuned == 0 && report.cached > 0, "{report:?}");
     assert_eq!(order, same);
-    let layouts = [&first, &second].map(|m| m.choose(96, 256, LayoutPolicy::Any).unwrap().layout().map(str::to_owned));
+    let layouts =
+        [&first, &second].map(|m| m.choose(96, 256, LayoutPolicy::Any).unwrap().layout().map(str::to_owned));
     assert_eq!(layouts[0], layouts[1]);
 
     // Other threads are another machine.
@@ -239,11 +248,15 @@ fn explain_lists_the_candidates_with_their_medians() {
     let ranking = manager.explain(1, 64, 256);
     assert_eq!((ranking.rows, &ranking.source), (1, &Source::Measured));
     let mut names: Vec<_> = ranking.candidates.iter().map(|c| c.kernel().to_owned()).collect();
-    let medians: Vec<_> = ranking.candidates.iter().map(|c| c.measurement.median_ns.unwrap_or(u64::MAX)).collect();
+    let medians: Vec<_> =
+        ranking.candidates.iter().map(|c| c.measurement.median_ns.unwrap_or(u64::MAX)).collect();
     assert!(medians[0] < u64::MAX && medians.is_sorted(), "{medians:?}");
     for candidate in &ranking.candidates {
         let m = &candidate.measurement;
-        assert!(m.median_ns.is_some() && m.runs > 0 || m.note.is_some(), "{m:?} says why it was not measured");
+        assert!(
+            m.median_ns.is_some() && m.runs > 0 || m.note.is_some(),
+            "{m:?} says why it was not measured"
+        );
     }
     names.sort();
     let mut all = ready(&manager);
@@ -261,7 +274,9 @@ fn masked_features_make_kernels_unavailable_and_say_why() {
         let manager = built_in(ManagerConfig { masked_features: vec![(*feature).to_owned()], ..quiet() });
         for (kernel, before) in manager.report().kernels.iter().zip(&everything) {
             if kernel.features.iter().any(|f| f == feature) {
-                let Status::Unavailable(reason) = &kernel.status else { panic!("{kernel:?} runs without {feature}") };
+                let Status::Unavailable(reason) = &kernel.status else {
+                    panic!("{kernel:?} runs without {feature}")
+                };
                 assert!(reason.contains(&format!("{feature} (masked)")), "{reason}");
             } else {
                 assert_eq!(kernel.status, before.status);
@@ -318,21 +333,30 @@ fn strict_mode_names_what_is_missing_and_otherwise_the_reference_computes() {
 fn operands_that_do_not_fit_are_errors() {
     let manager = built_in(quiet());
     for (n, k) in [(0, 128), (128, 0), (1, (1 << 23) + 1)] {
-        assert!(matches!(manager.choose(n, k, LayoutPolicy::Any), Err(ManagerError::Operands(_))), "[{n}, {k}]");
+        assert!(
+            matches!(manager.choose(n, k, LayoutPolicy::Any), Err(ManagerError::Operands(_))),
+            "[{n}, {k}]"
+        );
     }
     let choice = manager.choose(8, 128, LayoutPolicy::Canonical).unwrap();
     assert_eq!(choice.layout(), None);
     assert!(manager.pack(&choice, &[0; 100]).is_err());
-    let weights = Aligned::new(&canonical_rows(&[1; 8 * 128], 128));
+    let weights = Aligned::new(&choice, &canonical_rows(&[1; 8 * 128], 128));
     let x = Activations::from_rows(&[1.0; 256], 128);
     let job = |column: usize| Job { choice: &choice, weights: weights.bytes(), scale: 1.0, column };
-    let mut y = vec![0.0; 40];
+    let mut y = [0.0; 40];
     let mut fails = |jobs: &[Job], x: &Activations, length: usize, stride: usize, what: &str| {
         let error = manager.matmul(jobs, x, &mut y[..length], stride).unwrap_err().to_string();
         assert!(error.contains(what), "{error}");
     };
     fails(&[job(0)], &Activations::from_rows(&[1.0; 127], 127), 40, 20, "do not fit activations [1, 127]");
-    fails(&[Job { weights: &weights.bytes()[1..], ..job(0) }], &x, 40, 20, "take 256 bytes in the layout canonical, not 255");
+    fails(
+        &[Job { weights: &weights.bytes()[1..], ..job(0) }],
+        &x,
+        40,
+        20,
+        "take 256 bytes in the layout canonical, not 255",
+    );
     fails(&[job(0), job(7)], &x, 40, 20, "overlap");
     fails(&[job(13)], &x, 40, 20, "exceed");
     fails(&[job(0)], &x, 27, 20, "can't hold 2 rows of 20");

@@ -28,7 +28,8 @@ fn compiler() -> String {
 
 /// Whether there is a C compiler. Without one says what is skipped; in CI (`CI` set) that is a failure.
 fn has_compiler(what: &str) -> bool {
-    let works = Command::new(compiler()).arg("--version").output().is_ok_and(|output| output.status.success());
+    let works =
+        Command::new(compiler()).arg("--version").output().is_ok_and(|output| output.status.success());
     if !works {
         assert!(std::env::var_os("CI").is_none(), "no C compiler in CI");
         eprintln!("SKIPPED: {what} (no C compiler `{}`)", compiler());
@@ -48,7 +49,8 @@ fn build(dir: &Path, name: &str, defines: &[&str]) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/plugin.c");
     let path = dir.join(format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX));
     let defines: Vec<String> = defines.iter().map(|d| format!("-D{d}")).collect();
-    let arguments: Vec<&str> = ["-shared", "-fPIC"].into_iter().chain(defines.iter().map(String::as_str)).collect();
+    let arguments: Vec<&str> =
+        ["-shared", "-fPIC"].into_iter().chain(defines.iter().map(String::as_str)).collect();
     compile(&arguments, &source, &path);
     path
 }
@@ -63,15 +65,18 @@ fn check(manager: &KernelManager, m: usize, n: usize, k: usize, what: &str) {
     let x = Activations::from_rows(&random.floats(m * k), k);
     let canonical = canonical_rows(&random.ternary(n * k), k);
     let choice = manager.choose(n, k, LayoutPolicy::Any).unwrap_or_else(|error| panic!("{what}: {error}"));
-    // Canonical weights as a file's memory map has them: aligned to 32 bytes.
-    let mut buffer = vec![0u8; canonical.len() + 64];
-    let from = buffer.as_ptr().align_offset(32);
+    // Canonical weights no better aligned than the ABI promises.
+    let mut buffer = vec![0u8; canonical.len() + 128];
+    let from = buffer.as_ptr().align_offset(64) + abi::CANONICAL_ALIGNMENT;
     buffer[from..from + canonical.len()].copy_from_slice(&canonical);
     let packed = manager.pack(&choice, &canonical).unwrap();
     let weights = match &packed {
         Packed::Canonical => &buffer[from..from + canonical.len()],
         Packed::Private(packed) => {
-            assert!(manager.unpack(&choice, packed.as_slice()).unwrap() == canonical, "{what}: unpack(pack(w))");
+            assert!(
+                manager.unpack(&choice, packed.as_slice()).unwrap() == canonical,
+                "{what}: unpack(pack(w))"
+            );
             packed.as_slice()
         }
     };
@@ -93,12 +98,19 @@ fn a_plugin_in_c_is_checked_and_used() {
     let dir = tempfile::tempdir().unwrap();
     for (name, defines) in [("plain", &[][..]), ("private", &["PRIVATE", "GRANULE=8"])] {
         let path = build(dir.path(), name, defines);
-        let manager = with_built_in_kernels(ManagerConfig { force: Some("example/plain".into()), strict: true, ..quiet() });
+        let manager = with_built_in_kernels(ManagerConfig {
+            force: Some("example/plain".into()),
+            strict: true,
+            ..quiet()
+        });
         let manager = manager.unwrap();
         let reports = manager.load_plugin(&path).unwrap();
         assert_eq!(reports.len(), 1);
         let report = &reports[0];
-        assert_eq!((report.kernel.as_str(), report.version.as_str(), &report.status), ("example/plain", "1.2.3", &Status::Ready));
+        assert_eq!(
+            (report.kernel.as_str(), report.version.as_str(), &report.status),
+            ("example/plain", "1.2.3", &Status::Ready)
+        );
         assert_eq!(report.layout, if name == "private" { "example/bytes" } else { "canonical" });
         assert_eq!(report.sha256.as_ref().map(String::len), Some(64));
         assert_eq!(Path::new(&report.origin), path.canonicalize().unwrap());
@@ -131,7 +143,11 @@ const BROKEN: [(&str, &[&str], &str); 18] = [
     ("null", &["NULL_KERNEL"], "kernel 0 is null"),
     ("twice", &["TWICE"], "two kernels are named"),
     ("run", &["NO_RUN"], "kernel `plain` lacks `supports` or `run`"),
-    ("pack", &["LAYOUT_WITHOUT_PACK"], "kernel `plain` has a private layout but not packed_size, pack and unpack"),
+    (
+        "pack",
+        &["LAYOUT_WITHOUT_PACK"],
+        "kernel `plain` has a private layout but not packed_size, pack and unpack",
+    ),
     ("granule", &["GRANULE=0"], "kernel `plain` has a row granule of 0"),
     ("alignment", &["ALIGNMENT=48"], "kernel `plain` asks for weights aligned to 48"),
     ("operation", &["OPERATION=7"], "kernel `plain` has operation 7"),
@@ -143,7 +159,7 @@ fn every_broken_library_is_refused_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     let manager = with_built_in_kernels(quiet()).unwrap();
     let before = manager.report().kernels.len();
-    let mut refuse = |path: &Path, expected: &str| {
+    let refuse = |path: &Path, expected: &str| {
         let error = manager.load_plugin(path).unwrap_err().to_string();
         assert!(error.contains(expected), "{error:?} should say {expected:?}");
         assert!(error.contains(&name_of(path)), "{error:?} should name the file");
@@ -195,7 +211,11 @@ fn a_kernel_that_computes_wrongly_is_rejected_and_the_others_go_on() {
             check(&manager, m, n, k, name);
         }
         let report = manager.report();
-        assert_eq!((report.kernels[0].calls, report.reference_calls, report.fallbacks.len()), (0, 0, 0), "{name}");
+        assert_eq!(
+            (report.kernels[0].calls, report.reference_calls, report.fallbacks.len()),
+            (0, 0, 0),
+            "{name}"
+        );
         // Alone and in strict mode there is nothing left, and the error says why.
         let strict = KernelManager::new(ManagerConfig { strict: true, ..quiet() }).unwrap();
         strict.load_plugin(&path).unwrap();
@@ -228,7 +248,10 @@ fn a_kernel_that_fails_at_run_time_is_replaced_and_counted() {
     assert_eq!((report.kernels[0].calls, report.kernels[0].failures, report.reference_calls), (2, 1, 0));
     assert_eq!(report.fallbacks.len(), 1, "reported once: {:?}", report.fallbacks);
     let fallback = &report.fallbacks[0];
-    assert_eq!((fallback.kernel.as_str(), fallback.shape, fallback.count), ("example/plain", (2, 77, 256), 1));
+    assert_eq!(
+        (fallback.kernel.as_str(), fallback.shape, fallback.count),
+        ("example/plain", (2, 77, 256), 1)
+    );
     assert!(fallback.replacement.starts_with("cpu/"), "{fallback:?}");
     assert!(fallback.reason.contains("out of luck"), "{fallback:?}");
 
@@ -236,7 +259,10 @@ fn a_kernel_that_fails_at_run_time_is_replaced_and_counted() {
     let alone = KernelManager::new(quiet()).unwrap();
     alone.load_plugin(&path).unwrap();
     check(&alone, 2, 77, 256, "the reference");
-    assert_eq!((alone.report().reference_calls, alone.report().fallbacks[0].replacement.as_str()), (1, "reference"));
+    assert_eq!(
+        (alone.report().reference_calls, alone.report().fallbacks[0].replacement.as_str()),
+        (1, "reference")
+    );
     let strict = KernelManager::new(ManagerConfig { strict: true, ..quiet() }).unwrap();
     strict.load_plugin(&path).unwrap();
     let choice = strict.choose(77, 128, LayoutPolicy::Any).unwrap();
@@ -253,7 +279,8 @@ fn cpu_plugin() -> &'static Path {
     PATH.get_or_init(|| {
         // .../<target>/<profile>/deps/<this test>
         let exe = std::env::current_exe().unwrap();
-        let profile_dir = exe.parent().and_then(Path::parent).expect("a test lies in <target>/<profile>/deps");
+        let profile_dir =
+            exe.parent().and_then(Path::parent).expect("a test lies in <target>/<profile>/deps");
         let target = profile_dir.parent().expect("a target directory");
         let profile = match name_of(profile_dir) {
             name if name == "debug" => "dev".into(),
@@ -264,7 +291,8 @@ fn cpu_plugin() -> &'static Path {
         command.current_dir(env!("CARGO_MANIFEST_DIR")).env("CARGO_TARGET_DIR", target);
         let output = command.output().unwrap();
         assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-        let name = format!("{}bitnet_cpu_plugin{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+        let name =
+            format!("{}bitnet_cpu_plugin{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
         profile_dir.join(name)
     })
 }
@@ -285,7 +313,9 @@ fn the_built_in_kernels_work_the_same_from_their_library() {
     let ready: Vec<_> = reports.into_iter().filter(|r| r.status == Status::Ready).map(|r| r.kernel).collect();
     assert!(ready.len() >= 2, "{ready:?}");
     for kernel in ready {
-        let manager = KernelManager::new(ManagerConfig { force: Some(kernel.clone()), strict: true, ..quiet() }).unwrap();
+        let manager =
+            KernelManager::new(ManagerConfig { force: Some(kernel.clone()), strict: true, ..quiet() })
+                .unwrap();
         manager.load_plugin(path).unwrap();
         for (m, n, k) in SHAPES {
             check(&manager, m, n, k, &kernel);
@@ -319,20 +349,28 @@ fn a_model_runs_on_with_the_kernels_that_are_left() {
     ];
     let (manager, refused) = manager::configure(quiet(), &plugins).unwrap();
     assert_eq!(refused.len(), 3);
-    for (error, expected) in refused.iter().zip(["not a loadable library", "built for ABI 2.0", "does not export"]) {
+    for (error, expected) in
+        refused.iter().zip(["not a loadable library", "built for ABI 2.0", "does not export"])
+    {
         assert!(error.to_string().contains(expected), "{error}");
     }
     let model_dir = repository_golden().join("hf/A-packed-auto");
     let checkpoint = bitnet_burn::checkpoint::Checkpoint::open(&model_dir, &Default::default()).unwrap();
     let device = Device::flex();
-    let model = bitnet_burn::bitnet::BitNet::from_checkpoint(&checkpoint, &device, &LoadOptions::default(), &mut |_| {});
+    let model = bitnet_burn::bitnet::BitNet::from_checkpoint(
+        &checkpoint,
+        &device,
+        &LoadOptions::default(),
+        &mut |_| {},
+    );
     let goldens = read_goldens(&model_dir.join("goldens.safetensors"));
     let ids = goldens["seq16.input_ids"].ids();
     let logits = all_logits(&model.unwrap(), &ids, 5, CacheType::F32);
     assert!(max_difference(&logits, &goldens["seq16.logits"].values) < 1e-3);
     let report = manager.report();
     assert_eq!((report.reference_calls, report.fallbacks.len()), (0, 0));
-    let status = |id: &str| report.kernels.iter().find(|k| k.kernel == id).map(|k| (k.status.clone(), k.calls));
+    let status =
+        |id: &str| report.kernels.iter().find(|k| k.kernel == id).map(|k| (k.status.clone(), k.calls));
     assert!(matches!(status("wrong/plain"), Some((Status::Rejected(_), 0))), "{:?}", status("wrong/plain"));
     assert!(matches!(status("good/plain"), Some((Status::Ready, _))));
     // Once in use it can't be configured again.
