@@ -1,5 +1,5 @@
 //! A network of your own with BitLinear layers: trained with ternary weights by the straight-through
-//! estimator, then packed into 2 bits a weight, with the same outputs.
+//! estimator, then packed into 2 bits a weight, with the same outputs up to float rounding.
 //!
 //! ```text
 //! cargo run --release --example mlp
@@ -58,6 +58,7 @@ fn main() -> anyhow::Result<()> {
     let device = match std::env::args().nth(1).as_deref() {
         None | Some("flex") => Device::flex(),
         #[cfg(feature = "ndarray")]
+        #[allow(deprecated, reason = "Burn recommends Flex; NdArray still works")]
         Some("ndarray") => Device::ndarray(),
         Some(other) => anyhow::bail!("no device {other}; there are flex and, with its feature, ndarray"),
     };

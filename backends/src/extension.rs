@@ -14,7 +14,7 @@ use crate::default;
 pub struct TernaryWeight<B: burn::backend::Backend> {
     /// U32 words: canonical rows [N, ceil(K / 128) * 8], or a kernel's private packing.
     pub codes: IntTensor<B>,
-    /// [1]: weight = code * scale.
+    /// `[1]`: weight = code * scale.
     pub scale: FloatTensor<B>,
 }
 
@@ -49,7 +49,7 @@ impl<B: burn::backend::Backend> TernaryWeights<B> {
 pub enum InputNorm<B: burn::backend::Backend> {
     /// Nothing.
     None,
-    /// RMSNorm with this weight [K].
+    /// RMSNorm with this weight `[K]`.
     Rms(FloatTensor<B>),
 }
 
@@ -157,7 +157,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     /// x / sqrt(mean(x^2) + eps) * weight, by rows.
     ///
     /// # Shapes
-    /// x [M, K], weight [K]; the output is [M, K].
+    /// x `[M, K]`, weight `[K]`; the output is `[M, K]`.
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
         default::rms_norm::<Self>(x, weight, eps)
     }
@@ -216,7 +216,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     /// Rows of W, decoded to f32: an embedding.
     ///
     /// # Shapes
-    /// words: the raw bytes as U32 words, ids [M]; the output is [M, K].
+    /// words: the raw bytes as U32 words, ids `[M]`; the output is `[M, K]`.
     fn dense_rows(words: IntTensor<Self>, ids: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
         default::dense_rows::<Self>(words, ids, &args)
     }

@@ -1,4 +1,4 @@
-//! [`TernaryBackend`](crate::TernaryBackend)'s operations over Burn's `Tensor`, on whatever backend
+//! [`TernaryBackend`]'s operations over Burn's `Tensor`, on whatever backend
 //! the tensors are.
 
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub struct TernaryMatrix {
     /// U32 words: canonical rows [N, ceil(K / 128) * 8], or one row [1, words] of a kernel's private
     /// packing.
     pub codes: Tensor<2, Int>,
-    /// [1]: weight = code * scale.
+    /// `[1]`: weight = code * scale.
     pub scale: Tensor<1>,
     /// Output features.
     pub n: usize,
@@ -133,7 +133,7 @@ impl TernaryMatrix {
 /// How a [`bit_linear`] treats its input.
 #[derive(Clone, Debug)]
 pub struct BitLinearInput {
-    /// Weight [K] and epsilon of an RMSNorm before quantisation.
+    /// Weight `[K]` and epsilon of an RMSNorm before quantisation.
     pub norm: Option<(Tensor<1>, f32)>,
     /// Whether activations are quantised to int8, as BitNet defines.
     pub quantise: bool,

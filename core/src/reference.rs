@@ -14,7 +14,7 @@ use bitnet_burn_plugin::canonical;
 /// The largest K whose sums can't overflow: 128 * 2^23 < 2^31.
 pub const MAX_K: usize = 1 << 23;
 
-/// One output before scaling: the sum over k of q[k] * w[k], for K = `q.len()` up to [`MAX_K`].
+/// One output before scaling: the sum over k of `q[k] * w[k]`, for K = `q.len()` up to [`MAX_K`].
 ///
 /// # Panics
 /// If `row`, a canonical row, is shorter than K weights.

@@ -224,21 +224,21 @@ pub fn q8_0_block(block: &[u8; Q8_0_BYTES], out: &mut [f32; QK]) {
 /// The 32 values of a Q4_0 block: d * (q - 8).
 #[inline(always)]
 pub fn q4_0_block(block: &[u8; Q4_0_BYTES], out: &mut [f32; QK]) {
-    let (d, codes) = q4_0_codes(block);
+    let (d, codes) = (f16_at(block, 0), q4_0_codes(block));
     for (value, q) in out.iter_mut().zip(codes) {
         *value = f32::from(q as i8 - 8) * d;
     }
 }
 
-/// d and the 32 codes (0..16) of a Q4_0 block.
+/// The 32 codes q (0..16) of a Q4_0 block.
 #[inline(always)]
-pub(crate) fn q4_0_codes(block: &[u8; Q4_0_BYTES]) -> (f32, [u8; QK]) {
+pub fn q4_0_codes(block: &[u8; Q4_0_BYTES]) -> [u8; QK] {
     let mut codes = [0; QK];
     for i in 0..QK / 2 {
         codes[i] = block[2 + i] & 15;
         codes[QK / 2 + i] = block[2 + i] >> 4;
     }
-    (f16_at(block, 0), codes)
+    codes
 }
 
 /// The 256 values of a Q6_K block: d * scale * (q - 32), the first product first.
@@ -251,17 +251,7 @@ pub(crate) fn q4_0_codes(block: &[u8; Q4_0_BYTES]) -> (f32, [u8; QK]) {
 /// | 208..210 | f16 d |
 #[inline(always)]
 pub fn q6_k_block(block: &[u8; Q6_K_BYTES], out: &mut [f32; QK_K]) {
-    let mut codes = [0u8; QK_K];
-    let (low, high) = (&block[..128], &block[128..192]);
-    for half in 0..2 {
-        for i in 0..32 {
-            let (l0, l1, h) = (low[64 * half + i], low[64 * half + 32 + i], high[32 * half + i]);
-            codes[128 * half + i] = l0 & 15 | (h & 3) << 4;
-            codes[128 * half + 32 + i] = l1 & 15 | (h & 12) << 2;
-            codes[128 * half + 64 + i] = l0 >> 4 | h & 0x30;
-            codes[128 * half + 96 + i] = l1 >> 4 | (h & 0xc0) >> 2;
-        }
-    }
+    let codes = q6_k_codes(block);
     let d = f16_at(block, 208);
     // Written out: of a loop over the parts LLVM makes gathers across them, several times slower.
     q6_k_part::<0>(block, &codes, d, out);
@@ -280,6 +270,23 @@ pub fn q6_k_block(block: &[u8; Q6_K_BYTES], out: &mut [f32; QK_K]) {
     q6_k_part::<13>(block, &codes, d, out);
     q6_k_part::<14>(block, &codes, d, out);
     q6_k_part::<15>(block, &codes, d, out);
+}
+
+/// The 256 codes q (0..64) of a Q6_K block.
+#[inline(always)]
+pub fn q6_k_codes(block: &[u8; Q6_K_BYTES]) -> [u8; QK_K] {
+    let mut codes = [0u8; QK_K];
+    let (low, high) = (&block[..128], &block[128..192]);
+    for half in 0..2 {
+        for i in 0..32 {
+            let (l0, l1, h) = (low[64 * half + i], low[64 * half + 32 + i], high[32 * half + i]);
+            codes[128 * half + i] = l0 & 15 | (h & 3) << 4;
+            codes[128 * half + 32 + i] = l1 & 15 | (h & 12) << 2;
+            codes[128 * half + 64 + i] = l0 >> 4 | h & 0x30;
+            codes[128 * half + 96 + i] = l1 >> 4 | (h & 0xc0) >> 2;
+        }
+    }
+    codes
 }
 
 /// The 16 values of the part of a Q6_K block that shares scale `PART`.

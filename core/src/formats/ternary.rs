@@ -23,7 +23,9 @@
 //! what the converter had, rounded to f16. Any other code shows that the tensor was not ternary.
 
 use super::dense::{Q4_0_BYTES, QK, q4_0_codes};
-use super::{DenseFormat, FormatError, SharedScale, canonical, canonical_bytes, check_length, check_values};
+use super::{
+    DenseFormat, FormatError, SharedScale, canonical, canonical_bytes, check_length, check_values, f16_at,
+};
 
 /// Canonical rows and the scale s of [n, k] values, all of which are -s, 0 or s.
 ///
@@ -97,7 +99,7 @@ fn q4_0_signs(data: &[u8], size: usize, k: usize) -> Result<(Vec<u8>, f32), Form
     for (row, (blocks, out)) in rows_of_blocks.enumerate() {
         for (b, (bytes, weights)) in blocks.iter().zip(weights.as_chunks_mut::<QK>().0).enumerate() {
             let block = row * (k / QK) + b;
-            let (d, codes) = q4_0_codes(bytes);
+            let (d, codes) = (f16_at(bytes, 0), q4_0_codes(bytes));
             if let Some(index) = codes.iter().position(|q| !matches!(q, 0 | 8 | 15)) {
                 return Err(FormatError::NotTernaryCode { format, block, index, code: codes[index] });
             }

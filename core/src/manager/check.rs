@@ -54,7 +54,7 @@ impl Random {
             for chunk in codes.chunks_mut(16) {
                 let mut word = self.next();
                 for code in chunk {
-                    *code = ((word & 0xff) * 3 >> 8) as i8 - 1;
+                    *code = (((word & 0xff) * 3) >> 8) as i8 - 1;
                     word = word.rotate_right(4);
                 }
             }

@@ -234,7 +234,7 @@ impl KernelManager {
         } else {
             1
         };
-        let mut layouts: Vec<(Option<&str>, Result<Vec<WeightBuffer>, String>)> = Vec::new();
+        let mut layouts: Vec<(Option<&str>, Result<_, _>)> = Vec::new();
         for entry in entries {
             let layout = entry.kernel.layout();
             if !layouts.iter().any(|(known, _)| *known == layout) {

@@ -47,7 +47,7 @@ pub struct BitLinearConfig {
 pub struct BitLinear {
     /// [d_output, d_input], latent or packed.
     pub weight: BitLinearWeight,
-    /// [d_output].
+    /// `[d_output]`.
     pub bias: Option<Param<Tensor<1>>>,
     /// Norm of the input, before quantisation.
     pub norm: Option<RmsNorm>,
@@ -74,7 +74,7 @@ pub struct PackedWeight {
     /// U32 words: canonical rows [d_output, ceil(d_input / 128) * 8], or [1, words] in the private
     /// packing of the kernel that was chosen for this machine.
     pub codes: Param<Tensor<2, Int>>,
-    /// [1]: weight = code * scale.
+    /// `[1]`: weight = code * scale.
     pub scale: Param<Tensor<1>>,
     #[module(skip)]
     choice: Option<Arc<Choice>>,
