@@ -6,6 +6,9 @@
 //! [`manager`](manager::manager) without copying weights. The functions in [`ops`] are the same
 //! operations over Burn's `Tensor`.
 
+// Burn deprecates NdArray in favour of Flex, and still supports it; so do we, also in what macros generate.
+#![cfg_attr(feature = "ndarray", allow(deprecated))]
+
 // Packed codes and raw weights are files' little-endian bytes, seen as u32 words.
 const _: () = assert!(cfg!(target_endian = "little"), "bitnet-burn needs a little-endian machine");
 
@@ -19,6 +22,6 @@ pub mod manager;
 pub mod ops;
 
 pub use extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend,
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, NoInt8, TernaryBackend,
     TernaryWeight, TernaryWeights,
 };
