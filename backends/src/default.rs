@@ -42,12 +42,8 @@ pub(crate) fn bit_linear<B: Backend>(
     // Products of int8 and -1, 0, 1 are whole numbers, and so are their sums: exact in f32 below 2^24,
     // whatever the order of a backend's matmul.
     let (x, row_scale) = if args.quantise {
-        let a = B::float_clamp_min(B::float_max_abs_dim(x.clone(), 1), EPSILON.into());
-        // 127 / a, rounded once: 127 * (1 / a) would break exact ties.
-        let steps = B::float_full(a.shape(), 127f32.into(), &a.device(), FloatDType::F32);
-        let to_int8 = B::float_div(steps, a.clone());
-        let q = B::float_round(B::float_mul(x, to_int8));
-        (B::float_clamp(q, (-128f32).into(), 127f32.into()), Some(B::float_div_scalar(a, 127f32.into())))
+        let (q, scale) = quantise::<B>(x);
+        (q, Some(scale))
     } else {
         (x, None)
     };
@@ -66,6 +62,16 @@ pub(crate) fn bit_linear<B: Backend>(
         })
         .collect();
     concat::<B>(outputs)
+}
+
+/// Rows quantised by absmax, as whole numbers, and their scales a / 127 [M, 1].
+fn quantise<B: Backend>(x: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
+    let a = B::float_clamp_min(B::float_max_abs_dim(x.clone(), 1), EPSILON.into());
+    // 127 / a, rounded once: 127 * (1 / a) would break exact ties.
+    let steps = B::float_full(a.shape(), 127f32.into(), &a.device(), FloatDType::F32);
+    let to_int8 = B::float_div(steps, a.clone());
+    let q = B::float_round(B::float_mul(x, to_int8));
+    (B::float_clamp(q, (-128f32).into(), 127f32.into()), B::float_div_scalar(a, 127f32.into()))
 }
 
 fn concat<B: Backend>(mut tensors: Vec<FloatTensor<B>>) -> FloatTensor<B> {
@@ -202,7 +208,12 @@ pub(crate) fn dense_linear<B: Backend>(
     words: IntTensor<B>,
     args: &DenseArgs,
 ) -> FloatTensor<B> {
-    B::float_matmul(x, B::float_transpose(decode::<B>(words, args)))
+    let weights = B::float_transpose(decode::<B>(words, args));
+    if !args.int8 {
+        return B::float_matmul(x, weights);
+    }
+    let (q, scale) = quantise::<B>(x);
+    B::float_mul(B::float_matmul(q, weights), scale)
 }
 
 pub(crate) fn dense_rows<B: Backend>(
@@ -229,7 +240,7 @@ fn flat<B: Backend>(words: IntTensor<B>) -> IntTensor<B> {
 
 /// W [n, k] as f32.
 fn decode<B: Backend>(words: IntTensor<B>, args: &DenseArgs) -> FloatTensor<B> {
-    let DenseArgs { format, n, k } = *args;
+    let DenseArgs { format, n, k, .. } = *args;
     let size = n * format.row_bytes(k).expect("checked when the tensor was made");
     let block = format.block_bytes();
     let blocks = size / block;
@@ -471,6 +482,51 @@ mod tests {
         }
     }
 
+    fn int8_activations_are_the_same<B: TernaryBackend>() {
+        for format in DenseArgs::INT8_FORMATS {
+            for (n, blocks, m) in [(5, 1, 1), (19, 3, 2), (33, 8, 5)] {
+                let k = blocks * format.block_len();
+                let row_bytes = format.row_bytes(k).expect("whole blocks");
+                let small = |v: u32| v as f32 / 1000.0 - 1.0;
+                let weights: Vec<f32> = numbers(5, n * k, 2001).map(small).collect();
+                let mut bytes = vec![0; (n * row_bytes).next_multiple_of(4)];
+                let mut decoded = vec![0.0; n * k];
+                let rows = weights.chunks_exact(k).zip(bytes.chunks_exact_mut(row_bytes));
+                for ((values, row), decoded) in rows.zip(decoded.chunks_exact_mut(k)) {
+                    format.encode_row(values, row).expect("small values");
+                    format.decode_row(row, decoded).expect("a whole row");
+                }
+                let words: Vec<u32> =
+                    bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                let words = || {
+                    B::int_from_data(TensorData::new(words.clone(), [1, words.len()]), &Default::default())
+                };
+                let x: Vec<f32> = numbers(m as u32, m * k, 2001).map(small).collect();
+                let args = DenseArgs::new(format, n, k).with_int8().expect("one of the formats that can");
+                let fast = values::<B>(B::dense_linear(floats::<B>(x.clone(), &[m, k]), words(), args));
+                let plain = values::<B>(dense_linear::<B>(floats::<B>(x.clone(), &[m, k]), words(), &args));
+                for (row, x) in x.chunks_exact(k).enumerate() {
+                    let mut q = vec![0; k];
+                    let (scale, _) = quant::absmax_row(x, &mut q);
+                    for (column, w) in decoded.chunks_exact(k).enumerate() {
+                        let terms = || {
+                            w.iter().zip(&q).map(|(&w, &q)| f64::from(w) * f64::from(q) * f64::from(scale))
+                        };
+                        let (want, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+                        for got in [fast[row * n + column], plain[row * n + column]] {
+                            let error = (f64::from(got) - want).abs();
+                            assert!(
+                                error <= 1e-5 * size,
+                                "{}, [{m}, {k}] x {n}: {got} and {want}",
+                                format.name()
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     /// 62.5 steps are 62 (half to even), and 127 * (1 / a) instead of 127 / a would miss such ties.
     fn ties_are_rounded_to_even<B: TernaryBackend>() {
         for a in [127.0f32, 3.0, 0.7, 1.1, 41.0] {
@@ -501,14 +557,15 @@ mod tests {
     #[test]
     fn flex() {
         bit_linear_is_the_same::<burn::backend::Flex>();
+        int8_activations_are_the_same::<burn::backend::Flex>();
         ties_are_rounded_to_even::<burn::backend::Flex>();
     }
 
     #[cfg(feature = "ndarray")]
     #[test]
-    #[allow(deprecated, reason = "Burn deprecates NdArray in favour of Flex, and still supports it")]
     fn ndarray() {
         bit_linear_is_the_same::<burn::backend::NdArray>();
+        int8_activations_are_the_same::<burn::backend::NdArray>();
         ties_are_rounded_to_even::<burn::backend::NdArray>();
     }
 }

@@ -97,6 +97,16 @@ pub struct AttentionArgs {
 }
 
 /// A dense matrix [n, k] in the format of its file.
+///
+/// ```
+/// use bitnet_burn_backends::DenseArgs;
+/// use bitnet_burn_core::formats::DenseFormat;
+///
+/// let head = DenseArgs::new(DenseFormat::Q6_K, 128256, 2560).with_int8()?;
+/// assert!(head.int8);
+/// assert!(DenseArgs::new(DenseFormat::F16, 128256, 2560).with_int8().is_err());
+/// # Ok::<(), bitnet_burn_backends::NoInt8>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DenseArgs {
     /// The format.
@@ -105,6 +115,41 @@ pub struct DenseArgs {
     pub n: usize,
     /// Columns: input features, or hidden size.
     pub k: usize,
+    /// Whether [`dense_linear`](TernaryBackend::dense_linear) quantises its activations to int8. Only the
+    /// formats of [`DenseArgs::INT8_FORMATS`] can, see [`with_int8`](Self::with_int8). Looking rows up does
+    /// not depend on it.
+    pub int8: bool,
+}
+
+/// A format whose products with int8 activations are not integers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{} weights can't be multiplied by int8 activations; Q8_0, Q6_K and Q4_0 can", .format.name())]
+pub struct NoInt8 {
+    /// The format.
+    pub format: DenseFormat,
+}
+
+impl DenseArgs {
+    /// The formats that hold integers and scales.
+    pub const INT8_FORMATS: [DenseFormat; 3] = [DenseFormat::Q8_0, DenseFormat::Q6_K, DenseFormat::Q4_0];
+
+    /// A matrix that is multiplied by f32 activations.
+    pub const fn new(format: DenseFormat, n: usize, k: usize) -> Self {
+        Self { format, n, k, int8: false }
+    }
+
+    /// The same, multiplied by activations that are quantised to int8, by absmax and row.
+    ///
+    /// # Errors
+    /// If the format holds floats.
+    pub fn with_int8(self) -> Result<Self, NoInt8> {
+        let format = self.format;
+        if Self::INT8_FORMATS.contains(&format) {
+            Ok(Self { int8: true, ..self })
+        } else {
+            Err(NoInt8 { format })
+        }
+    }
 }
 
 /// What the feed-forward network does with gate and up.
@@ -206,6 +251,13 @@ pub trait TernaryBackend: burn::backend::Backend {
     }
 
     /// y = x * Wᵀ with W in its file's format, decoded to f32.
+    ///
+    /// With [`args.int8`](DenseArgs::int8), x is quantised by rows first, as for
+    /// [`bit_linear`](Self::bit_linear): x ~ q * (a / 127). Bodies for host memory then add the exact integer
+    /// sums of the format's blocks (32 weights, of Q6_K 256) times their scales in ascending order, each
+    /// product and sum rounded to f32, and multiply by a / 127: the same bits on every CPU. The default body
+    /// multiplies q by the decoded weights, and differs from that by f32's rounding only (at most 1e-5 of
+    /// the sum of the products' magnitudes).
     ///
     /// # Shapes
     /// x [M, K], words: the raw bytes as U32 words; the output is [M, N].

@@ -17,7 +17,7 @@ use crate::extension::{
     AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, TernaryWeight, TernaryWeights,
 };
 use crate::host::attention::{self as host_attention, CacheMut, CacheRef};
-use crate::host::{Shared, dense, elementwise};
+use crate::host::{Shared, dense, dense_int8, elementwise};
 use crate::manager::{leave_error, manager};
 
 /// Rows of a tensor [M, K] in host memory.
@@ -129,7 +129,6 @@ mod flex {
 }
 
 #[cfg(feature = "ndarray")]
-#[allow(deprecated, reason = "Burn deprecates NdArray in favour of Flex, and still supports it")]
 mod ndarray {
     use std::borrow::Cow;
 
@@ -468,7 +467,15 @@ pub(crate) fn dense_linear<B: HostBackend>(
     let words = B::words(&words);
     let mut y = vec![0f32; m * args.n];
     let (weights, values) = (raw(&words, &args), B::floats(&x));
-    dense::linear(args.format, weights, args.n, args.k, &values, m, &mut y, args.n, manager().pool());
+    let (manager, DenseArgs { format, n, k, int8 }) = (manager(), args);
+    if int8 {
+        with_activations(|activations| {
+            quantise(manager, &values, k, None, activations.resize(m, k));
+            dense_int8::linear(format, weights, n, activations, &mut y, n, manager.pool());
+        });
+    } else {
+        dense::linear(format, weights, n, k, &values, m, &mut y, n, manager.pool());
+    }
     B::tensor(y, Shape::new([m, args.n]))
 }
 
@@ -561,7 +568,6 @@ fast_bodies!(burn::backend::Flex);
 
 #[cfg(feature = "ndarray")]
 mod ndarray_bodies {
-    #![allow(deprecated, reason = "Burn deprecates NdArray in favour of Flex, and still supports it")]
     use super::*;
     fast_bodies!(burn::backend::NdArray);
 }

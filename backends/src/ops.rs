@@ -242,9 +242,13 @@ pub fn gated(gate_up: Tensor<2>, activation: GatedActivation) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::gated(gate_up.into_dispatch(), activation))
 }
 
-/// y = x * Wᵀ; `words` holds W's raw bytes.
+/// y = x * Wᵀ; `words` holds W's raw bytes. With [`int8`](DenseArgs::int8), x is quantised.
+///
+/// # Panics
+/// If the shapes do not fit, or the format has no products with int8.
 pub fn dense_linear(x: Tensor<2>, words: Tensor<2, Int>, args: DenseArgs) -> Tensor<2> {
     assert_eq!(x.dims()[1], args.k, "input features");
+    assert!(!args.int8 || DenseArgs::INT8_FORMATS.contains(&args.format), "int8 activations for {args:?}");
     check_dense(&words, &args);
     Tensor::from_dispatch(Dispatch::dense_linear(x.into_dispatch(), words.into_dispatch(), args))
 }

@@ -18,12 +18,13 @@ use std::ops::Range;
 
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops::{self, TernaryMatrix};
+use bitnet_burn_backends::{DenseArgs, NoInt8};
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
 use burn::module::{Module, Param, ParamId};
 use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::checkpoint::{Checkpoint, LoadError, Norm, Projection};
+use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection};
 use crate::config::{Activation, ModelConfig};
 use crate::nn::{
     BitAttentionConfig, BitBlock, BitFeedForward, BitLinear, CacheError, CacheType, GatedActivation, KvCache,
@@ -39,6 +40,14 @@ pub enum ModelError {
     /// The kernels.
     #[error(transparent)]
     Kernel(#[from] ManagerError),
+    /// The output projection is of a type that [`HeadMode::Int8`] can't compute with.
+    #[error("the output projection {tensor}: {source}")]
+    Head {
+        /// Its tensor.
+        tensor: String,
+        /// The type, and those that can.
+        source: NoInt8,
+    },
 }
 
 /// Why a forward pass failed.
@@ -125,12 +134,26 @@ pub struct LoadOptions {
     pub quantise_activations: bool,
     /// Rows of the largest forward pass: kernels are measured for up to this many.
     pub max_rows: usize,
+    /// How the output projection (lm_head) is computed.
+    pub head: HeadMode,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { quantise_activations: true, max_rows: DEFAULT_CHUNK }
+        Self { quantise_activations: true, max_rows: DEFAULT_CHUNK, head: HeadMode::File }
     }
+}
+
+/// How the output projection (lm_head) is computed. Its weights are those of the file in either mode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HeadMode {
+    /// f32 activations.
+    #[default]
+    File,
+    /// Activations are quantised to int8, by absmax and row, as those of the ternary layers are: faster
+    /// where the weights are Q6_K or Q4_0, and an approximation. (A logit changes by up to half a step,
+    /// 1/254 of the largest activation, for each of its weights.) Weights of floats have no such mode.
+    Int8,
 }
 
 /// Rows of a prompt that are computed at once, if nothing else is asked for.
@@ -204,8 +227,21 @@ impl BitNet {
             checkpoint.release();
         }
         progress(LoadProgress::Packing(config.n_layers, config.n_layers));
-        let embedding = StoredMatrix::new(checkpoint.embedding()?, device);
-        let output = checkpoint.output()?.map(|tensor| StoredMatrix::new(tensor, device));
+        let head = |tensor: DenseTensor| -> Result<StoredMatrix, ModelError> {
+            let name = tensor.name.clone();
+            let matrix = StoredMatrix::new(tensor, device);
+            match options.head {
+                HeadMode::File => Ok(matrix),
+                HeadMode::Int8 => {
+                    matrix.with_int8().map_err(|source| ModelError::Head { tensor: name, source })
+                }
+            }
+        };
+        let (embedding, output) = match checkpoint.output()? {
+            // The embedding is both; only the projection depends on the mode.
+            None => (head(checkpoint.embedding()?)?, None),
+            Some(output) => (StoredMatrix::new(checkpoint.embedding()?, device), Some(head(output)?)),
+        };
         let rotary = RotaryEncodingConfig::new(config.head_dim).with_theta(config.rope_theta).init();
         let norm = norm(Norm::Output)?;
         let quantise = options.quantise_activations;
@@ -215,6 +251,18 @@ impl BitNet {
     /// What the model is.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The output projection: lm_head, or the embedding where that is tied.
+    pub fn head(&self) -> &StoredMatrix {
+        self.output.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// How the output projection is computed, for reports: `file (Q6_K, f32 activations)`.
+    pub fn head_name(&self) -> String {
+        let DenseArgs { format, int8, .. } = self.head().args();
+        let (mode, activations) = if int8 { ("int8", "int8") } else { ("file", "f32") };
+        format!("{mode} ({}, {activations} activations)", format.name())
     }
 
     /// The device of its weights.
@@ -259,7 +307,7 @@ impl BitNet {
         }
         let x = select_rows(x, wanted);
         let x = ops::rms_norm(x, self.norm.gamma.val(), self.norm.epsilon as f32);
-        Ok(self.output.as_ref().unwrap_or(&self.embedding).forward(x))
+        Ok(self.head().forward(x))
     }
 
     /// Checks the rows, makes room for them in the cache, and looks up their angles.

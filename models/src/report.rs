@@ -81,6 +81,9 @@ pub struct Tuning {
 pub struct Receipt {
     /// `flex`, `ndarray`, `wgpu` ...
     pub device: String,
+    /// How the output projection was computed, where it was: `file (Q6_K, f32 activations)`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lm_head: Option<String>,
     /// Threads of the kernels.
     pub threads: usize,
     /// Whether strict mode was on: no ternary matmul on the reference.
@@ -111,6 +114,7 @@ impl Receipt {
         };
         Self {
             device: device.to_owned(),
+            lm_head: None,
             threads: after.threads,
             strict: after.strict,
             kernels: after.used_since(before),
@@ -280,6 +284,9 @@ impl fmt::Display for Receipt {
                 line(f, label, format_args!("{name} {version} ({origin}; layout {layout}), {calls}"))?;
             }
             label = "";
+        }
+        if let Some(lm_head) = &self.lm_head {
+            line(f, "lm_head", lm_head)?;
         }
         line(f, "tuning", &self.tuning)?;
         let mut label = "fallbacks";

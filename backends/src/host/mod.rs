@@ -1,13 +1,14 @@
 //! Dense arithmetic on host memory: the parts of the network that are not ternary.
 //!
 //! Plain functions over slices, without Burn's types, which the fast bodies of the host backends call: the
-//! dense linear layer of lm_head ([`dense`]), attention over a KV cache ([`attention`]), and rotary
-//! embedding, norms, gated activations and the rest ([`elementwise`]).
+//! dense linear layer of lm_head ([`dense`]; [`dense_int8`] with int8 activations), attention over a KV cache
+//! ([`attention`]), and rotary embedding, norms, gated activations and the rest ([`elementwise`]).
 //!
 //! # Numerics
 //! Results are the same, bit for bit, on every instruction set, with any number of threads, whatever the
 //! number of rows in a call and however a prompt is cut into chunks. (A NaN stays a NaN; which NaN it is, is
-//! not specified.) That holds because every reduction has one order:
+//! not specified.) That holds because every reduction has one order, in [`dense_int8`] the one stated there,
+//! else this:
 //! - A dot product or a sum over `k` elements uses 16 lanes. Lane `l` starts at +0 and takes the elements
 //!   `l`, `16 + l`, `32 + l`, … in ascending order, each by one fused multiply-add (one rounding). Elements
 //!   past the end are skipped: lanes without one keep their value.
@@ -20,6 +21,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod dense;
+pub(crate) mod dense_int8;
 pub(crate) mod elementwise;
 pub(crate) mod simd;
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use bitnet_burn::bitnet::HeadMode;
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn::config::Activation;
 use bitnet_burn::nn::CacheType;
@@ -68,6 +69,9 @@ pub struct EngineArgs {
     /// Type of the cached keys and values
     #[arg(long, value_enum, default_value_t = KvCacheType::F32, help_heading = "Model")]
     pub kv_cache: KvCacheType,
+    /// How the output projection (lm_head) is computed; its weights are always the file's
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
+    pub lm_head: LmHead,
 }
 
 impl EngineArgs {
@@ -167,6 +171,24 @@ pub enum KvCacheType {
     F32,
     /// 2 bytes a value
     F16,
+}
+
+/// Ways to compute the output projection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LmHead {
+    /// f32 activations: what results are compared with
+    File,
+    /// int8 activations, rounded to 1/127 of a row's largest: logits move by about 1 % of their spread, and close calls between tokens can change. Faster for Q6_K and Q4_0 weights, possible for Q8_0 too, not for floats
+    Int8,
+}
+
+impl From<LmHead> for HeadMode {
+    fn from(mode: LmHead) -> Self {
+        match mode {
+            LmHead::File => Self::File,
+            LmHead::Int8 => Self::Int8,
+        }
+    }
 }
 
 impl From<KvCacheType> for CacheType {

@@ -12,7 +12,7 @@ use bitnet_burn::core::manager::{KernelManager, KernelReport, ManagerReport, Sta
 use bitnet_burn::report::{ModelSummary, Receipt};
 use bitnet_burn::tokenizer::Tokenizer;
 
-use crate::args::{EngineArgs, KernelArgs};
+use crate::args::{EngineArgs, KernelArgs, LmHead};
 use crate::output;
 
 /// The process's kernel manager, set up from the environment and the flags.
@@ -122,6 +122,11 @@ pub struct Wishes {
 impl EngineArgs {
     /// Opens the files, chooses the kernels and loads the model, with progress bars.
     pub fn load(&self, wishes: &Wishes) -> anyhow::Result<Engine> {
+        if self.lm_head == LmHead::Int8 && !wishes.quantise_activations {
+            bail!(
+                "--lm-head int8 quantises activations, --no-activation-quantisation leaves them: choose one"
+            );
+        }
         let device = self.device.open()?;
         let kernels = self.kernels.configure()?;
         let before = kernels.manager.report();
@@ -133,8 +138,11 @@ impl EngineArgs {
             .tokenizer
             .then(|| Tokenizer::from_source(&checkpoint.tokenizer_source(), checkpoint.config().vocab_size))
             .transpose()?;
-        let options =
-            LoadOptions { quantise_activations: wishes.quantise_activations, max_rows: wishes.max_rows };
+        let options = LoadOptions {
+            quantise_activations: wishes.quantise_activations,
+            max_rows: wishes.max_rows,
+            head: self.lm_head.into(),
+        };
         let bar = output::bar(1, "{msg} [{bar:30}] {pos}/{len}");
         let (mut tuning_since, mut tuning) = (None, None);
         let model = BitNet::from_checkpoint(&checkpoint, &device, &options, &mut |progress| {
@@ -171,6 +179,7 @@ impl Engine {
     /// Which kernels have computed since the engine was made.
     pub fn receipt(&self) -> Receipt {
         let mut receipt = Receipt::between(self.device, &self.before, &self.kernels.manager.report());
+        receipt.lm_head = Some(self.model.head_name());
         receipt.tuning.seconds = self.tuning.map(|time| time.as_secs_f64());
         receipt.refused_plugins.clone_from(&self.kernels.refused);
         receipt
