@@ -497,10 +497,9 @@ impl Level {
 mod portable {
     //! Plain Rust, whose loops compilers vectorise.
 
-    use bitnet_burn_core::formats::dense::{q4_0_codes, q6_k_codes};
-    use half::f16;
-
+    use super::super::simd::half_to_f32;
     use super::*;
+    use bitnet_burn_core::formats::dense::{q4_0_codes, q6_k_codes};
 
     /// Plain Rust.
     #[derive(Clone, Copy, Debug)]
@@ -522,7 +521,11 @@ mod portable {
         }
         #[inline(always)]
         fn halves(self, bits: [u16; ROWS]) -> [f32; ROWS] {
-            bits.map(|bits| f16::from_bits(bits).to_f32())
+            let mut halves = [0.0; ROWS];
+            for (half, bits) in halves.iter_mut().zip(bits) {
+                *half = half_to_f32(bits);
+            }
+            halves
         }
         #[inline(always)]
         fn zero(self) -> [f32; ROWS] {
@@ -554,9 +557,32 @@ mod portable {
         [column; MAX_BLOCKS]
     }
 
+    /// The products of a small block. Inlined, the arrays would be taken apart into single numbers, and the
+    /// loop not be vectorised.
+    #[inline(never)]
+    fn block(w: &[i8; QK], x: &[i8; QK]) -> i32 {
+        products(w, x)
+    }
+
     #[inline(always)]
-    fn products<const N: usize>(w: &[i8; N], x: &[i8]) -> i32 {
-        w.iter().zip(x).map(|(&w, &x)| i32::from(i16::from(w) * i16::from(x))).sum()
+    fn products<const N: usize>(w: &[i8; N], x: &[i8; N]) -> i32 {
+        let mut lanes = [0i32; 8];
+        for (w, x) in w.as_chunks::<8>().0.iter().zip(x.as_chunks::<8>().0) {
+            for l in 0..8 {
+                lanes[l] += i32::from(i16::from(w[l]) * i16::from(x[l]));
+            }
+        }
+        lanes.iter().sum()
+    }
+
+    /// Codes less their offset.
+    #[inline(always)]
+    fn less<const N: usize>(codes: &[u8; N], offset: u8) -> [i8; N] {
+        let mut w = [0; N];
+        for (w, &code) in w.iter_mut().zip(codes) {
+            *w = code.wrapping_sub(offset) as i8;
+        }
+        w
     }
 
     #[inline(always)]
@@ -584,11 +610,11 @@ mod portable {
         }
         #[inline(always)]
         fn weights(_: Portable, w: &[u8]) -> [i8; QK] {
-            bytes::<QK>(w, 2).map(|q| q as i8)
+            less(bytes(w, 2), 0)
         }
         #[inline(always)]
         fn dot(_: Portable, w: &[i8; QK], x: &[i8; QK]) -> i32 {
-            products(w, x)
+            block(w, x)
         }
         #[inline(always)]
         fn columns(_: Portable, quads: [[i32; 4]; 4]) -> [[i32; ROWS]; MAX_BLOCKS] {
@@ -610,11 +636,11 @@ mod portable {
         }
         #[inline(always)]
         fn weights(_: Portable, w: &[u8]) -> [i8; QK] {
-            q4_0_codes(bytes(w, 0)).map(|code| code as i8 - 8)
+            less(&q4_0_codes(bytes(w, 0)), 8)
         }
         #[inline(always)]
         fn dot(_: Portable, w: &[i8; QK], x: &[i8; QK]) -> i32 {
-            products(w, x)
+            block(w, x)
         }
         #[inline(always)]
         fn columns(_: Portable, quads: [[i32; 4]; 4]) -> [[i32; ROWS]; MAX_BLOCKS] {
@@ -637,7 +663,7 @@ mod portable {
         }
         #[inline(always)]
         fn weights(_: Portable, w: &[u8]) -> Self::W {
-            (q6_k_codes(bytes(w, 0)).map(|code| code as i8 - 32), bytes::<16>(w, 192).map(|s| s as i8))
+            (less(&q6_k_codes(bytes(w, 0)), 32), less(bytes(w, 192), 0))
         }
         #[inline(always)]
         fn dot(_: Portable, (w, scales): &Self::W, x: &[i8; QK_K]) -> i32 {

@@ -140,7 +140,7 @@ pub(crate) struct Portable;
 /// `f32` from the bits of a half: the exponent is re-biased by an exact multiplication, which also
 /// normalises.
 #[inline(always)]
-fn half_to_f32(bits: u16) -> f32 {
+pub(crate) fn half_to_f32(bits: u16) -> f32 {
     let magnitude = u32::from(bits & 0x7fff) << 13;
     let scaled = (f32::from_bits(magnitude) * f32::from_bits(0x7780_0000)).to_bits();
     let special = if magnitude >= 0x0f80_0000 { 0x7f80_0000 } else { 0 };
