@@ -11,6 +11,8 @@ use bitnet_burn_plugin::abi::{
 };
 use sha2::{Digest, Sha256};
 
+use crate::gate::{GateError, Refusal, Stage};
+
 /// Why a plugin was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
@@ -60,15 +62,94 @@ pub enum PluginError {
         /// What is wrong.
         reason: String,
     },
-    /// A plugin of the same name is there already.
-    #[error("plugin {origin}: a plugin named `{name}` is registered already (from {other})")]
+    /// Another plugin of the same name is there already.
+    #[error(
+        "plugin {origin}: version {version} of a plugin named `{name}`, and version {other_version} of \
+         `{name}` is in use already ({other}); the first one stays, so name the one that you want first, or \
+         give it a name of its own"
+    )]
     Duplicate {
         /// Where it came from.
         origin: String,
         /// The name.
         name: String,
+        /// Its version.
+        version: String,
         /// Where the other one came from.
         other: String,
+        /// The other one's version.
+        other_version: String,
+    },
+    /// Plugins from files are switched off.
+    #[error("plugin {}: plugins are switched off (BITNET_PLUGINS=off)", path.display())]
+    Off {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Others could have put the file there.
+    #[error("plugin {}: {reason}", path.display())]
+    Policy {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Pins are in force, and the file is not among them.
+    #[error(
+        "plugin {}: its SHA-256 {sha256} is not in {}; `bitnet plugins trust` adds it", path.display(),
+        pins.display()
+    )]
+    NotPinned {
+        /// The file.
+        path: PathBuf,
+        /// Its hash.
+        sha256: String,
+        /// The file of pins.
+        pins: PathBuf,
+    },
+    /// The pins can't be read, so nothing is loaded.
+    #[error("the pins of plugins, {}: {reason}", path.display())]
+    Pins {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// There is no place for the copy that is checked and run.
+    #[error("plugin {}: a copy of it can't be kept: {source}", path.display())]
+    Copy {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It was never checked on this machine, and nobody is there to do it.
+    #[error(
+        "plugin {}: the gate has not tried it on this machine, and no helper program is configured that \
+         could; `bitnet plugins verify` does it", path.display()
+    )]
+    Unverified {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The gate could not be run.
+    #[error("plugin {}: {source}", path.display())]
+    Gate {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: GateError,
+    },
+    /// The gate found it wrong.
+    #[error("plugin {}: {}: {refusal}", path.display(), match refusal.stage {
+        Stage::Before => "the gate refuses it",
+        Stage::FirstUse | Stage::InUse => "quarantined, since it was wrong in use",
+    })]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// What was wrong.
+        refusal: Refusal,
     },
 }
 
@@ -100,6 +181,8 @@ impl std::fmt::Display for Origin {
 pub struct Plugin {
     name: String,
     version: String,
+    /// ABI that it was built for.
+    abi: (u32, u32),
     origin: Origin,
     kernels: Vec<RawKernelRef>,
 }
@@ -126,31 +209,39 @@ impl Plugin {
     }
 
     /// Loads a library and checks its descriptor. **This runs the library's code** (its initialisers
-    /// and its entry point): load only what you would also execute.
+    /// and its entry point), here and unchecked: [`KernelManager::load_plugin`] has it tried in another
+    /// process first.
+    ///
+    /// [`KernelManager::load_plugin`]: crate::KernelManager::load_plugin
     ///
     /// # Errors
     /// If the file is unreadable, no library, no plugin, of another ABI, or its descriptor invalid.
     pub fn load(path: &Path) -> Result<Self, PluginError> {
-        let bytes =
-            std::fs::read(path).map_err(|source| PluginError::Read { path: path.to_owned(), source })?;
-        let sha256 = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
-        drop(bytes);
         // An absolute path keeps the system's library search out of it.
         let absolute =
             path.canonicalize().map_err(|source| PluginError::Read { path: path.to_owned(), source })?;
+        Self::load_as(&absolute, &absolute)
+    }
+
+    /// Loads `library`, an absolute path, which is a copy of the file `origin`.
+    pub(crate) fn load_as(library: &Path, origin: &Path) -> Result<Self, PluginError> {
+        let path = || origin.to_owned();
+        let bytes = std::fs::read(library).map_err(|source| PluginError::Read { path: path(), source })?;
+        let sha256 = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        drop(bytes);
         // SAFETY: loading runs foreign code; the caller decided to (documented above).
-        let library = unsafe { libloading::Library::new(&absolute) }
-            .map_err(|source| PluginError::Load { path: path.to_owned(), source })?;
+        let library = unsafe { libloading::Library::new(library) }
+            .map_err(|source| PluginError::Load { path: path(), source })?;
         // SAFETY: the symbol has this type in every plugin (ABI).
         let entry = unsafe { library.get::<EntryFn>(ENTRY_SYMBOL.as_bytes()) }
             .map(|symbol| *symbol)
-            .map_err(|_| PluginError::NoEntry { path: path.to_owned() })?;
+            .map_err(|_| PluginError::NoEntry { path: path() })?;
         // SAFETY: the entry point takes nothing and returns the descriptor (ABI).
         let descriptor = unsafe { entry() };
         // The descriptor lives in the library, and other libraries may have been told about it.
         std::mem::forget(library);
         // SAFETY: what the library returned; `from_descriptor` reads it step by step.
-        unsafe { Self::from_descriptor(descriptor, Origin::File { path: absolute, sha256 }) }
+        unsafe { Self::from_descriptor(descriptor, Origin::File { path: path(), sha256 }) }
     }
 
     /// Checks a descriptor.
@@ -203,7 +294,7 @@ impl Plugin {
             }
             kernels.push(RawKernelRef(kernel));
         }
-        Ok(Self { name, version, origin, kernels })
+        Ok(Self { name, version, abi: (major, minor), origin, kernels })
     }
 
     /// Its name.
@@ -214,6 +305,11 @@ impl Plugin {
     /// Its version, as its author counts.
     pub fn version(&self) -> &str {
         &self.version
+    }
+
+    /// ABI that it was built for, as `major.minor`.
+    pub fn abi(&self) -> String {
+        format!("{}.{}", self.abi.0, self.abi.1)
     }
 
     /// Where it came from.
@@ -326,6 +422,11 @@ fn name(pointer: *const c_char, what: &str) -> Result<String, String> {
         .ok_or_else(|| format!("{what} is not 1 to 63 of A-Z, a-z, 0-9, '.', '_', '-'"))
 }
 
+/// Bytes of workspace that a kernel may ask for, for `m` rows of activations `stride` bytes apart.
+pub(crate) fn max_workspace(m: usize, stride: usize) -> usize {
+    64 * (m + 64) * (stride + 4096)
+}
+
 /// A kernel of a checked plugin, callable without `unsafe`.
 #[derive(Clone, Debug)]
 pub struct Kernel {
@@ -336,14 +437,26 @@ pub struct Kernel {
     raw: &'static RawKernel,
 }
 
-/// A status other than OK, with the kernel's message.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("status {status} ({}){}", status_name(*.status), if message.is_empty() { String::new() } else { format!(": {message}") })]
+/// A status other than OK, with the kernel's message; or OK, where the host found the result wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelFailure {
     /// `STATUS_*`.
     pub status: Status,
     /// The kernel's words, or the host's.
     pub message: String,
+}
+
+impl std::error::Error for KernelFailure {}
+
+impl std::fmt::Display for KernelFailure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { status, message } = self;
+        match (*status, message.as_str()) {
+            (STATUS_OK, message) => write!(f, "wrong result: {message}"),
+            (status, "") => write!(f, "status {status} ({})", status_name(status)),
+            (status, message) => write!(f, "status {status} ({}): {message}", status_name(status)),
+        }
+    }
 }
 
 fn status_name(status: Status) -> &'static str {
@@ -396,7 +509,7 @@ impl Kernel {
     }
 
     /// The plugin that brought it.
-    pub fn plugin(&self) -> &Plugin {
+    pub fn plugin(&self) -> &Arc<Plugin> {
         &self.plugin
     }
 
@@ -452,18 +565,21 @@ impl Kernel {
         call(|message| unsafe { pack(canonical, packed, rows.start as u64, rows.end as u64, message) })
     }
 
-    /// Unpacks all rows to the canonical layout.
+    /// Unpacks rows `rows` to the canonical layout. Concurrent calls take disjoint ranges that begin at
+    /// multiples of [`row_granule`](Self::row_granule).
     ///
     /// # Safety
-    /// `packed` is filled, and `canonical` has room for the whole matrix.
+    /// `packed` is filled, `canonical` has room for the whole matrix, and no other access overlaps these
+    /// rows' part of it.
     pub(crate) unsafe fn unpack(
         &self,
         packed: &abi::Weights,
         canonical: *mut u8,
+        rows: std::ops::Range<usize>,
     ) -> Result<(), KernelFailure> {
         let unpack = self.raw.unpack.expect("checked with the layout");
         // SAFETY: the caller's promise.
-        call(|message| unsafe { unpack(packed, canonical, 0, packed.n, message) })
+        call(|message| unsafe { unpack(packed, canonical, rows.start as u64, rows.end as u64, message) })
     }
 
     pub(crate) fn workspace_size(&self, signature: &Signature) -> usize {
