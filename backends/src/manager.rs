@@ -59,7 +59,13 @@ fn with_plugins(
     let (files, mut refused) = config.plugins.find(named);
     let manager = with_built_in_kernels(config)?;
     refused.extend(files.iter().filter_map(|path| manager.load_plugin(path).err()));
-    manager.validate()?;
+    if let Err(error) = manager.validate() {
+        // The kernel that is missing may be one of theirs.
+        for error in refused {
+            tracing::warn!(%error, "a plugin is not used");
+        }
+        return Err(error.into());
+    }
     Ok((manager, refused))
 }
 

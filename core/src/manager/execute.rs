@@ -431,7 +431,7 @@ impl KernelManager {
             for ((i, rank, entry), failure) in used.into_iter().zip(failures) {
                 let failure = failure.or_else(|| {
                     let call = entry.count();
-                    let wrong = self.look(entry, &jobs[i], x, y, stride, call).err()?;
+                    let wrong = self.look((rank, entry), &jobs[i], x, y, stride, call).err()?;
                     Some(KernelFailure { status: abi::STATUS_OK, message: wrong })
                 });
                 match failure {

@@ -16,7 +16,7 @@ mod watch;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::time::Duration;
 
@@ -209,6 +209,8 @@ pub(crate) struct Entry {
     kernel: Kernel,
     /// Set once, from `Ready`, when the kernel turns out to be wrong.
     status: RwLock<Status>,
+    /// Whether the status is `Ready`, for the hot path.
+    ready: AtomicBool,
     calls: AtomicU64,
     failures: AtomicU64,
     /// For kernels from files: what was compared in use.
@@ -217,7 +219,7 @@ pub(crate) struct Entry {
 
 impl Entry {
     fn ready(&self) -> bool {
-        *self.status.read().unwrap_or_else(|e| e.into_inner()) == Status::Ready
+        self.ready.load(Ordering::Relaxed)
     }
 
     fn status(&self) -> Status {
@@ -230,6 +232,7 @@ impl Entry {
     }
 
     fn set(&self, status: Status) {
+        self.ready.store(status == Status::Ready, Ordering::Relaxed);
         *self.status.write().unwrap_or_else(|e| e.into_inner()) = status;
     }
 }
@@ -260,6 +263,8 @@ pub struct Choice {
     rankings: [OnceLock<Ranking>; BUCKETS.len()],
     /// Per bucket, a bit for each rank whose kernel has failed in use.
     demoted: [AtomicU64; BUCKETS.len()],
+    /// Per bucket, the rank and the exact number of rows that were watched last and known already.
+    watched: [AtomicU64; BUCKETS.len()],
 }
 
 impl Choice {
@@ -557,6 +562,7 @@ impl KernelManager {
             };
             let entry = Arc::new(Entry {
                 kernel,
+                ready: AtomicBool::new(status == Status::Ready),
                 status: RwLock::new(status),
                 calls: AtomicU64::new(0),
                 failures: AtomicU64::new(0),
@@ -687,7 +693,14 @@ impl KernelManager {
             let entry = candidates.iter().find(|e| e.kernel.layout() == Some(layout));
             entry.expect("the layout is a candidate's").clone()
         });
-        Ok(Choice { n, k, packer, rankings: Default::default(), demoted: Default::default() })
+        Ok(Choice {
+            n,
+            k,
+            packer,
+            rankings: Default::default(),
+            demoted: Default::default(),
+            watched: Default::default(),
+        })
     }
 
     /// The ranking for `m` rows of a choice's shape, measured at the first use.

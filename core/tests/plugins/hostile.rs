@@ -1,19 +1,14 @@
 //! Hostile plugins, each built here from source, and refused or quarantined by the stage of the gate that
 //! can see it, with a message that says what happened, while the others compute on.
-//!
-//! Not on statically linked targets, which can't load libraries: the emulated ARM tests are such.
-#![cfg(all(unix, not(target_feature = "crt-static")))]
-
-mod support;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use crate::support::*;
 use bitnet_burn_core::gate::{self, Refusal, Stage};
 use bitnet_burn_core::manager::{KernelManager, LayoutPolicy, Status};
 use bitnet_burn_core::plugin::PluginError;
-use support::*;
 
 /// Macros of testdata/plugin.c, and what the refusal must say.
 const HOSTILE: &[(&str, &[&str], &[&str])] = &[
@@ -221,7 +216,7 @@ fn quarantined(manager: &KernelManager, path: &Path, stage: Stage, reason: &str)
     let Status::Quarantined(text) = &kernel.status else { panic!("{kernel:?}") };
     assert!(text.contains(reason), "{text:?} should say {reason:?}");
     // Later processes know.
-    let later = support::manager(&path.parent().unwrap().join("cache"));
+    let later = crate::support::manager(&path.parent().unwrap().join("cache"));
     let refusal = refused(&later, path);
     assert_eq!(refusal.stage, stage);
     assert!(refusal.to_string().contains(reason), "{refusal}");
@@ -365,7 +360,7 @@ fn newer_and_older_minor_versions_are_accepted() {
     // And one built with the header of version 1.0 as it was published.
     for (name, flags) in [("frozen", &[][..]), ("frozen_private", &["-DPRIVATE", "-DGRANULE=8"])] {
         let path = build_with(&package().join("testdata/abi-1.0"), dir.path(), name, flags);
-        let manager = support::manager(&dir.path().join("cache"));
+        let manager = crate::support::manager(&dir.path().join("cache"));
         assert_eq!(manager.load_plugin(&path).unwrap()[0].status, Status::Ready);
         check(&manager, 2, 33, 129, name);
         assert_eq!(manager.report().kernels[0].calls, 1);

@@ -1,10 +1,5 @@
 //! Plugins from files: the descriptor, the loading policy, the verdicts, and the built-in kernels through
 //! their own library.
-//!
-//! Not on statically linked targets, which can't load libraries: the emulated ARM tests are such.
-#![cfg(all(unix, not(target_feature = "crt-static")))]
-
-mod support;
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -12,12 +7,12 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
+use crate::support::*;
 use bitnet_burn_core::KernelManager;
 use bitnet_burn_core::manager::{ManagerConfig, Status};
 use bitnet_burn_core::plugin::PluginError;
 use bitnet_burn_core::store::{PluginConfig, read_pins, write_pins};
 use bitnet_burn_plugin::abi;
-use support::*;
 
 const SHAPES: [(usize, usize, usize); 6] =
     [(1, 1, 1), (1, 100, 784), (2, 33, 129), (7, 64, 256), (40, 19, 1000), (1, 640, 2560)];
