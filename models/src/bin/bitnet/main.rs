@@ -32,14 +32,13 @@ const ENVIRONMENT: &str = "\
 Environment (a flag wins over its variable):
   BITNET_THREADS      threads of the kernels (--threads); default: one per physical core
   BITNET_KERNEL       use this kernel alone (--kernel)
-  BITNET_PLUGINS      off: no kernel plugin is loaded; user: those of the user's plugin directory too; default: on
-  BITNET_PLUGIN_PATH  kernel plugins: absolute files and directories of them, separated as in PATH (--plugin)
-  BITNET_PLUGIN_PINS  file of SHA-256 pins: plugins that are not in it are refused; empty: none is in force;
-                      default: the user's, if there is one (`bitnet plugins trust`)
+  BITNET_PLUGINS      off: no kernel plugin is loaded; user: the user's plugin directory too
+  BITNET_PLUGIN_PATH  kernel plugins: absolute files and directories, as in PATH (--plugin)
+  BITNET_PLUGIN_PINS  file of SHA-256 pins: no other plugin is loaded (`bitnet plugins trust`)
   BITNET_CPU_MASK     CPU features to act as if the machine lacked them, separated by commas
   BITNET_STRICT_MODE  1: a ternary matmul that no kernel can compute is an error, and so is a refused plugin
-  BITNET_CACHE_DIR    where measurements of kernels and verdicts on plugins are kept; empty: nowhere; default: the
-                      user's cache directory
+  BITNET_CACHE_DIR    where measurements of kernels and verdicts on plugins are kept; empty: nowhere;
+                      default: the user's cache directory
   RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn
 
 Exit status: 0 done, 1 error, 2 wrong usage.
