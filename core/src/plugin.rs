@@ -208,22 +208,9 @@ impl Plugin {
         unsafe { Self::from_descriptor(descriptor, Origin::BuiltIn) }
     }
 
-    /// Loads a library and checks its descriptor. **This runs the library's code** (its initialisers
-    /// and its entry point), here and unchecked: [`KernelManager::load_plugin`] has it tried in another
-    /// process first.
-    ///
-    /// [`KernelManager::load_plugin`]: crate::KernelManager::load_plugin
-    ///
-    /// # Errors
-    /// If the file is unreadable, no library, no plugin, of another ABI, or its descriptor invalid.
-    pub fn load(path: &Path) -> Result<Self, PluginError> {
-        // An absolute path keeps the system's library search out of it.
-        let absolute =
-            path.canonicalize().map_err(|source| PluginError::Read { path: path.to_owned(), source })?;
-        Self::load_as(&absolute, &absolute)
-    }
-
-    /// Loads `library`, an absolute path, which is a copy of the file `origin`.
+    /// Loads `library`, an absolute path (which keeps the system's library search out of it), a copy of the
+    /// file `origin`, and checks its descriptor. This runs the library's code: only the gate's child does it
+    /// with one that the gate has not passed.
     pub(crate) fn load_as(library: &Path, origin: &Path) -> Result<Self, PluginError> {
         let path = || origin.to_owned();
         let bytes = std::fs::read(library).map_err(|source| PluginError::Read { path: path(), source })?;
@@ -615,5 +602,179 @@ impl Kernel {
         let run = self.raw.run.expect("checked");
         // SAFETY: the caller's promise.
         call(|message| unsafe { run(weights, x, workspace, y, tile, message) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CString;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    unsafe extern "C" fn supports(_: *const Signature) -> i32 {
+        1
+    }
+
+    unsafe extern "C" fn packed_size(n: u64, k: u64) -> u64 {
+        n.wrapping_mul(k)
+    }
+
+    /// A string for a descriptor, which must live as long as it: null, valid, or anything.
+    fn string() -> impl Strategy<Value = Option<CString>> {
+        prop_oneof![
+            1 => Just(None),
+            6 => "[A-Za-z0-9._-]{1,63}".prop_map(|text| CString::new(text).ok()),
+            1 => prop::collection::vec(1u8..=255, 0..300).prop_map(|bytes| CString::new(bytes).ok()),
+        ]
+    }
+
+    fn number(valid: u64) -> impl Strategy<Value = u64> {
+        prop_oneof![12 => Just(valid), 1 => any::<u64>(), 1 => 0..5000u64]
+    }
+
+    fn pointer(text: &Option<CString>) -> *const c_char {
+        text.as_ref().map_or(std::ptr::null(), |text| text.as_ptr())
+    }
+
+    #[derive(Debug, Clone)]
+    struct Fields {
+        names: [Option<CString>; 5],
+        sizes: [u64; 2],
+        version: (u32, u32),
+        count: Option<u64>,
+        null_kernel: bool,
+        numbers: [u64; 4],
+        functions: [bool; 3],
+    }
+
+    fn fields() -> impl Strategy<Value = Fields> {
+        let sizes = [size_of::<RawPlugin>() as u64, size_of::<RawKernel>() as u64].map(number);
+        (
+            [string(), string(), string(), string(), string()],
+            sizes,
+            (prop_oneof![9 => Just(ABI_MAJOR), 1 => any::<u32>()], any::<u32>()),
+            prop::option::weighted(0.1, any::<u64>().prop_filter("not one", |&n| n == 0 || n > 256)),
+            prop::bool::weighted(0.05),
+            [number(1), number(1), number(64), number(8)],
+            [prop::bool::weighted(0.9), prop::bool::weighted(0.9), prop::bool::weighted(0.9)],
+        )
+            .prop_map(|(names, sizes, version, count, null_kernel, numbers, functions)| Fields {
+                names,
+                sizes,
+                version,
+                count,
+                null_kernel,
+                numbers,
+                functions,
+            })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Whatever a descriptor says, it is refused or its kernels keep what the host relies on.
+        #[test]
+        fn a_descriptor_is_refused_or_sound(fields in fields()) {
+            let Fields { names, sizes, version, count, null_kernel, numbers, functions } = fields;
+            let [name, plugin_version, kernel_name, layout, features] = &names;
+            let [has_supports, has_pack, has_size] = functions;
+            let kernel = RawKernel {
+                struct_size: sizes[1],
+                name: pointer(kernel_name),
+                layout: pointer(layout),
+                features: pointer(features),
+                operation: numbers[0] as u32,
+                target: numbers[1] as u32,
+                weight_alignment: numbers[2],
+                row_granule: numbers[3],
+                supports: has_supports.then_some(supports),
+                packed_size: has_size.then_some(packed_size),
+                pack: None,
+                unpack: None,
+                workspace_size: None,
+                prepare: None,
+                run: None,
+            };
+            // Complete kernels, or none of the three: what differs between them is what is checked.
+            let kernel = match has_pack {
+                true => RawKernel { pack: Some(pack), unpack: Some(pack), run: Some(run), ..kernel },
+                false => kernel,
+            };
+            let kernels = [if null_kernel { std::ptr::null() } else { &raw const kernel }];
+            let plugin = RawPlugin {
+                struct_size: sizes[0],
+                abi_major: version.0,
+                abi_minor: version.1,
+                name: pointer(name),
+                version: pointer(plugin_version),
+                kernels: kernels.as_ptr(),
+                kernel_count: count.unwrap_or(1),
+            };
+            // SAFETY: null or valid pointers, which live until the end of this test; counts that are not
+            // that of the array are out of range, and refused before it is read.
+            let checked = unsafe { Plugin::from_descriptor(&plugin, Origin::BuiltIn) };
+            let alphabet = |text: &Option<CString>| {
+                text.as_ref().and_then(|t| t.to_str().ok()).is_some_and(|t| {
+                    (1..=63).contains(&t.len()) && t.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+                })
+            };
+            match checked {
+                Err(error) => prop_assert!(error.to_string().contains("built in")),
+                Ok(plugin) => {
+                    prop_assert!(version.0 == ABI_MAJOR && count.is_none() && !null_kernel);
+                    prop_assert!(alphabet(name) && alphabet(kernel_name) && (layout.is_none() || alphabet(layout)));
+                    prop_assert!(sizes[0] >= size_of::<RawPlugin>() as u64 && sizes[1] >= size_of::<RawKernel>() as u64);
+                    prop_assert!(has_supports && has_pack && (layout.is_none() || has_size));
+                    let kernel = &Arc::new(plugin).kernels()[0];
+                    prop_assert!(kernel.weight_alignment().is_power_of_two() && kernel.weight_alignment() <= 4096);
+                    prop_assert!((1..=4096).contains(&kernel.row_granule()));
+                    prop_assert!(kernel.supports(&Signature::ternary(1, 1, 1, 1)));
+                }
+            }
+        }
+    }
+
+    unsafe extern "C" fn pack(
+        _: *const abi::Weights,
+        _: *mut u8,
+        _: u64,
+        _: u64,
+        _: *const Message,
+    ) -> Status {
+        STATUS_OK
+    }
+
+    unsafe extern "C" fn run(
+        _: *const abi::Weights,
+        _: *const abi::Activations,
+        _: *const u8,
+        _: *const abi::Output,
+        _: *const abi::Tile,
+        _: *const Message,
+    ) -> Status {
+        STATUS_OK
+    }
+
+    #[test]
+    fn messages_are_cut_and_failures_speak() {
+        let say = |bytes: &[u8], status| {
+            call(|message| {
+                // SAFETY: `call` passes a filled message.
+                let message = unsafe { &*message };
+                for (i, &byte) in bytes.iter().enumerate().take(message.capacity as usize) {
+                    // SAFETY: within the capacity.
+                    unsafe { *message.text.add(i) = byte as c_char };
+                }
+                status
+            })
+        };
+        assert_eq!(say(b"", STATUS_OK), Ok(()));
+        assert_eq!(say(b"out of luck\0", 3).unwrap_err().to_string(), "status 3 (failed): out of luck");
+        assert_eq!(say(b"", 77).unwrap_err().to_string(), "status 77 (unknown)");
+        // Without a NUL, and no text at all.
+        let long = say(&[0xff; 400], 1).unwrap_err().message;
+        assert_eq!(long.chars().count(), 255);
     }
 }

@@ -353,6 +353,7 @@ impl Case {
             stride: stride as u64,
         });
         let abi_weights = crate::manager::abi_weights(n, k, SCALE, packed.bytes());
+        let prepared = workspace.bytes();
         let tiles = self.tiles(kernel.row_granule());
         let failure: Mutex<Option<String>> = Mutex::default();
         let fail = |reason: String| {
@@ -361,7 +362,7 @@ impl Case {
         let run = |tile: &Tile| {
             let float = FloatControl::of_this_thread();
             // SAFETY: filled structs, buffers as large as the ABI says, tiles that do not overlap.
-            let result = unsafe { kernel.run(&abi_weights, &abi_x, workspace.as_ptr(), output.get(), tile) };
+            let result = unsafe { kernel.run(&abi_weights, &abi_x, prepared.as_ptr(), output.get(), tile) };
             if let Some(changed) = float.changed() {
                 float.restore();
                 fail(changed);

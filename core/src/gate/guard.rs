@@ -28,7 +28,9 @@ pub(crate) enum Walls {
 
 /// A buffer between walls.
 pub(super) struct Walled {
+    /// Owns the pages. They are reached through `base` alone: no reference may cover the walls.
     map: MmapMut,
+    base: *mut u8,
     /// The pages that may be touched.
     pages: Range<usize>,
     /// The buffer itself.
@@ -66,60 +68,102 @@ impl Walled {
         for i in pages.clone() {
             map[i] = mark(i);
         }
+        let base = map.as_mut_ptr();
         let mut buffer =
-            Self { map, pages, payload: start..start + size, name, walls, frozen: None, slot: None };
+            Self { map, base, pages, payload: start..start + size, name, walls, frozen: None, slot: None };
         if walls == Walls::Pages {
-            protect(&mut buffer.map[..page], false)?;
-            let end = buffer.pages.end;
-            protect(&mut buffer.map[end..], false)?;
+            buffer.protect(0..page, Access::None)?;
+            buffer.protect(page + inner..inner + 2 * page, Access::None)?;
             buffer.slot = faults::watch(&buffer);
         }
         Ok(buffer)
     }
 
     pub fn bytes(&self) -> &[u8] {
-        &self.map[self.payload.clone()]
+        self.part(&self.payload)
+    }
+
+    /// A range within the pages that may be touched.
+    fn part(&self, range: &Range<usize>) -> &[u8] {
+        debug_assert!(self.pages.start <= range.start && range.end <= self.pages.end);
+        // SAFETY: within the readable pages of the map, which lives as long as `self`. Kernels write there
+        // only while a call that got the pointer runs, and nobody holds this reference then.
+        unsafe { std::slice::from_raw_parts(self.base.add(range.start), range.len()) }
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        debug_assert!(self.frozen.is_none());
-        &mut self.map[self.payload.clone()]
+        assert!(self.frozen.is_none(), "{} is read-only", self.name);
+        // SAFETY: as in `part`; the pages are writable, and `&mut self` is unique.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(self.payload.start), self.payload.len()) }
     }
 
     pub fn as_ptr(&self) -> *const u8 {
-        self.bytes().as_ptr()
+        self.base.wrapping_add(self.payload.start)
     }
 
     pub fn as_mut_ptr(&mut self) -> *mut u8 {
-        self.bytes_mut().as_mut_ptr()
+        self.base.wrapping_add(self.payload.start)
     }
 
     /// From now on nobody may write it.
     pub fn freeze(&mut self) -> std::io::Result<()> {
         self.frozen = Some(self.bytes().to_vec());
-        if self.walls == Walls::Pages {
-            let pages = self.pages.clone();
-            protect(&mut self.map[pages], true)?;
+        match self.walls {
+            Walls::Pages => self.protect(self.pages.clone(), Access::Read),
+            Walls::Marks => Ok(()),
         }
-        Ok(())
     }
 
     /// Whether the marks around it, and what was frozen, are still what they were.
     pub fn check(&self) -> Result<(), String> {
         let name = self.name;
-        let before = (self.pages.start..self.payload.start).rev().find(|&i| self.map[i] != mark(i));
         let bytes = |count| if count == 1 { "1 byte".into() } else { format!("{count} bytes") };
-        if let Some(i) = before {
-            return Err(format!("it wrote {} before {name}", bytes(self.payload.start - i)));
+        let around = [self.pages.start..self.payload.start, self.payload.end..self.pages.end];
+        let strange = |range: &Range<usize>| {
+            let wrong = |(i, byte): (usize, &u8)| (*byte != mark(range.start + i)).then_some(range.start + i);
+            let mut places = self.part(range).iter().enumerate().filter_map(wrong);
+            (places.next(), places.next_back())
+        };
+        if let (Some(first), last) = strange(&around[0]) {
+            let nearest = last.unwrap_or(first);
+            return Err(format!("it wrote {} before {name}", bytes(self.payload.start - nearest)));
         }
-        if let Some(i) = (self.payload.end..self.pages.end).find(|&i| self.map[i] != mark(i)) {
-            return Err(format!("it wrote {} behind {name}", bytes(i + 1 - self.payload.end)));
+        if let (Some(nearest), _) = strange(&around[1]) {
+            return Err(format!("it wrote {} behind {name}", bytes(nearest + 1 - self.payload.end)));
         }
         match &self.frozen {
             Some(frozen) if frozen != self.bytes() => Err(format!("it wrote into {name}, an input")),
             _ => Ok(()),
         }
     }
+
+    /// Makes whole pages read-only, or takes them out of reach.
+    #[cfg(unix)]
+    fn protect(&mut self, pages: Range<usize>, access: Access) -> std::io::Result<()> {
+        let protection = match access {
+            Access::Read => libc::PROT_READ,
+            Access::None => libc::PROT_NONE,
+        };
+        debug_assert!(pages.end <= self.map.len());
+        // SAFETY: whole pages of an anonymous map of our own, to which there is no reference now; later ones
+        // (`part`, `bytes_mut`) are to pages that allow what they do.
+        match unsafe { libc::mprotect(self.base.add(pages.start).cast(), pages.len(), protection) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+
+    /// Without pages that can be protected, the marks have to do.
+    #[cfg(not(unix))]
+    fn protect(&mut self, _: Range<usize>, _: Access) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What is left of the access to pages.
+enum Access {
+    Read,
+    None,
 }
 
 impl Drop for Walled {
@@ -140,24 +184,6 @@ fn page_size() -> usize {
 #[cfg(not(unix))]
 fn page_size() -> usize {
     1 << 16
-}
-
-/// Makes whole pages read-only, or takes them out of reach.
-#[cfg(unix)]
-fn protect(pages: &mut [u8], readable: bool) -> std::io::Result<()> {
-    let protection = if readable { libc::PROT_READ } else { libc::PROT_NONE };
-    // SAFETY: whole pages of an anonymous map of our own; `Walled` never touches walls, and writes its
-    // payload only while it is not frozen.
-    match unsafe { libc::mprotect(pages.as_mut_ptr().cast(), pages.len(), protection) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
-}
-
-/// Without pages that can be protected, the marks have to do.
-#[cfg(not(unix))]
-fn protect(_: &mut [u8], _: bool) -> std::io::Result<()> {
-    Ok(())
 }
 
 /// Says which buffer a deadly access was next to: a signal handler for the gate's own process.
@@ -189,7 +215,7 @@ pub(super) mod faults {
     /// message is less precise then.
     pub fn watch(buffer: &Walled) -> Option<usize> {
         let index = SLOTS.iter().position(|slot| slot.high.load(Ordering::Relaxed) == 0)?;
-        let (slot, base) = (&SLOTS[index], buffer.map.as_ptr() as usize);
+        let (slot, base) = (&SLOTS[index], buffer.base as usize);
         slot.low.store(base, Ordering::Relaxed);
         slot.start.store(base + buffer.payload.start, Ordering::Relaxed);
         slot.end.store(base + buffer.payload.end, Ordering::Relaxed);
@@ -381,17 +407,20 @@ mod tests {
         }
         let mut buffer = Walled::new("it", 100, 4, Place::Odd, Walls::Marks).unwrap();
         let payload = buffer.payload.clone();
+        let base = buffer.base;
+        // SAFETY: all places below are in the pages that may be touched, and nobody holds a reference.
+        let set = |at: usize, byte: u8| unsafe { base.add(at).write(byte) };
         for (at, message) in [
             (payload.end, "it wrote 1 byte behind it"),
             (payload.end + 9, "it wrote 10 bytes behind it"),
             (payload.start - 1, "it wrote 1 byte before it"),
         ] {
-            let old = std::mem::replace(&mut buffer.map[at], 0);
+            set(at, 0);
             assert_eq!(buffer.check().unwrap_err(), message);
-            buffer.map[at] = old;
+            set(at, mark(at));
         }
         buffer.freeze().unwrap();
-        buffer.map[payload.start + 50] ^= 1;
+        set(payload.start + 50, 0);
         assert_eq!(buffer.check().unwrap_err(), "it wrote into it, an input");
     }
 }

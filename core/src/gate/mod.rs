@@ -225,6 +225,8 @@ enum Heard {
 /// The child, which does not outlive this value.
 struct Conversation<'a> {
     child: Child,
+    /// Whether its status was taken, and its number with it: from then on that may be another process's.
+    reaped: bool,
     helper: &'a Path,
     heard: std::sync::mpsc::Receiver<Heard>,
     words: std::sync::mpsc::Receiver<String>,
@@ -232,15 +234,12 @@ struct Conversation<'a> {
 
 impl Drop for Conversation<'_> {
     fn drop(&mut self) {
-        #[cfg(unix)]
-        if let Ok(group) = libc::pid_t::try_from(self.child.id()) {
-            // SAFETY: ends the group that this child leads. The child is not reaped before the next
-            // line or was a moment ago, and its group's number is not given away while it has members.
-            unsafe { libc::kill(-group, libc::SIGKILL) };
+        if !self.reaped {
+            self.end_group();
+            // It may have ended by itself.
+            let _ = self.child.kill();
+            let _ = self.child.wait();
         }
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -252,7 +251,7 @@ impl<'a> Conversation<'a> {
         // Threads of their own: a plugin that keeps a pipe open must not hold anybody up.
         std::thread::spawn(move || stdout.map(|pipe| lines(pipe, &out)));
         std::thread::spawn(move || stderr.map(|pipe| err.send(last_words(pipe))));
-        Self { child, helper, heard, words }
+        Self { child, reaped: false, helper, heard, words }
     }
 
     /// Listens until the child has ended, one way or another.
@@ -336,12 +335,42 @@ impl<'a> Conversation<'a> {
     /// How the process ended, if it does within the time.
     fn ended(&mut self, patience: Duration) -> Option<ExitStatus> {
         let deadline = Instant::now() + patience;
-        loop {
-            match self.child.try_wait() {
-                Ok(Some(status)) => return Some(status),
-                Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(2)),
-                _ => return None,
+        while !self.has_ended() {
+            if Instant::now() >= deadline {
+                return None;
             }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.end_group();
+        self.reaped = true;
+        self.child.wait().ok()
+    }
+
+    /// Whether the child has ended. Its number stays its own.
+    #[cfg(unix)]
+    fn has_ended(&mut self) -> bool {
+        // SAFETY: an all-zero siginfo is valid, and the system fills it. P_PID with the number of a child of
+        // ours that was not waited for.
+        unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+            libc::waitid(libc::P_PID, self.child.id() as libc::id_t, &raw mut info, flags) == 0
+                && info.si_signo == libc::SIGCHLD
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn has_ended(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(Some(_)))
+    }
+
+    /// Ends what the child has started, and the child.
+    fn end_group(&mut self) {
+        #[cfg(unix)]
+        if let Ok(group) = libc::pid_t::try_from(self.child.id()) {
+            // SAFETY: a signal to the group that this child leads (`process_group(0)`). It was not reaped, so
+            // the number is still its own.
+            unsafe { libc::kill(-group, libc::SIGKILL) };
         }
     }
 

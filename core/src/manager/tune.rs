@@ -278,10 +278,13 @@ impl KernelManager {
             if let Err(reason) = result.and_then(|_| expected.compare(&y)) {
                 let reason = format!("[{m}, {k}] x [{n}, {k}]ᵀ: {reason}");
                 measurements[i].note = Some(reason.clone());
-                measurements[i].rejected = true;
                 match entry.watch {
+                    // Its verdict knows, until it is forgotten.
                     Some(_) => self.quarantine(entry, Stage::FirstUse, reason),
-                    None => entry.reject(reason),
+                    None => {
+                        measurements[i].rejected = true;
+                        entry.reject(reason);
+                    }
                 }
                 continue;
             }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::support::*;
 use bitnet_burn_core::gate::{self, Refusal, Stage};
-use bitnet_burn_core::manager::{KernelManager, LayoutPolicy, Status};
+use bitnet_burn_core::manager::{KernelManager, LayoutPolicy, ManagerConfig, Status};
 use bitnet_burn_core::plugin::PluginError;
 
 /// Macros of testdata/plugin.c, and what the refusal must say.
@@ -265,6 +265,34 @@ fn wrong_for_a_shape_that_the_gate_does_not_try_is_seen_at_its_first_use() {
         assert!(fallback.replacement.starts_with("cpu/"), "{fallback:?}");
         quarantined(&manager, &path, Stage::FirstUse, "[2, 256] x [77, 256]ᵀ: y[0, 76] = ");
     }
+}
+
+#[test]
+fn wrong_for_a_shape_that_is_measured_is_seen_before_it_is_timed() {
+    if !has_compiler() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let cache = dir.path().join("cache");
+    let wrong = "IN_RUN=if (w->n == 77 && tile->n1 == 77) y->y[tile->m0 * y->stride + 76] += 1";
+    let path = build(dir.path(), "measured", &[wrong]);
+    let tuning = || {
+        let config = ManagerConfig { tune_budget: Duration::from_secs(60), ..config(&cache) };
+        let manager = KernelManager::new(config).unwrap();
+        manager.load_plugin(&path).unwrap();
+        add_built_in(&manager);
+        manager
+    };
+    let manager = tuning();
+    let names = |manager: &KernelManager, n: usize| -> Vec<String> {
+        manager.explain(1, n, 256).candidates.iter().map(|c| c.kernel().to_owned()).collect()
+    };
+    assert!(names(&manager, 76).contains(&"example/plain".to_owned()));
+    assert!(!names(&manager, 77).contains(&"example/plain".to_owned()));
+    quarantined(&manager, &path, Stage::FirstUse, "[1, 256] x [77, 256]ᵀ: ");
+    // Forgotten, it is a candidate again, also for what was measured before.
+    let again = tuning();
+    assert!(names(&again, 77).contains(&"example/plain".to_owned()));
 }
 
 #[test]
