@@ -314,8 +314,8 @@ impl Source for HfModel {
     }
 }
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(crate) const HEAD: &str = "lm_head.weight";
 
 fn projection_module(layer: usize, which: Projection) -> String {
     let part = match which {
@@ -330,7 +330,7 @@ fn projection_module(layer: usize, which: Projection) -> String {
     format!("model.layers.{layer}.{part}")
 }
 
-fn projection_name(layer: usize, which: Projection) -> String {
+pub(crate) fn projection_name(layer: usize, which: Projection) -> String {
     projection_module(layer, which) + ".weight"
 }
 
@@ -338,7 +338,7 @@ fn scale_name(layer: usize, which: Projection) -> String {
     projection_module(layer, which) + ".weight_scale"
 }
 
-fn norm_name(which: Norm) -> String {
+pub(crate) fn norm_name(which: Norm) -> String {
     let (layer, part) = match which {
         Norm::Attention(l) => (l, "input_layernorm"),
         Norm::AttentionSub(l) => (l, "self_attn.attn_sub_norm"),
