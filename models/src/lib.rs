@@ -12,6 +12,7 @@ pub mod bitnet;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+mod exact;
 pub mod generate;
 pub mod gguf;
 pub mod hf;
