@@ -9,7 +9,8 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, FloatDType, IntDType, Shape, Slice, TensorData};
 
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs, TernaryWeight,
+    TernaryWeights,
 };
 
 const EPSILON: f32 = 1e-5;
@@ -72,6 +73,63 @@ fn quantise<B: Backend>(x: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
     let to_int8 = B::float_div(steps, a.clone());
     let q = B::float_round(B::float_mul(x, to_int8));
     (B::float_clamp(q, (-128f32).into(), 127f32.into()), B::float_div_scalar(a, 127f32.into()))
+}
+
+pub(crate) fn fake_quantise<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
+    let (q, scale) = quantise::<B>(x);
+    B::float_mul(q, scale)
+}
+
+pub(crate) fn ternarise<B: Backend>(w: FloatTensor<B>) -> FloatTensor<B> {
+    let mean = B::float_mean(B::float_abs(w.clone()));
+    let s = B::float_reshape(B::float_clamp_min(mean, EPSILON.into()), Shape::new([1, 1]));
+    let codes = B::float_round(B::float_mul(w, B::float_recip(s.clone())));
+    B::float_mul(B::float_clamp(codes, (-1f32).into(), 1f32.into()), s)
+}
+
+pub(crate) fn self_attention<B: Backend>(
+    qkv: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    args: &SelfAttentionArgs,
+) -> FloatTensor<B> {
+    let SelfAttentionArgs { n_heads, n_kv_heads, head_dim: d, length } = *args;
+    let m = dims(&qkv)[0];
+    let (sequences, group) = (m / length, n_heads / n_kv_heads);
+    let device = qkv.device();
+    // The angles of a sequence, for all of them: [M, d / 2].
+    let repeat = |angles: FloatTensor<B>| {
+        let angles = B::float_reshape(angles, Shape::new([1, length, d / 2]));
+        let all = B::float_expand(angles, Shape::new([sequences, length, d / 2]));
+        B::float_reshape(all, Shape::new([m, d / 2]))
+    };
+    let (cos, sin) = (repeat(cos), repeat(sin));
+    let part = |from: usize, heads: usize| {
+        B::float_slice(qkv.clone(), &slice(&[0..m, from * d..(from + heads) * d]))
+    };
+    let q = rope::<B>(part(0, n_heads), cos.clone(), sin.clone(), d);
+    let k = rope::<B>(part(n_heads, n_kv_heads), cos, sin, d);
+    let v = part(n_heads + n_kv_heads, n_kv_heads);
+    // [M, kv * group * d] -> [sequences * kv, group * length, d]
+    let split = |x: FloatTensor<B>, group: usize| {
+        let x = B::float_reshape(x, Shape::new([sequences, length, n_kv_heads, group, d]));
+        let x = B::float_permute(x, &[0, 2, 3, 1, 4]);
+        B::float_reshape(x, Shape::new([sequences * n_kv_heads, group * length, d]))
+    };
+    let (q, k, v) = (split(q, group), split(k, 1), split(v, 1));
+    let scores =
+        B::float_mul_scalar(B::float_matmul(q, B::float_transpose(k)), (1.0 / (d as f32).sqrt()).into());
+    let mask: Vec<f32> = (0..group * length)
+        .flat_map(|row| (0..length).map(move |p| if p <= row % length { 0.0 } else { -1e30 }))
+        .collect();
+    let mask = B::float_from_data(TensorData::new(mask, [1, group * length, length]), &device);
+    let scores = B::float_add(scores, mask);
+    let scores = B::float_sub(scores.clone(), B::float_detach(B::float_max_dim(scores, 2)));
+    let weights = B::float_exp(scores);
+    let sums = B::float_sum_dim(weights.clone(), 2);
+    let out = B::float_div(B::float_matmul(weights, v), sums);
+    let out = B::float_reshape(out, Shape::new([sequences, n_kv_heads, group, length, d]));
+    B::float_reshape(B::float_permute(out, &[0, 3, 1, 2, 4]), Shape::new([m, n_heads * d]))
 }
 
 fn concat<B: Backend>(mut tensors: Vec<FloatTensor<B>>) -> FloatTensor<B> {

@@ -96,6 +96,19 @@ pub struct AttentionArgs {
     pub position: usize,
 }
 
+/// Arguments of [`TernaryBackend::self_attention`].
+#[derive(Clone, Copy, Debug)]
+pub struct SelfAttentionArgs {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; query head h reads kv head h / (n_heads / n_kv_heads).
+    pub n_kv_heads: usize,
+    /// Values a head.
+    pub head_dim: usize,
+    /// Rows of each sequence.
+    pub length: usize,
+}
+
 /// A dense matrix [n, k] in the format of its file.
 ///
 /// ```
@@ -199,6 +212,45 @@ pub trait TernaryBackend: burn::backend::Backend {
         default::bit_linear_backward::<Self>(dy, weights, &args)
     }
 
+    /// Activations as the kernels see them, by rows: q * (a / 127), with a and q as for
+    /// [`bit_linear`](Self::bit_linear). Its gradient is the straight-through estimator's: that of the
+    /// output, unchanged (Bengio et al., arXiv 1308.3432).
+    ///
+    /// # Shapes
+    /// x [M, K]; the output is like x.
+    fn fake_quantise(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        default::fake_quantise::<Self>(x)
+    }
+
+    /// Latent weights as packing freezes them, absmean: clamp(round(w / s), -1, 1) * s with
+    /// s = max(mean |w|, 1e-5). Its gradient is the straight-through estimator's: that of the output,
+    /// unchanged.
+    ///
+    /// Bodies for host memory add |w| in f64 in the order of the indices, as
+    /// [`quant::absmean_scale`](bitnet_burn_core::quant::absmean_scale) does; other devices may come to an s
+    /// that differs in its last bit.
+    ///
+    /// # Shapes
+    /// w [N, K]; the output is like w.
+    fn ternarise(w: FloatTensor<Self>) -> FloatTensor<Self> {
+        default::ternarise::<Self>(w)
+    }
+
+    /// Causal attention of whole sequences over themselves, with rotary position embedding: row m of a
+    /// sequence is at position m and sees the rows up to itself. Scores are scaled by 1 / sqrt(d).
+    ///
+    /// # Shapes
+    /// qkv [sequences * length, (heads + 2 * kv heads) * d]: queries, keys and values side by side; cos and
+    /// sin [length, d / 2]; the output is [sequences * length, heads * d].
+    fn self_attention(
+        qkv: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        args: SelfAttentionArgs,
+    ) -> FloatTensor<Self> {
+        default::self_attention::<Self>(qkv, cos, sin, &args)
+    }
+
     /// x / sqrt(mean(x^2) + eps) * weight, by rows.
     ///
     /// # Shapes
@@ -278,12 +330,12 @@ pub trait TernaryBackend: burn::backend::Backend {
 impl TernaryBackend for burn_cubecl::CubeBackend {}
 
 mod autodiff {
-    use burn::backend::Autodiff;
     use burn::backend::autodiff::checkpoint::base::Checkpointer;
     use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
     use burn::backend::autodiff::grads::Gradients;
     use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
     use burn::backend::tensor::FloatTensor;
+    use burn::backend::{Autodiff, Backend};
 
     use super::{BitLinearArgs, InputNorm, TernaryBackend, TernaryWeight, TernaryWeights};
 
@@ -316,8 +368,23 @@ mod autodiff {
         }
     }
 
-    /// The packed layer under autodiff: the inner backend computes it, and the gradient for the input
-    /// is the straight-through estimator's. Codes and scales are constants.
+    #[derive(Debug)]
+    struct StraightThrough;
+
+    impl<B: Backend> Backward<B, 1> for StraightThrough {
+        type State = ();
+
+        fn backward(self, ops: Ops<(), 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+            let [node_x] = ops.parents;
+            let dy = grads.consume::<B>(&ops.node);
+            if let Some(node) = node_x {
+                grads.register::<B>(node.id, dy);
+            }
+        }
+    }
+
+    /// Gradients that differ from those of the default bodies, or are cheaper. A packed layer's codes and
+    /// scales are constants; the gradient for its input is the straight-through estimator's.
     impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C> {
         fn bit_linear(
             x: FloatTensor<Self>,
@@ -340,6 +407,16 @@ mod autodiff {
                 }
                 OpsKind::UnTracked(prep) => prep.finish(forward(x.into_primitive(), saved)),
             }
+        }
+
+        fn fake_quantise(x: FloatTensor<Self>) -> FloatTensor<Self> {
+            let prep = StraightThrough.prepare::<C>([x.node()]).compute_bound();
+            prep.stateless(B::fake_quantise(x.into_primitive()))
+        }
+
+        fn ternarise(w: FloatTensor<Self>) -> FloatTensor<Self> {
+            let prep = StraightThrough.prepare::<C>([w.node()]).compute_bound();
+            prep.stateless(B::ternarise(w.into_primitive()))
         }
     }
 }

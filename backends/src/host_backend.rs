@@ -8,6 +8,7 @@ use std::sync::Mutex;
 
 use bitnet_burn_core::manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerError};
 use bitnet_burn_core::memory::{Activations, ActivationsMut};
+use bitnet_burn_core::quant;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::Shape;
@@ -370,6 +371,31 @@ pub(crate) fn bit_linear_backward<B: HostBackend>(
     }
 }
 
+pub(crate) fn fake_quantise<B: HostBackend>(x: FloatTensor<B>) -> FloatTensor<B> {
+    let [m, k] = dims(&x);
+    let mut y = vec![0f32; m * k];
+    with_activations(|activations| {
+        let manager = manager();
+        let out = activations.resize(m, k);
+        let stride = out.stride;
+        quantise(manager, &B::floats(&x), k, None, out);
+        let (q, scale) = (activations.q(), activations.scale());
+        for (row, (y, scale)) in y.chunks_exact_mut(k).zip(scale).enumerate() {
+            for (y, &q) in y.iter_mut().zip(&q[row * stride..]) {
+                *y = f32::from(q) * scale;
+            }
+        }
+    });
+    B::tensor(y, Shape::new([m, k]))
+}
+
+pub(crate) fn ternarise<B: HostBackend>(w: FloatTensor<B>) -> FloatTensor<B> {
+    let shape = w.shape();
+    let w = B::floats(&w);
+    let scale = quant::absmean_scale(&w);
+    B::tensor(quant::absmean_values(&w, scale), shape)
+}
+
 pub(crate) fn rms_norm<B: HostBackend>(
     x: FloatTensor<B>,
     weight: FloatTensor<B>,
@@ -508,6 +534,14 @@ macro_rules! fast_bodies {
                 args: BitLinearArgs,
             ) -> FloatTensor<Self> {
                 bit_linear_backward::<Self>(dy, weights, args)
+            }
+
+            fn fake_quantise(x: FloatTensor<Self>) -> FloatTensor<Self> {
+                fake_quantise::<Self>(x)
+            }
+
+            fn ternarise(w: FloatTensor<Self>) -> FloatTensor<Self> {
+                ternarise::<Self>(w)
             }
 
             fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {

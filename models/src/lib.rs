@@ -12,6 +12,7 @@ pub mod bitnet;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+mod exact;
 pub mod generate;
 pub mod gguf;
 pub mod hf;
@@ -20,6 +21,7 @@ pub mod report;
 pub mod sampling;
 pub mod synth;
 pub mod tokenizer;
+pub mod train;
 
 pub use bitnet_burn_backends as backends;
 pub use bitnet_burn_core as core;

@@ -5,6 +5,7 @@ use super::value::encode_str;
 use super::{DEFAULT_ALIGNMENT, TensorType, Value, norm_name, projection_name};
 use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection, TernaryTensor};
 use crate::config::{Activation, ModelConfig};
+use crate::exact::Exact;
 use bitnet_burn_core::formats::dense::DenseFormat;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -317,12 +318,7 @@ impl<'a> GgufWriter<'a> {
         let mut out = BufWriter::with_capacity(1 << 20, temporary.as_file());
         out.write_all(&header).map_err(fail("write the header".into()))?;
         for t in self.tensors {
-            let mut exact = Exact { out: &mut out, left: t.bytes };
-            let result = (t.produce)(&mut exact).and_then(|()| match exact.left {
-                0 => Ok(()),
-                left => Err(io::Error::other(format!("{left} of {} bytes were not produced", t.bytes))),
-            });
-            result
+            Exact::write(&mut out, t.bytes, t.produce)
                 .and_then(|()| out.write_all(&[0; 32][..(padded(t.bytes) - t.bytes) as usize]))
                 .map_err(fail(format!("write tensor `{}`", t.name)))?;
         }
@@ -379,28 +375,6 @@ fn write_i2_s(out: &mut dyn Write, codes: &[u8], scale: f32) -> io::Result<()> {
 
 fn write_floats(out: &mut dyn Write, values: &[f32]) -> io::Result<()> {
     values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
-}
-
-/// Lets no more than the stated number of bytes through.
-struct Exact<W> {
-    out: W,
-    left: u64,
-}
-
-impl<W: Write> Write for Exact<W> {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        if data.len() as u64 > self.left {
-            let problem = format!("{} bytes too many were produced", data.len() as u64 - self.left);
-            return Err(io::Error::other(problem));
-        }
-        let n = self.out.write(data)?;
-        self.left -= n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
 }
 
 #[cfg(test)]

@@ -99,7 +99,7 @@ pub enum DeviceKind {
 
 impl DeviceKind {
     /// The first that is compiled in.
-    fn compiled() -> Self {
+    pub fn compiled() -> Self {
         if cfg!(feature = "flex") {
             Self::Flex
         } else if cfg!(feature = "ndarray") {

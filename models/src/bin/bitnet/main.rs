@@ -11,6 +11,7 @@ mod perplexity;
 mod run;
 mod synth;
 mod tokenize;
+mod train;
 
 use std::process::ExitCode;
 
@@ -56,6 +57,7 @@ enum Command {
     Synth(synth::SynthArgs),
     Perplexity(perplexity::PerplexityArgs),
     Logits(logits::LogitsArgs),
+    Train(train::TrainArgs),
 }
 
 fn main() -> ExitCode {
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
         Command::Synth(args) => synth::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Logits(args) => logits::run(args),
+        Command::Train(args) => train::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
