@@ -12,6 +12,8 @@ pub mod bitnet;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+#[cfg(feature = "default-model")]
+pub mod embedded;
 mod exact;
 pub mod generate;
 pub mod gguf;

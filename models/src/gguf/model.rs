@@ -38,13 +38,13 @@ pub(crate) struct GgufModel {
 }
 
 impl GgufModel {
-    /// Opens the file, derives the configuration, and checks that every tensor is there, in shape.
-    pub(crate) fn open(
-        path: &Path,
+    /// Derives the configuration, and checks that every tensor is there, in shape.
+    pub(crate) fn new(
+        file: GgufFile,
         options: &OpenOptions,
         warnings: &mut Vec<String>,
     ) -> Result<(Self, ModelConfig), LoadError> {
-        let file = GgufFile::open(path)?;
+        let path = file.path();
         let config = config(&file, options, warnings)?;
         config.validate().map_err(|error| LoadError::Config { path: path.to_owned(), error })?;
         let model = Self { file, pre: options.pre.clone(), n_layers: config.n_layers };
