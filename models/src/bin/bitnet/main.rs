@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod engine;
+mod export;
 mod inspect;
 mod kernels;
 mod logits;
@@ -56,6 +57,8 @@ enum Command {
     Synth(synth::SynthArgs),
     Perplexity(perplexity::PerplexityArgs),
     Logits(logits::LogitsArgs),
+    Export(export::ExportArgs),
+    Convert(export::ConvertArgs),
 }
 
 fn main() -> ExitCode {
@@ -70,6 +73,8 @@ fn main() -> ExitCode {
         Command::Synth(args) => synth::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Logits(args) => logits::run(args),
+        Command::Export(args) => export::export(args),
+        Command::Convert(args) => export::convert(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
