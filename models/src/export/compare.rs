@@ -8,6 +8,7 @@ use crate::hf::Style;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::translate::{self, TranslateError};
 use bitnet_burn_core::formats::check_canonical;
+use bitnet_burn_core::formats::dense::DenseFormat;
 use half::f16;
 use std::ops::ControlFlow;
 
@@ -48,14 +49,14 @@ pub(super) fn compare(
     }
     for layer in 0..config.n_layers {
         let norms = Norm::of_layer(layer, config.sub_norms);
-        norms.into_iter().try_for_each(|which| norm(source, copy, which, summary))?;
+        norms.into_iter().try_for_each(|which| norm(source, copy, which, options.target, summary))?;
         for which in Projection::ALL {
             let (tensor, copied) = (source.projection(layer, which)?, copy.projection(layer, which)?);
             projection(source, &tensor, &copied, options.target, summary)?;
             advance((tensor.n * tensor.k / 4) as u64)?;
         }
     }
-    norm(source, copy, Norm::Output, summary)?;
+    norm(source, copy, Norm::Output, options.target, summary)?;
     if options.tokenizer {
         tokenizer(source, copy, summary)?;
     }
@@ -123,16 +124,41 @@ fn norm(
     source: &Checkpoint,
     copy: &Checkpoint,
     which: Norm,
+    target: Target,
     summary: &mut Summary,
 ) -> Result<(), ExportError> {
-    let bits = |checkpoint: &Checkpoint| {
-        Ok::<_, LoadError>(checkpoint.norm(which)?.into_iter().map(f32::to_bits).collect::<Vec<_>>())
-    };
-    if bits(source)? != bits(copy)? {
-        return Err(differs(&format!("{which:?}"), "the weights of the norm differ"));
-    }
+    let (weights, copied) = (source.norm(which)?, copy.norm(which)?);
     summary.tensors += 1;
+    if weights == copied {
+        return Ok(());
+    }
+    let asked = match target {
+        Target::Hf { dense, .. } => dense,
+        Target::Gguf(_) => None,
+    };
+    let Some(dense) = asked.filter(|&dense| rounded(&weights, dense).is_some_and(|r| r == copied)) else {
+        return Err(differs(&format!("{which:?}"), "the weights of the norm differ"));
+    };
+    let place = summary.converted.iter().position(|c| c.tensor == "norms").unwrap_or_else(|| {
+        let (tensor, from, to) = ("norms".into(), "F32", dense.name());
+        summary.converted.push(Converted { tensor, from, to, max_error: 0.0, max_value: 0.0 });
+        summary.converted.len() - 1
+    });
+    let norms = &mut summary.converted[place];
+    for (weight, copied) in weights.iter().zip(&copied) {
+        norms.max_error = norms.max_error.max((weight - copied).abs());
+        norms.max_value = norms.max_value.max(weight.abs());
+    }
     Ok(())
+}
+
+/// What is left of finite values in a format of floats; `None` where it can't hold one of them.
+pub(super) fn rounded(values: &[f32], format: DenseFormat) -> Option<Vec<f32>> {
+    let mut bytes = vec![0; format.row_bytes(values.len())?];
+    let mut rounded = vec![0.0; values.len()];
+    format.encode_row(values, &mut bytes).ok()?;
+    format.decode_row(&bytes, &mut rounded).ok()?;
+    rounded.iter().all(|v| v.is_finite()).then_some(rounded)
 }
 
 fn projection(

@@ -9,8 +9,8 @@
 //! | Hugging Face, [`Style::PackedInverse`] | codes exactly; the scale where 1 / (1 / s) is s | N a multiple of 4 |
 //! | Hugging Face, [`Style::Online`] | the float masters, exactly | a checkpoint that has them |
 //!
-//! Embedding and output head keep their type, unless another is asked for, or a safetensors file has none such
-//! (then they become F32, which holds all the others exactly). The tokenizer goes with the model.
+//! Embedding and output head keep their type, unless another is asked for, or a Hugging Face directory can't
+//! have it (then they become F32, which holds all the others exactly). The tokenizer goes with the model.
 //!
 //! What was written is read back before it gets its name, every tensor is compared with the source, and the
 //! [`Summary`] has what was found: a copy is exact where it says so. A model that can't be written leaves
@@ -32,7 +32,7 @@
 mod compare;
 mod place;
 
-use crate::checkpoint::{Checkpoint, LoadError, OpenOptions, Projection, TokenizerSource};
+use crate::checkpoint::{Checkpoint, LoadError, Norm, OpenOptions, Projection, TokenizerSource};
 use crate::config::ModelConfig;
 use crate::gguf::{Array, GgufFile, GgufTypes, GgufWriteError, GgufWriter, TensorType, TernaryType, Value};
 use crate::hf::{self, HfWriteError, Style};
@@ -53,8 +53,9 @@ pub enum Target {
     Hf {
         /// How the projections are stored.
         style: Style,
-        /// The type of embedding and output head, one of F32, F16 and BF16; `None`: as the checkpoint has
-        /// them, or F32.
+        /// The type of embedding, output head and norms, one of F32, F16 and BF16 (transformers needs one type
+        /// for all of them); `None`: the checkpoint's type of the embedding where that holds the others
+        /// exactly, else F32, which does in any case. With masters, F32.
         dense: Option<DenseFormat>,
     },
 }
@@ -215,7 +216,8 @@ pub struct Summary {
     pub tensors: usize,
     /// Ternary weights, all of them equal to the source's.
     pub ternary_weights: u64,
-    /// Embedding and output head, where their type is another than in the source.
+    /// Embedding and output head, where their type is another than in the source, and norms, where they had to
+    /// be rounded.
     pub converted: Vec<Converted>,
     /// Scales that are not exactly those of the source, where there are any.
     pub scales: Option<RoundedScales>,
@@ -230,10 +232,10 @@ impl Summary {
     }
 }
 
-/// An embedding or output head in another type.
+/// An embedding, an output head or all norms in another type.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Converted {
-    /// The tensor's name in the source.
+    /// The tensor's name in the source, or `norms`.
     pub tensor: String,
     /// Its type there.
     pub from: &'static str,
@@ -514,8 +516,10 @@ fn write_hf(
     notes: &mut Vec<String>,
     advance: &mut Advance<'_>,
 ) -> Result<(), ExportError> {
-    let stored = checkpoint.embedding()?.format;
-    let dense = dense.unwrap_or(if stored.block_len() == 1 { stored } else { DenseFormat::F32 });
+    let dense = match dense {
+        Some(dense) => dense,
+        None => exact_dense(checkpoint, style)?,
+    };
     if config.sub_norms && config.q_size() != config.hidden_size {
         notes.push(format!(
             "transformers' BitNetForCausalLM can't compute this model: its heads are {} wide together, the residual \
@@ -548,6 +552,23 @@ fn write_hf(
         TokenizerSource::Gguf(_) => {}
     }
     Ok(())
+}
+
+/// The type in which a Hugging Face directory holds embedding, head and norms exactly.
+fn exact_dense(checkpoint: &Checkpoint, style: Style) -> Result<DenseFormat, LoadError> {
+    let (config, stored) = (checkpoint.config(), checkpoint.embedding()?.format);
+    let head = checkpoint.output()?.map_or(stored, |output| output.format);
+    if style == Style::Online || stored.block_len() > 1 || head != stored {
+        return Ok(DenseFormat::F32);
+    }
+    let layers = (0..config.n_layers).flat_map(|layer| Norm::of_layer(layer, config.sub_norms));
+    for which in layers.chain([Norm::Output]) {
+        let weights = checkpoint.norm(which)?;
+        if compare::rounded(&weights, stored).is_none_or(|rounded| rounded != weights) {
+            return Ok(DenseFormat::F32);
+        }
+    }
+    Ok(stored)
 }
 
 /// The name of a file or directory, without a file's extension.

@@ -195,7 +195,8 @@ pub fn write_masters(
 ///
 /// # Arguments
 /// - `config`: the checkpoint's, with the name that the copy is to have
-/// - `dense`: the type of embedding and output head: F32, F16 or BF16
+/// - `dense`: the type of embedding, output head and norms: F32, F16 or BF16. They share one, because
+///   transformers leaves them in the stored type where projections are packed, and multiplies none of two types
 /// - `progress`: gets the bytes of each write
 ///
 /// # Errors
@@ -229,13 +230,13 @@ pub(crate) fn write_checkpoint(
     }
     for layer in 0..config.n_layers {
         for which in Norm::of_layer(layer, config.sub_norms) {
-            norm(&mut writer, checkpoint, which)?;
+            norm(&mut writer, checkpoint, which, dense, dtype)?;
         }
         for which in Projection::ALL {
             projection(&mut writer, checkpoint, layer, which, style)?;
         }
     }
-    norm(&mut writer, checkpoint, Norm::Output)?;
+    norm(&mut writer, checkpoint, Norm::Output, dense, dtype)?;
     write_config(dir, config, style, dtype)?;
     writer.write(&dir.join(SINGLE), progress)
 }
@@ -264,9 +265,14 @@ fn norm<'a>(
     writer: &mut SafetensorsWriter<'a>,
     checkpoint: &'a Checkpoint,
     which: Norm,
+    dense: DenseFormat,
+    dtype: Dtype,
 ) -> Result<(), HfWriteError> {
-    writer.tensor(norm_name(which), Dtype::F32, &[which.len(checkpoint.config())], move |out| {
-        write_floats(out, &checkpoint.norm(which).map_err(io::Error::other)?)
+    writer.tensor(norm_name(which), dtype, &[which.len(checkpoint.config())], move |out| {
+        let weights = checkpoint.norm(which).map_err(io::Error::other)?;
+        let mut bytes = vec![0; weights.len() * dense.block_bytes()];
+        dense.encode_row(&weights, &mut bytes).map_err(io::Error::other)?;
+        out.write_all(&bytes)
     })
 }
 
@@ -355,9 +361,11 @@ fn config_json(config: &ModelConfig, style: Style, dtype: Dtype) -> Value {
         Style::PackedAuto => ("autobitlinear", "offline"),
         Style::PackedInverse => ("bitlinear", "offline"),
     };
-    let dtype = match dtype {
-        Dtype::F16 => "float16",
-        Dtype::BF16 => "bfloat16",
+    let dtype = match (style, dtype) {
+        // Masters are f32, and would be rounded before they are made ternary.
+        (Style::Online, _) => "float32",
+        (_, Dtype::F16) => "float16",
+        (_, Dtype::BF16) => "bfloat16",
         _ => "float32",
     };
     let mut json = json!({
