@@ -223,6 +223,18 @@ pub fn self_attention(qkv: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, args: Self
     Tensor::from_dispatch(Dispatch::self_attention(qkv, cos, sin, args))
 }
 
+/// -ln softmax(logits)[target] `[M]`, by rows of logits [M, N].
+///
+/// # Panics
+/// If there is not one target a row, below N.
+pub fn cross_entropy(logits: Tensor<2>, targets: &[u32]) -> Tensor<1> {
+    let [m, n] = logits.dims();
+    assert!(targets.len() == m && targets.iter().all(|&t| (t as usize) < n), "{m} targets below {n}");
+    let data = TensorData::new(targets.iter().map(|&id| id as i32).collect(), [m]);
+    let targets = Tensor::<1, Int>::from_data(data, (&logits.device(), DType::I32));
+    Tensor::from_dispatch(Dispatch::cross_entropy(logits.into_dispatch(), targets.into_dispatch()))
+}
+
 /// x / sqrt(mean(x^2) + eps) * weight, by rows of x [M, K].
 pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
     assert_eq!(weight.dims(), [x.dims()[1]], "the norm's weight");

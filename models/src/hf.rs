@@ -16,6 +16,7 @@
 mod writer;
 
 pub use writer::{HfWriteError, write_masters};
+pub(crate) use writer::{checkpoint_size, write_bytes, write_checkpoint, write_json};
 
 use crate::checkpoint::{
     DenseTensor, LoadError, Norm, OpenOptions, Projection, Source, TensorInfo, TernaryTensor,
@@ -274,6 +275,11 @@ impl Source for HfModel {
             (codes, checked_scale(&self.dir, &stored.name, scale)?)
         };
         Ok(TernaryTensor { name, n, k, scale, codes: aligned(codes), stored_as })
+    }
+
+    fn master(&self, layer: usize, which: Projection) -> Result<Option<DenseTensor>, LoadError> {
+        let name = projection_name(layer, which);
+        if self.style == Style::Online { self.dense(&name, "a master").map(Some) } else { Ok(None) }
     }
 
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError> {

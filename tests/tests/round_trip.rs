@@ -2,7 +2,7 @@
 
 use bitnet_burn::bitnet::LoadOptions;
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions, Projection};
-use bitnet_burn::gguf::GgufWriter;
+use bitnet_burn::gguf::{GgufTypes, GgufWriter};
 use bitnet_burn::nn::CacheType;
 use bitnet_burn_tests::*;
 
@@ -13,7 +13,7 @@ fn a_model_written_as_gguf_gives_the_same_logits_bit_for_bit() {
         let path = temporary.path().join(format!("{}.gguf", name_of(&dir)));
         let checkpoint = Checkpoint::open(&dir, &OpenOptions::default()).unwrap();
         let mut writer = GgufWriter::new();
-        writer.checkpoint(&checkpoint).unwrap();
+        writer.checkpoint(&checkpoint, GgufTypes::default()).unwrap();
         let size = writer.file_size();
         writer.write(&path).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().len(), size);

@@ -3,10 +3,12 @@
 //! The files go into a directory that exists. Whoever wants a directory that is complete or not there at
 //! all writes into one with a temporary name and renames it.
 
-use super::{EMBEDDING, HEAD, SINGLE, Style, norm_name, projection_name};
-use crate::checkpoint::{Norm, Projection};
+use super::{EMBEDDING, HEAD, SINGLE, Style, norm_name, projection_name, scale_name};
+use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection};
 use crate::config::{ConfigError, ModelConfig};
-use crate::exact::Exact;
+use crate::exact::{Exact, Progress};
+use bitnet_burn_core::formats::dense::DenseFormat;
+use bitnet_burn_core::formats::hf::pack_from_canonical;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Map, Value, json};
@@ -61,13 +63,13 @@ struct Pending<'a> {
 /// A safetensors file to be written. A tensor is given as a function that writes its bytes when their turn
 /// comes, so that a model need never be in memory as a whole.
 #[derive(Default)]
-pub(crate) struct SafetensorsWriter<'a> {
+struct SafetensorsWriter<'a> {
     tensors: Vec<Pending<'a>>,
 }
 
 impl<'a> SafetensorsWriter<'a> {
     /// Adds a tensor, its shape rows first, and a function that writes exactly the bytes that it takes.
-    pub(crate) fn tensor(
+    fn tensor(
         &mut self,
         name: impl Into<String>,
         dtype: Dtype,
@@ -85,7 +87,7 @@ impl<'a> SafetensorsWriter<'a> {
     }
 
     /// Writes the file and flushes it to the disk.
-    pub(crate) fn write(mut self, path: &Path) -> Result<(), HfWriteError> {
+    fn write(mut self, path: &Path, progress: &mut Progress<'_>) -> Result<(), HfWriteError> {
         // The widest types first, as the safetensors crate does: every tensor is then aligned to its type.
         self.tensors.sort_by_key(|t| Reverse(t.dtype));
         let mut end = 0;
@@ -109,7 +111,8 @@ impl<'a> SafetensorsWriter<'a> {
         result.map_err(HfWriteError::io(path, "write the header"))?;
         for t in self.tensors {
             let action = format!("write tensor `{}`", t.name);
-            Exact::write(&mut out, t.bytes as u64, t.produce).map_err(HfWriteError::io(path, &action))?;
+            Exact::write(&mut out, t.bytes as u64, &mut |n| progress(n), t.produce)
+                .map_err(HfWriteError::io(path, &action))?;
         }
         out.flush().map_err(HfWriteError::io(path, "write"))?;
         drop(out);
@@ -179,15 +182,144 @@ pub fn write_masters(
         if let Some(place) = values.iter().position(|v| !v.is_finite()) {
             return Err(wrong(format!("holds {} at place {place}", values[place])));
         }
-        writer.tensor(name, Dtype::F32, &shape, move |out| {
-            values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
-        })?;
+        writer.tensor(name, Dtype::F32, &shape, move |out| write_floats(out, &values))?;
     }
     if let Some(tensor) = missing.into_keys().next() {
         return Err(HfWriteError::Tensor { tensor, problem: "is missing".into() });
     }
     write_config(dir, config, Style::Online, Dtype::F32)?;
-    writer.write(&dir.join(SINGLE))
+    writer.write(&dir.join(SINGLE), &mut |_| Ok(()))
+}
+
+/// Writes the weights and the configuration of `checkpoint` into `dir`, which exists.
+///
+/// # Arguments
+/// - `config`: the checkpoint's, with the name that the copy is to have
+/// - `dense`: the type of embedding, output head and norms: F32, F16 or BF16. They share one, because
+///   transformers leaves them in the stored type where projections are packed, and multiplies none of two types
+/// - `progress`: gets the bytes of each write
+///
+/// # Errors
+/// [`HfWriteError`], also for [`Style::Online`] where the checkpoint has no masters, and where the style can't
+/// hold a projection.
+pub(crate) fn write_checkpoint(
+    dir: &Path,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    style: Style,
+    dense: DenseFormat,
+    progress: &mut Progress<'_>,
+) -> Result<(), HfWriteError> {
+    let mut writer = SafetensorsWriter::default();
+    let unreadable = |tensor: &str| {
+        let tensor = tensor.to_owned();
+        move |error: LoadError| HfWriteError::Tensor { tensor, problem: format!("can't be read: {error}") }
+    };
+    let dtype = dtype(dense).ok_or_else(|| HfWriteError::Tensor {
+        tensor: EMBEDDING.into(),
+        problem: format!("can't be {}: safetensors files hold F32, F16 and BF16", dense.name()),
+    })?;
+    let mut matrix = |name: &str, tensor: DenseTensor| {
+        writer.tensor(name, dtype, &[tensor.n, tensor.k], move |out| {
+            if tensor.format == dense { out.write_all(&tensor.data) } else { tensor.write_as(dense, out) }
+        })
+    };
+    matrix(EMBEDDING, checkpoint.embedding().map_err(unreadable(EMBEDDING))?)?;
+    if let Some(output) = checkpoint.output().map_err(unreadable(HEAD))? {
+        matrix(HEAD, output)?;
+    }
+    for layer in 0..config.n_layers {
+        for which in Norm::of_layer(layer, config.sub_norms) {
+            norm(&mut writer, checkpoint, which, dense, dtype)?;
+        }
+        for which in Projection::ALL {
+            projection(&mut writer, checkpoint, layer, which, style)?;
+        }
+    }
+    norm(&mut writer, checkpoint, Norm::Output, dense, dtype)?;
+    write_config(dir, config, style, dtype)?;
+    writer.write(&dir.join(SINGLE), progress)
+}
+
+/// How many bytes [`write_checkpoint`] will write, but for headers.
+pub(crate) fn checkpoint_size(config: &ModelConfig, style: Style, dense: DenseFormat) -> u64 {
+    let matrices = config.dense_parameters().saturating_mul(dense.block_bytes() as u64);
+    let projections = match style {
+        Style::Online => config.ternary_parameters().saturating_mul(4),
+        Style::PackedAuto | Style::PackedInverse => config.ternary_parameters() / 4,
+    };
+    matrices.saturating_add(projections)
+}
+
+/// The type of safetensors files that holds this format.
+fn dtype(format: DenseFormat) -> Option<Dtype> {
+    match format {
+        DenseFormat::F32 => Some(Dtype::F32),
+        DenseFormat::F16 => Some(Dtype::F16),
+        DenseFormat::BF16 => Some(Dtype::BF16),
+        DenseFormat::Q8_0 | DenseFormat::Q6_K | DenseFormat::Q4_0 => None,
+    }
+}
+
+fn norm<'a>(
+    writer: &mut SafetensorsWriter<'a>,
+    checkpoint: &'a Checkpoint,
+    which: Norm,
+    dense: DenseFormat,
+    dtype: Dtype,
+) -> Result<(), HfWriteError> {
+    writer.tensor(norm_name(which), dtype, &[which.len(checkpoint.config())], move |out| {
+        let weights = checkpoint.norm(which).map_err(io::Error::other)?;
+        let mut bytes = vec![0; weights.len() * dense.block_bytes()];
+        dense.encode_row(&weights, &mut bytes).map_err(io::Error::other)?;
+        out.write_all(&bytes)
+    })
+}
+
+fn projection<'a>(
+    writer: &mut SafetensorsWriter<'a>,
+    checkpoint: &'a Checkpoint,
+    layer: usize,
+    which: Projection,
+    style: Style,
+) -> Result<(), HfWriteError> {
+    let (n, k) = which.shape(checkpoint.config());
+    let name = projection_name(layer, which);
+    if style == Style::Online {
+        return writer.tensor(name, Dtype::F32, &[n, k], move |out| {
+            let master = checkpoint.master(layer, which).map_err(io::Error::other)?;
+            let missing = "the checkpoint has ternary weights, not the masters that they were made from";
+            write_floats(out, &master.ok_or_else(|| io::Error::other(missing))?)
+        });
+    }
+    if !n.is_multiple_of(4) {
+        let problem = format!("has {n} rows; four of them go into a byte, so that N must be a multiple of 4");
+        return Err(HfWriteError::Tensor { tensor: name, problem });
+    }
+    writer.tensor(name, Dtype::U8, &[n / 4, k], move |out| {
+        let tensor = checkpoint.projection(layer, which).map_err(io::Error::other)?;
+        out.write_all(&pack_from_canonical(&tensor.codes, n, k).map_err(io::Error::other)?)
+    })?;
+    writer.tensor(scale_name(layer, which), Dtype::F32, &[1], move |out| {
+        let scale = checkpoint.projection(layer, which).map_err(io::Error::other)?.scale;
+        let stored = if style == Style::PackedInverse { inverse(scale)? } else { scale };
+        write_floats(out, &[stored])
+    })
+}
+
+/// The f32 whose reciprocal is `scale`, or next to it where there is none.
+fn inverse(scale: f32) -> io::Result<f32> {
+    let stored = 1.0 / scale;
+    if !stored.is_normal() {
+        let problem = format!("the style `bitlinear` divides by the scale, and 1 / {scale} can't be stored");
+        return Err(io::Error::other(problem));
+    }
+    let near = [stored, stored.next_up(), stored.next_down()];
+    Ok(near.into_iter().find(|&near| 1.0 / near == scale).unwrap_or(stored))
+}
+
+fn write_floats(out: &mut dyn Write, values: &[f32]) -> io::Result<()> {
+    values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
 }
 
 /// The tensors of a model but the scales of packed projections, with their shapes, rows first.
@@ -210,12 +342,7 @@ fn tensor_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
 }
 
 /// Writes `config.json` and `generation_config.json`.
-pub(crate) fn write_config(
-    dir: &Path,
-    config: &ModelConfig,
-    style: Style,
-    dtype: Dtype,
-) -> Result<(), HfWriteError> {
+fn write_config(dir: &Path, config: &ModelConfig, style: Style, dtype: Dtype) -> Result<(), HfWriteError> {
     config.validate()?;
     write_json(&dir.join("config.json"), &config_json(config, style, dtype))?;
     let mut generation = Map::new();
@@ -234,9 +361,11 @@ fn config_json(config: &ModelConfig, style: Style, dtype: Dtype) -> Value {
         Style::PackedAuto => ("autobitlinear", "offline"),
         Style::PackedInverse => ("bitlinear", "offline"),
     };
-    let dtype = match dtype {
-        Dtype::F16 => "float16",
-        Dtype::BF16 => "bfloat16",
+    let dtype = match (style, dtype) {
+        // Masters are f32, and would be rounded before they are made ternary.
+        (Style::Online, _) => "float32",
+        (_, Dtype::F16) => "float16",
+        (_, Dtype::BF16) => "bfloat16",
         _ => "float32",
     };
     let mut json = json!({
@@ -310,7 +439,7 @@ pub(crate) fn write_bytes(path: &Path, bytes: &[u8]) -> Result<(), HfWriteError>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{Checkpoint, OpenOptions};
+    use crate::checkpoint::OpenOptions;
     use crate::config::Activation;
     use crate::synth::{SplitMix64, shape};
     use bitnet_burn_core::quant::absmean_to_canonical;

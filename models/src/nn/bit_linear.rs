@@ -355,6 +355,53 @@ mod tests {
     }
 
     #[test]
+    fn packing_keeps_the_codes_and_the_scale_and_unpacking_gives_them_back() {
+        let device = Device::flex();
+        for (n, k) in [(96, 256), (5, 33), (1, 1), (64, 130)] {
+            let layer = BitLinearConfig::new(k, n).with_bias(true).with_norm(true).init(&device);
+            let x = Tensor::<2>::random([9, k], Distribution::Normal(0.0, 1.0), &device);
+            let matrix = |layer: &BitLinear| {
+                let matrix = layer.clone().into_canonical().unwrap().matrix().unwrap();
+                let codes: Vec<i64> = matrix.codes.into_data().iter::<i64>().collect();
+                (codes, matrix.scale.into_data().iter::<f32>().next().unwrap())
+            };
+            let latent = layer.forward(x.clone()).into_data();
+            let packed = layer.clone().pack().unwrap();
+            let BitLinearWeight::Latent(weight) = &layer.weight else { panic!("a new layer is latent") };
+            let weights: Vec<f32> = weight.val().into_data().iter::<f32>().collect();
+            assert_eq!(matrix(&packed).1, quant::absmean_scale(&weights));
+            let y = packed.forward(x.clone()).into_data();
+            latent.assert_approx_eq::<f32>(&y, burn::tensor::Tolerance::rel_abs(1e-5, 1e-5));
+            let again = packed.clone().unpack().unwrap();
+            assert!(matches!(again.weight, BitLinearWeight::Latent(_)) && again.bias.is_some());
+            assert_eq!(matrix(&again.pack().unwrap()), matrix(&packed), "[{n}, {k}]");
+        }
+    }
+
+    #[test]
+    fn weights_of_zeros_survive() {
+        let device = Device::flex();
+        let zeros = Param::from_tensor(Tensor::<2>::zeros([4, 40], &device));
+        let layer = BitLinear::latent(zeros).pack().unwrap().unpack().unwrap().pack().unwrap();
+        let y = layer.forward(Tensor::<2>::ones([2, 40], &device)).into_data();
+        assert!(y.iter::<f32>().all(|y| y == 0.0));
+    }
+
+    #[test]
+    fn a_linear_layer_becomes_a_bit_linear() {
+        let device = Device::flex();
+        let linear = burn::nn::LinearConfig::new(12, 5).init(&device);
+        let weight: Vec<f32> = linear.weight.val().into_data().iter::<f32>().collect();
+        let layer = BitLinear::from_linear(linear);
+        assert_eq!((layer.d_input(), layer.d_output(), layer.bias.is_some()), (12, 5, true));
+        let BitLinearWeight::Latent(latent) = &layer.weight else { panic!("it is trained further") };
+        let latent: Vec<f32> = latent.val().into_data().iter::<f32>().collect();
+        for (i, w) in latent.iter().enumerate() {
+            assert_eq!(*w, weight[i % 12 * 5 + i / 12]);
+        }
+    }
+
+    #[test]
     fn it_prints_itself_as_burns_modules_do() {
         let device = Device::flex();
         let layer = BitLinearConfig::new(8, 4).with_bias(true).init(&device);

@@ -161,8 +161,8 @@ pub struct Dataset {
     pub end_of_text: u32,
     /// SHA-256 of the text.
     pub sha256: String,
-    /// Bytes of the text for validation.
-    pub validation_bytes: usize,
+    /// The documents for validation.
+    pub validation_texts: Vec<String>,
     /// Documents for training, each with the end-of-text before it.
     training: Vec<Vec<u32>>,
     /// The validation set: documents from their beginning, cut where they are longer than a sequence.
@@ -212,7 +212,7 @@ impl Dataset {
                 })
                 .collect())
         };
-        let validation_bytes = validation.iter().map(|text| text.len()).sum();
+        let validation_texts = validation.iter().map(|&text| text.to_owned()).collect();
         let training = encode(training)?;
         let validation: Vec<Window> = encode(validation)?
             .into_iter()
@@ -231,7 +231,7 @@ impl Dataset {
             vocab_size,
             end_of_text,
             sha256: corpus.sha256(),
-            validation_bytes,
+            validation_texts,
             training,
             validation,
             length,

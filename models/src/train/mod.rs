@@ -18,8 +18,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A run lives in a directory: `config.toml`, `tokenizer.json`, `metrics.csv`, `loss.svg`, and
-//! `checkpoints/step-*`, each of which is a Hugging Face directory with float masters that the engine (and
+//! A run lives in a directory: `config.toml`, `tokenizer.json`, `validation.jsonl`, `metrics.csv`, `loss.svg`,
+//! and `checkpoints/step-*`, each of which is a Hugging Face directory with float masters that the engine (and
 //! transformers) can load, beside the optimiser's state. A checkpoint is there as a whole or not at all.
 
 mod config;
@@ -32,10 +32,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use bitnet_burn_backends::ops;
 use burn::module::{Module, ModuleVisitor, Param, ParamGroup, ParamId};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
-use burn::tensor::activation::log_softmax;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 
 use crate::bitnet::{BitNet, ForwardError};
 use crate::config::ModelConfig;
@@ -288,7 +288,7 @@ impl Trainer {
         model_config.validate().map_err(in_config)?;
         std::fs::create_dir_all(dir).map_err(TrainError::io(dir, "make the directory"))?;
         let lock = lock(dir)?;
-        store::begin(dir, &config, &data.tokenizer_json)?;
+        store::begin(dir, &config, &data)?;
         Self::fresh(dir, lock, config, data, &model_config, device)
     }
 
@@ -405,7 +405,7 @@ impl Trainer {
         }
         let (inputs, targets) = self.data.batch(step, self.config.run.batch_size, &mut self.epoch);
         let logits = self.model.forward_sequences(&inputs, length)?;
-        let loss = cross_entropy(logits, &targets).mean();
+        let loss = ops::cross_entropy(logits, &targets).mean();
         let value = scalar(loss.clone().detach());
         if !value.is_finite() {
             return Err(TrainError::Diverged { step: step + 1, loss: value, learning_rate });
@@ -524,14 +524,6 @@ fn initial(name: &str, shape: &[usize], random: &mut SplitMix64) -> Vec<f32> {
     (0..n * k).map(|_| (uniform() * width) as f32).collect()
 }
 
-/// -ln p of each row's target, of logits [M, vocabulary].
-fn cross_entropy(logits: Tensor<2>, targets: &[u32]) -> Tensor<1> {
-    let m = targets.len();
-    let data = TensorData::new(targets.iter().map(|&id| id as i32).collect(), [m, 1]);
-    let targets = Tensor::<2, Int>::from_data(data, &logits.device());
-    log_softmax(logits, 1).gather(1, targets).reshape([m]).neg()
-}
-
 /// The loss of a model, in either state, over sequences; `batch_size` of them at a time.
 ///
 /// # Errors
@@ -546,7 +538,7 @@ pub fn evaluate(model: &BitNet, windows: &[Window], batch_size: usize) -> Result
             .iter()
             .flat_map(|window| window.targets.iter().copied().chain(std::iter::repeat(0)).take(length))
             .collect();
-        let losses: Vec<f32> = cross_entropy(logits, &targets).into_data().iter::<f32>().collect();
+        let losses: Vec<f32> = ops::cross_entropy(logits, &targets).into_data().iter::<f32>().collect();
         for (window, losses) in batch.iter().zip(losses.chunks(length)) {
             let counted = &losses[..window.targets.len()];
             evaluation.nats += counted.iter().map(|&loss| f64::from(loss)).sum::<f64>();

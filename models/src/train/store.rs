@@ -20,6 +20,7 @@ use crate::hf;
 
 pub(super) const CONFIG: &str = "config.toml";
 pub(super) const TOKENIZER: &str = "tokenizer.json";
+const VALIDATION: &str = "validation.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 const OPTIMIZER: &str = "optimizer.bpk";
 const STATE: &str = "training.json";
@@ -31,10 +32,13 @@ pub(super) fn is_run(dir: &Path) -> bool {
 }
 
 /// Writes what a run begins with. The configuration comes last: without it there is no run.
-pub(super) fn begin(dir: &Path, config: &TrainConfig, tokenizer: &[u8]) -> Result<(), TrainError> {
+pub(super) fn begin(dir: &Path, config: &TrainConfig, data: &Dataset) -> Result<(), TrainError> {
     let checkpoints = dir.join(CHECKPOINTS);
     std::fs::create_dir_all(&checkpoints).map_err(TrainError::io(&checkpoints, "make the directory"))?;
-    write_file(&dir.join(TOKENIZER), tokenizer)?;
+    let lines: String =
+        data.validation_texts.iter().map(|text| json!({ "text": text }).to_string() + "\n").collect();
+    write_file(&dir.join(VALIDATION), lines.as_bytes())?;
+    write_file(&dir.join(TOKENIZER), &data.tokenizer_json)?;
     write_file(&dir.join(CONFIG), config.to_toml().as_bytes())
 }
 

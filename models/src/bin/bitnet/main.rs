@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod engine;
+mod export;
 mod inspect;
 mod kernels;
 mod logits;
@@ -58,6 +59,8 @@ enum Command {
     Perplexity(perplexity::PerplexityArgs),
     Logits(logits::LogitsArgs),
     Train(train::TrainArgs),
+    Export(export::ExportArgs),
+    Convert(export::ConvertArgs),
 }
 
 fn main() -> ExitCode {
@@ -73,6 +76,8 @@ fn main() -> ExitCode {
         Command::Perplexity(args) => perplexity::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Train(args) => train::run(args),
+        Command::Export(args) => export::export(args),
+        Command::Convert(args) => export::convert(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

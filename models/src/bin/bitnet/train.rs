@@ -132,7 +132,8 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let config = trainer.config().clone();
     let (parameters, data) = (parameters(&trainer), trainer.data());
     let (vocab_size, training_tokens) = (data.vocab_size, data.training_tokens());
-    let bytes_per_token = data.validation_bytes as f64 / data.validation_tokens().max(1) as f64;
+    let bytes: usize = data.validation_texts.iter().map(String::len).sum();
+    let bytes_per_token = bytes as f64 / data.validation_tokens().max(1) as f64;
     output::note(format!(
         "{} parameters, vocabulary {vocab_size}; {} to train on ({:.1} epochs in {} steps of {} x {}), {} to validate",
         human_count(parameters),
