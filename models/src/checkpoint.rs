@@ -23,6 +23,7 @@
 //! ```
 
 use crate::config::{Activation, ConfigError, ModelConfig};
+use crate::gguf::GgufFile;
 use crate::gguf::model::GgufModel;
 use crate::hf::HfModel;
 use bitnet_burn_core::formats::check_canonical;
@@ -692,7 +693,7 @@ impl Checkpoint {
         let gguf = if meta.is_dir() { gguf_in_directory(path)? } else { Some(path.to_owned()) };
         let (source, config): (Box<dyn Source>, _) = match gguf {
             Some(file) => {
-                let (model, config) = GgufModel::open(&file, options, &mut warnings)?;
+                let (model, config) = GgufModel::new(GgufFile::open(&file)?, options, &mut warnings)?;
                 (Box::new(model), config)
             }
             None => {
@@ -700,10 +701,25 @@ impl Checkpoint {
                 (Box::new(model), config)
             }
         };
+        Ok(Self::opened(path, config, warnings, source))
+    }
+
+    /// A GGUF file that is in memory already; `name` stands for its path.
+    ///
+    /// # Errors
+    /// [`LoadError`]
+    pub fn from_gguf(name: &Path, bytes: Bytes, options: &OpenOptions) -> Result<Self, LoadError> {
+        let mut warnings = Vec::new();
+        let file = GgufFile::parse(name.to_owned(), bytes)?;
+        let (model, config) = GgufModel::new(file, options, &mut warnings)?;
+        Ok(Self::opened(name, config, warnings, Box::new(model)))
+    }
+
+    fn opened(path: &Path, config: ModelConfig, warnings: Vec<String>, source: Box<dyn Source>) -> Self {
         for warning in &warnings {
             tracing::warn!(path = %path.display(), "{warning}");
         }
-        Ok(Self { path: path.to_owned(), config, warnings, source })
+        Self { path: path.to_owned(), config, warnings, source }
     }
 
     /// What was opened.

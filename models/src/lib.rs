@@ -13,6 +13,8 @@ pub mod bitnet;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+#[cfg(feature = "default-model")]
+pub mod embedded;
 mod exact;
 pub mod export;
 pub mod generate;
@@ -23,6 +25,7 @@ pub mod report;
 pub mod sampling;
 pub mod synth;
 pub mod tokenizer;
+pub mod train;
 
 pub use bitnet_burn_backends as backends;
 pub use bitnet_burn_core as core;

@@ -19,7 +19,6 @@ use bitnet_burn_core::formats::dense::DenseFormat;
 use bitnet_burn_core::formats::{ternary, tq1_0, tq2_0};
 use bytes::Bytes;
 use std::collections::HashSet;
-use std::path::Path;
 
 /// The architectures that are read.
 const ARCHITECTURES: [&str; 4] = ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA];
@@ -47,13 +46,13 @@ pub(crate) struct GgufModel {
 }
 
 impl GgufModel {
-    /// Opens the file, derives the configuration, and checks that every tensor is there, in shape.
-    pub(crate) fn open(
-        path: &Path,
+    /// Derives the configuration, and checks that every tensor is there, in shape.
+    pub(crate) fn new(
+        file: GgufFile,
         options: &OpenOptions,
         warnings: &mut Vec<String>,
     ) -> Result<(Self, ModelConfig), LoadError> {
-        let file = GgufFile::open(path)?;
+        let path = file.path();
         let config = config(&file, options, warnings)?;
         config.validate().map_err(|error| LoadError::Config { path: path.to_owned(), error })?;
         let gptj_head = (config.architecture == LLAMA).then_some(config.head_dim);

@@ -14,9 +14,10 @@ use clap::{Args, ValueEnum};
 /// Which files.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// The model: a GGUF file, or a directory with config.json and safetensors
+    /// The model: a GGUF file, or a directory with config.json and safetensors [default: the built-in teller
+    /// of small stories]
     #[arg(long, short, value_name = "PATH", help_heading = "Model")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
     /// The feed-forward activation, for files that don't state it: relu2 or silu
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Model")]
     pub hidden_act: Option<Activation>,
@@ -29,7 +30,13 @@ impl FileArgs {
     /// Opens the files; warnings have been logged.
     pub fn open(&self) -> anyhow::Result<Checkpoint> {
         let options = OpenOptions { hidden_act: self.hidden_act, pre: self.pre.clone() };
-        Ok(Checkpoint::open(&self.model, &options)?)
+        match &self.model {
+            Some(path) => Ok(Checkpoint::open(path, &options)?),
+            #[cfg(feature = "default-model")]
+            None => Ok(bitnet_burn::embedded::checkpoint()?),
+            #[cfg(not(feature = "default-model"))]
+            None => bail!("--model is missing, and this build carries no model (feature default-model)"),
+        }
     }
 }
 
@@ -100,7 +107,7 @@ pub enum DeviceKind {
 
 impl DeviceKind {
     /// The first that is compiled in.
-    fn compiled() -> Self {
+    pub fn compiled() -> Self {
         if cfg!(feature = "flex") {
             Self::Flex
         } else if cfg!(feature = "ndarray") {

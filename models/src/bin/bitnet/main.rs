@@ -12,6 +12,7 @@ mod perplexity;
 mod run;
 mod synth;
 mod tokenize;
+mod train;
 
 use std::process::ExitCode;
 
@@ -58,6 +59,7 @@ enum Command {
     Synth(synth::SynthArgs),
     Perplexity(perplexity::PerplexityArgs),
     Logits(logits::LogitsArgs),
+    Train(train::TrainArgs),
     Export(export::ExportArgs),
     Convert(export::ConvertArgs),
 }
@@ -74,6 +76,7 @@ fn main() -> ExitCode {
         Command::Synth(args) => synth::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Logits(args) => logits::run(args),
+        Command::Train(args) => train::run(args),
         Command::Export(args) => export::export(args),
         Command::Convert(args) => export::convert(args),
     };
