@@ -1,7 +1,7 @@
 //! A copy against its source, tensor by tensor.
 
 use super::{Converted, ExportError, ExportOptions, Progress, RoundedScales, Summary, Target};
-use crate::checkpoint::{Checkpoint, DenseTensor, Norm, Projection, TernaryTensor};
+use crate::checkpoint::{Checkpoint, DenseTensor, Norm, Projection, TernaryTensor, TokenizerSource};
 use crate::config::ModelConfig;
 use crate::gguf::TernaryType;
 use crate::hf::Style;
@@ -33,7 +33,7 @@ pub(super) fn compare(
     let mut done = 0;
     let mut advance = |bytes: u64| {
         done += bytes;
-        match progress(Progress::Comparing { done, total }) {
+        match progress(Progress::Comparing { done, total: total.max(done) }) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(ExportError::Interrupted),
         }
@@ -53,6 +53,10 @@ pub(super) fn compare(
             // The source's codes have been looked at while they were written.
             let (tensor, copied) = (source.projection(layer, which)?, copy.projection(layer, which)?);
             projection(&tensor, &copied, options.target, summary)?;
+            let masters = matches!(options.target, Target::Hf { style: Style::Online, .. });
+            if masters && source.master(layer, which)? != copy.master(layer, which)? {
+                return Err(differs(&tensor.name, "the masters differ"));
+            }
             advance((tensor.n * tensor.k / 4) as u64)?;
         }
     }
@@ -258,8 +262,11 @@ fn tokenizer(source: &Checkpoint, copy: &Checkpoint, summary: &mut Summary) -> R
     let size = source.config().vocab_size;
     let original = match Tokenizer::from_source(&sources[0], size) {
         Ok(tokenizer) => tokenizer,
-        // Files that were copied as they are, and that nothing here reads.
-        Err(_) if summary.format == "Hugging Face" && sources[0].is_hf() => return Ok(()),
+        // Files that were copied as they are.
+        Err(error) if sources.iter().all(|source| matches!(source, TokenizerSource::Hf { .. })) => {
+            summary.notes.push(format!("the tokenizer's files were copied, but can't be read here: {error}"));
+            return Ok(());
+        }
         Err(error) => return Err(TranslateError::Read(error).into()),
     };
     let copied = Tokenizer::from_source(&sources[1], size).map_err(TranslateError::Read)?;

@@ -201,10 +201,9 @@ impl ExportError {
         if let Self::Io { path, .. }
         | Self::Gguf(GgufWriteError::Io { path, .. })
         | Self::Hf(HfWriteError::Io { path, .. }) = &mut self
+            && let Ok(rest) = path.strip_prefix(temporary)
         {
-            if let Ok(rest) = path.strip_prefix(temporary) {
-                *path = if rest.as_os_str().is_empty() { out.to_owned() } else { out.join(rest) };
-            }
+            *path = if rest.as_os_str().is_empty() { out.to_owned() } else { out.join(rest) };
         }
         self
     }
@@ -339,10 +338,10 @@ pub fn export(
     let config = ModelConfig { name, ..checkpoint.config().clone() };
 
     let mut interrupted = false;
-    let (mut done, mut total) = (0, 0);
-    let mut advance = |bytes: u64, all: u64| {
-        (done, total) = (done + bytes, all);
-        match progress(Progress::Writing { done, total }) {
+    let mut done = 0;
+    let mut advance = |bytes: u64, total: u64| {
+        done += bytes;
+        match progress(Progress::Writing { done, total: total.max(done) }) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => {
                 interrupted = true;
