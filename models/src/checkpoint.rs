@@ -830,13 +830,7 @@ impl Checkpoint {
                 report.tensors += 1;
             }
             for which in Projection::ALL {
-                let tensor = self.projection(layer, which)?;
-                check_canonical(&tensor.codes, tensor.n, tensor.k).map_err(|e| LoadError::NotTernary {
-                    path: self.path.clone(),
-                    tensor: tensor.name.clone(),
-                    stored_as: tensor.stored_as,
-                    problem: e.to_string(),
-                })?;
+                let tensor = self.checked_projection(layer, which)?;
                 report.ternary_weights += tensor.n as u64 * tensor.k as u64;
                 report.zero_weights += tensor.zeros();
                 report.tensors += 1;
@@ -849,6 +843,24 @@ impl Checkpoint {
             report.tensors += 1;
         }
         Ok(report)
+    }
+
+    /// A projection whose codes have all been looked at.
+    pub(crate) fn checked_projection(
+        &self,
+        layer: usize,
+        which: Projection,
+    ) -> Result<TernaryTensor, LoadError> {
+        let tensor = self.projection(layer, which)?;
+        match check_canonical(&tensor.codes, tensor.n, tensor.k) {
+            Ok(()) => Ok(tensor),
+            Err(error) => Err(LoadError::NotTernary {
+                path: self.path.clone(),
+                tensor: tensor.name,
+                stored_as: tensor.stored_as,
+                problem: error.to_string(),
+            }),
+        }
     }
 
     fn check_layer(&self, layer: usize) -> Result<(), LoadError> {

@@ -195,6 +195,21 @@ pub enum ExportError {
     Interrupted,
 }
 
+impl ExportError {
+    /// The same, about the final place instead of the temporary one.
+    fn instead_of(mut self, temporary: &Path, out: &Path) -> Self {
+        if let Self::Io { path, .. }
+        | Self::Gguf(GgufWriteError::Io { path, .. })
+        | Self::Hf(HfWriteError::Io { path, .. }) = &mut self
+        {
+            if let Ok(rest) = path.strip_prefix(temporary) {
+                *path = if rest.as_os_str().is_empty() { out.to_owned() } else { out.join(rest) };
+            }
+        }
+        self
+    }
+}
+
 /// What was written, as it was found when it was read back.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Summary {
@@ -345,7 +360,7 @@ pub fn export(
     };
     match written {
         Err(_) if interrupted => return Err(ExportError::Interrupted),
-        result => result?,
+        result => result.map_err(|error| error.instead_of(&path, out))?,
     }
 
     let copy = Checkpoint::open(&path, &OpenOptions::default())?;

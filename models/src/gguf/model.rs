@@ -19,7 +19,6 @@ use bitnet_burn_core::formats::dense::DenseFormat;
 use bitnet_burn_core::formats::{ternary, tq1_0, tq2_0};
 use bytes::Bytes;
 use std::collections::HashSet;
-use std::path::Path;
 
 /// The architectures that are read.
 const ARCHITECTURES: [&str; 4] = ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA];

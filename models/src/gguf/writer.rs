@@ -8,7 +8,7 @@ use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection, Te
 use crate::config::{Activation, ModelConfig};
 use crate::exact::{Exact, Progress};
 use bitnet_burn_core::formats::dense::DenseFormat;
-use bitnet_burn_core::formats::{FormatError, check_canonical, tq1_0, tq2_0};
+use bitnet_burn_core::formats::{FormatError, tq1_0, tq2_0};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -331,7 +331,7 @@ impl<'a> GgufWriter<'a> {
                 let dims = [k as u64, n as u64];
                 let tensor_type = types.ternary.into();
                 self.tensor(projection_name(layer, which), &dims, tensor_type, move |out| {
-                    let tensor = checkpoint.projection(layer, which).map_err(io::Error::other)?;
+                    let tensor = checkpoint.checked_projection(layer, which).map_err(io::Error::other)?;
                     match head {
                         Some(head) => {
                             let codes = gptj_rows(&tensor.codes, n, head).into();
@@ -458,11 +458,7 @@ fn padded(bytes: u64) -> u64 {
 fn write_ternary(out: &mut dyn Write, tensor: &TernaryTensor, ternary: TernaryType) -> io::Result<()> {
     let TernaryTensor { n, k, scale, ref codes, .. } = *tensor;
     let blocks = match ternary {
-        TernaryType::I2_S => {
-            // What the others check on the way: a code that stands for no weight.
-            check_canonical(codes, n, k).map_err(io::Error::other)?;
-            return write_i2_s(out, codes, scale);
-        }
+        TernaryType::I2_S => return write_i2_s(out, codes, scale),
         TernaryType::TQ2_0 => tq2_0::from_canonical,
         TernaryType::TQ1_0 => tq1_0::from_canonical,
     };

@@ -297,7 +297,7 @@ fn projection<'a>(
         return Err(HfWriteError::Tensor { tensor: name, problem });
     }
     writer.tensor(name, Dtype::U8, &[n / 4, k], move |out| {
-        let tensor = checkpoint.projection(layer, which).map_err(io::Error::other)?;
+        let tensor = checkpoint.checked_projection(layer, which).map_err(io::Error::other)?;
         out.write_all(&pack_from_canonical(&tensor.codes, n, k).map_err(io::Error::other)?)
     })?;
     writer.tensor(scale_name(layer, which), Dtype::F32, &[1], move |out| {

@@ -77,9 +77,11 @@ pub(super) fn with_patterns(patterns: &[String], ignore_merges: bool) -> Option<
     found.map(|p| p.names[0])
 }
 
-/// The first name of each.
-pub(super) fn all() -> impl Iterator<Item = &'static str> {
-    PRE_TOKENIZERS.iter().map(|p| p.names[0])
+/// The first name of each, those first that treat merges in this way.
+pub(super) fn all(ignore_merges: bool) -> Vec<&'static str> {
+    let (alike, others): (Vec<_>, Vec<_>) =
+        PRE_TOKENIZERS.iter().partition(|p| p.ignore_merges == ignore_merges);
+    alike.into_iter().chain(others).map(|p| p.names[0]).collect()
 }
 
 /// All names, for messages.

@@ -140,7 +140,7 @@ pub(crate) fn to_gguf(
             // One that GGUF knows by no expression of its own may still be one of those that it knows.
             match asked.or(found) {
                 Some(name) => vec![name],
-                None => pre::all().collect(),
+                None => pre::all(ignore_merges),
             }
         }
     };
