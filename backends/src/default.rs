@@ -6,10 +6,11 @@
 use bitnet_burn_core::formats::DenseFormat;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
-use burn::tensor::{DType, FloatDType, IntDType, Shape, Slice, TensorData};
+use burn::tensor::{DType, FloatDType, IndexingUpdateOp, IntDType, Shape, Slice, TensorData};
 
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs, TernaryWeight,
+    TernaryWeights,
 };
 
 const EPSILON: f32 = 1e-5;
@@ -72,6 +73,201 @@ fn quantise<B: Backend>(x: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
     let to_int8 = B::float_div(steps, a.clone());
     let q = B::float_round(B::float_mul(x, to_int8));
     (B::float_clamp(q, (-128f32).into(), 127f32.into()), B::float_div_scalar(a, 127f32.into()))
+}
+
+pub(crate) fn fake_quantise<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
+    let (q, scale) = quantise::<B>(x);
+    B::float_mul(q, scale)
+}
+
+pub(crate) fn ternarise<B: Backend>(w: FloatTensor<B>) -> FloatTensor<B> {
+    let mean = B::float_mean(B::float_abs(w.clone()));
+    let s = B::float_reshape(B::float_clamp_min(mean, EPSILON.into()), Shape::new([1, 1]));
+    let codes = B::float_round(B::float_mul(w, B::float_recip(s.clone())));
+    B::float_mul(B::float_clamp(codes, (-1f32).into(), 1f32.into()), s)
+}
+
+/// Queries, keys and values of [`self_attention`], turned, by (sequence, kv head): q [., group * length, d],
+/// k and v [., length, d]; and the softmax of their scores [., group * length, length].
+struct Attended<B: Backend> {
+    q: FloatTensor<B>,
+    k: FloatTensor<B>,
+    v: FloatTensor<B>,
+    weights: FloatTensor<B>,
+    /// The angles of every row [M, d / 2].
+    angles: (FloatTensor<B>, FloatTensor<B>),
+}
+
+/// [M, kv * group * d] -> [sequences * kv, group * length, d]
+fn split_heads<B: Backend>(x: FloatTensor<B>, group: usize, args: &SelfAttentionArgs) -> FloatTensor<B> {
+    let SelfAttentionArgs { n_kv_heads, head_dim: d, length, .. } = *args;
+    let sequences = dims(&x)[0] / length;
+    let x = B::float_reshape(x, Shape::new([sequences, length, n_kv_heads, group, d]));
+    let x = B::float_permute(x, &[0, 2, 3, 1, 4]);
+    B::float_reshape(x, Shape::new([sequences * n_kv_heads, group * length, d]))
+}
+
+/// The reverse of [`split_heads`].
+fn join_heads<B: Backend>(x: FloatTensor<B>, group: usize, args: &SelfAttentionArgs) -> FloatTensor<B> {
+    let SelfAttentionArgs { n_kv_heads, head_dim: d, length, .. } = *args;
+    let sequences = dims(&x)[0] / n_kv_heads;
+    let x = B::float_reshape(x, Shape::new([sequences, n_kv_heads, group, length, d]));
+    let x = B::float_permute(x, &[0, 3, 1, 2, 4]);
+    B::float_reshape(x, Shape::new([sequences * length, n_kv_heads * group * d]))
+}
+
+fn attended<B: Backend>(
+    qkv: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    args: &SelfAttentionArgs,
+) -> Attended<B> {
+    let SelfAttentionArgs { n_heads, n_kv_heads, head_dim: d, length } = *args;
+    let m = dims(&qkv)[0];
+    let (sequences, group) = (m / length, n_heads / n_kv_heads);
+    let device = qkv.device();
+    let repeat = |angles: FloatTensor<B>| {
+        let angles = B::float_reshape(angles, Shape::new([1, length, d / 2]));
+        let all = B::float_expand(angles, Shape::new([sequences, length, d / 2]));
+        B::float_reshape(all, Shape::new([m, d / 2]))
+    };
+    let (cos, sin) = (repeat(cos), repeat(sin));
+    let part = |from: usize, heads: usize| {
+        B::float_slice(qkv.clone(), &slice(&[0..m, from * d..(from + heads) * d]))
+    };
+    let q = rope::<B>(part(0, n_heads), cos.clone(), sin.clone(), d);
+    let k = rope::<B>(part(n_heads, n_kv_heads), cos.clone(), sin.clone(), d);
+    let v = part(n_heads + n_kv_heads, n_kv_heads);
+    let q = split_heads::<B>(q, group, args);
+    let (k, v) = (split_heads::<B>(k, 1, args), split_heads::<B>(v, 1, args));
+    let scores = B::float_matmul(q.clone(), B::float_transpose(k.clone()));
+    let scores = B::float_mul_scalar(scores, (1.0 / (d as f32).sqrt()).into());
+    let mask: Vec<f32> = (0..group * length)
+        .flat_map(|row| (0..length).map(move |p| if p <= row % length { 0.0 } else { -1e30 }))
+        .collect();
+    let mask = B::float_from_data(TensorData::new(mask, [1, group * length, length]), &device);
+    let scores = B::float_add(scores, mask);
+    let scores = B::float_sub(scores.clone(), B::float_max_dim(scores, 2));
+    let weights = B::float_exp(scores);
+    let sums = B::float_sum_dim(weights.clone(), 2);
+    Attended { q, k, v, weights: B::float_div(weights, sums), angles: (cos, sin) }
+}
+
+pub(crate) fn self_attention<B: Backend>(
+    qkv: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    args: &SelfAttentionArgs,
+) -> FloatTensor<B> {
+    let Attended { v, weights, .. } = attended::<B>(qkv, cos, sin, args);
+    join_heads::<B>(B::float_matmul(weights, v), args.n_heads / args.n_kv_heads, args)
+}
+
+pub(crate) fn self_attention_backward<B: Backend>(
+    qkv: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    dy: FloatTensor<B>,
+    args: &SelfAttentionArgs,
+) -> FloatTensor<B> {
+    let (d, group) = (args.head_dim, args.n_heads / args.n_kv_heads);
+    let Attended { q, k, v, weights, angles } = attended::<B>(qkv, cos, sin, args);
+    let dy = split_heads::<B>(dy, group, args);
+    let d_v = B::float_matmul(B::float_transpose(weights.clone()), dy.clone());
+    let d_weights = B::float_matmul(dy, B::float_transpose(v));
+    let mean = B::float_sum_dim(B::float_mul(d_weights.clone(), weights.clone()), 2);
+    let d_scores = B::float_mul(weights, B::float_sub(d_weights, mean));
+    let d_scores = B::float_mul_scalar(d_scores, (1.0 / (d as f32).sqrt()).into());
+    let d_q = B::float_matmul(d_scores.clone(), k);
+    let d_k = B::float_matmul(B::float_transpose(d_scores), q);
+    // Turning by the opposite angle is the gradient of turning.
+    let (cos, back) = (angles.0, B::float_neg(angles.1));
+    let turn = |x: FloatTensor<B>| rope::<B>(x, cos.clone(), back.clone(), d);
+    let parts = vec![
+        turn(join_heads::<B>(d_q, group, args)),
+        turn(join_heads::<B>(d_k, 1, args)),
+        join_heads::<B>(d_v, 1, args),
+    ];
+    B::float_cat(parts, 1)
+}
+
+pub(crate) fn cross_entropy<B: Backend>(logits: FloatTensor<B>, targets: IntTensor<B>) -> FloatTensor<B> {
+    let m = dims(&logits)[0];
+    let logits = B::float_sub(logits.clone(), B::float_max_dim(logits, 1));
+    let total = B::float_log(B::float_sum_dim(B::float_exp(logits.clone()), 1));
+    let target = B::float_gather(1, logits, B::int_reshape(targets, Shape::new([m, 1])));
+    B::float_reshape(B::float_sub(total, target), Shape::new([m]))
+}
+
+pub(crate) fn cross_entropy_backward<B: Backend>(
+    logits: FloatTensor<B>,
+    targets: IntTensor<B>,
+    d: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let m = dims(&logits)[0];
+    let weights = B::float_exp(B::float_sub(logits.clone(), B::float_max_dim(logits, 1)));
+    let sums = B::float_sum_dim(weights.clone(), 1);
+    let d = B::float_reshape(d, Shape::new([m, 1]));
+    let dx = B::float_mul(B::float_div(weights, sums), d.clone());
+    let targets = B::int_reshape(targets, Shape::new([m, 1]));
+    B::float_scatter(1, dx, targets, B::float_neg(d), IndexingUpdateOp::Add)
+}
+
+/// 1 / sqrt(mean(x^2) + eps) of each row [M, 1].
+fn inverse_root<B: Backend>(x: FloatTensor<B>, eps: f32) -> FloatTensor<B> {
+    let mean = B::float_mean_dim(B::float_mul(x.clone(), x), 1);
+    B::float_recip(B::float_sqrt(B::float_add_scalar(mean, eps.into())))
+}
+
+pub(crate) fn rms_norm_backward<B: Backend>(
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    dy: FloatTensor<B>,
+    eps: f32,
+) -> FloatTensor<B> {
+    let k = dims(&x)[1];
+    let r = inverse_root::<B>(x.clone(), eps);
+    let g = B::float_mul(dy, B::float_reshape(weight, Shape::new([1, k])));
+    let mean = B::float_mean_dim(B::float_mul(g.clone(), x.clone()), 1);
+    let factor = B::float_mul(B::float_mul(r.clone(), r.clone()), mean);
+    B::float_mul(B::float_sub(g, B::float_mul(x, factor)), r)
+}
+
+pub(crate) fn rms_norm_backward_weight<B: Backend>(
+    x: FloatTensor<B>,
+    dy: FloatTensor<B>,
+    eps: f32,
+) -> FloatTensor<B> {
+    let k = dims(&x)[1];
+    let r = inverse_root::<B>(x.clone(), eps);
+    let sum = B::float_sum_dim(B::float_mul(dy, B::float_mul(x, r)), 0);
+    B::float_reshape(sum, Shape::new([k]))
+}
+
+pub(crate) fn gated_backward<B: Backend>(
+    gate_up: FloatTensor<B>,
+    dy: FloatTensor<B>,
+    activation: GatedActivation,
+) -> FloatTensor<B> {
+    let [m, width] = dims(&gate_up)[..] else { panic!("gated takes [M, 2 * F]") };
+    let gate = B::float_slice(gate_up.clone(), &slice(&[0..m, 0..width / 2]));
+    let up = B::float_slice(gate_up, &slice(&[0..m, width / 2..width]));
+    let (value, slope) = match activation {
+        GatedActivation::Relu2 => {
+            let relu = B::float_clamp_min(gate, 0f32.into());
+            (B::float_mul(relu.clone(), relu.clone()), B::float_mul_scalar(relu, 2f32.into()))
+        }
+        GatedActivation::Silu => {
+            let e = B::float_exp(B::float_neg(gate.clone()));
+            let sigmoid = B::float_recip(B::float_add_scalar(e, 1f32.into()));
+            let value = B::float_mul(gate, sigmoid.clone());
+            // sigmoid + value * (1 - sigmoid)
+            let rest = B::float_add_scalar(B::float_neg(sigmoid.clone()), 1f32.into());
+            (value.clone(), B::float_add(sigmoid, B::float_mul(value, rest)))
+        }
+    };
+    let d_gate = B::float_mul(B::float_mul(dy.clone(), up), slope);
+    B::float_cat(vec![d_gate, B::float_mul(dy, value)], 1)
 }
 
 fn concat<B: Backend>(mut tensors: Vec<FloatTensor<B>>) -> FloatTensor<B> {
@@ -335,6 +531,7 @@ fn from_bits<B: Backend>(bits: IntTensor<B>, exponent: u32, mantissa: u32) -> Fl
 mod tests {
     use bitnet_burn_core::quant;
     use burn::backend::tensor::FloatTensor;
+    use burn::backend::{Autodiff, AutodiffBackend};
     use burn::tensor::TensorData;
 
     use super::*;
@@ -482,6 +679,162 @@ mod tests {
         }
     }
 
+    fn random(seed: u32, count: usize) -> Vec<f32> {
+        numbers(seed, count, 4001).map(|v| v as f32 / 1000.0 - 2.0).collect()
+    }
+
+    /// The gradients of sum(f(inputs) * dy) for the inputs, by Burn's own differentiation.
+    fn differentiated<A: AutodiffBackend>(
+        inputs: &[(Vec<f32>, Vec<usize>)],
+        dy: &[f32],
+        f: impl Fn(Vec<FloatTensor<A>>) -> FloatTensor<A>,
+    ) -> Vec<Vec<f32>> {
+        let inputs: Vec<FloatTensor<A>> = inputs
+            .iter()
+            .map(|(values, shape)| A::float_set_require_grad(floats::<A>(values.clone(), shape), true))
+            .collect();
+        let y = f(inputs.clone());
+        let dy = floats::<A>(dy.to_vec(), &dims(&y));
+        let grads = A::backward(A::float_sum(A::float_mul(y, dy)));
+        inputs.iter().map(|x| values::<A::InnerBackend>(A::grad(x, &grads).expect("a gradient"))).collect()
+    }
+
+    /// What training adds: each fast body and each gradient against the default forward body, which Burn
+    /// differentiates.
+    fn training_is_the_same<B: TernaryBackend>() {
+        for (m, k) in [(1, 1), (3, 17), (130, 96)] {
+            let (x, w, dy) = (random(1, m * k), random(2, k), random(3, m * k));
+            let shape = [m, k];
+            let tensor = |v: &[f32]| floats::<B>(v.to_vec(), &shape);
+            let weight = || floats::<B>(w.clone(), &[k]);
+            let plain = rms_norm::<B>(tensor(&x), weight(), 1e-3);
+            close(
+                &values::<B>(B::rms_norm(tensor(&x), weight(), 1e-3)),
+                &values::<B>(plain),
+                1e-6,
+                "rms_norm",
+            );
+            let inputs = [(x.clone(), shape.to_vec()), (w.clone(), vec![k])];
+            let want = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
+                let w = v.remove(1);
+                rms_norm::<Autodiff<B>>(v.remove(0), w, 1e-3)
+            });
+            let whole = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
+                let w = v.remove(1);
+                Autodiff::<B>::rms_norm(v.remove(0), w, 1e-3)
+            });
+            for (name, dx) in [
+                ("fast", B::rms_norm_backward(tensor(&x), weight(), tensor(&dy), 1e-3)),
+                ("default", rms_norm_backward::<B>(tensor(&x), weight(), tensor(&dy), 1e-3)),
+                ("autodiff", floats::<B>(whole[0].clone(), &shape)),
+            ] {
+                close(&values::<B>(dx), &want[0], 1e-5, &format!("rms_norm dx {name}"));
+            }
+            for (name, dw) in [
+                ("fast", B::rms_norm_backward_weight(tensor(&x), tensor(&dy), 1e-3)),
+                ("default", rms_norm_backward_weight::<B>(tensor(&x), tensor(&dy), 1e-3)),
+                ("autodiff", floats::<B>(whole[1].clone(), &[k])),
+            ] {
+                close(&values::<B>(dw), &want[1], 1e-5, &format!("rms_norm dw {name}"));
+            }
+        }
+        for (m, f) in [(1, 3), (130, 40)] {
+            let (x, dy) = (random(4, m * 2 * f), random(5, m * f));
+            let tensor = || floats::<B>(x.clone(), &[m, 2 * f]);
+            let d = || floats::<B>(dy.clone(), &[m, f]);
+            for activation in [GatedActivation::Relu2, GatedActivation::Silu] {
+                let plain = values::<B>(gated::<B>(tensor(), activation));
+                close(&values::<B>(B::gated(tensor(), activation)), &plain, 1e-6, "gated");
+                let inputs = [(x.clone(), vec![m, 2 * f])];
+                let want = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
+                    gated::<Autodiff<B>>(v.remove(0), activation)
+                });
+                let whole = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
+                    Autodiff::<B>::gated(v.remove(0), activation)
+                });
+                for (name, dx) in [
+                    ("fast", values::<B>(B::gated_backward(tensor(), d(), activation))),
+                    ("default", values::<B>(gated_backward::<B>(tensor(), d(), activation))),
+                    ("autodiff", whole[0].clone()),
+                ] {
+                    close(&dx, &want[0], 1e-5, &format!("{activation:?} {name}"));
+                }
+            }
+        }
+        for (m, n) in [(1, 2), (130, 75)] {
+            let (x, d) = (random(6, m * n), random(7, m));
+            let ids: Vec<i32> = numbers(8, m, n as u32).map(|v| v as i32).collect();
+            let targets = || B::int_from_data(TensorData::new(ids.clone(), [m]), &Default::default());
+            let logits = || floats::<B>(x.clone(), &[m, n]);
+            let fast = values::<B>(B::cross_entropy(logits(), targets()));
+            close(&fast, &values::<B>(cross_entropy::<B>(logits(), targets())), 1e-6, "cross_entropy");
+            for (row, (&got, &target)) in fast.iter().zip(&ids).enumerate() {
+                let row = &x[row * n..][..n];
+                let total: f64 = row.iter().map(|&v| f64::from(v).exp()).sum();
+                let want = total.ln() - f64::from(row[target as usize]);
+                assert!((f64::from(got) - want).abs() < 1e-5 * want.max(1.0), "{got} {want}");
+            }
+            let inputs = [(x.clone(), vec![m, n])];
+            let want = differentiated::<Autodiff<B>>(&inputs, &d, |mut v| {
+                cross_entropy::<Autodiff<B>>(v.remove(0), targets())
+            });
+            let whole = differentiated::<Autodiff<B>>(&inputs, &d, |mut v| {
+                Autodiff::<B>::cross_entropy(v.remove(0), targets())
+            });
+            let d = || floats::<B>(d.clone(), &[m]);
+            for (name, dx) in [
+                ("fast", values::<B>(B::cross_entropy_backward(logits(), targets(), d()))),
+                ("default", values::<B>(cross_entropy_backward::<B>(logits(), targets(), d()))),
+                ("autodiff", whole[0].clone()),
+            ] {
+                close(&dx, &want[0], 1e-5, &format!("cross_entropy {name}"));
+            }
+        }
+        for (sequences, length, n_heads, n_kv_heads, head_dim) in
+            [(1, 1, 1, 1, 2), (2, 5, 2, 1, 8), (3, 70, 6, 2, 16), (1, 129, 2, 2, 4)]
+        {
+            let args = SelfAttentionArgs { n_heads, n_kv_heads, head_dim, length };
+            let (m, width) = (sequences * length, (n_heads + 2 * n_kv_heads) * head_dim);
+            let (x, dy) = (random(9, m * width), random(10, m * n_heads * head_dim));
+            let angles: Vec<f32> = (0..length * head_dim / 2)
+                .map(|i| (i % (head_dim / 2) + 1) as f32 * 0.1 * i as f32)
+                .collect();
+            let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+            let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+            let shape = [length, head_dim / 2];
+            let of = |v: &[f32]| floats::<B>(v.to_vec(), &shape);
+            let lifted = |v: &[f32]| floats::<Autodiff<B>>(v.to_vec(), &shape);
+            let qkv = || floats::<B>(x.clone(), &[m, width]);
+            let d = || floats::<B>(dy.clone(), &[m, n_heads * head_dim]);
+            let plain = values::<B>(self_attention::<B>(qkv(), of(&cos), of(&sin), &args));
+            let fast = values::<B>(B::self_attention(qkv(), of(&cos), of(&sin), args));
+            close(&fast, &plain, 2e-6, &format!("{args:?}"));
+            let inputs = [(x.clone(), vec![m, width])];
+            let want = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
+                self_attention::<Autodiff<B>>(v.remove(0), lifted(&cos), lifted(&sin), &args)
+            });
+            let whole = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
+                Autodiff::<B>::self_attention(v.remove(0), lifted(&cos), lifted(&sin), args)
+            });
+            for (name, dx) in [
+                ("fast", values::<B>(B::self_attention_backward(qkv(), of(&cos), of(&sin), d(), args))),
+                ("default", values::<B>(self_attention_backward::<B>(qkv(), of(&cos), of(&sin), d(), &args))),
+                ("autodiff", whole[0].clone()),
+            ] {
+                close(&dx, &want[0], 1e-5, &format!("{args:?} {name}"));
+            }
+        }
+        for (m, k) in [(1, 1), (3, 40), (70, 33)] {
+            let x = || floats::<B>(random(11, m * k), &[m, k]);
+            let want = values::<B>(fake_quantise::<B>(x()));
+            close(&values::<B>(B::fake_quantise(x())), &want, 1e-6, "fake_quantise");
+            let scale = quant::absmean_scale(&random(11, m * k));
+            let got = values::<B>(B::ternarise(x()));
+            assert_eq!(got, quant::absmean_values(&random(11, m * k), scale));
+            close(&got, &values::<B>(ternarise::<B>(x())), 1e-6, "ternarise");
+        }
+    }
+
     fn int8_activations_are_the_same<B: TernaryBackend>() {
         for format in DenseArgs::INT8_FORMATS {
             for (n, blocks, m) in [(5, 1, 1), (19, 3, 2), (33, 8, 5)] {
@@ -559,6 +912,7 @@ mod tests {
         bit_linear_is_the_same::<burn::backend::Flex>();
         int8_activations_are_the_same::<burn::backend::Flex>();
         ties_are_rounded_to_even::<burn::backend::Flex>();
+        training_is_the_same::<burn::backend::Flex>();
     }
 
     #[cfg(feature = "ndarray")]
@@ -567,5 +921,6 @@ mod tests {
         bit_linear_is_the_same::<burn::backend::NdArray>();
         int8_activations_are_the_same::<burn::backend::NdArray>();
         ties_are_rounded_to_even::<burn::backend::NdArray>();
+        training_is_the_same::<burn::backend::NdArray>();
     }
 }

@@ -96,6 +96,19 @@ pub struct AttentionArgs {
     pub position: usize,
 }
 
+/// Arguments of [`TernaryBackend::self_attention`].
+#[derive(Clone, Copy, Debug)]
+pub struct SelfAttentionArgs {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; query head h reads kv head h / (n_heads / n_kv_heads).
+    pub n_kv_heads: usize,
+    /// Values a head.
+    pub head_dim: usize,
+    /// Rows of each sequence.
+    pub length: usize,
+}
+
 /// A dense matrix [n, k] in the format of its file.
 ///
 /// ```
@@ -199,6 +212,114 @@ pub trait TernaryBackend: burn::backend::Backend {
         default::bit_linear_backward::<Self>(dy, weights, &args)
     }
 
+    /// Activations as the kernels see them, by rows: q * (a / 127), with a and q as for
+    /// [`bit_linear`](Self::bit_linear). Its gradient is the straight-through estimator's: that of the
+    /// output, unchanged (Bengio et al., arXiv 1308.3432).
+    ///
+    /// # Shapes
+    /// x [M, K]; the output is like x.
+    fn fake_quantise(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        default::fake_quantise::<Self>(x)
+    }
+
+    /// Latent weights as packing freezes them, absmean: clamp(round(w / s), -1, 1) * s with
+    /// s = max(mean |w|, 1e-5). Its gradient is the straight-through estimator's: that of the output,
+    /// unchanged.
+    ///
+    /// Bodies for host memory add |w| in f64 in the order of the indices, as
+    /// [`quant::absmean_scale`](bitnet_burn_core::quant::absmean_scale) does; other devices may come to an s
+    /// that differs in its last bit.
+    ///
+    /// # Shapes
+    /// w [N, K]; the output is like w.
+    fn ternarise(w: FloatTensor<Self>) -> FloatTensor<Self> {
+        default::ternarise::<Self>(w)
+    }
+
+    /// Causal attention of whole sequences over themselves, with rotary position embedding: row m of a
+    /// sequence is at position m and sees the rows up to itself. Scores are scaled by 1 / sqrt(d).
+    ///
+    /// # Shapes
+    /// qkv [sequences * length, (heads + 2 * kv heads) * d]: queries, keys and values side by side; cos and
+    /// sin [length, d / 2]; the output is [sequences * length, heads * d].
+    fn self_attention(
+        qkv: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        args: SelfAttentionArgs,
+    ) -> FloatTensor<Self> {
+        default::self_attention::<Self>(qkv, cos, sin, &args)
+    }
+
+    /// The gradient of [`self_attention`](Self::self_attention) for qkv.
+    ///
+    /// # Shapes
+    /// dy like the output of that; the output is like qkv.
+    fn self_attention_backward(
+        qkv: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        args: SelfAttentionArgs,
+    ) -> FloatTensor<Self> {
+        default::self_attention_backward::<Self>(qkv, cos, sin, dy, &args)
+    }
+
+    /// -ln softmax(logits)[target], by rows.
+    ///
+    /// # Shapes
+    /// logits [M, N], targets `[M]`; the output is `[M]`.
+    fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        default::cross_entropy::<Self>(logits, targets)
+    }
+
+    /// The gradient of [`cross_entropy`](Self::cross_entropy) for the logits:
+    /// d * (softmax(logits) - 1 at the target).
+    ///
+    /// # Shapes
+    /// d `[M]`; the output is like the logits.
+    fn cross_entropy_backward(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        d: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        default::cross_entropy_backward::<Self>(logits, targets, d)
+    }
+
+    /// The gradient of [`rms_norm`](Self::rms_norm) for x: with r = 1 / sqrt(mean(x^2) + eps) and
+    /// g = dy * weight, r * (g - x * r^2 * mean(g * x)).
+    ///
+    /// # Shapes
+    /// dy and the output are like x.
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self> {
+        default::rms_norm_backward::<Self>(x, weight, dy, eps)
+    }
+
+    /// The gradient of [`rms_norm`](Self::rms_norm) for its weight: the sum of dy * x * r over the rows.
+    ///
+    /// # Shapes
+    /// dy like x; the output is `[K]`.
+    fn rms_norm_backward_weight(x: FloatTensor<Self>, dy: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        default::rms_norm_backward_weight::<Self>(x, dy, eps)
+    }
+
+    /// The gradient of [`gated`](Self::gated).
+    ///
+    /// # Shapes
+    /// dy [M, F]; gate_up and the output are [M, 2 * F].
+    fn gated_backward(
+        gate_up: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        activation: GatedActivation,
+    ) -> FloatTensor<Self> {
+        default::gated_backward::<Self>(gate_up, dy, activation)
+    }
+
     /// x / sqrt(mean(x^2) + eps) * weight, by rows.
     ///
     /// # Shapes
@@ -278,20 +399,23 @@ pub trait TernaryBackend: burn::backend::Backend {
 impl TernaryBackend for burn_cubecl::CubeBackend {}
 
 mod autodiff {
-    use burn::backend::Autodiff;
     use burn::backend::autodiff::checkpoint::base::Checkpointer;
     use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
     use burn::backend::autodiff::grads::Gradients;
     use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-    use burn::backend::tensor::FloatTensor;
+    use burn::backend::tensor::{FloatTensor, IntTensor};
+    use burn::backend::{Autodiff, Backend};
 
-    use super::{BitLinearArgs, InputNorm, TernaryBackend, TernaryWeight, TernaryWeights};
+    use super::{
+        BitLinearArgs, GatedActivation, InputNorm, SelfAttentionArgs, TernaryBackend, TernaryWeight,
+        TernaryWeights,
+    };
 
     #[derive(Debug)]
     struct BitLinearBackward;
 
     /// Codes and scales of the inner backend.
-    type Saved<B> = Vec<(burn::backend::tensor::IntTensor<B>, FloatTensor<B>)>;
+    type Saved<B> = Vec<(IntTensor<B>, FloatTensor<B>)>;
 
     fn weights<B: TernaryBackend>(saved: Saved<B>) -> TernaryWeights<B> {
         let mut matrices = saved.into_iter().map(|(codes, scale)| TernaryWeight { codes, scale });
@@ -316,8 +440,91 @@ mod autodiff {
         }
     }
 
-    /// The packed layer under autodiff: the inner backend computes it, and the gradient for the input
-    /// is the straight-through estimator's. Codes and scales are constants.
+    #[derive(Debug)]
+    struct StraightThrough;
+
+    impl<B: Backend> Backward<B, 1> for StraightThrough {
+        type State = ();
+
+        fn backward(self, ops: Ops<(), 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+            let [node_x] = ops.parents;
+            let dy = grads.consume::<B>(&ops.node);
+            if let Some(node) = node_x {
+                grads.register::<B>(node.id, dy);
+            }
+        }
+    }
+
+    #[derive(Debug)]
+    struct RmsNormBackward;
+
+    impl<B: TernaryBackend> Backward<B, 2> for RmsNormBackward {
+        type State = (FloatTensor<B>, FloatTensor<B>, f32);
+
+        fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+            let [node_x, node_weight] = ops.parents;
+            let dy = grads.consume::<B>(&ops.node);
+            let (x, weight, eps) = ops.state;
+            if let Some(node) = node_weight {
+                let dw = B::rms_norm_backward_weight(x.clone(), dy.clone(), eps);
+                grads.register::<B>(node.id, dw);
+            }
+            if let Some(node) = node_x {
+                grads.register::<B>(node.id, B::rms_norm_backward(x, weight, dy, eps));
+            }
+        }
+    }
+
+    #[derive(Debug)]
+    struct GatedBackward;
+
+    impl<B: TernaryBackend> Backward<B, 1> for GatedBackward {
+        type State = (FloatTensor<B>, GatedActivation);
+
+        fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+            let [node_x] = ops.parents;
+            let dy = grads.consume::<B>(&ops.node);
+            let (gate_up, activation) = ops.state;
+            if let Some(node) = node_x {
+                grads.register::<B>(node.id, B::gated_backward(gate_up, dy, activation));
+            }
+        }
+    }
+
+    #[derive(Debug)]
+    struct SelfAttentionBackward;
+
+    impl<B: TernaryBackend> Backward<B, 1> for SelfAttentionBackward {
+        type State = (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, SelfAttentionArgs);
+
+        fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+            let [node_x] = ops.parents;
+            let dy = grads.consume::<B>(&ops.node);
+            let (qkv, cos, sin, args) = ops.state;
+            if let Some(node) = node_x {
+                grads.register::<B>(node.id, B::self_attention_backward(qkv, cos, sin, dy, args));
+            }
+        }
+    }
+
+    #[derive(Debug)]
+    struct CrossEntropyBackward;
+
+    impl<B: TernaryBackend> Backward<B, 1> for CrossEntropyBackward {
+        type State = (FloatTensor<B>, IntTensor<B>);
+
+        fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+            let [node_x] = ops.parents;
+            let d = grads.consume::<B>(&ops.node);
+            let (logits, targets) = ops.state;
+            if let Some(node) = node_x {
+                grads.register::<B>(node.id, B::cross_entropy_backward(logits, targets, d));
+            }
+        }
+    }
+
+    /// Gradients that differ from those of the default bodies, or are cheaper. A packed layer's codes and
+    /// scales are constants; the gradient for its input is the straight-through estimator's.
     impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C> {
         fn bit_linear(
             x: FloatTensor<Self>,
@@ -339,6 +546,62 @@ mod autodiff {
                     prep.finish((saved, args), y)
                 }
                 OpsKind::UnTracked(prep) => prep.finish(forward(x.into_primitive(), saved)),
+            }
+        }
+
+        fn fake_quantise(x: FloatTensor<Self>) -> FloatTensor<Self> {
+            let prep = StraightThrough.prepare::<C>([x.node()]).compute_bound();
+            prep.stateless(B::fake_quantise(x.into_primitive()))
+        }
+
+        fn ternarise(w: FloatTensor<Self>) -> FloatTensor<Self> {
+            let prep = StraightThrough.prepare::<C>([w.node()]).compute_bound();
+            prep.stateless(B::ternarise(w.into_primitive()))
+        }
+
+        fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+            let prep = RmsNormBackward.prepare::<C>([x.node(), weight.node()]).compute_bound();
+            let (x, weight) = (x.into_primitive(), weight.into_primitive());
+            let y = B::rms_norm(x.clone(), weight.clone(), eps);
+            match prep.stateful() {
+                OpsKind::Tracked(prep) => prep.finish((x, weight, eps), y),
+                OpsKind::UnTracked(prep) => prep.finish(y),
+            }
+        }
+
+        fn gated(gate_up: FloatTensor<Self>, activation: GatedActivation) -> FloatTensor<Self> {
+            let prep = GatedBackward.prepare::<C>([gate_up.node()]).compute_bound();
+            let gate_up = gate_up.into_primitive();
+            let y = B::gated(gate_up.clone(), activation);
+            match prep.stateful() {
+                OpsKind::Tracked(prep) => prep.finish((gate_up, activation), y),
+                OpsKind::UnTracked(prep) => prep.finish(y),
+            }
+        }
+
+        fn self_attention(
+            qkv: FloatTensor<Self>,
+            cos: FloatTensor<Self>,
+            sin: FloatTensor<Self>,
+            args: SelfAttentionArgs,
+        ) -> FloatTensor<Self> {
+            let prep = SelfAttentionBackward.prepare::<C>([qkv.node()]).compute_bound();
+            // The angles are constants.
+            let (qkv, cos, sin) = (qkv.into_primitive(), cos.into_primitive(), sin.into_primitive());
+            let y = B::self_attention(qkv.clone(), cos.clone(), sin.clone(), args);
+            match prep.stateful() {
+                OpsKind::Tracked(prep) => prep.finish((qkv, cos, sin, args), y),
+                OpsKind::UnTracked(prep) => prep.finish(y),
+            }
+        }
+
+        fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+            let prep = CrossEntropyBackward.prepare::<C>([logits.node()]).compute_bound();
+            let logits = logits.into_primitive();
+            let y = B::cross_entropy(logits.clone(), targets.clone());
+            match prep.stateful() {
+                OpsKind::Tracked(prep) => prep.finish((logits, targets), y),
+                OpsKind::UnTracked(prep) => prep.finish(y),
             }
         }
     }

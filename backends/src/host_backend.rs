@@ -8,16 +8,18 @@ use std::sync::Mutex;
 
 use bitnet_burn_core::manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerError};
 use bitnet_burn_core::memory::{Activations, ActivationsMut};
+use bitnet_burn_core::quant;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::Shape;
 
 use crate::default;
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs, TernaryWeight,
+    TernaryWeights,
 };
 use crate::host::attention::{self as host_attention, CacheMut, CacheRef};
-use crate::host::{Shared, dense, dense_int8, elementwise};
+use crate::host::{Shared, dense, dense_int8, elementwise, training};
 use crate::manager::{leave_error, manager};
 
 /// Rows of a tensor [M, K] in host memory.
@@ -370,6 +372,124 @@ pub(crate) fn bit_linear_backward<B: HostBackend>(
     }
 }
 
+pub(crate) fn fake_quantise<B: HostBackend>(x: FloatTensor<B>) -> FloatTensor<B> {
+    let [m, k] = dims(&x);
+    let mut y = vec![0f32; m * k];
+    with_activations(|activations| {
+        let manager = manager();
+        let out = activations.resize(m, k);
+        let stride = out.stride;
+        quantise(manager, &B::floats(&x), k, None, out);
+        let (q, scale) = (activations.q(), activations.scale());
+        for (row, (y, scale)) in y.chunks_exact_mut(k).zip(scale).enumerate() {
+            for (y, &q) in y.iter_mut().zip(&q[row * stride..]) {
+                *y = f32::from(q) * scale;
+            }
+        }
+    });
+    B::tensor(y, Shape::new([m, k]))
+}
+
+pub(crate) fn ternarise<B: HostBackend>(w: FloatTensor<B>) -> FloatTensor<B> {
+    let shape = w.shape();
+    let w = B::floats(&w);
+    let scale = quant::absmean_scale(&w);
+    B::tensor(quant::absmean_values(&w, scale), shape)
+}
+
+fn attention_shape(args: &SelfAttentionArgs) -> training::Shape {
+    let SelfAttentionArgs { n_heads, n_kv_heads, head_dim, length } = *args;
+    training::Shape { n_heads, n_kv_heads, head_dim, length }
+}
+
+pub(crate) fn self_attention<B: HostBackend>(
+    qkv: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    args: &SelfAttentionArgs,
+) -> FloatTensor<B> {
+    let (m, width) = (dims(&qkv)[0], args.n_heads * args.head_dim);
+    let (qkv, cos, sin) = (B::floats(&qkv), B::floats(&cos), B::floats(&sin));
+    let mut out = vec![0f32; m * width];
+    training::self_attention(&qkv, &cos, &sin, attention_shape(args), &mut out, manager().pool());
+    B::tensor(out, Shape::new([m, width]))
+}
+
+pub(crate) fn self_attention_backward<B: HostBackend>(
+    qkv: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    dy: FloatTensor<B>,
+    args: &SelfAttentionArgs,
+) -> FloatTensor<B> {
+    let shape = qkv.shape();
+    let (qkv, cos, sin, dy) = (B::floats(&qkv), B::floats(&cos), B::floats(&sin), B::floats(&dy));
+    let mut out = vec![0f32; qkv.len()];
+    let pool = manager().pool();
+    training::self_attention_backward(&qkv, &cos, &sin, &dy, attention_shape(args), &mut out, pool);
+    B::tensor(out, shape)
+}
+
+pub(crate) fn cross_entropy<B: HostBackend>(logits: FloatTensor<B>, targets: IntTensor<B>) -> FloatTensor<B> {
+    let [m, n] = dims(&logits);
+    let mut out = vec![0f32; m];
+    training::cross_entropy(&B::floats(&logits), &B::indices(&targets), n, &mut out, manager().pool());
+    B::tensor(out, Shape::new([m]))
+}
+
+pub(crate) fn cross_entropy_backward<B: HostBackend>(
+    logits: FloatTensor<B>,
+    targets: IntTensor<B>,
+    d: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let [m, n] = dims(&logits);
+    let (logits, targets, d) = (B::floats(&logits), B::indices(&targets), B::floats(&d));
+    let mut out = vec![0f32; m * n];
+    training::cross_entropy_backward(&logits, &targets, &d, n, &mut out, manager().pool());
+    B::tensor(out, Shape::new([m, n]))
+}
+
+pub(crate) fn rms_norm_backward<B: HostBackend>(
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    dy: FloatTensor<B>,
+    eps: f32,
+) -> FloatTensor<B> {
+    let shape = x.shape();
+    let (x, weight, dy) = (B::floats(&x), B::floats(&weight), B::floats(&dy));
+    let mut dx = vec![0f32; x.len()];
+    training::rms_norm_backward(&x, &weight, &dy, eps, &mut dx, manager().pool());
+    B::tensor(dx, shape)
+}
+
+pub(crate) fn rms_norm_backward_weight<B: HostBackend>(
+    x: FloatTensor<B>,
+    dy: FloatTensor<B>,
+    eps: f32,
+) -> FloatTensor<B> {
+    let k = dims(&x)[1];
+    let mut dw = vec![0f32; k];
+    training::rms_norm_backward_weight(&B::floats(&x), &B::floats(&dy), eps, &mut dw, manager().pool());
+    B::tensor(dw, Shape::new([k]))
+}
+
+pub(crate) fn gated_backward<B: HostBackend>(
+    gate_up: FloatTensor<B>,
+    dy: FloatTensor<B>,
+    activation: GatedActivation,
+) -> FloatTensor<B> {
+    let [m, width] = dims(&gate_up);
+    let mut out = vec![0f32; m * width];
+    let (values, dy, f) = (B::floats(&gate_up), B::floats(&dy), width / 2);
+    match activation {
+        GatedActivation::Relu2 => {
+            training::relu2_mul_backward(&values, &dy, f, &mut out, manager().pool());
+        }
+        GatedActivation::Silu => training::silu_mul_backward(&values, &dy, f, &mut out, manager().pool()),
+    }
+    B::tensor(out, Shape::new([m, width]))
+}
+
 pub(crate) fn rms_norm<B: HostBackend>(
     x: FloatTensor<B>,
     weight: FloatTensor<B>,
@@ -508,6 +628,70 @@ macro_rules! fast_bodies {
                 args: BitLinearArgs,
             ) -> FloatTensor<Self> {
                 bit_linear_backward::<Self>(dy, weights, args)
+            }
+
+            fn fake_quantise(x: FloatTensor<Self>) -> FloatTensor<Self> {
+                fake_quantise::<Self>(x)
+            }
+
+            fn ternarise(w: FloatTensor<Self>) -> FloatTensor<Self> {
+                ternarise::<Self>(w)
+            }
+
+            fn self_attention(
+                qkv: FloatTensor<Self>,
+                cos: FloatTensor<Self>,
+                sin: FloatTensor<Self>,
+                args: SelfAttentionArgs,
+            ) -> FloatTensor<Self> {
+                self_attention::<Self>(qkv, cos, sin, &args)
+            }
+
+            fn self_attention_backward(
+                qkv: FloatTensor<Self>,
+                cos: FloatTensor<Self>,
+                sin: FloatTensor<Self>,
+                dy: FloatTensor<Self>,
+                args: SelfAttentionArgs,
+            ) -> FloatTensor<Self> {
+                self_attention_backward::<Self>(qkv, cos, sin, dy, &args)
+            }
+
+            fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+                cross_entropy::<Self>(logits, targets)
+            }
+
+            fn cross_entropy_backward(
+                logits: FloatTensor<Self>,
+                targets: IntTensor<Self>,
+                d: FloatTensor<Self>,
+            ) -> FloatTensor<Self> {
+                cross_entropy_backward::<Self>(logits, targets, d)
+            }
+
+            fn rms_norm_backward(
+                x: FloatTensor<Self>,
+                weight: FloatTensor<Self>,
+                dy: FloatTensor<Self>,
+                eps: f32,
+            ) -> FloatTensor<Self> {
+                rms_norm_backward::<Self>(x, weight, dy, eps)
+            }
+
+            fn rms_norm_backward_weight(
+                x: FloatTensor<Self>,
+                dy: FloatTensor<Self>,
+                eps: f32,
+            ) -> FloatTensor<Self> {
+                rms_norm_backward_weight::<Self>(x, dy, eps)
+            }
+
+            fn gated_backward(
+                gate_up: FloatTensor<Self>,
+                dy: FloatTensor<Self>,
+                activation: GatedActivation,
+            ) -> FloatTensor<Self> {
+                gated_backward::<Self>(gate_up, dy, activation)
             }
 
             fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {

@@ -22,6 +22,6 @@ pub mod manager;
 pub mod ops;
 
 pub use extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, NoInt8, TernaryBackend,
-    TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, NoInt8, SelfAttentionArgs,
+    TernaryBackend, TernaryWeight, TernaryWeights,
 };

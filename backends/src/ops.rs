@@ -9,8 +9,8 @@ use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend,
-    TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, SelfAttentionArgs,
+    TernaryBackend, TernaryWeight, TernaryWeights,
 };
 use crate::manager::{manager, take_error};
 
@@ -190,6 +190,49 @@ pub fn bit_linear(
         None => Ok(Tensor::from_dispatch(y)),
         Some(error) => Err(error),
     }
+}
+
+/// Activations [M, K] as the kernels see them: quantised to int8 by absmax and row, and back to floats. The
+/// gradient is the straight-through estimator's.
+pub fn fake_quantise(x: Tensor<2>) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::fake_quantise(x.into_dispatch()))
+}
+
+/// Latent weights [N, K] as packing freezes them: -s, 0 or s by absmean. The gradient is the
+/// straight-through estimator's.
+pub fn ternarise(w: Tensor<2>) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::ternarise(w.into_dispatch()))
+}
+
+/// Causal attention of whole sequences over themselves, with rotary position embedding.
+///
+/// # Shapes
+/// qkv [sequences * length, (heads + 2 * kv heads) * d]; cos and sin [length, d / 2]; the output is
+/// [sequences * length, heads * d].
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn self_attention(qkv: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, args: SelfAttentionArgs) -> Tensor<2> {
+    let [m, width] = qkv.dims();
+    let SelfAttentionArgs { n_heads, n_kv_heads, head_dim, length } = args;
+    assert_eq!(width, (n_heads + 2 * n_kv_heads) * head_dim, "queries, keys and values");
+    assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads}");
+    assert!(head_dim.is_multiple_of(2) && length > 0 && m.is_multiple_of(length), "{m} rows by {length}");
+    assert_eq!((cos.dims(), sin.dims()), ([length, head_dim / 2], [length, head_dim / 2]), "angles");
+    let (qkv, cos, sin) = (qkv.into_dispatch(), cos.into_dispatch(), sin.into_dispatch());
+    Tensor::from_dispatch(Dispatch::self_attention(qkv, cos, sin, args))
+}
+
+/// -ln softmax(logits)[target] `[M]`, by rows of logits [M, N].
+///
+/// # Panics
+/// If there is not one target a row, below N.
+pub fn cross_entropy(logits: Tensor<2>, targets: &[u32]) -> Tensor<1> {
+    let [m, n] = logits.dims();
+    assert!(targets.len() == m && targets.iter().all(|&t| (t as usize) < n), "{m} targets below {n}");
+    let data = TensorData::new(targets.iter().map(|&id| id as i32).collect(), [m]);
+    let targets = Tensor::<1, Int>::from_data(data, (&logits.device(), DType::I32));
+    Tensor::from_dispatch(Dispatch::cross_entropy(logits.into_dispatch(), targets.into_dispatch()))
 }
 
 /// x / sqrt(mean(x^2) + eps) * weight, by rows of x [M, K].

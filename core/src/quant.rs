@@ -52,6 +52,16 @@ pub fn absmean_quantise(weights: &[f32], scale: f32) -> Vec<i8> {
     codes
 }
 
+/// The values of [`absmean_quantise`], as floats: -scale, 0 or scale.
+pub fn absmean_values(weights: &[f32], scale: f32) -> Vec<f32> {
+    let inverse = 1.0 / scale;
+    let value = |&w: &f32| {
+        let w = w * inverse;
+        (f32::from(u8::from(w > 0.5)) - f32::from(u8::from(w < -0.5))) * scale
+    };
+    weights.iter().map(value).collect()
+}
+
 /// clamp(round_half_even(w * inverse), -1, 1). Between -1 and 1 that is two comparisons: 0.5 is a tie
 /// and goes to the even 0, everything beyond it to 1.
 fn quantise_row(weights: &[f32], inverse: f32, codes: &mut [i8]) {

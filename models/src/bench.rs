@@ -155,7 +155,7 @@ impl BytesPerToken {
             };
             ternary += bytes as u64 * config.n_layers as u64;
         }
-        let row = |matrix: &crate::nn::StoredMatrix| {
+        let row = |matrix: &crate::nn::DenseMatrix| {
             let args = matrix.args();
             (args.format.row_bytes(args.k).unwrap_or(0) as u64, args.n as u64)
         };

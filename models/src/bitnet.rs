@@ -14,6 +14,7 @@
 //! The forward pass takes rows of (token, sequence, position): a chunk of a prompt, one token each of
 //! several sequences, or both at once are the same code.
 
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 
 use bitnet_burn_backends::manager::manager;
@@ -26,9 +27,10 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection};
 use crate::config::{Activation, ModelConfig};
+use crate::hf;
 use crate::nn::{
-    BitAttentionConfig, BitBlock, BitFeedForward, BitLinear, CacheError, CacheType, GatedActivation, KvCache,
-    RotaryEncoding, RotaryEncodingConfig, SequenceId, StoredMatrix,
+    BitAttentionConfig, BitBlock, BitFeedForward, BitLinear, BitLinearWeight, CacheError, CacheType,
+    DenseMatrix, DenseWeight, GatedActivation, KvCache, RotaryEncoding, RotaryEncodingConfig, SequenceId,
 };
 
 /// Why a model could not be made from a checkpoint.
@@ -88,12 +90,21 @@ pub struct Row {
     pub position: usize,
 }
 
+/// Where attention finds the keys and values of earlier positions.
+#[derive(Debug)]
+pub enum History<'a> {
+    /// In the KV cache, which the rows are appended to.
+    Cache(&'a mut KvCache),
+    /// Nowhere: the rows are whole sequences of the same length.
+    None,
+}
+
 /// The rows of a forward pass, as layers see them.
 #[derive(Debug)]
 pub struct Batch {
     /// Runs of rows of one sequence.
     pub(crate) sequences: Vec<SequenceRows>,
-    /// Cosines and sines of the rows' positions.
+    /// Cosines and sines of the rows' positions; without a cache, of one sequence's.
     pub(crate) angles: (Tensor<2>, Tensor<2>),
     /// Whether activations are quantised.
     pub(crate) quantise: bool,
@@ -111,13 +122,13 @@ pub(crate) struct SequenceRows {
 #[derive(Module, Debug)]
 pub struct BitNet {
     /// Token embedding [vocabulary, hidden], and lm_head where that is tied.
-    pub embedding: StoredMatrix,
+    pub embedding: DenseMatrix,
     /// The blocks.
     pub blocks: Vec<BitBlock>,
     /// The norm before the head.
     pub norm: RmsNorm,
     /// lm_head [vocabulary, hidden], where it is not tied.
-    pub output: Option<StoredMatrix>,
+    pub output: Option<DenseMatrix>,
     #[module(skip)]
     rotary: RotaryEncoding,
     #[module(skip)]
@@ -196,40 +207,17 @@ impl BitNet {
             };
             Ok(BitLinear::from_matrix(matrix))
         };
-        let with_norm = |linear: BitLinear, which: Norm| -> Result<BitLinear, ModelError> {
-            if config.sub_norms { Ok(linear.with_norm(norm(which)?)) } else { Ok(linear) }
-        };
-        let attention =
-            BitAttentionConfig::new(config.hidden_size, config.n_heads, config.n_kv_heads, config.head_dim);
-        let activation = match config.activation {
-            Activation::Relu2 => GatedActivation::Relu2,
-            Activation::Silu => GatedActivation::Silu,
-        };
         let mut blocks = Vec::with_capacity(config.n_layers);
         for i in 0..config.n_layers {
             progress(LoadProgress::Packing(i, config.n_layers));
-            let projections = [
-                linear(i, Projection::Q)?,
-                linear(i, Projection::K)?,
-                linear(i, Projection::V)?,
-                with_norm(linear(i, Projection::O)?, Norm::AttentionSub(i))?,
-            ];
-            let feed_forward = [
-                linear(i, Projection::Gate)?,
-                linear(i, Projection::Up)?,
-                with_norm(linear(i, Projection::Down)?, Norm::FeedForwardSub(i))?,
-            ];
-            blocks.push(BitBlock {
-                attention: attention.assemble(norm(Norm::Attention(i))?, projections),
-                feed_forward: BitFeedForward::assemble(norm(Norm::FeedForward(i))?, feed_forward, activation),
-            });
+            blocks.push(block(&config, i, norm, linear)?);
             // What was packed is not needed in the file's form; what is read in place comes back.
             checkpoint.release();
         }
         progress(LoadProgress::Packing(config.n_layers, config.n_layers));
-        let head = |tensor: DenseTensor| -> Result<StoredMatrix, ModelError> {
+        let head = |tensor: DenseTensor| -> Result<DenseMatrix, ModelError> {
             let name = tensor.name.clone();
-            let matrix = StoredMatrix::new(tensor, device);
+            let matrix = DenseMatrix::new(tensor, device);
             match options.head {
                 HeadMode::File => Ok(matrix),
                 HeadMode::Int8 => {
@@ -240,12 +228,149 @@ impl BitNet {
         let (embedding, output) = match checkpoint.output()? {
             // The embedding is both; only the projection depends on the mode.
             None => (head(checkpoint.embedding()?)?, None),
-            Some(output) => (StoredMatrix::new(checkpoint.embedding()?, device), Some(head(output)?)),
+            Some(output) => (DenseMatrix::new(checkpoint.embedding()?, device), Some(head(output)?)),
         };
-        let rotary = RotaryEncodingConfig::new(config.head_dim).with_theta(config.rope_theta).init();
         let norm = norm(Norm::Output)?;
-        let quantise = options.quantise_activations;
-        Ok(Self { embedding, blocks, norm, output, rotary, config, quantise })
+        Ok(Self::assemble(config, options.quantise_activations, embedding, blocks, norm, output))
+    }
+
+    /// A model in the training state, on a device with or without gradients: latent weights and float
+    /// embeddings, by their names and shapes in a Hugging Face checkpoint ([N, K] and `[K]`), all asked for
+    /// in the same order every time. Without `quantise` it is BitNet's float twin: the same model with its
+    /// weights and activations as they are.
+    ///
+    /// # Errors
+    /// Those of `values`.
+    ///
+    /// # Panics
+    /// If `values` gives other numbers of values than asked for.
+    pub fn trainable<E>(
+        config: &ModelConfig,
+        quantise: bool,
+        device: &Device,
+        values: &mut dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, E>,
+    ) -> Result<Self, E> {
+        // The parameters are numbered, so that an optimiser's state finds them again in another process.
+        let next = Cell::new(1);
+        let number = || ParamId::from(next.replace(next.get() + 1));
+        let values = RefCell::new(values);
+        let matrix = |name: &str, shape: (usize, usize)| -> Result<Param<Tensor<2>>, E> {
+            let shape = [shape.0, shape.1];
+            let data = TensorData::new((values.borrow_mut())(name, &shape)?, shape);
+            Ok(Param::initialized(number(), Tensor::from_data(data, device).require_grad()))
+        };
+        let norm = |which: Norm| -> Result<RmsNorm, E> {
+            let weight = (values.borrow_mut())(&hf::norm_name(which), &[which.len(config)])?;
+            let mut norm = rms_norm(weight, config.rms_norm_eps, device);
+            norm.gamma = Param::initialized(number(), norm.gamma.into_value().require_grad());
+            Ok(norm)
+        };
+        let linear = |layer: usize, which: Projection| -> Result<BitLinear, E> {
+            Ok(BitLinear::latent(matrix(&hf::projection_name(layer, which), which.shape(config))?))
+        };
+        let table = (config.vocab_size, config.hidden_size);
+        let embedding = DenseMatrix::trainable(matrix(hf::EMBEDDING, table)?);
+        let blocks =
+            (0..config.n_layers).map(|i| block(config, i, norm, linear)).collect::<Result<_, E>>()?;
+        let last = norm(Norm::Output)?;
+        let output = if config.tied_embeddings {
+            None
+        } else {
+            Some(DenseMatrix::trainable(matrix(hf::HEAD, table)?))
+        };
+        Ok(Self::assemble(config.clone(), quantise, embedding, blocks, last, output))
+    }
+
+    /// The parameters of a model in the training state, as [`trainable`](Self::trainable) asks for them:
+    /// name, shape and values.
+    ///
+    /// # Panics
+    /// If a layer is packed, or the values can't be read back from their device.
+    pub fn parameters(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+        let mut parameters = Vec::new();
+        let mut add = |name: String, data: TensorData| {
+            parameters.push((name, data.shape().to_vec(), data.iter::<f32>().collect()));
+        };
+        let float = |matrix: &DenseMatrix| match &matrix.weight {
+            DenseWeight::Float(weight) => weight.val().into_data(),
+            DenseWeight::Stored(_) => panic!("a frozen embedding has no parameters"),
+        };
+        add(hf::EMBEDDING.to_owned(), float(&self.embedding));
+        for (i, block) in self.blocks.iter().enumerate() {
+            let (attention, feed_forward) = (&block.attention, &block.feed_forward);
+            for (which, layer) in [
+                (Projection::Q, &attention.q_proj),
+                (Projection::K, &attention.k_proj),
+                (Projection::V, &attention.v_proj),
+                (Projection::O, &attention.o_proj),
+                (Projection::Gate, &feed_forward.gate_proj),
+                (Projection::Up, &feed_forward.up_proj),
+                (Projection::Down, &feed_forward.down_proj),
+            ] {
+                match &layer.weight {
+                    BitLinearWeight::Latent(weight) => {
+                        add(hf::projection_name(i, which), weight.val().into_data());
+                    }
+                    BitLinearWeight::Packed(_) => panic!("a packed layer has no parameters"),
+                }
+            }
+            for (which, norm) in [
+                (Norm::Attention(i), Some(&attention.input_norm)),
+                (Norm::AttentionSub(i), attention.o_proj.norm.as_ref()),
+                (Norm::FeedForward(i), Some(&feed_forward.input_norm)),
+                (Norm::FeedForwardSub(i), feed_forward.down_proj.norm.as_ref()),
+            ] {
+                if let Some(norm) = norm {
+                    add(hf::norm_name(which), norm.gamma.val().into_data());
+                }
+            }
+        }
+        add(hf::norm_name(Norm::Output), self.norm.gamma.val().into_data());
+        if let Some(output) = &self.output {
+            add(hf::HEAD.to_owned(), float(output));
+        }
+        parameters
+    }
+
+    /// The model with its weights frozen, on the device without gradients: ternary layers packed for the
+    /// fastest kernels of this machine, embeddings in F32.
+    ///
+    /// # Errors
+    /// If no kernel may compute a layer, or memory is short.
+    ///
+    /// # Panics
+    /// If the weights can't be read back from their device.
+    pub fn pack(self) -> Result<Self, ManagerError> {
+        let mut model = if self.device().is_autodiff() { self.valid() } else { self };
+        for block in &mut model.blocks {
+            let BitBlock { attention, feed_forward } = block;
+            for layer in [
+                &mut attention.q_proj,
+                &mut attention.k_proj,
+                &mut attention.v_proj,
+                &mut attention.o_proj,
+                &mut feed_forward.gate_proj,
+                &mut feed_forward.up_proj,
+                &mut feed_forward.down_proj,
+            ] {
+                *layer = layer.clone().pack()?;
+            }
+        }
+        model.embedding = model.embedding.freeze();
+        model.output = model.output.map(DenseMatrix::freeze);
+        Ok(model)
+    }
+
+    fn assemble(
+        config: ModelConfig,
+        quantise: bool,
+        embedding: DenseMatrix,
+        blocks: Vec<BitBlock>,
+        norm: RmsNorm,
+        output: Option<DenseMatrix>,
+    ) -> Self {
+        let rotary = RotaryEncodingConfig::new(config.head_dim).with_theta(config.rope_theta).init();
+        Self { embedding, blocks, norm, output, rotary, config, quantise }
     }
 
     /// What the model is.
@@ -254,7 +379,7 @@ impl BitNet {
     }
 
     /// The output projection: lm_head, or the embedding where that is tied.
-    pub fn head(&self) -> &StoredMatrix {
+    pub fn head(&self) -> &DenseMatrix {
         self.output.as_ref().unwrap_or(&self.embedding)
     }
 
@@ -267,7 +392,7 @@ impl BitNet {
 
     /// The device of its weights.
     pub fn device(&self) -> Device {
-        self.embedding.words.val().device()
+        self.embedding.device()
     }
 
     /// An empty KV cache for up to `context` positions a sequence (at most the model's own context).
@@ -298,26 +423,68 @@ impl BitNet {
     ) -> Result<Tensor<2>, ForwardError> {
         let batch = self.batch(rows, cache)?;
         let tokens: Vec<u32> = rows.iter().map(|row| row.token).collect();
-        let mut x = self.embedding.rows(&tokens);
-        for (i, block) in self.blocks.iter().enumerate() {
-            x = block.forward(x, i, &self.rotary, &batch, cache)?;
-        }
+        let x = self.hidden(&tokens, &batch, &mut History::Cache(cache))?;
         for sequence in &batch.sequences {
             cache.advance(sequence.id, sequence.rows.len())?;
         }
-        let x = select_rows(x, wanted);
+        Ok(self.logits(select_rows(x, wanted)))
+    }
+
+    /// The logits of all rows of whole sequences of `length` tokens each, without a cache: what training
+    /// computes. The same code as [`forward`](Self::forward) but for where attention looks.
+    ///
+    /// # Shapes
+    /// tokens: [sequences * length]; the output is [sequences * length, vocabulary].
+    ///
+    /// # Errors
+    /// If a token is not in the vocabulary, the tokens are not whole sequences, or a kernel refuses.
+    pub fn forward_sequences(&self, tokens: &[u32], length: usize) -> Result<Tensor<2>, ForwardError> {
+        self.check_tokens(tokens.iter().copied())?;
+        if length == 0 || tokens.is_empty() || !tokens.len().is_multiple_of(length) {
+            let problem = format!("{} tokens are not whole sequences of {length}", tokens.len());
+            return Err(ForwardError::Rows { row: 0, problem });
+        }
+        let sequences = (0..tokens.len() / length)
+            .map(|i| SequenceRows { id: SequenceId(i), rows: i * length..(i + 1) * length, position: 0 })
+            .collect();
+        let positions: Vec<usize> = (0..length).collect();
+        let angles = self.rotary.angles(&positions, &self.device());
+        let batch = Batch { sequences, angles, quantise: self.quantise };
+        Ok(self.logits(self.hidden(tokens, &batch, &mut History::None)?))
+    }
+
+    /// The residual stream behind the last block.
+    fn hidden(
+        &self,
+        tokens: &[u32],
+        batch: &Batch,
+        history: &mut History<'_>,
+    ) -> Result<Tensor<2>, ForwardError> {
+        let mut x = self.embedding.rows(tokens);
+        for (i, block) in self.blocks.iter().enumerate() {
+            x = block.forward(x, i, batch, history)?;
+        }
+        Ok(x)
+    }
+
+    fn logits(&self, x: Tensor<2>) -> Tensor<2> {
         let x = ops::rms_norm(x, self.norm.gamma.val(), self.norm.epsilon as f32);
-        Ok(self.head().forward(x))
+        self.head().forward(x)
+    }
+
+    fn check_tokens(&self, mut tokens: impl Iterator<Item = u32>) -> Result<(), ForwardError> {
+        let vocabulary = self.embedding.args().n;
+        match tokens.find(|&token| token as usize >= vocabulary) {
+            None => Ok(()),
+            Some(token) => Err(ForwardError::Token { token, vocabulary }),
+        }
     }
 
     /// Checks the rows, makes room for them in the cache, and looks up their angles.
     fn batch(&self, rows: &[Row], cache: &mut KvCache) -> Result<Batch, ForwardError> {
-        let vocabulary = self.embedding.args().n;
+        self.check_tokens(rows.iter().map(|row| row.token))?;
         let mut sequences: Vec<SequenceRows> = Vec::new();
         for (i, row) in rows.iter().enumerate() {
-            if row.token as usize >= vocabulary {
-                return Err(ForwardError::Token { token: row.token, vocabulary });
-            }
             let fail = |problem: String| Err(ForwardError::Rows { row: i, problem });
             match sequences.last_mut() {
                 Some(last) if last.id == row.sequence => {
@@ -352,6 +519,39 @@ impl BitNet {
         let angles = self.rotary.angles(&positions, &self.device());
         Ok(Batch { sequences, angles, quantise: self.quantise })
     }
+}
+
+/// A block of given parts.
+fn block<E>(
+    config: &ModelConfig,
+    i: usize,
+    norm: impl Fn(Norm) -> Result<RmsNorm, E>,
+    linear: impl Fn(usize, Projection) -> Result<BitLinear, E>,
+) -> Result<BitBlock, E> {
+    let with_norm = |linear: BitLinear, which: Norm| -> Result<BitLinear, E> {
+        if config.sub_norms { Ok(linear.with_norm(norm(which)?)) } else { Ok(linear) }
+    };
+    let attention =
+        BitAttentionConfig::new(config.hidden_size, config.n_heads, config.n_kv_heads, config.head_dim);
+    let activation = match config.activation {
+        Activation::Relu2 => GatedActivation::Relu2,
+        Activation::Silu => GatedActivation::Silu,
+    };
+    let projections = [
+        linear(i, Projection::Q)?,
+        linear(i, Projection::K)?,
+        linear(i, Projection::V)?,
+        with_norm(linear(i, Projection::O)?, Norm::AttentionSub(i))?,
+    ];
+    let feed_forward = [
+        linear(i, Projection::Gate)?,
+        linear(i, Projection::Up)?,
+        with_norm(linear(i, Projection::Down)?, Norm::FeedForwardSub(i))?,
+    ];
+    Ok(BitBlock {
+        attention: attention.assemble(norm(Norm::Attention(i))?, projections),
+        feed_forward: BitFeedForward::assemble(norm(Norm::FeedForward(i))?, feed_forward, activation),
+    })
 }
 
 fn rms_norm(weight: Vec<f32>, eps: f32, device: &Device) -> RmsNorm {

@@ -23,12 +23,14 @@
 //! ```
 
 use crate::config::{Activation, ConfigError, ModelConfig};
+use crate::gguf::GgufFile;
 use crate::gguf::model::GgufModel;
 use crate::hf::HfModel;
 use bitnet_burn_core::formats::check_canonical;
 use bitnet_burn_core::formats::dense::DenseFormat;
 use bytes::Bytes;
 use std::fmt;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// Whatever can be wrong with a model's files.
@@ -605,6 +607,13 @@ pub struct GgufTokenizer {
     pub chat_template: Option<String>,
 }
 
+impl GgufTokenizer {
+    /// Whether the file has none: no `tokenizer.ggml.model`, or one that says so.
+    pub fn is_empty(&self) -> bool {
+        matches!(self.model.as_deref(), None | Some("no_vocab" | "none"))
+    }
+}
+
 /// A tensor of the file, for display.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
@@ -636,6 +645,7 @@ pub struct CheckReport {
 /// What a kind of file must answer. Names and rules are the implementation's.
 pub(crate) trait Source: Send + Sync {
     fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError>;
+    fn master(&self, layer: usize, which: Projection) -> Result<Option<DenseTensor>, LoadError>;
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError>;
     fn embedding(&self) -> Result<DenseTensor, LoadError>;
     fn output(&self) -> Result<Option<DenseTensor>, LoadError>;
@@ -683,7 +693,7 @@ impl Checkpoint {
         let gguf = if meta.is_dir() { gguf_in_directory(path)? } else { Some(path.to_owned()) };
         let (source, config): (Box<dyn Source>, _) = match gguf {
             Some(file) => {
-                let (model, config) = GgufModel::open(&file, options, &mut warnings)?;
+                let (model, config) = GgufModel::new(GgufFile::open(&file)?, options, &mut warnings)?;
                 (Box::new(model), config)
             }
             None => {
@@ -691,10 +701,25 @@ impl Checkpoint {
                 (Box::new(model), config)
             }
         };
+        Ok(Self::opened(path, config, warnings, source))
+    }
+
+    /// A GGUF file that is in memory already; `name` stands for its path.
+    ///
+    /// # Errors
+    /// [`LoadError`]
+    pub fn from_gguf(name: &Path, bytes: Bytes, options: &OpenOptions) -> Result<Self, LoadError> {
+        let mut warnings = Vec::new();
+        let file = GgufFile::parse(name.to_owned(), bytes)?;
+        let (model, config) = GgufModel::new(file, options, &mut warnings)?;
+        Ok(Self::opened(name, config, warnings, Box::new(model)))
+    }
+
+    fn opened(path: &Path, config: ModelConfig, warnings: Vec<String>, source: Box<dyn Source>) -> Self {
         for warning in &warnings {
             tracing::warn!(path = %path.display(), "{warning}");
         }
-        Ok(Self { path: path.to_owned(), config, warnings, source })
+        Self { path: path.to_owned(), config, warnings, source }
     }
 
     /// What was opened.
@@ -719,6 +744,16 @@ impl Checkpoint {
     pub fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {
         self.check_layer(layer)?;
         self.source.projection(layer, which)
+    }
+
+    /// The latent float weights [N, K] that a projection is quantised from, in row-major order, all finite;
+    /// `None` where the file holds ternary weights.
+    ///
+    /// # Errors
+    /// [`LoadError::NoSuchLayer`], [`LoadError::NotFinite`].
+    pub fn master(&self, layer: usize, which: Projection) -> Result<Option<Vec<f32>>, LoadError> {
+        self.check_layer(layer)?;
+        self.source.master(layer, which)?.map(|tensor| floats(&self.path, &tensor)).transpose()
     }
 
     /// The weights of an RMSNorm, all finite.
@@ -788,13 +823,7 @@ impl Checkpoint {
                 report.tensors += 1;
             }
             for which in Projection::ALL {
-                let tensor = self.projection(layer, which)?;
-                check_canonical(&tensor.codes, tensor.n, tensor.k).map_err(|e| LoadError::NotTernary {
-                    path: self.path.clone(),
-                    tensor: tensor.name.clone(),
-                    stored_as: tensor.stored_as,
-                    problem: e.to_string(),
-                })?;
+                let tensor = self.checked_projection(layer, which)?;
                 report.ternary_weights += tensor.n as u64 * tensor.k as u64;
                 report.zero_weights += tensor.zeros();
                 report.tensors += 1;
@@ -807,6 +836,24 @@ impl Checkpoint {
             report.tensors += 1;
         }
         Ok(report)
+    }
+
+    /// A projection whose codes have all been looked at.
+    pub(crate) fn checked_projection(
+        &self,
+        layer: usize,
+        which: Projection,
+    ) -> Result<TernaryTensor, LoadError> {
+        let tensor = self.projection(layer, which)?;
+        match check_canonical(&tensor.codes, tensor.n, tensor.k) {
+            Ok(()) => Ok(tensor),
+            Err(error) => Err(LoadError::NotTernary {
+                path: self.path.clone(),
+                tensor: tensor.name,
+                stored_as: tensor.stored_as,
+                problem: error.to_string(),
+            }),
+        }
     }
 
     fn check_layer(&self, layer: usize) -> Result<(), LoadError> {
@@ -933,6 +980,19 @@ fn decode_finite(path: &Path, tensor: &DenseTensor, n: usize, row: &mut [f32]) -
 }
 
 impl DenseTensor {
+    /// Writes the rows in another format, rounded as [`DenseFormat::encode_row`] does.
+    pub(crate) fn write_as(&self, format: DenseFormat, out: &mut dyn Write) -> io::Result<()> {
+        let mut values = vec![0.0; self.k];
+        let mut bytes = vec![0; format.row_bytes(self.k).unwrap_or(0)];
+        for n in 0..self.n {
+            let row = self.row(n).ok_or_else(|| io::Error::other(format!("row {n} is not in the data")))?;
+            self.format.decode_row(row, &mut values).map_err(io::Error::other)?;
+            format.encode_row(&values, &mut bytes).map_err(io::Error::other)?;
+            out.write_all(&bytes)?;
+        }
+        Ok(())
+    }
+
     /// The bytes of row `n`, or `None` where there is no such row.
     pub fn row(&self, n: usize) -> Option<&[u8]> {
         let bytes = self.format.row_bytes(self.k)?;
@@ -1013,7 +1073,7 @@ pub(crate) fn drop_foreign_tokens(config: &mut ModelConfig, warnings: &mut Vec<S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gguf::GgufWriter;
+    use crate::gguf::{GgufTypes, GgufWriter};
     use std::process::Command;
 
     /// A directory or file of the golden data: in `BITNET_GOLDEN_DIR`, else the part that is kept here.
@@ -1157,7 +1217,7 @@ mod tests {
             let original = open(&path);
             let dir = tempfile::tempdir().unwrap();
             let mut writer = GgufWriter::new();
-            writer.checkpoint(&original).unwrap();
+            writer.checkpoint(&original, GgufTypes::default()).unwrap();
             writer.write(&dir.path().join("model.gguf")).unwrap();
 
             let copy = open(dir.path()); // the only GGUF file in it

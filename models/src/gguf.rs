@@ -25,7 +25,7 @@ pub use file::{GgufFile, GgufTensor};
 pub use model::{norm_name, projection_name};
 pub use types::TensorType;
 pub use value::{Array, Value, ValueType};
-pub use writer::{GgufWriteError, GgufWriter};
+pub use writer::{GgufTypes, GgufWriteError, GgufWriter, TernaryType};
 
 /// `general.alignment` of a file that has no such key.
 pub const DEFAULT_ALIGNMENT: u64 = 32;

@@ -13,6 +13,11 @@
 //! weights don't say in which direction their scale goes (a factor of 5 where it is guessed wrong, which
 //! most norms hide). Such a directory is refused, with the lines to add to its `config.json`.
 
+mod writer;
+
+pub use writer::{HfWriteError, write_masters};
+pub(crate) use writer::{checkpoint_size, write_bytes, write_checkpoint, write_json};
+
 use crate::checkpoint::{
     DenseTensor, LoadError, Norm, OpenOptions, Projection, Source, TensorInfo, TernaryTensor,
     TokenizerSource, aligned, checked_scale, choose_activation, drop_foreign_tokens, floats, one_float,
@@ -40,14 +45,14 @@ const MODEL_TYPES: &str = "bitnet, llama (with a BitNet quantization_config)";
 /// Largest JSON file and safetensors header that are read: a hundred times what large models have.
 const MAX_JSON_BYTES: u64 = 16 << 20;
 
-/// How the projections are stored.
+/// How the projections are stored: see the [module](self).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Style {
-    /// Float masters, to be quantised by absmean.
+pub enum Style {
+    /// `autobitlinear`, `online`: float masters, to be quantised by absmean.
     Online,
-    /// Packed; the scale multiplies.
+    /// `autobitlinear`, `offline`: packed; the scale multiplies.
     PackedAuto,
-    /// Packed; the scale divides.
+    /// `bitlinear`: packed; the scale divides.
     PackedInverse,
 }
 
@@ -272,6 +277,11 @@ impl Source for HfModel {
         Ok(TernaryTensor { name, n, k, scale, codes: aligned(codes), stored_as })
     }
 
+    fn master(&self, layer: usize, which: Projection) -> Result<Option<DenseTensor>, LoadError> {
+        let name = projection_name(layer, which);
+        if self.style == Style::Online { self.dense(&name, "a master").map(Some) } else { Ok(None) }
+    }
+
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError> {
         self.dense(&norm_name(which), "a norm")
     }
@@ -314,8 +324,10 @@ impl Source for HfModel {
     }
 }
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+/// The embedding's name.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The output head's name, where it is not the embedding.
+pub const HEAD: &str = "lm_head.weight";
 
 fn projection_module(layer: usize, which: Projection) -> String {
     let part = match which {
@@ -330,15 +342,18 @@ fn projection_module(layer: usize, which: Projection) -> String {
     format!("model.layers.{layer}.{part}")
 }
 
-fn projection_name(layer: usize, which: Projection) -> String {
+/// The name of a projection's weights.
+pub fn projection_name(layer: usize, which: Projection) -> String {
     projection_module(layer, which) + ".weight"
 }
 
-fn scale_name(layer: usize, which: Projection) -> String {
+/// The name of a packed projection's scale.
+pub fn scale_name(layer: usize, which: Projection) -> String {
     projection_module(layer, which) + ".weight_scale"
 }
 
-fn norm_name(which: Norm) -> String {
+/// The name of a norm's weights.
+pub fn norm_name(which: Norm) -> String {
     let (layer, part) = match which {
         Norm::Attention(l) => (l, "input_layernorm"),
         Norm::AttentionSub(l) => (l, "self_attn.attn_sub_norm"),

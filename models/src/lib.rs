@@ -3,6 +3,7 @@
 //! - [`nn`]: layers for your own models, [`nn::BitLinear`] first of all.
 //! - [`bitnet`]: the BitNet b1.58 model; [`checkpoint`] opens GGUF files and Hugging Face directories.
 //! - [`generate`]: prompts in, tokens out.
+//! - [`export`]: checkpoints from one format to another.
 //!
 //! The ternary matmuls run on kernels that [`bitnet_burn_core::manager`] checks against an exact
 //! reference, measures on this machine and selects; third parties can bring their own as plugins.
@@ -12,6 +13,10 @@ pub mod bitnet;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+#[cfg(feature = "default-model")]
+pub mod embedded;
+mod exact;
+pub mod export;
 pub mod generate;
 pub mod gguf;
 pub mod hf;
@@ -20,6 +25,7 @@ pub mod report;
 pub mod sampling;
 pub mod synth;
 pub mod tokenizer;
+pub mod train;
 
 pub use bitnet_burn_backends as backends;
 pub use bitnet_burn_core as core;

@@ -185,7 +185,7 @@ fn dense<'a>(
     // The writer refuses a row that is no whole number of blocks.
     let row = format.row_bytes(config.hidden_size).unwrap_or(0);
     let mut random = options.random(name);
-    writer.tensor(name, &dims, tensor_type(format), move |out| {
+    writer.tensor(name, &dims, format.into(), move |out| {
         let mut bytes = Vec::with_capacity(row);
         for _ in 0..config.vocab_size {
             bytes.clear();
@@ -257,17 +257,6 @@ fn byte_character(byte: u8) -> char {
     }
     let before = (0..byte).filter(|&b| !printable(b)).count() as u32;
     char::from_u32(0x100 + before).expect("below U+0144")
-}
-
-fn tensor_type(format: DenseFormat) -> TensorType {
-    match format {
-        DenseFormat::F32 => TensorType::F32,
-        DenseFormat::F16 => TensorType::F16,
-        DenseFormat::BF16 => TensorType::BF16,
-        DenseFormat::Q8_0 => TensorType::Q8_0,
-        DenseFormat::Q6_K => TensorType::Q6_K,
-        DenseFormat::Q4_0 => TensorType::Q4_0,
-    }
 }
 
 /// A whole I2_S tensor: `bytes` of codes, the scale, zeros.

@@ -12,7 +12,7 @@ use bitnet_burn::bitnet::LoadOptions;
 use bitnet_burn::checkpoint::{Checkpoint, Norm, OpenOptions, Projection};
 use bitnet_burn::core::manager::Status;
 use bitnet_burn::generate::{self, GenerateOptions};
-use bitnet_burn::nn::{CacheType, GatedActivation, RotaryEncodingConfig, StoredMatrix};
+use bitnet_burn::nn::{CacheType, DenseMatrix, GatedActivation, RotaryEncodingConfig};
 use bitnet_burn_tests::reference::{BOUNDARY, Forward, Mutation, Reference};
 use bitnet_burn_tests::*;
 use burn::tensor::{Device, Tensor, TensorData};
@@ -282,9 +282,9 @@ fn check_layers(dir: &Path, device: &Device, trace: &dyn Fn(&str) -> Golden) {
     }
     assert_close(&norm(&x, Norm::Output), &trace("final_norm"), 1e-5, "the last norm");
     let head = checkpoint.output().unwrap().unwrap_or_else(|| checkpoint.embedding().unwrap());
-    let logits = values(StoredMatrix::new(head, device).forward(tensor(&trace("final_norm"))));
+    let logits = values(DenseMatrix::new(head, device).forward(tensor(&trace("final_norm"))));
     assert_close(&logits, &trace("logits"), 1e-5, "lm_head");
-    let embedding = StoredMatrix::new(checkpoint.embedding().unwrap(), device);
+    let embedding = DenseMatrix::new(checkpoint.embedding().unwrap(), device);
     let ids = trace("ids").ids();
     assert_same_bits(&values(embedding.rows(&ids)), &trace("embed").values, "embedding");
 }

@@ -2,7 +2,8 @@
 //!
 //! Plain functions over slices, without Burn's types, which the fast bodies of the host backends call: the
 //! dense linear layer of lm_head ([`dense`]; [`dense_int8`] with int8 activations), attention over a KV cache
-//! ([`attention`]), and rotary embedding, norms, gated activations and the rest ([`elementwise`]).
+//! ([`attention`]), and rotary embedding, norms, gated activations and the rest ([`elementwise`]). What only
+//! training needs is in [`training`], with numerics of its own.
 //!
 //! # Numerics
 //! Results are the same, bit for bit, on every instruction set, with any number of threads, whatever the
@@ -24,6 +25,7 @@ pub(crate) mod dense;
 pub(crate) mod dense_int8;
 pub(crate) mod elementwise;
 pub(crate) mod simd;
+pub(crate) mod training;
 
 use std::marker::PhantomData;
 

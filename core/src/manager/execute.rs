@@ -383,7 +383,7 @@ impl KernelManager {
     ///
     /// A kernel that fails is replaced by the next one of its ranking, and the last by the reference;
     /// both are counted and reported, and strict mode refuses the reference. Kernels of plugins from files
-    /// are watched ([`gate`](crate::gate), stages 2 and 3).
+    /// are watched ([`gate`], stages 2 and 3).
     ///
     /// # Errors
     /// If the operands do not fit together, or strict mode forbids what is left.

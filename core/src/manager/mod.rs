@@ -5,7 +5,7 @@
 //! register ▸ check ▸ tune ▸ select ▸ run ▸ watch ▸ fall back
 //! ```
 //!
-//! Plugins from files pass the [gate](crate::gate) before their kernels are candidates, and are watched
+//! Plugins from files pass the [gate] before their kernels are candidates, and are watched
 //! while they compute: the first result for each exact shape, and one in many after that, is compared with
 //! what it should be. A mismatch quarantines the plugin.
 
@@ -482,7 +482,7 @@ impl KernelManager {
     }
 
     /// Loads a plugin from a file and registers its kernels, if the [policy](crate::store) allows the file
-    /// and the [gate](crate::gate) finds nothing wrong: the gate runs in a process of its own, unless its
+    /// and the [gate] finds nothing wrong: the gate runs in a process of its own, unless its
     /// verdict is known. What is loaded is a copy. A file with the same content as one that is loaded
     /// already is the same plugin.
     ///

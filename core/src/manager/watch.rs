@@ -1,4 +1,4 @@
-//! The second and third stage of the [gate](crate::gate): kernels of plugins from files, watched while
+//! The second and third stage of the [gate]: kernels of plugins from files, watched while
 //! they compute.
 //!
 //! * The first result of a kernel for every exact (M, N, K) is compared, all of it, with that of a

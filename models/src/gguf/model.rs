@@ -4,6 +4,10 @@
 //! Names and meanings are llama.cpp's (`llama-arch.cpp`, `LLM_ARCH_BITNET`) and bitnet.cpp's. Keys are
 //! looked up under the file's architecture first, then under the other names that BitNet has had, since
 //! community conversions mix them.
+//!
+//! Files of the architecture `llama` rotate neighbouring rows of a head (GPT-J's RoPE), those of BitNet and
+//! Hugging Face's of both rotate a row with the one half a head further (GPT-NeoX's): converters reorder
+//! the rows of q and k, and so do [`neox_rows`] and [`gptj_rows`].
 
 use super::{GgufFile, GgufTensor, TensorType, Value, ValueType};
 use crate::checkpoint::{
@@ -15,11 +19,13 @@ use bitnet_burn_core::formats::dense::DenseFormat;
 use bitnet_burn_core::formats::{ternary, tq1_0, tq2_0};
 use bytes::Bytes;
 use std::collections::HashSet;
-use std::path::Path;
 
-/// The architectures that are read; keys are looked up under these names too.
-const ARCHITECTURES: [&str; 3] = ["bitnet-b1.58", "bitnet-25", "bitnet"];
-const ARCHITECTURES_TEXT: &str = "bitnet-b1.58, bitnet-25, bitnet";
+/// The architectures that are read.
+const ARCHITECTURES: [&str; 4] = ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA];
+const ARCHITECTURES_TEXT: &str = "bitnet-b1.58, bitnet-25, bitnet, llama (with ternary projections)";
+/// Llama's shape: no sub-norms, SiLU, and q and k in another order of rows.
+pub(super) const LLAMA: &str = "llama";
+/// Keys are looked up under these names too.
 const PREFIXES: [&str; 3] = ["bitnet", "bitnet-b1.58", "bitnet-25"];
 /// Keys that state the activation; llama.cpp defines none for BitNet, converters have their own.
 const ACTIVATION_KEYS: [&str; 3] = ["hidden_act", "feed_forward.activation", "hidden_activation"];
@@ -35,19 +41,22 @@ pub(crate) struct GgufModel {
     file: GgufFile,
     pre: Option<String>,
     n_layers: usize,
+    /// The rows of a head, where q and k are in GPT-J's order.
+    gptj_head: Option<usize>,
 }
 
 impl GgufModel {
-    /// Opens the file, derives the configuration, and checks that every tensor is there, in shape.
-    pub(crate) fn open(
-        path: &Path,
+    /// Derives the configuration, and checks that every tensor is there, in shape.
+    pub(crate) fn new(
+        file: GgufFile,
         options: &OpenOptions,
         warnings: &mut Vec<String>,
     ) -> Result<(Self, ModelConfig), LoadError> {
-        let file = GgufFile::open(path)?;
+        let path = file.path();
         let config = config(&file, options, warnings)?;
         config.validate().map_err(|error| LoadError::Config { path: path.to_owned(), error })?;
-        let model = Self { file, pre: options.pre.clone(), n_layers: config.n_layers };
+        let gptj_head = (config.architecture == LLAMA).then_some(config.head_dim);
+        let model = Self { file, pre: options.pre.clone(), n_layers: config.n_layers, gptj_head };
         model.check_tensors(&config, warnings)?;
         check_tokenizer(&model.file)?;
         Ok((model, config))
@@ -221,7 +230,15 @@ impl Source for GgufModel {
             scale *= checked_scale(path, &extra.name, one_float(path, &extra)?)?;
         }
         let scale = checked_scale(path, &name, scale)?;
+        let codes = match (self.gptj_head, which) {
+            (Some(head), Projection::Q | Projection::K) => aligned(neox_rows(&codes, n, head)),
+            _ => codes,
+        };
         Ok(TernaryTensor { name, n, k, scale, codes, stored_as })
+    }
+
+    fn master(&self, _: usize, _: Projection) -> Result<Option<DenseTensor>, LoadError> {
+        Ok(None)
     }
 
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError> {
@@ -271,6 +288,27 @@ fn projection_stem(layer: usize, which: Projection) -> String {
         Projection::Down => "ffn_down",
     };
     format!("blk.{layer}.{part}")
+}
+
+/// `n` rows of heads of `head` rows, from GPT-J's order (row 2i rotates with 2i + 1) to GPT-NeoX's (row i
+/// with i + head / 2).
+pub(super) fn neox_rows(rows: &[u8], n: usize, head: usize) -> Vec<u8> {
+    reordered(rows, n, head, |i| if i < head / 2 { 2 * i } else { 2 * (i - head / 2) + 1 })
+}
+
+/// The inverse of [`neox_rows`].
+pub(super) fn gptj_rows(rows: &[u8], n: usize, head: usize) -> Vec<u8> {
+    reordered(rows, n, head, |i| i / 2 + i % 2 * (head / 2))
+}
+
+/// Row i of each head taken from its row `from(i)`.
+fn reordered(rows: &[u8], n: usize, head: usize, from: impl Fn(usize) -> usize) -> Vec<u8> {
+    let bytes = rows.len() / n;
+    let mut out = Vec::with_capacity(rows.len());
+    for rows in rows.chunks(head * bytes) {
+        (0..head).for_each(|i| out.extend_from_slice(&rows[from(i) * bytes..][..bytes]));
+    }
+    out
 }
 
 /// Decoded codes in a buffer with the alignment that kernels want.

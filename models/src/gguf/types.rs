@@ -1,5 +1,6 @@
 //! Tensor types: their numbers, names and sizes.
 
+use bitnet_burn_core::formats::dense::DenseFormat;
 use std::fmt;
 
 /// The tensor types that are read and written.
@@ -127,6 +128,19 @@ impl TensorType {
             },
         };
         format!("{name} ({id})")
+    }
+}
+
+impl From<DenseFormat> for TensorType {
+    fn from(format: DenseFormat) -> Self {
+        match format {
+            DenseFormat::F32 => Self::F32,
+            DenseFormat::F16 => Self::F16,
+            DenseFormat::BF16 => Self::BF16,
+            DenseFormat::Q8_0 => Self::Q8_0,
+            DenseFormat::Q6_K => Self::Q6_K,
+            DenseFormat::Q4_0 => Self::Q4_0,
+        }
     }
 }
 

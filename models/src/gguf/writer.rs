@@ -1,11 +1,14 @@
 //! Writing GGUF v3: to a temporary file beside the target, which it replaces when complete.
 
+use super::model::{LLAMA, gptj_rows};
 use super::types::I2_S_TAIL;
 use super::value::encode_str;
 use super::{DEFAULT_ALIGNMENT, TensorType, Value, norm_name, projection_name};
 use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection, TernaryTensor};
 use crate::config::{Activation, ModelConfig};
+use crate::exact::{Exact, Progress};
 use bitnet_burn_core::formats::dense::DenseFormat;
+use bitnet_burn_core::formats::{FormatError, tq1_0, tq2_0};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -45,6 +48,49 @@ pub enum GgufWriteError {
     /// The model to be written could not be read.
     #[error(transparent)]
     Load(#[from] LoadError),
+}
+
+/// How a projection is stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(non_camel_case_types, reason = "the names of the format")]
+pub enum TernaryType {
+    /// bitnet.cpp's: 2 bits a weight, the exact f32 scale. K must be a multiple of 128.
+    #[default]
+    I2_S,
+    /// llama.cpp's: 2.06 bits a weight, an f16 scale. K must be a multiple of 256.
+    TQ2_0,
+    /// llama.cpp's: 1.69 bits a weight, an f16 scale. K must be a multiple of 256.
+    TQ1_0,
+}
+
+impl From<TernaryType> for TensorType {
+    fn from(ternary: TernaryType) -> Self {
+        match ternary {
+            TernaryType::I2_S => Self::I2_S,
+            TernaryType::TQ2_0 => Self::TQ2_0,
+            TernaryType::TQ1_0 => Self::TQ1_0,
+        }
+    }
+}
+
+/// How the tensors of a model are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GgufTypes {
+    /// The projections.
+    pub ternary: TernaryType,
+    /// The embedding and the output head; `None`: as the checkpoint has them.
+    pub dense: Option<DenseFormat>,
+}
+
+/// The architecture under which llama.cpp's family computes a model. Those programs that know `bitnet-b1.58`
+/// are bitnet.cpp's, for I2_S; llama.cpp itself, which has the other two types, knows `bitnet` with a
+/// `hidden_act`. A model of squared ReLU without sub-norms is none of theirs, and must not pass for a Llama.
+fn architecture(config: &ModelConfig, ternary: TernaryType) -> &'static str {
+    match (config.activation, config.sub_norms, ternary) {
+        (Activation::Silu, false, _) => LLAMA,
+        (Activation::Relu2, true, TernaryType::I2_S) => "bitnet-b1.58",
+        _ => "bitnet",
+    }
 }
 
 type Producer<'a> = Box<dyn FnOnce(&mut dyn Write) -> io::Result<()> + 'a>;
@@ -180,15 +226,7 @@ impl<'a> GgufWriter<'a> {
         tensor: DenseTensor,
     ) -> Result<&mut Self, GgufWriteError> {
         let dims = [tensor.k as u64, tensor.n as u64];
-        let tensor_type = match tensor.format {
-            DenseFormat::F32 => TensorType::F32,
-            DenseFormat::F16 => TensorType::F16,
-            DenseFormat::BF16 => TensorType::BF16,
-            DenseFormat::Q8_0 => TensorType::Q8_0,
-            DenseFormat::Q6_K => TensorType::Q6_K,
-            DenseFormat::Q4_0 => TensorType::Q4_0,
-        };
-        self.tensor(name, &dims, tensor_type, move |out| out.write_all(&tensor.data))
+        self.tensor(name, &dims, tensor.format.into(), move |out| out.write_all(&tensor.data))
     }
 
     /// Adds a vector of f32 under `name`.
@@ -200,16 +238,21 @@ impl<'a> GgufWriter<'a> {
         self.tensor(name, &dims, TensorType::F32, move |out| write_floats(out, &values))
     }
 
-    /// Adds the keys of a configuration, so that a reader finds the same one.
+    /// Adds the keys of a configuration, so that a reader finds the same one. `hidden_act` states the
+    /// activation, whatever the architecture.
     ///
-    /// The architecture is `bitnet-b1.58` for squared ReLU with sub-norms, as in the published models, else
-    /// `bitnet`; `hidden_act` states the activation in either case.
+    /// The architecture is the one under which programs of llama.cpp's family compute the model: `llama` for
+    /// SiLU without sub-norms; `bitnet-b1.58` for squared ReLU with sub-norms, as in the published models;
+    /// else `bitnet`. In a `llama` file the rows of q and k are in another order:
+    /// [`checkpoint`](Self::checkpoint) sees to that.
     ///
     /// # Errors
     /// [`GgufWriteError::Duplicate`].
     pub fn config(&mut self, config: &ModelConfig) -> Result<&mut Self, GgufWriteError> {
-        let b158 = config.activation == Activation::Relu2 && config.sub_norms;
-        let architecture = if b158 { "bitnet-b1.58" } else { "bitnet" };
+        self.config_as(architecture(config, TernaryType::I2_S), config)
+    }
+
+    fn config_as(&mut self, architecture: &str, config: &ModelConfig) -> Result<&mut Self, GgufWriteError> {
         self.set("general.architecture", architecture)?;
         if let Some(name) = &config.name {
             self.set("general.name", name.as_str())?;
@@ -250,34 +293,77 @@ impl<'a> GgufWriter<'a> {
         Ok(self)
     }
 
-    /// Adds a whole model but its tokenizer: configuration, projections as I2_S, norms as F32, embedding and
-    /// head as they are stored. Projections are read when their turn to be written comes.
+    /// Adds a whole model but its tokenizer: configuration, projections, norms as F32, embedding and head.
+    /// Tensors are read and converted when their turn to be written comes.
+    ///
+    /// TQ1_0 and TQ2_0 store their scale as f16: it is rounded to the nearest.
     ///
     /// # Errors
-    /// [`GgufWriteError::Tensor`] where I2_S cannot hold a projection: K must be a multiple of 128.
-    /// [`GgufWriteError::Load`] where the embedding or the head can't be read.
-    pub fn checkpoint(&mut self, checkpoint: &'a Checkpoint) -> Result<&mut Self, GgufWriteError> {
-        let config = checkpoint.config();
-        self.config(config)?;
-        self.dense("token_embd.weight", checkpoint.embedding()?)?;
+    /// [`GgufWriteError::Tensor`] where a type cannot hold a tensor: I2_S needs a K that is a multiple of 128,
+    /// TQ1_0, TQ2_0 and Q6_K of 256, Q8_0 and Q4_0 of 32. [`GgufWriteError::Load`] where the embedding or the
+    /// head can't be read.
+    pub fn checkpoint(
+        &mut self,
+        checkpoint: &'a Checkpoint,
+        types: GgufTypes,
+    ) -> Result<&mut Self, GgufWriteError> {
+        self.checkpoint_as(checkpoint.config(), checkpoint, types)
+    }
+
+    /// [`checkpoint`](Self::checkpoint) with another name and other tokens in its configuration.
+    pub(crate) fn checkpoint_as(
+        &mut self,
+        config: &ModelConfig,
+        checkpoint: &'a Checkpoint,
+        types: GgufTypes,
+    ) -> Result<&mut Self, GgufWriteError> {
+        let architecture = architecture(config, types.ternary);
+        self.config_as(architecture, config)?;
+        self.matrix("token_embd.weight", checkpoint.embedding()?, types.dense)?;
         for layer in 0..config.n_layers {
             for norm in Norm::of_layer(layer, config.sub_norms) {
                 self.norm(checkpoint, norm)?;
             }
             for which in Projection::ALL {
                 let (n, k) = which.shape(config);
+                let reorder = matches!(which, Projection::Q | Projection::K) && architecture == LLAMA;
+                let head = reorder.then_some(config.head_dim);
                 let dims = [k as u64, n as u64];
-                self.tensor(projection_name(layer, which), &dims, TensorType::I2_S, move |out| {
-                    let tensor = checkpoint.projection(layer, which).map_err(io::Error::other)?;
-                    write_i2_s(out, &tensor.codes, tensor.scale)
+                let tensor_type = types.ternary.into();
+                self.tensor(projection_name(layer, which), &dims, tensor_type, move |out| {
+                    let tensor = checkpoint.checked_projection(layer, which).map_err(io::Error::other)?;
+                    match head {
+                        Some(head) => {
+                            let codes = gptj_rows(&tensor.codes, n, head).into();
+                            write_ternary(out, &TernaryTensor { codes, ..tensor }, types.ternary)
+                        }
+                        None => write_ternary(out, &tensor, types.ternary),
+                    }
                 })?;
             }
         }
         self.norm(checkpoint, Norm::Output)?;
         if let Some(output) = checkpoint.output()? {
-            self.dense("output.weight", output)?;
+            self.matrix("output.weight", output, types.dense)?;
         }
         Ok(self)
+    }
+
+    /// Adds the embedding or the head, in another format if one is asked for.
+    fn matrix(
+        &mut self,
+        name: &str,
+        tensor: DenseTensor,
+        format: Option<DenseFormat>,
+    ) -> Result<(), GgufWriteError> {
+        match format.filter(|&format| format != tensor.format) {
+            None => self.dense(name, tensor)?,
+            Some(format) => {
+                let dims = [tensor.k as u64, tensor.n as u64];
+                self.tensor(name, &dims, format.into(), move |out| tensor.write_as(format, out))?
+            }
+        };
+        Ok(())
     }
 
     fn norm(&mut self, checkpoint: &'a Checkpoint, which: Norm) -> Result<&mut Self, GgufWriteError> {
@@ -297,6 +383,11 @@ impl<'a> GgufWriter<'a> {
     /// # Errors
     /// [`GgufWriteError::Io`]; an existing file of that name is then untouched.
     pub fn write(self, path: &Path) -> Result<(), GgufWriteError> {
+        self.write_with(path, &mut |_| Ok(()))
+    }
+
+    /// [`write`](Self::write), saying how far it is.
+    pub(crate) fn write_with(self, path: &Path, progress: &mut Progress<'_>) -> Result<(), GgufWriteError> {
         let fail = |action: String| {
             let path = path.to_owned();
             move |error| GgufWriteError::Io { path, action, error }
@@ -317,12 +408,7 @@ impl<'a> GgufWriter<'a> {
         let mut out = BufWriter::with_capacity(1 << 20, temporary.as_file());
         out.write_all(&header).map_err(fail("write the header".into()))?;
         for t in self.tensors {
-            let mut exact = Exact { out: &mut out, left: t.bytes };
-            let result = (t.produce)(&mut exact).and_then(|()| match exact.left {
-                0 => Ok(()),
-                left => Err(io::Error::other(format!("{left} of {} bytes were not produced", t.bytes))),
-            });
-            result
+            Exact::write(&mut out, t.bytes, &mut |n| progress(n), t.produce)
                 .and_then(|()| out.write_all(&[0; 32][..(padded(t.bytes) - t.bytes) as usize]))
                 .map_err(fail(format!("write tensor `{}`", t.name)))?;
         }
@@ -369,6 +455,22 @@ fn padded(bytes: u64) -> u64 {
     bytes.checked_next_multiple_of(DEFAULT_ALIGNMENT).unwrap_or(u64::MAX)
 }
 
+fn write_ternary(out: &mut dyn Write, tensor: &TernaryTensor, ternary: TernaryType) -> io::Result<()> {
+    let TernaryTensor { n, k, scale, ref codes, .. } = *tensor;
+    let blocks = match ternary {
+        TernaryType::I2_S => return write_i2_s(out, codes, scale),
+        TernaryType::TQ2_0 => tq2_0::from_canonical,
+        TernaryType::TQ1_0 => tq1_0::from_canonical,
+    };
+    let bytes = match blocks(codes, n, k, scale) {
+        Err(FormatError::ScaleNotF16 { nearest, .. }) if nearest.is_finite() && nearest > 0.0 => {
+            blocks(codes, n, k, nearest)
+        }
+        result => result,
+    };
+    out.write_all(&bytes.map_err(io::Error::other)?)
+}
+
 /// The codes, the scale, and zeros up to [`I2_S_TAIL`].
 fn write_i2_s(out: &mut dyn Write, codes: &[u8], scale: f32) -> io::Result<()> {
     out.write_all(codes)?;
@@ -379,28 +481,6 @@ fn write_i2_s(out: &mut dyn Write, codes: &[u8], scale: f32) -> io::Result<()> {
 
 fn write_floats(out: &mut dyn Write, values: &[f32]) -> io::Result<()> {
     values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
-}
-
-/// Lets no more than the stated number of bytes through.
-struct Exact<W> {
-    out: W,
-    left: u64,
-}
-
-impl<W: Write> Write for Exact<W> {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        if data.len() as u64 > self.left {
-            let problem = format!("{} bytes too many were produced", data.len() as u64 - self.left);
-            return Err(io::Error::other(problem));
-        }
-        let n = self.out.write(data)?;
-        self.left -= n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
 }
 
 #[cfg(test)]

@@ -1,14 +1,15 @@
 //! Grouped-query attention with BitLinear projections.
 
-use bitnet_burn_backends::AttentionArgs;
 use bitnet_burn_backends::ops::{self, BitLinearInput};
+use bitnet_burn_backends::{AttentionArgs, SelfAttentionArgs};
 use burn::config::Config;
 use burn::module::Module;
 use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor};
 
-use super::{BitLinear, BitLinearConfig, KvCache, RotaryEncoding};
-use crate::bitnet::{Batch, ForwardError};
+use super::bit_linear::latent_linears;
+use super::{BitLinear, BitLinearConfig, KvCache};
+use crate::bitnet::{Batch, ForwardError, History};
 
 /// Configuration of a [`BitAttention`].
 #[derive(Config, Debug)]
@@ -94,17 +95,40 @@ impl BitAttention {
         &self,
         x: Tensor<2>,
         layer: usize,
-        rotary: &RotaryEncoding,
+        batch: &Batch,
+        history: &mut History<'_>,
+    ) -> Result<Tensor<2>, ForwardError> {
+        let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
+        let qkv = linears(x, norm, batch.quantise, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
+        let context = match history {
+            History::Cache(cache) => self.attend(qkv, layer, batch, cache)?,
+            History::None => {
+                let args = SelfAttentionArgs {
+                    n_heads: self.n_heads,
+                    n_kv_heads: self.n_kv_heads,
+                    head_dim: self.head_dim,
+                    length: batch.sequences.first().map_or(0, |sequence| sequence.rows.len()),
+                };
+                ops::self_attention(qkv, batch.angles.0.clone(), batch.angles.1.clone(), args)
+            }
+        };
+        linear(context, batch.quantise, &self.o_proj)
+    }
+
+    /// Attention of every sequence's rows over what its cache holds, and themselves.
+    fn attend(
+        &self,
+        qkv: Tensor<2>,
+        layer: usize,
         batch: &Batch,
         cache: &mut KvCache,
     ) -> Result<Tensor<2>, ForwardError> {
-        let [m, _] = x.dims();
+        let [m, _] = qkv.dims();
         let (q_size, kv_size) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
-        let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
-        let qkv = linears(x, norm, batch.quantise, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
         let part = |from: usize, to: usize| qkv.clone().slice([0..m, from..to]);
-        let q = rotary.apply(part(0, q_size), &batch.angles);
-        let k = rotary.apply(part(q_size, q_size + kv_size), &batch.angles);
+        let rope = |x: Tensor<2>| ops::rope(x, batch.angles.0.clone(), batch.angles.1.clone(), self.head_dim);
+        let q = rope(part(0, q_size));
+        let k = rope(part(q_size, q_size + kv_size));
         let v = part(q_size + kv_size, q_size + 2 * kv_size);
         let mut outputs = Vec::with_capacity(batch.sequences.len());
         for sequence in &batch.sequences {
@@ -122,13 +146,11 @@ impl BitAttention {
             };
             outputs.push(ops::attention(of(&q, q_size), keys, values, args));
         }
-        let context = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 0) };
-        linear(context, batch.quantise, &self.o_proj)
+        Ok(if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 0) })
     }
 }
 
-/// Several packed layers over one input with its norm, side by side in the output; in the training
-/// state one after the other.
+/// Several layers over one input with its norm, side by side in the output.
 pub(crate) fn linears(
     x: Tensor<2>,
     norm: (Tensor<1>, f32),
@@ -138,12 +160,7 @@ pub(crate) fn linears(
     let matrices: Option<Vec<_>> = layers.iter().map(|layer| layer.matrix()).collect();
     match matrices {
         Some(matrices) => Ok(ops::bit_linear(x, BitLinearInput { norm: Some(norm), quantise }, matrices)?),
-        None => {
-            let x = ops::rms_norm(x, norm.0, norm.1);
-            let outputs: Result<Vec<_>, _> =
-                layers.iter().map(|layer| layer.try_forward(x.clone())).collect();
-            Ok(Tensor::cat(outputs?, 1))
-        }
+        None => Ok(latent_linears(ops::rms_norm(x, norm.0, norm.1), quantise, layers)),
     }
 }
 
@@ -154,6 +171,12 @@ pub(crate) fn linear(x: Tensor<2>, quantise: bool, layer: &BitLinear) -> Result<
             let input = BitLinearInput { norm: layer.norm_input(), quantise };
             Ok(ops::bit_linear(x, input, vec![matrix])?)
         }
-        None => Ok(layer.try_forward(x)?),
+        None => {
+            let x = match layer.norm_input() {
+                Some((gamma, eps)) => ops::rms_norm(x, gamma, eps),
+                None => x,
+            };
+            Ok(latent_linears(x, quantise, &[layer]))
+        }
     }
 }

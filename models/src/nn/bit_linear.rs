@@ -6,10 +6,11 @@ use std::sync::Arc;
 use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
 use bitnet_burn_core::formats::canonical;
 use bitnet_burn_core::manager::{Choice, ManagerError};
+use bitnet_burn_core::quant;
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
-use burn::nn::{RmsNorm, RmsNormConfig};
-use burn::tensor::{Device, Int, Tensor};
+use burn::nn::{Linear, RmsNorm, RmsNormConfig};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use bytes::Bytes;
 
 /// Configuration of a [`BitLinear`].
@@ -96,6 +97,12 @@ impl BitLinearConfig {
 }
 
 impl BitLinear {
+    /// A layer in the training state, without norm and bias, of latent weights [d_output, d_input].
+    pub fn latent(weight: Param<Tensor<2>>) -> Self {
+        let [n, k] = weight.val().dims();
+        Self { weight: BitLinearWeight::Latent(weight), bias: None, norm: None, d_input: k, d_output: n }
+    }
+
     /// A layer in the packed state, without norm and bias.
     pub fn from_matrix(matrix: TernaryMatrix) -> Self {
         let TernaryMatrix { codes, scale, n, k, choice } = matrix;
@@ -105,6 +112,16 @@ impl BitLinear {
             choice,
         };
         Self { weight: BitLinearWeight::Packed(weight), bias: None, norm: None, d_input: k, d_output: n }
+    }
+
+    /// A layer in the training state with the weights and the bias of a `Linear`, for quantisation-aware
+    /// fine-tuning. (Burn keeps a `Linear`'s weight as [d_input, d_output]; it is transposed.)
+    pub fn from_linear(linear: Linear) -> Self {
+        let weight = linear.weight.val();
+        let device = weight.device();
+        // A tensor of its own: contiguous, and a leaf of the graph.
+        let weight = Tensor::<2>::from_data(weight.transpose().into_data(), &device);
+        Self { bias: linear.bias, ..Self::latent(Param::from_tensor(weight)) }
     }
 
     /// The same layer with a norm before quantisation.
@@ -143,21 +160,15 @@ impl BitLinear {
         let mut shape = input.dims();
         let rows: usize = shape[..D - 1].iter().product();
         let x = input.reshape([rows, self.d_input]);
-        let y = match &self.weight {
-            BitLinearWeight::Packed(_) => {
-                let matrix = self.matrix().expect("packed");
-                ops::bit_linear(x, BitLinearInput { norm: self.norm_input(), quantise: true }, vec![matrix])?
-            }
-            BitLinearWeight::Latent(weight) => {
-                let x = match &self.norm {
-                    Some(norm) => norm.forward(x),
+        let norm = self.norm_input();
+        let y = match self.matrix() {
+            Some(matrix) => ops::bit_linear(x, BitLinearInput { norm, quantise: true }, vec![matrix])?,
+            None => {
+                let x = match norm {
+                    Some((gamma, eps)) => ops::rms_norm(x, gamma, eps),
                     None => x,
                 };
-                let (codes, scale) = ternarise(weight.val());
-                let n = scale.dims()[0];
-                let quantised = codes * scale.reshape([n, 1]);
-                let weight = straight_through(weight.val(), quantised);
-                fake_quantise(x).matmul(weight.transpose())
+                latent_linears(x, true, &[self])
             }
         };
         let y = match &self.bias {
@@ -215,9 +226,11 @@ impl BitLinear {
     pub fn pack(self) -> Result<Self, ManagerError> {
         let BitLinearWeight::Latent(weight) = &self.weight else { return Ok(self) };
         let device = weight.val().device();
-        let (codes, scale) = ternarise(weight.val().detach());
-        let scale = scale.into_data().iter::<f32>().next().expect("one scale");
-        let codes: Vec<i8> = codes.into_data().iter::<f32>().map(|code| code as i8).collect();
+        let values: Vec<f32> = ops::ternarise(weight.val().detach()).into_data().iter::<f32>().collect();
+        // Without a code that is not zero all weights are below half of the smallest scale.
+        let scale = values.iter().fold(0f32, |a, v| a.max(v.abs()));
+        let scale = if scale > 0.0 { scale } else { quant::EPSILON };
+        let codes: Vec<i8> = values.iter().map(|&v| i8::from(v > 0.0) - i8::from(v < 0.0)).collect();
         let mut bytes = vec![0u8; self.d_output * canonical::row_bytes(self.d_input)];
         let rows = codes.chunks_exact(self.d_input);
         for (codes, row) in rows.zip(bytes.chunks_exact_mut(canonical::row_bytes(self.d_input))) {
@@ -233,26 +246,67 @@ impl BitLinear {
         )?;
         Ok(Self { bias: self.bias, norm: self.norm, ..Self::from_matrix(matrix) })
     }
+
+    /// The layer in the training state, to train it further: latent weights of which the forward pass
+    /// makes exactly the codes and the scale that were packed. What the weights were before packing is
+    /// gone: all that share a code share a magnitude (but for one, which makes the mean exact). A layer in
+    /// the training state stays as it is.
+    ///
+    /// # Errors
+    /// If the kernel that packed the weights can't unpack them.
+    ///
+    /// # Panics
+    /// If the weights can't be read back from their device.
+    pub fn unpack(self) -> Result<Self, ManagerError> {
+        let Some(matrix) = self.matrix() else { return Ok(self) };
+        let (n, k) = (self.d_output, self.d_input);
+        let matrix = matrix.into_canonical()?;
+        let device = matrix.codes.device();
+        let scale = matrix.scale.into_data().iter::<f32>().next().expect("one scale");
+        let words: Vec<u32> = matrix.codes.into_data().iter::<i64>().map(|word| word as u32).collect();
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut codes = vec![0i8; n * k];
+        for (codes, row) in codes.chunks_exact_mut(k).zip(bytes.chunks_exact(canonical::row_bytes(k))) {
+            canonical::unpack_row(row, codes);
+        }
+        let weights = Tensor::from_data(TensorData::new(latent(&codes, scale), [n, k]), &device);
+        Ok(Self { weight: BitLinearWeight::Latent(Param::from_tensor(weights)), ..self })
+    }
 }
 
-/// absmean: the codes (as floats) and the scale [1] of latent weights.
-fn ternarise(weight: Tensor<2>) -> (Tensor<2>, Tensor<1>) {
-    let scale = weight.clone().abs().mean().clamp_min(1e-5);
-    let codes = (weight * scale.clone().recip().reshape([1, 1])).round().clamp(-1.0, 1.0);
-    (codes, scale)
+/// Weights whose absmean codes and scale are these.
+///
+/// With a fraction p of the codes not zero and |w| = scale / p for those, the mean of all is the scale, and
+/// every |w| is at least the scale, twice the threshold. One weight takes what rounding leaves.
+fn latent(codes: &[i8], scale: f32) -> Vec<f32> {
+    let count = codes.iter().filter(|&&code| code != 0).count();
+    let total = f64::from(scale) * codes.len() as f64;
+    let magnitude = (total / count.max(1) as f64) as f32;
+    let mut weights: Vec<f32> = codes.iter().map(|&code| f32::from(code) * magnitude).collect();
+    if let Some(last) = weights.iter_mut().rfind(|w| **w != 0.0) {
+        let others = f64::from(magnitude) * (count - 1) as f64;
+        *last = last.signum() * (total - others) as f32;
+    }
+    weights
 }
 
-/// absmax: activations as the int8 kernels see them, with the straight-through estimator.
-fn fake_quantise(x: Tensor<2>) -> Tensor<2> {
-    let a = x.clone().detach().abs().max_dim(1).clamp_min(1e-5);
-    // 127 / a, rounded once, as the kernels have it.
-    let q = (x.clone().detach() * (a.full_like(127.0) / a.clone())).round().clamp(-128.0, 127.0);
-    straight_through(x, q * (a / 127.0))
-}
-
-/// Computes with `quantised`, and differentiates as if it were `x` (Bengio et al., arXiv 1308.3432).
-fn straight_through(x: Tensor<2>, quantised: Tensor<2>) -> Tensor<2> {
-    x.clone() + (quantised - x).detach()
+/// Layers in the training state over one input, side by side in the output: one matmul of what their
+/// quantisers make of input and weights; without `quantise` of these as they are, the float twin.
+///
+/// # Panics
+/// If a layer is packed: those of one model are all in the same state.
+pub(crate) fn latent_linears(x: Tensor<2>, quantise: bool, layers: &[&BitLinear]) -> Tensor<2> {
+    let mut weights: Vec<Tensor<2>> = layers
+        .iter()
+        .map(|layer| match &layer.weight {
+            BitLinearWeight::Latent(weight) if quantise => ops::ternarise(weight.val()),
+            BitLinearWeight::Latent(weight) => weight.val(),
+            BitLinearWeight::Packed(_) => panic!("a packed layer beside one in the training state"),
+        })
+        .collect();
+    let weight = if weights.len() == 1 { weights.remove(0) } else { Tensor::cat(weights, 0) };
+    let x = if quantise { ops::fake_quantise(x) } else { x };
+    x.matmul(weight.transpose())
 }
 
 impl ModuleDisplay for BitLinear {
@@ -298,6 +352,53 @@ mod tests {
         let canonical = packed.into_canonical().unwrap();
         assert_eq!(canonical.matrix().unwrap().codes.dims(), [96, 16]);
         values(&canonical).assert_eq(&private, true);
+    }
+
+    #[test]
+    fn packing_keeps_the_codes_and_the_scale_and_unpacking_gives_them_back() {
+        let device = Device::flex();
+        for (n, k) in [(96, 256), (5, 33), (1, 1), (64, 130)] {
+            let layer = BitLinearConfig::new(k, n).with_bias(true).with_norm(true).init(&device);
+            let x = Tensor::<2>::random([9, k], Distribution::Normal(0.0, 1.0), &device);
+            let matrix = |layer: &BitLinear| {
+                let matrix = layer.clone().into_canonical().unwrap().matrix().unwrap();
+                let codes: Vec<i64> = matrix.codes.into_data().iter::<i64>().collect();
+                (codes, matrix.scale.into_data().iter::<f32>().next().unwrap())
+            };
+            let latent = layer.forward(x.clone()).into_data();
+            let packed = layer.clone().pack().unwrap();
+            let BitLinearWeight::Latent(weight) = &layer.weight else { panic!("a new layer is latent") };
+            let weights: Vec<f32> = weight.val().into_data().iter::<f32>().collect();
+            assert_eq!(matrix(&packed).1, quant::absmean_scale(&weights));
+            let y = packed.forward(x.clone()).into_data();
+            latent.assert_approx_eq::<f32>(&y, burn::tensor::Tolerance::rel_abs(1e-5, 1e-5));
+            let again = packed.clone().unpack().unwrap();
+            assert!(matches!(again.weight, BitLinearWeight::Latent(_)) && again.bias.is_some());
+            assert_eq!(matrix(&again.pack().unwrap()), matrix(&packed), "[{n}, {k}]");
+        }
+    }
+
+    #[test]
+    fn weights_of_zeros_survive() {
+        let device = Device::flex();
+        let zeros = Param::from_tensor(Tensor::<2>::zeros([4, 40], &device));
+        let layer = BitLinear::latent(zeros).pack().unwrap().unpack().unwrap().pack().unwrap();
+        let y = layer.forward(Tensor::<2>::ones([2, 40], &device)).into_data();
+        assert!(y.iter::<f32>().all(|y| y == 0.0));
+    }
+
+    #[test]
+    fn a_linear_layer_becomes_a_bit_linear() {
+        let device = Device::flex();
+        let linear = burn::nn::LinearConfig::new(12, 5).init(&device);
+        let weight: Vec<f32> = linear.weight.val().into_data().iter::<f32>().collect();
+        let layer = BitLinear::from_linear(linear);
+        assert_eq!((layer.d_input(), layer.d_output(), layer.bias.is_some()), (12, 5, true));
+        let BitLinearWeight::Latent(latent) = &layer.weight else { panic!("it is trained further") };
+        let latent: Vec<f32> = latent.val().into_data().iter::<f32>().collect();
+        for (i, w) in latent.iter().enumerate() {
+            assert_eq!(*w, weight[i % 12 * 5 + i / 12]);
+        }
     }
 
     #[test]

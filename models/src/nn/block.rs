@@ -4,11 +4,8 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
-use super::{
-    BitAttention, BitAttentionConfig, BitFeedForward, BitFeedForwardConfig, GatedActivation, KvCache,
-    RotaryEncoding,
-};
-use crate::bitnet::{Batch, ForwardError};
+use super::{BitAttention, BitAttentionConfig, BitFeedForward, BitFeedForwardConfig, GatedActivation};
+use crate::bitnet::{Batch, ForwardError, History};
 
 /// Configuration of a [`BitBlock`].
 #[derive(Config, Debug)]
@@ -47,11 +44,10 @@ impl BitBlock {
         &self,
         x: Tensor<2>,
         layer: usize,
-        rotary: &RotaryEncoding,
         batch: &Batch,
-        cache: &mut KvCache,
+        history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
-        let x = x.clone() + self.attention.forward(x, layer, rotary, batch, cache)?;
+        let x = x.clone() + self.attention.forward(x, layer, batch, history)?;
         Ok(x.clone() + self.feed_forward.forward(x, batch.quantise)?)
     }
 }

@@ -1,28 +1,46 @@
-//! A dense matrix in the format of its file: embedding and lm_head.
+//! A dense matrix: embedding and lm_head.
 
 use bitnet_burn_backends::{DenseArgs, NoInt8, ops};
+use bitnet_burn_core::formats::DenseFormat;
 use burn::module::{Module, Param, ParamId};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::checkpoint::DenseTensor;
 
-/// A matrix [N, K] that stays as its file stores it (F32, F16, BF16, Q8_0, Q6_K, Q4_0), memory-mapped
-/// on devices in host memory, and is decoded to f32 where it is used; or multiplied by int8 activations as it
-/// is ([`with_int8`](Self::with_int8)).
+/// A matrix [N, K], see [`DenseWeight`] for its two states.
 #[derive(Module, Debug)]
-pub struct StoredMatrix {
-    /// The raw bytes as U32 words [1, words].
-    pub words: Param<Tensor<2, Int>>,
+pub struct DenseMatrix {
+    /// The weights.
+    pub weight: DenseWeight,
     #[module(skip)]
     args: DenseArgs,
 }
 
-impl StoredMatrix {
+/// The weights of a [`DenseMatrix`].
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one or two of them a model")]
+pub enum DenseWeight {
+    /// Training: floats [N, K].
+    Float(Param<Tensor<2>>),
+    /// Frozen: the raw bytes of the file (F32, F16, BF16, Q8_0, Q6_K, Q4_0) as U32 words [1, words],
+    /// memory-mapped on devices in host memory. They are decoded to f32 where they are used, or multiplied by
+    /// int8 activations as they are ([`DenseMatrix::with_int8`]).
+    Stored(Param<Tensor<2, Int>>),
+}
+
+impl DenseMatrix {
     /// A loaded tensor on a device.
     pub fn new(tensor: DenseTensor, device: &Device) -> Self {
         let DenseTensor { n, k, format, data, .. } = tensor;
         let words = ops::words(data.clone(), [1, data.len().div_ceil(4)], device);
-        Self { words: Param::initialized(ParamId::new(), words), args: DenseArgs::new(format, n, k) }
+        let weight = DenseWeight::Stored(Param::initialized(ParamId::new(), words));
+        Self { weight, args: DenseArgs::new(format, n, k) }
+    }
+
+    /// A trainable matrix.
+    pub fn trainable(weight: Param<Tensor<2>>) -> Self {
+        let [n, k] = weight.val().dims();
+        Self { weight: DenseWeight::Float(weight), args: DenseArgs::new(DenseFormat::F32, n, k) }
     }
 
     /// The same, with [`forward`](Self::forward) quantising its input to int8, by absmax and row. That is
@@ -36,14 +54,39 @@ impl StoredMatrix {
         Ok(self)
     }
 
+    /// The same with its weights frozen, as F32 on the device without gradients.
+    ///
+    /// # Panics
+    /// If the weights can't be read back from their device.
+    pub fn freeze(self) -> Self {
+        let DenseWeight::Float(weight) = &self.weight else { return self };
+        let device = weight.val().device().without_autodiff();
+        let values: Vec<f32> = weight.val().into_data().iter::<f32>().collect();
+        let DenseArgs { format, n, k, .. } = self.args;
+        let data: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let name = String::from("a trained matrix");
+        Self::new(DenseTensor { name, n, k, format, data: data.into() }, &device)
+    }
+
     /// Format and shape, and whether activations are quantised.
     pub fn args(&self) -> DenseArgs {
         self.args
     }
 
+    /// The device of the weights.
+    pub fn device(&self) -> Device {
+        match &self.weight {
+            DenseWeight::Float(weight) => weight.val().device(),
+            DenseWeight::Stored(words) => words.val().device(),
+        }
+    }
+
     /// y = x * Wᵀ. x [M, K]; the output is [M, N].
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        ops::dense_linear(x, self.words.val(), self.args)
+        match &self.weight {
+            DenseWeight::Float(weight) => x.matmul(weight.val().transpose()),
+            DenseWeight::Stored(words) => ops::dense_linear(x, words.val(), self.args),
+        }
     }
 
     /// Rows of the matrix. The output is [ids, K].
@@ -51,6 +94,13 @@ impl StoredMatrix {
     /// # Panics
     /// If an id is not below N.
     pub fn rows(&self, ids: &[u32]) -> Tensor<2> {
-        ops::dense_rows(self.words.val(), ids, self.args)
+        match &self.weight {
+            DenseWeight::Float(weight) => {
+                assert!(ids.iter().all(|&id| (id as usize) < self.args.n), "a row that the table lacks");
+                let ids = TensorData::new(ids.iter().map(|&id| id as i32).collect(), [ids.len()]);
+                weight.val().select(0, Tensor::from_data(ids, &self.device()))
+            }
+            DenseWeight::Stored(words) => ops::dense_rows(words.val(), ids, self.args),
+        }
     }
 }

@@ -13,7 +13,7 @@ pub use bit_linear::{BitLinear, BitLinearConfig, BitLinearWeight, PackedWeight};
 pub use block::{BitBlock, BitBlockConfig};
 pub use burn::nn::{RmsNorm, RmsNormConfig};
 pub use cache::{CacheError, CacheType, KvCache, SequenceId};
-pub use dense::StoredMatrix;
+pub use dense::{DenseMatrix, DenseWeight};
 pub use feed_forward::{BitFeedForward, BitFeedForwardConfig};
 pub use rotary::{RotaryEncoding, RotaryEncodingConfig};
 

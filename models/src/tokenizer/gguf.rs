@@ -27,7 +27,7 @@ pub(super) enum Type {
 }
 
 impl Type {
-    fn new(number: i32) -> Self {
+    pub(super) fn new(number: i32) -> Self {
         match number {
             2 => Self::Unknown,
             3 => Self::Control,
@@ -44,13 +44,16 @@ impl Type {
     }
 
     /// Left out of a text on request.
-    fn is_special(self) -> bool {
+    pub(super) fn is_special(self) -> bool {
         matches!(self, Self::Unknown | Self::Control)
     }
 }
 
 pub(super) fn build(keys: &GgufTokenizer, vocab_size: usize) -> Result<Tokenizer, VocabularyError> {
-    let model = keys.model.as_deref().ok_or(Error::Missing("tokenizer.ggml.model"))?;
+    if keys.is_empty() {
+        return Err(Error::Missing("tokenizer.ggml.model"));
+    }
+    let model = keys.model.as_deref().unwrap_or_default();
     let tokens = &keys.tokens;
     if tokens.is_empty() {
         return Err(Error::Missing("tokenizer.ggml.tokens"));

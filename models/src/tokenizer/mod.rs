@@ -17,11 +17,13 @@ mod gguf;
 mod hf;
 mod pre;
 mod spm;
+pub(crate) mod translate;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 pub use decode::DecodeStream;
+pub use translate::TranslateError;
 
 use crate::chat::TemplateTokens;
 use crate::checkpoint::TokenizerSource;

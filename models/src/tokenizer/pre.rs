@@ -22,7 +22,8 @@ pub(super) struct PreTokenizer {
     pub(super) add_bos: bool,
 }
 
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+/// GPT-2's, which the library's `ByteLevel` has built in.
+pub(super) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -68,6 +69,19 @@ const PRE_TOKENIZERS: [PreTokenizer; 8] = [
 /// The pre-tokenizer with this name.
 pub(super) fn find(name: &str) -> Option<&'static PreTokenizer> {
     PRE_TOKENIZERS.iter().find(|pre| pre.names.contains(&name))
+}
+
+/// The first name of the pre-tokenizer with these expressions.
+pub(super) fn with_patterns(patterns: &[String], ignore_merges: bool) -> Option<&'static str> {
+    let found = PRE_TOKENIZERS.iter().find(|p| p.patterns == patterns && p.ignore_merges == ignore_merges);
+    found.map(|p| p.names[0])
+}
+
+/// The first name of each, those first that treat merges in this way.
+pub(super) fn all(ignore_merges: bool) -> Vec<&'static str> {
+    let (alike, others): (Vec<_>, Vec<_>) =
+        PRE_TOKENIZERS.iter().partition(|p| p.ignore_merges == ignore_merges);
+    alike.into_iter().chain(others).map(|p| p.names[0]).collect()
 }
 
 /// All names, for messages.

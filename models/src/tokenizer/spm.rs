@@ -126,6 +126,11 @@ impl SentencePiece {
         self.encode_plain(&text[start..], ids)
     }
 
+    /// Whether this is a token that is recognised in a text.
+    pub(super) fn is_recognised(&self, token: &str) -> bool {
+        self.recognise(token).is_some_and(|id| self.tokens[id as usize] == token)
+    }
+
     /// The longest recognised token that the text begins with.
     fn recognise(&self, text: &str) -> Option<u32> {
         let ids = self.recognised.get(text.as_bytes().first()?)?;

@@ -6,6 +6,7 @@ use anyhow::{Context as _, bail};
 use bitnet_burn::bitnet::HeadMode;
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn::config::Activation;
+use bitnet_burn::core::formats::DenseFormat;
 use bitnet_burn::nn::CacheType;
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
@@ -13,9 +14,10 @@ use clap::{Args, ValueEnum};
 /// Which files.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// The model: a GGUF file, or a directory with config.json and safetensors
+    /// The model: a GGUF file, or a directory with config.json and safetensors [default: the built-in teller
+    /// of small stories]
     #[arg(long, short, value_name = "PATH", help_heading = "Model")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
     /// The feed-forward activation, for files that don't state it: relu2 or silu
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Model")]
     pub hidden_act: Option<Activation>,
@@ -28,7 +30,13 @@ impl FileArgs {
     /// Opens the files; warnings have been logged.
     pub fn open(&self) -> anyhow::Result<Checkpoint> {
         let options = OpenOptions { hidden_act: self.hidden_act, pre: self.pre.clone() };
-        Ok(Checkpoint::open(&self.model, &options)?)
+        match &self.model {
+            Some(path) => Ok(Checkpoint::open(path, &options)?),
+            #[cfg(feature = "default-model")]
+            None => Ok(bitnet_burn::embedded::checkpoint()?),
+            #[cfg(not(feature = "default-model"))]
+            None => bail!("--model is missing, and this build carries no model (feature default-model)"),
+        }
     }
 }
 
@@ -99,7 +107,7 @@ pub enum DeviceKind {
 
 impl DeviceKind {
     /// The first that is compiled in.
-    fn compiled() -> Self {
+    pub fn compiled() -> Self {
         if cfg!(feature = "flex") {
             Self::Flex
         } else if cfg!(feature = "ndarray") {
@@ -171,6 +179,34 @@ pub enum KvCacheType {
     F32,
     /// 2 bytes a value
     F16,
+}
+
+/// Types of embeddings and output heads.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+#[allow(non_camel_case_types, reason = "the names are the formats'")]
+pub enum DenseType {
+    F32,
+    F16,
+    Bf16,
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q6_k")]
+    Q6_K,
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+impl From<DenseType> for DenseFormat {
+    fn from(kind: DenseType) -> Self {
+        match kind {
+            DenseType::F32 => Self::F32,
+            DenseType::F16 => Self::F16,
+            DenseType::Bf16 => Self::BF16,
+            DenseType::Q8_0 => Self::Q8_0,
+            DenseType::Q6_K => Self::Q6_K,
+            DenseType::Q4_0 => Self::Q4_0,
+        }
+    }
 }
 
 /// Ways to compute the output projection.

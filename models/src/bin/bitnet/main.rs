@@ -1,8 +1,9 @@
-//! `bitnet`: run, look at and measure BitNet models.
+//! `bitnet`: run, look at, convert and measure BitNet models.
 
 mod args;
 mod bench;
 mod engine;
+mod export;
 mod inspect;
 mod kernels;
 mod logits;
@@ -12,12 +13,13 @@ mod plugins;
 mod run;
 mod synth;
 mod tokenize;
+mod train;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Run, look at and measure BitNet (1.58-bit) models.
+/// Run, look at, convert and measure BitNet (1.58-bit) models.
 ///
 /// A model is a GGUF file or a Hugging Face directory (config.json with safetensors).
 #[derive(Debug, Parser)]
@@ -48,7 +50,8 @@ Examples:
   bitnet inspect --model model.gguf --check
   bitnet synth --shape 2b-4t --out synthetic.gguf
   bitnet bench --model synthetic.gguf -p 128 -n 64 --threads 1
-  bitnet kernels --explain 6912x2560";
+  bitnet kernels --explain 6912x2560
+  bitnet convert model/ --to gguf";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -60,6 +63,9 @@ enum Command {
     Synth(synth::SynthArgs),
     Perplexity(perplexity::PerplexityArgs),
     Logits(logits::LogitsArgs),
+    Train(train::TrainArgs),
+    Export(export::ExportArgs),
+    Convert(export::ConvertArgs),
     Plugins(plugins::PluginsArgs),
     #[command(hide = true)]
     GateChild(plugins::GateChildArgs),
@@ -77,6 +83,9 @@ fn main() -> ExitCode {
         Command::Synth(args) => synth::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Logits(args) => logits::run(args),
+        Command::Train(args) => train::run(args),
+        Command::Export(args) => export::export(args),
+        Command::Convert(args) => export::convert(args),
         Command::Plugins(args) => plugins::run(args),
         Command::GateChild(args) => args.run(),
     };

@@ -9,6 +9,7 @@ use bitnet_burn::backends::manager::SetupError;
 use bitnet_burn::bitnet::{ForwardError, ModelError};
 use bitnet_burn::checkpoint::LoadError;
 use bitnet_burn::core::ManagerError;
+use bitnet_burn::export::ExportError;
 use bitnet_burn::generate::GenerateError;
 use bitnet_burn::tokenizer::TokenizerError;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -108,13 +109,22 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
             "--tokens-file takes token ids instead of text; with --print-ids no tokenizer is needed",
         );
     }
+    if let Some(error) = cause.downcast_ref::<ExportError>() {
+        return match error {
+            ExportError::Exists { .. } => Some("--force replaces it, --out writes to another place"),
+            ExportError::NoMasters { .. } => Some("--style packed writes ternary weights"),
+            ExportError::Tokenizer(_) => Some("--no-tokenizer writes the model without it"),
+            ExportError::Load(error) => of_load(error),
+            _ => None,
+        };
+    }
     cause.downcast_ref().and_then(of_load).or_else(|| cause.downcast_ref().and_then(of_manager))
 }
 
 fn of_load(error: &LoadError) -> Option<&'static str> {
     match error {
         LoadError::Io { error, .. } if error.kind() == ErrorKind::NotFound => {
-            Some("--model takes a GGUF file or a directory with config.json and safetensors")
+            Some("a model is a GGUF file or a directory with config.json and safetensors")
         }
         LoadError::NotTernary { .. } => Some("`bitnet inspect` shows the types of all tensors"),
         _ => None,

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use bitnet_burn::generate::logits;
 use bitnet_burn::report::{ModelSummary, Receipt, human_seconds};
+use bitnet_burn::train::{Corpus, Documents};
 use clap::Args;
 use serde::Serialize;
 
@@ -19,6 +20,9 @@ use crate::output;
 /// The text is tokenised as a whole, with BOS in front where the model wants one, and cut into windows of
 /// --context tokens that begin --stride tokens apart. A window's first token is never predicted, and a token
 /// is counted in the first window that predicts it.
+///
+/// With --documents, every document is tokenised on its own, between BOS and EOS, and cut into windows that
+/// predict --context tokens each: what `bitnet train` measures on its validation set.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, group = clap::ArgGroup::new("input").required(true))]
 pub struct PerplexityArgs {
@@ -30,6 +34,9 @@ pub struct PerplexityArgs {
     /// Token ids instead of text, separated by commas or white space
     #[arg(long, value_name = "FILE", group = "input")]
     tokens_file: Option<PathBuf>,
+    /// Documents: JSON Lines with a `text` in each (.jsonl), or any other file with one in every line
+    #[arg(long, value_name = "FILE", group = "input", conflicts_with_all = ["stride", "max_tokens"])]
+    documents: Option<PathBuf>,
     /// Tokens from window to window [default: the context, so that windows don't overlap]
     #[arg(long, value_name = "N", value_parser = positive)]
     stride: Option<usize>,
@@ -52,7 +59,8 @@ The context is 512 tokens where --context does not say otherwise.
 
 Examples:
   bitnet perplexity -m model.gguf -f wiki.test.raw
-  bitnet perplexity -m model.gguf -f wiki.test.raw --context 2048 --stride 1024 --json";
+  bitnet perplexity -m model.gguf -f wiki.test.raw --context 2048 --stride 1024 --json
+  bitnet perplexity -m model.gguf --documents run/validation.jsonl --context 256";
 
 const DEFAULT_CONTEXT: usize = 512;
 
@@ -78,32 +86,53 @@ struct Output {
 pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
     let quantise_activations = !args.no_activation_quantisation;
     let text = args.file.as_deref().map(read_text).transpose()?;
-    let wishes = Wishes { tokenizer: text.is_some(), quantise_activations, max_rows: args.chunk };
+    let documents = match &args.documents {
+        Some(path) => Some(Corpus::read(std::slice::from_ref(path), Documents::Line)?),
+        None => None,
+    };
+    let wants_tokenizer = text.is_some() || documents.is_some();
+    let wishes = Wishes { tokenizer: wants_tokenizer, quantise_activations, max_rows: args.chunk };
     let engine = args.engine.load(&wishes)?;
     let vocabulary = engine.checkpoint.config().vocab_size;
-    let mut tokens = match (&text, &engine.tokenizer, &args.tokens_file) {
-        (Some(text), Some(tokenizer), _) => tokenizer.encode(text, true)?,
-        (_, _, Some(path)) => read_tokens(path, vocabulary)?,
-        _ => bail!("--file or --tokens-file is needed"),
-    };
-    tokens.truncate(args.max_tokens.unwrap_or(usize::MAX));
-    if tokens.len() < 2 {
-        bail!("the text has {} token(s): at least 2 are needed, one to predict the other from", tokens.len());
-    }
     let context = args.engine.context(&engine.checkpoint, DEFAULT_CONTEXT)?;
     let stride = args.stride.unwrap_or(context);
     if context < 2 || stride > context {
         bail!("--context {context} --stride {stride}: windows have at least 2 tokens, and leave none out");
     }
+    // What is predicted, and how it is cut.
+    let (pieces, width) = match (&text, &documents, &engine.tokenizer, &args.tokens_file) {
+        (Some(text), _, Some(tokenizer), _) => (vec![tokenizer.encode(text, true)?], context),
+        (_, Some(documents), Some(tokenizer), _) => {
+            let encode = |text: &String| -> anyhow::Result<Vec<u32>> {
+                let mut tokens = tokenizer.encode(text, true)?;
+                tokens.extend(tokenizer.eos());
+                Ok(tokens)
+            };
+            // A window's last token is predicted and not seen.
+            (documents.documents().iter().map(encode).collect::<Result<_, _>>()?, context + 1)
+        }
+        (_, _, _, Some(path)) => (vec![read_tokens(path, vocabulary)?], context),
+        _ => bail!("--file, --documents or --tokens-file is needed"),
+    };
+    let mut pieces = pieces;
+    pieces.iter_mut().for_each(|tokens| tokens.truncate(args.max_tokens.unwrap_or(usize::MAX)));
+    let count: usize = pieces.iter().map(Vec::len).sum();
+    if pieces.iter().all(|tokens| tokens.len() < 2) {
+        bail!("the text has {count} token(s): at least 2 are needed, one to predict the other from");
+    }
 
     let mut cache = engine.model.cache(context, args.engine.kv_cache.into())?;
-    let sequence = cache.add_sequence(context.min(tokens.len()));
-    let windows = windows(tokens.len(), context, stride);
-    let bar = output::bar(tokens.len() as u64, "perplexity {msg} [{bar:30}] {pos}/{len} tokens, {eta} left");
+    let longest = pieces.iter().map(Vec::len).max().unwrap_or(0);
+    let sequence = cache.add_sequence(context.min(longest));
+    let windows: Vec<(&[u32], Window)> = pieces
+        .iter()
+        .flat_map(|tokens| windows(tokens.len(), width, stride).into_iter().map(|w| (tokens.as_slice(), w)))
+        .collect();
+    let bar = output::bar(count as u64, "perplexity {msg} [{bar:30}] {pos}/{len} tokens, {eta} left");
     let started = Instant::now();
     let mut sum = Sum::default();
     let mut computed = 0;
-    for window in &windows {
+    for (tokens, window) in &windows {
         cache.truncate(sequence, 0)?;
         let mut problem = None;
         // The last token predicts nothing that is counted here.
@@ -123,7 +152,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
             bail!("the logits behind token {} are not finite: the model's output is not usable", target - 1);
         }
         computed += input.len();
-        bar.set_position(window.end as u64);
+        bar.set_position(computed as u64);
         bar.set_message(format!("{:.3}", sum.mean().exp()));
     }
     bar.finish_and_clear();
@@ -135,7 +164,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         perplexity,
         perplexity_standard_error: perplexity * sum.standard_error(),
         mean_negative_log_likelihood: sum.mean(),
-        tokens: tokens.len(),
+        tokens: count,
         tokens_scored: sum.count,
         windows: windows.len(),
         context,
@@ -153,7 +182,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
     output::note(format_args!(
         "{} of {} tokens scored in {} windows of up to {context}, {stride} apart; {}, {:.1} tokens/s",
         sum.count,
-        tokens.len(),
+        count,
         windows.len(),
         human_seconds(seconds),
         output.tokens_per_s

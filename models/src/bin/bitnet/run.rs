@@ -21,8 +21,11 @@ use crate::output;
 /// Generate text behind a prompt
 ///
 /// The text goes to stdout as it comes, a report of what was measured to stderr.
+///
+/// Without --model, the built-in model tells a small story: another one each time, unless --seed or --greedy
+/// says otherwise. (Its sampling, where no flag changes it: --temperature 0.7 --top-p 0.95, up to 256 tokens.)
 #[derive(Debug, Args)]
-#[command(group = ArgGroup::new("input").required(true), after_help = EXAMPLES)]
+#[command(group = ArgGroup::new("input"), after_help = EXAMPLES)]
 pub struct RunArgs {
     #[command(flatten)]
     engine: EngineArgs,
@@ -41,9 +44,9 @@ pub struct RunArgs {
     /// A chat template (Jinja) in place of the model's
     #[arg(long, value_name = "FILE", requires = "prompt", help_heading = "Chat")]
     chat_template: Option<PathBuf>,
-    /// Tokens to generate at most
-    #[arg(long, short = 'n', value_name = "N", default_value_t = 128)]
-    max_new_tokens: usize,
+    /// Tokens to generate at most [default: 128]
+    #[arg(long, short = 'n', value_name = "N")]
+    max_new_tokens: Option<usize>,
     /// Don't stop where the model ends its text
     #[arg(long)]
     ignore_eos: bool,
@@ -71,6 +74,8 @@ pub struct RunArgs {
 
 const EXAMPLES: &str = "\
 Examples:
+  bitnet run
+  bitnet run -p 'Once there was a fox named Mo'
   bitnet run -m model.gguf -p 'The capital of France is' -n 32
   bitnet run -m model.gguf --chat -p 'Why is the sky blue?' --temperature 0.7 --top-p 0.9
   bitnet run -m model.gguf --tokens-file prompt.txt --greedy --print-ids
@@ -107,8 +112,12 @@ struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    fn config(&self) -> anyhow::Result<SamplingConfig> {
+    /// `stories`: for the built-in model, which has more than one to tell.
+    fn config(&self, stories: bool) -> anyhow::Result<SamplingConfig> {
         let mut config = SamplingConfig::greedy();
+        if stories && !self.greedy && self.temperature.is_none() {
+            (config.temperature, config.top_p) = (0.7, 0.95);
+        }
         config.temperature = self.temperature.unwrap_or(config.temperature);
         config.top_k = self.top_k.unwrap_or(config.top_k);
         config.top_p = self.top_p.unwrap_or(config.top_p);
@@ -133,7 +142,12 @@ struct Output<'a> {
 }
 
 pub fn run(args: RunArgs) -> anyhow::Result<()> {
-    let sampling = args.sampling.config()?;
+    let built_in = args.engine.file.model.is_none();
+    if !built_in && args.prompt.is_none() && args.tokens_file.is_none() {
+        bail!("--prompt or --tokens-file is missing: what the text begins with");
+    }
+    let sampling = args.sampling.config(built_in)?;
+    let max_new_tokens = args.max_new_tokens.unwrap_or(if built_in { 256 } else { 128 });
     if args.stop.iter().any(String::is_empty) {
         bail!("--stop '': an empty text would stop everything at once");
     }
@@ -143,7 +157,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         .map(|path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display())))
         .transpose()?;
     let wishes = Wishes {
-        tokenizer: args.prompt.is_some() || !args.print_ids,
+        tokenizer: args.tokens_file.is_none() || !args.print_ids,
         quantise_activations: true,
         max_rows: args.chunk,
     };
@@ -158,14 +172,14 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         );
     }
     let options = GenerateOptions {
-        max_new_tokens: args.max_new_tokens,
+        max_new_tokens,
         chunk: args.chunk,
         sampling,
         stop_tokens: if args.ignore_eos { Vec::new() } else { ends(&engine) },
         stop_strings: args.stop.clone(),
     };
     let mut cache = engine.model.cache(context, args.engine.kv_cache.into())?;
-    let sequence = cache.add_sequence(prompt.len().saturating_add(args.max_new_tokens));
+    let sequence = cache.add_sequence(prompt.len().saturating_add(max_new_tokens));
 
     let mut stdout = io::stdout().lock();
     let mut failed = None;
@@ -229,9 +243,9 @@ fn prompt(args: &RunArgs, engine: &Engine, template: Option<&str>) -> anyhow::Re
     if let Some(path) = &args.tokens_file {
         return read_tokens(path, engine.checkpoint.config().vocab_size);
     }
-    let (Some(tokenizer), Some(prompt)) = (&engine.tokenizer, &args.prompt) else {
-        bail!("a prompt needs a tokenizer");
-    };
+    let Some(tokenizer) = &engine.tokenizer else { bail!("a prompt needs a tokenizer") };
+    // Without one: from the beginning of a text.
+    let prompt = args.prompt.as_deref().unwrap_or_default();
     if !(args.chat || args.system.is_some() || template.is_some()) {
         return Ok(tokenizer.encode(prompt, true)?);
     }

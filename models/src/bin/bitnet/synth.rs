@@ -6,11 +6,11 @@ use bitnet_burn::config::{Activation, ModelConfig};
 use bitnet_burn::core::formats::DenseFormat;
 use bitnet_burn::report::{human_bytes, human_seconds};
 use bitnet_burn::synth::{self, SynthOptions};
+use clap::Args;
 use clap::builder::PossibleValuesParser;
-use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use crate::args::{activation, positive};
+use crate::args::{DenseType, activation, positive};
 use crate::output;
 
 /// Write a GGUF model of random ternary weights, for measuring and trying things out
@@ -33,8 +33,8 @@ pub struct SynthArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Type of the embedding, and of the output head where that is not tied
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = EmbeddingType::Q6_K)]
-    embedding_type: EmbeddingType,
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = DenseType::Q6_K)]
+    embedding_type: DenseType,
     /// Width of the residual stream; a multiple of 128, with a Q6_K embedding of 256
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
     hidden_size: Option<usize>,
@@ -78,33 +78,6 @@ Examples:
   bitnet synth --shape 2b-4t --out 2b.gguf          # BitNet b1.58 2B-4T, 790 MB
   bitnet synth --shape 2b-4t --embedding-type f16 --out 2b-f16.gguf
   bitnet synth --hidden-size 512 --intermediate-size 1536 --layers 4 --heads 8 --kv-heads 2 --out small.gguf";
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-#[allow(non_camel_case_types, reason = "the names are the formats'")]
-enum EmbeddingType {
-    F32,
-    F16,
-    Bf16,
-    #[value(name = "q8_0")]
-    Q8_0,
-    #[value(name = "q6_k")]
-    Q6_K,
-    #[value(name = "q4_0")]
-    Q4_0,
-}
-
-impl From<EmbeddingType> for DenseFormat {
-    fn from(kind: EmbeddingType) -> Self {
-        match kind {
-            EmbeddingType::F32 => Self::F32,
-            EmbeddingType::F16 => Self::F16,
-            EmbeddingType::Bf16 => Self::BF16,
-            EmbeddingType::Q8_0 => Self::Q8_0,
-            EmbeddingType::Q6_K => Self::Q6_K,
-            EmbeddingType::Q4_0 => Self::Q4_0,
-        }
-    }
-}
 
 #[derive(Serialize)]
 struct Output<'a> {
