@@ -323,8 +323,7 @@ struct Timed {
 }
 
 fn bench(args: BenchArgs) -> anyhow::Result<()> {
-    let mut kernel_args =
-        KernelArgs { threads: args.threads, kernel: None, plugins: vec![args.file.clone()] };
+    let kernel_args = KernelArgs { threads: args.threads, kernel: None, plugins: vec![args.file.clone()] };
     // What is measured now should not come from an earlier start, nor stay behind.
     let cache = tempfile::tempdir().context("cannot make a temporary directory")?;
     let mut config = config()?;
