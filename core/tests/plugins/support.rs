@@ -71,7 +71,8 @@ pub fn config(cache: &Path) -> ManagerConfig {
         cache_dir: Some(cache.to_owned()),
         plugins: PluginConfig {
             helper: Some(env!("CARGO_BIN_EXE_bitnet-gate").into()),
-            patience: Duration::from_secs(5),
+            // A busy machine is no hanging plugin.
+            patience: Duration::from_secs(60),
             ..PluginConfig::default()
         },
         ..ManagerConfig::default()

@@ -329,6 +329,7 @@ fn bench(args: BenchArgs) -> anyhow::Result<()> {
     let mut config = config()?;
     config.cache_dir = Some(cache.path().to_owned());
     config.tune_budget = Duration::from_secs(300);
+    config.force = None;
     config.plugins.path.clear();
     config.plugins.user_dir = None;
     let kernels = kernel_args.configure_with(config)?;
