@@ -684,22 +684,19 @@ mod tests {
     }
 
     /// The gradients of sum(f(inputs) * dy) for the inputs, by Burn's own differentiation.
-    fn differentiated<B: TernaryBackend>(
+    fn differentiated<A: AutodiffBackend>(
         inputs: &[(Vec<f32>, Vec<usize>)],
         dy: &[f32],
-        f: impl Fn(Vec<FloatTensor<Autodiff<B>>>) -> FloatTensor<Autodiff<B>>,
+        f: impl Fn(Vec<FloatTensor<A>>) -> FloatTensor<A>,
     ) -> Vec<Vec<f32>> {
-        type A<B> = Autodiff<B>;
-        let inputs: Vec<FloatTensor<A<B>>> = inputs
+        let inputs: Vec<FloatTensor<A>> = inputs
             .iter()
-            .map(|(values, shape)| {
-                A::<B>::float_set_require_grad(floats::<A<B>>(values.clone(), shape), true)
-            })
+            .map(|(values, shape)| A::float_set_require_grad(floats::<A>(values.clone(), shape), true))
             .collect();
         let y = f(inputs.clone());
-        let dy = floats::<A<B>>(dy.to_vec(), &dims(&y));
-        let grads = A::<B>::backward(A::<B>::float_sum(A::<B>::float_mul(y, dy)));
-        inputs.iter().map(|x| values::<B>(A::<B>::grad(x, &grads).expect("a gradient"))).collect()
+        let dy = floats::<A>(dy.to_vec(), &dims(&y));
+        let grads = A::backward(A::float_sum(A::float_mul(y, dy)));
+        inputs.iter().map(|x| values::<A::InnerBackend>(A::grad(x, &grads).expect("a gradient"))).collect()
     }
 
     /// What training adds: each fast body and each gradient against the default forward body, which Burn
@@ -718,11 +715,11 @@ mod tests {
                 "rms_norm",
             );
             let inputs = [(x.clone(), shape.to_vec()), (w.clone(), vec![k])];
-            let want = differentiated::<B>(&inputs, &dy, |mut v| {
+            let want = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
                 let w = v.remove(1);
                 rms_norm::<Autodiff<B>>(v.remove(0), w, 1e-3)
             });
-            let whole = differentiated::<B>(&inputs, &dy, |mut v| {
+            let whole = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
                 let w = v.remove(1);
                 Autodiff::<B>::rms_norm(v.remove(0), w, 1e-3)
             });
@@ -749,10 +746,12 @@ mod tests {
                 let plain = values::<B>(gated::<B>(tensor(), activation));
                 close(&values::<B>(B::gated(tensor(), activation)), &plain, 1e-6, "gated");
                 let inputs = [(x.clone(), vec![m, 2 * f])];
-                let want =
-                    differentiated::<B>(&inputs, &dy, |mut v| gated::<Autodiff<B>>(v.remove(0), activation));
-                let whole =
-                    differentiated::<B>(&inputs, &dy, |mut v| Autodiff::<B>::gated(v.remove(0), activation));
+                let want = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
+                    gated::<Autodiff<B>>(v.remove(0), activation)
+                });
+                let whole = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
+                    Autodiff::<B>::gated(v.remove(0), activation)
+                });
                 for (name, dx) in [
                     ("fast", values::<B>(B::gated_backward(tensor(), d(), activation))),
                     ("default", values::<B>(gated_backward::<B>(tensor(), d(), activation))),
@@ -776,10 +775,10 @@ mod tests {
                 assert!((f64::from(got) - want).abs() < 1e-5 * want.max(1.0), "{got} {want}");
             }
             let inputs = [(x.clone(), vec![m, n])];
-            let want = differentiated::<B>(&inputs, &d, |mut v| {
+            let want = differentiated::<Autodiff<B>>(&inputs, &d, |mut v| {
                 cross_entropy::<Autodiff<B>>(v.remove(0), targets())
             });
-            let whole = differentiated::<B>(&inputs, &d, |mut v| {
+            let whole = differentiated::<Autodiff<B>>(&inputs, &d, |mut v| {
                 Autodiff::<B>::cross_entropy(v.remove(0), targets())
             });
             let d = || floats::<B>(d.clone(), &[m]);
@@ -811,10 +810,10 @@ mod tests {
             let fast = values::<B>(B::self_attention(qkv(), of(&cos), of(&sin), args));
             close(&fast, &plain, 2e-6, &format!("{args:?}"));
             let inputs = [(x.clone(), vec![m, width])];
-            let want = differentiated::<B>(&inputs, &dy, |mut v| {
+            let want = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
                 self_attention::<Autodiff<B>>(v.remove(0), lifted(&cos), lifted(&sin), &args)
             });
-            let whole = differentiated::<B>(&inputs, &dy, |mut v| {
+            let whole = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
                 Autodiff::<B>::self_attention(v.remove(0), lifted(&cos), lifted(&sin), args)
             });
             for (name, dx) in [

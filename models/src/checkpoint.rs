@@ -565,13 +565,6 @@ pub enum TokenizerSource {
     },
 }
 
-impl TokenizerSource {
-    /// Whether it is a Hugging Face directory.
-    pub(crate) fn is_hf(&self) -> bool {
-        matches!(self, Self::Hf { .. })
-    }
-}
-
 /// The `tokenizer.*` keys of a GGUF file as they stand there; an absent key is `None` or empty.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GgufTokenizer {

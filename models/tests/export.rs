@@ -240,10 +240,10 @@ fn architectures_are_those_that_other_programs_compute() {
             let out = tempfile::tempdir_in(dir.path()).unwrap();
             let summary = converted(&source, &out.path().join("model"), target);
             assert_eq!(summary.architecture, expected);
-            let unknown_to_others = matches!(target, Target::Gguf(_))
-                && config.activation == Activation::Relu2
-                && !config.sub_norms;
-            assert_eq!(summary.notes.iter().any(|n| n.contains("llama.cpp")), unknown_to_others);
+            // I2_S with sub-norms is bitnet.cpp's, and a directory is transformers'.
+            let relu2 = config.activation == Activation::Relu2;
+            let noted = matches!(target, Target::Gguf(_)) && relu2 && !(target == I2_S && config.sub_norms);
+            assert_eq!(summary.notes.iter().any(|n| n.contains("llama.cpp")), noted, "{summary:?}");
         }
     }
 }
@@ -731,7 +731,7 @@ fn a_failure_leaves_nothing_and_replaces_nothing() {
                     Progress::Writing { done, total } => (0, done, total),
                     Progress::Comparing { done, total } => (1, done, total),
                 };
-                assert!(done <= total + total / 50, "{progress:?}");
+                assert!(done <= total, "{progress:?}");
                 calls += usize::from(now == phase);
                 if calls == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             });
@@ -797,7 +797,6 @@ fn a_run_stands_for_its_newest_finished_checkpoint() {
     for step in ["step-00000900", "step-00001000", ".step-00002000", "step-x"] {
         masters(&run.join("checkpoints").join(step), &config);
     }
-    std::fs::create_dir(run.join("checkpoints/step-00003000")).unwrap(); // nothing in it
     let newest = newest_checkpoint(&run).unwrap();
     assert_eq!(newest, run.join("checkpoints/step-00001000"));
     for itself in [newest, at("elsewhere")] {

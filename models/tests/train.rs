@@ -280,7 +280,7 @@ fn bad_input_is_named_and_leaves_nothing() {
         (&["--text", "bytes.txt"], &["bytes.txt", "line 2", "0xff"]),
         (&["--text", "short.txt"], &["sequence"]),
         (&["--text", "text.txt", "--config", "bad.toml"], &["bad.toml", "step"]),
-        (&["--text", "text.txt", "--config", "bad.json"], &["bad.json", "seed"]),
+        (&["--text", "text.txt", "--config", "bad.json"], &["bad.json", "expected u64"]),
         (&["--text", "text.txt", "--set", "run.sequence_length=300"], &["run.sequence_length", "256"]),
         (&["--text", "text.txt", "--set", "tokenizer.file=no.json"], &["no.json"]),
         (&["--text", "text.txt", "--set", "tokenizer.file=text.txt"], &["tokenizer"]),

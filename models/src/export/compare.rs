@@ -1,8 +1,8 @@
 //! A copy against its source, tensor by tensor.
 
 use super::{Converted, ExportError, ExportOptions, Progress, RoundedScales, Summary, Target};
-use crate::checkpoint::{Checkpoint, DenseTensor, Norm, Projection, TernaryTensor};
-use crate::config::ModelConfig;
+use crate::checkpoint::{Checkpoint, DenseTensor, Norm, Projection, TernaryTensor, TokenizerSource};
+use crate::config::{Activation, ModelConfig};
 use crate::gguf::TernaryType;
 use crate::hf::Style;
 use crate::tokenizer::Tokenizer;
@@ -33,7 +33,7 @@ pub(super) fn compare(
     let mut done = 0;
     let mut advance = |bytes: u64| {
         done += bytes;
-        match progress(Progress::Comparing { done, total }) {
+        match progress(Progress::Comparing { done, total: total.max(done) }) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(ExportError::Interrupted),
         }
@@ -53,6 +53,10 @@ pub(super) fn compare(
             // The source's codes have been looked at while they were written.
             let (tensor, copied) = (source.projection(layer, which)?, copy.projection(layer, which)?);
             projection(&tensor, &copied, options.target, summary)?;
+            let masters = matches!(options.target, Target::Hf { style: Style::Online, .. });
+            if masters && source.master(layer, which)? != copy.master(layer, which)? {
+                return Err(differs(&tensor.name, "the masters differ"));
+            }
             advance((tensor.n * tensor.k / 4) as u64)?;
         }
     }
@@ -81,7 +85,7 @@ fn configuration(
         } else {
             source.rope_theta
         },
-        bos_token: copy.bos_token.filter(|_| source.bos_token.is_none()).or(source.bos_token),
+        bos_token: copy.bos_token,
         eos_tokens: copy.eos_tokens.clone(),
         ..source.clone()
     };
@@ -94,6 +98,14 @@ fn configuration(
             source.rope_theta, copy.rope_theta
         ));
     }
+    if let Some(bos) = source.bos_token
+        && copy.bos_token != source.bos_token
+    {
+        let tokens = copy.bos_token.map_or("none".to_owned(), |token| token.to_string());
+        notes.push(format!(
+            "text begins with the token {tokens}, as the tokenizer has it; the model names {bos}"
+        ));
+    }
     let lost: Vec<_> = source.eos_tokens.iter().filter(|t| !copy.eos_tokens.contains(t)).collect();
     if !lost.is_empty() {
         notes.push(format!("the tokens {lost:?}, which end a text, have no key in a GGUF file"));
@@ -103,16 +115,21 @@ fn configuration(
 
 /// What other programs make of the architecture, as far as it is known.
 fn shape_notes(config: &ModelConfig, target: Target, notes: &mut Vec<String>) {
-    if !matches!(target, Target::Gguf(_)) {
-        return;
-    }
+    let Target::Gguf(types) = target else { return };
+    let relu2 = config.activation == Activation::Relu2;
     if config.sub_norms && !config.tied_embeddings {
         notes.push(
             "llama.cpp's BitNet has no output head of its own: it does not load this model, whose head is not \
              tied to the embedding"
                 .into(),
         );
-    } else if !config.sub_norms && config.activation == crate::config::Activation::Relu2 {
+    } else if config.sub_norms && relu2 && types.ternary != TernaryType::I2_S {
+        notes.push(
+            "llama.cpp computes this model's squared ReLU only in versions that read the key \
+             `bitnet.hidden_act`; others compute SiLU, and raise no error"
+                .into(),
+        );
+    } else if !config.sub_norms && relu2 {
         notes.push(
             "llama.cpp has no architecture with squared ReLU and without sub-norms: it does not load this model"
                 .into(),
@@ -258,8 +275,11 @@ fn tokenizer(source: &Checkpoint, copy: &Checkpoint, summary: &mut Summary) -> R
     let size = source.config().vocab_size;
     let original = match Tokenizer::from_source(&sources[0], size) {
         Ok(tokenizer) => tokenizer,
-        // Files that were copied as they are, and that nothing here reads.
-        Err(_) if summary.format == "Hugging Face" && sources[0].is_hf() => return Ok(()),
+        // Files that were copied as they are.
+        Err(error) if sources.iter().all(|source| matches!(source, TokenizerSource::Hf { .. })) => {
+            summary.notes.push(format!("the tokenizer's files were copied, but can't be read here: {error}"));
+            return Ok(());
+        }
         Err(error) => return Err(TranslateError::Read(error).into()),
     };
     let copied = Tokenizer::from_source(&sources[1], size).map_err(TranslateError::Read)?;

@@ -37,6 +37,7 @@ use crate::config::ModelConfig;
 use crate::gguf::{Array, GgufFile, GgufTypes, GgufWriteError, GgufWriter, TensorType, TernaryType, Value};
 use crate::hf::{self, HfWriteError, Style};
 use crate::tokenizer::{TranslateError, translate};
+use crate::train::{self, TrainError};
 use bitnet_burn_core::formats::dense::DenseFormat;
 use place::{Kind, Place, io_error};
 use serde::Serialize;
@@ -134,6 +135,9 @@ pub enum ExportError {
         /// The run's directory.
         path: PathBuf,
     },
+    /// The directory of a training run can't be read.
+    #[error(transparent)]
+    Run(#[from] TrainError),
     /// The masters were asked for, and are gone.
     #[error(
         "{}: the latent weights (masters) are not in this checkpoint: its projections are ternary already \
@@ -201,10 +205,9 @@ impl ExportError {
         if let Self::Io { path, .. }
         | Self::Gguf(GgufWriteError::Io { path, .. })
         | Self::Hf(HfWriteError::Io { path, .. }) = &mut self
+            && let Ok(rest) = path.strip_prefix(temporary)
         {
-            if let Ok(rest) = path.strip_prefix(temporary) {
-                *path = if rest.as_os_str().is_empty() { out.to_owned() } else { out.join(rest) };
-            }
+            *path = if rest.as_os_str().is_empty() { out.to_owned() } else { out.join(rest) };
         }
         self
     }
@@ -293,24 +296,10 @@ pub(crate) const TOKENIZER_FILES: [&str; 8] = [
 /// # Errors
 /// [`ExportError::NoCheckpoint`], or the directory can't be read.
 pub fn newest_checkpoint(path: &Path) -> Result<PathBuf, ExportError> {
-    let checkpoints = path.join("checkpoints");
-    if path.join("config.json").exists() || !checkpoints.is_dir() {
+    if path.join("config.json").exists() || !path.join("checkpoints").is_dir() {
         return Ok(path.to_owned());
     }
-    let mut newest: Option<(u64, PathBuf)> = None;
-    for entry in std::fs::read_dir(&checkpoints).map_err(io_error(&checkpoints, "list"))? {
-        let entry = entry.map_err(io_error(&checkpoints, "list"))?;
-        // Training gives a checkpoint its name when it is complete.
-        let step = entry.file_name().to_str().and_then(|n| n.strip_prefix("step-")?.parse().ok());
-        let Some(step) = step.filter(|_| entry.path().join("config.json").exists()) else { continue };
-        if newest.as_ref().is_none_or(|(other, _)| *other < step) {
-            newest = Some((step, entry.path()));
-        }
-    }
-    match newest {
-        Some((_, path)) => Ok(path),
-        None => Err(ExportError::NoCheckpoint { path: path.to_owned() }),
-    }
+    train::newest(path)?.ok_or_else(|| ExportError::NoCheckpoint { path: path.to_owned() })
 }
 
 /// Writes `checkpoint` to `out`, a file or directory by the target's kind.
@@ -339,10 +328,10 @@ pub fn export(
     let config = ModelConfig { name, ..checkpoint.config().clone() };
 
     let mut interrupted = false;
-    let (mut done, mut total) = (0, 0);
-    let mut advance = |bytes: u64, all: u64| {
-        (done, total) = (done + bytes, all);
-        match progress(Progress::Writing { done, total }) {
+    let mut done = 0;
+    let mut advance = |bytes: u64, total: u64| {
+        done += bytes;
+        match progress(Progress::Writing { done, total: total.max(done) }) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => {
                 interrupted = true;

@@ -77,10 +77,10 @@ fn check(source: &Path, out: &Path, kind: Kind, overwrite: bool) -> Result<(), E
     let wrong = |problem: String| Err(ExportError::Place { path: out.to_owned(), problem });
     // Not `exists`: a link that leads nowhere is something, too.
     let Ok(found) = out.symlink_metadata() else { return Ok(()) };
-    if let (Ok(source), Ok(target)) = (source.canonicalize(), out.canonicalize()) {
-        if source == target || (kind == Kind::Directory && source.starts_with(&target)) {
-            return wrong("is the source, or has it inside: write to another place".into());
-        }
+    if let (Ok(source), Ok(target)) = (source.canonicalize(), out.canonicalize())
+        && (source == target || (kind == Kind::Directory && source.starts_with(&target)))
+    {
+        return wrong("is the source, or has it inside: write to another place".into());
     }
     let is_dir = found.is_dir();
     match kind {

@@ -1,4 +1,4 @@
-//! `bitnet`: run, look at and measure BitNet models.
+//! `bitnet`: run, look at, convert and measure BitNet models.
 
 mod args;
 mod bench;
@@ -18,7 +18,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Run, look at and measure BitNet (1.58-bit) models.
+/// Run, look at, convert and measure BitNet (1.58-bit) models.
 ///
 /// A model is a GGUF file or a Hugging Face directory (config.json with safetensors).
 #[derive(Debug, Parser)]
@@ -46,7 +46,8 @@ Examples:
   bitnet inspect --model model.gguf --check
   bitnet synth --shape 2b-4t --out synthetic.gguf
   bitnet bench --model synthetic.gguf -p 128 -n 64 --threads 1
-  bitnet kernels --explain 6912x2560";
+  bitnet kernels --explain 6912x2560
+  bitnet convert model/ --to gguf";
 
 #[derive(Debug, Subcommand)]
 enum Command {
