@@ -37,36 +37,58 @@ pub fn with_built_in_kernels(config: ManagerConfig) -> Result<KernelManager, Set
     Ok(manager)
 }
 
-/// Sets the process's manager up: the built-in kernels and `plugins`. A plugin that is refused does
-/// not keep the others from being used; its error is returned in the list.
+/// Sets the process's manager up: the built-in kernels, and the plugins in `named` (files and directories)
+/// and in the places of the configuration ([`PluginConfig`](bitnet_burn_core::store::PluginConfig)). A plugin
+/// that is refused does not keep the others from being used; its error is returned in the list.
 ///
 /// # Errors
 /// If the manager is in use already, or its configuration is refused.
 pub fn configure(
     config: ManagerConfig,
-    plugins: &[PathBuf],
+    named: &[PathBuf],
 ) -> Result<(&'static KernelManager, Vec<PluginError>), SetupError> {
-    let manager = with_built_in_kernels(config)?;
-    let refused: Vec<_> = plugins.iter().filter_map(|path| manager.load_plugin(path).err()).collect();
-    manager.validate()?;
+    let (manager, refused) = with_plugins(config, named)?;
     MANAGER.set(manager).map_err(|_| SetupError::AlreadyInUse)?;
     Ok((MANAGER.get().expect("set above"), refused))
 }
 
+fn with_plugins(
+    config: ManagerConfig,
+    named: &[PathBuf],
+) -> Result<(KernelManager, Vec<PluginError>), SetupError> {
+    let (files, mut refused) = config.plugins.find(named);
+    let manager = with_built_in_kernels(config)?;
+    refused.extend(files.iter().filter_map(|path| manager.load_plugin(path).err()));
+    if let Err(error) = manager.validate() {
+        // The kernel that is missing may be one of theirs.
+        for error in refused {
+            tracing::warn!(%error, "a plugin is not used");
+        }
+        return Err(error.into());
+    }
+    Ok((manager, refused))
+}
+
 /// The process's manager; at the first use, from the environment ([`ManagerConfig::from_env`]), where
-/// a setting that is wrong is reported and ignored.
+/// a setting that is wrong is reported and ignored. Plugins of the environment are loaded if a program that
+/// has the gate's helper, such as `bitnet`, has found them right on this machine.
 pub fn manager() -> &'static KernelManager {
     MANAGER.get_or_init(|| {
-        let from_env = ManagerConfig::from_env().map_err(SetupError::from).and_then(|config| {
-            let manager = with_built_in_kernels(config)?;
-            manager.validate()?;
-            Ok(manager)
-        });
-        from_env.unwrap_or_else(|error| {
-            tracing::error!(%error, "the kernel manager's environment is ignored");
-            with_built_in_kernels(ManagerConfig::default())
-                .expect("the default configuration needs nothing but threads")
-        })
+        let from_env =
+            ManagerConfig::from_env().map_err(SetupError::from).and_then(|config| with_plugins(config, &[]));
+        match from_env {
+            Ok((manager, refused)) => {
+                for error in refused {
+                    tracing::warn!(%error, "a plugin is not used");
+                }
+                manager
+            }
+            Err(error) => {
+                tracing::error!(%error, "the kernel manager's environment is ignored");
+                with_built_in_kernels(ManagerConfig::default())
+                    .expect("the default configuration needs nothing but threads")
+            }
+        }
     })
 }
 

@@ -89,8 +89,8 @@ impl TernaryMatrix {
         if !is_host(device) {
             return Ok(Self::canonical(codes, scale, n, k, device));
         }
-        let choice = manager().choose(n, k, LayoutPolicy::Any)?;
-        match manager().pack(&choice, &codes)? {
+        let (choice, packed) = manager().prepare(n, k, LayoutPolicy::Any, &codes)?;
+        match packed {
             Packed::Canonical => {
                 Ok(Self { choice: Some(choice), ..Self::canonical(codes, scale, n, k, device) })
             }

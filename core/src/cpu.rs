@@ -8,6 +8,23 @@ pub fn features() -> &'static [&'static str] {
     FEATURES.get_or_init(detect)
 }
 
+/// Which of the features that a kernel needs the machine lacks, or is to act as if it did, in words.
+pub(crate) fn lacking(needed: &[String], masked: &[String]) -> Option<String> {
+    let missing: Vec<_> = needed
+        .iter()
+        .filter_map(|feature| {
+            if masked.contains(feature) {
+                Some(format!("{feature} (masked)"))
+            } else if !features().contains(&feature.as_str()) {
+                Some(feature.clone())
+            } else {
+                None
+            }
+        })
+        .collect();
+    (!missing.is_empty()).then(|| format!("needs {}", missing.join(", ")))
+}
+
 macro_rules! detected {
     ($detect:ident: $($name:tt),+ $(,)?) => {{
         let mut found = Vec::new();

@@ -5,11 +5,13 @@
 
 pub mod cpu;
 pub mod formats;
+pub mod gate;
 pub mod manager;
 pub mod memory;
 pub mod plugin;
 pub mod pool;
 pub mod quant;
 pub mod reference;
+pub mod store;
 
 pub use manager::{KernelManager, ManagerConfig, ManagerError};

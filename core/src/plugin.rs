@@ -11,6 +11,8 @@ use bitnet_burn_plugin::abi::{
 };
 use sha2::{Digest, Sha256};
 
+use crate::gate::{GateError, Refusal, Stage};
+
 /// Why a plugin was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
@@ -60,15 +62,94 @@ pub enum PluginError {
         /// What is wrong.
         reason: String,
     },
-    /// A plugin of the same name is there already.
-    #[error("plugin {origin}: a plugin named `{name}` is registered already (from {other})")]
+    /// Another plugin of the same name is there already.
+    #[error(
+        "plugin {origin}: version {version} of a plugin named `{name}`, and version {other_version} of \
+         `{name}` is in use already ({other}); the first one stays, so name the one that you want first, or \
+         give it a name of its own"
+    )]
     Duplicate {
         /// Where it came from.
         origin: String,
         /// The name.
         name: String,
+        /// Its version.
+        version: String,
         /// Where the other one came from.
         other: String,
+        /// The other one's version.
+        other_version: String,
+    },
+    /// Plugins from files are switched off.
+    #[error("plugin {}: plugins are switched off (BITNET_PLUGINS=off)", path.display())]
+    Off {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Others could have put the file there.
+    #[error("plugin {}: {reason}", path.display())]
+    Policy {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Pins are in force, and the file is not among them.
+    #[error(
+        "plugin {}: its SHA-256 {sha256} is not in {}; `bitnet plugins trust` adds it", path.display(),
+        pins.display()
+    )]
+    NotPinned {
+        /// The file.
+        path: PathBuf,
+        /// Its hash.
+        sha256: String,
+        /// The file of pins.
+        pins: PathBuf,
+    },
+    /// The pins can't be read, so nothing is loaded.
+    #[error("the pins of plugins, {}: {reason}", path.display())]
+    Pins {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// There is no place for the copy that is checked and run.
+    #[error("plugin {}: a copy of it can't be kept: {source}", path.display())]
+    Copy {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It was never checked on this machine, and nobody is there to do it.
+    #[error(
+        "plugin {}: the gate has not tried it on this machine, and no helper program is configured that \
+         could; `bitnet plugins verify` does it", path.display()
+    )]
+    Unverified {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The gate could not be run.
+    #[error("plugin {}: {source}", path.display())]
+    Gate {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: GateError,
+    },
+    /// The gate found it wrong.
+    #[error("plugin {}: {}: {refusal}", path.display(), match refusal.stage {
+        Stage::Before => "the gate refuses it",
+        Stage::FirstUse | Stage::InUse => "quarantined, since it was wrong in use",
+    })]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// What was wrong.
+        refusal: Refusal,
     },
 }
 
@@ -100,6 +181,8 @@ impl std::fmt::Display for Origin {
 pub struct Plugin {
     name: String,
     version: String,
+    /// ABI that it was built for.
+    abi: (u32, u32),
     origin: Origin,
     kernels: Vec<RawKernelRef>,
 }
@@ -125,32 +208,27 @@ impl Plugin {
         unsafe { Self::from_descriptor(descriptor, Origin::BuiltIn) }
     }
 
-    /// Loads a library and checks its descriptor. **This runs the library's code** (its initialisers
-    /// and its entry point): load only what you would also execute.
-    ///
-    /// # Errors
-    /// If the file is unreadable, no library, no plugin, of another ABI, or its descriptor invalid.
-    pub fn load(path: &Path) -> Result<Self, PluginError> {
-        let bytes =
-            std::fs::read(path).map_err(|source| PluginError::Read { path: path.to_owned(), source })?;
+    /// Loads `library`, an absolute path (which keeps the system's library search out of it), a copy of the
+    /// file `origin`, and checks its descriptor. This runs the library's code: only the gate's child does it
+    /// with one that the gate has not passed.
+    pub(crate) fn load_as(library: &Path, origin: &Path) -> Result<Self, PluginError> {
+        let path = || origin.to_owned();
+        let bytes = std::fs::read(library).map_err(|source| PluginError::Read { path: path(), source })?;
         let sha256 = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
         drop(bytes);
-        // An absolute path keeps the system's library search out of it.
-        let absolute =
-            path.canonicalize().map_err(|source| PluginError::Read { path: path.to_owned(), source })?;
         // SAFETY: loading runs foreign code; the caller decided to (documented above).
-        let library = unsafe { libloading::Library::new(&absolute) }
-            .map_err(|source| PluginError::Load { path: path.to_owned(), source })?;
+        let library = unsafe { libloading::Library::new(library) }
+            .map_err(|source| PluginError::Load { path: path(), source })?;
         // SAFETY: the symbol has this type in every plugin (ABI).
         let entry = unsafe { library.get::<EntryFn>(ENTRY_SYMBOL.as_bytes()) }
             .map(|symbol| *symbol)
-            .map_err(|_| PluginError::NoEntry { path: path.to_owned() })?;
+            .map_err(|_| PluginError::NoEntry { path: path() })?;
         // SAFETY: the entry point takes nothing and returns the descriptor (ABI).
         let descriptor = unsafe { entry() };
         // The descriptor lives in the library, and other libraries may have been told about it.
         std::mem::forget(library);
         // SAFETY: what the library returned; `from_descriptor` reads it step by step.
-        unsafe { Self::from_descriptor(descriptor, Origin::File { path: absolute, sha256 }) }
+        unsafe { Self::from_descriptor(descriptor, Origin::File { path: path(), sha256 }) }
     }
 
     /// Checks a descriptor.
@@ -203,7 +281,7 @@ impl Plugin {
             }
             kernels.push(RawKernelRef(kernel));
         }
-        Ok(Self { name, version, origin, kernels })
+        Ok(Self { name, version, abi: (major, minor), origin, kernels })
     }
 
     /// Its name.
@@ -214,6 +292,11 @@ impl Plugin {
     /// Its version, as its author counts.
     pub fn version(&self) -> &str {
         &self.version
+    }
+
+    /// ABI that it was built for, as `major.minor`.
+    pub fn abi(&self) -> String {
+        format!("{}.{}", self.abi.0, self.abi.1)
     }
 
     /// Where it came from.
@@ -326,6 +409,11 @@ fn name(pointer: *const c_char, what: &str) -> Result<String, String> {
         .ok_or_else(|| format!("{what} is not 1 to 63 of A-Z, a-z, 0-9, '.', '_', '-'"))
 }
 
+/// Bytes of workspace that a kernel may ask for, for `m` rows of activations `stride` bytes apart.
+pub(crate) fn max_workspace(m: usize, stride: usize) -> usize {
+    64 * (m + 64) * (stride + 4096)
+}
+
 /// A kernel of a checked plugin, callable without `unsafe`.
 #[derive(Clone, Debug)]
 pub struct Kernel {
@@ -336,14 +424,26 @@ pub struct Kernel {
     raw: &'static RawKernel,
 }
 
-/// A status other than OK, with the kernel's message.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("status {status} ({}){}", status_name(*.status), if message.is_empty() { String::new() } else { format!(": {message}") })]
+/// A status other than OK, with the kernel's message; or OK, where the host found the result wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelFailure {
     /// `STATUS_*`.
     pub status: Status,
     /// The kernel's words, or the host's.
     pub message: String,
+}
+
+impl std::error::Error for KernelFailure {}
+
+impl std::fmt::Display for KernelFailure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { status, message } = self;
+        match (*status, message.as_str()) {
+            (STATUS_OK, message) => write!(f, "wrong result: {message}"),
+            (status, "") => write!(f, "status {status} ({})", status_name(status)),
+            (status, message) => write!(f, "status {status} ({}): {message}", status_name(status)),
+        }
+    }
 }
 
 fn status_name(status: Status) -> &'static str {
@@ -396,7 +496,7 @@ impl Kernel {
     }
 
     /// The plugin that brought it.
-    pub fn plugin(&self) -> &Plugin {
+    pub fn plugin(&self) -> &Arc<Plugin> {
         &self.plugin
     }
 
@@ -452,18 +552,21 @@ impl Kernel {
         call(|message| unsafe { pack(canonical, packed, rows.start as u64, rows.end as u64, message) })
     }
 
-    /// Unpacks all rows to the canonical layout.
+    /// Unpacks rows `rows` to the canonical layout. Concurrent calls take disjoint ranges that begin at
+    /// multiples of [`row_granule`](Self::row_granule).
     ///
     /// # Safety
-    /// `packed` is filled, and `canonical` has room for the whole matrix.
+    /// `packed` is filled, `canonical` has room for the whole matrix, and no other access overlaps these
+    /// rows' part of it.
     pub(crate) unsafe fn unpack(
         &self,
         packed: &abi::Weights,
         canonical: *mut u8,
+        rows: std::ops::Range<usize>,
     ) -> Result<(), KernelFailure> {
         let unpack = self.raw.unpack.expect("checked with the layout");
         // SAFETY: the caller's promise.
-        call(|message| unsafe { unpack(packed, canonical, 0, packed.n, message) })
+        call(|message| unsafe { unpack(packed, canonical, rows.start as u64, rows.end as u64, message) })
     }
 
     pub(crate) fn workspace_size(&self, signature: &Signature) -> usize {
@@ -499,5 +602,179 @@ impl Kernel {
         let run = self.raw.run.expect("checked");
         // SAFETY: the caller's promise.
         call(|message| unsafe { run(weights, x, workspace, y, tile, message) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CString;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    unsafe extern "C" fn supports(_: *const Signature) -> i32 {
+        1
+    }
+
+    unsafe extern "C" fn packed_size(n: u64, k: u64) -> u64 {
+        n.wrapping_mul(k)
+    }
+
+    /// A string for a descriptor, which must live as long as it: null, valid, or anything.
+    fn string() -> impl Strategy<Value = Option<CString>> {
+        prop_oneof![
+            1 => Just(None),
+            6 => "[A-Za-z0-9._-]{1,63}".prop_map(|text| CString::new(text).ok()),
+            1 => prop::collection::vec(1u8..=255, 0..300).prop_map(|bytes| CString::new(bytes).ok()),
+        ]
+    }
+
+    fn number(valid: u64) -> impl Strategy<Value = u64> {
+        prop_oneof![12 => Just(valid), 1 => any::<u64>(), 1 => 0..5000u64]
+    }
+
+    fn pointer(text: &Option<CString>) -> *const c_char {
+        text.as_ref().map_or(std::ptr::null(), |text| text.as_ptr())
+    }
+
+    #[derive(Debug, Clone)]
+    struct Fields {
+        names: [Option<CString>; 5],
+        sizes: [u64; 2],
+        version: (u32, u32),
+        count: Option<u64>,
+        null_kernel: bool,
+        numbers: [u64; 4],
+        functions: [bool; 3],
+    }
+
+    fn fields() -> impl Strategy<Value = Fields> {
+        let sizes = [size_of::<RawPlugin>() as u64, size_of::<RawKernel>() as u64].map(number);
+        (
+            [string(), string(), string(), string(), string()],
+            sizes,
+            (prop_oneof![9 => Just(ABI_MAJOR), 1 => any::<u32>()], any::<u32>()),
+            prop::option::weighted(0.1, any::<u64>().prop_filter("not one", |&n| n == 0 || n > 256)),
+            prop::bool::weighted(0.05),
+            [number(1), number(1), number(64), number(8)],
+            [prop::bool::weighted(0.9), prop::bool::weighted(0.9), prop::bool::weighted(0.9)],
+        )
+            .prop_map(|(names, sizes, version, count, null_kernel, numbers, functions)| Fields {
+                names,
+                sizes,
+                version,
+                count,
+                null_kernel,
+                numbers,
+                functions,
+            })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Whatever a descriptor says, it is refused or its kernels keep what the host relies on.
+        #[test]
+        fn a_descriptor_is_refused_or_sound(fields in fields()) {
+            let Fields { names, sizes, version, count, null_kernel, numbers, functions } = fields;
+            let [name, plugin_version, kernel_name, layout, features] = &names;
+            let [has_supports, has_pack, has_size] = functions;
+            let kernel = RawKernel {
+                struct_size: sizes[1],
+                name: pointer(kernel_name),
+                layout: pointer(layout),
+                features: pointer(features),
+                operation: numbers[0] as u32,
+                target: numbers[1] as u32,
+                weight_alignment: numbers[2],
+                row_granule: numbers[3],
+                supports: has_supports.then_some(supports),
+                packed_size: has_size.then_some(packed_size),
+                pack: None,
+                unpack: None,
+                workspace_size: None,
+                prepare: None,
+                run: None,
+            };
+            // Complete kernels, or none of the three: what differs between them is what is checked.
+            let kernel = match has_pack {
+                true => RawKernel { pack: Some(pack), unpack: Some(pack), run: Some(run), ..kernel },
+                false => kernel,
+            };
+            let kernels = [if null_kernel { std::ptr::null() } else { &raw const kernel }];
+            let plugin = RawPlugin {
+                struct_size: sizes[0],
+                abi_major: version.0,
+                abi_minor: version.1,
+                name: pointer(name),
+                version: pointer(plugin_version),
+                kernels: kernels.as_ptr(),
+                kernel_count: count.unwrap_or(1),
+            };
+            // SAFETY: null or valid pointers, which live until the end of this test; counts that are not
+            // that of the array are out of range, and refused before it is read.
+            let checked = unsafe { Plugin::from_descriptor(&plugin, Origin::BuiltIn) };
+            let alphabet = |text: &Option<CString>| {
+                text.as_ref().and_then(|t| t.to_str().ok()).is_some_and(|t| {
+                    (1..=63).contains(&t.len()) && t.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+                })
+            };
+            match checked {
+                Err(error) => prop_assert!(error.to_string().contains("built in")),
+                Ok(plugin) => {
+                    prop_assert!(version.0 == ABI_MAJOR && count.is_none() && !null_kernel);
+                    prop_assert!(alphabet(name) && alphabet(kernel_name) && (layout.is_none() || alphabet(layout)));
+                    prop_assert!(sizes[0] >= size_of::<RawPlugin>() as u64 && sizes[1] >= size_of::<RawKernel>() as u64);
+                    prop_assert!(has_supports && has_pack && (layout.is_none() || has_size));
+                    let kernel = &Arc::new(plugin).kernels()[0];
+                    prop_assert!(kernel.weight_alignment().is_power_of_two() && kernel.weight_alignment() <= 4096);
+                    prop_assert!((1..=4096).contains(&kernel.row_granule()));
+                    prop_assert!(kernel.supports(&Signature::ternary(1, 1, 1, 1)));
+                }
+            }
+        }
+    }
+
+    unsafe extern "C" fn pack(
+        _: *const abi::Weights,
+        _: *mut u8,
+        _: u64,
+        _: u64,
+        _: *const Message,
+    ) -> Status {
+        STATUS_OK
+    }
+
+    unsafe extern "C" fn run(
+        _: *const abi::Weights,
+        _: *const abi::Activations,
+        _: *const u8,
+        _: *const abi::Output,
+        _: *const abi::Tile,
+        _: *const Message,
+    ) -> Status {
+        STATUS_OK
+    }
+
+    #[test]
+    fn messages_are_cut_and_failures_speak() {
+        let say = |bytes: &[u8], status| {
+            call(|message| {
+                // SAFETY: `call` passes a filled message.
+                let message = unsafe { &*message };
+                for (i, &byte) in bytes.iter().enumerate().take(message.capacity as usize) {
+                    // SAFETY: within the capacity.
+                    unsafe { *message.text.add(i) = byte as c_char };
+                }
+                status
+            })
+        };
+        assert_eq!(say(b"", STATUS_OK), Ok(()));
+        assert_eq!(say(b"out of luck\0", 3).unwrap_err().to_string(), "status 3 (failed): out of luck");
+        assert_eq!(say(b"", 77).unwrap_err().to_string(), "status 77 (unknown)");
+        // Without a NUL, and no text at all.
+        let long = say(&[0xff; 400], 1).unwrap_err().message;
+        assert_eq!(long.chars().count(), 255);
     }
 }

@@ -16,20 +16,6 @@ const VERSION: u32 = 1;
 /// A cache file of thousands of shapes is far below this.
 const MAX_BYTES: u64 = 16 << 20;
 
-/// `$XDG_CACHE_HOME/bitnet-burn`, `~/.cache/bitnet-burn`, `~/Library/Caches/bitnet-burn` or
-/// `%LOCALAPPDATA%\bitnet-burn`, whichever the system has.
-pub(super) fn default_dir() -> Option<PathBuf> {
-    let var = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let base = if cfg!(windows) {
-        var("LOCALAPPDATA")?
-    } else if cfg!(target_os = "macos") {
-        var("HOME")?.join("Library/Caches")
-    } else {
-        var("XDG_CACHE_HOME").filter(|dir| dir.is_absolute()).or_else(|| Some(var("HOME")?.join(".cache")))?
-    };
-    Some(base.join("bitnet-burn"))
-}
-
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {

@@ -7,8 +7,9 @@ use bitnet_burn_plugin::abi::{self, Output, Tile};
 use bitnet_burn_plugin::canonical;
 
 use super::{Entry, Fallback, Job, KernelManager, ManagerError, REFERENCE, abi_weights, bucket, lock};
+use crate::gate;
 use crate::memory::{Activations, AlignedBytes, WeightArena, WeightBuffer};
-use crate::plugin::{Kernel, KernelFailure};
+use crate::plugin::{Kernel, KernelFailure, max_workspace};
 use crate::pool::Pool;
 use crate::reference;
 
@@ -92,7 +93,7 @@ pub(super) fn run_parts(
         }
         let signature = abi::Signature::ternary(m as u64, part.weights.n, abi_x.k, pool.threads() as u32);
         let size = part.kernel.workspace_size(&signature);
-        if size > 64 * (m + 64) * (x.stride() + 4096) {
+        if size > max_workspace(m, x.stride()) {
             failures[i] = Some(KernelFailure {
                 status: abi::STATUS_INVALID_ARGUMENT,
                 message: format!("asks for a workspace of {size} bytes"),
@@ -197,23 +198,44 @@ impl Grid {
     }
 }
 
-/// Packs a matrix on all threads.
-pub(super) fn pack(
+/// Bytes behind the packing of a plugin from a file: a checksum of the canonical weights.
+const CHECKSUM: usize = 8;
+
+/// Bytes of weights [n, k] as they are kept: in the kernel's packing, and, where that is a plugin's from a
+/// file, with the checksum of what was packed, so that what comes back is never silently something else.
+pub(super) fn stored_bytes(entry: &Entry, n: usize, k: usize) -> Option<usize> {
+    let size = entry.kernel.weight_bytes(n, k)?;
+    match entry.watch {
+        Some(_) if entry.kernel.layout().is_some() => Some(size.next_multiple_of(CHECKSUM) + CHECKSUM),
+        _ => Some(size),
+    }
+}
+
+/// Stored weights without the checksum.
+pub(super) fn own_bytes<'a>(entry: &Entry, n: usize, k: usize, stored: &'a [u8]) -> &'a [u8] {
+    match entry.watch.as_ref().and_then(|_| entry.kernel.weight_bytes(n, k)) {
+        Some(own) => &stored[..own],
+        None => stored,
+    }
+}
+
+/// A fast checksum against mistakes (not against malice): FNV-1a over words of 8 bytes.
+fn checksum(bytes: &[u8]) -> u64 {
+    let mut words = bytes.chunks_exact(8);
+    let step = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x100_0000_01b3).rotate_left(29);
+    let hash = (&mut words).fold(0xcbf2_9ce4_8422_2325, |hash, word| {
+        step(hash, u64::from_le_bytes(word.try_into().expect("8 bytes")))
+    });
+    words.remainder().iter().fold(hash, |hash, &byte| step(hash, u64::from(byte)))
+}
+
+/// Runs `work` on ranges of output features that begin at the kernel's granules, on all threads.
+fn by_granules(
     kernel: &Kernel,
     pool: &Pool,
-    arena: &WeightArena,
     n: usize,
-    k: usize,
-    weights: &[u8],
-) -> Result<WeightBuffer, ManagerError> {
-    let size = kernel.weight_bytes(n, k).ok_or_else(|| {
-        ManagerError::Operands(format!("kernel {} can't pack weights [{n}, {k}]", kernel.id()))
-    })?;
-    let mut packed = arena
-        .allocate(size, kernel.weight_alignment())
-        .map_err(|source| ManagerError::System { what: "memory for packed weights", source })?;
-    let canonical = abi_weights(n, k, 1.0, weights);
-    let out = SharedBytes(packed.as_mut_slice().as_mut_ptr());
+    work: &(dyn Fn(std::ops::Range<usize>) -> Result<(), KernelFailure> + Sync),
+) -> Result<(), KernelFailure> {
     let granules = n.div_ceil(kernel.row_granule());
     let tasks = (pool.threads() * 4).min(granules).max(1);
     let failure: Mutex<Option<KernelFailure>> = Mutex::default();
@@ -223,19 +245,43 @@ pub(super) fn pack(
         if rows.is_empty() {
             return;
         }
-        // SAFETY: the buffer has the size and the alignment that the kernel asked for, and the ranges
-        // are disjoint and begin at granules.
-        if let Err(error) = unsafe { kernel.pack(&canonical, out.pointer(), rows) } {
+        if let Err(error) = work(rows) {
             lock(&failure).get_or_insert(error);
         }
     });
-    match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
-        None => Ok(packed),
-        Some(error) => Err(ManagerError::Operands(format!(
-            "kernel {} failed to pack weights [{n}, {k}]: {error}",
-            kernel.id()
-        ))),
-    }
+    failure.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
+}
+
+/// Packs a matrix on all threads.
+pub(super) fn pack(
+    entry: &Entry,
+    pool: &Pool,
+    arena: &WeightArena,
+    n: usize,
+    k: usize,
+    weights: &[u8],
+) -> Result<WeightBuffer, ManagerError> {
+    let kernel = &entry.kernel;
+    let size = stored_bytes(entry, n, k).ok_or_else(|| {
+        ManagerError::Operands(format!("kernel {} can't pack weights [{n}, {k}]", kernel.id()))
+    })?;
+    let mut packed = arena
+        .allocate(size, kernel.weight_alignment())
+        .map_err(|source| ManagerError::System { what: "memory for packed weights", source })?;
+    let canonical = abi_weights(n, k, 1.0, weights);
+    let out = SharedBytes(packed.as_mut_slice().as_mut_ptr());
+    by_granules(kernel, pool, n, &|rows| {
+        // SAFETY: the buffer has the size and the alignment that the kernel asked for, and the ranges
+        // are disjoint and begin at granules.
+        unsafe { kernel.pack(&canonical, out.pointer(), rows) }
+    })
+    .map_err(|error| ManagerError::Pack {
+        kernel: kernel.id().into(),
+        n,
+        k,
+        reason: error.to_string(),
+    })?;
+    Ok(packed)
 }
 
 #[derive(Clone, Copy)]
@@ -252,23 +298,92 @@ impl SharedBytes {
     }
 }
 
-pub(super) fn unpack(kernel: &Kernel, n: usize, k: usize, packed: &[u8]) -> Result<Vec<u8>, ManagerError> {
-    let fail = |reason: String| ManagerError::Unpack { kernel: kernel.id().into(), n, k, reason };
-    if kernel.weight_bytes(n, k) != Some(packed.len()) {
-        return Err(fail(format!("they are {} bytes, not {:?}", packed.len(), kernel.weight_bytes(n, k))));
+/// Compares what was packed with the canonical weights, and notes their checksum behind it: for plugins
+/// from files, once for each matrix.
+pub(super) fn seal(
+    entry: &Entry,
+    pool: &Pool,
+    (n, k): (usize, usize),
+    weights: &[u8],
+    packed: &mut WeightBuffer,
+) -> Result<(), ManagerError> {
+    let back = unpack_unsealed(entry, pool, n, k, packed.as_slice())?;
+    if let Some(place) = gate::difference(&back, weights, k) {
+        let reason = format!("unpack(pack(w)) differs from w {place}");
+        return Err(ManagerError::Pack { kernel: entry.kernel.id().into(), n, k, reason });
     }
-    let mut out = vec![0; n * canonical::row_bytes(k)];
+    let (_, seal) = packed.as_mut_slice().split_last_chunk_mut().expect("room for the checksum");
+    *seal = checksum(weights).to_le_bytes();
+    Ok(())
+}
+
+/// The canonical weights of what [`pack`] packed and, for plugins from files, [`seal`] sealed.
+pub(super) fn unpack(
+    entry: &Entry,
+    pool: &Pool,
+    n: usize,
+    k: usize,
+    packed: &[u8],
+) -> Result<Vec<u8>, ManagerError> {
+    let canonical = unpack_unsealed(entry, pool, n, k, packed)?;
+    if entry.watch.is_some() && packed.last_chunk() != Some(&checksum(&canonical).to_le_bytes()) {
+        let reason = "what comes back is not what was packed".into();
+        return Err(ManagerError::Unpack { kernel: entry.kernel.id().into(), n, k, reason });
+    }
+    Ok(canonical)
+}
+
+fn unpack_unsealed(
+    entry: &Entry,
+    pool: &Pool,
+    n: usize,
+    k: usize,
+    packed: &[u8],
+) -> Result<Vec<u8>, ManagerError> {
+    let kernel = &entry.kernel;
+    let fail = |reason: String| ManagerError::Unpack { kernel: kernel.id().into(), n, k, reason };
+    let stored = stored_bytes(entry, n, k);
+    if stored != Some(packed.len()) {
+        return Err(fail(format!("they are {} bytes, not {stored:?}", packed.len())));
+    }
+    let mut canonical = vec![0; n * canonical::row_bytes(k)];
+    let weights = abi_weights(n, k, 1.0, own_bytes(entry, n, k, packed));
+    let out = SharedBytes(canonical.as_mut_ptr());
+    by_granules(kernel, pool, n, &|rows| {
+        // SAFETY: filled weights of the kernel's own size, room for all canonical rows, and disjoint
+        // ranges of them.
+        unsafe { kernel.unpack(&weights, out.pointer(), rows) }
+    })
+    .map_err(|error| fail(error.to_string()))?;
+    Ok(canonical)
+}
+
+/// One canonical row of what [`pack`] packed.
+pub(super) fn unpack_row(
+    entry: &Entry,
+    n: usize,
+    k: usize,
+    packed: &[u8],
+    row: usize,
+) -> Result<Vec<u8>, KernelFailure> {
+    let kernel = &entry.kernel;
+    let (granule, row_bytes) = (kernel.row_granule(), canonical::row_bytes(k));
+    let first = row / granule * granule;
+    let rows = first..(first + granule).min(n);
+    // The kernel counts from row 0: untouched pages of a fresh zeroed buffer cost nothing.
+    let mut canonical = vec![0; n * row_bytes];
+    let weights = abi_weights(n, k, 1.0, own_bytes(entry, n, k, packed));
     // SAFETY: filled weights of the kernel's own size, and room for all canonical rows.
-    unsafe { kernel.unpack(&abi_weights(n, k, 1.0, packed), out.as_mut_ptr()) }
-        .map_err(|error| fail(error.to_string()))?;
-    Ok(out)
+    unsafe { kernel.unpack(&weights, canonical.as_mut_ptr(), rows) }?;
+    Ok(canonical[row * row_bytes..][..row_bytes].to_vec())
 }
 
 impl KernelManager {
     /// y[m, column + i] = activations of row m times row i of each job's weights, in one fork-join.
     ///
     /// A kernel that fails is replaced by the next one of its ranking, and the last by the reference;
-    /// both are counted and reported, and strict mode refuses the reference.
+    /// both are counted and reported, and strict mode refuses the reference. Kernels of plugins from files
+    /// are watched ([`gate`], stages 2 and 3).
     ///
     /// # Errors
     /// If the operands do not fit together, or strict mode forbids what is left.
@@ -293,29 +408,34 @@ impl KernelManager {
             for &i in &pending {
                 let job = &jobs[i];
                 let next = self.next_kernel(job, m);
+                let last = match next {
+                    Some(_) => None,
+                    None => self.run_last(job, x, y, stride)?,
+                };
                 if let Some((from, failure)) = failed[i].take() {
-                    self.record_fallback(&from, next.map(|(_, e)| e.kernel.id()), job, m, &failure);
+                    let to = next.map(|(_, entry)| entry).or(last.as_ref());
+                    self.record_fallback(&from, to.map(|entry| entry.kernel.id()), job, m, &failure);
                 }
-                match next {
-                    Some((rank, entry)) => {
-                        let (n, k) = job.choice.shape();
-                        parts.push(Part {
-                            kernel: &entry.kernel,
-                            weights: abi_weights(n, k, job.scale, job.weights),
-                            column: job.column,
-                        });
-                        used.push((i, rank, entry));
-                    }
-                    None => self.run_reference(job, x, y, stride)?,
+                if let Some((rank, entry)) = next {
+                    let (n, k) = job.choice.shape();
+                    parts.push(Part {
+                        kernel: &entry.kernel,
+                        weights: abi_weights(n, k, job.scale, own_bytes(entry, n, k, job.weights)),
+                        column: job.column,
+                    });
+                    used.push((i, rank, entry));
                 }
             }
             let failures = run_parts(&self.pool, &self.scratch, &parts, x, y, stride);
             pending.clear();
             for ((i, rank, entry), failure) in used.into_iter().zip(failures) {
+                let failure = failure.or_else(|| {
+                    let call = entry.count();
+                    let wrong = self.look((rank, entry), &jobs[i], x, y, stride, call).err()?;
+                    Some(KernelFailure { status: abi::STATUS_OK, message: wrong })
+                });
                 match failure {
-                    None => {
-                        entry.calls.fetch_add(1, Ordering::Relaxed);
-                    }
+                    None => {}
                     Some(failure) => {
                         entry.failures.fetch_add(1, Ordering::Relaxed);
                         jobs[i].choice.demoted[bucket(m)].fetch_or(1 << rank, Ordering::Relaxed);
@@ -375,40 +495,44 @@ impl KernelManager {
         })
     }
 
-    fn run_reference(
+    /// What is left when no kernel of the ranking is: the reference. For weights in the packing of a
+    /// plugin from a file, built-in kernels come before it: they were no candidates, since they can't read
+    /// that packing, which is unpacked for every call now.
+    fn run_last(
         &self,
         job: &Job,
         x: &Activations,
         y: &mut [f32],
         stride: usize,
-    ) -> Result<(), ManagerError> {
+    ) -> Result<Option<Arc<Entry>>, ManagerError> {
         let (n, k) = job.choice.shape();
         let m = x.m();
         if self.config.strict {
             return Err(ManagerError::NoKernel { m, n, k, missing: self.why_none(m, n, k) });
         }
-        let unpacked;
-        let weights = match job.choice.packer {
-            None => job.weights,
-            Some(_) => {
-                unpacked = self.unpack(job.choice, job.weights)?;
-                &unpacked
+        let out = &mut y[job.column..];
+        let by = match &job.choice.packer {
+            Some(packer) if packer.watch.is_some() && self.config.force.is_none() => {
+                self.run_trusted(job, x, out, stride)?
+            }
+            packer => {
+                let unpacked;
+                let weights = match packer {
+                    None => job.weights,
+                    Some(_) => {
+                        unpacked = self.unpack(job.choice, job.weights)?;
+                        &unpacked
+                    }
+                };
+                reference::matmul(weights, n, k, job.scale, x.q(), x.stride(), x.scale(), m, out, stride);
+                None
             }
         };
-        reference::matmul(
-            weights,
-            n,
-            k,
-            job.scale,
-            x.q(),
-            x.stride(),
-            x.scale(),
-            m,
-            &mut y[job.column..],
-            stride,
-        );
-        self.reference_calls.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        match &by {
+            Some(entry) => entry.count(),
+            None => self.reference_calls.fetch_add(1, Ordering::Relaxed),
+        };
+        Ok(by)
     }
 
     fn record_fallback(&self, from: &Entry, to: Option<&str>, job: &Job, m: usize, failure: &KernelFailure) {

@@ -2,17 +2,21 @@
 //! caller's shapes, remembers the result, selects, falls back, and can say why.
 //!
 //! ```text
-//! register ▸ check ▸ tune ▸ select ▸ run ▸ fall back
+//! register ▸ check ▸ tune ▸ select ▸ run ▸ watch ▸ fall back
 //! ```
+//!
+//! Plugins from files pass the [gate] before their kernels are candidates, and are watched
+//! while they compute: the first result for each exact shape, and one in many after that, is compared with
+//! what it should be. A mismatch quarantines the plugin.
 
 mod cache;
-mod check;
 mod execute;
 mod tune;
+mod watch;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::time::Duration;
 
@@ -22,9 +26,11 @@ use serde::Serialize;
 
 pub use self::tune::{Candidate, Measurement, Ranking, Source};
 use crate::cpu;
+use crate::gate;
 use crate::memory::{WeightArena, WeightBuffer};
 use crate::plugin::{Kernel, Origin, Plugin, PluginError};
 use crate::pool::Pool;
+use crate::store::{self, PluginConfig, PluginStore};
 
 /// Name under which reports count the scalar reference.
 pub const REFERENCE: &str = "reference";
@@ -40,8 +46,11 @@ pub struct ManagerConfig {
     pub force: Option<String>,
     /// CPU features to act as if the machine lacked them.
     pub masked_features: Vec<String>,
-    /// Directory of the tuning results; `None` keeps them in memory.
+    /// Directory of the tuning results, and of the copies and verdicts of plugins; `None` keeps them in
+    /// memory and in a temporary directory.
     pub cache_dir: Option<PathBuf>,
+    /// Where plugins come from, and how they are checked.
+    pub plugins: PluginConfig,
     /// Time that tuning may take in all; what is not measured by then is ranked by the nearest
     /// measurement.
     pub tune_budget: Duration,
@@ -55,6 +64,7 @@ impl Default for ManagerConfig {
             force: None,
             masked_features: Vec::new(),
             cache_dir: None,
+            plugins: PluginConfig::default(),
             tune_budget: Duration::from_secs(10),
         }
     }
@@ -62,8 +72,9 @@ impl Default for ManagerConfig {
 
 impl ManagerConfig {
     /// The defaults, changed by `BITNET_THREADS`, `BITNET_STRICT_MODE` (1 or true), `BITNET_KERNEL`,
-    /// `BITNET_CPU_MASK` (feature names, separated by commas) and `BITNET_CACHE_DIR` (empty: keep
-    /// nothing; unset: the user's cache directory).
+    /// `BITNET_CPU_MASK` (feature names, separated by commas), `BITNET_CACHE_DIR` (empty: keep nothing;
+    /// unset: the user's cache directory), `BITNET_PLUGINS` (`off`, `on`, or `user`: also the user's plugin
+    /// directory), `BITNET_PLUGIN_PATH` (absolute paths) and `BITNET_PLUGIN_PINS` (a file).
     ///
     /// # Errors
     /// If a variable holds something else than it should.
@@ -97,8 +108,10 @@ impl ManagerConfig {
         }
         config.cache_dir = match var("BITNET_CACHE_DIR") {
             Some(dir) => (!dir.is_empty()).then(|| dir.into()),
-            None => cache::default_dir(),
+            None => store::default_cache_dir(),
         };
+        config.plugins = PluginConfig::from_env()
+            .map_err(|(name, value, expected)| ManagerError::Config { name, value, expected })?;
         Ok(config)
     }
 }
@@ -150,6 +163,18 @@ pub enum ManagerError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Weights can't be packed.
+    #[error("kernel {kernel} can't pack weights [{n}, {k}]: {reason}")]
+    Pack {
+        /// The kernel.
+        kernel: String,
+        /// Output features.
+        n: usize,
+        /// Input features.
+        k: usize,
+        /// Why.
+        reason: String,
+    },
     /// Private weights can't be read back.
     #[error("kernel {kernel} can't unpack its weights [{n}, {k}]: {reason}")]
     Unpack {
@@ -174,6 +199,8 @@ pub enum Status {
     Unavailable(String),
     /// Its results were wrong, or it failed the check.
     Rejected(String),
+    /// Its plugin passed the gate, and a kernel of it was wrong in use: none of them computes any more.
+    Quarantined(String),
 }
 
 /// A registered kernel, with what is known of it.
@@ -182,13 +209,17 @@ pub(crate) struct Entry {
     kernel: Kernel,
     /// Set once, from `Ready`, when the kernel turns out to be wrong.
     status: RwLock<Status>,
+    /// Whether the status is `Ready`, for the hot path.
+    ready: AtomicBool,
     calls: AtomicU64,
     failures: AtomicU64,
+    /// For kernels from files: what was compared in use.
+    watch: Option<watch::Watch>,
 }
 
 impl Entry {
     fn ready(&self) -> bool {
-        *self.status.read().unwrap_or_else(|e| e.into_inner()) == Status::Ready
+        self.ready.load(Ordering::Relaxed)
     }
 
     fn status(&self) -> Status {
@@ -197,7 +228,12 @@ impl Entry {
 
     fn reject(&self, reason: String) {
         tracing::warn!(kernel = self.kernel.id(), reason, "kernel rejected");
-        *self.status.write().unwrap_or_else(|e| e.into_inner()) = Status::Rejected(reason);
+        self.set(Status::Rejected(reason));
+    }
+
+    fn set(&self, status: Status) {
+        self.ready.store(status == Status::Ready, Ordering::Relaxed);
+        *self.status.write().unwrap_or_else(|e| e.into_inner()) = status;
     }
 }
 
@@ -227,6 +263,8 @@ pub struct Choice {
     rankings: [OnceLock<Ranking>; BUCKETS.len()],
     /// Per bucket, a bit for each rank whose kernel has failed in use.
     demoted: [AtomicU64; BUCKETS.len()],
+    /// Per bucket, the rank and the exact number of rows that were watched last and known already.
+    watched: [AtomicU64; BUCKETS.len()],
 }
 
 impl Choice {
@@ -240,10 +278,10 @@ impl Choice {
         self.packer.as_ref().and_then(|entry| entry.kernel.layout())
     }
 
-    /// Bytes of the weights in the chosen layout.
+    /// Bytes of the weights in the chosen layout, with what the manager keeps behind them.
     pub fn weight_bytes(&self) -> usize {
         match &self.packer {
-            Some(entry) => entry.kernel.weight_bytes(self.n, self.k).expect("checked when chosen"),
+            Some(entry) => execute::stored_bytes(entry, self.n, self.k).expect("checked when chosen"),
             None => self.n * canonical::row_bytes(self.k),
         }
     }
@@ -381,6 +419,7 @@ pub struct KernelManager {
     plugins: Mutex<Vec<Arc<Plugin>>>,
     entries: RwLock<Vec<Arc<Entry>>>,
     choices: Mutex<HashMap<(usize, usize, LayoutPolicy), Arc<Choice>>>,
+    store: PluginStore,
     tuner: tune::Tuner,
     reference_calls: AtomicU64,
     fallbacks: Mutex<Vec<Fallback>>,
@@ -398,6 +437,7 @@ impl KernelManager {
             .map_err(|source| ManagerError::System { what: "starting the kernels' threads", source })?;
         Ok(Self {
             tuner: tune::Tuner::new(&config),
+            store: PluginStore::new(config.plugins.clone(), config.cache_dir.as_deref()),
             config,
             pool,
             arena: WeightArena::default(),
@@ -420,13 +460,85 @@ impl KernelManager {
         &self.pool
     }
 
-    /// Registers a plugin's kernels, and compares each that this machine can run with the reference.
-    /// A kernel that is wrong is rejected, with the reason, and the others stay. Weights prepared
-    /// earlier keep their choice.
+    /// Copies and verdicts of plugins from files.
+    pub fn store(&self) -> &PluginStore {
+        &self.store
+    }
+
+    /// Registers the kernels of a plugin that is linked in, and compares each that this machine can run
+    /// with the reference, in this process. A kernel that is wrong is rejected, with the reason, and the
+    /// others stay. Weights prepared earlier keep their choice.
     ///
     /// # Errors
     /// If a plugin of this name is registered already.
     pub fn register(&self, plugin: Plugin) -> Result<Vec<KernelReport>, PluginError> {
+        self.enter(plugin, &|kernel| match gate::check_in_process(kernel) {
+            Ok(()) => Status::Ready,
+            Err(reason) => {
+                tracing::warn!(kernel = kernel.id(), reason, "kernel rejected");
+                Status::Rejected(reason)
+            }
+        })
+    }
+
+    /// Loads a plugin from a file and registers its kernels, if the [policy](crate::store) allows the file
+    /// and the [gate] finds nothing wrong: the gate runs in a process of its own, unless its
+    /// verdict is known. What is loaded is a copy. A file with the same content as one that is loaded
+    /// already is the same plugin.
+    ///
+    /// # Errors
+    /// If the policy refuses the file, the gate could not be run or refuses the plugin, or another plugin
+    /// of its name is registered.
+    pub fn load_plugin(&self, path: &Path) -> Result<Vec<KernelReport>, PluginError> {
+        let stored = self.store.admit(path)?;
+        let same =
+            |origin: &Origin| matches!(origin, Origin::File { sha256, .. } if *sha256 == stored.sha256);
+        let loaded = lock(&self.plugins).iter().any(|plugin| same(plugin.origin()));
+        if loaded {
+            let entries = self.entries();
+            return Ok(entries
+                .iter()
+                .filter(|e| same(e.kernel.plugin().origin()))
+                .map(|e| report(e))
+                .collect());
+        }
+        let verdict = match self.store.verdict(&stored.sha256) {
+            Some(known) => known,
+            None => self.examine(path, &stored)?,
+        };
+        if let Some(refusal) = verdict.refusal {
+            return Err(PluginError::Refused { path: path.to_owned(), refusal });
+        }
+        self.enter(Plugin::load_as(&stored.library, &stored.origin)?, &|_| Status::Ready)
+    }
+
+    /// Runs the gate on a plugin's file, whatever is known of it, keeps the verdict, and gives it back.
+    ///
+    /// # Errors
+    /// If the policy refuses the file, or the gate could not be run.
+    pub fn verify_plugin(&self, path: &Path) -> Result<gate::Report, PluginError> {
+        let stored = self.store.admit(path)?;
+        self.examine(path, &stored)
+    }
+
+    fn examine(&self, path: &Path, stored: &store::Stored) -> Result<gate::Report, PluginError> {
+        let config = self.store.config();
+        let Some(helper) = &config.helper else {
+            return Err(PluginError::Unverified { path: path.to_owned() });
+        };
+        let report = gate::examine(helper, &stored.library, &stored.origin, &stored.sha256, config.patience)
+            .map_err(|source| PluginError::Gate { path: path.to_owned(), source })?;
+        tracing::info!(plugin = %path.display(), passed = report.passed(), seconds = report.seconds, "gate");
+        self.store.remember(&report);
+        Ok(report)
+    }
+
+    /// Registers a plugin's kernels; `judge` says what becomes of one that this machine can run.
+    fn enter(
+        &self,
+        plugin: Plugin,
+        judge: &dyn Fn(&Kernel) -> Status,
+    ) -> Result<Vec<KernelReport>, PluginError> {
         let plugin = Arc::new(plugin);
         {
             let mut plugins = lock(&self.plugins);
@@ -434,42 +546,33 @@ impl KernelManager {
                 return Err(PluginError::Duplicate {
                     origin: plugin.origin().to_string(),
                     name: plugin.name().into(),
+                    version: plugin.version().into(),
                     other: other.origin().to_string(),
+                    other_version: other.version().into(),
                 });
             }
             plugins.push(plugin.clone());
         }
+        let foreign = *plugin.origin() != Origin::BuiltIn;
         let mut reports = Vec::new();
         for kernel in plugin.kernels() {
-            let status = match self.lacking(&kernel) {
+            let status = match cpu::lacking(kernel.features(), &self.config.masked_features) {
                 Some(reason) => Status::Unavailable(reason),
-                None => match check::check(&kernel) {
-                    Ok(()) => Status::Ready,
-                    Err(reason) => Status::Rejected(reason),
-                },
+                None => judge(&kernel),
             };
-            if let Status::Rejected(reason) = &status {
-                tracing::warn!(kernel = kernel.id(), reason, "kernel rejected");
-            }
             let entry = Arc::new(Entry {
                 kernel,
+                ready: AtomicBool::new(status == Status::Ready),
                 status: RwLock::new(status),
                 calls: AtomicU64::new(0),
                 failures: AtomicU64::new(0),
+                watch: foreign.then(watch::Watch::default),
             });
             reports.push(report(&entry));
             self.entries.write().unwrap_or_else(|e| e.into_inner()).push(entry);
         }
         lock(&self.choices).clear();
         Ok(reports)
-    }
-
-    /// Loads a plugin from a file (which runs its code: see [`Plugin::load`]) and registers it.
-    ///
-    /// # Errors
-    /// If the file is no plugin that this host can use.
-    pub fn load_plugin(&self, path: &Path) -> Result<Vec<KernelReport>, PluginError> {
-        self.register(Plugin::load(path)?)
     }
 
     /// Checks that the forced kernel, if there is one, exists.
@@ -484,24 +587,6 @@ impl KernelManager {
         }
         let known: Vec<_> = entries.iter().map(|entry| entry.kernel.id()).collect();
         Err(ManagerError::UnknownKernel { name: name.clone(), known: known.join(", ") })
-    }
-
-    /// The features that a kernel needs and the machine, or the configuration, lacks.
-    fn lacking(&self, kernel: &Kernel) -> Option<String> {
-        let missing: Vec<_> = kernel
-            .features()
-            .iter()
-            .filter_map(|feature| {
-                if self.config.masked_features.contains(feature) {
-                    Some(format!("{feature} (masked)"))
-                } else if !cpu::features().contains(&feature.as_str()) {
-                    Some(feature.clone())
-                } else {
-                    None
-                }
-            })
-            .collect();
-        (!missing.is_empty()).then(|| format!("needs {}", missing.join(", ")))
     }
 
     fn entries(&self) -> Vec<Arc<Entry>> {
@@ -538,6 +623,7 @@ impl KernelManager {
                 let why = match entry.status() {
                     Status::Unavailable(reason) => reason,
                     Status::Rejected(reason) => format!("rejected: {reason}"),
+                    Status::Quarantined(reason) => format!("quarantined: {reason}"),
                     Status::Ready if !entry.kernel.supports(&signature) => {
                         "does not support the shape".into()
                     }
@@ -607,7 +693,14 @@ impl KernelManager {
             let entry = candidates.iter().find(|e| e.kernel.layout() == Some(layout));
             entry.expect("the layout is a candidate's").clone()
         });
-        Ok(Choice { n, k, packer, rankings: Default::default(), demoted: Default::default() })
+        Ok(Choice {
+            n,
+            k,
+            packer,
+            rankings: Default::default(),
+            demoted: Default::default(),
+            watched: Default::default(),
+        })
     }
 
     /// The ranking for `m` rows of a choice's shape, measured at the first use.
@@ -629,8 +722,36 @@ impl KernelManager {
         }
     }
 
+    /// Chooses kernels for weights [n, k] and packs canonical rows of them into the chosen layout. A plugin
+    /// from a file that packs wrongly is quarantined, and another layout chosen.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose) and [`pack`](Self::pack), for the kernels that are left.
+    pub fn prepare(
+        &self,
+        n: usize,
+        k: usize,
+        policy: LayoutPolicy,
+        weights: &[u8],
+    ) -> Result<(Arc<Choice>, Packed), ManagerError> {
+        loop {
+            let choice = self.choose(n, k, policy)?;
+            if choice.packer.as_ref().is_some_and(|entry| !entry.ready()) {
+                lock(&self.choices).clear();
+                continue;
+            }
+            match self.pack(&choice, weights) {
+                Ok(packed) => return Ok((choice, packed)),
+                // Every turn takes a plugin out.
+                Err(_) if choice.packer.as_ref().is_some_and(|entry| !entry.ready()) => continue,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// Packs canonical weights (rows of [`canonical::row_bytes`]) into the chosen layout, on all
-    /// threads.
+    /// threads. What a plugin from a file packs is unpacked again and compared; the plugin is quarantined
+    /// if it differs.
     ///
     /// # Errors
     /// If the bytes do not fit the shape, memory is short, or the kernel fails.
@@ -643,12 +764,19 @@ impl KernelManager {
                 weights.len()
             )));
         }
-        match &choice.packer {
-            None => Ok(Packed::Canonical),
-            Some(entry) => {
-                execute::pack(&entry.kernel, &self.pool, &self.arena, n, k, weights).map(Packed::Private)
-            }
+        let Some(entry) = &choice.packer else { return Ok(Packed::Canonical) };
+        let packed = execute::pack(entry, &self.pool, &self.arena, n, k, weights);
+        if entry.watch.is_none() {
+            return packed.map(Packed::Private);
         }
+        let sealed = packed.and_then(|mut packed| {
+            execute::seal(entry, &self.pool, (n, k), weights, &mut packed)?;
+            Ok(packed)
+        });
+        if let Err(ManagerError::Pack { reason, .. } | ManagerError::Unpack { reason, .. }) = &sealed {
+            self.quarantine(entry, gate::Stage::FirstUse, format!("weights [{n}, {k}]: {reason}"));
+        }
+        sealed.map(Packed::Private)
     }
 
     /// The canonical form of weights that [`pack`](Self::pack) packed.
@@ -658,7 +786,7 @@ impl KernelManager {
     pub fn unpack(&self, choice: &Choice, weights: &[u8]) -> Result<Vec<u8>, ManagerError> {
         match &choice.packer {
             None => Ok(weights.to_vec()),
-            Some(entry) => execute::unpack(&entry.kernel, choice.n, choice.k, weights),
+            Some(entry) => execute::unpack(entry, &self.pool, choice.n, choice.k, weights),
         }
     }
 
@@ -711,6 +839,6 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// Filled weights for the ABI.
-fn abi_weights(n: usize, k: usize, scale: f32, data: &[u8]) -> abi::Weights {
+pub(crate) fn abi_weights(n: usize, k: usize, scale: f32, data: &[u8]) -> abi::Weights {
     bitnet_burn_plugin::sdk::WeightsRef::new(n, k, scale, data).as_abi()
 }

@@ -10,10 +10,10 @@ use bitnet_burn_plugin::canonical;
 use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
-use super::check::Random;
 use super::execute::{self, Part, Scratch, run_parts};
 use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, ManagerConfig, abi_weights, bucket, lock};
 use crate::cpu;
+use crate::gate::{Random, Stage};
 use crate::memory::{Activations, WeightArena, WeightBuffer};
 use crate::reference;
 
@@ -278,8 +278,14 @@ impl KernelManager {
             if let Err(reason) = result.and_then(|_| expected.compare(&y)) {
                 let reason = format!("[{m}, {k}] x [{n}, {k}]ᵀ: {reason}");
                 measurements[i].note = Some(reason.clone());
-                measurements[i].rejected = true;
-                entry.reject(reason);
+                match entry.watch {
+                    // Its verdict knows, until it is forgotten.
+                    Some(_) => self.quarantine(entry, Stage::FirstUse, reason),
+                    None => {
+                        measurements[i].rejected = true;
+                        entry.reject(reason);
+                    }
+                }
                 continue;
             }
             racing.push((i, buffers));
@@ -337,7 +343,7 @@ impl KernelManager {
     ) -> Result<Vec<WeightBuffer>, String> {
         let arena = WeightArena::default();
         let first = if entry.kernel.layout().is_some() {
-            execute::pack(&entry.kernel, &self.pool, &arena, n, k, weights).map_err(|e| e.to_string())?
+            execute::pack(entry, &self.pool, &arena, n, k, weights).map_err(|e| e.to_string())?
         } else {
             // A memory-mapped file aligns tensors to 32 bytes, so that vectors of 64 straddle cache lines.
             let mut buffer = arena.allocate(weights.len() + 32, 64).map_err(|e| e.to_string())?;
@@ -365,7 +371,10 @@ impl KernelManager {
         y: &mut [f32],
     ) -> Result<(), String> {
         let bytes = weights.as_slice();
-        let bytes = if entry.kernel.layout().is_some() { bytes } else { &bytes[32..] };
+        let bytes = match entry.kernel.layout() {
+            Some(_) => execute::own_bytes(entry, n, k, bytes),
+            None => &bytes[32..],
+        };
         let part = Part { kernel: &entry.kernel, weights: abi_weights(n, k, SCALE, bytes), column: 0 };
         match run_parts(&self.pool, &Scratch::default(), &[part], x, y, n).remove(0) {
             None => Ok(()),

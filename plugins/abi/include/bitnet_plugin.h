@@ -16,7 +16,8 @@
  *
  * Memory and threads: the host owns every buffer and every thread. It calls run, pack and unpack of
  * one kernel concurrently on disjoint ranges. A kernel starts no threads, keeps no pointers, leaves
- * the floating-point environment alone, and lets no exception out. Descriptors are immutable and
+ * the floating-point environment alone, writes no input, reads nothing beyond the stated sizes, and lets
+ * no exception out. Buffers to be filled hold anything before. Descriptors are immutable and
  * live as long as the library is loaded.
  *
  * Licence: MIT OR Apache-2.0.

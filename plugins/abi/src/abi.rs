@@ -13,6 +13,7 @@
 //! * The host owns all threads and all partitioning. It calls `run` (and `pack`, `unpack`) of one
 //!   kernel concurrently, on disjoint ranges. A kernel starts no threads, and leaves the
 //!   floating-point environment as it found it.
+//! * Inputs are never written: they may be mapped read-only. Nothing is read beyond the stated sizes.
 //! * No panic and no exception crosses the boundary.
 //! * The descriptor and everything it points to are immutable and live as long as the library is
 //!   loaded; the host never unloads a library whose kernels it has used.
@@ -190,7 +191,8 @@ pub struct Kernel {
     /// Bytes of packed weights for an [n, k] matrix; 0 if it can't pack it.
     pub packed_size: Option<unsafe extern "C" fn(n: u64, k: u64) -> u64>,
     /// Packs rows `n0..n1` of canonical weights. Writes only what belongs to those rows (padding
-    /// behind row n belongs to the last range).
+    /// behind row n belongs to the last range), and all of it that `run` or `unpack` will read: the buffer
+    /// holds anything before.
     pub pack: Option<
         unsafe extern "C" fn(
             canonical: *const Weights,
@@ -200,7 +202,8 @@ pub struct Kernel {
             message: *const Message,
         ) -> Status,
     >,
-    /// The inverse of `pack`: writes canonical rows `n0..n1` (row 0 of the matrix is at `canonical`).
+    /// The inverse of `pack`: writes canonical rows `n0..n1` (row 0 of the matrix is at `canonical`),
+    /// with their padding.
     pub unpack: Option<
         unsafe extern "C" fn(
             packed: *const Weights,
@@ -213,8 +216,8 @@ pub struct Kernel {
     /// Bytes of workspace for one matmul (null: none). The host aligns it to 64 bytes. Depends on `m`
     /// and `k` alone: weights over the same activations share one workspace.
     pub workspace_size: Option<unsafe extern "C" fn(*const Signature) -> u64>,
-    /// Called once a matmul, before any `run` of it, to fill the workspace from the activations
-    /// (null: nothing to prepare).
+    /// Called once a matmul, before any `run` of it, to fill the workspace, which holds anything before,
+    /// from the activations (null: nothing to prepare).
     pub prepare: Option<
         unsafe extern "C" fn(x: *const Activations, workspace: *mut u8, message: *const Message) -> Status,
     >,

@@ -1,6 +1,6 @@
 //! From flags to a model that is ready, with what the report wants to know about the way there.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -8,7 +8,7 @@ use bitnet_burn::backends::manager;
 use bitnet_burn::bitnet::{BitNet, LoadOptions, LoadProgress};
 use bitnet_burn::checkpoint::Checkpoint;
 use bitnet_burn::core::ManagerConfig;
-use bitnet_burn::core::manager::{KernelManager, KernelReport, ManagerReport, Status};
+use bitnet_burn::core::manager::{KernelManager, ManagerReport};
 use bitnet_burn::report::{ModelSummary, Receipt};
 use bitnet_burn::tokenizer::Tokenizer;
 
@@ -18,14 +18,26 @@ use crate::output;
 /// The process's kernel manager, set up from the environment and the flags.
 pub struct Kernels {
     pub manager: &'static KernelManager,
-    /// Plugins that were refused, and kernels of theirs that were rejected, with the reasons.
+    /// Plugins that were refused, with the reasons.
     pub refused: Vec<String>,
 }
 
+/// This program, as the helper in which plugins are tried.
+pub fn helper() -> anyhow::Result<PathBuf> {
+    std::env::current_exe().context("cannot find this program's file, which tries plugins")
+}
+
 impl KernelArgs {
-    /// Sets the manager up. What is refused is reported, and in strict mode an error.
+    /// Sets the manager up from the environment and the flags. What is refused is reported, and in strict
+    /// mode an error.
     pub fn configure(&self) -> anyhow::Result<Kernels> {
         let mut config = ManagerConfig::from_env()?;
+        config.plugins.helper = Some(helper()?);
+        self.configure_with(config)
+    }
+
+    /// The same with another configuration below the flags.
+    pub fn configure_with(&self, mut config: ManagerConfig) -> anyhow::Result<Kernels> {
         if let Some(threads) = self.threads.threads {
             config.threads = threads;
         }
@@ -33,7 +45,7 @@ impl KernelArgs {
             config.force.clone_from(&self.kernel);
         }
         let strict = config.strict;
-        let (manager, errors) = manager::configure(config, &self.plugin_files()?)?;
+        let (manager, errors) = manager::configure(config, &self.plugins)?;
         let mut refused = Vec::new();
         for error in errors {
             if strict {
@@ -43,57 +55,8 @@ impl KernelArgs {
             output::warning(format_args!("{text}; it is not used"));
             refused.push(text);
         }
-        for kernel in manager.report().kernels {
-            // The manager has logged it.
-            if let KernelReport { kernel, status: Status::Rejected(reason), sha256: Some(_), .. } = kernel {
-                if strict {
-                    bail!("strict mode: kernel {kernel} is rejected: {reason}");
-                }
-                refused.push(format!("{kernel}: {reason}"));
-            }
-        }
         Ok(Kernels { manager, refused })
     }
-
-    /// The plugins of the environment and of the flags, each once.
-    fn plugin_files(&self) -> anyhow::Result<Vec<PathBuf>> {
-        let from_env = std::env::var_os("BITNET_PLUGIN_PATH").unwrap_or_default();
-        // An empty entry would mean the working directory in PATH; here it means nothing.
-        let from_env = std::env::split_paths(&from_env).filter(|path| !path.as_os_str().is_empty());
-        let mut files = Vec::new();
-        for path in from_env.chain(self.plugins.iter().cloned()) {
-            files.extend(libraries(&path)?);
-        }
-        let mut seen = Vec::new();
-        files.retain(|file| {
-            let file = file.canonicalize().unwrap_or_else(|_| file.clone());
-            let new = !seen.contains(&file);
-            seen.push(file);
-            new
-        });
-        Ok(files)
-    }
-}
-
-/// A file itself, or the libraries in a directory, by name.
-fn libraries(path: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    if !path.is_dir() {
-        return Ok(vec![path.to_owned()]);
-    }
-    let action = || format!("cannot read the directory of plugins {}", path.display());
-    let extension = std::env::consts::DLL_EXTENSION;
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(path).with_context(action)? {
-        let file = entry.with_context(action)?.path();
-        if file.extension().is_some_and(|e| e == extension) {
-            files.push(file);
-        }
-    }
-    files.sort();
-    if files.is_empty() {
-        output::warning(format_args!("{}: there is no .{extension} file in this directory", path.display()));
-    }
-    Ok(files)
 }
 
 /// A model that is ready.

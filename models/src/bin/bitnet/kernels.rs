@@ -40,10 +40,10 @@ Examples:
 const TYPICAL_ROWS: [usize; 3] = [1, 32, 128];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Shape {
-    m: Option<usize>,
-    n: usize,
-    k: usize,
+pub struct Shape {
+    pub m: Option<usize>,
+    pub n: usize,
+    pub k: usize,
 }
 
 impl FromStr for Shape {
@@ -182,6 +182,7 @@ impl Output {
                 Status::Ready => "ready".into(),
                 Status::Unavailable(reason) => format!("unavailable: {reason}"),
                 Status::Rejected(reason) => format!("rejected: {reason}"),
+                Status::Quarantined(reason) => format!("quarantined: {reason}"),
             };
             let needs = if kernel.features.is_empty() { "nothing".into() } else { kernel.features.join(",") };
             let KernelReport { kernel, version, layout, origin, .. } = kernel;

@@ -9,6 +9,7 @@ mod kernels;
 mod logits;
 mod output;
 mod perplexity;
+mod plugins;
 mod run;
 mod synth;
 mod tokenize;
@@ -33,10 +34,13 @@ const ENVIRONMENT: &str = "\
 Environment (a flag wins over its variable):
   BITNET_THREADS      threads of the kernels (--threads); default: one per physical core
   BITNET_KERNEL       use this kernel alone (--kernel)
-  BITNET_PLUGIN_PATH  kernel plugins: files and directories of them, separated as in PATH (--plugin)
+  BITNET_PLUGINS      off: no kernel plugin is loaded; user: the user's plugin directory too
+  BITNET_PLUGIN_PATH  kernel plugins: absolute files and directories, as in PATH (--plugin)
+  BITNET_PLUGIN_PINS  file of SHA-256 pins: no other plugin is loaded (`bitnet plugins trust`)
   BITNET_CPU_MASK     CPU features to act as if the machine lacked them, separated by commas
   BITNET_STRICT_MODE  1: a ternary matmul that no kernel can compute is an error, and so is a refused plugin
-  BITNET_CACHE_DIR    where measurements of kernels are kept; empty: nowhere; default: the user's cache directory
+  BITNET_CACHE_DIR    where measurements of kernels and verdicts on plugins are kept; empty: nowhere;
+                      default: the user's cache directory
   RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn
 
 Exit status: 0 done, 1 error, 2 wrong usage.
@@ -62,6 +66,9 @@ enum Command {
     Train(train::TrainArgs),
     Export(export::ExportArgs),
     Convert(export::ConvertArgs),
+    Plugins(plugins::PluginsArgs),
+    #[command(hide = true)]
+    GateChild(plugins::GateChildArgs),
 }
 
 fn main() -> ExitCode {
@@ -79,6 +86,8 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(args),
         Command::Export(args) => export::export(args),
         Command::Convert(args) => export::convert(args),
+        Command::Plugins(args) => plugins::run(args),
+        Command::GateChild(args) => args.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,11 +1,29 @@
-/* A plugin in plain C: one portable kernel, and, by macros, every way to get it wrong. */
+/* A plugin in plain C: one portable kernel, and, by macros, every way to get it wrong.
+ *
+ * IN_RUN, IN_PREPARE, IN_PACK and ON_LOAD are statements that the kernel's functions, or a constructor of
+ * the library, also execute. */
+#define _GNU_SOURCE
 #include "bitnet_plugin.h"
+
+#include <fenv.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
 
 #ifndef NAME
 #define NAME "example"
 #endif
+#ifndef VERSION
+#define VERSION "1.2.3"
+#endif
 #ifndef MAJOR
 #define MAJOR BITNET_ABI_MAJOR
+#endif
+#ifndef SUM
+#define SUM int32_t
 #endif
 #ifndef WRONG
 #define WRONG 0
@@ -32,6 +50,28 @@
 #define PLUGIN_SIZE sizeof(bitnet_plugin_t)
 #endif
 
+/* How often a statement came to this point. */
+#define TIMES(counter) ({ static atomic_ullong counter; atomic_fetch_add(&counter, 1); })
+
+#ifdef EXTERNAL
+void EXTERNAL(void);
+#endif
+
+__attribute__((unused)) static int deep(volatile int *p) {
+    volatile int room[1024];
+    room[0] = *p + 1;
+    return deep(room) + room[1];
+}
+
+__attribute__((unused)) static void *forever(void *p) {
+    for (;;) sleep(1);
+    return p;
+}
+
+#ifdef ON_LOAD
+__attribute__((constructor)) static void on_load(void) { ON_LOAD; }
+#endif
+
 static int32_t supports(const bitnet_signature_t *s) {
 #ifdef SUPPORTS_NOTHING
     (void)s;
@@ -50,7 +90,11 @@ static void say(const bitnet_message_t *message, const char *text) {
 
 #ifdef PRIVATE
 /* One byte a weight, and the activations copied into the workspace. */
+#ifdef PACKED
+static uint64_t packed_size(uint64_t n, uint64_t k) { return (void)n, (void)k, PACKED; }
+#else
 static uint64_t packed_size(uint64_t n, uint64_t k) { return n * k; }
+#endif
 
 static bitnet_status_t pack(const bitnet_weights_t *w, uint8_t *packed, uint64_t n0, uint64_t n1,
                             const bitnet_message_t *message) {
@@ -59,6 +103,9 @@ static bitnet_status_t pack(const bitnet_weights_t *w, uint8_t *packed, uint64_t
     for (uint64_t n = n0; n < n1; n++)
         for (uint64_t k = 0; k < w->k; k++)
             packed[n * w->k + k] = (uint8_t)(bitnet_canonical_weight(w->data + n * row, k) + 1);
+#ifdef IN_PACK
+    IN_PACK;
+#endif
     return BITNET_OK;
 }
 
@@ -81,12 +128,19 @@ static bitnet_status_t unpack(const bitnet_weights_t *w, uint8_t *canonical, uin
     return BITNET_OK;
 }
 
+#ifdef WORKSPACE
+static uint64_t workspace_size(const bitnet_signature_t *s) { return (void)s, WORKSPACE; }
+#else
 static uint64_t workspace_size(const bitnet_signature_t *s) { return s->m * s->k; }
+#endif
 
 static bitnet_status_t prepare(const bitnet_activations_t *x, uint8_t *workspace, const bitnet_message_t *message) {
     (void)message;
     for (uint64_t m = 0; m < x->m; m++)
         for (uint64_t k = 0; k < x->k; k++) workspace[m * x->k + k] = (uint8_t)x->q[m * x->stride + k];
+#ifdef IN_PREPARE
+    IN_PREPARE;
+#endif
     return BITNET_OK;
 }
 #endif
@@ -102,7 +156,7 @@ static bitnet_status_t run(const bitnet_weights_t *w, const bitnet_activations_t
 #endif
     for (uint64_t m = tile->m0; m < tile->m1; m++)
         for (uint64_t n = tile->n0; n < tile->n1; n++) {
-            int32_t sum = WRONG;
+            SUM sum = WRONG;
             for (uint64_t k = 0; k < w->k; k++) {
 #ifdef PRIVATE
                 int32_t weight = w->data[n * w->k + k] - 1, q = (int8_t)workspace[m * x->k + k];
@@ -121,12 +175,35 @@ static bitnet_status_t run(const bitnet_weights_t *w, const bitnet_activations_t
 #ifdef LEAVE_OUT
     if (tile->n1 == w->n && w->n > 40) y->y[tile->m0 * y->stride + w->n - 1] = 0.0f;
 #endif
+#ifdef IN_RUN
+    IN_RUN;
+#endif
     (void)say;
     (void)message;
     return BITNET_OK;
 }
 
+#ifdef NEWER
+/* What a later minor version may append. */
+struct newer_kernel {
+    bitnet_kernel_t known;
+    void *more[5];
+};
+struct newer_plugin {
+    bitnet_plugin_t known;
+    void *more[3];
+};
+#undef KERNEL_SIZE
+#undef PLUGIN_SIZE
+#define KERNEL_SIZE sizeof(struct newer_kernel)
+#define PLUGIN_SIZE sizeof(struct newer_plugin)
+#endif
+
+#ifdef NEWER
+static const struct newer_kernel newer_kernel = {.more = {(void *)1, (void *)2, (void *)3}, .known = {
+#else
 static const bitnet_kernel_t kernel = {
+#endif
     .struct_size = KERNEL_SIZE,
     .name = KERNEL_NAME,
     .features = FEATURES,
@@ -149,7 +226,12 @@ static const bitnet_kernel_t kernel = {
 #ifndef NO_RUN
     .run = run,
 #endif
+#ifdef NEWER
+}};
+#define kernel newer_kernel.known
+#else
 };
+#endif
 
 static const bitnet_kernel_t *const kernels[] = {
 #ifdef NULL_KERNEL
@@ -161,13 +243,21 @@ static const bitnet_kernel_t *const kernels[] = {
 #endif
 };
 
+#ifdef NEWER
+static const struct newer_plugin newer_plugin = {.more = {(void *)1}, .known = {
+#else
 static const bitnet_plugin_t plugin = {
+#endif
     .struct_size = PLUGIN_SIZE,
     .abi_major = MAJOR,
+#ifdef NEWER
+    .abi_minor = BITNET_ABI_MINOR + 7,
+#else
     .abi_minor = BITNET_ABI_MINOR,
+#endif
     .name = NAME,
 #ifndef NO_VERSION
-    .version = "1.2.3",
+    .version = VERSION,
 #endif
 #ifdef COUNT
     .kernel_count = COUNT,
@@ -179,7 +269,12 @@ static const bitnet_plugin_t plugin = {
 #else
     .kernels = kernels,
 #endif
+#ifdef NEWER
+}};
+#define plugin newer_plugin.known
+#else
 };
+#endif
 
 #ifdef NO_SYMBOL
 #define bitnet_plugin some_other_function

@@ -1,0 +1,445 @@
+//! The gate: what a plugin from a file must pass before it may compute for anybody.
+//!
+//! No finite test proves a kernel right, so there are three stages:
+//!
+//! 1. [`examine`]: many cases (random and adversarial inputs over many shapes, every buffer between
+//!    guard pages, several tilings, several threads), compared bit for bit with the reference, **in a
+//!    child process**: a crash, a hang or a stray write ends the child, and the plugin is refused. The
+//!    child is a helper program that calls [`child`]: `bitnet` itself, `bitnet-gate` of this package, or
+//!    one of the embedder's own; never the embedding program. The verdict is kept
+//!    ([`PluginStore`](crate::store::PluginStore)).
+//! 2. In use, the first result for every exact (M, N, K) is compared with a built-in kernel's, and the
+//!    built-in kernel's is returned.
+//! 3. After that, one call in many is compared with the reference in random places.
+//!
+//! The second and third are the [manager](crate::manager)'s. All three find mistakes, not malice: a
+//! plugin is native code, and runs with the rights of the program.
+
+mod cases;
+mod child;
+mod environment;
+mod guard;
+
+use std::io::{BufRead as _, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use bitnet_burn_plugin::abi::{ABI_MAJOR, ABI_MINOR};
+use serde::{Deserialize, Serialize};
+
+pub(crate) use self::cases::{Random, check_in_process, difference};
+pub use self::child::child;
+
+/// Counts what the gate looks at: a verdict of another version is none.
+pub const GATE_VERSION: u32 = 1;
+
+/// First argument of the helper program, before the library and the name that messages call it by.
+pub const CHILD_COMMAND: &str = "gate-child";
+
+/// The gate as a whole may take so many times as long as one case.
+const WHOLE: u32 = 12;
+
+/// What the child says, one JSON object a line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+enum Event {
+    /// The first line.
+    Hello { gate: u32, abi: String },
+    /// What comes next, before it is tried.
+    Trying { what: String },
+    /// The descriptor is valid.
+    Plugin { name: String, version: String, abi: String },
+    /// All cases of a kernel went well.
+    Kernel { kernel: String, cases: u64 },
+    /// A kernel that this machine can't run.
+    Unavailable { kernel: String, reason: String },
+    /// What was tried went wrong.
+    Wrong { reason: String },
+    /// Where the access was that will now end the process.
+    Fault { what: String },
+    /// All went well.
+    Done,
+}
+
+/// What the gate found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// [`GATE_VERSION`] of the gate that looked.
+    pub gate: u32,
+    /// ABI of the host.
+    pub abi: String,
+    /// SHA-256 of the file.
+    pub sha256: String,
+    /// Where the file was.
+    pub file: PathBuf,
+    /// Name, version and ABI of the plugin, once its descriptor was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plugin: Option<Description>,
+    /// Kernels that were tried, or can't be on this machine.
+    pub kernels: Vec<KernelResult>,
+    /// Why the plugin is refused; `None` if it passed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Refusal>,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+impl Report {
+    /// Whether the plugin may be used.
+    pub fn passed(&self) -> bool {
+        self.refusal.is_none()
+    }
+}
+
+/// What a plugin says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// Its name.
+    pub name: String,
+    /// Its version, as its author counts.
+    pub version: String,
+    /// ABI that it was built for.
+    pub abi: String,
+}
+
+/// A kernel that did not fail.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelResult {
+    /// `plugin/kernel`.
+    pub kernel: String,
+    /// Cases that went well.
+    pub cases: u64,
+    /// Why it was not tried on this machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unavailable: Option<String>,
+}
+
+/// Why a plugin is refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The stage that saw it.
+    pub stage: Stage,
+    /// What was being tried: the kernel and the case.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trying: Option<String>,
+    /// What went wrong.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.trying {
+            Some(trying) => write!(f, "{trying}: {}", self.reason),
+            None => f.write_str(&self.reason),
+        }
+    }
+}
+
+/// The stages of the gate. See the [module](self).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// In the child process, before use.
+    Before,
+    /// The first result for a shape.
+    FirstUse,
+    /// A sample of later results.
+    InUse,
+}
+
+/// The gate could not be run: this says nothing about the plugin.
+#[derive(Debug, thiserror::Error)]
+pub enum GateError {
+    /// The helper can't be started.
+    #[error("the gate's helper program {} can't be started: {source}", helper.display())]
+    Start {
+        /// The program.
+        helper: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The helper does not speak the gate's protocol, or another version of it.
+    #[error("{} is no helper for gate version {GATE_VERSION} and ABI {ABI_MAJOR}.{ABI_MINOR}: {reason}", helper.display())]
+    Protocol {
+        /// The program.
+        helper: PathBuf,
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// The ABI of this host, as reports name it.
+pub(crate) fn host_abi() -> String {
+    format!("{ABI_MAJOR}.{ABI_MINOR}")
+}
+
+/// Runs the first stage of the gate on a library, in a process of its own.
+///
+/// # Arguments
+/// * `helper`: a program that hands its arguments behind [`CHILD_COMMAND`] to [`child`]
+/// * `library`: the file that will be loaded if it passes
+/// * `origin`: the path that messages name
+/// * `sha256`: the hash of the file
+/// * `patience`: how long one case may take; the whole may take twelve times as long
+///
+/// # Errors
+/// If the helper could not be run. What the plugin does wrong is in the report.
+pub fn examine(
+    helper: &Path,
+    library: &Path,
+    origin: &Path,
+    sha256: &str,
+    patience: Duration,
+) -> Result<Report, GateError> {
+    let started = Instant::now();
+    let mut report = Report {
+        gate: GATE_VERSION,
+        abi: host_abi(),
+        sha256: sha256.to_owned(),
+        file: origin.to_owned(),
+        plugin: None,
+        kernels: Vec::new(),
+        refusal: None,
+        seconds: 0.0,
+    };
+    let mut command = Command::new(helper);
+    command.arg(CHILD_COMMAND).arg(library).arg(origin);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // A group of its own: what a plugin starts ends with it.
+    #[cfg(unix)]
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    let child = command.spawn().map_err(|source| GateError::Start { helper: helper.to_owned(), source })?;
+    report.refusal = Conversation::start(child, helper).listen(&mut report, started, patience)?;
+    report.seconds = started.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+/// What arrives from the child.
+enum Heard {
+    Line(String),
+    Closed,
+}
+
+/// The child, which does not outlive this value.
+struct Conversation<'a> {
+    child: Child,
+    /// Whether its status was taken, and its number with it: from then on that may be another process's.
+    reaped: bool,
+    helper: &'a Path,
+    heard: std::sync::mpsc::Receiver<Heard>,
+    words: std::sync::mpsc::Receiver<String>,
+}
+
+impl Drop for Conversation<'_> {
+    fn drop(&mut self) {
+        if !self.reaped {
+            self.end_group();
+            // It may have ended by itself.
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+impl<'a> Conversation<'a> {
+    fn start(mut child: Child, helper: &'a Path) -> Self {
+        let (out, heard) = channel();
+        let (err, words) = channel();
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        // Threads of their own: a plugin that keeps a pipe open must not hold anybody up.
+        std::thread::spawn(move || stdout.map(|pipe| lines(pipe, &out)));
+        std::thread::spawn(move || stderr.map(|pipe| err.send(last_words(pipe))));
+        Self { child, reaped: false, helper, heard, words }
+    }
+
+    /// Listens until the child has ended, one way or another.
+    fn listen(
+        mut self,
+        report: &mut Report,
+        started: Instant,
+        patience: Duration,
+    ) -> Result<Option<Refusal>, GateError> {
+        let protocol = |reason: String| GateError::Protocol { helper: self.helper.to_owned(), reason };
+        let mut greeted = false;
+        let (mut trying, mut fault, mut done) = (None, None, false);
+        let refuse = |trying: Option<String>, reason: String| {
+            Ok(Some(Refusal { stage: Stage::Before, trying, reason }))
+        };
+        loop {
+            let left = (patience * WHOLE).saturating_sub(started.elapsed()).min(patience);
+            match self.heard.recv_timeout(left) {
+                Ok(Heard::Line(line)) => {
+                    // What a plugin prints can't get here: the child has moved its output.
+                    let Ok(event) = serde_json::from_str(&line) else {
+                        if greeted {
+                            continue;
+                        }
+                        let shown: String = line.chars().take(80).collect();
+                        return Err(protocol(format!("it says {shown:?}")));
+                    };
+                    match event {
+                        Event::Hello { gate, abi } if gate == GATE_VERSION && abi == host_abi() => {
+                            greeted = true;
+                        }
+                        Event::Hello { gate, abi } => {
+                            return Err(protocol(format!("it has gate version {gate} and ABI {abi}")));
+                        }
+                        Event::Trying { what } => trying = Some(what),
+                        Event::Plugin { name, version, abi } => {
+                            report.plugin = Some(Description { name, version, abi });
+                        }
+                        Event::Kernel { kernel, cases } => {
+                            report.kernels.push(KernelResult { kernel, cases, unavailable: None });
+                        }
+                        Event::Unavailable { kernel, reason } => {
+                            report.kernels.push(KernelResult { kernel, cases: 0, unavailable: Some(reason) });
+                        }
+                        Event::Wrong { reason } => return refuse(trying, reason),
+                        Event::Fault { what } => fault = Some(what),
+                        Event::Done => done = true,
+                    }
+                }
+                Ok(Heard::Closed) | Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) if !greeted => {
+                    return Err(protocol("it says nothing".into()));
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    let whole = started.elapsed() >= patience * WHOLE;
+                    let limit = if whole { patience * WHOLE } else { patience };
+                    let what = if whole { "the whole gate" } else { "this" };
+                    return refuse(
+                        trying,
+                        format!("it hangs: {what} took more than {} s", limit.as_secs_f64()),
+                    );
+                }
+            }
+        }
+        let Some(status) = self.ended(patience) else {
+            return refuse(trying, "it hangs: the process does not end".into());
+        };
+        if !greeted {
+            return Err(protocol(format!("it ended with {status}{}", self.said())));
+        }
+        if done && status.success() {
+            return Ok(None);
+        }
+        let end = end_of(status, fault);
+        refuse(
+            if done { Some("the end of the process".into()) } else { trying },
+            format!("{end}{}", self.said()),
+        )
+    }
+
+    /// How the process ended, if it does within the time.
+    fn ended(&mut self, patience: Duration) -> Option<ExitStatus> {
+        let deadline = Instant::now() + patience;
+        while !self.has_ended() {
+            if Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.end_group();
+        self.reaped = true;
+        self.child.wait().ok()
+    }
+
+    /// Whether the child has ended. Its number stays its own.
+    #[cfg(unix)]
+    fn has_ended(&mut self) -> bool {
+        // SAFETY: an all-zero siginfo is valid, and the system fills it. P_PID with the number of a child of
+        // ours that was not waited for.
+        unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+            libc::waitid(libc::P_PID, self.child.id() as libc::id_t, &raw mut info, flags) == 0
+                && info.si_signo == libc::SIGCHLD
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn has_ended(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(Some(_)))
+    }
+
+    /// Ends what the child has started, and the child.
+    fn end_group(&mut self) {
+        #[cfg(unix)]
+        if let Ok(group) = libc::pid_t::try_from(self.child.id()) {
+            // SAFETY: a signal to the group that this child leads (`process_group(0)`). It was not reaped, so
+            // the number is still its own.
+            unsafe { libc::kill(-group, libc::SIGKILL) };
+        }
+    }
+
+    /// What it left on stderr.
+    fn said(&self) -> String {
+        match self.words.recv_timeout(Duration::from_millis(500)) {
+            Ok(words) if !words.is_empty() => format!("; it said: {words}"),
+            _ => String::new(),
+        }
+    }
+}
+
+/// Hands lines on, each cut at a length that no event of ours has.
+fn lines(pipe: impl Read, out: &Sender<Heard>) {
+    let mut reader = BufReader::new(pipe);
+    loop {
+        let mut line = Vec::new();
+        match reader.by_ref().take(1 << 16).read_until(b'\n', &mut line) {
+            Ok(count) if count > 0 => {
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                if out.send(Heard::Line(line)).is_err() {
+                    return;
+                }
+            }
+            _ => break,
+        }
+    }
+    // Nobody listens any more: fine.
+    let _ = out.send(Heard::Closed);
+}
+
+/// The last line or two of a text, on one line.
+fn last_words(mut pipe: impl Read) -> String {
+    let (mut tail, mut chunk) = (Vec::new(), [0; 4096]);
+    while let Ok(count) = pipe.read(&mut chunk) {
+        if count == 0 {
+            break;
+        }
+        tail.extend_from_slice(&chunk[..count]);
+        let excess = tail.len().saturating_sub(2048);
+        tail.drain(..excess);
+    }
+    let text = String::from_utf8_lossy(&tail);
+    let mut words: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    words.drain(..words.len().saturating_sub(3));
+    words.join(" / ").chars().take(300).collect()
+}
+
+/// How a process ended, in words.
+fn end_of(status: ExitStatus, fault: Option<String>) -> String {
+    #[cfg(unix)]
+    if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&status) {
+        let name = match signal {
+            libc::SIGILL => " (SIGILL, an illegal instruction)",
+            libc::SIGTRAP => " (SIGTRAP)",
+            libc::SIGABRT => " (SIGABRT)",
+            libc::SIGBUS => " (SIGBUS)",
+            libc::SIGFPE => " (SIGFPE)",
+            libc::SIGKILL => " (SIGKILL: from outside, or no memory was left)",
+            libc::SIGSEGV => " (SIGSEGV)",
+            libc::SIGSYS => " (SIGSYS)",
+            _ => "",
+        };
+        let fault = fault.map_or(String::new(), |fault| format!("{fault}; "));
+        return format!("{fault}it crashed with signal {signal}{name}");
+    }
+    let fault = fault.map_or(String::new(), |fault| format!("{fault}; "));
+    match status.code() {
+        Some(code) => format!("{fault}it ended the process with status {code}"),
+        None => format!("{fault}it ended the process"),
+    }
+}

@@ -1,0 +1,9 @@
+//! Plugins from files. Most are built here, with the system's C compiler.
+//!
+//! Not on statically linked targets, which can't load libraries: the emulated ARM tests are such.
+#![cfg(all(unix, not(target_feature = "crt-static")))]
+
+mod hostile;
+mod policy;
+mod support;
+mod templates;
