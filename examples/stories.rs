@@ -32,7 +32,8 @@ struct Arguments {
     /// Write an object {"text": ...} a line
     #[arg(long)]
     jsonl: bool,
-    /// Instead of writing, read a file of one story a line, and say which ones the grammar tells
+    /// Instead of writing, read a file of one story or one {"text": ...} a line, and say which ones the grammar
+    /// tells
     #[arg(long, conflicts_with_all = ["seed", "stories", "out", "jsonl"])]
     check: Option<PathBuf>,
 }
@@ -66,7 +67,7 @@ fn main() -> anyhow::Result<()> {
         entropy.per_character(),
         entropy.bits / entropy.words as f64
     );
-    eprintln!("the perplexity of a model that sees them as T tokens is at least 2^({:.1} / T)", entropy.bits);
+    eprintln!("no model can expect a perplexity below 2^({:.1} / T) over their T tokens", entropy.bits);
     Ok(())
 }
 
@@ -86,27 +87,34 @@ fn write(arguments: &Arguments, mut out: impl Write) -> anyhow::Result<Entropy> 
 
 fn check(path: &Path) -> anyhow::Result<()> {
     let context = || format!("reading {}", path.display());
-    let (mut lines, mut whole, mut cut, mut bits) = (0, 0, 0, 0.0);
+    let (mut lines, mut whole, mut cut, mut bits) = (0usize, 0usize, 0usize, 0.0);
+    let (mut characters, mut understood) = (0, 0);
     for line in BufReader::new(std::fs::File::open(path).with_context(context)?).lines() {
         let line = line.with_context(context)?;
         lines += 1;
-        let reading = read(&line);
+        let text = match serde_json::from_str::<serde_json::Value>(&line) {
+            Ok(value) if value["text"].is_string() => value["text"].as_str().unwrap_or_default().to_owned(),
+            _ => line,
+        };
+        let reading = read(&text);
+        (characters, understood) = (characters + text.len(), understood + reading.understood);
         if reading.derivations > 0 {
             whole += 1;
             bits += reading.bits;
-        } else if reading.understood == line.len() {
+        } else if reading.understood == text.len() {
             cut += 1;
         } else {
-            println!(
-                "line {lines}: {} <-- no story goes on: {}",
-                &line[..reading.understood],
-                &line[reading.understood..]
-            );
+            let (head, tail) = text.split_at(reading.understood);
+            println!("line {lines}: {head} <-- no story goes on: {tail}");
         }
     }
-    println!("{whole} of {lines} lines are stories, {cut} more begin like one and are cut off");
-    if whole > 0 {
-        println!("{:.2} bits per story", bits / f64::from(whole));
-    }
+    println!("{whole} of {lines} lines are stories, and {cut} begin like one and are cut off");
+    println!(
+        "{:.1} % of the text come before the first deviation",
+        100.0 * understood as f64 / characters as f64
+    );
+    println!(
+        "the stories have {bits:.1} bits: the perplexity over their T tokens is at least 2^({bits:.1} / T)"
+    );
     Ok(())
 }

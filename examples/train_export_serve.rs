@@ -1,5 +1,5 @@
 //! From nothing to text in one file: stories are made, a small BitNet learns them, is exported as GGUF, loaded
-//! from there, and continues several prompts at once.
+//! from there, and continues several prompts at once. It takes a minute or two.
 //!
 //! ```text
 //! cargo run --release --example train_export_serve
@@ -147,11 +147,11 @@ fn main() -> anyhow::Result<()> {
         [tokenizer]
         vocab_size = 768
         [run]
-        steps = 400
-        batch_size = 8
-        evaluate_every = 50
+        steps = 1000
+        batch_size = 4
+        evaluate_every = 200
         evaluation_sequences = 64
-        checkpoint_every = 400
+        checkpoint_every = 1000
         ",
     )
     .map_err(anyhow::Error::msg)?;

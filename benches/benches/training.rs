@@ -123,8 +123,8 @@ fn main() {
         let [mut ours, mut floats, mut multiplying, mut fused, mut naive] = [const { Vec::new() }; 5];
         for round in 0..rounds + 1 {
             let measured = [
-                seconds(|| drop(bitnet.step().expect("a step"))),
-                seconds(|| drop(float.step().expect("a step"))),
+                seconds(|| _ = bitnet.step().expect("a step")),
+                seconds(|| _ = float.step().expect("a step")),
                 seconds(|| matmuls.run()),
                 seconds(|| drop(black_box((layer.forward(x.clone()) * dy.clone()).sum().backward()))),
                 seconds(|| composed(x.clone(), w.clone(), dy.clone())),

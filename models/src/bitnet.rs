@@ -137,6 +137,9 @@ pub struct BitNet {
     quantise: bool,
 }
 
+/// Gives the values of a parameter by its name and shape.
+pub type ValuesOf<'a, E> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, E> + 'a;
+
 /// How a model is loaded.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
@@ -248,7 +251,7 @@ impl BitNet {
         config: &ModelConfig,
         quantise: bool,
         device: &Device,
-        values: &mut dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, E>,
+        values: &mut ValuesOf<'_, E>,
     ) -> Result<Self, E> {
         // The parameters are numbered, so that an optimiser's state finds them again in another process.
         let next = Cell::new(1);

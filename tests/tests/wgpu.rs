@@ -5,9 +5,11 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use bitnet_burn::bitnet::LoadOptions;
+use bitnet_burn::backends::ops;
+use bitnet_burn::bitnet::{BitNet, LoadOptions};
+use bitnet_burn::config::ModelConfig;
 use bitnet_burn::generate::{self, GenerateOptions};
-use bitnet_burn::nn::{BitLinearConfig, CacheType};
+use bitnet_burn::nn::{BitLinearConfig, BitLinearWeight, CacheType, DenseWeight};
 use bitnet_burn_tests::reference::{Forward, Mutation, Reference};
 use bitnet_burn_tests::*;
 use burn::tensor::{Device, Tensor, TensorData};
@@ -119,6 +121,64 @@ fn bit_linear_computes_and_differentiates_as_on_the_host() {
                 difference <= 1e-4 * largest(b),
                 "{what}, packed {packed}: {difference:e} of {:e}",
                 largest(b)
+            );
+        }
+    }
+}
+
+#[test]
+fn a_model_trains_as_on_the_host() {
+    setup();
+    let config = ModelConfig {
+        hidden_size: 48,
+        intermediate_size: 64,
+        n_layers: 2,
+        n_heads: 4,
+        n_kv_heads: 2,
+        head_dim: 12,
+        vocab_size: 50,
+        context_length: 16,
+        ..bitnet_burn::synth::shape("tiny").unwrap()
+    };
+    let (length, mut random) = (16, Random(5));
+    let tokens: Vec<u32> = (0..3 * length).map(|_| random.below(50) as u32).collect();
+    let targets: Vec<u32> = (0..3 * length).map(|_| random.below(50) as u32).collect();
+    for quantise in [false, true] {
+        let run = |device: &Device| {
+            let mut random = Random(6);
+            let model = BitNet::trainable::<()>(&config, quantise, device, &mut |_, shape| {
+                Ok(random.floats(shape.iter().product()).iter().map(|v| v * 0.3 + 0.1).collect())
+            });
+            let model = model.unwrap();
+            let logits = model.forward_sequences(&tokens, length).unwrap();
+            let loss = ops::cross_entropy(logits, &targets).mean();
+            let value = loss.clone().into_data().iter::<f32>().next().unwrap();
+            let grads = loss.backward();
+            let block = &model.blocks[0];
+            let BitLinearWeight::Latent(q) = &block.attention.q_proj.weight else { panic!("training") };
+            let BitLinearWeight::Latent(down) = &block.feed_forward.down_proj.weight else {
+                panic!("training")
+            };
+            let DenseWeight::Float(embedding) = &model.embedding.weight else { panic!("training") };
+            let of = |weight: Tensor<2>| -> Vec<f32> {
+                weight.grad(&grads).expect("a gradient").into_data().iter::<f32>().collect()
+            };
+            let norm = block.attention.input_norm.gamma.val().grad(&grads).expect("a gradient");
+            (
+                value,
+                [of(q.val()), of(down.val()), of(embedding.val()), norm.into_data().iter::<f32>().collect()],
+            )
+        };
+        let (host, gpu) = (run(&Device::flex().autodiff()), run(&gpu().autodiff()));
+        assert!((host.0 - gpu.0).abs() < 1e-3 * host.0, "quantise {quantise}: loss {} and {}", host.0, gpu.0);
+        for (i, (a, b)) in host.1.iter().zip(&gpu.1).enumerate() {
+            let largest = a.iter().fold(0f32, |m, v| m.max(v.abs()));
+            // A rounding that falls to the other side moves quantised gradients.
+            let tolerance = if quantise { 0.1 } else { 1e-3 };
+            let difference = max_difference(a, b);
+            assert!(
+                largest > 0.0 && difference <= tolerance * largest,
+                "{quantise} {i}: {difference:e} of {largest:e}"
             );
         }
     }

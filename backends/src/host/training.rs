@@ -547,7 +547,7 @@ pub(crate) fn self_attention_backward(
         let mut dq = vec![0f32; length * d];
         let mut dk = vec![0f32; length * d];
         let mut dv = vec![0f32; length * d];
-        // SAFETY (of the parts below): each (row, query head) and (row, kv head) belongs to one task.
+        // SAFETY: each (row, query head) and (row, kv head) belongs to one task, which holds one at a time.
         let place = |row: usize, column: usize| unsafe { out.part((first + row) * width + column * d, d) };
         let turn = |row: usize, x: &[f32], scale: f32, out: &mut [f32]| {
             rotate(x, &cos[row * half..][..half], &back[row * half..][..half], scale, out);

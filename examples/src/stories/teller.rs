@@ -115,7 +115,7 @@ impl<'a> Teller<'a> {
         chosen
     }
 
-    /// One of several, all equally likely.
+    /// One of several (at most 64), all equally likely.
     pub fn pick<T: Copy>(&mut self, alternatives: &[T]) -> T {
         alternatives[self.choose(&[1; 64][..alternatives.len()])]
     }

@@ -22,8 +22,11 @@ fn a_seed_tells_the_same_stories_everywhere() {
 
 #[test]
 fn stories_do_not_repeat() {
-    let texts: HashSet<String> = Stories::new(3).take(5000).map(|story| story.text).collect();
-    assert_eq!(texts.len(), 5000);
+    let stories: Vec<Story> = Stories::new(3).take(5000).collect();
+    let texts: HashSet<&str> = stories.iter().map(|story| story.text.as_str()).collect();
+    assert_eq!(texts.len(), stories.len());
+    let told: HashSet<&str> = stories.iter().map(|story| story.plot).collect();
+    assert_eq!(told.len(), plots::PLOTS.len());
 }
 
 /// Every story has one derivation, with the probability that it was told with.

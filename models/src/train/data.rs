@@ -412,7 +412,8 @@ mod tests {
     #[test]
     fn one_document_gives_its_end() {
         let text = "ä".repeat(500);
-        let (training, validation) = Corpus::new([text]).split(0.1, 0);
+        let corpus = Corpus::new([text]);
+        let (training, validation) = corpus.split(0.1, 0);
         assert_eq!((training[0].len(), validation[0].len()), (900, 100));
     }
 
