@@ -384,13 +384,26 @@ fn errors_say_what_is_wrong() {
     assert_eq!((&report["finish"], &report["generated_tokens"]), (&"context".into(), &3.into()));
 }
 
+#[cfg(feature = "default-model")]
+#[test]
+fn without_a_model_there_is_a_story() {
+    let place = Place::empty();
+    let story = place.ok(&["run", "--seed", "3"]);
+    assert!(story.split_whitespace().count() > 40 && story.trim_end().ends_with(['.', '"', '!']), "{story}");
+    assert_eq!(place.ok(&["run", "--seed", "3"]), story);
+    assert_ne!(place.ok(&["run", "--seed", "4"]), story);
+    let greedy = place.json(&["run", "-p", "Once there was a fox named", "--greedy", "-n", "8", "--json"]);
+    assert_eq!(greedy["token_ids"].as_array().unwrap().len(), 8);
+    assert!(greedy["text"].as_str().unwrap().is_ascii());
+    assert!(place.ok(&["inspect"]).contains("stories"));
+}
+
 #[test]
 fn wrong_usage_is_exit_code_2() {
     let place = Place::empty();
     for args in [
         &["nonsense"][..],
         &[],
-        &["run"],
         &["run", "-m", "x"],
         &["run", "-m", "x", "-p", "y", "--tokens-file", "z"],
         &["run", "-m", "x", "-p", "y", "--top-k", "5"],
@@ -403,7 +416,20 @@ fn wrong_usage_is_exit_code_2() {
         let Output { status, stderr, .. } = place.command(args).output().unwrap();
         assert_eq!(status.code(), Some(2), "{args:?}: {}", String::from_utf8_lossy(&stderr));
     }
-    for command in ["run", "inspect", "tokenize", "kernels", "bench", "synth", "perplexity", "logits"] {
+    for command in [
+        "run",
+        "inspect",
+        "tokenize",
+        "kernels",
+        "bench",
+        "synth",
+        "perplexity",
+        "logits",
+        "train",
+        "export",
+        "convert",
+        "plugins",
+    ] {
         let help = place.ok(&[command, "--help"]);
         assert!(help.contains("Examples:") && help.contains(&format!("bitnet {command}")), "{help}");
     }

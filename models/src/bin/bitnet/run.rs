@@ -11,7 +11,8 @@ use bitnet_burn::chat::{ChatTemplate, Message};
 use bitnet_burn::generate::{GenerateOptions, generate, generate_text};
 use bitnet_burn::report::RunReport;
 use bitnet_burn::sampling::SamplingConfig;
-use clap::{ArgGroup, Args};
+use clap::error::ErrorKind;
+use clap::{ArgGroup, Args, CommandFactory as _};
 use serde::Serialize;
 
 use crate::args::{EngineArgs, positive, read_tokens};
@@ -144,7 +145,8 @@ struct Output<'a> {
 pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let built_in = args.engine.file.model.is_none();
     if !built_in && args.prompt.is_none() && args.tokens_file.is_none() {
-        bail!("--prompt or --tokens-file is missing: what the text begins with");
+        let message = "--prompt or --tokens-file is missing: what the text begins with";
+        crate::Cli::command().error(ErrorKind::MissingRequiredArgument, message).exit();
     }
     let sampling = args.sampling.config(built_in)?;
     let max_new_tokens = args.max_new_tokens.unwrap_or(if built_in { 256 } else { 128 });
