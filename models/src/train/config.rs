@@ -424,7 +424,7 @@ mod tests {
             ("run.step=5", "run.step"),
             ("runs.steps=5", "runs"),
             ("run.steps", "key and its value"),
-            ("run.steps=many", "integer"),
+            ("run.steps=many", "u64"),
             ("run.sequence_length=257", "256"),
             ("model.n_kv_heads=3", "n_kv_heads"),
             ("model.activation=gelu", "relu2"),
