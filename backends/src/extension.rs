@@ -265,7 +265,7 @@ pub trait TernaryBackend: burn::backend::Backend {
         default::self_attention_backward::<Self>(qkv, cos, sin, dy, &args)
     }
 
-    /// -ln softmax(logits)[target], by rows.
+    /// `-ln softmax(logits)[target]`, by rows.
     ///
     /// # Shapes
     /// logits [M, N], targets `[M]`; the output is `[M]`.

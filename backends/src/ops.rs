@@ -223,7 +223,7 @@ pub fn self_attention(qkv: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, args: Self
     Tensor::from_dispatch(Dispatch::self_attention(qkv, cos, sin, args))
 }
 
-/// -ln softmax(logits)[target] `[M]`, by rows of logits [M, N].
+/// `-ln softmax(logits)[target]`, `[M]`, by rows of logits [M, N].
 ///
 /// # Panics
 /// If there is not one target a row, below N.

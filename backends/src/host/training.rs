@@ -209,7 +209,7 @@ impl<G: Gate> Kernel for GatedBackward<'_, G> {
     }
 }
 
-/// -ln softmax(logits)[target], by rows of `n` logits.
+/// `-ln softmax(logits)[target]`, by rows of `n` logits.
 ///
 /// # Panics
 /// If a target is not below `n`, or the slices' lengths do not fit.
