@@ -151,6 +151,7 @@ fn draw(
     let bottom = levels.iter().map(|l| l.1).chain(sorted.first().copied()).fold(f64::INFINITY, f64::min);
     let bottom = if bottom.is_finite() { (bottom * 0.9).max(0.0) } else { 0.0 };
     let top = if top > bottom { top } else { bottom + 1.0 };
+    let within = |points: Vec<(f64, f64)>| points.into_iter().filter(move |p| p.1 <= top);
 
     let root = SVGBackend::with_string(svg, (800, 480)).into_drawing_area();
     root.fill(&WHITE)?;
@@ -169,14 +170,14 @@ fn draw(
         .bold_line_style(BLACK.mix(0.1))
         .draw()?;
     for (curve, colour) in curves.iter().zip(COLOURS.iter().cycle()) {
-        chart.draw_series(LineSeries::new(smooth(&curve.rows), colour.mix(0.35)))?;
+        chart.draw_series(LineSeries::new(within(smooth(&curve.rows)), colour.mix(0.35)))?;
         let points = validation(&curve.rows);
         let last = points.last().map_or(String::new(), |p| format!(": {:.3}", p.1));
         chart
-            .draw_series(LineSeries::new(points.clone(), colour.stroke_width(2)))?
+            .draw_series(LineSeries::new(within(points.clone()), colour.stroke_width(2)))?
             .label(format!("{}, validation{last}", curve.name))
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
-        chart.draw_series(points.into_iter().map(|p| Circle::new(p, 2, colour.filled())))?;
+        chart.draw_series(within(points).map(|p| Circle::new(p, 2, colour.filled())))?;
     }
     for (name, level) in levels {
         chart
