@@ -1,7 +1,7 @@
 //! A generator of simple stories: the text that the small model of this project learns from.
 //!
-//! The stories come from a probabilistic grammar of a little world, the valley: its people in [`world`], what
-//! can happen to them in [`plots`], the machine in [`teller`]. A story is a sequence of random choices, each
+//! The stories come from a probabilistic grammar of a little world, the valley: its people in `world`, what
+//! can happen to them in `plots`, the machine in `teller`. A story is a sequence of random choices, each
 //! with a known probability, so that a story comes with the exact probability of its derivation, and a corpus
 //! with its entropy:
 //!
