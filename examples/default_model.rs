@@ -21,7 +21,7 @@ use bitnet_burn::core::formats::dense::DenseFormat;
 use bitnet_burn::export::{ExportOptions, Target, export};
 use bitnet_burn::gguf::GgufTypes;
 use bitnet_burn::train::{
-    Corpus, Curve, Evaluation, Event, Metrics, TrainConfig, Trainer, evaluate, newest, plot,
+    Corpus, Curve, Evaluation, Event, Metrics, TrainConfig, Trainer, evaluate, is_run, newest, plot,
 };
 use bitnet_burn_examples::stories::{Stories, read};
 use burn::module::Module as _;
@@ -54,7 +54,7 @@ fn main() -> anyhow::Result<()> {
     let run = |twin: bool| Path::new(RUNS).join(if twin { "float" } else { "ternary" });
     let dir = run(args.twin);
     let device = Device::flex();
-    let mut trainer = if dir.join("config.toml").exists() {
+    let mut trainer = if is_run(&dir) {
         Trainer::resume(&dir, &corpus, &device)?
     } else {
         Trainer::start(&dir, config.clone(), &corpus, &device)?

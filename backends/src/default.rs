@@ -125,7 +125,6 @@ fn attended<B: Backend>(
     let SelfAttentionArgs { n_heads, n_kv_heads, head_dim: d, length } = *args;
     let m = dims(&qkv)[0];
     let (sequences, group) = (m / length, n_heads / n_kv_heads);
-    let device = qkv.device();
     let repeat = |angles: FloatTensor<B>| {
         let angles = B::float_reshape(angles, Shape::new([1, length, d / 2]));
         let all = B::float_expand(angles, Shape::new([sequences, length, d / 2]));
@@ -142,14 +141,7 @@ fn attended<B: Backend>(
     let (k, v) = (split_heads::<B>(k, 1, args), split_heads::<B>(v, 1, args));
     let scores = B::float_matmul(q.clone(), B::float_transpose(k.clone()));
     let scores = B::float_mul_scalar(scores, (1.0 / (d as f32).sqrt()).into());
-    let mask: Vec<f32> = (0..group * length)
-        .flat_map(|row| (0..length).map(move |p| if p <= row % length { 0.0 } else { -1e30 }))
-        .collect();
-    let mask = B::float_from_data(TensorData::new(mask, [1, group * length, length]), &device);
-    let scores = B::float_add(scores, mask);
-    let scores = B::float_sub(scores.clone(), B::float_max_dim(scores, 2));
-    let weights = B::float_exp(scores);
-    let sums = B::float_sum_dim(weights.clone(), 2);
+    let (weights, sums) = causal_weights::<B>(scores, length, 0);
     Attended { q, k, v, weights: B::float_div(weights, sums), angles: (cos, sin) }
 }
 
@@ -358,7 +350,6 @@ pub(crate) fn attention<B: Backend>(
     let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = *args;
     let m = dims(&q)[0];
     let (group, length) = (n_heads / n_kv_heads, position + m);
-    let device = q.device();
     let seen = |cache: FloatTensor<B>| {
         let part = B::float_slice(cache, &slice(&[0..n_kv_heads, 0..length, 0..head_dim]));
         if part.dtype() == DType::F32 { part } else { B::float_cast(part, FloatDType::F32) }
@@ -369,17 +360,28 @@ pub(crate) fn attention<B: Backend>(
         B::float_reshape(B::float_permute(q, &[1, 2, 0, 3]), Shape::new([n_kv_heads, group * m, head_dim]));
     let scores = B::float_matmul(q, B::float_transpose(seen(keys)));
     let scores = B::float_mul_scalar(scores, (1.0 / (head_dim as f32).sqrt()).into());
-    let mask: Vec<f32> = (0..group * m)
-        .flat_map(|row| (0..length).map(move |p| if p <= position + row % m { 0.0 } else { -1e30 }))
-        .collect();
-    let mask = B::float_from_data(TensorData::new(mask, [1, group * m, length]), &device);
-    let scores = B::float_add(scores, mask);
-    let scores = B::float_sub(scores.clone(), B::float_max_dim(scores, 2));
-    let weights = B::float_exp(scores);
-    let sums = B::float_sum_dim(weights.clone(), 2);
+    let (weights, sums) = causal_weights::<B>(scores, m, position);
     let out = B::float_div(B::float_matmul(weights, seen(values)), sums);
     let out = B::float_reshape(out, Shape::new([n_kv_heads, group, m, head_dim]));
     B::float_reshape(B::float_permute(out, &[2, 0, 1, 3]), Shape::new([m, n_heads * head_dim]))
+}
+
+/// exp of scores [., group * rows, length] less each row's largest, zero behind the row's own position, and
+/// their sums: the softmax before its division. Row r is at `position + r % rows`.
+fn causal_weights<B: Backend>(
+    scores: FloatTensor<B>,
+    rows: usize,
+    position: usize,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let [_, all, length] = dims(&scores)[..] else { panic!("scores are [., group * rows, length]") };
+    let mask: Vec<f32> = (0..all)
+        .flat_map(|row| (0..length).map(move |p| if p <= position + row % rows { 0.0 } else { -1e30 }))
+        .collect();
+    let mask = B::float_from_data(TensorData::new(mask, [1, all, length]), &scores.device());
+    let scores = B::float_add(scores, mask);
+    let weights = B::float_exp(B::float_sub(scores.clone(), B::float_max_dim(scores, 2)));
+    let sums = B::float_sum_dim(weights.clone(), 2);
+    (weights, sums)
 }
 
 pub(crate) fn gated<B: Backend>(gate_up: FloatTensor<B>, activation: GatedActivation) -> FloatTensor<B> {

@@ -4,6 +4,7 @@
 //! Notation everywhere: M rows of activations (tokens), N output features, K input features.
 
 pub mod cpu;
+pub mod files;
 pub mod formats;
 pub mod gate;
 pub mod manager;
@@ -11,6 +12,7 @@ pub mod memory;
 pub mod plugin;
 pub mod pool;
 pub mod quant;
+pub mod random;
 pub mod reference;
 pub mod store;
 

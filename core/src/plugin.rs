@@ -9,8 +9,8 @@ use bitnet_burn_plugin::abi::{
     self, ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, EntryFn, Kernel as RawKernel, MAX_WEIGHT_ALIGNMENT, Message,
     OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, STATUS_OK, Signature, Status, TARGET_CPU,
 };
-use sha2::{Digest, Sha256};
 
+use crate::files;
 use crate::gate::{GateError, Refusal, Stage};
 
 /// Why a plugin was refused.
@@ -214,7 +214,7 @@ impl Plugin {
     pub(crate) fn load_as(library: &Path, origin: &Path) -> Result<Self, PluginError> {
         let path = || origin.to_owned();
         let bytes = std::fs::read(library).map_err(|source| PluginError::Read { path: path(), source })?;
-        let sha256 = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        let sha256 = files::sha256(&bytes);
         drop(bytes);
         // SAFETY: loading runs foreign code; the caller decided to (documented above).
         let library = unsafe { libloading::Library::new(library) }

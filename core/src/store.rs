@@ -21,10 +21,10 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::cpu;
+use crate::files;
 use crate::gate::{self, GATE_VERSION, Report, Stage};
 use crate::plugin::PluginError;
 
@@ -255,7 +255,7 @@ impl PluginStore {
                 .map_err(|reason| PluginError::Policy { path: path.to_owned(), reason })?;
         }
         let bytes = read_file(&origin, MAX_LIBRARY).map_err(|problem| problem.into_error(path))?;
-        let sha256 = hex(&Sha256::digest(&bytes));
+        let sha256 = files::sha256(&bytes);
         self.check_pin(path, &sha256)?;
         let library = self
             .keep(&sha256, &bytes)
@@ -319,7 +319,7 @@ impl PluginStore {
 
     fn verdict_file(&self, sha256: &str) -> Option<PathBuf> {
         let key = format!("{}\n{}\n{GATE_VERSION}", features().join(","), gate::host_abi());
-        let key = hex(&Sha256::digest(key)[..8]);
+        let key = &files::sha256(key.as_ref())[..16];
         let root = self.root.as_deref().or_else(|| Some(self.temporary.get()?.path()))?;
         Some(root.join(sha256).join(format!("verdict-{key}.json")))
     }
@@ -366,10 +366,6 @@ impl PluginStore {
 
 fn features() -> Vec<String> {
     cpu::features().iter().map(|&f| f.to_owned()).collect()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn is_sha256(text: &str) -> bool {
@@ -508,16 +504,13 @@ fn read_verdict(path: &Path, sha256: &str) -> Result<Option<Report>, String> {
     Ok(Some(report))
 }
 
-/// Writes a new file beside the old one and puts it in its place, so that nobody ever sees half.
 fn write_verdict(path: &Path, verdict: &Verdict) -> std::io::Result<()> {
     let dir = path.parent().expect("a verdict lies in a directory");
     make_private(dir)?;
-    let mut temporary = tempfile::NamedTempFile::new_in(dir)?;
-    serde_json::to_writer_pretty(&mut temporary, verdict)?;
-    temporary.write_all(b"\n")?;
-    temporary.as_file().sync_all()?;
-    temporary.persist(path)?;
-    Ok(())
+    files::replace_private(path, |out| {
+        serde_json::to_writer_pretty(&mut *out, verdict)?;
+        out.write_all(b"\n")
+    })
 }
 
 /// The pins of a file: SHA-256 and name on each line, as `sha256sum` prints them; `#` begins a comment.
@@ -554,16 +547,15 @@ pub fn read_pins(path: &Path) -> Result<Vec<(String, String)>, PluginError> {
 /// # Errors
 /// If the file can't be written.
 pub fn write_pins(path: &Path, pins: &[(String, String)]) -> std::io::Result<()> {
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(dir)?;
-    let mut temporary = tempfile::NamedTempFile::new_in(dir)?;
-    writeln!(temporary, "# Plugins that bitnet-burn may load: as long as this file is there, no others.")?;
-    for (hash, name) in pins {
-        // A name is for people: it must not break the line.
-        let name: String = name.chars().map(|c| if c.is_control() || c == '#' { '_' } else { c }).collect();
-        writeln!(temporary, "{hash}  {name}")?;
-    }
-    temporary.as_file().sync_all()?;
-    temporary.persist(path)?;
-    Ok(())
+    std::fs::create_dir_all(files::directory(path))?;
+    files::replace_private(path, |out| {
+        writeln!(out, "# Plugins that bitnet-burn may load: as long as this file is there, no others.")?;
+        for (hash, name) in pins {
+            // A name is for people: it must not break the line.
+            let name: String =
+                name.chars().map(|c| if c.is_control() || c == '#' { '_' } else { c }).collect();
+            writeln!(out, "{hash}  {name}")?;
+        }
+        Ok(())
+    })
 }

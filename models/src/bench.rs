@@ -23,7 +23,7 @@ use crate::checkpoint::{Norm, Projection};
 use crate::generate::{GenerateError, prefill};
 use crate::nn::{CacheType, KvCache, SequenceId};
 use crate::report::peak_rss_bytes;
-use crate::synth::SplitMix64;
+use bitnet_burn_core::random::SplitMix64;
 
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]

@@ -95,14 +95,17 @@ pub struct Row {
 pub enum History<'a> {
     /// In the KV cache, which the rows are appended to.
     Cache(&'a mut KvCache),
-    /// Nowhere: the rows are whole sequences of the same length.
-    None,
+    /// Nowhere: the rows are whole sequences.
+    None {
+        /// Rows of each.
+        length: usize,
+    },
 }
 
 /// The rows of a forward pass, as layers see them.
 #[derive(Debug)]
 pub struct Batch {
-    /// Runs of rows of one sequence.
+    /// Runs of rows of one sequence, where there is a cache.
     pub(crate) sequences: Vec<SequenceRows>,
     /// Cosines and sines of the rows' positions; without a cache, of one sequence's.
     pub(crate) angles: (Tensor<2>, Tensor<2>),
@@ -301,15 +304,7 @@ impl BitNet {
         add(hf::EMBEDDING.to_owned(), float(&self.embedding));
         for (i, block) in self.blocks.iter().enumerate() {
             let (attention, feed_forward) = (&block.attention, &block.feed_forward);
-            for (which, layer) in [
-                (Projection::Q, &attention.q_proj),
-                (Projection::K, &attention.k_proj),
-                (Projection::V, &attention.v_proj),
-                (Projection::O, &attention.o_proj),
-                (Projection::Gate, &feed_forward.gate_proj),
-                (Projection::Up, &feed_forward.up_proj),
-                (Projection::Down, &feed_forward.down_proj),
-            ] {
+            for (which, layer) in Projection::ALL.into_iter().zip(block.projections()) {
                 match &layer.weight {
                     BitLinearWeight::Latent(weight) => {
                         add(hf::projection_name(i, which), weight.val().into_data());
@@ -346,16 +341,7 @@ impl BitNet {
     pub fn pack(self) -> Result<Self, ManagerError> {
         let mut model = if self.device().is_autodiff() { self.valid() } else { self };
         for block in &mut model.blocks {
-            let BitBlock { attention, feed_forward } = block;
-            for layer in [
-                &mut attention.q_proj,
-                &mut attention.k_proj,
-                &mut attention.v_proj,
-                &mut attention.o_proj,
-                &mut feed_forward.gate_proj,
-                &mut feed_forward.up_proj,
-                &mut feed_forward.down_proj,
-            ] {
+            for layer in block.projections_mut() {
                 *layer = layer.clone().pack()?;
             }
         }
@@ -447,13 +433,10 @@ impl BitNet {
             let problem = format!("{} tokens are not whole sequences of {length}", tokens.len());
             return Err(ForwardError::Rows { row: 0, problem });
         }
-        let sequences = (0..tokens.len() / length)
-            .map(|i| SequenceRows { id: SequenceId(i), rows: i * length..(i + 1) * length, position: 0 })
-            .collect();
         let positions: Vec<usize> = (0..length).collect();
         let angles = self.rotary.angles(&positions, &self.device());
-        let batch = Batch { sequences, angles, quantise: self.quantise };
-        Ok(self.logits(self.hidden(tokens, &batch, &mut History::None)?))
+        let batch = Batch { sequences: Vec::new(), angles, quantise: self.quantise };
+        Ok(self.logits(self.hidden(tokens, &batch, &mut History::None { length })?))
     }
 
     /// The residual stream behind the last block.

@@ -68,7 +68,7 @@ pub(crate) fn linear(
 }
 
 /// [`linear`] with a given instruction set.
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "the shape of the problem: three matrices")]
 fn linear_at(
     level: Level,
     format: DenseFormat,
@@ -590,9 +590,9 @@ mod portable {
         *x.first_chunk().expect("a step's activations")
     }
 
-    #[allow(non_camel_case_types)]
+    #[allow(non_camel_case_types, reason = "the names are the formats'")]
     pub(super) struct Q8_0;
-    #[allow(non_camel_case_types)]
+    #[allow(non_camel_case_types, reason = "the names are the formats'")]
     pub(super) struct Q4_0;
     pub(super) struct Q6K;
 
@@ -938,9 +938,9 @@ mod x86 {
         [[ab, cd]; MAX_BLOCKS]
     }
 
-    #[allow(non_camel_case_types)]
+    #[allow(non_camel_case_types, reason = "the names are the formats'")]
     pub(super) struct Q8_0;
-    #[allow(non_camel_case_types)]
+    #[allow(non_camel_case_types, reason = "the names are the formats'")]
     pub(super) struct Q4_0;
     pub(super) struct Q6K;
 

@@ -46,13 +46,21 @@ pub(crate) fn rope(
         let (cos, sin) = (&cos[row * half..][..half], &sin[row * half..][..half]);
         let heads = x[row * x_stride..][..width].chunks_exact(head_dim);
         for (x, out) in heads.zip(out[row * out_stride..][..width].chunks_exact_mut(head_dim)) {
-            let ((x1, x2), (y1, y2)) = (x.split_at(half), out.split_at_mut(half));
-            let (x1, x2, y1, y2) = (&x1[..half], &x2[..half], &mut y1[..half], &mut y2[..half]);
-            for j in 0..half {
-                y1[j] = x1[j] * cos[j] - x2[j] * sin[j];
-                y2[j] = x2[j] * cos[j] + x1[j] * sin[j];
-            }
+            turn(x, cos, sin, out);
         }
+    }
+}
+
+/// One head of [`rope`].
+#[inline(always)]
+pub(super) fn turn(x: &[f32], cos: &[f32], sin: &[f32], out: &mut [f32]) {
+    let half = x.len() / 2;
+    let ((x1, x2), (y1, y2)) = (x.split_at(half), out.split_at_mut(half));
+    let (x1, x2, y1, y2) = (&x1[..half], &x2[..half], &mut y1[..half], &mut y2[..half]);
+    let (cos, sin) = (&cos[..half], &sin[..half]);
+    for j in 0..half {
+        y1[j] = x1[j] * cos[j] - x2[j] * sin[j];
+        y2[j] = x2[j] * cos[j] + x1[j] * sin[j];
     }
 }
 
@@ -65,7 +73,7 @@ pub(crate) fn rope(
 /// # Panics
 /// If `gate_up` is not twice as long as `out`, or that is no whole number of rows.
 pub(crate) fn relu2_mul(gate_up: &[f32], f: usize, out: &mut [f32], pool: &Pool) {
-    gated(Level::best(), gate_up, f, out, pool, Gate::Relu2);
+    gated(Level::best(), gate_up, f, out, pool, Relu2);
 }
 
 /// SiLU gating (arXiv 2002.05202): out = (g * sigmoid(g)) * u.
@@ -80,16 +88,41 @@ pub(crate) fn relu2_mul(gate_up: &[f32], f: usize, out: &mut [f32], pool: &Pool)
 /// # Panics
 /// If `gate_up` is not twice as long as `out`, or that is no whole number of rows.
 pub(crate) fn silu_mul(gate_up: &[f32], f: usize, out: &mut [f32], pool: &Pool) {
-    gated(Level::best(), gate_up, f, out, pool, Gate::Silu);
+    gated(Level::best(), gate_up, f, out, pool, Silu);
 }
 
-#[derive(Clone, Copy)]
-enum Gate {
-    Relu2,
-    Silu,
+/// The non-linearity of a gated feed-forward network.
+pub(super) trait Gate: Copy + Sync {
+    /// Its value and its derivative at g.
+    fn value_and_slope<I: Isa>(self, isa: I, g: f32) -> (f32, f32);
 }
 
-fn gated(level: Level, gate_up: &[f32], f: usize, out: &mut [f32], pool: &Pool, gate: Gate) {
+/// relu(g)^2.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Relu2;
+
+impl Gate for Relu2 {
+    #[inline(always)]
+    fn value_and_slope<I: Isa>(self, _: I, g: f32) -> (f32, f32) {
+        let g = if g < 0.0 { 0.0 } else { g };
+        (g * g, 2.0 * g)
+    }
+}
+
+/// g * sigmoid(g).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Silu;
+
+impl Gate for Silu {
+    #[inline(always)]
+    fn value_and_slope<I: Isa>(self, isa: I, g: f32) -> (f32, f32) {
+        let e = exp(isa, -g.abs());
+        let sigmoid = (if g < 0.0 { e } else { 1.0 }) / (1.0 + e);
+        (g * sigmoid, sigmoid * (1.0 + g * (1.0 - sigmoid)))
+    }
+}
+
+fn gated(level: Level, gate_up: &[f32], f: usize, out: &mut [f32], pool: &Pool, gate: impl Gate) {
     assert!(gate_up.len() == 2 * out.len(), "{} gates and values for {}", gate_up.len(), out.len());
     if out.is_empty() {
         return;
@@ -115,33 +148,20 @@ fn by_rows(out: &mut [f32], width: usize, pool: &Pool, f: &(dyn Fn(usize, &mut [
     });
 }
 
-struct Gated<'a> {
+struct Gated<'a, G> {
     g: &'a [f32],
     u: &'a [f32],
     out: &'a mut [f32],
-    gate: Gate,
+    gate: G,
 }
 
-impl Kernel for Gated<'_> {
+impl<G: Gate> Kernel for Gated<'_, G> {
     type Out = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let inputs = self.g.iter().zip(self.u);
-        match self.gate {
-            Gate::Relu2 => {
-                for (out, (&g, &u)) in self.out.iter_mut().zip(inputs) {
-                    let g = if g < 0.0 { 0.0 } else { g };
-                    *out = (g * g) * u;
-                }
-            }
-            Gate::Silu => {
-                for (out, (&g, &u)) in self.out.iter_mut().zip(inputs) {
-                    let e = exp(isa, -g.abs());
-                    let sigmoid = (if g < 0.0 { e } else { 1.0 }) / (1.0 + e);
-                    *out = (g * sigmoid) * u;
-                }
-            }
+        for (out, (&g, &u)) in self.out.iter_mut().zip(self.g.iter().zip(self.u)) {
+            *out = self.gate.value_and_slope(isa, g).0 * u;
         }
     }
 }
@@ -182,6 +202,33 @@ mod tests {
         }
     }
 
+    /// Close to double precision, and the same bits on every instruction set and number of threads.
+    fn check(
+        pools: &[Pool],
+        gate_up: &[f32],
+        rows: usize,
+        f: usize,
+        gate: impl Gate,
+        exact: &dyn Fn(f64) -> f64,
+    ) {
+        let at = |i: usize| (gate_up[i / f * 2 * f + i % f], gate_up[i / f * 2 * f + f + i % f]);
+        let mut want = vec![0.0; rows * f];
+        gated(Level::best(), gate_up, f, &mut want, &pools[0], gate);
+        for (i, got) in want.iter().enumerate() {
+            let (g, u) = at(i);
+            let exact = exact(f64::from(g)) * f64::from(u);
+            let close = (f64::from(*got) - exact).abs() <= 6e-7 * exact.abs() + 2e-34;
+            assert!(close, "{g} {u}: {got} {exact}");
+        }
+        for level in Level::available() {
+            for pool in pools {
+                let mut out = vec![0.0; rows * f];
+                gated(level, gate_up, f, &mut out, pool, gate);
+                assert!(bits(&out) == bits(&want), "{level:?}");
+            }
+        }
+    }
+
     #[test]
     fn gates_agree_and_are_accurate() {
         let mut rng = Rng(2);
@@ -190,28 +237,8 @@ mod tests {
             let scale = [0.1, 1.0, 30.0, 100.0];
             let gate_up: Vec<f32> =
                 rng.f32s(2 * rows * f).into_iter().enumerate().map(|(i, v)| v * scale[i % 4]).collect();
-            let at = |i: usize| (gate_up[i / f * 2 * f + i % f], gate_up[i / f * 2 * f + f + i % f]);
-            for gate in [Gate::Relu2, Gate::Silu] {
-                let mut want = vec![0.0; rows * f];
-                gated(Level::best(), &gate_up, f, &mut want, &pools[0], gate);
-                for (i, got) in want.iter().enumerate() {
-                    let (g, u) = at(i);
-                    let (g, u) = (f64::from(g), f64::from(u));
-                    let exact = match gate {
-                        Gate::Relu2 => g.max(0.0).powi(2) * u,
-                        Gate::Silu => g / (1.0 + (-g).exp()) * u,
-                    };
-                    let close = (f64::from(*got) - exact).abs() <= 6e-7 * exact.abs() + 2e-34;
-                    assert!(close, "{g} {u}: {got} {exact}");
-                }
-                for level in Level::available() {
-                    for pool in &pools {
-                        let mut out = vec![0.0; rows * f];
-                        gated(level, &gate_up, f, &mut out, pool, gate);
-                        assert!(bits(&out) == bits(&want), "{level:?}");
-                    }
-                }
-            }
+            check(&pools, &gate_up, rows, f, Relu2, &|g: f64| g.max(0.0).powi(2));
+            check(&pools, &gate_up, rows, f, Silu, &|g: f64| g / (1.0 + (-g).exp()));
         }
         let mut out = [0.0; 2];
         relu2_mul(&[-3.0, 3.0, 5.0, 5.0], 2, &mut out, &pools[0]);

@@ -6,6 +6,7 @@
 
 use bitnet_burn_core::pool::Pool;
 
+use super::elementwise::{Gate, Relu2, Silu, turn};
 use super::simd::{Isa, Kernel, Level, exp};
 use super::{Shared, run};
 
@@ -132,34 +133,6 @@ impl Kernel for RmsNormBackwardWeight<'_> {
                 *sum += dy * (x * r);
             }
         }
-    }
-}
-
-/// The derivative of the activation of a gated feed-forward network, and its value.
-trait Gate: Copy + Sync {
-    fn value_and_slope<I: Isa>(self, isa: I, g: f32) -> (f32, f32);
-}
-
-#[derive(Clone, Copy)]
-struct Relu2;
-
-impl Gate for Relu2 {
-    #[inline(always)]
-    fn value_and_slope<I: Isa>(self, _: I, g: f32) -> (f32, f32) {
-        let g = if g < 0.0 { 0.0 } else { g };
-        (g * g, 2.0 * g)
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Silu;
-
-impl Gate for Silu {
-    #[inline(always)]
-    fn value_and_slope<I: Isa>(self, isa: I, g: f32) -> (f32, f32) {
-        let e = exp(isa, -g.abs());
-        let sigmoid = (if g < 0.0 { e } else { 1.0 }) / (1.0 + e);
-        (g * sigmoid, sigmoid * (1.0 + g * (1.0 - sigmoid)))
     }
 }
 
@@ -391,17 +364,6 @@ fn matmul(out: &mut [f32], stride: usize, a: View<'_>, b: View<'_>, add: bool) {
     }
 }
 
-/// Turns the pairs of a row by angles of given cosines and sines, and multiplies by `scale`.
-#[inline(always)]
-fn rotate(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, out: &mut [f32]) {
-    let half = x.len() / 2;
-    let ((x1, x2), (y1, y2)) = (x.split_at(half), out.split_at_mut(half));
-    for j in 0..half {
-        y1[j] = (x1[j] * cos[j] - x2[j] * sin[j]) * scale;
-        y2[j] = (x2[j] * cos[j] + x1[j] * sin[j]) * scale;
-    }
-}
-
 /// One sequence's rows for one kv head: everything that attention needs, contiguous.
 struct Head<'a> {
     shape: Shape,
@@ -423,14 +385,15 @@ impl<'a> Head<'a> {
             for row in 0..length {
                 let x = &qkv[row * width + (head * group + g) * d..][..d];
                 let (cos, sin) = angles(row);
-                rotate(x, cos, sin, shape.scale(), &mut q[(g * length + row) * d..][..d]);
+                turn(x, cos, sin, &mut q[(g * length + row) * d..][..d]);
             }
         }
+        q.iter_mut().for_each(|q| *q *= shape.scale());
         let mut k = vec![0f32; length * d];
         for row in 0..length {
             let x = &qkv[row * width + (n_heads + head) * d..][..d];
             let (cos, sin) = angles(row);
-            rotate(x, cos, sin, 1.0, &mut k[row * d..][..d]);
+            turn(x, cos, sin, &mut k[row * d..][..d]);
         }
         Self { shape, q, k, v: &qkv[(n_heads + n_kv_heads + head) * d..] }
     }
@@ -549,8 +512,8 @@ pub(crate) fn self_attention_backward(
         let mut dv = vec![0f32; length * d];
         // SAFETY: each (row, query head) and (row, kv head) belongs to one task, which holds one at a time.
         let place = |row: usize, column: usize| unsafe { out.part((first + row) * width + column * d, d) };
-        let turn = |row: usize, x: &[f32], scale: f32, out: &mut [f32]| {
-            rotate(x, &cos[row * half..][..half], &back[row * half..][..half], scale, out);
+        let turn_back = |row: usize, x: &[f32], out: &mut [f32]| {
+            turn(x, &cos[row * half..][..half], &back[row * half..][..half], out);
         };
         for g in 0..group {
             for from in (0..length).step_by(BLOCK) {
@@ -567,12 +530,13 @@ pub(crate) fn self_attention_backward(
                 matmul(&mut dq[from * d..], d, d_scores, parts.keys(to), false);
                 matmul(&mut dk, d, d_scores.transposed(), parts.queries(g, from, to), true);
             }
+            dq.iter_mut().for_each(|dq| *dq *= shape.scale());
             for (row, dq) in dq.chunks_exact(d).enumerate() {
-                turn(row, dq, shape.scale(), place(row, head * group + g));
+                turn_back(row, dq, place(row, head * group + g));
             }
         }
         for row in 0..length {
-            turn(row, &dk[row * d..][..d], 1.0, place(row, n_heads + head));
+            turn_back(row, &dk[row * d..][..d], place(row, n_heads + head));
             place(row, n_heads + n_kv_heads + head).copy_from_slice(&dv[row * d..][..d]);
         }
     });

@@ -15,6 +15,7 @@ use super::guard::{Place, Walled, Walls};
 use crate::memory::Activations;
 use crate::plugin::{Kernel, KernelFailure};
 use crate::pool::Pool;
+use crate::random::SplitMix64;
 use crate::reference;
 
 /// [M, N, K]: one row and many, output and input features on both sides of vector and block sizes. The
@@ -59,31 +60,16 @@ const SHAPES: [(usize, usize, usize); 32] = [
 
 const QUICK: usize = 14;
 
-/// A small generator with a fixed sequence (SplitMix64, Steele et al. 2014): the same inputs on every
-/// machine and in every version.
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
+/// What the gate and the tuner feed kernels with.
+impl SplitMix64 {
     /// Canonical weights [n, k], uniform over -1, 0, 1.
-    pub fn weights(&mut self, n: usize, k: usize) -> Vec<u8> {
+    pub(crate) fn weights(&mut self, n: usize, k: usize) -> Vec<u8> {
         let row = canonical::row_bytes(k);
         let mut bytes = vec![canonical::ZERO_BYTE; n * row];
         let mut codes = vec![0i8; k];
         for out in bytes.chunks_exact_mut(row) {
             for chunk in codes.chunks_mut(16) {
-                let mut word = self.next();
+                let mut word = self.next_u64();
                 for code in chunk {
                     *code = (((word & 0xff) * 3) >> 8) as i8 - 1;
                     word = word.rotate_right(4);
@@ -95,18 +81,18 @@ impl Random {
     }
 
     /// Activations [m, k] with values over the whole int8 range that the quantiser can produce.
-    pub fn activations(&mut self, m: usize, k: usize) -> Activations {
+    pub(crate) fn activations(&mut self, m: usize, k: usize) -> Activations {
         let mut activations = Activations::default();
         let parts = activations.resize(m, k);
         for i in 0..m {
             let row = &mut parts.q[i * parts.stride..][..parts.stride];
             row.fill(0);
             for q in &mut row[..k] {
-                *q = ((self.next() >> 32) as u32 % 255) as i8;
+                *q = ((self.next_u64() >> 32) as u32 % 255) as i8;
                 *q = if *q == -128 { 127 } else { *q };
             }
             parts.sum[i] = row.iter().map(|&q| i32::from(q)).sum();
-            parts.scale[i] = (self.next() % 1000 + 1) as f32 / 4096.0;
+            parts.scale[i] = (self.next_u64() % 1000 + 1) as f32 / 4096.0;
         }
         activations
     }
@@ -212,7 +198,7 @@ pub(super) fn check(
 ) -> Result<u64, String> {
     let float = FloatControl::of_this_thread();
     let threads = (pool.threads() > 1).then(environment::threads).flatten();
-    let mut random = Random::new(0x1b17);
+    let mut random = SplitMix64::new(0x1b17);
     let (mut tried, mut offered) = (0, 0);
     for case in cases {
         offered += 1;
@@ -248,7 +234,7 @@ const SCALE: f32 = 0.037;
 
 impl Case {
     /// Weights and activations.
-    fn inputs(&self, random: &mut Random) -> (Vec<u8>, Activations) {
+    fn inputs(&self, random: &mut SplitMix64) -> (Vec<u8>, Activations) {
         let Self { m, n, k, .. } = *self;
         let (mut weights, mut x) = (random.weights(n, k), random.activations(m, k));
         let row = canonical::row_bytes(k);
@@ -299,7 +285,7 @@ impl Case {
         Ok(buffer)
     }
 
-    fn run(&self, kernel: &Kernel, pool: &Pool, random: &mut Random) -> Result<(), String> {
+    fn run(&self, kernel: &Kernel, pool: &Pool, random: &mut SplitMix64) -> Result<(), String> {
         let Self { m, n, k, .. } = *self;
         let (weights, x) = self.inputs(random);
         let mut expected = vec![0f32; m * n];

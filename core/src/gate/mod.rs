@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use bitnet_burn_plugin::abi::{ABI_MAJOR, ABI_MINOR};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::cases::{Random, check_in_process, difference};
+pub(crate) use self::cases::{check_in_process, difference};
 pub use self::child::child;
 
 /// Counts what the gate looks at: a verdict of another version is none.

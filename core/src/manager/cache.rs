@@ -3,14 +3,13 @@
 //! else.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::tune::Measurement;
 use crate::cpu;
+use crate::files;
 
 const VERSION: u32 = 1;
 /// A cache file of thousands of shapes is far below this.
@@ -40,7 +39,7 @@ impl Cache {
     pub fn open(dir: Option<&Path>) -> Self {
         let Some(dir) = dir else { return Self::default() };
         let machine = format!("{}\n{}", cpu::model(), cpu::features().join(","));
-        let hash: String = Sha256::digest(machine).iter().take(8).map(|b| format!("{b:02x}")).collect();
+        let hash = &files::sha256(machine.as_ref())[..16];
         let path = dir.join(format!("tune-v{VERSION}-{hash}.json"));
         let (known, problem) = match read(&path) {
             Ok(known) => (known, None),
@@ -97,7 +96,6 @@ fn read(path: &Path) -> Result<BTreeMap<String, Vec<Measurement>>, String> {
     Ok(file.measurements)
 }
 
-/// Writes a new file beside the old one and puts it in its place, so that nobody ever sees half.
 fn write(path: &Path, measurements: BTreeMap<String, Vec<Measurement>>) -> std::io::Result<()> {
     let dir = path.parent().expect("the path has a file name in a directory");
     std::fs::create_dir_all(dir)?;
@@ -107,12 +105,10 @@ fn write(path: &Path, measurements: BTreeMap<String, Vec<Measurement>>) -> std::
         features: cpu::features().iter().map(|&f| f.to_owned()).collect(),
         measurements,
     };
-    let mut temporary = tempfile::NamedTempFile::new_in(dir)?;
-    serde_json::to_writer_pretty(&mut temporary, &file)?;
-    temporary.write_all(b"\n")?;
-    temporary.as_file().sync_all()?;
-    temporary.persist(path)?;
-    Ok(())
+    files::replace_private(path, |out| {
+        serde_json::to_writer_pretty(&mut *out, &file)?;
+        out.write_all(b"\n")
+    })
 }
 
 #[cfg(test)]

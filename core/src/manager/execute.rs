@@ -1,5 +1,6 @@
 //! Running kernels: the host owns the threads, the partitioning and every buffer.
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -495,6 +496,14 @@ impl KernelManager {
         })
     }
 
+    /// A job's weights in the canonical layout, unpacked if they are in a private one.
+    pub(super) fn canonical_weights<'a>(&self, job: &Job<'a>) -> Result<Cow<'a, [u8]>, ManagerError> {
+        match job.choice.packer {
+            None => Ok(Cow::Borrowed(job.weights)),
+            Some(_) => Ok(Cow::Owned(self.unpack(job.choice, job.weights)?)),
+        }
+    }
+
     /// What is left when no kernel of the ranking is: the reference. For weights in the packing of a
     /// plugin from a file, built-in kernels come before it: they were no candidates, since they can't read
     /// that packing, which is unpacked for every call now.
@@ -515,15 +524,8 @@ impl KernelManager {
             Some(packer) if packer.watch.is_some() && self.config.force.is_none() => {
                 self.run_trusted(job, x, out, stride)?
             }
-            packer => {
-                let unpacked;
-                let weights = match packer {
-                    None => job.weights,
-                    Some(_) => {
-                        unpacked = self.unpack(job.choice, job.weights)?;
-                        &unpacked
-                    }
-                };
+            _ => {
+                let weights = &self.canonical_weights(job)?;
                 reference::matmul(weights, n, k, job.scale, x.q(), x.stride(), x.scale(), m, out, stride);
                 None
             }

@@ -13,8 +13,9 @@ use super::cache::Cache;
 use super::execute::{self, Part, Scratch, run_parts};
 use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, ManagerConfig, abi_weights, bucket, lock};
 use crate::cpu;
-use crate::gate::{Random, Stage};
+use crate::gate::Stage;
 use crate::memory::{Activations, WeightArena, WeightBuffer};
+use crate::random::SplitMix64;
 use crate::reference;
 
 /// Runs before the clock counts, and counted runs at most.
@@ -221,7 +222,7 @@ impl KernelManager {
         entries: &[Arc<Entry>],
         fewer: Option<&Ranking>,
     ) -> Vec<Measurement> {
-        let mut random = Random::new((n * 31 + k) as u64);
+        let mut random = SplitMix64::new((n * 31 + k) as u64);
         let weights = random.weights(n, k);
         let x = random.activations(m, k);
         let mut y = vec![0f32; m * n];
@@ -389,10 +390,11 @@ const SCALE: f32 = 0.021;
 struct Sample(Vec<(usize, f32)>);
 
 impl Sample {
-    fn new(weights: &[u8], n: usize, k: usize, x: &Activations, random: &mut Random) -> Self {
+    fn new(weights: &[u8], n: usize, k: usize, x: &Activations, random: &mut SplitMix64) -> Self {
         let row = canonical::row_bytes(k);
-        let rows: Vec<usize> =
-            (0..n.min(24)).map(|i| if i < 2 { i * (n - 1) } else { random.next() as usize % n }).collect();
+        let rows: Vec<usize> = (0..n.min(24))
+            .map(|i| if i < 2 { i * (n - 1) } else { random.next_u64() as usize % n })
+            .collect();
         let mut sample = Vec::new();
         for m in [0, x.m() / 2, x.m() - 1] {
             for &r in &rows {

@@ -19,9 +19,10 @@ use bitnet_burn_plugin::canonical;
 
 use super::execute::{self, Part, run_parts};
 use super::{Entry, Job, KernelManager, ManagerError, Status, abi_weights, bucket, lock};
-use crate::gate::{self, Random, Refusal, Stage};
+use crate::gate::{self, Refusal, Stage};
 use crate::memory::Activations;
 use crate::plugin::Origin;
+use crate::random::SplitMix64;
 use crate::reference;
 
 /// One call in so many is compared: a prime, so that it falls on other layers every time.
@@ -124,12 +125,12 @@ impl KernelManager {
         call: u64,
     ) -> Result<(), String> {
         let (n, k) = job.choice.shape();
-        let mut random = Random::new(call);
-        let m = random.next() as usize % x.m();
+        let mut random = SplitMix64::new(call);
+        let m = random.next_u64() as usize % x.m();
         let q = &x.q()[m * x.stride()..][..k];
         let row_bytes = canonical::row_bytes(k);
         for _ in 0..SAMPLE_ROWS.min(n) {
-            let row = random.next() as usize % n;
+            let row = random.next_u64() as usize % n;
             let unpacked;
             let codes = match job.choice.packer {
                 None => &job.weights[row * row_bytes..][..row_bytes],
@@ -161,14 +162,7 @@ impl KernelManager {
         stride: usize,
     ) -> Result<Option<Arc<Entry>>, ManagerError> {
         let (n, k) = job.choice.shape();
-        let unpacked;
-        let weights = match job.choice.packer {
-            None => job.weights,
-            Some(_) => {
-                unpacked = self.unpack(job.choice, job.weights)?;
-                &unpacked
-            }
-        };
+        let weights = &*self.canonical_weights(job)?;
         let signature = Signature::ternary(x.m() as u64, n as u64, k as u64, self.pool.threads() as u32);
         let address = weights.as_ptr() as usize;
         for entry in self.entries() {

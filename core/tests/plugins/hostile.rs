@@ -404,22 +404,6 @@ fn newer_and_older_minor_versions_are_accepted() {
 
 #[test]
 fn two_linked_in_plugins_live_together() {
-    use bitnet_burn_plugin::sdk::*;
-
-    struct Plain;
-    impl TernaryKernel for Plain {
-        const NAME: &'static std::ffi::CStr = c"plain";
-        fn run(w: &WeightsRef, x: &ActivationsRef, _: &[u8], y: &mut OutputTile) -> KernelResult {
-            for m in y.rows_m() {
-                for n in y.rows_n() {
-                    let codes = w.canonical_row(n);
-                    let dot = (0..w.k()).map(|k| i32::from(codes.weight(k)) * i32::from(x.row(m)[k])).sum();
-                    y.set(m, n, dot, w, x);
-                }
-            }
-            Ok(())
-        }
-    }
     bitnet_burn_plugin::plugin! {
         static SECOND = { name: c"second", version: c"0.1.0", kernels: [Plain] };
     }

@@ -10,6 +10,7 @@ use bitnet_burn_core::memory::Activations;
 use bitnet_burn_core::plugin::Plugin;
 use bitnet_burn_core::reference;
 use bitnet_burn_core::store::PluginConfig;
+use bitnet_burn_plugin::sdk::{ActivationsRef, KernelResult, OutputTile, TernaryKernel, WeightsRef};
 
 pub fn package() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -132,4 +133,22 @@ pub fn check(manager: &KernelManager, m: usize, n: usize, k: usize, what: &str) 
     let problem = Problem::new(m, n, k);
     let (choice, packed) = manager.prepare(n, k, LayoutPolicy::Any, &problem.weights).unwrap();
     problem.check(manager, &choice, &packed, what);
+}
+
+/// A linked-in kernel: right, and slow.
+pub struct Plain;
+
+impl TernaryKernel for Plain {
+    const NAME: &'static std::ffi::CStr = c"plain";
+
+    fn run(w: &WeightsRef, x: &ActivationsRef, _: &[u8], y: &mut OutputTile) -> KernelResult {
+        for m in y.rows_m() {
+            for n in y.rows_n() {
+                let codes = w.canonical_row(n);
+                let dot = (0..w.k()).map(|k| i32::from(codes.weight(k)) * i32::from(x.row(m)[k])).sum();
+                y.set(m, n, dot, w, x);
+            }
+        }
+        Ok(())
+    }
 }

@@ -9,7 +9,6 @@ use crate::support::*;
 use bitnet_burn_core::KernelManager;
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerConfig, Source, Status};
 use bitnet_burn_core::plugin::Plugin;
-use bitnet_burn_plugin::sdk::*;
 
 fn repository() -> PathBuf {
     package().join("..").canonicalize().unwrap()
@@ -57,26 +56,8 @@ fn copy(template: &str, files: &[&str], to: &Path) -> PathBuf {
     project
 }
 
-/// What this program has linked in: right, and slow.
-struct Slow;
-
-impl TernaryKernel for Slow {
-    const NAME: &'static std::ffi::CStr = c"slow";
-
-    fn run(w: &WeightsRef, x: &ActivationsRef, _: &[u8], y: &mut OutputTile) -> KernelResult {
-        for m in y.rows_m() {
-            for n in y.rows_n() {
-                let codes = w.canonical_row(n);
-                let dot = (0..w.k()).map(|k| i32::from(codes.weight(k)) * i32::from(x.row(m)[k])).sum();
-                y.set(m, n, dot, w, x);
-            }
-        }
-        Ok(())
-    }
-}
-
 bitnet_burn_plugin::plugin! {
-    static LINKED_IN = { name: c"linked-in", version: c"0.1.0", kernels: [Slow] };
+    static LINKED_IN = { name: c"linked-in", version: c"0.1.0", kernels: [Plain] };
 }
 
 /// A faster kernel from a file is measured, chosen, used and reported by a program that knew nothing of it.

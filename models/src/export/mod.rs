@@ -296,7 +296,7 @@ pub(crate) const TOKENIZER_FILES: [&str; 8] = [
 /// # Errors
 /// [`ExportError::NoCheckpoint`], or the directory can't be read.
 pub fn newest_checkpoint(path: &Path) -> Result<PathBuf, ExportError> {
-    if path.join("config.json").exists() || !path.join("checkpoints").is_dir() {
+    if path.join("config.json").exists() || !train::has_checkpoints(path) {
         return Ok(path.to_owned());
     }
     train::newest(path)?.ok_or_else(|| ExportError::NoCheckpoint { path: path.to_owned() })

@@ -441,8 +441,9 @@ mod tests {
     use super::*;
     use crate::checkpoint::OpenOptions;
     use crate::config::Activation;
-    use crate::synth::{SplitMix64, shape};
+    use crate::synth::shape;
     use bitnet_burn_core::quant::absmean_to_canonical;
+    use bitnet_burn_core::random::SplitMix64;
 
     type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
 

@@ -102,12 +102,12 @@ impl BitAttention {
         let qkv = linears(x, norm, batch.quantise, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
         let context = match history {
             History::Cache(cache) => self.attend(qkv, layer, batch, cache)?,
-            History::None => {
+            History::None { length } => {
                 let args = SelfAttentionArgs {
                     n_heads: self.n_heads,
                     n_kv_heads: self.n_kv_heads,
                     head_dim: self.head_dim,
-                    length: batch.sequences.first().map_or(0, |sequence| sequence.rows.len()),
+                    length: *length,
                 };
                 ops::self_attention(qkv, batch.angles.0.clone(), batch.angles.1.clone(), args)
             }

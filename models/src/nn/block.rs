@@ -4,7 +4,9 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
-use super::{BitAttention, BitAttentionConfig, BitFeedForward, BitFeedForwardConfig, GatedActivation};
+use super::{
+    BitAttention, BitAttentionConfig, BitFeedForward, BitFeedForwardConfig, BitLinear, GatedActivation,
+};
 use crate::bitnet::{Batch, ForwardError, History};
 
 /// Configuration of a [`BitBlock`].
@@ -36,6 +38,26 @@ impl BitBlockConfig {
 }
 
 impl BitBlock {
+    /// The ternary layers, in the order of [`Projection::ALL`](crate::checkpoint::Projection::ALL).
+    pub(crate) fn projections(&self) -> [&BitLinear; 7] {
+        let (a, f) = (&self.attention, &self.feed_forward);
+        [&a.q_proj, &a.k_proj, &a.v_proj, &a.o_proj, &f.gate_proj, &f.up_proj, &f.down_proj]
+    }
+
+    /// The same, to change them.
+    pub(crate) fn projections_mut(&mut self) -> [&mut BitLinear; 7] {
+        let (a, f) = (&mut self.attention, &mut self.feed_forward);
+        [
+            &mut a.q_proj,
+            &mut a.k_proj,
+            &mut a.v_proj,
+            &mut a.o_proj,
+            &mut f.gate_proj,
+            &mut f.up_proj,
+            &mut f.down_proj,
+        ]
+    }
+
     /// The residual stream after this block. Input and output: [rows of the batch, hidden_size].
     ///
     /// # Errors

@@ -5,6 +5,8 @@
 
 use std::path::PathBuf;
 
+use bitnet_burn_core::files;
+use bitnet_burn_core::random::SplitMix64;
 use sha2::{Digest, Sha256};
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -14,7 +16,6 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use super::TrainError;
 use super::config::{Documents, TrainConfig};
-use crate::synth::SplitMix64;
 
 /// The token between documents, of a trained tokenizer.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -90,7 +91,7 @@ impl Corpus {
             hash.update((text.len() as u64).to_le_bytes());
             hash.update(text);
         }
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        files::hex(&hash.finalize())
     }
 
     /// (training, validation).

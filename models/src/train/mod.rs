@@ -33,6 +33,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bitnet_burn_backends::ops;
+use bitnet_burn_core::random::SplitMix64;
 use burn::module::{Module, ModuleVisitor, Param, ParamGroup, ParamId};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Tensor};
@@ -41,14 +42,14 @@ use crate::bitnet::{BitNet, ForwardError};
 use crate::config::ModelConfig;
 use crate::hf;
 use crate::hf::HfWriteError;
-use crate::synth::SplitMix64;
 
 pub use config::{
     DataOptions, Documents, ModelOptions, OptimizerOptions, RunOptions, TokenizerOptions, TrainConfig,
 };
 pub use data::{Corpus, Dataset, END_OF_TEXT, Epoch, Window};
 pub use metrics::{Curve, Metrics, Row as MetricsRow, plot};
-pub use store::{checkpoints, newest};
+pub(crate) use store::has_checkpoints;
+pub use store::{checkpoints, config_of, is_run, newest};
 
 /// Why training did not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -273,7 +274,7 @@ impl Trainer {
         device: &Device,
     ) -> Result<Self, TrainError> {
         config.validate()?;
-        if store::is_run(dir) {
+        if is_run(dir) {
             return Err(TrainError::Directory {
                 path: dir.to_owned(),
                 problem: "there is a training run in it; resume that, or choose another directory".into(),
@@ -299,16 +300,10 @@ impl Trainer {
     /// # Errors
     /// If there is no run, a checkpoint is damaged, or the text has changed.
     pub fn resume(dir: &Path, corpus: &Corpus, device: &Device) -> Result<Self, TrainError> {
-        if !store::is_run(dir) {
-            return Err(TrainError::Directory {
-                path: dir.to_owned(),
-                problem: format!("there is no training run in it (no {})", store::CONFIG),
-            });
-        }
+        let config = config_of(dir)?;
+        config.validate()?;
         let lock = lock(dir)?;
         store::clean(dir)?;
-        let config = TrainConfig::read(&dir.join(store::CONFIG))?;
-        config.validate()?;
         let tokenizer = dir.join(store::TOKENIZER);
         let tokenizer = std::fs::read(&tokenizer).map_err(TrainError::io(&tokenizer, "read"))?;
         let data = Dataset::new(corpus, &config, Some(tokenizer))?;

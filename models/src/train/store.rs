@@ -5,9 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+use bitnet_burn_core::files;
 use burn::optim::{ModuleOptimizer, OptimizerRecord};
 use burn::tensor::Bytes;
 use safetensors::{Dtype, SafeTensors};
@@ -18,7 +18,7 @@ use super::{Dataset, TrainConfig, TrainError};
 use crate::bitnet::BitNet;
 use crate::hf;
 
-pub(super) const CONFIG: &str = "config.toml";
+const CONFIG: &str = "config.toml";
 pub(super) const TOKENIZER: &str = "tokenizer.json";
 const VALIDATION: &str = "validation.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
@@ -27,8 +27,20 @@ const STATE: &str = "training.json";
 const UNFINISHED: &str = ".step-";
 
 /// Whether a run has begun in a directory.
-pub(super) fn is_run(dir: &Path) -> bool {
+pub fn is_run(dir: &Path) -> bool {
     dir.join(CONFIG).exists()
+}
+
+/// The configuration of the run in a directory.
+///
+/// # Errors
+/// If there is no run, or its configuration can't be read.
+pub fn config_of(dir: &Path) -> Result<TrainConfig, TrainError> {
+    if !is_run(dir) {
+        let problem = format!("there is no training run in it (no {CONFIG})");
+        return Err(TrainError::Directory { path: dir.to_owned(), problem });
+    }
+    TrainConfig::read(&dir.join(CONFIG))
 }
 
 /// Writes what a run begins with. The configuration comes last: without it there is no run.
@@ -64,6 +76,11 @@ fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>, TrainError> {
         Ok((entry.file_name().to_string_lossy().into_owned(), entry.path()))
     })
     .collect()
+}
+
+/// Whether a directory is one that checkpoints are kept in: that of a run, or what is left of one.
+pub(crate) fn has_checkpoints(dir: &Path) -> bool {
+    dir.join(CHECKPOINTS).is_dir()
 }
 
 /// The checkpoints of a run, as (steps done, directory), the oldest first.
@@ -204,7 +221,7 @@ pub(super) fn write(
     if !config.model.ternary {
         plain(&at.join("config.json"))?;
     }
-    write_new(&at.join(TOKENIZER), &data.tokenizer_json)?;
+    hf::write_bytes(&at.join(TOKENIZER), &data.tokenizer_json)?;
     let tokenizer_config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": super::END_OF_TEXT,
@@ -212,14 +229,14 @@ pub(super) fn write(
         "clean_up_tokenization_spaces": false,
         "model_max_length": config.model.context_length,
     });
-    write_new(&at.join("tokenizer_config.json"), &pretty(&tokenizer_config))?;
+    hf::write_json(&at.join("tokenizer_config.json"), &tokenizer_config)?;
     let record = optimizer
         .to_record()
         .into_bytes()
         .map_err(|error| TrainError::Checkpoint { path: at.join(OPTIMIZER), problem: error.to_string() })?;
-    write_new(&at.join(OPTIMIZER), &record)?;
+    hf::write_bytes(&at.join(OPTIMIZER), &record)?;
     let state = State { version: VERSION, step, text_sha256: data.sha256.clone(), config: config.clone() };
-    write_new(&at.join(STATE), &pretty(&state))?;
+    hf::write_json(&at.join(STATE), &json!(state))?;
     sync_directory(at)?;
     #[cfg(unix)]
     {
@@ -251,39 +268,12 @@ fn plain(config: &Path) -> Result<(), TrainError> {
     if let Some(fields) = json.as_object_mut() {
         fields.remove("quantization_config");
     }
-    write_new(config, &pretty(&json))
-}
-
-fn pretty(value: &impl Serialize) -> Vec<u8> {
-    let mut bytes = serde_json::to_vec_pretty(value).expect("plain data");
-    bytes.push(b'\n');
-    bytes
-}
-
-/// Writes a file of a checkpoint and flushes it to the disk.
-fn write_new(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().map_err(TrainError::io(path, "write"))
+    Ok(hf::write_json(config, &json)?)
 }
 
 /// Writes a file as a whole or not at all.
 pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
-    let write = || -> std::io::Result<()> {
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".bitnet-").suffix(".part");
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
-        let mut file = builder.tempfile_in(path.parent().unwrap_or(Path::new(".")))?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
-    };
-    write().map_err(TrainError::io(path, "write"))
+    files::replace(path, |out| out.write_all(bytes)).map_err(TrainError::io(path, "write"))
 }
 
 /// So that a new name outlives a loss of power.

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use bitnet_burn::backends::manager::SetupError;
 use bitnet_burn::bitnet::{ForwardError, ModelError};
 use bitnet_burn::checkpoint::LoadError;
-use bitnet_burn::core::ManagerError;
+use bitnet_burn::core::{ManagerError, files};
 use bitnet_burn::export::ExportError;
 use bitnet_burn::generate::GenerateError;
 use bitnet_burn::tokenizer::TokenizerError;
@@ -155,24 +155,10 @@ pub fn write_file(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let action = || format!("cannot write {}", path.display());
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".bitnet-").suffix(".part");
-    // The mode of any new file: temporary files are for their owner alone otherwise.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut temporary = builder.tempfile_in(directory).with_context(action)?;
-    let mut out = io::BufWriter::with_capacity(1 << 20, temporary.as_file_mut());
-    write(&mut out)?;
-    out.flush().with_context(action)?;
-    drop(out);
-    temporary.as_file().sync_all().with_context(action)?;
-    temporary.persist(path).map_err(|e| e.error).with_context(action)?;
-    Ok(())
+    files::replace(path, write).map_err(|error: anyhow::Error| match error.downcast::<io::Error>() {
+        Ok(error) => anyhow::Error::new(error).context(format!("cannot write {}", path.display())),
+        Err(error) => error,
+    })
 }
 
 /// Columns of text, each as wide as its widest cell, the last one open.

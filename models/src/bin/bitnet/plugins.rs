@@ -9,10 +9,9 @@ use anyhow::{Context as _, bail};
 use bitnet_burn::core::gate::{self, Report, Stage};
 use bitnet_burn::core::manager::KernelManager;
 use bitnet_burn::core::store::{self, Known, PluginStore};
-use bitnet_burn::core::{ManagerConfig, cpu};
+use bitnet_burn::core::{ManagerConfig, cpu, files};
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
 use crate::args::{KernelArgs, ThreadArgs};
 use crate::kernels::Shape;
@@ -438,7 +437,7 @@ fn forget(args: &ForgetArgs) -> anyhow::Result<()> {
     let known: Vec<String> =
         store.known()?.into_iter().map(|k| k.sha256).chain(pins.iter().map(|(pin, _)| pin.clone())).collect();
     let sha256 = match std::fs::read(&args.plugin) {
-        Ok(bytes) => Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect(),
+        Ok(bytes) => files::sha256(&bytes),
         Err(error) => {
             let digits = args.plugin.to_ascii_lowercase();
             if digits.len() < 8 || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {

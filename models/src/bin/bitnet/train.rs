@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use bitnet_burn::report::{count, human_seconds};
-use bitnet_burn::train::{Corpus, Documents, Event, Outcome, TrainConfig, Trainer};
+use bitnet_burn::train::{Corpus, Documents, Event, Outcome, TrainConfig, Trainer, config_of};
 use clap::Args;
 use serde::Serialize;
 
@@ -267,11 +267,7 @@ fn start(args: &TrainArgs, device: &burn::tensor::Device) -> anyhow::Result<Trai
 }
 
 fn resume(dir: &Path, args: &TrainArgs, device: &burn::tensor::Device) -> anyhow::Result<Trainer> {
-    let config_path = dir.join("config.toml");
-    if !config_path.exists() {
-        bail!("{}: there is no training run in it (no config.toml)", dir.display());
-    }
-    let documents = TrainConfig::read(&config_path)?.data.documents;
+    let documents = config_of(dir)?.data.documents;
     let text = if args.text.is_empty() {
         let path = dir.join(SOURCES);
         let json = std::fs::read(&path).with_context(|| {
