@@ -35,12 +35,21 @@ macro_rules! detected {
 
 #[cfg(target_arch = "x86_64")]
 fn detect() -> Vec<&'static str> {
-    detected!(is_x86_feature_detected:
+    let mut found = detected!(is_x86_feature_detected:
         "sse2", "sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2",
         "gfni", "vaes", "vpclmulqdq", "avxvnni", "avxifma", "avxvnniint8", "avxvnniint16", "avx512f",
         "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni", "avx512vbmi", "avx512vbmi2",
         "avx512bitalg", "avx512vpopcntdq", "avx512ifma", "avx512bf16", "avx512fp16",
-    )
+    );
+    // Whether a process may use the tiles' registers, the kernels that do have to ask the system.
+    let leaves = std::arch::x86_64::__cpuid(0).eax;
+    let bits = if leaves >= 7 { std::arch::x86_64::__cpuid_count(7, 0).edx } else { 0 };
+    for (bit, name) in [(22, "amx-bf16"), (24, "amx-tile"), (25, "amx-int8")] {
+        if bits & (1 << bit) != 0 {
+            found.push(name);
+        }
+    }
+    found
 }
 
 #[cfg(target_arch = "aarch64")]

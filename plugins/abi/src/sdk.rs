@@ -211,6 +211,11 @@ impl<'a> ActivationsRef<'a> {
         &self.q[m * self.stride..][..self.stride]
     }
 
+    /// The rows `rows` as [`padded_row`](Self::padded_row) has them, one after the other.
+    pub fn padded_rows(&self, rows: Range<usize>) -> &'a [i8] {
+        &self.q[rows.start * self.stride..rows.end * self.stride]
+    }
+
     /// Row `m`'s scale, absmax / 127.
     pub fn scale(&self, m: usize) -> f32 {
         self.scale[m]

@@ -10,7 +10,7 @@ use bitnet_burn_plugin::abi::{ACTIVATION_ALIGNMENT, OPERATION_TERNARY_MATMUL, Si
 use bitnet_burn_plugin::canonical;
 use bitnet_burn_plugin::sdk::{ActivationsRef, KernelError, KernelResult, OutputTile, WeightsRef};
 
-use crate::tile::{self, BLOCK_ROWS};
+use crate::tile::{self, BLOCK_ROWS, STEP_BYTES};
 
 /// Activation bytes that are used again for every weight block: most of a second-level cache of 1 MiB or
 /// half of it, with room for the weights that stream by.
@@ -24,11 +24,11 @@ pub(crate) fn supports(signature: &Signature, max_k: u64) -> bool {
     signature.operation == OPERATION_TERNARY_MATMUL && (1..=max_k).contains(&signature.k)
 }
 
-/// Products of one `t2x32` block with activation rows. All sums are of the *codes*: sum(c * x).
+/// Products of one block of a tiled layout with activation rows. All sums are of the *codes*: sum(c * x).
 ///
 /// # Safety
 /// For both functions: the CPU has the implementation's features; `w` points to `steps` steps of
-/// [`tile::STEP_BYTES`] bytes; each `x` points to [`tile::STEP`]` * steps` activations; all readable.
+/// [`tile::STEP_BYTES`] bytes; each `x` points to the activations of as many steps; all readable.
 pub(crate) trait TileMicro {
     /// Activation rows that one call of [`gemm`](Self::gemm) takes at most; at most 8.
     const MR: usize;
@@ -112,24 +112,36 @@ fn check(w: &WeightsRef, x: &ActivationsRef, y: &OutputTile) -> KernelResult {
     Ok(())
 }
 
-/// The arguments of a matmul with `t2x32` weights, checked against each other.
+/// The arguments of a matmul with weights in a tiled layout, checked against each other.
 pub(crate) struct TileJob<'a> {
     w: &'a WeightsRef<'a>,
-    x: &'a ActivationsRef<'a>,
-    y: &'a mut OutputTile,
+    pub(crate) x: &'a ActivationsRef<'a>,
+    pub(crate) y: &'a mut OutputTile,
+    /// Steps of a block.
+    pub(crate) steps: usize,
 }
 
 impl<'a> TileJob<'a> {
-    /// Checks that the buffers have the sizes that the kernels go by.
+    /// Checks that the buffers have the sizes that the kernels go by, for blocks with `step` weights of a
+    /// row in a step, at most 64.
     pub(crate) fn new(
         w: &'a WeightsRef,
         x: &'a ActivationsRef,
         y: &'a mut OutputTile,
+        step: usize,
     ) -> Result<Self, KernelError> {
         check(w, x, y)?;
+        let steps = w.k().div_ceil(step);
         tile::check_range(w, &y.rows_n())?;
-        tile::check_packed(w)?;
-        Ok(Self { w, x, y })
+        tile::check_packed(w, steps * STEP_BYTES)?;
+        Ok(Self { w, x, y, steps })
+    }
+
+    /// The block of weight row `n`: `steps` steps.
+    #[inline(always)]
+    pub(crate) fn weights(&self, n: usize) -> *const u8 {
+        let bytes = self.steps * STEP_BYTES;
+        self.w.data()[n / BLOCK_ROWS * bytes..][..bytes].as_ptr()
     }
 
     /// Computes the tile.
@@ -169,16 +181,21 @@ impl<'a> TileJob<'a> {
     /// The CPU has the features of `K`.
     #[inline(always)]
     unsafe fn block<K: TileMicro, const M: usize>(&mut self, m: usize, n: usize) {
-        let (w, x) = (self.w, self.x);
-        let bytes = tile::block_bytes(w.k());
-        let weights = w.data()[n / BLOCK_ROWS * bytes..][..bytes].as_ptr();
-        let rows: [*const i8; M] = from_fn(|i| x.padded_row(m + i).as_ptr());
-        let steps = tile::steps(w.k());
-        // SAFETY: a block has `steps` steps (the slice above), and a padded row is at least 16 * steps
-        // long: its stride is k rounded up to a multiple of 64 (`check`). Features: the caller.
+        let (weights, steps) = (self.weights(n), self.steps);
+        let rows: [*const i8; M] = from_fn(|i| self.x.padded_row(m + i).as_ptr());
+        // SAFETY: a block has `steps` steps. Fewer than a step's 64 activations are read behind the k of a
+        // row: they are its padding (`check`), the next row, or the slack behind the last one. Features: the
+        // caller.
         let sums = unsafe {
             if M == 1 { [K::gemv(weights, steps, rows[0]); M] } else { K::gemm::<M>(weights, steps, rows) }
         };
+        self.store(m, n, &sums);
+    }
+
+    /// Stores y[m .. m + sums.len(), n .. n + 32], cut off at the tile's end, from sums of codes.
+    #[inline(always)]
+    pub(crate) fn store(&mut self, m: usize, n: usize, sums: &[[i32; BLOCK_ROWS]]) {
+        let (w, x) = (self.w, self.x);
         let count = BLOCK_ROWS.min(self.y.rows_n().end - n);
         for (i, sums) in sums.iter().enumerate() {
             let (offset, scale) = (x.sum(m + i), w.scale() * x.scale(m + i));
@@ -365,13 +382,16 @@ impl<'a> RowJob<'a> {
 }
 
 /// Activation rows of `stride` bytes that stay in cache together, a multiple of every micro-kernel's.
-fn rows_in_cache(stride: usize) -> usize {
+pub(crate) fn rows_in_cache(stride: usize) -> usize {
     (ACTIVATION_BYTES / stride.max(1)).next_multiple_of(8).max(8)
 }
 
 /// `range` in pieces of `length`.
 #[inline(always)]
-fn chunks(range: std::ops::Range<usize>, length: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+pub(crate) fn chunks(
+    range: std::ops::Range<usize>,
+    length: usize,
+) -> impl Iterator<Item = std::ops::Range<usize>> {
     let end = range.end;
     range.step_by(length).map(move |start| start..end.min(start + length))
 }

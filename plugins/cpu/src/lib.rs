@@ -2,13 +2,14 @@
 //! activation quantisation that feeds them.
 //!
 //! [`PLUGIN`] is the descriptor: the host links this crate and registers it like any other plugin, or
-//! loads the same descriptor from the `cdylib` that `bitnet-burn-cpu-plugin` builds. There are two
-//! families of kernels, each in portable Rust and once per instruction set:
+//! loads the same descriptor from the `cdylib` that `bitnet-burn-cpu-plugin` builds. These are the
+//! families of kernels:
 //!
 //! | kernels | weights | idea |
 //! | --- | --- | --- |
 //! | `i2s-*` | canonical (I2_S) rows, read where they lie | GEMV one weight row after the other, GEMM in register blocks of up to 4 x 4 rows |
 //! | `t2-*` | the private packing `t2x32` ([`tile`]) | 32 weight rows at a time, one per 32-bit lane: no horizontal sums, one sequential stream |
+//! | `t5-*` | the private packing `t5x32` ([`trits`]) | the same with five weights a byte, where a byte permutation decodes them |
 //!
 //! All of them multiply *unsigned* codes c = w + 1 in {0, 1, 2} by signed activations, which is what the
 //! byte dot-product instructions want, and subtract the activations' sum: dot = sum(c * x) - sum(x).
@@ -21,6 +22,7 @@ mod arch;
 mod generic;
 pub mod quantise;
 pub mod tile;
+pub mod trits;
 
 use std::ffi::CStr;
 
@@ -37,6 +39,9 @@ bitnet_burn_plugin::plugin! {
         name: c"cpu",
         version: VERSION,
         kernels: [
+            arch::x86_64::amx::Tiles,
+            arch::x86_64::amx::Trits,
+            arch::x86_64::avx512vbmi::Trits,
             arch::x86_64::avx512vnni::Tiles,
             arch::x86_64::avx512vnni::Rows,
             arch::x86_64::avxvnni::Tiles,

@@ -101,12 +101,7 @@ fn word(bytes: &[u8]) -> u32 {
 pub fn pack(w: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
     let row_bytes = canonical::row_bytes(w.k());
     check_range(w, &rows)?;
-    if canonical::matrix_bytes(w.n(), w.k()).is_none_or(|bytes| w.data().len() < bytes) {
-        return Err(KernelError::invalid(format!(
-            "{} bytes are too few for canonical weights",
-            w.data().len()
-        )));
-    }
+    check_canonical(w)?;
     let bytes = block_bytes(w.k());
     if out.len() != rows.len().div_ceil(BLOCK_ROWS) * bytes {
         return Err(KernelError::invalid(format!("a packing of {} bytes has the wrong size", out.len())));
@@ -161,7 +156,7 @@ fn pack_canonical_block(
 pub fn unpack(w: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
     let row_bytes = canonical::row_bytes(w.k());
     check_range(w, &rows)?;
-    check_packed(w)?;
+    check_packed(w, block_bytes(w.k()))?;
     if out.len() != rows.len() * row_bytes {
         return Err(KernelError::invalid(format!(
             "{} bytes for canonical rows are the wrong size",
@@ -203,9 +198,20 @@ pub(crate) fn check_range(w: &WeightsRef, rows: &Range<usize>) -> KernelResult {
     Ok(())
 }
 
-/// That `w` has all bytes of this layout.
-pub(crate) fn check_packed(w: &WeightsRef) -> KernelResult {
-    let needed = w.n().div_ceil(BLOCK_ROWS).checked_mul(block_bytes(w.k()));
+/// That `w` has all bytes of canonical weights.
+pub(crate) fn check_canonical(w: &WeightsRef) -> KernelResult {
+    if canonical::matrix_bytes(w.n(), w.k()).is_none_or(|bytes| w.data().len() < bytes) {
+        return Err(KernelError::invalid(format!(
+            "{} bytes are too few for canonical weights",
+            w.data().len()
+        )));
+    }
+    Ok(())
+}
+
+/// That `w` has all its blocks of `block_bytes`.
+pub(crate) fn check_packed(w: &WeightsRef, block_bytes: usize) -> KernelResult {
+    let needed = w.n().div_ceil(BLOCK_ROWS).checked_mul(block_bytes);
     if needed.is_none_or(|bytes| w.data().len() < bytes) {
         return Err(KernelError::invalid(format!("{} bytes are too few for packed weights", w.data().len())));
     }

@@ -221,6 +221,10 @@ fn detected(feature: &str) -> bool {
         "avx512bw" => return is_x86_feature_detected!("avx512bw"),
         "avx512vl" => return is_x86_feature_detected!("avx512vl"),
         "avx512vnni" => return is_x86_feature_detected!("avx512vnni"),
+        "avx512vbmi" => return is_x86_feature_detected!("avx512vbmi"),
+        // Intel SDM, CPUID leaf 7. Linux lets every process use the tiles that asks (since 5.16).
+        "amx-tile" => return cfg!(target_os = "linux") && leaf_7_edx() & (1 << 24) != 0,
+        "amx-int8" => return cfg!(target_os = "linux") && leaf_7_edx() & (1 << 25) != 0,
         _ => {}
     }
     #[cfg(target_arch = "aarch64")]
@@ -231,6 +235,12 @@ fn detected(feature: &str) -> bool {
         _ => {}
     }
     panic!("the test does not know the feature {feature}")
+}
+
+#[cfg(target_arch = "x86_64")]
+fn leaf_7_edx() -> u32 {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    if __cpuid(0).eax >= 7 { __cpuid_count(7, 0).edx } else { 0 }
 }
 
 fn runs_here(kernel: &Kernel) -> bool {
@@ -357,15 +367,20 @@ fn the_descriptor_is_what_a_host_expects() {
     assert_eq!(unique.len(), names.len(), "{names:?}");
     assert!(names.contains(&"i2s-scalar".into()) && names.contains(&"t2-scalar".into()));
     for kernel in kernels() {
-        let tiled = text(kernel.name).starts_with("t2-");
-        assert_eq!(text(kernel.layout), if tiled { "t2x32" } else { "" });
-        assert_eq!(kernel.row_granule, if tiled { 32 } else { 1 });
+        let layout = match text(kernel.name).split_once('-').unwrap().0 {
+            "i2s" => "",
+            "t2" => "t2x32",
+            "t5" => "t5x32",
+            other => panic!("{other}"),
+        };
+        assert_eq!(text(kernel.layout), layout);
+        assert_eq!(kernel.row_granule, if layout.is_empty() { 1 } else { 32 });
     }
 }
 
 #[test]
 fn every_number_of_activation_rows() {
-    for m in 1..=20 {
+    for m in (1..=20).chain([31, 32, 33, 47, 48, 49, 63, 64, 65, 96]) {
         check_all(m, 37, 300, Values::Random, m as u64);
     }
 }

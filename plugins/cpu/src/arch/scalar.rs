@@ -157,7 +157,7 @@ impl TernaryKernel for Tiles {
     }
 
     fn run(w: &WeightsRef, x: &ActivationsRef, _workspace: &[u8], y: &mut OutputTile) -> KernelResult {
-        let job = TileJob::new(w, x, y)?;
+        let job = TileJob::new(w, x, y, tile::STEP)?;
         // SAFETY: portable code needs no features.
         unsafe { job.run::<Scalar>() };
         Ok(())

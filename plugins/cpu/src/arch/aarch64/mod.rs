@@ -139,7 +139,7 @@ macro_rules! kernels {
                     unsafe { job.run::<$micro>() }
                 }
                 check_features()?;
-                let job = $crate::generic::TileJob::new(w, x, y)?;
+                let job = $crate::generic::TileJob::new(w, x, y, $crate::tile::STEP)?;
                 // SAFETY: the features were detected.
                 unsafe { run(job) };
                 Ok(())

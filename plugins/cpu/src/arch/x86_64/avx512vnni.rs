@@ -136,7 +136,7 @@ unsafe fn broadcasts(x: *const i8) -> [__m512i; 4] {
 /// # Safety
 /// The CPU has AVX-512BW.
 #[inline(always)]
-unsafe fn shifted<const SHIFT: u32>(v: __m512i, mask: __m512i) -> __m512i {
+pub(super) unsafe fn shifted<const SHIFT: u32>(v: __m512i, mask: __m512i) -> __m512i {
     // SAFETY: the caller's promise. The shift moves bits between the bytes of a pair, the mask drops them.
     unsafe { _mm512_and_si512(_mm512_srli_epi16::<SHIFT>(v), mask) }
 }

@@ -1,6 +1,8 @@
 //! Kernels for x86-64, in files by the instruction that does the work.
 
+pub(crate) mod amx;
 pub(crate) mod avx2;
+pub(crate) mod avx512vbmi;
 pub(crate) mod avx512vnni;
 pub(crate) mod avxvnni;
 mod ymm;
@@ -116,7 +118,7 @@ macro_rules! kernels {
                     unsafe { job.run::<$micro>() }
                 }
                 check_features()?;
-                let job = $crate::generic::TileJob::new(w, x, y)?;
+                let job = $crate::generic::TileJob::new(w, x, y, $crate::tile::STEP)?;
                 // SAFETY: the features were detected.
                 unsafe { run(job) };
                 Ok(())
