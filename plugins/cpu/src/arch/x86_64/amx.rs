@@ -263,6 +263,7 @@ unsafe fn multiply<P: Packing>(mut job: TileJob) {
     let stride = job.x.stride();
     let groups = job.steps.div_ceil(GROUP_STEPS);
     let left = job.steps - (groups - 1) * GROUP_STEPS;
+    let mut unit = Unit { rows: 0 };
     let mut places = Places(MaybeUninit::uninit());
     let mut sums = Sums([[0; BLOCK_ROWS]; PAIR_ROWS]);
     for chunk in generic::chunks(ms, generic::rows_in_cache(stride).next_multiple_of(PAIR_ROWS)) {
@@ -274,16 +275,13 @@ unsafe fn multiply<P: Packing>(mut job: TileJob) {
             // SAFETY: these are the block's last steps, at most a group.
             unsafe { filled.as_mut_ptr().copy_from_nonoverlapping(last, left * STEP_BYTES) };
             let last = if left == GROUP_STEPS { last } else { filled.as_ptr() };
-            let mut unit = None;
             for m in chunk.clone().step_by(PAIR_ROWS) {
                 let rows = PAIR_ROWS.min(chunk.end - m);
                 let x = job.x.padded_rows(m..m + rows).as_ptr();
                 // SAFETY: the caller's promise for the features; the unit is configured for the rows, of
                 // `stride` bytes each, and the block has steps for all k of them.
                 unsafe {
-                    if unit.as_ref().is_none_or(|unit: &Unit| unit.rows != rows) {
-                        unit = Some(Unit::configured(rows));
-                    }
+                    unit.configure(rows);
                     let weights = Weights { first, last, groups };
                     P::products(rows > TILE_ROWS, &mut places, weights, x, stride, &mut sums);
                 }
@@ -293,7 +291,7 @@ unsafe fn multiply<P: Packing>(mut job: TileJob) {
     }
 }
 
-/// The unit, configured for so many activation rows until this is dropped.
+/// The unit, configured for so many activation rows (0: not yet) until this is dropped.
 struct Unit {
     rows: usize,
 }
@@ -302,7 +300,10 @@ impl Unit {
     /// # Safety
     /// The CPU has AMX, and the system lets the process use it; `rows` is 1 to [`PAIR_ROWS`].
     #[inline(always)]
-    unsafe fn configured(rows: usize) -> Self {
+    unsafe fn configure(&mut self, rows: usize) {
+        if self.rows == rows {
+            return;
+        }
         #[repr(align(64))]
         struct Configuration([u8; 64]);
         let mut config = Configuration([0; 64]);
@@ -319,13 +320,13 @@ impl Unit {
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) config.0.as_ptr(), options(nostack, preserves_flags, readonly));
         }
-        Self { rows }
+        self.rows = rows;
     }
 }
 
 impl Drop for Unit {
     fn drop(&mut self) {
-        // SAFETY: gives back the state that `configured` took.
+        // SAFETY: gives back the state that `configure` took; without any it does nothing.
         unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) }
     }
 }
