@@ -77,7 +77,7 @@ pub struct EngineArgs {
     /// Type of the cached keys and values
     #[arg(long, value_enum, default_value_t = KvCacheType::F32, help_heading = "Model")]
     pub kv_cache: KvCacheType,
-    /// How the output projection (lm_head) is computed; its weights are always the file's
+    /// How the output projection (lm_head) is computed
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
     pub lm_head: LmHead,
 }
@@ -211,11 +211,21 @@ impl From<DenseType> for DenseFormat {
 
 /// Ways to compute the output projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(non_camel_case_types, reason = "the names are the field's")]
 pub enum LmHead {
-    /// f32 activations: what results are compared with
+    /// The file's weights with f32 activations: what results are compared with
     File,
-    /// int8 activations, rounded to 1/127 of a row's largest: logits move by about 1 % of their spread, and close calls between tokens can change. Faster for Q6_K and Q4_0 weights, possible for Q8_0 too, not for floats
+    /// The file's weights with int8 activations, rounded to 1/127 of a row's largest: logits move by about 1 % of their spread, and close calls between tokens can change. Faster for Q6_K and Q4_0 weights, possible for Q8_0 too, not for floats
     Int8,
+    /// A copy of the weights as Q8_0, made while loading, with int8 activations: for files with an F16 or F32 head
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// The same as Q6_K: a fifth less to read, and a further approximation
+    #[value(name = "q6_k")]
+    Q6_K,
+    /// The same as Q4_0: the fastest and the least exact
+    #[value(name = "q4_0")]
+    Q4_0,
 }
 
 impl From<LmHead> for HeadMode {
@@ -223,6 +233,9 @@ impl From<LmHead> for HeadMode {
         match mode {
             LmHead::File => Self::File,
             LmHead::Int8 => Self::Int8,
+            LmHead::Q8_0 => Self::Requantised(DenseFormat::Q8_0),
+            LmHead::Q6_K => Self::Requantised(DenseFormat::Q6_K),
+            LmHead::Q4_0 => Self::Requantised(DenseFormat::Q4_0),
         }
     }
 }

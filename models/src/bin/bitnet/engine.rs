@@ -11,6 +11,7 @@ use bitnet_burn::core::ManagerConfig;
 use bitnet_burn::core::manager::{KernelManager, ManagerReport};
 use bitnet_burn::report::{ModelSummary, Receipt};
 use bitnet_burn::tokenizer::Tokenizer;
+use clap::ValueEnum as _;
 
 use crate::args::{EngineArgs, KernelArgs, LmHead};
 use crate::output;
@@ -85,9 +86,10 @@ pub struct Wishes {
 impl EngineArgs {
     /// Opens the files, chooses the kernels and loads the model, with progress bars.
     pub fn load(&self, wishes: &Wishes) -> anyhow::Result<Engine> {
-        if self.lm_head == LmHead::Int8 && !wishes.quantise_activations {
+        if self.lm_head != LmHead::File && !wishes.quantise_activations {
+            let mode = self.lm_head.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
             bail!(
-                "--lm-head int8 quantises activations, --no-activation-quantisation leaves them: choose one"
+                "--lm-head {mode} quantises activations, --no-activation-quantisation leaves them: choose one"
             );
         }
         let device = self.device.open()?;
