@@ -516,8 +516,8 @@ impl KernelManager {
     ) -> Result<Option<Arc<Entry>>, ManagerError> {
         let (n, k) = job.choice.shape();
         let m = x.m();
-        if self.config.strict {
-            return Err(ManagerError::NoKernel { m, n, k, missing: self.why_none(m, n, k) });
+        if !self.config.strict.allows_reference() {
+            return Err(self.no_kernel(m, n, k));
         }
         let out = &mut y[job.column..];
         let by = match &job.choice.packer {

@@ -10,6 +10,7 @@
 //! what it should be. A mismatch quarantines the plugin.
 
 mod cache;
+mod config;
 mod execute;
 mod tune;
 mod watch;
@@ -18,103 +19,22 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
-use std::time::Duration;
 
 use bitnet_burn_plugin::abi::{self, Signature};
 use bitnet_burn_plugin::canonical;
 use serde::Serialize;
 
+pub use self::config::{ManagerConfig, Strict};
 pub use self::tune::{Candidate, Measurement, Ranking, Source};
 use crate::cpu;
 use crate::gate;
 use crate::memory::{WeightArena, WeightBuffer};
 use crate::plugin::{Kernel, Origin, Plugin, PluginError};
 use crate::pool::Pool;
-use crate::store::{self, PluginConfig, PluginStore};
+use crate::store::{self, PluginStore};
 
 /// Name under which reports count the scalar reference.
 pub const REFERENCE: &str = "reference";
-
-/// How a manager is set up.
-#[derive(Clone, Debug)]
-pub struct ManagerConfig {
-    /// Threads for kernels; 0 means one per physical core.
-    pub threads: usize,
-    /// Refuse the reference: a ternary matmul without a fast kernel is an error.
-    pub strict: bool,
-    /// Use this kernel alone (`plugin/kernel`, or `kernel` where that is unambiguous).
-    pub force: Option<String>,
-    /// CPU features to act as if the machine lacked them.
-    pub masked_features: Vec<String>,
-    /// Directory of the tuning results, and of the copies and verdicts of plugins; `None` keeps them in
-    /// memory and in a temporary directory.
-    pub cache_dir: Option<PathBuf>,
-    /// Where plugins come from, and how they are checked.
-    pub plugins: PluginConfig,
-    /// Time that tuning may take in all; what is not measured by then is ranked by the nearest
-    /// measurement.
-    pub tune_budget: Duration,
-}
-
-impl Default for ManagerConfig {
-    fn default() -> Self {
-        Self {
-            threads: 0,
-            strict: false,
-            force: None,
-            masked_features: Vec::new(),
-            cache_dir: None,
-            plugins: PluginConfig::default(),
-            tune_budget: Duration::from_secs(10),
-        }
-    }
-}
-
-impl ManagerConfig {
-    /// The defaults, changed by `BITNET_THREADS`, `BITNET_STRICT_MODE` (1 or true), `BITNET_KERNEL`,
-    /// `BITNET_CPU_MASK` (feature names, separated by commas), `BITNET_CACHE_DIR` (empty: keep nothing;
-    /// unset: the user's cache directory), `BITNET_PLUGINS` (`off`, `on`, or `user`: also the user's plugin
-    /// directory), `BITNET_PLUGIN_PATH` (absolute paths) and `BITNET_PLUGIN_PINS` (a file).
-    ///
-    /// # Errors
-    /// If a variable holds something else than it should.
-    pub fn from_env() -> Result<Self, ManagerError> {
-        let var = |name: &'static str| std::env::var(name).ok();
-        let mut config = Self::default();
-        if let Some(threads) = var("BITNET_THREADS") {
-            config.threads = threads.parse().map_err(|_| ManagerError::Config {
-                name: "BITNET_THREADS",
-                value: threads.clone(),
-                expected: "a number of threads",
-            })?;
-        }
-        if let Some(strict) = var("BITNET_STRICT_MODE") {
-            config.strict = match strict.as_str() {
-                "1" | "true" => true,
-                "" | "0" | "false" => false,
-                _ => {
-                    return Err(ManagerError::Config {
-                        name: "BITNET_STRICT_MODE",
-                        value: strict,
-                        expected: "1 or 0",
-                    });
-                }
-            };
-        }
-        config.force = var("BITNET_KERNEL").filter(|name| !name.is_empty());
-        if let Some(mask) = var("BITNET_CPU_MASK") {
-            config.masked_features =
-                mask.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
-        }
-        config.cache_dir = match var("BITNET_CACHE_DIR") {
-            Some(dir) => (!dir.is_empty()).then(|| dir.into()),
-            None => store::default_cache_dir(),
-        };
-        config.plugins = PluginConfig::from_env()
-            .map_err(|(name, value, expected)| ManagerError::Config { name, value, expected })?;
-        Ok(config)
-    }
-}
 
 /// What the manager can't do.
 #[derive(Debug, thiserror::Error)]
@@ -139,17 +59,19 @@ pub enum ManagerError {
     },
     /// Strict mode, and no kernel for this.
     #[error(
-        "strict mode: no kernel can compute the ternary matmul [{m}, {k}] x [{n}, {k}]ᵀ here, and the \
-         reference is not allowed. {missing}"
+        "strict mode ({strict}): no kernel can compute the ternary matmul [{m}, {k}] x [{n}, {k}]ᵀ here, and \
+         the reference is not allowed. {missing}"
     )]
     NoKernel {
+        /// What is strict.
+        strict: Strict,
         /// Rows of activations.
         m: usize,
         /// Output features.
         n: usize,
         /// Input features.
         k: usize,
-        /// Each kernel, and why not.
+        /// Each kernel, why not, and what would help.
         missing: String,
     },
     /// Operands that do not fit together.
@@ -340,8 +262,8 @@ pub struct KernelReport {
 pub struct ManagerReport {
     /// Threads of the pool.
     pub threads: usize,
-    /// Whether strict mode is on.
-    pub strict: bool,
+    /// What was strict.
+    pub strict: Strict,
     /// Signatures measured in this process.
     pub tuned: u64,
     /// Signatures whose measurements came from the cache.
@@ -612,31 +534,36 @@ impl KernelManager {
         Signature::ternary(m as u64, n as u64, k as u64, self.pool.threads() as u32)
     }
 
-    /// Why no kernel computes a shape: one clause a kernel.
-    fn why_none(&self, m: usize, n: usize, k: usize) -> String {
+    /// No kernel computes a shape, and strict mode forbids the reference: why, in a clause for each kernel,
+    /// and what would provide one.
+    fn no_kernel(&self, m: usize, n: usize, k: usize) -> ManagerError {
         let signature = self.signature(m, n, k);
-        let reasons: Vec<_> = self
-            .entries()
-            .iter()
-            .filter(|entry| self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name)))
-            .map(|entry| {
-                let why = match entry.status() {
-                    Status::Unavailable(reason) => reason,
-                    Status::Rejected(reason) => format!("rejected: {reason}"),
-                    Status::Quarantined(reason) => format!("quarantined: {reason}"),
-                    Status::Ready if !entry.kernel.supports(&signature) => {
-                        "does not support the shape".into()
-                    }
-                    Status::Ready => "failed in use, or the weights are not aligned as it asks".into(),
-                };
-                format!("{}: {why}", entry.kernel.id())
-            })
-            .collect();
-        if reasons.is_empty() {
-            "No kernel is registered.".into()
-        } else {
-            format!("Kernels: {}.", reasons.join("; "))
+        let forced = |entry: &Entry| self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name));
+        let mut reasons = Vec::new();
+        let mut masked = false;
+        for entry in self.entries().iter().filter(|entry| forced(entry)) {
+            let why = match entry.status() {
+                Status::Unavailable(reason) => {
+                    masked |= entry.kernel.features().iter().any(|f| self.config.masked_features.contains(f));
+                    reason
+                }
+                Status::Rejected(reason) => format!("rejected: {reason}"),
+                Status::Quarantined(reason) => format!("quarantined: {reason}"),
+                Status::Ready if !entry.kernel.supports(&signature) => "does not support the shape".into(),
+                Status::Ready => "failed in use, or the weights are not aligned as it asks".into(),
+            };
+            reasons.push(format!("{}: {why}", entry.kernel.id()));
         }
+        let kernels = match reasons.is_empty() {
+            true => "No kernel is registered.".into(),
+            false => format!("Kernels: {}.", reasons.join("; ")),
+        };
+        let help = match (&self.config.force, masked) {
+            (Some(name), _) => format!("Others than the forced kernel {name} may be able to"),
+            (None, true) => "The masked CPU features would provide one".into(),
+            (None, false) => "A plugin with a kernel for this shape would provide one".into(),
+        };
+        ManagerError::NoKernel { strict: self.config.strict, m, n, k, missing: format!("{kernels} {help}.") }
     }
 
     /// Chooses kernels for weights [n, k], measuring where that has not been done on this machine:
@@ -660,8 +587,8 @@ impl KernelManager {
 
     fn decide(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<Choice, ManagerError> {
         let candidates = self.candidates(1, n, k, policy);
-        if candidates.is_empty() && self.config.strict {
-            return Err(ManagerError::NoKernel { m: 1, n, k, missing: self.why_none(1, n, k) });
+        if candidates.is_empty() && !self.config.strict.allows_reference() {
+            return Err(self.no_kernel(1, n, k));
         }
         let mut layouts: Vec<Option<&str>> = Vec::new();
         for entry in &candidates {

@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use crate::support::*;
 use bitnet_burn_core::KernelManager;
-use bitnet_burn_core::manager::{ManagerConfig, Status};
+use bitnet_burn_core::manager::{ManagerConfig, Status, Strict};
 use bitnet_burn_core::plugin::PluginError;
 use bitnet_burn_core::store::{PluginConfig, read_pins, write_pins};
 use bitnet_burn_plugin::abi;
@@ -27,7 +27,7 @@ fn a_plugin_in_c_is_checked_and_used() {
         let path = build(dir.path(), name, defines);
         let config = ManagerConfig {
             force: Some("example/plain".into()),
-            strict: true,
+            strict: Strict::ALL,
             ..config(&dir.path().join("cache"))
         };
         let manager = KernelManager::new(config).unwrap();
@@ -149,7 +149,7 @@ fn the_built_in_kernels_pass_the_gate_and_work_the_same_from_their_library() {
     let ready: Vec<_> = reports.into_iter().filter(|r| r.status == Status::Ready).map(|r| r.kernel).collect();
     assert!(ready.len() >= 2, "{ready:?}");
     for kernel in ready {
-        let config = ManagerConfig { force: Some(kernel.clone()), strict: true, ..config(dir.path()) };
+        let config = ManagerConfig { force: Some(kernel.clone()), strict: Strict::ALL, ..config(dir.path()) };
         let manager = KernelManager::new(config).unwrap();
         manager.load_plugin(path).unwrap();
         for (m, n, k) in SHAPES {
