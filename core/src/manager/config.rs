@@ -3,11 +3,13 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::ManagerError;
+use super::probe::{Machine, Probe};
 use crate::store::{self, PluginConfig};
 
 /// How a manager is set up.
@@ -29,6 +31,10 @@ pub struct ManagerConfig {
     /// Time that tuning may take in all; what is not measured by then is ranked by the nearest
     /// measurement.
     pub tune_budget: Duration,
+    /// What happens when the kernel in use fails or becomes slow.
+    pub fallback: FallbackPolicy,
+    /// The clock, and the look at the memory: the machine's, or a test's.
+    pub probe: Arc<dyn Probe>,
 }
 
 impl Default for ManagerConfig {
@@ -41,13 +47,15 @@ impl Default for ManagerConfig {
             cache_dir: None,
             plugins: PluginConfig::default(),
             tune_budget: Duration::from_secs(10),
+            fallback: FallbackPolicy::default(),
+            probe: Arc::new(Machine),
         }
     }
 }
 
 impl ManagerConfig {
     /// The defaults, changed by `BITNET_THREADS`, `BITNET_STRICT_MODE` (1, 0, or names of [`Strict`]),
-    /// `BITNET_KERNEL`, `BITNET_CPU_MASK` (feature names, separated by commas), `BITNET_CACHE_DIR` (empty:
+    /// `BITNET_FALLBACK` (a [`FallbackPolicy`]), `BITNET_KERNEL`, `BITNET_CPU_MASK` (feature names, separated by commas), `BITNET_CACHE_DIR` (empty:
     /// keep nothing; unset: the user's cache directory), `BITNET_PLUGINS` (`off`, `on`, or `user`: also the
     /// user's plugin directory), `BITNET_PLUGIN_PATH` (absolute paths) and `BITNET_PLUGIN_PINS` (a file).
     ///
@@ -59,6 +67,9 @@ impl ManagerConfig {
             config.threads = threads;
         }
         config.strict = Strict::from_env()?;
+        if let Some(fallback) = parsed("BITNET_FALLBACK", |expected| expected)? {
+            config.fallback = fallback;
+        }
         config.force = var("BITNET_KERNEL").filter(|name| !name.is_empty());
         if let Some(mask) = var("BITNET_CPU_MASK") {
             config.masked_features =
@@ -71,6 +82,11 @@ impl ManagerConfig {
         config.plugins = PluginConfig::from_env()
             .map_err(|(name, value, expected)| ManagerError::Config { name, value, expected })?;
         Ok(config)
+    }
+
+    /// What happens when the kernel in use fails or becomes slow, strict mode considered.
+    pub(super) fn policy(&self) -> FallbackPolicy {
+        if self.strict.no_fallback { FallbackPolicy::Never } else { self.fallback }
     }
 }
 
@@ -87,6 +103,92 @@ fn parsed<T: FromStr>(
     match value.parse() {
         Ok(parsed) => Ok(Some(parsed)),
         Err(error) => Err(ManagerError::Config { name, value, expected: expected(error) }),
+    }
+}
+
+/// What happens when the kernel in use fails, or becomes slower than it was. Every kernel gives the same
+/// bits, so that none of this changes a result.
+///
+/// With every setting but `Never`, a kernel that returns a status other than OK is replaced by the next one
+/// of its ranking in that very call, the last one by the reference; it is demoted for this shape and bucket
+/// of rows, tried again after 128 calls (twice as many with each demotion in a row), and back at its place
+/// after 4 calls that went well. The settings differ in what time means:
+///
+/// | | a kernel that becomes slow |
+/// | --- | --- |
+/// | `OnError` | is not noticed: no clock is read |
+/// | `OnPerformanceThreshold(x)` | is demoted when it takes more than x times what is expected, while another one promises to be faster |
+/// | `Adaptive` | races against its rivals over the next live calls when it takes more than 1.5 times what is expected; the fastest one computes from then on, and is written into the cache of measurements |
+///
+/// As text (`BITNET_FALLBACK`): `never`, `on-error`, `threshold:1.5`, `adaptive`.
+///
+/// ```
+/// use bitnet_burn_core::manager::FallbackPolicy;
+///
+/// assert_eq!("threshold:2".parse(), Ok(FallbackPolicy::OnPerformanceThreshold(2.0)));
+/// assert!("threshold:0.5".parse::<FallbackPolicy>().is_err());
+/// assert_eq!(FallbackPolicy::default().to_string(), "adaptive");
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum FallbackPolicy {
+    /// The kernel that was chosen computes, or the call is an error. [`Strict::no_fallback`] means this,
+    /// whatever the policy.
+    Never,
+    /// Others take over from a kernel that fails.
+    OnError,
+    /// Also from one that takes more than so many times (above 1) what is expected of it.
+    OnPerformanceThreshold(f64),
+    /// Also from one that is no longer the fastest.
+    #[default]
+    Adaptive,
+}
+
+impl FallbackPolicy {
+    /// How many times longer than expected is too slow; `None` if nothing is.
+    pub(super) fn factor(self) -> Option<f64> {
+        match self {
+            Self::Never | Self::OnError => None,
+            Self::OnPerformanceThreshold(factor) => Some(factor),
+            Self::Adaptive => Some(super::slot::DRIFT),
+        }
+    }
+}
+
+/// The error says what is expected.
+impl FromStr for FallbackPolicy {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let expected = "never, on-error, adaptive, or threshold:X with X above 1, as in threshold:1.5";
+        match text.trim() {
+            "never" => Ok(Self::Never),
+            "on-error" => Ok(Self::OnError),
+            "adaptive" | "" => Ok(Self::Adaptive),
+            text => {
+                let factor = text.strip_prefix("threshold:").and_then(|factor| factor.parse::<f64>().ok());
+                let factor = factor.filter(|factor| factor.is_finite() && *factor > 1.0).ok_or(expected)?;
+                Ok(Self::OnPerformanceThreshold(factor))
+            }
+        }
+    }
+}
+
+/// As it is read.
+impl fmt::Display for FallbackPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Never => f.write_str("never"),
+            Self::OnError => f.write_str("on-error"),
+            Self::OnPerformanceThreshold(factor) => write!(f, "threshold:{factor}"),
+            Self::Adaptive => f.write_str("adaptive"),
+        }
+    }
+}
+
+/// As text.
+impl Serialize for FallbackPolicy {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 
@@ -192,6 +294,17 @@ impl fmt::Display for Strict {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn policies_are_read_as_they_are_shown() {
+        use FallbackPolicy::{Adaptive, Never, OnError, OnPerformanceThreshold};
+        for policy in [Never, OnError, OnPerformanceThreshold(1.5), Adaptive] {
+            assert_eq!(policy.to_string().parse(), Ok(policy));
+        }
+        for text in ["threshold", "threshold:", "threshold:1", "threshold:nan", "threshold:inf", "always"] {
+            assert!(text.parse::<FallbackPolicy>().is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn strictness_is_read_as_it_is_shown() {

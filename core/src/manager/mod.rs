@@ -9,22 +9,33 @@
 //! while they compute: the first result for each exact shape, and one in many after that, is compared with
 //! what it should be. A mismatch quarantines the plugin.
 
+mod adapt;
 mod cache;
+mod choice;
 mod config;
 mod execute;
+mod probe;
+mod report;
+mod slot;
 mod tune;
 mod watch;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, RwLock};
+use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use bitnet_burn_plugin::abi::{self, Signature};
 use bitnet_burn_plugin::canonical;
-use serde::Serialize;
 
-pub use self::config::{ManagerConfig, Strict};
+pub use self::adapt::Feedback;
+pub use self::choice::Choice;
+pub use self::config::{FallbackPolicy, ManagerConfig, Strict};
+pub use self::probe::{Machine, Memory, Probe};
+pub use self::report::{
+    Event, EventKind, Failures, Fallback, KernelReport, ManagerReport, REFERENCE, Status,
+};
+pub use self::slot::{DRIFT, PROBATION_AFTER, RACE_TURNS, SAMPLE_EVERY, TRIAL_CALLS, WINDOW};
 pub use self::tune::{Candidate, Measurement, Ranking, Source};
 use crate::cpu;
 use crate::gate;
@@ -32,9 +43,6 @@ use crate::memory::{WeightArena, WeightBuffer};
 use crate::plugin::{Kernel, Origin, Plugin, PluginError};
 use crate::pool::Pool;
 use crate::store::{self, PluginStore};
-
-/// Name under which reports count the scalar reference.
-pub const REFERENCE: &str = "reference";
 
 /// What the manager can't do.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +82,25 @@ pub enum ManagerError {
         /// Each kernel, why not, and what would help.
         missing: String,
     },
+    /// A kernel failed, and nobody may take over.
+    #[error(
+        "kernel {kernel} failed at the ternary matmul [{m}, {k}] x [{n}, {k}]ᵀ: {reason}. {forbids} forbids \
+         another one to take over: without the kernel's plugin, or with another kernel forced, others compute"
+    )]
+    NoFallback {
+        /// The kernel.
+        kernel: String,
+        /// Rows of activations.
+        m: usize,
+        /// Output features.
+        n: usize,
+        /// Input features.
+        k: usize,
+        /// Status and message, or what was wrong.
+        reason: String,
+        /// What forbids it.
+        forbids: &'static str,
+    },
     /// Operands that do not fit together.
     #[error("ternary matmul: {0}")]
     Operands(String),
@@ -111,20 +138,6 @@ pub enum ManagerError {
     },
 }
 
-/// Whether a kernel may compute.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "state", content = "reason", rename_all = "snake_case")]
-pub enum Status {
-    /// Checked, and a candidate.
-    Ready,
-    /// It needs CPU features that the machine lacks.
-    Unavailable(String),
-    /// Its results were wrong, or it failed the check.
-    Rejected(String),
-    /// Its plugin passed the gate, and a kernel of it was wrong in use: none of them computes any more.
-    Quarantined(String),
-}
-
 /// A registered kernel, with what is known of it.
 #[derive(Debug)]
 pub(crate) struct Entry {
@@ -134,7 +147,8 @@ pub(crate) struct Entry {
     /// Whether the status is `Ready`, for the hot path.
     ready: AtomicBool,
     calls: AtomicU64,
-    failures: AtomicU64,
+    /// By kind.
+    failures: [AtomicU64; 3],
     /// For kernels from files: what was compared in use.
     watch: Option<watch::Watch>,
 }
@@ -146,6 +160,10 @@ impl Entry {
 
     fn status(&self) -> Status {
         self.status.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    fn fail(&self, kind: report::Failure) {
+        self.failures[kind as usize].fetch_add(1, Ordering::Relaxed);
     }
 
     fn reject(&self, reason: String) {
@@ -175,40 +193,6 @@ pub fn bucket(m: usize) -> usize {
     }
 }
 
-/// Which kernels multiply by the weights of one shape, and in which layout the weights are kept.
-#[derive(Debug)]
-pub struct Choice {
-    n: usize,
-    k: usize,
-    /// The private layout, with a kernel that packs it; `None` for canonical weights in place.
-    packer: Option<Arc<Entry>>,
-    rankings: [OnceLock<Ranking>; BUCKETS.len()],
-    /// Per bucket, a bit for each rank whose kernel has failed in use.
-    demoted: [AtomicU64; BUCKETS.len()],
-    /// Per bucket, the rank and the exact number of rows that were watched last and known already.
-    watched: [AtomicU64; BUCKETS.len()],
-}
-
-impl Choice {
-    /// Output and input features.
-    pub fn shape(&self) -> (usize, usize) {
-        (self.n, self.k)
-    }
-
-    /// Private layout (`plugin/layout`) that the weights are packed in, or `None` for canonical.
-    pub fn layout(&self) -> Option<&str> {
-        self.packer.as_ref().and_then(|entry| entry.kernel.layout())
-    }
-
-    /// Bytes of the weights in the chosen layout, with what the manager keeps behind them.
-    pub fn weight_bytes(&self) -> usize {
-        match &self.packer {
-            Some(entry) => execute::stored_bytes(entry, self.n, self.k).expect("checked when chosen"),
-            None => self.n * canonical::row_bytes(self.k),
-        }
-    }
-}
-
 /// Whether weights may be packed privately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LayoutPolicy {
@@ -216,98 +200,6 @@ pub enum LayoutPolicy {
     Any,
     /// Read canonical weights where they lie.
     Canonical,
-}
-
-/// A kernel that failed in use, and what took over.
-#[derive(Clone, Debug, Serialize)]
-pub struct Fallback {
-    /// The kernel that failed.
-    pub kernel: String,
-    /// The kernel that took its place.
-    pub replacement: String,
-    /// Shape: rows (of the first failure), output and input features.
-    pub shape: (usize, usize, usize),
-    /// Status and message.
-    pub reason: String,
-    /// How often.
-    pub count: u64,
-}
-
-/// A kernel as reports show it.
-#[derive(Clone, Debug, Serialize)]
-pub struct KernelReport {
-    /// `plugin/kernel`.
-    pub kernel: String,
-    /// Version of its plugin.
-    pub version: String,
-    /// "built in", or the file.
-    pub origin: String,
-    /// SHA-256 of the file.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sha256: Option<String>,
-    /// Layout of its weights.
-    pub layout: String,
-    /// CPU features that it needs.
-    pub features: Vec<String>,
-    /// Whether it may compute.
-    pub status: Status,
-    /// Matmuls that it computed.
-    pub calls: u64,
-    /// Matmuls that it failed.
-    pub failures: u64,
-}
-
-/// What the manager did so far.
-#[derive(Clone, Debug, Serialize)]
-pub struct ManagerReport {
-    /// Threads of the pool.
-    pub threads: usize,
-    /// What was strict.
-    pub strict: Strict,
-    /// Signatures measured in this process.
-    pub tuned: u64,
-    /// Signatures whose measurements came from the cache.
-    pub cached: u64,
-    /// The cache file, if one is kept.
-    pub cache_file: Option<PathBuf>,
-    /// What is wrong with the cache file, if something is.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cache_problem: Option<String>,
-    /// All kernels.
-    pub kernels: Vec<KernelReport>,
-    /// Matmuls that the reference computed.
-    pub reference_calls: u64,
-    /// Kernels that failed in use.
-    pub fallbacks: Vec<Fallback>,
-}
-
-impl ManagerReport {
-    /// The kernels that computed something since `earlier`, with their calls since then.
-    pub fn used_since(&self, earlier: &Self) -> Vec<KernelReport> {
-        let before = |id: &str| earlier.kernels.iter().find(|k| k.kernel == id).map_or(0, |k| k.calls);
-        let mut used: Vec<KernelReport> = self
-            .kernels
-            .iter()
-            .map(|kernel| KernelReport { calls: kernel.calls - before(&kernel.kernel), ..kernel.clone() })
-            .filter(|kernel| kernel.calls > 0)
-            .collect();
-        let reference = self.reference_calls - earlier.reference_calls;
-        if reference > 0 {
-            used.push(KernelReport {
-                kernel: REFERENCE.into(),
-                version: env!("CARGO_PKG_VERSION").into(),
-                origin: "built in".into(),
-                sha256: None,
-                layout: "canonical".into(),
-                features: Vec::new(),
-                status: Status::Ready,
-                calls: reference,
-                failures: 0,
-            });
-        }
-        used.sort_by_key(|kernel| std::cmp::Reverse(kernel.calls));
-        used
-    }
 }
 
 /// Packed weights as [`KernelManager::pack`] returns them.
@@ -341,6 +233,11 @@ pub struct KernelManager {
     plugins: Mutex<Vec<Arc<Plugin>>>,
     entries: RwLock<Vec<Arc<Entry>>>,
     choices: Mutex<HashMap<(usize, usize, LayoutPolicy), Arc<Choice>>>,
+    /// All choices that somebody may still hold.
+    made: Mutex<Vec<Weak<Choice>>>,
+    policy: FallbackPolicy,
+    memory: adapt::MemoryWatch,
+    events: Mutex<Vec<Event>>,
     store: PluginStore,
     tuner: tune::Tuner,
     reference_calls: AtomicU64,
@@ -359,6 +256,7 @@ impl KernelManager {
             .map_err(|source| ManagerError::System { what: "starting the kernels' threads", source })?;
         Ok(Self {
             tuner: tune::Tuner::new(&config),
+            policy: config.policy(),
             store: PluginStore::new(config.plugins.clone(), config.cache_dir.as_deref()),
             config,
             pool,
@@ -366,6 +264,9 @@ impl KernelManager {
             plugins: Mutex::default(),
             entries: RwLock::default(),
             choices: Mutex::default(),
+            made: Mutex::default(),
+            memory: adapt::MemoryWatch::default(),
+            events: Mutex::default(),
             reference_calls: AtomicU64::new(0),
             fallbacks: Mutex::default(),
             scratch: execute::Scratch::default(),
@@ -487,7 +388,7 @@ impl KernelManager {
                 ready: AtomicBool::new(status == Status::Ready),
                 status: RwLock::new(status),
                 calls: AtomicU64::new(0),
-                failures: AtomicU64::new(0),
+                failures: Default::default(),
                 watch: foreign.then(watch::Watch::default),
             });
             reports.push(report(&entry));
@@ -507,8 +408,23 @@ impl KernelManager {
         if entries.iter().any(|entry| names(&entry.kernel, name)) {
             return Ok(());
         }
+        Err(self.unknown_kernel(name))
+    }
+
+    fn unknown_kernel(&self, name: &str) -> ManagerError {
+        let entries = self.entries();
         let known: Vec<_> = entries.iter().map(|entry| entry.kernel.id()).collect();
-        Err(ManagerError::UnknownKernel { name: name.clone(), known: known.join(", ") })
+        ManagerError::UnknownKernel { name: name.to_owned(), known: known.join(", ") }
+    }
+
+    /// The policy allows nobody to take over from a kernel.
+    fn no_fallback(&self, entry: &Entry, (n, k): (usize, usize), m: usize, reason: String) -> ManagerError {
+        let forbids = match self.policy {
+            FallbackPolicy::Never if self.config.strict.no_fallback => "strict mode (no-fallback)",
+            FallbackPolicy::Never => "the fallback policy (never)",
+            _ => "strict mode, with no other kernel left,",
+        };
+        ManagerError::NoFallback { kernel: entry.kernel.id().into(), m, n, k, reason, forbids }
     }
 
     fn entries(&self) -> Vec<Arc<Entry>> {
@@ -568,11 +484,13 @@ impl KernelManager {
 
     /// Chooses kernels for weights [n, k], measuring where that has not been done on this machine:
     /// which layout decides the speed of decode (M = 1); within 5 % of each other, that of prefill
-    /// (M = 32); within 5 % again, the lower memory use.
+    /// (M = 32); within 5 % again, the lower memory use. While [memory is low](Self::memory_is_low), the
+    /// layout is the canonical one.
     ///
     /// # Errors
     /// In strict mode, if no kernel can compute the shape.
     pub fn choose(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<Arc<Choice>, ManagerError> {
+        let policy = self.allowed_layouts(n, k, policy);
         if let Some(choice) = lock(&self.choices).get(&(n, k, policy)) {
             return Ok(choice.clone());
         }
@@ -582,7 +500,13 @@ impl KernelManager {
             )));
         }
         let choice = Arc::new(self.decide(n, k, policy)?);
-        Ok(lock(&self.choices).entry((n, k, policy)).or_insert(choice).clone())
+        let choice = lock(&self.choices).entry((n, k, policy)).or_insert(choice).clone();
+        let mut made = lock(&self.made);
+        if !made.iter().any(|known| std::ptr::eq(known.as_ptr(), &*choice)) {
+            made.retain(|known| known.strong_count() > 0);
+            made.push(Arc::downgrade(&choice));
+        }
+        Ok(choice)
     }
 
     fn decide(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<Choice, ManagerError> {
@@ -620,19 +544,12 @@ impl KernelManager {
             let entry = candidates.iter().find(|e| e.kernel.layout() == Some(layout));
             entry.expect("the layout is a candidate's").clone()
         });
-        Ok(Choice {
-            n,
-            k,
-            packer,
-            rankings: Default::default(),
-            demoted: Default::default(),
-            watched: Default::default(),
-        })
+        Ok(Choice::new(n, k, packer))
     }
 
     /// The ranking for `m` rows of a choice's shape, measured at the first use.
     fn ranking<'a>(&self, choice: &'a Choice, m: usize) -> &'a Ranking {
-        choice.rankings[bucket(m)].get_or_init(|| {
+        choice.slot(m).ranking(self.policy, || {
             let policy = if choice.packer.is_some() { LayoutPolicy::Any } else { LayoutPolicy::Canonical };
             let mut ranking = self.rank(m, choice.n, choice.k, policy);
             ranking.candidates.retain(|c| c.entry.kernel.layout() == choice.layout());
@@ -735,6 +652,8 @@ impl KernelManager {
             kernels: self.entries().iter().map(|entry| report(entry)).collect(),
             reference_calls: self.reference_calls.load(Ordering::Relaxed),
             fallbacks: lock(&self.fallbacks).clone(),
+            fallback_policy: self.policy,
+            events: lock(&self.events).clone(),
         }
     }
 }
@@ -757,7 +676,10 @@ fn report(entry: &Entry) -> KernelReport {
         features: entry.kernel.features().to_vec(),
         status: entry.status(),
         calls: entry.calls.load(Ordering::Relaxed),
-        failures: entry.failures.load(Ordering::Relaxed),
+        failures: {
+            let [status, wrong, slow] = [0, 1, 2].map(|i: usize| entry.failures[i].load(Ordering::Relaxed));
+            Failures { status, wrong, slow }
+        },
     }
 }
 
