@@ -5,9 +5,11 @@
 //! [`with_built_in_kernels`].
 
 use std::cell::Cell;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
+use bitnet_burn_core::gate;
 use bitnet_burn_core::manager::{KernelManager, ManagerConfig, ManagerError, Strict};
 use bitnet_burn_core::plugin::{Plugin, PluginError};
 
@@ -59,10 +61,20 @@ pub fn configure(
     Ok((MANAGER.get().expect("set above"), refused))
 }
 
+/// The helper's side of the gate ([`gate::child`]), with this build's GPU runtime, if it has one, to try kernels on that
+/// are GPU source.
+pub fn gate_child(arguments: impl Iterator<Item = OsString>) -> i32 {
+    #[cfg(feature = "wgpu")]
+    return gate::child_with_gpu(arguments, &crate::gpu::open_gpu);
+    #[cfg(not(feature = "wgpu"))]
+    return gate::child(arguments);
+}
+
 fn with_plugins(
-    config: ManagerConfig,
+    mut config: ManagerConfig,
     named: &[PathBuf],
 ) -> Result<(KernelManager, Vec<PluginError>), SetupError> {
+    config.plugins.gpu |= cfg!(feature = "wgpu");
     let (files, mut refused) = config.plugins.find(named);
     let strict = config.strict.gated_plugins;
     let manager = with_built_in_kernels(config)?;
@@ -116,7 +128,7 @@ thread_local! {
 }
 
 /// Leaves an error for [`take_error`]; the first one stays.
-#[cfg(any(feature = "flex", feature = "ndarray"))]
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cube"))]
 pub(crate) fn leave_error(error: ManagerError) {
     ERROR.with(|slot| {
         let first = slot.take().unwrap_or(error);

@@ -14,6 +14,7 @@ mod cache;
 mod choice;
 mod config;
 mod execute;
+mod gpu;
 mod probe;
 mod report;
 mod slot;
@@ -31,6 +32,7 @@ use bitnet_burn_plugin::canonical;
 pub use self::adapt::Feedback;
 pub use self::choice::Choice;
 pub use self::config::{FallbackPolicy, ManagerConfig, Strict};
+pub use self::gpu::{DEFAULT_BODY, GpuKernel};
 pub use self::probe::{Machine, Memory, Probe};
 pub use self::report::{
     Event, EventKind, Failures, Fallback, KernelReport, ManagerReport, REFERENCE, Status,
@@ -40,7 +42,7 @@ pub use self::tune::{Candidate, Measurement, Ranking, Source};
 use crate::cpu;
 use crate::gate;
 use crate::memory::{WeightArena, WeightBuffer};
-use crate::plugin::{Kernel, Origin, Plugin, PluginError};
+use crate::plugin::{Kernel, Origin, Plugin, PluginError, Target};
 use crate::pool::Pool;
 use crate::store::{self, PluginStore};
 
@@ -104,6 +106,9 @@ pub enum ManagerError {
     /// Operands that do not fit together.
     #[error("ternary matmul: {0}")]
     Operands(String),
+    /// A GPU failed, or its buffers can't be read back.
+    #[error("the GPU failed: {0}")]
+    Device(String),
     /// No memory or no threads.
     #[error("{what}: {source}")]
     System {
@@ -149,7 +154,7 @@ pub(crate) struct Entry {
     calls: AtomicU64,
     /// By kind.
     failures: [AtomicU64; 3],
-    /// For kernels from files: what was compared in use.
+    /// For kernels from files, and for GPUs: what was compared in use.
     watch: Option<watch::Watch>,
 }
 
@@ -295,11 +300,17 @@ impl KernelManager {
     /// # Errors
     /// If a plugin of this name is registered already.
     pub fn register(&self, plugin: Plugin) -> Result<Vec<KernelReport>, PluginError> {
-        self.enter(plugin, &|kernel| match gate::check_in_process(kernel) {
-            Ok(()) => Status::Ready,
-            Err(reason) => {
-                tracing::warn!(kernel = kernel.id(), reason, "kernel rejected");
-                Status::Rejected(reason)
+        self.enter(plugin, &|kernel| {
+            if kernel.gpu().is_some() {
+                // Its results are watched on the device that it is used on.
+                return Status::Ready;
+            }
+            match gate::check_in_process(kernel) {
+                Ok(()) => Status::Ready,
+                Err(reason) => {
+                    tracing::warn!(kernel = kernel.id(), reason, "kernel rejected");
+                    Status::Rejected(reason)
+                }
             }
         })
     }
@@ -325,14 +336,22 @@ impl KernelManager {
                 .map(|e| report(e))
                 .collect());
         }
+        let config = self.store.config();
         let verdict = match self.store.verdict(&stored.sha256) {
-            Some(known) => known,
-            None => self.examine(path, &stored)?,
+            Some(known) if !(config.gpu && config.helper.is_some() && known.lacks_gpu_runtime()) => known,
+            _ => self.examine(path, &stored)?,
         };
         if let Some(refusal) = verdict.refusal {
             return Err(PluginError::Refused { path: path.to_owned(), refusal });
         }
-        self.enter(Plugin::load_as(&stored.library, &stored.origin)?, &|_| Status::Ready)
+        self.enter(Plugin::load_as(&stored.library, &stored.origin)?, &|kernel| {
+            // A kernel for a GPU can be used where the gate had one to try it on.
+            let result = verdict.kernels.iter().find(|result| result.kernel == kernel.id());
+            match result.and_then(|result| result.unavailable.as_ref()) {
+                Some(reason) if kernel.gpu().is_some() => Status::Unavailable(reason.clone()),
+                _ => Status::Ready,
+            }
+        })
     }
 
     /// Runs the gate on a plugin's file, whatever is known of it, keeps the verdict, and gives it back.
@@ -379,17 +398,25 @@ impl KernelManager {
         let foreign = *plugin.origin() != Origin::BuiltIn;
         let mut reports = Vec::new();
         for kernel in plugin.kernels() {
-            let status = match cpu::lacking(kernel.features(), &self.config.masked_features) {
+            let lacking = match kernel.target() {
+                Target::Cpu => cpu::lacking(kernel.features(), &self.config.masked_features),
+                Target::Wgsl | Target::Cuda => None,
+                Target::Unknown(_) => {
+                    Some(format!("it is for {}, which this host does not know", kernel.target()))
+                }
+            };
+            let status = match lacking {
                 Some(reason) => Status::Unavailable(reason),
                 None => judge(&kernel),
             };
+            let watched = foreign || kernel.gpu().is_some();
             let entry = Arc::new(Entry {
                 kernel,
                 ready: AtomicBool::new(status == Status::Ready),
                 status: RwLock::new(status),
                 calls: AtomicU64::new(0),
                 failures: Default::default(),
-                watch: foreign.then(watch::Watch::default),
+                watch: watched.then(watch::Watch::default),
             });
             reports.push(report(&entry));
             self.entries.write().unwrap_or_else(|e| e.into_inner()).push(entry);
@@ -438,6 +465,7 @@ impl KernelManager {
             .into_iter()
             .filter(|entry| {
                 self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name))
+                    && entry.kernel.target() == Target::Cpu
                     && (policy == LayoutPolicy::Any || entry.kernel.layout().is_none())
                     && entry.ready()
                     && entry.kernel.supports(&signature)
@@ -465,6 +493,7 @@ impl KernelManager {
                 }
                 Status::Rejected(reason) => format!("rejected: {reason}"),
                 Status::Quarantined(reason) => format!("quarantined: {reason}"),
+                Status::Ready if entry.kernel.gpu().is_some() => format!("is for {}", entry.kernel.target()),
                 Status::Ready if !entry.kernel.supports(&signature) => "does not support the shape".into(),
                 Status::Ready => "failed in use, or the weights are not aligned as it asks".into(),
             };
@@ -672,6 +701,7 @@ fn report(entry: &Entry) -> KernelReport {
             Origin::BuiltIn => None,
             Origin::File { sha256, .. } => Some(sha256.clone()),
         },
+        target: entry.kernel.target().to_string(),
         layout: entry.kernel.layout().unwrap_or("canonical").into(),
         features: entry.kernel.features().to_vec(),
         status: entry.status(),

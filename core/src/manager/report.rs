@@ -116,9 +116,11 @@ pub struct KernelReport {
     /// SHA-256 of the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
+    /// Where it runs: `cpu`, `wgsl` or `cuda`.
+    pub target: String,
     /// Layout of its weights.
     pub layout: String,
-    /// CPU features that it needs.
+    /// Features of the CPU, or of the GPU, that it needs.
     pub features: Vec<String>,
     /// Whether it may compute.
     pub status: Status,
@@ -173,6 +175,7 @@ impl ManagerReport {
                 version: env!("CARGO_PKG_VERSION").into(),
                 origin: "built in".into(),
                 sha256: None,
+                target: crate::plugin::Target::Cpu.to_string(),
                 layout: "canonical".into(),
                 features: Vec::new(),
                 status: Status::Ready,

@@ -54,7 +54,7 @@ pub struct Measurement {
 }
 
 impl Measurement {
-    fn none(entry: &Entry) -> Self {
+    pub(super) fn none(entry: &Entry) -> Self {
         Self { kernel: identity(entry), median_ns: None, min_ns: None, runs: 0, note: None, rejected: false }
     }
 }
@@ -108,14 +108,14 @@ pub struct Ranking {
 /// The measurements of a manager.
 #[derive(Debug)]
 pub(super) struct Tuner {
-    cache: Mutex<Cache>,
+    pub(super) cache: Mutex<Cache>,
     /// Rankings of this process, by signature and candidates.
     rankings: Mutex<HashMap<String, Ranking>>,
     /// One measurement at a time: two would measure each other.
     turn: Mutex<()>,
-    spent: AtomicU64,
-    tuned: AtomicU64,
-    cached: AtomicU64,
+    pub(super) spent: AtomicU64,
+    pub(super) tuned: AtomicU64,
+    pub(super) cached: AtomicU64,
 }
 
 impl Tuner {
@@ -145,7 +145,7 @@ impl Tuner {
 }
 
 /// How the cache names a kernel: with the exact build that was measured.
-fn identity(entry: &Entry) -> String {
+pub(super) fn identity(entry: &Entry) -> String {
     let (_, name) = entry.kernel.id().split_once('/').expect("an id is plugin/kernel");
     format!("{}/{name}", entry.kernel.plugin().identity())
 }
