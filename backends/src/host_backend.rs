@@ -15,8 +15,8 @@ use burn::tensor::Shape;
 
 use crate::default;
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Kernels, SelfAttentionArgs, TernaryWeight,
-    TernaryWeights,
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Kernels, SelfAttentionArgs,
+    TernaryWeight, TernaryWeights,
 };
 use crate::host::attention::{self as host_attention, CacheMut, CacheRef};
 use crate::host::{Shared, dense, dense_int8, elementwise, training};
@@ -360,7 +360,9 @@ pub(crate) fn bit_linear_backward<B: HostBackend>(
 ) -> FloatTensor<B> {
     let manager = manager();
     let m = dims(&dy)[0];
-    match choices(manager, &args).and_then(|choices| canonical_weights::<B>(manager, weights.into_vec(), &choices, args.k)) {
+    match choices(manager, &args)
+        .and_then(|choices| canonical_weights::<B>(manager, weights.into_vec(), &choices, args.k))
+    {
         Ok(weights) => default::bit_linear_backward::<B>(dy, weights, &args),
         Err(error) => failed::<B>(error, m, args.k),
     }

@@ -25,6 +25,6 @@ pub mod manager;
 pub mod ops;
 
 pub use extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Kernels, Matrix, NoInt8, SelfAttentionArgs,
-    TernaryBackend, TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Kernels, Matrix, NoInt8,
+    SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
 };

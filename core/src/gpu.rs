@@ -48,7 +48,14 @@ pub struct GpuOperands {
 impl GpuOperands {
     /// Operands of [m, k] activations and [n, k] weights, for an output whose rows are `y_stride` apart and whose
     /// column `y_column` is the kernel's first.
-    pub fn new(weights: &[u8], scale: f32, x: &Activations, n: usize, y_stride: usize, y_column: usize) -> Self {
+    pub fn new(
+        weights: &[u8],
+        scale: f32,
+        x: &Activations,
+        n: usize,
+        y_stride: usize,
+        y_column: usize,
+    ) -> Self {
         let (m, k) = (x.m(), x.k());
         let stride = x_stride(k);
         let mut words = vec![0; m * stride];

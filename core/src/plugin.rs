@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use bitnet_burn_plugin::abi::{
     self, ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, EntryFn, Gpu as RawGpu, KERNEL_SIZE_1_0, Kernel as RawKernel,
-    MAX_WEIGHT_ALIGNMENT, Message, OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, STATUS_OK, Signature, Status,
-    TARGET_CPU, TARGET_CUDA, TARGET_WGSL,
+    MAX_WEIGHT_ALIGNMENT, Message, OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, STATUS_OK, Signature,
+    Status, TARGET_CPU, TARGET_CUDA, TARGET_WGSL,
 };
 
 use crate::files;
@@ -405,7 +405,8 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, 
         true => None,
         false => Some(self::name(kernel.layout, &format!("the layout of kernel `{name}`"))?),
     };
-    if layout.is_some() && (kernel.packed_size.is_none() || kernel.pack.is_none() || kernel.unpack.is_none()) {
+    if layout.is_some() && (kernel.packed_size.is_none() || kernel.pack.is_none() || kernel.unpack.is_none())
+    {
         return Err(format!("kernel `{name}` has a private layout but not packed_size, pack and unpack"));
     }
     let features = match kernel.features.is_null() {
@@ -471,14 +472,16 @@ unsafe fn check_gpu(kernel: &str, pointer: *const RawGpu) -> Result<GpuSource, S
     // SAFETY: it says that it has so many bytes; null pointers and zeros are valid.
     let gpu = unsafe { known_fields(pointer, size) };
     let source = text(gpu.source, MAX_SOURCE).filter(|text| !text.is_empty());
-    let source = source
-        .ok_or_else(|| format!("the source of kernel `{kernel}` is no UTF-8 text of 1 to {MAX_SOURCE} bytes"))?;
+    let source = source.ok_or_else(|| {
+        format!("the source of kernel `{kernel}` is no UTF-8 text of 1 to {MAX_SOURCE} bytes")
+    })?;
     let entry = text(gpu.entry, 127).filter(|name| {
-        name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') && !name.starts_with(|c: char| c.is_ascii_digit())
+        name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+            && !name.starts_with(|c: char| c.is_ascii_digit())
     });
-    let entry = entry
-        .filter(|name| !name.is_empty())
-        .ok_or_else(|| format!("the entry point of kernel `{kernel}` is no identifier of 1 to 127 characters"))?;
+    let entry = entry.filter(|name| !name.is_empty()).ok_or_else(|| {
+        format!("the entry point of kernel `{kernel}` is no identifier of 1 to 127 characters")
+    })?;
     let [x, y, z] = gpu.workgroup;
     let threads = x.checked_mul(y).and_then(|xy| xy.checked_mul(z));
     if !threads.is_some_and(|threads| (1..=MAX_WORKGROUP).contains(&threads)) {

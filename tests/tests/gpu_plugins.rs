@@ -7,7 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use bitnet_burn::backends::manager;
-use bitnet_burn::bitnet::LoadOptions;
+use bitnet_burn::bitnet::{BitNet, LoadOptions};
+use bitnet_burn::checkpoint::Checkpoint;
 use bitnet_burn::core::KernelManager;
 use bitnet_burn::core::manager::{ManagerConfig, Status};
 use bitnet_burn::core::plugin::PluginError;
@@ -78,7 +79,11 @@ fn config(cache: &Path) -> ManagerConfig {
 
 /// Macros of core/testdata/gpu.c, and what the refusal must say.
 const HOSTILE: &[(&str, &[&str], &[&str])] = &[
-    ("no_wgsl", &["BEFORE=this is no shader"], &["[1, 1] x [1, 1]ᵀ", "WGSL compilation failed", "expected global item"]),
+    (
+        "no_wgsl",
+        &["BEFORE=this is no shader"],
+        &["[1, 1] x [1, 1]ᵀ", "WGSL compilation failed", "expected global item"],
+    ),
     ("type_error", &["TEXT=sum += 1.5f;"], &["WGSL compilation failed"]),
     ("other_entry", &["ENTRY=\"other\""], &["[1, 1] x [1, 1]ᵀ", "other"]),
     (
@@ -122,8 +127,10 @@ fn a_text_that_hangs_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let mut config = config(&dir.path().join("cache"));
     config.plugins.patience = Duration::from_secs(15);
-    let text = "TEXT=while (p[1] == 7u) { rows[m].sum += 1; }";
-    let report = KernelManager::new(config).unwrap().verify_plugin(&build(dir.path(), "hangs", &[text])).unwrap();
+    // Mesa ends a loop after 65535 turns.
+    let text = "TEXT=while (p[1] == 7u) { while (p[1] == 7u) { while (p[1] == 7u) { rows[m].sum += 1; } } }";
+    let report =
+        KernelManager::new(config).unwrap().verify_plugin(&build(dir.path(), "hangs", &[text])).unwrap();
     let refusal = report.refusal.expect("it hangs").to_string();
     assert!(refusal.contains("[1, 31] x [7, 31]ᵀ") && refusal.contains("it hangs"), "{refusal}");
 }
@@ -141,7 +148,9 @@ fn what_the_device_lacks_leaves_the_kernels_for_the_cpu() {
         let Status::Unavailable(why) = &reports[1].status else { panic!("{name}: {reports:?}") };
         assert!(why.contains(reason), "{name}: {why}");
     }
-    for (name, defines) in [("canonical", &["NAME=\"canonical\""][..]), ("private", &["NAME=\"private\"", "PRIVATE"])] {
+    for (name, defines) in
+        [("canonical", &["NAME=\"canonical\""][..]), ("private", &["NAME=\"private\"", "PRIVATE"])]
+    {
         let path = build(dir.path(), name, defines);
         let reports = manager.load_plugin(&path).unwrap();
         assert_eq!((reports[1].target.as_str(), &reports[1].status), ("wgsl", &Status::Ready), "{name}");
@@ -169,7 +178,11 @@ fn a_models_logits_through_a_plugin_are_those_of_transformers() {
 
     let model_dir = repository_golden().join("hf/A-packed-auto");
     let device = Device::wgpu(Default::default());
-    let model = load(&model_dir, &device, &LoadOptions::default());
+    let load = |device: &Device| {
+        let checkpoint = Checkpoint::open(&model_dir, &Default::default()).unwrap();
+        BitNet::from_checkpoint(&checkpoint, device, &LoadOptions::default(), &mut |_| {}).unwrap()
+    };
+    let model = load(&device);
     let BitLinearWeight::Packed(weight) = &model.blocks[0].attention.q_proj.weight else { panic!("packed") };
     let words = weight.codes.val().dims();
     assert_eq!(words[0], 1, "q_proj is in the plugin's packing, not in canonical rows: {words:?}");
@@ -188,17 +201,19 @@ fn a_models_logits_through_a_plugin_are_those_of_transformers() {
     }
     let report = manager.report();
     let kernel = status("example-gpu/gemm");
-    assert!(kernel.calls > 0 && kernel.failures == 0 && kernel.sha256.is_some(), "{kernel:?}");
+    assert!(kernel.calls > 0 && kernel.failures.total() == 0 && kernel.sha256.is_some(), "{kernel:?}");
     assert_eq!((kernel.version.as_str(), kernel.layout.as_str()), ("0.1.0", "example-gpu/interleaved32"));
     assert!(report.fallbacks.is_empty() && report.reference_calls == 0, "{report:?}");
-    assert!(report.kernels.iter().all(|k| k.calls == 0 || k.kernel == "example-gpu/gemm" || k.target == "cpu"));
+    assert!(
+        report.kernels.iter().all(|k| k.calls == 0 || k.kernel == "example-gpu/gemm" || k.target == "cpu")
+    );
 
     // Saved and moved as any other: canonical codes, and on the host the same results.
     let layer: BitLinear = model.blocks[0].attention.q_proj.clone().into_canonical().unwrap();
     let BitLinearWeight::Packed(weight) = &layer.weight else { panic!("packed") };
     let n = layer.d_output();
     assert_eq!(weight.codes.val().dims()[0], n);
-    let flex = load(&model_dir, &Device::flex(), &LoadOptions::default());
+    let flex = load(&Device::flex());
     let host = flex.blocks[0].attention.q_proj.clone().into_canonical().unwrap();
     let BitLinearWeight::Packed(host) = &host.weight else { panic!("packed") };
     let codes = |weight: &bitnet_burn::nn::PackedWeight| -> Vec<u32> {

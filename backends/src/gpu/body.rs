@@ -11,11 +11,11 @@ use bitnet_burn_core::manager::{GpuKernel, KernelManager, ManagerError};
 use bitnet_burn_core::memory::Activations;
 use burn::backend::TensorMetadata;
 use burn::tensor::{DType, Shape};
+use burn_cubecl::cubecl::client::Client;
+use burn_cubecl::cubecl::server::{Handle, ServerError};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
-use burn_cubecl::cubecl::client::Client;
-use burn_cubecl::cubecl::server::{Handle, ServerError};
 
 use super::choice::GpuMatrix;
 use super::quantise::{Quantised, quantise};
@@ -62,7 +62,11 @@ pub(crate) fn bit_linear(
     })
 }
 
-pub(crate) fn bit_linear_backward(dy: CubeTensor, weights: TernaryWeights<B>, args: BitLinearArgs) -> CubeTensor {
+pub(crate) fn bit_linear_backward(
+    dy: CubeTensor,
+    weights: TernaryWeights<B>,
+    args: BitLinearArgs,
+) -> CubeTensor {
     let m = dy.shape()[0];
     let (client, device) = (dy.client.clone(), dy.device.clone());
     canonical_weights(manager(), weights.into_vec(), &args)
@@ -137,11 +141,11 @@ fn one_by_one(
     for ((matrix, weight), kernel) in args.matrices.iter().zip(weights).zip(kernels) {
         let mut output = None;
         if let (Some(gpu), Some(kernel)) = (gpu(matrix), kernel.as_ref().filter(|kernel| kernel.ready())) {
-            let part = Part { kernel, weights: &weight.codes.handle, scale: &weight.scale.handle, n: matrix.n };
+            let part =
+                Part { kernel, weights: &weight.codes.handle, scale: &weight.scale.handle, n: matrix.n };
             let scale = scale(&weight)?;
             let codes = canonical_bytes(manager, gpu, &weight)?;
-            let checked = run_checked(manager, x, &part, (&codes, scale));
-            match checked {
+            match run_checked(manager, x, &part, (&codes, scale))? {
                 Ok(y) => {
                     if kernel.ready() {
                         kernel.count();
@@ -151,7 +155,7 @@ fn one_by_one(
                 }
                 Err(reason) => {
                     gpu.choice.fail(kernel);
-                    manager.fallback_from_gpu(kernel, (m, matrix.n, k), reason);
+                    manager.gpu_failed(kernel, (m, matrix.n, k), reason)?;
                 }
             }
         }
@@ -195,30 +199,31 @@ pub(super) fn run(x: &CubeTensor, parts: &[Part]) -> (CubeTensor, Quantised) {
     (y, quantised.expect("one to three matrices"))
 }
 
-/// Runs a kernel, and compares its result with a trusted one, which is returned. A kernel that was wrong is in
-/// quarantine then.
+/// Runs a kernel, and compares its result with a trusted one, which is returned; or why it could not be run, in words.
+/// A kernel that was wrong is in quarantine then.
 ///
 /// # Errors
-/// In words, if the kernel could not be run.
+/// If it was wrong, and nobody may take over.
 pub(super) fn run_checked(
     manager: &KernelManager,
     x: &CubeTensor,
     part: &Part,
     (codes, scale): (&[u8], f32),
-) -> Result<Vec<f32>, String> {
+) -> Result<Result<Vec<f32>, String>, ManagerError> {
     // A driver may panic on what it does not expect.
-    let run = || {
+    let run = || -> Result<(Vec<f32>, Activations), ServerError> {
         let (y, quantised) = run(x, std::slice::from_ref(part));
-        let y: Vec<f32> = read(&x.client, &y.handle)?;
+        let y = read(&x.client, &y.handle)?;
         Ok((y, read_activations(&x.client, &quantised)?))
     };
-    let result: Result<(Vec<f32>, Activations), ServerError> =
-        catch_unwind(AssertUnwindSafe(run)).map_err(|_| "the device panicked".to_owned())?;
-    let (mut y, activations) = result.map_err(|error| words_of(&error))?;
-    manager
-        .check_first(part.kernel, (part.n, codes, scale), &activations, &mut y)
-        .map_err(|error| error.to_string())?;
-    Ok(y)
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Err(_) => Ok(Err("the device panicked".into())),
+        Ok(Err(error)) => Ok(Err(words_of(&error))),
+        Ok(Ok((mut y, activations))) => {
+            manager.check_first(part.kernel, (part.n, codes, scale), &activations, &mut y)?;
+            Ok(Ok(y))
+        }
+    }
 }
 
 /// Compares some results of the kernels whose turn it is; whether they are right.
@@ -240,7 +245,7 @@ fn spot_check(
             let own: Vec<f32> =
                 values.chunks_exact(total).flat_map(|row| &row[column..][..part.n]).copied().collect();
             let codes = canonical_bytes(manager, gpu, weight)?;
-            right &= manager.spot_check(part.kernel, (part.n, &codes, scale(weight)?), &x, &own);
+            right &= manager.spot_check(part.kernel, (part.n, &codes, scale(weight)?), &x, &own)?;
         }
         column += part.n;
     }
@@ -268,8 +273,7 @@ fn canonical_bytes(
     gpu: &GpuMatrix,
     weight: &TernaryWeight<B>,
 ) -> Result<Vec<u8>, ManagerError> {
-    let bytes: Vec<u8> =
-        read(&weight.codes.client, &weight.codes.handle).map_err(|error| lost(&error))?;
+    let bytes: Vec<u8> = read(&weight.codes.client, &weight.codes.handle).map_err(|error| lost(&error))?;
     match bytes.get(..gpu.weight_bytes()) {
         Some(bytes) => gpu.unpack(manager, bytes),
         None => Err(ManagerError::Operands(format!(
@@ -336,7 +340,8 @@ pub(super) fn words_of(error: &ServerError) -> String {
     let lines = text.lines().map(str::trim).filter(|line| {
         !line.is_empty() && *line != "Caused by:" && !WRAPPERS.iter().any(|wrapper| line.starts_with(wrapper))
     });
-    let lines: Vec<&str> = lines.take_while(|line| !line.to_lowercase().contains("backtrace")).take(20).collect();
+    let lines: Vec<&str> =
+        lines.take_while(|line| !line.to_lowercase().contains("backtrace")).take(20).collect();
     match lines.is_empty() {
         true => text.lines().next().unwrap_or_default().to_owned(),
         false => lines.join(" ").chars().take(600).collect(),

@@ -180,6 +180,7 @@ fn decide(
             times.min().unwrap_or(u64::MAX) as f64
         };
         let mut layouts: Vec<Option<String>> = decode.0.iter().map(|(kernel, _)| layout(kernel)).collect();
+        layouts.sort();
         layouts.dedup();
         for (ranking, most) in [decode, prefill] {
             if layouts.iter().any(|l| time(ranking, l) <= most) {
@@ -187,7 +188,8 @@ fn decide(
             }
         }
         let bytes = |kernel: &GpuKernel| kernel.weight_bytes(n, k).unwrap_or(usize::MAX);
-        let of_layouts = kernels.into_iter().filter(|kernel| layouts.contains(&layout(&Some(kernel.clone()))));
+        let of_layouts =
+            kernels.into_iter().filter(|kernel| layouts.contains(&layout(&Some(kernel.clone()))));
         if layouts.contains(&None) { None } else { of_layouts.min_by_key(bytes) }
     };
     Ok(Some(GpuChoice {
@@ -231,7 +233,8 @@ impl GpuChoice {
             let forced = kernels(manager, &self.device, m, self.n, self.k);
             return forced.into_iter().filter(reads).map(Some).collect();
         }
-        let ranking = measured(manager, &self.device, m, self.n, self.k).into_iter().map(|(kernel, _)| kernel);
+        let ranking =
+            measured(manager, &self.device, m, self.n, self.k).into_iter().map(|(kernel, _)| kernel);
         // The default body reads canonical weights: from a private layout they would be unpacked.
         ranking.filter(|kernel| kernel.as_ref().map_or(layout.is_none(), reads)).collect()
     }
@@ -271,12 +274,19 @@ fn measured_in_turn(manager: &KernelManager, device: &CubeDevice, m: usize, n: u
         Some(known) => known,
         None if manager.may_tune() => {
             // What is known for fewer rows tells what need not be tried for more.
-            let fewer = (bucket(m) > 0).then(|| measured_in_turn(manager, device, BUCKETS[bucket(m) - 1].1, n, k));
+            let fewer =
+                (bucket(m) > 0).then(|| measured_in_turn(manager, device, BUCKETS[bucket(m) - 1].1, n, k));
             let started = Instant::now();
             let measurements = measure(manager, device, (m, n, k), &kernels, fewer.as_ref());
             tracing::info!(signature, elapsed = ?started.elapsed(), "tuned");
             manager.remember(signature, measurements.clone(), started.elapsed());
             measurements
+        }
+        // The budget is spent: as for fewer rows.
+        None if bucket(m) > 0 => {
+            let fewer = measured_in_turn(manager, device, BUCKETS[bucket(m) - 1].1, n, k);
+            let may = |kernel: &GpuKernel| kernels.contains(kernel);
+            return fewer.into_iter().filter(|(kernel, _)| kernel.as_ref().is_none_or(may)).collect();
         }
         None => Vec::new(),
     };
@@ -311,12 +321,19 @@ fn measure(
     let weights = random.weights(n, k);
     let x: Vec<f32> = (0..m * k).map(|_| random.below(2001) as f32 / 1000.0 - 1.0).collect();
     let tensor = |bytes: &[u8], shape: Shape, dtype: DType| {
-        CubeTensor::new_contiguous(client.clone(), device.clone(), shape, client.create_from_slice(bytes), dtype)
+        CubeTensor::new_contiguous(
+            client.clone(),
+            device.clone(),
+            shape,
+            client.create_from_slice(bytes),
+            dtype,
+        )
     };
     let x = tensor(bytemuck::cast_slice(&x), Shape::new([m, k]), DType::F32);
     let scale = tensor(bytemuck::cast_slice(&[SCALE]), Shape::new([1]), DType::F32);
     let copies = if m <= 4 { (ROTATED / weights.len().max(1)).clamp(1, 8) } else { 1 };
-    let upload = |bytes: &[u8]| -> Vec<Handle> { (0..copies).map(|_| client.create_from_slice(bytes)).collect() };
+    let upload =
+        |bytes: &[u8]| -> Vec<Handle> { (0..copies).map(|_| client.create_from_slice(bytes)).collect() };
 
     let slower = |kernel: &Candidate| {
         let best = fewer?.iter().filter_map(|(_, ns)| *ns).min()?;
@@ -335,7 +352,14 @@ fn measure(
     for kernel in kernels.iter().cloned().map(Some).chain([None]) {
         let mut measurement = match &kernel {
             Some(kernel) => kernel.measurement(),
-            None => Measurement { kernel: DEFAULT_BODY.into(), median_ns: None, min_ns: None, runs: 0, note: None, rejected: false },
+            None => Measurement {
+                kernel: DEFAULT_BODY.into(),
+                median_ns: None,
+                min_ns: None,
+                runs: 0,
+                note: None,
+                rejected: false,
+            },
         };
         match slower(&kernel) {
             Some(note) => measurement.note = Some(note),
@@ -346,17 +370,18 @@ fn measure(
                         None => Ok(None),
                         Some(_) => manager.pack_for_gpu(kernel, n, k, &weights).map(Some),
                     };
-                    let tried = bytes.map_err(|error| error.to_string()).and_then(|packed| {
+                    let tried = bytes.and_then(|packed| {
                         let handles = upload(packed.as_ref().map_or(&weights[..], WeightBuffer::as_slice));
                         let part = Part { kernel, weights: &handles[0], scale: &scale.handle, n };
-                        body::run_checked(manager, &x, &part, (&weights, SCALE)).map(|_| handles)
+                        Ok(body::run_checked(manager, &x, &part, (&weights, SCALE))?.map(|_| handles))
                     });
                     match tried {
-                        Ok(handles) if kernel.ready() => {
+                        Ok(Ok(handles)) if kernel.ready() => {
                             racing.push((measurements.len(), Some(kernel.clone()), handles));
                         }
-                        Ok(_) => measurement.note = Some("its results were wrong".into()),
-                        Err(reason) => measurement.note = Some(reason),
+                        Ok(Ok(_)) => measurement.note = Some("its results were wrong".into()),
+                        Ok(Err(reason)) => measurement.note = Some(reason),
+                        Err(error) => measurement.note = Some(error.to_string()),
                     }
                 }
             },
@@ -381,7 +406,11 @@ fn measure(
                 None => {
                     let words = Shape::new([n, canonical::row_bytes(k) / 4]);
                     let codes = CubeTensor::new_contiguous(
-                        client.clone(), device.clone(), words, weights.clone(), DType::U32,
+                        client.clone(),
+                        device.clone(),
+                        words,
+                        weights.clone(),
+                        DType::U32,
                     );
                     let weight = TernaryWeight::<CubeBackend> { codes, scale: scale.clone() };
                     default::bit_linear(x.clone(), InputNorm::None, TernaryWeights::One(weight), &args)

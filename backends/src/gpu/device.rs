@@ -63,7 +63,8 @@ impl GpuDevice for Gpu {
                 y: create(bytemuck::cast_slice(y)),
             };
             text::launch(&self.client, source, (m, n), buffers.clone());
-            let read = |handle: &Handle| self.client.read_one(handle.clone()).map_err(|error| words_of(&error));
+            let read =
+                |handle: &Handle| self.client.read_one(handle.clone()).map_err(|error| words_of(&error));
             let output = read(&buffers.y)?;
             for (what, handle, bytes) in [
                 ("the weights", &buffers.weights, bytemuck::cast_slice::<_, u8>(&operands.weights)),

@@ -60,7 +60,9 @@ pub enum LowerError {
         found: usize,
     },
     /// It needs what the host does not bind.
-    #[error("the kernel uses scalars or the lengths of slices, which the host does not bind; the parameters hold sizes")]
+    #[error(
+        "the kernel uses scalars or the lengths of slices, which the host does not bind; the parameters hold sizes"
+    )]
     Info,
 }
 
@@ -81,9 +83,10 @@ pub fn wgsl<K: CubeKernel>(
     let [x, y, z] = workgroup;
     let settings =
         KernelSettings::new(CubeDim::new_3d(x, y, z).0, ExecutionMode::Unchecked, AddressType::U32);
-    let kernel = kernel(settings, Arc::new(portable_device()), Arc::new(TargetProperties::default()), &|| {
-        BufferCompilationArg { inplace: None }
-    });
+    let kernel =
+        kernel(settings, Arc::new(portable_device()), Arc::new(TargetProperties::default()), &|| {
+            BufferCompilationArg { inplace: None }
+        });
     let compile = |error: cubecl::CompilationError| LowerError::Compile(error.to_string());
     let definition = cubecl::define_kernel(&kernel).map_err(compile)?;
     let shader = WgslCompiler.compile(definition, &Default::default()).map_err(compile)?;
@@ -129,7 +132,8 @@ fn finish(source: &str) -> Result<String, LowerError> {
     let mut buffers = 0;
     for declaration in text.split("@binding(").skip(1) {
         let index = first_word(declaration).parse::<usize>().unwrap_or(usize::MAX);
-        let name = declaration.split("var<").nth(1).and_then(|rest| rest.split_once('>')).map(|(_, rest)| rest);
+        let name =
+            declaration.split("var<").nth(1).and_then(|rest| rest.split_once('>')).map(|(_, rest)| rest);
         let used = name.map(|name| first_word(name.trim_start())).is_some_and(|name| occurs(&text, name) > 1);
         match index {
             // What is not used is missing from the layout that the device makes.

@@ -96,9 +96,7 @@ pub(super) fn lacking(client: &Client, source: &GpuSource, features: &[String]) 
         .iter()
         .filter(|feature| match feature.as_str() {
             "subgroups" => !client.features().plane.contains(Plane::Ops),
-            "shader-f16" => {
-                client.properties().type_usage(ElemType::Float(FloatKind::F16)).is_empty()
-            }
+            "shader-f16" => client.properties().type_usage(ElemType::Float(FloatKind::F16)).is_empty(),
             _ => true,
         })
         .map(String::as_str)

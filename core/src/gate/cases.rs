@@ -133,10 +133,7 @@ pub(super) struct Case {
 impl Display for Case {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         let Self { m, n, k, .. } = self;
-        let values = match self.values {
-            Values::Random => "random values",
-            Values::Extreme => "extreme values",
-        };
+        let values = self.values();
         let tiling = match self.tiling {
             Tiling::Whole => "one tile",
             Tiling::Finest => "the smallest tiles",
@@ -177,7 +174,15 @@ pub(crate) fn check_in_process(kernel: &Kernel) -> Result<(), String> {
 pub(super) fn of_gpus() -> impl Iterator<Item = Case> {
     let ways = [(Place::End, Values::Random), (Place::Start, Values::Extreme)];
     SHAPES.iter().flat_map(move |&(m, n, k)| {
-        ways.map(|(place, values)| Case { m, n, k, tiling: Tiling::Whole, values, place, walls: Walls::Pages })
+        ways.map(|(place, values)| Case {
+            m,
+            n,
+            k,
+            tiling: Tiling::Whole,
+            values,
+            place,
+            walls: Walls::Pages,
+        })
     })
 }
 
@@ -241,6 +246,14 @@ pub(super) const POISON: f32 = f32::from_bits(0x7fc0_dead);
 pub(super) const SCALE: f32 = 0.037;
 
 impl Case {
+    /// What the matrices hold, in words.
+    pub(super) fn values(&self) -> &'static str {
+        match self.values {
+            Values::Random => "random values",
+            Values::Extreme => "extreme values",
+        }
+    }
+
     /// M, N, K.
     pub(super) fn shape(&self) -> (usize, usize, usize) {
         (self.m, self.n, self.k)
@@ -389,7 +402,13 @@ impl Case {
 
     /// The weights in the kernel's packing, packed range by range, from the last to the first, and
     /// unpacked again.
-    pub(super) fn pack(&self, kernel: &Kernel, canonical: &Walled, n: usize, k: usize) -> Result<Walled, String> {
+    pub(super) fn pack(
+        &self,
+        kernel: &Kernel,
+        canonical: &Walled,
+        n: usize,
+        k: usize,
+    ) -> Result<Walled, String> {
         let size = kernel.weight_bytes(n, k).ok_or_else(|| {
             format!("it supports the shape, and its packed_size of [{n}, {k}] is 0 or absurd")
         })?;

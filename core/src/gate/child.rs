@@ -117,7 +117,8 @@ fn try_plugin(
         let device = match &device {
             Ok(device) if device.target() == kernel.target() => device,
             Ok(device) => {
-                let reason = format!("it is for {}, and {} takes {}", kernel.target(), device.name(), device.target());
+                let reason =
+                    format!("it is for {}, and {} takes {}", kernel.target(), device.name(), device.target());
                 out.say(&Event::Unavailable { kernel: id.into(), reason });
                 continue;
             }

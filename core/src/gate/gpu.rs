@@ -37,7 +37,7 @@ pub(super) fn check(
             continue;
         }
         tried += 1;
-        announce(&format_args!("{case}, {}", device.name()));
+        announce(&format_args!("[{m}, {k}] x [{n}, {k}]ᵀ, {}, on {}", case.values(), device.name()));
         let (weights, mut x) = case.inputs(&mut random);
         let packed = case.weights(kernel, &weights);
         if let Some(changed) = float.changed() {
