@@ -534,6 +534,7 @@ fn measurements_decide_and_are_remembered() {
     for m in [1, 3, 8, 32] {
         let signature = format!("ternary m={m} n=96 k=512 device={} {name}", client.name());
         let measurements = manager.remembered(&signature, &kernels).expect("measured");
+        println!("{signature}: {measurements:?}");
         let names: Vec<_> = measurements.iter().map(|m| m.kernel.as_str()).collect();
         assert_eq!(names, ["right@1.2.3/no-text", "right@1.2.3/plain", "right@1.2.3/bytes", "default body"]);
         assert!(measurements[0].median_ns.is_none() && measurements[0].note.is_some(), "{measurements:?}");

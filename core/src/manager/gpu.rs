@@ -9,10 +9,11 @@ use std::time::Duration;
 use bitnet_burn_plugin::abi::Signature;
 use bitnet_burn_plugin::canonical;
 
-use super::watch::{SAMPLE_EVERY, SAMPLE_ROWS};
 use super::report::{EventKind, Failure};
+use super::watch::{SAMPLE_EVERY, SAMPLE_ROWS};
 use super::{
-    Choice, Entry, Fallback, FallbackPolicy, Job, KernelManager, ManagerError, Measurement, execute, lock, names, tune,
+    Choice, Entry, Fallback, FallbackPolicy, Job, KernelManager, ManagerError, Measurement, execute, lock,
+    names, tune,
 };
 use crate::gate::Stage;
 use crate::gpu::close;
@@ -137,8 +138,10 @@ impl KernelManager {
         if let Some(i) = (0..m * n).find(|&i| !close(y[i], trusted[i])) {
             let by = by.as_ref().map_or(super::REFERENCE, |entry| entry.kernel.id());
             let (row, column) = (i / n, i % n);
-            let reason =
-                format!("[{m}, {k}] x [{n}, {k}]ᵀ: y[{row}, {column}] = {:e}, {by} has {:e}", y[i], trusted[i]);
+            let reason = format!(
+                "[{m}, {k}] x [{n}, {k}]ᵀ: y[{row}, {column}] = {:e}, {by} has {:e}",
+                y[i], trusted[i]
+            );
             self.wrong_on_gpu(kernel, Stage::FirstUse, &reason, (m, n, k))?;
         }
         y.copy_from_slice(&trusted);

@@ -1,7 +1,7 @@
 //! A plugin whose kernels run on GPUs: source text in WGSL and in CUDA C++, which bitnet-burn compiles and launches on the
 //! device that the model is on. Copy this folder, change it, and `cargo build --release`.
 //!
-//! [`matmul.wgsl`](../matmul.wgsl) is the text, for one row of activations (a token) and, with the same packing, for eight.
+//! `src/matmul.wgsl` is the text, for one row of activations (a token) and, with the same packing, for eight.
 
 use std::ffi::CStr;
 use std::ops::Range;
