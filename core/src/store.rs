@@ -44,6 +44,9 @@ pub struct PluginConfig {
     pub helper: Option<PathBuf>,
     /// How long one case of the gate may take, before the plugin counts as hanging.
     pub patience: Duration,
+    /// Whether the helper has a GPU runtime. Kernels for GPUs that a helper without one did not try are tried again
+    /// then, whatever verdict there is.
+    pub gpu: bool,
 }
 
 impl Default for PluginConfig {
@@ -55,6 +58,7 @@ impl Default for PluginConfig {
             pins: None,
             helper: None,
             patience: Duration::from_secs(10),
+            gpu: false,
         }
     }
 }

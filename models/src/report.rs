@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bitnet_burn_core::manager::{Fallback, KernelReport, ManagerReport, REFERENCE};
+use bitnet_burn_core::manager::{Fallback, KernelReport, ManagerReport, REFERENCE, Strict};
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
@@ -86,8 +86,8 @@ pub struct Receipt {
     pub lm_head: Option<String>,
     /// Threads of the kernels.
     pub threads: usize,
-    /// Whether strict mode was on: no ternary matmul on the reference.
-    pub strict: bool,
+    /// What was an error instead of a fallback or a guess.
+    pub strict: Strict,
     /// Kernels that computed, with their calls.
     pub kernels: Vec<KernelReport>,
     /// Ternary matmuls that the reference computed.
@@ -269,7 +269,10 @@ impl fmt::Display for Tuning {
 
 impl fmt::Display for Receipt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let strict = if self.strict { ", strict mode" } else { "" };
+        let strict = match self.strict.any() {
+            true => format!(", strict mode ({})", self.strict),
+            false => String::new(),
+        };
         line(f, "device", format_args!("{}, {}{strict}", self.device, count(self.threads as u64, "thread")))?;
         let mut label = "kernels";
         if self.kernels.is_empty() {

@@ -486,7 +486,7 @@ fn strict_mode_names_what_is_missing() {
     let place = Place::new();
     let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "2", "--json", "--kernel", "t2-scalar"];
     let scalar = json(&ok(place.command(&call).env("BITNET_STRICT_MODE", "1")));
-    assert_eq!((&scalar["strict"], &scalar["reference_calls"]), (&true.into(), &0.into()));
+    assert_eq!((&scalar["strict"]["no_fallback"], &scalar["reference_calls"]), (&true.into(), &0.into()));
 
     let kernels = place.json(&["kernels", "--json"]);
     let fast = kernels["kernels"].as_array().unwrap().iter().find_map(|kernel| {

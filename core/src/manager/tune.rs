@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bitnet_burn_plugin::canonical;
 use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
 use super::execute::{self, Part, Scratch, run_parts};
+use super::slot::RACE_TURNS;
 use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, ManagerConfig, abi_weights, bucket, lock};
 use crate::cpu;
 use crate::gate::Stage;
@@ -53,7 +54,7 @@ pub struct Measurement {
 }
 
 impl Measurement {
-    fn none(entry: &Entry) -> Self {
+    pub(super) fn none(entry: &Entry) -> Self {
         Self { kernel: identity(entry), median_ns: None, min_ns: None, runs: 0, note: None, rejected: false }
     }
 }
@@ -107,14 +108,14 @@ pub struct Ranking {
 /// The measurements of a manager.
 #[derive(Debug)]
 pub(super) struct Tuner {
-    cache: Mutex<Cache>,
+    pub(super) cache: Mutex<Cache>,
     /// Rankings of this process, by signature and candidates.
     rankings: Mutex<HashMap<String, Ranking>>,
     /// One measurement at a time: two would measure each other.
     turn: Mutex<()>,
-    spent: AtomicU64,
-    tuned: AtomicU64,
-    cached: AtomicU64,
+    pub(super) spent: AtomicU64,
+    pub(super) tuned: AtomicU64,
+    pub(super) cached: AtomicU64,
 }
 
 impl Tuner {
@@ -144,7 +145,7 @@ impl Tuner {
 }
 
 /// How the cache names a kernel: with the exact build that was measured.
-fn identity(entry: &Entry) -> String {
+pub(super) fn identity(entry: &Entry) -> String {
     let (_, name) = entry.kernel.id().split_once('/').expect("an id is plugin/kernel");
     format!("{}/{name}", entry.kernel.plugin().identity())
 }
@@ -162,7 +163,7 @@ impl KernelManager {
                 .collect();
             return Ranking { rows, candidates, source: Source::OnlyCandidate };
         }
-        let signature = format!("ternary m={rows} n={n} k={k} threads={}", self.pool.threads());
+        let signature = self.signature_text(rows, n, k);
         let mut identities: Vec<_> = entries.iter().map(|entry| identity(entry)).collect();
         identities.sort();
         let key = format!("{signature} {}", identities.join(" "));
@@ -185,11 +186,12 @@ impl KernelManager {
                 None => Ranking { rows, candidates: unmeasured(entries), source: Source::Nearest(0) },
             }
         } else {
-            let started = Instant::now();
+            let started = self.config.probe.now();
             let measurements = self.measure(rows, n, k, &entries, fewer.as_ref());
-            self.tuner.spent.fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
+            let elapsed = self.config.probe.now().saturating_sub(started);
+            self.tuner.spent.fetch_add(elapsed.as_nanos() as u64, Ordering::Relaxed);
             self.tuner.tuned.fetch_add(1, Ordering::Relaxed);
-            tracing::info!(signature, elapsed = ?started.elapsed(), "tuned");
+            tracing::info!(signature, ?elapsed, "tuned");
             let entries: Vec<_> = entries.into_iter().filter(|entry| entry.ready()).collect();
             let candidates = ranked(&entries, &measurements).unwrap_or_else(|| unmeasured(entries));
             lock(&self.tuner.cache).insert(signature, measurements);
@@ -199,15 +201,34 @@ impl KernelManager {
         ranking
     }
 
+    /// Live calls have timed some of a ranking's kernels (by rank, nanoseconds on tuning's scale), and
+    /// another order came of it: the next ranking of the signature, and the next process, know.
+    pub(super) fn remeasured(&self, n: usize, k: usize, ranking: &Ranking, times: &[(usize, u64)]) {
+        let signature = self.signature_text(ranking.rows, n, k);
+        let mut cache = lock(&self.tuner.cache);
+        let Some(mut measurements) = cache.get(&signature).cloned() else { return };
+        for &(rank, time) in times {
+            let identity = identity(&ranking.candidates[rank].entry);
+            if let Some(known) = measurements.iter_mut().find(|m| m.kernel == identity) {
+                (known.median_ns, known.min_ns) = (Some(time), Some(time));
+                known.runs = RACE_TURNS as u32;
+                known.note = Some("compared again over live calls".into());
+            }
+        }
+        cache.insert(signature.clone(), measurements);
+        drop(cache);
+        lock(&self.tuner.rankings).retain(|key, _| !key.starts_with(&format!("{signature} ")));
+    }
+
+    fn signature_text(&self, rows: usize, n: usize, k: usize) -> String {
+        format!("ternary m={rows} n={n} k={k} threads={}", self.pool.threads())
+    }
+
     /// Another ranking of the same weights and candidates.
     fn nearest(&self, n: usize, k: usize, identities: &[String]) -> Option<Ranking> {
         let rankings = lock(&self.tuner.rankings);
         BUCKETS.iter().rev().find_map(|(_, rows)| {
-            let key = format!(
-                "ternary m={rows} n={n} k={k} threads={} {}",
-                self.pool.threads(),
-                identities.join(" ")
-            );
+            let key = format!("{} {}", self.signature_text(*rows, n, k), identities.join(" "));
             rankings.get(&key).cloned()
         })
     }
@@ -292,21 +313,22 @@ impl KernelManager {
             racing.push((i, buffers));
         }
 
-        let started = Instant::now();
+        let started = self.config.probe.now();
+        let elapsed = |since: Duration| self.config.probe.now().saturating_sub(since);
         let mut turn = 0;
         for round in 0..WARM_UP + RUNS {
             // The first runs tell what a round costs; large matmuls need no warm-up of milliseconds.
             if racing.is_empty()
-                || (started.elapsed() > SIGNATURE_BUDGET && racing.iter().all(|(i, _)| !times[*i].is_empty()))
+                || (elapsed(started) > SIGNATURE_BUDGET && racing.iter().all(|(i, _)| !times[*i].is_empty()))
             {
                 break;
             }
-            let counted = round >= WARM_UP || started.elapsed() > SIGNATURE_BUDGET / 8;
+            let counted = round >= WARM_UP || elapsed(started) > SIGNATURE_BUDGET / 8;
             for (i, buffers) in &racing {
                 turn += 1;
-                let clock = Instant::now();
+                let clock = self.config.probe.now();
                 let result = self.run_once(&entries[*i], &buffers[turn % buffers.len()], n, k, &x, &mut y);
-                let elapsed = clock.elapsed().as_nanos() as u64;
+                let elapsed = elapsed(clock).as_nanos() as u64;
                 match result {
                     Ok(()) if counted => times[*i].push(elapsed),
                     Ok(()) => {}

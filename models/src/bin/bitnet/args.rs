@@ -101,7 +101,7 @@ pub enum DeviceKind {
     Flex,
     /// The CPU through NdArray, with the kernels of plugins
     Ndarray,
-    /// A GPU through wgpu, with Burn's own operations
+    /// A GPU through wgpu, with Burn's own operations and plugins' kernels for GPUs
     Wgpu,
 }
 

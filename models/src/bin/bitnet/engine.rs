@@ -45,13 +45,9 @@ impl KernelArgs {
         if self.kernel.is_some() {
             config.force.clone_from(&self.kernel);
         }
-        let strict = config.strict;
         let (manager, errors) = manager::configure(config, &self.plugins)?;
         let mut refused = Vec::new();
         for error in errors {
-            if strict {
-                return Err(error).context("strict mode: a plugin is refused");
-            }
             let text = output::in_one_line(error);
             output::warning(format_args!("{text}; it is not used"));
             refused.push(text);

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use bitnet_burn::core::cpu;
-use bitnet_burn::core::manager::{KernelManager, KernelReport, LayoutPolicy, ManagerReport, Source, Status};
+use bitnet_burn::core::manager::{
+    KernelManager, KernelReport, LayoutPolicy, ManagerReport, Source, Status, Strict,
+};
 use clap::Args;
 use serde::Serialize;
 
@@ -73,7 +75,7 @@ impl FromStr for Shape {
 struct Output {
     cpu: Cpu,
     threads: usize,
-    strict: bool,
+    strict: Strict,
     kernels: Vec<KernelReport>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     refused_plugins: Vec<String>,

@@ -38,7 +38,8 @@ Environment (a flag wins over its variable):
   BITNET_PLUGIN_PATH  kernel plugins: absolute files and directories, as in PATH (--plugin)
   BITNET_PLUGIN_PINS  file of SHA-256 pins: no other plugin is loaded (`bitnet plugins trust`)
   BITNET_CPU_MASK     CPU features to act as if the machine lacked them, separated by commas
-  BITNET_STRICT_MODE  1: a ternary matmul that no kernel can compute is an error, and so is a refused plugin
+  BITNET_STRICT_MODE  what is an error: 1 for all, or some of no-fallback, quantised-kernels, gated-plugins
+                      and plausible-figures, separated by commas
   BITNET_CACHE_DIR    where measurements of kernels and verdicts on plugins are kept; empty: nowhere;
                       default: the user's cache directory
   RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn

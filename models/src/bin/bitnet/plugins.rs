@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use bitnet_burn::core::gate::{self, Report, Stage};
+use bitnet_burn::backends::manager;
+use bitnet_burn::core::gate::{Report, Stage};
 use bitnet_burn::core::manager::KernelManager;
 use bitnet_burn::core::store::{self, Known, PluginStore};
 use bitnet_burn::core::{ManagerConfig, cpu, files};
@@ -105,7 +106,7 @@ pub struct GateChildArgs {
 impl GateChildArgs {
     /// Does not return: the process belongs to the plugin.
     pub fn run(self) -> ! {
-        std::process::exit(gate::child(self.arguments.into_iter()))
+        std::process::exit(manager::gate_child(self.arguments.into_iter()))
     }
 }
 
@@ -165,7 +166,10 @@ fn describe(report: &Report) -> String {
         .map(|kernel| {
             let result = match &kernel.unavailable {
                 Some(reason) => format!("not tried on this machine: {reason}"),
-                None => format!("{} cases passed", kernel.cases),
+                None => {
+                    let on = kernel.device.as_ref().map_or(String::new(), |device| format!(" on {device}"));
+                    format!("{} cases passed{on}", kernel.cases)
+                }
             };
             vec![format!("  {}", kernel.kernel), result]
         })
