@@ -642,6 +642,15 @@ pub struct CheckReport {
     pub bytes: u64,
 }
 
+/// A part of what a checkpoint is read from.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// A file.
+    File(PathBuf),
+    /// Bytes that were in memory from the start, and what stands for their path.
+    Memory(PathBuf, Bytes),
+}
+
 /// What a kind of file must answer. Names and rules are the implementation's.
 pub(crate) trait Source: Send + Sync {
     fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError>;
@@ -650,6 +659,7 @@ pub(crate) trait Source: Send + Sync {
     fn embedding(&self) -> Result<DenseTensor, LoadError>;
     fn output(&self) -> Result<Option<DenseTensor>, LoadError>;
     fn tokenizer_source(&self) -> TokenizerSource;
+    fn contents(&self) -> Vec<Content>;
     fn tensors(&self) -> Vec<TensorInfo>;
     fn metadata(&self) -> Vec<(String, String)>;
     /// Gives the pages of mapped files back to the system.
@@ -788,6 +798,12 @@ impl Checkpoint {
     /// again comes from the file again.
     pub fn release(&self) {
         self.source.release();
+    }
+
+    /// What the model is read from: the GGUF file, or the weights, configurations and tokenizer of a Hugging
+    /// Face directory, where they are there.
+    pub fn contents(&self) -> Vec<Content> {
+        self.source.contents()
     }
 
     /// Where to find the tokenizer.

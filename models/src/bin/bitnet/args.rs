@@ -80,6 +80,10 @@ pub struct EngineArgs {
     /// How the output projection (lm_head) is computed; its weights are always the file's
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
     pub lm_head: LmHead,
+    /// Write a receipt, which `bitnet receipt check` checks: model, machine, kernels and plugins with their
+    /// hashes, settings, prompt and figures. Reads the model's files once more
+    #[arg(long, value_name = "FILE")]
+    pub receipt: Option<PathBuf>,
 }
 
 impl EngineArgs {
@@ -223,6 +227,24 @@ impl From<LmHead> for HeadMode {
         match mode {
             LmHead::File => Self::File,
             LmHead::Int8 => Self::Int8,
+        }
+    }
+}
+
+impl From<HeadMode> for LmHead {
+    fn from(mode: HeadMode) -> Self {
+        match mode {
+            HeadMode::File => Self::File,
+            HeadMode::Int8 => Self::Int8,
+        }
+    }
+}
+
+impl From<CacheType> for KvCacheType {
+    fn from(kind: CacheType) -> Self {
+        match kind {
+            CacheType::F32 => Self::F32,
+            CacheType::F16 => Self::F16,
         }
     }
 }

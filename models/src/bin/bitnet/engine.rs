@@ -1,6 +1,6 @@
 //! From flags to a model that is ready, with what the report wants to know about the way there.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -9,8 +9,10 @@ use bitnet_burn::bitnet::{BitNet, LoadOptions, LoadProgress};
 use bitnet_burn::checkpoint::Checkpoint;
 use bitnet_burn::core::ManagerConfig;
 use bitnet_burn::core::manager::{KernelManager, ManagerReport};
-use bitnet_burn::report::{ModelSummary, Receipt};
+use bitnet_burn::receipt::{GenerationRecord, Receipt};
+use bitnet_burn::report::{Execution, ModelSummary};
 use bitnet_burn::tokenizer::Tokenizer;
+use serde::Serialize;
 
 use crate::args::{EngineArgs, KernelArgs, LmHead};
 use crate::output;
@@ -136,11 +138,25 @@ impl EngineArgs {
 
 impl Engine {
     /// Which kernels have computed since the engine was made.
-    pub fn receipt(&self) -> Receipt {
-        let mut receipt = Receipt::between(self.device, &self.before, &self.kernels.manager.report());
-        receipt.lm_head = Some(self.model.head_name());
-        receipt.tuning.seconds = self.tuning.map(|time| time.as_secs_f64());
-        receipt.refused_plugins.clone_from(&self.kernels.refused);
-        receipt
+    pub fn execution(&self) -> Execution {
+        let mut execution = Execution::between(self.device, &self.before, &self.kernels.manager.report());
+        execution.lm_head = Some(self.model.head_name());
+        execution.tuning.seconds = self.tuning.map(|time| time.as_secs_f64());
+        execution.refused_plugins.clone_from(&self.kernels.refused);
+        execution
+    }
+
+    /// Writes a receipt of `report`, the whole report of the subcommand `command`.
+    pub fn write_receipt(
+        &self,
+        path: &Path,
+        command: &str,
+        report: &impl Serialize,
+        generation: Option<GenerationRecord>,
+    ) -> anyhow::Result<()> {
+        let receipt = Receipt::new(command, &self.checkpoint, report, generation)
+            .context("cannot make a receipt")?
+            .to_text()?;
+        output::write_file(path, |out| Ok(out.write_all(receipt.as_bytes())?))
     }
 }

@@ -10,6 +10,7 @@ mod logits;
 mod output;
 mod perplexity;
 mod plugins;
+mod receipt;
 mod run;
 mod synth;
 mod tokenize;
@@ -44,7 +45,7 @@ Environment (a flag wins over its variable):
                       default: the user's cache directory
   RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn
 
-Exit status: 0 done, 1 error, 2 wrong usage.
+Exit status: 0 done, 1 error, 2 wrong usage; `receipt check` has more.
 
 Examples:
   bitnet run --model model.gguf --prompt 'The capital of France is'
@@ -68,6 +69,7 @@ enum Command {
     Export(export::ExportArgs),
     Convert(export::ConvertArgs),
     Plugins(plugins::PluginsArgs),
+    Receipt(receipt::ReceiptArgs),
     #[command(hide = true)]
     GateChild(plugins::GateChildArgs),
 }
@@ -88,10 +90,15 @@ fn main() -> ExitCode {
         Command::Export(args) => export::export(args),
         Command::Convert(args) => export::convert(args),
         Command::Plugins(args) => plugins::run(args),
+        Command::Receipt(args) => return exit(receipt::run(args)),
         Command::GateChild(args) => args.run(),
     };
+    exit(result.map(|()| ExitCode::SUCCESS))
+}
+
+fn exit(result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // Whoever read our output has seen enough: `bitnet inspect ... | head`.
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {

@@ -1,5 +1,7 @@
 //! The program `bitnet`, as its users and other programs see it: on a small synthetic model, end to end.
 
+mod receipt;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -429,6 +431,7 @@ fn wrong_usage_is_exit_code_2() {
         "export",
         "convert",
         "plugins",
+        "receipt",
     ] {
         let help = place.ok(&[command, "--help"]);
         assert!(help.contains("Examples:") && help.contains(&format!("bitnet {command}")), "{help}");
