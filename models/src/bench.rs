@@ -5,11 +5,12 @@
 //! throttled machines change their speed from minute to minute, and two figures from two runs say nothing
 //! about each other.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bitnet_burn_backends::manager::manager;
-use bitnet_burn_backends::ops;
+use bitnet_burn_backends::{ops, peak};
 use bitnet_burn_core::cpu;
 use bitnet_burn_core::formats::canonical;
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
@@ -420,22 +421,52 @@ impl ReadStream {
     pub fn gb_per_s(&self, pool: &Pool) -> f64 {
         let clock = Instant::now();
         pool.run(self.map.len() / PIECE, &|i| {
-            std::hint::black_box(sum(&self.map[i * PIECE..(i + 1) * PIECE]));
+            std::hint::black_box(peak::read(&self.map[i * PIECE..(i + 1) * PIECE]));
         });
         self.map.len() as f64 / clock.elapsed().as_secs_f64() / 1e9
     }
 }
 
-/// Sums words in eight vectors' worth of independent accumulators, so that loads are all it waits for.
-fn sum(bytes: &[u8]) -> u64 {
-    const LANES: usize = 64;
-    let mut sums = [0u64; LANES];
-    for block in bytes.as_chunks::<{ LANES * 8 }>().0 {
-        for (sum, word) in sums.iter_mut().zip(block.as_chunks::<8>().0) {
-            *sum = sum.wrapping_add(u64::from_ne_bytes(*word));
-        }
+/// What this machine can do at most, on the threads of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Roof {
+    /// A read-only stream over more than the caches hold: 10^9 bytes a second.
+    pub read_gb_per_s: f64,
+    /// int8 multiply-adds on registers alone, with the instruction that the built-in kernels use: 10^9 a
+    /// second. Absent where they have none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub multiply_adds_g_per_s: Option<f64>,
+}
+
+impl Roof {
+    /// Measures both, several times, and takes the best: what holds it up is other programs' load.
+    ///
+    /// # Errors
+    /// If there is no memory for the stream's buffer.
+    pub fn measure(pool: &Pool) -> std::io::Result<Self> {
+        let stream = ReadStream::new(ReadStream::default_bytes(), pool)?;
+        let best = |samples: [f64; SAMPLES]| samples.into_iter().fold(0.0, f64::max);
+        Ok(Self {
+            read_gb_per_s: best(std::array::from_fn(|_| stream.gb_per_s(pool))),
+            multiply_adds_g_per_s: peak::multiply_adds(1)
+                .map(|_| best(std::array::from_fn(|_| multiply_adds_g_per_s(pool)))),
+        })
     }
-    sums.iter().fold(0, |a, &b| a.wrapping_add(b))
+}
+
+const SAMPLES: usize = 5;
+
+/// One sample of some milliseconds on the pool's threads.
+fn multiply_adds_g_per_s(pool: &Pool) -> f64 {
+    /// A tenth of a millisecond or so, so that threads which begin late still find some.
+    const ROUNDS: u32 = 50_000;
+    let tasks = pool.threads() * 64;
+    let done = AtomicU64::new(0);
+    let clock = Instant::now();
+    pool.run(tasks, &|_| {
+        done.fetch_add(peak::multiply_adds(ROUNDS).unwrap_or(0), Ordering::Relaxed);
+    });
+    done.into_inner() as f64 / clock.elapsed().as_secs_f64() / 1e9
 }
 
 #[cfg(test)]
@@ -455,7 +486,7 @@ mod tests {
         let stream = ReadStream::new(3 * PIECE - 5, &pool).unwrap();
         assert_eq!(stream.map.len(), 3 * PIECE);
         let word = u64::from_ne_bytes([0x5a; 8]);
-        assert_eq!(sum(&stream.map), word.wrapping_mul((stream.map.len() / 8) as u64));
+        assert_eq!(peak::read(&stream.map), word.wrapping_mul((stream.map.len() / 8) as u64));
         assert!(stream.gb_per_s(&pool) > 0.0);
     }
 }

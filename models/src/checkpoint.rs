@@ -433,6 +433,19 @@ impl Projection {
     /// All seven, in the order in which a layer uses them.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
+    /// `q`, `gate` ...
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q => "q",
+            Self::K => "k",
+            Self::V => "v",
+            Self::O => "o",
+            Self::Gate => "gate",
+            Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
+
     /// (N, K): output and input features.
     pub fn shape(self, config: &ModelConfig) -> (usize, usize) {
         match self {

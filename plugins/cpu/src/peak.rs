@@ -1,7 +1,8 @@
-//! What a core could do at most: the instruction that the kernels multiply with, on registers alone.
+//! What a core could do at most: multiply on registers alone, with the kernels' instruction; and read.
 //!
-//! No kernel of this crate gets there, since each also loads, unpacks and adds up. It is the roof that their
-//! times are compared with, and a figure above it was not measured.
+//! No kernel of this crate gets to the first, since each also loads, unpacks and adds up, nor, with weights that
+//! come from memory, to the second. They are the roof that times are compared with, and a figure above it was not
+//! measured.
 
 /// Multiplies int8 values and adds the products up for a while on this thread, with the widest instruction that
 /// the kernels of this crate would use here; returns how many multiply-adds that were. `None` where the crate
@@ -9,6 +10,19 @@
 pub fn multiply_adds(rounds: u32) -> Option<u64> {
     let per_round = run(rounds.max(1))?;
     Some(u64::from(rounds.max(1)) * per_round)
+}
+
+/// Reads bytes, and does nothing with them but to add them up as words, in several independent sums so that
+/// loads are all it waits for; up to 511 bytes at the end are left out.
+pub fn read(bytes: &[u8]) -> u64 {
+    const LANES: usize = 64;
+    let mut sums = [0u64; LANES];
+    for block in bytes.as_chunks::<{ LANES * 8 }>().0 {
+        for (sum, word) in sums.iter_mut().zip(block.as_chunks::<8>().0) {
+            *sum = sum.wrapping_add(u64::from_ne_bytes(*word));
+        }
+    }
+    sums.iter().fold(0, |a, &b| a.wrapping_add(b))
 }
 
 /// Independent sums: more than an instruction's latency times the units that execute it.

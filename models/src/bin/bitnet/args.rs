@@ -7,6 +7,7 @@ use bitnet_burn::bitnet::HeadMode;
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn::config::Activation;
 use bitnet_burn::core::formats::DenseFormat;
+use bitnet_burn::core::manager::Strict;
 use bitnet_burn::nn::CacheType;
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
@@ -59,6 +60,17 @@ pub struct KernelArgs {
     /// A kernel plugin, or a directory of them: runs their code; may be repeated
     #[arg(long = "plugin", value_name = "PATH", help_heading = "Kernels")]
     pub plugins: Vec<PathBuf>,
+    /// Make errors of what else is slower or less certain: everything, or some of no-fallback,
+    /// quantised-kernels, gated-plugins and plausible-figures
+    #[arg(
+        long,
+        value_name = "NAMES",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all",
+        help_heading = "Kernels"
+    )]
+    pub strict: Option<Strict>,
 }
 
 /// Which files, kernels and device, and how much memory for the context.

@@ -15,27 +15,29 @@ use bitnet_burn::tokenizer::Tokenizer;
 use serde::Serialize;
 
 use crate::args::{EngineArgs, KernelArgs, LmHead};
-use crate::output;
+use crate::{output, settings};
 
-/// The process's kernel manager, set up from the environment and the flags.
+/// The process's kernel manager, set up from the configuration and the flags.
 pub struct Kernels {
     pub manager: &'static KernelManager,
     /// Plugins that were refused, with the reasons.
     pub refused: Vec<String>,
 }
 
-/// This program, as the helper in which plugins are tried.
-pub fn helper() -> anyhow::Result<PathBuf> {
-    std::env::current_exe().context("cannot find this program's file, which tries plugins")
+/// The configuration below the flags, with this program as the gate's helper, and the file that it comes from
+/// besides the environment.
+pub fn config() -> anyhow::Result<(ManagerConfig, Option<PathBuf>)> {
+    let (mut config, file) = settings::manager()?;
+    config.plugins.helper =
+        Some(std::env::current_exe().context("cannot find this program's file, which tries plugins")?);
+    Ok((config, file))
 }
 
 impl KernelArgs {
-    /// Sets the manager up from the environment and the flags. What is refused is reported, and in strict
+    /// Sets the manager up from the configuration and the flags. What is refused is reported, and in strict
     /// mode an error.
     pub fn configure(&self) -> anyhow::Result<Kernels> {
-        let mut config = ManagerConfig::from_env()?;
-        config.plugins.helper = Some(helper()?);
-        self.configure_with(config)
+        self.configure_with(config()?.0)
     }
 
     /// The same with another configuration below the flags.
@@ -45,6 +47,9 @@ impl KernelArgs {
         }
         if self.kernel.is_some() {
             config.force.clone_from(&self.kernel);
+        }
+        if let Some(strict) = self.strict {
+            config.strict = strict;
         }
         let (manager, errors) = manager::configure(config, &self.plugins)?;
         let mut refused = Vec::new();

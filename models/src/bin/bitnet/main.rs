@@ -12,6 +12,7 @@ mod perplexity;
 mod plugins;
 mod receipt;
 mod run;
+mod settings;
 mod synth;
 mod tokenize;
 mod train;
@@ -32,7 +33,7 @@ struct Cli {
 }
 
 const ENVIRONMENT: &str = "\
-Environment (a flag wins over its variable):
+Environment (a flag wins over its variable, a variable over the configuration file):
   BITNET_THREADS      threads of the kernels (--threads); default: one per physical core
   BITNET_KERNEL       use this kernel alone (--kernel)
   BITNET_PLUGINS      off: no kernel plugin is loaded; user: the user's plugin directory too
@@ -43,6 +44,7 @@ Environment (a flag wins over its variable):
                       and plausible-figures, separated by commas
   BITNET_CACHE_DIR    where measurements of kernels and verdicts on plugins are kept; empty: nowhere;
                       default: the user's cache directory
+  BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if there is one
   RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn
 
 Exit status: 0 done, 1 error, 2 wrong usage; `receipt check` has more.
