@@ -5,7 +5,6 @@
 //! throttled machines change their speed from minute to minute, and two figures from two runs say nothing
 //! about each other.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -378,7 +377,7 @@ fn wait(tensor: Tensor<2>) -> Result<(), GenerateError> {
     Ok(())
 }
 
-/// A buffer in huge pages that no cache holds, and a loop that only reads it.
+/// A buffer in huge pages, and a loop that only reads it.
 #[derive(Debug)]
 pub struct ReadStream {
     map: MmapMut,
@@ -417,12 +416,18 @@ impl ReadStream {
         Ok(Self { map })
     }
 
+    fn pieces(&self) -> usize {
+        self.map.len() / PIECE
+    }
+
+    fn read(&self, piece: usize) {
+        std::hint::black_box(peak::read(&self.map[piece * PIECE..(piece + 1) * PIECE]));
+    }
+
     /// Reads it once on the pool's threads: 10^9 bytes a second.
     pub fn gb_per_s(&self, pool: &Pool) -> f64 {
         let clock = Instant::now();
-        pool.run(self.map.len() / PIECE, &|i| {
-            std::hint::black_box(peak::read(&self.map[i * PIECE..(i + 1) * PIECE]));
-        });
+        pool.run(self.pieces(), &|i| self.read(i));
         self.map.len() as f64 / clock.elapsed().as_secs_f64() / 1e9
     }
 }
@@ -430,7 +435,7 @@ impl ReadStream {
 /// What this machine can do at most, on the threads of a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Roof {
-    /// A read-only stream over more than the caches hold: 10^9 bytes a second.
+    /// A read-only stream: 10^9 bytes a second.
     pub read_gb_per_s: f64,
     /// int8 multiply-adds on registers alone, with the instruction that the built-in kernels use: 10^9 a
     /// second. Absent where they have none.
@@ -439,34 +444,46 @@ pub struct Roof {
 }
 
 impl Roof {
-    /// Measures both, several times, and takes the best: what holds it up is other programs' load.
+    /// Measures both, the stream over `bytes` (as many as what is compared with it reads).
     ///
     /// # Errors
     /// If there is no memory for the stream's buffer.
-    pub fn measure(pool: &Pool) -> std::io::Result<Self> {
-        let stream = ReadStream::new(ReadStream::default_bytes(), pool)?;
-        let best = |samples: [f64; SAMPLES]| samples.into_iter().fold(0.0, f64::max);
+    pub fn measure(pool: &Pool, bytes: usize) -> std::io::Result<Self> {
+        let stream = ReadStream::new(bytes, pool)?;
+        let read = undisturbed(pool, stream.pieces(), &|i| stream.read(i));
+        let multiply = |_| peak::multiply_adds(ROUNDS);
+        let multiply_adds = peak::multiply_adds(1).and_then(|_| multiply(0));
         Ok(Self {
-            read_gb_per_s: best(std::array::from_fn(|_| stream.gb_per_s(pool))),
-            multiply_adds_g_per_s: peak::multiply_adds(1)
-                .map(|_| best(std::array::from_fn(|_| multiply_adds_g_per_s(pool)))),
+            read_gb_per_s: PIECE as f64 * read,
+            multiply_adds_g_per_s: multiply_adds.map(|products| {
+                products as f64
+                    * undisturbed(pool, pool.threads() * 32, &|i| {
+                        std::hint::black_box(multiply(i));
+                    })
+            }),
         })
     }
 }
 
-const SAMPLES: usize = 5;
+/// Rounds of products of a tenth of a millisecond or so.
+const ROUNDS: u32 = 50_000;
 
-/// One sample of some milliseconds on the pool's threads.
-fn multiply_adds_g_per_s(pool: &Pool) -> f64 {
-    /// A tenth of a millisecond or so, so that threads which begin late still find some.
-    const ROUNDS: u32 = 50_000;
-    let tasks = pool.threads() * 64;
-    let done = AtomicU64::new(0);
-    let clock = Instant::now();
-    pool.run(tasks, &|_| {
-        done.fetch_add(peak::multiply_adds(ROUNDS).unwrap_or(0), Ordering::Relaxed);
-    });
-    done.into_inner() as f64 / clock.elapsed().as_secs_f64() / 1e9
+/// How often a nanosecond the pool does such a task, by what the quick tenth of them took: tasks are much
+/// shorter than the turns that the system gives to programs, so that those of other programs are left out.
+fn undisturbed(pool: &Pool, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> f64 {
+    const PASSES: usize = 5;
+    let times = Mutex::new(Vec::with_capacity(PASSES * tasks));
+    for _ in 0..PASSES {
+        pool.run(tasks, &|i| {
+            let clock = Instant::now();
+            task(i);
+            times.lock().unwrap_or_else(PoisonError::into_inner).push(clock.elapsed());
+        });
+    }
+    let mut times = times.into_inner().unwrap_or_else(PoisonError::into_inner);
+    times.sort_unstable();
+    let time = times.get(times.len() / 10).map_or(1, |time| time.as_nanos().max(1));
+    pool.threads() as f64 / time as f64
 }
 
 #[cfg(test)]

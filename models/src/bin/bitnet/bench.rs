@@ -86,6 +86,9 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     })?;
     bar.finish_and_clear();
     let execution = engine.execution();
+    let decodes = result.decode_by_context.iter().map(|at| at.decode_tokens_per_s);
+    let decode = decodes.chain(result.decode_tokens_per_s.map(|spread| spread.max)).reduce(f64::max);
+    engine.check_figures(&execution, result.prefill_tokens_per_s.map(|spread| spread.max), decode)?;
     let output = Output {
         model: &engine.summary,
         config: engine.checkpoint.config(),

@@ -9,6 +9,7 @@ use bitnet_burn::bitnet::{BitNet, LoadOptions, LoadProgress};
 use bitnet_burn::checkpoint::Checkpoint;
 use bitnet_burn::core::ManagerConfig;
 use bitnet_burn::core::manager::{KernelManager, ManagerReport};
+use bitnet_burn::plausible;
 use bitnet_burn::receipt::{GenerationRecord, Receipt};
 use bitnet_burn::report::{Execution, ModelSummary};
 use bitnet_burn::tokenizer::Tokenizer;
@@ -149,6 +150,19 @@ impl Engine {
         execution.tuning.seconds = self.tuning.map(|time| time.as_secs_f64());
         execution.refused_plugins.clone_from(&self.kernels.refused);
         execution
+    }
+
+    /// In strict mode, that the machine can have what was measured, in tokens a second.
+    pub fn check_figures(
+        &self,
+        execution: &Execution,
+        prefill: Option<f64>,
+        decode: Option<f64>,
+    ) -> anyhow::Result<()> {
+        if execution.strict.plausible_figures {
+            plausible::check(&self.model, execution, self.kernels.manager.pool(), prefill, decode)?;
+        }
+        Ok(())
     }
 
     /// Writes a receipt of `report`, the whole report of the subcommand `command`.

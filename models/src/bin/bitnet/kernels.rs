@@ -13,7 +13,7 @@ use bitnet_burn::core::cpu;
 use bitnet_burn::core::formats::canonical;
 use bitnet_burn::core::manager::{
     Candidate, KernelManager, KernelReport, LayoutPolicy, ManagerReport, REFERENCE, Ranking, Source, Status,
-    Strict,
+    Strict, rotation_bytes,
 };
 use bitnet_burn::report::{count, human_bytes};
 use clap::Args;
@@ -239,7 +239,8 @@ pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
     let roof = match wanted.is_empty() {
         true => None,
         false => Some(
-            Roof::measure(kernels.manager.pool()).context("no memory to measure the read bandwidth with")?,
+            Roof::measure(kernels.manager.pool(), rotation_bytes())
+                .context("no memory to measure the read bandwidth with")?,
         ),
     };
     let mut explanations = Vec::new();

@@ -226,6 +226,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     report.load_seconds = Some(engine.load_seconds);
     report.seed = (options.sampling.temperature > 0.0).then_some(options.sampling.seed);
     report.kv_cache_bytes = Some(cache.bytes());
+    engine.check_figures(&report.execution, Some(report.prefill_tokens_per_s), report.decode_tokens_per_s)?;
     if let Some(path) = &args.report {
         output::write_file(path, |out| {
             serde_json::to_writer_pretty(&mut *out, &report)?;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail};
 use bitnet_burn::core::ManagerConfig;
-use bitnet_burn::core::manager::Strict;
+use bitnet_burn::core::manager::{FallbackPolicy, Strict};
 use bitnet_burn::core::store;
 use toml::{Table, Value};
 
@@ -48,6 +48,7 @@ struct Settings {
     threads: Option<usize>,
     kernel: Option<String>,
     strict_mode: Option<Strict>,
+    fallback: Option<FallbackPolicy>,
     /// The inner one: the directory, `None` for keeping nothing.
     cache_dir: Option<Option<PathBuf>>,
 }
@@ -59,7 +60,7 @@ enum Plugins {
     User,
 }
 
-const KEYS: &str = "plugins, plugin_path, plugin_pins, threads, kernel, strict_mode, cache_dir";
+const KEYS: &str = "plugins, plugin_path, plugin_pins, threads, kernel, strict_mode, fallback, cache_dir";
 
 impl Settings {
     fn parse(text: &str) -> anyhow::Result<Self> {
@@ -101,6 +102,10 @@ impl Settings {
                         _ => return Err(wrong(&"true, false, or names in a string")),
                     });
                 }
+                "fallback" => {
+                    let policy = value.as_str().ok_or_else(|| wrong(&"the name of a policy in a string"))?;
+                    settings.fallback = Some(policy.parse().map_err(|expected: &str| wrong(&expected))?);
+                }
                 _ => bail!("there is no key `{key}` (= {value}); there are {KEYS}"),
             }
         }
@@ -125,6 +130,7 @@ impl Settings {
         set(is_set, "BITNET_THREADS", self.threads, |threads| config.threads = threads);
         set(is_set, "BITNET_KERNEL", self.kernel, |kernel| config.force = Some(kernel));
         set(is_set, "BITNET_STRICT_MODE", self.strict_mode, |strict| config.strict = strict);
+        set(is_set, "BITNET_FALLBACK", self.fallback, |fallback| config.fallback = fallback);
         set(is_set, "BITNET_CACHE_DIR", self.cache_dir, |dir| config.cache_dir = dir);
     }
 }

@@ -38,9 +38,9 @@ pub fn html(output: &Output, roof: &Roof) -> String {
 const LEGEND: &str = "\
 <p class=\"legend\"><span><i class=\"key chosen\"></i> chosen</span><span><i class=\"key\"></i> other candidates</span>\
 <span><i class=\"key roof\"></i> the roof: what this machine can do at most</span></p>
-<p class=\"muted\">Longer is faster. For one token, a matmul has to read all of its weights: the roof is the memory's \
-read bandwidth. For many tokens it has to multiply: the roof is multiply-adds on registers alone, without a load. Bytes \
-count at 2 bits a weight. Small weights that a cache held, and packings denser than 2 bits, may pass the memory's roof.</p>
+<p class=\"muted\">Longer is faster. For one token, a matmul has to read all of its weights: the roof is how fast \
+memory is read. For many tokens it has to multiply: the roof is multiply-adds on registers alone, without a load. Bytes \
+count at 2 bits a weight.</p>
 ";
 
 /// Explanations of the same weights, together.
@@ -58,7 +58,7 @@ fn shapes(explanations: &[Explanation]) -> Vec<Vec<&Explanation>> {
 
 fn push_summary(page: &mut String, shapes: &[Vec<&Explanation>]) {
     page.push_str(
-        "<table class=\"summary\">\n<thead><tr><th>Weights</th><th>Used by</th><th>Tokens</th><th>Kernel</th>\
+        "<div class=\"wide\"><table class=\"summary\">\n<thead><tr><th>Weights</th><th>Used by</th><th>Tokens</th><th>Kernel</th>\
          <th class=\"n\">Time</th><th class=\"n\">Of the roof</th></tr></thead>\n<tbody>\n",
     );
     for explanations in shapes {
@@ -86,7 +86,7 @@ fn push_summary(page: &mut String, shapes: &[Vec<&Explanation>]) {
             );
         }
     }
-    page.push_str("</tbody>\n</table>\n");
+    page.push_str("</tbody>\n</table></div>\n");
 }
 
 fn push_shape(page: &mut String, explanations: &[&Explanation], roof: &Roof) {
@@ -141,6 +141,12 @@ fn push_chart(page: &mut String, explanation: &Explanation, roof: &Roof) {
     let line = top.map_or(String::new(), |top| format!(" style=\"--at:{:.2}%\"", top / scale * 100.0));
     for candidate in candidates {
         push_bar(page, candidate, candidate.kernel == *chosen, scale, limit, &line);
+    }
+    if top.is_some_and(|top| fastest > top) {
+        page.push_str(
+            "<p class=\"muted\">Beyond the roof: a cache held the weights, they are denser than 2 bits, or the machine \
+             was busier while the roof was measured.</p>\n",
+        );
     }
     page.push_str("</figure>\n");
 }
@@ -272,9 +278,9 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 thead th { color: var(--muted); font-weight: 600; white-space: nowrap; }
 th.n, td.n { text-align: right; }
-tbody th { white-space: nowrap; }
+tbody th, td code { white-space: nowrap; }
 tr.chosen td { font-weight: 600; }
-.summary { margin: 1.6rem 0; min-width: 60%; }
+.summary { margin: .8rem 0 1.6rem; min-width: 60%; }
 .wide { overflow-x: auto; margin-top: .8rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; margin-bottom: .6rem; }
 .key { display: inline-block; width: 1.4rem; height: .8rem; border-radius: 2px; background: var(--bar);
