@@ -512,6 +512,31 @@ fn strict_mode_names_what_is_missing() {
     assert_eq!(report["token_ids"], scalar["token_ids"]);
 }
 
+/// Figures that are true pass; what is strict is in every report.
+#[test]
+fn strictness_is_chosen_on_the_command_line_and_reported() {
+    let place = Place::new();
+    let run = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "4", "--json"];
+    let all = place.json(&[&run[..], &["--strict"]].concat());
+    for name in ["no_fallback", "quantised_kernels", "gated_plugins", "plausible_figures"] {
+        assert_eq!(all["strict"][name], true, "{name}");
+    }
+    let some = place.json(&[&run[..], &["--strict=plausible-figures", "--receipt", "r.json"]].concat());
+    assert_eq!(
+        (&some["strict"]["plausible_figures"], &some["strict"]["no_fallback"]),
+        (&true.into(), &false.into())
+    );
+    let receipt: Value = serde_json::from_slice(&std::fs::read(place.path("r.json")).unwrap()).unwrap();
+    assert_eq!(receipt["report"]["strict"], some["strict"]);
+    let mut weaker = place.command(&[&run[..], &["--strict=0"]].concat());
+    assert_eq!(json(&ok(weaker.env("BITNET_STRICT_MODE", "1")))["strict"]["no_fallback"], false);
+    let bench = ["bench", "-m", "model.gguf", "-p", "8", "-n", "2", "--repetitions", "1", "--strict"];
+    assert!(place.ok(&bench).contains("strict mode (no-fallback, "));
+    let usage = place.command(&[&run[..], &["--strict=very"]].concat()).output().unwrap();
+    assert_eq!(usage.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&usage.stderr).contains("plausible-figures"));
+}
+
 #[test]
 fn a_refused_plugin_does_not_keep_the_others_from_being_used() {
     let place = Place::new();
