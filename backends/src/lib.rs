@@ -24,6 +24,8 @@ mod host_backend;
 pub mod manager;
 pub mod ops;
 
+pub use bitnet_burn_cpu::peak;
+
 pub use extension::{
     AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Kernels, Matrix, NoInt8,
     SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,

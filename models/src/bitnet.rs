@@ -25,6 +25,7 @@ use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
 use burn::module::{Module, Param, ParamId};
 use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection};
 use crate::config::{Activation, ModelConfig};
@@ -173,7 +174,8 @@ impl Default for LoadOptions {
 }
 
 /// How the output projection (lm_head) is computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum HeadMode {
     /// f32 activations.
     #[default]

@@ -16,6 +16,7 @@ use std::sync::{Mutex, PoisonError};
 use super::{FormatError, f16_at};
 use crate::pool::Pool;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
+use serde::{Deserialize, Serialize};
 
 /// Weights in a Q8_0 or Q4_0 block.
 pub const QK: usize = 32;
@@ -29,7 +30,7 @@ pub const Q4_0_BYTES: usize = 18;
 pub const Q6_K_BYTES: usize = 210;
 
 /// How a dense tensor stores its values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[allow(non_camel_case_types)] // the names are the field's
 pub enum DenseFormat {
     /// IEEE 754 single precision.

@@ -38,7 +38,7 @@ pub use self::report::{
     Event, EventKind, Failures, Fallback, KernelReport, ManagerReport, REFERENCE, Status,
 };
 pub use self::slot::{DRIFT, PROBATION_AFTER, RACE_TURNS, SAMPLE_EVERY, TRIAL_CALLS, WINDOW};
-pub use self::tune::{Candidate, Measurement, Ranking, Source};
+pub use self::tune::{Candidate, Measurement, Ranking, Source, rotation_bytes};
 use crate::cpu;
 use crate::gate;
 use crate::memory::{WeightArena, WeightBuffer};

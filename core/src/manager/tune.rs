@@ -105,6 +105,12 @@ pub struct Ranking {
     pub source: Source,
 }
 
+/// Bytes that the weights of a measurement of few rows rotate through: what the cache near a core does not
+/// hold. (A cache of many hundred megabytes, shared by a whole server, counts as memory.)
+pub fn rotation_bytes() -> usize {
+    cpu::last_level_cache().unwrap_or(32 << 20).clamp(8 << 20, 64 << 20) * 2
+}
+
 /// The measurements of a manager.
 #[derive(Debug)]
 pub(super) struct Tuner {
@@ -251,11 +257,7 @@ impl KernelManager {
 
         // Decode finds its weights in memory, not in cache: rotate over copies that no cache holds.
         let one = n * canonical::row_bytes(k);
-        let copies = if m <= 4 {
-            (cpu::last_level_cache().unwrap_or(32 << 20).clamp(8 << 20, 64 << 20) * 2 / one).clamp(1, 64)
-        } else {
-            1
-        };
+        let copies = if m <= 4 { (rotation_bytes() / one).clamp(1, 64) } else { 1 };
         let mut layouts: Vec<(Option<&str>, Result<_, _>)> = Vec::new();
         for entry in entries {
             let layout = entry.kernel.layout();

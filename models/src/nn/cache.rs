@@ -2,10 +2,12 @@
 
 use bitnet_burn_backends::ops;
 use burn::tensor::{DType, Device, Shape, Tensor};
+use serde::{Deserialize, Serialize};
 
 /// Type of the cached keys and values. They are always read back through it, so results do not depend
 /// on how a prompt was cut into chunks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CacheType {
     /// 4 bytes a value.
     #[default]

@@ -17,11 +17,13 @@
 //!
 //! # Layout of this crate
 //! `generic` holds the loops over tiles, written once; `arch` says, per instruction set, how one block
-//! is multiplied; [`quantise`], [`tile`], [`trits`] and [`lut`] are the data formats on both sides.
+//! is multiplied; [`quantise`], [`tile`], [`trits`] and [`lut`] are the data formats on both sides; [`peak`] is the
+//! roof above them.
 
 mod arch;
 mod generic;
 pub mod lut;
+pub mod peak;
 pub mod quantise;
 pub mod tile;
 pub mod trits;

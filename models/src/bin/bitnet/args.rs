@@ -7,6 +7,7 @@ use bitnet_burn::bitnet::HeadMode;
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn::config::Activation;
 use bitnet_burn::core::formats::DenseFormat;
+use bitnet_burn::core::manager::Strict;
 use bitnet_burn::nn::CacheType;
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
@@ -59,6 +60,17 @@ pub struct KernelArgs {
     /// A kernel plugin, or a directory of them: runs their code; may be repeated
     #[arg(long = "plugin", value_name = "PATH", help_heading = "Kernels")]
     pub plugins: Vec<PathBuf>,
+    /// Make errors of what else is slower or less certain: everything, or some of no-fallback,
+    /// quantised-kernels, gated-plugins and plausible-figures
+    #[arg(
+        long,
+        value_name = "NAMES",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all",
+        help_heading = "Kernels"
+    )]
+    pub strict: Option<Strict>,
 }
 
 /// Which files, kernels and device, and how much memory for the context.
@@ -80,6 +92,10 @@ pub struct EngineArgs {
     /// How the output projection (lm_head) is computed
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
     pub lm_head: LmHead,
+    /// Write a receipt, which `bitnet receipt check` checks: model, machine, kernels and plugins with their
+    /// hashes, settings, prompt and figures. Reads the model's files once more
+    #[arg(long, value_name = "FILE")]
+    pub receipt: Option<PathBuf>,
 }
 
 impl EngineArgs {
@@ -236,6 +252,24 @@ impl From<LmHead> for HeadMode {
             LmHead::Q8_0 => Self::Requantised(DenseFormat::Q8_0),
             LmHead::Q6_K => Self::Requantised(DenseFormat::Q6_K),
             LmHead::Q4_0 => Self::Requantised(DenseFormat::Q4_0),
+        }
+    }
+}
+
+impl From<HeadMode> for LmHead {
+    fn from(mode: HeadMode) -> Self {
+        match mode {
+            HeadMode::File => Self::File,
+            HeadMode::Int8 => Self::Int8,
+        }
+    }
+}
+
+impl From<CacheType> for KvCacheType {
+    fn from(kind: CacheType) -> Self {
+        match kind {
+            CacheType::F32 => Self::F32,
+            CacheType::F16 => Self::F16,
         }
     }
 }

@@ -10,7 +10,9 @@ mod logits;
 mod output;
 mod perplexity;
 mod plugins;
+mod receipt;
 mod run;
+mod settings;
 mod synth;
 mod tokenize;
 mod train;
@@ -31,7 +33,7 @@ struct Cli {
 }
 
 const ENVIRONMENT: &str = "\
-Environment (a flag wins over its variable):
+Environment (a flag wins over its variable, a variable over the configuration file):
   BITNET_THREADS      threads of the kernels (--threads); default: one per physical core
   BITNET_KERNEL       use this kernel alone (--kernel)
   BITNET_PLUGINS      off: no kernel plugin is loaded; user: the user's plugin directory too
@@ -42,9 +44,10 @@ Environment (a flag wins over its variable):
                       and plausible-figures, separated by commas
   BITNET_CACHE_DIR    where measurements of kernels and verdicts on plugins are kept; empty: nowhere;
                       default: the user's cache directory
+  BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if there is one
   RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn
 
-Exit status: 0 done, 1 error, 2 wrong usage.
+Exit status: 0 done, 1 error, 2 wrong usage; `receipt check` has more.
 
 Examples:
   bitnet run --model model.gguf --prompt 'The capital of France is'
@@ -68,6 +71,7 @@ enum Command {
     Export(export::ExportArgs),
     Convert(export::ConvertArgs),
     Plugins(plugins::PluginsArgs),
+    Receipt(receipt::ReceiptArgs),
     #[command(hide = true)]
     GateChild(plugins::GateChildArgs),
 }
@@ -88,10 +92,15 @@ fn main() -> ExitCode {
         Command::Export(args) => export::export(args),
         Command::Convert(args) => export::convert(args),
         Command::Plugins(args) => plugins::run(args),
+        Command::Receipt(args) => return exit(receipt::run(args)),
         Command::GateChild(args) => args.run(),
     };
+    exit(result.map(|()| ExitCode::SUCCESS))
+}
+
+fn exit(result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // Whoever read our output has seen enough: `bitnet inspect ... | head`.
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
