@@ -75,7 +75,8 @@ impl TernaryMatrix {
     }
 
     /// Canonical codes in the layout that the fastest kernels of this machine read, on a device in
-    /// host memory; canonical on any other.
+    /// host memory; canonical on any other. While
+    /// [memory is low](bitnet_burn_core::KernelManager::memory_is_low), canonical too.
     ///
     /// # Errors
     /// If no kernel may compute the shape, or it can't be packed.
@@ -86,10 +87,25 @@ impl TernaryMatrix {
         k: usize,
         device: &Device,
     ) -> Result<Self, ManagerError> {
+        Self::prepared_in(LayoutPolicy::Any, codes, scale, n, k, device)
+    }
+
+    /// [`prepared`](Self::prepared) in a layout that the policy allows.
+    ///
+    /// # Errors
+    /// As [`prepared`](Self::prepared).
+    pub fn prepared_in(
+        policy: LayoutPolicy,
+        codes: bytes::Bytes,
+        scale: f32,
+        n: usize,
+        k: usize,
+        device: &Device,
+    ) -> Result<Self, ManagerError> {
         if !is_host(device) {
             return Ok(Self::canonical(codes, scale, n, k, device));
         }
-        let (choice, packed) = manager().prepare(n, k, LayoutPolicy::Any, &codes)?;
+        let (choice, packed) = manager().prepare(n, k, policy, &codes)?;
         match packed {
             Packed::Canonical => {
                 Ok(Self { choice: Some(choice), ..Self::canonical(codes, scale, n, k, device) })

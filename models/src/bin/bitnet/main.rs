@@ -40,6 +40,7 @@ Environment (a flag wins over its variable):
   BITNET_CPU_MASK     CPU features to act as if the machine lacked them, separated by commas
   BITNET_STRICT_MODE  what is an error: 1 for all, or some of no-fallback, quantised-kernels, gated-plugins
                       and plausible-figures, separated by commas
+  BITNET_FALLBACK     when the kernel in use fails or becomes slow: never, on-error, threshold:1.5, adaptive
   BITNET_CACHE_DIR    where measurements of kernels and verdicts on plugins are kept; empty: nowhere;
                       default: the user's cache directory
   RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn
