@@ -94,7 +94,8 @@ impl TernaryMatrix {
         }
     }
 
-    /// Canonical codes in the layout that the fastest kernels for the device read.
+    /// Canonical codes in the layout that the fastest kernels for the device read; canonical where there are
+    /// none, and in host memory while [memory is low](bitnet_burn_core::KernelManager::memory_is_low).
     ///
     /// # Errors
     /// If no kernel may compute the shape, or it can't be packed.
@@ -105,8 +106,23 @@ impl TernaryMatrix {
         k: usize,
         device: &Device,
     ) -> Result<Self, ManagerError> {
+        Self::prepared_in(LayoutPolicy::Any, codes, scale, n, k, device)
+    }
+
+    /// [`prepared`](Self::prepared) in a layout that the policy allows.
+    ///
+    /// # Errors
+    /// As [`prepared`](Self::prepared).
+    pub fn prepared_in(
+        policy: LayoutPolicy,
+        codes: bytes::Bytes,
+        scale: f32,
+        n: usize,
+        k: usize,
+        device: &Device,
+    ) -> Result<Self, ManagerError> {
         let (choice, packed) = if is_host(device) {
-            let (choice, packed) = manager().prepare(n, k, LayoutPolicy::Any, &codes)?;
+            let (choice, packed) = manager().prepare(n, k, policy, &codes)?;
             (Kernels::Host(choice), packed)
         } else {
             match on_gpu(&codes, n, k, device)? {

@@ -253,6 +253,38 @@ impl BitNet {
         Ok(Self::assemble(config, options.quantise_activations, embedding, blocks, norm, output))
     }
 
+    /// Drops the private packings of kernels, for when memory is short
+    /// ([`KernelManager::memory_is_low`](bitnet_burn_core::KernelManager::memory_is_low)): the layers read
+    /// canonical weights from then on, where `checkpoint`, the one that the model was built from, has them.
+    /// Those of a GGUF file of type I2_S are in the memory map, and need no other memory; what the file has
+    /// in another form takes as much as its packing did. Results stay the same, bit for bit.
+    ///
+    /// The number of bytes of the packings.
+    ///
+    /// # Errors
+    /// If a tensor can't be read any more, or a kernel refuses. Layers before it have changed then, and the
+    /// model is whole.
+    pub fn release_packings(&mut self, checkpoint: &Checkpoint) -> Result<usize, ModelError> {
+        let mut released = 0;
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            for (which, layer) in Projection::ALL.into_iter().zip(block.projections_mut()) {
+                let Some(matrix) = layer.matrix() else { continue };
+                let Some(choice) = matrix.choice.filter(|choice| choice.layout().is_some()) else { continue };
+                let t = checkpoint.projection(i, which)?;
+                let device = matrix.codes.device();
+                let matrix =
+                    TernaryMatrix::prepared_in(LayoutPolicy::Canonical, t.codes, t.scale, t.n, t.k, &device)?;
+                let canonical = BitLinear::from_matrix(matrix);
+                layer.weight = canonical.weight;
+                released += choice.weight_bytes();
+            }
+        }
+        if released > 0 {
+            tracing::info!(released, "private packings were dropped; weights are read as the file has them");
+        }
+        Ok(released)
+    }
+
     /// A model in the training state, on a device with or without gradients: latent weights and float
     /// embeddings, by their names and shapes in a Hugging Face checkpoint ([N, K] and `[K]`), all asked for
     /// in the same order every time. Without `quantise` it is BitNet's float twin: the same model with its

@@ -8,7 +8,9 @@ use std::time::Duration;
 use super::choice::Choice;
 use super::report::{Event, EventKind, Failure};
 use super::slot::Change;
-use super::{Entry, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Status, bucket, lock};
+use super::{
+    Entry, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Memory, Status, bucket, lock,
+};
 
 /// Memory is short below this fraction of all there is.
 const LOW_MEMORY: u64 = 16;
@@ -49,6 +51,10 @@ pub(super) struct MemoryWatch {
     told: AtomicBool,
     /// Nanoseconds on the clock.
     next_look: AtomicU64,
+}
+
+fn available(memory: Memory) -> String {
+    format!("{} of {} MiB are available", memory.available >> 20, memory.total >> 20)
 }
 
 /// The kernel for a call.
@@ -121,15 +127,18 @@ impl KernelManager {
         let elapsed = to.saturating_sub(from);
         job.choice.slot(m).timed(turn.rank, (call, m), (elapsed, to), self.policy, usable, &mut changes);
         self.record(job.choice, m, changes);
-        self.look_at_memory(to, 0);
+        self.look_at_memory(to);
     }
 
     /// A kernel failed: demoted, unless there is nothing else that may compute.
-    pub(super) fn demote(&self, choice: &Choice, m: usize, rank: usize, reason: String) {
+    /// Whether it was.
+    pub(super) fn demote(&self, choice: &Choice, m: usize, rank: usize, reason: String) -> bool {
         let repacked = choice.packer.as_ref().is_some_and(|packer| packer.watch.is_some());
         let keep_last = !self.config.strict.allows_reference() && !repacked;
         let change = choice.slot(m).failed(rank, reason, self.policy, keep_last);
+        let demoted = change.is_some();
         self.record(choice, m, change.into_iter().collect());
+        demoted
     }
 
     fn record(&self, choice: &Choice, m: usize, changes: Vec<Change>) {
@@ -186,47 +195,55 @@ impl KernelManager {
     /// New weights stay in the canonical layout then, and whoever holds weights in a private packing may
     /// move those back.
     pub fn memory_is_low(&self) -> bool {
-        self.look_at_memory(self.config.probe.now(), 0)
+        self.look_at_memory(self.config.probe.now());
+        self.memory.low.load(Ordering::Relaxed) || self.memory.told.load(Ordering::Relaxed)
     }
 
-    /// Looks at the memory, if it has not just been done; `wanted` are bytes that are to be taken.
-    pub(super) fn look_at_memory(&self, now: Duration, wanted: u64) -> bool {
-        let watch = &self.memory;
-        let told = watch.told.load(Ordering::Relaxed);
+    /// Looks at the memory, if that has not just been done.
+    fn look_at_memory(&self, now: Duration) {
         let now = now.as_nanos() as u64;
-        let due = watch.next_look.load(Ordering::Relaxed);
-        let was_low = watch.low.load(Ordering::Relaxed);
-        if now < due && wanted == 0 {
-            return told || was_low;
+        if now >= self.memory.next_look.load(Ordering::Relaxed)
+            && let Some(memory) = self.config.probe.memory()
+        {
+            self.memory.next_look.store(now + MEMORY_EVERY.as_nanos() as u64, Ordering::Relaxed);
+            self.note_memory(memory);
         }
-        watch.next_look.store(now + MEMORY_EVERY.as_nanos() as u64, Ordering::Relaxed);
-        let Some(memory) = self.config.probe.memory() else { return told };
-        let low = memory.available < memory.total / LOW_MEMORY + wanted;
-        if watch.low.swap(low, Ordering::Relaxed) != low {
-            let text = format!("{} of {} MiB are available", memory.available >> 20, memory.total >> 20);
+    }
+
+    fn note_memory(&self, memory: Memory) {
+        let low = memory.available < memory.total / LOW_MEMORY;
+        if self.memory.low.swap(low, Ordering::Relaxed) != low {
             let kind = if low { EventKind::LowMemory } else { EventKind::MemoryBack };
-            self.event(kind, None, None, text);
+            self.event(kind, None, None, available(memory));
         }
-        told || low
     }
 
     /// The layouts that new weights [n, k] may have, memory considered.
     pub(super) fn allowed_layouts(&self, n: usize, k: usize, policy: LayoutPolicy) -> LayoutPolicy {
+        if policy == LayoutPolicy::Canonical || self.memory.told.load(Ordering::Relaxed) {
+            return LayoutPolicy::Canonical;
+        }
+        let Some(memory) = self.config.probe.memory() else { return policy };
+        self.note_memory(memory);
         // As much as two bits a weight.
         let wanted = (n as u64).saturating_mul(k as u64) / 4;
-        match policy {
-            LayoutPolicy::Any if self.look_at_memory(self.config.probe.now(), wanted) => {
-                LayoutPolicy::Canonical
-            }
-            policy => policy,
+        let least = memory.total / LOW_MEMORY;
+        if memory.available >= least.saturating_add(wanted) {
+            return policy;
         }
+        if memory.available >= least {
+            let reason = format!("{}, and a packing would take {} MiB", available(memory), wanted >> 20);
+            self.event(EventKind::LowMemory, None, Some((1, n, k)), reason);
+        }
+        LayoutPolicy::Canonical
     }
 
     /// Tells the manager something that it can't see. The number of shapes (with their
     /// [bucket](super::BUCKETS) of rows) that are computed differently from now on, as far as that is known.
     ///
-    /// What is asked for is done whatever the [`FallbackPolicy`] says: that is for what happens by itself.
-    /// Results are the same bits in any case.
+    /// What is asked for is done under every [`FallbackPolicy`] but `Never` (and strict mode's `no_fallback`),
+    /// under which kernels stay as they were chosen, and only what is said of the memory counts. Results are
+    /// the same bits in any case.
     ///
     /// ```
     /// use bitnet_burn_core::manager::{Feedback, KernelManager, ManagerConfig};
@@ -246,6 +263,7 @@ impl KernelManager {
         match feedback {
             // What is not a number is not enough.
             Feedback::Speed { measured, goal } if measured >= goal => Ok(0),
+            Feedback::Speed { .. } | Feedback::Retune if self.policy == FallbackPolicy::Never => Ok(0),
             Feedback::Speed { .. } | Feedback::Retune => {
                 let in_use = self.in_use();
                 let slots = in_use.iter().flat_map(|choice| choice.slots());
@@ -262,14 +280,16 @@ impl KernelManager {
                 if !self.entries().iter().any(|entry| super::names(&entry.kernel, &kernel)) {
                     return Err(self.unknown_kernel(&kernel));
                 }
+                if self.policy == FallbackPolicy::Never {
+                    return Ok(0);
+                }
                 let mut count = 0;
                 for choice in self.in_use() {
                     for (rows, slot) in choice.slots() {
                         let candidates = slot.known().map_or(&[][..], |ranking| &ranking.candidates);
                         let rank = candidates.iter().position(|c| super::names(&c.entry.kernel, &kernel));
                         if let Some(rank) = rank {
-                            count += 1;
-                            self.demote(&choice, rows, rank, reason.clone());
+                            count += usize::from(self.demote(&choice, rows, rank, reason.clone()));
                         }
                     }
                 }

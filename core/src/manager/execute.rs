@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use bitnet_burn_plugin::abi::{self, Output, Tile};
 use bitnet_burn_plugin::canonical;
+use smallvec::{SmallVec, smallvec};
 
 use super::adapt::Turn;
 use super::choice::Repacked;
@@ -24,6 +25,9 @@ use crate::reference;
 const ACTIVATION_BLOCK: usize = 480 << 10;
 /// A task should read at least so many bytes of weights, or the fork-join costs more than it wins.
 const MIN_TASK_BYTES: usize = 16 << 10;
+
+/// One for each matrix of a matmul: there are at most three in a model, so that nothing is allocated.
+type Few<T> = SmallVec<[T; 4]>;
 
 /// Workspaces, kept from call to call.
 #[derive(Debug, Default)]
@@ -79,14 +83,14 @@ pub(super) fn run_parts(
     x: &Activations,
     y: &mut [f32],
     stride: usize,
-) -> Vec<Option<KernelFailure>> {
+) -> Few<Option<KernelFailure>> {
     let m = x.m();
     let abi_x = x.as_abi();
-    let mut failures: Vec<Option<KernelFailure>> = parts.iter().map(|_| None).collect();
+    let mut failures: Few<Option<KernelFailure>> = parts.iter().map(|_| None).collect();
 
     // Parts of one kernel share its workspace.
-    let mut workspaces: Vec<(&abi::Kernel, AlignedBytes)> = Vec::new();
-    let mut workspace_of = vec![usize::MAX; parts.len()];
+    let mut workspaces: Few<(&abi::Kernel, AlignedBytes)> = Few::new();
+    let mut workspace_of: Few<usize> = smallvec![usize::MAX; parts.len()];
     for (i, part) in parts.iter().enumerate() {
         let raw = part.kernel.raw();
         if let Some(known) = workspaces.iter().position(|(kernel, _)| std::ptr::eq(*kernel, raw)) {
@@ -116,9 +120,9 @@ pub(super) fn run_parts(
 
     let grid = Grid::new(pool.threads(), parts, m, x.stride());
     let output = SharedOutput(y.as_mut_ptr());
-    let first_failure: Vec<AtomicU32> = parts.iter().map(|_| AtomicU32::new(0)).collect();
+    let first_failure: Few<AtomicU32> = parts.iter().map(|_| AtomicU32::new(0)).collect();
     let messages: Mutex<Vec<(usize, KernelFailure)>> = Mutex::default();
-    let skip: Vec<bool> = failures.iter().map(Option::is_some).collect();
+    let skip: Few<bool> = failures.iter().map(Option::is_some).collect();
     pool.run(grid.tasks(), &|task| {
         let (i, tile) = grid.tile(task);
         if skip[i] || first_failure[i].load(Ordering::Relaxed) != 0 {
@@ -153,7 +157,7 @@ struct Grid {
     m: usize,
     m_block: usize,
     /// Per part: rows of a tile, number of row ranges, output features, first task.
-    parts: Vec<(usize, usize, usize, usize)>,
+    parts: Few<(usize, usize, usize, usize)>,
     tasks: usize,
 }
 
@@ -426,7 +430,7 @@ impl KernelManager {
             return Ok(());
         }
         let start = |job| Pending { job, tried: 0, failed: None, turn: None };
-        let mut pending: Vec<Pending> = jobs.iter().map(start).collect();
+        let mut pending: Few<Pending> = jobs.iter().map(start).collect();
         while !pending.is_empty() {
             for Pending { job, tried, failed, turn } in &mut pending {
                 *turn = self.select(job, m, *tried)?;
@@ -439,9 +443,9 @@ impl KernelManager {
                 }
             }
             pending.retain(|pending| pending.turn.is_some());
-            let together: Vec<Part> = pending.iter().filter_map(|pending| pending.part(false)).collect();
+            let together: Few<Part> = pending.iter().filter_map(|pending| pending.part(false)).collect();
             let mut failures = match together.is_empty() {
-                true => Vec::new(),
+                true => Few::new(),
                 false => run_parts(&self.pool, &self.scratch, &together, x, y, stride),
             }
             .into_iter();

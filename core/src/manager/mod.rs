@@ -512,9 +512,10 @@ impl KernelManager {
     }
 
     /// Chooses kernels for weights [n, k], measuring where that has not been done on this machine:
-    /// which layout decides the speed of decode (M = 1); within 5 % of each other, that of prefill
-    /// (M = 32); within 5 % again, the lower memory use. While [memory is low](Self::memory_is_low), the
-    /// layout is the canonical one.
+    /// which layout decides the speed of decode (M = 1); within noise of each other, that of prefill
+    /// (M = 32); within noise again, the lower memory use. Noise is how much longer the median of the fastest
+    /// took than its fastest run, at least 5 % and at most 15 %. While
+    /// [memory is low](Self::memory_is_low), the layout is the canonical one.
     ///
     /// # Errors
     /// In strict mode, if no kernel can compute the shape.
@@ -550,19 +551,22 @@ impl KernelManager {
             }
         }
         let layout = if layouts.len() > 1 {
+            // Median and fastest run of a layout's fastest kernel.
             let best = |m: usize, layout: Option<&str>| {
                 let ranking = self.rank(m, n, k, policy);
                 let of_layout = ranking.candidates.iter().filter(|c| c.entry.kernel.layout() == layout);
-                of_layout.filter_map(|c| c.measurement.median_ns).min().unwrap_or(u64::MAX)
+                let times = of_layout.filter_map(|c| Some((c.measurement.median_ns?, c.measurement.min_ns?)));
+                times.min().unwrap_or((u64::MAX, u64::MAX))
             };
             let bytes = |layout: Option<&str>| {
                 let entry = candidates.iter().find(|e| e.kernel.layout() == layout);
                 // Canonical weights are there anyway.
                 layout.and(entry).and_then(|e| e.kernel.weight_bytes(n, k)).unwrap_or(0) as u64
             };
-            for (m, slack) in [(1, 1.05), (32, 1.05)] {
-                let fastest = layouts.iter().map(|&l| best(m, l)).min().unwrap_or(u64::MAX);
-                layouts.retain(|&l| best(m, l) as f64 <= fastest as f64 * slack);
+            for m in [1, 32] {
+                let (median, min) = layouts.iter().map(|&l| best(m, l)).min().unwrap_or((u64::MAX, u64::MAX));
+                let noise = (median as f64 / min.max(1) as f64).clamp(1.05, 1.15);
+                layouts.retain(|&l| best(m, l).0 as f64 <= median as f64 * noise);
             }
             layouts.sort_by_key(|&l| bytes(l));
             layouts[0]

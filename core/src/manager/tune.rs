@@ -25,6 +25,9 @@ const RUNS: usize = 20;
 /// After so many runs, a kernel that was never faster than this many times the best median is out.
 const EARLY: usize = 4;
 const CLEARLY_SLOWER: f64 = 1.3;
+/// After so many runs of both, a kernel whose fastest run took longer than the slowest of the best is out too:
+/// for kernels that are equally fast the odds are 1 in 924 (12 over 6).
+const SEPARATE: usize = 6;
 /// A kernel this many times slower for fewer rows is not tried for more.
 const HOPELESS: f64 = 4.0;
 /// Time for one signature, whatever its size.
@@ -337,10 +340,18 @@ impl KernelManager {
                     Err(reason) => measurements[*i].note = Some(reason),
                 }
             }
-            let best = racing.iter().filter_map(|(i, _)| median(&times[*i])).min().unwrap_or(0) as f64;
+            let best = racing.iter().filter_map(|(i, _)| Some((median(&times[*i])?, *i))).min();
+            let (best, slowest) = best.map_or((0, u64::MAX), |(median, i)| {
+                (
+                    median,
+                    times[i].iter().max().copied().filter(|_| times[i].len() >= SEPARATE).unwrap_or(u64::MAX),
+                )
+            });
             racing.retain(|(i, _)| {
-                let fastest = times[*i].iter().min().copied().unwrap_or(0) as f64;
-                let out = times[*i].len() >= EARLY && fastest > best * CLEARLY_SLOWER;
+                let runs = times[*i].len();
+                let fastest = times[*i].iter().min().copied().unwrap_or(0);
+                let out = runs >= EARLY && fastest as f64 > best as f64 * CLEARLY_SLOWER
+                    || runs >= SEPARATE && fastest > slowest;
                 if out && measurements[*i].note.is_none() {
                     measurements[*i].note = Some("clearly slower; stopped early".into());
                 }

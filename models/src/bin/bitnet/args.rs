@@ -256,12 +256,20 @@ impl From<LmHead> for HeadMode {
     }
 }
 
-impl From<HeadMode> for LmHead {
-    fn from(mode: HeadMode) -> Self {
-        match mode {
+impl TryFrom<HeadMode> for LmHead {
+    type Error = anyhow::Error;
+
+    fn try_from(mode: HeadMode) -> anyhow::Result<Self> {
+        Ok(match mode {
             HeadMode::File => Self::File,
             HeadMode::Int8 => Self::Int8,
-        }
+            HeadMode::Requantised(DenseFormat::Q8_0) => Self::Q8_0,
+            HeadMode::Requantised(DenseFormat::Q6_K) => Self::Q6_K,
+            HeadMode::Requantised(DenseFormat::Q4_0) => Self::Q4_0,
+            HeadMode::Requantised(format) => {
+                bail!("no output projection is requantised to {}", format.name())
+            }
+        })
     }
 }
 

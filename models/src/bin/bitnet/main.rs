@@ -42,6 +42,7 @@ Environment (a flag wins over its variable, a variable over the configuration fi
   BITNET_CPU_MASK     CPU features to act as if the machine lacked them, separated by commas
   BITNET_STRICT_MODE  what is an error: 1 for all, or some of no-fallback, quantised-kernels, gated-plugins
                       and plausible-figures, separated by commas
+  BITNET_FALLBACK     when the kernel in use fails or becomes slow: never, on-error, threshold:1.5, adaptive
   BITNET_CACHE_DIR    where measurements of kernels and verdicts on plugins are kept; empty: nowhere;
                       default: the user's cache directory
   BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if there is one

@@ -164,7 +164,7 @@ fn rerun(
         device,
         context: Some(record.context),
         kv_cache: record.kv_cache.into(),
-        lm_head: record.lm_head.into(),
+        lm_head: record.lm_head.try_into()?,
         receipt: None,
     };
     let (prompt, context) = (&record.prompt_token_ids, record.context);
