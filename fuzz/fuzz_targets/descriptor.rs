@@ -1,6 +1,6 @@
 //! Plugin descriptors made of arbitrary bytes: whatever one says, the host refuses it or can use it, and reads no
 //! byte that the ABI does not promise. Every struct and string has an allocation of its own, so that the address
-//! sanitizer sees the first byte too many; a struct that says it is shorter than version 1.0 really is.
+//! sanitizer sees the first byte too many; a struct is as long as it says.
 #![no_main]
 
 use std::ffi::{CString, c_char};
@@ -48,7 +48,7 @@ impl Memory {
     fn string(&mut self, input: &mut Input) -> *const c_char {
         let text = match input.byte() {
             0..20 => return std::ptr::null(),
-            20..200 => format!("name-{}", input.byte() % 4).into_bytes(),
+            20..200 => format!("name_{}", input.byte() % 4).into_bytes(),
             length => {
                 let mut bytes = vec![b'a'; usize::from(length) * 2];
                 bytes[..16].copy_from_slice(&input.bytes::<16>());
@@ -120,15 +120,35 @@ fuzz_target!(|data: &[u8]| {
             kernels.push(std::ptr::without_provenance(usize::from(input.byte() & 1)));
             continue;
         }
+        let gpu = match input.byte() {
+            0..100 => std::ptr::null(),
+            100..110 => std::ptr::without_provenance(4),
+            _ => {
+                let gpu = abi::Gpu {
+                    struct_size: input.number(size_of::<abi::Gpu>() as u64),
+                    source: memory.string(input),
+                    entry: memory.string(input),
+                    workgroup: [64, 1, 1].map(|valid| input.number(valid) as u32),
+                    tile_n: input.number(64) as u32,
+                    tile_m: input.number(8) as u32,
+                    reserved: 0,
+                };
+                memory.place(&gpu, gpu.struct_size, 8)
+            }
+        };
         let functions = input.byte();
         let has = |bit: u32| functions >> bit & 1 == 0;
         let kernel = abi::Kernel {
-            struct_size: input.number(size_of::<abi::Kernel>() as u64),
+            struct_size: match input.byte() {
+                0..60 => abi::KERNEL_SIZE_1_0 as u64,
+                _ => input.number(size_of::<abi::Kernel>() as u64),
+            },
             name: memory.string(input),
             layout: memory.string(input),
             features: memory.string(input),
             operation: input.number(abi::OPERATION_TERNARY_MATMUL.into()) as u32,
-            target: input.number(abi::TARGET_CPU.into()) as u32,
+            target: input.number([abi::TARGET_CPU, abi::TARGET_WGSL][usize::from(!gpu.is_null())].into())
+                as u32,
             weight_alignment: input.number(64),
             row_granule: input.number(8),
             supports: has(0).then_some(supports),
@@ -138,6 +158,7 @@ fuzz_target!(|data: &[u8]| {
             workspace_size: has(4).then_some(workspace_size),
             prepare: has(5).then_some(prepare),
             run: has(6).then_some(run),
+            gpu,
         };
         kernels.push(memory.place(&kernel, kernel.struct_size, 8));
     }
