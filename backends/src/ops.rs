@@ -1,7 +1,6 @@
 //! [`TernaryBackend`]'s operations over Burn's `Tensor`, on whatever backend
 //! the tensors are.
 
-
 use bitnet_burn_core::formats::canonical;
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerError, Packed};
 use burn::backend::{Dispatch, DispatchDevice};

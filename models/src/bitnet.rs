@@ -19,7 +19,7 @@ use std::ops::Range;
 
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops::{self, TernaryMatrix};
-use bitnet_burn_backends::{DenseArgs, NoInt8};
+use bitnet_burn_backends::{DenseArgs, Kernels, NoInt8};
 use bitnet_burn_core::formats::{DenseFormat, FormatError};
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
 use burn::module::{Module, Param, ParamId};
@@ -269,7 +269,11 @@ impl BitNet {
         for (i, block) in self.blocks.iter_mut().enumerate() {
             for (which, layer) in Projection::ALL.into_iter().zip(block.projections_mut()) {
                 let Some(matrix) = layer.matrix() else { continue };
-                let Some(choice) = matrix.choice.filter(|choice| choice.layout().is_some()) else { continue };
+                // What a GPU's memory holds, is not this memory.
+                let Some(Kernels::Host(choice)) = matrix.choice else { continue };
+                if choice.layout().is_none() {
+                    continue;
+                }
                 let t = checkpoint.projection(i, which)?;
                 let device = matrix.codes.device();
                 let matrix =
