@@ -14,8 +14,6 @@ mod body;
 mod choice;
 #[cfg(feature = "wgpu")]
 mod device;
-#[cfg(feature = "wgpu")]
-pub mod lower;
 mod quantise;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;

@@ -17,10 +17,7 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
-use burn_cubecl::cubecl;
-use cubecl::prelude::*;
-
-use super::{body, choice, lower, quantise, text};
+use super::{body, choice, quantise, text};
 use crate::extension::{BitLinearArgs, Kernels, Matrix, TernaryWeight};
 
 /// A text whose threads have one output each, and which does `$statement` before it stores the sum.
@@ -153,48 +150,12 @@ kernel!(
     }
 );
 
-/// One output a thread, as CubeCL's users write it.
-#[cube(launch_unchecked)]
-fn cube_matmul(weights: &[u32], scale: &[f32], x: &[u32], rows: &[u32], params: &[u32], y: &mut [f32]) {
-    let (n, m) = (ABSOLUTE_POS_X, ABSOLUTE_POS_Y);
-    if n < params[1] && m < params[0] {
-        let words = (params[2] + 127) / 128 * 8;
-        // sum(q * c) = sum(q * code) - sum(q)
-        let mut sum = -i32::reinterpret(rows[(m * 2 + 1) as usize]);
-        for word in 0..words {
-            let w = weights[(n * words + word) as usize];
-            let block = m * params[3] + word / 8 * 32 + word % 8;
-            #[unroll]
-            for group in 0..4u32 {
-                let codes = i32::reinterpret((w >> (6 - 2 * group)) & 0x0303_0303u32);
-                sum = dp4a(codes, i32::reinterpret(x[(block + group * 8) as usize]), sum);
-            }
-        }
-        let a = f32::reinterpret(rows[(m * 2) as usize]);
-        y[(m * params[4] + params[5] + n) as usize] = f32::cast_from(sum) * (scale[0] * a);
-    }
-}
-
-/// The text of [`cube_matmul`], as a plugin would have it in a file.
-const LOWERED: &str = concat!(include_str!("testdata/lowered.wgsl"), "\0");
-
-struct Lowered;
-
-impl GpuKernel for Lowered {
-    const NAME: &'static CStr = c"lowered";
-    const LANGUAGE: Language = Language::Wgsl;
-    const SOURCE: &'static CStr = source(LOWERED);
-    const ENTRY: &'static CStr = c"lowered";
-    const WORKGROUP: [u32; 3] = [8, 8, 1];
-    const TILE: [u32; 2] = [8, 8];
-}
-
 bitnet_burn_plugin::plugin! {
     static PLUGIN = {
         name: c"test",
         version: c"1.2.3",
         kernels: [],
-        gpu_kernels: [Plain, Lowered, WrongForSix, WrongForLargeScales, NoText, Bytes, BytesWrongForSix, PacksWrongly],
+        gpu_kernels: [Plain, WrongForSix, WrongForLargeScales, NoText, Bytes, BytesWrongForSix, PacksWrongly],
     };
 }
 
@@ -354,7 +315,7 @@ fn rows_are_quantised_as_on_the_host() {
 
 #[test]
 fn a_forced_kernel_computes_what_the_reference_does() {
-    for (name, layout) in [("plain", None), ("lowered", None), ("bytes", Some("test/bytes"))] {
+    for (name, layout) in [("plain", None), ("bytes", Some("test/bytes"))] {
         let manager = forced(name);
         for (k, ns) in [(128, &[32][..]), (130, &[7, 9, 64]), (1, &[1, 1]), (700, &[33, 5])] {
             let problem = Problem::new(manager, k, ns, 0.37);
@@ -371,70 +332,6 @@ fn a_forced_kernel_computes_what_the_reference_does() {
         assert_eq!((used.calls, used.failures.total(), used.target.as_str()), (calls, 0, "wgsl"));
         assert!(report.fallbacks.is_empty() && report.reference_calls == 0, "{report:?}");
     }
-}
-
-#[test]
-fn a_cube_function_is_lowered_to_a_text_of_a_plugin() {
-    let lowered = lower::wgsl([8, 8, 1], |settings, device, target, buffer| {
-        cube_matmul::CubeMatmul::new(
-            settings,
-            device,
-            target,
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-        )
-    });
-    let lowered = lowered.unwrap();
-    assert_eq!(
-        lowered.source,
-        LOWERED.trim_end_matches('\0'),
-        "testdata/lowered.wgsl is what it was:\n{}",
-        lowered.source
-    );
-    // The kernel computes in `a_forced_kernel_computes_what_the_reference_does`.
-    assert_eq!((lower::ENTRY, lowered.workgroup), (Lowered::ENTRY.to_str().unwrap(), Lowered::WORKGROUP));
-    let fewer = lower::wgsl([8, 8, 1], |settings, device, target, buffer| {
-        no_scale::NoScale::new(
-            settings,
-            device,
-            target,
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-        )
-    });
-    assert!(matches!(fewer, Err(lower::LowerError::Buffers { found: 5 })), "{fewer:?}");
-    let length = lower::wgsl([8, 8, 1], |settings, device, target, buffer| {
-        with_length::WithLength::new(
-            settings,
-            device,
-            target,
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-            buffer(),
-        )
-    });
-    assert!(matches!(length, Err(lower::LowerError::Info)), "{length:?}");
-}
-
-#[cube(launch_unchecked)]
-fn no_scale(weights: &[u32], _scale: &[f32], x: &[u32], rows: &[u32], params: &[u32], y: &mut [f32]) {
-    y[0] = f32::cast_from(weights[0] + x[0] + rows[0] + params[0]);
-}
-
-#[cube(launch_unchecked)]
-fn with_length(weights: &[u32], scale: &[f32], x: &[u32], rows: &[u32], params: &[u32], y: &mut [f32]) {
-    y[0] = scale[0] * f32::cast_from(weights[0] + x[0] + rows[0] + params[0] + weights.len() as u32);
 }
 
 #[test]
