@@ -68,7 +68,7 @@ fn on_gpu(
         return Ok(None);
     };
     let prepared = crate::gpu::prepare(manager(), &device, n, k, codes)?;
-    Ok(prepared.map(|(matrix, packed)| (Kernels::Gpu(Arc::new(matrix)), packed)))
+    Ok(prepared.map(|(matrix, packed)| (Kernels::Gpu(std::sync::Arc::new(matrix)), packed)))
 }
 
 #[cfg(not(feature = "cube"))]

@@ -49,7 +49,7 @@ pub(super) fn check(
         for scale in x.resize(m, k).scale {
             *scale = if scale.is_finite() { *scale } else { 1.0 };
         }
-        run(kernel, device, (&packed, &weights, SCALE), (n, &x), |got, want| close(got, want))?;
+        run(kernel, device, (&packed, &weights, SCALE), (n, &x), close)?;
         x.resize(m, k).scale.fill(1.0);
         run(kernel, device, (&packed, &weights, 1.0), (n, &x), |got, want| got == want)?;
     }
