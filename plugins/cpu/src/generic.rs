@@ -1,5 +1,5 @@
-//! The matmul loops over the kinds of weight layouts, written once; an instruction set brings the inner
-//! products of one block ([`TileMicro`], [`RowMicro`], [`TableMicro`]).
+//! The matmul loops over the two weight layouts, written once; an instruction set brings the inner
+//! products of one block ([`TileMicro`], [`RowMicro`]).
 //!
 //! Everything here is `#[inline(always)]`: it is compiled into the caller, the one function per
 //! instruction set that carries `#[target_feature]`, and so with that function's instructions.
@@ -10,7 +10,6 @@ use bitnet_burn_plugin::abi::{ACTIVATION_ALIGNMENT, OPERATION_TERNARY_MATMUL, Si
 use bitnet_burn_plugin::canonical;
 use bitnet_burn_plugin::sdk::{ActivationsRef, KernelError, KernelResult, OutputTile, WeightsRef};
 
-use crate::lut;
 use crate::tile::{self, BLOCK_ROWS, STEP_BYTES};
 
 /// Activation bytes that are used again for every weight block: most of a second-level cache of 1 MiB or
@@ -89,17 +88,6 @@ pub(crate) trait RowMicro {
     }
 }
 
-/// Sums of one block of a layout of [`lut`], from look-up tables.
-///
-/// # Safety
-/// The CPU has the implementation's features; `w` points to `steps` steps of [`lut::step_bytes`] bytes,
-/// `tables` to the [`lut::TABLE_BYTES`] of each of as many times [`lut::GROUPS`] groups; all readable.
-pub(crate) trait TableMicro {
-    /// Sums w * x of the 32 rows with one activation row, for groups of `G` weights.
-    #[allow(clippy::missing_safety_doc, reason = "on the trait")]
-    unsafe fn gemv<const G: usize>(w: *const u8, steps: usize, tables: *const u8) -> [i32; BLOCK_ROWS];
-}
-
 /// Bytes of a canonical row whose activations take `stride` bytes: since that is k rounded up to a multiple
 /// of 64, it has as many blocks as k.
 #[inline(always)]
@@ -131,8 +119,6 @@ pub(crate) struct TileJob<'a> {
     pub(crate) y: &'a mut OutputTile,
     /// Steps of a block.
     pub(crate) steps: usize,
-    /// Bytes of a block.
-    block_bytes: usize,
 }
 
 impl<'a> TileJob<'a> {
@@ -144,29 +130,18 @@ impl<'a> TileJob<'a> {
         y: &'a mut OutputTile,
         step: usize,
     ) -> Result<Self, KernelError> {
-        Self::with_step_bytes(w, x, y, step, STEP_BYTES)
-    }
-
-    /// The same for steps of `step_bytes`.
-    fn with_step_bytes(
-        w: &'a WeightsRef,
-        x: &'a ActivationsRef,
-        y: &'a mut OutputTile,
-        step: usize,
-        step_bytes: usize,
-    ) -> Result<Self, KernelError> {
         check(w, x, y)?;
         let steps = w.k().div_ceil(step);
-        let block_bytes = steps * step_bytes;
         tile::check_range(w, &y.rows_n())?;
-        tile::check_packed(w, block_bytes)?;
-        Ok(Self { w, x, y, steps, block_bytes })
+        tile::check_packed(w, steps * STEP_BYTES)?;
+        Ok(Self { w, x, y, steps })
     }
 
     /// The block of weight row `n`: `steps` steps.
     #[inline(always)]
     pub(crate) fn weights(&self, n: usize) -> *const u8 {
-        self.w.data()[n / BLOCK_ROWS * self.block_bytes..][..self.block_bytes].as_ptr()
+        let bytes = self.steps * STEP_BYTES;
+        self.w.data()[n / BLOCK_ROWS * bytes..][..bytes].as_ptr()
     }
 
     /// Computes the tile.
@@ -220,70 +195,21 @@ impl<'a> TileJob<'a> {
     /// Stores y[m .. m + sums.len(), n .. n + 32], cut off at the tile's end, from sums of codes.
     #[inline(always)]
     pub(crate) fn store(&mut self, m: usize, n: usize, sums: &[[i32; BLOCK_ROWS]]) {
-        for (i, sums) in sums.iter().enumerate() {
-            self.store_row(m + i, n, sums, self.x.sum(m + i));
-        }
-    }
-
-    /// Stores y[m, n .. n + 32], cut off at the tile's end, from sums that are `offset` too large.
-    #[inline(always)]
-    fn store_row(&mut self, m: usize, n: usize, sums: &[i32; BLOCK_ROWS], offset: i32) {
-        let scale = self.w.scale() * self.x.scale(m);
+        let (w, x) = (self.w, self.x);
         let count = BLOCK_ROWS.min(self.y.rows_n().end - n);
-        let mut values = [0f32; BLOCK_ROWS];
-        for (value, sum) in values.iter_mut().zip(sums) {
-            *value = sum.wrapping_sub(offset) as f32 * scale;
-        }
-        let out = self.y.at(m, n);
-        // SAFETY: `at` checked (m, n); the elements n .. n + count follow it within the tile, which belongs
-        // to this call alone. The two cases differ in speed only.
-        unsafe {
-            match count {
-                BLOCK_ROWS => out.copy_from_nonoverlapping(values.as_ptr(), BLOCK_ROWS),
-                _ => out.copy_from_nonoverlapping(values.as_ptr(), count),
+        for (i, sums) in sums.iter().enumerate() {
+            let (offset, scale) = (x.sum(m + i), w.scale() * x.scale(m + i));
+            let mut values = [0f32; BLOCK_ROWS];
+            for (value, sum) in values.iter_mut().zip(sums) {
+                *value = sum.wrapping_sub(offset) as f32 * scale;
             }
-        }
-    }
-}
-
-/// The arguments of a matmul with weights in the layout of [`lut`] with groups of `G`, checked against each
-/// other.
-pub(crate) struct TableJob<'a, const G: usize> {
-    tile: TileJob<'a>,
-    /// What [`lut::prepare`] wrote.
-    tables: &'a [u8],
-}
-
-impl<'a, const G: usize> TableJob<'a, G> {
-    /// Checks that the buffers have the sizes that the kernels go by.
-    pub(crate) fn new(
-        w: &'a WeightsRef,
-        x: &'a ActivationsRef,
-        workspace: &'a [u8],
-        y: &'a mut OutputTile,
-    ) -> Result<Self, KernelError> {
-        let tile = TileJob::with_step_bytes(w, x, y, lut::step::<G>(), lut::step_bytes::<G>())?;
-        lut::check_workspace::<G>(x, workspace)?;
-        Ok(Self { tile, tables: workspace })
-    }
-
-    /// Computes the tile, one activation row after the other: each has tables of its own, and only the
-    /// weights are still in cache when the next row's turn comes.
-    ///
-    /// # Safety
-    /// The CPU has the features of `K`.
-    #[inline(always)]
-    pub(crate) unsafe fn run<K: TableMicro>(mut self) {
-        let (ns, ms) = (self.tile.y.rows_n(), self.tile.y.rows_m());
-        let bytes = lut::tables_bytes::<G>(self.tile.x.k());
-        for chunk in chunks(ms, rows_in_cache(bytes)) {
-            for n in ns.clone().step_by(BLOCK_ROWS) {
-                let weights = self.tile.weights(n);
-                for m in chunk.clone() {
-                    let tables = self.tables[m * bytes..][..bytes].as_ptr();
-                    // SAFETY: the block has `steps` steps, and so many have the tables. Features: the caller.
-                    let sums = unsafe { K::gemv::<G>(weights, self.tile.steps, tables) };
-                    self.tile.store_row(m, n, &sums, 0);
+            let out = self.y.at(m + i, n);
+            // SAFETY: `at` checked (m + i, n); the elements n .. n + count follow it within the tile,
+            // which belongs to this call alone. The two cases differ in speed only.
+            unsafe {
+                match count {
+                    BLOCK_ROWS => out.copy_from_nonoverlapping(values.as_ptr(), BLOCK_ROWS),
+                    _ => out.copy_from_nonoverlapping(values.as_ptr(), count),
                 }
             }
         }
