@@ -114,7 +114,7 @@ impl Bounds {
         {
             if let (Some(value), Some((limit, because))) = (value, bound)
                 // A figure that is no number is not within, either.
-                && !(value <= limit * MARGIN)
+                && (value.is_nan() || value > limit * MARGIN)
             {
                 return Err(Implausible { figure, value, limit: *limit, because: because.clone() });
             }
