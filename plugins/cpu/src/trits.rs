@@ -43,9 +43,17 @@ const fn codes(byte: u8) -> [u8; 5] {
 /// What the low 6 bits of a byte stand for, in three vectors: c0 .. c3 in bit pairs, where not both high bits
 /// are set; c0 .. c3 where they are; and c4 in the highest bit pair, where they are.
 #[repr(align(64))]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "byte permutations of 64 entries are AVX-512's")
+)]
 pub(crate) struct Tables(pub(crate) [[u8; 64]; 3]);
 
 /// The layout's tables.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "byte permutations of 64 entries are AVX-512's")
+)]
 pub(crate) static TABLES: Tables = {
     let mut tables = [[0; 64]; 3];
     let mut i = 0;
