@@ -1,4 +1,4 @@
-//! The private packing `t5x32` ("T5"): 1.6 bits a weight, in tiles as [`tile`](crate::tile) has them.
+//! The private packing `t5x32` ("T5"): 1.6 bits a weight, in tiles as [`tile`] has them.
 //!
 //! A 64-byte vector j of a tile holds the weights k = 20j .. 20j+19 of its 16 rows, row r in the 32-bit lane
 //! r. Byte i of a lane has five of them, the codes c0 .. c4 (0, 1, 2 = -1, 0, +1) at k = 20j + 4t + i for
