@@ -197,13 +197,7 @@ mod tests {
         for (n, k) in
             [(1, 1), (31, 19), (32, 20), (33, 21), (64, 127), (65, 128), (40, 129), (70, 1000), (96, 2560)]
         {
-            let mut canonical_bytes = Vec::new();
-            for row in 0..n {
-                let weights: Vec<i8> = (0..k).map(|i| ((row * 31 + i * 7 + i / 5) % 3) as i8 - 1).collect();
-                let mut bytes = vec![0; canonical::row_bytes(k)];
-                canonical::pack_row(&weights, &mut bytes);
-                canonical_bytes.extend(bytes);
-            }
+            let canonical_bytes = crate::tile::tests::canonical_rows(n, k);
             let w = WeightsRef::new(n, k, 1.0, &canonical_bytes);
             let mut packed = vec![0xff; n.div_ceil(32) * block_bytes(k)];
             pack(&w, 0..n, &mut packed).unwrap();
