@@ -419,32 +419,19 @@ pub fn requantise(
     let failure: Mutex<Option<FormatError>> = Mutex::default();
     pool.run(parts.len(), &|part| {
         let mut out = parts[part].lock().unwrap_or_else(PoisonError::into_inner);
-        let w = &w[part * ROWS * from_bytes..][..out.len() / to_bytes * from_bytes];
-        if let Err((row, mut error)) = rows(from, w, to, &mut out, k) {
-            if let FormatError::NotFinite { row: at, .. } = &mut error {
-                *at = part * ROWS + row;
+        let mut values = vec![0.0; k];
+        let rows = (part * ROWS..).zip(w[part * ROWS * from_bytes..].chunks_exact(from_bytes));
+        for ((n, w), out) in rows.zip(out.chunks_exact_mut(to_bytes)) {
+            let done = from.decode_row(w, &mut values).and_then(|()| to.encode_row(&values, out));
+            let Err(mut error) = done else { continue };
+            if let FormatError::NotFinite { row, .. } = &mut error {
+                *row = n;
             }
             failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            return;
         }
     });
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
-}
-
-/// Row after row; an error with the row's index.
-fn rows(
-    from: DenseFormat,
-    w: &[u8],
-    to: DenseFormat,
-    out: &mut [u8],
-    k: usize,
-) -> Result<(), (usize, FormatError)> {
-    let (Some(from_bytes), Some(to_bytes)) = (from.row_bytes(k), to.row_bytes(k)) else { return Ok(()) };
-    let mut values = vec![0.0; k];
-    for (i, (w, out)) in w.chunks_exact(from_bytes).zip(out.chunks_exact_mut(to_bytes)).enumerate() {
-        from.decode_row(w, &mut values).map_err(|error| (i, error))?;
-        to.encode_row(&values, out).map_err(|error| (i, error))?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -8,7 +8,6 @@ use bitnet_burn_core::manager::ManagerError;
 use bitnet_burn_core::memory::WeightArena;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-
 use bytes::Bytes;
 
 use crate::bitnet::ModelError;
