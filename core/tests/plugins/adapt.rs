@@ -406,7 +406,7 @@ fn short_of_memory_new_weights_stay_canonical() {
     let dir = tempfile::tempdir().unwrap();
     let path = build(dir.path(), "private", &["PRIVATE", "GRANULE=8"]);
     static STILL: AtomicU64 = AtomicU64::new(0);
-    let memory = Mutex::new(Some(Memory { available: 1 << 30, total: 16 << 30 }));
+    let memory = Mutex::new(Some(Memory { available: 1 << 29, total: 16 << 30 }));
     let world = Arc::new(World { time: &STILL, file: None, memory, reads: AtomicU64::new(0) });
     let config = ManagerConfig { probe: world.clone(), ..config(&dir.path().join("cache")) };
     let manager = KernelManager::new(config).unwrap();

@@ -9,6 +9,7 @@ use std::time::SystemTime;
 
 use crate::support::*;
 use bitnet_burn_core::KernelManager;
+use bitnet_burn_core::gate::GATE_VERSION;
 use bitnet_burn_core::manager::{ManagerConfig, Status, Strict};
 use bitnet_burn_core::plugin::PluginError;
 use bitnet_burn_core::store::{PluginConfig, read_pins, write_pins};
@@ -61,8 +62,8 @@ fn a_plugin_in_c_is_checked_and_used() {
 
 /// Macros of testdata/plugin.c, and what the refusal must say.
 const BROKEN: [(&str, &[&str], &str); 22] = [
-    ("major", &["MAJOR=9"], "built for ABI 9.0, and this host speaks ABI 1.1"),
-    ("old", &["MAJOR=0"], "built for ABI 0.0, and this host speaks ABI 1.1"),
+    ("major", &["MAJOR=9"], "built for ABI 9.1, and this host speaks ABI 1.1"),
+    ("old", &["MAJOR=0"], "built for ABI 0.1, and this host speaks ABI 1.1"),
     ("symbol", &["NO_SYMBOL"], "it does not export `bitnet_plugin`"),
     ("descriptor", &["NULL_DESCRIPTOR"], "the entry point returned no descriptor"),
     ("name", &["NAME=NULL"], "the plugin's name is not 1 to 63 of"),
@@ -240,7 +241,7 @@ fn a_verdict_is_found_again_and_a_damaged_one_is_not_believed() {
         String::new(),
         "{".into(),
         good[..good.len() / 2].into(),
-        good.replace("\"gate\": 1", "\"gate\": 0"),
+        good.replace(&format!("\"gate\": {GATE_VERSION}"), "\"gate\": 0"),
         good.replace(&stored.sha256, &"0".repeat(64)),
         good.replace("\"features\": [", "\"features\": [\"none\", "),
         good.replace("\"version\": 1,", "\"version\": 9,"),
