@@ -33,8 +33,8 @@ pub enum Feedback {
     /// Memory is short (or no longer): keep new weights where they are, in the canonical layout. The
     /// manager sees for itself when the machine's is; this is for limits that it does not know.
     LowMemory(bool),
-    /// A kernel did something wrong that the manager could not see. Others compute until it is tried again,
-    /// as after a failure.
+    /// A kernel of the CPU did something wrong that the manager could not see. Others compute until it is
+    /// tried again, as after a failure.
     Misbehaved {
         /// `plugin/kernel`, or `kernel`.
         kernel: String,
@@ -287,9 +287,10 @@ impl KernelManager {
                 for choice in self.in_use() {
                     for (rows, slot) in choice.slots() {
                         let candidates = slot.known().map_or(&[][..], |ranking| &ranking.candidates);
-                        let rank = candidates.iter().position(|c| super::names(&c.entry.kernel, &kernel));
-                        if let Some(rank) = rank {
-                            count += usize::from(self.demote(&choice, rows, rank, reason.clone()));
+                        for (rank, candidate) in candidates.iter().enumerate() {
+                            if super::names(&candidate.entry.kernel, &kernel) {
+                                count += usize::from(self.demote(&choice, rows, rank, reason.clone()));
+                            }
                         }
                     }
                 }

@@ -223,10 +223,14 @@ fn a_machine_that_becomes_slow_is_told_from_a_kernel_and_nothing_flips() {
     THROTTLED.costs([10_000, 12_000, 20_000]);
     one.calls(&manager, 2000);
     assert_eq!(events(&manager).len(), 1);
-    // The one in use alone became slower, and is the fastest still.
+    // The one in use became slower than it was, the others not, and it is the fastest still.
     THROTTLED.costs([17_000, 19_000, 20_000]);
-    one.calls(&manager, 1_000_000 / 10);
+    one.calls(&manager, 100_000);
     assert_eq!(one.by(&manager), "paced/a");
+    let report = manager.report();
+    let retuned = report.events.iter().find(|event| event.kind == EventKind::Retuned).unwrap();
+    assert_eq!(retuned.kernel.as_deref(), Some("paced/a"));
+    assert!(retuned.reason.contains("still the fastest"), "{retuned:?}");
 }
 
 paced!(THRESHOLD);
