@@ -780,7 +780,7 @@ mod tests {
         for (candidate, tuned) in ranking.candidates.iter_mut().zip(tuned) {
             candidate.measurement.median_ns = tuned;
         }
-        ranking
+        Ranking { source: Source::Measured, ..ranking }
     }
 
     fn policies() -> impl Strategy<Value = FallbackPolicy> {

@@ -411,10 +411,21 @@ fn short_of_memory_new_weights_stay_canonical() {
     let path = build(dir.path(), "private", &["PRIVATE", "GRANULE=8"]);
     static STILL: AtomicU64 = AtomicU64::new(0);
     let memory = Mutex::new(Some(Memory { available: 1 << 29, total: 16 << 30 }));
-    let world = Arc::new(World { time: &STILL, file: None, memory, reads: AtomicU64::new(0) });
-    let config = ManagerConfig { probe: world.clone(), ..config(&dir.path().join("cache")) };
+    // One that reads canonical weights, and takes its time.
+    let slow = ["NAME=\"plain\"", "IN_RUN=if (tile->n0 == 0) tick(9000)"];
+    let (plain, clock) = build_with_clock(dir.path(), "plain", &slow);
+    let world = Arc::new(World { time: &STILL, file: Some(clock), memory, reads: AtomicU64::new(0) });
+    let config = ManagerConfig {
+        probe: world.clone(),
+        tune_budget: Duration::from_secs(3600),
+        ..config(&dir.path().join("cache"))
+    };
     let manager = KernelManager::new(config).unwrap();
     manager.load_plugin(&path).unwrap();
+    let only = Use::new(&manager, 1).choice;
+    assert_eq!(only.layout(), Some("example/bytes"), "better than the reference");
+    drop(only);
+    manager.load_plugin(&plain).unwrap();
     let scarce = Use::new(&manager, 1);
     assert_eq!((scarce.choice.layout(), manager.memory_is_low()), (None, true));
     scarce.calls(&manager, 2);

@@ -111,8 +111,8 @@ fn a_verdict_of_another_gpu_is_none() {
     let files = std::fs::read_dir(library.parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
     let file = files.into_iter().find(|file| file.extension().is_some_and(|e| e == "json")).unwrap();
     let mut verdict: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
-    verdict["gpu"] = "Another GPU".into();
-    verdict["kernels"][1].as_object_mut().unwrap().remove("unavailable");
+    verdict["report"]["gpu"] = "Another GPU".into();
+    verdict["report"]["kernels"][1].as_object_mut().unwrap().remove("unavailable");
     std::fs::write(&file, verdict.to_string()).unwrap();
     let status =
         |manager: bitnet_burn_core::KernelManager| manager.load_plugin(&path).unwrap().remove(1).status;
