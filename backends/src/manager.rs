@@ -42,6 +42,8 @@ static MANAGER: OnceLock<KernelManager> = OnceLock::new();
 pub fn with_built_in_kernels(config: ManagerConfig) -> Result<KernelManager, SetupError> {
     let manager = KernelManager::new(config)?;
     manager.register(Plugin::built_in(&bitnet_burn_cpu::PLUGIN)?)?;
+    #[cfg(feature = "cube")]
+    manager.register(Plugin::built_in(&bitnet_burn_cube::PLUGIN)?)?;
     Ok(manager)
 }
 

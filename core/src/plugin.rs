@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use bitnet_burn_plugin::abi::{
     self, ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, EntryFn, Gpu as RawGpu, KERNEL_SIZE_1_0, Kernel as RawKernel,
     MAX_WEIGHT_ALIGNMENT, Message, OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, STATUS_OK, Signature,
-    Status, TARGET_CPU, TARGET_CUDA, TARGET_WGSL,
+    Status, TARGET_CPU, TARGET_CUBECL, TARGET_CUDA, TARGET_WGSL,
 };
 
 use crate::files;
@@ -209,6 +209,8 @@ pub enum Target {
     Wgsl,
     /// A GPU that NVRTC compiles CUDA C++ for.
     Cuda,
+    /// Any GPU: a function of the host's own CubeCL.
+    CubeCl,
     /// Something that a later minor version of the ABI knows.
     Unknown(u32),
 }
@@ -219,6 +221,7 @@ impl std::fmt::Display for Target {
             Self::Cpu => f.write_str("cpu"),
             Self::Wgsl => f.write_str("wgsl"),
             Self::Cuda => f.write_str("cuda"),
+            Self::CubeCl => f.write_str("cubecl"),
             Self::Unknown(number) => write!(f, "target {number}"),
         }
     }
@@ -450,7 +453,7 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, 
     }
     let gpu = match kernel.target {
         // SAFETY: null, or valid (the caller's promise).
-        TARGET_WGSL | TARGET_CUDA => Some(Arc::new(unsafe { check_gpu(&name, kernel.gpu) }?)),
+        TARGET_WGSL | TARGET_CUDA | TARGET_CUBECL => Some(Arc::new(unsafe { check_gpu(&name, kernel.gpu) }?)),
         _ => None,
     };
     let features = features.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
@@ -613,6 +616,7 @@ impl Kernel {
             TARGET_CPU => Target::Cpu,
             TARGET_WGSL => Target::Wgsl,
             TARGET_CUDA => Target::Cuda,
+            TARGET_CUBECL => Target::CubeCl,
             other => Target::Unknown(other),
         }
     }

@@ -18,13 +18,28 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
 use super::choice::GpuMatrix;
-use super::quantise::{Quantised, quantise};
 use super::text::{self, Buffers};
 use crate::default;
 use crate::extension::{BitLinearArgs, InputNorm, Kernels, Matrix, TernaryWeight, TernaryWeights};
 use crate::manager::{leave_error, manager};
 
 type B = CubeBackend;
+
+/// Activations on the device: see [`bitnet_burn_plugin::abi::Gpu`], buffers 2 and 3.
+#[derive(Clone, Debug)]
+pub(super) struct Quantised {
+    pub words: Handle,
+    pub rows: Handle,
+    pub m: usize,
+    pub k: usize,
+}
+
+/// Quantises the rows of x [M, K], which is contiguous; `params` are those of a kernel over it.
+pub(super) fn quantise(x: &CubeTensor, params: Handle, m: usize, k: usize) -> Quantised {
+    // SAFETY: x is contiguous f32 [m, k], and the parameters are those for it.
+    let (words, rows) = unsafe { bitnet_burn_cube::quantise(&x.client, x.handle.clone(), params, m, k) };
+    Quantised { words, rows, m, k }
+}
 
 /// One matrix of a launch.
 pub(super) struct Part<'a> {
@@ -182,7 +197,6 @@ pub(super) fn run(x: &CubeTensor, parts: &[Part]) -> (CubeTensor, Quantised) {
     for part in parts {
         let params = params_on(&x.device, client, params(m, part.n, k, total, column));
         let quantised = quantised.get_or_insert_with(|| quantise(x, params.clone(), m, k));
-        let source = part.kernel.kernel().gpu().expect("a GpuKernel has a text");
         let buffers = Buffers {
             weights: part.weights.clone(),
             scale: part.scale.clone(),
@@ -191,7 +205,8 @@ pub(super) fn run(x: &CubeTensor, parts: &[Part]) -> (CubeTensor, Quantised) {
             params,
             y: y.clone(),
         };
-        text::launch(client, source, (m, part.n), buffers);
+        // SAFETY: weights of the kernel's own size or canonical, rows as they were quantised, and room for all columns.
+        unsafe { text::launch(client, part.kernel.kernel(), (m, part.n, k), buffers) };
         column += part.n;
     }
     let shape = Shape::new([m, total]);

@@ -10,6 +10,7 @@ use bitnet_burn_core::manager::{
     BUCKETS, DEFAULT_BODY, GpuKernel, KernelManager, ManagerError, Measurement, Packed, bucket,
 };
 use bitnet_burn_core::memory::WeightBuffer;
+use bitnet_burn_core::plugin::Target;
 use bitnet_burn_core::random::SplitMix64;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
@@ -134,8 +135,9 @@ fn choose(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> O
 /// The kernels that can compute m rows of [n, k] on the device.
 fn kernels(manager: &KernelManager, device: &CubeDevice, m: usize, n: usize, k: usize) -> Vec<GpuKernel> {
     let client = device.client();
-    let Some(target) = text::target(&client) else { return Vec::new() };
-    let mut kernels = manager.gpu_kernels(target, (m, n, k));
+    let targets = [Some(Target::CubeCl), text::target(&client)];
+    let of = |target| manager.gpu_kernels(target, (m, n, k));
+    let mut kernels: Vec<GpuKernel> = targets.into_iter().flatten().flat_map(of).collect();
     kernels.retain(|kernel| {
         kernel.kernel().gpu().is_some_and(|source| {
             text::lacking(&client, source, kernel.kernel().features()).is_none()
@@ -147,7 +149,13 @@ fn kernels(manager: &KernelManager, device: &CubeDevice, m: usize, n: usize, k: 
 
 /// Which layout: by decode speed, then prefill speed, then memory. `None` if the default body is the fastest for both.
 fn decide(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> Option<GpuChoice> {
-    let kernels = kernels(manager, device, 1, n, k);
+    // Some are for decode alone, some for prompts.
+    let mut kernels = self::kernels(manager, device, 1, n, k);
+    for kernel in self::kernels(manager, device, 32, n, k) {
+        if !kernels.contains(&kernel) {
+            kernels.push(kernel);
+        }
+    }
     if kernels.is_empty() || k > 1 << 23 {
         return None;
     }

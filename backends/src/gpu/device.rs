@@ -62,7 +62,8 @@ impl GpuDevice for Gpu {
                 params: create(bytemuck::cast_slice(&operands.params)),
                 y: create(bytemuck::cast_slice(y)),
             };
-            text::launch(&self.client, source, (m, n), buffers.clone());
+            // SAFETY: the operands are filled, and `y` has room (the gate's).
+            unsafe { text::launch(&self.client, kernel, operands.shape, buffers.clone()) };
             let read =
                 |handle: &Handle| self.client.read_one(handle.clone()).map_err(|error| words_of(&error));
             let output = read(&buffers.y)?;

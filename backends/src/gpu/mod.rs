@@ -14,7 +14,6 @@ mod body;
 mod choice;
 #[cfg(feature = "wgpu")]
 mod device;
-mod quantise;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
 mod text;

@@ -17,7 +17,7 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
-use super::{body, choice, quantise, text};
+use super::{body, choice, text};
 use crate::extension::{BitLinearArgs, Kernels, Matrix, TernaryWeight};
 
 /// A text whose threads have one output each, and which does `$statement` before it stores the sum.
@@ -280,7 +280,7 @@ fn quantised(x: &CubeTensor) -> Activations {
     let [m, k] = x.meta.shape()[..] else { panic!("rows") };
     let params = bitnet_burn_core::gpu::params(m, 1, k, 1, 0);
     let params = x.client.create_from_slice(bytemuck::cast_slice(&params));
-    body::read_activations(&x.client, &quantise::quantise(x, params, m, k)).unwrap()
+    body::read_activations(&x.client, &body::quantise(x, params, m, k)).unwrap()
 }
 
 fn kernel(report: &ManagerReport, id: &str) -> KernelReport {
@@ -330,6 +330,29 @@ fn a_forced_kernel_computes_what_the_reference_does() {
         let report = manager.report();
         let (used, calls) = (kernel(&report, &format!("test/{name}")), 6 * (1 + 3 + 2 + 2));
         assert_eq!((used.calls, used.failures.total(), used.target.as_str()), (calls, 0, "wgsl"));
+        assert!(report.fallbacks.is_empty() && report.reference_calls == 0, "{report:?}");
+    }
+}
+
+#[test]
+fn every_cubecl_kernel_computes_what_the_reference_does() {
+    let all = manager_of(&bitnet_burn_cube::PLUGIN, None, Duration::ZERO).report().kernels;
+    let names = all.into_iter().map(|kernel| kernel.kernel).filter(|name| name.starts_with("cube/"));
+    for name in names {
+        let manager = manager_of(&bitnet_burn_cube::PLUGIN, Some(&name), Duration::ZERO);
+        let rows = if name.starts_with("cube/gemv") { [1, 3, 16] } else { [17, 65, 130] };
+        // Less than a tile, one more than one, several; less than a block of 128, one more, many.
+        for (k, ns) in [(128, &[32][..]), (130, &[7, 9, 65]), (1, &[1, 1]), (2560, &[130, 40]), (6912, &[33])]
+        {
+            let problem = Problem::new(manager, k, ns, 0.37);
+            // The first time compared, then believed.
+            for m in rows.into_iter().flat_map(|m| [m, m]) {
+                problem.check(m, (m + k) as u64);
+            }
+        }
+        let report = manager.report();
+        let used = kernel(&report, &name);
+        assert_eq!((used.calls, used.failures.total(), used.target.as_str()), (6 * 9, 0, "cubecl"), "{name}");
         assert!(report.fallbacks.is_empty() && report.reference_calls == 0, "{report:?}");
     }
 }

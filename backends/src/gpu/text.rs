@@ -1,14 +1,15 @@
-//! Launching a kernel that is text: CubeCL takes one in place of what it would have compiled.
+//! Launching a kernel: one of CubeCL's own, or a text, which CubeCL takes in place of what it would have compiled.
 
 use burn_cubecl::cubecl;
 use cubecl::client::Client;
 use cubecl::ir::attributes::BufferIOAttr;
 use cubecl::ir::metadata::Info;
 use cubecl::prelude::*;
-use cubecl::server::{Handle, KernelArguments};
+use cubecl::server::KernelArguments;
 use cubecl::{CubeKernel, PrecompiledSource};
 
-use bitnet_burn_core::plugin::{GpuSource, Target};
+use bitnet_burn_core::plugin::{GpuSource, Kernel, Target};
+pub(super) use bitnet_burn_cube::Buffers;
 
 /// The language that a client's compiler takes as text, if it takes any.
 pub(super) fn target(client: &Client) -> Option<Target> {
@@ -57,21 +58,31 @@ impl CubeKernel for TextKernel {
     }
 }
 
-/// The buffers of a launch, in the order of [`bitnet_burn_plugin::abi::Gpu`].
-#[derive(Clone, Debug)]
-pub(super) struct Buffers {
-    pub weights: Handle,
-    pub scale: Handle,
-    pub x: Handle,
-    pub rows: Handle,
-    pub params: Handle,
-    pub y: Handle,
+/// The text of a kernel for a GPU, or what stands for it.
+///
+/// # Panics
+/// If it is for the CPU.
+pub(super) fn source(kernel: &Kernel) -> &GpuSource {
+    kernel.gpu().expect("a kernel for a GPU has a text")
 }
 
-/// Launches a kernel for an [m, n] output. What goes wrong, shows when the output is read.
-pub(super) fn launch(client: &Client, source: &GpuSource, (m, n): (usize, usize), buffers: Buffers) {
-    let language = match target(client) {
-        Some(Target::Cuda) => "cuda",
+/// Launches a kernel for an [m, n] output over k. What goes wrong, shows when the output is read.
+///
+/// # Safety
+/// The buffers hold what they must for these sizes ([`bitnet_burn_plugin::abi::Gpu`]).
+pub(super) unsafe fn launch(
+    client: &Client,
+    kernel: &Kernel,
+    (m, n, k): (usize, usize, usize),
+    buffers: Buffers,
+) {
+    let source = source(kernel);
+    let language = match kernel.target() {
+        Target::CubeCl => {
+            // SAFETY: the caller's promise; the manager offers what supports the sizes.
+            return unsafe { bitnet_burn_cube::launch(client, &source.entry, (m, n, k), &buffers) };
+        }
+        Target::Cuda => "cuda",
         _ => "wgsl",
     };
     let [x, y, z] = source.grid(m, n).map(|count| u32::try_from(count).unwrap_or(u32::MAX));

@@ -410,8 +410,9 @@ impl KernelManager {
         let mut reports = Vec::new();
         for kernel in plugin.kernels() {
             let lacking = match kernel.target() {
+                Target::CubeCl if foreign => Some("only kernels that are linked in can be CubeCL's".into()),
                 Target::Cpu => cpu::lacking(kernel.features(), &self.config.masked_features),
-                Target::Wgsl | Target::Cuda => None,
+                Target::Wgsl | Target::Cuda | Target::CubeCl => None,
                 Target::Unknown(_) => {
                     Some(format!("it is for {}, which this host does not know", kernel.target()))
                 }

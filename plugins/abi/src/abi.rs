@@ -40,6 +40,9 @@ pub const TARGET_CPU: u32 = 1;
 pub const TARGET_WGSL: u32 = 2;
 /// [`Kernel::target`]: CUDA C++ text in [`Kernel::gpu`], which NVRTC compiles (since 1.1).
 pub const TARGET_CUDA: u32 = 3;
+/// [`Kernel::target`]: a function of the host's own CubeCL, which [`Gpu::entry`] names. For kernels that are linked into the
+/// host: those of a library would have a CubeCL of their own.
+pub const TARGET_CUBECL: u32 = 1 << 16;
 
 /// What a call returns. Any value but [`STATUS_OK`] makes the host take its next kernel.
 pub type Status = i32;

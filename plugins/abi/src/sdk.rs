@@ -96,6 +96,8 @@ pub enum Language {
     Wgsl,
     /// CUDA C++, which NVRTC compiles.
     Cuda,
+    /// A function of the host's own CubeCL. Not for libraries that are loaded from files.
+    CubeCl,
 }
 
 /// Text that ends with a NUL, as [`GpuKernel::SOURCE`] takes it:
@@ -446,6 +448,7 @@ pub const fn gpu_kernel<K: GpuKernel>() -> Kernel {
         target: match K::LANGUAGE {
             Language::Wgsl => abi::TARGET_WGSL,
             Language::Cuda => abi::TARGET_CUDA,
+            Language::CubeCl => abi::TARGET_CUBECL,
         },
         gpu: OnGpu::<K>::GPU,
         ..descriptor::<OnGpu<K>>(K::NAME, K::LAYOUT)

@@ -1,23 +1,12 @@
-//! Quantisation of activations on a GPU, into the form that kernels from plugins read.
+//! Quantisation of activations, into the form that kernels for GPUs read.
 
-use burn_cubecl::cubecl;
-use burn_cubecl::tensor::CubeTensor;
+use bitnet_burn_plugin::abi::GPU_ACTIVATION_BLOCK;
+use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use bitnet_burn_core::gpu;
-
 /// Threads that share a row.
 const THREADS: u32 = 64;
-
-/// Activations on the device: see [`bitnet_burn_plugin::abi::Gpu`], buffers 2 and 3.
-#[derive(Clone, Debug)]
-pub(super) struct Quantised {
-    pub words: Handle,
-    pub rows: Handle,
-    pub m: usize,
-    pub k: usize,
-}
 
 /// One workgroup a row: its largest magnitude, then its values. The same arithmetic as the default body's, in the same
 /// order: a = max(max |x|, 1e-5), q = clamp(round_half_even(x * (127 / a)), -128, 127). A row with a value that is not
@@ -92,10 +81,13 @@ fn quantise_rows(x: &[f32], words: &mut [u32], rows: &mut [u32], params: &[u32])
     }
 }
 
-/// Quantises the rows of x [M, K], which is contiguous; `params` are those of a kernel over it.
-pub(super) fn quantise(x: &CubeTensor, params: Handle, m: usize, k: usize) -> Quantised {
-    let client = &x.client;
-    let stride = gpu::x_stride(k);
+/// Quantises rows x [M, K] of f32 without gaps between them; `params` are those of a kernel over them. The words, and the
+/// scales and sums, of [`bitnet_burn_plugin::abi::Gpu`].
+///
+/// # Safety
+/// `x` holds m * k values, and `params` the eight parameters for m and k.
+pub unsafe fn quantise(client: &Client, x: Handle, params: Handle, m: usize, k: usize) -> (Handle, Handle) {
+    let stride = k.div_ceil(GPU_ACTIVATION_BLOCK) * GPU_ACTIVATION_BLOCK / 4;
     let words = client.empty(m * stride * 4);
     let rows = client.empty(m * 8);
     // SAFETY: the handles hold as many elements as is said, and the kernel stays within them: row < m, column < k,
@@ -105,11 +97,11 @@ pub(super) fn quantise(x: &CubeTensor, params: Handle, m: usize, k: usize) -> Qu
             client,
             CubeCount::Static(m as u32, 1, 1),
             CubeDim::new_1d(THREADS),
-            BufferArg::from_raw_parts(x.handle.clone(), m * k),
+            BufferArg::from_raw_parts(x, m * k),
             BufferArg::from_raw_parts(words.clone(), m * stride),
             BufferArg::from_raw_parts(rows.clone(), m * 2),
             BufferArg::from_raw_parts(params, 8),
         );
     }
-    Quantised { words, rows, m, k }
+    (words, rows)
 }

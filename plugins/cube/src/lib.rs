@@ -1,0 +1,146 @@
+//! GPU kernels for ternary matrix multiplication, written in CubeCL: one source for CUDA, ROCm, Metal, Vulkan and
+//! WebGPU.
+//!
+//! They are kernels like any others: the host's manager compares, measures and chooses them ([`PLUGIN`]), and hands them
+//! the buffers that [`bitnet_burn_plugin::abi::Gpu`] describes. Only their launch is not text but a function of the
+//! host's own CubeCL ([`launch`]), so that a library that is loaded from a file can't have them.
+//!
+//! All read the canonical layout, so that weights are uploaded as they are and every kernel, and the default
+//! body in Burn's operations, can take over from every other one. Sums are exact i32.
+
+#![cfg(feature = "kernels")]
+
+mod kernels;
+mod quantise;
+
+use std::ffi::CStr;
+
+use bitnet_burn_plugin::abi::Signature;
+use bitnet_burn_plugin::sdk::{GpuKernel, Language};
+use cubecl::client::Client;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+pub use self::quantise::quantise;
+
+/// The buffers of a launch, in the order of [`bitnet_burn_plugin::abi::Gpu`].
+#[derive(Clone, Debug)]
+pub struct Buffers {
+    /// Canonical rows, or a kernel's own packing.
+    pub weights: Handle,
+    /// One f32.
+    pub scale: Handle,
+    /// Four int8 a word.
+    pub x: Handle,
+    /// Scale and sum of each row.
+    pub rows: Handle,
+    /// Eight u32.
+    pub params: Handle,
+    /// f32.
+    pub y: Handle,
+}
+
+/// Threads along K in [`kernels::gemv`], and ranges of output features side by side.
+const GEMV_THREADS: [u32; 2] = [32, 8];
+/// Threads along the output features and along the rows in [`kernels::gemm`].
+const GEMM_THREADS: [u32; 2] = [16, 16];
+/// Beyond so many rows, reading the weights again for each is hopeless.
+const GEMV_ROWS: u64 = 16;
+
+/// Declares the kernels, and how their entry points are launched.
+macro_rules! plugin {
+    ($($(#[$doc:meta])* $type:ident = $name:literal, $entry:literal: $function:ident($a:literal, $b:literal)
+       in [$threads_x:expr, $threads_y:expr], tile [$tile_n:expr, $tile_m:expr], if $supports:expr;)+) => {
+        $(
+            $(#[$doc])*
+            struct $type;
+
+            impl GpuKernel for $type {
+                const NAME: &'static CStr = $name;
+                const LANGUAGE: Language = Language::CubeCl;
+                const SOURCE: &'static CStr = c"a CubeCL function of bitnet-burn-cube";
+                const ENTRY: &'static CStr = $entry;
+                const WORKGROUP: [u32; 3] = [$threads_x, $threads_y, 1];
+                const TILE: [u32; 2] = [$tile_n, $tile_m];
+
+                fn supports(signature: &Signature) -> bool {
+                    let supports: fn(&Signature) -> bool = $supports;
+                    supports(signature)
+                }
+            }
+        )+
+
+        bitnet_burn_plugin::plugin! {
+            /// The kernels.
+            pub static PLUGIN = {
+                name: c"cube",
+                version: c"0.1.0",
+                kernels: [],
+                gpu_kernels: [$($type),+],
+            };
+        }
+
+        /// Launches the kernel of this entry point for activations [m, k] and weights [n, k]. What goes wrong, shows
+        /// when the output is read.
+        ///
+        /// # Panics
+        /// If no kernel of [`PLUGIN`] has the entry point.
+        ///
+        /// # Safety
+        /// The buffers hold what they must for [`bitnet_burn_plugin::abi::Gpu`] and these sizes, and the kernel supports them.
+        pub unsafe fn launch(
+            client: &Client,
+            entry: &str,
+            (m, n, k): (usize, usize, usize),
+            buffers: &Buffers,
+        ) {
+            let words = k.div_ceil(128) * 8;
+            let argument = |handle: &Handle, elements: usize| {
+                // SAFETY: the caller's promise.
+                unsafe { BufferArg::from_raw_parts(handle.clone(), elements) }
+            };
+            $(
+                if entry.as_bytes() == $entry.to_bytes() {
+                    let [tile_n, tile_m] = <$type as GpuKernel>::TILE;
+                    let count = |size: usize, tile: u32| size.div_ceil(tile as usize) as u32;
+                    // SAFETY: the caller's promise; the kernels read and write nothing beyond these sizes.
+                    unsafe {
+                        kernels::$function::launch_unchecked(
+                            client,
+                            CubeCount::Static(count(n, tile_n), count(m, tile_m), 1),
+                            CubeDim::new_2d($threads_x, $threads_y),
+                            argument(&buffers.weights, n * words),
+                            argument(&buffers.scale, 1),
+                            argument(&buffers.x, m * words * 4),
+                            argument(&buffers.rows, m * 2),
+                            argument(&buffers.params, 8),
+                            argument(&buffers.y, m * n),
+                            $a,
+                            $b,
+                        );
+                    }
+                    return;
+                }
+            )+
+            panic!("no kernel has the entry point {entry}");
+        }
+    };
+}
+
+plugin! {
+    /// An output feature a group of threads.
+    Gemv1 = c"gemv-1", c"gemv_1": gemv(1, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [8, 1],
+        if |signature| signature.m <= GEMV_ROWS;
+    /// Two, for the same activations.
+    Gemv2 = c"gemv-2", c"gemv_2": gemv(2, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [16, 1],
+        if |signature| signature.m <= GEMV_ROWS;
+    /// Four.
+    Gemv4 = c"gemv-4", c"gemv_4": gemv(4, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [32, 1],
+        if |signature| signature.m <= GEMV_ROWS;
+    /// Few rows.
+    Gemm16 = c"gemm-16x64", c"gemm_16x64": gemm(1, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 16],
+        if |signature| signature.m > 1;
+    /// Prompts.
+    Gemm64 = c"gemm-64x64", c"gemm_64x64": gemm(4, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 64],
+        if |signature| signature.m > GEMV_ROWS;
+}
