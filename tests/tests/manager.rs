@@ -25,7 +25,7 @@ fn built_in(config: ManagerConfig) -> KernelManager {
 
 fn ready(manager: &KernelManager) -> Vec<String> {
     let kernels = manager.report().kernels;
-    kernels.into_iter().filter(|k| k.status == Status::Ready).map(|k| k.kernel).collect()
+    kernels.into_iter().filter(|k| k.status == Status::Ready && k.target == "cpu").map(|k| k.kernel).collect()
 }
 
 /// A manager for every kernel of this machine, forced, with 1, 2 and 3 threads.
@@ -299,6 +299,9 @@ fn a_kernel_can_be_forced_by_its_short_name_and_an_unknown_one_is_an_error() {
     force("cpu/t2-scalar").validate().unwrap();
     let ranking = force("t2-scalar").explain(1, 32, 128);
     assert_eq!((ranking.candidates.len(), ranking.source), (1, Source::OnlyCandidate));
+    // All kernels of a plugin.
+    let ranking = force("cpu").explain(1, 32, 128);
+    assert_eq!(ranking.candidates.len(), ready(&built_in(quiet())).len());
     let error = force("fastest").validate().unwrap_err().to_string();
     assert!(error.contains("no kernel is named `fastest`; there are: cpu/"), "{error}");
     assert!(error.contains("cpu/t2-scalar"), "{error}");

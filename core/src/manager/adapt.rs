@@ -34,7 +34,7 @@ pub enum Feedback {
     /// A kernel of the CPU did something wrong that the manager could not see. Others compute until it is
     /// tried again, as after a failure.
     Misbehaved {
-        /// `plugin/kernel`, or `kernel`.
+        /// `plugin/kernel` or `kernel`, or `plugin` for all of its kernels.
         kernel: String,
         /// What, for the report.
         reason: String,

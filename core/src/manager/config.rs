@@ -19,7 +19,7 @@ pub struct ManagerConfig {
     pub threads: usize,
     /// What is an error instead of something slower or less certain.
     pub strict: Strict,
-    /// Use this kernel alone (`plugin/kernel`, or `kernel` where that is unambiguous).
+    /// Use this kernel alone (`plugin/kernel`, or `kernel`), or those of this `plugin`.
     pub force: Option<String>,
     /// CPU features to act as if the machine lacked them.
     pub masked_features: Vec<String>,

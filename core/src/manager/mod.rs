@@ -707,8 +707,10 @@ impl KernelManager {
     }
 }
 
+/// Whether a name means a kernel: `plugin/kernel`, `kernel`, or `plugin` for all of its kernels.
 fn names(kernel: &Kernel, name: &str) -> bool {
-    kernel.id() == name || kernel.id().rsplit_once('/').is_some_and(|(_, short)| short == name)
+    let (plugin, short) = kernel.id().split_once('/').expect("an id is plugin/kernel");
+    [kernel.id(), plugin, short].contains(&name)
 }
 
 fn report(entry: &Entry) -> KernelReport {

@@ -54,7 +54,7 @@ pub struct ThreadArgs {
 pub struct KernelArgs {
     #[command(flatten)]
     pub threads: ThreadArgs,
-    /// Use this kernel alone: `plugin/kernel`, or `kernel` (see `bitnet kernels`)
+    /// Use this kernel alone: `plugin/kernel` or `kernel` (see `bitnet kernels`), or all kernels of a `plugin`
     #[arg(long, value_name = "NAME", help_heading = "Kernels")]
     pub kernel: Option<String>,
     /// A kernel plugin, or a directory of them: runs their code; may be repeated
