@@ -22,6 +22,7 @@ pub mod manager;
 pub mod ops;
 
 pub use extension::{
+    CacheTensor, CacheType,
     AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, NoInt8, SelfAttentionArgs,
     TernaryBackend, TernaryWeight, TernaryWeights,
 };

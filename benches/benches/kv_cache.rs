@@ -7,10 +7,11 @@
 use std::hint::black_box;
 use std::time::Duration;
 
-use bitnet_burn_backends::AttentionArgs;
-use bitnet_burn_backends::ops::{attention, cache_append};
+use bitnet_burn_backends::ops::{CacheLayer, attention, cache_append};
+use bitnet_burn_backends::{AttentionArgs, CacheType};
 use bitnet_burn_benches::Random;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use bitnet_burn_core::memory::WeightArena;
+use burn::tensor::{Device, Tensor, TensorData};
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
 
 const HEADS: usize = 20;
@@ -23,13 +24,15 @@ fn kv_cache(criterion: &mut Criterion) {
     let mut row =
         |width: usize| Tensor::<2>::from_data(TensorData::new(random.floats(width), [1, width]), &device);
     let (q, k) = (row(HEADS * HEAD_DIM), row(KV_HEADS * HEAD_DIM));
-    for (name, dtype) in [("f32", DType::F32), ("f16", DType::F16)] {
+    for cache_type in [CacheType::F32, CacheType::F16, CacheType::Int8] {
+        let name = cache_type.name();
         for context in [128, 512, 1024, 2048, 4096] {
             // Room for exactly the context: the last token is written again and again.
-            let empty = || Tensor::<3>::zeros([KV_HEADS, context, HEAD_DIM], (&device, dtype));
+            let shape = [KV_HEADS, context, HEAD_DIM];
+            let empty = CacheLayer::zeros(cache_type, shape, &device, &WeightArena::default());
             let position = context - 1;
 
-            let mut cache = Some(cache_append(empty(), k.clone(), position));
+            let mut cache = Some(cache_append(empty, k.clone(), position));
             criterion.benchmark_group(format!("append_{name}")).bench_function(
                 BenchmarkId::from_parameter(context),
                 |b| {

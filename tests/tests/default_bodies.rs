@@ -22,6 +22,10 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 
 /// An operation on every device, with the fast and with the default body: all within `tolerance` of each
 /// other, relative to the largest value.
+fn empty(cache_type: CacheType, shape: [usize; 3], device: &Device) -> CacheLayer {
+    CacheLayer::zeros(cache_type, shape, device, &WeightArena::default())
+}
+
 fn agree<const D: usize>(what: &str, tolerance: f32, f: &dyn Fn(&Device) -> Tensor<D>) {
     let mut first: Option<Vec<f32>> = None;
     for fast in host_devices() {
@@ -71,13 +75,14 @@ fn attention_over_a_cache_agrees() {
         let [old_k, old_v] = [(); 2].map(|()| random.floats(position.max(1) * n_kv_heads * head_dim));
         let [k, v] = [(); 2].map(|()| random.floats(m * n_kv_heads * head_dim));
         let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position };
-        for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::F16, 2e-6)] {
-            agree(&format!("attention {args:?} {dtype:?}"), tolerance, &|device| {
+        for cache_type in [CacheType::F32, CacheType::Int8, CacheType::F16] {
+            agree(&format!("attention {args:?} {cache_type:?}"), 2e-6, &|device| {
                 // NdArray has no f16.
-                let dtype = if device.supports_dtype(dtype) { dtype } else { DType::F32 };
+                let supported = CacheLayer::supported(cache_type, device);
+                let cache_type = if supported { cache_type } else { CacheType::F32 };
                 let width = n_kv_heads * head_dim;
                 let cache = |old: &[f32], new: &[f32]| {
-                    let mut cache = Tensor::<3>::zeros([n_kv_heads, length + 9, head_dim], (device, dtype));
+                    let mut cache = empty(cache_type, [n_kv_heads, length + 9, head_dim], device);
                     if position > 0 {
                         cache = ops::cache_append(cache, tensor(old, [position, width], device), 0);
                     }
@@ -96,11 +101,22 @@ fn attention_over_a_cache_agrees() {
 #[test]
 fn a_cache_holds_the_same_whichever_body_wrote_it() {
     let rows = Random(3).floats(4 * 6);
-    agree("cache_append", 0.0, &|device| {
-        let cache = Tensor::<3>::full([2, 9, 3], 0.5, device);
-        let cache = ops::cache_append(cache, tensor(&rows[..6], [1, 6], device), 8);
-        ops::cache_append(cache, tensor(&rows[6..], [3, 6], device), 2)
-    });
+    for cache_type in [CacheType::F32, CacheType::Int8] {
+        let written = |device: &Device| {
+            let cache = empty(cache_type, [2, 9, 3], device);
+            let cache = ops::cache_append(cache, tensor(&rows[..6], [1, 6], device), 8);
+            ops::cache_append(cache, tensor(&rows[6..], [3, 6], device), 2)
+        };
+        // The codes of an int8 cache are whole numbers, and its scales are those of the other body.
+        agree(&format!("cache_append {cache_type:?}"), 0.0, &|device| match written(device) {
+            CacheLayer::Float(cache) => cache,
+            CacheLayer::Int8 { codes, .. } => codes.cast(DType::I32).float(),
+        });
+        agree(&format!("scales {cache_type:?}"), 1e-7, &|device| match written(device) {
+            CacheLayer::Float(cache) => cache.reshape([2, 27]),
+            CacheLayer::Int8 { scale, .. } => scale,
+        });
+    }
 }
 
 #[test]

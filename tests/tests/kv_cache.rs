@@ -140,8 +140,7 @@ fn sequences_in_one_batch_are_each_as_if_alone() {
 fn growing_room_changes_nothing() {
     for model in models() {
         let ids = tokens(16, 300);
-        let types = [CacheType::F32, CacheType::F16];
-        for cache_type in types.into_iter().filter(|&t| model.cache(1, t).is_ok()) {
+        for cache_type in cache_types(&model) {
             let want = alone(&model, &ids, 300, cache_type);
             let mut cache = model.cache(400, cache_type).unwrap();
             let sequence = cache.add_sequence(0);
@@ -150,9 +149,46 @@ fn growing_room_changes_nothing() {
             for chunk in ids.chunks(37) {
                 got.extend(append(&model, &mut cache, sequence, chunk));
             }
-            assert!(cache.bytes() > first && cache.bytes() <= 400 * 2 * 2 * 64 * 2 * cache_type.bytes());
+            assert!(cache.bytes() > first && cache.bytes() <= 400 * 2 * 2 * 2 * cache_type.row_bytes(64));
             assert_same_bits(&got, &want, &format!("{cache_type:?}"));
         }
+    }
+}
+
+/// An int8 cache's values, too, are those that were appended, whoever else shared or forgot them.
+#[test]
+fn every_type_of_cache_forks_and_truncates() {
+    for model in models() {
+        for cache_type in cache_types(&model) {
+            let (history, a, b) = (tokens(20, 150), tokens(21, 4), tokens(22, 5));
+            let mut cache = model.cache(200, cache_type).unwrap();
+            let origin = cache.add_sequence(0);
+            append(&model, &mut cache, origin, &history);
+            let fork = cache.fork(origin).unwrap();
+            let of_fork = append(&model, &mut cache, fork, &b);
+            let of_origin = append(&model, &mut cache, origin, &a);
+            let want = |head: &[u32], tail: &[u32]| {
+                alone(&model, &[head, tail].concat(), tail.len(), cache_type)
+            };
+            assert_same_bits(&of_fork, &want(&history, &b), &format!("{cache_type:?}: the fork"));
+            assert_same_bits(&of_origin, &want(&history, &a), &format!("{cache_type:?}: the origin"));
+            cache.truncate(fork, 60).unwrap();
+            let again = append(&model, &mut cache, fork, &a);
+            assert_same_bits(&again, &want(&history[..60], &a), &format!("{cache_type:?}: truncated"));
+        }
+    }
+}
+
+#[test]
+fn an_int8_cache_takes_a_quarter_and_a_scale() {
+    for model in models() {
+        let bytes = |cache_type: CacheType| {
+            let mut cache = model.cache(256, cache_type).unwrap();
+            cache.add_sequence(256);
+            cache.bytes()
+        };
+        // Heads of 64: 64 codes and a scale for 64 floats.
+        assert_eq!(bytes(CacheType::Int8) * 256, bytes(CacheType::F32) * 68);
     }
 }
 
