@@ -4,9 +4,10 @@
 //! memory computes both. (The packed layer's default body is compared in `bitnet-burn-backends`.)
 
 use bitnet_burn::backends::manager::manager;
-use bitnet_burn::backends::ops::{self, TernaryMatrix};
-use bitnet_burn::backends::{AttentionArgs, DenseArgs, GatedActivation};
+use bitnet_burn::backends::ops::{self, CacheLayer, TernaryMatrix};
+use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation};
 use bitnet_burn::core::formats::{DenseFormat, canonical};
+use bitnet_burn::core::memory::WeightArena;
 use bitnet_burn::core::quant;
 use bitnet_burn::nn::{BitLinear, BitLinearConfig, BitLinearWeight, RotaryEncodingConfig};
 use bitnet_burn_tests::*;
