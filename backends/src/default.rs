@@ -9,8 +9,8 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, FloatDType, IndexingUpdateOp, IntDType, Shape, Slice, TensorData};
 
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs, TernaryWeight,
-    TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs,
+    TernaryWeight, TernaryWeights,
 };
 
 const EPSILON: f32 = 1e-5;
@@ -262,7 +262,7 @@ pub(crate) fn gated_backward<B: Backend>(
     B::float_cat(vec![d_gate, B::float_mul(dy, value)], 1)
 }
 
-fn concat<B: Backend>(mut tensors: Vec<FloatTensor<B>>) -> FloatTensor<B> {
+pub(crate) fn concat<B: Backend>(mut tensors: Vec<FloatTensor<B>>) -> FloatTensor<B> {
     if tensors.len() == 1 { tensors.remove(0) } else { B::float_cat(tensors, 1) }
 }
 

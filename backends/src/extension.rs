@@ -7,6 +7,7 @@ use bitnet_burn_core::manager::Choice;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{ExtensionType, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Shape};
+use serde::{Deserialize, Serialize};
 
 use crate::default;
 
@@ -43,6 +44,20 @@ impl<B: burn::backend::Backend> TernaryWeights<B> {
             Self::Three(a, b, c) => vec![a, b, c],
         }
     }
+
+    /// Matrices in order.
+    ///
+    /// # Panics
+    /// If there are not one to three.
+    pub fn from_vec(matrices: Vec<TernaryWeight<B>>) -> Self {
+        let mut matrices = matrices.into_iter();
+        match (matrices.next(), matrices.next(), matrices.next(), matrices.next()) {
+            (Some(a), None, None, None) => Self::One(a),
+            (Some(a), Some(b), None, None) => Self::Two(a, b),
+            (Some(a), Some(b), Some(c), None) => Self::Three(a, b, c),
+            _ => panic!("bit_linear takes one to three matrices"),
+        }
+    }
 }
 
 /// What is done to the input before it is quantised.
@@ -61,7 +76,28 @@ pub struct Matrix {
     pub n: usize,
     /// The chosen kernels, which also say how the codes are laid out; `None`: canonical, and chosen at
     /// the first use.
-    pub choice: Option<Arc<Choice>>,
+    pub choice: Option<Kernels>,
+}
+
+/// The kernels that were chosen for a matrix, and the layout that its codes are in.
+#[derive(Clone, Debug)]
+pub enum Kernels {
+    /// Those of the CPU.
+    Host(Arc<Choice>),
+    /// Those of plugins that are GPU source.
+    #[cfg(feature = "cube")]
+    Gpu(Arc<crate::gpu::GpuMatrix>),
+}
+
+impl Kernels {
+    /// Private layout (`plugin/layout`) that the codes are in, or `None` for canonical.
+    pub fn layout(&self) -> Option<&str> {
+        match self {
+            Self::Host(choice) => choice.layout(),
+            #[cfg(feature = "cube")]
+            Self::Gpu(matrix) => matrix.layout(),
+        }
+    }
 }
 
 /// Arguments of [`TernaryBackend::bit_linear`] that are no tensors.
@@ -86,7 +122,8 @@ impl BitLinearArgs {
 
 /// Type of a KV cache's values. They are always read back through it, so results do not depend on how a
 /// prompt was cut into chunks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CacheType {
     /// 4 bytes a value.
     #[default]
@@ -469,7 +506,24 @@ pub trait TernaryBackend: burn::backend::Backend {
 }
 
 #[cfg(feature = "cube")]
-impl TernaryBackend for burn_cubecl::CubeBackend {}
+impl TernaryBackend for burn_cubecl::CubeBackend {
+    fn bit_linear(
+        x: FloatTensor<Self>,
+        norm: InputNorm<Self>,
+        weights: TernaryWeights<Self>,
+        args: BitLinearArgs,
+    ) -> FloatTensor<Self> {
+        crate::gpu::bit_linear(x, norm, weights, args)
+    }
+
+    fn bit_linear_backward(
+        dy: FloatTensor<Self>,
+        weights: TernaryWeights<Self>,
+        args: BitLinearArgs,
+    ) -> FloatTensor<Self> {
+        crate::gpu::bit_linear_backward(dy, weights, args)
+    }
+}
 
 mod autodiff {
     use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -491,13 +545,8 @@ mod autodiff {
     type Saved<B> = Vec<(IntTensor<B>, FloatTensor<B>)>;
 
     fn weights<B: TernaryBackend>(saved: Saved<B>) -> TernaryWeights<B> {
-        let mut matrices = saved.into_iter().map(|(codes, scale)| TernaryWeight { codes, scale });
-        match (matrices.next(), matrices.next(), matrices.next()) {
-            (Some(a), Some(b), Some(c)) => TernaryWeights::Three(a, b, c),
-            (Some(a), Some(b), None) => TernaryWeights::Two(a, b),
-            (Some(a), None, None) => TernaryWeights::One(a),
-            _ => unreachable!("TernaryWeights holds one to three matrices"),
-        }
+        let matrices = saved.into_iter().map(|(codes, scale)| TernaryWeight { codes, scale });
+        TernaryWeights::from_vec(matrices.collect())
     }
 
     impl<B: TernaryBackend> Backward<B, 1> for BitLinearBackward {

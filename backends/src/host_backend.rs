@@ -4,7 +4,7 @@
 //! contiguous, least of all weights, which may be a memory-mapped file's.
 
 use std::borrow::Cow;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use bitnet_burn_core::manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerError};
 use bitnet_burn_core::memory::{Activations, ActivationsMut};
@@ -15,8 +15,8 @@ use burn::tensor::Shape;
 
 use crate::default;
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs, TernaryWeight,
-    TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, Kernels,
+    SelfAttentionArgs, TernaryWeight, TernaryWeights,
 };
 use crate::host::attention::{self as host_attention, CacheMut, CacheRef};
 use crate::host::{Shared, dense, dense_int8, elementwise, training};
@@ -282,6 +282,18 @@ fn quantise(manager: &KernelManager, x: &[f32], k: usize, norm: Option<(&[f32], 
     });
 }
 
+/// The kernels that were chosen for the matrices, or now are.
+fn choices(manager: &KernelManager, args: &BitLinearArgs) -> Result<Vec<Arc<Choice>>, ManagerError> {
+    args.matrices
+        .iter()
+        .map(|matrix| match &matrix.choice {
+            Some(Kernels::Host(choice)) => Ok(choice.clone()),
+            // Weights that were packed for a GPU are canonical when they come here (`ops::bit_linear`).
+            _ => manager.choose(matrix.n, args.k, LayoutPolicy::Canonical),
+        })
+        .collect()
+}
+
 pub(crate) fn bit_linear<B: HostBackend>(
     x: FloatTensor<B>,
     norm: InputNorm<B>,
@@ -292,11 +304,7 @@ pub(crate) fn bit_linear<B: HostBackend>(
     let weights = weights.into_vec();
     let total = args.total_n();
     let manager = manager();
-    let choices = args.matrices.iter().map(|matrix| match &matrix.choice {
-        Some(choice) => Ok(choice.clone()),
-        None => manager.choose(matrix.n, args.k, LayoutPolicy::Canonical),
-    });
-    let choices: Vec<_> = match choices.collect::<Result<_, _>>() {
+    let choices = match choices(manager, &args) {
         Ok(choices) => choices,
         Err(error) => return failed::<B>(error, m, total),
     };
@@ -353,7 +361,7 @@ fn failed<B: HostBackend>(error: ManagerError, m: usize, n: usize) -> FloatTenso
 fn canonical_weights<B: HostBackend>(
     manager: &KernelManager,
     weights: Vec<TernaryWeight<B>>,
-    choices: &[std::sync::Arc<Choice>],
+    choices: &[Arc<Choice>],
     k: usize,
 ) -> Result<TernaryWeights<B>, ManagerError> {
     let mut canonical = Vec::with_capacity(weights.len());
@@ -372,13 +380,7 @@ fn canonical_weights<B: HostBackend>(
         };
         canonical.push(TernaryWeight { codes, scale });
     }
-    let mut matrices = canonical.into_iter();
-    Ok(match (matrices.next(), matrices.next(), matrices.next()) {
-        (Some(a), Some(b), Some(c)) => TernaryWeights::Three(a, b, c),
-        (Some(a), Some(b), None) => TernaryWeights::Two(a, b),
-        (Some(a), _, _) => TernaryWeights::One(a),
-        _ => unreachable!("TernaryWeights holds one to three matrices"),
-    })
+    Ok(TernaryWeights::from_vec(canonical))
 }
 
 pub(crate) fn bit_linear_backward<B: HostBackend>(
@@ -387,16 +389,10 @@ pub(crate) fn bit_linear_backward<B: HostBackend>(
     args: BitLinearArgs,
 ) -> FloatTensor<B> {
     let manager = manager();
-    let choices: Result<Vec<_>, _> = args
-        .matrices
-        .iter()
-        .map(|matrix| match &matrix.choice {
-            Some(choice) => Ok(choice.clone()),
-            None => manager.choose(matrix.n, args.k, LayoutPolicy::Canonical),
-        })
-        .collect();
     let m = dims(&dy)[0];
-    match choices.and_then(|choices| canonical_weights::<B>(manager, weights.into_vec(), &choices, args.k)) {
+    match choices(manager, &args)
+        .and_then(|choices| canonical_weights::<B>(manager, weights.into_vec(), &choices, args.k))
+    {
         Ok(weights) => default::bit_linear_backward::<B>(dy, weights, &args),
         Err(error) => failed::<B>(error, m, args.k),
     }

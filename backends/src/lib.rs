@@ -3,7 +3,8 @@
 //! [`TernaryBackend`] is a backend-extension trait. Each of its operations has a default body in
 //! plain Burn operations, which is its specification and works on every backend; Flex and NdArray,
 //! whose tensors lie in host memory, have fast bodies that run the kernels of
-//! [`manager`](manager::manager) without copying weights. The functions in [`ops`] are the same
+//! [`manager`](manager::manager) without copying weights; on GPUs, `bit_linear` runs kernels of plugins that are
+//! GPU source, where they are faster. The functions in [`ops`] are the same
 //! operations over Burn's `Tensor`.
 
 // Burn deprecates NdArray in favour of Flex, and still supports it; so do we, also in what macros generate.
@@ -14,6 +15,8 @@ const _: () = assert!(cfg!(target_endian = "little"), "bitnet-burn needs a littl
 
 mod default;
 mod extension;
+#[cfg(feature = "cube")]
+pub mod gpu;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod host;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
@@ -21,8 +24,9 @@ mod host_backend;
 pub mod manager;
 pub mod ops;
 
+pub use bitnet_burn_cpu::peak;
+
 pub use extension::{
-    CacheTensor, CacheType,
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Matrix, NoInt8, SelfAttentionArgs,
-    TernaryBackend, TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm, Kernels,
+    Matrix, NoInt8, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
 };

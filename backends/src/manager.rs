@@ -5,10 +5,12 @@
 //! [`with_built_in_kernels`].
 
 use std::cell::Cell;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use bitnet_burn_core::manager::{KernelManager, ManagerConfig, ManagerError};
+use bitnet_burn_core::gate;
+use bitnet_burn_core::manager::{KernelManager, ManagerConfig, ManagerError, Strict};
 use bitnet_burn_core::plugin::{Plugin, PluginError};
 
 /// The manager could not be set up.
@@ -23,6 +25,12 @@ pub enum SetupError {
     /// A plugin was refused.
     #[error(transparent)]
     Plugin(#[from] PluginError),
+    /// A plugin was refused, and strict mode asks for all of them.
+    #[error(
+        "strict mode (gated-plugins): {0}; without the plugin, or without gated-plugins in strict mode, the \
+         others are used"
+    )]
+    Refused(#[source] PluginError),
 }
 
 static MANAGER: OnceLock<KernelManager> = OnceLock::new();
@@ -42,7 +50,8 @@ pub fn with_built_in_kernels(config: ManagerConfig) -> Result<KernelManager, Set
 /// that is refused does not keep the others from being used; its error is returned in the list.
 ///
 /// # Errors
-/// If the manager is in use already, or its configuration is refused.
+/// If the manager is in use already, its configuration is refused, or, with
+/// [`Strict::gated_plugins`], a plugin is.
 pub fn configure(
     config: ManagerConfig,
     named: &[PathBuf],
@@ -52,13 +61,27 @@ pub fn configure(
     Ok((MANAGER.get().expect("set above"), refused))
 }
 
+/// The helper's side of the gate ([`gate::child`]), with this build's GPU runtime, if it has one, to try kernels on that
+/// are GPU source.
+pub fn gate_child(arguments: impl Iterator<Item = OsString>) -> i32 {
+    #[cfg(feature = "wgpu")]
+    return gate::child_with_gpu(arguments, &crate::gpu::open_gpu);
+    #[cfg(not(feature = "wgpu"))]
+    return gate::child(arguments);
+}
+
 fn with_plugins(
-    config: ManagerConfig,
+    mut config: ManagerConfig,
     named: &[PathBuf],
 ) -> Result<(KernelManager, Vec<PluginError>), SetupError> {
+    config.plugins.gpu |= cfg!(feature = "wgpu");
     let (files, mut refused) = config.plugins.find(named);
+    let strict = config.strict.gated_plugins;
     let manager = with_built_in_kernels(config)?;
     refused.extend(files.iter().filter_map(|path| manager.load_plugin(path).err()));
+    if strict && !refused.is_empty() {
+        return Err(SetupError::Refused(refused.swap_remove(0)));
+    }
     if let Err(error) = manager.validate() {
         // The kernel that is missing may be one of theirs.
         for error in refused {
@@ -70,8 +93,9 @@ fn with_plugins(
 }
 
 /// The process's manager; at the first use, from the environment ([`ManagerConfig::from_env`]), where
-/// a setting that is wrong is reported and ignored. Plugins of the environment are loaded if a program that
-/// has the gate's helper, such as `bitnet`, has found them right on this machine.
+/// a setting that is wrong is reported and ignored, but for strict mode: with `BITNET_STRICT_MODE`, nothing
+/// computes then. Plugins of the environment are loaded if a program that has the gate's helper, such as
+/// `bitnet`, has found them right on this machine.
 pub fn manager() -> &'static KernelManager {
     MANAGER.get_or_init(|| {
         let from_env =
@@ -85,8 +109,13 @@ pub fn manager() -> &'static KernelManager {
             }
             Err(error) => {
                 tracing::error!(%error, "the kernel manager's environment is ignored");
-                with_built_in_kernels(ManagerConfig::default())
-                    .expect("the default configuration needs nothing but threads")
+                let strict = Strict::from_env().unwrap_or(Strict::ALL);
+                let config = ManagerConfig { strict, ..ManagerConfig::default() };
+                match strict.any() {
+                    true => KernelManager::new(config).map_err(SetupError::from),
+                    false => with_built_in_kernels(config),
+                }
+                .expect("the default configuration needs nothing but threads")
             }
         }
     })
@@ -99,7 +128,7 @@ thread_local! {
 }
 
 /// Leaves an error for [`take_error`]; the first one stays.
-#[cfg(any(feature = "flex", feature = "ndarray"))]
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cube"))]
 pub(crate) fn leave_error(error: ManagerError) {
     ERROR.with(|slot| {
         let first = slot.take().unwrap_or(error);

@@ -1,17 +1,15 @@
 //! [`TernaryBackend`]'s operations over Burn's `Tensor`, on whatever backend
 //! the tensors are.
 
-use std::sync::Arc;
-
 use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::manager::{Choice, LayoutPolicy, ManagerError, Packed};
+use bitnet_burn_core::manager::{LayoutPolicy, ManagerError, Packed};
 use bitnet_burn_core::memory::WeightArena;
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm, Matrix, SelfAttentionArgs,
-    TernaryBackend, TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm, Kernels,
+    Matrix, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
 };
 use crate::manager::{manager, take_error};
 
@@ -27,9 +25,9 @@ pub struct TernaryMatrix {
     pub n: usize,
     /// Input features.
     pub k: usize,
-    /// The chosen kernels; `None` for canonical codes on a backend that has no kernels, or whose
+    /// The chosen kernels; `None` for canonical codes on a device that has no kernels, or whose
     /// kernels are chosen at the first use.
-    pub choice: Option<Arc<Choice>>,
+    pub choice: Option<Kernels>,
 }
 
 /// Bytes as a tensor of U32 words, without a copy where they are aligned and whole words.
@@ -59,6 +57,26 @@ pub fn is_host(device: &Device) -> bool {
     }
 }
 
+/// Codes for the GPU that a device is, where kernels of plugins are faster than the default body.
+#[cfg(feature = "cube")]
+fn on_gpu(
+    codes: &[u8],
+    n: usize,
+    k: usize,
+    device: &Device,
+) -> Result<Option<(Kernels, Packed)>, ManagerError> {
+    let DispatchDevice::Cube(device) = device.clone().without_autodiff().as_dispatch().clone() else {
+        return Ok(None);
+    };
+    let prepared = crate::gpu::prepare(manager(), &device, n, k, codes)?;
+    Ok(prepared.map(|(matrix, packed)| (Kernels::Gpu(std::sync::Arc::new(matrix)), packed)))
+}
+
+#[cfg(not(feature = "cube"))]
+fn on_gpu(_: &[u8], _: usize, _: usize, _: &Device) -> Result<Option<(Kernels, Packed)>, ManagerError> {
+    Ok(None)
+}
+
 impl TernaryMatrix {
     /// Canonical codes as they are: rows of [`canonical::row_bytes`]`(k)` bytes.
     ///
@@ -75,8 +93,8 @@ impl TernaryMatrix {
         }
     }
 
-    /// Canonical codes in the layout that the fastest kernels of this machine read, on a device in
-    /// host memory; canonical on any other.
+    /// Canonical codes in the layout that the fastest kernels for the device read; canonical where there are
+    /// none, and in host memory while [memory is low](bitnet_burn_core::KernelManager::memory_is_low).
     ///
     /// # Errors
     /// If no kernel may compute the shape, or it can't be packed.
@@ -87,16 +105,36 @@ impl TernaryMatrix {
         k: usize,
         device: &Device,
     ) -> Result<Self, ManagerError> {
-        if !is_host(device) {
-            return Ok(Self::canonical(codes, scale, n, k, device));
-        }
-        let (choice, packed) = manager().prepare(n, k, LayoutPolicy::Any, &codes)?;
+        Self::prepared_in(LayoutPolicy::Any, codes, scale, n, k, device)
+    }
+
+    /// [`prepared`](Self::prepared) in a layout that the policy allows.
+    ///
+    /// # Errors
+    /// As [`prepared`](Self::prepared).
+    pub fn prepared_in(
+        policy: LayoutPolicy,
+        codes: bytes::Bytes,
+        scale: f32,
+        n: usize,
+        k: usize,
+        device: &Device,
+    ) -> Result<Self, ManagerError> {
+        let (choice, packed) = if is_host(device) {
+            let (choice, packed) = manager().prepare(n, k, policy, &codes)?;
+            (Kernels::Host(choice), packed)
+        } else {
+            match on_gpu(&codes, n, k, device)? {
+                Some(prepared) => prepared,
+                None => return Ok(Self::canonical(codes, scale, n, k, device)),
+            }
+        };
         match packed {
             Packed::Canonical => {
                 Ok(Self { choice: Some(choice), ..Self::canonical(codes, scale, n, k, device) })
             }
             Packed::Private(buffer) => {
-                let count = choice.weight_bytes().div_ceil(4);
+                let count = buffer.as_slice().len().div_ceil(4);
                 let codes = words(bytes::Bytes::from_owner(buffer), [1, count], device);
                 Ok(Self { codes, scale: Tensor::from_floats([scale], device), n, k, choice: Some(choice) })
             }
@@ -116,10 +154,25 @@ impl TernaryMatrix {
         };
         let device = self.codes.device();
         let words: Vec<u32> = self.codes.into_data().iter::<i64>().map(|word| word as u32).collect();
-        let packed = &bytemuck::cast_slice(&words)[..choice.weight_bytes()];
-        let canonical = manager().unpack(&choice, packed)?;
+        let packed: &[u8] = bytemuck::cast_slice(&words);
+        let canonical = match &choice {
+            Kernels::Host(choice) => manager().unpack(choice, &packed[..choice.weight_bytes()])?,
+            #[cfg(feature = "cube")]
+            Kernels::Gpu(matrix) => matrix.unpack(manager(), &packed[..matrix.weight_bytes()])?,
+        };
         let codes = self::words(canonical.into(), [self.n, canonical::row_bytes(self.k) / 4], &device);
         Ok(Self { codes, choice: None, ..self })
+    }
+
+    /// As kernels on the device that it is on read it: a private packing of another device's kernels is unpacked.
+    fn where_it_is(self) -> Result<Self, ManagerError> {
+        let host = is_host(&self.codes.device());
+        match &self.choice {
+            Some(Kernels::Host(_)) if !host => self.into_canonical(),
+            #[cfg(feature = "cube")]
+            Some(Kernels::Gpu(_)) if host => self.into_canonical(),
+            _ => Ok(self),
+        }
     }
 
     fn matrix(&self) -> Matrix {
@@ -166,25 +219,14 @@ pub fn bit_linear(
             (InputNorm::Rms(weight.into_dispatch()), eps)
         }
     };
-    // Only kernels read private packings, and they run in host memory.
-    let matrices = if is_host(&x.device()) {
-        matrices
-    } else {
-        matrices.into_iter().map(TernaryMatrix::into_canonical).collect::<Result<_, _>>()?
-    };
+    let matrices: Vec<_> = matrices.into_iter().map(TernaryMatrix::where_it_is).collect::<Result<_, _>>()?;
     let args = BitLinearArgs {
         k,
         matrices: matrices.iter().map(TernaryMatrix::matrix).collect(),
         eps,
         quantise: input.quantise,
     };
-    let mut weights = matrices.into_iter().map(TernaryMatrix::into_weight);
-    let weights = match (weights.next(), weights.next(), weights.next(), weights.next()) {
-        (Some(a), None, None, None) => TernaryWeights::One(a),
-        (Some(a), Some(b), None, None) => TernaryWeights::Two(a, b),
-        (Some(a), Some(b), Some(c), None) => TernaryWeights::Three(a, b, c),
-        _ => panic!("bit_linear takes one to three matrices"),
-    };
+    let weights = TernaryWeights::from_vec(matrices.into_iter().map(TernaryMatrix::into_weight).collect());
     take_error();
     let y = Dispatch::bit_linear(x.into_dispatch(), norm, weights, args);
     match take_error() {

@@ -4,8 +4,10 @@
 //! | command | measures |
 //! | --- | --- |
 //! | `cargo bench --bench kernels` | every kernel that this machine can run, beside the memory's read bandwidth |
+//! | `cargo bench --bench selection` | the time until the kernel for a matmul is known |
 //! | `cargo bench --bench formats` | packing, unpacking and quantising |
 //! | `cargo bench --bench kv_cache` | append and attention by context length |
+//! | `cargo bench --bench layers` | `BitLinear` against Burn's `Linear`, and against its Q2S with `--features ndarray` |
 //! | `cargo bench --bench training` | training: tokens a second, the share of matmuls, fused against composed |
 //!
 //! `-- --quick` is several times faster and less exact; `-- NAME` runs what matches. `BITNET_THREADS`

@@ -37,7 +37,8 @@ pub fn replace<E: From<io::Error>>(
     finish(path, builder.tempfile_in(directory(path))?, write)
 }
 
-/// [`replace`], with a file that only its owner reads and writes.
+/// [`replace`], with a file that only its owner reads and writes. What a process that is killed meanwhile
+/// leaves behind begins as [`leftover_prefix`] says.
 ///
 /// # Errors
 /// As [`replace`].
@@ -45,7 +46,13 @@ pub fn replace_private<E: From<io::Error>>(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> Result<(), E>,
 ) -> Result<(), E> {
-    finish(path, NamedTempFile::new_in(directory(path))?, write)
+    let prefix = leftover_prefix(path);
+    finish(path, Builder::new().prefix(&prefix).suffix(".part").tempfile_in(directory(path))?, write)
+}
+
+/// How the names of [`replace_private`]'s unfinished files for a path begin.
+pub fn leftover_prefix(path: &Path) -> String {
+    format!(".{}-", path.file_name().unwrap_or_default().to_string_lossy())
 }
 
 /// The directory that a file lies in.

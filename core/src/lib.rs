@@ -7,6 +7,7 @@ pub mod cpu;
 pub mod files;
 pub mod formats;
 pub mod gate;
+pub mod gpu;
 pub mod manager;
 pub mod memory;
 pub mod plugin;

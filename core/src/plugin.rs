@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bitnet_burn_plugin::abi::{
-    self, ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, EntryFn, Kernel as RawKernel, MAX_WEIGHT_ALIGNMENT, Message,
-    OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, STATUS_OK, Signature, Status, TARGET_CPU,
+    self, ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, EntryFn, Gpu as RawGpu, KERNEL_SIZE_1_0, Kernel as RawKernel,
+    MAX_WEIGHT_ALIGNMENT, Message, OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, STATUS_OK, Signature,
+    Status, TARGET_CPU, TARGET_CUDA, TARGET_WGSL,
 };
 
 use crate::files;
@@ -184,16 +185,63 @@ pub struct Plugin {
     /// ABI that it was built for.
     abi: (u32, u32),
     origin: Origin,
-    kernels: Vec<RawKernelRef>,
+    kernels: Vec<Declared>,
 }
 
 /// A kernel of a checked descriptor.
-#[derive(Clone, Copy)]
-struct RawKernelRef(&'static RawKernel);
+#[derive(Debug)]
+struct Declared {
+    name: String,
+    layout: Option<String>,
+    features: Vec<String>,
+    gpu: Option<Arc<GpuSource>>,
+    /// As much of the descriptor as plugin and host both know; zeros behind that.
+    raw: RawKernel,
+}
 
-impl std::fmt::Debug for RawKernelRef {
+/// Where a kernel runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The host's CPU.
+    Cpu,
+    /// A GPU whose driver takes WGSL text.
+    Wgsl,
+    /// A GPU that NVRTC compiles CUDA C++ for.
+    Cuda,
+    /// Something that a later minor version of the ABI knows.
+    Unknown(u32),
+}
+
+impl std::fmt::Display for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?}", text(self.0.name, 63))
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Wgsl => f.write_str("wgsl"),
+            Self::Cuda => f.write_str("cuda"),
+            Self::Unknown(number) => write!(f, "target {number}"),
+        }
+    }
+}
+
+/// The text of a kernel for a GPU. [`abi::Gpu`] says which buffers it gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuSource {
+    /// The text.
+    pub text: String,
+    /// Name of the entry point.
+    pub entry: String,
+    /// Threads of a workgroup, by dimension.
+    pub workgroup: [u32; 3],
+    /// Output features that a workgroup computes.
+    pub tile_n: u32,
+    /// Rows of activations that a workgroup computes.
+    pub tile_m: u32,
+}
+
+impl GpuSource {
+    /// Workgroups of an [m, n] output, by dimension.
+    pub fn grid(&self, m: usize, n: usize) -> [usize; 3] {
+        [n.div_ceil(self.tile_n as usize), m.div_ceil(self.tile_m as usize), 1]
     }
 }
 
@@ -269,17 +317,17 @@ impl Plugin {
         }
         // SAFETY: the caller's promise: a non-null pointer is valid, here to `kernel_count` pointers.
         let pointers = unsafe { std::slice::from_raw_parts(raw.kernels, raw.kernel_count as usize) };
-        let mut kernels: Vec<RawKernelRef> = Vec::with_capacity(pointers.len());
+        let mut kernels: Vec<Declared> = Vec::with_capacity(pointers.len());
         for (i, &pointer) in pointers.iter().enumerate() {
             if pointer.is_null() || !pointer.is_aligned() {
                 return Err(invalid(format!("kernel {i} is null")));
             }
             // SAFETY: a non-null pointer is valid (the caller's promise).
             let kernel = unsafe { check_kernel(i, pointer) }.map_err(&invalid)?;
-            if kernels.iter().any(|k| text(k.0.name, 63) == text(kernel.name, 63)) {
-                return Err(invalid(format!("two kernels are named {:?}", text(kernel.name, 63))));
+            if kernels.iter().any(|k| k.name == kernel.name) {
+                return Err(invalid(format!("two kernels are named `{}`", kernel.name)));
             }
-            kernels.push(RawKernelRef(kernel));
+            kernels.push(kernel);
         }
         Ok(Self { name, version, abi: (major, minor), origin, kernels })
     }
@@ -315,49 +363,62 @@ impl Plugin {
     pub(crate) fn kernels(self: &Arc<Self>) -> Vec<Kernel> {
         self.kernels
             .iter()
-            .map(|raw| Kernel {
-                id: format!("{}/{}", self.name, text(raw.0.name, 63).expect("checked")),
-                layout: text(raw.0.layout, 63).map(|layout| format!("{}/{layout}", self.name)),
-                features: text(raw.0.features, 255)
-                    .map(|list| {
-                        list.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect()
-                    })
-                    .unwrap_or_default(),
+            .map(|declared| Kernel {
+                id: format!("{}/{}", self.name, declared.name),
+                layout: declared.layout.as_ref().map(|layout| format!("{}/{layout}", self.name)),
+                features: declared.features.clone(),
+                gpu: declared.gpu.clone(),
                 plugin: self.clone(),
-                raw: raw.0,
+                raw: declared.raw,
             })
             .collect()
     }
 }
 
+/// The fields that a struct of `size` bytes has, and zeros for the others.
+///
 /// # Safety
-/// `pointer` points to the beginning of a kernel of any minor version.
-unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<&'static RawKernel, String> {
+/// `pointer` is valid for reading `size` bytes, and all zeros are a valid `T`.
+unsafe fn known_fields<T: Copy>(pointer: *const T, size: u64) -> T {
+    let mut value = std::mem::MaybeUninit::<T>::zeroed();
+    let count = size_of::<T>().min(size as usize);
+    // SAFETY: `count` bytes are readable (the caller's promise) and fit; what is not copied stays zero, which
+    // is valid.
+    unsafe {
+        std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), value.as_mut_ptr().cast::<u8>(), count);
+        value.assume_init()
+    }
+}
+
+/// # Safety
+/// `pointer` points to the beginning of a kernel of any minor version, whose pointers are null or valid.
+unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, String> {
     // SAFETY: the first field of every version.
     let size = unsafe { (&raw const (*pointer).struct_size).read() };
-    if size < size_of::<RawKernel>() as u64 || size > 1 << 16 {
-        return Err(format!(
-            "struct_size of kernel {i} is {size}, ABI {ABI_MAJOR}.0 has {}",
-            size_of::<RawKernel>()
-        ));
+    if size < KERNEL_SIZE_1_0 as u64 || size > 1 << 16 {
+        return Err(format!("struct_size of kernel {i} is {size}, ABI {ABI_MAJOR}.0 has {KERNEL_SIZE_1_0}"));
     }
-    // SAFETY: at least as long as version 1.0.
-    let kernel = unsafe { &*pointer };
+    // SAFETY: it says that it has so many bytes; null pointers, absent functions and zeros are valid.
+    let kernel = unsafe { known_fields(pointer, size) };
     let name = name(kernel.name, &format!("the name of kernel {i}"))?;
-    if !kernel.layout.is_null() {
-        self::name(kernel.layout, &format!("the layout of kernel `{name}`"))?;
-        if kernel.packed_size.is_none() || kernel.pack.is_none() || kernel.unpack.is_none() {
-            return Err(format!("kernel `{name}` has a private layout but not packed_size, pack and unpack"));
-        }
+    let layout = match kernel.layout.is_null() {
+        true => None,
+        false => Some(self::name(kernel.layout, &format!("the layout of kernel `{name}`"))?),
+    };
+    if layout.is_some() && (kernel.packed_size.is_none() || kernel.pack.is_none() || kernel.unpack.is_none())
+    {
+        return Err(format!("kernel `{name}` has a private layout but not packed_size, pack and unpack"));
     }
-    if !kernel.features.is_null() && text(kernel.features, 255).is_none() {
-        return Err(format!("the CPU features of kernel `{name}` are no text of at most 255 bytes"));
-    }
-    if kernel.operation != OPERATION_TERNARY_MATMUL || kernel.target != TARGET_CPU {
+    let features = match kernel.features.is_null() {
+        true => String::new(),
+        false => text(kernel.features, 255)
+            .ok_or_else(|| format!("the features of kernel `{name}` are no text of at most 255 bytes"))?,
+    };
+    if kernel.operation != OPERATION_TERNARY_MATMUL {
         return Err(format!(
-            "kernel `{name}` has operation {} and target {}; ABI {ABI_MAJOR}.{ABI_MINOR} knows operation \
-             {OPERATION_TERNARY_MATMUL} (ternary matmul) and target {TARGET_CPU} (CPU)",
-            kernel.operation, kernel.target
+            "kernel `{name}` has operation {}; ABI {ABI_MAJOR}.{ABI_MINOR} knows operation \
+             {OPERATION_TERNARY_MATMUL} (ternary matmul)",
+            kernel.operation
         ));
     }
     if !kernel.weight_alignment.is_power_of_two() || kernel.weight_alignment > MAX_WEIGHT_ALIGNMENT {
@@ -373,13 +434,68 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<&'static R
             kernel.row_granule
         ));
     }
-    if kernel.supports.is_none() || kernel.run.is_none() {
+    if kernel.supports.is_none() || (kernel.target == TARGET_CPU && kernel.run.is_none()) {
         return Err(format!("kernel `{name}` lacks `supports` or `run`"));
     }
     if kernel.workspace_size.is_none() && kernel.prepare.is_some() {
         return Err(format!("kernel `{name}` prepares a workspace but has no workspace_size"));
     }
-    Ok(kernel)
+    let gpu = match kernel.target {
+        // SAFETY: null, or valid (the caller's promise).
+        TARGET_WGSL | TARGET_CUDA => Some(Arc::new(unsafe { check_gpu(&name, kernel.gpu) }?)),
+        _ => None,
+    };
+    let features = features.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
+    Ok(Declared { name, layout, features, gpu, raw: kernel })
+}
+
+/// Bytes that the text of a GPU kernel may have.
+const MAX_SOURCE: usize = 1 << 20;
+/// Threads that a workgroup may have on any device that there is.
+const MAX_WORKGROUP: u32 = 1024;
+
+/// # Safety
+/// `pointer` is null, or points to the beginning of the GPU part of a kernel of any minor version, whose
+/// pointers are null or valid.
+unsafe fn check_gpu(kernel: &str, pointer: *const RawGpu) -> Result<GpuSource, String> {
+    if pointer.is_null() || !pointer.is_aligned() {
+        return Err(format!("kernel `{kernel}` is for a GPU, and its `gpu` is null"));
+    }
+    // SAFETY: the first field of every version.
+    let size = unsafe { (&raw const (*pointer).struct_size).read() };
+    if size < size_of::<RawGpu>() as u64 || size > 1 << 16 {
+        return Err(format!(
+            "struct_size of the GPU part of kernel `{kernel}` is {size}, ABI {ABI_MAJOR}.1 has {}",
+            size_of::<RawGpu>()
+        ));
+    }
+    // SAFETY: it says that it has so many bytes; null pointers and zeros are valid.
+    let gpu = unsafe { known_fields(pointer, size) };
+    let source = text(gpu.source, MAX_SOURCE).filter(|text| !text.is_empty());
+    let source = source.ok_or_else(|| {
+        format!("the source of kernel `{kernel}` is no UTF-8 text of 1 to {MAX_SOURCE} bytes")
+    })?;
+    let entry = text(gpu.entry, 127).filter(|name| {
+        name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+            && !name.starts_with(|c: char| c.is_ascii_digit())
+    });
+    let entry = entry.filter(|name| !name.is_empty()).ok_or_else(|| {
+        format!("the entry point of kernel `{kernel}` is no identifier of 1 to 127 characters")
+    })?;
+    let [x, y, z] = gpu.workgroup;
+    let threads = x.checked_mul(y).and_then(|xy| xy.checked_mul(z));
+    if !threads.is_some_and(|threads| (1..=MAX_WORKGROUP).contains(&threads)) {
+        return Err(format!(
+            "kernel `{kernel}` has workgroups of {x} x {y} x {z} threads; 1 to {MAX_WORKGROUP} are possible"
+        ));
+    }
+    if gpu.tile_n == 0 || gpu.tile_m == 0 {
+        return Err(format!(
+            "a workgroup of kernel `{kernel}` computes {} x {} outputs; it must be at least 1 x 1",
+            gpu.tile_n, gpu.tile_m
+        ));
+    }
+    Ok(GpuSource { text: source, entry, workgroup: gpu.workgroup, tile_n: gpu.tile_n, tile_m: gpu.tile_m })
 }
 
 /// Text of at most `limit` bytes behind a pointer that is null or NUL-terminated.
@@ -420,8 +536,9 @@ pub struct Kernel {
     id: String,
     layout: Option<String>,
     features: Vec<String>,
+    gpu: Option<Arc<GpuSource>>,
     plugin: Arc<Plugin>,
-    raw: &'static RawKernel,
+    raw: RawKernel,
 }
 
 /// A status other than OK, with the kernel's message; or OK, where the host found the result wrong.
@@ -481,8 +598,23 @@ impl Kernel {
     }
 
     /// The descriptor; its address identifies the kernel.
-    pub(crate) fn raw(&self) -> &'static RawKernel {
-        self.raw
+    pub(crate) fn raw(&self) -> &RawKernel {
+        &self.raw
+    }
+
+    /// Where it runs.
+    pub fn target(&self) -> Target {
+        match self.raw.target {
+            TARGET_CPU => Target::Cpu,
+            TARGET_WGSL => Target::Wgsl,
+            TARGET_CUDA => Target::Cuda,
+            other => Target::Unknown(other),
+        }
+    }
+
+    /// Its text, if it is for a GPU.
+    pub fn gpu(&self) -> Option<&GpuSource> {
+        self.gpu.as_deref()
     }
 
     /// `plugin/layout` of its private packing; `None` for the canonical layout.
@@ -490,7 +622,7 @@ impl Kernel {
         self.layout.as_deref()
     }
 
-    /// CPU features that it needs.
+    /// Features that it needs, of the CPU or of the GPU.
     pub fn features(&self) -> &[String] {
         &self.features
     }
@@ -599,7 +731,7 @@ impl Kernel {
         y: &abi::Output,
         tile: &abi::Tile,
     ) -> Result<(), KernelFailure> {
-        let run = self.raw.run.expect("checked");
+        let run = self.raw.run.expect("checked: it is for the CPU");
         // SAFETY: the caller's promise.
         call(|message| unsafe { run(weights, x, workspace, y, tile, message) })
     }
@@ -696,6 +828,7 @@ mod tests {
                 workspace_size: None,
                 prepare: None,
                 run: None,
+                gpu: std::ptr::null(),
             };
             // Complete kernels, or none of the three: what differs between them is what is checked.
             let kernel = match has_pack {
@@ -725,12 +858,73 @@ mod tests {
                 Ok(plugin) => {
                     prop_assert!(version.0 == ABI_MAJOR && count.is_none() && !null_kernel);
                     prop_assert!(alphabet(name) && alphabet(kernel_name) && (layout.is_none() || alphabet(layout)));
-                    prop_assert!(sizes[0] >= size_of::<RawPlugin>() as u64 && sizes[1] >= size_of::<RawKernel>() as u64);
-                    prop_assert!(has_supports && has_pack && (layout.is_none() || has_size));
+                    prop_assert!(sizes[0] >= size_of::<RawPlugin>() as u64 && sizes[1] >= KERNEL_SIZE_1_0 as u64);
+                    prop_assert!(has_supports && (layout.is_none() || (has_pack && has_size)));
                     let kernel = &Arc::new(plugin).kernels()[0];
+                    // Without a text it is for no GPU that this host knows.
+                    prop_assert!(kernel.gpu().is_none() && !matches!(kernel.target(), Target::Wgsl | Target::Cuda));
+                    prop_assert!(has_pack || kernel.target() != Target::Cpu);
                     prop_assert!(kernel.weight_alignment().is_power_of_two() && kernel.weight_alignment() <= 4096);
                     prop_assert!((1..=4096).contains(&kernel.row_granule()));
                     prop_assert!(kernel.supports(&Signature::ternary(1, 1, 1, 1)));
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Whatever the GPU part of a kernel says, it is refused or what the host relies on holds.
+        #[test]
+        fn a_gpu_part_is_refused_or_sound(
+            (source, entry) in (string(), string()),
+            (size, present) in (number(size_of::<RawGpu>() as u64), prop::bool::weighted(0.9)),
+            workgroup in prop::array::uniform3(prop_oneof![9 => 1..40u32, 1 => any::<u32>()]),
+            (tile_n, tile_m) in (prop_oneof![0..3u32, any::<u32>()], prop_oneof![1..3u32, any::<u32>()]),
+            target in TARGET_WGSL..TARGET_CUDA + 2,
+            kernel_size in prop_oneof![3 => Just(size_of::<RawKernel>()), 1 => Just(KERNEL_SIZE_1_0)],
+        ) {
+            let gpu = RawGpu {
+                struct_size: size,
+                source: pointer(&source),
+                entry: pointer(&entry),
+                workgroup,
+                tile_n,
+                tile_m,
+                reserved: 0,
+            };
+            let kernel = RawKernel {
+                struct_size: kernel_size as u64,
+                name: c"text".as_ptr(),
+                layout: std::ptr::null(),
+                features: std::ptr::null(),
+                operation: OPERATION_TERNARY_MATMUL,
+                target,
+                weight_alignment: 4,
+                row_granule: 1,
+                supports: Some(supports),
+                packed_size: None,
+                pack: None,
+                unpack: None,
+                workspace_size: None,
+                prepare: None,
+                run: None,
+                gpu: if present { &raw const gpu } else { std::ptr::null() },
+            };
+            // SAFETY: a kernel whose pointers are null or valid.
+            let checked = unsafe { check_kernel(0, &raw const kernel) };
+            let known = target != TARGET_CUDA + 1;
+            match checked {
+                Err(error) => prop_assert!(known && error.contains("`text`"), "{error}"),
+                // Kernels of targets that nobody knows are listed, and not used.
+                Ok(declared) if !known => prop_assert!(declared.gpu.is_none()),
+                Ok(declared) => {
+                    let gpu = declared.gpu.expect("a text");
+                    prop_assert!(present && kernel_size == size_of::<RawKernel>());
+                    prop_assert!(!gpu.text.is_empty() && !gpu.entry.is_empty() && gpu.tile_n > 0 && gpu.tile_m > 0);
+                    prop_assert!((1..=1024).contains(&gpu.workgroup.iter().map(|&w| u64::from(w)).product::<u64>()));
+                    prop_assert_eq!(gpu.grid(1, 1), [1, 1, 1]);
                 }
             }
         }

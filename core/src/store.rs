@@ -44,6 +44,9 @@ pub struct PluginConfig {
     pub helper: Option<PathBuf>,
     /// How long one case of the gate may take, before the plugin counts as hanging.
     pub patience: Duration,
+    /// Whether the helper has a GPU runtime. Kernels for GPUs that a helper without one did not try are tried again
+    /// then, whatever verdict there is.
+    pub gpu: bool,
 }
 
 impl Default for PluginConfig {
@@ -55,6 +58,7 @@ impl Default for PluginConfig {
             pins: None,
             helper: None,
             patience: Duration::from_secs(10),
+            gpu: false,
         }
     }
 }
@@ -159,6 +163,11 @@ pub fn default_user_dir() -> Option<PathBuf> {
 /// `~/.config/bitnet-burn`, `~/Library/Application Support/bitnet-burn` or `%LOCALAPPDATA%\bitnet-burn`.
 pub fn default_pins() -> Option<PathBuf> {
     Some(user_dir("XDG_CONFIG_HOME", ".config", "Library/Application Support")?.join("plugin-pins"))
+}
+
+/// The user's configuration file: `config.toml` beside the [pins](default_pins).
+pub fn default_config() -> Option<PathBuf> {
+    Some(default_pins()?.with_file_name("config.toml"))
 }
 
 fn user_dir(xdg: &str, unix: &str, mac: &str) -> Option<PathBuf> {
@@ -410,6 +419,24 @@ fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>, Problem> {
         return Err(Problem::Policy(format!("it has more than {limit} bytes")));
     }
     Ok(bytes)
+}
+
+/// The bytes of a file that decides what code is loaded, under the rule for plugins: not everybody may write
+/// the file or the directories in which it lies, at both ends of a link.
+///
+/// # Errors
+/// Those of the system; one of the kind `PermissionDenied` with the reason where the rule refuses the file;
+/// and if it has more than `limit` bytes.
+pub fn read_trusted(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+    let denied = |reason| std::io::Error::new(std::io::ErrorKind::PermissionDenied, reason);
+    let found = path.canonicalize()?;
+    for place in [&std::path::absolute(path)?, &found] {
+        check_directories(place).map_err(denied)?;
+    }
+    read_file(&found, limit).map_err(|problem| match problem {
+        Problem::Io(error) => error,
+        Problem::Policy(reason) => denied(reason),
+    })
 }
 
 #[cfg(unix)]

@@ -1,6 +1,6 @@
 /* A plugin in plain C: one portable kernel, and, by macros, every way to get it wrong.
  *
- * IN_RUN, IN_PREPARE, IN_PACK and ON_LOAD are statements that the kernel's functions, or a constructor of
+ * IN_RUN, IN_PREPARE, IN_PACK, IN_UNPACK and ON_LOAD are statements that the kernel's functions, or a constructor of
  * the library, also execute. */
 #define _GNU_SOURCE
 #include "bitnet_plugin.h"
@@ -62,6 +62,15 @@ __attribute__((unused)) static int deep(volatile int *p) {
     room[0] = *p + 1;
     return deep(room) + room[1];
 }
+
+#ifdef CLOCK_FILE
+/* Time that passes for a test: its clock is the length of this file, in nanoseconds. */
+static void tick(uint64_t ns) {
+    FILE *file = fopen(CLOCK_FILE, "a");
+    if (!file || fseek(file, 0, SEEK_END) || ftruncate(fileno(file), ftell(file) + (long)ns)) abort();
+    fclose(file);
+}
+#endif
 
 __attribute__((unused)) static void *forever(void *p) {
     for (;;) sleep(1);
@@ -125,6 +134,9 @@ static bitnet_status_t unpack(const bitnet_weights_t *w, uint8_t *canonical, uin
             *byte = (uint8_t)((*byte & ~(3 << shift)) | w->data[n * w->k + k] << shift);
         }
     }
+#ifdef IN_UNPACK
+    IN_UNPACK;
+#endif
     return BITNET_OK;
 }
 

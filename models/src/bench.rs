@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bitnet_burn_backends::manager::manager;
-use bitnet_burn_backends::ops;
+use bitnet_burn_backends::{ops, peak};
 use bitnet_burn_core::cpu;
 use bitnet_burn_core::formats::canonical;
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
@@ -377,7 +377,7 @@ fn wait(tensor: Tensor<2>) -> Result<(), GenerateError> {
     Ok(())
 }
 
-/// A buffer in huge pages that no cache holds, and a loop that only reads it.
+/// A buffer in huge pages, and a loop that only reads it.
 #[derive(Debug)]
 pub struct ReadStream {
     map: MmapMut,
@@ -416,26 +416,74 @@ impl ReadStream {
         Ok(Self { map })
     }
 
+    fn pieces(&self) -> usize {
+        self.map.len() / PIECE
+    }
+
+    fn read(&self, piece: usize) {
+        std::hint::black_box(peak::read(&self.map[piece * PIECE..(piece + 1) * PIECE]));
+    }
+
     /// Reads it once on the pool's threads: 10^9 bytes a second.
     pub fn gb_per_s(&self, pool: &Pool) -> f64 {
         let clock = Instant::now();
-        pool.run(self.map.len() / PIECE, &|i| {
-            std::hint::black_box(sum(&self.map[i * PIECE..(i + 1) * PIECE]));
-        });
+        pool.run(self.pieces(), &|i| self.read(i));
         self.map.len() as f64 / clock.elapsed().as_secs_f64() / 1e9
     }
 }
 
-/// Sums words in eight vectors' worth of independent accumulators, so that loads are all it waits for.
-fn sum(bytes: &[u8]) -> u64 {
-    const LANES: usize = 64;
-    let mut sums = [0u64; LANES];
-    for block in bytes.as_chunks::<{ LANES * 8 }>().0 {
-        for (sum, word) in sums.iter_mut().zip(block.as_chunks::<8>().0) {
-            *sum = sum.wrapping_add(u64::from_ne_bytes(*word));
-        }
+/// What this machine can do at most, on the threads of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Roof {
+    /// A read-only stream: 10^9 bytes a second.
+    pub read_gb_per_s: f64,
+    /// int8 multiply-adds on registers alone, with the instruction that the built-in kernels use: 10^9 a
+    /// second. Absent where they have none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub multiply_adds_g_per_s: Option<f64>,
+}
+
+impl Roof {
+    /// Measures both, the stream over `bytes` (as many as what is compared with it reads).
+    ///
+    /// # Errors
+    /// If there is no memory for the stream's buffer.
+    pub fn measure(pool: &Pool, bytes: usize) -> std::io::Result<Self> {
+        let stream = ReadStream::new(bytes, pool)?;
+        let read = undisturbed(pool, stream.pieces(), &|i| stream.read(i));
+        let multiply = |_| peak::multiply_adds(ROUNDS);
+        let multiply_adds = peak::multiply_adds(1).and_then(|_| multiply(0));
+        Ok(Self {
+            read_gb_per_s: PIECE as f64 * read,
+            multiply_adds_g_per_s: multiply_adds.map(|products| {
+                products as f64
+                    * undisturbed(pool, pool.threads() * 32, &|i| {
+                        std::hint::black_box(multiply(i));
+                    })
+            }),
+        })
     }
-    sums.iter().fold(0, |a, &b| a.wrapping_add(b))
+}
+
+/// Rounds of products of a tenth of a millisecond or so.
+const ROUNDS: u32 = 50_000;
+
+/// How often a nanosecond the pool does such a task, by what the quick tenth of them took: tasks are much
+/// shorter than the turns that the system gives to programs, so that those of other programs are left out.
+fn undisturbed(pool: &Pool, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> f64 {
+    const PASSES: usize = 5;
+    let times = Mutex::new(Vec::with_capacity(PASSES * tasks));
+    for _ in 0..PASSES {
+        pool.run(tasks, &|i| {
+            let clock = Instant::now();
+            task(i);
+            times.lock().unwrap_or_else(PoisonError::into_inner).push(clock.elapsed());
+        });
+    }
+    let mut times = times.into_inner().unwrap_or_else(PoisonError::into_inner);
+    times.sort_unstable();
+    let time = times.get(times.len() / 10).map_or(1, |time| time.as_nanos().max(1));
+    pool.threads() as f64 / time as f64
 }
 
 #[cfg(test)]
@@ -455,7 +503,7 @@ mod tests {
         let stream = ReadStream::new(3 * PIECE - 5, &pool).unwrap();
         assert_eq!(stream.map.len(), 3 * PIECE);
         let word = u64::from_ne_bytes([0x5a; 8]);
-        assert_eq!(sum(&stream.map), word.wrapping_mul((stream.map.len() / 8) as u64));
+        assert_eq!(peak::read(&stream.map), word.wrapping_mul((stream.map.len() / 8) as u64));
         assert!(stream.gb_per_s(&pool) > 0.0);
     }
 }

@@ -19,11 +19,13 @@ use std::ops::Range;
 
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops::{self, TernaryMatrix};
-use bitnet_burn_backends::{DenseArgs, NoInt8};
+use bitnet_burn_backends::{DenseArgs, Kernels, NoInt8};
+use bitnet_burn_core::formats::{DenseFormat, FormatError};
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
 use burn::module::{Module, Param, ParamId};
 use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection};
 use crate::config::{Activation, ModelConfig};
@@ -49,6 +51,16 @@ pub enum ModelError {
         tensor: String,
         /// The type, and those that can.
         source: NoInt8,
+    },
+    /// The output projection can't be written in the format of [`HeadMode::Requantised`].
+    #[error("the output projection {tensor} as {}: {source}", format.name())]
+    Requantise {
+        /// Its tensor.
+        tensor: String,
+        /// The format.
+        format: DenseFormat,
+        /// Why.
+        source: FormatError,
     },
 }
 
@@ -161,8 +173,9 @@ impl Default for LoadOptions {
     }
 }
 
-/// How the output projection (lm_head) is computed. Its weights are those of the file in either mode.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// How the output projection (lm_head) is computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum HeadMode {
     /// f32 activations.
     #[default]
@@ -171,6 +184,10 @@ pub enum HeadMode {
     /// where the weights are Q6_K or Q4_0, and an approximation. (A logit changes by up to half a step,
     /// 1/254 of the largest activation, for each of its weights.) Weights of floats have no such mode.
     Int8,
+    /// A copy of the weights in another format (Q8_0, Q6_K or Q4_0), made when the model is loaded, with int8
+    /// activations as above: fewer bytes to read for every token, and a further approximation. The embedding
+    /// stays as the file has it. Weights that have the format already are not copied.
+    Requantised(DenseFormat),
 }
 
 /// Rows of a prompt that are computed at once, if nothing else is asked for.
@@ -221,23 +238,55 @@ impl BitNet {
             checkpoint.release();
         }
         progress(LoadProgress::Packing(config.n_layers, config.n_layers));
-        let head = |tensor: DenseTensor| -> Result<DenseMatrix, ModelError> {
-            let name = tensor.name.clone();
-            let matrix = DenseMatrix::new(tensor, device);
-            match options.head {
-                HeadMode::File => Ok(matrix),
-                HeadMode::Int8 => {
-                    matrix.with_int8().map_err(|source| ModelError::Head { tensor: name, source })
-                }
-            }
+        let embedding = checkpoint.embedding()?;
+        let output = match (checkpoint.output()?, options.head) {
+            // The embedding is both.
+            (None, HeadMode::Requantised(format)) if format != embedding.format => Some(embedding.clone()),
+            (output, _) => output,
         };
-        let (embedding, output) = match checkpoint.output()? {
-            // The embedding is both; only the projection depends on the mode.
-            None => (head(checkpoint.embedding()?)?, None),
-            Some(output) => (DenseMatrix::new(checkpoint.embedding()?, device), Some(head(output)?)),
+        let (embedding, output) = match output {
+            None => (head(embedding, options.head, device)?, None),
+            Some(output) => (DenseMatrix::new(embedding, device), Some(head(output, options.head, device)?)),
         };
+        checkpoint.release();
         let norm = norm(Norm::Output)?;
         Ok(Self::assemble(config, options.quantise_activations, embedding, blocks, norm, output))
+    }
+
+    /// Drops the private packings of kernels, for when memory is short
+    /// ([`KernelManager::memory_is_low`](bitnet_burn_core::KernelManager::memory_is_low)): the layers read
+    /// canonical weights from then on, where `checkpoint`, the one that the model was built from, has them.
+    /// Those of a GGUF file of type I2_S are in the memory map, and need no other memory; what the file has
+    /// in another form takes as much as its packing did. Results stay the same, bit for bit.
+    ///
+    /// The number of bytes of the packings.
+    ///
+    /// # Errors
+    /// If a tensor can't be read any more, or a kernel refuses. Layers before it have changed then, and the
+    /// model is whole.
+    pub fn release_packings(&mut self, checkpoint: &Checkpoint) -> Result<usize, ModelError> {
+        let mut released = 0;
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            for (which, layer) in Projection::ALL.into_iter().zip(block.projections_mut()) {
+                let Some(matrix) = layer.matrix() else { continue };
+                // What a GPU's memory holds, is not this memory.
+                let Some(Kernels::Host(choice)) = matrix.choice else { continue };
+                if choice.layout().is_none() {
+                    continue;
+                }
+                let t = checkpoint.projection(i, which)?;
+                let device = matrix.codes.device();
+                let matrix =
+                    TernaryMatrix::prepared_in(LayoutPolicy::Canonical, t.codes, t.scale, t.n, t.k, &device)?;
+                let canonical = BitLinear::from_matrix(matrix);
+                layer.weight = canonical.weight;
+                released += choice.weight_bytes();
+            }
+        }
+        if released > 0 {
+            tracing::info!(released, "private packings were dropped; weights are read as the file has them");
+        }
+        Ok(released)
     }
 
     /// A model in the training state, on a device with or without gradients: latent weights and float
@@ -372,11 +421,18 @@ impl BitNet {
         self.output.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// How the output projection is computed, for reports: `file (Q6_K, f32 activations)`.
+    /// How the output projection is computed, for reports: `file (Q6_K, f32 activations)`,
+    /// `requantised (Q6_K from F16, int8 activations)`.
     pub fn head_name(&self) -> String {
-        let DenseArgs { format, int8, .. } = self.head().args();
-        let (mode, activations) = if int8 { ("int8", "int8") } else { ("file", "f32") };
-        format!("{mode} ({}, {activations} activations)", format.name())
+        let head = self.head();
+        let DenseArgs { format, int8, .. } = head.args();
+        match (head.requantised_from(), int8) {
+            (Some(from), _) => {
+                format!("requantised ({} from {}, int8 activations)", format.name(), from.name())
+            }
+            (None, true) => format!("int8 ({}, int8 activations)", format.name()),
+            (None, false) => format!("file ({}, f32 activations)", format.name()),
+        }
     }
 
     /// The device of its weights.
@@ -538,6 +594,19 @@ fn block<E>(
         attention: attention.assemble(norm(Norm::Attention(i))?, projections),
         feed_forward: BitFeedForward::assemble(norm(Norm::FeedForward(i))?, feed_forward, activation),
     })
+}
+
+/// The output projection of a loaded model.
+fn head(tensor: DenseTensor, mode: HeadMode, device: &Device) -> Result<DenseMatrix, ModelError> {
+    let name = tensor.name.clone();
+    let matrix = match mode {
+        HeadMode::File => return Ok(DenseMatrix::new(tensor, device)),
+        HeadMode::Requantised(format) if format != tensor.format => {
+            DenseMatrix::requantised(tensor, format, device)?
+        }
+        HeadMode::Int8 | HeadMode::Requantised(_) => DenseMatrix::new(tensor, device),
+    };
+    matrix.with_int8().map_err(|source| ModelError::Head { tensor: name, source })
 }
 
 fn rms_norm(weight: Vec<f32>, eps: f32, device: &Device) -> RmsNorm {

@@ -433,6 +433,19 @@ impl Projection {
     /// All seven, in the order in which a layer uses them.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
+    /// `q`, `gate` ...
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q => "q",
+            Self::K => "k",
+            Self::V => "v",
+            Self::O => "o",
+            Self::Gate => "gate",
+            Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
+
     /// (N, K): output and input features.
     pub fn shape(self, config: &ModelConfig) -> (usize, usize) {
         match self {
@@ -642,6 +655,15 @@ pub struct CheckReport {
     pub bytes: u64,
 }
 
+/// A part of what a checkpoint is read from.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// A file.
+    File(PathBuf),
+    /// Bytes that were in memory from the start, and what stands for their path.
+    Memory(PathBuf, Bytes),
+}
+
 /// What a kind of file must answer. Names and rules are the implementation's.
 pub(crate) trait Source: Send + Sync {
     fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError>;
@@ -650,6 +672,7 @@ pub(crate) trait Source: Send + Sync {
     fn embedding(&self) -> Result<DenseTensor, LoadError>;
     fn output(&self) -> Result<Option<DenseTensor>, LoadError>;
     fn tokenizer_source(&self) -> TokenizerSource;
+    fn contents(&self) -> Vec<Content>;
     fn tensors(&self) -> Vec<TensorInfo>;
     fn metadata(&self) -> Vec<(String, String)>;
     /// Gives the pages of mapped files back to the system.
@@ -788,6 +811,12 @@ impl Checkpoint {
     /// again comes from the file again.
     pub fn release(&self) {
         self.source.release();
+    }
+
+    /// What the model is read from: the GGUF file, or the weights, configurations and tokenizer of a Hugging
+    /// Face directory, where they are there.
+    pub fn contents(&self) -> Vec<Content> {
+        self.source.contents()
     }
 
     /// Where to find the tokenizer.

@@ -19,7 +19,7 @@ pub use writer::{HfWriteError, write_masters};
 pub(crate) use writer::{checkpoint_size, write_bytes, write_checkpoint, write_json};
 
 use crate::checkpoint::{
-    DenseTensor, LoadError, Norm, OpenOptions, Projection, Source, TensorInfo, TernaryTensor,
+    Content, DenseTensor, LoadError, Norm, OpenOptions, Projection, Source, TensorInfo, TernaryTensor,
     TokenizerSource, aligned, checked_scale, choose_activation, drop_foreign_tokens, floats, one_float,
 };
 use crate::config::ModelConfig;
@@ -42,6 +42,17 @@ pub(crate) const SINGLE: &str = "model.safetensors";
 /// Which shard holds which tensor, where they are in several.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 const MODEL_TYPES: &str = "bitnet, llama (with a BitNet quantization_config)";
+
+/// What is read beside the tensors and their index, by the model or by its tokenizer.
+const COMPANIONS: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
+
 /// Largest JSON file and safetensors header that are read: a hundred times what large models have.
 const MAX_JSON_BYTES: u64 = 16 << 20;
 
@@ -69,6 +80,8 @@ pub(crate) struct HfModel {
     json: Value,
     tensors: BTreeMap<String, HfTensor>,
     maps: Vec<FileMap>,
+    /// The safetensors, and the index if there is one.
+    shards: Vec<PathBuf>,
     style: Style,
     config: ModelConfig,
 }
@@ -84,11 +97,11 @@ impl HfModel {
         let json: Value = read_json(&path)?;
         let fields = Fields { path: &path, json: &json };
         fields.architecture()?;
-        let (tensors, maps) = read_tensors(dir)?;
+        let Shards { tensors, maps, files: shards } = read_tensors(dir)?;
         let config = config(dir, fields, &tensors, options, warnings)?;
         config.validate().map_err(|error| LoadError::Config { path: path.clone(), error })?;
         let style = style(fields, &tensors, warnings)?;
-        let model = Self { dir: dir.to_owned(), json, tensors, maps, style, config: config.clone() };
+        let model = Self { dir: dir.to_owned(), json, tensors, maps, shards, style, config: config.clone() };
         model.check_tensors(warnings)?;
         Ok((model, config))
     }
@@ -298,6 +311,11 @@ impl Source for HfModel {
         TokenizerSource::Hf { dir: self.dir.clone() }
     }
 
+    fn contents(&self) -> Vec<Content> {
+        let beside = COMPANIONS.iter().map(|name| self.dir.join(name)).filter(|path| path.exists());
+        beside.chain(self.shards.iter().cloned()).map(Content::File).collect()
+    }
+
     fn tensors(&self) -> Vec<TensorInfo> {
         let info = |(name, t): (&String, &HfTensor)| TensorInfo {
             name: name.clone(),
@@ -392,8 +410,13 @@ struct Index {
 }
 
 /// Maps all weights of the directory.
-/// All tensors, and the maps that they are views of.
-type Shards = (BTreeMap<String, HfTensor>, Vec<FileMap>);
+/// All tensors, the maps that they are views of, and the files.
+#[derive(Default)]
+struct Shards {
+    tensors: BTreeMap<String, HfTensor>,
+    maps: Vec<FileMap>,
+    files: Vec<PathBuf>,
+}
 
 fn read_tensors(dir: &Path) -> Result<Shards, LoadError> {
     let single = dir.join(SINGLE);
@@ -411,17 +434,17 @@ fn read_tensors(dir: &Path) -> Result<Shards, LoadError> {
     }
     let index: Index = read_json(&index_path)?;
     let shards: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
-    let mut tensors = BTreeMap::new();
-    let mut maps = Vec::new();
+    let mut all = Shards { files: vec![index_path.clone()], ..Shards::default() };
     let mut shard_of = BTreeMap::new();
     for shard in shards {
         if !is_plain_file_name(shard) {
             return Err(LoadError::ShardEscapes { path: index_path, shard: shard.to_owned() });
         }
-        let (shard_tensors, shard_maps) = read_shard(&dir.join(shard))?;
-        maps.extend(shard_maps);
-        for (name, tensor) in shard_tensors {
-            if tensors.insert(name.clone(), tensor).is_some() {
+        let of_shard = read_shard(&dir.join(shard))?;
+        all.maps.extend(of_shard.maps);
+        all.files.extend(of_shard.files);
+        for (name, tensor) in of_shard.tensors {
+            if all.tensors.insert(name.clone(), tensor).is_some() {
                 return Err(LoadError::Duplicate { path: dir.to_owned(), what: "tensor", name });
             }
             shard_of.insert(name, shard);
@@ -433,7 +456,7 @@ fn read_tensors(dir: &Path) -> Result<Shards, LoadError> {
             return Err(LoadError::MissingTensor { path: dir.to_owned(), tensor: name.clone(), help });
         }
     }
-    Ok((tensors, maps))
+    Ok(all)
 }
 
 /// Whether a name stays in its directory, on any system.
@@ -503,7 +526,7 @@ fn read_shard(path: &Path) -> Result<Shards, LoadError> {
         let data = map.slice(data_start + start..data_start + end);
         tensors.insert(name, HfTensor { dtype: info.dtype, shape: info.shape.clone(), data });
     }
-    Ok((tensors, file_map.into_iter().collect()))
+    Ok(Shards { tensors, maps: file_map.into_iter().collect(), files: vec![path.to_owned()] })
 }
 
 /// The fields of a configuration file, or of an object in it.

@@ -21,6 +21,8 @@ pub mod generate;
 pub mod gguf;
 pub mod hf;
 pub mod nn;
+pub mod plausible;
+pub mod receipt;
 pub mod report;
 pub mod sampling;
 pub mod synth;

@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bitnet_burn_core::manager::{Fallback, KernelReport, ManagerReport, REFERENCE};
+use bitnet_burn_core::manager::{Fallback, KernelReport, ManagerReport, REFERENCE, Strict};
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
@@ -78,7 +78,7 @@ pub struct Tuning {
 
 /// Which kernels computed, and whether any was replaced.
 #[derive(Clone, Debug, Serialize)]
-pub struct Receipt {
+pub struct Execution {
     /// `flex`, `ndarray`, `wgpu` ...
     pub device: String,
     /// How the output projection was computed, where it was: `file (Q6_K, f32 activations)`.
@@ -86,8 +86,8 @@ pub struct Receipt {
     pub lm_head: Option<String>,
     /// Threads of the kernels.
     pub threads: usize,
-    /// Whether strict mode was on: no ternary matmul on the reference.
-    pub strict: bool,
+    /// What was an error instead of a fallback or a guess.
+    pub strict: Strict,
     /// Kernels that computed, with their calls.
     pub kernels: Vec<KernelReport>,
     /// Ternary matmuls that the reference computed.
@@ -101,7 +101,7 @@ pub struct Receipt {
     pub refused_plugins: Vec<String>,
 }
 
-impl Receipt {
+impl Execution {
     /// What happened between two reports of a manager.
     pub fn between(device: &str, before: &ManagerReport, after: &ManagerReport) -> Self {
         let since = |fallback: &Fallback| {
@@ -170,12 +170,12 @@ pub struct RunReport {
     pub peak_rss_bytes: Option<u64>,
     /// Which kernels computed.
     #[serde(flatten)]
-    pub receipt: Receipt,
+    pub execution: Execution,
 }
 
 impl RunReport {
     /// Of a generation that has just ended.
-    pub fn new(model: ModelSummary, generation: &Generation, receipt: Receipt) -> Self {
+    pub fn new(model: ModelSummary, generation: &Generation, execution: Execution) -> Self {
         let decode: Duration = generation.steps.iter().sum();
         let prefill_seconds = generation.prefill.as_secs_f64();
         Self {
@@ -193,7 +193,7 @@ impl RunReport {
             token_seconds: Latency::of(&generation.steps),
             kv_cache_bytes: None,
             peak_rss_bytes: peak_rss_bytes(),
-            receipt,
+            execution,
         }
     }
 }
@@ -267,9 +267,12 @@ impl fmt::Display for Tuning {
     }
 }
 
-impl fmt::Display for Receipt {
+impl fmt::Display for Execution {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let strict = if self.strict { ", strict mode" } else { "" };
+        let strict = match self.strict.any() {
+            true => format!(", strict mode ({})", self.strict),
+            false => String::new(),
+        };
         line(f, "device", format_args!("{}, {}{strict}", self.device, count(self.threads as u64, "thread")))?;
         let mut label = "kernels";
         if self.kernels.is_empty() {
@@ -342,7 +345,7 @@ impl fmt::Display for RunReport {
         if let Some(bytes) = self.peak_rss_bytes {
             line(f, "peak memory", human_bytes(bytes))?;
         }
-        write!(f, "{}", self.receipt)
+        write!(f, "{}", self.execution)
     }
 }
 

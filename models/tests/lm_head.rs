@@ -75,6 +75,37 @@ fn logits_move_by_a_small_part_of_their_spread() {
     }
 }
 
+/// A requantised head is what a file with such a head would give, and costs what its bits cost.
+#[test]
+fn requantised_heads_lose_what_their_format_loses() {
+    for (from, tied) in [(DenseFormat::F16, true), (DenseFormat::BF16, false), (DenseFormat::Q8_0, true)] {
+        let (_directory, checkpoint) = checkpoint(from, tied);
+        let file = load(&checkpoint, HeadMode::File).unwrap();
+        let want = logits(&file, &TOKENS, 4);
+        let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+        let mut last = 0.0;
+        for (format, most) in
+            [(DenseFormat::Q8_0, 0.015), (DenseFormat::Q6_K, 0.03), (DenseFormat::Q4_0, 0.15)]
+        {
+            let model = load(&checkpoint, HeadMode::Requantised(format)).unwrap();
+            assert_eq!(model.embedding.args().format, from);
+            assert_eq!(model.head().args().format, format);
+            let (name, from) = (format.name(), from.name());
+            let expected = match name == from {
+                true => format!("int8 ({name}, int8 activations)"),
+                false => format!("requantised ({name} from {from}, int8 activations)"),
+            };
+            assert_eq!(model.head_name(), expected);
+            let got = logits(&model, &TOKENS, 4);
+            assert!(got == logits(&model, &TOKENS, 11), "chunks change the bits");
+            let error = norm(&mut want.iter().zip(&got).map(|(a, b)| f64::from(a - b)));
+            let relative = error / norm(&mut want.iter().map(|&v| f64::from(v)));
+            assert!(relative > last && relative < most, "{from} as {name}: {relative}");
+            last = relative;
+        }
+    }
+}
+
 #[test]
 fn chunks_do_not_change_the_bits() {
     let (_directory, checkpoint) = checkpoint(DenseFormat::Q6_K, true);
@@ -143,6 +174,7 @@ fn the_program_has_a_flag_and_names_the_mode() {
         assert_eq!(name(&[]), "file (Q6_K, f32 activations)");
         assert_eq!(name(&["--lm-head", "file"]), "file (Q6_K, f32 activations)");
         assert_eq!(name(&["--lm-head", "int8"]), "int8 (Q6_K, int8 activations)");
+        assert_eq!(name(&["--lm-head", "q4_0"]), "requantised (Q4_0 from Q6_K, int8 activations)");
     }
     let table = bitnet(&directory, &[&bench[..], &["--lm-head", "int8"]].concat()).unwrap();
     assert!(table.contains("lm_head      int8 (Q6_K, int8 activations)"), "{table}");

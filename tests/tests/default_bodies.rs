@@ -5,7 +5,7 @@
 
 use bitnet_burn::backends::manager::manager;
 use bitnet_burn::backends::ops::{self, CacheLayer, TernaryMatrix};
-use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation};
+use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation, Kernels};
 use bitnet_burn::core::formats::{DenseFormat, canonical};
 use bitnet_burn::core::memory::WeightArena;
 use bitnet_burn::core::quant;
@@ -165,7 +165,7 @@ fn codes_of(layer: &BitLinear) -> (Vec<i8>, f32) {
     let TernaryMatrix { codes, scale, n, k, choice } = layer.matrix().expect("packed");
     let words: Vec<u32> = codes.into_data().try_to_vec().unwrap();
     let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-    if let Some(choice) = choice {
+    if let Some(Kernels::Host(choice)) = choice {
         bytes.truncate(choice.weight_bytes());
         bytes = manager().unpack(&choice, &bytes).unwrap();
     }

@@ -167,9 +167,8 @@ fn every_type_of_cache_forks_and_truncates() {
             let fork = cache.fork(origin).unwrap();
             let of_fork = append(&model, &mut cache, fork, &b);
             let of_origin = append(&model, &mut cache, origin, &a);
-            let want = |head: &[u32], tail: &[u32]| {
-                alone(&model, &[head, tail].concat(), tail.len(), cache_type)
-            };
+            let want =
+                |head: &[u32], tail: &[u32]| alone(&model, &[head, tail].concat(), tail.len(), cache_type);
             assert_same_bits(&of_fork, &want(&history, &b), &format!("{cache_type:?}: the fork"));
             assert_same_bits(&of_origin, &want(&history, &a), &format!("{cache_type:?}: the origin"));
             cache.truncate(fork, 60).unwrap();

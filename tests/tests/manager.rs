@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bitnet_burn::backends::manager::with_built_in_kernels;
 use bitnet_burn::core::manager::{
-    Choice, Job, KernelManager, LayoutPolicy, ManagerConfig, ManagerError, Packed, Source, Status,
+    Choice, Job, KernelManager, LayoutPolicy, ManagerConfig, ManagerError, Packed, Source, Status, Strict,
 };
 use bitnet_burn::core::memory::Activations;
 use bitnet_burn::core::{cpu, reference};
@@ -36,7 +36,8 @@ fn forced() -> &'static [(String, KernelManager)] {
         assert!(kernels.len() >= 2, "{kernels:?}");
         let each = kernels.iter().flat_map(|kernel| {
             (1..=3).map(move |threads| {
-                let config = ManagerConfig { threads, force: Some(kernel.clone()), strict: true, ..quiet() };
+                let config =
+                    ManagerConfig { threads, force: Some(kernel.clone()), strict: Strict::ALL, ..quiet() };
                 (format!("{kernel} on {threads} threads"), built_in(config))
             })
         });
@@ -286,7 +287,7 @@ fn masked_features_make_kernels_unavailable_and_say_why() {
     }
     // Nothing but portable code.
     let masked_features = cpu::features().iter().map(|&f| f.to_owned()).collect();
-    let manager = built_in(ManagerConfig { masked_features, strict: true, ..quiet() });
+    let manager = built_in(ManagerConfig { masked_features, strict: Strict::ALL, ..quiet() });
     assert!(ready(&manager).iter().all(|k| k.contains("scalar")) && !ready(&manager).is_empty());
     check(&manager, "without any feature", 3, &[20, 7], 300, 5, 6);
 }
@@ -309,7 +310,7 @@ fn strict_mode_names_what_is_missing_and_otherwise_the_reference_computes() {
     let all: Vec<_> = built_in(quiet()).report().kernels;
     let Some(simd) = all.iter().find(|k| k.features.iter().any(|f| features.contains(f))) else { return };
     let config = ManagerConfig { force: Some(simd.kernel.clone()), masked_features: features, ..quiet() };
-    let strict = built_in(ManagerConfig { strict: true, ..config.clone() });
+    let strict = built_in(ManagerConfig { strict: Strict::ALL, ..config.clone() });
     strict.validate().unwrap();
     let error = strict.choose(64, 128, LayoutPolicy::Any).unwrap_err();
     assert!(matches!(error, ManagerError::NoKernel { .. }));
@@ -324,7 +325,7 @@ fn strict_mode_names_what_is_missing_and_otherwise_the_reference_computes() {
     let used = report.used_since(&built_in(quiet()).report());
     assert_eq!((used.len(), used[0].kernel.as_str()), (1, "reference"));
 
-    let empty = KernelManager::new(ManagerConfig { strict: true, ..quiet() }).unwrap();
+    let empty = KernelManager::new(ManagerConfig { strict: Strict::ALL, ..quiet() }).unwrap();
     let error = empty.choose(1, 1, LayoutPolicy::Any).unwrap_err().to_string();
     assert!(error.contains("No kernel is registered"), "{error}");
 }

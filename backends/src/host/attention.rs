@@ -165,7 +165,7 @@ pub(crate) fn append(
 /// * `out`: rows of n_heads * head_dim values, `out_stride` elements apart
 ///
 /// # Panics
-/// If the heads do not divide, or the positions or the slices do not fit.
+/// If the heads do not divide, the positions or the slices do not fit, or keys and values are of different types.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn attention(
     q: &[f32],
@@ -224,10 +224,13 @@ pub(crate) fn attention_at(
     assert!(rows_fit(q.len(), rows, width, q_stride), "{rows} rows of queries in {}", q.len());
     assert!(rows_fit(out.len(), rows, width, out_stride), "{rows} rows of results in {}", out.len());
     let call = Call { q, q_stride, rows, shape, first_position, out_stride };
-    match keys {
-        CacheRef::F32(k) => call.with_keys(level, k, values, out, pool),
-        CacheRef::F16(k) => call.with_keys(level, k, values, out, pool),
-        CacheRef::Int8 { codes, scale } => call.with_keys(level, Int8::new(codes, scale), values, out, pool),
+    match (keys, values) {
+        (CacheRef::F32(k), CacheRef::F32(v)) => call.over(level, k, v, out, pool),
+        (CacheRef::F16(k), CacheRef::F16(v)) => call.over(level, k, v, out, pool),
+        (CacheRef::Int8 { codes: k, scale: k_scale }, CacheRef::Int8 { codes: v, scale: v_scale }) => {
+            call.over(level, Int8::new(k, k_scale), Int8::new(v, v_scale), out, pool);
+        }
+        _ => panic!("keys and values of different types"),
     }
 }
 
@@ -387,15 +390,7 @@ impl<'a> Call<'a> {
         &self.q[row * self.q_stride + head * self.shape.head_dim..][..self.shape.head_dim]
     }
 
-    fn with_keys<K: Cache>(self, level: Level, k: K, values: CacheRef, out: &mut [f32], pool: &Pool) {
-        match values {
-            CacheRef::F32(v) => self.over(level, k, v, out, pool),
-            CacheRef::F16(v) => self.over(level, k, v, out, pool),
-            CacheRef::Int8 { codes, scale } => self.over(level, k, Int8::new(codes, scale), out, pool),
-        }
-    }
-
-    fn over<K: Cache, V: Cache>(self, level: Level, k: K, v: V, out: &mut [f32], pool: &Pool) {
+    fn over<C: Cache>(self, level: Level, k: C, v: C, out: &mut [f32], pool: &Pool) {
         let Shape { n_heads, n_kv_heads, head_dim, .. } = self.shape;
         let last = self.seen(self.rows - 1);
         let out = &Shared::new(out);
@@ -431,18 +426,18 @@ impl<'a> Call<'a> {
 }
 
 /// One row over the tiles `from..to` of all kv heads' tiles, for the heads of their groups.
-struct Row<'a, K, V> {
+struct Row<'a, C> {
     call: Call<'a>,
     row: usize,
     tiles: usize,
     from: usize,
     to: usize,
-    k: K,
-    v: V,
+    k: C,
+    v: C,
     parts: &'a Shared<'a, f32>,
 }
 
-impl<K: Cache, V: Cache> Kernel for Row<'_, K, V> {
+impl<C: Cache> Kernel for Row<'_, C> {
     type Out = ();
 
     #[inline(always)]
@@ -462,7 +457,7 @@ impl<K: Cache, V: Cache> Kernel for Row<'_, K, V> {
     }
 }
 
-impl<K: Cache, V: Cache> Row<'_, K, V> {
+impl<C: Cache> Row<'_, C> {
     /// Row of the cache that a tile begins with.
     #[inline(always)]
     fn start(&self, unit: usize) -> usize {
@@ -485,7 +480,7 @@ impl<K: Cache, V: Cache> Row<'_, K, V> {
             for i in 0..4 {
                 self.v.ahead(isa, start + p + i, head_dim, 0, head_dim);
             }
-            let acc = products::<I, K::Row, H, 4>(isa, q, keys, head_dim);
+            let acc = products::<I, C::Row, H, 4>(isa, q, keys, head_dim);
             let mut all = [isa.splat(0.0); LANES];
             for (all, &acc) in all.iter_mut().zip(acc.as_flattened()) {
                 *all = acc;
@@ -498,11 +493,12 @@ impl<K: Cache, V: Cache> Row<'_, K, V> {
             p += 4;
         }
         while p < count {
-            let keys = [self.k.row(start + p, head_dim), self.k.row(start + (p + 1).min(count - 1), head_dim)];
+            let keys =
+                [self.k.row(start + p, head_dim), self.k.row(start + (p + 1).min(count - 1), head_dim)];
             for i in 0..2 {
                 self.v.ahead(isa, start + p + i, head_dim, 0, head_dim);
             }
-            let acc = products::<I, K::Row, H, 2>(isa, q, keys, head_dim);
+            let acc = products::<I, C::Row, H, 2>(isa, q, keys, head_dim);
             for h in 0..H {
                 for i in 0..2.min(count - p) {
                     scores[h][p + i] = isa.sum(acc[h][i]) * scale;
@@ -567,17 +563,17 @@ thread_local! {
 }
 
 /// Rows `from..to`, for the heads of one kv head.
-struct Block<'a, K, V> {
+struct Block<'a, C> {
     call: Call<'a>,
     from: usize,
     to: usize,
     kv_head: usize,
-    k: K,
-    v: V,
+    k: C,
+    v: C,
     out: &'a Shared<'a, f32>,
 }
 
-impl<K: Cache, V: Cache> Kernel for Block<'_, K, V> {
+impl<C: Cache> Kernel for Block<'_, C> {
     type Out = ();
 
     #[inline(always)]
@@ -647,7 +643,13 @@ impl<K: Cache, V: Cache> Kernel for Block<'_, K, V> {
             }
             for at in (0..positions).step_by(RUN) {
                 let n = RUN.min(positions - at);
-                widen(isa, self.v, self.kv_head * capacity + tile + at, head_dim, &mut values[..n * head_dim]);
+                widen(
+                    isa,
+                    self.v,
+                    self.kv_head * capacity + tile + at,
+                    head_dim,
+                    &mut values[..n * head_dim],
+                );
                 let seen = |query: usize| count(query).saturating_sub(at).min(n);
                 let mut query = (0..queries).find(|&query| seen(query) > 0).unwrap_or(queries);
                 while query < queries {
@@ -655,12 +657,11 @@ impl<K: Cache, V: Cache> Kernel for Block<'_, K, V> {
                     let n = seen(query);
                     let p = |i: usize| &scores[(query + i) * TILE + at..][..n];
                     let (values, sums) = (&values[..n * head_dim], &mut part[query * width..]);
-                    let next = None::<(&[f32], usize)>;
                     if queries - query >= 4 && seen(query + 3) == n {
-                        weigh(isa, [p(0), p(1), p(2), p(3)], values, 0, head_dim, sums, width, next);
+                        weigh(isa, [p(0), p(1), p(2), p(3)], values, 0, head_dim, sums, width, None);
                         query += 4;
                     } else {
-                        weigh(isa, [p(0)], values, 0, head_dim, sums, width, next);
+                        weigh(isa, [p(0)], values, 0, head_dim, sums, width, None);
                         query += 1;
                     }
                 }
@@ -884,7 +885,7 @@ fn softmax<I: Isa>(isa: I, scores: &mut [f32], count: usize) -> (f32, f32) {
 /// `sums[i * stride..]`, a whole number of vectors. With each row, one of `next` is asked for.
 #[allow(clippy::too_many_arguments)]
 #[inline(always)]
-fn weigh<I: Isa, V: Cache, N: Cache, const Q: usize>(
+fn weigh<I: Isa, V: Cache, const Q: usize>(
     isa: I,
     p: [&[f32]; Q],
     values: V,
@@ -892,19 +893,19 @@ fn weigh<I: Isa, V: Cache, N: Cache, const Q: usize>(
     head_dim: usize,
     sums: &mut [f32],
     stride: usize,
-    next: Option<(N, usize)>,
+    next: Option<(V, usize)>,
 ) {
     let mut at = 0;
     while I::WIDE && at + 4 * LANES <= head_dim {
-        weigh_by::<I, V, N, Q, 4>(isa, p, values, start, head_dim, at, sums, stride, next);
+        weigh_by::<I, V, Q, 4>(isa, p, values, start, head_dim, at, sums, stride, next);
         at += 4 * LANES;
     }
     while !I::WIDE && at + 2 * LANES <= head_dim {
-        weigh_by::<I, V, N, Q, 2>(isa, p, values, start, head_dim, at, sums, stride, next);
+        weigh_by::<I, V, Q, 2>(isa, p, values, start, head_dim, at, sums, stride, next);
         at += 2 * LANES;
     }
     while at < head_dim {
-        weigh_by::<I, V, N, Q, 1>(isa, p, values, start, head_dim, at, sums, stride, next);
+        weigh_by::<I, V, Q, 1>(isa, p, values, start, head_dim, at, sums, stride, next);
         at += LANES;
     }
 }
@@ -912,7 +913,7 @@ fn weigh<I: Isa, V: Cache, N: Cache, const Q: usize>(
 /// [`weigh`] for D vectors of elements from `at` on; the last one may be partial if D is 1.
 #[allow(clippy::too_many_arguments)]
 #[inline(always)]
-fn weigh_by<I: Isa, V: Cache, N: Cache, const Q: usize, const D: usize>(
+fn weigh_by<I: Isa, V: Cache, const Q: usize, const D: usize>(
     isa: I,
     p: [&[f32]; Q],
     values: V,
@@ -921,7 +922,7 @@ fn weigh_by<I: Isa, V: Cache, N: Cache, const Q: usize, const D: usize>(
     at: usize,
     sums: &mut [f32],
     stride: usize,
-    next: Option<(N, usize)>,
+    next: Option<(V, usize)>,
 ) {
     let mut acc = [[isa.splat(0.0); D]; Q];
     for n in 0..Q {
@@ -1129,9 +1130,8 @@ mod tests {
             let (k, v) = (CacheRef::F16(&k), CacheRef::F16(&v));
             for level in Level::available() {
                 assert!(bits(&case.run_with(level, 0..positions, &pool, k, v)) == want, "{level:?}");
-                let last = positions - 1..positions;
-                let mixed = case.run_with(level, last, &pool, CacheRef::F32(&case.k), v);
-                assert!(bits(&mixed) == want[want.len() - mixed.len()..], "{level:?}");
+                let last = case.run_with(level, positions - 1..positions, &pool, k, v);
+                assert!(bits(&last) == want[want.len() - last.len()..], "{level:?}");
             }
         }
     }

@@ -496,10 +496,8 @@ pub(crate) mod x86 {
                 let (mut r, mut s, mut t) = ([v[0]; 8], [v[0]; 4], [v[0]; 2]);
                 for i in 0..8 {
                     let (a, b) = (v[order[i]], v[order[i + 8]]);
-                    r[i] = _mm512_add_ps(
-                        _mm512_shuffle_f32x4::<0x44>(a, b),
-                        _mm512_shuffle_f32x4::<0xee>(a, b),
-                    );
+                    r[i] =
+                        _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
                 }
                 for i in 0..4 {
                     s[i] = _mm512_add_ps(
@@ -739,8 +737,7 @@ pub(crate) mod x86 {
         let (mut s, mut t) = ([v[0]; 4], [v[0]; 2]);
         for i in 0..4 {
             let (a, b) = (v[order[i]], v[order[i + 4]]);
-            s[i] =
-                _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+            s[i] = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
         }
         for i in 0..2 {
             t[i] = _mm256_add_ps(

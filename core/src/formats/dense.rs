@@ -11,8 +11,12 @@
 //! Encoding follows ggml's reference quantisers (`quantize_row_*_ref` in `ggml-quants.c`), for Q6_K
 //! with a simpler choice of scales.
 
+use std::sync::{Mutex, PoisonError};
+
 use super::{FormatError, f16_at};
+use crate::pool::Pool;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
+use serde::{Deserialize, Serialize};
 
 /// Weights in a Q8_0 or Q4_0 block.
 pub const QK: usize = 32;
@@ -26,7 +30,7 @@ pub const Q4_0_BYTES: usize = 18;
 pub const Q6_K_BYTES: usize = 210;
 
 /// How a dense tensor stores its values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[allow(non_camel_case_types)] // the names are the field's
 pub enum DenseFormat {
     /// IEEE 754 single precision.
@@ -386,11 +390,89 @@ fn encode_q6_k(x: &[f32; QK_K], block: &mut [u8; Q6_K_BYTES]) -> f32 {
     d
 }
 
+/// Rows of one format as rows of another: decoded, as [`DenseFormat::decode_row`] does, and encoded again, on
+/// all threads of a pool. What the other format can't hold is lost.
+///
+/// # Arguments
+/// * `w`: `n` rows of `from.row_bytes(k)` bytes
+/// * `out`: `n` rows of `to.row_bytes(k)` bytes
+///
+/// # Errors
+/// Those of [`DenseFormat::decode_row`] and [`encode_row`](DenseFormat::encode_row), where an error names a
+/// row, the row of the matrix; `out` is unspecified then.
+pub fn requantise(
+    from: DenseFormat,
+    w: &[u8],
+    to: DenseFormat,
+    out: &mut [u8],
+    (n, k): (usize, usize),
+    pool: &Pool,
+) -> Result<(), FormatError> {
+    let (from_bytes, to_bytes) = (from.checked_row_bytes(k)?, to.checked_row_bytes(k)?);
+    super::check_length(from.name(), n, k, "bytes", n.saturating_mul(from_bytes), w.len())?;
+    super::check_length(to.name(), n, k, "bytes", n.saturating_mul(to_bytes), out.len())?;
+    if k == 0 {
+        return Ok(());
+    }
+    const ROWS: usize = 64;
+    let parts: Vec<_> = out.chunks_mut(ROWS * to_bytes).map(Mutex::new).collect();
+    let failure: Mutex<Option<FormatError>> = Mutex::default();
+    pool.run(parts.len(), &|part| {
+        let mut out = parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut values = vec![0.0; k];
+        let rows = (part * ROWS..).zip(w[part * ROWS * from_bytes..].chunks_exact(from_bytes));
+        for ((n, w), out) in rows.zip(out.chunks_exact_mut(to_bytes)) {
+            let done = from.decode_row(w, &mut values).and_then(|()| to.encode_row(&values, out));
+            let Err(mut error) = done else { continue };
+            if let FormatError::NotFinite { row, .. } = &mut error {
+                *row = n;
+            }
+            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            return;
+        }
+    });
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::testing::{assert_bits, floats};
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn requantising_is_decoding_and_encoding() {
+        let (n, k) = (150, 512);
+        let mut random = crate::random::SplitMix64::new(1);
+        let values: Vec<f32> = (0..n * k).map(|_| random.below(2001) as f32 / 1000.0 - 1.0).collect();
+        let pool = Pool::new(3).unwrap();
+        for from in DenseFormat::ALL {
+            let w: Vec<u8> = values.chunks(k).flat_map(|row| encode(from, row)).collect();
+            for to in DenseFormat::ALL {
+                let mut out = vec![0xee; n * to.row_bytes(k).unwrap()];
+                requantise(from, &w, to, &mut out, (n, k), &pool).unwrap();
+                let rows = w.chunks(from.row_bytes(k).unwrap());
+                let expected: Vec<u8> = rows.flat_map(|row| encode(to, &decode(from, row))).collect();
+                assert!(out == expected, "{} to {}", from.name(), to.name());
+            }
+        }
+    }
+
+    #[test]
+    fn requantising_names_the_row_that_it_can_not_do() {
+        let pool = Pool::new(2).unwrap();
+        let mut w: Vec<u8> = (0..100 * 32).flat_map(|_| 1f32.to_le_bytes()).collect();
+        w[(70 * 32 + 5) * 4..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        let mut out = vec![0; 100 * 34];
+        let q8_0 = |w: &[u8], out: &mut [u8], k| {
+            requantise(DenseFormat::F32, w, DenseFormat::Q8_0, out, (100, k), &pool)
+        };
+        let error = q8_0(&w, &mut out, 32).unwrap_err();
+        assert!(matches!(error, FormatError::NotFinite { row: 70, column: 5, .. }), "{error}");
+        assert!(q8_0(&w, &mut out, 31).is_err());
+        assert!(q8_0(&w[4..], &mut out, 32).is_err());
+        assert!(q8_0(&w, &mut out[1..], 32).is_err());
+    }
 
     const INPUT: &[u8] = include_bytes!("../../testdata/dense/input.f32.bin");
 

@@ -63,7 +63,7 @@ const QUICK: usize = 14;
 /// What the gate and the tuner feed kernels with.
 impl SplitMix64 {
     /// Canonical weights [n, k], uniform over -1, 0, 1.
-    pub(crate) fn weights(&mut self, n: usize, k: usize) -> Vec<u8> {
+    pub fn weights(&mut self, n: usize, k: usize) -> Vec<u8> {
         let row = canonical::row_bytes(k);
         let mut bytes = vec![canonical::ZERO_BYTE; n * row];
         let mut codes = vec![0i8; k];
@@ -133,10 +133,7 @@ pub(super) struct Case {
 impl Display for Case {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         let Self { m, n, k, .. } = self;
-        let values = match self.values {
-            Values::Random => "random values",
-            Values::Extreme => "extreme values",
-        };
+        let values = self.values();
         let tiling = match self.tiling {
             Tiling::Whole => "one tile",
             Tiling::Finest => "the smallest tiles",
@@ -170,6 +167,22 @@ pub(crate) fn check_in_process(kernel: &Kernel) -> Result<(), String> {
     check(kernel, &pool, cases, &mut |case| last = Some(*case)).map(|_| ()).map_err(|reason| match last {
         Some(case) => format!("{case}: {reason}"),
         None => reason,
+    })
+}
+
+/// All cases of the gate for kernels of GPUs, where the host tiles nothing.
+pub(super) fn of_gpus() -> impl Iterator<Item = Case> {
+    let ways = [(Place::End, Values::Random), (Place::Start, Values::Extreme)];
+    SHAPES.iter().flat_map(move |&(m, n, k)| {
+        ways.map(|(place, values)| Case {
+            m,
+            n,
+            k,
+            tiling: Tiling::Whole,
+            values,
+            place,
+            walls: Walls::Pages,
+        })
     })
 }
 
@@ -228,13 +241,26 @@ fn signature(case: &Case, pool: &Pool) -> Signature {
 }
 
 /// A quiet NaN that no arithmetic produces: what outputs hold before.
-const POISON: f32 = f32::from_bits(0x7fc0_dead);
+pub(super) const POISON: f32 = f32::from_bits(0x7fc0_dead);
 
-const SCALE: f32 = 0.037;
+pub(super) const SCALE: f32 = 0.037;
 
 impl Case {
+    /// What the matrices hold, in words.
+    pub(super) fn values(&self) -> &'static str {
+        match self.values {
+            Values::Random => "random values",
+            Values::Extreme => "extreme values",
+        }
+    }
+
+    /// M, N, K.
+    pub(super) fn shape(&self) -> (usize, usize, usize) {
+        (self.m, self.n, self.k)
+    }
+
     /// Weights and activations.
-    fn inputs(&self, random: &mut SplitMix64) -> (Vec<u8>, Activations) {
+    pub(super) fn inputs(&self, random: &mut SplitMix64) -> (Vec<u8>, Activations) {
         let Self { m, n, k, .. } = *self;
         let (mut weights, mut x) = (random.weights(n, k), random.activations(m, k));
         let row = canonical::row_bytes(k);
@@ -278,7 +304,7 @@ impl Case {
     }
 
     /// An input between walls, which nobody may write.
-    fn input(&self, name: &'static str, bytes: &[u8], alignment: usize) -> Result<Walled, String> {
+    pub(super) fn input(&self, name: &'static str, bytes: &[u8], alignment: usize) -> Result<Walled, String> {
         let mut buffer = self.walled(name, bytes.len(), alignment)?;
         buffer.bytes_mut().copy_from_slice(bytes);
         freeze(&mut buffer)?;
@@ -367,31 +393,22 @@ impl Case {
         for buffer in [&packed, &q, &scale, &sum, &workspace, &y] {
             buffer.check()?;
         }
-        let value = |i: usize| f32::from_ne_bytes(y.bytes()[4 * i..][..4].try_into().expect("4 bytes"));
-        for i in 0..count {
-            let got = value(i);
-            let (row, column) = match i.checked_sub(column) {
-                Some(i) if i % stride < n => (i / stride, i % stride),
-                _ if got.to_bits() == POISON.to_bits() => continue,
-                None => return Err(format!("it wrote before row 0 of its output ({got:e})")),
-                Some(i) => {
-                    return Err(format!("it wrote behind row {} of its output ({got:e})", i / stride));
-                }
-            };
-            let want = expected[row * n + column];
-            if got.to_bits() == POISON.to_bits() {
-                return Err(format!("y[{row}, {column}] was not written; the reference has {want:e}"));
-            }
-            if got.to_bits() != want.to_bits() && !(want.is_nan() && got.is_nan()) {
-                return Err(format!("y[{row}, {column}] = {got:e}, the reference has {want:e}"));
-            }
-        }
-        Ok(())
+        let values: Vec<f32> =
+            y.bytes().chunks_exact(4).map(|b| f32::from_ne_bytes(b.try_into().expect("4 bytes"))).collect();
+        compare(&values, &expected, (n, stride, column), |got, want| {
+            got.to_bits() == want.to_bits() || (want.is_nan() && got.is_nan())
+        })
     }
 
     /// The weights in the kernel's packing, packed range by range, from the last to the first, and
     /// unpacked again.
-    fn pack(&self, kernel: &Kernel, canonical: &Walled, n: usize, k: usize) -> Result<Walled, String> {
+    pub(super) fn pack(
+        &self,
+        kernel: &Kernel,
+        canonical: &Walled,
+        n: usize,
+        k: usize,
+    ) -> Result<Walled, String> {
         let size = kernel.weight_bytes(n, k).ok_or_else(|| {
             format!("it supports the shape, and its packed_size of [{n}, {k}] is 0 or absurd")
         })?;
@@ -448,6 +465,35 @@ impl Case {
         }
         tiles
     }
+}
+
+/// Compares outputs of n columns from `column` on, `stride` apart, which held [`POISON`] before.
+///
+/// # Errors
+/// The first one that is not right, was not written, or was written beside them.
+pub(super) fn compare(
+    y: &[f32],
+    expected: &[f32],
+    (n, stride, column): (usize, usize, usize),
+    right: impl Fn(f32, f32) -> bool,
+) -> Result<(), String> {
+    let rows = expected.len() / n;
+    for (i, &got) in y.iter().enumerate() {
+        let (row, column) = match i.checked_sub(column) {
+            Some(i) if i % stride < n && i / stride < rows => (i / stride, i % stride),
+            _ if got.to_bits() == POISON.to_bits() => continue,
+            None => return Err(format!("it wrote before row 0 of its output ({got:e})")),
+            Some(i) => return Err(format!("it wrote behind row {} of its output ({got:e})", i / stride)),
+        };
+        let want = expected[row * n + column];
+        if got.to_bits() == POISON.to_bits() {
+            return Err(format!("y[{row}, {column}] was not written; the reference has {want:e}"));
+        }
+        if !right(got, want) {
+            return Err(format!("y[{row}, {column}] = {got:e}, the reference has {want:e}"));
+        }
+    }
+    Ok(())
 }
 
 /// Where two canonical matrices differ, in words.

@@ -7,9 +7,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::environment::{self, FloatControl};
-use super::{Event, GATE_VERSION, cases, host_abi};
+use super::{Event, GATE_VERSION, NO_GPU_RUNTIME, cases, gpu, host_abi};
 use crate::cpu;
-use crate::plugin::Plugin;
+use crate::gpu::GpuDevice;
+use crate::plugin::{Kernel, Plugin, Target};
 use crate::pool::Pool;
 
 /// Threads that compute at once.
@@ -30,7 +31,18 @@ const THREADS: usize = 4;
 ///
 /// Returns the status for the process to end with: 0 if the plugin passed, 1 if not, 2 if the arguments
 /// or the system are at fault.
-pub fn child(mut arguments: impl Iterator<Item = OsString>) -> i32 {
+///
+/// Kernels for GPUs are not tried, and not used: [`child_with_gpu`] tries them.
+pub fn child(arguments: impl Iterator<Item = OsString>) -> i32 {
+    child_with_gpu(arguments, &|| Err(NO_GPU_RUNTIME.into()))
+}
+
+/// [`child`], with a GPU to try kernels on that are GPU source. `open` is called if there are such kernels, after those
+/// for the CPU; its error says why there is no GPU.
+pub fn child_with_gpu(
+    mut arguments: impl Iterator<Item = OsString>,
+    open: &dyn Fn() -> Result<Box<dyn GpuDevice>, String>,
+) -> i32 {
     let (Some(library), Some(origin), None) = (arguments.next(), arguments.next(), arguments.next()) else {
         eprintln!("the gate's helper takes a library and the name to call it by");
         return 2;
@@ -43,7 +55,7 @@ pub fn child(mut arguments: impl Iterator<Item = OsString>) -> i32 {
         }
     };
     out.say(&Event::Hello { gate: GATE_VERSION, abi: host_abi() });
-    match try_plugin(library.into(), origin.into(), &mut out) {
+    match try_plugin(library.into(), origin.into(), open, &mut out) {
         Ok(()) => {
             out.say(&Event::Done);
             0
@@ -55,7 +67,12 @@ pub fn child(mut arguments: impl Iterator<Item = OsString>) -> i32 {
     }
 }
 
-fn try_plugin(library: PathBuf, origin: PathBuf, out: &mut Reporter) -> Result<(), String> {
+fn try_plugin(
+    library: PathBuf,
+    origin: PathBuf,
+    open: &dyn Fn() -> Result<Box<dyn GpuDevice>, String>,
+    out: &mut Reporter,
+) -> Result<(), String> {
     let pool = Pool::new(THREADS).map_err(|error| format!("the gate has no threads: {error}"))?;
     let (float, threads) = (FloatControl::of_this_thread(), environment::threads());
     out.say(&Event::Trying { what: "loading it".into() });
@@ -75,7 +92,9 @@ fn try_plugin(library: PathBuf, origin: PathBuf, out: &mut Reporter) -> Result<(
         version: plugin.version().into(),
         abi: plugin.abi(),
     });
-    for kernel in Arc::new(plugin).kernels() {
+    let (for_cpu, others): (Vec<Kernel>, Vec<Kernel>) =
+        Arc::new(plugin).kernels().into_iter().partition(|kernel| kernel.target() == Target::Cpu);
+    for kernel in for_cpu {
         let id = kernel.id();
         if let Some(missing) = cpu::lacking(kernel.features(), &[]) {
             out.say(&Event::Unavailable { kernel: id.into(), reason: missing });
@@ -85,7 +104,39 @@ fn try_plugin(library: PathBuf, origin: PathBuf, out: &mut Reporter) -> Result<(
         let cases = cases::check(&kernel, &pool, cases::all(), &mut |case| {
             out.say(&Event::Trying { what: format!("kernel {id}, {case}") });
         })?;
-        out.say(&Event::Kernel { kernel: id.into(), cases });
+        out.say(&Event::Kernel { kernel: id.into(), cases, device: None });
+    }
+    if others.is_empty() {
+        return Ok(());
+    }
+    // A driver starts threads, which from here on are nobody's fault.
+    out.say(&Event::Trying { what: "opening the GPU".into() });
+    let device = open();
+    for kernel in others {
+        let id = kernel.id();
+        let device = match &device {
+            Ok(device) if device.target() == kernel.target() => device,
+            Ok(device) => {
+                let reason =
+                    format!("it is for {}, and {} takes {}", kernel.target(), device.name(), device.target());
+                out.say(&Event::Unavailable { kernel: id.into(), reason });
+                continue;
+            }
+            Err(reason) => {
+                let reason = format!("it is for {}, and {reason}", kernel.target());
+                out.say(&Event::Unavailable { kernel: id.into(), reason });
+                continue;
+            }
+        };
+        if let Some(missing) = device.lacking(&kernel) {
+            out.say(&Event::Unavailable { kernel: id.into(), reason: missing });
+            continue;
+        }
+        out.say(&Event::Trying { what: format!("kernel {id}") });
+        let cases = gpu::check(&kernel, &**device, &mut |case| {
+            out.say(&Event::Trying { what: format!("kernel {id}, {case}") });
+        })?;
+        out.say(&Event::Kernel { kernel: id.into(), cases, device: Some(device.name()) });
     }
     Ok(())
 }

@@ -12,12 +12,17 @@
 //!    built-in kernel's is returned.
 //! 3. After that, one call in many is compared with the reference in random places.
 //!
+//! Kernels that are GPU source go through the same stages, where the helper has a GPU
+//! ([`child_with_gpu`]): a text can hang a device or, since it is compiled without bounds checks, crash a driver
+//! that runs in the process, too.
+//!
 //! The second and third are the [manager](crate::manager)'s. All three find mistakes, not malice: a
 //! plugin is native code, and runs with the rights of the program.
 
 mod cases;
 mod child;
 mod environment;
+mod gpu;
 mod guard;
 
 use std::io::{BufRead as _, BufReader, Read};
@@ -30,13 +35,16 @@ use bitnet_burn_plugin::abi::{ABI_MAJOR, ABI_MINOR};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::cases::{check_in_process, difference};
-pub use self::child::child;
+pub use self::child::{child, child_with_gpu};
 
 /// Counts what the gate looks at: a verdict of another version is none.
-pub const GATE_VERSION: u32 = 1;
+pub const GATE_VERSION: u32 = 2;
 
 /// First argument of the helper program, before the library and the name that messages call it by.
 pub const CHILD_COMMAND: &str = "gate-child";
+
+/// Why a helper without a GPU runtime did not try a kernel for one.
+pub(crate) const NO_GPU_RUNTIME: &str = "the gate's helper has no GPU runtime";
 
 /// The gate as a whole may take so many times as long as one case.
 const WHOLE: u32 = 12;
@@ -52,8 +60,13 @@ enum Event {
     /// The descriptor is valid.
     Plugin { name: String, version: String, abi: String },
     /// All cases of a kernel went well.
-    Kernel { kernel: String, cases: u64 },
-    /// A kernel that this machine can't run.
+    Kernel {
+        kernel: String,
+        cases: u64,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        device: Option<String>,
+    },
+    /// A kernel that this machine, or this helper, can't run.
     Unavailable { kernel: String, reason: String },
     /// What was tried went wrong.
     Wrong { reason: String },
@@ -91,6 +104,12 @@ impl Report {
     pub fn passed(&self) -> bool {
         self.refusal.is_none()
     }
+
+    /// Whether there are kernels for GPUs that were not tried because the helper had no runtime for them.
+    pub(crate) fn lacks_gpu_runtime(&self) -> bool {
+        let lacks = |reason: &String| reason.ends_with(NO_GPU_RUNTIME);
+        self.kernels.iter().any(|kernel| kernel.unavailable.as_ref().is_some_and(lacks))
+    }
 }
 
 /// What a plugin says of itself.
@@ -111,6 +130,9 @@ pub struct KernelResult {
     pub kernel: String,
     /// Cases that went well.
     pub cases: u64,
+    /// The GPU that it was tried on, if it is for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// Why it was not tried on this machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unavailable: Option<String>,
@@ -290,11 +312,12 @@ impl<'a> Conversation<'a> {
                         Event::Plugin { name, version, abi } => {
                             report.plugin = Some(Description { name, version, abi });
                         }
-                        Event::Kernel { kernel, cases } => {
-                            report.kernels.push(KernelResult { kernel, cases, unavailable: None });
+                        Event::Kernel { kernel, cases, device } => {
+                            report.kernels.push(KernelResult { kernel, cases, device, unavailable: None });
                         }
                         Event::Unavailable { kernel, reason } => {
-                            report.kernels.push(KernelResult { kernel, cases: 0, unavailable: Some(reason) });
+                            let unavailable = Some(reason);
+                            report.kernels.push(KernelResult { kernel, cases: 0, device: None, unavailable });
                         }
                         Event::Wrong { reason } => return refuse(trying, reason),
                         Event::Fault { what } => fault = Some(what),

@@ -1,9 +1,16 @@
 //! Tuning results on disk: one readable JSON file per machine, written atomically, merged with what
 //! other processes wrote meanwhile. Whatever is wrong with the file costs a new measurement, nothing
 //! else.
+//!
+//! Who writes locks the directory, so that nobody's results get lost between reading and replacing the file.
+//! A process that waits in vain (or a system without such locks) writes nevertheless: then the last one wins,
+//! and what the other measured is measured again. A process that is killed leaves the old file, and an
+//! unfinished one that the next writer removes.
 
 use std::collections::BTreeMap;
+use std::fs::File as Handle;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +70,10 @@ impl Cache {
     pub fn insert(&mut self, signature: String, measurements: Vec<Measurement>) {
         self.known.insert(signature.clone(), measurements);
         let Some(path) = self.path.clone() else { return };
+        let lock = lock(&path);
+        if lock.is_some() {
+            remove_leftovers(&path);
+        }
         // Another process may have written since: its other signatures stay.
         let mut merged = read(&path).unwrap_or_default();
         merged.extend(self.known.iter().map(|(k, v)| (k.clone(), v.clone())));
@@ -72,6 +83,34 @@ impl Cache {
                 tracing::warn!(path = %path.display(), %error, "the tuning cache can't be written");
                 self.problem = Some(problem);
             }
+        }
+    }
+}
+
+/// Waits a moment for the directory's lock; it is released when dropped.
+fn lock(path: &Path) -> Option<Handle> {
+    let dir = files::directory(path);
+    std::fs::create_dir_all(dir).ok()?;
+    let handle = Handle::open(dir).ok()?;
+    for _ in 0..100 {
+        match handle.try_lock() {
+            Ok(()) => return Some(handle),
+            Err(std::fs::TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(2)),
+            Err(std::fs::TryLockError::Error(_)) => return None,
+        }
+    }
+    None
+}
+
+/// Removes what killed processes left. Only while the directory is locked: nobody is writing then.
+fn remove_leftovers(path: &Path) {
+    let prefix = files::leftover_prefix(path);
+    let Ok(entries) = std::fs::read_dir(files::directory(path)) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        if name.to_string_lossy().strip_prefix(&prefix).is_some_and(|rest| rest.ends_with(".part")) {
+            // Whatever keeps it from being removed, keeps nothing else from working.
+            let _ = std::fs::remove_file(entry.path());
         }
     }
 }

@@ -6,8 +6,15 @@ use std::sync::{Arc, Mutex};
 
 use bitnet_burn_plugin::abi::{self, Output, Tile};
 use bitnet_burn_plugin::canonical;
+use smallvec::{SmallVec, smallvec};
 
-use super::{Entry, Fallback, Job, KernelManager, ManagerError, REFERENCE, abi_weights, bucket, lock};
+use super::adapt::Turn;
+use super::choice::Repacked;
+use super::report::Failure;
+use super::{
+    Entry, Fallback, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Packed, REFERENCE,
+    abi_weights, lock,
+};
 use crate::gate;
 use crate::memory::{Activations, AlignedBytes, WeightArena, WeightBuffer};
 use crate::plugin::{Kernel, KernelFailure, max_workspace};
@@ -18,6 +25,9 @@ use crate::reference;
 const ACTIVATION_BLOCK: usize = 480 << 10;
 /// A task should read at least so many bytes of weights, or the fork-join costs more than it wins.
 const MIN_TASK_BYTES: usize = 16 << 10;
+
+/// One for each matrix of a matmul: there are at most three in a model, so that nothing is allocated.
+type Few<T> = SmallVec<[T; 4]>;
 
 /// Workspaces, kept from call to call.
 #[derive(Debug, Default)]
@@ -73,14 +83,14 @@ pub(super) fn run_parts(
     x: &Activations,
     y: &mut [f32],
     stride: usize,
-) -> Vec<Option<KernelFailure>> {
+) -> Few<Option<KernelFailure>> {
     let m = x.m();
     let abi_x = x.as_abi();
-    let mut failures: Vec<Option<KernelFailure>> = parts.iter().map(|_| None).collect();
+    let mut failures: Few<Option<KernelFailure>> = parts.iter().map(|_| None).collect();
 
     // Parts of one kernel share its workspace.
-    let mut workspaces: Vec<(&abi::Kernel, AlignedBytes)> = Vec::new();
-    let mut workspace_of = vec![usize::MAX; parts.len()];
+    let mut workspaces: Few<(&abi::Kernel, AlignedBytes)> = Few::new();
+    let mut workspace_of: Few<usize> = smallvec![usize::MAX; parts.len()];
     for (i, part) in parts.iter().enumerate() {
         let raw = part.kernel.raw();
         if let Some(known) = workspaces.iter().position(|(kernel, _)| std::ptr::eq(*kernel, raw)) {
@@ -110,9 +120,9 @@ pub(super) fn run_parts(
 
     let grid = Grid::new(pool.threads(), parts, m, x.stride());
     let output = SharedOutput(y.as_mut_ptr());
-    let first_failure: Vec<AtomicU32> = parts.iter().map(|_| AtomicU32::new(0)).collect();
+    let first_failure: Few<AtomicU32> = parts.iter().map(|_| AtomicU32::new(0)).collect();
     let messages: Mutex<Vec<(usize, KernelFailure)>> = Mutex::default();
-    let skip: Vec<bool> = failures.iter().map(Option::is_some).collect();
+    let skip: Few<bool> = failures.iter().map(Option::is_some).collect();
     pool.run(grid.tasks(), &|task| {
         let (i, tile) = grid.tile(task);
         if skip[i] || first_failure[i].load(Ordering::Relaxed) != 0 {
@@ -147,7 +157,7 @@ struct Grid {
     m: usize,
     m_block: usize,
     /// Per part: rows of a tile, number of row ranges, output features, first task.
-    parts: Vec<(usize, usize, usize, usize)>,
+    parts: Few<(usize, usize, usize, usize)>,
     tasks: usize,
 }
 
@@ -379,15 +389,34 @@ pub(super) fn unpack_row(
     Ok(canonical[row * row_bytes..][..row_bytes].to_vec())
 }
 
+/// A job of a matmul that has not been computed yet.
+struct Pending<'a> {
+    job: &'a Job<'a>,
+    /// Kernels that failed at it, a bit by rank, and the last of them.
+    tried: u16,
+    failed: Option<(Arc<Entry>, KernelFailure)>,
+    turn: Option<Turn<'a>>,
+}
+
+impl<'a> Pending<'a> {
+    /// What its turn is to run, if that is to be timed or not.
+    fn part(&self, timed: bool) -> Option<Part<'a>> {
+        let turn = self.turn.filter(|turn| turn.timed.is_some() == timed)?;
+        let (n, k) = self.job.choice.shape();
+        let weights = abi_weights(n, k, self.job.scale, own_bytes(turn.entry, n, k, self.job.weights));
+        Some(Part { kernel: &turn.entry.kernel, weights, column: self.job.column })
+    }
+}
+
 impl KernelManager {
     /// y[m, column + i] = activations of row m times row i of each job's weights, in one fork-join.
     ///
-    /// A kernel that fails is replaced by the next one of its ranking, and the last by the reference;
-    /// both are counted and reported, and strict mode refuses the reference. Kernels of plugins from files
-    /// are watched ([`gate`], stages 2 and 3).
+    /// What happens when a kernel fails or becomes slow is the [policy](super::FallbackPolicy)'s; it is counted
+    /// and reported, and strict mode may refuse it. Kernels of plugins from files are watched ([`gate`],
+    /// stages 2 and 3).
     ///
     /// # Errors
-    /// If the operands do not fit together, or strict mode forbids what is left.
+    /// If the operands do not fit together, or strict mode or the policy forbids what is left.
     pub fn matmul(
         &self,
         jobs: &[Job],
@@ -400,51 +429,58 @@ impl KernelManager {
         if m == 0 {
             return Ok(());
         }
-        let mut pending: Vec<usize> = (0..jobs.len()).collect();
-        // What failed on the way to each job's present kernel.
-        let mut failed: Vec<Option<(Arc<Entry>, KernelFailure)>> = jobs.iter().map(|_| None).collect();
+        let start = |job| Pending { job, tried: 0, failed: None, turn: None };
+        let mut pending: Few<Pending> = jobs.iter().map(start).collect();
         while !pending.is_empty() {
-            let mut parts = Vec::with_capacity(pending.len());
-            let mut used = Vec::with_capacity(pending.len());
-            for &i in &pending {
-                let job = &jobs[i];
-                let next = self.next_kernel(job, m);
-                let last = match next {
-                    Some(_) => None,
-                    None => self.run_last(job, x, y, stride)?,
-                };
-                if let Some((from, failure)) = failed[i].take() {
-                    let to = next.map(|(_, entry)| entry).or(last.as_ref());
-                    self.record_fallback(&from, to.map(|entry| entry.kernel.id()), job, m, &failure);
-                }
-                if let Some((rank, entry)) = next {
-                    let (n, k) = job.choice.shape();
-                    parts.push(Part {
-                        kernel: &entry.kernel,
-                        weights: abi_weights(n, k, job.scale, own_bytes(entry, n, k, job.weights)),
-                        column: job.column,
-                    });
-                    used.push((i, rank, entry));
+            for Pending { job, tried, failed, turn } in &mut pending {
+                *turn = self.select(job, m, *tried)?;
+                match (turn, failed.take()) {
+                    (None, failed) => self.run_last(job, failed, x, y, stride)?,
+                    (Some(turn), Some((from, failure))) => {
+                        self.record_fallback(&from, turn.entry.kernel.id(), job, m, &failure);
+                    }
+                    (Some(_), None) => {}
                 }
             }
-            let failures = run_parts(&self.pool, &self.scratch, &parts, x, y, stride);
-            pending.clear();
-            for ((i, rank, entry), failure) in used.into_iter().zip(failures) {
+            pending.retain(|pending| pending.turn.is_some());
+            let together: Few<Part> = pending.iter().filter_map(|pending| pending.part(false)).collect();
+            let mut failures = match together.is_empty() {
+                true => Few::new(),
+                false => run_parts(&self.pool, &self.scratch, &together, x, y, stride),
+            }
+            .into_iter();
+            for pending in &mut pending {
+                let (job, turn) = (pending.job, pending.turn.expect("the others have been computed"));
+                let failure = match (turn.timed, pending.part(true)) {
+                    (Some(call), Some(part)) => {
+                        // By itself, so that the time is this kernel's alone.
+                        let from = self.config.probe.now();
+                        let failure = run_parts(&self.pool, &self.scratch, &[part], x, y, stride).remove(0);
+                        if failure.is_none() {
+                            self.timed(job, m, turn, call, (from, self.config.probe.now()));
+                        }
+                        failure
+                    }
+                    _ => failures.next().expect("one for each part"),
+                };
                 let failure = failure.or_else(|| {
-                    let call = entry.count();
-                    let wrong = self.look((rank, entry), &jobs[i], x, y, stride, call).err()?;
+                    let call = turn.entry.count();
+                    let wrong = self.look((turn.rank, turn.entry), job, x, y, stride, call).err()?;
                     Some(KernelFailure { status: abi::STATUS_OK, message: wrong })
                 });
-                match failure {
-                    None => {}
-                    Some(failure) => {
-                        entry.failures.fetch_add(1, Ordering::Relaxed);
-                        jobs[i].choice.demoted[bucket(m)].fetch_or(1 << rank, Ordering::Relaxed);
-                        failed[i] = Some((entry.clone(), failure));
-                        pending.push(i);
-                    }
+                let Some(failure) = failure else { continue };
+                let wrong = failure.status == abi::STATUS_OK;
+                turn.entry.fail(if wrong { Failure::Wrong } else { Failure::Status });
+                if self.policy == FallbackPolicy::Never {
+                    return Err(self.no_fallback(turn.entry, job.choice.shape(), m, failure.to_string()));
                 }
+                if !wrong {
+                    self.demote(job.choice, m, turn.rank, failure.to_string());
+                }
+                pending.tried |= 1 << turn.rank;
+                pending.failed = Some((turn.entry.clone(), failure));
             }
+            pending.retain(|pending| pending.failed.is_some());
         }
         Ok(())
     }
@@ -457,8 +493,9 @@ impl KernelManager {
         stride: usize,
     ) -> Result<(), ManagerError> {
         let fail = |message: String| Err(ManagerError::Operands(message));
-        let mut columns: Vec<(usize, usize)> = Vec::with_capacity(jobs.len());
-        for job in jobs {
+        let columns = |job: &Job| (job.column, job.column + job.choice.n);
+        let mut end = 0;
+        for (i, job) in jobs.iter().enumerate() {
             let (n, k) = job.choice.shape();
             if k != x.k() {
                 return fail(format!("weights [{n}, {k}] do not fit activations [{}, {}]", x.m(), x.k()));
@@ -471,29 +508,18 @@ impl KernelManager {
                     job.weights.len()
                 ));
             }
-            columns.push((job.column, job.column + n));
+            let (from, to) = columns(job);
+            let overlaps = |other: &Job| columns(other).0 < to && from < columns(other).1;
+            if to > stride || jobs[..i].iter().any(overlaps) {
+                let columns: Vec<_> = jobs.iter().map(columns).collect();
+                return fail(format!("columns {columns:?} overlap or exceed the output's {stride}"));
+            }
+            end = end.max(to);
         }
-        columns.sort_unstable();
-        if columns.windows(2).any(|w| w[0].1 > w[1].0) || columns.last().is_some_and(|c| c.1 > stride) {
-            return fail(format!("columns {columns:?} overlap or exceed the output's {stride}"));
-        }
-        if x.m() > 0 && y.len() < (x.m() - 1) * stride + columns.last().map_or(0, |c| c.1) {
+        if x.m() > 0 && y.len() < (x.m() - 1) * stride + end {
             return fail(format!("an output of {} elements can't hold {} rows of {stride}", y.len(), x.m()));
         }
         Ok(())
-    }
-
-    /// The fastest kernel that has not failed for this signature and can read these weights.
-    fn next_kernel<'a>(&self, job: &Job<'a>, m: usize) -> Option<(usize, &'a Arc<Entry>)> {
-        let ranking = self.ranking(job.choice, m);
-        let demoted = job.choice.demoted[bucket(m)].load(Ordering::Relaxed);
-        let address = job.weights.as_ptr() as usize;
-        // One bit a rank: what ranks behind 64 kernels is never needed.
-        ranking.candidates.iter().map(|c| &c.entry).enumerate().take(64).find(|(rank, entry)| {
-            demoted & (1 << rank) == 0
-                && entry.ready()
-                && address.is_multiple_of(entry.kernel.weight_alignment())
-        })
     }
 
     /// A job's weights in the canonical layout, unpacked if they are in a private one.
@@ -504,57 +530,78 @@ impl KernelManager {
         }
     }
 
-    /// What is left when no kernel of the ranking is: the reference. For weights in the packing of a
-    /// plugin from a file, built-in kernels come before it: they were no candidates, since they can't read
-    /// that packing, which is unpacked for every call now.
+    /// What is left when no kernel of the ranking is. Weights in the packing of a plugin from a file are
+    /// packed anew, once, for the other kernels, which could not read that packing; for all others there is
+    /// the reference.
     fn run_last(
         &self,
         job: &Job,
+        failed: Option<(Arc<Entry>, KernelFailure)>,
         x: &Activations,
         y: &mut [f32],
         stride: usize,
-    ) -> Result<Option<Arc<Entry>>, ManagerError> {
+    ) -> Result<(), ManagerError> {
         let (n, k) = job.choice.shape();
         let m = x.m();
-        if self.config.strict {
-            return Err(ManagerError::NoKernel { m, n, k, missing: self.why_none(m, n, k) });
+        if let Some(packer) = job.choice.packer.as_ref().filter(|packer| packer.watch.is_some()) {
+            let repacked = self.repacked(job, packer)?;
+            let job = repacked.job(job);
+            if let Some((from, failure)) = failed {
+                let candidates = &self.ranking(job.choice, m).candidates;
+                let to = job.choice.slot(m).first(|rank| candidates[rank].entry.ready());
+                let to = to.map_or(REFERENCE, |rank| candidates[rank].kernel());
+                self.record_fallback(&from, to, &job, m, &failure);
+            }
+            return self.matmul(&[job], x, y, stride);
         }
-        let out = &mut y[job.column..];
-        let by = match &job.choice.packer {
-            Some(packer) if packer.watch.is_some() && self.config.force.is_none() => {
-                self.run_trusted(job, x, out, stride)?
+        match failed {
+            Some((from, failure)) if !self.config.strict.allows_reference() => {
+                return Err(self.no_fallback(&from, (n, k), m, failure.to_string()));
             }
-            _ => {
-                let weights = &self.canonical_weights(job)?;
-                reference::matmul(weights, n, k, job.scale, x.q(), x.stride(), x.scale(), m, out, stride);
-                None
-            }
-        };
-        match &by {
-            Some(entry) => entry.count(),
-            None => self.reference_calls.fetch_add(1, Ordering::Relaxed),
-        };
-        Ok(by)
+            None if !self.config.strict.allows_reference() => return Err(self.no_kernel(m, n, k)),
+            Some((from, failure)) => self.record_fallback(&from, REFERENCE, job, m, &failure),
+            None => {}
+        }
+        let (weights, out) = (&self.canonical_weights(job)?, &mut y[job.column..]);
+        reference::matmul(weights, n, k, job.scale, x.q(), x.stride(), x.scale(), m, out, stride);
+        self.reference_calls.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
-    fn record_fallback(&self, from: &Entry, to: Option<&str>, job: &Job, m: usize, failure: &KernelFailure) {
+    /// The weights of a job in another packing than that of its choice, which a plugin from a file made.
+    fn repacked(&self, job: &Job, packer: &Entry) -> Result<Arc<Repacked>, ManagerError> {
         let (n, k) = job.choice.shape();
-        let (kernel, replacement) = (from.kernel.id(), to.unwrap_or(REFERENCE));
-        let mut fallbacks = lock(&self.fallbacks);
-        let same = |f: &&mut Fallback| {
-            f.kernel == kernel && f.replacement == replacement && (f.shape.1, f.shape.2) == (n, k)
-        };
-        if let Some(known) = fallbacks.iter_mut().find(same) {
-            known.count += 1;
-            return;
+        // The seal says what was packed: the same bytes at any address, until the weights are dropped.
+        let seal = *job.weights.last_chunk().ok_or_else(|| ManagerError::Operands("no weights".into()))?;
+        let mut known = lock(&job.choice.repacked);
+        if let Some(repacked) = known.get(&u64::from_le_bytes(seal)) {
+            return Ok(repacked.clone());
         }
-        tracing::warn!(kernel, replacement, m, n, k, %failure, "kernel failed, falling back");
-        fallbacks.push(Fallback {
-            kernel: kernel.into(),
-            replacement: replacement.into(),
-            shape: (m, n, k),
-            reason: failure.to_string(),
-            count: 1,
-        });
+        // A plugin that is only taking a rest would be chosen again.
+        let policy = if packer.ready() { LayoutPolicy::Canonical } else { LayoutPolicy::Any };
+        let canonical = self.unpack(job.choice, job.weights)?;
+        let (choice, packed) = self.prepare(n, k, policy, &canonical)?;
+        let canonical = if matches!(packed, Packed::Canonical) { canonical } else { Vec::new() };
+        let repacked = Arc::new(Repacked { choice, canonical, packed });
+        known.insert(u64::from_le_bytes(seal), repacked.clone());
+        Ok(repacked)
+    }
+
+    fn record_fallback(&self, from: &Entry, to: &str, job: &Job, m: usize, failure: &KernelFailure) {
+        let (n, k) = job.choice.shape();
+        let kernel = from.kernel.id();
+        let mut fallbacks = lock(&self.fallbacks);
+        let same =
+            |f: &&mut Fallback| f.kernel == kernel && f.replacement == to && (f.shape.1, f.shape.2) == (n, k);
+        match fallbacks.iter_mut().find(same) {
+            Some(known) => known.count += 1,
+            None => fallbacks.push(Fallback {
+                kernel: kernel.into(),
+                replacement: to.into(),
+                shape: (m, n, k),
+                reason: failure.to_string(),
+                count: 1,
+            }),
+        }
     }
 }

@@ -9,112 +9,42 @@
 //! while they compute: the first result for each exact shape, and one in many after that, is compared with
 //! what it should be. A mismatch quarantines the plugin.
 
+mod adapt;
 mod cache;
+mod choice;
+mod config;
 mod execute;
+mod gpu;
+mod probe;
+mod report;
+mod slot;
 mod tune;
 mod watch;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use bitnet_burn_plugin::abi::{self, Signature};
 use bitnet_burn_plugin::canonical;
-use serde::Serialize;
 
-pub use self::tune::{Candidate, Measurement, Ranking, Source};
+pub use self::adapt::Feedback;
+pub use self::choice::Choice;
+pub use self::config::{FallbackPolicy, ManagerConfig, Strict};
+pub use self::gpu::{DEFAULT_BODY, GpuKernel};
+pub use self::probe::{Machine, Memory, Probe};
+pub use self::report::{
+    Event, EventKind, Failures, Fallback, KernelReport, ManagerReport, REFERENCE, Status,
+};
+pub use self::slot::{DRIFT, PROBATION_AFTER, RACE_TURNS, SAMPLE_EVERY, TRIAL_CALLS, WINDOW};
+pub use self::tune::{Candidate, Measurement, Ranking, Source, rotation_bytes};
 use crate::cpu;
 use crate::gate;
 use crate::memory::{WeightArena, WeightBuffer};
-use crate::plugin::{Kernel, Origin, Plugin, PluginError};
+use crate::plugin::{Kernel, Origin, Plugin, PluginError, Target};
 use crate::pool::Pool;
-use crate::store::{self, PluginConfig, PluginStore};
-
-/// Name under which reports count the scalar reference.
-pub const REFERENCE: &str = "reference";
-
-/// How a manager is set up.
-#[derive(Clone, Debug)]
-pub struct ManagerConfig {
-    /// Threads for kernels; 0 means one per physical core.
-    pub threads: usize,
-    /// Refuse the reference: a ternary matmul without a fast kernel is an error.
-    pub strict: bool,
-    /// Use this kernel alone (`plugin/kernel`, or `kernel` where that is unambiguous).
-    pub force: Option<String>,
-    /// CPU features to act as if the machine lacked them.
-    pub masked_features: Vec<String>,
-    /// Directory of the tuning results, and of the copies and verdicts of plugins; `None` keeps them in
-    /// memory and in a temporary directory.
-    pub cache_dir: Option<PathBuf>,
-    /// Where plugins come from, and how they are checked.
-    pub plugins: PluginConfig,
-    /// Time that tuning may take in all; what is not measured by then is ranked by the nearest
-    /// measurement.
-    pub tune_budget: Duration,
-}
-
-impl Default for ManagerConfig {
-    fn default() -> Self {
-        Self {
-            threads: 0,
-            strict: false,
-            force: None,
-            masked_features: Vec::new(),
-            cache_dir: None,
-            plugins: PluginConfig::default(),
-            tune_budget: Duration::from_secs(10),
-        }
-    }
-}
-
-impl ManagerConfig {
-    /// The defaults, changed by `BITNET_THREADS`, `BITNET_STRICT_MODE` (1 or true), `BITNET_KERNEL`,
-    /// `BITNET_CPU_MASK` (feature names, separated by commas), `BITNET_CACHE_DIR` (empty: keep nothing;
-    /// unset: the user's cache directory), `BITNET_PLUGINS` (`off`, `on`, or `user`: also the user's plugin
-    /// directory), `BITNET_PLUGIN_PATH` (absolute paths) and `BITNET_PLUGIN_PINS` (a file).
-    ///
-    /// # Errors
-    /// If a variable holds something else than it should.
-    pub fn from_env() -> Result<Self, ManagerError> {
-        let var = |name: &'static str| std::env::var(name).ok();
-        let mut config = Self::default();
-        if let Some(threads) = var("BITNET_THREADS") {
-            config.threads = threads.parse().map_err(|_| ManagerError::Config {
-                name: "BITNET_THREADS",
-                value: threads.clone(),
-                expected: "a number of threads",
-            })?;
-        }
-        if let Some(strict) = var("BITNET_STRICT_MODE") {
-            config.strict = match strict.as_str() {
-                "1" | "true" => true,
-                "" | "0" | "false" => false,
-                _ => {
-                    return Err(ManagerError::Config {
-                        name: "BITNET_STRICT_MODE",
-                        value: strict,
-                        expected: "1 or 0",
-                    });
-                }
-            };
-        }
-        config.force = var("BITNET_KERNEL").filter(|name| !name.is_empty());
-        if let Some(mask) = var("BITNET_CPU_MASK") {
-            config.masked_features =
-                mask.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
-        }
-        config.cache_dir = match var("BITNET_CACHE_DIR") {
-            Some(dir) => (!dir.is_empty()).then(|| dir.into()),
-            None => store::default_cache_dir(),
-        };
-        config.plugins = PluginConfig::from_env()
-            .map_err(|(name, value, expected)| ManagerError::Config { name, value, expected })?;
-        Ok(config)
-    }
-}
+use crate::store::{self, PluginStore};
 
 /// What the manager can't do.
 #[derive(Debug, thiserror::Error)]
@@ -139,22 +69,46 @@ pub enum ManagerError {
     },
     /// Strict mode, and no kernel for this.
     #[error(
-        "strict mode: no kernel can compute the ternary matmul [{m}, {k}] x [{n}, {k}]ᵀ here, and the \
-         reference is not allowed. {missing}"
+        "strict mode ({strict}): no kernel can compute the ternary matmul [{m}, {k}] x [{n}, {k}]ᵀ here, and \
+         the reference is not allowed. {missing}"
     )]
     NoKernel {
+        /// What is strict.
+        strict: Strict,
         /// Rows of activations.
         m: usize,
         /// Output features.
         n: usize,
         /// Input features.
         k: usize,
-        /// Each kernel, and why not.
+        /// Each kernel, why not, and what would help.
         missing: String,
+    },
+    /// A kernel failed, and nobody may take over.
+    #[error(
+        "kernel {kernel} failed at the ternary matmul [{m}, {k}] x [{n}, {k}]ᵀ: {reason}. {forbids} forbids \
+         another one to take over: without the kernel's plugin, or with another kernel forced, others compute"
+    )]
+    NoFallback {
+        /// The kernel.
+        kernel: String,
+        /// Rows of activations.
+        m: usize,
+        /// Output features.
+        n: usize,
+        /// Input features.
+        k: usize,
+        /// Status and message, or what was wrong.
+        reason: String,
+        /// What forbids it.
+        forbids: &'static str,
     },
     /// Operands that do not fit together.
     #[error("ternary matmul: {0}")]
     Operands(String),
+    /// A GPU failed, or its buffers can't be read back.
+    #[error("the GPU failed: {0}")]
+    Device(String),
     /// No memory or no threads.
     #[error("{what}: {source}")]
     System {
@@ -189,20 +143,6 @@ pub enum ManagerError {
     },
 }
 
-/// Whether a kernel may compute.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "state", content = "reason", rename_all = "snake_case")]
-pub enum Status {
-    /// Checked, and a candidate.
-    Ready,
-    /// It needs CPU features that the machine lacks.
-    Unavailable(String),
-    /// Its results were wrong, or it failed the check.
-    Rejected(String),
-    /// Its plugin passed the gate, and a kernel of it was wrong in use: none of them computes any more.
-    Quarantined(String),
-}
-
 /// A registered kernel, with what is known of it.
 #[derive(Debug)]
 pub(crate) struct Entry {
@@ -212,8 +152,9 @@ pub(crate) struct Entry {
     /// Whether the status is `Ready`, for the hot path.
     ready: AtomicBool,
     calls: AtomicU64,
-    failures: AtomicU64,
-    /// For kernels from files: what was compared in use.
+    /// By kind.
+    failures: [AtomicU64; 3],
+    /// For kernels from files, and for GPUs: what was compared in use.
     watch: Option<watch::Watch>,
 }
 
@@ -224,6 +165,10 @@ impl Entry {
 
     fn status(&self) -> Status {
         self.status.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    fn fail(&self, kind: report::Failure) {
+        self.failures[kind as usize].fetch_add(1, Ordering::Relaxed);
     }
 
     fn reject(&self, reason: String) {
@@ -253,40 +198,6 @@ pub fn bucket(m: usize) -> usize {
     }
 }
 
-/// Which kernels multiply by the weights of one shape, and in which layout the weights are kept.
-#[derive(Debug)]
-pub struct Choice {
-    n: usize,
-    k: usize,
-    /// The private layout, with a kernel that packs it; `None` for canonical weights in place.
-    packer: Option<Arc<Entry>>,
-    rankings: [OnceLock<Ranking>; BUCKETS.len()],
-    /// Per bucket, a bit for each rank whose kernel has failed in use.
-    demoted: [AtomicU64; BUCKETS.len()],
-    /// Per bucket, the rank and the exact number of rows that were watched last and known already.
-    watched: [AtomicU64; BUCKETS.len()],
-}
-
-impl Choice {
-    /// Output and input features.
-    pub fn shape(&self) -> (usize, usize) {
-        (self.n, self.k)
-    }
-
-    /// Private layout (`plugin/layout`) that the weights are packed in, or `None` for canonical.
-    pub fn layout(&self) -> Option<&str> {
-        self.packer.as_ref().and_then(|entry| entry.kernel.layout())
-    }
-
-    /// Bytes of the weights in the chosen layout, with what the manager keeps behind them.
-    pub fn weight_bytes(&self) -> usize {
-        match &self.packer {
-            Some(entry) => execute::stored_bytes(entry, self.n, self.k).expect("checked when chosen"),
-            None => self.n * canonical::row_bytes(self.k),
-        }
-    }
-}
-
 /// Whether weights may be packed privately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LayoutPolicy {
@@ -294,98 +205,6 @@ pub enum LayoutPolicy {
     Any,
     /// Read canonical weights where they lie.
     Canonical,
-}
-
-/// A kernel that failed in use, and what took over.
-#[derive(Clone, Debug, Serialize)]
-pub struct Fallback {
-    /// The kernel that failed.
-    pub kernel: String,
-    /// The kernel that took its place.
-    pub replacement: String,
-    /// Shape: rows (of the first failure), output and input features.
-    pub shape: (usize, usize, usize),
-    /// Status and message.
-    pub reason: String,
-    /// How often.
-    pub count: u64,
-}
-
-/// A kernel as reports show it.
-#[derive(Clone, Debug, Serialize)]
-pub struct KernelReport {
-    /// `plugin/kernel`.
-    pub kernel: String,
-    /// Version of its plugin.
-    pub version: String,
-    /// "built in", or the file.
-    pub origin: String,
-    /// SHA-256 of the file.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sha256: Option<String>,
-    /// Layout of its weights.
-    pub layout: String,
-    /// CPU features that it needs.
-    pub features: Vec<String>,
-    /// Whether it may compute.
-    pub status: Status,
-    /// Matmuls that it computed.
-    pub calls: u64,
-    /// Matmuls that it failed.
-    pub failures: u64,
-}
-
-/// What the manager did so far.
-#[derive(Clone, Debug, Serialize)]
-pub struct ManagerReport {
-    /// Threads of the pool.
-    pub threads: usize,
-    /// Whether strict mode is on.
-    pub strict: bool,
-    /// Signatures measured in this process.
-    pub tuned: u64,
-    /// Signatures whose measurements came from the cache.
-    pub cached: u64,
-    /// The cache file, if one is kept.
-    pub cache_file: Option<PathBuf>,
-    /// What is wrong with the cache file, if something is.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cache_problem: Option<String>,
-    /// All kernels.
-    pub kernels: Vec<KernelReport>,
-    /// Matmuls that the reference computed.
-    pub reference_calls: u64,
-    /// Kernels that failed in use.
-    pub fallbacks: Vec<Fallback>,
-}
-
-impl ManagerReport {
-    /// The kernels that computed something since `earlier`, with their calls since then.
-    pub fn used_since(&self, earlier: &Self) -> Vec<KernelReport> {
-        let before = |id: &str| earlier.kernels.iter().find(|k| k.kernel == id).map_or(0, |k| k.calls);
-        let mut used: Vec<KernelReport> = self
-            .kernels
-            .iter()
-            .map(|kernel| KernelReport { calls: kernel.calls - before(&kernel.kernel), ..kernel.clone() })
-            .filter(|kernel| kernel.calls > 0)
-            .collect();
-        let reference = self.reference_calls - earlier.reference_calls;
-        if reference > 0 {
-            used.push(KernelReport {
-                kernel: REFERENCE.into(),
-                version: env!("CARGO_PKG_VERSION").into(),
-                origin: "built in".into(),
-                sha256: None,
-                layout: "canonical".into(),
-                features: Vec::new(),
-                status: Status::Ready,
-                calls: reference,
-                failures: 0,
-            });
-        }
-        used.sort_by_key(|kernel| std::cmp::Reverse(kernel.calls));
-        used
-    }
 }
 
 /// Packed weights as [`KernelManager::pack`] returns them.
@@ -419,6 +238,11 @@ pub struct KernelManager {
     plugins: Mutex<Vec<Arc<Plugin>>>,
     entries: RwLock<Vec<Arc<Entry>>>,
     choices: Mutex<HashMap<(usize, usize, LayoutPolicy), Arc<Choice>>>,
+    /// All choices that somebody may still hold.
+    made: Mutex<Vec<Weak<Choice>>>,
+    policy: FallbackPolicy,
+    memory: adapt::MemoryWatch,
+    events: Mutex<Vec<Event>>,
     store: PluginStore,
     tuner: tune::Tuner,
     reference_calls: AtomicU64,
@@ -437,6 +261,7 @@ impl KernelManager {
             .map_err(|source| ManagerError::System { what: "starting the kernels' threads", source })?;
         Ok(Self {
             tuner: tune::Tuner::new(&config),
+            policy: config.policy(),
             store: PluginStore::new(config.plugins.clone(), config.cache_dir.as_deref()),
             config,
             pool,
@@ -444,6 +269,9 @@ impl KernelManager {
             plugins: Mutex::default(),
             entries: RwLock::default(),
             choices: Mutex::default(),
+            made: Mutex::default(),
+            memory: adapt::MemoryWatch::default(),
+            events: Mutex::default(),
             reference_calls: AtomicU64::new(0),
             fallbacks: Mutex::default(),
             scratch: execute::Scratch::default(),
@@ -472,11 +300,17 @@ impl KernelManager {
     /// # Errors
     /// If a plugin of this name is registered already.
     pub fn register(&self, plugin: Plugin) -> Result<Vec<KernelReport>, PluginError> {
-        self.enter(plugin, &|kernel| match gate::check_in_process(kernel) {
-            Ok(()) => Status::Ready,
-            Err(reason) => {
-                tracing::warn!(kernel = kernel.id(), reason, "kernel rejected");
-                Status::Rejected(reason)
+        self.enter(plugin, &|kernel| {
+            if kernel.gpu().is_some() {
+                // Its results are watched on the device that it is used on.
+                return Status::Ready;
+            }
+            match gate::check_in_process(kernel) {
+                Ok(()) => Status::Ready,
+                Err(reason) => {
+                    tracing::warn!(kernel = kernel.id(), reason, "kernel rejected");
+                    Status::Rejected(reason)
+                }
             }
         })
     }
@@ -502,14 +336,22 @@ impl KernelManager {
                 .map(|e| report(e))
                 .collect());
         }
+        let config = self.store.config();
         let verdict = match self.store.verdict(&stored.sha256) {
-            Some(known) => known,
-            None => self.examine(path, &stored)?,
+            Some(known) if !(config.gpu && config.helper.is_some() && known.lacks_gpu_runtime()) => known,
+            _ => self.examine(path, &stored)?,
         };
         if let Some(refusal) = verdict.refusal {
             return Err(PluginError::Refused { path: path.to_owned(), refusal });
         }
-        self.enter(Plugin::load_as(&stored.library, &stored.origin)?, &|_| Status::Ready)
+        self.enter(Plugin::load_as(&stored.library, &stored.origin)?, &|kernel| {
+            // A kernel for a GPU can be used where the gate had one to try it on.
+            let result = verdict.kernels.iter().find(|result| result.kernel == kernel.id());
+            match result.and_then(|result| result.unavailable.as_ref()) {
+                Some(reason) if kernel.gpu().is_some() => Status::Unavailable(reason.clone()),
+                _ => Status::Ready,
+            }
+        })
     }
 
     /// Runs the gate on a plugin's file, whatever is known of it, keeps the verdict, and gives it back.
@@ -556,17 +398,25 @@ impl KernelManager {
         let foreign = *plugin.origin() != Origin::BuiltIn;
         let mut reports = Vec::new();
         for kernel in plugin.kernels() {
-            let status = match cpu::lacking(kernel.features(), &self.config.masked_features) {
+            let lacking = match kernel.target() {
+                Target::Cpu => cpu::lacking(kernel.features(), &self.config.masked_features),
+                Target::Wgsl | Target::Cuda => None,
+                Target::Unknown(_) => {
+                    Some(format!("it is for {}, which this host does not know", kernel.target()))
+                }
+            };
+            let status = match lacking {
                 Some(reason) => Status::Unavailable(reason),
                 None => judge(&kernel),
             };
+            let watched = foreign || kernel.gpu().is_some();
             let entry = Arc::new(Entry {
                 kernel,
                 ready: AtomicBool::new(status == Status::Ready),
                 status: RwLock::new(status),
                 calls: AtomicU64::new(0),
-                failures: AtomicU64::new(0),
-                watch: foreign.then(watch::Watch::default),
+                failures: Default::default(),
+                watch: watched.then(watch::Watch::default),
             });
             reports.push(report(&entry));
             self.entries.write().unwrap_or_else(|e| e.into_inner()).push(entry);
@@ -585,8 +435,23 @@ impl KernelManager {
         if entries.iter().any(|entry| names(&entry.kernel, name)) {
             return Ok(());
         }
+        Err(self.unknown_kernel(name))
+    }
+
+    fn unknown_kernel(&self, name: &str) -> ManagerError {
+        let entries = self.entries();
         let known: Vec<_> = entries.iter().map(|entry| entry.kernel.id()).collect();
-        Err(ManagerError::UnknownKernel { name: name.clone(), known: known.join(", ") })
+        ManagerError::UnknownKernel { name: name.to_owned(), known: known.join(", ") }
+    }
+
+    /// The policy allows nobody to take over from a kernel.
+    fn no_fallback(&self, entry: &Entry, (n, k): (usize, usize), m: usize, reason: String) -> ManagerError {
+        let forbids = match self.policy {
+            FallbackPolicy::Never if self.config.strict.no_fallback => "strict mode (no-fallback)",
+            FallbackPolicy::Never => "the fallback policy (never)",
+            _ => "strict mode, with no other kernel left,",
+        };
+        ManagerError::NoFallback { kernel: entry.kernel.id().into(), m, n, k, reason, forbids }
     }
 
     fn entries(&self) -> Vec<Arc<Entry>> {
@@ -600,6 +465,7 @@ impl KernelManager {
             .into_iter()
             .filter(|entry| {
                 self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name))
+                    && entry.kernel.target() == Target::Cpu
                     && (policy == LayoutPolicy::Any || entry.kernel.layout().is_none())
                     && entry.ready()
                     && entry.kernel.supports(&signature)
@@ -612,40 +478,49 @@ impl KernelManager {
         Signature::ternary(m as u64, n as u64, k as u64, self.pool.threads() as u32)
     }
 
-    /// Why no kernel computes a shape: one clause a kernel.
-    fn why_none(&self, m: usize, n: usize, k: usize) -> String {
+    /// No kernel computes a shape, and strict mode forbids the reference: why, in a clause for each kernel,
+    /// and what would provide one.
+    fn no_kernel(&self, m: usize, n: usize, k: usize) -> ManagerError {
         let signature = self.signature(m, n, k);
-        let reasons: Vec<_> = self
-            .entries()
-            .iter()
-            .filter(|entry| self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name)))
-            .map(|entry| {
-                let why = match entry.status() {
-                    Status::Unavailable(reason) => reason,
-                    Status::Rejected(reason) => format!("rejected: {reason}"),
-                    Status::Quarantined(reason) => format!("quarantined: {reason}"),
-                    Status::Ready if !entry.kernel.supports(&signature) => {
-                        "does not support the shape".into()
-                    }
-                    Status::Ready => "failed in use, or the weights are not aligned as it asks".into(),
-                };
-                format!("{}: {why}", entry.kernel.id())
-            })
-            .collect();
-        if reasons.is_empty() {
-            "No kernel is registered.".into()
-        } else {
-            format!("Kernels: {}.", reasons.join("; "))
+        let forced = |entry: &Entry| self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name));
+        let mut reasons = Vec::new();
+        let mut masked = false;
+        for entry in self.entries().iter().filter(|entry| forced(entry)) {
+            let why = match entry.status() {
+                Status::Unavailable(reason) => {
+                    masked |= entry.kernel.features().iter().any(|f| self.config.masked_features.contains(f));
+                    reason
+                }
+                Status::Rejected(reason) => format!("rejected: {reason}"),
+                Status::Quarantined(reason) => format!("quarantined: {reason}"),
+                Status::Ready if entry.kernel.gpu().is_some() => format!("is for {}", entry.kernel.target()),
+                Status::Ready if !entry.kernel.supports(&signature) => "does not support the shape".into(),
+                Status::Ready => "failed in use, or the weights are not aligned as it asks".into(),
+            };
+            reasons.push(format!("{}: {why}", entry.kernel.id()));
         }
+        let kernels = match reasons.is_empty() {
+            true => "No kernel is registered.".into(),
+            false => format!("Kernels: {}.", reasons.join("; ")),
+        };
+        let help = match (&self.config.force, masked) {
+            (Some(name), _) => format!("Others than the forced kernel {name} may be able to"),
+            (None, true) => "The masked CPU features would provide one".into(),
+            (None, false) => "A plugin with a kernel for this shape would provide one".into(),
+        };
+        ManagerError::NoKernel { strict: self.config.strict, m, n, k, missing: format!("{kernels} {help}.") }
     }
 
     /// Chooses kernels for weights [n, k], measuring where that has not been done on this machine:
-    /// which layout decides the speed of decode (M = 1); within 5 % of each other, that of prefill
-    /// (M = 32); within 5 % again, the lower memory use.
+    /// which layout decides the speed of decode (M = 1); within noise of each other, that of prefill
+    /// (M = 32); within noise again, the lower memory use. Noise is how much longer the median of the fastest
+    /// took than its fastest run, at least 5 % and at most 15 %. While
+    /// [memory is low](Self::memory_is_low), the layout is the canonical one.
     ///
     /// # Errors
     /// In strict mode, if no kernel can compute the shape.
     pub fn choose(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<Arc<Choice>, ManagerError> {
+        let policy = self.allowed_layouts(n, k, policy);
         if let Some(choice) = lock(&self.choices).get(&(n, k, policy)) {
             return Ok(choice.clone());
         }
@@ -655,13 +530,19 @@ impl KernelManager {
             )));
         }
         let choice = Arc::new(self.decide(n, k, policy)?);
-        Ok(lock(&self.choices).entry((n, k, policy)).or_insert(choice).clone())
+        let choice = lock(&self.choices).entry((n, k, policy)).or_insert(choice).clone();
+        let mut made = lock(&self.made);
+        if !made.iter().any(|known| std::ptr::eq(known.as_ptr(), &*choice)) {
+            made.retain(|known| known.strong_count() > 0);
+            made.push(Arc::downgrade(&choice));
+        }
+        Ok(choice)
     }
 
     fn decide(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<Choice, ManagerError> {
         let candidates = self.candidates(1, n, k, policy);
-        if candidates.is_empty() && self.config.strict {
-            return Err(ManagerError::NoKernel { m: 1, n, k, missing: self.why_none(1, n, k) });
+        if candidates.is_empty() && !self.config.strict.allows_reference() {
+            return Err(self.no_kernel(1, n, k));
         }
         let mut layouts: Vec<Option<&str>> = Vec::new();
         for entry in &candidates {
@@ -670,19 +551,22 @@ impl KernelManager {
             }
         }
         let layout = if layouts.len() > 1 {
+            // Median and fastest run of a layout's fastest kernel.
             let best = |m: usize, layout: Option<&str>| {
                 let ranking = self.rank(m, n, k, policy);
                 let of_layout = ranking.candidates.iter().filter(|c| c.entry.kernel.layout() == layout);
-                of_layout.filter_map(|c| c.measurement.median_ns).min().unwrap_or(u64::MAX)
+                let times = of_layout.filter_map(|c| Some((c.measurement.median_ns?, c.measurement.min_ns?)));
+                times.min().unwrap_or((u64::MAX, u64::MAX))
             };
             let bytes = |layout: Option<&str>| {
                 let entry = candidates.iter().find(|e| e.kernel.layout() == layout);
                 // Canonical weights are there anyway.
                 layout.and(entry).and_then(|e| e.kernel.weight_bytes(n, k)).unwrap_or(0) as u64
             };
-            for (m, slack) in [(1, 1.05), (32, 1.05)] {
-                let fastest = layouts.iter().map(|&l| best(m, l)).min().unwrap_or(u64::MAX);
-                layouts.retain(|&l| best(m, l) as f64 <= fastest as f64 * slack);
+            for m in [1, 32] {
+                let (median, min) = layouts.iter().map(|&l| best(m, l)).min().unwrap_or((u64::MAX, u64::MAX));
+                let noise = (median as f64 / min.max(1) as f64).clamp(1.05, 1.15);
+                layouts.retain(|&l| best(m, l).0 as f64 <= median as f64 * noise);
             }
             layouts.sort_by_key(|&l| bytes(l));
             layouts[0]
@@ -693,19 +577,12 @@ impl KernelManager {
             let entry = candidates.iter().find(|e| e.kernel.layout() == Some(layout));
             entry.expect("the layout is a candidate's").clone()
         });
-        Ok(Choice {
-            n,
-            k,
-            packer,
-            rankings: Default::default(),
-            demoted: Default::default(),
-            watched: Default::default(),
-        })
+        Ok(Choice::new(n, k, packer))
     }
 
     /// The ranking for `m` rows of a choice's shape, measured at the first use.
     fn ranking<'a>(&self, choice: &'a Choice, m: usize) -> &'a Ranking {
-        choice.rankings[bucket(m)].get_or_init(|| {
+        choice.slot(m).ranking(self.policy, || {
             let policy = if choice.packer.is_some() { LayoutPolicy::Any } else { LayoutPolicy::Canonical };
             let mut ranking = self.rank(m, choice.n, choice.k, policy);
             ranking.candidates.retain(|c| c.entry.kernel.layout() == choice.layout());
@@ -808,6 +685,8 @@ impl KernelManager {
             kernels: self.entries().iter().map(|entry| report(entry)).collect(),
             reference_calls: self.reference_calls.load(Ordering::Relaxed),
             fallbacks: lock(&self.fallbacks).clone(),
+            fallback_policy: self.policy,
+            events: lock(&self.events).clone(),
         }
     }
 }
@@ -826,11 +705,15 @@ fn report(entry: &Entry) -> KernelReport {
             Origin::BuiltIn => None,
             Origin::File { sha256, .. } => Some(sha256.clone()),
         },
+        target: entry.kernel.target().to_string(),
         layout: entry.kernel.layout().unwrap_or("canonical").into(),
         features: entry.kernel.features().to_vec(),
         status: entry.status(),
         calls: entry.calls.load(Ordering::Relaxed),
-        failures: entry.failures.load(Ordering::Relaxed),
+        failures: {
+            let [status, wrong, slow] = [0, 1, 2].map(|i: usize| entry.failures[i].load(Ordering::Relaxed));
+            Failures { status, wrong, slow }
+        },
     }
 }
 

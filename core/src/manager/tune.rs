@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bitnet_burn_plugin::canonical;
 use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
 use super::execute::{self, Part, Scratch, run_parts};
+use super::slot::RACE_TURNS;
 use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, ManagerConfig, abi_weights, bucket, lock};
 use crate::cpu;
 use crate::gate::Stage;
@@ -24,6 +25,9 @@ const RUNS: usize = 20;
 /// After so many runs, a kernel that was never faster than this many times the best median is out.
 const EARLY: usize = 4;
 const CLEARLY_SLOWER: f64 = 1.3;
+/// After so many runs of both, a kernel whose fastest run took longer than the slowest of the best is out too:
+/// for kernels that are equally fast the odds are 1 in 924 (12 over 6).
+const SEPARATE: usize = 6;
 /// A kernel this many times slower for fewer rows is not tried for more.
 const HOPELESS: f64 = 4.0;
 /// Time for one signature, whatever its size.
@@ -53,7 +57,7 @@ pub struct Measurement {
 }
 
 impl Measurement {
-    fn none(entry: &Entry) -> Self {
+    pub(super) fn none(entry: &Entry) -> Self {
         Self { kernel: identity(entry), median_ns: None, min_ns: None, runs: 0, note: None, rejected: false }
     }
 }
@@ -104,17 +108,23 @@ pub struct Ranking {
     pub source: Source,
 }
 
+/// Bytes that the weights of a measurement of few rows rotate through: what the cache near a core does not
+/// hold. (A cache of many hundred megabytes, shared by a whole server, counts as memory.)
+pub fn rotation_bytes() -> usize {
+    cpu::last_level_cache().unwrap_or(32 << 20).clamp(8 << 20, 64 << 20) * 2
+}
+
 /// The measurements of a manager.
 #[derive(Debug)]
 pub(super) struct Tuner {
-    cache: Mutex<Cache>,
+    pub(super) cache: Mutex<Cache>,
     /// Rankings of this process, by signature and candidates.
     rankings: Mutex<HashMap<String, Ranking>>,
     /// One measurement at a time: two would measure each other.
     turn: Mutex<()>,
-    spent: AtomicU64,
-    tuned: AtomicU64,
-    cached: AtomicU64,
+    pub(super) spent: AtomicU64,
+    pub(super) tuned: AtomicU64,
+    pub(super) cached: AtomicU64,
 }
 
 impl Tuner {
@@ -144,7 +154,7 @@ impl Tuner {
 }
 
 /// How the cache names a kernel: with the exact build that was measured.
-fn identity(entry: &Entry) -> String {
+pub(super) fn identity(entry: &Entry) -> String {
     let (_, name) = entry.kernel.id().split_once('/').expect("an id is plugin/kernel");
     format!("{}/{name}", entry.kernel.plugin().identity())
 }
@@ -162,7 +172,7 @@ impl KernelManager {
                 .collect();
             return Ranking { rows, candidates, source: Source::OnlyCandidate };
         }
-        let signature = format!("ternary m={rows} n={n} k={k} threads={}", self.pool.threads());
+        let signature = self.signature_text(rows, n, k);
         let mut identities: Vec<_> = entries.iter().map(|entry| identity(entry)).collect();
         identities.sort();
         let key = format!("{signature} {}", identities.join(" "));
@@ -185,11 +195,12 @@ impl KernelManager {
                 None => Ranking { rows, candidates: unmeasured(entries), source: Source::Nearest(0) },
             }
         } else {
-            let started = Instant::now();
+            let started = self.config.probe.now();
             let measurements = self.measure(rows, n, k, &entries, fewer.as_ref());
-            self.tuner.spent.fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
+            let elapsed = self.config.probe.now().saturating_sub(started);
+            self.tuner.spent.fetch_add(elapsed.as_nanos() as u64, Ordering::Relaxed);
             self.tuner.tuned.fetch_add(1, Ordering::Relaxed);
-            tracing::info!(signature, elapsed = ?started.elapsed(), "tuned");
+            tracing::info!(signature, ?elapsed, "tuned");
             let entries: Vec<_> = entries.into_iter().filter(|entry| entry.ready()).collect();
             let candidates = ranked(&entries, &measurements).unwrap_or_else(|| unmeasured(entries));
             lock(&self.tuner.cache).insert(signature, measurements);
@@ -199,15 +210,34 @@ impl KernelManager {
         ranking
     }
 
+    /// Live calls have timed some of a ranking's kernels (by rank, nanoseconds on tuning's scale), and
+    /// another order came of it: the next ranking of the signature, and the next process, know.
+    pub(super) fn remeasured(&self, n: usize, k: usize, ranking: &Ranking, times: &[(usize, u64)]) {
+        let signature = self.signature_text(ranking.rows, n, k);
+        let mut cache = lock(&self.tuner.cache);
+        let Some(mut measurements) = cache.get(&signature).cloned() else { return };
+        for &(rank, time) in times {
+            let identity = identity(&ranking.candidates[rank].entry);
+            if let Some(known) = measurements.iter_mut().find(|m| m.kernel == identity) {
+                (known.median_ns, known.min_ns) = (Some(time), Some(time));
+                known.runs = RACE_TURNS as u32;
+                known.note = Some("compared again over live calls".into());
+            }
+        }
+        cache.insert(signature.clone(), measurements);
+        drop(cache);
+        lock(&self.tuner.rankings).retain(|key, _| !key.starts_with(&format!("{signature} ")));
+    }
+
+    fn signature_text(&self, rows: usize, n: usize, k: usize) -> String {
+        format!("ternary m={rows} n={n} k={k} threads={}", self.pool.threads())
+    }
+
     /// Another ranking of the same weights and candidates.
     fn nearest(&self, n: usize, k: usize, identities: &[String]) -> Option<Ranking> {
         let rankings = lock(&self.tuner.rankings);
         BUCKETS.iter().rev().find_map(|(_, rows)| {
-            let key = format!(
-                "ternary m={rows} n={n} k={k} threads={} {}",
-                self.pool.threads(),
-                identities.join(" ")
-            );
+            let key = format!("{} {}", self.signature_text(*rows, n, k), identities.join(" "));
             rankings.get(&key).cloned()
         })
     }
@@ -230,11 +260,7 @@ impl KernelManager {
 
         // Decode finds its weights in memory, not in cache: rotate over copies that no cache holds.
         let one = n * canonical::row_bytes(k);
-        let copies = if m <= 4 {
-            (cpu::last_level_cache().unwrap_or(32 << 20).clamp(8 << 20, 64 << 20) * 2 / one).clamp(1, 64)
-        } else {
-            1
-        };
+        let copies = if m <= 4 { (rotation_bytes() / one).clamp(1, 64) } else { 1 };
         let mut layouts: Vec<(Option<&str>, Result<_, _>)> = Vec::new();
         for entry in entries {
             let layout = entry.kernel.layout();
@@ -292,31 +318,40 @@ impl KernelManager {
             racing.push((i, buffers));
         }
 
-        let started = Instant::now();
+        let started = self.config.probe.now();
+        let elapsed = |since: Duration| self.config.probe.now().saturating_sub(since);
         let mut turn = 0;
         for round in 0..WARM_UP + RUNS {
             // The first runs tell what a round costs; large matmuls need no warm-up of milliseconds.
             if racing.is_empty()
-                || (started.elapsed() > SIGNATURE_BUDGET && racing.iter().all(|(i, _)| !times[*i].is_empty()))
+                || (elapsed(started) > SIGNATURE_BUDGET && racing.iter().all(|(i, _)| !times[*i].is_empty()))
             {
                 break;
             }
-            let counted = round >= WARM_UP || started.elapsed() > SIGNATURE_BUDGET / 8;
+            let counted = round >= WARM_UP || elapsed(started) > SIGNATURE_BUDGET / 8;
             for (i, buffers) in &racing {
                 turn += 1;
-                let clock = Instant::now();
+                let clock = self.config.probe.now();
                 let result = self.run_once(&entries[*i], &buffers[turn % buffers.len()], n, k, &x, &mut y);
-                let elapsed = clock.elapsed().as_nanos() as u64;
+                let elapsed = elapsed(clock).as_nanos() as u64;
                 match result {
                     Ok(()) if counted => times[*i].push(elapsed),
                     Ok(()) => {}
                     Err(reason) => measurements[*i].note = Some(reason),
                 }
             }
-            let best = racing.iter().filter_map(|(i, _)| median(&times[*i])).min().unwrap_or(0) as f64;
+            let best = racing.iter().filter_map(|(i, _)| Some((median(&times[*i])?, *i))).min();
+            let (best, slowest) = best.map_or((0, u64::MAX), |(median, i)| {
+                (
+                    median,
+                    times[i].iter().max().copied().filter(|_| times[i].len() >= SEPARATE).unwrap_or(u64::MAX),
+                )
+            });
             racing.retain(|(i, _)| {
-                let fastest = times[*i].iter().min().copied().unwrap_or(0) as f64;
-                let out = times[*i].len() >= EARLY && fastest > best * CLEARLY_SLOWER;
+                let runs = times[*i].len();
+                let fastest = times[*i].iter().min().copied().unwrap_or(0);
+                let out = runs >= EARLY && fastest as f64 > best as f64 * CLEARLY_SLOWER
+                    || runs >= SEPARATE && fastest > slowest;
                 if out && measurements[*i].note.is_none() {
                     measurements[*i].note = Some("clearly slower; stopped early".into());
                 }

@@ -18,7 +18,8 @@ use bitnet_burn_plugin::abi::Signature;
 use bitnet_burn_plugin::canonical;
 
 use super::execute::{self, Part, run_parts};
-use super::{Entry, Job, KernelManager, ManagerError, Status, abi_weights, bucket, lock};
+use super::report::EventKind;
+use super::{Entry, Job, KernelManager, ManagerError, Status, abi_weights, lock};
 use crate::gate::{self, Refusal, Stage};
 use crate::memory::Activations;
 use crate::plugin::Origin;
@@ -67,7 +68,7 @@ impl KernelManager {
         let shape = (x.m(), n, k);
         // What was looked up last for this choice: the same again, most of the time. (No rank and no rows at
         // all are a choice's zero.)
-        let (memo, this) = (&job.choice.watched[bucket(x.m())], (rank as u64) << 56 | x.m() as u64);
+        let (memo, this) = (&job.choice.slot(x.m()).watched, (rank as u64) << 56 | x.m() as u64);
         let known = memo.load(Ordering::Relaxed) == this || {
             let known = watch.knows(shape);
             if known {
@@ -191,12 +192,8 @@ impl KernelManager {
         }
         let plugin = entry.kernel.plugin();
         let kernel = entry.kernel.id();
-        tracing::error!(
-            kernel,
-            reason,
-            origin = %plugin.origin(),
-            "a kernel of a plugin computed wrongly; none of the plugin's kernels is used any more"
-        );
+        let text = format!("{}: {reason}; none of its kernels is used any more", plugin.origin());
+        self.event(EventKind::Quarantined, Some(kernel), None, text);
         for other in self.entries() {
             if Arc::ptr_eq(other.kernel.plugin(), plugin) && !matches!(other.status(), Status::Unavailable(_))
             {

@@ -3,6 +3,8 @@
 //! Not on statically linked targets, which can't load libraries: the emulated ARM tests are such.
 #![cfg(all(unix, not(target_feature = "crt-static")))]
 
+mod adapt;
+mod gpu;
 mod hostile;
 mod policy;
 mod support;

@@ -9,7 +9,8 @@ use std::time::SystemTime;
 
 use crate::support::*;
 use bitnet_burn_core::KernelManager;
-use bitnet_burn_core::manager::{ManagerConfig, Status};
+use bitnet_burn_core::gate::GATE_VERSION;
+use bitnet_burn_core::manager::{ManagerConfig, Status, Strict};
 use bitnet_burn_core::plugin::PluginError;
 use bitnet_burn_core::store::{PluginConfig, read_pins, write_pins};
 use bitnet_burn_plugin::abi;
@@ -27,7 +28,7 @@ fn a_plugin_in_c_is_checked_and_used() {
         let path = build(dir.path(), name, defines);
         let config = ManagerConfig {
             force: Some("example/plain".into()),
-            strict: true,
+            strict: Strict::ALL,
             ..config(&dir.path().join("cache"))
         };
         let manager = KernelManager::new(config).unwrap();
@@ -61,8 +62,8 @@ fn a_plugin_in_c_is_checked_and_used() {
 
 /// Macros of testdata/plugin.c, and what the refusal must say.
 const BROKEN: [(&str, &[&str], &str); 22] = [
-    ("major", &["MAJOR=9"], "built for ABI 9.0, and this host speaks ABI 1.0"),
-    ("old", &["MAJOR=0"], "built for ABI 0.0, and this host speaks ABI 1.0"),
+    ("major", &["MAJOR=9"], "built for ABI 9.1, and this host speaks ABI 1.1"),
+    ("old", &["MAJOR=0"], "built for ABI 0.1, and this host speaks ABI 1.1"),
     ("symbol", &["NO_SYMBOL"], "it does not export `bitnet_plugin`"),
     ("descriptor", &["NULL_DESCRIPTOR"], "the entry point returned no descriptor"),
     ("name", &["NAME=NULL"], "the plugin's name is not 1 to 63 of"),
@@ -149,7 +150,7 @@ fn the_built_in_kernels_pass_the_gate_and_work_the_same_from_their_library() {
     let ready: Vec<_> = reports.into_iter().filter(|r| r.status == Status::Ready).map(|r| r.kernel).collect();
     assert!(ready.len() >= 2, "{ready:?}");
     for kernel in ready {
-        let config = ManagerConfig { force: Some(kernel.clone()), strict: true, ..config(dir.path()) };
+        let config = ManagerConfig { force: Some(kernel.clone()), strict: Strict::ALL, ..config(dir.path()) };
         let manager = KernelManager::new(config).unwrap();
         manager.load_plugin(path).unwrap();
         for (m, n, k) in SHAPES {
@@ -240,7 +241,7 @@ fn a_verdict_is_found_again_and_a_damaged_one_is_not_believed() {
         String::new(),
         "{".into(),
         good[..good.len() / 2].into(),
-        good.replace("\"gate\": 1", "\"gate\": 0"),
+        good.replace(&format!("\"gate\": {GATE_VERSION}"), "\"gate\": 0"),
         good.replace(&stored.sha256, &"0".repeat(64)),
         good.replace("\"features\": [", "\"features\": [\"none\", "),
         good.replace("\"version\": 1,", "\"version\": 9,"),
@@ -456,8 +457,9 @@ layout! {
     Message = "message" { struct_size, text, capacity }
     Kernel = "kernel" {
         struct_size, name, layout, features, operation, target, weight_alignment, row_granule, supports,
-        packed_size, pack, unpack, workspace_size, prepare, run
+        packed_size, pack, unpack, workspace_size, prepare, run, gpu
     }
+    Gpu = "gpu" { struct_size, source, entry, workgroup, tile_n, tile_m, reserved }
     Plugin = "plugin" { struct_size, abi_major, abi_minor, name, version, kernels, kernel_count }
 }
 
@@ -487,6 +489,9 @@ fn the_c_header_lays_every_struct_out_as_rust_does() {
         ("BITNET_ABI_MINOR", u64::from(abi::ABI_MINOR)),
         ("BITNET_OPERATION_TERNARY_MATMUL", u64::from(abi::OPERATION_TERNARY_MATMUL)),
         ("BITNET_TARGET_CPU", u64::from(abi::TARGET_CPU)),
+        ("BITNET_TARGET_WGSL", u64::from(abi::TARGET_WGSL)),
+        ("BITNET_TARGET_CUDA", u64::from(abi::TARGET_CUDA)),
+        ("BITNET_GPU_ACTIVATION_BLOCK", abi::GPU_ACTIVATION_BLOCK as u64),
         ("BITNET_OK", abi::STATUS_OK as u64),
         ("BITNET_UNSUPPORTED", abi::STATUS_UNSUPPORTED as u64),
         ("BITNET_INVALID_ARGUMENT", abi::STATUS_INVALID_ARGUMENT as u64),

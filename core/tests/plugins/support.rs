@@ -39,6 +39,17 @@ pub fn run(command: &mut Command) {
 
 /// The plugin of testdata/plugin.c, with these flags and the header in `include`.
 pub fn build_with(include: &Path, dir: &Path, name: &str, flags: &[&str]) -> PathBuf {
+    build_source("plugin.c", include, dir, name, flags)
+}
+
+/// The plugin of testdata/gpu.c with these macros.
+pub fn build_gpu(dir: &Path, name: &str, defines: &[&str]) -> PathBuf {
+    let defines: Vec<String> = defines.iter().map(|d| format!("-D{d}")).collect();
+    let flags: Vec<&str> = defines.iter().map(String::as_str).collect();
+    build_source("gpu.c", &package().join("../plugins/abi/include"), dir, name, &flags)
+}
+
+fn build_source(source: &str, include: &Path, dir: &Path, name: &str, flags: &[&str]) -> PathBuf {
     let path = dir.join(format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX));
     let mut command = Command::new(compiler());
     command.args([
@@ -52,7 +63,7 @@ pub fn build_with(include: &Path, dir: &Path, name: &str, flags: &[&str]) -> Pat
         "-fPIC",
     ]);
     command.args(["-Wno-infinite-recursion", "-Wno-unknown-warning-option"]);
-    command.arg("-I").arg(include).arg(package().join("testdata/plugin.c"));
+    command.arg("-I").arg(include).arg(package().join("testdata").join(source));
     run(command.args(flags).args(["-lm", "-lpthread", "-o"]).arg(&path));
     path
 }

@@ -3,7 +3,7 @@
 use super::types::I2_S_TAIL;
 use super::value::decode;
 use super::{DEFAULT_ALIGNMENT, TensorType, Value, ValueType};
-use crate::checkpoint::LoadError;
+use crate::checkpoint::{Content, LoadError};
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::fs::File;
@@ -121,6 +121,14 @@ impl GgufFile {
     pub(crate) fn release(&self) {
         if let Some(map) = &self.file_map {
             map.release();
+        }
+    }
+
+    /// The file on the disk, or the bytes where it was in memory from the start.
+    pub(crate) fn content(&self) -> Content {
+        match self.file_map {
+            Some(_) => Content::File(self.path.clone()),
+            None => Content::Memory(self.path.clone(), self.map.clone()),
         }
     }
 

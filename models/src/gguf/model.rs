@@ -11,8 +11,9 @@
 
 use super::{GgufFile, GgufTensor, TensorType, Value, ValueType};
 use crate::checkpoint::{
-    DenseTensor, GgufTokenizer, LoadError, Norm, OpenOptions, Projection, Source, TensorInfo, TernaryTensor,
-    TokenizerSource, aligned, aligned_view, checked_scale, choose_activation, floats, one_float,
+    Content, DenseTensor, GgufTokenizer, LoadError, Norm, OpenOptions, Projection, Source, TensorInfo,
+    TernaryTensor, TokenizerSource, aligned, aligned_view, checked_scale, choose_activation, floats,
+    one_float,
 };
 use crate::config::{Activation, ModelConfig};
 use bitnet_burn_core::formats::dense::DenseFormat;
@@ -195,6 +196,10 @@ impl GgufModel {
 impl Source for GgufModel {
     fn release(&self) {
         self.file.release();
+    }
+
+    fn contents(&self) -> Vec<Content> {
+        vec![self.file.content()]
     }
 
     fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {

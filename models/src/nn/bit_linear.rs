@@ -1,11 +1,10 @@
 //! The BitNet linear layer ("The Era of 1-bit LLMs", arXiv 2402.17764; quantisers as in arXiv
 //! 2504.12285, section 2).
 
-use std::sync::Arc;
-
+use bitnet_burn_backends::Kernels;
 use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
 use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::manager::{Choice, ManagerError};
+use bitnet_burn_core::manager::ManagerError;
 use bitnet_burn_core::quant;
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
@@ -78,7 +77,7 @@ pub struct PackedWeight {
     /// `[1]`: weight = code * scale.
     pub scale: Param<Tensor<1>>,
     #[module(skip)]
-    choice: Option<Arc<Choice>>,
+    choice: Option<Kernels>,
 }
 
 impl BitLinearConfig {

@@ -1,10 +1,16 @@
 //! A dense matrix: embedding and lm_head.
 
+use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::{DenseArgs, NoInt8, ops};
 use bitnet_burn_core::formats::DenseFormat;
+use bitnet_burn_core::formats::dense::requantise;
+use bitnet_burn_core::manager::ManagerError;
+use bitnet_burn_core::memory::WeightArena;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use bytes::Bytes;
 
+use crate::bitnet::ModelError;
 use crate::checkpoint::DenseTensor;
 
 /// A matrix [N, K], see [`DenseWeight`] for its two states.
@@ -14,6 +20,9 @@ pub struct DenseMatrix {
     pub weight: DenseWeight,
     #[module(skip)]
     args: DenseArgs,
+    /// The format that the weights had before they were requantised.
+    #[module(skip)]
+    from: Option<DenseFormat>,
 }
 
 /// The weights of a [`DenseMatrix`].
@@ -34,13 +43,39 @@ impl DenseMatrix {
         let DenseTensor { n, k, format, data, .. } = tensor;
         let words = ops::words(data.clone(), [1, data.len().div_ceil(4)], device);
         let weight = DenseWeight::Stored(Param::initialized(ParamId::new(), words));
-        Self { weight, args: DenseArgs::new(format, n, k) }
+        Self { weight, args: DenseArgs::new(format, n, k), from: None }
+    }
+
+    /// A copy of a loaded tensor in another format, on a device.
+    ///
+    /// # Errors
+    /// If the format can't hold the values or the shape, or memory is short.
+    pub fn requantised(
+        tensor: DenseTensor,
+        format: DenseFormat,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
+        let DenseTensor { n, k, format: from, data, name } = tensor;
+        let fail = |source| ModelError::Requantise { tensor: name.clone(), format, source };
+        let bytes = format.row_bytes(k).and_then(|row| row.checked_mul(n));
+        // Without a size, the conversion says why.
+        let mut out = WeightArena::default()
+            .allocate(bytes.unwrap_or(0), 64)
+            .map_err(|source| ManagerError::System { what: "memory for the output projection", source })?;
+        requantise(from, &data, format, out.as_mut_slice(), (n, k), manager().pool()).map_err(fail)?;
+        let data = Bytes::from_owner(out);
+        Ok(Self { from: Some(from), ..Self::new(DenseTensor { n, k, format, data, name }, device) })
+    }
+
+    /// The format that the weights had before they were [`requantised`](Self::requantised).
+    pub fn requantised_from(&self) -> Option<DenseFormat> {
+        self.from
     }
 
     /// A trainable matrix.
     pub fn trainable(weight: Param<Tensor<2>>) -> Self {
         let [n, k] = weight.val().dims();
-        Self { weight: DenseWeight::Float(weight), args: DenseArgs::new(DenseFormat::F32, n, k) }
+        Self { weight: DenseWeight::Float(weight), args: DenseArgs::new(DenseFormat::F32, n, k), from: None }
     }
 
     /// The same, with [`forward`](Self::forward) quantising its input to int8, by absmax and row. That is

@@ -1,4 +1,4 @@
-/* The C ABI of bitnet-burn's kernels, version 1.0.
+/* The C ABI of bitnet-burn's kernels, version 1.1.
  *
  * A plugin is a shared library that exports one function,
  *
@@ -33,10 +33,12 @@ extern "C" {
 #endif
 
 #define BITNET_ABI_MAJOR 1u
-#define BITNET_ABI_MINOR 0u
+#define BITNET_ABI_MINOR 1u
 
 #define BITNET_OPERATION_TERNARY_MATMUL 1u
 #define BITNET_TARGET_CPU 1u
+#define BITNET_TARGET_WGSL 2u /* since 1.1: text in bitnet_kernel_t.gpu */
+#define BITNET_TARGET_CUDA 3u /* since 1.1: the same in CUDA C++ */
 
 typedef int32_t bitnet_status_t; /* anything but OK: the host takes its next kernel */
 #define BITNET_OK 0
@@ -49,6 +51,7 @@ typedef int32_t bitnet_status_t; /* anything but OK: the host takes its next ker
 #define BITNET_ACTIVATION_SLACK 64     /* readable bytes behind the last activation row */
 #define BITNET_CANONICAL_ALIGNMENT 4   /* canonical weights lie in a file or a tensor: unaligned loads */
 #define BITNET_WORKSPACE_ALIGNMENT 64
+#define BITNET_GPU_ACTIVATION_BLOCK 128 /* on a GPU, rows are zero-filled up to a multiple of it */
 
 /* The canonical layout (I2_S): a row of k weights takes bitnet_canonical_row_bytes(k). 128 weights
  * take 32 bytes: byte i holds weights i, 32+i, 64+i, 96+i of the block in bits 7..6, 5..4, 3..2,
@@ -111,11 +114,34 @@ typedef struct bitnet_message {
     uint64_t capacity;
 } bitnet_message_t;
 
+/* Since 1.1. A kernel as text, which the host compiles and launches on the model's device, as
+ * (ceil(n / tile_n), ceil(m / tile_m), 1) workgroups, with six buffers in this order: @group(0) @binding(0..5)
+ * in WGSL, each var<storage, read_write> and each used; the pointer parameters of the extern "C" __global__
+ * function in CUDA C++.
+ *   0 weights     u32: what pack wrote, or canonical rows of ceil(k / 128) * 8, as little-endian words
+ *   1 scale       1 f32: weight = code * scale
+ *   2 activations u32: 4 int8 each, the first in the lowest byte; rows x_stride words apart, where x_stride =
+ *                 ceil(k / 128) * 32: zero-filled up to whole canonical blocks
+ *   3 rows        m pairs of f32 (row scale: absmax / 127) and i32 (sum of the row's int8 values)
+ *   4 parameters  8 u32: m, n, k, x_stride, y_stride, y_column, 0, 0
+ *   5 output      f32: y[m, n] is at m * y_stride + y_column + n; nothing else may be written
+ * Sums must be exact; y may differ from the two separate products by 2 units in the last place. */
+typedef struct bitnet_gpu {
+    uint64_t struct_size;
+    const char *source;    /* UTF-8, at most 1 MiB */
+    const char *entry;     /* the entry point: an identifier of up to 127 characters */
+    uint32_t workgroup[3]; /* threads by dimension, as the text declares them; at most 1024 in all */
+    uint32_t tile_n;       /* output features that a workgroup computes, >= 1 */
+    uint32_t tile_m;       /* rows of activations that a workgroup computes, >= 1 */
+    uint32_t reserved;     /* 0 */
+} bitnet_gpu_t;
+
 typedef struct bitnet_kernel {
     uint64_t struct_size;
     const char *name;     /* unique in the plugin, [A-Za-z0-9._-]{1,63} */
     const char *layout;   /* name of the private packing, or NULL: canonical weights in place */
-    const char *features; /* CPU features in Rust's names, comma-separated ("avx2,fma"), or NULL */
+    const char *features; /* comma-separated, or NULL: of the CPU in Rust's names ("avx2,fma"); of a GPU,
+                             "subgroups" and "shader-f16" are known */
     uint32_t operation;
     uint32_t target;
     uint64_t weight_alignment; /* of packed weights: a power of two up to 4096 */
@@ -135,6 +161,8 @@ typedef struct bitnet_kernel {
     bitnet_status_t (*run)(const bitnet_weights_t *weights, const bitnet_activations_t *x,
                            const uint8_t *workspace, const bitnet_output_t *y,
                            const bitnet_tile_t *tile, const bitnet_message_t *message);
+    /* Since 1.1: NULL for the CPU. Not NULL for a GPU; workspace_size, prepare and run are NULL then. */
+    const bitnet_gpu_t *gpu;
 } bitnet_kernel_t;
 
 typedef struct bitnet_plugin {

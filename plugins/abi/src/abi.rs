@@ -1,4 +1,4 @@
-//! The C ABI, version 1.0. `include/bitnet_plugin.h` declares the same types for C; a test compiles
+//! The C ABI, version 1.1. `include/bitnet_plugin.h` declares the same types for C; a test compiles
 //! it and compares every size and offset.
 //!
 //! # Compatibility
@@ -23,7 +23,7 @@ use std::ffi::c_char;
 /// Major version: a plugin of another major version is refused.
 pub const ABI_MAJOR: u32 = 1;
 /// Minor version: counts the compatible additions to the major version.
-pub const ABI_MINOR: u32 = 0;
+pub const ABI_MINOR: u32 = 1;
 
 /// Name of the function that a plugin exports: [`EntryFn`].
 pub const ENTRY_SYMBOL: &str = "bitnet_plugin";
@@ -36,6 +36,10 @@ pub const OPERATION_TERNARY_MATMUL: u32 = 1;
 
 /// [`Kernel::target`]: runs on the host's CPU, through function pointers.
 pub const TARGET_CPU: u32 = 1;
+/// [`Kernel::target`]: WGSL text in [`Kernel::gpu`] (since 1.1).
+pub const TARGET_WGSL: u32 = 2;
+/// [`Kernel::target`]: CUDA C++ text in [`Kernel::gpu`], which NVRTC compiles (since 1.1).
+pub const TARGET_CUDA: u32 = 3;
 
 /// What a call returns. Any value but [`STATUS_OK`] makes the host take its next kernel.
 pub type Status = i32;
@@ -61,6 +65,8 @@ pub const CANONICAL_ALIGNMENT: usize = 4;
 pub const WORKSPACE_ALIGNMENT: usize = 64;
 /// A kernel may ask for no larger alignment of its private packing than this.
 pub const MAX_WEIGHT_ALIGNMENT: u64 = 4096;
+/// On a GPU, activation rows are zero-filled up to a multiple of this many values: whole canonical blocks.
+pub const GPU_ACTIVATION_BLOCK: usize = 128;
 
 /// What is to be computed: an [m, k] by [n, k]ᵀ product, on so many threads.
 #[repr(C)]
@@ -161,6 +167,52 @@ pub struct Message {
     pub capacity: u64,
 }
 
+/// A kernel as source text, which the host compiles and launches on the device that a model is on.
+///
+/// The host's pipeline quantises the activations on the device, so a kernel gets six buffers, always in this
+/// order: `@group(0) @binding(0)` to `@binding(5)` in WGSL, where each must be
+/// `var<storage, read_write>` and each must be used; the pointer parameters of the
+/// `extern "C" __global__` function in CUDA C++.
+///
+/// | | holds | elements |
+/// | --- | --- | --- |
+/// | 0 | the weights, in the kernel's layout | u32: what `pack` wrote, or canonical rows, as little-endian words |
+/// | 1 | the weights' scale | 1 f32 |
+/// | 2 | activations | u32: 4 int8 each, the first in the lowest byte; rows `x_stride` words apart |
+/// | 3 | rows | m pairs of an f32 (row scale: absmax / 127) and an i32 (sum of the row's int8 values) |
+/// | 4 | parameters | 8 u32: m, n, k, x_stride, y_stride, y_column, 0, 0 |
+/// | 5 | the output | f32: y[m, n] is at `m * y_stride + y_column + n` |
+///
+/// `x_stride` is `ceil(k / 128) * 32` words: rows are filled with zeros up to whole canonical blocks. The rows
+/// of the canonical layout take `ceil(k / 128) * 8` words each. The output holds other matrices' columns
+/// too, which are not the kernel's to write, and nothing may be written but its own. Sums must be exact; y may
+/// differ from the two separate f32 products by 2 units in the last place, since shading languages leave that open.
+///
+/// `(ceil(n / tile_n), ceil(m / tile_m), 1)` workgroups (blocks) are launched.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Gpu {
+    /// `sizeof(Gpu)` of the plugin.
+    pub struct_size: u64,
+    /// The text: UTF-8, NUL-terminated, at most 1 MiB.
+    pub source: *const c_char,
+    /// Name of the entry point in it: an ASCII identifier of up to 127 characters.
+    pub entry: *const c_char,
+    /// Threads of a workgroup by dimension, as the text declares them; at most 1024 in all.
+    pub workgroup: [u32; 3],
+    /// Output features that one workgroup computes, at least 1.
+    pub tile_n: u32,
+    /// Rows of activations that one workgroup computes, at least 1.
+    pub tile_m: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+// SAFETY: a part of a kernel descriptor, see there.
+unsafe impl Sync for Gpu {}
+// SAFETY: as above.
+unsafe impl Send for Gpu {}
+
 /// One kernel.
 ///
 /// A kernel whose `layout` is null reads canonical weights where they lie; `packed_size`, `pack` and
@@ -175,8 +227,9 @@ pub struct Kernel {
     pub name: *const c_char,
     /// Name of the private packing (same alphabet), or null for the canonical layout.
     pub layout: *const c_char,
-    /// CPU features that it needs, in Rust's names, separated by commas ("avx2,fma"), or null. The
-    /// host never calls `run` on a machine that lacks one of them.
+    /// Features that it needs, separated by commas, or null: of the CPU, in Rust's names ("avx2,fma"); of a
+    /// GPU, "subgroups" and "shader-f16" are known. The host never runs it where one of them is lacking. What
+    /// `pack` and `unpack` of a GPU kernel need of the CPU, they detect themselves.
     pub features: *const c_char,
     /// `OPERATION_*`.
     pub operation: u32,
@@ -221,7 +274,7 @@ pub struct Kernel {
     pub prepare: Option<
         unsafe extern "C" fn(x: *const Activations, workspace: *mut u8, message: *const Message) -> Status,
     >,
-    /// Computes one tile. Called concurrently on disjoint tiles.
+    /// Computes one tile. Called concurrently on disjoint tiles. Null for a GPU.
     pub run: Option<
         unsafe extern "C" fn(
             weights: *const Weights,
@@ -232,7 +285,13 @@ pub struct Kernel {
             message: *const Message,
         ) -> Status,
     >,
+    /// Since 1.1: the text of a kernel for a GPU, null for the CPU. `workspace_size`, `prepare` and
+    /// `run` are null where this is not.
+    pub gpu: *const Gpu,
 }
+
+/// `sizeof(Kernel)` in version 1.0: all fields before `gpu`.
+pub const KERNEL_SIZE_1_0: usize = std::mem::offset_of!(Kernel, gpu);
 
 // SAFETY: read-only views of buffers that nobody writes while a call uses them (module contract).
 unsafe impl Sync for Activations {}

@@ -1,13 +1,13 @@
-//! Writing a kernel in Rust: implement [`TernaryKernel`], name it in [`plugin!`](crate::plugin), and
-//! export the plugin from a `cdylib` with [`export_plugin!`](crate::export_plugin). Panics are caught
-//! at the boundary and become a status.
+//! Writing a kernel in Rust: implement [`TernaryKernel`], or [`GpuKernel`] for one that is GPU source text,
+//! name it in [`plugin!`](crate::plugin), and export the plugin from a `cdylib` with
+//! [`export_plugin!`](crate::export_plugin). Panics are caught at the boundary and become a status.
 
 use std::ffi::{CStr, c_char};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::abi::{
-    self, Activations, Kernel, Message, Output, STATUS_FAILED, STATUS_INVALID_ARGUMENT, STATUS_OK,
+    self, Activations, Gpu, Kernel, Message, Output, STATUS_FAILED, STATUS_INVALID_ARGUMENT, STATUS_OK,
     STATUS_PANICKED, STATUS_UNSUPPORTED, Signature, Status, Tile, Weights,
 };
 use crate::canonical;
@@ -87,6 +87,75 @@ pub trait TernaryKernel: Send + Sync + 'static {
 
     /// Computes the tile.
     fn run(w: &WeightsRef, x: &ActivationsRef, workspace: &[u8], y: &mut OutputTile) -> KernelResult;
+}
+
+/// The language of a [`GpuKernel`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Language {
+    /// The WebGPU shading language.
+    Wgsl,
+    /// CUDA C++, which NVRTC compiles.
+    Cuda,
+}
+
+/// Text that ends with a NUL, as [`GpuKernel::SOURCE`] takes it:
+///
+/// ```
+/// # use bitnet_burn_plugin::sdk::source;
+/// const SOURCE: &std::ffi::CStr = source(concat!("const ROWS = 1u;\n", "fn more() {}", "\0"));
+/// # assert!(SOURCE.to_str().unwrap().ends_with("}"));
+/// ```
+///
+/// # Panics
+/// While compiling, if it does not end with a NUL, or holds another one.
+pub const fn source(text: &'static str) -> &'static CStr {
+    match CStr::from_bytes_with_nul(text.as_bytes()) {
+        Ok(text) => text,
+        Err(_) => panic!("a text must end with its only NUL: concat!(include_str!(\"...\"), \"\\0\")"),
+    }
+}
+
+/// A ternary matmul kernel as source text, which the host compiles and launches on the device that a model is on.
+/// [`abi::Gpu`] says which buffers the text gets, and in which order. What runs on the host is packing.
+pub trait GpuKernel: Send + Sync + 'static {
+    /// Name, unique within the plugin: `[A-Za-z0-9._-]{1,63}`.
+    const NAME: &'static CStr;
+    /// Language of the text.
+    const LANGUAGE: Language;
+    /// The text.
+    const SOURCE: &'static CStr;
+    /// Name of the entry point in it.
+    const ENTRY: &'static CStr;
+    /// Threads of a workgroup by dimension, as the text declares them.
+    const WORKGROUP: [u32; 3];
+    /// Output features, and rows of activations, that one workgroup computes.
+    const TILE: [u32; 2];
+    /// Device features that it needs, separated by commas ("subgroups", "shader-f16"); empty for none.
+    const FEATURES: &'static CStr = c"";
+    /// Name of the private packing, or `None` for a kernel that reads canonical weights.
+    const LAYOUT: Option<&'static CStr> = None;
+    /// `pack` and `unpack` get ranges of output features that begin at multiples of this.
+    const ROW_GRANULE: usize = 1;
+
+    /// Whether it can compute this.
+    fn supports(_signature: &Signature) -> bool {
+        true
+    }
+
+    /// Bytes that [`Self::ROW_GRANULE`] rows of `k` weights take in the private packing.
+    fn granule_bytes(_k: usize) -> usize {
+        0
+    }
+
+    /// As [`TernaryKernel::pack`].
+    fn pack(_canonical: &WeightsRef, _rows: Range<usize>, _out: &mut [u8]) -> KernelResult {
+        Err(KernelError::unsupported("reads the canonical layout; there is nothing to pack"))
+    }
+
+    /// As [`TernaryKernel::unpack`].
+    fn unpack(_packed: &WeightsRef, _rows: Range<usize>, _out: &mut [u8]) -> KernelResult {
+        Err(KernelError::unsupported("reads the canonical layout; there is nothing to unpack"))
+    }
 }
 
 /// A weight matrix, canonical or privately packed.
@@ -280,46 +349,124 @@ impl OutputTile {
     }
 }
 
+/// What both kinds of kernels do on the host.
+trait Packing {
+    const ROW_GRANULE: usize;
+    fn supports(signature: &Signature) -> bool;
+    fn granule_bytes(k: usize) -> usize;
+    fn pack(canonical: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult;
+    fn unpack(packed: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult;
+}
+
+struct OnCpu<K>(std::marker::PhantomData<K>);
+struct OnGpu<K>(std::marker::PhantomData<K>);
+
+macro_rules! packing {
+    ($type:ident, $trait:ident) => {
+        impl<K: $trait> Packing for $type<K> {
+            const ROW_GRANULE: usize = K::ROW_GRANULE;
+
+            fn supports(signature: &Signature) -> bool {
+                K::supports(signature)
+            }
+
+            fn granule_bytes(k: usize) -> usize {
+                K::granule_bytes(k)
+            }
+
+            fn pack(canonical: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
+                K::pack(canonical, rows, out)
+            }
+
+            fn unpack(packed: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
+                K::unpack(packed, rows, out)
+            }
+        }
+    };
+}
+
+packing!(OnCpu, TernaryKernel);
+packing!(OnGpu, GpuKernel);
+
+/// The descriptor of a kernel for the CPU, as far as its packing fills it.
+const fn descriptor<P: Packing>(name: &'static CStr, layout: Option<&'static CStr>) -> Kernel {
+    let private = layout.is_some();
+    Kernel {
+        struct_size: size_of::<Kernel>() as u64,
+        name: name.as_ptr(),
+        layout: match layout {
+            Some(name) => name.as_ptr(),
+            None => std::ptr::null(),
+        },
+        features: std::ptr::null(),
+        operation: abi::OPERATION_TERNARY_MATMUL,
+        target: abi::TARGET_CPU,
+        weight_alignment: abi::CANONICAL_ALIGNMENT as u64,
+        row_granule: P::ROW_GRANULE as u64,
+        supports: Some(supports::<P>),
+        packed_size: if private { Some(packed_size::<P>) } else { None },
+        pack: if private { Some(pack::<P>) } else { None },
+        unpack: if private { Some(unpack::<P>) } else { None },
+        workspace_size: None,
+        prepare: None,
+        run: None,
+        gpu: std::ptr::null(),
+    }
+}
+
 /// The descriptor of a kernel type. Used by [`plugin!`](crate::plugin).
 pub const fn kernel<K: TernaryKernel>() -> Kernel {
     let private = K::LAYOUT.is_some();
     Kernel {
-        struct_size: size_of::<Kernel>() as u64,
-        name: K::NAME.as_ptr(),
-        layout: match K::LAYOUT {
-            Some(name) => name.as_ptr(),
-            None => std::ptr::null(),
-        },
         features: K::FEATURES.as_ptr(),
-        operation: abi::OPERATION_TERNARY_MATMUL,
-        target: abi::TARGET_CPU,
         weight_alignment: if private { K::WEIGHT_ALIGNMENT as u64 } else { abi::CANONICAL_ALIGNMENT as u64 },
-        row_granule: K::ROW_GRANULE as u64,
-        supports: Some(supports::<K>),
-        packed_size: if private { Some(packed_size::<K>) } else { None },
-        pack: if private { Some(pack::<K>) } else { None },
-        unpack: if private { Some(unpack::<K>) } else { None },
         workspace_size: Some(workspace_size::<K>),
         prepare: Some(prepare::<K>),
         run: Some(run::<K>),
+        ..descriptor::<OnCpu<K>>(K::NAME, K::LAYOUT)
     }
 }
 
-unsafe extern "C" fn supports<K: TernaryKernel>(signature: *const Signature) -> i32 {
+impl<K: GpuKernel> OnGpu<K> {
+    const GPU: &'static Gpu = &Gpu {
+        struct_size: size_of::<Gpu>() as u64,
+        source: K::SOURCE.as_ptr(),
+        entry: K::ENTRY.as_ptr(),
+        workgroup: K::WORKGROUP,
+        tile_n: K::TILE[0],
+        tile_m: K::TILE[1],
+        reserved: 0,
+    };
+}
+
+/// The descriptor of a GPU kernel's type. Used by [`plugin!`](crate::plugin).
+pub const fn gpu_kernel<K: GpuKernel>() -> Kernel {
+    Kernel {
+        features: K::FEATURES.as_ptr(),
+        target: match K::LANGUAGE {
+            Language::Wgsl => abi::TARGET_WGSL,
+            Language::Cuda => abi::TARGET_CUDA,
+        },
+        gpu: OnGpu::<K>::GPU,
+        ..descriptor::<OnGpu<K>>(K::NAME, K::LAYOUT)
+    }
+}
+
+unsafe extern "C" fn supports<P: Packing>(signature: *const Signature) -> i32 {
     // SAFETY: the host passes a filled signature.
     let signature = unsafe { &*signature };
-    catch_unwind(|| K::supports(signature)).unwrap_or(false).into()
+    catch_unwind(|| P::supports(signature)).unwrap_or(false).into()
 }
 
-fn private_size<K: TernaryKernel>(n: usize, k: usize) -> Option<usize> {
-    n.div_ceil(K::ROW_GRANULE).checked_mul(K::granule_bytes(k))
+fn private_size<P: Packing>(n: usize, k: usize) -> Option<usize> {
+    n.div_ceil(P::ROW_GRANULE).checked_mul(P::granule_bytes(k))
 }
 
-unsafe extern "C" fn packed_size<K: TernaryKernel>(n: u64, k: u64) -> u64 {
-    catch_unwind(|| private_size::<K>(n as usize, k as usize)).ok().flatten().unwrap_or(0) as u64
+unsafe extern "C" fn packed_size<P: Packing>(n: u64, k: u64) -> u64 {
+    catch_unwind(|| private_size::<P>(n as usize, k as usize)).ok().flatten().unwrap_or(0) as u64
 }
 
-unsafe extern "C" fn pack<K: TernaryKernel>(
+unsafe extern "C" fn pack<P: Packing>(
     canonical: *const Weights,
     packed: *mut u8,
     n0: u64,
@@ -329,19 +476,19 @@ unsafe extern "C" fn pack<K: TernaryKernel>(
     guarded(message, || {
         // SAFETY: the host passes filled weights.
         let w = unsafe { WeightsRef::from_abi(&*canonical) };
-        let granule_bytes = K::granule_bytes(w.k());
+        let granule_bytes = P::granule_bytes(w.k());
         let (n0, n1) = (n0 as usize, n1 as usize);
-        let (first, end) = (n0 / K::ROW_GRANULE, n1.div_ceil(K::ROW_GRANULE));
+        let (first, end) = (n0 / P::ROW_GRANULE, n1.div_ceil(P::ROW_GRANULE));
         // SAFETY: the packing is `packed_size` bytes; the granules of n0..n1 lie within it and belong
         // to this call alone.
         let out = unsafe {
             std::slice::from_raw_parts_mut(packed.add(first * granule_bytes), (end - first) * granule_bytes)
         };
-        K::pack(&w, n0..n1, out)
+        P::pack(&w, n0..n1, out)
     })
 }
 
-unsafe extern "C" fn unpack<K: TernaryKernel>(
+unsafe extern "C" fn unpack<P: Packing>(
     packed: *const Weights,
     canonical: *mut u8,
     n0: u64,
@@ -355,7 +502,7 @@ unsafe extern "C" fn unpack<K: TernaryKernel>(
         let (n0, n1) = (n0 as usize, n1 as usize);
         // SAFETY: canonical rows n0..n1 lie within the host's buffer and belong to this call alone.
         let out = unsafe { std::slice::from_raw_parts_mut(canonical.add(n0 * row), (n1 - n0) * row) };
-        K::unpack(&w, n0..n1, out)
+        P::unpack(&w, n0..n1, out)
     })
 }
 
@@ -454,18 +601,28 @@ fn write_message(message: &Message, text: &str) {
 ///     pub static PLUGIN = { name: c"mine", version: c"1.0.0", kernels: [KernelA, KernelB] };
 /// }
 /// ```
+///
+/// Behind `kernels`, `gpu_kernels: [KernelC]` names types that implement [`GpuKernel`](crate::sdk::GpuKernel); either list
+/// may be empty, but not both.
 #[macro_export]
 macro_rules! plugin {
     ($(#[$attribute:meta])* $visibility:vis static $ident:ident = {
-        name: $name:expr, version: $version:expr, kernels: [$($kernel:ty),+ $(,)?] $(,)?
+        name: $name:expr, version: $version:expr, kernels: [$($kernel:ty),* $(,)?]
+        $(, gpu_kernels: [$($gpu_kernel:ty),* $(,)?])? $(,)?
     };) => {
         $(#[$attribute])*
         $visibility static $ident: $crate::abi::Plugin = {
             const KERNELS: &[&$crate::abi::Kernel] = {
-                &[$({
-                    static KERNEL: $crate::abi::Kernel = $crate::sdk::kernel::<$kernel>();
-                    &KERNEL
-                }),+]
+                &[
+                    $({
+                        static KERNEL: $crate::abi::Kernel = $crate::sdk::kernel::<$kernel>();
+                        &KERNEL
+                    },)*
+                    $($({
+                        static KERNEL: $crate::abi::Kernel = $crate::sdk::gpu_kernel::<$gpu_kernel>();
+                        &KERNEL
+                    },)*)?
+                ]
             };
             $crate::abi::Plugin {
                 struct_size: size_of::<$crate::abi::Plugin>() as u64,

@@ -183,8 +183,8 @@ impl<'a> TileJob<'a> {
     unsafe fn block<K: TileMicro, const M: usize>(&mut self, m: usize, n: usize) {
         let (weights, steps) = (self.weights(n), self.steps);
         let rows: [*const i8; M] = from_fn(|i| self.x.padded_row(m + i).as_ptr());
-        // SAFETY: a block has `steps` steps. Fewer than a step's 64 activations are read behind the k of a
-        // row: they are its padding (`check`), the next row, or the slack behind the last one. Features: the
+        // SAFETY: a block has `steps` steps. Of the last one's activations, at most 64, those behind the k of
+        // a row are its padding (`check`), the next row's, or the slack behind the last row. Features: the
         // caller.
         let sums = unsafe {
             if M == 1 { [K::gemv(weights, steps, rows[0]); M] } else { K::gemm::<M>(weights, steps, rows) }

@@ -16,10 +16,12 @@
 //!
 //! # Layout of this crate
 //! `generic` holds the loops over tiles, written once; `arch` says, per instruction set, how one block
-//! is multiplied; [`quantise`] and [`tile`] are the data formats on both sides.
+//! is multiplied; [`quantise`], [`tile`] and [`trits`] are the data formats on both sides; [`peak`] is the roof
+//! above them.
 
 mod arch;
 mod generic;
+pub mod peak;
 pub mod quantise;
 pub mod tile;
 pub mod trits;

@@ -219,8 +219,18 @@ pub(crate) fn check_packed(w: &WeightsRef, block_bytes: usize) -> KernelResult {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Some weights [n, k].
+    pub(crate) fn canonical_rows(n: usize, k: usize) -> Vec<u8> {
+        let mut rows = vec![0; n * canonical::row_bytes(k)];
+        for (n, row) in rows.chunks_exact_mut(canonical::row_bytes(k)).enumerate() {
+            let weights: Vec<i8> = (0..k).map(|i| ((n * 31 + i * 7 + i / 5) % 3) as i8 - 1).collect();
+            canonical::pack_row(&weights, row);
+        }
+        rows
+    }
 
     /// The layout, transcribed from the module's formulas.
     fn code(packed: &[u8], k_total: usize, row: usize, k: usize) -> u8 {
@@ -235,13 +245,7 @@ mod tests {
         for (n, k) in
             [(1, 1), (31, 15), (32, 16), (33, 17), (64, 127), (65, 128), (40, 129), (70, 1000), (96, 2560)]
         {
-            let mut canonical_bytes = Vec::new();
-            for row in 0..n {
-                let weights: Vec<i8> = (0..k).map(|i| ((row * 31 + i * 7 + i / 5) % 3) as i8 - 1).collect();
-                let mut bytes = vec![0; canonical::row_bytes(k)];
-                canonical::pack_row(&weights, &mut bytes);
-                canonical_bytes.extend(bytes);
-            }
+            let canonical_bytes = canonical_rows(n, k);
             let w = WeightsRef::new(n, k, 1.0, &canonical_bytes);
             let mut packed = vec![0xff; n.div_ceil(32) * block_bytes(k)];
             pack(&w, 0..n, &mut packed).unwrap();

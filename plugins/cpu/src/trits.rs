@@ -1,4 +1,4 @@
-//! The private packing `t5x32` ("T5"): 1.6 bits a weight, in tiles as [`tile`](crate::tile) has them.
+//! The private packing `t5x32` ("T5"): 1.6 bits a weight, in tiles as [`tile`] has them.
 //!
 //! A 64-byte vector j of a tile holds the weights k = 20j .. 20j+19 of its 16 rows, row r in the 32-bit lane
 //! r. Byte i of a lane has five of them, the codes c0 .. c4 (0, 1, 2 = -1, 0, +1) at k = 20j + 4t + i for
@@ -43,9 +43,17 @@ const fn codes(byte: u8) -> [u8; 5] {
 /// What the low 6 bits of a byte stand for, in three vectors: c0 .. c3 in bit pairs, where not both high bits
 /// are set; c0 .. c3 where they are; and c4 in the highest bit pair, where they are.
 #[repr(align(64))]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "byte permutations of 64 entries are AVX-512's")
+)]
 pub(crate) struct Tables(pub(crate) [[u8; 64]; 3]);
 
 /// The layout's tables.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "byte permutations of 64 entries are AVX-512's")
+)]
 pub(crate) static TABLES: Tables = {
     let mut tables = [[0; 64]; 3];
     let mut i = 0;
@@ -189,13 +197,7 @@ mod tests {
         for (n, k) in
             [(1, 1), (31, 19), (32, 20), (33, 21), (64, 127), (65, 128), (40, 129), (70, 1000), (96, 2560)]
         {
-            let mut canonical_bytes = Vec::new();
-            for row in 0..n {
-                let weights: Vec<i8> = (0..k).map(|i| ((row * 31 + i * 7 + i / 5) % 3) as i8 - 1).collect();
-                let mut bytes = vec![0; canonical::row_bytes(k)];
-                canonical::pack_row(&weights, &mut bytes);
-                canonical_bytes.extend(bytes);
-            }
+            let canonical_bytes = crate::tile::tests::canonical_rows(n, k);
             let w = WeightsRef::new(n, k, 1.0, &canonical_bytes);
             let mut packed = vec![0xff; n.div_ceil(32) * block_bytes(k)];
             pack(&w, 0..n, &mut packed).unwrap();

@@ -5,5 +5,5 @@ use bitnet_burn_core::gate;
 fn main() {
     let mut arguments = std::env::args_os().skip(1);
     assert!(arguments.next().is_some_and(|command| command == gate::CHILD_COMMAND), "for the gate alone");
-    std::process::exit(gate::child(arguments));
+    std::process::exit(bitnet_burn_backends::manager::gate_child(arguments));
 }

@@ -7,6 +7,7 @@ use bitnet_burn::bitnet::HeadMode;
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn::config::Activation;
 use bitnet_burn::core::formats::DenseFormat;
+use bitnet_burn::core::manager::Strict;
 use bitnet_burn::nn::CacheType;
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
@@ -59,6 +60,17 @@ pub struct KernelArgs {
     /// A kernel plugin, or a directory of them: runs their code; may be repeated
     #[arg(long = "plugin", value_name = "PATH", help_heading = "Kernels")]
     pub plugins: Vec<PathBuf>,
+    /// Make errors of what else is slower or less certain: everything, or some of no-fallback,
+    /// quantised-kernels, gated-plugins and plausible-figures
+    #[arg(
+        long,
+        value_name = "NAMES",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all",
+        help_heading = "Kernels"
+    )]
+    pub strict: Option<Strict>,
 }
 
 /// Which files, kernels and device, and how much memory for the context.
@@ -77,9 +89,13 @@ pub struct EngineArgs {
     /// Type of the cached keys and values
     #[arg(long, value_enum, default_value_t = KvCacheType::F32, help_heading = "Model")]
     pub kv_cache: KvCacheType,
-    /// How the output projection (lm_head) is computed; its weights are always the file's
+    /// How the output projection (lm_head) is computed
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
     pub lm_head: LmHead,
+    /// Write a receipt, which `bitnet receipt check` checks: model, machine, kernels and plugins with their
+    /// hashes, settings, prompt and figures. Reads the model's files once more
+    #[arg(long, value_name = "FILE")]
+    pub receipt: Option<PathBuf>,
 }
 
 impl EngineArgs {
@@ -101,7 +117,7 @@ pub enum DeviceKind {
     Flex,
     /// The CPU through NdArray, with the kernels of plugins
     Ndarray,
-    /// A GPU through wgpu, with Burn's own operations
+    /// A GPU through wgpu, with Burn's own operations and plugins' kernels for GPUs
     Wgpu,
 }
 
@@ -213,11 +229,21 @@ impl From<DenseType> for DenseFormat {
 
 /// Ways to compute the output projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(non_camel_case_types, reason = "the names are the field's")]
 pub enum LmHead {
-    /// f32 activations: what results are compared with
+    /// The file's weights with f32 activations: what results are compared with
     File,
-    /// int8 activations, rounded to 1/127 of a row's largest: logits move by about 1 % of their spread, and close calls between tokens can change. Faster for Q6_K and Q4_0 weights, possible for Q8_0 too, not for floats
+    /// The file's weights with int8 activations, rounded to 1/127 of a row's largest: logits move by about 1 % of their spread, and close calls between tokens can change. Faster for Q6_K and Q4_0 weights, possible for Q8_0 too, not for floats
     Int8,
+    /// A copy of the weights as Q8_0, made while loading, with int8 activations: for files with an F16 or F32 head
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// The same as Q6_K: a fifth less to read, and a further approximation
+    #[value(name = "q6_k")]
+    Q6_K,
+    /// The same as Q4_0: the fastest and the least exact
+    #[value(name = "q4_0")]
+    Q4_0,
 }
 
 impl From<LmHead> for HeadMode {
@@ -225,6 +251,36 @@ impl From<LmHead> for HeadMode {
         match mode {
             LmHead::File => Self::File,
             LmHead::Int8 => Self::Int8,
+            LmHead::Q8_0 => Self::Requantised(DenseFormat::Q8_0),
+            LmHead::Q6_K => Self::Requantised(DenseFormat::Q6_K),
+            LmHead::Q4_0 => Self::Requantised(DenseFormat::Q4_0),
+        }
+    }
+}
+
+impl TryFrom<HeadMode> for LmHead {
+    type Error = anyhow::Error;
+
+    fn try_from(mode: HeadMode) -> anyhow::Result<Self> {
+        Ok(match mode {
+            HeadMode::File => Self::File,
+            HeadMode::Int8 => Self::Int8,
+            HeadMode::Requantised(DenseFormat::Q8_0) => Self::Q8_0,
+            HeadMode::Requantised(DenseFormat::Q6_K) => Self::Q6_K,
+            HeadMode::Requantised(DenseFormat::Q4_0) => Self::Q4_0,
+            HeadMode::Requantised(format) => {
+                bail!("no output projection is requantised to {}", format.name())
+            }
+        })
+    }
+}
+
+impl From<CacheType> for KvCacheType {
+    fn from(kind: CacheType) -> Self {
+        match kind {
+            CacheType::F32 => Self::F32,
+            CacheType::F16 => Self::F16,
+            CacheType::Int8 => Self::Int8,
         }
     }
 }

@@ -4,7 +4,7 @@ use bitnet_burn::bench::{self, BenchOptions, BenchResult, DecodeAt, Spread};
 use bitnet_burn::bitnet::DEFAULT_CHUNK;
 use bitnet_burn::config::ModelConfig;
 use bitnet_burn::core::cpu;
-use bitnet_burn::report::{ModelSummary, Receipt, human_bytes, human_seconds};
+use bitnet_burn::report::{Execution, ModelSummary, human_bytes, human_seconds};
 use clap::Args;
 use serde::Serialize;
 
@@ -60,7 +60,7 @@ struct Output<'a> {
     #[serde(flatten)]
     result: &'a BenchResult,
     #[serde(flatten)]
-    receipt: &'a Receipt,
+    execution: &'a Execution,
 }
 
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
@@ -85,20 +85,27 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    let receipt = engine.receipt();
-    if args.json {
-        return output::print_json(&Output {
-            model: &engine.summary,
-            config: engine.checkpoint.config(),
-            load_seconds: engine.load_seconds,
-            result: &result,
-            receipt: &receipt,
-        });
+    let execution = engine.execution();
+    let decodes = result.decode_by_context.iter().map(|at| at.decode_tokens_per_s);
+    let decode = decodes.chain(result.decode_tokens_per_s.map(|spread| spread.max)).reduce(f64::max);
+    engine.check_figures(&execution, result.prefill_tokens_per_s.map(|spread| spread.max), decode)?;
+    let output = Output {
+        model: &engine.summary,
+        config: engine.checkpoint.config(),
+        load_seconds: engine.load_seconds,
+        result: &result,
+        execution: &execution,
+    };
+    if let Some(path) = &args.engine.receipt {
+        engine.write_receipt(path, "bench", &output, None)?;
     }
-    output::print(text(&engine.summary, engine.load_seconds, &result, &receipt).trim_end())
+    if args.json {
+        return output::print_json(&output);
+    }
+    output::print(text(&engine.summary, engine.load_seconds, &result, &execution).trim_end())
 }
 
-fn text(model: &ModelSummary, load_seconds: f64, result: &BenchResult, receipt: &Receipt) -> String {
+fn text(model: &ModelSummary, load_seconds: f64, result: &BenchResult, execution: &Execution) -> String {
     let mut rows = vec![vec!["".into(), "median".into(), "min".into(), "max".into(), "".into()]];
     let mut spread = |label: String, spread: Option<Spread>, unit: &str| {
         if let Some(Spread { median, min, max }) = spread {
@@ -143,6 +150,6 @@ fn text(model: &ModelSummary, load_seconds: f64, result: &BenchResult, receipt: 
         rows.push(row("peak memory", human_bytes(bytes)));
     }
     text.push_str(&columns(&rows));
-    text.push_str(&receipt.to_string());
+    text.push_str(&execution.to_string());
     text
 }

@@ -1,6 +1,6 @@
 //! From flags to a model that is ready, with what the report wants to know about the way there.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -9,31 +9,37 @@ use bitnet_burn::bitnet::{BitNet, LoadOptions, LoadProgress};
 use bitnet_burn::checkpoint::Checkpoint;
 use bitnet_burn::core::ManagerConfig;
 use bitnet_burn::core::manager::{KernelManager, ManagerReport};
-use bitnet_burn::report::{ModelSummary, Receipt};
+use bitnet_burn::plausible;
+use bitnet_burn::receipt::{GenerationRecord, Receipt};
+use bitnet_burn::report::{Execution, ModelSummary};
 use bitnet_burn::tokenizer::Tokenizer;
+use clap::ValueEnum as _;
+use serde::Serialize;
 
 use crate::args::{EngineArgs, KernelArgs, LmHead};
-use crate::output;
+use crate::{output, settings};
 
-/// The process's kernel manager, set up from the environment and the flags.
+/// The process's kernel manager, set up from the configuration and the flags.
 pub struct Kernels {
     pub manager: &'static KernelManager,
     /// Plugins that were refused, with the reasons.
     pub refused: Vec<String>,
 }
 
-/// This program, as the helper in which plugins are tried.
-pub fn helper() -> anyhow::Result<PathBuf> {
-    std::env::current_exe().context("cannot find this program's file, which tries plugins")
+/// The configuration below the flags, with this program as the gate's helper, and the file that it comes from
+/// besides the environment.
+pub fn config() -> anyhow::Result<(ManagerConfig, Option<PathBuf>)> {
+    let (mut config, file) = settings::manager()?;
+    config.plugins.helper =
+        Some(std::env::current_exe().context("cannot find this program's file, which tries plugins")?);
+    Ok((config, file))
 }
 
 impl KernelArgs {
-    /// Sets the manager up from the environment and the flags. What is refused is reported, and in strict
+    /// Sets the manager up from the configuration and the flags. What is refused is reported, and in strict
     /// mode an error.
     pub fn configure(&self) -> anyhow::Result<Kernels> {
-        let mut config = ManagerConfig::from_env()?;
-        config.plugins.helper = Some(helper()?);
-        self.configure_with(config)
+        self.configure_with(config()?.0)
     }
 
     /// The same with another configuration below the flags.
@@ -44,13 +50,12 @@ impl KernelArgs {
         if self.kernel.is_some() {
             config.force.clone_from(&self.kernel);
         }
-        let strict = config.strict;
+        if let Some(strict) = self.strict {
+            config.strict = strict;
+        }
         let (manager, errors) = manager::configure(config, &self.plugins)?;
         let mut refused = Vec::new();
         for error in errors {
-            if strict {
-                return Err(error).context("strict mode: a plugin is refused");
-            }
             let text = output::in_one_line(error);
             output::warning(format_args!("{text}; it is not used"));
             refused.push(text);
@@ -85,9 +90,10 @@ pub struct Wishes {
 impl EngineArgs {
     /// Opens the files, chooses the kernels and loads the model, with progress bars.
     pub fn load(&self, wishes: &Wishes) -> anyhow::Result<Engine> {
-        if self.lm_head == LmHead::Int8 && !wishes.quantise_activations {
+        if self.lm_head != LmHead::File && !wishes.quantise_activations {
+            let mode = self.lm_head.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
             bail!(
-                "--lm-head int8 quantises activations, --no-activation-quantisation leaves them: choose one"
+                "--lm-head {mode} quantises activations, --no-activation-quantisation leaves them: choose one"
             );
         }
         let device = self.device.open()?;
@@ -140,11 +146,38 @@ impl EngineArgs {
 
 impl Engine {
     /// Which kernels have computed since the engine was made.
-    pub fn receipt(&self) -> Receipt {
-        let mut receipt = Receipt::between(self.device, &self.before, &self.kernels.manager.report());
-        receipt.lm_head = Some(self.model.head_name());
-        receipt.tuning.seconds = self.tuning.map(|time| time.as_secs_f64());
-        receipt.refused_plugins.clone_from(&self.kernels.refused);
-        receipt
+    pub fn execution(&self) -> Execution {
+        let mut execution = Execution::between(self.device, &self.before, &self.kernels.manager.report());
+        execution.lm_head = Some(self.model.head_name());
+        execution.tuning.seconds = self.tuning.map(|time| time.as_secs_f64());
+        execution.refused_plugins.clone_from(&self.kernels.refused);
+        execution
+    }
+
+    /// In strict mode, that the machine can have what was measured, in tokens a second.
+    pub fn check_figures(
+        &self,
+        execution: &Execution,
+        prefill: Option<f64>,
+        decode: Option<f64>,
+    ) -> anyhow::Result<()> {
+        if execution.strict.plausible_figures {
+            plausible::check(&self.model, execution, self.kernels.manager.pool(), prefill, decode)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a receipt of `report`, the whole report of the subcommand `command`.
+    pub fn write_receipt(
+        &self,
+        path: &Path,
+        command: &str,
+        report: &impl Serialize,
+        generation: Option<GenerationRecord>,
+    ) -> anyhow::Result<()> {
+        let receipt = Receipt::new(command, &self.checkpoint, report, generation)
+            .context("cannot make a receipt")?
+            .to_text()?;
+        output::write_file(path, |out| Ok(out.write_all(receipt.as_bytes())?))
     }
 }

@@ -1,29 +1,47 @@
 //! `bitnet kernels`: which kernels there are, and why which of them is used.
 
+mod page;
+
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
+use anyhow::Context as _;
+use bitnet_burn::bench::Roof;
+use bitnet_burn::checkpoint::{Checkpoint, Projection};
 use bitnet_burn::core::cpu;
-use bitnet_burn::core::manager::{KernelManager, KernelReport, LayoutPolicy, ManagerReport, Source, Status};
+use bitnet_burn::core::formats::canonical;
+use bitnet_burn::core::manager::{
+    Candidate, KernelManager, KernelReport, LayoutPolicy, ManagerReport, REFERENCE, Ranking, Source, Status,
+    Strict, rotation_bytes,
+};
+use bitnet_burn::report::{count, human_bytes};
 use clap::Args;
 use serde::Serialize;
 
-use crate::args::KernelArgs;
+use crate::args::{FileArgs, KernelArgs};
 use crate::output::{self, columns};
 
 /// List the kernels for ternary matmuls, and explain the choice for a shape
 ///
 /// A kernel is `ready` when this CPU has the features that it needs and its results were those of the exact
-/// reference. For --explain, candidates are measured on the shape (or remembered from the cache file).
+/// reference. For --explain and --html, candidates are measured on the shapes (or remembered from the cache
+/// file), and compared with what the machine can do at most, measured at the same time: for a few rows, the
+/// memory's read bandwidth; for more, multiply-adds on registers alone.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct KernelsArgs {
     #[command(flatten)]
+    file: FileArgs,
+    #[command(flatten)]
     kernels: KernelArgs,
     /// Explain the choice for weights of N output and K input features, for M rows or for typical numbers of
-    /// rows; may be repeated
-    #[arg(long, value_name = "[Mx]NxK")]
-    explain: Vec<Shape>,
+    /// rows; may be repeated; without a shape: for all shapes of the model
+    #[arg(long, value_name = "[Mx]NxK", num_args = 0..=1)]
+    explain: Option<Vec<Shape>>,
+    /// Write the explanations as a page for a browser: bar charts against the roofline, and a table
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -34,6 +52,8 @@ Examples:
   bitnet kernels
   bitnet kernels --explain 6912x2560 --threads 1
   bitnet kernels --explain 32x6912x2560 --json
+  bitnet kernels --model model.gguf --explain
+  bitnet kernels --model model.gguf --html kernels.html
   bitnet kernels --plugin ./libmy_kernels.so";
 
 /// Rows that are explained where none are named: a token, and chunks of a prompt.
@@ -73,10 +93,18 @@ impl FromStr for Shape {
 struct Output {
     cpu: Cpu,
     threads: usize,
-    strict: bool,
+    strict: Strict,
+    /// The user's configuration, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    config_file: Option<PathBuf>,
     kernels: Vec<KernelReport>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     refused_plugins: Vec<String>,
+    /// Whose shapes are explained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    roof: Option<Roof>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     explanations: Vec<Explanation>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -92,17 +120,32 @@ struct Cpu {
     features: &'static [&'static str],
 }
 
+/// Weights that are to be explained.
+#[derive(Clone, Debug, Serialize)]
+struct Weights {
+    n: usize,
+    k: usize,
+    /// The projections of the model that have this shape.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    projections: Vec<&'static str>,
+    /// Matrices of the model that have it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    matrices: Option<usize>,
+}
+
 /// Why a kernel is used for a shape.
 #[derive(Serialize)]
 struct Explanation {
     m: usize,
-    n: usize,
-    k: usize,
+    #[serde(flatten)]
+    weights: Weights,
     /// Rows that were measured: they stand for numbers of rows nearby.
     rows_measured: usize,
     source: Source,
     /// The kernel that will compute.
     chosen: String,
+    /// Why it is that one.
+    reason: String,
     /// The layout that the weights are kept in.
     layout: String,
     weight_bytes: usize,
@@ -119,16 +162,93 @@ struct CandidateRow {
     #[serde(skip_serializing_if = "Option::is_none")]
     times_slower: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    speed: Option<Speed>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     note: Option<String>,
 }
 
+/// What a time is worth.
+#[derive(Clone, Copy, Serialize)]
+struct Speed {
+    /// In 10^9 bytes of weights at 2 bits, or multiply-adds, a second.
+    g_per_s: f64,
+    /// As a fraction of what the machine can do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    of_roof: Option<f64>,
+}
+
+/// What limits a matmul with so many rows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Limit {
+    /// Reading the weights once.
+    Memory,
+    /// The products.
+    MultiplyAdds,
+}
+
+impl Limit {
+    /// Up to 4 rows, candidates are timed on weights that come from memory.
+    fn of(rows: usize) -> Self {
+        if rows <= 4 { Self::Memory } else { Self::MultiplyAdds }
+    }
+
+    fn unit(self) -> &'static str {
+        match self {
+            Self::Memory => "GB/s",
+            Self::MultiplyAdds => "G multiply-adds/s",
+        }
+    }
+
+    fn roof(self, roof: &Roof) -> Option<f64> {
+        match self {
+            Self::Memory => Some(roof.read_gb_per_s),
+            Self::MultiplyAdds => roof.multiply_adds_g_per_s,
+        }
+    }
+
+    fn speed(self, (m, n, k): (usize, usize, usize), ns: u64, roof: &Roof) -> Speed {
+        let work = match self {
+            Self::Memory => n * canonical::row_bytes(k),
+            Self::MultiplyAdds => m * n * k,
+        };
+        let g_per_s = work as f64 / ns.max(1) as f64;
+        Speed { g_per_s, of_roof: self.roof(roof).map(|roof| g_per_s / roof) }
+    }
+}
+
 pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
-    let kernels = args.kernels.configure()?;
+    let asked = args.explain.is_some() || args.html.is_some() || args.file.model.is_some();
+    let shapes = args.explain.unwrap_or_default();
+    let (mut config, config_file) = crate::engine::config()?;
+    if asked {
+        // Nobody waits for a model: time to measure all of it.
+        config.tune_budget = Duration::from_secs(300);
+    }
+    let kernels = args.kernels.configure_with(config)?;
+    let mut wanted: Vec<(Option<usize>, Weights)> = shapes
+        .iter()
+        .map(|&Shape { m, n, k }| (m, Weights { n, k, projections: Vec::new(), matrices: None }))
+        .collect();
+    let mut model = None;
+    if asked && (shapes.is_empty() || args.file.model.is_some()) {
+        let checkpoint = args.file.open()?;
+        let config = checkpoint.config();
+        model = Some(config.name.clone().unwrap_or_else(|| checkpoint.path().display().to_string()));
+        wanted.extend(weights_of(&checkpoint).into_iter().map(|weights| (None, weights)));
+    }
+    let roof = match wanted.is_empty() {
+        true => None,
+        false => Some(
+            Roof::measure(kernels.manager.pool(), rotation_bytes())
+                .context("no memory to measure the read bandwidth with")?,
+        ),
+    };
     let mut explanations = Vec::new();
-    for shape in &args.explain {
-        let rows = shape.m.map_or(TYPICAL_ROWS.to_vec(), |m| vec![m]);
-        for m in rows {
-            explanations.push(explain(kernels.manager, m, shape.n, shape.k)?);
+    for (m, weights) in wanted {
+        for m in m.map_or(TYPICAL_ROWS.to_vec(), |m| vec![m]) {
+            if let Some(roof) = &roof {
+                explanations.push(explain(kernels.manager, m, weights.clone(), roof)?);
+            }
         }
     }
     let ManagerReport { threads, strict, kernels: list, cache_file, cache_problem, .. } =
@@ -137,40 +257,112 @@ pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
         cpu: Cpu { model: cpu::model(), physical_cores: cpu::physical_cores(), features: cpu::features() },
         threads,
         strict,
+        config_file,
         kernels: list,
         refused_plugins: kernels.refused,
+        model,
+        roof,
         explanations,
         cache_file,
         cache_problem,
     };
+    if let (Some(path), Some(roof)) = (&args.html, &output.roof) {
+        output::write_file(path, |out| Ok(out.write_all(page::html(&output, roof).as_bytes())?))?;
+    }
     if args.json { output::print_json(&output) } else { output::print(output.text().trim_end()) }
 }
 
-fn explain(manager: &KernelManager, m: usize, n: usize, k: usize) -> anyhow::Result<Explanation> {
+/// The shapes of a model's ternary matrices, in the order in which a layer uses them.
+fn weights_of(checkpoint: &Checkpoint) -> Vec<Weights> {
+    let config = checkpoint.config();
+    let mut all: Vec<Weights> = Vec::new();
+    for projection in Projection::ALL {
+        let (n, k) = projection.shape(config);
+        let known = all.iter().position(|weights| (weights.n, weights.k) == (n, k));
+        let known = known.unwrap_or_else(|| {
+            all.push(Weights { n, k, projections: Vec::new(), matrices: Some(0) });
+            all.len() - 1
+        });
+        all[known].projections.push(projection.name());
+        all[known].matrices = all[known].matrices.map(|matrices| matrices + config.n_layers);
+    }
+    all
+}
+
+fn explain(manager: &KernelManager, m: usize, weights: Weights, roof: &Roof) -> anyhow::Result<Explanation> {
+    let Weights { n, k, .. } = weights;
     let choice = manager.choose(n, k, LayoutPolicy::Any)?;
     let ranking = manager.explain(m, n, k);
     let best = ranking.candidates.iter().filter_map(|c| c.measurement.median_ns).min();
     let chosen = ranking.candidates.iter().find(|c| c.layout() == choice.layout());
-    let named = |layout: Option<&str>| layout.unwrap_or("canonical").to_owned();
-    let row = |c: &bitnet_burn::core::manager::Candidate| CandidateRow {
+    let limit = Limit::of(ranking.rows);
+    let row = |c: &Candidate| CandidateRow {
         kernel: c.kernel().to_owned(),
-        layout: named(c.layout()),
+        layout: layout(c.layout()).to_owned(),
         median_ns: c.measurement.median_ns,
         runs: c.measurement.runs,
         times_slower: c.measurement.median_ns.zip(best).map(|(ns, best)| ns as f64 / best.max(1) as f64),
+        speed: c.measurement.median_ns.map(|ns| limit.speed((ranking.rows, n, k), ns, roof)),
         note: c.measurement.note.clone(),
     };
     Ok(Explanation {
         m,
-        n,
-        k,
+        weights,
         rows_measured: ranking.rows,
-        chosen: chosen.map_or(bitnet_burn::core::manager::REFERENCE, |c| c.kernel()).to_owned(),
-        layout: named(choice.layout()),
+        chosen: chosen.map_or(REFERENCE, |c| c.kernel()).to_owned(),
+        reason: reason(&ranking, chosen),
+        layout: layout(choice.layout()).to_owned(),
         weight_bytes: choice.weight_bytes(),
         candidates: ranking.candidates.iter().map(row).collect(),
         source: ranking.source,
     })
+}
+
+fn layout(name: Option<&str>) -> &str {
+    name.unwrap_or("canonical")
+}
+
+/// Why the chosen kernel is that one, in a sentence.
+fn reason(ranking: &Ranking, chosen: Option<&Candidate>) -> String {
+    let Some(chosen) = chosen else { return "no kernel can compute this; the reference does".into() };
+    let time = |c: &Candidate| c.measurement.median_ns;
+    let Some(ns) = time(chosen) else {
+        return match ranking.source {
+            Source::OnlyCandidate => "there is no other".into(),
+            _ => "not measured".into(),
+        };
+    };
+    let times = |other: u64, ns: u64| format!("{:.2} times", other as f64 / ns.max(1) as f64);
+    let mut others: Vec<_> = ranking.candidates.iter().filter(|c| c.kernel() != chosen.kernel()).collect();
+    others.sort_by_key(|c| time(c).unwrap_or(u64::MAX));
+    match others.first().and_then(|other| Some((other, time(other)?))) {
+        None => "the only one that was measured".into(),
+        Some((other, slower)) if slower >= ns => {
+            format!(
+                "the fastest of {}: {} as fast as {}",
+                others.len() + 1,
+                times(slower, ns),
+                other.kernel()
+            )
+        }
+        Some((other, faster)) => format!(
+            "the fastest in the layout {}, which the speed for one row decides (and, within 5 %, that for 32 rows \
+             and the memory use); {} in {} would be {} as fast here",
+            layout(chosen.layout()),
+            other.kernel(),
+            layout(other.layout()),
+            times(ns, faster),
+        ),
+    }
+}
+
+/// What the machine can do, in a line.
+fn roof_text(roof: &Roof) -> String {
+    let mut text = format!("memory reads {:.1} GB/s", roof.read_gb_per_s);
+    if let Some(peak) = roof.multiply_adds_g_per_s {
+        text.push_str(&format!(", registers {peak:.0} G multiply-adds/s"));
+    }
+    text
 }
 
 impl Output {
@@ -196,8 +388,17 @@ impl Output {
             text.push('\n');
             text.push_str(&explanation.text());
         }
-        let threads = bitnet_burn::report::count(self.threads as u64, "thread");
+        let threads = count(self.threads as u64, "thread");
         text.push_str(&format!("\n{}, {threads}\n", self.cpu.model));
+        if let Some(file) = &self.config_file {
+            text.push_str(&format!("configuration: {}\n", file.display()));
+        }
+        if self.strict.any() {
+            text.push_str(&format!("strict mode: {}\n", self.strict));
+        }
+        if let Some(roof) = &self.roof {
+            text.push_str(&format!("at most: {}\n", roof_text(roof)));
+        }
         match (&self.cache_file, &self.cache_problem) {
             (Some(path), Some(problem)) => {
                 text.push_str(&format!("measurements: {} {problem}\n", path.display()))
@@ -209,22 +410,40 @@ impl Output {
     }
 }
 
+impl Weights {
+    /// `q, o: 60 matrices`, for weights of a model.
+    fn used_by(&self) -> Option<String> {
+        let matrices = self.matrices?;
+        let matrices = if matrices == 1 { "1 matrix".into() } else { format!("{matrices} matrices") };
+        Some(format!("{}: {matrices}", self.projections.join(", ")))
+    }
+}
+
 impl Explanation {
-    fn text(&self) -> String {
-        let Self { m, n, k, rows_measured, chosen, layout, .. } = self;
-        let source = match &self.source {
-            Source::Measured => format!("measured now, with {rows_measured} rows"),
-            Source::Cached => format!("measured earlier, with {rows_measured} rows"),
+    /// Where the measurements come from.
+    fn provenance(&self) -> String {
+        let rows = count(self.rows_measured as u64, "row");
+        match &self.source {
+            Source::Measured => format!("measured now, with {rows}"),
+            Source::Cached => format!("measured earlier, with {rows}"),
             Source::OnlyCandidate => "not measured: there is nothing to compare".into(),
             Source::Nearest(0) => "not measured: the time for that was spent".into(),
             Source::Nearest(rows) => {
                 format!("taken from the measurement with {rows} rows: the time for more was spent")
             }
-        };
+        }
+    }
+
+    fn text(&self) -> String {
+        let Self { m, weights: Weights { n, k, .. }, rows_measured, chosen, layout, .. } = self;
+        let used_by = self.weights.used_by().map(|used_by| format!("{used_by}, ")).unwrap_or_default();
         let mut text = format!(
-            "[{m}, {k}] x [{n}, {k}]ᵀ: {chosen}, weights in layout {layout}, {} ({source})\n",
-            bitnet_burn::report::human_bytes(self.weight_bytes as u64)
+            "{used_by}[{m}, {k}] x [{n}, {k}]ᵀ: {chosen}, weights in layout {layout}, {} ({})\n    {}\n",
+            human_bytes(self.weight_bytes as u64),
+            self.provenance(),
+            self.reason,
         );
+        let limit = Limit::of(*rows_measured);
         let rows: Vec<_> = self
             .candidates
             .iter()
@@ -233,8 +452,13 @@ impl Explanation {
                     c.median_ns.map_or("not measured".into(), |ns| format!("{:.1} us", ns as f64 / 1e3));
                 let slower = c.times_slower.map_or(String::new(), |times| format!("{times:.2} x"));
                 let mark = if c.kernel == self.chosen { "*" } else { " " };
-                let runs = if c.runs > 0 { format!("{} runs", c.runs) } else { String::new() };
-                vec![format!("  {mark} {}", c.kernel), time, slower, runs, c.note.clone().unwrap_or_default()]
+                let speed = c.speed.map_or(String::new(), |speed| {
+                    let of_roof = speed.of_roof.map_or(String::new(), |f| format!(", {:.0} %", f * 100.0));
+                    format!("{:.1} {}{of_roof}", speed.g_per_s, limit.unit())
+                });
+                let runs = if c.runs > 0 { count(c.runs.into(), "run") } else { String::new() };
+                let note = c.note.clone().unwrap_or_default();
+                vec![format!("  {mark} {}", c.kernel), time, slower, speed, runs, note]
             })
             .collect();
         text.push_str(&columns(&rows));

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use bitnet_burn::generate::logits;
-use bitnet_burn::report::{ModelSummary, Receipt, human_bytes};
+use bitnet_burn::report::{Execution, ModelSummary, human_bytes};
 use clap::Args;
 use serde::Serialize;
 
@@ -49,7 +49,7 @@ struct Output {
     shape: [usize; 2],
     quantised_activations: bool,
     #[serde(flatten)]
-    receipt: Receipt,
+    execution: Execution,
 }
 
 pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
@@ -78,18 +78,21 @@ pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
         written.with_context(|| format!("cannot write {}", args.out.display()))
     })?;
     bar.finish_and_clear();
+    let output = Output {
+        model: engine.summary.clone(),
+        out: args.out,
+        shape,
+        quantised_activations: quantise_activations,
+        execution: engine.execution(),
+    };
+    if let Some(path) = &args.engine.receipt {
+        engine.write_receipt(path, "logits", &output, None)?;
+    }
     if args.json {
-        let (model, receipt) = (engine.summary.clone(), engine.receipt());
-        return output::print_json(&Output {
-            model,
-            out: args.out,
-            shape,
-            quantised_activations: quantise_activations,
-            receipt,
-        });
+        return output::print_json(&output);
     }
     let size = human_bytes((shape[0] * shape[1] * 4) as u64);
-    output::note(format_args!("{}: f32 [{}, {vocabulary}], {size}", args.out.display(), shape[0]));
+    output::note(format_args!("{}: f32 [{}, {vocabulary}], {size}", output.out.display(), shape[0]));
     Ok(())
 }
 

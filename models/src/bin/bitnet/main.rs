@@ -10,7 +10,9 @@ mod logits;
 mod output;
 mod perplexity;
 mod plugins;
+mod receipt;
 mod run;
+mod settings;
 mod synth;
 mod tokenize;
 mod train;
@@ -31,19 +33,22 @@ struct Cli {
 }
 
 const ENVIRONMENT: &str = "\
-Environment (a flag wins over its variable):
+Environment (a flag wins over its variable, a variable over the configuration file):
   BITNET_THREADS      threads of the kernels (--threads); default: one per physical core
   BITNET_KERNEL       use this kernel alone (--kernel)
   BITNET_PLUGINS      off: no kernel plugin is loaded; user: the user's plugin directory too
   BITNET_PLUGIN_PATH  kernel plugins: absolute files and directories, as in PATH (--plugin)
   BITNET_PLUGIN_PINS  file of SHA-256 pins: no other plugin is loaded (`bitnet plugins trust`)
   BITNET_CPU_MASK     CPU features to act as if the machine lacked them, separated by commas
-  BITNET_STRICT_MODE  1: a ternary matmul that no kernel can compute is an error, and so is a refused plugin
+  BITNET_STRICT_MODE  what is an error: 1 for all, or some of no-fallback, quantised-kernels, gated-plugins
+                      and plausible-figures, separated by commas
+  BITNET_FALLBACK     when the kernel in use fails or becomes slow: never, on-error, threshold:1.5, adaptive
   BITNET_CACHE_DIR    where measurements of kernels and verdicts on plugins are kept; empty: nowhere;
                       default: the user's cache directory
+  BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if there is one
   RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn
 
-Exit status: 0 done, 1 error, 2 wrong usage.
+Exit status: 0 done, 1 error, 2 wrong usage; `receipt check` has more.
 
 Examples:
   bitnet run --model model.gguf --prompt 'The capital of France is'
@@ -67,6 +72,7 @@ enum Command {
     Export(export::ExportArgs),
     Convert(export::ConvertArgs),
     Plugins(plugins::PluginsArgs),
+    Receipt(receipt::ReceiptArgs),
     #[command(hide = true)]
     GateChild(plugins::GateChildArgs),
 }
@@ -87,10 +93,15 @@ fn main() -> ExitCode {
         Command::Export(args) => export::export(args),
         Command::Convert(args) => export::convert(args),
         Command::Plugins(args) => plugins::run(args),
+        Command::Receipt(args) => return exit(receipt::run(args)),
         Command::GateChild(args) => args.run(),
     };
+    exit(result.map(|()| ExitCode::SUCCESS))
+}
+
+fn exit(result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // Whoever read our output has seen enough: `bitnet inspect ... | head`.
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {

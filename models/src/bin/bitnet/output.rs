@@ -89,7 +89,10 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
         return match error {
             ModelError::Load(error) => of_load(error),
             ModelError::Kernel(error) => of_manager(error),
-            ModelError::Head { .. } => Some("--lm-head file computes with weights of any type"),
+            ModelError::Head { .. } => {
+                Some("--lm-head file computes with weights of any type, --lm-head q8_0 with a copy of them")
+            }
+            ModelError::Requantise { .. } => Some("--lm-head file computes with weights of any type"),
         };
     }
     if let Some(GenerateError::Forward(error)) = cause.downcast_ref() {

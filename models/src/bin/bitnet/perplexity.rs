@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use bitnet_burn::generate::logits;
-use bitnet_burn::report::{ModelSummary, Receipt, human_seconds};
+use bitnet_burn::report::{Execution, ModelSummary, human_seconds};
 use bitnet_burn::train::{Corpus, Documents};
 use clap::Args;
 use serde::Serialize;
@@ -80,7 +80,7 @@ struct Output {
     seconds: f64,
     tokens_per_s: f64,
     #[serde(flatten)]
-    receipt: Receipt,
+    execution: Execution,
 }
 
 pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
@@ -172,8 +172,11 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         quantised_activations: quantise_activations,
         seconds,
         tokens_per_s: computed as f64 / seconds,
-        receipt: engine.receipt(),
+        execution: engine.execution(),
     };
+    if let Some(path) = &args.engine.receipt {
+        engine.write_receipt(path, "perplexity", &output, None)?;
+    }
     if args.json {
         return output::print_json(&output);
     }

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use bitnet_burn::core::gate::{self, Report, Stage};
+use bitnet_burn::backends::manager;
+use bitnet_burn::core::gate::{Report, Stage};
 use bitnet_burn::core::manager::KernelManager;
 use bitnet_burn::core::store::{self, Known, PluginStore};
 use bitnet_burn::core::{ManagerConfig, cpu, files};
@@ -14,6 +15,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 
 use crate::args::{KernelArgs, ThreadArgs};
+use crate::engine::config;
 use crate::kernels::Shape;
 use crate::output::{self, columns};
 
@@ -105,7 +107,7 @@ pub struct GateChildArgs {
 impl GateChildArgs {
     /// Does not return: the process belongs to the plugin.
     pub fn run(self) -> ! {
-        std::process::exit(gate::child(self.arguments.into_iter()))
+        std::process::exit(manager::gate_child(self.arguments.into_iter()))
     }
 }
 
@@ -119,15 +121,8 @@ pub fn run(args: PluginsArgs) -> anyhow::Result<()> {
     }
 }
 
-/// The environment's configuration, with this program as the gate's helper.
-fn config() -> anyhow::Result<ManagerConfig> {
-    let mut config = ManagerConfig::from_env()?;
-    config.plugins.helper = Some(crate::engine::helper()?);
-    Ok(config)
-}
-
 fn verify(args: VerifyArgs) -> anyhow::Result<()> {
-    let mut config = config()?;
+    let (mut config, _) = config()?;
     config.plugins.pins = None;
     config.plugins.patience = Duration::from_secs(args.patience);
     config.threads = 1;
@@ -165,7 +160,10 @@ fn describe(report: &Report) -> String {
         .map(|kernel| {
             let result = match &kernel.unavailable {
                 Some(reason) => format!("not tried on this machine: {reason}"),
-                None => format!("{} cases passed", kernel.cases),
+                None => {
+                    let on = kernel.device.as_ref().map_or(String::new(), |device| format!(" on {device}"));
+                    format!("{} cases passed{on}", kernel.cases)
+                }
             };
             vec![format!("  {}", kernel.kernel), result]
         })
@@ -185,8 +183,11 @@ fn describe(report: &Report) -> String {
 
 #[derive(Serialize)]
 struct ListOutput {
+    /// The user's configuration, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    config_file: Option<PathBuf>,
     enabled: bool,
-    /// Files and directories of the environment.
+    /// Files and directories of the environment or the configuration.
     path: Vec<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     user_dir: Option<PathBuf>,
@@ -202,9 +203,10 @@ fn open_store(config: &ManagerConfig) -> PluginStore {
 }
 
 fn list(args: &ListArgs) -> anyhow::Result<()> {
-    let config = ManagerConfig::from_env()?;
+    let (config, config_file) = config()?;
     let store = open_store(&config);
     let output = ListOutput {
+        config_file,
         enabled: config.plugins.enabled,
         path: config.plugins.path.clone(),
         user_dir: config.plugins.user_dir.clone(),
@@ -257,15 +259,22 @@ impl ListOutput {
             }
         }
         text.push('\n');
+        if let Some(file) = &self.config_file {
+            let _ = writeln!(text, "configuration: {}", file.display());
+        }
         if !self.enabled {
-            text.push_str("plugins are switched off (BITNET_PLUGINS=off)\n");
+            text.push_str("plugins are switched off (BITNET_PLUGINS=off, or plugins = \"off\")\n");
         }
         for place in &self.path {
-            let _ = writeln!(text, "loaded from: {} (BITNET_PLUGIN_PATH)", place.display());
+            let _ = writeln!(text, "loaded from: {} (BITNET_PLUGIN_PATH, or plugin_path)", place.display());
         }
         match &self.user_dir {
             Some(dir) => {
-                let _ = writeln!(text, "loaded from: {} (BITNET_PLUGINS=user)", dir.display());
+                let _ = writeln!(
+                    text,
+                    "loaded from: {} (BITNET_PLUGINS=user, or plugins = \"user\")",
+                    dir.display()
+                );
             }
             None => {
                 text.push_str("the user's plugin directory is not loaded from; BITNET_PLUGINS=user does\n")
@@ -322,10 +331,11 @@ struct Timed {
 }
 
 fn bench(args: BenchArgs) -> anyhow::Result<()> {
-    let kernel_args = KernelArgs { threads: args.threads, kernel: None, plugins: vec![args.file.clone()] };
+    let kernel_args =
+        KernelArgs { threads: args.threads, kernel: None, plugins: vec![args.file.clone()], strict: None };
     // What is measured now should not come from an earlier start, nor stay behind.
     let cache = tempfile::tempdir().context("cannot make a temporary directory")?;
-    let mut config = config()?;
+    let (mut config, _) = config()?;
     config.cache_dir = Some(cache.path().to_owned());
     config.tune_budget = Duration::from_secs(300);
     config.force = None;
@@ -410,7 +420,7 @@ fn pins(file: &Path) -> anyhow::Result<Vec<(String, String)>> {
 }
 
 fn trust(args: &TrustArgs) -> anyhow::Result<()> {
-    let mut config = ManagerConfig::from_env()?;
+    let (mut config, _) = config()?;
     let file = pins_file(&config)?;
     config.plugins.pins = None;
     let stored = open_store(&config).admit(&args.file)?;
@@ -429,7 +439,7 @@ fn trust(args: &TrustArgs) -> anyhow::Result<()> {
 }
 
 fn forget(args: &ForgetArgs) -> anyhow::Result<()> {
-    let mut config = ManagerConfig::from_env()?;
+    let (mut config, _) = config()?;
     let file = pins_file(&config)?;
     config.plugins.pins = None;
     let store = open_store(&config);

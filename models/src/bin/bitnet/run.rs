@@ -9,6 +9,7 @@ use anyhow::{Context as _, bail};
 use bitnet_burn::bitnet::DEFAULT_CHUNK;
 use bitnet_burn::chat::{ChatTemplate, Message};
 use bitnet_burn::generate::{GenerateOptions, generate, generate_text};
+use bitnet_burn::receipt::{GenerationRecord, TokensRecord};
 use bitnet_burn::report::RunReport;
 use bitnet_burn::sampling::SamplingConfig;
 use clap::error::ErrorKind;
@@ -80,7 +81,8 @@ Examples:
   bitnet run -m model.gguf -p 'The capital of France is' -n 32
   bitnet run -m model.gguf --chat -p 'Why is the sky blue?' --temperature 0.7 --top-p 0.9
   bitnet run -m model.gguf --tokens-file prompt.txt --greedy --print-ids
-  bitnet run -m model.gguf -p Hello --json | jq .decode_tokens_per_s";
+  bitnet run -m model.gguf -p Hello --json | jq .decode_tokens_per_s
+  bitnet run -m model.gguf -p Hello --receipt hello.json && bitnet receipt check hello.json --rerun";
 
 /// How a token is drawn. Without any of these flags, the most likely one (greedy).
 #[derive(Debug, Args)]
@@ -220,15 +222,33 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     drop(stdout);
     let generation = generation?;
 
-    let mut report = RunReport::new(engine.summary.clone(), &generation, engine.receipt());
+    let mut report = RunReport::new(engine.summary.clone(), &generation, engine.execution());
     report.load_seconds = Some(engine.load_seconds);
     report.seed = (options.sampling.temperature > 0.0).then_some(options.sampling.seed);
     report.kv_cache_bytes = Some(cache.bytes());
+    engine.check_figures(&report.execution, Some(report.prefill_tokens_per_s), report.decode_tokens_per_s)?;
     if let Some(path) = &args.report {
         output::write_file(path, |out| {
             serde_json::to_writer_pretty(&mut *out, &report)?;
             Ok(writeln!(out)?)
         })?;
+    }
+    if let Some(path) = &args.engine.receipt {
+        let record = GenerationRecord {
+            prompt_token_ids: prompt.clone(),
+            max_new_tokens,
+            sampling: options.sampling.clone(),
+            stop_tokens: options.stop_tokens.clone(),
+            stop_strings: options.stop_strings.clone(),
+            chunk: options.chunk,
+            context,
+            kv_cache: args.engine.kv_cache.into(),
+            lm_head: args.engine.lm_head.into(),
+            hidden_act: args.engine.file.hidden_act,
+            pre: args.engine.file.pre.clone(),
+            result: TokensRecord::of(&generation),
+        };
+        engine.write_receipt(path, "run", &report, Some(record))?;
     }
     if args.json {
         let text = engine.tokenizer.is_some().then_some(text.as_str());

@@ -30,6 +30,17 @@ pub(crate) type Tiles = Amx<Pairs>;
 /// 32-row blocks of the layout `t5x32`.
 pub(crate) type Trits = Amx<Fives>;
 
+/// Packs or unpacks rows: [`tile::pack`], [`tile::unpack`], or another layout's.
+type Repack = fn(&WeightsRef, Range<usize>, &mut [u8]) -> KernelResult;
+
+/// The sums of activation rows with a block of weights.
+///
+/// # Safety
+/// The CPU has AVX-512BW, VBMI and AMX; the unit is configured for the rows that the pointer points to, each of
+/// which has as many readable bytes as the number says; the block has weights for all of them, in groups as
+/// [`Weights`] says.
+type Products = unsafe fn(&mut Places, Weights, *const i8, usize, &mut Sums);
+
 /// A tiled layout, and its products.
 pub(crate) trait Packing: Send + Sync + 'static {
     /// The kernel's name.
@@ -38,35 +49,12 @@ pub(crate) trait Packing: Send + Sync + 'static {
     const LAYOUT: &'static CStr;
     /// Weights of a row in a step.
     const STEP: usize;
-
-    /// [`tile::pack`].
-    fn pack(canonical: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult;
-
-    /// [`tile::unpack`].
-    fn unpack(packed: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult;
-
-    /// The sums of up to 16 activation rows (`pair`: of 17 to 32) with a block of weights.
-    ///
-    /// # Safety
-    /// The CPU has AVX-512BW, VBMI and AMX; the unit is configured for the rows of `x`, which have `stride`
-    /// readable bytes each; the block has weights for all of them, in groups as [`Weights`] says.
-    unsafe fn products(
-        pair: bool,
-        places: &mut Places,
-        weights: Weights,
-        x: *const i8,
-        stride: usize,
-        sums: &mut Sums,
-    );
-}
-
-/// A block of weights in groups of 16 steps, of which the last is at `last`: elsewhere where it had to be
-/// filled up.
-#[derive(Clone, Copy)]
-pub(crate) struct Weights {
-    first: *const u8,
-    last: *const u8,
-    groups: usize,
+    /// Packs canonical rows.
+    const PACK: Repack;
+    /// Its inverse.
+    const UNPACK: Repack;
+    /// With up to 16 activation rows, and with 17 to 32.
+    const PRODUCTS: [Products; 2];
 }
 
 /// 2 bits a weight.
@@ -76,32 +64,9 @@ impl Packing for Pairs {
     const NAME: &'static CStr = c"t2-amx";
     const LAYOUT: &'static CStr = tile::LAYOUT;
     const STEP: usize = tile::STEP;
-
-    fn pack(canonical: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
-        tile::pack(canonical, rows, out)
-    }
-
-    fn unpack(packed: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
-        tile::unpack(packed, rows, out)
-    }
-
-    #[inline(always)]
-    unsafe fn products(
-        pair: bool,
-        places: &mut Places,
-        weights: Weights,
-        x: *const i8,
-        stride: usize,
-        sums: &mut Sums,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match pair {
-                true => pairs_of_two(places, weights, x, stride, sums),
-                false => pairs_of_one(places, weights, x, stride, sums),
-            }
-        }
-    }
+    const PACK: Repack = tile::pack;
+    const UNPACK: Repack = tile::unpack;
+    const PRODUCTS: [Products; 2] = [pairs_of_one, pairs_of_two];
 }
 
 /// 1.6 bits a weight.
@@ -111,32 +76,18 @@ impl Packing for Fives {
     const NAME: &'static CStr = c"t5-amx";
     const LAYOUT: &'static CStr = trits::LAYOUT;
     const STEP: usize = trits::STEP;
+    const PACK: Repack = trits::pack;
+    const UNPACK: Repack = trits::unpack;
+    const PRODUCTS: [Products; 2] = [fives_of_one, fives_of_two];
+}
 
-    fn pack(canonical: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
-        trits::pack(canonical, rows, out)
-    }
-
-    fn unpack(packed: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
-        trits::unpack(packed, rows, out)
-    }
-
-    #[inline(always)]
-    unsafe fn products(
-        pair: bool,
-        places: &mut Places,
-        weights: Weights,
-        x: *const i8,
-        stride: usize,
-        sums: &mut Sums,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match pair {
-                true => fives_of_two(places, weights, x, stride, sums),
-                false => fives_of_one(places, weights, x, stride, sums),
-            }
-        }
-    }
+/// A block of weights in groups of 16 steps, of which the last is at `last`: elsewhere where it had to be
+/// filled up.
+#[derive(Clone, Copy)]
+pub(crate) struct Weights {
+    first: *const u8,
+    last: *const u8,
+    groups: usize,
 }
 
 /// The kernel for a layout.
@@ -157,11 +108,11 @@ impl<P: Packing> TernaryKernel for Amx<P> {
     }
 
     fn pack(canonical: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
-        P::pack(canonical, rows, out)
+        P::PACK(canonical, rows, out)
     }
 
     fn unpack(packed: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
-        P::unpack(packed, rows, out)
+        P::UNPACK(packed, rows, out)
     }
 
     fn run(w: &WeightsRef, x: &ActivationsRef, _workspace: &[u8], y: &mut OutputTile) -> KernelResult {
@@ -266,15 +217,17 @@ unsafe fn multiply<P: Packing>(mut job: TileJob) {
     let mut unit = Unit { rows: 0 };
     let mut places = Places(MaybeUninit::uninit());
     let mut sums = Sums([[0; BLOCK_ROWS]; PAIR_ROWS]);
+    // A last group that has to be filled up: zeros behind its steps are codes that multiply as zeros.
+    let mut filled = [0; GROUP];
     for chunk in generic::chunks(ms, generic::rows_in_cache(stride).next_multiple_of(PAIR_ROWS)) {
         for n in ns.clone().step_by(BLOCK_ROWS) {
             let first = job.weights(n);
-            let last = first.wrapping_add((groups - 1) * GROUP);
-            // Zeros behind the last steps are codes that multiply as zeros.
-            let mut filled = [0; GROUP];
-            // SAFETY: these are the block's last steps, at most a group.
-            unsafe { filled.as_mut_ptr().copy_from_nonoverlapping(last, left * STEP_BYTES) };
-            let last = if left == GROUP_STEPS { last } else { filled.as_ptr() };
+            let mut last = first.wrapping_add((groups - 1) * GROUP);
+            if left < GROUP_STEPS {
+                // SAFETY: these are the block's last steps, less than a group.
+                unsafe { filled.as_mut_ptr().copy_from_nonoverlapping(last, left * STEP_BYTES) };
+                last = filled.as_ptr();
+            }
             for m in chunk.clone().step_by(PAIR_ROWS) {
                 let rows = PAIR_ROWS.min(chunk.end - m);
                 let x = job.x.padded_rows(m..m + rows).as_ptr();
@@ -282,8 +235,8 @@ unsafe fn multiply<P: Packing>(mut job: TileJob) {
                 // `stride` bytes each, and the block has steps for all k of them.
                 unsafe {
                     unit.configure(rows);
-                    let weights = Weights { first, last, groups };
-                    P::products(rows > TILE_ROWS, &mut places, weights, x, stride, &mut sums);
+                    let products = P::PRODUCTS[usize::from(rows > TILE_ROWS)];
+                    products(&mut places, Weights { first, last, groups }, x, stride, &mut sums);
                 }
                 job.store(m, n, &sums.0[..rows]);
             }
@@ -422,8 +375,7 @@ macro_rules! products {
     ($name:ident, $rows:ident, $unpack:ident, tiles: {$($tile:literal: [$($step:literal)*])*},
      zero: [$($zero:literal),*], store: [$($store:literal),*]) => {
         /// # Safety
-        /// As [`Packing::products`], for the layout that is unpacked and the number of rows.
-        #[inline(always)]
+        /// As [`Products`], for the layout that is unpacked and the number of rows.
         unsafe fn $name(places: &mut Places, weights: Weights, x: *const i8, stride: usize, sums: &mut Sums) {
             // SAFETY: the caller's promise. Unpacking never goes beyond the last group, which is at `last`,
             // multiplying never beyond the row's `stride` activations. All registers that are written are

@@ -11,7 +11,7 @@ use bitnet_burn_plugin::sdk::{
     ActivationsRef, KernelError, KernelResult, OutputTile, TernaryKernel, WeightsRef,
 };
 
-use super::avx512vnni::shifted;
+use super::avx512vnni::{pair_masks, shifted, unscaled};
 use crate::generic::{self, TileJob, TileMicro};
 use crate::tile::{BLOCK_ROWS, STEP_BYTES};
 use crate::trits::{self, STEP};
@@ -79,13 +79,7 @@ impl TileMicro for Micro {
         // each at x; a prefetch may have any address.
         unsafe {
             let tables = Tables::load();
-            // Codes are not shifted down but multiplied where they lie: acc[.][t] is 4^t times too large.
-            let masks = [
-                _mm512_set1_epi8(0x03),
-                _mm512_set1_epi8(0x0c),
-                _mm512_set1_epi8(0x30),
-                _mm512_set1_epi8(0xc0u8 as i8),
-            ];
+            let masks = pair_masks();
             let mut acc = [[_mm512_setzero_si512(); 4]; 2];
             for j in 0..steps {
                 let w = w.add(j * STEP_BYTES);
@@ -101,14 +95,7 @@ impl TileMicro for Micro {
                     acc[tile][3] = _mm512_dpbusd_epi32(acc[tile][3], last, x);
                 }
             }
-            let mut sums = [0; BLOCK_ROWS];
-            for tile in 0..2 {
-                let [a0, a1, a2, a3] = acc[tile];
-                let low = _mm512_add_epi32(a0, _mm512_srai_epi32::<2>(a1));
-                let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(a2), _mm512_srai_epi32::<6>(a3));
-                _mm512_storeu_si512(sums[16 * tile..].as_mut_ptr().cast(), _mm512_add_epi32(low, high));
-            }
-            sums
+            unscaled(acc)
         }
     }
 

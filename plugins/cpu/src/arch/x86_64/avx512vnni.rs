@@ -34,13 +34,7 @@ impl TileMicro for Micro {
         // SAFETY: the caller promises the features, `steps` steps of 128 bytes at w and 16 activations for
         // each at x; a prefetch may have any address.
         unsafe {
-            // Codes are not shifted down but multiplied where they lie: acc[.][t] is 4^t times too large.
-            let masks = [
-                _mm512_set1_epi8(0x03),
-                _mm512_set1_epi8(0x0c),
-                _mm512_set1_epi8(0x30),
-                _mm512_set1_epi8(0xc0u8 as i8),
-            ];
+            let masks = pair_masks();
             let mut acc = [[_mm512_setzero_si512(); 4]; 2];
             for j in 0..steps {
                 let w = w.add(j * STEP_BYTES);
@@ -53,14 +47,7 @@ impl TileMicro for Micro {
                     }
                 }
             }
-            let mut sums = [0; BLOCK_ROWS];
-            for tile in 0..2 {
-                let [a0, a1, a2, a3] = acc[tile];
-                let low = _mm512_add_epi32(a0, _mm512_srai_epi32::<2>(a1));
-                let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(a2), _mm512_srai_epi32::<6>(a3));
-                _mm512_storeu_si512(sums[16 * tile..].as_mut_ptr().cast(), _mm512_add_epi32(low, high));
-            }
-            sums
+            unscaled(acc)
         }
     }
 
@@ -111,6 +98,42 @@ impl TileMicro for Micro {
             sums
         }
     }
+}
+
+/// The bit pairs of every byte. Codes are not shifted down but multiplied where they lie: the sums of pair t
+/// are 4^t times too large, see [`unscaled`].
+///
+/// # Safety
+/// The CPU has AVX-512BW.
+#[inline(always)]
+pub(super) unsafe fn pair_masks() -> [__m512i; 4] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        [
+            _mm512_set1_epi8(0x03),
+            _mm512_set1_epi8(0x0c),
+            _mm512_set1_epi8(0x30),
+            _mm512_set1_epi8(0xc0u8 as i8),
+        ]
+    }
+}
+
+/// The sums of a block's 32 rows from those of each tile's four bit pairs, pair t 4^t times too large.
+///
+/// # Safety
+/// The CPU has AVX-512F.
+#[inline(always)]
+pub(super) unsafe fn unscaled(acc: [[__m512i; 4]; 2]) -> [i32; BLOCK_ROWS] {
+    let mut sums = [0; BLOCK_ROWS];
+    for (sums, [a0, a1, a2, a3]) in sums.as_chunks_mut::<16>().0.iter_mut().zip(acc) {
+        // SAFETY: the caller's promise; 16 sums are 64 bytes.
+        unsafe {
+            let low = _mm512_add_epi32(a0, _mm512_srai_epi32::<2>(a1));
+            let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(a2), _mm512_srai_epi32::<6>(a3));
+            _mm512_storeu_si512(sums.as_mut_ptr().cast(), _mm512_add_epi32(low, high));
+        }
+    }
+    sums
 }
 
 /// Four groups of four activations, each in all lanes.

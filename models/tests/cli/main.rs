@@ -1,5 +1,8 @@
 //! The program `bitnet`, as its users and other programs see it: on a small synthetic model, end to end.
 
+mod kernels;
+mod receipt;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -40,6 +43,8 @@ impl Place {
             "BITNET_PLUGIN_PINS",
             "BITNET_CPU_MASK",
             "BITNET_STRICT_MODE",
+            "BITNET_FALLBACK",
+            "BITNET_CONFIG",
             "RUST_LOG",
         ] {
             command.env_remove(variable);
@@ -429,6 +434,7 @@ fn wrong_usage_is_exit_code_2() {
         "export",
         "convert",
         "plugins",
+        "receipt",
     ] {
         let help = place.ok(&[command, "--help"]);
         assert!(help.contains("Examples:") && help.contains(&format!("bitnet {command}")), "{help}");
@@ -486,7 +492,7 @@ fn strict_mode_names_what_is_missing() {
     let place = Place::new();
     let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "2", "--json", "--kernel", "t2-scalar"];
     let scalar = json(&ok(place.command(&call).env("BITNET_STRICT_MODE", "1")));
-    assert_eq!((&scalar["strict"], &scalar["reference_calls"]), (&true.into(), &0.into()));
+    assert_eq!((&scalar["strict"]["no_fallback"], &scalar["reference_calls"]), (&true.into(), &0.into()));
 
     let kernels = place.json(&["kernels", "--json"]);
     let fast = kernels["kernels"].as_array().unwrap().iter().find_map(|kernel| {
@@ -504,6 +510,31 @@ fn strict_mode_names_what_is_missing() {
     assert!(report["reference_calls"].as_u64().unwrap() > 0);
     assert_eq!(report["kernels"][0]["kernel"], "reference");
     assert_eq!(report["token_ids"], scalar["token_ids"]);
+}
+
+/// Figures that are true pass; what is strict is in every report.
+#[test]
+fn strictness_is_chosen_on_the_command_line_and_reported() {
+    let place = Place::new();
+    let run = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "4", "--json"];
+    let all = place.json(&[&run[..], &["--strict"]].concat());
+    for name in ["no_fallback", "quantised_kernels", "gated_plugins", "plausible_figures"] {
+        assert_eq!(all["strict"][name], true, "{name}");
+    }
+    let some = place.json(&[&run[..], &["--strict=plausible-figures", "--receipt", "r.json"]].concat());
+    assert_eq!(
+        (&some["strict"]["plausible_figures"], &some["strict"]["no_fallback"]),
+        (&true.into(), &false.into())
+    );
+    let receipt: Value = serde_json::from_slice(&std::fs::read(place.path("r.json")).unwrap()).unwrap();
+    assert_eq!(receipt["report"]["strict"], some["strict"]);
+    let mut weaker = place.command(&[&run[..], &["--strict=0"]].concat());
+    assert_eq!(json(&ok(weaker.env("BITNET_STRICT_MODE", "1")))["strict"]["no_fallback"], false);
+    let bench = ["bench", "-m", "model.gguf", "-p", "8", "-n", "2", "--repetitions", "1", "--strict"];
+    assert!(place.ok(&bench).contains("strict mode (no-fallback, "));
+    let usage = place.command(&[&run[..], &["--strict=very"]].concat()).output().unwrap();
+    assert_eq!(usage.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&usage.stderr).contains("plausible-figures"));
 }
 
 #[test]
@@ -562,7 +593,7 @@ fn a_plugin_is_verified_listed_measured_pinned_and_forgotten() {
         return;
     }
     let text = place.ok(&["plugins", "verify", "good.so"]);
-    for part in ["example-c 0.1.0, ABI 1.0", "example-c/portable", "cases passed", "passed by gate 1"] {
+    for part in ["example-c 0.1.0, ABI 1.1", "example-c/portable", "cases passed", "passed by gate 2"] {
         assert!(text.contains(part), "{text}");
     }
     let good = place.json(&["plugins", "verify", "--json", "good.so"]);
@@ -687,30 +718,6 @@ fn generation_goes_on_under_hostile_plugins_and_switches_work() {
         assert!(!kernels(&[]).contains("example-c"));
         assert!(kernels(&[("BITNET_PLUGINS", "user")]).contains("example-c/portable"));
     }
-}
-
-#[test]
-fn kernels_are_listed_and_explained() {
-    let place = Place::empty();
-    let report =
-        place.json(&["kernels", "--json", "--threads", "1", "--explain", "2x96x256", "--explain", "64x128"]);
-    assert_eq!(report["threads"], 1);
-    let explanations = report["explanations"].as_array().unwrap();
-    assert_eq!(explanations.len(), 4);
-    assert_eq!(
-        (&explanations[0]["m"], &explanations[0]["n"], &explanations[0]["k"]),
-        (&2.into(), &96.into(), &256.into())
-    );
-    for explanation in explanations {
-        let candidates = explanation["candidates"].as_array().unwrap();
-        assert!(candidates.iter().any(|c| c["kernel"] == explanation["chosen"]));
-        assert!(candidates.iter().any(|c| !c["median_ns"].is_null()));
-    }
-    assert!(Path::new(report["cache_file"].as_str().unwrap()).exists());
-    let text = place.ok(&["kernels", "--threads", "1", "--explain", "2x96x256"]);
-    assert!(text.contains("[2, 256] x [96, 256]ᵀ") && text.contains("measured earlier"), "{text}");
-    let kept = ok(place.command(&["kernels"]).env("BITNET_CACHE_DIR", ""));
-    assert!(kept.contains("measurements are not kept"), "{kept}");
 }
 
 #[test]

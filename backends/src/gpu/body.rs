@@ -1,0 +1,353 @@
+//! `bit_linear` with the kernels of plugins: activations are quantised on the device, and the kernels write their
+//! columns of one output.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+
+use bitnet_burn_core::formats::canonical;
+use bitnet_burn_core::gpu::{activations, params, words};
+use bitnet_burn_core::manager::{GpuKernel, KernelManager, ManagerError};
+use bitnet_burn_core::memory::Activations;
+use burn::backend::TensorMetadata;
+use burn::tensor::{DType, Shape};
+use burn_cubecl::cubecl::client::Client;
+use burn_cubecl::cubecl::server::{Handle, ServerError};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, CubeDevice};
+
+use super::choice::GpuMatrix;
+use super::quantise::{Quantised, quantise};
+use super::text::{self, Buffers};
+use crate::default;
+use crate::extension::{BitLinearArgs, InputNorm, Kernels, Matrix, TernaryWeight, TernaryWeights};
+use crate::manager::{leave_error, manager};
+
+type B = CubeBackend;
+
+/// One matrix of a launch.
+pub(super) struct Part<'a> {
+    pub kernel: &'a GpuKernel,
+    /// In the kernel's layout.
+    pub weights: &'a Handle,
+    pub scale: &'a Handle,
+    /// Output features.
+    pub n: usize,
+}
+
+pub(crate) fn bit_linear(
+    x: CubeTensor,
+    norm: InputNorm<B>,
+    weights: TernaryWeights<B>,
+    args: BitLinearArgs,
+) -> CubeTensor {
+    let m = x.shape()[0];
+    let (client, device) = (x.client.clone(), x.device.clone());
+    let chosen = args.matrices.iter().any(|matrix| gpu(matrix).is_some());
+    // As many rows as a launch can have workgroups.
+    let result = if chosen && args.quantise && (1..1 << 16).contains(&m) && x.dtype == DType::F32 {
+        let x = match norm {
+            InputNorm::None => x,
+            InputNorm::Rms(weight) => default::rms_norm::<B>(x, weight, args.eps),
+        };
+        with_kernels(manager(), into_contiguous(x), weights.into_vec(), &args)
+    } else {
+        canonical_weights(manager(), weights.into_vec(), &args)
+            .map(|weights| default::bit_linear::<B>(x, norm, weights, &args))
+    };
+    result.unwrap_or_else(|error| {
+        leave_error(error);
+        upload(&client, &device, &vec![f32::NAN; m * args.total_n()], m)
+    })
+}
+
+pub(crate) fn bit_linear_backward(
+    dy: CubeTensor,
+    weights: TernaryWeights<B>,
+    args: BitLinearArgs,
+) -> CubeTensor {
+    let m = dy.shape()[0];
+    let (client, device) = (dy.client.clone(), dy.device.clone());
+    canonical_weights(manager(), weights.into_vec(), &args)
+        .map(|weights| default::bit_linear_backward::<B>(dy, weights, &args))
+        .unwrap_or_else(|error| {
+            leave_error(error);
+            upload(&client, &device, &vec![f32::NAN; m * args.k], m)
+        })
+}
+
+fn gpu(matrix: &Matrix) -> Option<&GpuMatrix> {
+    match &matrix.choice {
+        Some(Kernels::Gpu(matrix)) => Some(matrix),
+        _ => None,
+    }
+}
+
+fn upload(client: &Client, device: &CubeDevice, values: &[f32], m: usize) -> CubeTensor {
+    let shape = Shape::new([m, values.len() / m.max(1)]);
+    let handle = client.create_from_slice(bytemuck::cast_slice(values));
+    CubeTensor::new_contiguous(client.clone(), device.clone(), shape, handle, DType::F32)
+}
+
+/// The operation on rows that are normalised and contiguous, by whatever was chosen for each matrix.
+pub(super) fn with_kernels(
+    manager: &KernelManager,
+    x: CubeTensor,
+    weights: Vec<TernaryWeight<B>>,
+    args: &BitLinearArgs,
+) -> Result<CubeTensor, ManagerError> {
+    let m = x.shape()[0];
+    let weights: Vec<_> = weights
+        .into_iter()
+        .map(|TernaryWeight { codes, scale }| TernaryWeight::<B> {
+            codes: into_contiguous(codes),
+            scale: into_contiguous(scale),
+        })
+        .collect();
+    let kernels: Vec<Option<GpuKernel>> =
+        args.matrices.iter().map(|matrix| gpu(matrix)?.choice.kernel(manager, m)).collect();
+    let mut parts = Vec::with_capacity(weights.len());
+    for ((matrix, weight), kernel) in args.matrices.iter().zip(&weights).zip(&kernels) {
+        let known = |kernel: &&GpuKernel| gpu(matrix).is_some_and(|gpu| gpu.choice.knows(kernel, m));
+        parts.extend(kernel.as_ref().filter(known).map(|kernel| Part {
+            kernel,
+            weights: &weight.codes.handle,
+            scale: &weight.scale.handle,
+            n: matrix.n,
+        }));
+    }
+    if parts.len() < weights.len() {
+        return one_by_one(manager, &x, weights, &kernels, args);
+    }
+    let (y, quantised) = run(&x, &parts);
+    let due: Vec<bool> = parts.iter().map(|part| part.kernel.count()).collect();
+    if due.contains(&true) && !spot_check(manager, &due, &parts, &weights, &quantised, &y, args)? {
+        return one_by_one(manager, &x, weights, &kernels, args);
+    }
+    Ok(y)
+}
+
+/// Each matrix by itself: where a kernel's result is to be compared before it may be believed, or a matrix has none.
+fn one_by_one(
+    manager: &KernelManager,
+    x: &CubeTensor,
+    weights: Vec<TernaryWeight<B>>,
+    kernels: &[Option<GpuKernel>],
+    args: &BitLinearArgs,
+) -> Result<CubeTensor, ManagerError> {
+    let (m, k) = (x.shape()[0], args.k);
+    let mut outputs = Vec::with_capacity(weights.len());
+    for ((matrix, weight), kernel) in args.matrices.iter().zip(weights).zip(kernels) {
+        let mut output = None;
+        if let (Some(gpu), Some(kernel)) = (gpu(matrix), kernel.as_ref().filter(|kernel| kernel.ready())) {
+            let part =
+                Part { kernel, weights: &weight.codes.handle, scale: &weight.scale.handle, n: matrix.n };
+            let scale = scale(&weight)?;
+            let codes = canonical_bytes(manager, gpu, &weight)?;
+            match run_checked(manager, x, &part, (&codes, scale))? {
+                Ok(y) => {
+                    if kernel.ready() {
+                        kernel.count();
+                        gpu.choice.learn(kernel, m);
+                    }
+                    output = Some(upload(&x.client, &x.device, &y, m));
+                }
+                Err(reason) => {
+                    gpu.choice.fail(kernel);
+                    manager.gpu_failed(kernel, (m, matrix.n, k), reason)?;
+                }
+            }
+        }
+        outputs.push(match output {
+            Some(output) => output,
+            None => {
+                let args = BitLinearArgs { matrices: vec![matrix.clone()], ..args.clone() };
+                let weights = canonical_weights(manager, vec![weight], &args)?;
+                default::bit_linear::<B>(x.clone(), InputNorm::None, weights, &args)
+            }
+        });
+    }
+    Ok(default::concat::<B>(outputs))
+}
+
+/// Quantises rows and launches the kernels on them; the output, which nobody has looked at.
+pub(super) fn run(x: &CubeTensor, parts: &[Part]) -> (CubeTensor, Quantised) {
+    let [m, k] = x.shape()[..] else { unreachable!("rows of activations have two dimensions") };
+    let client = &x.client;
+    let total: usize = parts.iter().map(|part| part.n).sum();
+    let y = client.empty(m * total * 4);
+    let mut quantised = None;
+    let mut column = 0;
+    for part in parts {
+        let params = params_on(&x.device, client, params(m, part.n, k, total, column));
+        let quantised = quantised.get_or_insert_with(|| quantise(x, params.clone(), m, k));
+        let source = part.kernel.kernel().gpu().expect("a GpuKernel has a text");
+        let buffers = Buffers {
+            weights: part.weights.clone(),
+            scale: part.scale.clone(),
+            x: quantised.words.clone(),
+            rows: quantised.rows.clone(),
+            params,
+            y: y.clone(),
+        };
+        text::launch(client, source, (m, part.n), buffers);
+        column += part.n;
+    }
+    let shape = Shape::new([m, total]);
+    let y = CubeTensor::new_contiguous(client.clone(), x.device.clone(), shape, y, DType::F32);
+    (y, quantised.expect("one to three matrices"))
+}
+
+/// Runs a kernel, and compares its result with a trusted one, which is returned; or why it could not be run, in words.
+/// A kernel that was wrong is in quarantine then.
+///
+/// # Errors
+/// If it was wrong, and nobody may take over.
+pub(super) fn run_checked(
+    manager: &KernelManager,
+    x: &CubeTensor,
+    part: &Part,
+    (codes, scale): (&[u8], f32),
+) -> Result<Result<Vec<f32>, String>, ManagerError> {
+    // A driver may panic on what it does not expect.
+    let run = || -> Result<(Vec<f32>, Activations), ServerError> {
+        let (y, quantised) = run(x, std::slice::from_ref(part));
+        let y = read(&x.client, &y.handle)?;
+        Ok((y, read_activations(&x.client, &quantised)?))
+    };
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Err(_) => Ok(Err("the device panicked".into())),
+        Ok(Err(error)) => Ok(Err(words_of(&error))),
+        Ok(Ok((mut y, activations))) => {
+            manager.check_first(part.kernel, (part.n, codes, scale), &activations, &mut y)?;
+            Ok(Ok(y))
+        }
+    }
+}
+
+/// Compares some results of the kernels whose turn it is; whether they are right.
+fn spot_check(
+    manager: &KernelManager,
+    due: &[bool],
+    parts: &[Part],
+    weights: &[TernaryWeight<B>],
+    quantised: &Quantised,
+    y: &CubeTensor,
+    args: &BitLinearArgs,
+) -> Result<bool, ManagerError> {
+    let total = args.total_n();
+    let values: Vec<f32> = read(&y.client, &y.handle).map_err(|error| lost(&error))?;
+    let x = read_activations(&y.client, quantised).map_err(|error| lost(&error))?;
+    let (mut right, mut column) = (true, 0);
+    for (((part, due), weight), matrix) in parts.iter().zip(due).zip(weights).zip(&args.matrices) {
+        if let (true, Some(gpu)) = (due, gpu(matrix)) {
+            let own: Vec<f32> =
+                values.chunks_exact(total).flat_map(|row| &row[column..][..part.n]).copied().collect();
+            let codes = canonical_bytes(manager, gpu, weight)?;
+            right &= manager.spot_check(part.kernel, (part.n, &codes, scale(weight)?), &x, &own)?;
+        }
+        column += part.n;
+    }
+    Ok(right)
+}
+
+pub(super) fn read<T: bytemuck::Pod>(client: &Client, handle: &Handle) -> Result<Vec<T>, ServerError> {
+    Ok(bytemuck::pod_collect_to_vec(&client.read_one(handle.clone())?))
+}
+
+pub(super) fn read_activations(client: &Client, quantised: &Quantised) -> Result<Activations, ServerError> {
+    let words: Vec<u32> = read(client, &quantised.words)?;
+    let rows: Vec<[u32; 2]> = read(client, &quantised.rows)?;
+    Ok(activations(&words, &rows, quantised.m, quantised.k))
+}
+
+fn scale(weight: &TernaryWeight<B>) -> Result<f32, ManagerError> {
+    let values: Vec<f32> = read(&weight.scale.client, &weight.scale.handle).map_err(|error| lost(&error))?;
+    Ok(values.first().copied().unwrap_or(f32::NAN))
+}
+
+/// The weights' canonical bytes, read back from the device.
+fn canonical_bytes(
+    manager: &KernelManager,
+    gpu: &GpuMatrix,
+    weight: &TernaryWeight<B>,
+) -> Result<Vec<u8>, ManagerError> {
+    let bytes: Vec<u8> = read(&weight.codes.client, &weight.codes.handle).map_err(|error| lost(&error))?;
+    match bytes.get(..gpu.weight_bytes()) {
+        Some(bytes) => gpu.unpack(manager, bytes),
+        None => Err(ManagerError::Operands(format!(
+            "{} bytes of weights on the device, where {} were packed",
+            bytes.len(),
+            gpu.weight_bytes()
+        ))),
+    }
+}
+
+/// The weights with their codes in the canonical layout, unpacked once where a kernel's own packing is in the way.
+fn canonical_weights(
+    manager: &KernelManager,
+    weights: Vec<TernaryWeight<B>>,
+    args: &BitLinearArgs,
+) -> Result<TernaryWeights<B>, ManagerError> {
+    let mut canonical = Vec::with_capacity(weights.len());
+    for (TernaryWeight { codes, scale }, matrix) in weights.into_iter().zip(&args.matrices) {
+        let codes = match gpu(matrix).filter(|gpu| gpu.layout().is_some()) {
+            None => codes,
+            Some(gpu) => match gpu.canonical.get() {
+                Some(codes) => codes.clone(),
+                None => {
+                    let weight = TernaryWeight::<B> { codes: into_contiguous(codes), scale: scale.clone() };
+                    let bytes = canonical_bytes(manager, gpu, &weight)?;
+                    let (client, device) = (&weight.codes.client, &weight.codes.device);
+                    let handle = client.create_from_slice(bytemuck::cast_slice(&words(&bytes)));
+                    let shape = Shape::new([matrix.n, canonical::row_bytes(args.k) / 4]);
+                    let codes =
+                        CubeTensor::new_contiguous(client.clone(), device.clone(), shape, handle, DType::U32);
+                    gpu.canonical.get_or_init(|| codes).clone()
+                }
+            },
+        };
+        canonical.push(TernaryWeight { codes, scale });
+    }
+    Ok(TernaryWeights::from_vec(canonical))
+}
+
+/// Parameters on a device: few different ones, again and again.
+fn params_on(device: &CubeDevice, client: &Client, params: [u32; 8]) -> Handle {
+    type Known = HashMap<(CubeDevice, [u32; 8]), Handle>;
+    static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
+    let mut known = KNOWN.lock().unwrap_or_else(|e| e.into_inner());
+    let known = known.get_or_insert_default();
+    // Prompts of ever other lengths.
+    if known.len() > 4096 {
+        known.clear();
+    }
+    let create = || client.create_from_slice(bytemuck::cast_slice(&params));
+    known.entry((device.clone(), params)).or_insert_with(create).clone()
+}
+
+/// What a device's failure says: the innermost causes, without what leads to them and the traces that follow.
+pub(super) fn words_of(error: &ServerError) -> String {
+    const WRAPPERS: [&str; 5] = [
+        "Several failures at once",
+        "The bytes were never written",
+        "A launch error happened",
+        "A compilation error happened",
+        "An error caused the compilation to fail",
+    ];
+    let text = error.to_string();
+    let lines = text.lines().map(str::trim).filter(|line| {
+        !line.is_empty() && *line != "Caused by:" && !WRAPPERS.iter().any(|wrapper| line.starts_with(wrapper))
+    });
+    let lines: Vec<&str> =
+        lines.take_while(|line| !line.to_lowercase().contains("backtrace")).take(20).collect();
+    match lines.is_empty() {
+        true => text.lines().next().unwrap_or_default().to_owned(),
+        false => lines.join(" ").chars().take(600).collect(),
+    }
+}
+
+fn lost(error: &ServerError) -> ManagerError {
+    ManagerError::Device(words_of(error))
+}

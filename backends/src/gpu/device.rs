@@ -1,0 +1,89 @@
+//! The GPU that the gate tries kernels on.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use bitnet_burn_core::gpu::{GpuDevice, GpuOperands};
+use bitnet_burn_core::plugin::{Kernel, Target};
+use burn_cubecl::CubeDevice;
+use burn_cubecl::cubecl::client::Client;
+use burn_cubecl::cubecl::server::Handle;
+
+use super::body::words_of;
+use super::text::{self, Buffers};
+
+/// This machine's default GPU.
+///
+/// # Errors
+/// In words, if there is none, or it takes no text.
+pub fn open_gpu() -> Result<Box<dyn GpuDevice>, String> {
+    let open = || -> Result<Client, String> {
+        let device = CubeDevice::wgpu(Default::default()).map_err(|error| error.to_string())?;
+        Ok(device.client())
+    };
+    let client = catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(|_| Err("there is no GPU".into()))?;
+    match text::target(&client) {
+        Some(target) => Ok(Box::new(Gpu { client, target })),
+        None => Err(format!("the runtime {} takes no kernels as text", client.name())),
+    }
+}
+
+struct Gpu {
+    client: Client,
+    target: Target,
+}
+
+impl GpuDevice for Gpu {
+    fn name(&self) -> String {
+        format!("{} ({})", self.client.properties().identity.name, self.client.name())
+    }
+
+    fn target(&self) -> Target {
+        self.target
+    }
+
+    fn lacking(&self, kernel: &Kernel) -> Option<String> {
+        text::lacking(&self.client, kernel.gpu()?, kernel.features())
+    }
+
+    fn run(&self, kernel: &Kernel, operands: &GpuOperands, y: &mut [f32]) -> Result<(), String> {
+        let source = kernel.gpu().ok_or("it has no text")?;
+        let (m, n, _) = operands.shape;
+        if !text::fits(&self.client, source, m, n) {
+            let [x, y, _] = source.grid(m, n);
+            return Err(format!("it takes {x} x {y} workgroups, more than the device can launch"));
+        }
+        let run = || {
+            let create = |bytes: &[u8]| self.client.create_from_slice(bytes);
+            let buffers = Buffers {
+                weights: create(bytemuck::cast_slice(&operands.weights)),
+                scale: create(bytemuck::bytes_of(&operands.scale)),
+                x: create(bytemuck::cast_slice(&operands.x)),
+                rows: create(bytemuck::cast_slice(&operands.rows)),
+                params: create(bytemuck::cast_slice(&operands.params)),
+                y: create(bytemuck::cast_slice(y)),
+            };
+            text::launch(&self.client, source, (m, n), buffers.clone());
+            let read =
+                |handle: &Handle| self.client.read_one(handle.clone()).map_err(|error| words_of(&error));
+            let output = read(&buffers.y)?;
+            for (what, handle, bytes) in [
+                ("the weights", &buffers.weights, bytemuck::cast_slice::<_, u8>(&operands.weights)),
+                ("the weights' scale", &buffers.scale, bytemuck::bytes_of(&operands.scale)),
+                ("the activations", &buffers.x, bytemuck::cast_slice(&operands.x)),
+                ("the rows", &buffers.rows, bytemuck::cast_slice(&operands.rows)),
+                ("the parameters", &buffers.params, bytemuck::cast_slice(&operands.params)),
+            ] {
+                if read(handle)?.get(..bytes.len()) != Some(bytes) {
+                    return Err(format!("it wrote into {what}, an input"));
+                }
+            }
+            Ok(output)
+        };
+        let output =
+            catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err("the device panicked".into()))?;
+        for (value, bytes) in y.iter_mut().zip(output.chunks_exact(4)) {
+            *value = f32::from_ne_bytes(bytes.try_into().expect("4 bytes"));
+        }
+        Ok(())
+    }
+}

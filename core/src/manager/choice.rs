@@ -1,0 +1,75 @@
+//! What was chosen for the weights of one shape.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use bitnet_burn_plugin::canonical;
+
+use super::slot::Slot;
+use super::{BUCKETS, Entry, Job, Packed, bucket, execute};
+
+/// Which kernels multiply by the weights of one shape, and in which layout the weights are kept.
+#[derive(Debug)]
+pub struct Choice {
+    pub(super) n: usize,
+    pub(super) k: usize,
+    /// The private layout, with a kernel that packs it; `None` for canonical weights in place.
+    pub(super) packer: Option<Arc<Entry>>,
+    weight_bytes: usize,
+    slots: [Slot; BUCKETS.len()],
+    /// Weights whose packing nobody may read any more, packed anew, by the checksum of what they are. They
+    /// live as long as the weights' users, which hold this choice.
+    pub(super) repacked: Mutex<HashMap<u64, Arc<Repacked>>>,
+}
+
+/// Weights that were packed anew.
+#[derive(Debug)]
+pub(super) struct Repacked {
+    pub choice: Arc<Choice>,
+    /// The canonical bytes, where the choice reads those.
+    pub canonical: Vec<u8>,
+    pub packed: Packed,
+}
+
+impl Repacked {
+    pub fn job<'a>(&'a self, of: &Job<'a>) -> Job<'a> {
+        let weights = match &self.packed {
+            Packed::Canonical => &self.canonical,
+            Packed::Private(buffer) => buffer.as_slice(),
+        };
+        Job { choice: &self.choice, weights, ..*of }
+    }
+}
+
+impl Choice {
+    pub(super) fn new(n: usize, k: usize, packer: Option<Arc<Entry>>) -> Self {
+        let weight_bytes = match &packer {
+            Some(entry) => execute::stored_bytes(entry, n, k).expect("a candidate can pack the shape"),
+            None => n * canonical::row_bytes(k),
+        };
+        Self { n, k, packer, weight_bytes, slots: Default::default(), repacked: Mutex::default() }
+    }
+
+    /// Output and input features.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.n, self.k)
+    }
+
+    /// Private layout (`plugin/layout`) that the weights are packed in, or `None` for canonical.
+    pub fn layout(&self) -> Option<&str> {
+        self.packer.as_ref().and_then(|entry| entry.kernel.layout())
+    }
+
+    /// Bytes of the weights in the chosen layout, with what the manager keeps behind them.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight_bytes
+    }
+
+    pub(super) fn slot(&self, m: usize) -> &Slot {
+        &self.slots[bucket(m)]
+    }
+
+    pub(super) fn slots(&self) -> impl Iterator<Item = (usize, &Slot)> {
+        BUCKETS.iter().map(|(_, rows)| *rows).zip(&self.slots)
+    }
+}
