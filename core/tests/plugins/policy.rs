@@ -86,7 +86,7 @@ const BROKEN: [(&str, &[&str], &str); 22] = [
     ("size", &["KERNEL_SIZE=8"], "struct_size of kernel 0 is 8"),
     ("plugin_size", &["PLUGIN_SIZE=16"], "struct_size of the plugin is 16"),
     ("huge", &["PLUGIN_SIZE=0xffffffffff"], "struct_size of the plugin is 1099511627775"),
-    ("features", &["FEATURES=\"\\xff\""], "the CPU features of kernel `plain`"),
+    ("features", &["FEATURES=\"\\xff\""], "the features of kernel `plain` are no text of at most 255 bytes"),
     ("letters", &["KERNEL_NAME=\"\""], "the name of kernel 0 is not 1 to 63 of"),
 ];
 
