@@ -12,8 +12,10 @@ use bitnet_burn_backends::{AttentionArgs, CacheType};
 use bitnet_burn_benches::Random;
 use bitnet_burn_core::memory::WeightArena;
 use burn::tensor::{Device, Tensor, TensorData};
-use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
+/// Of BitNet b1.58 2B-4T, as the heads.
+const LAYERS: usize = 30;
 const HEADS: usize = 20;
 const KV_HEADS: usize = 5;
 const HEAD_DIM: usize = 128;
@@ -53,12 +55,26 @@ fn kv_cache(criterion: &mut Criterion) {
                     );
                 },
             );
+            // Decode reads each layer's keys and values once a token: from memory, not from a cache.
+            let arena = WeightArena::default();
+            let rows =
+                TensorData::new(random.floats(KV_HEADS * context * HEAD_DIM), [context, KV_HEADS * HEAD_DIM]);
+            let rows = Tensor::<2>::from_data(rows, &device);
+            let full =
+                || cache_append(CacheLayer::zeros(cache_type, shape, &device, &arena), rows.clone(), 0);
+            let layers: Vec<_> = (0..LAYERS).map(|_| (full(), full())).collect();
+            let mut layer = layers.iter().cycle();
             let args = AttentionArgs { n_heads: HEADS, n_kv_heads: KV_HEADS, head_dim: HEAD_DIM, position };
-            criterion
-                .benchmark_group(format!("attention_{name}"))
-                .bench_function(BenchmarkId::from_parameter(context), |b| {
-                    b.iter(|| attention(black_box(q.clone()), cache.clone(), cache.clone(), args))
+            let mut group = criterion.benchmark_group(format!("attention_{name}"));
+            group.throughput(Throughput::Bytes(
+                (2 * KV_HEADS * context * cache_type.row_bytes(HEAD_DIM)) as u64,
+            ));
+            group.bench_function(BenchmarkId::from_parameter(context), |b| {
+                b.iter(|| {
+                    let (keys, values) = layer.next().expect("endless").clone();
+                    attention(black_box(q.clone()), keys, values, args)
                 });
+            });
         }
     }
 }

@@ -21,12 +21,18 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
 }
 
-/// An operation on every device, with the fast and with the default body: all within `tolerance` of each
-/// other, relative to the largest value.
 fn empty(cache_type: CacheType, shape: [usize; 3], device: &Device) -> CacheLayer {
     CacheLayer::zeros(cache_type, shape, device, &WeightArena::default())
 }
 
+/// The types of caches that all devices have (NdArray has no f16).
+fn common_cache_types() -> impl Iterator<Item = CacheType> {
+    let all = [CacheType::F32, CacheType::F16, CacheType::Int8];
+    all.into_iter().filter(|&t| host_devices().iter().all(|device| CacheLayer::supported(t, device)))
+}
+
+/// An operation on every device, with the fast and with the default body: all within `tolerance` of each
+/// other, relative to the largest value.
 fn agree<const D: usize>(what: &str, tolerance: f32, f: &dyn Fn(&Device) -> Tensor<D>) {
     let mut first: Option<Vec<f32>> = None;
     for fast in host_devices() {
@@ -76,11 +82,8 @@ fn attention_over_a_cache_agrees() {
         let [old_k, old_v] = [(); 2].map(|()| random.floats(position.max(1) * n_kv_heads * head_dim));
         let [k, v] = [(); 2].map(|()| random.floats(m * n_kv_heads * head_dim));
         let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position };
-        for cache_type in [CacheType::F32, CacheType::Int8, CacheType::F16] {
+        for cache_type in common_cache_types() {
             agree(&format!("attention {args:?} {cache_type:?}"), 2e-6, &|device| {
-                // NdArray has no f16.
-                let supported = CacheLayer::supported(cache_type, device);
-                let cache_type = if supported { cache_type } else { CacheType::F32 };
                 let width = n_kv_heads * head_dim;
                 let cache = |old: &[f32], new: &[f32]| {
                     let mut cache = empty(cache_type, [n_kv_heads, length + 9, head_dim], device);
@@ -92,9 +95,6 @@ fn attention_over_a_cache_agrees() {
                 let (keys, rows) = (cache(&old_k, &k), tensor(&q, [m, n_heads * head_dim], device));
                 ops::attention(rows, keys, cache(&old_v, &v), args)
             });
-            if !host_devices().iter().all(|device| device.supports_dtype(DType::F16)) {
-                break; // the two devices hold different caches
-            }
         }
     }
 }
@@ -102,7 +102,7 @@ fn attention_over_a_cache_agrees() {
 #[test]
 fn a_cache_holds_the_same_whichever_body_wrote_it() {
     let rows = Random(3).floats(4 * 6);
-    for cache_type in [CacheType::F32, CacheType::Int8] {
+    for cache_type in common_cache_types() {
         let written = |device: &Device| {
             let cache = empty(cache_type, [2, 9, 3], device);
             let cache = ops::cache_append(cache, tensor(&rows[..6], [1, 6], device), 8);

@@ -240,7 +240,7 @@ trait Cache: Copy + Send + Sync {
     type Row: Elements;
     /// The row `kv head * capacity + position`.
     fn row(self, row: usize, head_dim: usize) -> Self::Row;
-    /// Prefetches the elements `from..to` of that row, if there is one.
+    /// Prefetches the elements `from..to`, counted from that row's first; there need not be any.
     fn ahead<I: Isa>(self, isa: I, row: usize, head_dim: usize, from: usize, to: usize);
 }
 
@@ -332,7 +332,7 @@ impl<'a> Cache for Int8<'a, &'a [f32]> {
     #[inline(always)]
     fn ahead<I: Isa>(self, isa: I, row: usize, head_dim: usize, from: usize, to: usize) {
         prefetch(isa, self.codes, row * head_dim + from, to - from);
-        prefetch(isa, self.scale, row, 1);
+        prefetch(isa, self.scale, row + from / head_dim, 1);
     }
 }
 
@@ -882,7 +882,8 @@ fn softmax<I: Isa>(isa: I, scores: &mut [f32], count: usize) -> (f32, f32) {
 }
 
 /// Adds each query's weighted values, of the rows from `start` on, to its sums: of query i,
-/// `sums[i * stride..]`, a whole number of vectors. With each row, one of `next` is asked for.
+/// `sums[i * stride..]`, a whole number of vectors. Meanwhile as many rows of `next` are asked for, in the order
+/// in which they lie, which is what the hardware's own prefetching goes by.
 #[allow(clippy::too_many_arguments)]
 #[inline(always)]
 fn weigh<I: Isa, V: Cache, const Q: usize>(
@@ -935,7 +936,8 @@ fn weigh_by<I: Isa, V: Cache, const Q: usize, const D: usize>(
     let p = p.map(|p| &p[..count]);
     for i in 0..count {
         if let Some((next, row)) = next {
-            next.ahead(isa, row + i, head_dim, at, at + D * LANES);
+            let from = at * count + i * D * LANES;
+            next.ahead(isa, row, head_dim, from, from + D * LANES);
         }
         let value = values.row(start + i, head_dim);
         let mut v = [isa.splat(0.0); D];
@@ -1117,23 +1119,85 @@ mod tests {
         }
     }
 
+    /// A cache and the f32 cache of its values give the same bits, by one call, by threads and in chunks.
+    fn same_as_its_values(case: &Case, k: CacheRef, v: CacheRef, what: &str) {
+        let positions = case.shape.capacity - 9;
+        let pools = [1, 3].map(|threads| Pool::new(threads).unwrap());
+        let want = bits(&case.run(Level::best(), 0..positions, &pools[0]));
+        for level in Level::available() {
+            assert!(bits(&case.run_with(level, 0..positions, &pools[1], k, v)) == want, "{what}, {level:?}");
+            for (pool, chunk) in pools.iter().zip([1, 7]) {
+                let by_chunks: Vec<f32> = (0..positions)
+                    .step_by(chunk)
+                    .flat_map(|from| case.run_with(level, from..(from + chunk).min(positions), pool, k, v))
+                    .collect();
+                assert!(bits(&by_chunks) == want, "{what}, {level:?}, chunks of {chunk}");
+            }
+        }
+    }
+
     #[test]
     fn half_precision_is_the_same_computation_on_rounded_values() {
-        let pool = Pool::new(2).unwrap();
         for (i, (heads, kv_heads, head_dim, positions)) in SHAPES.into_iter().enumerate() {
             let mut case = Case::new(i as u64 + 90, heads, kv_heads, head_dim, positions);
             let round = |v: &[f32]| v.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>();
             let (k, v) = (round(&case.k), round(&case.v));
             case.k = k.iter().map(|k| k.to_f32()).collect();
             case.v = v.iter().map(|v| v.to_f32()).collect();
-            let want = bits(&case.run(Level::best(), 0..positions, &pool));
             let (k, v) = (CacheRef::F16(&k), CacheRef::F16(&v));
-            for level in Level::available() {
-                assert!(bits(&case.run_with(level, 0..positions, &pool, k, v)) == want, "{level:?}");
-                let last = case.run_with(level, positions - 1..positions, &pool, k, v);
-                assert!(bits(&last) == want[want.len() - last.len()..], "{level:?}");
-            }
+            same_as_its_values(&case, k, v, &format!("f16, {heads}x{head_dim}"));
         }
+    }
+
+    #[test]
+    fn int8_is_the_same_computation_on_codes_times_scales() {
+        for (i, (heads, kv_heads, head_dim, positions)) in SHAPES.into_iter().enumerate() {
+            let mut case = Case::new(i as u64 + 130, heads, kv_heads, head_dim, positions);
+            // Quantises the cache in place; what no position holds stays NaN.
+            let shape = case.shape;
+            let quantise = |values: &mut [f32]| {
+                let mut codes = vec![77; values.len()];
+                let mut scale = vec![f32::NAN; values.len() / head_dim];
+                for position in 0..positions {
+                    let heads = (0..kv_heads).map(|h| (h * shape.capacity + position) * head_dim);
+                    let x: Vec<f32> = heads.flat_map(|at| values[at..at + head_dim].to_vec()).collect();
+                    let cache = CacheMut::Int8 { codes: &mut codes, scale: &mut scale };
+                    append(cache, shape, position, 1, &x, x.len());
+                }
+                for ((value, &code), row) in values.iter_mut().zip(&codes).zip(0..) {
+                    *value = f32::from(code) * scale[row / head_dim];
+                }
+                (codes, scale)
+            };
+            let ((k, k_scale), (v, v_scale)) = (quantise(&mut case.k), quantise(&mut case.v));
+            let k = CacheRef::Int8 { codes: &k, scale: &k_scale };
+            let v = CacheRef::Int8 { codes: &v, scale: &v_scale };
+            same_as_its_values(&case, k, v, &format!("int8, {heads}x{head_dim}"));
+        }
+    }
+
+    #[test]
+    fn appending_int8_keeps_a_scale_for_each_position_and_head() {
+        let shape = Shape { n_heads: 2, n_kv_heads: 2, head_dim: 3, capacity: 4, scale: 1.0 };
+        // [row][head][element]: of an absmax of 127 and of 254, of zeros, and with a value that is no number.
+        let x = [127.0, -3.5, 2.5, 254.0, -127.0, 1.0, 0.0, 0.0, 0.0, f32::INFINITY, 1.0, 2.0];
+        let (mut codes, mut scale) = ([9i8; 24], [9.0; 8]);
+        append(CacheMut::Int8 { codes: &mut codes, scale: &mut scale }, shape, 1, 2, &x, 6);
+        // Ties go to the even code; zeros have the smallest scale.
+        assert_eq!(codes[..12], [9, 9, 9, 127, -4, 2, 0, 0, 0, 9, 9, 9]);
+        assert_eq!(codes[12..18], [9, 9, 9, 127, -64, 0]);
+        assert_eq!(codes[21..], [9, 9, 9]);
+        assert_eq!((scale[..2].to_vec(), scale[3..6].to_vec()), (vec![9.0, 1.0], vec![9.0, 9.0, 2.0]));
+        assert_eq!((scale[2], scale[7]), (1e-5 / 127.0, 9.0));
+        assert!(scale[6].is_nan());
+    }
+
+    #[test]
+    #[should_panic = "of different types"]
+    fn keys_and_values_are_of_one_type() {
+        let case = Case::new(1, 2, 1, 16, 3);
+        let v = vec![f16::ZERO; case.v.len()];
+        case.run_with(Level::best(), 0..3, &Pool::new(1).unwrap(), CacheRef::F32(&case.k), CacheRef::F16(&v));
     }
 
     #[test]

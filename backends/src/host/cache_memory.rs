@@ -1,7 +1,7 @@
 //! Memory of KV caches: aligned, in huge pages, and zero without being written to.
 //!
-//! Decoding reads all of a cache for every token. In 4 KiB pages that took a third longer than in huge ones, and
-//! vectors that begin 16 bytes into a cache line, as an allocator's do, cost two lines a load.
+//! Decoding reads all of a cache for every token. In pages of 4 KiB walking the page tables costs a good part of
+//! that, and vectors that begin 16 bytes into a cache line, as an allocator's do, take two lines a load.
 
 use std::mem::MaybeUninit;
 
@@ -25,8 +25,9 @@ pub(crate) fn zeros(arena: &WeightArena, size: usize) -> std::io::Result<Bytes> 
 }
 
 impl AllocationController for CacheMemory {
+    /// What a copy has to have, of which `Bytes` allows 16 at most.
     fn alloc_align(&self) -> usize {
-        ALIGNMENT
+        align_of::<u128>()
     }
 
     fn property(&self) -> AllocationProperty {

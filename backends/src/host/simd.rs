@@ -66,7 +66,8 @@ pub(crate) trait Isa: Copy + Send + Sync {
     /// `a * b + c` of single values, rounded once.
     fn fma1(self, a: f32, b: f32, c: f32) -> f32;
 
-    /// Asks for the cache line at `p` (any address is allowed).
+    /// Asks for the cache line at `p` (any address is allowed), for the second-level cache: what lies behind the
+    /// loop's next steps would only push their data out of the first.
     fn prefetch(self, p: *const u8);
 
     /// Up to sixteen values, zeros in the lanes behind them.
@@ -366,7 +367,7 @@ pub(crate) mod x86 {
     #[inline(always)]
     pub(super) fn prefetch(p: *const u8) {
         // SAFETY: SSE is part of x86-64, and prefetching is a hint that touches no memory and never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 
     impl Isa for Avx512 {
