@@ -332,7 +332,8 @@ impl<'a> Cache for Int8<'a, &'a [f32]> {
     #[inline(always)]
     fn ahead<I: Isa>(self, isa: I, row: usize, head_dim: usize, from: usize, to: usize) {
         prefetch(isa, self.codes, row * head_dim + from, to - from);
-        prefetch(isa, self.scale, row + from / head_dim, 1);
+        // The scales are few, and lie one behind the other.
+        prefetch(isa, self.scale, row, 1);
     }
 }
 
