@@ -70,11 +70,18 @@ pub fn gate_child(arguments: impl Iterator<Item = OsString>) -> i32 {
     return gate::child(arguments);
 }
 
+/// The GPU that kernels run on in this build.
+#[cfg(feature = "wgpu")]
+const GPU: Option<fn() -> String> =
+    Some(|| crate::gpu::open_gpu().map_or_else(|error| error, |gpu| gpu.name()));
+#[cfg(not(feature = "wgpu"))]
+const GPU: Option<fn() -> String> = None;
+
 fn with_plugins(
     mut config: ManagerConfig,
     named: &[PathBuf],
 ) -> Result<(KernelManager, Vec<PluginError>), SetupError> {
-    config.plugins.gpu |= cfg!(feature = "wgpu");
+    config.plugins.gpu = config.plugins.gpu.or(GPU);
     let (files, mut refused) = config.plugins.find(named);
     let strict = config.strict.gated_plugins;
     let manager = with_built_in_kernels(config)?;

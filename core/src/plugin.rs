@@ -1,9 +1,10 @@
 //! The host's side of the plugin ABI: loads a library, and believes nothing that its descriptor says
 //! before it was checked.
 
+use std::collections::HashMap;
 use std::ffi::{CStr, c_char};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use bitnet_burn_plugin::abi::{
     self, ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, EntryFn, Gpu as RawGpu, KERNEL_SIZE_1_0, Kernel as RawKernel,
@@ -370,6 +371,7 @@ impl Plugin {
                 gpu: declared.gpu.clone(),
                 plugin: self.clone(),
                 raw: declared.raw,
+                sizes: Mutex::default(),
             })
             .collect()
     }
@@ -398,8 +400,10 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, 
     if size < KERNEL_SIZE_1_0 as u64 || size > 1 << 16 {
         return Err(format!("struct_size of kernel {i} is {size}, ABI {ABI_MAJOR}.0 has {KERNEL_SIZE_1_0}"));
     }
+    // Half of a later version's fields are none.
+    let size = if size < size_of::<RawKernel>() as u64 { KERNEL_SIZE_1_0 as u64 } else { size };
     // SAFETY: it says that it has so many bytes; null pointers, absent functions and zeros are valid.
-    let kernel = unsafe { known_fields(pointer, size) };
+    let mut kernel = unsafe { known_fields(pointer, size) };
     let name = name(kernel.name, &format!("the name of kernel {i}"))?;
     let layout = match kernel.layout.is_null() {
         true => None,
@@ -408,6 +412,10 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, 
     if layout.is_some() && (kernel.packed_size.is_none() || kernel.pack.is_none() || kernel.unpack.is_none())
     {
         return Err(format!("kernel `{name}` has a private layout but not packed_size, pack and unpack"));
+    }
+    if layout.is_none() {
+        // Canonical weights have their own size.
+        kernel.packed_size = None;
     }
     let features = match kernel.features.is_null() {
         true => String::new(),
@@ -531,7 +539,7 @@ pub(crate) fn max_workspace(m: usize, stride: usize) -> usize {
 }
 
 /// A kernel of a checked plugin, callable without `unsafe`.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Kernel {
     id: String,
     layout: Option<String>,
@@ -539,6 +547,8 @@ pub struct Kernel {
     gpu: Option<Arc<GpuSource>>,
     plugin: Arc<Plugin>,
     raw: RawKernel,
+    /// What it has said of the size of its packing, by [n, k].
+    sizes: Mutex<HashMap<(usize, usize), Option<usize>>>,
 }
 
 /// A status other than OK, with the kernel's message; or OK, where the host found the result wrong.
@@ -597,11 +607,6 @@ impl Kernel {
         &self.id
     }
 
-    /// The descriptor; its address identifies the kernel.
-    pub(crate) fn raw(&self) -> &RawKernel {
-        &self.raw
-    }
-
     /// Where it runs.
     pub fn target(&self) -> Target {
         match self.raw.target {
@@ -655,16 +660,18 @@ impl Kernel {
     /// Bytes of its packing of an [n, k] matrix, of the canonical layout if it has none of its own;
     /// `None` if it can't pack it.
     pub fn weight_bytes(&self, n: usize, k: usize) -> Option<usize> {
-        match self.raw.packed_size {
-            None => bitnet_burn_plugin::canonical::matrix_bytes(n, k),
-            // SAFETY: takes two numbers (ABI).
-            Some(packed_size) => match unsafe { packed_size(n as u64, k as u64) } {
-                0 => None,
-                // More than 16 bits a weight, plus padding, is no packing but a mistake.
-                size if size > (n as u64 + 4096) * (k as u64 + 4096) * 2 => None,
-                size => usize::try_from(size).ok(),
-            },
-        }
+        let Some(packed_size) = self.raw.packed_size else {
+            return bitnet_burn_plugin::canonical::matrix_bytes(n, k);
+        };
+        // Asked once: buffers are sized, filled and read by the same answer.
+        let mut sizes = self.sizes.lock().unwrap_or_else(|e| e.into_inner());
+        // SAFETY: takes two numbers (ABI).
+        *sizes.entry((n, k)).or_insert_with(|| match unsafe { packed_size(n as u64, k as u64) } {
+            0 => None,
+            // More than 16 bits a weight, plus padding, is no packing but a mistake.
+            size if size > (n as u64 + 4096) * (k as u64 + 4096) * 2 => None,
+            size => usize::try_from(size).ok(),
+        })
     }
 
     /// Packs rows `rows` of a canonical matrix. Concurrent calls take disjoint ranges that begin at

@@ -44,9 +44,9 @@ pub struct PluginConfig {
     pub helper: Option<PathBuf>,
     /// How long one case of the gate may take, before the plugin counts as hanging.
     pub patience: Duration,
-    /// Whether the helper has a GPU runtime. Kernels for GPUs that a helper without one did not try are tried again
-    /// then, whatever verdict there is.
-    pub gpu: bool,
+    /// Says which GPU kernels for GPUs would run on, or why none, in the helper's words. A verdict on them that was
+    /// found on another one is none. Without, whatever verdict there is holds.
+    pub gpu: Option<fn() -> String>,
 }
 
 impl Default for PluginConfig {
@@ -58,7 +58,7 @@ impl Default for PluginConfig {
             pins: None,
             helper: None,
             patience: Duration::from_secs(10),
-            gpu: false,
+            gpu: None,
         }
     }
 }

@@ -465,8 +465,8 @@ impl Roof {
     }
 }
 
-/// Rounds of products of a tenth of a millisecond or so.
-const ROUNDS: u32 = 50_000;
+/// Rounds of products of 20 to 200 microseconds.
+const ROUNDS: u32 = 10_000;
 
 /// How often a nanosecond the pool does such a task, by what the quick tenth of them took: tasks are much
 /// shorter than the turns that the system gives to programs, so that those of other programs are left out.

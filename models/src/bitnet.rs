@@ -259,13 +259,16 @@ impl BitNet {
     /// Those of a GGUF file of type I2_S are in the memory map, and need no other memory; what the file has
     /// in another form takes as much as its packing did. Results stay the same, bit for bit.
     ///
-    /// The number of bytes of the packings.
+    /// The number of bytes of the packings: 0 with a forced kernel, which stays with its own.
     ///
     /// # Errors
     /// If a tensor can't be read any more, or a kernel refuses. Layers before it have changed then, and the
     /// model is whole.
     pub fn release_packings(&mut self, checkpoint: &Checkpoint) -> Result<usize, ModelError> {
         let mut released = 0;
+        if manager().config().force.is_some() {
+            return Ok(0);
+        }
         for (i, block) in self.blocks.iter_mut().enumerate() {
             for (which, layer) in Projection::ALL.into_iter().zip(block.projections_mut()) {
                 let Some(matrix) = layer.matrix() else { continue };

@@ -8,9 +8,8 @@
 //!   the buffer, too, whatever the system says of its size. Weights of less than [`SMALLEST`] have no bound: the
 //!   nearest caches feed a kernel's wide loads faster than a plain loop's.
 //! * **Prefill.** A token is multiplied by every ternary weight, so that tokens a second times weights is at most
-//!   what the registers multiply. Kernels of plugins may know other instructions, so this holds for built-in ones
-//!   alone. (Of those, look-up kernels don't multiply; what one instruction looks up is worth less than twice as
-//!   many products.)
+//!   what the registers multiply, with the widest instruction that built-in kernels use. Kernels of plugins may know
+//!   other ones, so this holds for built-in kernels alone.
 //!
 //! Both are taken from many short pieces of work, of which the quick ones count, so that other programs' turns
 //! don't lower the bound; what else differs from moment to moment (clock rates, the memory's other users) is what

@@ -481,7 +481,11 @@ impl Receipt {
         let compare = |(name, origin, sha256): (&str, &str, &str)| {
             let what = format!("plugin {name}");
             let mut found = Vec::new();
-            for path in at_hand.iter().map(PathBuf::as_path).chain([Path::new(origin)]) {
+            // A receipt is a stranger's: it may have this program read a library, and nothing else.
+            let named = Some(Path::new(origin)).filter(|path| {
+                path.extension().is_some_and(|extension| extension == std::env::consts::DLL_EXTENSION)
+            });
+            for path in at_hand.iter().map(PathBuf::as_path).chain(named) {
                 match sha256_of_file(path) {
                     Ok((_, hash)) if hash == sha256 => return Check::agrees(what),
                     Ok((_, hash)) => found.push(format!("{} with sha256 {hash}", path.display())),

@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bitnet_burn_core::manager::{Fallback, KernelReport, ManagerReport, REFERENCE, Strict};
+use bitnet_burn_core::manager::{Event, Fallback, KernelReport, ManagerReport, REFERENCE, Strict};
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
@@ -94,6 +94,9 @@ pub struct Execution {
     pub reference_calls: u64,
     /// Kernels that failed, and what took over.
     pub fallbacks: Vec<Fallback>,
+    /// What else happened to kernels: demotions, races, quarantine, short memory ...
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub events: Vec<Event>,
     /// Where the choice of kernels comes from.
     pub tuning: Tuning,
     /// Plugins and kernels of plugins that were refused, with the reason.
@@ -120,6 +123,7 @@ impl Execution {
             kernels: after.used_since(before),
             reference_calls: after.reference_calls - before.reference_calls,
             fallbacks: after.fallbacks.iter().filter_map(since).collect(),
+            events: after.events_since(before),
             tuning: Tuning {
                 measured: after.tuned - before.tuned,
                 from_cache: after.cached - before.cached,
@@ -300,6 +304,13 @@ impl fmt::Display for Execution {
                 label,
                 format_args!("{kernel} -> {replacement}, {count} x, [{m}, {k}] x [{n}, {k}]ᵀ: {reason}"),
             )?;
+            label = "";
+        }
+        let mut label = "events";
+        for Event { kind, kernel, shape, reason, count } in &self.events {
+            let kernel = kernel.as_ref().map_or(String::new(), |kernel| format!("{kernel} "));
+            let shape = shape.map_or(String::new(), |(m, n, k)| format!(", [{m}, {k}] x [{n}, {k}]ᵀ"));
+            line(f, label, format_args!("{kernel}{kind}, {count} x{shape}: {reason}"))?;
             label = "";
         }
         let mut label = "refused";

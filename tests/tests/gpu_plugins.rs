@@ -126,13 +126,14 @@ fn texts_that_are_wrong_are_refused_with_the_reason() {
 fn a_text_that_hangs_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let mut config = config(&dir.path().join("cache"));
-    config.plugins.patience = Duration::from_secs(15);
-    // Mesa ends a loop after 65535 turns.
-    let text = "TEXT=while (p[1] == 7u) { while (p[1] == 7u) { while (p[1] == 7u) { rows[m].sum += 1; } } }";
+    config.plugins.patience = Duration::from_secs(4);
+    // Mesa ends all loops of a shader after 65535 turns in all, and these take long.
+    let turn = "sum = (sum << 1u) ^ (sum >> 3u);".repeat(3000);
+    let text = format!("TEXT=for (var i = 0u; p[0] >= 33u && i < 65000u; i++) {{ {turn} }}");
     let report =
-        KernelManager::new(config).unwrap().verify_plugin(&build(dir.path(), "hangs", &[text])).unwrap();
+        KernelManager::new(config).unwrap().verify_plugin(&build(dir.path(), "hangs", &[&text])).unwrap();
     let refusal = report.refusal.expect("it hangs").to_string();
-    assert!(refusal.contains("[1, 31] x [7, 31]ᵀ") && refusal.contains("it hangs"), "{refusal}");
+    assert!(refusal.contains("it hangs"), "{refusal}");
 }
 
 #[test]

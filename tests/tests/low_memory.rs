@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bitnet_burn::backends::manager;
 use bitnet_burn::bitnet::{BitNet, LoadOptions};
-use bitnet_burn::checkpoint::Checkpoint;
-use bitnet_burn::core::manager::{EventKind, Machine, ManagerConfig, Memory, Probe};
+use bitnet_burn::checkpoint::{Checkpoint, Projection};
+use bitnet_burn::core::manager::{EventKind, LayoutPolicy, Machine, ManagerConfig, Memory, Probe};
 use bitnet_burn::nn::CacheType;
 use bitnet_burn_tests::*;
 use burn::tensor::Device;
@@ -28,20 +28,42 @@ impl Probe for Short {
     }
 }
 
+/// Measurements after which a kernel with a packing of its own, which every machine has, is the fastest for all
+/// shapes.
+fn prefer_packing(config: &ManagerConfig, checkpoint: &Checkpoint) {
+    let config = ManagerConfig { probe: Arc::new(Machine), ..config.clone() };
+    let manager = manager::with_built_in_kernels(config).unwrap();
+    for which in Projection::ALL {
+        let matrix = checkpoint.projection(0, which).unwrap();
+        let choice = manager.choose(matrix.n, matrix.k, LayoutPolicy::Any).unwrap();
+        manager.warm_up(&choice, 64);
+    }
+    let file = manager.report().cache_file.unwrap();
+    let mut cache: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    for measurement in
+        cache["measurements"].as_object_mut().unwrap().values_mut().flat_map(|m| m.as_array_mut().unwrap())
+    {
+        let name = measurement["kernel"].as_str().unwrap();
+        let time = if name.ends_with("/t2-scalar") { 1000 } else { 9000 };
+        (measurement["median_ns"], measurement["min_ns"]) = (time.into(), time.into());
+    }
+    std::fs::write(file, cache.to_string()).unwrap();
+}
+
 #[test]
 fn packings_are_dropped_and_results_stay() {
     let probe = Arc::new(Short::default());
+    let path = repository_golden().join("gguf/tiny_a-i2_s.gguf");
+    let checkpoint = Checkpoint::open(&path, &Default::default()).unwrap();
+    let cache = tempfile::tempdir().unwrap();
     let config = ManagerConfig {
         threads: 2,
-        tune_budget: Duration::ZERO,
-        // A kernel with a packing of its own, on every machine.
-        force: Some("t2-scalar".into()),
+        cache_dir: Some(cache.path().into()),
         probe: probe.clone(),
         ..ManagerConfig::default()
     };
+    prefer_packing(&config, &checkpoint);
     let (manager, _) = manager::configure(config, &[]).unwrap();
-    let path = repository_golden().join("gguf/tiny_a-i2_s.gguf");
-    let checkpoint = Checkpoint::open(&path, &Default::default()).unwrap();
     let load = || {
         let device = Device::flex();
         BitNet::from_checkpoint(&checkpoint, &device, &LoadOptions::default(), &mut |_| {}).unwrap()
@@ -56,6 +78,7 @@ fn packings_are_dropped_and_results_stay() {
     assert!(manager.memory_is_low());
     assert!(model.release_packings(&checkpoint).unwrap() > 0);
     assert_same_bits(&all_logits(&model, &ids, 3, CacheType::F32), &before, "without packings");
+    assert_eq!(manager.report().reference_calls, 0, "other kernels read canonical weights");
     assert_eq!(model.release_packings(&checkpoint).unwrap(), 0, "nothing is left to drop");
     // A model that is loaded now makes none.
     let mut another = load();

@@ -11,6 +11,7 @@ use bitnet_burn::checkpoint::Checkpoint;
 use bitnet_burn::core::manager::{ManagerConfig, Status};
 use bitnet_burn::core::store::PluginConfig;
 use bitnet_burn::nn::CacheType;
+use bitnet_burn::report::Execution;
 use bitnet_burn_tests::*;
 use burn::tensor::Device;
 
@@ -76,6 +77,7 @@ fn a_model_runs_on_with_the_kernels_that_are_left() {
     let model = BitNet::from_checkpoint(&checkpoint, &device, &LoadOptions::default(), &mut |_| {}).unwrap();
     let goldens = read_goldens(&model_dir.join("goldens.safetensors"));
     let ids = goldens["seq16.input_ids"].ids();
+    let before = manager.report();
     let logits = all_logits(&model, &ids, 6, CacheType::F32);
     assert!(max_difference(&logits, &goldens["seq16.logits"].values) < 1e-3);
     let report = manager.report();
@@ -85,6 +87,11 @@ fn a_model_runs_on_with_the_kernels_that_are_left() {
     assert_eq!(status("good/plain"), Some((Status::Ready, 0)));
     let Some((Status::Quarantined(reason), _)) = status("later/plain") else { panic!("{report:?}") };
     assert!(reason.contains("kernel later/plain, [6, "), "{reason}");
+    // A program's report tells, too.
+    let execution = Execution::between("flex", &before, &report);
+    assert!(execution.to_string().contains("later/plain quarantined, 1 x: "), "{execution}");
+    assert!(execution.to_string().contains("later/plain -> reference"), "{execution}");
+    assert!(Execution::between("flex", &report, &report).events.is_empty());
     // Forced alone, it leaves nothing but the reference.
     assert!(report.reference_calls > 0);
     assert!(report.fallbacks.iter().all(|f| f.kernel == "later/plain" && f.replacement == "reference"));

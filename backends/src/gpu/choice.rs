@@ -100,7 +100,7 @@ pub(crate) fn prepare(
     weights: &[u8],
 ) -> Result<Option<(GpuMatrix, Packed)>, ManagerError> {
     loop {
-        let Some(choice) = choose(manager, device, n, k)? else { return Ok(None) };
+        let Some(choice) = choose(manager, device, n, k) else { return Ok(None) };
         let packed = match &choice.packer {
             None => Packed::Canonical,
             Some(packer) => match manager.pack_for_gpu(packer, n, k, weights) {
@@ -119,21 +119,16 @@ type Choices = HashMap<(usize, CubeDevice, usize, usize), Arc<GpuChoice>>;
 
 static CHOICES: Mutex<Option<Choices>> = Mutex::new(None);
 
-fn choose(
-    manager: &KernelManager,
-    device: &CubeDevice,
-    n: usize,
-    k: usize,
-) -> Result<Option<Arc<GpuChoice>>, ManagerError> {
+fn choose(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> Option<Arc<GpuChoice>> {
     let key = (std::ptr::from_ref(manager) as usize, device.clone(), n, k);
     if let Some(choice) = lock(&CHOICES).get_or_insert_default().get(&key)
         && choice.packer.as_ref().is_none_or(GpuKernel::ready)
     {
-        return Ok(Some(choice.clone()));
+        return Some(choice.clone());
     }
-    let Some(choice) = decide(manager, device, n, k)?.map(Arc::new) else { return Ok(None) };
+    let choice = Arc::new(decide(manager, device, n, k)?);
     lock(&CHOICES).get_or_insert_default().insert(key, choice.clone());
-    Ok(Some(choice))
+    Some(choice)
 }
 
 /// The kernels that can compute m rows of [n, k] on the device.
@@ -151,15 +146,10 @@ fn kernels(manager: &KernelManager, device: &CubeDevice, m: usize, n: usize, k: 
 }
 
 /// Which layout: by decode speed, then prefill speed, then memory. `None` if the default body is the fastest for both.
-fn decide(
-    manager: &KernelManager,
-    device: &CubeDevice,
-    n: usize,
-    k: usize,
-) -> Result<Option<GpuChoice>, ManagerError> {
+fn decide(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> Option<GpuChoice> {
     let kernels = kernels(manager, device, 1, n, k);
     if kernels.is_empty() || k > 1 << 23 {
-        return Ok(None);
+        return None;
     }
     let layout = |kernel: &Candidate| kernel.as_ref().and_then(|k| k.kernel().layout().map(str::to_owned));
     let packer = if manager.config().force.is_some() {
@@ -173,7 +163,7 @@ fn decide(
         if decode.0.first().is_none_or(|(kernel, _)| kernel.is_none())
             && prefill.0.first().is_none_or(|(kernel, _)| kernel.is_none())
         {
-            return Ok(None);
+            return None;
         }
         let time = |ranking: &Measured, of: &Option<String>| {
             let times = ranking.iter().filter(|(kernel, _)| layout(kernel) == *of).filter_map(|(_, ns)| *ns);
@@ -192,7 +182,7 @@ fn decide(
             kernels.into_iter().filter(|kernel| layouts.contains(&layout(&Some(kernel.clone()))));
         if layouts.contains(&None) { None } else { of_layouts.min_by_key(bytes) }
     };
-    Ok(Some(GpuChoice {
+    Some(GpuChoice {
         device: device.clone(),
         n,
         k,
@@ -200,7 +190,7 @@ fn decide(
         rankings: Default::default(),
         failed: Mutex::default(),
         seen: Mutex::default(),
-    }))
+    })
 }
 
 impl GpuChoice {
@@ -228,7 +218,10 @@ impl GpuChoice {
     /// The candidates that read the weights as they are, the fastest first.
     fn rank(&self, manager: &KernelManager, m: usize) -> Vec<Candidate> {
         let layout = self.packer.as_ref().and_then(|packer| packer.kernel().layout());
-        let reads = |kernel: &GpuKernel| kernel.kernel().layout() == layout;
+        let reads = |kernel: &GpuKernel| {
+            kernel.kernel().layout() == layout
+                && kernel.weight_bytes(self.n, self.k) == Some(self.weight_bytes())
+        };
         if manager.config().force.is_some() {
             let forced = kernels(manager, &self.device, m, self.n, self.k);
             return forced.into_iter().filter(reads).map(Some).collect();

@@ -47,7 +47,7 @@ fn quantise_rows(x: &[f32], words: &mut [u32], rows: &mut [u32], params: &[u32])
     largest[unit as usize] = a;
     odd[unit as usize] = not_finite;
     sync_cube();
-    let mut half = THREADS / 2;
+    let mut half = CUBE_DIM_X / 2;
     while half > 0 {
         if unit < half {
             largest[unit as usize] = largest[unit as usize].max(largest[(unit + half) as usize]);
@@ -78,7 +78,7 @@ fn quantise_rows(x: &[f32], words: &mut [u32], rows: &mut [u32], params: &[u32])
     }
     sums[unit as usize] = sum;
     sync_cube();
-    let mut half = THREADS / 2;
+    let mut half = CUBE_DIM_X / 2;
     while half > 0 {
         if unit < half {
             sums[unit as usize] += sums[(unit + half) as usize];
@@ -87,11 +87,7 @@ fn quantise_rows(x: &[f32], words: &mut [u32], rows: &mut [u32], params: &[u32])
         half /= 2;
     }
     if unit == 0 {
-        let mut scale = u32::reinterpret(a / 127.0f32);
-        if !finite {
-            scale = 0x7fc0_0000u32;
-        }
-        rows[(row * 2) as usize] = scale;
+        rows[(row * 2) as usize] = select(finite, u32::reinterpret(a / 127.0f32), 0x7fc0_0000u32);
         rows[(row * 2 + 1) as usize] = u32::reinterpret(sums[0]);
     }
 }

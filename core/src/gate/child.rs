@@ -112,6 +112,8 @@ fn try_plugin(
     // A driver starts threads, which from here on are nobody's fault.
     out.say(&Event::Trying { what: "opening the GPU".into() });
     let device = open();
+    let words = device.as_ref().map_or_else(Clone::clone, |device| device.name());
+    out.say(&Event::Gpu { words });
     for kernel in others {
         let id = kernel.id();
         let device = match &device {

@@ -29,7 +29,7 @@ use std::io::{BufRead as _, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use bitnet_burn_plugin::abi::{ABI_MAJOR, ABI_MINOR};
 use serde::{Deserialize, Serialize};
@@ -66,6 +66,8 @@ enum Event {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         device: Option<String>,
     },
+    /// The GPU that the others are tried on, or why there is none.
+    Gpu { words: String },
     /// A kernel that this machine, or this helper, can't run.
     Unavailable { kernel: String, reason: String },
     /// What was tried went wrong.
@@ -90,6 +92,11 @@ pub struct Report {
     /// Name, version and ABI of the plugin, once its descriptor was read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plugin: Option<Description>,
+    /// If it has kernels for GPUs: the one that they were to be tried on, or why there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<String>,
+    /// The program that tried it: path, size and time of modification.
+    pub helper: String,
     /// Kernels that were tried, or can't be on this machine.
     pub kernels: Vec<KernelResult>,
     /// Why the plugin is refused; `None` if it passed.
@@ -105,11 +112,22 @@ impl Report {
         self.refusal.is_none()
     }
 
-    /// Whether there are kernels for GPUs that were not tried because the helper had no runtime for them.
-    pub(crate) fn lacks_gpu_runtime(&self) -> bool {
-        let lacks = |reason: &String| reason.ends_with(NO_GPU_RUNTIME);
-        self.kernels.iter().any(|kernel| kernel.unavailable.as_ref().is_some_and(lacks))
+    /// Whether kernels for GPUs were tried on another GPU than this one, or on none, where `helper` may have it.
+    pub(crate) fn is_of_another_gpu(&self, gpu: &str, helper: Option<&Path>) -> bool {
+        match self.gpu.as_deref() {
+            None => false,
+            Some(NO_GPU_RUNTIME) => helper.is_none_or(|helper| identity(helper) != self.helper),
+            Some(tried) => tried != gpu,
+        }
     }
+}
+
+/// What tells a helper from another one, and from its next build.
+fn identity(helper: &Path) -> String {
+    let known = std::fs::metadata(helper).and_then(|file| Ok((file.len(), file.modified()?)));
+    let known = known.ok().and_then(|(bytes, at)| Some((bytes, at.duration_since(UNIX_EPOCH).ok()?)));
+    let (bytes, at) = known.unwrap_or_default();
+    format!("{} ({bytes} bytes, {} ms)", helper.display(), at.as_millis())
 }
 
 /// What a plugin says of itself.
@@ -222,6 +240,8 @@ pub fn examine(
         sha256: sha256.to_owned(),
         file: origin.to_owned(),
         plugin: None,
+        gpu: None,
+        helper: identity(helper),
         kernels: Vec::new(),
         refusal: None,
         seconds: 0.0,
@@ -312,6 +332,7 @@ impl<'a> Conversation<'a> {
                         Event::Plugin { name, version, abi } => {
                             report.plugin = Some(Description { name, version, abi });
                         }
+                        Event::Gpu { words } => report.gpu = Some(words),
                         Event::Kernel { kernel, cases, device } => {
                             report.kernels.push(KernelResult { kernel, cases, device, unavailable: None });
                         }

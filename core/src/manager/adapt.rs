@@ -8,9 +8,7 @@ use std::time::Duration;
 use super::choice::Choice;
 use super::report::{Event, EventKind, Failure};
 use super::slot::Change;
-use super::{
-    Entry, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Memory, Status, bucket, lock,
-};
+use super::{Entry, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Memory, Status, lock};
 
 /// Memory is short below this fraction of all there is.
 const LOW_MEMORY: u64 = 16;
@@ -33,8 +31,8 @@ pub enum Feedback {
     /// Memory is short (or no longer): keep new weights where they are, in the canonical layout. The
     /// manager sees for itself when the machine's is; this is for limits that it does not know.
     LowMemory(bool),
-    /// A kernel did something wrong that the manager could not see. Others compute until it is tried again,
-    /// as after a failure.
+    /// A kernel of the CPU did something wrong that the manager could not see. Others compute until it is
+    /// tried again, as after a failure.
     Misbehaved {
         /// `plugin/kernel`, or `kernel`.
         kernel: String,
@@ -173,21 +171,11 @@ impl KernelManager {
                 tracing::info!(event = ?kind, kernel, m, n, k, reason, "kernels");
             }
         }
-        let place = shape.map(|(m, n, k)| (bucket(m), n, k));
+        let event = Event { kind, kernel: kernel.map(str::to_owned), shape, reason, count: 1 };
         let mut events = lock(&self.events);
-        let same = |event: &&mut Event| {
-            event.kind == kind
-                && event.kernel.as_deref() == kernel
-                && event.shape.map(|(m, n, k)| (bucket(m), n, k)) == place
-        };
-        match events.iter_mut().find(same) {
-            Some(known) => {
-                known.count += 1;
-                (known.reason, known.shape) = (reason, shape);
-            }
-            None => {
-                events.push(Event { kind, kernel: kernel.map(str::to_owned), shape, reason, count: 1 });
-            }
+        match events.iter_mut().find(|known| known.is_like(&event)) {
+            Some(known) => *known = Event { count: known.count + 1, ..event },
+            None => events.push(event),
         }
     }
 
@@ -287,9 +275,10 @@ impl KernelManager {
                 for choice in self.in_use() {
                     for (rows, slot) in choice.slots() {
                         let candidates = slot.known().map_or(&[][..], |ranking| &ranking.candidates);
-                        let rank = candidates.iter().position(|c| super::names(&c.entry.kernel, &kernel));
-                        if let Some(rank) = rank {
-                            count += usize::from(self.demote(&choice, rows, rank, reason.clone()));
+                        for (rank, candidate) in candidates.iter().enumerate() {
+                            if super::names(&candidate.entry.kernel, &kernel) {
+                                count += usize::from(self.demote(&choice, rows, rank, reason.clone()));
+                            }
                         }
                     }
                 }

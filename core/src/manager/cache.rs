@@ -5,12 +5,12 @@
 //! Who writes locks the directory, so that nobody's results get lost between reading and replacing the file.
 //! A process that waits in vain (or a system without such locks) writes nevertheless: then the last one wins,
 //! and what the other measured is measured again. A process that is killed leaves the old file, and an
-//! unfinished one that the next writer removes.
+//! unfinished one that a later writer removes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File as Handle;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +21,10 @@ use crate::files;
 const VERSION: u32 = 1;
 /// A cache file of thousands of shapes is far below this.
 const MAX_BYTES: u64 = 16 << 20;
+/// How long a process waits for others that write.
+const LOCK_PATIENCE: Duration = Duration::from_millis(200);
+/// No process takes so long to write the file.
+const LEFTOVER_AGE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -37,6 +41,8 @@ struct File {
 pub(super) struct Cache {
     path: Option<PathBuf>,
     known: BTreeMap<String, Vec<Measurement>>,
+    /// Signatures that are not in the file yet: all others are the file's, which other processes write too.
+    unwritten: BTreeSet<String>,
     /// What is wrong with the file, in words, once something was.
     pub problem: Option<String>,
 }
@@ -55,7 +61,7 @@ impl Cache {
                 (BTreeMap::new(), Some(problem))
             }
         };
-        Self { path: Some(path), known, problem }
+        Self { path: Some(path), known, unwritten: BTreeSet::new(), problem }
     }
 
     pub fn path(&self) -> Option<&Path> {
@@ -66,49 +72,83 @@ impl Cache {
         self.known.get(signature)
     }
 
-    /// Remembers a signature's measurements and writes the file.
+    /// Remembers a signature's measurements and writes the file, after a moment's wait if others write it.
     pub fn insert(&mut self, signature: String, measurements: Vec<Measurement>) {
+        self.write(signature, measurements, LOCK_PATIENCE);
+    }
+
+    /// [`insert`](Self::insert) within a call that somebody waits for: if others write the file, it is written with
+    /// what comes next.
+    pub fn insert_in_passing(&mut self, signature: String, measurements: Vec<Measurement>) {
+        self.write(signature, measurements, Duration::ZERO);
+    }
+
+    fn write(&mut self, signature: String, measurements: Vec<Measurement>, patience: Duration) {
         self.known.insert(signature.clone(), measurements);
         let Some(path) = self.path.clone() else { return };
-        let lock = lock(&path);
-        if lock.is_some() {
-            remove_leftovers(&path);
+        self.unwritten.insert(signature);
+        let lock = lock(&path, patience);
+        match lock {
+            Lock::Held(_) => remove_leftovers(&path),
+            Lock::Others if patience.is_zero() => return,
+            Lock::Others | Lock::None => {}
         }
-        // Another process may have written since: its other signatures stay.
+        // Another process may have written since: what it has stays.
         let mut merged = read(&path).unwrap_or_default();
-        merged.extend(self.known.iter().map(|(k, v)| (k.clone(), v.clone())));
-        if let Err(error) = write(&path, merged) {
-            let problem = format!("can't be written: {error}");
-            if self.problem.as_ref() != Some(&problem) {
-                tracing::warn!(path = %path.display(), %error, "the tuning cache can't be written");
-                self.problem = Some(problem);
+        for signature in &self.unwritten {
+            merged.insert(signature.clone(), self.known[signature].clone());
+        }
+        match write(&path, merged) {
+            Ok(()) => self.unwritten.clear(),
+            Err(error) => {
+                let problem = format!("can't be written: {error}");
+                if self.problem.as_ref() != Some(&problem) {
+                    tracing::warn!(path = %path.display(), %error, "the tuning cache can't be written");
+                    self.problem = Some(problem);
+                }
             }
         }
     }
 }
 
-/// Waits a moment for the directory's lock; it is released when dropped.
-fn lock(path: &Path) -> Option<Handle> {
-    let dir = files::directory(path);
-    std::fs::create_dir_all(dir).ok()?;
-    let handle = Handle::open(dir).ok()?;
-    for _ in 0..100 {
-        match handle.try_lock() {
-            Ok(()) => return Some(handle),
-            Err(std::fs::TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(2)),
-            Err(std::fs::TryLockError::Error(_)) => return None,
-        }
-    }
-    None
+/// The directory's lock.
+enum Lock {
+    /// Until it is dropped.
+    Held(#[expect(dead_code, reason = "released when dropped")] Handle),
+    /// Others have it.
+    Others,
+    /// There is none here.
+    None,
 }
 
-/// Removes what killed processes left. Only while the directory is locked: nobody is writing then.
+/// Asks for the directory's lock until the patience is at an end.
+fn lock(path: &Path, patience: Duration) -> Lock {
+    let dir = files::directory(path);
+    let handle = std::fs::create_dir_all(dir).and_then(|()| Handle::open(dir));
+    let Ok(handle) = handle else { return Lock::None };
+    let mut waited = Duration::ZERO;
+    loop {
+        match handle.try_lock() {
+            Ok(()) => return Lock::Held(handle),
+            Err(std::fs::TryLockError::WouldBlock) if waited < patience => {
+                std::thread::sleep(Duration::from_millis(2));
+                waited += Duration::from_millis(2);
+            }
+            Err(std::fs::TryLockError::WouldBlock) => return Lock::Others,
+            Err(std::fs::TryLockError::Error(_)) => return Lock::None,
+        }
+    }
+}
+
+/// Removes what killed processes left: files so old that nobody, with the lock or without, is writing them.
 fn remove_leftovers(path: &Path) {
     let prefix = files::leftover_prefix(path);
     let Ok(entries) = std::fs::read_dir(files::directory(path)) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name();
-        if name.to_string_lossy().strip_prefix(&prefix).is_some_and(|rest| rest.ends_with(".part")) {
+        let modified = || entry.metadata().ok()?.modified().ok();
+        let old = || modified().is_some_and(|at| at < SystemTime::now() - LEFTOVER_AGE);
+        if name.to_string_lossy().strip_prefix(&prefix).is_some_and(|rest| rest.ends_with(".part")) && old() {
             // Whatever keeps it from being removed, keeps nothing else from working.
             let _ = std::fs::remove_file(entry.path());
         }

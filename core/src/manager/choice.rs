@@ -16,6 +16,8 @@ pub struct Choice {
     /// The private layout, with a kernel that packs it; `None` for canonical weights in place.
     pub(super) packer: Option<Arc<Entry>>,
     weight_bytes: usize,
+    /// Without what the manager keeps behind the packing.
+    own_bytes: usize,
     slots: [Slot; BUCKETS.len()],
     /// Weights whose packing nobody may read any more, packed anew, by the checksum of what they are. They
     /// live as long as the weights' users, which hold this choice.
@@ -43,11 +45,14 @@ impl Repacked {
 
 impl Choice {
     pub(super) fn new(n: usize, k: usize, packer: Option<Arc<Entry>>) -> Self {
-        let weight_bytes = match &packer {
-            Some(entry) => execute::stored_bytes(entry, n, k).expect("a candidate can pack the shape"),
-            None => n * canonical::row_bytes(k),
+        let (weight_bytes, own_bytes) = match &packer {
+            Some(entry) => {
+                let stored = execute::stored_bytes(entry, n, k);
+                stored.zip(entry.kernel.weight_bytes(n, k)).expect("a candidate can pack the shape")
+            }
+            None => (n * canonical::row_bytes(k), n * canonical::row_bytes(k)),
         };
-        Self { n, k, packer, weight_bytes, slots: Default::default(), repacked: Mutex::default() }
+        Self { n, k, packer, weight_bytes, own_bytes, slots: Default::default(), repacked: Mutex::default() }
     }
 
     /// Output and input features.
@@ -63,6 +68,17 @@ impl Choice {
     /// Bytes of the weights in the chosen layout, with what the manager keeps behind them.
     pub fn weight_bytes(&self) -> usize {
         self.weight_bytes
+    }
+
+    /// Whether a kernel reads the weights as they are.
+    pub(super) fn is_read_by(&self, entry: &Entry) -> bool {
+        entry.kernel.layout() == self.layout()
+            && entry.kernel.weight_bytes(self.n, self.k) == Some(self.own_bytes)
+    }
+
+    /// The part of stored weights that a kernel reads.
+    pub(super) fn own_bytes<'a>(&self, stored: &'a [u8]) -> &'a [u8] {
+        &stored[..self.own_bytes]
     }
 
     pub(super) fn slot(&self, m: usize) -> &Slot {

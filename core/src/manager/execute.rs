@@ -89,16 +89,15 @@ pub(super) fn run_parts(
     let mut failures: Few<Option<KernelFailure>> = parts.iter().map(|_| None).collect();
 
     // Parts of one kernel share its workspace.
-    let mut workspaces: Few<(&abi::Kernel, AlignedBytes)> = Few::new();
+    let mut workspaces: Few<(&Kernel, AlignedBytes)> = Few::new();
     let mut workspace_of: Few<usize> = smallvec![usize::MAX; parts.len()];
     for (i, part) in parts.iter().enumerate() {
-        let raw = part.kernel.raw();
-        if let Some(known) = workspaces.iter().position(|(kernel, _)| std::ptr::eq(*kernel, raw)) {
+        if let Some(known) = workspaces.iter().position(|(kernel, _)| std::ptr::eq(*kernel, part.kernel)) {
             workspace_of[i] = known;
             failures[i] = failures[..i]
                 .iter()
                 .zip(&parts[..i])
-                .find(|(_, other)| std::ptr::eq(other.kernel.raw(), raw))
+                .find(|(_, other)| std::ptr::eq(other.kernel, part.kernel))
                 .and_then(|(failure, _)| failure.clone());
             continue;
         }
@@ -115,7 +114,7 @@ pub(super) fn run_parts(
         // SAFETY: filled activations, and a workspace of the size that the kernel asked for.
         failures[i] = unsafe { part.kernel.prepare(&abi_x, workspace.as_mut_ptr()) }.err();
         workspace_of[i] = workspaces.len();
-        workspaces.push((raw, workspace));
+        workspaces.push((part.kernel, workspace));
     }
 
     let grid = Grid::new(pool.threads(), parts, m, x.stride());
@@ -403,7 +402,7 @@ impl<'a> Pending<'a> {
     fn part(&self, timed: bool) -> Option<Part<'a>> {
         let turn = self.turn.filter(|turn| turn.timed.is_some() == timed)?;
         let (n, k) = self.job.choice.shape();
-        let weights = abi_weights(n, k, self.job.scale, own_bytes(turn.entry, n, k, self.job.weights));
+        let weights = abi_weights(n, k, self.job.scale, self.job.choice.own_bytes(self.job.weights));
         Some(Part { kernel: &turn.entry.kernel, weights, column: self.job.column })
     }
 }
@@ -584,6 +583,8 @@ impl KernelManager {
         let canonical = if matches!(packed, Packed::Canonical) { canonical } else { Vec::new() };
         let repacked = Arc::new(Repacked { choice, canonical, packed });
         known.insert(u64::from_le_bytes(seal), repacked.clone());
+        // Whoever chooses next gets a choice without these, so that they go with the weights.
+        lock(&self.choices).retain(|_, choice| !std::ptr::eq(&**choice, job.choice));
         Ok(repacked)
     }
 

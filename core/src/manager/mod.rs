@@ -337,19 +337,30 @@ impl KernelManager {
                 .collect());
         }
         let config = self.store.config();
-        let verdict = match self.store.verdict(&stored.sha256) {
-            Some(known) if !(config.gpu && config.helper.is_some() && known.lacks_gpu_runtime()) => known,
-            _ => self.examine(path, &stored)?,
+        let elsewhere = |known: &gate::Report| {
+            let gpu = config.gpu.filter(|_| known.gpu.is_some())?();
+            known.is_of_another_gpu(&gpu, config.helper.as_deref()).then_some(gpu)
         };
+        let (verdict, elsewhere) =
+            match self.store.verdict(&stored.sha256).map(|known| (elsewhere(&known), known)) {
+                Some((None, known)) => (known, None),
+                Some((Some(gpu), known)) if config.helper.is_none() => (known, Some(gpu)),
+                _ => (self.examine(path, &stored)?, None),
+            };
         if let Some(refusal) = verdict.refusal {
             return Err(PluginError::Refused { path: path.to_owned(), refusal });
         }
         self.enter(Plugin::load_as(&stored.library, &stored.origin)?, &|kernel| {
             // A kernel for a GPU can be used where the gate had one to try it on.
             let result = verdict.kernels.iter().find(|result| result.kernel == kernel.id());
-            match result.and_then(|result| result.unavailable.as_ref()) {
-                Some(reason) if kernel.gpu().is_some() => Status::Unavailable(reason.clone()),
-                _ => Status::Ready,
+            match (result.and_then(|result| result.unavailable.as_ref()), &elsewhere) {
+                _ if kernel.gpu().is_none() => Status::Ready,
+                (Some(reason), _) => Status::Unavailable(reason.clone()),
+                (None, Some(gpu)) => Status::Unavailable(format!(
+                    "it was tried on {}, and this is {gpu}",
+                    verdict.gpu.as_deref().unwrap_or("no GPU")
+                )),
+                (None, None) => Status::Ready,
             }
         })
     }
@@ -515,12 +526,16 @@ impl KernelManager {
     /// which layout decides the speed of decode (M = 1); within noise of each other, that of prefill
     /// (M = 32); within noise again, the lower memory use. Noise is how much longer the median of the fastest
     /// took than its fastest run, at least 5 % and at most 15 %. While
-    /// [memory is low](Self::memory_is_low), the layout is the canonical one.
+    /// [memory is low](Self::memory_is_low), the layout is the canonical one, if there is a kernel for it.
     ///
     /// # Errors
     /// In strict mode, if no kernel can compute the shape.
     pub fn choose(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<Arc<Choice>, ManagerError> {
-        let policy = self.allowed_layouts(n, k, policy);
+        let policy = match self.allowed_layouts(n, k, policy) {
+            // A kernel that is forced, or the only one for the shape, may read no canonical weights.
+            allowed if allowed != policy && self.candidates(1, n, k, allowed).is_empty() => policy,
+            allowed => allowed,
+        };
         if let Some(choice) = lock(&self.choices).get(&(n, k, policy)) {
             return Ok(choice.clone());
         }
@@ -585,7 +600,7 @@ impl KernelManager {
         choice.slot(m).ranking(self.policy, || {
             let policy = if choice.packer.is_some() { LayoutPolicy::Any } else { LayoutPolicy::Canonical };
             let mut ranking = self.rank(m, choice.n, choice.k, policy);
-            ranking.candidates.retain(|c| c.entry.kernel.layout() == choice.layout());
+            ranking.candidates.retain(|c| choice.is_read_by(&c.entry));
             ranking
         })
     }

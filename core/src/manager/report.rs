@@ -158,7 +158,41 @@ pub struct ManagerReport {
     pub events: Vec<Event>,
 }
 
+/// In a word or two.
+impl std::fmt::Display for EventKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Demoted => "demoted",
+            Self::Probation => "on probation",
+            Self::Promoted => "promoted",
+            Self::Retuned => "retuned",
+            Self::Throttled => "throttled",
+            Self::Quarantined => "quarantined",
+            Self::LowMemory => "memory is short",
+            Self::MemoryBack => "memory is back",
+        })
+    }
+}
+
+impl Event {
+    /// Whether reports count both as one: the same for the same kernel, shape and bucket of rows.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        let place = |event: &Self| event.shape.map(|(m, n, k)| (super::bucket(m), n, k));
+        (self.kind, &self.kernel, place(self)) == (other.kind, &other.kernel, place(other))
+    }
+}
+
 impl ManagerReport {
+    /// What happened since `earlier`, and how often.
+    pub fn events_since(&self, earlier: &Self) -> Vec<Event> {
+        let since = |event: &Event| {
+            let before = earlier.events.iter().find(|known| known.is_like(event)).map_or(0, |e| e.count);
+            let count = event.count - before;
+            (count > 0).then(|| Event { count, ..event.clone() })
+        };
+        self.events.iter().filter_map(since).collect()
+    }
+
     /// The kernels that computed something since `earlier`, with their calls since then.
     pub fn used_since(&self, earlier: &Self) -> Vec<KernelReport> {
         let before = |id: &str| earlier.kernels.iter().find(|k| k.kernel == id).map_or(0, |k| k.calls);

@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use super::config::FallbackPolicy;
 use super::report::EventKind;
-use super::{Ranking, lock};
+use super::{Ranking, Source, lock};
 
 /// One call in so many is timed.
 pub const SAMPLE_EVERY: u64 = 64;
@@ -169,14 +169,17 @@ impl Change {
     }
 }
 
+/// Rows that kernels compute at a time, at most: a number of them in between costs as much as the next multiple.
+const ROW_BLOCK: usize = 16;
+
 /// What figures are kept by: exact numbers of rows up to 16, and 0 for all above.
 fn key(m: usize) -> u64 {
-    if m <= 16 { m as u64 } else { 0 }
+    if m <= ROW_BLOCK { m as u64 } else { 0 }
 }
 
 /// A call's time as figures keep it.
 fn scaled(elapsed: Duration, m: usize) -> f64 {
-    elapsed.as_nanos() as f64 / if key(m) == 0 { m as f64 } else { 1.0 }
+    elapsed.as_nanos() as f64 / if key(m) == 0 { m.next_multiple_of(ROW_BLOCK) as f64 } else { 1.0 }
 }
 
 fn median(times: &[f64]) -> Option<f64> {
@@ -223,7 +226,7 @@ impl State {
     fn tuned(&self, rank: usize, key: u64, rows: usize) -> Option<f64> {
         let tuned = self.kernels[rank].tuned?;
         match key {
-            0 => Some(tuned / rows as f64),
+            0 => Some(tuned / rows.next_multiple_of(ROW_BLOCK) as f64),
             m if m == rows as u64 => Some(tuned),
             _ => None,
         }
@@ -306,13 +309,15 @@ impl Slot {
     pub fn ranking(&self, policy: FallbackPolicy, rank: impl FnOnce() -> Ranking) -> &Ranking {
         self.ranking.get_or_init(|| {
             let ranking = rank();
+            // What was measured for other rows orders kernels, and says nothing of their times.
+            let measured = !matches!(ranking.source, Source::Nearest(_));
             let mut state = lock(&self.state);
             state.kernels = ranking
                 .candidates
                 .iter()
                 .take(RANKS)
                 .map(|c| Standing {
-                    tuned: c.measurement.median_ns.map(|ns| ns as f64),
+                    tuned: c.measurement.median_ns.filter(|_| measured).map(|ns| ns as f64),
                     ..Standing::default()
                 })
                 .collect();
@@ -708,7 +713,11 @@ impl Slot {
     ) -> Option<Change> {
         let call = self.calls.load(Ordering::Relaxed);
         let mut state = lock(&self.state);
+        // It has failed in a call that began before, and takes its rest already.
+        let resting =
+            state.kernels.get(rank).is_some_and(|k| k.demoted.is_some()) && state.trial != Some(rank);
         if rank >= state.kernels.len()
+            || resting
             || keep_last && !(0..state.kernels.len()).any(|other| other != rank && state.usable(other))
         {
             return None;
@@ -771,7 +780,7 @@ mod tests {
         for (candidate, tuned) in ranking.candidates.iter_mut().zip(tuned) {
             candidate.measurement.median_ns = tuned;
         }
-        ranking
+        Ranking { source: Source::Measured, ..ranking }
     }
 
     fn policies() -> impl Strategy<Value = FallbackPolicy> {

@@ -191,7 +191,13 @@ impl KernelManager {
             Ranking { rows, candidates, source: Source::Cached }
         } else if self.tuner.spent.load(Ordering::Relaxed) >= self.config.tune_budget.as_nanos() as u64 {
             match fewer.or_else(|| self.nearest(n, k, &identities)) {
-                Some(near) => Ranking { rows, source: Source::Nearest(near.rows), ..near },
+                Some(near) => {
+                    let measured = match near.source {
+                        Source::Nearest(measured) => measured,
+                        _ => near.rows,
+                    };
+                    Ranking { rows, source: Source::Nearest(measured), ..near }
+                }
                 None => Ranking { rows, candidates: unmeasured(entries), source: Source::Nearest(0) },
             }
         } else {
@@ -224,7 +230,7 @@ impl KernelManager {
                 known.note = Some("compared again over live calls".into());
             }
         }
-        cache.insert(signature.clone(), measurements);
+        cache.insert_in_passing(signature.clone(), measurements);
         drop(cache);
         lock(&self.tuner.rankings).retain(|key, _| !key.starts_with(&format!("{signature} ")));
     }
@@ -244,12 +250,12 @@ impl KernelManager {
 
     /// Accuracy before speed: compares every candidate with the reference on rows of this shape, then
     /// times them in turn.
-    fn measure(
+    fn measure<'a>(
         &self,
         m: usize,
         n: usize,
         k: usize,
-        entries: &[Arc<Entry>],
+        entries: &'a [Arc<Entry>],
         fewer: Option<&Ranking>,
     ) -> Vec<Measurement> {
         let mut random = SplitMix64::new((n * 31 + k) as u64);
@@ -261,11 +267,11 @@ impl KernelManager {
         // Decode finds its weights in memory, not in cache: rotate over copies that no cache holds.
         let one = n * canonical::row_bytes(k);
         let copies = if m <= 4 { (rotation_bytes() / one).clamp(1, 64) } else { 1 };
-        let mut layouts: Vec<(Option<&str>, Result<_, _>)> = Vec::new();
+        let mut layouts = Vec::new();
+        let layout_of = |entry: &'a Arc<Entry>| (entry.kernel.layout(), entry.kernel.weight_bytes(n, k));
         for entry in entries {
-            let layout = entry.kernel.layout();
-            if !layouts.iter().any(|(known, _)| *known == layout) {
-                layouts.push((layout, self.copies(entry, n, k, &weights, copies)));
+            if !layouts.iter().any(|(known, _)| *known == layout_of(entry)) {
+                layouts.push((layout_of(entry), self.copies(entry, n, k, &weights, copies)));
             }
         }
 
@@ -292,14 +298,14 @@ impl KernelManager {
                     continue;
                 }
             }
-            let buffers =
-                match &layouts.iter().find(|(l, _)| *l == entry.kernel.layout()).expect("packed above").1 {
-                    Ok(buffers) => buffers,
-                    Err(reason) => {
-                        measurements[i].note = Some(reason.clone());
-                        continue;
-                    }
-                };
+            let buffers = match &layouts.iter().find(|(l, _)| *l == layout_of(entry)).expect("packed above").1
+            {
+                Ok(buffers) => buffers,
+                Err(reason) => {
+                    measurements[i].note = Some(reason.clone());
+                    continue;
+                }
+            };
             y.fill(f32::NAN);
             let result = self.run_once(entry, &buffers[0], n, k, &x, &mut y);
             if let Err(reason) = result.and_then(|_| expected.compare(&y)) {

@@ -213,6 +213,8 @@ impl KernelManager {
                 sha256: sha256.clone(),
                 file: path.clone(),
                 plugin: None,
+                gpu: None,
+                helper: String::new(),
                 kernels: Vec::new(),
                 refusal,
                 seconds: 0.0,

@@ -223,10 +223,14 @@ fn a_machine_that_becomes_slow_is_told_from_a_kernel_and_nothing_flips() {
     THROTTLED.costs([10_000, 12_000, 20_000]);
     one.calls(&manager, 2000);
     assert_eq!(events(&manager).len(), 1);
-    // The one in use alone became slower, and is the fastest still.
+    // The one in use became slower than it was, the others not, and it is the fastest still.
     THROTTLED.costs([17_000, 19_000, 20_000]);
-    one.calls(&manager, 1_000_000 / 10);
+    one.calls(&manager, 100_000);
     assert_eq!(one.by(&manager), "paced/a");
+    let report = manager.report();
+    let retuned = report.events.iter().find(|event| event.kind == EventKind::Retuned).unwrap();
+    assert_eq!(retuned.kernel.as_deref(), Some("paced/a"));
+    assert!(retuned.reason.contains("still the fastest"), "{retuned:?}");
 }
 
 paced!(THRESHOLD);
@@ -407,10 +411,21 @@ fn short_of_memory_new_weights_stay_canonical() {
     let path = build(dir.path(), "private", &["PRIVATE", "GRANULE=8"]);
     static STILL: AtomicU64 = AtomicU64::new(0);
     let memory = Mutex::new(Some(Memory { available: 1 << 29, total: 16 << 30 }));
-    let world = Arc::new(World { time: &STILL, file: None, memory, reads: AtomicU64::new(0) });
-    let config = ManagerConfig { probe: world.clone(), ..config(&dir.path().join("cache")) };
+    // One that reads canonical weights, and takes its time.
+    let slow = ["NAME=\"plain\"", "IN_RUN=if (tile->n0 == 0) tick(9000)"];
+    let (plain, clock) = build_with_clock(dir.path(), "plain", &slow);
+    let world = Arc::new(World { time: &STILL, file: Some(clock), memory, reads: AtomicU64::new(0) });
+    let config = ManagerConfig {
+        probe: world.clone(),
+        tune_budget: Duration::from_secs(3600),
+        ..config(&dir.path().join("cache"))
+    };
     let manager = KernelManager::new(config).unwrap();
     manager.load_plugin(&path).unwrap();
+    let only = Use::new(&manager, 1).choice;
+    assert_eq!(only.layout(), Some("example/bytes"), "better than the reference");
+    drop(only);
+    manager.load_plugin(&plain).unwrap();
     let scarce = Use::new(&manager, 1);
     assert_eq!((scarce.choice.layout(), manager.memory_is_low()), (None, true));
     scarce.calls(&manager, 2);

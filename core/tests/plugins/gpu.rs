@@ -63,6 +63,7 @@ fn without_a_gpu_the_kernels_for_the_cpu_are_left() {
     assert!(verdict.passed() && verdict.gate == gate::GATE_VERSION && verdict.plugin.unwrap().abi == "1.1");
     assert!(verdict.kernels[0].cases > 0 && verdict.kernels[0].device.is_none());
     assert!(verdict.kernels[1].unavailable.as_ref().unwrap().contains("no GPU runtime"));
+    assert!(verdict.gpu.unwrap().contains("no GPU runtime"));
 }
 
 #[test]
@@ -74,19 +75,53 @@ fn what_a_helper_without_a_gpu_did_not_try_is_tried_by_one_that_has_it() {
     let path = build_gpu(dir.path(), "gpu", &[]);
     let with = |gpu: bool, helper: Option<&str>| {
         let mut config = config(&dir.path().join("cache"));
-        config.plugins.gpu = gpu;
+        config.plugins.gpu = gpu.then_some(|| "the GPU at hand".into());
         if let Some(helper) = helper {
             config.plugins.helper = (!helper.is_empty()).then(|| helper.into());
         }
         bitnet_burn_core::KernelManager::new(config).unwrap()
     };
     with(false, None).load_plugin(&path).unwrap();
-    // The verdict is enough for who has no GPU either, or no helper.
+    // The verdict is enough for who has no GPU either, or no helper, or the one that has none.
+    assert!(with(true, None).load_plugin(&path).is_ok());
     for (gpu, helper) in [(false, "/nonexistent/helper"), (true, "")] {
         assert!(with(gpu, Some(helper)).load_plugin(&path).is_ok(), "{gpu} {helper}");
     }
     let error = with(true, Some("/nonexistent/helper")).load_plugin(&path).unwrap_err().to_string();
     assert!(error.contains("can't be started"), "{error}");
+}
+
+#[test]
+fn a_verdict_of_another_gpu_is_none() {
+    if !has_compiler() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = build_gpu(dir.path(), "gpu", &[]);
+    let with = |gpu: bool, helper: bool| {
+        let mut config = config(&dir.path().join("cache"));
+        config.plugins.gpu = gpu.then_some(|| "the GPU at hand".into());
+        config.plugins.helper = config.plugins.helper.filter(|_| helper);
+        bitnet_burn_core::KernelManager::new(config).unwrap()
+    };
+    let manager = with(false, true);
+    manager.load_plugin(&path).unwrap();
+    // As if it had been tried on a GPU that has left.
+    let library = manager.store().admit(&path).unwrap().library;
+    let files = std::fs::read_dir(library.parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
+    let file = files.into_iter().find(|file| file.extension().is_some_and(|e| e == "json")).unwrap();
+    let mut verdict: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    verdict["report"]["gpu"] = "Another GPU".into();
+    verdict["report"]["kernels"][1].as_object_mut().unwrap().remove("unavailable");
+    std::fs::write(&file, verdict.to_string()).unwrap();
+    let status =
+        |manager: bitnet_burn_core::KernelManager| manager.load_plugin(&path).unwrap().remove(1).status;
+    assert_eq!(status(with(false, false)), Status::Ready, "no GPU runtime, no difference");
+    let reason = "it was tried on Another GPU, and this is the GPU at hand".into();
+    assert_eq!(status(with(true, false)), Status::Unavailable(reason));
+    // It is tried again where there is a helper: this one has no runtime.
+    let Status::Unavailable(reason) = status(with(true, true)) else { panic!("it has no runtime") };
+    assert!(reason.contains("no GPU runtime"), "{reason}");
 }
 
 #[test]

@@ -66,7 +66,9 @@ fn run(rounds: u32) -> Option<u64> {
         };
     }
 
-    if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
+    if let Some(per_round) = crate::arch::x86_64::amx::multiply_adds(rounds) {
+        Some(per_round)
+    } else if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
         dot!("vpdpbusd", "zmm", [0 1 2 3 4 5 6 7 8 9 10 11]);
         Some(12 * 64)
     } else if is_x86_feature_detected!("avxvnni") {

@@ -81,9 +81,11 @@ impl FromStr for Shape {
         if [n, k].contains(&0)
             || m == Some(0)
             || n.checked_mul(k).is_none_or(|size| size > 1 << 30)
-            || k > 1 << 23
+            || n > 1 << 20
+            || k > 1 << 20
+            || m.is_some_and(|m| m > 1 << 20)
         {
-            return Err("sizes are at least 1, N x K at most 2^30 and K at most 2^23".into());
+            return Err("sizes are at least 1 and at most 2^20, and N x K is at most 2^30".into());
         }
         Ok(Self { m, n, k })
     }
@@ -295,20 +297,24 @@ fn explain(manager: &KernelManager, m: usize, weights: Weights, roof: &Roof) -> 
     let ranking = manager.explain(m, n, k);
     let best = ranking.candidates.iter().filter_map(|c| c.measurement.median_ns).min();
     let chosen = ranking.candidates.iter().find(|c| c.layout() == choice.layout());
-    let limit = Limit::of(ranking.rows);
+    let rows = match ranking.source {
+        Source::Nearest(rows) => rows,
+        _ => ranking.rows,
+    };
+    let limit = Limit::of(rows);
     let row = |c: &Candidate| CandidateRow {
         kernel: c.kernel().to_owned(),
         layout: layout(c.layout()).to_owned(),
         median_ns: c.measurement.median_ns,
         runs: c.measurement.runs,
         times_slower: c.measurement.median_ns.zip(best).map(|(ns, best)| ns as f64 / best.max(1) as f64),
-        speed: c.measurement.median_ns.map(|ns| limit.speed((ranking.rows, n, k), ns, roof)),
+        speed: c.measurement.median_ns.map(|ns| limit.speed((rows, n, k), ns, roof)),
         note: c.measurement.note.clone(),
     };
     Ok(Explanation {
         m,
         weights,
-        rows_measured: ranking.rows,
+        rows_measured: rows,
         chosen: chosen.map_or(REFERENCE, |c| c.kernel()).to_owned(),
         reason: reason(&ranking, chosen),
         layout: layout(choice.layout()).to_owned(),
@@ -346,8 +352,8 @@ fn reason(ranking: &Ranking, chosen: Option<&Candidate>) -> String {
             )
         }
         Some((other, faster)) => format!(
-            "the fastest in the layout {}, which the speed for one row decides (and, within 5 %, that for 32 rows \
-             and the memory use); {} in {} would be {} as fast here",
+            "the fastest in the layout {}, which the speed for one row decides (and, within noise of 5 to 15 %, \
+             that for 32 rows and the memory use); {} in {} would be {} as fast here",
             layout(chosen.layout()),
             other.kernel(),
             layout(other.layout()),

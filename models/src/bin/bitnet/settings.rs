@@ -34,7 +34,10 @@ pub fn manager() -> anyhow::Result<(ManagerConfig, Option<PathBuf>)> {
 fn file() -> Option<PathBuf> {
     match std::env::var_os(VARIABLE) {
         Some(named) => (!named.is_empty()).then(|| named.into()),
-        None => store::default_config().filter(|path| path.exists()),
+        // One that is there and can't be read is an error, as it may hold what protects the user.
+        None => store::default_config().filter(|path| {
+            !path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+        }),
     }
 }
 

@@ -284,6 +284,32 @@ impl Drop for Unit {
     }
 }
 
+/// Multiplies tiles that stay in the unit, with four independent sums, `rounds` (at least 1) times; how many
+/// multiply-adds a round has. `None` without the unit.
+pub(crate) fn multiply_adds(rounds: u32) -> Option<u64> {
+    if !permitted() {
+        return None;
+    }
+    let mut unit = Unit { rows: 0 };
+    // SAFETY: the unit is permitted; what the tiles hold is zero after `ldtilecfg`, and does not matter.
+    unsafe {
+        unit.configure(PAIR_ROWS);
+        asm!(
+            "2:",
+            "tdpbsud tmm0, tmm4, tmm6",
+            "tdpbsud tmm1, tmm4, tmm7",
+            "tdpbsud tmm2, tmm5, tmm6",
+            "tdpbsud tmm3, tmm5, tmm7",
+            "dec {rounds:e}",
+            "jnz 2b",
+            rounds = inout(reg) rounds.max(1) => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            options(nomem, nostack),
+        );
+    }
+    Some(4 * (TILE_ROWS * TILE_ROWS * ROW) as u64)
+}
+
 /// Assembly that unpacks vector `$tile` of step `$step` of the group at `w` to the place at `next`, with
 /// 2 bits a weight.
 macro_rules! unpack_pairs {
