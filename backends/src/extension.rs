@@ -165,6 +165,7 @@ impl CacheType {
 }
 
 /// Keys or values of one sequence and layer.
+#[allow(clippy::large_enum_variant, reason = "a few of them for each layer; a box would cost a token more")]
 #[derive(ExtensionType)]
 pub enum CacheTensor<B: burn::backend::Backend> {
     /// F32 or F16 [kv heads, capacity, d].

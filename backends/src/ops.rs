@@ -294,6 +294,7 @@ pub fn rope(x: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, head_dim: usize) -> Te
 }
 
 /// Keys or values [kv heads, capacity, d] of one sequence and layer.
+#[allow(clippy::large_enum_variant, reason = "a few of them for each layer; a box would cost a token more")]
 #[derive(Clone, Debug)]
 pub enum CacheLayer {
     /// F32 or F16.

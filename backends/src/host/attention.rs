@@ -944,8 +944,8 @@ fn weigh_by<I: Isa, V: Cache, const Q: usize, const D: usize>(
         let mut v = [isa.splat(0.0); D];
         if D > 1 || at + LANES <= head_dim {
             let value = value.part(at, D * LANES);
-            for d in 0..D {
-                v[d] = value.load(isa, d * LANES);
+            for (d, v) in v.iter_mut().enumerate() {
+                *v = value.load(isa, d * LANES);
             }
         } else {
             v[0] = value.load_last(isa, at);
