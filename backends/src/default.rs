@@ -9,8 +9,8 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, FloatDType, IndexingUpdateOp, IntDType, Shape, Slice, TensorData};
 
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs, TernaryWeight,
-    TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs,
+    TernaryWeight, TernaryWeights,
 };
 
 const EPSILON: f32 = 1e-5;
@@ -330,29 +330,52 @@ pub(crate) fn rope<B: Backend>(
 }
 
 pub(crate) fn cache_append<B: Backend>(
-    cache: FloatTensor<B>,
+    cache: CacheTensor<B>,
     rows: FloatTensor<B>,
     position: usize,
-) -> FloatTensor<B> {
-    let [heads, _, d] = dims(&cache)[..] else { panic!("a cache is [kv heads, capacity, head_dim]") };
+) -> CacheTensor<B> {
+    let [heads, _, d] = cache.shape()[..] else { panic!("a cache is [kv heads, capacity, head_dim]") };
     let m = dims(&rows)[0];
-    let rows = B::float_permute(B::float_reshape(rows, Shape::new([m, heads, d])), &[1, 0, 2]);
-    let rows = if cache.dtype() == rows.dtype() { rows } else { B::float_cast(rows, cache.dtype().into()) };
-    B::float_slice_assign(cache, &slice(&[0..heads, position..position + m, 0..d]), rows)
+    let whole = slice(&[0..heads, position..position + m, 0..d]);
+    match cache {
+        CacheTensor::Float(cache) => {
+            let rows = B::float_permute(B::float_reshape(rows, Shape::new([m, heads, d])), &[1, 0, 2]);
+            let rows =
+                if cache.dtype() == rows.dtype() { rows } else { B::float_cast(rows, cache.dtype().into()) };
+            CacheTensor::Float(B::float_slice_assign(cache, &whole, rows))
+        }
+        CacheTensor::Int8 { codes, scale } => {
+            let (q, a) = quantise::<B>(B::float_reshape(rows, Shape::new([m * heads, d])));
+            let q = B::float_permute(B::float_reshape(q, Shape::new([m, heads, d])), &[1, 0, 2]);
+            let a = B::float_permute(B::float_reshape(a, Shape::new([m, heads])), &[1, 0]);
+            CacheTensor::Int8 {
+                codes: B::int_slice_assign(codes, &whole, B::float_into_int(q, IntDType::I8)),
+                scale: B::float_slice_assign(scale, &whole[..2], a),
+            }
+        }
+    }
 }
 
 pub(crate) fn attention<B: Backend>(
     q: FloatTensor<B>,
-    keys: FloatTensor<B>,
-    values: FloatTensor<B>,
+    keys: CacheTensor<B>,
+    values: CacheTensor<B>,
     args: &AttentionArgs,
 ) -> FloatTensor<B> {
     let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = *args;
     let m = dims(&q)[0];
     let (group, length) = (n_heads / n_kv_heads, position + m);
-    let seen = |cache: FloatTensor<B>| {
-        let part = B::float_slice(cache, &slice(&[0..n_kv_heads, 0..length, 0..head_dim]));
-        if part.dtype() == DType::F32 { part } else { B::float_cast(part, FloatDType::F32) }
+    let whole = slice(&[0..n_kv_heads, 0..length, 0..head_dim]);
+    let seen = |cache: CacheTensor<B>| match cache {
+        CacheTensor::Float(cache) => {
+            let part = B::float_slice(cache, &whole);
+            if part.dtype() == DType::F32 { part } else { B::float_cast(part, FloatDType::F32) }
+        }
+        CacheTensor::Int8 { codes, scale } => {
+            let codes = B::int_into_float(B::int_slice(codes, &whole), FloatDType::F32);
+            let scale = B::float_slice(scale, &whole[..2]);
+            B::float_mul(codes, B::float_reshape(scale, Shape::new([n_kv_heads, length, 1])))
+        }
     };
     // [M, kv, group, d] -> [kv, group * M, d]
     let q = B::float_reshape(q, Shape::new([m, n_kv_heads, group, head_dim]));

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use bitnet_burn_core::formats::DenseFormat;
 use bitnet_burn_core::manager::Choice;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{ExtensionType, backend_extension};
+use burn::backend::{ExtensionType, TensorMetadata, backend_extension};
+use burn::tensor::{DType, Shape};
+use serde::{Deserialize, Serialize};
 
 use crate::default;
 
@@ -115,6 +117,75 @@ impl BitLinearArgs {
     /// Output features of all matrices.
     pub fn total_n(&self) -> usize {
         self.matrices.iter().map(|m| m.n).sum()
+    }
+}
+
+/// Type of a KV cache's values. They are always read back through it, so results do not depend on how a
+/// prompt was cut into chunks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheType {
+    /// 4 bytes a value.
+    #[default]
+    F32,
+    /// 2 bytes a value: rounded to nearest even, 11 bits.
+    F16,
+    /// 1 byte a value, and 4 for the scale of each position and head: quantised by absmax, as activations are.
+    /// A value moves by at most half a step, max(absmax, 1e-5) / 254, give or take f32's rounding.
+    Int8,
+}
+
+impl CacheType {
+    /// Its name: `f32`, `f16` or `int8`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// Bytes of a position's keys, or of its values, in a head of `head_dim`.
+    pub const fn row_bytes(self, head_dim: usize) -> usize {
+        match self {
+            Self::F32 => head_dim.saturating_mul(4),
+            Self::F16 => head_dim.saturating_mul(2),
+            Self::Int8 => head_dim.saturating_add(4),
+        }
+    }
+
+    /// What the device has to support.
+    pub(crate) const fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Int8 => DType::I8,
+        }
+    }
+}
+
+/// Keys or values of one sequence and layer.
+#[allow(clippy::large_enum_variant, reason = "a few of them for each layer; a box would cost a token more")]
+#[derive(ExtensionType)]
+pub enum CacheTensor<B: burn::backend::Backend> {
+    /// F32 or F16 [kv heads, capacity, d].
+    Float(FloatTensor<B>),
+    /// A value is code * scale, rounded to f32.
+    Int8 {
+        /// I8 [kv heads, capacity, d].
+        codes: IntTensor<B>,
+        /// [kv heads, capacity]: absmax / 127.
+        scale: FloatTensor<B>,
+    },
+}
+
+impl<B: burn::backend::Backend> CacheTensor<B> {
+    /// [kv heads, capacity, d].
+    pub fn shape(&self) -> Shape {
+        match self {
+            Self::Float(tensor) => tensor.shape(),
+            Self::Int8 { codes, .. } => codes.shape(),
+        }
     }
 }
 
@@ -376,11 +447,16 @@ pub trait TernaryBackend: burn::backend::Backend {
         default::rope::<Self>(x, cos, sin, head_dim)
     }
 
-    /// Writes rows into a KV cache from `position` on: in place while the cache is uniquely owned.
+    /// Writes rows into a KV cache from `position` on: in place while the cache is uniquely owned. An int8
+    /// cache quantises each position and head as [`fake_quantise`](Self::fake_quantise) does a row.
     ///
     /// # Shapes
     /// cache [kv heads, capacity, d], rows [M, kv heads * d]; the output is the cache.
-    fn cache_append(cache: FloatTensor<Self>, rows: FloatTensor<Self>, position: usize) -> FloatTensor<Self> {
+    fn cache_append(
+        #[extension_type] cache: CacheTensor<Self>,
+        rows: FloatTensor<Self>,
+        position: usize,
+    ) -> CacheTensor<Self> {
         default::cache_append::<Self>(cache, rows, position)
     }
 
@@ -391,8 +467,8 @@ pub trait TernaryBackend: burn::backend::Backend {
     /// q [M, heads * d], keys and values [kv heads, capacity, d]; the output is like q.
     fn attention(
         q: FloatTensor<Self>,
-        keys: FloatTensor<Self>,
-        values: FloatTensor<Self>,
+        #[extension_type] keys: CacheTensor<Self>,
+        #[extension_type] values: CacheTensor<Self>,
         args: AttentionArgs,
     ) -> FloatTensor<Self> {
         default::attention::<Self>(q, keys, values, &args)

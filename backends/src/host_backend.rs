@@ -15,8 +15,8 @@ use burn::tensor::Shape;
 
 use crate::default;
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Kernels, SelfAttentionArgs,
-    TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, Kernels,
+    SelfAttentionArgs, TernaryWeight, TernaryWeights,
 };
 use crate::host::attention::{self as host_attention, CacheMut, CacheRef};
 use crate::host::{Shared, dense, dense_int8, elementwise, training};
@@ -47,10 +47,10 @@ pub(crate) trait HostBackend: Backend {
     fn tensor(values: Vec<f32>, shape: Shape) -> FloatTensor<Self>;
 
     /// A KV cache to read.
-    fn cache(tensor: &FloatTensor<Self>) -> CacheRef<'_>;
+    fn cache(tensor: &CacheTensor<Self>) -> CacheRef<'_>;
 
     /// A KV cache changed by `write`, in place if `tensor` is its only owner.
-    fn update_cache(tensor: FloatTensor<Self>, write: impl FnOnce(CacheMut)) -> FloatTensor<Self>;
+    fn update_cache(tensor: CacheTensor<Self>, write: impl FnOnce(CacheMut)) -> CacheTensor<Self>;
 }
 
 #[cfg(feature = "flex")]
@@ -61,13 +61,22 @@ mod flex {
     use burn::tensor::{Bytes, DType, Element, Shape, bf16, f16};
     use burn_flex::{FlexTensor, Layout};
 
-    use super::{CacheMut, CacheRef, HostBackend, Rows};
+    use super::{CacheMut, CacheRef, CacheTensor, HostBackend, Rows};
 
     fn contiguous<E: Element + bytemuck::Pod>(tensor: &FlexTensor) -> Cow<'_, [E]> {
         match tensor.layout().contiguous_offsets() {
             Some((from, to)) => Cow::Borrowed(&tensor.storage::<E>()[from..to]),
             None => Cow::Owned(tensor.to_contiguous().as_slice::<E>().expect("contiguous now").to_vec()),
         }
+    }
+
+    fn whole<E: Element + bytemuck::Pod>(cache: &FlexTensor) -> &[E] {
+        cache.as_slice().expect("a cache is contiguous")
+    }
+
+    fn whole_mut<E: Element + bytemuck::Pod>(cache: &mut FlexTensor) -> &mut [E] {
+        let (from, to) = cache.layout().contiguous_offsets().expect("a cache is contiguous");
+        &mut cache.storage_mut()[from..to]
     }
 
     impl HostBackend for Flex {
@@ -110,22 +119,31 @@ mod flex {
             FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape), DType::F32)
         }
 
-        fn cache(tensor: &FlexTensor) -> CacheRef<'_> {
-            match tensor.dtype() {
-                DType::F16 => CacheRef::F16(tensor.as_slice::<f16>().expect("a cache is contiguous")),
-                DType::F32 => CacheRef::F32(tensor.as_slice::<f32>().expect("a cache is contiguous")),
-                other => panic!("a KV cache is f32 or f16, not {other:?}"),
+        fn cache(cache: &CacheTensor<Self>) -> CacheRef<'_> {
+            match cache {
+                CacheTensor::Float(tensor) => match tensor.dtype() {
+                    DType::F16 => CacheRef::F16(whole(tensor)),
+                    DType::F32 => CacheRef::F32(whole(tensor)),
+                    other => panic!("a KV cache of floats is f32 or f16, not {other:?}"),
+                },
+                CacheTensor::Int8 { codes, scale } => {
+                    CacheRef::Int8 { codes: whole(codes), scale: whole(scale) }
+                }
             }
         }
 
-        fn update_cache(mut tensor: FlexTensor, write: impl FnOnce(CacheMut)) -> FlexTensor {
-            let (from, to) = tensor.layout().contiguous_offsets().expect("a cache is contiguous");
-            match tensor.dtype() {
-                DType::F16 => write(CacheMut::F16(&mut tensor.storage_mut::<f16>()[from..to])),
-                DType::F32 => write(CacheMut::F32(&mut tensor.storage_mut::<f32>()[from..to])),
-                other => panic!("a KV cache is f32 or f16, not {other:?}"),
+        fn update_cache(mut cache: CacheTensor<Self>, write: impl FnOnce(CacheMut)) -> CacheTensor<Self> {
+            match &mut cache {
+                CacheTensor::Float(tensor) => match tensor.dtype() {
+                    DType::F16 => write(CacheMut::F16(whole_mut(tensor))),
+                    DType::F32 => write(CacheMut::F32(whole_mut(tensor))),
+                    other => panic!("a KV cache of floats is f32 or f16, not {other:?}"),
+                },
+                CacheTensor::Int8 { codes, scale } => {
+                    write(CacheMut::Int8 { codes: whole_mut(codes), scale: whole_mut(scale) });
+                }
             }
-            tensor
+            cache
         }
     }
 }
@@ -138,7 +156,7 @@ mod ndarray {
     use burn::tensor::{Shape, TensorData};
     use burn_ndarray::NdArrayTensor;
 
-    use super::{CacheMut, CacheRef, HostBackend, Rows};
+    use super::{CacheMut, CacheRef, CacheTensor, HostBackend, Rows};
 
     impl HostBackend for NdArray {
         fn floats(tensor: &NdArrayTensor) -> Cow<'_, [f32]> {
@@ -184,24 +202,36 @@ mod ndarray {
             NdArrayTensor::from_data(TensorData::new(values, shape))
         }
 
-        fn cache(tensor: &NdArrayTensor) -> CacheRef<'_> {
-            match tensor {
-                NdArrayTensor::F32(storage) => {
+        fn cache(cache: &CacheTensor<Self>) -> CacheRef<'_> {
+            match cache {
+                CacheTensor::Float(NdArrayTensor::F32(storage)) => {
                     CacheRef::F32(storage.view().to_slice().expect("a cache is contiguous"))
                 }
-                other => panic!("a KV cache on NdArray is f32, not {:?}", other.dtype()),
+                CacheTensor::Int8 { codes: NdArrayTensor::I8(codes), scale: NdArrayTensor::F32(scale) } => {
+                    CacheRef::Int8 {
+                        codes: codes.view().to_slice().expect("a cache is contiguous"),
+                        scale: scale.view().to_slice().expect("a cache is contiguous"),
+                    }
+                }
+                _ => panic!("a KV cache on NdArray is f32, or int8 with scales of f32"),
             }
         }
 
-        fn update_cache(mut tensor: NdArrayTensor, write: impl FnOnce(CacheMut)) -> NdArrayTensor {
-            match &mut tensor {
-                NdArrayTensor::F32(storage) => {
+        fn update_cache(mut cache: CacheTensor<Self>, write: impl FnOnce(CacheMut)) -> CacheTensor<Self> {
+            match &mut cache {
+                CacheTensor::Float(NdArrayTensor::F32(storage)) => {
                     let array = storage.ensure_owned();
                     write(CacheMut::F32(array.as_slice_mut().expect("a cache is contiguous")));
                 }
-                other => panic!("a KV cache on NdArray is f32, not {:?}", other.dtype()),
+                CacheTensor::Int8 { codes: NdArrayTensor::I8(codes), scale: NdArrayTensor::F32(scale) } => {
+                    write(CacheMut::Int8 {
+                        codes: codes.ensure_owned().as_slice_mut().expect("a cache is contiguous"),
+                        scale: scale.ensure_owned().as_slice_mut().expect("a cache is contiguous"),
+                    });
+                }
+                _ => panic!("a KV cache on NdArray is f32, or int8 with scales of f32"),
             }
-            tensor
+            cache
         }
     }
 }
@@ -511,7 +541,7 @@ pub(crate) fn rope<B: HostBackend>(
     B::tensor(y, Shape::new([m, width]))
 }
 
-fn cache_shape<T: TensorMetadata>(cache: &T, n_heads: usize) -> host_attention::Shape {
+fn cache_shape<B: HostBackend>(cache: &CacheTensor<B>, n_heads: usize) -> host_attention::Shape {
     let shape = cache.shape();
     let [n_kv_heads, capacity, head_dim] = shape[..] else {
         panic!("a cache is [kv heads, capacity, head_dim], not {shape:?}")
@@ -521,10 +551,10 @@ fn cache_shape<T: TensorMetadata>(cache: &T, n_heads: usize) -> host_attention::
 }
 
 pub(crate) fn cache_append<B: HostBackend>(
-    cache: FloatTensor<B>,
+    cache: CacheTensor<B>,
     rows: FloatTensor<B>,
     position: usize,
-) -> FloatTensor<B> {
+) -> CacheTensor<B> {
     let shape = cache_shape(&cache, 0);
     let m = dims(&rows)[0];
     let rows = B::rows(&rows);
@@ -535,8 +565,8 @@ pub(crate) fn cache_append<B: HostBackend>(
 
 pub(crate) fn attention<B: HostBackend>(
     q: FloatTensor<B>,
-    keys: FloatTensor<B>,
-    values: FloatTensor<B>,
+    keys: CacheTensor<B>,
+    values: CacheTensor<B>,
     args: AttentionArgs,
 ) -> FloatTensor<B> {
     let [m, width] = dims(&q);
@@ -704,17 +734,17 @@ macro_rules! fast_bodies {
             }
 
             fn cache_append(
-                cache: FloatTensor<Self>,
+                cache: CacheTensor<Self>,
                 rows: FloatTensor<Self>,
                 position: usize,
-            ) -> FloatTensor<Self> {
+            ) -> CacheTensor<Self> {
                 cache_append::<Self>(cache, rows, position)
             }
 
             fn attention(
                 q: FloatTensor<Self>,
-                keys: FloatTensor<Self>,
-                values: FloatTensor<Self>,
+                keys: CacheTensor<Self>,
+                values: CacheTensor<Self>,
                 args: AttentionArgs,
             ) -> FloatTensor<Self> {
                 attention::<Self>(q, keys, values, args)

@@ -27,6 +27,6 @@ pub mod ops;
 pub use bitnet_burn_cpu::peak;
 
 pub use extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Kernels, Matrix, NoInt8,
-    SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm, Kernels,
+    Matrix, NoInt8, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
 };

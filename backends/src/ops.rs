@@ -3,12 +3,13 @@
 
 use bitnet_burn_core::formats::canonical;
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerError, Packed};
+use bitnet_burn_core::memory::WeightArena;
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, DenseArgs, GatedActivation, InputNorm, Kernels, Matrix, SelfAttentionArgs,
-    TernaryBackend, TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm, Kernels,
+    Matrix, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
 };
 use crate::manager::{manager, take_error};
 
@@ -292,23 +293,129 @@ pub fn rope(x: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, head_dim: usize) -> Te
     Tensor::from_dispatch(Dispatch::rope(x, cos, sin, head_dim))
 }
 
-/// Writes rows [M, kv heads * d] into a cache [kv heads, capacity, d] from `position` on, in place
-/// while `cache` is its only owner.
+/// Keys or values [kv heads, capacity, d] of one sequence and layer.
+#[allow(clippy::large_enum_variant, reason = "a few of them for each layer; a box would cost a token more")]
+#[derive(Clone, Debug)]
+pub enum CacheLayer {
+    /// F32 or F16.
+    Float(Tensor<3>),
+    /// A value is code * scale, rounded to f32.
+    Int8 {
+        /// I8 [kv heads, capacity, d].
+        codes: Tensor<3, Int>,
+        /// [kv heads, capacity]: absmax / 127.
+        scale: Tensor<2>,
+    },
+}
+
+impl CacheLayer {
+    /// Whether a device can hold caches of a type.
+    pub fn supported(cache_type: CacheType, device: &Device) -> bool {
+        device.supports_dtype(cache_type.dtype())
+    }
+
+    /// Zeros, on Flex in the memory of `arena`.
+    pub fn zeros(cache_type: CacheType, shape: [usize; 3], device: &Device, arena: &WeightArena) -> Self {
+        let [heads, capacity, _] = shape;
+        match cache_type {
+            CacheType::F32 | CacheType::F16 => {
+                Self::Float(match zeros_in(arena, &shape, cache_type.dtype(), device) {
+                    Some(data) => Tensor::from_data(data, (device, cache_type.dtype())),
+                    None => Tensor::zeros(shape, (device, cache_type.dtype())),
+                })
+            }
+            CacheType::Int8 => Self::Int8 {
+                codes: match zeros_in(arena, &shape, DType::I8, device) {
+                    Some(data) => Tensor::from_data(data, (device, DType::I8)),
+                    None => Tensor::zeros(shape, (device, DType::I8)),
+                },
+                scale: match zeros_in(arena, &[heads, capacity], DType::F32, device) {
+                    Some(data) => Tensor::from_data(data, (device, DType::F32)),
+                    None => Tensor::zeros([heads, capacity], (device, DType::F32)),
+                },
+            },
+        }
+    }
+
+    /// [kv heads, capacity, d].
+    pub fn dims(&self) -> [usize; 3] {
+        match self {
+            Self::Float(tensor) => tensor.dims(),
+            Self::Int8 { codes, .. } => codes.dims(),
+        }
+    }
+
+    /// The first `length` positions of `from`, written over those of this one, of the same type.
+    ///
+    /// # Panics
+    /// If they do not fit, or the types differ.
+    pub fn with_positions(self, from: Self, length: usize) -> Self {
+        let [heads, _, d] = self.dims();
+        let (whole, scales) = ([0..heads, 0..length, 0..d], [0..heads, 0..length]);
+        match (self, from) {
+            (Self::Float(to), Self::Float(from)) => {
+                Self::Float(to.slice_assign(whole.clone(), from.slice(whole)))
+            }
+            (Self::Int8 { codes, scale }, Self::Int8 { codes: old_codes, scale: old_scale }) => Self::Int8 {
+                codes: codes.slice_assign(whole.clone(), old_codes.slice(whole)),
+                scale: scale.slice_assign(scales.clone(), old_scale.slice(scales)),
+            },
+            (to, from) => panic!("a cache {to:?} from a cache {from:?}"),
+        }
+    }
+
+    fn into_dispatch(self) -> CacheTensor<Dispatch> {
+        match self {
+            Self::Float(tensor) => CacheTensor::Float(tensor.into_dispatch()),
+            Self::Int8 { codes, scale } => {
+                CacheTensor::Int8 { codes: codes.into_dispatch(), scale: scale.into_dispatch() }
+            }
+        }
+    }
+
+    fn from_dispatch(tensor: CacheTensor<Dispatch>) -> Self {
+        match tensor {
+            CacheTensor::Float(tensor) => Self::Float(Tensor::from_dispatch(tensor)),
+            CacheTensor::Int8 { codes, scale } => {
+                Self::Int8 { codes: Tensor::from_dispatch(codes), scale: Tensor::from_dispatch(scale) }
+            }
+        }
+    }
+}
+
+/// Zeros in an arena's memory, if the device's tensors can be written to there, and there is memory.
+fn zeros_in(arena: &WeightArena, shape: &[usize], dtype: DType, device: &Device) -> Option<TensorData> {
+    match device.clone().without_autodiff().as_dispatch() {
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => {
+            let size = shape.iter().product::<usize>() * dtype.size();
+            let bytes = crate::host::cache_memory::zeros(arena, size).ok()?;
+            Some(TensorData::from_bytes(bytes, shape, dtype))
+        }
+        #[allow(unreachable_patterns, reason = "without another backend there is only this")]
+        _ => {
+            let _ = (arena, shape, dtype);
+            None
+        }
+    }
+}
+
+/// Writes rows [M, kv heads * d] into a cache from `position` on, in place while `cache` is its only owner.
 ///
 /// # Panics
 /// If the rows do not fit the cache.
-pub fn cache_append(cache: Tensor<3>, rows: Tensor<2>, position: usize) -> Tensor<3> {
+pub fn cache_append(cache: CacheLayer, rows: Tensor<2>, position: usize) -> CacheLayer {
     let ([heads, capacity, d], [m, width]) = (cache.dims(), rows.dims());
     assert_eq!(width, heads * d, "rows of {heads} heads of {d}");
     assert!(position + m <= capacity, "rows {position}..{} of a cache of {capacity}", position + m);
-    Tensor::from_dispatch(Dispatch::cache_append(cache.into_dispatch(), rows.into_dispatch(), position))
+    CacheLayer::from_dispatch(Dispatch::cache_append(cache.into_dispatch(), rows.into_dispatch(), position))
 }
 
 /// Causal attention of the rows q [M, heads * d] of one sequence over its cache.
 ///
 /// # Panics
 /// If the shapes do not fit.
-pub fn attention(q: Tensor<2>, keys: Tensor<3>, values: Tensor<3>, args: AttentionArgs) -> Tensor<2> {
+pub fn attention(q: Tensor<2>, keys: CacheLayer, values: CacheLayer, args: AttentionArgs) -> Tensor<2> {
     let [m, width] = q.dims();
     let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
     assert_eq!(width, n_heads * head_dim, "queries of {n_heads} heads of {head_dim}");

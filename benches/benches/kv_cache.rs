@@ -7,12 +7,15 @@
 use std::hint::black_box;
 use std::time::Duration;
 
-use bitnet_burn_backends::AttentionArgs;
-use bitnet_burn_backends::ops::{attention, cache_append};
+use bitnet_burn_backends::ops::{CacheLayer, attention, cache_append};
+use bitnet_burn_backends::{AttentionArgs, CacheType};
 use bitnet_burn_benches::Random;
-use burn::tensor::{DType, Device, Tensor, TensorData};
-use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
+use bitnet_burn_core::memory::WeightArena;
+use burn::tensor::{Device, Tensor, TensorData};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
+/// Of BitNet b1.58 2B-4T, as the heads.
+const LAYERS: usize = 30;
 const HEADS: usize = 20;
 const KV_HEADS: usize = 5;
 const HEAD_DIM: usize = 128;
@@ -23,13 +26,15 @@ fn kv_cache(criterion: &mut Criterion) {
     let mut row =
         |width: usize| Tensor::<2>::from_data(TensorData::new(random.floats(width), [1, width]), &device);
     let (q, k) = (row(HEADS * HEAD_DIM), row(KV_HEADS * HEAD_DIM));
-    for (name, dtype) in [("f32", DType::F32), ("f16", DType::F16)] {
+    for cache_type in [CacheType::F32, CacheType::F16, CacheType::Int8] {
+        let name = cache_type.name();
         for context in [128, 512, 1024, 2048, 4096] {
             // Room for exactly the context: the last token is written again and again.
-            let empty = || Tensor::<3>::zeros([KV_HEADS, context, HEAD_DIM], (&device, dtype));
+            let shape = [KV_HEADS, context, HEAD_DIM];
+            let empty = CacheLayer::zeros(cache_type, shape, &device, &WeightArena::default());
             let position = context - 1;
 
-            let mut cache = Some(cache_append(empty(), k.clone(), position));
+            let mut cache = Some(cache_append(empty, k.clone(), position));
             criterion.benchmark_group(format!("append_{name}")).bench_function(
                 BenchmarkId::from_parameter(context),
                 |b| {
@@ -50,12 +55,26 @@ fn kv_cache(criterion: &mut Criterion) {
                     );
                 },
             );
+            // Decode reads each layer's keys and values once a token: from memory, not from a cache.
+            let arena = WeightArena::default();
+            let rows =
+                TensorData::new(random.floats(KV_HEADS * context * HEAD_DIM), [context, KV_HEADS * HEAD_DIM]);
+            let rows = Tensor::<2>::from_data(rows, &device);
+            let full =
+                || cache_append(CacheLayer::zeros(cache_type, shape, &device, &arena), rows.clone(), 0);
+            let layers: Vec<_> = (0..LAYERS).map(|_| (full(), full())).collect();
+            let mut layer = layers.iter().cycle();
             let args = AttentionArgs { n_heads: HEADS, n_kv_heads: KV_HEADS, head_dim: HEAD_DIM, position };
-            criterion
-                .benchmark_group(format!("attention_{name}"))
-                .bench_function(BenchmarkId::from_parameter(context), |b| {
-                    b.iter(|| attention(black_box(q.clone()), cache.clone(), cache.clone(), args))
+            let mut group = criterion.benchmark_group(format!("attention_{name}"));
+            group.throughput(Throughput::Bytes(
+                (2 * KV_HEADS * context * cache_type.row_bytes(HEAD_DIM)) as u64,
+            ));
+            group.bench_function(BenchmarkId::from_parameter(context), |b| {
+                b.iter(|| {
+                    let (keys, values) = layer.next().expect("endless").clone();
+                    attention(black_box(q.clone()), keys, values, args)
                 });
+            });
         }
     }
 }

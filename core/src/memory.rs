@@ -14,7 +14,7 @@ use memmap2::MmapMut;
 const CHUNK: usize = 64 << 20;
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Hands out page-backed buffers for packed weights.
+/// Hands out page-backed buffers for packed weights, and for KV caches.
 #[derive(Debug, Default)]
 pub struct WeightArena {
     /// The chunk that is being filled, and how much of it is taken.

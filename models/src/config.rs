@@ -3,6 +3,7 @@
 //! GGUF metadata and Hugging Face's `config.json` both become a [`ModelConfig`]; the model is built from
 //! it alone. Names are those of the Hugging Face configuration where the two differ.
 
+use bitnet_burn_backends::CacheType;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -163,9 +164,10 @@ impl ModelConfig {
         self.n_kv_heads.saturating_mul(self.head_dim)
     }
 
-    /// Bytes that a token takes in the KV cache of all layers, at `bytes_per_element` (4 for f32, 2 for f16).
-    pub fn kv_bytes_per_token(&self, bytes_per_element: usize) -> usize {
-        self.kv_size().saturating_mul(2).saturating_mul(self.n_layers).saturating_mul(bytes_per_element)
+    /// Bytes that a token takes in the KV cache of all layers.
+    pub fn kv_bytes_per_token(&self, cache_type: CacheType) -> usize {
+        let heads = self.n_kv_heads.saturating_mul(2).saturating_mul(self.n_layers);
+        heads.saturating_mul(cache_type.row_bytes(self.head_dim))
     }
 
     /// Number of ternary weights: the seven projections of every layer.
@@ -218,7 +220,8 @@ pub(crate) mod tests {
         config.validate().unwrap();
         assert_eq!(config.ternary_parameters(), 2_084_044_800);
         assert_eq!(config.dense_parameters(), 328_335_360);
-        assert_eq!(config.kv_bytes_per_token(4), 153_600);
+        assert_eq!(config.kv_bytes_per_token(CacheType::F32), 153_600);
+        assert_eq!(config.kv_bytes_per_token(CacheType::Int8), 39_600);
     }
 
     #[test]
@@ -277,7 +280,7 @@ pub(crate) mod tests {
         config.hidden_size = usize::MAX;
         config.n_kv_heads = usize::MAX;
         assert_eq!(config.ternary_parameters(), u64::MAX);
-        assert_eq!(config.kv_bytes_per_token(4), usize::MAX);
+        assert_eq!(config.kv_bytes_per_token(CacheType::F32), usize::MAX);
         assert_eq!(config.dense_parameters(), u64::MAX);
     }
 }

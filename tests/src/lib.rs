@@ -199,6 +199,12 @@ pub fn all_logits(model: &BitNet, tokens: &[u32], chunk: usize, cache_type: Cach
     logits
 }
 
+/// The types of KV caches that the model's device has.
+pub fn cache_types(model: &BitNet) -> Vec<CacheType> {
+    let all = [CacheType::F32, CacheType::F16, CacheType::Int8];
+    all.into_iter().filter(|&cache_type| model.cache(1, cache_type).is_ok()).collect()
+}
+
 /// Small pseudo-random numbers (SplitMix64), the same everywhere.
 #[derive(Clone, Debug)]
 pub struct Random(pub u64);

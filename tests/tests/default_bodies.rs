@@ -4,9 +4,10 @@
 //! memory computes both. (The packed layer's default body is compared in `bitnet-burn-backends`.)
 
 use bitnet_burn::backends::manager::manager;
-use bitnet_burn::backends::ops::{self, TernaryMatrix};
-use bitnet_burn::backends::{AttentionArgs, DenseArgs, GatedActivation, Kernels};
+use bitnet_burn::backends::ops::{self, CacheLayer, TernaryMatrix};
+use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation, Kernels};
 use bitnet_burn::core::formats::{DenseFormat, canonical};
+use bitnet_burn::core::memory::WeightArena;
 use bitnet_burn::core::quant;
 use bitnet_burn::nn::{BitLinear, BitLinearConfig, BitLinearWeight, RotaryEncodingConfig};
 use bitnet_burn_tests::*;
@@ -18,6 +19,16 @@ fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) ->
 
 fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
+}
+
+fn empty(cache_type: CacheType, shape: [usize; 3], device: &Device) -> CacheLayer {
+    CacheLayer::zeros(cache_type, shape, device, &WeightArena::default())
+}
+
+/// The types of caches that all devices have (NdArray has no f16).
+fn common_cache_types() -> impl Iterator<Item = CacheType> {
+    let all = [CacheType::F32, CacheType::F16, CacheType::Int8];
+    all.into_iter().filter(|&t| host_devices().iter().all(|device| CacheLayer::supported(t, device)))
 }
 
 /// An operation on every device, with the fast and with the default body: all within `tolerance` of each
@@ -71,13 +82,11 @@ fn attention_over_a_cache_agrees() {
         let [old_k, old_v] = [(); 2].map(|()| random.floats(position.max(1) * n_kv_heads * head_dim));
         let [k, v] = [(); 2].map(|()| random.floats(m * n_kv_heads * head_dim));
         let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position };
-        for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::F16, 2e-6)] {
-            agree(&format!("attention {args:?} {dtype:?}"), tolerance, &|device| {
-                // NdArray has no f16.
-                let dtype = if device.supports_dtype(dtype) { dtype } else { DType::F32 };
+        for cache_type in common_cache_types() {
+            agree(&format!("attention {args:?} {cache_type:?}"), 2e-6, &|device| {
                 let width = n_kv_heads * head_dim;
                 let cache = |old: &[f32], new: &[f32]| {
-                    let mut cache = Tensor::<3>::zeros([n_kv_heads, length + 9, head_dim], (device, dtype));
+                    let mut cache = empty(cache_type, [n_kv_heads, length + 9, head_dim], device);
                     if position > 0 {
                         cache = ops::cache_append(cache, tensor(old, [position, width], device), 0);
                     }
@@ -86,9 +95,6 @@ fn attention_over_a_cache_agrees() {
                 let (keys, rows) = (cache(&old_k, &k), tensor(&q, [m, n_heads * head_dim], device));
                 ops::attention(rows, keys, cache(&old_v, &v), args)
             });
-            if !host_devices().iter().all(|device| device.supports_dtype(DType::F16)) {
-                break; // the two devices hold different caches
-            }
         }
     }
 }
@@ -96,11 +102,22 @@ fn attention_over_a_cache_agrees() {
 #[test]
 fn a_cache_holds_the_same_whichever_body_wrote_it() {
     let rows = Random(3).floats(4 * 6);
-    agree("cache_append", 0.0, &|device| {
-        let cache = Tensor::<3>::full([2, 9, 3], 0.5, device);
-        let cache = ops::cache_append(cache, tensor(&rows[..6], [1, 6], device), 8);
-        ops::cache_append(cache, tensor(&rows[6..], [3, 6], device), 2)
-    });
+    for cache_type in common_cache_types() {
+        let written = |device: &Device| {
+            let cache = empty(cache_type, [2, 9, 3], device);
+            let cache = ops::cache_append(cache, tensor(&rows[..6], [1, 6], device), 8);
+            ops::cache_append(cache, tensor(&rows[6..], [3, 6], device), 2)
+        };
+        // The codes of an int8 cache are whole numbers, and its scales are those of the other body.
+        agree(&format!("cache_append {cache_type:?}"), 0.0, &|device| match written(device) {
+            CacheLayer::Float(cache) => cache,
+            CacheLayer::Int8 { codes, .. } => codes.cast(DType::I32).float(),
+        });
+        agree(&format!("scales {cache_type:?}"), 1e-7, &|device| match written(device) {
+            CacheLayer::Float(cache) => cache.reshape([2, 27]),
+            CacheLayer::Int8 { scale, .. } => scale,
+        });
+    }
 }
 
 #[test]

@@ -253,7 +253,7 @@ fn check_layers(dir: &Path, device: &Device, trace: &dyn Fn(&str) -> Golden) {
         assert_close(&rotated, &get("k_rope"), 1e-5, &what("rope"));
         let cache = |rows: &Golden| {
             let empty = Tensor::<3>::zeros([config.n_kv_heads, t + 3, config.head_dim], device);
-            ops::cache_append(empty, tensor(rows), 0)
+            ops::cache_append(ops::CacheLayer::Float(empty), tensor(rows), 0)
         };
         let args = AttentionArgs {
             n_heads: config.n_heads,
@@ -366,11 +366,7 @@ fn chunks_of_a_prompt_do_not_change_a_bit() {
         for dir in hf_models() {
             let model = load(&dir, &device, &LoadOptions::default());
             let ids = read_goldens(&dir.join("goldens.safetensors"))["seq64.input_ids"].ids();
-            let mut types = vec![CacheType::F32];
-            if model.cache(1, CacheType::F16).is_ok() {
-                types.push(CacheType::F16);
-            }
-            for cache_type in types {
+            for cache_type in cache_types(&model) {
                 let whole = all_logits(&model, &ids, 64, cache_type);
                 for chunk in [1, 7, 33] {
                     let parts = all_logits(&model, &ids, chunk, cache_type);

@@ -12,6 +12,13 @@ fn models() -> Vec<BitNet> {
     host_devices().iter().map(|device| load(&dir, device, &LoadOptions::default())).collect()
 }
 
+/// Each with every type of cache that its device has.
+fn models_and_types() -> impl Iterator<Item = (BitNet, CacheType)> {
+    models()
+        .into_iter()
+        .flat_map(|model| cache_types(&model).into_iter().map(move |cache_type| (model.clone(), cache_type)))
+}
+
 fn tokens(seed: u64, n: usize) -> Vec<u32> {
     let mut random = Random(seed);
     (0..n).map(|_| random.below(VOCABULARY) as u32).collect()
@@ -39,9 +46,9 @@ fn alone(model: &BitNet, tokens: &[u32], last: usize, cache_type: CacheType) -> 
 
 #[test]
 fn a_fork_and_its_origin_go_on_independently() {
-    for model in models() {
+    for (model, cache_type) in models_and_types() {
         let (history, a, b) = (tokens(1, 20), tokens(2, 9), tokens(3, 14));
-        let mut cache = model.cache(64, CacheType::F32).unwrap();
+        let mut cache = model.cache(64, cache_type).unwrap();
         let origin = cache.add_sequence(0);
         append(&model, &mut cache, origin, &history);
         let fork = cache.fork(origin).unwrap();
@@ -55,24 +62,20 @@ fn a_fork_and_its_origin_go_on_independently() {
             of_fork.extend(append(&model, &mut cache, fork, &[token]));
         }
         let with = |tail: &[u32]| [&history, tail].concat();
-        assert_same_bits(&of_origin, &alone(&model, &with(&a), 9, CacheType::F32), "the origin");
-        assert_same_bits(&of_fork, &alone(&model, &with(&b), 14, CacheType::F32), "the fork");
+        assert_same_bits(&of_origin, &alone(&model, &with(&a), 9, cache_type), "the origin");
+        assert_same_bits(&of_fork, &alone(&model, &with(&b), 14, cache_type), "the fork");
         // The origin's end is not the fork's.
         cache.remove(origin).unwrap();
         let more = append(&model, &mut cache, fork, &a);
-        assert_same_bits(
-            &more,
-            &alone(&model, &[with(&b), a.clone()].concat(), 9, CacheType::F32),
-            "the fork",
-        );
+        assert_same_bits(&more, &alone(&model, &[with(&b), a.clone()].concat(), 9, cache_type), "the fork");
     }
 }
 
 #[test]
 fn a_truncated_sequence_goes_on_as_if_the_rest_had_never_been() {
-    for model in models() {
+    for (model, cache_type) in models_and_types() {
         let (history, wrong, right) = (tokens(4, 30), tokens(5, 25), tokens(6, 11));
-        let mut cache = model.cache(128, CacheType::F32).unwrap();
+        let mut cache = model.cache(128, cache_type).unwrap();
         let sequence = cache.add_sequence(0);
         append(&model, &mut cache, sequence, &history);
         append(&model, &mut cache, sequence, &wrong);
@@ -81,20 +84,20 @@ fn a_truncated_sequence_goes_on_as_if_the_rest_had_never_been() {
         cache.truncate(sequence, 17).unwrap();
         let got = append(&model, &mut cache, sequence, &right);
         let whole = [&history[..17], &right].concat();
-        assert_same_bits(&got, &alone(&model, &whole, 11, CacheType::F32), "behind 17");
+        assert_same_bits(&got, &alone(&model, &whole, 11, cache_type), "behind 17");
         cache.truncate(sequence, 0).unwrap();
         let got = append(&model, &mut cache, sequence, &right);
-        assert_same_bits(&got, &alone(&model, &right, 11, CacheType::F32), "from the start");
+        assert_same_bits(&got, &alone(&model, &right, 11, cache_type), "from the start");
     }
 }
 
 #[test]
 fn sequences_in_one_batch_are_each_as_if_alone() {
-    for model in models() {
+    for (model, cache_type) in models_and_types() {
         let histories = [tokens(7, 5), tokens(8, 40), tokens(9, 0)];
         // A chunk of a prompt, one token, and a new sequence, all in one forward pass.
         let next = [tokens(10, 13), tokens(11, 1), tokens(12, 6)];
-        let mut cache = model.cache(128, CacheType::F32).unwrap();
+        let mut cache = model.cache(128, cache_type).unwrap();
         let ids = [(); 3].map(|()| cache.add_sequence(0));
         for (history, &id) in histories.iter().zip(&ids).take(2) {
             append(&model, &mut cache, id, history);
@@ -102,9 +105,7 @@ fn sequences_in_one_batch_are_each_as_if_alone() {
         let batch: Vec<Row> = (0..3).flat_map(|i| rows(&next[i], ids[i], histories[i].len())).collect();
         let got = forward(&model, &mut cache, &batch).unwrap();
         let want: Vec<f32> = (0..3)
-            .flat_map(|i| {
-                alone(&model, &[&histories[i][..], &next[i]].concat(), next[i].len(), CacheType::F32)
-            })
+            .flat_map(|i| alone(&model, &[&histories[i][..], &next[i]].concat(), next[i].len(), cache_type))
             .collect();
         assert_same_bits(&got, &want, "three sequences");
         // And again, in another order, one token each.
@@ -116,13 +117,12 @@ fn sequences_in_one_batch_are_each_as_if_alone() {
             .collect();
         let got = forward(&model, &mut cache, &batch).unwrap();
         let whole = |i: usize| [&histories[i][..], &next[i], &second[i]].concat();
-        let want: Vec<f32> =
-            order.iter().flat_map(|&i| alone(&model, &whole(i), 1, CacheType::F32)).collect();
+        let want: Vec<f32> = order.iter().flat_map(|&i| alone(&model, &whole(i), 1, cache_type)).collect();
         assert_same_bits(&got, &want, "one token each");
         // Only some rows' logits are wanted.
         let batch: Vec<Row> =
             (0..3).flat_map(|i| rows(&next[i], ids[i], cache.length(ids[i]).unwrap())).collect();
-        let mut again = KvCache::new([2, 2, 64], 128, CacheType::F32, &model.device()).unwrap();
+        let mut again = KvCache::new([2, 2, 64], 128, cache_type, &model.device()).unwrap();
         let again_ids = [(); 3].map(|()| again.add_sequence(0));
         for (i, &id) in again_ids.iter().enumerate() {
             append(&model, &mut again, id, &whole(i));
@@ -138,21 +138,31 @@ fn sequences_in_one_batch_are_each_as_if_alone() {
 
 #[test]
 fn growing_room_changes_nothing() {
-    for model in models() {
+    for (model, cache_type) in models_and_types() {
         let ids = tokens(16, 300);
-        let types = [CacheType::F32, CacheType::F16];
-        for cache_type in types.into_iter().filter(|&t| model.cache(1, t).is_ok()) {
-            let want = alone(&model, &ids, 300, cache_type);
-            let mut cache = model.cache(400, cache_type).unwrap();
-            let sequence = cache.add_sequence(0);
-            let first = cache.bytes();
-            let mut got = Vec::new();
-            for chunk in ids.chunks(37) {
-                got.extend(append(&model, &mut cache, sequence, chunk));
-            }
-            assert!(cache.bytes() > first && cache.bytes() <= 400 * 2 * 2 * 64 * 2 * cache_type.bytes());
-            assert_same_bits(&got, &want, &format!("{cache_type:?}"));
+        let want = alone(&model, &ids, 300, cache_type);
+        let mut cache = model.cache(400, cache_type).unwrap();
+        let sequence = cache.add_sequence(0);
+        let first = cache.bytes();
+        let mut got = Vec::new();
+        for chunk in ids.chunks(37) {
+            got.extend(append(&model, &mut cache, sequence, chunk));
         }
+        assert!(cache.bytes() > first && cache.bytes() <= 400 * 2 * 2 * 2 * cache_type.row_bytes(64));
+        assert_same_bits(&got, &want, &format!("{cache_type:?}"));
+    }
+}
+
+#[test]
+fn an_int8_cache_takes_a_quarter_and_a_scale() {
+    for model in models() {
+        let bytes = |cache_type: CacheType| {
+            let mut cache = model.cache(256, cache_type).unwrap();
+            cache.add_sequence(256);
+            cache.bytes()
+        };
+        // Heads of 64: 64 codes and a scale for 64 floats.
+        assert_eq!(bytes(CacheType::Int8) * 256, bytes(CacheType::F32) * 68);
     }
 }
 

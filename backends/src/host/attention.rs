@@ -17,13 +17,23 @@
 //! a long cache occupies many threads. (This is the split of Flash-Decoding,
 //! <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>, at fixed places.)
 //!
+//! What a cache of another type holds is read as f32: a half as its value, an int8 as code * scale, one
+//! rounded product. Nothing else depends on the type, so attention over such a cache is attention over the f32
+//! cache of those values.
+//!
 //! There are two ways to the same bits: a few rows read keys and values where they lie, once for all heads of
 //! a group; many rows transpose each run of keys, so that the lanes are positions and a score needs no sum
 //! across lanes.
+//!
+//! # Memory
+//! A single row does a few operations a byte, so its bound is reading the cache. What a step computes with was
+//! asked for in the step before it: the values while the scores are computed, the next tile's keys while the
+//! values are added. Otherwise each would wait for memory, and memory for each.
 
 use std::cell::Cell;
 
 use bitnet_burn_core::pool::Pool;
+use bitnet_burn_cpu::quantise::quantise_rows;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -46,14 +56,28 @@ pub(crate) enum CacheRef<'a> {
     F32(&'a [f32]),
     /// Half precision; computed with as the f32 of the same value.
     F16(&'a [f16]),
+    /// int8 with a scale for each position and head: computed with as the f32 product.
+    Int8 {
+        /// [n_kv_heads][capacity][head_dim]
+        codes: &'a [i8],
+        /// [n_kv_heads][capacity]
+        scale: &'a [f32],
+    },
 }
 
 impl CacheRef<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Self::F32(c) => c.len(),
-            Self::F16(c) => c.len(),
-        }
+    /// Panics if it is of another size than `shape`.
+    fn check(&self, shape: Shape) {
+        let positions = shape.n_kv_heads * shape.capacity;
+        let (len, positions) = match self {
+            Self::F32(c) => (c.len(), positions),
+            Self::F16(c) => (c.len(), positions),
+            Self::Int8 { codes, scale } => {
+                assert_eq!(scale.len(), positions, "scales of the cache");
+                (codes.len(), positions)
+            }
+        };
+        assert_eq!(len, positions * shape.head_dim, "elements of the cache");
     }
 }
 
@@ -64,6 +88,14 @@ pub(crate) enum CacheMut<'a> {
     F32(&'a mut [f32]),
     /// Half precision: rounded to nearest even, infinite beyond the range.
     F16(&'a mut [f16]),
+    /// Quantised by absmax, as activations are: each element moves by at most half a step,
+    /// max(absmax, 1e-5) / 254 of its position and head, give or take f32's rounding.
+    Int8 {
+        /// [n_kv_heads][capacity][head_dim]
+        codes: &'a mut [i8],
+        /// [n_kv_heads][capacity]: absmax / 127; NaN if an element is not finite.
+        scale: &'a mut [f32],
+    },
 }
 
 /// The shape of an attention.
@@ -114,6 +146,13 @@ pub(crate) fn append(
             assert_eq!(cache.len(), size, "elements of the cache");
             pieces.for_each(|(to, x)| cache[to].convert_from_f32_slice(x));
         }
+        CacheMut::Int8 { codes, scale } => {
+            assert_eq!((codes.len(), scale.len()), (size, n_kv_heads * capacity), "elements of the cache");
+            pieces.for_each(|(to, x)| {
+                let scale = &mut scale[to.start / head_dim..][..1];
+                quantise_rows(x, head_dim, &mut codes[to], head_dim, scale, &mut [0]);
+            });
+        }
     }
 }
 
@@ -126,7 +165,7 @@ pub(crate) fn append(
 /// * `out`: rows of n_heads * head_dim values, `out_stride` elements apart
 ///
 /// # Panics
-/// If the heads do not divide, or the positions or the slices do not fit.
+/// If the heads do not divide, the positions or the slices do not fit, or keys and values are of different types.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn attention(
     q: &[f32],
@@ -179,47 +218,149 @@ pub(crate) fn attention_at(
         rows <= capacity && first_position <= capacity - rows,
         "{first_position}+{rows} positions of {capacity}"
     );
-    let size = n_kv_heads * capacity * head_dim;
-    assert_eq!((keys.len(), values.len()), (size, size), "elements of the cache");
+    keys.check(shape);
+    values.check(shape);
     let width = n_heads * head_dim;
     assert!(rows_fit(q.len(), rows, width, q_stride), "{rows} rows of queries in {}", q.len());
     assert!(rows_fit(out.len(), rows, width, out_stride), "{rows} rows of results in {}", out.len());
     let call = Call { q, q_stride, rows, shape, first_position, out_stride };
     match (keys, values) {
         (CacheRef::F32(k), CacheRef::F32(v)) => call.over(level, k, v, out, pool),
-        (CacheRef::F32(k), CacheRef::F16(v)) => call.over(level, k, v, out, pool),
-        (CacheRef::F16(k), CacheRef::F32(v)) => call.over(level, k, v, out, pool),
         (CacheRef::F16(k), CacheRef::F16(v)) => call.over(level, k, v, out, pool),
+        (CacheRef::Int8 { codes: k, scale: k_scale }, CacheRef::Int8 { codes: v, scale: v_scale }) => {
+            call.over(level, Int8::new(k, k_scale), Int8::new(v, v_scale), out, pool);
+        }
+        _ => panic!("keys and values of different types"),
     }
 }
 
-/// What a cache holds.
-trait Element: Copy + Send + Sync {
-    fn load<I: Isa>(isa: I, v: &[Self; 16]) -> I::F;
-    fn load_first<I: Isa>(isa: I, v: &[Self]) -> I::F;
+/// A cache of some type.
+trait Cache: Copy + Send + Sync {
+    /// Elements of one position and head.
+    type Row: Elements;
+    /// The row `kv head * capacity + position`.
+    fn row(self, row: usize, head_dim: usize) -> Self::Row;
+    /// Prefetches the elements `from..to`, counted from that row's first; there need not be any.
+    fn ahead<I: Isa>(self, isa: I, row: usize, head_dim: usize, from: usize, to: usize);
 }
 
-impl Element for f32 {
+/// Some elements of a row.
+trait Elements: Copy {
+    /// The elements `from..from + len` of them.
+    fn part(self, from: usize, len: usize) -> Self;
+    /// Sixteen from `from` on.
+    fn load<I: Isa>(self, isa: I, from: usize) -> I::F;
+    /// The last ones, from `from` on: fewer than sixteen, and zeros.
+    fn load_last<I: Isa>(self, isa: I, from: usize) -> I::F;
+}
+
+impl<'a> Cache for &'a [f32] {
+    type Row = &'a [f32];
     #[inline(always)]
-    fn load<I: Isa>(isa: I, v: &[f32; 16]) -> I::F {
-        isa.load(v)
+    fn row(self, row: usize, head_dim: usize) -> &'a [f32] {
+        &self[row * head_dim..][..head_dim]
     }
     #[inline(always)]
-    fn load_first<I: Isa>(isa: I, v: &[f32]) -> I::F {
-        isa.load_first(v)
+    fn ahead<I: Isa>(self, isa: I, row: usize, head_dim: usize, from: usize, to: usize) {
+        prefetch(isa, self, row * head_dim + from, to - from);
     }
 }
 
-impl Element for f16 {
+impl Elements for &[f32] {
     #[inline(always)]
-    fn load<I: Isa>(isa: I, v: &[f16; 16]) -> I::F {
-        isa.load_f16(v)
+    fn part(self, from: usize, len: usize) -> Self {
+        &self[from..from + len]
     }
     #[inline(always)]
-    fn load_first<I: Isa>(isa: I, v: &[f16]) -> I::F {
-        let mut all = [f16::ZERO; 16];
-        all[..v.len()].copy_from_slice(v);
+    fn load<I: Isa>(self, isa: I, from: usize) -> I::F {
+        isa.load(self[from..].first_chunk().expect("16 elements"))
+    }
+    #[inline(always)]
+    fn load_last<I: Isa>(self, isa: I, from: usize) -> I::F {
+        isa.load_first(&self[from..])
+    }
+}
+
+impl<'a> Cache for &'a [f16] {
+    type Row = &'a [f16];
+    #[inline(always)]
+    fn row(self, row: usize, head_dim: usize) -> &'a [f16] {
+        &self[row * head_dim..][..head_dim]
+    }
+    #[inline(always)]
+    fn ahead<I: Isa>(self, isa: I, row: usize, head_dim: usize, from: usize, to: usize) {
+        prefetch(isa, self, row * head_dim + from, to - from);
+    }
+}
+
+impl Elements for &[f16] {
+    #[inline(always)]
+    fn part(self, from: usize, len: usize) -> Self {
+        &self[from..from + len]
+    }
+    #[inline(always)]
+    fn load<I: Isa>(self, isa: I, from: usize) -> I::F {
+        isa.load_f16(self[from..].first_chunk().expect("16 elements"))
+    }
+    #[inline(always)]
+    fn load_last<I: Isa>(self, isa: I, from: usize) -> I::F {
+        let mut all = [f16::ZERO; LANES];
+        all[..self.len() - from].copy_from_slice(&self[from..]);
         isa.load_f16(&all)
+    }
+}
+
+/// An int8 cache, or elements of one of its rows.
+#[derive(Clone, Copy)]
+struct Int8<'a, S> {
+    codes: &'a [u8],
+    scale: S,
+}
+
+impl<'a> Int8<'a, &'a [f32]> {
+    fn new(codes: &'a [i8], scale: &'a [f32]) -> Self {
+        Self { codes: bytemuck::cast_slice(codes), scale }
+    }
+}
+
+impl<'a> Cache for Int8<'a, &'a [f32]> {
+    type Row = Int8<'a, f32>;
+    #[inline(always)]
+    fn row(self, row: usize, head_dim: usize) -> Int8<'a, f32> {
+        Int8 { codes: &self.codes[row * head_dim..][..head_dim], scale: self.scale[row] }
+    }
+    #[inline(always)]
+    fn ahead<I: Isa>(self, isa: I, row: usize, head_dim: usize, from: usize, to: usize) {
+        prefetch(isa, self.codes, row * head_dim + from, to - from);
+        // The scales are few, and lie one behind the other.
+        prefetch(isa, self.scale, row, 1);
+    }
+}
+
+impl Elements for Int8<'_, f32> {
+    #[inline(always)]
+    fn part(self, from: usize, len: usize) -> Self {
+        Self { codes: &self.codes[from..from + len], scale: self.scale }
+    }
+    #[inline(always)]
+    fn load<I: Isa>(self, isa: I, from: usize) -> I::F {
+        let codes = isa.i8_bytes(self.codes[from..].first_chunk().expect("16 elements"));
+        isa.mul(codes, isa.splat(self.scale))
+    }
+    #[inline(always)]
+    fn load_last<I: Isa>(self, isa: I, from: usize) -> I::F {
+        let mut all = [0; LANES];
+        all[..self.codes.len() - from].copy_from_slice(&self.codes[from..]);
+        isa.mul(isa.i8_bytes(&all), isa.splat(self.scale))
+    }
+}
+
+/// Asks for the lines of `count` elements from `from` on.
+#[inline(always)]
+fn prefetch<I: Isa, T>(isa: I, v: &[T], from: usize, count: usize) {
+    let start = v.as_ptr().wrapping_add(from).cast::<u8>();
+    for line in (0..count * size_of::<T>()).step_by(64) {
+        isa.prefetch(start.wrapping_add(line));
     }
 }
 
@@ -250,7 +391,7 @@ impl<'a> Call<'a> {
         &self.q[row * self.q_stride + head * self.shape.head_dim..][..self.shape.head_dim]
     }
 
-    fn over<K: Element, V: Element>(self, level: Level, k: &[K], v: &[V], out: &mut [f32], pool: &Pool) {
+    fn over<C: Cache>(self, level: Level, k: C, v: C, out: &mut [f32], pool: &Pool) {
         let Shape { n_heads, n_kv_heads, head_dim, .. } = self.shape;
         let last = self.seen(self.rows - 1);
         let out = &Shared::new(out);
@@ -270,89 +411,118 @@ impl<'a> Call<'a> {
         let padded = head_dim.next_multiple_of(LANES);
         for row in 0..self.rows {
             let tiles = self.seen(row).div_ceil(TILE);
-            // Per (tile, head): the sums, then m and l.
+            // Per (kv head, tile, head of the group): the sums, then m and l.
             let mut parts = vec![0.0; tiles * n_heads * (padded + 2)];
             let shared = &Shared::new(&mut parts);
-            run(pool, parallel, tiles * n_kv_heads, &|task| {
-                let (tile, kv_head) = (task / n_kv_heads, task % n_kv_heads);
-                level.run(Row { call: self, row, tile, kv_head, k, v, parts: shared });
+            // Runs of units, since each asks for the memory of the next.
+            let units = n_kv_heads * tiles;
+            let tasks = if pool.threads() == 1 { 1 } else { units.min(4 * pool.threads()) };
+            run(pool, parallel, tasks, &|task| {
+                let (from, to) = (units * task / tasks, units * (task + 1) / tasks);
+                level.run(Row { call: self, row, tiles, from, to, k, v, parts: shared });
             });
             level.run(Merge { call: self, row, tiles, parts: &mut parts, out });
         }
     }
 }
 
-/// One row over one tile, for the heads of one kv head.
-struct Row<'a, K, V> {
+/// One row over the tiles `from..to` of all kv heads' tiles, for the heads of their groups.
+struct Row<'a, C> {
     call: Call<'a>,
     row: usize,
-    tile: usize,
-    kv_head: usize,
-    k: &'a [K],
-    v: &'a [V],
+    tiles: usize,
+    from: usize,
+    to: usize,
+    k: C,
+    v: C,
     parts: &'a Shared<'a, f32>,
 }
 
-impl<K: Element, V: Element> Kernel for Row<'_, K, V> {
+impl<C: Cache> Kernel for Row<'_, C> {
     type Out = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let mut head = 0;
         let group = self.call.group();
-        while head + 4 <= group {
-            self.heads::<I, 4>(isa, head);
-            head += 4;
-        }
-        while head < group {
-            self.heads::<I, 1>(isa, head);
-            head += 1;
+        for unit in self.from..self.to {
+            let mut head = 0;
+            while head + 4 <= group {
+                self.heads::<I, 4>(isa, unit, head);
+                head += 4;
+            }
+            while head < group {
+                self.heads::<I, 1>(isa, unit, head);
+                head += 1;
+            }
         }
     }
 }
 
-impl<K: Element, V: Element> Row<'_, K, V> {
+impl<C: Cache> Row<'_, C> {
+    /// Row of the cache that a tile begins with.
+    #[inline(always)]
+    fn start(&self, unit: usize) -> usize {
+        unit / self.tiles * self.call.shape.capacity + unit % self.tiles * TILE
+    }
+
     /// H heads of the group from `head` on.
     #[inline(always)]
-    fn heads<I: Isa, const H: usize>(&self, isa: I, head: usize) {
-        let Shape { n_heads, head_dim, capacity, scale, .. } = self.call.shape;
-        let head = self.kv_head * self.call.group() + head;
-        let from = self.tile * TILE;
-        let count = TILE.min(self.call.seen(self.row) - from);
-        let cached =
-            (self.kv_head * capacity + from) * head_dim..(self.kv_head * capacity + from + count) * head_dim;
-        let (keys, values) = (&self.k[cached.clone()], &self.v[cached]);
-        let q: [&[f32]; H] = std::array::from_fn(|h| self.call.query(self.row, head + h));
+    fn heads<I: Isa, const H: usize>(&self, isa: I, unit: usize, head: usize) {
+        let Shape { head_dim, scale, .. } = self.call.shape;
+        let (kv_head, group) = (unit / self.tiles, self.call.group());
+        let count = TILE.min(self.call.seen(self.row) - unit % self.tiles * TILE);
+        let start = self.start(unit);
+        let q: [&[f32]; H] = std::array::from_fn(|h| self.call.query(self.row, kv_head * group + head + h));
         let mut scores = [[0.0; TILE]; H];
-        // Two keys at a time: they share the loads of the queries, and their chains overlap.
         let mut p = 0;
-        while p + 2 <= count {
-            ahead(isa, keys, (p + AHEAD) * head_dim, 2 * head_dim);
-            let dots =
-                dots::<I, K, H, 2>(isa, q, [&keys[p * head_dim..], &keys[(p + 1) * head_dim..]], head_dim);
+        // Several keys at a time: they share the loads of the queries, and their chains overlap.
+        while I::WIDE && H == 4 && p + 4 <= count {
+            let keys = std::array::from_fn(|i| self.k.row(start + p + i, head_dim));
+            for i in 0..4 {
+                self.v.ahead(isa, start + p + i, head_dim, 0, head_dim);
+            }
+            let acc = products::<I, C::Row, H, 4>(isa, q, keys, head_dim);
+            let mut all = [isa.splat(0.0); LANES];
+            for (all, &acc) in all.iter_mut().zip(acc.as_flattened()) {
+                *all = acc;
+            }
+            let mut sums = [0.0; LANES];
+            isa.store(isa.mul(isa.sums(all), isa.splat(scale)), &mut sums);
             for h in 0..H {
-                scores[h][p] = dots[h][0] * scale;
-                scores[h][p + 1] = dots[h][1] * scale;
+                scores[h][p..p + 4].copy_from_slice(&sums[4 * h..][..4]);
+            }
+            p += 4;
+        }
+        while p < count {
+            let keys =
+                [self.k.row(start + p, head_dim), self.k.row(start + (p + 1).min(count - 1), head_dim)];
+            for i in 0..2 {
+                self.v.ahead(isa, start + p + i, head_dim, 0, head_dim);
+            }
+            let acc = products::<I, C::Row, H, 2>(isa, q, keys, head_dim);
+            for h in 0..H {
+                for i in 0..2.min(count - p) {
+                    scores[h][p + i] = isa.sum(acc[h][i]) * scale;
+                }
             }
             p += 2;
         }
-        if p < count {
-            let dots = dots::<I, K, H, 1>(isa, q, [&keys[p * head_dim..]], head_dim);
-            for h in 0..H {
-                scores[h][p] = dots[h][0] * scale;
-            }
-        }
         let width = head_dim.next_multiple_of(LANES) + 2;
-        // SAFETY: this task alone writes the parts of its tile and its kv head's heads, one group of heads at
-        // a time.
-        let parts = unsafe { self.parts.part((self.tile * n_heads + head) * width, H * width) };
+        // SAFETY: this task alone writes the parts of its tiles, one group of heads at a time.
+        let parts = unsafe { self.parts.part((unit * group + head) * width, H * width) };
         for (scores, part) in scores.iter_mut().zip(parts.chunks_exact_mut(width)) {
             let (m, l) = softmax(isa, scores, count);
             part[width - 2] = m;
             part[width - 1] = l;
         }
-        let p: [&[f32]; H] = std::array::from_fn(|h| &scores[h][..count]);
-        weigh::<I, V, H, true>(isa, p, values, head_dim, parts, width);
+        // Before the next keys, the rest of this tile's, if there are more heads to the group.
+        let next = if head + H < group { start } else { self.start((unit + 1).min(self.to - 1)) };
+        for from in (0..count).step_by(RUN) {
+            let to = (from + RUN).min(count);
+            let p: [&[f32]; H] = std::array::from_fn(|h| &scores[h][from..to]);
+            let next = Some((self.k, next + from));
+            weigh(isa, p, self.v, start + from, head_dim, parts, width, next);
+        }
     }
 }
 
@@ -370,17 +540,19 @@ impl Kernel for Merge<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Shape { n_heads, head_dim, .. } = self.call.shape;
+        let head_dim = self.call.shape.head_dim;
         let width = head_dim.next_multiple_of(LANES) + 2;
-        let (first, others) = self.parts.split_at_mut(n_heads * width);
-        for (head, state) in first.chunks_exact_mut(width).enumerate() {
-            for tile in 0..self.tiles - 1 {
-                let part = &others[(tile * n_heads + head) * width..][..width];
-                merge(isa, state, part);
+        let group = self.call.group();
+        for (kv_head, parts) in self.parts.chunks_exact_mut(self.tiles * group * width).enumerate() {
+            let (first, others) = parts.split_at_mut(group * width);
+            for (head, state) in first.chunks_exact_mut(width).enumerate() {
+                for tile in others.chunks_exact(group * width) {
+                    merge(isa, state, &tile[head * width..][..width]);
+                }
+                let to = self.row * self.call.out_stride + (kv_head * group + head) * head_dim;
+                // SAFETY: the calling thread alone writes the results of a row, one head at a time.
+                finish(state, unsafe { self.out.part(to, head_dim) });
             }
-            // SAFETY: the calling thread alone writes the results of a row, one head at a time.
-            let out = unsafe { self.out.part(self.row * self.call.out_stride + head * head_dim, head_dim) };
-            finish(state, out);
         }
     }
 }
@@ -392,17 +564,17 @@ thread_local! {
 }
 
 /// Rows `from..to`, for the heads of one kv head.
-struct Block<'a, K, V> {
+struct Block<'a, C> {
     call: Call<'a>,
     from: usize,
     to: usize,
     kv_head: usize,
-    k: &'a [K],
-    v: &'a [V],
+    k: C,
+    v: C,
     out: &'a Shared<'a, f32>,
 }
 
-impl<K: Element, V: Element> Kernel for Block<'_, K, V> {
+impl<C: Cache> Kernel for Block<'_, C> {
     type Out = ();
 
     #[inline(always)]
@@ -442,8 +614,7 @@ impl<K: Element, V: Element> Kernel for Block<'_, K, V> {
             let positions = TILE.min(last - tile);
             for at in (0..positions).step_by(RUN) {
                 let n = RUN.min(positions - at);
-                let cached = (self.kv_head * capacity + tile + at) * head_dim;
-                transpose(isa, &self.k[cached..cached + n * head_dim], head_dim, transposed);
+                transpose(isa, self.k, self.kv_head * capacity + tile + at, n, head_dim, transposed);
                 // Rows that see nothing of the run stand in front.
                 let mut query = (0..queries).find(|&query| count(query) > at).unwrap_or(queries);
                 while query < queries {
@@ -473,29 +644,25 @@ impl<K: Element, V: Element> Kernel for Block<'_, K, V> {
             }
             for at in (0..positions).step_by(RUN) {
                 let n = RUN.min(positions - at);
-                let cached = (self.kv_head * capacity + tile + at) * head_dim;
-                widen(isa, &self.v[cached..cached + n * head_dim], values);
-                let values = &values[..n * head_dim];
+                widen(
+                    isa,
+                    self.v,
+                    self.kv_head * capacity + tile + at,
+                    head_dim,
+                    &mut values[..n * head_dim],
+                );
                 let seen = |query: usize| count(query).saturating_sub(at).min(n);
                 let mut query = (0..queries).find(|&query| seen(query) > 0).unwrap_or(queries);
                 while query < queries {
                     // Four queries that see the same positions; others one by one.
                     let n = seen(query);
                     let p = |i: usize| &scores[(query + i) * TILE + at..][..n];
-                    let values = &values[..n * head_dim];
-                    let sums = &mut part[query * width..];
+                    let (values, sums) = (&values[..n * head_dim], &mut part[query * width..]);
                     if queries - query >= 4 && seen(query + 3) == n {
-                        weigh::<I, f32, 4, false>(
-                            isa,
-                            [p(0), p(1), p(2), p(3)],
-                            values,
-                            head_dim,
-                            sums,
-                            width,
-                        );
+                        weigh(isa, [p(0), p(1), p(2), p(3)], values, 0, head_dim, sums, width, None);
                         query += 4;
                     } else {
-                        weigh::<I, f32, 1, false>(isa, [p(0)], values, head_dim, sums, width);
+                        weigh(isa, [p(0)], values, 0, head_dim, sums, width, None);
                         query += 1;
                     }
                 }
@@ -519,22 +686,21 @@ impl<K: Element, V: Element> Kernel for Block<'_, K, V> {
     }
 }
 
-/// The dot products of H queries and P keys, each key at the start of its slice.
+/// The dot products of H queries and P keys, before their lanes are added.
 #[inline(always)]
-fn dots<I: Isa, K: Element, const H: usize, const P: usize>(
+fn products<I: Isa, K: Elements, const H: usize, const P: usize>(
     isa: I,
     q: [&[f32]; H],
-    k: [&[K]; P],
+    k: [K; P],
     head_dim: usize,
-) -> [[f32; P]; H] {
+) -> [[I::F; P]; H] {
     let mut acc = [[isa.splat(0.0); P]; H];
-    let k = k.map(|k| &k[..head_dim]);
     let q = q.map(|q| &q[..head_dim]);
     let mut at = 0;
     while at + LANES <= head_dim {
         let mut key = [isa.splat(0.0); P];
         for p in 0..P {
-            key[p] = K::load(isa, k[p][at..at + LANES].first_chunk().expect("16 elements"));
+            key[p] = k[p].load(isa, at);
         }
         for h in 0..H {
             let query = isa.load(q[h][at..at + LANES].first_chunk().expect("16 elements"));
@@ -547,18 +713,12 @@ fn dots<I: Isa, K: Element, const H: usize, const P: usize>(
     if at < head_dim {
         for h in 0..H {
             for p in 0..P {
-                let (query, key) = (isa.load_first(&q[h][at..]), K::load_first(isa, &k[p][at..]));
+                let (query, key) = (isa.load_first(&q[h][at..]), k[p].load_last(isa, at));
                 acc[h][p] = isa.fma_first(head_dim - at, query, key, acc[h][p]);
             }
         }
     }
-    let mut sums = [[0.0; P]; H];
-    for h in 0..H {
-        for p in 0..P {
-            sums[h][p] = isa.sum(acc[h][p]);
-        }
-    }
-    sums
+    acc
 }
 
 /// The 16 lanes in the order in which the tree joins them: neighbours first, then neighbouring pairs, …
@@ -577,37 +737,48 @@ fn lane_starts(head_dim: usize) -> [usize; LANES] {
 /// Writes the keys of up to [`RUN`] positions as [head_dim][RUN], the elements sorted by lane; what stands
 /// for the positions after them is arbitrary.
 #[inline(always)]
-fn transpose<I: Isa, K: Element>(isa: I, keys: &[K], head_dim: usize, to: &mut [[f32; RUN]]) {
+fn transpose<I: Isa, K: Cache>(
+    isa: I,
+    keys: K,
+    start: usize,
+    count: usize,
+    head_dim: usize,
+    to: &mut [[f32; RUN]],
+) {
     let starts = lane_starts(head_dim);
-    for (block, keys) in keys.chunks(LANES * head_dim).enumerate() {
+    for block in (0..count).step_by(LANES) {
         for at in (0..head_dim).step_by(LANES) {
             let mut v = [isa.splat(0.0); LANES];
-            for (v, key) in v.iter_mut().zip(keys.chunks_exact(head_dim)) {
-                ahead(isa, key, LANES * head_dim + at, 1);
-                *v = match key[at..].first_chunk() {
-                    Some(key) => K::load(isa, key),
-                    None => K::load_first(isa, &key[at..]),
-                };
+            for (i, v) in v.iter_mut().enumerate().take(count - block) {
+                keys.ahead(isa, start + block + i + LANES, head_dim, at, at + 1);
+                let key = keys.row(start + block + i, head_dim);
+                *v = if at + LANES <= head_dim { key.load(isa, at) } else { key.load_last(isa, at) };
             }
             for (lane, v) in isa.transpose(v).into_iter().enumerate().take(head_dim - at) {
-                let to = &mut to[starts[lane] + at / LANES][block * LANES..];
+                let to = &mut to[starts[lane] + at / LANES][block..];
                 isa.store(v, to.first_chunk_mut().expect("16 of 64 positions"));
             }
         }
     }
 }
 
-/// Writes values as f32.
+/// Writes rows of values as f32.
 #[inline(always)]
-fn widen<I: Isa, V: Element>(isa: I, v: &[V], to: &mut [f32]) {
-    let (chunks, rest) = v.as_chunks();
-    for (v, to) in chunks.iter().zip(to.as_chunks_mut().0) {
-        ahead(isa, v, 64 * LANES, 1);
-        isa.store(V::load(isa, v), to);
+fn widen<I: Isa, V: Cache>(isa: I, values: V, start: usize, head_dim: usize, to: &mut [f32]) {
+    for (i, to) in to.chunks_exact_mut(head_dim).enumerate() {
+        values.ahead(isa, start + i + LANES, head_dim, 0, head_dim);
+        let row = values.row(start + i, head_dim);
+        let (chunks, rest) = to.as_chunks_mut();
+        let whole = chunks.len() * LANES;
+        for (i, to) in chunks.iter_mut().enumerate() {
+            isa.store(row.load(isa, i * LANES), to);
+        }
+        if !rest.is_empty() {
+            let mut last = [0.0; LANES];
+            isa.store(row.load_last(isa, whole), &mut last);
+            rest.copy_from_slice(&last[..rest.len()]);
+        }
     }
-    let mut last = [0.0; LANES];
-    isa.store(V::load_first(isa, rest), &mut last);
-    to[v.len() - rest.len()..][..rest.len()].copy_from_slice(&last[..rest.len()]);
 }
 
 /// The scores of Q queries (sorted by lane, one after the other) for the [`RUN`] transposed positions; query
@@ -711,54 +882,49 @@ fn softmax<I: Isa>(isa: I, scores: &mut [f32], count: usize) -> (f32, f32) {
     (m, isa.sum(sum))
 }
 
-/// Positions that are asked for ahead of their use.
-const AHEAD: usize = 16;
-
-/// Prefetches `count` elements from `from` on.
+/// Adds each query's weighted values, of the rows from `start` on, to its sums: of query i,
+/// `sums[i * stride..]`, a whole number of vectors. Meanwhile as many rows of `next` are asked for, in the order
+/// in which they lie, which is what the hardware's own prefetching goes by.
+#[allow(clippy::too_many_arguments)]
 #[inline(always)]
-fn ahead<I: Isa, T>(isa: I, v: &[T], from: usize, count: usize) {
-    let start = v.as_ptr().wrapping_add(from).cast::<u8>();
-    for line in (0..count * size_of::<T>()).step_by(64) {
-        isa.prefetch(start.wrapping_add(line));
-    }
-}
-
-/// Adds each query's weighted values to its sums: of query i, `sums[i * stride..]`, a whole number of
-/// vectors. With `PREFETCH`, values are asked for before they are needed.
-#[inline(always)]
-fn weigh<I: Isa, V: Element, const Q: usize, const PREFETCH: bool>(
+fn weigh<I: Isa, V: Cache, const Q: usize>(
     isa: I,
     p: [&[f32]; Q],
-    values: &[V],
+    values: V,
+    start: usize,
     head_dim: usize,
     sums: &mut [f32],
     stride: usize,
+    next: Option<(V, usize)>,
 ) {
     let mut at = 0;
     while I::WIDE && at + 4 * LANES <= head_dim {
-        weigh_by::<I, V, Q, 4, PREFETCH>(isa, p, values, head_dim, at, sums, stride);
+        weigh_by::<I, V, Q, 4>(isa, p, values, start, head_dim, at, sums, stride, next);
         at += 4 * LANES;
     }
     while !I::WIDE && at + 2 * LANES <= head_dim {
-        weigh_by::<I, V, Q, 2, PREFETCH>(isa, p, values, head_dim, at, sums, stride);
+        weigh_by::<I, V, Q, 2>(isa, p, values, start, head_dim, at, sums, stride, next);
         at += 2 * LANES;
     }
     while at < head_dim {
-        weigh_by::<I, V, Q, 1, PREFETCH>(isa, p, values, head_dim, at, sums, stride);
+        weigh_by::<I, V, Q, 1>(isa, p, values, start, head_dim, at, sums, stride, next);
         at += LANES;
     }
 }
 
 /// [`weigh`] for D vectors of elements from `at` on; the last one may be partial if D is 1.
+#[allow(clippy::too_many_arguments)]
 #[inline(always)]
-fn weigh_by<I: Isa, V: Element, const Q: usize, const D: usize, const PREFETCH: bool>(
+fn weigh_by<I: Isa, V: Cache, const Q: usize, const D: usize>(
     isa: I,
     p: [&[f32]; Q],
-    values: &[V],
+    values: V,
+    start: usize,
     head_dim: usize,
     at: usize,
     sums: &mut [f32],
     stride: usize,
+    next: Option<(V, usize)>,
 ) {
     let mut acc = [[isa.splat(0.0); D]; Q];
     for n in 0..Q {
@@ -769,18 +935,20 @@ fn weigh_by<I: Isa, V: Element, const Q: usize, const D: usize, const PREFETCH: 
     }
     let count = p[0].len();
     let p = p.map(|p| &p[..count]);
-    for (i, value) in values.chunks_exact(head_dim).take(count).enumerate() {
-        if PREFETCH && at == 0 {
-            ahead(isa, value, AHEAD * head_dim, head_dim);
+    for i in 0..count {
+        if let Some((next, row)) = next {
+            let from = at * count + i * D * LANES;
+            next.ahead(isa, row, head_dim, from, from + D * LANES);
         }
+        let value = values.row(start + i, head_dim);
         let mut v = [isa.splat(0.0); D];
         if D > 1 || at + LANES <= head_dim {
-            let value = &value[at..at + D * LANES];
-            for d in 0..D {
-                v[d] = V::load(isa, value[d * LANES..].first_chunk().expect("16 elements"));
+            let value = value.part(at, D * LANES);
+            for (d, v) in v.iter_mut().enumerate() {
+                *v = value.load(isa, d * LANES);
             }
         } else {
-            v[0] = V::load_first(isa, &value[at..]);
+            v[0] = value.load_last(isa, at);
         }
         for n in 0..Q {
             let p = isa.splat(p[n][i]);
@@ -952,24 +1120,85 @@ mod tests {
         }
     }
 
+    /// A cache and the f32 cache of its values give the same bits, by one call, by threads and in chunks.
+    fn same_as_its_values(case: &Case, k: CacheRef, v: CacheRef, what: &str) {
+        let positions = case.shape.capacity - 9;
+        let pools = [1, 3].map(|threads| Pool::new(threads).unwrap());
+        let want = bits(&case.run(Level::best(), 0..positions, &pools[0]));
+        for level in Level::available() {
+            assert!(bits(&case.run_with(level, 0..positions, &pools[1], k, v)) == want, "{what}, {level:?}");
+            for (pool, chunk) in pools.iter().zip([1, 7]) {
+                let by_chunks: Vec<f32> = (0..positions)
+                    .step_by(chunk)
+                    .flat_map(|from| case.run_with(level, from..(from + chunk).min(positions), pool, k, v))
+                    .collect();
+                assert!(bits(&by_chunks) == want, "{what}, {level:?}, chunks of {chunk}");
+            }
+        }
+    }
+
     #[test]
     fn half_precision_is_the_same_computation_on_rounded_values() {
-        let pool = Pool::new(2).unwrap();
         for (i, (heads, kv_heads, head_dim, positions)) in SHAPES.into_iter().enumerate() {
             let mut case = Case::new(i as u64 + 90, heads, kv_heads, head_dim, positions);
             let round = |v: &[f32]| v.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>();
             let (k, v) = (round(&case.k), round(&case.v));
             case.k = k.iter().map(|k| k.to_f32()).collect();
             case.v = v.iter().map(|v| v.to_f32()).collect();
-            let want = bits(&case.run(Level::best(), 0..positions, &pool));
             let (k, v) = (CacheRef::F16(&k), CacheRef::F16(&v));
-            for level in Level::available() {
-                assert!(bits(&case.run_with(level, 0..positions, &pool, k, v)) == want, "{level:?}");
-                let last = positions - 1..positions;
-                let mixed = case.run_with(level, last, &pool, CacheRef::F32(&case.k), v);
-                assert!(bits(&mixed) == want[want.len() - mixed.len()..], "{level:?}");
-            }
+            same_as_its_values(&case, k, v, &format!("f16, {heads}x{head_dim}"));
         }
+    }
+
+    #[test]
+    fn int8_is_the_same_computation_on_codes_times_scales() {
+        for (i, (heads, kv_heads, head_dim, positions)) in SHAPES.into_iter().enumerate() {
+            let mut case = Case::new(i as u64 + 130, heads, kv_heads, head_dim, positions);
+            // Quantises the cache in place; what no position holds stays NaN.
+            let shape = case.shape;
+            let quantise = |values: &mut [f32]| {
+                let mut codes = vec![77; values.len()];
+                let mut scale = vec![f32::NAN; values.len() / head_dim];
+                for position in 0..positions {
+                    let heads = (0..kv_heads).map(|h| (h * shape.capacity + position) * head_dim);
+                    let x: Vec<f32> = heads.flat_map(|at| values[at..at + head_dim].to_vec()).collect();
+                    let cache = CacheMut::Int8 { codes: &mut codes, scale: &mut scale };
+                    append(cache, shape, position, 1, &x, x.len());
+                }
+                for ((value, &code), row) in values.iter_mut().zip(&codes).zip(0..) {
+                    *value = f32::from(code) * scale[row / head_dim];
+                }
+                (codes, scale)
+            };
+            let ((k, k_scale), (v, v_scale)) = (quantise(&mut case.k), quantise(&mut case.v));
+            let k = CacheRef::Int8 { codes: &k, scale: &k_scale };
+            let v = CacheRef::Int8 { codes: &v, scale: &v_scale };
+            same_as_its_values(&case, k, v, &format!("int8, {heads}x{head_dim}"));
+        }
+    }
+
+    #[test]
+    fn appending_int8_keeps_a_scale_for_each_position_and_head() {
+        let shape = Shape { n_heads: 2, n_kv_heads: 2, head_dim: 3, capacity: 4, scale: 1.0 };
+        // [row][head][element]: of an absmax of 127 and of 254, of zeros, and with a value that is no number.
+        let x = [127.0, -3.5, 2.5, 254.0, -127.0, 1.0, 0.0, 0.0, 0.0, f32::INFINITY, 1.0, 2.0];
+        let (mut codes, mut scale) = ([9i8; 24], [9.0; 8]);
+        append(CacheMut::Int8 { codes: &mut codes, scale: &mut scale }, shape, 1, 2, &x, 6);
+        // Ties go to the even code; zeros have the smallest scale.
+        assert_eq!(codes[..12], [9, 9, 9, 127, -4, 2, 0, 0, 0, 9, 9, 9]);
+        assert_eq!(codes[12..18], [9, 9, 9, 127, -64, 0]);
+        assert_eq!(codes[21..], [9, 9, 9]);
+        assert_eq!((scale[..2].to_vec(), scale[3..6].to_vec()), (vec![9.0, 1.0], vec![9.0, 9.0, 2.0]));
+        assert_eq!((scale[2], scale[7]), (1e-5 / 127.0, 9.0));
+        assert!(scale[6].is_nan());
+    }
+
+    #[test]
+    #[should_panic = "of different types"]
+    fn keys_and_values_are_of_one_type() {
+        let case = Case::new(1, 2, 1, 16, 3);
+        let v = vec![f16::ZERO; case.v.len()];
+        case.run_with(Level::best(), 0..3, &Pool::new(1).unwrap(), CacheRef::F32(&case.k), CacheRef::F16(&v));
     }
 
     #[test]

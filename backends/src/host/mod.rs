@@ -21,6 +21,8 @@
 //! first (x86-64 before AVX2), [`simd::Portable`] computes the same rounding in double precision.
 
 pub(crate) mod attention;
+#[cfg(feature = "flex")]
+pub(crate) mod cache_memory;
 pub(crate) mod dense;
 pub(crate) mod dense_int8;
 pub(crate) mod elementwise;

@@ -58,13 +58,16 @@ pub(crate) trait Isa: Copy + Send + Sync {
     fn fma_first(self, n: usize, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The sum of the lanes by the tree of this module's numerics.
     fn sum(self, v: Self::F) -> f32;
+    /// The [`sum`](Self::sum) of each of sixteen vectors.
+    fn sums(self, v: [Self::F; 16]) -> Self::F;
     /// Transposes sixteen vectors.
     fn transpose(self, v: [Self::F; 16]) -> [Self::F; 16];
 
     /// `a * b + c` of single values, rounded once.
     fn fma1(self, a: f32, b: f32, c: f32) -> f32;
 
-    /// Asks for the cache line at `p` (any address is allowed).
+    /// Asks for the cache line at `p` (any address is allowed), for the second-level cache: what lies behind the
+    /// loop's next steps would only push their data out of the first.
     fn prefetch(self, p: *const u8);
 
     /// Up to sixteen values, zeros in the lanes behind them.
@@ -266,6 +269,10 @@ impl Isa for Portable {
         v[0]
     }
     #[inline(always)]
+    fn sums(self, v: [[f32; 16]; 16]) -> [f32; 16] {
+        lanes(|i| self.sum(v[i]))
+    }
+    #[inline(always)]
     fn transpose(self, v: [[f32; 16]; 16]) -> [[f32; 16]; 16] {
         let mut t = [[0.0; 16]; 16];
         for (i, row) in v.iter().enumerate() {
@@ -360,7 +367,7 @@ pub(crate) mod x86 {
     #[inline(always)]
     pub(super) fn prefetch(p: *const u8) {
         // SAFETY: SSE is part of x86-64, and prefetching is a hint that touches no memory and never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 
     impl Isa for Avx512 {
@@ -479,6 +486,33 @@ pub(crate) mod x86 {
             by_token!({
                 let v = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
                 sum8(v)
+            })
+        }
+        #[inline(always)]
+        fn sums(self, v: [__m512; 16]) -> __m512 {
+            by_token!({
+                // Each step joins two vectors into one, whose halves then hold what is left of each; in this
+                // order the sums come out in that of the vectors.
+                let order = [0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15];
+                let (mut r, mut s, mut t) = ([v[0]; 8], [v[0]; 4], [v[0]; 2]);
+                for i in 0..8 {
+                    let (a, b) = (v[order[i]], v[order[i + 8]]);
+                    r[i] =
+                        _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+                }
+                for i in 0..4 {
+                    s[i] = _mm512_add_ps(
+                        _mm512_shuffle_f32x4::<0x88>(r[i], r[i + 4]),
+                        _mm512_shuffle_f32x4::<0xdd>(r[i], r[i + 4]),
+                    );
+                }
+                for i in 0..2 {
+                    t[i] = _mm512_add_ps(
+                        _mm512_shuffle_ps::<0x44>(s[i], s[i + 2]),
+                        _mm512_shuffle_ps::<0xee>(s[i], s[i + 2]),
+                    );
+                }
+                _mm512_add_ps(_mm512_shuffle_ps::<0x88>(t[0], t[1]), _mm512_shuffle_ps::<0xdd>(t[0], t[1]))
             })
         }
         #[inline(always)]
@@ -659,6 +693,16 @@ pub(crate) mod x86 {
             by_token!(sum8(_mm256_add_ps(v[0], v[1])))
         }
         #[inline(always)]
+        fn sums(self, v: [[__m256; 2]; 16]) -> [__m256; 2] {
+            by_token!(halves!(|h| {
+                let mut first = [v[0][0]; 8];
+                for i in 0..8 {
+                    first[i] = _mm256_add_ps(v[8 * h + i][0], v[8 * h + i][1]);
+                }
+                sums8(first)
+            }))
+        }
+        #[inline(always)]
         fn transpose(self, r: [[__m256; 2]; 16]) -> [[__m256; 2]; 16] {
             let mut out = r;
             for rows in 0..2 {
@@ -684,6 +728,25 @@ pub(crate) mod x86 {
         fn prefetch(self, p: *const u8) {
             prefetch(p)
         }
+    }
+
+    /// [`sum8`] of each of eight vectors, as in `Avx512::sums`.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn sums8(v: [__m256; 8]) -> __m256 {
+        let order = [0, 2, 1, 3, 4, 6, 5, 7];
+        let (mut s, mut t) = ([v[0]; 4], [v[0]; 2]);
+        for i in 0..4 {
+            let (a, b) = (v[order[i]], v[order[i + 4]]);
+            s[i] = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+        }
+        for i in 0..2 {
+            t[i] = _mm256_add_ps(
+                _mm256_shuffle_ps::<0x44>(s[i], s[i + 2]),
+                _mm256_shuffle_ps::<0xee>(s[i], s[i + 2]),
+            );
+        }
+        _mm256_add_ps(_mm256_shuffle_ps::<0x88>(t[0], t[1]), _mm256_shuffle_ps::<0xdd>(t[0], t[1]))
     }
 
     /// Sixteen 6-bit values less 32 from their parts. (Not a closure, which would not have the instructions.)
@@ -861,6 +924,7 @@ pub(crate) mod tests {
             }
             v.extend(isa.transpose(std::array::from_fn(|i| isa.load(&f[i]))));
             v.push(isa.splat(isa.sum(x)));
+            v.push(isa.sums(std::array::from_fn(|i| isa.load(&f[i]))));
             v.push(isa.splat(isa.fma1(f[0][0], f[0][1], f[0][2])));
             let mut e = [0.0; 16];
             for (e, x) in e.iter_mut().zip(f[3]) {

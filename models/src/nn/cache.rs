@@ -1,44 +1,18 @@
 //! The KV cache: what attention has seen of each sequence.
 
-use bitnet_burn_backends::ops;
-use burn::tensor::{DType, Device, Shape, Tensor};
-use serde::{Deserialize, Serialize};
-
-/// Type of the cached keys and values. They are always read back through it, so results do not depend
-/// on how a prompt was cut into chunks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CacheType {
-    /// 4 bytes a value.
-    #[default]
-    F32,
-    /// 2 bytes a value.
-    F16,
-}
-
-impl CacheType {
-    /// Bytes a value.
-    pub fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 => 2,
-        }
-    }
-
-    fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::F16 => DType::F16,
-        }
-    }
-}
+pub use bitnet_burn_backends::CacheType;
+use bitnet_burn_backends::ops::{self, CacheLayer};
+use bitnet_burn_core::memory::WeightArena;
+use burn::tensor::{Device, Tensor};
 
 /// What a cache can't do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CacheError {
     /// The device has no such type.
-    #[error("the device {device} does not support a KV cache of f16; use f32")]
+    #[error("the device {device} does not support a KV cache of {}; use f32", .cache_type.name())]
     Type {
+        /// The type.
+        cache_type: CacheType,
         /// The device.
         device: String,
     },
@@ -81,7 +55,7 @@ struct Slot {
     length: usize,
     room: usize,
     /// `None` only while an operation holds the tensors.
-    layers: Vec<Option<(Tensor<3>, Tensor<3>)>>,
+    layers: Vec<Option<(CacheLayer, CacheLayer)>>,
 }
 
 /// Positions that a sequence first has room for.
@@ -101,8 +75,8 @@ impl KvCache {
         cache_type: CacheType,
         device: &Device,
     ) -> Result<Self, CacheError> {
-        if !device.supports_dtype(cache_type.dtype()) {
-            return Err(CacheError::Type { device: format!("{device:?}") });
+        if !CacheLayer::supported(cache_type, device) {
+            return Err(CacheError::Type { cache_type, device: format!("{device:?}") });
         }
         let device = device.clone();
         Ok(Self { slots: Vec::new(), n_layers, n_kv_heads, head_dim, capacity, cache_type, device })
@@ -121,7 +95,10 @@ impl KvCache {
     /// Begins a sequence, with room for `expected` positions before it first grows.
     pub fn add_sequence(&mut self, expected: usize) -> SequenceId {
         let room = expected.max(FIRST_ROOM).min(self.capacity.max(1));
-        let layers = (0..self.n_layers).map(|_| Some((self.empty(room), self.empty(room)))).collect();
+        // All layers of a sequence grow together, and end together.
+        let arena = WeightArena::default();
+        let empty = || self.empty(room, &arena);
+        let layers = (0..self.n_layers).map(|_| Some((empty(), empty()))).collect();
         self.insert(Slot { length: 0, room, layers })
     }
 
@@ -134,9 +111,9 @@ impl KvCache {
         SequenceId(free)
     }
 
-    fn empty(&self, room: usize) -> Tensor<3> {
-        let shape = Shape::new([self.n_kv_heads, room, self.head_dim]);
-        Tensor::zeros(shape, (&self.device, self.cache_type.dtype()))
+    fn empty(&self, room: usize, arena: &WeightArena) -> CacheLayer {
+        let shape = [self.n_kv_heads, room, self.head_dim];
+        CacheLayer::zeros(self.cache_type, shape, &self.device, arena)
     }
 
     fn slot(&self, id: SequenceId) -> Result<&Slot, CacheError> {
@@ -186,7 +163,7 @@ impl KvCache {
 
     /// Bytes of all sequences' keys and values (shared histories count for each).
     pub fn bytes(&self) -> usize {
-        let values = self.n_layers * self.n_kv_heads * self.head_dim * 2 * self.cache_type.bytes();
+        let values = self.n_layers * self.n_kv_heads * 2 * self.cache_type.row_bytes(self.head_dim);
         self.slots.iter().flatten().map(|slot| slot.room * values).sum()
     }
 
@@ -204,13 +181,10 @@ impl KvCache {
             return Ok(());
         }
         let new_room = needed.max(room * 2).min(self.capacity);
-        let (heads, d) = (self.n_kv_heads, self.head_dim);
+        let arena = WeightArena::default();
         for layer in 0..self.n_layers {
             let (k, v) = self.slot_mut(id)?.layers[layer].take().expect("no operation holds it");
-            let grow = |old: Tensor<3>| {
-                let seen = old.slice([0..heads, 0..length, 0..d]);
-                self.empty(new_room).slice_assign([0..heads, 0..length, 0..d], seen)
-            };
+            let grow = |old| self.empty(new_room, &arena).with_positions(old, length);
             let grown = (grow(k), grow(v));
             self.slot_mut(id)?.layers[layer] = Some(grown);
         }
@@ -226,7 +200,7 @@ impl KvCache {
         layer: usize,
         keys: Tensor<2>,
         values: Tensor<2>,
-    ) -> Result<(Tensor<3>, Tensor<3>), CacheError> {
+    ) -> Result<(CacheLayer, CacheLayer), CacheError> {
         let slot = self.slot_mut(id)?;
         // Taken out, so that the operation is the only owner and writes in place.
         let (k, v) = slot.layers[layer].take().expect("no operation holds it");

@@ -195,6 +195,8 @@ pub enum KvCacheType {
     F32,
     /// 2 bytes a value
     F16,
+    /// 1 byte a value, and a scale for each position and head: a quarter of f32's memory
+    Int8,
 }
 
 /// Types of embeddings and output heads.
@@ -278,6 +280,7 @@ impl From<CacheType> for KvCacheType {
         match kind {
             CacheType::F32 => Self::F32,
             CacheType::F16 => Self::F16,
+            CacheType::Int8 => Self::Int8,
         }
     }
 }
@@ -287,6 +290,7 @@ impl From<KvCacheType> for CacheType {
         match kind {
             KvCacheType::F32 => Self::F32,
             KvCacheType::F16 => Self::F16,
+            KvCacheType::Int8 => Self::Int8,
         }
     }
 }

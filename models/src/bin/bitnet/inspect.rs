@@ -124,15 +124,12 @@ fn memory(args: &InspectArgs, config: &ModelConfig, tensors: &[Tensor]) -> Memor
         (n as u64).saturating_mul(canonical::row_bytes(k) as u64)
     });
     let ternary = ternary.fold(0, u64::saturating_add).saturating_mul(config.n_layers as u64);
-    let per_token = config.kv_bytes_per_token(CacheType::from(args.kv_cache).bytes()) as u64;
+    let per_token = config.kv_bytes_per_token(args.kv_cache.into()) as u64;
     let context = args.context.unwrap_or(config.context_length);
     Memory {
         tensor_bytes: tensors.iter().map(|t| t.bytes).sum(),
         ternary_bytes: ternary,
-        kv_cache_type: match args.kv_cache {
-            KvCacheType::F32 => "f32",
-            KvCacheType::F16 => "f16",
-        },
+        kv_cache_type: CacheType::from(args.kv_cache).name(),
         kv_cache_bytes_per_token: per_token,
         context,
         kv_cache_bytes: per_token.saturating_mul(context as u64),
