@@ -114,8 +114,15 @@ fn a_process_that_is_killed_while_it_writes_leaves_a_whole_file() {
             assert!(child.try_wait().unwrap().is_none(), "it writes until it is killed");
             std::thread::sleep(Duration::from_millis(1));
         }
-        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        std::thread::sleep(Duration::from_micros((seed >> 33) % 20_000));
+        // At any moment, or as soon as a file is seen that is not finished.
+        if round % 2 == 0 {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            std::thread::sleep(Duration::from_micros((seed >> 33) % 20_000));
+        } else {
+            while files(dir.path()).len() < 2 {
+                assert!(child.try_wait().unwrap().is_none(), "it writes until it is killed");
+            }
+        }
         // SIGKILL.
         child.kill().unwrap();
         assert!(!child.wait().unwrap().success());
