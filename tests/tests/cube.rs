@@ -1,15 +1,22 @@
-//! A model that computes with the CubeCL kernels alone, on a GPU or what stands in for one (lavapipe). Without an adapter
-//! this fails: whoever builds the feature wants it tested.
+//! The CubeCL kernels, on a GPU or what stands in for one (lavapipe): a model that computes with them alone, and what
+//! they are as text. Without an adapter this fails: whoever builds the feature wants it tested.
 #![cfg(feature = "wgpu")]
 
+use std::ffi::CString;
 use std::ops::ControlFlow;
 
 use bitnet_burn::backends::manager;
 use bitnet_burn::bitnet::{BitNet, LoadOptions};
 use bitnet_burn::checkpoint::Checkpoint;
-use bitnet_burn::core::manager::ManagerConfig;
+use bitnet_burn::core::gpu::{GpuOperands, close};
+use bitnet_burn::core::manager::{KernelManager, ManagerConfig};
+use bitnet_burn::core::memory::Activations;
+use bitnet_burn::core::plugin::{Plugin, Target};
+use bitnet_burn::core::random::SplitMix64;
+use bitnet_burn::core::reference;
 use bitnet_burn::generate::{self, GenerateOptions};
 use bitnet_burn::nn::CacheType;
+use bitnet_burn_plugin::abi;
 use bitnet_burn_tests::reference::{Mutation, Reference};
 use bitnet_burn_tests::*;
 use burn::tensor::Device;
@@ -61,4 +68,51 @@ fn logits_and_greedy_tokens_are_those_of_transformers() {
     }
     let used = |prefix: &str| report.kernels.iter().any(|k| k.kernel.starts_with(prefix) && k.calls > 0);
     assert!(used("cube/gemv") && used("cube/gemm"), "{report:?}");
+}
+
+/// The plugin of the CubeCL kernels, with their WGSL texts in their places.
+fn lowered() -> &'static abi::Plugin {
+    let text = |text: String| CString::new(text).unwrap().into_raw().cast_const();
+    let plugin = bitnet_burn_cube::PLUGIN;
+    let kernels = bitnet_burn_cube::texts().into_iter().enumerate().map(|(i, (_, (wgsl, _)))| {
+        let wgsl = wgsl.unwrap();
+        // SAFETY: a descriptor that is linked in: its kernels are static, and each has a GPU part.
+        let (kernel, gpu) = unsafe {
+            let kernel = **plugin.kernels.add(i);
+            (kernel, *kernel.gpu)
+        };
+        let gpu = abi::Gpu { source: text(wgsl.source), entry: text(wgsl.entry), ..gpu };
+        let gpu: *const abi::Gpu = Box::leak(Box::new(gpu));
+        let kernel: &'static _ = Box::leak(Box::new(abi::Kernel { target: abi::TARGET_WGSL, gpu, ..kernel }));
+        std::ptr::from_ref(kernel)
+    });
+    let kernels: Vec<_> = kernels.collect();
+    Box::leak(Box::new(abi::Plugin { kernels: kernels.leak().as_ptr(), ..plugin }))
+}
+
+#[test]
+fn the_kernels_texts_compute_what_the_kernels_do() {
+    let manager = KernelManager::new(ManagerConfig { threads: 1, ..ManagerConfig::default() }).unwrap();
+    manager.register(Plugin::built_in(lowered()).unwrap()).unwrap();
+    let device = bitnet_burn_backends::gpu::open_gpu().unwrap();
+    let mut random = SplitMix64::new(7);
+    let mut tried = 0;
+    for (m, n, k) in [(1, 1, 1), (1, 33, 129), (3, 17, 700), (17, 70, 256), (65, 130, 384)] {
+        let weights = random.weights(n, k);
+        let x: Vec<f32> = (0..m * k).map(|_| random.below(2001) as f32 / 100.0 - 10.0).collect();
+        let x = Activations::from_rows(&x, k);
+        let mut want = vec![0f32; m * n];
+        reference::matmul(&weights, n, k, 0.37, x.q(), x.stride(), x.scale(), m, &mut want, n);
+        for kernel in manager.gpu_kernels(Target::Wgsl, (m, n, k)) {
+            let mut y = vec![f32::NAN; m * n];
+            let operands = GpuOperands::new(&weights, 0.37, &x, n, n, 0);
+            device.run(kernel.kernel(), &operands, &mut y).unwrap();
+            let id = kernel.kernel().id();
+            for (i, (got, want)) in y.iter().zip(&want).enumerate() {
+                assert!(close(*got, *want), "{id} [{m}, {n}, {k}] {i}: {got:e} {want:e}");
+            }
+            tried += 1;
+        }
+    }
+    assert_eq!(tried, 3 + 3 + 4 + 2 + 2);
 }

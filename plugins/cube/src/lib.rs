@@ -11,6 +11,8 @@
 #![cfg(feature = "kernels")]
 
 mod kernels;
+#[cfg(feature = "lower")]
+pub mod lower;
 mod quantise;
 
 use std::ffi::CStr;
@@ -40,6 +42,10 @@ pub struct Buffers {
     pub y: Handle,
 }
 
+/// A kernel in WGSL and in CUDA C++.
+#[cfg(feature = "lower")]
+pub type Texts = (Result<lower::Text, lower::LowerError>, Result<lower::Text, lower::LowerError>);
+
 /// Threads along K in [`kernels::gemv`], and ranges of output features side by side.
 const GEMV_THREADS: [u32; 2] = [32, 8];
 /// Threads along the output features and along the rows in [`kernels::gemm`].
@@ -49,7 +55,7 @@ const GEMV_ROWS: u64 = 16;
 
 /// Declares the kernels, and how their entry points are launched.
 macro_rules! plugin {
-    ($($(#[$doc:meta])* $type:ident = $name:literal, $entry:literal: $function:ident($a:literal, $b:literal)
+    ($($(#[$doc:meta])* $type:ident = $name:literal, $entry:literal: $function:ident::$kernel:ident($a:literal, $b:literal)
        in [$threads_x:expr, $threads_y:expr], tile [$tile_n:expr, $tile_m:expr], if $supports:expr;)+) => {
         $(
             $(#[$doc])*
@@ -78,6 +84,21 @@ macro_rules! plugin {
                 kernels: [],
                 gpu_kernels: [$($type),+],
             };
+        }
+
+        /// The kernels by entry point, in WGSL and in CUDA C++.
+        #[cfg(feature = "lower")]
+        pub fn texts() -> Vec<(&'static str, Texts)> {
+            vec![$({
+                let kernel = || {
+                    let (settings, device, target) = lower::offline([$threads_x, $threads_y, 1]);
+                    let [weights, scale, x, rows, params, y] = lower::buffers();
+                    kernels::$function::$kernel::new(
+                        settings, device, target, weights, scale, x, rows, params, y, $a, $b,
+                    )
+                };
+                ($entry.to_str().expect("ASCII"), (lower::wgsl(&kernel()), lower::cuda(&kernel())))
+            }),+]
         }
 
         /// Launches the kernel of this entry point for activations [m, k] and weights [n, k]. What goes wrong, shows
@@ -129,18 +150,18 @@ macro_rules! plugin {
 
 plugin! {
     /// An output feature a group of threads.
-    Gemv1 = c"gemv-1", c"gemv_1": gemv(1, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [8, 1],
+    Gemv1 = c"gemv-1", c"gemv_1": gemv::Gemv(1, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [8, 1],
         if |signature| signature.m <= GEMV_ROWS;
     /// Two, for the same activations.
-    Gemv2 = c"gemv-2", c"gemv_2": gemv(2, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [16, 1],
+    Gemv2 = c"gemv-2", c"gemv_2": gemv::Gemv(2, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [16, 1],
         if |signature| signature.m <= GEMV_ROWS;
     /// Four.
-    Gemv4 = c"gemv-4", c"gemv_4": gemv(4, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [32, 1],
+    Gemv4 = c"gemv-4", c"gemv_4": gemv::Gemv(4, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [32, 1],
         if |signature| signature.m <= GEMV_ROWS;
     /// Few rows.
-    Gemm16 = c"gemm-16x64", c"gemm_16x64": gemm(1, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 16],
+    Gemm16 = c"gemm-16x64", c"gemm_16x64": gemm::Gemm(1, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 16],
         if |signature| signature.m > 1;
     /// Prompts.
-    Gemm64 = c"gemm-64x64", c"gemm_64x64": gemm(4, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 64],
+    Gemm64 = c"gemm-64x64", c"gemm_64x64": gemm::Gemm(4, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 64],
         if |signature| signature.m > GEMV_ROWS;
 }
