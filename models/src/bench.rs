@@ -29,7 +29,9 @@ use bitnet_burn_core::random::SplitMix64;
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
     /// There is nothing to do.
-    #[error("nothing to measure: neither prompt tokens, nor generated tokens, nor contexts were asked for")]
+    #[error(
+        "nothing to measure: neither prompt tokens, nor generated tokens, contexts or batches were asked for"
+    )]
     Nothing,
     /// More tokens than the model has positions for.
     #[error("{what} takes {needed} positions; the context has {context}")]
@@ -86,6 +88,8 @@ pub struct BenchOptions {
     pub repetitions: usize,
     /// Further context lengths to measure decode at, once each.
     pub contexts: Vec<usize>,
+    /// Numbers of sequences to decode at once, once each, all behind a prompt of their own.
+    pub batches: Vec<usize>,
     /// Rows of the prompt that are computed at once.
     pub chunk: usize,
     /// Positions of the KV cache.
@@ -103,6 +107,7 @@ impl Default for BenchOptions {
             generated_tokens: 64,
             repetitions: 5,
             contexts: Vec::new(),
+            batches: Vec::new(),
             chunk: DEFAULT_CHUNK,
             context: usize::MAX,
             kv_cache: CacheType::F32,
@@ -122,6 +127,19 @@ pub struct DecodeAt {
     pub decode_tokens_per_s: f64,
     /// Seconds of the single tokens.
     pub token_seconds: Spread,
+}
+
+/// Decode of several sequences at once.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct DecodeBatch {
+    /// Sequences.
+    pub sequences: usize,
+    /// Tokens generated for each.
+    pub generated_tokens: usize,
+    /// Tokens a second, of all sequences together.
+    pub decode_tokens_per_s: f64,
+    /// Seconds of the single steps, each a token for every sequence.
+    pub step_seconds: Spread,
 }
 
 /// What a decode step has to read, by part, in bytes. The KV cache comes on top; it grows with the context.
@@ -199,6 +217,9 @@ pub struct BenchResult {
     /// Decode at the other context lengths.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub decode_by_context: Vec<DecodeAt>,
+    /// Decode of several sequences at once.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub decode_by_batch: Vec<DecodeBatch>,
     /// A read-only stream on the same threads, between the repetitions: 10^9 bytes a second.
     pub read_bandwidth_gb_per_s: Spread,
     /// Bytes of the buffer that it streams over.
@@ -214,7 +235,7 @@ pub struct BenchResult {
     /// Bytes of the KV cache of a repetition.
     pub kv_cache_bytes: usize,
     /// Most memory that the process had resident at once, mapped files included and the bandwidth's buffer
-    /// not: read before that is made, after a repetition and all contexts.
+    /// not: read before that is made, after a repetition, all contexts and all batches.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_rss_bytes: Option<u64>,
 }
@@ -234,7 +255,8 @@ pub fn run(
 ) -> Result<BenchResult, BenchError> {
     let BenchOptions { prompt_tokens, generated_tokens, .. } = *options;
     let repetitions = options.repetitions.max(1);
-    if prompt_tokens == 0 && generated_tokens == 0 && options.contexts.is_empty() {
+    let nothing_else = options.contexts.is_empty() && options.batches.is_empty();
+    if prompt_tokens == 0 && generated_tokens == 0 && nothing_else {
         return Err(BenchError::Nothing);
     }
     let context = options.context.min(model.config().context_length);
@@ -247,7 +269,7 @@ pub fn run(
         let what = format!("{generated_tokens} tokens generated at a context of {at}");
         fits(what, at.saturating_add(generated_tokens))?;
     }
-    let steps = repetitions + 1 + options.contexts.len();
+    let steps = repetitions + 1 + options.contexts.len() + options.batches.len();
     let mut random = SplitMix64::new(options.seed);
     let cache =
         || model.cache(context, options.kv_cache).map_err(ForwardError::from).map_err(GenerateError::from);
@@ -258,12 +280,12 @@ pub fn run(
     };
 
     let mut repetition = Repetition { model, random: &mut random, chunk: options.chunk };
-    let warm_up = repetition.run(cache()?, prompt_tokens, generated_tokens)?;
+    let warm_up = repetition.run(cache()?, 1, prompt_tokens, generated_tokens)?;
     let kv_cache_bytes = warm_up.kv_cache_bytes;
     step();
     let mut decode_by_context = Vec::new();
     for &at in &options.contexts {
-        let timed = repetition.run(cache()?, at, generated_tokens)?;
+        let timed = repetition.run(cache()?, 1, at, generated_tokens)?;
         let seconds: Vec<f64> = timed.steps.iter().map(Duration::as_secs_f64).collect();
         if let (Some(token_seconds), Some(rate)) = (Spread::of(&seconds), timed.decode_rate()) {
             decode_by_context.push(DecodeAt {
@@ -271,6 +293,20 @@ pub fn run(
                 generated_tokens,
                 decode_tokens_per_s: rate,
                 token_seconds,
+            });
+        }
+        step();
+    }
+    let mut decode_by_batch = Vec::new();
+    for &sequences in &options.batches {
+        let timed = repetition.run(cache()?, sequences, prompt_tokens, generated_tokens)?;
+        let seconds: Vec<f64> = timed.steps.iter().map(Duration::as_secs_f64).collect();
+        if let (Some(step_seconds), Some(rate)) = (Spread::of(&seconds), timed.decode_rate()) {
+            decode_by_batch.push(DecodeBatch {
+                sequences,
+                generated_tokens,
+                decode_tokens_per_s: rate * sequences as f64,
+                step_seconds,
             });
         }
         step();
@@ -283,7 +319,7 @@ pub fn run(
     for _ in 0..repetitions {
         bandwidths.push(stream.gb_per_s(pool));
         if needed > 0 {
-            let timed = repetition.run(cache()?, prompt_tokens, generated_tokens)?;
+            let timed = repetition.run(cache()?, 1, prompt_tokens, generated_tokens)?;
             prefills.extend(timed.prefill.map(|time| prompt_tokens as f64 / time.as_secs_f64()));
             decodes.extend(timed.decode_rate());
         }
@@ -302,6 +338,7 @@ pub fn run(
         prefill_tokens_per_s: Spread::of(&prefills),
         decode_tokens_per_s,
         decode_by_context,
+        decode_by_batch,
         read_bandwidth_gb_per_s: bandwidth,
         read_buffer_bytes: stream.map.len(),
         bytes_per_token: parts.total(),
@@ -328,6 +365,7 @@ struct Timed {
 }
 
 impl Timed {
+    /// Steps a second.
     fn decode_rate(&self) -> Option<f64> {
         let time: Duration = self.steps.iter().sum();
         (!self.steps.is_empty()).then(|| self.steps.len() as f64 / time.as_secs_f64())
@@ -339,35 +377,35 @@ impl Repetition<'_> {
         self.random.below(self.model.config().vocab_size as u64) as u32
     }
 
-    fn run(&mut self, mut cache: KvCache, prompt: usize, generated: usize) -> Result<Timed, GenerateError> {
-        let sequence = cache.add_sequence(prompt + generated);
-        let tokens: Vec<u32> = (0..prompt).map(|_| self.token()).collect();
-        let clock = Instant::now();
-        let prefill = match prompt {
-            0 => None,
-            _ => {
-                wait(prefill(self.model, &tokens, sequence, &mut cache, self.chunk)?)?;
-                Some(clock.elapsed())
-            }
-        };
+    /// So many sequences, each with a prompt, and then generated together.
+    fn run(
+        &mut self,
+        mut cache: KvCache,
+        sequences: usize,
+        prompt: usize,
+        generated: usize,
+    ) -> Result<Timed, GenerateError> {
+        let sequences: Vec<SequenceId> =
+            (0..sequences).map(|_| cache.add_sequence(prompt + generated)).collect();
+        let mut took = Duration::ZERO;
+        for &sequence in sequences.iter().filter(|_| prompt > 0) {
+            let tokens: Vec<u32> = (0..prompt).map(|_| self.token()).collect();
+            let clock = Instant::now();
+            wait(prefill(self.model, &tokens, sequence, &mut cache, self.chunk)?)?;
+            took += clock.elapsed();
+        }
+        let wanted: Vec<usize> = (0..sequences.len()).collect();
         let mut steps = Vec::with_capacity(generated);
         for i in 0..generated {
-            let token = self.token();
+            let position = prompt + i;
+            let row = |&sequence| Row { token: self.token(), sequence, position };
+            let rows: Vec<Row> = sequences.iter().map(row).collect();
             let clock = Instant::now();
-            self.step(token, sequence, prompt + i, &mut cache)?;
+            wait(self.model.forward(&rows, &wanted, &mut cache)?)?;
             steps.push(clock.elapsed());
         }
+        let prefill = (prompt > 0).then_some(took);
         Ok(Timed { prefill, steps, kv_cache_bytes: cache.bytes() })
-    }
-
-    fn step(
-        &self,
-        token: u32,
-        sequence: SequenceId,
-        position: usize,
-        cache: &mut KvCache,
-    ) -> Result<(), GenerateError> {
-        wait(self.model.forward(&[Row { token, sequence, position }], &[0], cache)?)
     }
 }
 

@@ -17,7 +17,8 @@ use burn::tensor::Device;
 use safetensors::{Dtype, SafeTensors};
 
 /// The process's kernel manager as tests want it: two threads, nothing on disk, and nothing measured,
-/// so that every run takes the same kernels (the first that is registered, or `BITNET_KERNEL`).
+/// so that every run takes the same kernels (the first that is registered, or `BITNET_KERNEL`);
+/// `BITNET_THREADS` holds.
 ///
 /// # Panics
 /// If the manager was set up otherwise before.
@@ -25,7 +26,8 @@ pub fn setup() -> &'static KernelManager {
     static MANAGER: OnceLock<&'static KernelManager> = OnceLock::new();
     MANAGER.get_or_init(|| {
         let from_env = ManagerConfig::from_env().unwrap_or_else(|error| panic!("{error}"));
-        let config = ManagerConfig { threads: 2, cache_dir: None, tune_budget: Duration::ZERO, ..from_env };
+        let threads = if from_env.threads == 0 { 2 } else { from_env.threads };
+        let config = ManagerConfig { threads, cache_dir: None, tune_budget: Duration::ZERO, ..from_env };
         let (manager, _) = manager::configure(config, &[]).unwrap_or_else(|error| panic!("{error}"));
         manager
     })

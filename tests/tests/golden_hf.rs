@@ -380,7 +380,7 @@ fn chunks_of_a_prompt_do_not_change_a_bit() {
 const MODEL: &str = "BITNET_TEST_MODEL";
 const OUT: &str = "BITNET_TEST_OUT";
 
-/// Not a test of its own: [`every_kernel_of_this_machine_gives_the_same_bits`] runs it in processes whose
+/// Not a test of its own: [`every_kernel_of_this_machine_and_every_number_of_threads_give_the_same_bits`] runs it in processes whose
 /// kernel is forced, since Burn's operations have one kernel manager a process.
 #[test]
 #[ignore = "run by another test, in processes of its own"]
@@ -403,7 +403,7 @@ fn child_writes_logits() {
 }
 
 #[test]
-fn every_kernel_of_this_machine_gives_the_same_bits() {
+fn every_kernel_of_this_machine_and_every_number_of_threads_give_the_same_bits() {
     let temporary = tempfile::tempdir().unwrap();
     let kernels = setup().report().kernels;
     let ready: Vec<_> = kernels
@@ -413,10 +413,11 @@ fn every_kernel_of_this_machine_gives_the_same_bits() {
         .collect();
     assert!(ready.len() >= 2, "{ready:?}");
     for dir in hf_models().iter().filter(|dir| name_of(dir).contains("packed-auto")) {
-        let run = |kernel: Option<&String>| {
+        let run = |kernel: Option<&String>, threads: usize| {
             let out = temporary.path().join("logits");
             let mut command = Command::new(std::env::current_exe().unwrap());
             command.args(["--ignored", "--exact", "child_writes_logits"]).env(MODEL, dir).env(OUT, &out);
+            command.env("BITNET_THREADS", threads.to_string());
             match kernel {
                 Some(kernel) => command.env("BITNET_KERNEL", kernel),
                 None => command.env_remove("BITNET_KERNEL"),
@@ -427,10 +428,15 @@ fn every_kernel_of_this_machine_gives_the_same_bits() {
             std::fs::remove_file(&out).unwrap();
             bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>()
         };
-        let usual = run(None);
+        let usual = run(None, 2);
         assert!(!usual.is_empty());
         for kernel in &ready {
-            assert_same_bits(&usual, &run(Some(kernel)), &format!("{} with {kernel}", name_of(dir)));
+            assert_same_bits(&usual, &run(Some(kernel), 2), &format!("{} with {kernel}", name_of(dir)));
+        }
+        // Nor does the number of threads: attention, norms and the output head are shared out by it.
+        for threads in [1, 3, 8] {
+            let what = format!("{} on {threads} threads", name_of(dir));
+            assert_same_bits(&usual, &run(None, threads), &what);
         }
         println!("{}: {} kernels agree", name_of(dir), ready.len());
     }

@@ -269,7 +269,8 @@ fn inspect_shows_and_checks() {
 fn bench_reports_what_other_tools_rely_on() {
     let place = Place::new();
     let call = ["bench", "--model", "model.gguf", "--threads", "1", "--repetitions", "2", "--json"];
-    let report = place.json(&[&call[..], &["-p", "16", "-n", "4", "--contexts", "8,32"]].concat());
+    let more = ["-p", "16", "-n", "4", "--contexts", "8,32", "--batches", "1,3"];
+    let report = place.json(&[&call[..], &more].concat());
     for key in ["prefill_tokens_per_s", "decode_tokens_per_s", "read_bandwidth_gb_per_s"] {
         let [min, median, max] = ["min", "median", "max"].map(|part| report[key][part].as_f64().unwrap());
         assert!(0.0 < min && min <= median && median <= max, "{key}");
@@ -288,6 +289,10 @@ fn bench_reports_what_other_tools_rely_on() {
     let contexts: Vec<_> =
         report["decode_by_context"].as_array().unwrap().iter().map(|d| d["context"].clone()).collect();
     assert_eq!(contexts, [8, 32]);
+    let batches = report["decode_by_batch"].as_array().unwrap();
+    let sequences: Vec<_> = batches.iter().map(|batch| batch["sequences"].as_u64().unwrap()).collect();
+    assert_eq!(sequences, [1, 3]);
+    assert!(batches.iter().all(|batch| batch["decode_tokens_per_s"].as_f64().unwrap() > 0.0));
 
     let prefill = place.json(&[&call[..], &["-p", "4", "-n", "0"]].concat());
     assert!(prefill["decode_tokens_per_s"].is_null() && !prefill["prefill_tokens_per_s"].is_null());

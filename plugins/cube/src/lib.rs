@@ -1,9 +1,9 @@
 //! GPU kernels for ternary matrix multiplication, written in CubeCL: one source for CUDA, ROCm, Metal, Vulkan and
 //! WebGPU.
 //!
-//! They are kernels like any others: the host's manager compares, measures and chooses them ([`PLUGIN`]), and hands them
+//! They are kernels like any others: the host's manager compares, measures and chooses them (`PLUGIN`), and hands them
 //! the buffers that [`bitnet_burn_plugin::abi::Gpu`] describes. Only their launch is not text but a function of the
-//! host's own CubeCL ([`launch`]), so that a library that is loaded from a file can't have them.
+//! host's own CubeCL (`launch`), so that a library that is loaded from a file can't have them.
 //!
 //! All read the canonical layout, so that weights are uploaded as they are and every kernel, and the default
 //! body in Burn's operations, can take over from every other one. Sums are exact i32.

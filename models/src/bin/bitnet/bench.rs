@@ -1,10 +1,10 @@
 //! `bitnet bench`: how fast a model runs here.
 
-use bitnet_burn::bench::{self, BenchOptions, BenchResult, DecodeAt, Spread};
+use bitnet_burn::bench::{self, BenchOptions, BenchResult, DecodeAt, DecodeBatch, Spread};
 use bitnet_burn::bitnet::DEFAULT_CHUNK;
 use bitnet_burn::config::ModelConfig;
 use bitnet_burn::core::cpu;
-use bitnet_burn::report::{Execution, ModelSummary, human_bytes, human_seconds};
+use bitnet_burn::report::{Execution, ModelSummary, count, human_bytes, human_seconds};
 use clap::Args;
 use serde::Serialize;
 
@@ -35,6 +35,9 @@ pub struct BenchArgs {
     /// Measure decode at these context lengths, too, once each
     #[arg(long, value_name = "N,N,...", value_delimiter = ',')]
     contexts: Vec<usize>,
+    /// Measure decode of so many sequences at once, too, once each, all behind a prompt of their own
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = positive)]
+    batches: Vec<usize>,
     /// Rows of the prompt that are computed at once
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = DEFAULT_CHUNK)]
     chunk: usize,
@@ -50,7 +53,8 @@ const EXAMPLES: &str = "\
 Examples:
   bitnet bench -m model.gguf -p 128 -n 64 --threads 1 --repetitions 5
   bitnet bench -m model.gguf -p 512 -n 0                        # prefill alone
-  bitnet bench -m model.gguf --contexts 128,512,2048 --json | jq .decode_by_context";
+  bitnet bench -m model.gguf --contexts 128,512,2048 --json | jq .decode_by_context
+  bitnet bench -m model.gguf --batches 1,2,4,8,16               # sequences at once";
 
 #[derive(Serialize)]
 struct Output<'a> {
@@ -74,6 +78,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         generated_tokens: args.generate,
         repetitions: args.repetitions,
         contexts: args.contexts.clone(),
+        batches: args.batches.clone(),
         chunk: args.chunk,
         context: args.engine.context(&engine.checkpoint, usize::MAX)?,
         kv_cache: args.engine.kv_cache.into(),
@@ -120,6 +125,12 @@ fn text(model: &ModelSummary, load_seconds: f64, result: &BenchResult, execution
     let mut text = columns(&rows);
     for DecodeAt { context, decode_tokens_per_s, .. } in &result.decode_by_context {
         text.push_str(&format!("decode {n} at a context of {context}: {decode_tokens_per_s:.2} tokens/s\n"));
+    }
+    for DecodeBatch { sequences, decode_tokens_per_s, .. } in &result.decode_by_batch {
+        text.push_str(&format!(
+            "decode {n} for {} at once: {decode_tokens_per_s:.2} tokens/s in all\n",
+            count(*sequences as u64, "sequence")
+        ));
     }
     text.push('\n');
     let row = |label: &str, value: String| vec![label.to_owned(), value];
