@@ -403,7 +403,10 @@ impl Output {
             text.push_str(&format!("strict mode: {}\n", self.strict));
         }
         if let Some(roof) = &self.roof {
-            text.push_str(&format!("at most: {}\n", roof_text(roof)));
+            text.push_str(&format!(
+                "at most: {} (weights count at 2 bits, also where a layout takes 1.6)\n",
+                roof_text(roof)
+            ));
         }
         match (&self.cache_file, &self.cache_problem) {
             (Some(path), Some(problem)) => {
