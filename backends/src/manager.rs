@@ -66,17 +66,17 @@ pub fn configure(
 /// The helper's side of the gate ([`gate::child`]), with this build's GPU runtime, if it has one, to try kernels on that
 /// are GPU source.
 pub fn gate_child(arguments: impl Iterator<Item = OsString>) -> i32 {
-    #[cfg(feature = "wgpu")]
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
     return gate::child_with_gpu(arguments, &crate::gpu::open_gpu);
-    #[cfg(not(feature = "wgpu"))]
+    #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
     return gate::child(arguments);
 }
 
 /// The GPU that kernels run on in this build.
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 const GPU: Option<fn() -> String> =
     Some(|| crate::gpu::open_gpu().map_or_else(|error| error, |gpu| gpu.name()));
-#[cfg(not(feature = "wgpu"))]
+#[cfg(not(any(feature = "wgpu", feature = "cuda")))]
 const GPU: Option<fn() -> String> = None;
 
 fn with_plugins(

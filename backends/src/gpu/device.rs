@@ -11,16 +11,25 @@ use burn_cubecl::cubecl::server::Handle;
 use super::body::words_of;
 use super::text::{self, Buffers};
 
-/// This machine's default GPU.
+/// This machine's default GPU: of CUDA, where that is compiled in and there is one, else of wgpu.
 ///
 /// # Errors
 /// In words, if there is none, or it takes no text.
 pub fn open_gpu() -> Result<Box<dyn GpuDevice>, String> {
-    let open = || -> Result<Client, String> {
-        let device = CubeDevice::wgpu(Default::default()).map_err(|error| error.to_string())?;
-        Ok(device.client())
-    };
-    let client = catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(|_| Err("there is no GPU".into()))?;
+    let cuda = cfg!(feature = "cuda").then(|| Ok(CubeDevice::Cuda(Default::default())));
+    let wgpu = cfg!(feature = "wgpu")
+        .then(|| CubeDevice::wgpu(Default::default()).map_err(|error| error.to_string()));
+    let mut client = Err("there is no GPU".into());
+    for device in [cuda, wgpu].into_iter().flatten() {
+        client = device.and_then(|device: CubeDevice| {
+            let open = AssertUnwindSafe(|| device.client());
+            catch_unwind(open).map_err(|_| "there is no GPU".into())
+        });
+        if client.is_ok() {
+            break;
+        }
+    }
+    let client: Client = client?;
     match text::target(&client) {
         Some(target) => Ok(Box::new(Gpu { client, target })),
         None => Err(format!("the runtime {} takes no kernels as text", client.name())),

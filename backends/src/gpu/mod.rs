@@ -12,7 +12,7 @@
 
 mod body;
 mod choice;
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod device;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
@@ -21,5 +21,5 @@ mod text;
 pub(crate) use self::body::{bit_linear, bit_linear_backward};
 pub use self::choice::GpuMatrix;
 pub(crate) use self::choice::prepare;
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub use self::device::open_gpu;

@@ -117,8 +117,10 @@ pub enum DeviceKind {
     Flex,
     /// The CPU through NdArray, with the kernels of plugins
     Ndarray,
-    /// A GPU through wgpu, with Burn's own operations and plugins' kernels for GPUs
+    /// A GPU through wgpu, with CubeCL kernels and those of plugins
     Wgpu,
+    /// An NVIDIA GPU through CUDA, likewise
+    Cuda,
 }
 
 impl DeviceKind {
@@ -130,6 +132,8 @@ impl DeviceKind {
             Self::Ndarray
         } else if cfg!(feature = "wgpu") {
             Self::Wgpu
+        } else if cfg!(feature = "cuda") {
+            Self::Cuda
         } else {
             Self::Flex
         }
@@ -141,6 +145,7 @@ impl DeviceKind {
             Self::Flex => "flex",
             Self::Ndarray => "ndarray",
             Self::Wgpu => "wgpu",
+            Self::Cuda => "cuda",
         }
     }
 
@@ -153,7 +158,9 @@ impl DeviceKind {
             #[allow(deprecated, reason = "NdArray still has users")]
             Self::Ndarray => Ok(Device::ndarray()),
             #[cfg(feature = "wgpu")]
-            Self::Wgpu => wgpu(),
+            Self::Wgpu => gpu(self, || Device::wgpu(Default::default())),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => gpu(self, || Device::cuda(0)),
             #[allow(unreachable_patterns, reason = "with all features")]
             _ => {
                 let name = self.name();
@@ -165,13 +172,13 @@ impl DeviceKind {
     }
 }
 
-/// A GPU, tried out: wgpu panics where there is none.
-#[cfg(feature = "wgpu")]
-fn wgpu() -> anyhow::Result<Device> {
+/// A GPU, tried out: the runtimes panic where there is none.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+fn gpu(kind: DeviceKind, open: impl FnOnce() -> Device + std::panic::UnwindSafe) -> anyhow::Result<Device> {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| ()));
     let device = std::panic::catch_unwind(|| {
-        let device = Device::wgpu(Default::default());
+        let device = open();
         let data = burn::tensor::Tensor::<1>::ones([1], &device).try_into_data();
         data.map(|_| device).map_err(|error| error.to_string())
     });
@@ -185,7 +192,7 @@ fn wgpu() -> anyhow::Result<Device> {
             .or_else(|| payload.downcast_ref::<&str>().map(|&s| s.to_owned()))
             .unwrap_or_else(|| "unknown error".into()),
     };
-    bail!("--device wgpu: there is no usable GPU here: {problem}")
+    bail!("--device {}: there is no usable GPU here: {problem}", kind.name())
 }
 
 /// Types of the KV cache.
