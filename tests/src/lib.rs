@@ -3,6 +3,7 @@
 pub mod reference;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use bitnet_burn::backends::manager;
 use bitnet_burn::bitnet::{BitNet, LoadOptions};
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn::core::manager::{KernelManager, ManagerConfig};
-use bitnet_burn::generate;
+use bitnet_burn::generate::{self, GenerateOptions};
 use bitnet_burn::nn::CacheType;
 use burn::tensor::Device;
 use safetensors::{Dtype, SafeTensors};
@@ -274,4 +275,16 @@ pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
         let d = (x - y).abs();
         if d.is_nan() || worst.is_nan() { f32::NAN } else { worst.max(d) }
     })
+}
+
+/// The most likely tokens behind a prompt.
+///
+/// # Panics
+/// If the model can't generate so many.
+pub fn greedy(model: &BitNet, prompt: &[u32], count: usize) -> Vec<u32> {
+    let mut cache = model.cache(prompt.len() + count, CacheType::F32).unwrap();
+    let sequence = cache.add_sequence(0);
+    let options = GenerateOptions { max_new_tokens: count, ..GenerateOptions::default() };
+    let go_on = &mut |_: u32, _: &[f32]| ControlFlow::Continue(());
+    generate::generate(model, prompt, sequence, &mut cache, &options, go_on).unwrap().tokens
 }

@@ -3,7 +3,6 @@
 #![cfg(feature = "wgpu")]
 
 use std::ffi::CString;
-use std::ops::ControlFlow;
 
 use bitnet_burn::backends::manager;
 use bitnet_burn::bitnet::{BitNet, LoadOptions};
@@ -14,7 +13,6 @@ use bitnet_burn::core::memory::Activations;
 use bitnet_burn::core::plugin::{Plugin, Target};
 use bitnet_burn::core::random::SplitMix64;
 use bitnet_burn::core::reference;
-use bitnet_burn::generate::{self, GenerateOptions};
 use bitnet_burn::nn::CacheType;
 use bitnet_burn_plugin::abi;
 use bitnet_burn_tests::reference::{Mutation, Reference};
@@ -45,13 +43,7 @@ fn logits_and_greedy_tokens_are_those_of_transformers() {
             println!("seq{n} in chunks of {chunk}: {difference:.1e}");
             assert!(difference < 1e-3, "seq{n} in chunks of {chunk}: {difference:e}");
         }
-        let mut cache = model.cache(n + 32, CacheType::F32).unwrap();
-        let sequence = cache.add_sequence(0);
-        let options = GenerateOptions { max_new_tokens: 32, ..GenerateOptions::default() };
-        let generation = generate::generate(&model, &prompt, sequence, &mut cache, &options, &mut |_, _| {
-            ControlFlow::Continue(())
-        });
-        let tokens = generation.unwrap().tokens;
+        let tokens = greedy(&model, &prompt, 32);
         let margins = &get("gen_margin").values;
         let compared = (0..32).take_while(|&i| n - 1 + i < forward.certain() || margins[i] >= 0.5).count();
         assert_eq!(tokens[..compared], generated[..compared], "seq{n}");

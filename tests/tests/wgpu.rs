@@ -2,13 +2,11 @@
 //! adapter these tests fail: whoever builds the feature wants it tested.
 #![cfg(feature = "wgpu")]
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use bitnet_burn::backends::ops;
 use bitnet_burn::bitnet::{BitNet, LoadOptions};
 use bitnet_burn::config::ModelConfig;
-use bitnet_burn::generate::{self, GenerateOptions};
 use bitnet_burn::nn::{BitLinearConfig, BitLinearWeight, CacheType, DenseWeight};
 use bitnet_burn_tests::reference::{Forward, Mutation, Reference};
 use bitnet_burn_tests::*;
@@ -48,13 +46,7 @@ fn logits_and_greedy_tokens_are_those_of_transformers() {
             let at_least = if n <= 16 { n } else { 0 };
             compare(&format!("seq{n} in chunks of {chunk}"), &got, get("logits"), &forward, at_least);
         }
-        let mut cache = model.cache(n + 32, CacheType::F32).unwrap();
-        let sequence = cache.add_sequence(0);
-        let options = GenerateOptions { max_new_tokens: 32, ..GenerateOptions::default() };
-        let generation = generate::generate(&model, &prompt, sequence, &mut cache, &options, &mut |_, _| {
-            ControlFlow::Continue(())
-        });
-        let tokens = generation.unwrap().tokens;
+        let tokens = greedy(&model, &prompt, 32);
         let margins = &get("gen_margin").values;
         let compared = (0..32).take_while(|&i| n - 1 + i < forward.certain() || margins[i] >= 0.5).count();
         println!("seq{n}: {compared} tokens compared");

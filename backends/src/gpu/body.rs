@@ -18,7 +18,7 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
 use super::choice::GpuMatrix;
-use super::text::{self, Buffers};
+use super::launch::{self, Buffers};
 use crate::default;
 use crate::extension::{BitLinearArgs, InputNorm, Kernels, Matrix, TernaryWeight, TernaryWeights};
 use crate::manager::{leave_error, manager};
@@ -121,7 +121,7 @@ pub(super) fn with_kernels(
         })
         .collect();
     let kernels: Vec<Option<GpuKernel>> =
-        args.matrices.iter().map(|matrix| gpu(matrix)?.choice.kernel(manager, m)).collect();
+        args.matrices.iter().map(|matrix| gpu(matrix)?.choice.kernel(manager, &x.client, m)).collect();
     let mut parts = Vec::with_capacity(weights.len());
     for ((matrix, weight), kernel) in args.matrices.iter().zip(&weights).zip(&kernels) {
         let known = |kernel: &&GpuKernel| gpu(matrix).is_some_and(|gpu| gpu.choice.knows(kernel, m));
@@ -206,7 +206,7 @@ pub(super) fn run(x: &CubeTensor, parts: &[Part]) -> (CubeTensor, Quantised) {
             y: y.clone(),
         };
         // SAFETY: weights of the kernel's own size or canonical, rows as they were quantised, and room for all columns.
-        unsafe { text::launch(client, part.kernel.kernel(), (m, part.n, k), buffers) };
+        unsafe { launch::launch(client, part.kernel.kernel(), (m, part.n, k), buffers) };
         column += part.n;
     }
     let shape = Shape::new([m, total]);

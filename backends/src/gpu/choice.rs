@@ -15,10 +15,11 @@ use bitnet_burn_core::random::SplitMix64;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice, cubecl};
+use cubecl::client::Client;
 use cubecl::server::Handle;
 
 use super::body::{self, Part};
-use super::text;
+use super::launch;
 use crate::default;
 use crate::extension::{BitLinearArgs, InputNorm, Matrix, TernaryWeight, TernaryWeights};
 
@@ -50,7 +51,7 @@ pub struct GpuChoice {
     /// The kernels that have failed here.
     failed: Mutex<Vec<GpuKernel>>,
     /// Kernels and exact numbers of rows whose results were compared.
-    seen: Mutex<HashSet<(String, usize)>>,
+    seen: Mutex<HashSet<(GpuKernel, usize)>>,
 }
 
 /// How the weights of one matrix are kept on a GPU, and who computes with them.
@@ -135,13 +136,13 @@ fn choose(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> O
 /// The kernels that can compute m rows of [n, k] on the device.
 fn kernels(manager: &KernelManager, device: &CubeDevice, m: usize, n: usize, k: usize) -> Vec<GpuKernel> {
     let client = device.client();
-    let targets = [Some(Target::CubeCl), text::target(&client)];
+    let targets = [Some(Target::CubeCl), launch::target(&client)];
     let of = |target| manager.gpu_kernels(target, (m, n, k));
     let mut kernels: Vec<GpuKernel> = targets.into_iter().flatten().flat_map(of).collect();
     kernels.retain(|kernel| {
         kernel.kernel().gpu().is_some_and(|source| {
-            text::lacking(&client, source, kernel.kernel().features()).is_none()
-                && text::fits(&client, source, m, n)
+            launch::lacking(&client, source, kernel.kernel().features()).is_none()
+                && launch::fits(&client, source, m, n)
         })
     });
     kernels
@@ -209,16 +210,15 @@ impl GpuChoice {
         }
     }
 
-    /// The kernel for m rows; `None` for the default body.
-    pub(super) fn kernel(&self, manager: &KernelManager, m: usize) -> Candidate {
+    /// The kernel for m rows on the client of the device; `None` for the default body.
+    pub(super) fn kernel(&self, manager: &KernelManager, client: &Client, m: usize) -> Candidate {
         let ranking = self.rankings[bucket(m)].get_or_init(|| self.rank(manager, BUCKETS[bucket(m)].1));
-        let client = self.device.client();
         let failed = lock(&self.failed);
         let may = |kernel: &GpuKernel| {
             kernel.ready()
                 && !failed.contains(kernel)
                 && kernel.supports(m, self.n, self.k)
-                && kernel.kernel().gpu().is_some_and(|source| text::fits(&client, source, m, self.n))
+                && kernel.kernel().gpu().is_some_and(|source| launch::fits(client, source, m, self.n))
         };
         ranking.iter().find(|kernel| kernel.as_ref().is_none_or(may)).cloned().flatten()
     }
@@ -247,11 +247,11 @@ impl GpuChoice {
 
     /// Whether a kernel's result for m rows was compared.
     pub(super) fn knows(&self, kernel: &GpuKernel, m: usize) -> bool {
-        lock(&self.seen).contains(&(kernel.kernel().id().to_owned(), m))
+        lock(&self.seen).contains(&(kernel.clone(), m))
     }
 
     pub(super) fn learn(&self, kernel: &GpuKernel, m: usize) {
-        lock(&self.seen).insert((kernel.kernel().id().to_owned(), m));
+        lock(&self.seen).insert((kernel.clone(), m));
     }
 }
 

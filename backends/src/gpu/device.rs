@@ -9,7 +9,7 @@ use burn_cubecl::cubecl::client::Client;
 use burn_cubecl::cubecl::server::Handle;
 
 use super::body::words_of;
-use super::text::{self, Buffers};
+use super::launch::{self, Buffers};
 
 /// This machine's default GPU: of CUDA, where that is compiled in and there is one, else of wgpu.
 ///
@@ -30,7 +30,7 @@ pub fn open_gpu() -> Result<Box<dyn GpuDevice>, String> {
         }
     }
     let client: Client = client?;
-    match text::target(&client) {
+    match launch::target(&client) {
         Some(target) => Ok(Box::new(Gpu { client, target })),
         None => Err(format!("the runtime {} takes no kernels as text", client.name())),
     }
@@ -51,13 +51,13 @@ impl GpuDevice for Gpu {
     }
 
     fn lacking(&self, kernel: &Kernel) -> Option<String> {
-        text::lacking(&self.client, kernel.gpu()?, kernel.features())
+        launch::lacking(&self.client, kernel.gpu()?, kernel.features())
     }
 
     fn run(&self, kernel: &Kernel, operands: &GpuOperands, y: &mut [f32]) -> Result<(), String> {
         let source = kernel.gpu().ok_or("it has no text")?;
         let (m, n, _) = operands.shape;
-        if !text::fits(&self.client, source, m, n) {
+        if !launch::fits(&self.client, source, m, n) {
             let [x, y, _] = source.grid(m, n);
             return Err(format!("it takes {x} x {y} workgroups, more than the device can launch"));
         }
@@ -72,7 +72,7 @@ impl GpuDevice for Gpu {
                 y: create(bytemuck::cast_slice(y)),
             };
             // SAFETY: the operands are filled, and `y` has room (the gate's).
-            unsafe { text::launch(&self.client, kernel, operands.shape, buffers.clone()) };
+            unsafe { launch::launch(&self.client, kernel, operands.shape, buffers.clone()) };
             let read =
                 |handle: &Handle| self.client.read_one(handle.clone()).map_err(|error| words_of(&error));
             let output = read(&buffers.y)?;

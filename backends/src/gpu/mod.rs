@@ -1,7 +1,7 @@
-//! Kernels of plugins that are GPU source, on CubeCL's runtimes.
+//! Kernels for GPUs, on CubeCL's runtimes: the built-in ones, which are CubeCL functions, and those of plugins.
 //!
 //! A plugin is a library of its own and can't share CubeCL's clients and buffers, so it brings text
-//! ([`bitnet_burn_plugin::abi::Gpu`]), which is compiled and launched here, through the client of the tensors'
+//! ([`bitnet_burn_plugin::abi::Gpu`]). Either is compiled and launched here, through the client of the tensors'
 //! device. The operation's default body, in Burn's operations, is what a kernel has to be faster than, and what
 //! takes over where it fails.
 //!
@@ -14,9 +14,9 @@ mod body;
 mod choice;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod device;
+mod launch;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
-mod text;
 
 pub(crate) use self::body::{bit_linear, bit_linear_backward};
 pub use self::choice::GpuMatrix;

@@ -17,7 +17,7 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
-use super::{body, choice, text};
+use super::{body, choice, launch};
 use crate::extension::{BitLinearArgs, Kernels, Matrix, TernaryWeight};
 
 /// A text whose threads have one output each, and which does `$statement` before it stores the sum.
@@ -449,7 +449,7 @@ fn measurements_decide_and_are_remembered() {
     Problem::new(manager, 512, &[96], 0.37).check(1, 4);
     assert_eq!(manager.report().tuned, 4, "measured once");
     let client = device().client();
-    let kernels = manager.gpu_kernels(text::target(&client).unwrap(), (1, 96, 512));
+    let kernels = manager.gpu_kernels(launch::target(&client).unwrap(), (1, 96, 512));
     let name = &client.properties().identity.name;
     for m in [1, 3, 8, 32] {
         let signature = format!("ternary m={m} n=96 k=512 device={} {name}", client.name());

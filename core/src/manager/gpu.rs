@@ -2,6 +2,7 @@
 //! were, and takes them out when they were wrong. Compiling, launching and timing them is up to whoever has the
 //! device (`bitnet-burn-backends`).
 
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -29,6 +30,14 @@ pub struct GpuKernel(Arc<Entry>);
 impl PartialEq for GpuKernel {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for GpuKernel {}
+
+impl Hash for GpuKernel {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        Arc::as_ptr(&self.0).hash(state);
     }
 }
 

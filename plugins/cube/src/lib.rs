@@ -18,7 +18,7 @@ mod quantise;
 use std::ffi::CStr;
 
 use bitnet_burn_plugin::abi::Signature;
-use bitnet_burn_plugin::sdk::{GpuKernel, Language};
+use bitnet_burn_plugin::sdk::{GpuKernel, Language, source};
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -80,7 +80,7 @@ macro_rules! plugin {
             /// The kernels.
             pub static PLUGIN = {
                 name: c"cube",
-                version: c"0.1.0",
+                version: source(concat!(env!("CARGO_PKG_VERSION"), "\0")),
                 kernels: [],
                 gpu_kernels: [$($type),+],
             };

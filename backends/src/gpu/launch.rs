@@ -58,14 +58,6 @@ impl CubeKernel for TextKernel {
     }
 }
 
-/// The text of a kernel for a GPU, or what stands for it.
-///
-/// # Panics
-/// If it is for the CPU.
-pub(super) fn source(kernel: &Kernel) -> &GpuSource {
-    kernel.gpu().expect("a kernel for a GPU has a text")
-}
-
 /// Launches a kernel for an [m, n] output over k. What goes wrong, shows when the output is read.
 ///
 /// # Safety
@@ -76,7 +68,7 @@ pub(super) unsafe fn launch(
     (m, n, k): (usize, usize, usize),
     buffers: Buffers,
 ) {
-    let source = source(kernel);
+    let source = kernel.gpu().expect("a kernel for a GPU has a text, or an entry point");
     let language = match kernel.target() {
         Target::CubeCl => {
             // SAFETY: the caller's promise; the manager offers what supports the sizes.
