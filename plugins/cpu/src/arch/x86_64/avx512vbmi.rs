@@ -68,7 +68,7 @@ impl TernaryKernel for Trits {
 struct Micro;
 
 /// Bytes ahead to prefetch: what it takes to keep up with memory on one sequential stream.
-const PREFETCH: usize = 8192;
+const PREFETCH: usize = 4096;
 
 impl TileMicro for Micro {
     const MR: usize = 8;

@@ -22,9 +22,9 @@ kernels!(
 );
 
 /// Bytes ahead to prefetch: what it takes to keep up with memory on one sequential stream.
-const TILE_PREFETCH: usize = 8192;
+const TILE_PREFETCH: usize = 4096;
 /// The same for rows, which are short.
-const ROW_PREFETCH: usize = 8192;
+const ROW_PREFETCH: usize = 2048;
 
 impl TileMicro for Micro {
     const MR: usize = 8;

@@ -7,9 +7,9 @@ use bitnet_burn_plugin::canonical::{BLOCK, BLOCK_BYTES};
 use crate::generic::row_bytes;
 
 /// Bytes ahead to prefetch in blocks of 32 rows, one sequential stream.
-pub(super) const TILE_PREFETCH: usize = 8192;
+pub(super) const TILE_PREFETCH: usize = 2048;
 /// The same for rows, which are short.
-pub(super) const ROW_PREFETCH: usize = 4096;
+pub(super) const ROW_PREFETCH: usize = 2048;
 
 /// Bit groups of block `b` that have activations: all four, or the first two of a last half block.
 #[inline(always)]
