@@ -4,14 +4,16 @@
 #![allow(clippy::single_range_in_vec_init, reason = "tensors of one dimension are sliced by one range")]
 
 use bitnet_burn_core::formats::DenseFormat;
+use bitnet_burn_core::formats::dense_tiles::untile;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
-use burn::tensor::{DType, FloatDType, IndexingUpdateOp, IntDType, Shape, Slice, TensorData};
+use burn::tensor::{DType, FloatDType, IndexingUpdateOp, IntDType, Shape, Slice, TensorData, try_read_sync};
 
 use crate::extension::{
     AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs,
     TernaryWeight, TernaryWeights,
 };
+use crate::manager::manager;
 
 const EPSILON: f32 = 1e-5;
 
@@ -429,6 +431,7 @@ pub(crate) fn dense_linear<B: Backend>(
     words: IntTensor<B>,
     args: &DenseArgs,
 ) -> FloatTensor<B> {
+    let words = if args.tiled { rows_of_tiles::<B>(words, args) } else { words };
     let weights = B::float_transpose(decode::<B>(words, args));
     if !args.int8 {
         return B::float_matmul(x, weights);
@@ -451,6 +454,20 @@ pub(crate) fn dense_rows<B: Backend>(
     let rows = B::int_select(B::int_reshape(words, Shape::new([args.n, row / 4])), 0, ids);
     let m = dims(&rows)[0];
     decode::<B>(B::int_reshape(rows, Shape::new([m * row / 4])), &DenseArgs { n: m, ..*args })
+}
+
+/// Rows of what lies in tiles, by way of the host: tiles are for the bodies that host memory has.
+fn rows_of_tiles<B: Backend>(words: IntTensor<B>, args: &DenseArgs) -> IntTensor<B> {
+    let device = words.device();
+    let data = try_read_sync(B::int_into_data(words)).expect("a device that is read at once");
+    let words: Vec<u32> = data.expect("a tensor's data").iter::<i64>().map(|word| word as u32).collect();
+    let tiles = &bytemuck::cast_slice(&words)[..args.bytes().expect("checked when the tensor was made")];
+    let size = DenseArgs { tiled: false, ..*args }.bytes().expect("tiles are no smaller");
+    let mut rows = vec![0u32; size.div_ceil(4)];
+    let out = &mut bytemuck::cast_slice_mut(&mut rows)[..size];
+    untile(args.format, tiles, (args.n, args.k), out, manager().pool()).expect("tiles of that size");
+    let count = rows.len();
+    B::int_from_data(TensorData::new(rows, [count]), &device)
 }
 
 /// Words in one dimension, whatever shape they are kept in.
@@ -554,6 +571,7 @@ fn from_bits<B: Backend>(bits: IntTensor<B>, exponent: u32, mantissa: u32) -> Fl
 /// package, where a device with autodiff has default bodies for them.)
 #[cfg(all(test, any(feature = "flex", feature = "ndarray")))]
 mod tests {
+    use bitnet_burn_core::formats::dense_tiles::tile;
     use bitnet_burn_core::quant;
     use burn::backend::tensor::FloatTensor;
     use burn::backend::{Autodiff, AutodiffBackend};
@@ -874,15 +892,27 @@ mod tests {
                     format.encode_row(values, row).expect("small values");
                     format.decode_row(row, decoded).expect("a whole row");
                 }
-                let words: Vec<u32> =
-                    bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-                let words = || {
-                    B::int_from_data(TensorData::new(words.clone(), [1, words.len()]), &Default::default())
+                let args = DenseArgs::new(format, n, k).with_int8().expect("one of the formats that can");
+                let tiled = DenseArgs { tiled: true, ..args };
+                let mut tiles = vec![0; tiled.bytes().expect("whole blocks").next_multiple_of(4)];
+                let (rows, out) =
+                    (&bytes[..n * row_bytes], &mut tiles[..tiled.bytes().expect("whole blocks")]);
+                tile((format, rows), (n, k), (format, out), manager().pool()).expect("whole blocks");
+                let words = |bytes: &[u8]| {
+                    let words: Vec<u32> =
+                        bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                    let count = words.len();
+                    B::int_from_data(TensorData::new(words, [1, count]), &Default::default())
                 };
                 let x: Vec<f32> = numbers(m as u32, m * k, 2001).map(small).collect();
-                let args = DenseArgs::new(format, n, k).with_int8().expect("one of the formats that can");
-                let fast = values::<B>(B::dense_linear(floats::<B>(x.clone(), &[m, k]), words(), args));
-                let plain = values::<B>(dense_linear::<B>(floats::<B>(x.clone(), &[m, k]), words(), &args));
+                let input = || floats::<B>(x.clone(), &[m, k]);
+                let results = [
+                    values::<B>(B::dense_linear(input(), words(&tiles), tiled)),
+                    values::<B>(B::dense_linear(input(), words(&bytes), args)),
+                    values::<B>(dense_linear::<B>(input(), words(&tiles), &tiled)),
+                    values::<B>(dense_linear::<B>(input(), words(&bytes), &args)),
+                ];
+                assert_eq!(results[1..], [&results[1]; 3].map(Vec::clone), "tiles are the same weights");
                 for (row, x) in x.chunks_exact(k).enumerate() {
                     let mut q = vec![0; k];
                     let (scale, _) = quant::absmax_row(x, &mut q);
@@ -891,7 +921,7 @@ mod tests {
                             w.iter().zip(&q).map(|(&w, &q)| f64::from(w) * f64::from(q) * f64::from(scale))
                         };
                         let (want, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
-                        for got in [fast[row * n + column], plain[row * n + column]] {
+                        for got in results.iter().map(|y| y[row * n + column]) {
                             let error = (f64::from(got) - want).abs();
                             assert!(
                                 error <= 1e-5 * size,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bitnet_burn_core::formats::DenseFormat;
+use bitnet_burn_core::formats::dense_tiles::tiled_bytes;
 use bitnet_burn_core::manager::Choice;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{ExtensionType, TensorMetadata, backend_extension};
@@ -238,6 +239,10 @@ pub struct DenseArgs {
     /// formats of [`DenseArgs::INT8_FORMATS`] can, see [`with_int8`](Self::with_int8). Looking rows up does
     /// not depend on it.
     pub int8: bool,
+    /// Whether the words are not rows but tiles of 16 rows
+    /// ([`dense_tiles`](bitnet_burn_core::formats::dense_tiles)), which bodies for host memory multiply by int8
+    /// activations; [`ops::int8_matrix`](crate::ops::int8_matrix) makes them.
+    pub tiled: bool,
 }
 
 /// A format whose products with int8 activations are not integers.
@@ -254,7 +259,15 @@ impl DenseArgs {
 
     /// A matrix that is multiplied by f32 activations.
     pub const fn new(format: DenseFormat, n: usize, k: usize) -> Self {
-        Self { format, n, k, int8: false }
+        Self { format, n, k, int8: false, tiled: false }
+    }
+
+    /// Bytes of the weights; `None` where the format has no such rows, or that is too large.
+    pub fn bytes(&self) -> Option<usize> {
+        match self.tiled {
+            true => tiled_bytes(self.format, self.n, self.k),
+            false => self.format.row_bytes(self.k).and_then(|row| row.checked_mul(self.n)),
+        }
     }
 
     /// The same, multiplied by activations that are quantised to int8, by absmax and row.
@@ -485,14 +498,15 @@ pub trait TernaryBackend: burn::backend::Backend {
     /// y = x * Wᵀ with W in its file's format, decoded to f32.
     ///
     /// With [`args.int8`](DenseArgs::int8), x is quantised by rows first, as for
-    /// [`bit_linear`](Self::bit_linear): x ~ q * (a / 127). Bodies for host memory then add the exact integer
-    /// sums of the format's blocks (32 weights, of Q6_K 256) times their scales in ascending order, each
+    /// [`bit_linear`](Self::bit_linear): x ~ q * (a / 127). Bodies for host memory, given tiles, then add the
+    /// exact integer sums of the format's blocks (32 weights, of Q6_K 256) times their scales in ascending order, each
     /// product and sum rounded to f32, and multiply by a / 127: the same bits on every CPU. The default body
     /// multiplies q by the decoded weights, and differs from that by f32's rounding only (at most 1e-5 of
     /// the sum of the products' magnitudes).
     ///
     /// # Shapes
-    /// x [M, K], words: the raw bytes as U32 words; the output is [M, N].
+    /// x [M, K], words: the raw bytes as U32 words, in rows or in [tiles](DenseArgs::tiled); the output is
+    /// [M, N].
     fn dense_linear(x: FloatTensor<Self>, words: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
         default::dense_linear::<Self>(x, words, &args)
     }
@@ -500,7 +514,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     /// Rows of W, decoded to f32: an embedding.
     ///
     /// # Shapes
-    /// words: the raw bytes as U32 words, ids `[M]`; the output is `[M, K]`.
+    /// words: the raw bytes as U32 words, in rows, ids `[M]`; the output is `[M, K]`.
     fn dense_rows(words: IntTensor<Self>, ids: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
         default::dense_rows::<Self>(words, ids, &args)
     }

@@ -600,8 +600,7 @@ pub(crate) fn gated<B: HostBackend>(gate_up: FloatTensor<B>, activation: GatedAc
 }
 
 fn raw<'a>(words: &'a [u32], args: &DenseArgs) -> &'a [u8] {
-    let size = args.n * args.format.row_bytes(args.k).expect("checked when the tensor was made");
-    &bytemuck::cast_slice(words)[..size]
+    &bytemuck::cast_slice(words)[..args.bytes().expect("checked when the tensor was made")]
 }
 
 pub(crate) fn dense_linear<B: HostBackend>(
@@ -609,11 +608,15 @@ pub(crate) fn dense_linear<B: HostBackend>(
     words: IntTensor<B>,
     args: DenseArgs,
 ) -> FloatTensor<B> {
+    let DenseArgs { format, n, k, int8, tiled } = args;
+    if int8 != tiled {
+        return default::dense_linear::<B>(x, words, &args);
+    }
     let m = dims(&x)[0];
     let words = B::words(&words);
-    let mut y = vec![0f32; m * args.n];
+    let mut y = vec![0f32; m * n];
     let (weights, values) = (raw(&words, &args), B::floats(&x));
-    let (manager, DenseArgs { format, n, k, int8 }) = (manager(), args);
+    let manager = manager();
     if int8 {
         with_activations(|activations| {
             quantise(manager, &values, k, None, activations.resize(m, k));

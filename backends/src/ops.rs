@@ -1,7 +1,8 @@
 //! [`TernaryBackend`]'s operations over Burn's `Tensor`, on whatever backend
 //! the tensors are.
 
-use bitnet_burn_core::formats::canonical;
+use bitnet_burn_core::formats::dense::requantise;
+use bitnet_burn_core::formats::{DenseFormat, FormatError, canonical, dense_tiles};
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerError, Packed};
 use bitnet_burn_core::memory::WeightArena;
 use burn::backend::{Dispatch, DispatchDevice};
@@ -434,6 +435,52 @@ pub fn gated(gate_up: Tensor<2>, activation: GatedActivation) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::gated(gate_up.into_dispatch(), activation))
 }
 
+/// A matrix for products with int8 activations: in tiles on a device in host memory, whose [`dense_linear`]
+/// then runs at the speed of memory, and in rows on others. Rows of another format are decoded and encoded
+/// again.
+///
+/// # Arguments
+/// * `rows`: the format that the rows have, and N rows of K weights
+/// * `args`: format and shape of the result, [with int8](DenseArgs::with_int8)
+///
+/// # Errors
+/// If the format can't hold the values or the shape, or memory is short.
+pub fn int8_matrix(
+    rows: (DenseFormat, bytes::Bytes),
+    args: DenseArgs,
+    device: &Device,
+) -> Result<(Tensor<2, Int>, DenseArgs), DenseError> {
+    let args = DenseArgs { tiled: is_host(device), ..args };
+    let ((from, data), shape, pool) = (rows, (args.n, args.k), manager().pool());
+    let words = |data: bytes::Bytes| {
+        let count = data.len().div_ceil(4);
+        words(data, [1, count], device)
+    };
+    if !args.tiled && from == args.format {
+        return Ok((words(data), args));
+    }
+    // Without a size, the conversion says why.
+    let mut out =
+        WeightArena::default().allocate(args.bytes().unwrap_or(0), 64).map_err(DenseError::Memory)?;
+    if args.tiled {
+        dense_tiles::tile((from, &data), shape, (args.format, out.as_mut_slice()), pool)?;
+    } else {
+        requantise(from, &data, args.format, out.as_mut_slice(), shape, pool)?;
+    }
+    Ok((words(bytes::Bytes::from_owner(out)), args))
+}
+
+/// A dense matrix that can't be brought into another form.
+#[derive(Debug, thiserror::Error)]
+pub enum DenseError {
+    /// The format can't hold it.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The system has no memory for it.
+    #[error("there is no memory for the copy")]
+    Memory(#[source] std::io::Error),
+}
+
 /// y = x * Wᵀ; `words` holds W's raw bytes. With [`int8`](DenseArgs::int8), x is quantised.
 ///
 /// # Panics
@@ -445,12 +492,13 @@ pub fn dense_linear(x: Tensor<2>, words: Tensor<2, Int>, args: DenseArgs) -> Ten
     Tensor::from_dispatch(Dispatch::dense_linear(x.into_dispatch(), words.into_dispatch(), args))
 }
 
-/// Rows `ids` of W [N, K]; `words` holds W's raw bytes.
+/// Rows `ids` of W [N, K]; `words` holds W's raw bytes, in rows.
 ///
 /// # Panics
-/// If an id is not below N.
+/// If an id is not below N, or the words are tiles.
 pub fn dense_rows(words: Tensor<2, Int>, ids: &[u32], args: DenseArgs) -> Tensor<2> {
     assert!(ids.iter().all(|&id| (id as usize) < args.n), "a row that the table of {} lacks", args.n);
+    assert!(!args.tiled, "rows are looked up in tiles: {args:?}");
     check_dense(&words, &args);
     let device = words.device();
     let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
@@ -460,7 +508,7 @@ pub fn dense_rows(words: Tensor<2, Int>, ids: &[u32], args: DenseArgs) -> Tensor
 }
 
 fn check_dense(words: &Tensor<2, Int>, args: &DenseArgs) {
-    let size = args.format.row_bytes(args.k).and_then(|row| row.checked_mul(args.n));
+    let size = args.bytes();
     let has = words.shape().num_elements() * 4;
     assert!(size.is_some_and(|size| size <= has), "{:?} takes {size:?} bytes, not {has}", args);
 }

@@ -18,9 +18,9 @@ use std::cell::{Cell, RefCell};
 use std::ops::Range;
 
 use bitnet_burn_backends::manager::manager;
-use bitnet_burn_backends::ops::{self, TernaryMatrix};
+use bitnet_burn_backends::ops::{self, DenseError, TernaryMatrix};
 use bitnet_burn_backends::{DenseArgs, Kernels, NoInt8};
-use bitnet_burn_core::formats::{DenseFormat, FormatError};
+use bitnet_burn_core::formats::DenseFormat;
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
 use burn::module::{Module, Param, ParamId};
 use burn::nn::{RmsNorm, RmsNormConfig};
@@ -52,7 +52,8 @@ pub enum ModelError {
         /// The type, and those that can.
         source: NoInt8,
     },
-    /// The output projection can't be written in the format of [`HeadMode::Requantised`].
+    /// The output projection can't be written in the form that [`HeadMode::Int8`] or
+    /// [`HeadMode::Requantised`] asks for.
     #[error("the output projection {tensor} as {}: {source}", format.name())]
     Requantise {
         /// Its tensor.
@@ -60,7 +61,7 @@ pub enum ModelError {
         /// The format.
         format: DenseFormat,
         /// Why.
-        source: FormatError,
+        source: DenseError,
     },
 }
 
@@ -182,11 +183,12 @@ pub enum HeadMode {
     File,
     /// Activations are quantised to int8, by absmax and row, as those of the ternary layers are: faster
     /// where the weights are Q6_K or Q4_0, and an approximation. (A logit changes by up to half a step,
-    /// 1/254 of the largest activation, for each of its weights.) Weights of floats have no such mode.
+    /// 1/254 of the largest activation, for each of its weights.) Weights of floats have no such mode. In host
+    /// memory they are copied into the order in which the kernels read them; the embedding stays as it is.
     Int8,
     /// A copy of the weights in another format (Q8_0, Q6_K or Q4_0), made when the model is loaded, with int8
     /// activations as above: fewer bytes to read for every token, and a further approximation. The embedding
-    /// stays as the file has it. Weights that have the format already are not copied.
+    /// stays as the file has it.
     Requantised(DenseFormat),
 }
 
@@ -239,14 +241,17 @@ impl BitNet {
         }
         progress(LoadProgress::Packing(config.n_layers, config.n_layers));
         let embedding = checkpoint.embedding()?;
-        let output = match (checkpoint.output()?, options.head) {
-            // The embedding is both.
-            (None, HeadMode::Requantised(format)) if format != embedding.format => Some(embedding.clone()),
-            (output, _) => output,
-        };
-        let (embedding, output) = match output {
-            None => (head(embedding, options.head, device)?, None),
-            Some(output) => (DenseMatrix::new(embedding, device), Some(head(output, options.head, device)?)),
+        let output = checkpoint.output()?;
+        // One matrix can be both, where rows can be looked up in what the head computes with.
+        let (embedding, output) = match head_format(&embedding, options.head) {
+            None if output.is_none() => (DenseMatrix::new(embedding, device), None),
+            Some(format) if output.is_none() && format == embedding.format && !ops::is_host(device) => {
+                (DenseMatrix::int8(embedding, format, device)?, None)
+            }
+            _ => {
+                let output = head(output.unwrap_or_else(|| embedding.clone()), options.head, device)?;
+                (DenseMatrix::new(embedding, device), Some(output))
+            }
         };
         checkpoint.release();
         let norm = norm(Norm::Output)?;
@@ -599,17 +604,21 @@ fn block<E>(
     })
 }
 
+/// The format that the output projection is computed in with int8 activations, if it is.
+fn head_format(tensor: &DenseTensor, mode: HeadMode) -> Option<DenseFormat> {
+    match mode {
+        HeadMode::File => None,
+        HeadMode::Int8 => Some(tensor.format),
+        HeadMode::Requantised(format) => Some(format),
+    }
+}
+
 /// The output projection of a loaded model.
 fn head(tensor: DenseTensor, mode: HeadMode, device: &Device) -> Result<DenseMatrix, ModelError> {
-    let name = tensor.name.clone();
-    let matrix = match mode {
-        HeadMode::File => return Ok(DenseMatrix::new(tensor, device)),
-        HeadMode::Requantised(format) if format != tensor.format => {
-            DenseMatrix::requantised(tensor, format, device)?
-        }
-        HeadMode::Int8 | HeadMode::Requantised(_) => DenseMatrix::new(tensor, device),
-    };
-    matrix.with_int8().map_err(|source| ModelError::Head { tensor: name, source })
+    match head_format(&tensor, mode) {
+        None => Ok(DenseMatrix::new(tensor, device)),
+        Some(format) => DenseMatrix::int8(tensor, format, device),
+    }
 }
 
 fn rms_norm(weight: Vec<f32>, eps: f32, device: &Device) -> RmsNorm {

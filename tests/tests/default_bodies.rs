@@ -140,7 +140,7 @@ fn every_dense_format_decodes_the_same() {
             for (row, out) in bytes.chunks_exact(format.row_bytes(k).unwrap()).zip(want.chunks_exact_mut(k)) {
                 format.decode_row(row, out).unwrap();
             }
-            let args = DenseArgs { format, n, k, int8: false };
+            let args = DenseArgs::new(format, n, k);
             let words =
                 |device: &Device| ops::words(bytes.clone().into(), [1, bytes.len().div_ceil(4)], device);
             let ids: Vec<u32> = vec![n as u32 - 1, 0, 1, 1];

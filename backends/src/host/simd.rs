@@ -8,6 +8,7 @@
 //! A value of [`Avx512`] or [`Avx2`] proves that the CPU has those instructions: only [`Level::available`]
 //! makes them.
 
+use bitnet_burn_cpu::dense::half_to_f32;
 use half::f16;
 
 /// Lanes of a vector.
@@ -139,17 +140,6 @@ impl Level {
 /// Plain Rust, and the specification of the other instruction sets.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Portable;
-
-/// `f32` from the bits of a half: the exponent is re-biased by an exact multiplication, which also
-/// normalises.
-#[inline(always)]
-pub(crate) fn half_to_f32(bits: u16) -> f32 {
-    let magnitude = u32::from(bits & 0x7fff) << 13;
-    let scaled = (f32::from_bits(magnitude) * f32::from_bits(0x7780_0000)).to_bits();
-    let special = if magnitude >= 0x0f80_0000 { 0x7f80_0000 } else { 0 };
-    let quiet = if magnitude > 0x0f80_0000 { 0x0040_0000 } else { 0 };
-    f32::from_bits(scaled | special | quiet | (u32::from(bits & 0x8000) << 16))
-}
 
 /// `a * b + c` rounded once, without the instruction for it.
 ///

@@ -293,6 +293,20 @@ pub fn q6_k_codes(block: &[u8; Q6_K_BYTES]) -> [u8; QK_K] {
     codes
 }
 
+/// The inverse of [`q6_k_codes`]: writes the codes, and nothing else of the block.
+pub(crate) fn set_q6_k_codes(codes: &[u8; QK_K], block: &mut [u8; Q6_K_BYTES]) {
+    for half in 0..2 {
+        let c = &codes[128 * half..];
+        for i in 0..64 {
+            block[64 * half + i] = c[i] & 15 | c[64 + i] << 4;
+        }
+        for i in 0..32 {
+            let high = |quarter: usize| c[32 * quarter + i] >> 4;
+            block[128 + 32 * half + i] = high(0) | high(1) << 2 | high(2) << 4 | high(3) << 6;
+        }
+    }
+}
+
 /// The 16 values of the part of a Q6_K block that shares scale `PART`.
 #[inline(always)]
 fn q6_k_part<const PART: usize>(block: &[u8; Q6_K_BYTES], codes: &[u8; QK_K], d: f32, out: &mut [f32; QK_K]) {
@@ -376,16 +390,7 @@ fn encode_q6_k(x: &[f32; QK_K], block: &mut [u8; Q6_K_BYTES]) -> f32 {
             }
         }
     }
-    for half in 0..2 {
-        let c = &codes[128 * half..];
-        for i in 0..64 {
-            block[64 * half + i] = c[i] & 15 | c[64 + i] << 4;
-        }
-        for i in 0..32 {
-            let high = |quarter: usize| c[32 * quarter + i] >> 4;
-            block[128 + 32 * half + i] = high(0) | high(1) << 2 | high(2) << 4 | high(3) << 6;
-        }
-    }
+    set_q6_k_codes(&codes, block);
     [block[208], block[209]] = stored.to_le_bytes();
     d
 }
@@ -423,11 +428,8 @@ pub fn requantise(
         let rows = (part * ROWS..).zip(w[part * ROWS * from_bytes..].chunks_exact(from_bytes));
         for ((n, w), out) in rows.zip(out.chunks_exact_mut(to_bytes)) {
             let done = from.decode_row(w, &mut values).and_then(|()| to.encode_row(&values, out));
-            let Err(mut error) = done else { continue };
-            if let FormatError::NotFinite { row, .. } = &mut error {
-                *row = n;
-            }
-            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            let Err(error) = done else { continue };
+            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.in_row(n));
             return;
         }
     });

@@ -8,6 +8,7 @@
 //! | [`hf`] | Hugging Face's packed uint8 |
 //! | [`tq2_0`], [`tq1_0`] | llama.cpp's ternary block formats |
 //! | [`dense`] | F32, F16, BF16, Q8_0, Q6_K, Q4_0: embedding, lm_head, norms |
+//! | [`dense_tiles`] | the last three of them as kernels read them, 16 rows side by side |
 //! | [`ternary`] | reading a dense tensor that holds ternary values |
 //!
 //! All of these are pure functions over byte slices in little-endian order. N is the number of rows
@@ -17,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod dense;
+pub mod dense_tiles;
 pub mod hf;
 pub mod ternary;
 pub mod tq1_0;
@@ -42,6 +44,12 @@ pub enum FormatError {
         n: usize,
         /// Weights in a row.
         k: usize,
+    },
+    /// A format of floats, where one of integers and scales is wanted.
+    #[error("{format} holds floats, which have no tiles; Q8_0, Q6_K and Q4_0 have")]
+    NoTiles {
+        /// The format's name.
+        format: &'static str,
     },
     /// The size in bytes does not fit in a usize.
     #[error("{format}: a tensor of {n} x {k} weights is larger than this machine can address")]
@@ -224,6 +232,16 @@ pub(crate) fn canonical_bytes(format: &'static str, n: usize, k: usize) -> Resul
         return Err(FormatError::Empty { format, n, k });
     }
     canonical::matrix_bytes(n, k).ok_or(FormatError::TooLarge { format, n, k })
+}
+
+impl FormatError {
+    /// The same of row `n` of a matrix, where it was found in a row by itself.
+    fn in_row(mut self, n: usize) -> Self {
+        if let Self::NotFinite { row, .. } = &mut self {
+            *row = n;
+        }
+        self
+    }
 }
 
 fn check_length(

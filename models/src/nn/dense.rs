@@ -1,14 +1,9 @@
 //! A dense matrix: embedding and lm_head.
 
-use bitnet_burn_backends::manager::manager;
-use bitnet_burn_backends::{DenseArgs, NoInt8, ops};
+use bitnet_burn_backends::{DenseArgs, ops};
 use bitnet_burn_core::formats::DenseFormat;
-use bitnet_burn_core::formats::dense::requantise;
-use bitnet_burn_core::manager::ManagerError;
-use bitnet_burn_core::memory::WeightArena;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use bytes::Bytes;
 
 use crate::bitnet::ModelError;
 use crate::checkpoint::DenseTensor;
@@ -33,7 +28,7 @@ pub enum DenseWeight {
     Float(Param<Tensor<2>>),
     /// Frozen: the raw bytes of the file (F32, F16, BF16, Q8_0, Q6_K, Q4_0) as U32 words [1, words],
     /// memory-mapped on devices in host memory. They are decoded to f32 where they are used, or multiplied by
-    /// int8 activations as they are ([`DenseMatrix::with_int8`]).
+    /// int8 activations ([`DenseMatrix::int8`], in tiles where those are faster).
     Stored(Param<Tensor<2, Int>>),
 }
 
@@ -46,28 +41,26 @@ impl DenseMatrix {
         Self { weight, args: DenseArgs::new(format, n, k), from: None }
     }
 
-    /// A copy of a loaded tensor in another format, on a device.
+    /// A loaded tensor on a device, as `format` (Q8_0, Q6_K or Q4_0; its own, or another that loses some of
+    /// it), with [`forward`](Self::forward) quantising its input to int8, by absmax and row. That is faster,
+    /// and off by up to half a step (of 127 for the largest) for each input. In host memory the weights are a
+    /// copy in tiles, which has no [`rows`](Self::rows).
     ///
     /// # Errors
-    /// If the format can't hold the values or the shape, or memory is short.
-    pub fn requantised(
-        tensor: DenseTensor,
-        format: DenseFormat,
-        device: &Device,
-    ) -> Result<Self, ModelError> {
+    /// If the format holds floats, or can't hold the values or the shape, or memory is short.
+    pub fn int8(tensor: DenseTensor, format: DenseFormat, device: &Device) -> Result<Self, ModelError> {
         let DenseTensor { n, k, format: from, data, name } = tensor;
-        let fail = |source| ModelError::Requantise { tensor: name.clone(), format, source };
-        let bytes = format.row_bytes(k).and_then(|row| row.checked_mul(n));
-        // Without a size, the conversion says why.
-        let mut out = WeightArena::default()
-            .allocate(bytes.unwrap_or(0), 64)
-            .map_err(|source| ManagerError::System { what: "memory for the output projection", source })?;
-        requantise(from, &data, format, out.as_mut_slice(), (n, k), manager().pool()).map_err(fail)?;
-        let data = Bytes::from_owner(out);
-        Ok(Self { from: Some(from), ..Self::new(DenseTensor { n, k, format, data, name }, device) })
+        let args = match DenseArgs::new(format, n, k).with_int8() {
+            Ok(args) => args,
+            Err(source) => return Err(ModelError::Head { tensor: name, source }),
+        };
+        let (words, args) = ops::int8_matrix((from, data), args, device)
+            .map_err(|source| ModelError::Requantise { tensor: name, format, source })?;
+        let weight = DenseWeight::Stored(Param::initialized(ParamId::new(), words));
+        Ok(Self { weight, args, from: (from != format).then_some(from) })
     }
 
-    /// The format that the weights had before they were [`requantised`](Self::requantised).
+    /// The format that the weights had before they were requantised.
     pub fn requantised_from(&self) -> Option<DenseFormat> {
         self.from
     }
@@ -76,17 +69,6 @@ impl DenseMatrix {
     pub fn trainable(weight: Param<Tensor<2>>) -> Self {
         let [n, k] = weight.val().dims();
         Self { weight: DenseWeight::Float(weight), args: DenseArgs::new(DenseFormat::F32, n, k), from: None }
-    }
-
-    /// The same, with [`forward`](Self::forward) quantising its input to int8, by absmax and row. That is
-    /// faster where decoding the weights takes longer than reading them, and off by up to half a step (of
-    /// 127 for the largest) for each input. [`rows`](Self::rows) stays as it is.
-    ///
-    /// # Errors
-    /// If the format holds floats.
-    pub fn with_int8(mut self) -> Result<Self, NoInt8> {
-        self.args = self.args.with_int8()?;
-        Ok(self)
     }
 
     /// The same with its weights frozen, as F32 on the device without gradients.
@@ -127,7 +109,7 @@ impl DenseMatrix {
     /// Rows of the matrix. The output is [ids, K].
     ///
     /// # Panics
-    /// If an id is not below N.
+    /// If an id is not below N, or the weights are [for int8 activations](Self::int8) in tiles.
     pub fn rows(&self, ids: &[u32]) -> Tensor<2> {
         match &self.weight {
             DenseWeight::Float(weight) => {

@@ -17,9 +17,11 @@
 //! # Layout of this crate
 //! `generic` holds the loops over tiles, written once; `arch` says, per instruction set, how one block
 //! is multiplied; [`quantise`], [`tile`] and [`trits`] are the data formats on both sides; [`peak`] is the roof
-//! above them.
+//! above them. [`dense`] holds what is not ternary and no plugin's yet: the products of an output projection of
+//! 8, 6 or 4 bits.
 
 mod arch;
+pub mod dense;
 mod generic;
 pub mod peak;
 pub mod quantise;
