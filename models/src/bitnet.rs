@@ -232,14 +232,7 @@ impl BitNet {
             };
             Ok(BitLinear::from_matrix(matrix))
         };
-        let mut blocks = Vec::with_capacity(config.n_layers);
-        for i in 0..config.n_layers {
-            progress(LoadProgress::Packing(i, config.n_layers));
-            blocks.push(block(&config, i, norm, linear)?);
-            // What was packed is not needed in the file's form; what is read in place comes back.
-            checkpoint.release();
-        }
-        progress(LoadProgress::Packing(config.n_layers, config.n_layers));
+        // The head first: while it is copied its pages of the file take memory, too.
         let embedding = checkpoint.embedding()?;
         let output = checkpoint.output()?;
         // One matrix can be both, where rows can be looked up in what the head computes with.
@@ -254,6 +247,14 @@ impl BitNet {
             }
         };
         checkpoint.release();
+        let mut blocks = Vec::with_capacity(config.n_layers);
+        for i in 0..config.n_layers {
+            progress(LoadProgress::Packing(i, config.n_layers));
+            blocks.push(block(&config, i, norm, linear)?);
+            // What was packed is not needed in the file's form; what is read in place comes back.
+            checkpoint.release();
+        }
+        progress(LoadProgress::Packing(config.n_layers, config.n_layers));
         let norm = norm(Norm::Output)?;
         Ok(Self::assemble(config, options.quantise_activations, embedding, blocks, norm, output))
     }
