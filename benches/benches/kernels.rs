@@ -1,43 +1,40 @@
-//! Every ternary kernel that this machine can run, on the shapes of 2B-4T.
+//! Every ternary kernel that this machine can run, on the shapes of 2B-4T, beside what the machine allows.
 //!
-//! Throughput is in bytes of weights for M = 1, where memory is the limit, and in multiply-adds above.
-//! The weights rotate through copies that together exceed the last-level cache several times over, as
-//! the layers of a model do; the read bandwidth of the same run stands beside the results.
+//! For M = 1 memory is the limit: in each round every kernel goes once over copies of the weights that together
+//! exceed the caches, as the layers of a model do, and a read-only stream over the same bytes. Above, it is
+//! multiplying: beside the kernels stand products on registers alone, with the widest vector instruction and
+//! with the matrix unit, where there is one. Figures are medians of the rounds; fractions are those of the
+//! kernel's median and the roof's.
+//!
+//! Arguments: names of kernels, or parts of them (default: all), `--quick` for fewer rounds. `BITNET_THREADS`
+//! sets the threads, 1 if unset.
 
+use std::collections::HashMap;
 use std::hint::black_box;
-use std::time::Duration;
+use std::sync::Mutex;
+use std::time::Instant;
 
-use bitnet_burn::bench::{ReadStream, Spread};
+use bitnet_burn::bench::Spread;
 use bitnet_burn_backends::manager::with_built_in_kernels;
+use bitnet_burn_backends::peak;
 use bitnet_burn_benches::{Random, SHAPES, threads};
 use bitnet_burn_core::cpu;
 use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::manager::{Job, KernelManager, LayoutPolicy, ManagerConfig, Packed, Status};
-use bitnet_burn_core::memory::Activations;
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use bitnet_burn_core::manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerConfig, Packed, Status};
+use bitnet_burn_core::memory::{Activations, WeightArena, WeightBuffer};
+use bitnet_burn_core::pool::Pool;
+use std::sync::Arc;
 
-/// Weights of one shape in one kernel's layout: enough copies that none is cached when its turn comes.
-enum Copies {
-    Canonical(Vec<Vec<u8>>),
-    Private(Vec<Packed>),
-}
+/// Copies of a matrix in one layout.
+type Copies = Vec<WeightBuffer>;
 
-impl Copies {
-    fn get(&self, i: usize) -> &[u8] {
-        match self {
-            Self::Canonical(copies) => aligned(&copies[i % copies.len()]),
-            Self::Private(copies) => match &copies[i % copies.len()] {
-                Packed::Private(buffer) => buffer.as_slice(),
-                Packed::Canonical => unreachable!("private layouts only"),
-            },
-        }
-    }
-}
-
-/// Canonical weights are 32-byte aligned; the vectors are that much longer.
-fn aligned(bytes: &[u8]) -> &[u8] {
-    let skip = bytes.as_ptr().align_offset(canonical::BLOCK_BYTES);
-    &bytes[skip..bytes.len() - (canonical::BLOCK_BYTES - skip)]
+/// A kernel, with what it measured: seconds a matmul, by M.
+struct Candidate {
+    name: String,
+    manager: KernelManager,
+    choice: Arc<Choice>,
+    layout: String,
+    times: HashMap<usize, Vec<f64>>,
 }
 
 fn manager(force: Option<String>) -> KernelManager {
@@ -45,84 +42,164 @@ fn manager(force: Option<String>) -> KernelManager {
     with_built_in_kernels(config).expect("the built-in kernels")
 }
 
-fn read_bandwidth(manager: &KernelManager) -> Spread {
-    let stream = ReadStream::new(ReadStream::default_bytes(), manager.pool()).expect("memory");
-    let samples: Vec<f64> = (0..7).map(|_| stream.gb_per_s(manager.pool())).collect();
-    Spread::of(&samples).expect("seven samples")
+/// Copies that together exceed the last-level cache, within what a machine has to spare.
+fn copies(candidate: &Candidate, rows: &[u8], arena: &WeightArena) -> Copies {
+    let size = candidate.choice.weight_bytes();
+    let cache = cpu::last_level_cache().unwrap_or(64 << 20);
+    let count = (3 * cache).clamp(64 << 20, 256 << 20).div_ceil(size);
+    let packed = match candidate.manager.pack(&candidate.choice, rows).expect("packs") {
+        Packed::Canonical => None,
+        Packed::Private(buffer) => Some(buffer),
+    };
+    let bytes = packed.as_ref().map_or(rows, |buffer| buffer.as_slice());
+    (0..count)
+        .map(|_| {
+            let mut copy = arena.allocate(bytes.len(), 64).expect("memory");
+            copy.as_mut_slice().copy_from_slice(bytes);
+            copy
+        })
+        .collect()
 }
 
-fn kernels(criterion: &mut Criterion) {
+impl Candidate {
+    /// Seconds of a matmul with each of these weights, on average.
+    fn time(&self, weights: &[WeightBuffer], x: &Activations, y: &mut [f32], n: usize) -> f64 {
+        let clock = Instant::now();
+        for weights in weights {
+            let job = Job { choice: &self.choice, weights: weights.as_slice(), scale: 1.0, column: 0 };
+            self.manager.matmul(&[job], x, black_box(y), n).expect("computes");
+        }
+        clock.elapsed().as_secs_f64() / weights.len() as f64
+    }
+}
+
+/// Bytes a second of a stream over what the kernels read.
+fn read(weights: &[WeightBuffer], pool: &Pool) -> f64 {
+    const PIECE: usize = 1 << 18;
+    let pieces: Vec<&[u8]> = weights.iter().flat_map(|weights| weights.as_slice().chunks(PIECE)).collect();
+    let clock = Instant::now();
+    pool.run(pieces.len(), &|i| {
+        black_box(peak::read(pieces[i]));
+    });
+    pieces.iter().map(|piece| piece.len()).sum::<usize>() as f64 / clock.elapsed().as_secs_f64()
+}
+
+/// Multiply-adds a second on registers, on all threads.
+fn multiply(pool: &Pool, rounds: impl Fn(u32) -> Option<u64> + Sync) -> Option<f64> {
+    const ROUNDS: u32 = 200_000;
+    rounds(1)?;
+    let sum = Mutex::new(0);
+    let clock = Instant::now();
+    pool.run(4 * pool.threads(), &|_| {
+        let products = rounds(ROUNDS).unwrap_or(0);
+        *sum.lock().expect("no panic") += products;
+    });
+    Some(*sum.lock().expect("no panic") as f64 / clock.elapsed().as_secs_f64())
+}
+
+fn median(samples: &[f64]) -> f64 {
+    Spread::of(samples).map_or(f64::NAN, |spread| spread.median)
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let quick = arguments.iter().any(|argument| argument == "--quick");
+    let wanted: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with("--")).collect();
+    let rounds = if quick { 3 } else { 9 };
     let all = manager(None);
     let report = all.report();
-    let show = |when: &str| {
-        let spread = read_bandwidth(&all);
-        let (median, min, max) = (spread.median, spread.min, spread.max);
-        println!(
-            "read bandwidth {when}: {median:.1} GB/s ({min:.1} to {max:.1}), {} threads",
-            report.threads
-        );
-    };
-    show("before");
-    let cache = cpu::last_level_cache().unwrap_or(64 << 20);
-    for (name, n, k) in SHAPES {
-        let mut random = Random::new(n as u64);
-        let weights = random.ternary(n * k);
-        let mut rows = vec![0; n * canonical::row_bytes(k)];
-        for (w, row) in weights.chunks_exact(k).zip(rows.chunks_exact_mut(canonical::row_bytes(k))) {
-            canonical::pack_row(w, row);
-        }
-        let copies = (3 * cache).clamp(64 << 20, 512 << 20).div_ceil(rows.len());
-        for kernel in report.kernels.iter().filter(|kernel| kernel.status == Status::Ready) {
-            let manager = manager(Some(kernel.kernel.clone()));
-            let choice = manager.choose(n, k, LayoutPolicy::Any).expect("the kernel does the shape");
-            let copies = if choice.layout().is_none() {
-                let mut padded = vec![0; rows.len() + canonical::BLOCK_BYTES];
-                let make = |_| {
-                    let mut copy =
-                        std::mem::replace(&mut padded, vec![0; rows.len() + canonical::BLOCK_BYTES]);
-                    let skip = copy.as_ptr().align_offset(canonical::BLOCK_BYTES);
-                    copy[skip..skip + rows.len()].copy_from_slice(&rows);
-                    copy
-                };
-                Copies::Canonical((0..copies).map(make).collect())
-            } else {
-                let pack = |_| manager.pack(&choice, &rows).expect("packs");
-                Copies::Private((0..copies).map(pack).collect())
-            };
-            for m in [1, 8, 32, 128] {
-                // Portable code needs seconds for a prompt, and is there for correctness.
-                if m > 8 && kernel.features.is_empty() {
-                    continue;
-                }
-                let x = Activations::from_rows(&random.floats(m * k), k);
-                let mut y = vec![0.0; m * n];
-                let mut group = criterion.benchmark_group(format!("{name}_{n}x{k}_m{m}"));
-                group.throughput(match m {
-                    1 => Throughput::Bytes(choice.weight_bytes() as u64),
-                    _ => Throughput::Elements((m * n * k) as u64),
-                });
-                let mut turn = 0;
-                group.bench_function(BenchmarkId::from_parameter(&kernel.kernel), |bencher| {
-                    bencher.iter(|| {
-                        turn += 1;
-                        let job = Job { choice: &choice, weights: copies.get(turn), scale: 1.0, column: 0 };
-                        manager.matmul(&[job], &x, black_box(&mut y), n).expect("computes");
-                    });
-                });
-                group.finish();
-            }
-            assert!(manager.report().reference_calls == 0, "{} fell back", kernel.kernel);
-        }
+    let names: Vec<String> = report
+        .kernels
+        .iter()
+        .filter(|kernel| kernel.status == Status::Ready && kernel.target == "cpu")
+        // Portable code needs seconds for a prompt, and is there for correctness.
+        .filter(|kernel| !kernel.features.is_empty())
+        .map(|kernel| kernel.kernel.clone())
+        .filter(|name| wanted.is_empty() || wanted.iter().any(|wanted| name.contains(wanted.as_str())))
+        .collect();
+    println!("{} threads, medians of {rounds} rounds in which all take turns", report.threads);
+    for (shape, n, k) in SHAPES {
+        measure(shape, n, k, &names, rounds, all.pool());
     }
-    show("after");
 }
 
-criterion_group! {
-    name = benches;
-    config = Criterion::default()
-        .sample_size(20)
-        .warm_up_time(Duration::from_millis(300))
-        .measurement_time(Duration::from_secs(1));
-    targets = kernels
+fn measure(shape: &str, n: usize, k: usize, names: &[String], rounds: usize, pool: &Pool) {
+    const PROMPTS: [usize; 3] = [32, 128, 512];
+    let mut random = Random::new(n as u64);
+    let weights = random.ternary(n * k);
+    let mut rows = vec![0; n * canonical::row_bytes(k)];
+    for (w, row) in weights.chunks_exact(k).zip(rows.chunks_exact_mut(canonical::row_bytes(k))) {
+        canonical::pack_row(w, row);
+    }
+    let arena = WeightArena::default();
+    let mut layouts: HashMap<String, Copies> = HashMap::new();
+    let mut candidates = Vec::new();
+    for name in names {
+        let manager = manager(Some(name.clone()));
+        let Ok(choice) = manager.choose(n, k, LayoutPolicy::Any) else { continue };
+        let layout = choice.layout().unwrap_or("i2_s").to_owned();
+        let candidate = Candidate { name: name.clone(), manager, choice, layout, times: HashMap::new() };
+        layouts.entry(candidate.layout.clone()).or_insert_with(|| copies(&candidate, &rows, &arena));
+        candidates.push(candidate);
+    }
+    let x: Vec<(usize, Activations)> = [1]
+        .into_iter()
+        .chain(PROMPTS)
+        .map(|m| (m, Activations::from_rows(&random.floats(m * k), k)))
+        .collect();
+    let mut y = vec![0.0; PROMPTS[PROMPTS.len() - 1] * n];
+    let mut reads: HashMap<&str, Vec<f64>> = HashMap::new();
+    let (mut vector, mut matrix) = (Vec::new(), Vec::new());
+    for round in 0..=rounds {
+        // The first one warms up.
+        let keep = round > 0;
+        vector.extend(multiply(pool, peak::vector_multiply_adds).filter(|_| keep));
+        matrix.extend(multiply(pool, peak::multiply_adds).filter(|_| keep));
+        for (layout, copies) in &layouts {
+            let speed = read(copies, pool);
+            if keep {
+                reads.entry(layout).or_default().push(speed);
+            }
+        }
+        for candidate in &mut candidates {
+            let copies = &layouts[&candidate.layout];
+            for (m, x) in &x {
+                let weights = match m {
+                    1 => &copies[..],
+                    _ => std::slice::from_ref(&copies[round % copies.len()]),
+                };
+                let time = candidate.time(weights, x, &mut y[..m * n], n);
+                if keep {
+                    candidate.times.entry(*m).or_default().push(time);
+                }
+            }
+        }
+    }
+    let (vector, matrix) = (median(&vector) / 1e9, median(&matrix) / 1e9);
+    println!();
+    println!("{shape} [{n}, {k}]; registers: {vector:.0} G multiply-adds/s on vectors, {matrix:.0} at most");
+    println!("| kernel | bits | M = 1, us | of the stream | M = 32, ms | 128 | 512 | of the vectors' peak |");
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
+    for candidate in &candidates {
+        let bytes = candidate.choice.weight_bytes() as f64;
+        let time = |m: usize| median(&candidate.times[&m]);
+        let stream = bytes / time(1) / median(&reads[candidate.layout.as_str()]);
+        let peaks = PROMPTS.map(|m| format!("{:.2}", (m * n * k) as f64 / time(m) / 1e9 / vector));
+        println!(
+            "| `{}` | {:.1} | {:.1} | {stream:.2} | {:.2} | {:.2} | {:.2} | {} |",
+            candidate.name,
+            8.0 * bytes / (n * k) as f64,
+            time(1) * 1e6,
+            time(32) * 1e3,
+            time(128) * 1e3,
+            time(512) * 1e3,
+            peaks.join(", "),
+        );
+        assert!(candidate.manager.report().reference_calls == 0, "{} fell back", candidate.name);
+    }
+    let streams: Vec<String> = layouts
+        .keys()
+        .map(|layout| format!("{layout} {:.1}", median(&reads[layout.as_str()]) / 1e9))
+        .collect();
+    println!("streams, GB/s: {}", streams.join(", "));
 }
-criterion_main!(benches);

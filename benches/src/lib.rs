@@ -3,7 +3,7 @@
 //!
 //! | command | measures |
 //! | --- | --- |
-//! | `cargo bench --bench kernels` | every kernel that this machine can run, beside the memory's read bandwidth |
+//! | `cargo bench --bench kernels` | every kernel that this machine can run, as fractions of what memory and registers allow |
 //! | `cargo bench --bench selection` | the time until the kernel for a matmul is known |
 //! | `cargo bench --bench formats` | packing, unpacking and quantising |
 //! | `cargo bench --bench kv_cache` | append and attention by context length |

@@ -8,7 +8,13 @@
 /// the kernels of this crate would use here; returns how many multiply-adds that were. `None` where the crate
 /// has portable kernels only.
 pub fn multiply_adds(rounds: u32) -> Option<u64> {
-    let per_round = run(rounds.max(1))?;
+    let per_round = run(rounds.max(1), true)?;
+    Some(u64::from(rounds.max(1)) * per_round)
+}
+
+/// The same with the widest instruction on vectors, where [`multiply_adds`] may use a matrix unit.
+pub fn vector_multiply_adds(rounds: u32) -> Option<u64> {
+    let per_round = run(rounds.max(1), false)?;
     Some(u64::from(rounds.max(1)) * per_round)
 }
 
@@ -27,7 +33,7 @@ pub fn read(bytes: &[u8]) -> u64 {
 
 /// Independent sums: more than an instruction's latency times the units that execute it.
 #[cfg(target_arch = "x86_64")]
-fn run(rounds: u32) -> Option<u64> {
+fn run(rounds: u32, matrix_unit: bool) -> Option<u64> {
     use std::arch::{asm, is_x86_feature_detected};
 
     // What the registers hold is zero, and does not matter to integers.
@@ -66,7 +72,7 @@ fn run(rounds: u32) -> Option<u64> {
         };
     }
 
-    if let Some(per_round) = crate::arch::x86_64::amx::multiply_adds(rounds) {
+    if let Some(per_round) = matrix_unit.then(|| crate::arch::x86_64::amx::multiply_adds(rounds)).flatten() {
         Some(per_round)
     } else if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
         dot!("vpdpbusd", "zmm", [0 1 2 3 4 5 6 7 8 9 10 11]);
@@ -83,7 +89,7 @@ fn run(rounds: u32) -> Option<u64> {
 }
 
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-fn run(rounds: u32) -> Option<u64> {
+fn run(rounds: u32, _: bool) -> Option<u64> {
     use std::arch::{asm, is_aarch64_feature_detected};
 
     macro_rules! spin {
@@ -144,7 +150,7 @@ fn run(rounds: u32) -> Option<u64> {
 }
 
 #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little"))))]
-fn run(_: u32) -> Option<u64> {
+fn run(_: u32, _: bool) -> Option<u64> {
     None
 }
 
@@ -158,5 +164,6 @@ mod tests {
         assert!(one >= 64);
         assert_eq!(multiply_adds(1000), Some(1000 * one));
         assert_eq!(multiply_adds(0), Some(one));
+        assert!(super::vector_multiply_adds(1).is_some_and(|vector| (64..=one).contains(&vector)));
     }
 }
