@@ -102,6 +102,10 @@ pub(crate) fn map_file(path: &Path) -> Result<(Bytes, Option<FileMap>), LoadErro
     // SAFETY: the map is private to this process and never written through. That nobody changes or
     // truncates the file meanwhile cannot be enforced; the module's documentation demands it.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io("map"))?;
+    // Advice: file systems with large folios then read the file into huge pages, which are as fast as memory of
+    // the program's own; others, and pages that are in the cache already, stay as they are.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
     let map = FileMap(Arc::new(map));
     Ok((Bytes::from_owner(map.clone()), Some(map)))
 }
