@@ -1,9 +1,11 @@
 //! [`TernaryBackend`]'s operations over Burn's `Tensor`, on whatever backend
 //! the tensors are.
 
+use std::sync::Arc;
+
 use bitnet_burn_core::formats::dense::requantise;
 use bitnet_burn_core::formats::{DenseFormat, FormatError, canonical, dense_tiles};
-use bitnet_burn_core::manager::{LayoutPolicy, ManagerError, Packed};
+use bitnet_burn_core::manager::{Choice, LayoutPolicy, ManagerError, Packed};
 use bitnet_burn_core::memory::WeightArena;
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
@@ -70,7 +72,7 @@ fn on_gpu(
         return Ok(None);
     };
     let prepared = crate::gpu::prepare(manager(), &device, n, k, codes)?;
-    Ok(prepared.map(|(matrix, packed)| (Kernels::Gpu(std::sync::Arc::new(matrix)), packed)))
+    Ok(prepared.map(|(matrix, packed)| (Kernels::Gpu(Arc::new(matrix)), packed)))
 }
 
 #[cfg(not(feature = "cube"))]
@@ -135,11 +137,31 @@ impl TernaryMatrix {
                 Ok(Self { choice: Some(choice), ..Self::canonical(codes, scale, n, k, device) })
             }
             Packed::Private(buffer) => {
-                let count = buffer.as_slice().len().div_ceil(4);
-                let codes = words(bytes::Bytes::from_owner(buffer), [1, count], device);
-                Ok(Self { codes, scale: Tensor::from_floats([scale], device), n, k, choice: Some(choice) })
+                Ok(Self::packed(choice, bytes::Bytes::from_owner(buffer), scale, (n, k), device))
             }
         }
+    }
+
+    fn packed(
+        choice: Kernels,
+        packed: bytes::Bytes,
+        scale: f32,
+        (n, k): (usize, usize),
+        device: &Device,
+    ) -> Self {
+        let count = packed.len().div_ceil(4);
+        let codes = words(packed, [1, count], device);
+        Self { codes, scale: Tensor::from_floats([scale], device), n, k, choice: Some(choice) }
+    }
+
+    /// Weights that were packed before as `choice` says, on a device in host memory.
+    ///
+    /// # Panics
+    /// If they have another size than the choice's.
+    pub fn prepacked(choice: Arc<Choice>, packed: bytes::Bytes, scale: f32, device: &Device) -> Self {
+        assert_eq!(packed.len(), choice.weight_bytes(), "bytes of packed weights");
+        let shape = choice.shape();
+        Self::packed(Kernels::Host(choice), packed, scale, shape, device)
     }
 
     /// The same matrix with canonical codes, for saving it or for another device.
@@ -468,6 +490,17 @@ pub fn int8_matrix(
         requantise(from, &data, args.format, out.as_mut_slice(), shape, pool)?;
     }
     Ok((words(bytes::Bytes::from_owner(out)), args))
+}
+
+/// A matrix that [`int8_matrix`] put into tiles before, for a device in host memory.
+///
+/// # Panics
+/// If the tiles have another size than the shape's.
+pub fn tiled_matrix(tiles: bytes::Bytes, args: DenseArgs, device: &Device) -> (Tensor<2, Int>, DenseArgs) {
+    let args = DenseArgs { tiled: true, ..args };
+    assert_eq!(Some(tiles.len()), args.bytes(), "bytes of tiles");
+    let count = tiles.len().div_ceil(4);
+    (words(tiles, [1, count], device), args)
 }
 
 /// A dense matrix that can't be brought into another form.

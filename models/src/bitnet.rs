@@ -34,6 +34,7 @@ use crate::nn::{
     BitAttentionConfig, BitBlock, BitFeedForward, BitLinear, BitLinearWeight, CacheError, CacheType,
     DenseMatrix, DenseWeight, GatedActivation, KvCache, RotaryEncoding, RotaryEncodingConfig, SequenceId,
 };
+use crate::prepack::Prepacked;
 
 /// Why a model could not be made from a checkpoint.
 #[derive(Debug, thiserror::Error)]
@@ -151,6 +152,8 @@ pub struct BitNet {
     config: ModelConfig,
     #[module(skip)]
     quantise: bool,
+    #[module(skip)]
+    prepacked: usize,
 }
 
 /// Gives the values of a parameter by its name and shape.
@@ -166,11 +169,13 @@ pub struct LoadOptions {
     pub max_rows: usize,
     /// How the output projection (lm_head) is computed.
     pub head: HeadMode,
+    /// Whether weights that were [packed before](crate::prepack) are taken from the file beside the model.
+    pub prepacked: bool,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { quantise_activations: true, max_rows: DEFAULT_CHUNK, head: HeadMode::File }
+        Self { quantise_activations: true, max_rows: DEFAULT_CHUNK, head: HeadMode::File, prepacked: true }
     }
 }
 
@@ -190,6 +195,17 @@ pub enum HeadMode {
     /// activations as above: fewer bytes to read for every token, and a further approximation. The embedding
     /// stays as the file has it.
     Requantised(DenseFormat),
+}
+
+impl HeadMode {
+    /// The format of the weights that int8 activations are multiplied by, where they are.
+    pub fn int8_format(self, tensor: &DenseTensor) -> Option<DenseFormat> {
+        match self {
+            Self::File => None,
+            Self::Int8 => Some(tensor.format),
+            Self::Requantised(format) => Some(format),
+        }
+    }
 }
 
 /// Rows of a prompt that are computed at once, if nothing else is asked for.
@@ -223,7 +239,22 @@ impl BitNet {
         let norm = |which: Norm| -> Result<RmsNorm, ModelError> {
             Ok(rms_norm(checkpoint.norm(which)?, config.rms_norm_eps, device))
         };
+        let prepacked = match options.prepacked && options.quantise_activations && ops::is_host(device) {
+            true => Prepacked::beside(checkpoint).unwrap_or_else(|error| {
+                tracing::warn!("packed weights are not used: {error}");
+                None
+            }),
+            false => None,
+        };
         let linear = |layer: usize, which: Projection| -> Result<BitLinear, ModelError> {
+            if let Some(prepacked) = &prepacked {
+                let (n, k) = which.shape(&config);
+                let choice = manager().choose(n, k, LayoutPolicy::Any)?;
+                if let Some((packed, scale)) = prepacked.projection(layer, which, &choice) {
+                    let matrix = TernaryMatrix::prepacked(choice, packed, scale, device);
+                    return Ok(BitLinear::from_matrix(matrix));
+                }
+            }
             let t = checkpoint.projection(layer, which)?;
             let matrix = if options.quantise_activations {
                 TernaryMatrix::prepared(t.codes, t.scale, t.n, t.k, device)?
@@ -236,13 +267,14 @@ impl BitNet {
         let embedding = checkpoint.embedding()?;
         let output = checkpoint.output()?;
         // One matrix can be both, where rows can be looked up in what the head computes with.
-        let (embedding, output) = match head_format(&embedding, options.head) {
+        let (embedding, output) = match options.head.int8_format(&embedding) {
             None if output.is_none() => (DenseMatrix::new(embedding, device), None),
             Some(format) if output.is_none() && format == embedding.format && !ops::is_host(device) => {
                 (DenseMatrix::int8(embedding, format, device)?, None)
             }
             _ => {
-                let output = head(output.unwrap_or_else(|| embedding.clone()), options.head, device)?;
+                let output = output.unwrap_or_else(|| embedding.clone());
+                let output = head(output, options.head, prepacked.as_ref(), device)?;
                 (DenseMatrix::new(embedding, device), Some(output))
             }
         };
@@ -256,7 +288,8 @@ impl BitNet {
         }
         progress(LoadProgress::Packing(config.n_layers, config.n_layers));
         let norm = norm(Norm::Output)?;
-        Ok(Self::assemble(config, options.quantise_activations, embedding, blocks, norm, output))
+        let model = Self::assemble(config, options.quantise_activations, embedding, blocks, norm, output);
+        Ok(Self { prepacked: prepacked.map_or(0, |prepacked| prepacked.used()), ..model })
     }
 
     /// Drops the private packings of kernels, for when memory is short
@@ -417,7 +450,7 @@ impl BitNet {
         output: Option<DenseMatrix>,
     ) -> Self {
         let rotary = RotaryEncodingConfig::new(config.head_dim).with_theta(config.rope_theta).init();
-        Self { embedding, blocks, norm, output, rotary, config, quantise }
+        Self { embedding, blocks, norm, output, rotary, config, quantise, prepacked: 0 }
     }
 
     /// What the model is.
@@ -442,6 +475,11 @@ impl BitNet {
             (None, true) => format!("int8 ({}, int8 activations)", format.name()),
             (None, false) => format!("file ({}, f32 activations)", format.name()),
         }
+    }
+
+    /// Matrices that were [packed before](crate::prepack), and mapped.
+    pub fn prepacked(&self) -> usize {
+        self.prepacked
     }
 
     /// The device of its weights.
@@ -605,21 +643,16 @@ fn block<E>(
     })
 }
 
-/// The format that the output projection is computed in with int8 activations, if it is.
-fn head_format(tensor: &DenseTensor, mode: HeadMode) -> Option<DenseFormat> {
-    match mode {
-        HeadMode::File => None,
-        HeadMode::Int8 => Some(tensor.format),
-        HeadMode::Requantised(format) => Some(format),
-    }
-}
-
 /// The output projection of a loaded model.
-fn head(tensor: DenseTensor, mode: HeadMode, device: &Device) -> Result<DenseMatrix, ModelError> {
-    match head_format(&tensor, mode) {
-        None => Ok(DenseMatrix::new(tensor, device)),
-        Some(format) => DenseMatrix::int8(tensor, format, device),
-    }
+fn head(
+    tensor: DenseTensor,
+    mode: HeadMode,
+    prepacked: Option<&Prepacked>,
+    device: &Device,
+) -> Result<DenseMatrix, ModelError> {
+    let Some(format) = mode.int8_format(&tensor) else { return Ok(DenseMatrix::new(tensor, device)) };
+    let tiles = prepacked.and_then(|prepacked| prepacked.head(format, (tensor.n, tensor.k)));
+    DenseMatrix::int8_prepacked(tensor, format, tiles, device)
 }
 
 fn rms_norm(weight: Vec<f32>, eps: f32, device: &Device) -> RmsNorm {

@@ -22,6 +22,7 @@ pub mod gguf;
 pub mod hf;
 pub mod nn;
 pub mod plausible;
+pub mod prepack;
 pub mod receipt;
 pub mod report;
 pub mod sampling;

@@ -84,6 +84,8 @@ pub struct Execution {
     /// How the output projection was computed, where it was: `file (Q6_K, f32 activations)`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lm_head: Option<String>,
+    /// Matrices that were packed before and mapped.
+    pub prepacked: usize,
     /// Threads of the kernels.
     pub threads: usize,
     /// What was an error instead of a fallback or a guess.
@@ -118,6 +120,7 @@ impl Execution {
         Self {
             device: device.to_owned(),
             lm_head: None,
+            prepacked: 0,
             threads: after.threads,
             strict: after.strict,
             kernels: after.used_since(before),
@@ -294,6 +297,9 @@ impl fmt::Display for Execution {
         }
         if let Some(lm_head) = &self.lm_head {
             line(f, "lm_head", lm_head)?;
+        }
+        if self.prepacked > 0 {
+            line(f, "prepacked", format_args!("{} matrices, mapped", self.prepacked))?;
         }
         line(f, "tuning", &self.tuning)?;
         let mut label = "fallbacks";

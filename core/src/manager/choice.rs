@@ -65,6 +65,11 @@ impl Choice {
         self.packer.as_ref().and_then(|entry| entry.kernel.layout())
     }
 
+    /// Whether the weights are canonical or packed by a kernel that is linked in, whose packing needs no check.
+    pub fn is_built_in(&self) -> bool {
+        self.packer.as_ref().is_none_or(|entry| entry.watch.is_none())
+    }
+
     /// Bytes of the weights in the chosen layout, with what the manager keeps behind them.
     pub fn weight_bytes(&self) -> usize {
         self.weight_bytes

@@ -4,6 +4,7 @@ use bitnet_burn_backends::{DenseArgs, ops};
 use bitnet_burn_core::formats::DenseFormat;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use bytes::Bytes;
 
 use crate::bitnet::ModelError;
 use crate::checkpoint::DenseTensor;
@@ -49,13 +50,26 @@ impl DenseMatrix {
     /// # Errors
     /// If the format holds floats, or can't hold the values or the shape, or memory is short.
     pub fn int8(tensor: DenseTensor, format: DenseFormat, device: &Device) -> Result<Self, ModelError> {
+        Self::int8_prepacked(tensor, format, None, device)
+    }
+
+    /// [`int8`](Self::int8), with the tiles that it makes in host memory, if they are there already.
+    pub(crate) fn int8_prepacked(
+        tensor: DenseTensor,
+        format: DenseFormat,
+        tiles: Option<Bytes>,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         let DenseTensor { n, k, format: from, data, name } = tensor;
         let args = match DenseArgs::new(format, n, k).with_int8() {
             Ok(args) => args,
             Err(source) => return Err(ModelError::Head { tensor: name, source }),
         };
-        let (words, args) = ops::int8_matrix((from, data), args, device)
-            .map_err(|source| ModelError::Requantise { tensor: name, format, source })?;
+        let (words, args) = match tiles {
+            Some(tiles) => ops::tiled_matrix(tiles, args, device),
+            None => ops::int8_matrix((from, data), args, device)
+                .map_err(|source| ModelError::Requantise { tensor: name, format, source })?,
+        };
         let weight = DenseWeight::Stored(Param::initialized(ParamId::new(), words));
         Ok(Self { weight, args, from: (from != format).then_some(from) })
     }

@@ -92,6 +92,9 @@ pub struct EngineArgs {
     /// How the output projection (lm_head) is computed
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
     pub lm_head: LmHead,
+    /// Pack the weights anew, whatever `bitnet prepack` wrote beside the model
+    #[arg(long, help_heading = "Kernels")]
+    pub no_prepacked: bool,
     /// Write a receipt, which `bitnet receipt check` checks: model, machine, kernels and plugins with their
     /// hashes, settings, prompt and figures. Reads the model's files once more
     #[arg(long, value_name = "FILE")]

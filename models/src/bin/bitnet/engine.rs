@@ -111,6 +111,7 @@ impl EngineArgs {
             quantise_activations: wishes.quantise_activations,
             max_rows: wishes.max_rows,
             head: self.lm_head.into(),
+            prepacked: !self.no_prepacked,
         };
         let bar = output::bar(1, "{msg} [{bar:30}] {pos}/{len}");
         let (mut tuning_since, mut tuning) = (None, None);
@@ -149,6 +150,7 @@ impl Engine {
     pub fn execution(&self) -> Execution {
         let mut execution = Execution::between(self.device, &self.before, &self.kernels.manager.report());
         execution.lm_head = Some(self.model.head_name());
+        execution.prepacked = self.model.prepacked();
         execution.tuning.seconds = self.tuning.map(|time| time.as_secs_f64());
         execution.refused_plugins.clone_from(&self.kernels.refused);
         execution

@@ -10,6 +10,7 @@ mod logits;
 mod output;
 mod perplexity;
 mod plugins;
+mod prepack;
 mod receipt;
 mod run;
 mod settings;
@@ -71,6 +72,7 @@ enum Command {
     Train(train::TrainArgs),
     Export(export::ExportArgs),
     Convert(export::ConvertArgs),
+    Prepack(prepack::PrepackArgs),
     Plugins(plugins::PluginsArgs),
     Receipt(receipt::ReceiptArgs),
     #[command(hide = true)]
@@ -92,6 +94,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(args),
         Command::Export(args) => export::export(args),
         Command::Convert(args) => export::convert(args),
+        Command::Prepack(args) => prepack::run(args),
         Command::Plugins(args) => plugins::run(args),
         Command::Receipt(args) => return exit(receipt::run(args)),
         Command::GateChild(args) => args.run(),

@@ -165,6 +165,7 @@ fn rerun(
         context: Some(record.context),
         kv_cache: record.kv_cache.into(),
         lm_head: record.lm_head.try_into()?,
+        no_prepacked: false,
         receipt: None,
     };
     let (prompt, context) = (&record.prompt_token_ids, record.context);

@@ -1,0 +1,147 @@
+//! Packed weights beside a model: the same bits, and nothing of another model, kernel or program.
+
+use std::path::{Path, PathBuf};
+
+use bitnet_burn::bitnet::{BitNet, HeadMode, LoadOptions, Row};
+use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn::config::ModelConfig;
+use bitnet_burn::core::formats::DenseFormat;
+use bitnet_burn::nn::CacheType;
+use bitnet_burn::prepack::{self, PrepackError, Prepacked};
+use bitnet_burn::synth::{self, SynthOptions};
+use burn::tensor::Device;
+use tempfile::TempDir;
+
+fn device() -> Device {
+    #[cfg(feature = "flex")]
+    return Device::flex();
+    #[cfg(not(feature = "flex"))]
+    #[allow(deprecated, reason = "NdArray still has users")]
+    return Device::ndarray();
+}
+
+/// This machine's kernels may read canonical rows of so small a model; then there is only the head to pack.
+fn model(directory: &TempDir, seed: u64) -> PathBuf {
+    let path = directory.path().join("model.gguf");
+    let config: ModelConfig = synth::shape("tiny").unwrap();
+    let options = SynthOptions { config, embedding: DenseFormat::Q6_K, seed };
+    synth::write(&path, &options, &|_, _| {}).unwrap();
+    path
+}
+
+fn open(path: &Path) -> Checkpoint {
+    Checkpoint::open(path, &OpenOptions::default()).unwrap()
+}
+
+fn load(checkpoint: &Checkpoint, head: HeadMode, prepacked: bool) -> BitNet {
+    let options = LoadOptions { head, prepacked, ..LoadOptions::default() };
+    BitNet::from_checkpoint(checkpoint, &device(), &options, &mut |_| {}).unwrap()
+}
+
+fn logits(model: &BitNet) -> Vec<u32> {
+    let tokens = [3u32, 9, 27, 81, 243, 17];
+    let mut cache = model.cache(tokens.len(), CacheType::F32).unwrap();
+    let sequence = cache.add_sequence(tokens.len());
+    let rows: Vec<Row> =
+        tokens.iter().enumerate().map(|(position, &token)| Row { token, sequence, position }).collect();
+    let y = model.forward(&rows, &[0, 3, 5], &mut cache).unwrap();
+    y.into_data().try_to_vec::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn packed_weights_give_the_same_bits_and_say_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let checkpoint = open(&model(&directory, 3));
+    for head in [HeadMode::Int8, HeadMode::Requantised(DenseFormat::Q4_0)] {
+        let mut last = (0, 0);
+        let summary = prepack::write(&checkpoint, head, &mut |done, all| last = (done, all)).unwrap();
+        assert!(last.0 == last.1 && last.1 > 1);
+        assert_eq!(summary.path, directory.path().join("model.gguf.prepacked"));
+        assert_eq!(std::fs::metadata(&summary.path).unwrap().len(), summary.bytes);
+        let packed: usize = summary.layouts.values().sum();
+        let (plain, mapped) = (load(&checkpoint, head, false), load(&checkpoint, head, true));
+        assert_eq!((plain.prepacked(), mapped.prepacked()), (0, packed));
+        assert!(logits(&plain) == logits(&mapped), "{head:?}");
+        assert_eq!(plain.head_name(), mapped.head_name());
+        // Another head is made in memory.
+        let other = load(&checkpoint, HeadMode::Requantised(DenseFormat::Q8_0), true);
+        assert_eq!(other.prepacked(), packed - 1);
+        let plain = load(&checkpoint, HeadMode::Requantised(DenseFormat::Q8_0), false);
+        assert!(logits(&other) == logits(&plain));
+    }
+}
+
+#[test]
+fn what_was_packed_for_another_model_is_not_used() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = model(&directory, 3);
+    let packed = prepack::write(&open(&path), HeadMode::Int8, &mut |_, _| {}).unwrap().path;
+    let stale = std::fs::read(&packed).unwrap();
+    // A model of the same name, size and shape.
+    std::fs::remove_file(&packed).unwrap();
+    let checkpoint = open(&model(&directory, 4));
+    let want = logits(&load(&checkpoint, HeadMode::Int8, true));
+    std::fs::write(&packed, &stale).unwrap();
+    let error = Prepacked::beside(&checkpoint).unwrap_err();
+    assert!(matches!(error, PrepackError::Unusable { .. }), "{error}");
+    assert!(error.to_string().contains("the model has changed"), "{error}");
+    let loaded = load(&checkpoint, HeadMode::Int8, true);
+    assert_eq!(loaded.prepacked(), 0);
+    assert!(logits(&loaded) == want);
+
+    // One that pretends to be this one's: the comparison of the head finds it.
+    let fresh = prepack::write(&checkpoint, HeadMode::Int8, &mut |_, _| {}).unwrap().path;
+    let fresh_bytes = std::fs::read(&fresh).unwrap();
+    let length = u64::from_le_bytes(*fresh_bytes[fresh_bytes.len() - 16..].first_chunk().unwrap()) as usize;
+    let table = &fresh_bytes[fresh_bytes.len() - 16 - length..];
+    let data = &stale[..fresh_bytes.len() - 16 - length];
+    std::fs::write(&packed, [data, table].concat()).unwrap();
+    let error = Prepacked::beside(&checkpoint).unwrap_err();
+    assert!(error.to_string().contains("is not what the model has"), "{error}");
+    assert!(logits(&load(&checkpoint, HeadMode::Int8, true)) == want);
+}
+
+#[test]
+fn damaged_files_are_refused_and_cost_nothing_but_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = model(&directory, 5);
+    let checkpoint = open(&path);
+    let want = logits(&load(&checkpoint, HeadMode::Int8, false));
+    let packed = prepack::write(&checkpoint, HeadMode::Int8, &mut |_, _| {}).unwrap().path;
+    let whole = std::fs::read(&packed).unwrap();
+    let tail = whole.len() - 16;
+    let with = |at: usize, bytes: &[u8]| {
+        let mut damaged = whole.clone();
+        damaged[at..at + bytes.len()].copy_from_slice(bytes);
+        damaged
+    };
+    let damaged = [
+        Vec::new(),
+        whole[..7].to_vec(),
+        whole[..whole.len() / 2].to_vec(),
+        whole[..whole.len() - 1].to_vec(),
+        with(whole.len() - 8, b"BNPACK99"),
+        with(tail, &u64::MAX.to_le_bytes()),
+        with(tail, &3u64.to_le_bytes()),
+        with(tail - 3, b"}}}"),
+        // The offsets and sizes of the table, one digit larger.
+        String::from_utf8_lossy(&whole).replace("\"bytes\":", "\"bytes\":9").into_bytes(),
+    ];
+    for (i, bytes) in damaged.iter().enumerate() {
+        std::fs::write(&packed, bytes).unwrap();
+        let error = Prepacked::beside(&checkpoint).map(|found| found.is_some());
+        assert!(error.is_err(), "{i}: {error:?}");
+        let loaded = load(&checkpoint, HeadMode::Int8, true);
+        assert_eq!(loaded.prepacked(), 0, "{i}");
+        assert!(logits(&loaded) == want, "{i}");
+    }
+}
+
+#[cfg(feature = "default-model")]
+#[test]
+fn a_model_in_memory_has_no_place_for_it() {
+    let checkpoint = bitnet_burn::embedded::checkpoint().unwrap();
+    let error = prepack::write(&checkpoint, HeadMode::File, &mut |_, _| {}).unwrap_err();
+    assert!(matches!(error, PrepackError::InMemory(_)), "{error}");
+    assert!(Prepacked::beside(&checkpoint).unwrap().is_none());
+}
