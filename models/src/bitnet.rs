@@ -275,6 +275,7 @@ impl BitNet {
             _ => {
                 let output = output.unwrap_or_else(|| embedding.clone());
                 let output = head(output, options.head, prepacked.as_ref(), device)?;
+                checkpoint.read_by_rows(&embedding);
                 (DenseMatrix::new(embedding, device), Some(output))
             }
         };

@@ -23,7 +23,7 @@
 //! ```
 
 use crate::config::{Activation, ConfigError, ModelConfig};
-use crate::gguf::GgufFile;
+use crate::gguf::{FileMap, GgufFile};
 use crate::gguf::model::GgufModel;
 use crate::hf::HfModel;
 use bitnet_burn_core::formats::check_canonical;
@@ -675,8 +675,8 @@ pub(crate) trait Source: Send + Sync {
     fn contents(&self) -> Vec<Content>;
     fn tensors(&self) -> Vec<TensorInfo>;
     fn metadata(&self) -> Vec<(String, String)>;
-    /// Gives the pages of mapped files back to the system.
-    fn release(&self);
+    /// The mapped files.
+    fn maps(&self) -> Vec<&FileMap>;
 }
 
 /// A model's files, opened and checked against the model's shape.
@@ -810,7 +810,13 @@ impl Checkpoint {
     /// Gives the memory of the mapped files back to the system. Everything stays readable: what is read
     /// again comes from the file again.
     pub fn release(&self) {
-        self.source.release();
+        self.source.maps().into_iter().for_each(FileMap::release);
+    }
+
+    /// Says that single rows of a tensor are read from now on, not all of it: in huge pages each of them would
+    /// bring two megabytes along.
+    pub fn read_by_rows(&self, tensor: &DenseTensor) {
+        self.source.maps().into_iter().for_each(|map| map.read_by_parts(&tensor.data));
     }
 
     /// What the model is read from: the GGUF file, or the weights, configurations and tokenizer of a Hugging

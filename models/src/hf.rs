@@ -246,8 +246,8 @@ impl HfModel {
 }
 
 impl Source for HfModel {
-    fn release(&self) {
-        self.maps.iter().for_each(FileMap::release);
+    fn maps(&self) -> Vec<&FileMap> {
+        self.maps.iter().collect()
     }
 
     fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {

@@ -85,6 +85,17 @@ impl FileMap {
             tracing::debug!(%error, "the model's pages stay in memory");
         }
     }
+
+    /// Takes the advice of huge pages back for a part of the file, if it is one of this file's.
+    pub(crate) fn read_by_parts(&self, part: &[u8]) {
+        let offset = (part.as_ptr() as usize).wrapping_sub(self.0.as_ptr() as usize);
+        #[cfg(target_os = "linux")]
+        if offset < self.0.len() {
+            let _ = self.0.advise_range(memmap2::Advice::NoHugePage, offset, part.len());
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = offset;
+    }
 }
 
 /// Maps a file into memory. An empty file has no map.
@@ -121,11 +132,9 @@ impl GgufFile {
         Ok(Self { file_map, ..Self::parse(path.to_owned(), bytes)? })
     }
 
-    /// Gives the file's pages back to the system.
-    pub(crate) fn release(&self) {
-        if let Some(map) = &self.file_map {
-            map.release();
-        }
+    /// The map, where the file is on the disk.
+    pub(crate) fn file_map(&self) -> Option<&FileMap> {
+        self.file_map.as_ref()
     }
 
     /// The file on the disk, or the bytes where it was in memory from the start.

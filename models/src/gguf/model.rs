@@ -9,7 +9,7 @@
 //! Hugging Face's of both rotate a row with the one half a head further (GPT-NeoX's): converters reorder
 //! the rows of q and k, and so do [`neox_rows`] and [`gptj_rows`].
 
-use super::{GgufFile, GgufTensor, TensorType, Value, ValueType};
+use super::{FileMap, GgufFile, GgufTensor, TensorType, Value, ValueType};
 use crate::checkpoint::{
     Content, DenseTensor, GgufTokenizer, LoadError, Norm, OpenOptions, Projection, Source, TensorInfo,
     TernaryTensor, TokenizerSource, aligned, aligned_view, checked_scale, choose_activation, floats,
@@ -194,8 +194,8 @@ impl GgufModel {
 }
 
 impl Source for GgufModel {
-    fn release(&self) {
-        self.file.release();
+    fn maps(&self) -> Vec<&FileMap> {
+        self.file.file_map().into_iter().collect()
     }
 
     fn contents(&self) -> Vec<Content> {
