@@ -94,6 +94,28 @@ fn physical_in_sysfs() -> Option<usize> {
     (!cores.is_empty()).then_some(cores.len())
 }
 
+/// The hardware threads that this process may run on, one of each physical core before the second ones; empty
+/// where the system does not tell.
+pub fn by_cores() -> Vec<core_affinity::CoreId> {
+    let topology = |id: usize, name: &str| {
+        std::fs::read_to_string(format!("/sys/devices/system/cpu/cpu{id}/topology/{name}")).ok()
+    };
+    let mut seen = std::collections::HashMap::new();
+    let mut ids: Vec<_> = core_affinity::get_core_ids()
+        .unwrap_or_default()
+        .into_iter()
+        .map(|core| {
+            // What is not told is a core of its own.
+            let place = topology(core.id, "physical_package_id").zip(topology(core.id, "core_id"));
+            let turn: &mut usize = seen.entry(place.ok_or(core.id)).or_default();
+            *turn += 1;
+            (*turn, core)
+        })
+        .collect();
+    ids.sort_by_key(|&(turn, core)| (turn, core.id));
+    ids.into_iter().map(|(_, core)| core).collect()
+}
+
 /// Bytes of the largest cache level, where the system tells.
 pub fn last_level_cache() -> Option<usize> {
     let size = |index: usize| {
@@ -116,6 +138,11 @@ mod tests {
     #[test]
     fn the_machine_is_described() {
         assert!(super::physical_cores() >= 1);
+        let mut ids: Vec<usize> = super::by_cores().into_iter().map(|core| core.id).collect();
+        let count = ids.len();
+        ids.sort_unstable();
+        ids.dedup();
+        assert_eq!(ids.len(), count);
         assert!(!super::model().is_empty());
     }
 }

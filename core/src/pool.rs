@@ -9,9 +9,13 @@ use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use core_affinity::CoreId;
+
+use crate::cpu;
 
 /// How long an idle worker spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(50);
@@ -62,6 +66,26 @@ impl Pool {
     /// # Errors
     /// If the system can't start a thread.
     pub fn new(threads: usize) -> std::io::Result<Self> {
+        Self::start(threads, &[])
+    }
+
+    /// The same with every thread pinned to a core of its own, as long as there are enough; the caller's to the
+    /// first.
+    ///
+    /// # Errors
+    /// If the system can't start a thread, or pin one.
+    pub fn pinned(threads: usize) -> std::io::Result<Self> {
+        let cores = cpu::by_cores();
+        let Some(&first) = cores.first() else {
+            return Err(std::io::Error::other("this system does not tell its cores"));
+        };
+        if !core_affinity::set_for_current(first) {
+            return Err(refused(first));
+        }
+        Self::start(threads, &cores)
+    }
+
+    fn start(threads: usize, cores: &[CoreId]) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             job: UnsafeCell::new((&|_| (), 0)),
@@ -72,13 +96,26 @@ impl Pool {
             wake: Condvar::new(),
             stop: AtomicBool::new(false),
         });
-        let workers = (1..threads.clamp(1, COUNT as usize))
-            .map(|i| {
-                let shared = shared.clone();
-                std::thread::Builder::new().name(format!("bitnet-{i}")).spawn(move || shared.work())
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(Self { shared, caller: Mutex::new(()), workers })
+        let (send, pinned) = mpsc::channel();
+        let mut pool = Self { shared, caller: Mutex::new(()), workers: Vec::new() };
+        for i in 1..threads.clamp(1, COUNT as usize) {
+            let (shared, send) = (pool.shared.clone(), send.clone());
+            let core = cores.get(i % cores.len().max(1)).copied();
+            pool.workers.push(std::thread::Builder::new().name(format!("bitnet-{i}")).spawn(move || {
+                let pinned = core.is_none_or(core_affinity::set_for_current);
+                // Nobody waits where nothing was to be pinned.
+                let _ = send.send(if pinned { Ok(()) } else { Err(core) });
+                drop(send);
+                shared.work();
+            })?);
+        }
+        drop(send);
+        if !cores.is_empty()
+            && let Some(Err(Some(core))) = pinned.into_iter().find(Result::is_err)
+        {
+            return Err(refused(core));
+        }
+        Ok(pool)
     }
 
     /// Number of threads, the caller's included.
@@ -128,6 +165,10 @@ impl Pool {
             resume_unwind(payload);
         }
     }
+}
+
+fn refused(core: CoreId) -> std::io::Error {
+    std::io::Error::other(format!("the system does not pin a thread to core {}", core.id))
 }
 
 impl Drop for Pool {
@@ -235,6 +276,29 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn pinned_threads_stay_on_their_cores() {
+        // On a thread of its own, which is pinned and ends.
+        std::thread::spawn(|| {
+            let cores = cpu::by_cores();
+            let pool = Pool::pinned(2).unwrap();
+            assert_eq!(core_affinity::get_core_ids(), Some(vec![cores[0]]));
+            let seen = Mutex::new(Vec::new());
+            let both = std::sync::Barrier::new(2);
+            pool.run(2, &|_| {
+                both.wait();
+                seen.lock().unwrap().push(core_affinity::get_core_ids().unwrap()[0].id);
+            });
+            let mut want = vec![cores[0].id, cores[1 % cores.len()].id];
+            let mut seen = seen.into_inner().unwrap();
+            (want.sort_unstable(), seen.sort_unstable());
+            assert_eq!(seen, want);
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

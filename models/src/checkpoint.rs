@@ -23,8 +23,8 @@
 //! ```
 
 use crate::config::{Activation, ConfigError, ModelConfig};
-use crate::gguf::{FileMap, GgufFile};
 use crate::gguf::model::GgufModel;
+use crate::gguf::{FileMap, GgufFile};
 use crate::hf::HfModel;
 use bitnet_burn_core::formats::check_canonical;
 use bitnet_burn_core::formats::dense::DenseFormat;

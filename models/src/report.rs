@@ -88,6 +88,8 @@ pub struct Execution {
     pub prepacked: usize,
     /// Threads of the kernels.
     pub threads: usize,
+    /// Whether each stayed on a core of its own.
+    pub pinned: bool,
     /// What was an error instead of a fallback or a guess.
     pub strict: Strict,
     /// Kernels that computed, with their calls.
@@ -122,6 +124,7 @@ impl Execution {
             lm_head: None,
             prepacked: 0,
             threads: after.threads,
+            pinned: after.pinned,
             strict: after.strict,
             kernels: after.used_since(before),
             reference_calls: after.reference_calls - before.reference_calls,
@@ -280,7 +283,9 @@ impl fmt::Display for Execution {
             true => format!(", strict mode ({})", self.strict),
             false => String::new(),
         };
-        line(f, "device", format_args!("{}, {}{strict}", self.device, count(self.threads as u64, "thread")))?;
+        let threads = count(self.threads as u64, "thread");
+        let pinned = if self.pinned { ", pinned" } else { "" };
+        line(f, "device", format_args!("{}, {threads}{pinned}{strict}", self.device))?;
         let mut label = "kernels";
         if self.kernels.is_empty() {
             line(f, label, "none of the manager's: the device's own operations computed")?;

@@ -17,6 +17,8 @@ use crate::store::{self, PluginConfig};
 pub struct ManagerConfig {
     /// Threads for kernels; 0 means one per physical core.
     pub threads: usize,
+    /// Whether each of them stays on a core of its own, and the thread that makes the manager on the first.
+    pub pin: bool,
     /// What is an error instead of something slower or less certain.
     pub strict: Strict,
     /// Use this kernel alone (`plugin/kernel`, or `kernel`), or those of this `plugin`.
@@ -41,6 +43,7 @@ impl Default for ManagerConfig {
     fn default() -> Self {
         Self {
             threads: 0,
+            pin: false,
             strict: Strict::NONE,
             force: None,
             masked_features: Vec::new(),
@@ -54,7 +57,7 @@ impl Default for ManagerConfig {
 }
 
 impl ManagerConfig {
-    /// The defaults, changed by `BITNET_THREADS`, `BITNET_STRICT_MODE` (1, 0, or names of [`Strict`]),
+    /// The defaults, changed by `BITNET_THREADS`, `BITNET_PIN` (1 or 0), `BITNET_STRICT_MODE` (1, 0, or names of [`Strict`]),
     /// `BITNET_FALLBACK` (a [`FallbackPolicy`]), `BITNET_KERNEL`, `BITNET_CPU_MASK` (feature names, separated by commas), `BITNET_CACHE_DIR` (empty:
     /// keep nothing; unset: the user's cache directory), `BITNET_PLUGINS` (`off`, `on`, or `user`: also the
     /// user's plugin directory), `BITNET_PLUGIN_PATH` (absolute paths) and `BITNET_PLUGIN_PINS` (a file).
@@ -65,6 +68,16 @@ impl ManagerConfig {
         let mut config = Self::default();
         if let Some(threads) = parsed("BITNET_THREADS", |_| "a number of threads")? {
             config.threads = threads;
+        }
+        if let Some(pin) = parsed("BITNET_PIN", |_: std::num::ParseIntError| "0 or 1")? {
+            config.pin = match pin {
+                0u8 => false,
+                1 => true,
+                _ => {
+                    let value = pin.to_string();
+                    return Err(ManagerError::Config { name: "BITNET_PIN", value, expected: "0 or 1" });
+                }
+            };
         }
         config.strict = Strict::from_env()?;
         if let Some(fallback) = parsed("BITNET_FALLBACK", |expected| expected)? {

@@ -254,10 +254,10 @@ impl KernelManager {
     /// A manager without kernels.
     ///
     /// # Errors
-    /// If its threads can't be started.
+    /// If its threads can't be started, or not pinned.
     pub fn new(config: ManagerConfig) -> Result<Self, ManagerError> {
         let threads = if config.threads == 0 { cpu::physical_cores() } else { config.threads };
-        let pool = Pool::new(threads)
+        let pool = if config.pin { Pool::pinned(threads) } else { Pool::new(threads) }
             .map_err(|source| ManagerError::System { what: "starting the kernels' threads", source })?;
         Ok(Self {
             tuner: tune::Tuner::new(&config),
@@ -693,6 +693,7 @@ impl KernelManager {
         let (cache_file, cache_problem) = self.tuner.cache_file();
         ManagerReport {
             threads: self.pool.threads(),
+            pinned: self.config.pin,
             strict: self.config.strict,
             tuned: self.tuner.tuned(),
             cached: self.tuner.cached(),

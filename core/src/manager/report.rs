@@ -135,6 +135,8 @@ pub struct KernelReport {
 pub struct ManagerReport {
     /// Threads of the pool.
     pub threads: usize,
+    /// Whether each stays on a core of its own.
+    pub pinned: bool,
     /// What was strict.
     pub strict: Strict,
     /// Signatures measured in this process.

@@ -54,6 +54,9 @@ pub struct ThreadArgs {
 pub struct KernelArgs {
     #[command(flatten)]
     pub threads: ThreadArgs,
+    /// Keep each thread of the kernels on a core of its own
+    #[arg(long, help_heading = "Kernels")]
+    pub pin: bool,
     /// Use this kernel alone: `plugin/kernel` or `kernel` (see `bitnet kernels`), or all kernels of a `plugin`
     #[arg(long, value_name = "NAME", help_heading = "Kernels")]
     pub kernel: Option<String>,

@@ -47,6 +47,7 @@ impl KernelArgs {
         if let Some(threads) = self.threads.threads {
             config.threads = threads;
         }
+        config.pin |= self.pin;
         if self.kernel.is_some() {
             config.force.clone_from(&self.kernel);
         }

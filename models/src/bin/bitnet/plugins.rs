@@ -331,8 +331,13 @@ struct Timed {
 }
 
 fn bench(args: BenchArgs) -> anyhow::Result<()> {
-    let kernel_args =
-        KernelArgs { threads: args.threads, kernel: None, plugins: vec![args.file.clone()], strict: None };
+    let kernel_args = KernelArgs {
+        threads: args.threads,
+        pin: false,
+        kernel: None,
+        plugins: vec![args.file.clone()],
+        strict: None,
+    };
     // What is measured now should not come from an earlier start, nor stay behind.
     let cache = tempfile::tempdir().context("cannot make a temporary directory")?;
     let (mut config, _) = config()?;

@@ -49,6 +49,7 @@ struct Settings {
     /// The inner one: the file of pins, `None` for no pins.
     plugin_pins: Option<Option<PathBuf>>,
     threads: Option<usize>,
+    pin: Option<bool>,
     kernel: Option<String>,
     strict_mode: Option<Strict>,
     fallback: Option<FallbackPolicy>,
@@ -63,7 +64,8 @@ enum Plugins {
     User,
 }
 
-const KEYS: &str = "plugins, plugin_path, plugin_pins, threads, kernel, strict_mode, fallback, cache_dir";
+const KEYS: &str =
+    "plugins, plugin_path, plugin_pins, threads, pin, kernel, strict_mode, fallback, cache_dir";
 
 impl Settings {
     fn parse(text: &str) -> anyhow::Result<Self> {
@@ -88,6 +90,7 @@ impl Settings {
                 }
                 "plugin_pins" => settings.plugin_pins = Some(place(value).map_err(|e| wrong(&e))?),
                 "cache_dir" => settings.cache_dir = Some(place(value).map_err(|e| wrong(&e))?),
+                "pin" => settings.pin = Some(value.as_bool().ok_or_else(|| wrong(&"true or false"))?),
                 "threads" => {
                     let threads = value.as_integer().and_then(|n| usize::try_from(n).ok());
                     let threads = threads.filter(|n| (1..=1024).contains(n));
@@ -131,6 +134,7 @@ impl Settings {
         set(is_set, "BITNET_PLUGIN_PATH", self.plugin_path, |path| plugins.path = path);
         set(is_set, "BITNET_PLUGIN_PINS", self.plugin_pins, |pins| plugins.pins = pins);
         set(is_set, "BITNET_THREADS", self.threads, |threads| config.threads = threads);
+        set(is_set, "BITNET_PIN", self.pin, |pin| config.pin = pin);
         set(is_set, "BITNET_KERNEL", self.kernel, |kernel| config.force = Some(kernel));
         set(is_set, "BITNET_STRICT_MODE", self.strict_mode, |strict| config.strict = strict);
         set(is_set, "BITNET_FALLBACK", self.fallback, |fallback| config.fallback = fallback);
@@ -151,7 +155,7 @@ fn place(value: &Value) -> Result<Option<PathBuf>, &'static str> {
 mod tests {
     use super::*;
 
-    const ALL: &str = "plugins = 'user'\nplugin_path = ['/a', '/b.so']\nplugin_pins = ''\nthreads = 3\n\
+    const ALL: &str = "plugins = 'user'\nplugin_path = ['/a', '/b.so']\nplugin_pins = ''\nthreads = 3\npin = true\n\
                        kernel = 'cpu/x'\nstrict_mode = 'gated-plugins'\ncache_dir = '/c'\n";
 
     #[test]
@@ -159,7 +163,7 @@ mod tests {
         let mut config = ManagerConfig::default();
         config.plugins.pins = Some("/pins".into());
         Settings::parse(ALL).unwrap().apply(&mut config, &|_| false);
-        assert_eq!((config.threads, config.force.as_deref()), (3, Some("cpu/x")));
+        assert_eq!((config.threads, config.pin, config.force.as_deref()), (3, true, Some("cpu/x")));
         assert!(config.strict.gated_plugins && !config.strict.no_fallback);
         assert_eq!(config.cache_dir.as_deref(), Some(Path::new("/c")));
         assert_eq!(config.plugins.path, [Path::new("/a"), Path::new("/b.so")]);
@@ -176,6 +180,7 @@ mod tests {
         for (text, expected) in [
             ("thread = 2", "no key `thread` (= 2); there are plugins, plugin_path"),
             ("threads = 0", "threads = 0: expected a number from 1 to 1024"),
+            ("pin = 1", "pin = 1: expected true or false"),
             ("threads = '2'", "threads = \"2\": expected a number"),
             ("plugins = true", "plugins = true: expected \"off\", \"on\" or \"user\""),
             ("plugin_path = '/a'", "plugin_path = \"/a\": expected a list of absolute paths"),
