@@ -37,6 +37,7 @@ impl Place {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
         for variable in [
             "BITNET_THREADS",
+            "BITNET_PIN",
             "BITNET_KERNEL",
             "BITNET_PLUGINS",
             "BITNET_PLUGIN_PATH",
@@ -139,6 +140,55 @@ fn run_is_the_same_twice_and_streams_what_it_reports() {
     assert_eq!(calls, 14 * ids.len() as u64);
     let written: Value = serde_json::from_slice(&std::fs::read(place.path("report.json")).unwrap()).unwrap();
     assert_eq!(written["generated_tokens"], ids.len());
+}
+
+#[test]
+fn prepacked_weights_are_mapped_by_the_kernels_that_they_were_packed_for() {
+    let place = Place::new();
+    let run = |more: &[&str]| {
+        let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "8", "--lm-head", "int8", "--json"];
+        place.json(&[&call[..], more].concat())
+    };
+    let tiles = ["--kernel", "t2-scalar"];
+    let plain = run(&tiles);
+    assert_eq!(plain["prepacked"], 0);
+    let packed =
+        place.json(&[&["prepack", "-m", "model.gguf", "--lm-head", "int8", "--json"][..], &tiles].concat());
+    assert_eq!(packed["path"], "model.gguf.prepacked");
+    assert_eq!(packed["layouts"], serde_json::json!({"Q6_K": 1, "cpu/t2x32": 14}));
+    let mapped = run(&tiles);
+    assert_eq!((&mapped["prepacked"], &mapped["text"]), (&15.into(), &plain["text"]));
+    assert_eq!(run(&[&tiles[..], &["--no-prepacked"]].concat())["prepacked"], 0);
+    // Kernels of another layout take the head alone.
+    let rows = run(&["--kernel", "i2s-scalar"]);
+    assert_eq!((&rows["prepacked"], &rows["text"]), (&1.into(), &plain["text"]));
+
+    // A model that has changed: a warning, and the same text.
+    std::fs::File::open(place.path("model.gguf"))
+        .unwrap()
+        .set_modified(std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000))
+        .unwrap();
+    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "8", "--lm-head", "int8"];
+    let output = place.command(&[&call[..], &tiles].concat()).output().unwrap();
+    let (text, log) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert_eq!(text.strip_suffix('\n'), plain["text"].as_str());
+    assert!(log.contains("the model has changed") && log.contains("`bitnet prepack`"), "{log}");
+    assert!(!log.contains("matrices, mapped"), "{log}");
+
+    let nothing = place.command(&["prepack", "-m", "model.gguf", "--kernel", "i2s-scalar"]).output().unwrap();
+    assert_eq!(nothing.status.code(), Some(1));
+    assert!(String::from_utf8(nothing.stderr).unwrap().contains("there is nothing to pack"));
+}
+
+#[test]
+fn pinned_threads_are_reported() {
+    let place = Place::new();
+    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "2", "--json"];
+    assert_eq!(place.json(&call)["pinned"], false);
+    let pinned = place.json(&[&call[..], &["--pin", "--threads", "2"]].concat());
+    assert_eq!((&pinned["pinned"], &pinned["threads"]), (&true.into(), &2.into()));
+    let output = place.command(&call).env("BITNET_PIN", "yes").output().unwrap();
+    assert!(String::from_utf8(output.stderr).unwrap().contains("BITNET_PIN"));
 }
 
 #[test]
