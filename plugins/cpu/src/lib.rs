@@ -10,15 +10,15 @@
 //! | `i2s-*` | canonical (I2_S) rows, read where they lie | GEMV one weight row after the other, GEMM in register blocks of up to 4 x 4 rows |
 //! | `t2-*` | the private packing `t2x32` ([`tile`]) | 32 weight rows at a time, one per 32-bit lane: no horizontal sums, one sequential stream |
 //! | `t5-*` | the private packing `t5x32` ([`trits`]) | the same with five weights a byte, where a byte permutation decodes them |
-//! | `tl1-*`, `tl2-*` | the private packings `tl1x32` and `tl2x32` ([`lut`]) | no products: two or three weights at a time are looked up in tables of the activations' sums |
+//! | `tl1-*`, `tl2-*` | the private packings `tl1x32` and `tl2x32` (`lut`) | no products: two or three weights at a time are looked up in tables of the activations' sums |
 //!
 //! All but the last multiply *unsigned* codes c = w + 1 in {0, 1, 2} by signed activations, which is what the
 //! byte dot-product instructions want, and subtract the activations' sum: dot = sum(c * x) - sum(x).
 //!
 //! # Layout of this crate
 //! `generic` holds the loops over tiles, written once; `arch` says, per instruction set, how one block
-//! is multiplied; [`quantise`], [`tile`], [`trits`] and [`lut`] are the data formats on both sides; [`peak`] is the
-//! roof above them.
+//! is multiplied; [`quantise`], [`tile`], [`trits`] and `lut` are the data formats on both sides; [`peak`] is the roof
+//! above them.
 
 mod arch;
 mod generic;

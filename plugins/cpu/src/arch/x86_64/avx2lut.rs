@@ -2,12 +2,14 @@
 
 use std::arch::x86_64::*;
 
-use super::ymm::TILE_PREFETCH;
 use crate::lut::{self, GROUPS, INDEX_BYTES, RADIX, STEPS_PER_FLUSH, TABLE_BYTES, TableMicro};
 use crate::tile::BLOCK_ROWS;
 
 /// The sums with `vpshufb ymm`.
 struct Micro;
+
+/// Steps ahead to prefetch in each stream: 2 KiB and more.
+const AHEAD: usize = 16;
 
 lut::kernels!(
     Micro,
@@ -48,10 +50,14 @@ impl TableMicro for Micro {
                     let mut last = [one; B];
                     // Sums of the low and of the high digits.
                     let mut sums = [[_mm256_setzero_si256(); 2]; B];
+                    // Behind the end of its block, a stream goes on behind the other blocks.
+                    let skip = if j + AHEAD < steps { 0 } else { (B - 1) * block_bytes };
                     for b in 0..B {
                         let w = w.add(b * block_bytes);
-                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
-                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH + 64).cast());
+                        for line in 0..lut::step_bytes::<G>().div_ceil(64) {
+                            let ahead = AHEAD * lut::step_bytes::<G>() + skip + 64 * line;
+                            _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(ahead).cast());
+                        }
                         if G == 3 {
                             let bits = _mm256_loadu_si256(w.add(INDEX_BYTES).cast());
                             signs[b] = _mm256_or_si256(bits, one);
