@@ -7,7 +7,12 @@
 //! first: they agree but for how activations are quantised (by rows, as the model was trained, or by 256 values).
 //!
 //! The shape and the number of rounds are arguments, `2b-4t` and 7 if there are none; `BITNET_THREADS` holds for
-//! all engines.
+//! all engines. Building llama.cpp takes CMake, a C++ compiler and libclang (Debian: `apt-get install cmake clang
+//! libclang-dev`); without `-march=native` it is built for AVX2 at most:
+//!
+//! ```sh
+//! CFLAGS=-march=native CXXFLAGS=-march=native cargo bench --bench peers --features peers -- small 3
+//! ```
 
 use std::ffi::CStr;
 use std::num::NonZeroU32;

@@ -398,15 +398,18 @@ impl KernelManager {
             buffer.as_mut_slice()[32..].copy_from_slice(weights);
             buffer
         };
-        let mut buffers = vec![first];
-        for _ in 1..copies {
-            let size = buffers[0].as_slice().len();
-            let alignment = entry.kernel.weight_alignment().max(64);
-            let mut buffer = arena.allocate(size, alignment).map_err(|e| e.to_string())?;
-            buffer.as_mut_slice().copy_from_slice(buffers[0].as_slice());
-            buffers.push(buffer);
-        }
-        Ok(buffers)
+        let (size, alignment) = (first.as_slice().len(), entry.kernel.weight_alignment().max(64));
+        let rest = (1..copies).map(|_| arena.allocate(size, alignment));
+        let mut rest = rest.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+        let empty = Mutex::new(rest.iter_mut());
+        self.pool.run(copies - 1, &|_| {
+            let buffer = lock(&empty).next();
+            if let Some(buffer) = buffer {
+                buffer.as_mut_slice().copy_from_slice(first.as_slice());
+            }
+        });
+        rest.insert(0, first);
+        Ok(rest)
     }
 
     fn run_once(
