@@ -526,8 +526,9 @@ impl KernelManager {
     /// Chooses kernels for weights [n, k], measuring where that has not been done on this machine:
     /// which layout decides the speed of decode (M = 1); within noise of each other, that of prefill
     /// (M = 32); within noise again, the lower memory use. Noise is how much longer the median of the fastest
-    /// took than its fastest run, at least 5 % and at most 15 %. While
-    /// [memory is low](Self::memory_is_low), the layout is the canonical one, if there is a kernel for it.
+    /// took than its fastest run, at least 5 % and at most 15 %. A layout that makes prefill more than 4 times
+    /// slower is out, however fast its decode. While [memory is low](Self::memory_is_low), the layout is the
+    /// canonical one, if there is a kernel for it.
     ///
     /// # Errors
     /// In strict mode, if no kernel can compute the shape.
@@ -579,13 +580,20 @@ impl KernelManager {
                 // Canonical weights are there anyway.
                 layout.and(entry).and_then(|e| e.kernel.weight_bytes(n, k)).unwrap_or(0) as u64
             };
-            for m in [1, 32] {
-                let (median, min) = layouts.iter().map(|&l| best(m, l)).min().unwrap_or((u64::MAX, u64::MAX));
+            // Decode first: the time for measuring may be spent behind it.
+            let mut layouts: Vec<_> = layouts.iter().map(|&l| (l, [1, 32].map(|m| best(m, l)))).collect();
+            let fastest = |layouts: &[(_, [(u64, u64); 2])], i: usize| {
+                layouts.iter().map(|(_, times)| times[i]).min().unwrap_or((u64::MAX, u64::MAX))
+            };
+            let (prefill, _) = fastest(&layouts, 1);
+            layouts.retain(|(_, times)| times[1].0 as f64 <= prefill as f64 * tune::HOPELESS);
+            for i in 0..2 {
+                let (median, min) = fastest(&layouts, i);
                 let noise = (median as f64 / min.max(1) as f64).clamp(1.05, 1.15);
-                layouts.retain(|&l| best(m, l).0 as f64 <= median as f64 * noise);
+                layouts.retain(|(_, times)| times[i].0 as f64 <= median as f64 * noise);
             }
-            layouts.sort_by_key(|&l| bytes(l));
-            layouts[0]
+            layouts.sort_by_key(|&(l, _)| bytes(l));
+            layouts[0].0
         } else {
             layouts.first().copied().flatten()
         };

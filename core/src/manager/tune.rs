@@ -28,8 +28,9 @@ const CLEARLY_SLOWER: f64 = 1.3;
 /// After so many runs of both, a kernel whose fastest run took longer than the slowest of the best is out too:
 /// for kernels that are equally fast the odds are 1 in 924 (12 over 6).
 const SEPARATE: usize = 6;
-/// A kernel this many times slower for fewer rows is not tried for more.
-const HOPELESS: f64 = 4.0;
+/// A kernel this many times slower for fewer rows is not tried for more, and a layout whose kernels are so much
+/// slower for prompts is not chosen.
+pub(super) const HOPELESS: f64 = 4.0;
 /// Time for one signature, whatever its size.
 const SIGNATURE_BUDGET: Duration = Duration::from_millis(600);
 
@@ -264,25 +265,12 @@ impl KernelManager {
         let mut y = vec![0f32; m * n];
         let expected = Sample::new(&weights, n, k, &x, &mut random);
 
-        // Decode finds its weights in memory, not in cache: rotate over copies that no cache holds.
-        let one = n * canonical::row_bytes(k);
-        let copies = if m <= 4 { (rotation_bytes() / one).clamp(1, 64) } else { 1 };
-        let mut layouts = Vec::new();
-        let layout_of = |entry: &'a Arc<Entry>| (entry.kernel.layout(), entry.kernel.weight_bytes(n, k));
-        for entry in entries {
-            if !layouts.iter().any(|(known, _)| *known == layout_of(entry)) {
-                layouts.push((layout_of(entry), self.copies(entry, n, k, &weights, copies)));
-            }
-        }
-
         let mut measurements: Vec<Measurement> =
             entries.iter().map(|entry| Measurement::none(entry)).collect();
-        let mut times: Vec<Vec<u64>> = vec![Vec::new(); entries.len()];
-        let mut racing = Vec::new();
         // Minima: on a busy machine, a few runs' median may be many times too long.
         let fastest_before =
             fewer.and_then(|f| f.candidates.iter().filter_map(|c| c.measurement.min_ns).min());
-        for (i, entry) in entries.iter().enumerate() {
+        for (entry, measurement) in entries.iter().zip(&mut measurements) {
             let before =
                 fewer.and_then(|f| f.candidates.iter().find(|c| c.entry.kernel.id() == entry.kernel.id()));
             if let (Some(best), Some(before)) = (fastest_before, before) {
@@ -294,9 +282,27 @@ impl KernelManager {
                             fewer.map_or(0, |f| f.rows)
                         )
                     });
-                    measurements[i].note = Some(note);
-                    continue;
+                    measurement.note = Some(note);
                 }
+            }
+        }
+
+        // Decode finds its weights in memory, not in cache: rotate over copies that no cache holds.
+        let one = n * canonical::row_bytes(k);
+        let copies = if m <= 4 { (rotation_bytes() / one).clamp(1, 64) } else { 1 };
+        let mut layouts = Vec::new();
+        let layout_of = |entry: &'a Arc<Entry>| (entry.kernel.layout(), entry.kernel.weight_bytes(n, k));
+        for (entry, measurement) in entries.iter().zip(&measurements) {
+            if measurement.note.is_none() && !layouts.iter().any(|(known, _)| *known == layout_of(entry)) {
+                layouts.push((layout_of(entry), self.copies(entry, n, k, &weights, copies)));
+            }
+        }
+
+        let mut times: Vec<Vec<u64>> = vec![Vec::new(); entries.len()];
+        let mut racing = Vec::new();
+        for (i, entry) in entries.iter().enumerate() {
+            if measurements[i].note.is_some() {
+                continue;
             }
             let buffers = match &layouts.iter().find(|(l, _)| *l == layout_of(entry)).expect("packed above").1
             {
@@ -392,15 +398,18 @@ impl KernelManager {
             buffer.as_mut_slice()[32..].copy_from_slice(weights);
             buffer
         };
-        let mut buffers = vec![first];
-        for _ in 1..copies {
-            let size = buffers[0].as_slice().len();
-            let alignment = entry.kernel.weight_alignment().max(64);
-            let mut buffer = arena.allocate(size, alignment).map_err(|e| e.to_string())?;
-            buffer.as_mut_slice().copy_from_slice(buffers[0].as_slice());
-            buffers.push(buffer);
-        }
-        Ok(buffers)
+        let (size, alignment) = (first.as_slice().len(), entry.kernel.weight_alignment().max(64));
+        let rest = (1..copies).map(|_| arena.allocate(size, alignment));
+        let mut rest = rest.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+        let empty = Mutex::new(rest.iter_mut());
+        self.pool.run(copies - 1, &|_| {
+            let buffer = lock(&empty).next();
+            if let Some(buffer) = buffer {
+                buffer.as_mut_slice().copy_from_slice(first.as_slice());
+            }
+        });
+        rest.insert(0, first);
+        Ok(rest)
     }
 
     fn run_once(

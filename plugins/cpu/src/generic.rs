@@ -119,6 +119,8 @@ pub(crate) struct TileJob<'a> {
     pub(crate) y: &'a mut OutputTile,
     /// Steps of a block.
     pub(crate) steps: usize,
+    /// Bytes of a step.
+    step_bytes: usize,
 }
 
 impl<'a> TileJob<'a> {
@@ -130,18 +132,35 @@ impl<'a> TileJob<'a> {
         y: &'a mut OutputTile,
         step: usize,
     ) -> Result<Self, KernelError> {
+        Self::with_step_bytes(w, x, y, step, STEP_BYTES)
+    }
+
+    /// The same for layouts whose steps are not [`STEP_BYTES`] long.
+    pub(crate) fn with_step_bytes(
+        w: &'a WeightsRef,
+        x: &'a ActivationsRef,
+        y: &'a mut OutputTile,
+        step: usize,
+        step_bytes: usize,
+    ) -> Result<Self, KernelError> {
         check(w, x, y)?;
         let steps = w.k().div_ceil(step);
         tile::check_range(w, &y.rows_n())?;
-        tile::check_packed(w, steps * STEP_BYTES)?;
-        Ok(Self { w, x, y, steps })
+        tile::check_packed(w, steps * step_bytes)?;
+        Ok(Self { w, x, y, steps, step_bytes })
     }
 
     /// The block of weight row `n`: `steps` steps.
     #[inline(always)]
     pub(crate) fn weights(&self, n: usize) -> *const u8 {
-        let bytes = self.steps * STEP_BYTES;
-        self.w.data()[n / BLOCK_ROWS * bytes..][..bytes].as_ptr()
+        self.blocks(n, 1)
+    }
+
+    /// `count` blocks from that of weight row `n`, one behind the other.
+    #[inline(always)]
+    pub(crate) fn blocks(&self, n: usize, count: usize) -> *const u8 {
+        let bytes = self.steps * self.step_bytes;
+        self.w.data()[n / BLOCK_ROWS * bytes..][..count * bytes].as_ptr()
     }
 
     /// Computes the tile.
@@ -195,22 +214,27 @@ impl<'a> TileJob<'a> {
     /// Stores y[m .. m + sums.len(), n .. n + 32], cut off at the tile's end, from sums of codes.
     #[inline(always)]
     pub(crate) fn store(&mut self, m: usize, n: usize, sums: &[[i32; BLOCK_ROWS]]) {
-        let (w, x) = (self.w, self.x);
-        let count = BLOCK_ROWS.min(self.y.rows_n().end - n);
         for (i, sums) in sums.iter().enumerate() {
-            let (offset, scale) = (x.sum(m + i), w.scale() * x.scale(m + i));
-            let mut values = [0f32; BLOCK_ROWS];
-            for (value, sum) in values.iter_mut().zip(sums) {
-                *value = sum.wrapping_sub(offset) as f32 * scale;
-            }
-            let out = self.y.at(m + i, n);
-            // SAFETY: `at` checked (m + i, n); the elements n .. n + count follow it within the tile,
-            // which belongs to this call alone. The two cases differ in speed only.
-            unsafe {
-                match count {
-                    BLOCK_ROWS => out.copy_from_nonoverlapping(values.as_ptr(), BLOCK_ROWS),
-                    _ => out.copy_from_nonoverlapping(values.as_ptr(), count),
-                }
+            self.store_row(m + i, n, sums, self.x.sum(m + i));
+        }
+    }
+
+    /// Stores y[m, n .. n + 32], cut off at the tile's end, from sums that are `offset` too large.
+    #[inline(always)]
+    pub(crate) fn store_row(&mut self, m: usize, n: usize, sums: &[i32; BLOCK_ROWS], offset: i32) {
+        let scale = self.w.scale() * self.x.scale(m);
+        let count = BLOCK_ROWS.min(self.y.rows_n().end - n);
+        let mut values = [0f32; BLOCK_ROWS];
+        for (value, sum) in values.iter_mut().zip(sums) {
+            *value = sum.wrapping_sub(offset) as f32 * scale;
+        }
+        let out = self.y.at(m, n);
+        // SAFETY: `at` checked (m, n); the elements n .. n + count follow it within the tile, which belongs
+        // to this call alone. The two cases differ in speed only.
+        unsafe {
+            match count {
+                BLOCK_ROWS => out.copy_from_nonoverlapping(values.as_ptr(), BLOCK_ROWS),
+                _ => out.copy_from_nonoverlapping(values.as_ptr(), count),
             }
         }
     }

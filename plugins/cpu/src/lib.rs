@@ -10,19 +10,22 @@
 //! | `i2s-*` | canonical (I2_S) rows, read where they lie | GEMV one weight row after the other, GEMM in register blocks of up to 4 x 4 rows |
 //! | `t2-*` | the private packing `t2x32` ([`tile`]) | 32 weight rows at a time, one per 32-bit lane: no horizontal sums, one sequential stream |
 //! | `t5-*` | the private packing `t5x32` ([`trits`]) | the same with five weights a byte, where a byte permutation decodes them |
+//! | `tl1-*`, `tl2-*` | the private packings `tl1x32` and `tl2x32` (`lut`) | no products: two or three weights at a time are looked up in tables of the activations' sums |
 //!
-//! All of them multiply *unsigned* codes c = w + 1 in {0, 1, 2} by signed activations, which is what the
+//! All but the last multiply *unsigned* codes c = w + 1 in {0, 1, 2} by signed activations, which is what the
 //! byte dot-product instructions want, and subtract the activations' sum: dot = sum(c * x) - sum(x).
 //!
 //! # Layout of this crate
 //! `generic` holds the loops over tiles, written once; `arch` says, per instruction set, how one block
-//! is multiplied; [`quantise`], [`tile`] and [`trits`] are the data formats on both sides; [`peak`] is the roof
+//! is multiplied; [`quantise`], [`tile`], [`trits`] and `lut` are the data formats on both sides; [`peak`] is the roof
 //! above them. [`dense`] holds what is not ternary and no plugin's yet: the products of an output projection of
 //! 8, 6 or 4 bits.
 
 mod arch;
 pub mod dense;
 mod generic;
+#[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
+pub mod lut;
 pub mod peak;
 pub mod quantise;
 pub mod tile;
@@ -52,6 +55,8 @@ bitnet_burn_plugin::plugin! {
             arch::x86_64::avxvnni::Rows,
             arch::x86_64::avx2::Tiles,
             arch::x86_64::avx2::Rows,
+            arch::x86_64::avx2lut::Tables<2>,
+            arch::x86_64::avx2lut::Tables<3>,
             arch::scalar::Tiles,
             arch::scalar::Rows,
         ],
@@ -70,6 +75,8 @@ bitnet_burn_plugin::plugin! {
             arch::aarch64::dotprod::Rows,
             arch::aarch64::neon::Tiles,
             arch::aarch64::neon::Rows,
+            arch::aarch64::neonlut::Tables<2>,
+            arch::aarch64::neonlut::Tables<3>,
             arch::scalar::Tiles,
             arch::scalar::Rows,
         ],

@@ -371,6 +371,8 @@ fn the_descriptor_is_what_a_host_expects() {
             "i2s" => "",
             "t2" => "t2x32",
             "t5" => "t5x32",
+            "tl1" => "tl1x32",
+            "tl2" => "tl2x32",
             other => panic!("{other}"),
         };
         assert_eq!(text(kernel.layout), layout);
@@ -488,7 +490,7 @@ fn kernels_for_other_cpus_refuse_to_run() {
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 #[test]
 fn the_features_decide_which_kernels_run() {
-    let mut expected = vec!["t2-neon", "i2s-neon", "t2-scalar", "i2s-scalar"];
+    let mut expected = vec!["t2-neon", "i2s-neon", "tl1-neon", "tl2-neon", "t2-scalar", "i2s-scalar"];
     if detected("dotprod") {
         expected.splice(0..0, ["t2-dotprod", "i2s-dotprod"]);
         if detected("i8mm") {

@@ -7,6 +7,7 @@
 pub(crate) mod dotprod;
 pub(crate) mod i8mm;
 pub(crate) mod neon;
+pub(crate) mod neonlut;
 mod quad;
 
 /// Repeats a block for each constant `i` below `n`, at most 8. Compilers don't unroll loops over this much

@@ -2,6 +2,7 @@
 
 pub(crate) mod amx;
 pub(crate) mod avx2;
+pub(crate) mod avx2lut;
 pub(crate) mod avx512vbmi;
 pub(crate) mod avx512vnni;
 pub(crate) mod avxvnni;
