@@ -294,7 +294,8 @@ mod tests {
             });
             let mut want = vec![cores[0].id, cores[1 % cores.len()].id];
             let mut seen = seen.into_inner().unwrap();
-            (want.sort_unstable(), seen.sort_unstable());
+            want.sort_unstable();
+            seen.sort_unstable();
             assert_eq!(seen, want);
         })
         .join()

@@ -201,8 +201,8 @@ impl Blocks for Q6_K {
                     ];
                     for c in 0..C {
                         let mut sum = isa.splat(-32 * offsets[c][4 * group + s]);
-                        for t in 0..4 {
-                            sum = isa.dot(sum, codes[t], four(isa, q[c], 64 * group + 16 * s + 4 * t));
+                        for (t, &codes) in codes.iter().enumerate() {
+                            sum = isa.dot(sum, codes, four(isa, q[c], 64 * group + 16 * s + 4 * t));
                         }
                         sums[c] = isa.add_scaled(sums[c], sum, part(bytes, 16 * s));
                     }
