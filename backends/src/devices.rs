@@ -1,5 +1,7 @@
 //! The devices besides host memory that this build can compute on, as Burn finds them.
 
+use std::sync::{Mutex, PoisonError};
+
 use burn::tensor::Device;
 
 /// A GPU, or what stands in for one.
@@ -81,9 +83,16 @@ pub fn tried(open: impl FnOnce() -> Device) -> Result<Device, String> {
     .and_then(|device| device)
 }
 
-/// Without a word on stderr, and with what a panic said as an error.
-fn quietly<T>(run: impl FnOnce() -> T) -> Result<T, String> {
+/// Without a word on stderr, and with what a panic said as an error: runtimes of GPUs panic where others return an error.
+/// One at a time, and not from within another.
+///
+/// # Errors
+/// What the panic said.
+pub fn quietly<T>(run: impl FnOnce() -> T) -> Result<T, String> {
     use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+    // The hook is the process's.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let hook = take_hook();
     set_hook(Box::new(|_| ()));
     let result = catch_unwind(AssertUnwindSafe(run));

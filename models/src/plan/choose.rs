@@ -2,14 +2,14 @@
 
 use super::machine::{GpuProfile, MachineProfile};
 use super::placement::{Kind, Placement};
-use super::predict::{Prediction, place};
-use super::requirements::{CACHE_TYPES, Load, Requirements};
+use super::predict::Prediction;
+use super::requirements::{CACHE_TYPES, Requirements};
 use super::{Alternative, CPU, DeviceMemory, Plan, PlanError, Settings, Strategy, Tier, Wishes, words};
 use crate::bitnet::DEFAULT_CHUNK;
 use crate::nn::CacheType;
 
 /// Context that is worth more than speed.
-const COMMON_CONTEXT: usize = 4096;
+pub const COMMON_CONTEXT: usize = 4096;
 /// Shorter ones are not planned unless asked for.
 const LEAST_CONTEXT: usize = 256;
 /// Context where nobody knows how much memory there is.
@@ -74,25 +74,11 @@ impl Room<'_> {
     }
 
     fn memory(&self, placement: &Placement, settings: &Settings) -> Vec<DeviceMemory> {
-        let of = |device: &str| {
-            self.memory_of(device, placement.layers_on(device), placement.dense == device, settings)
-        };
-        placement.devices().map(of).collect()
-    }
-
-    /// What so many layers, and embedding and output or not, take on a device.
-    fn memory_of(&self, device: &str, layers: usize, dense: bool, settings: &Settings) -> DeviceMemory {
-        let Settings { threads, context, kv_cache, rows } = *settings;
-        let model = self.model;
-        let (of_layers, of_dense) = (model.layer_bytes(layers), if dense { model.dense_bytes() } else { 0 });
-        DeviceMemory {
-            device: device.to_owned(),
-            weights: of_layers.saturating_add(of_dense),
-            kv_cache: model.kv_bytes(kv_cache, context, layers),
-            activations: model.activations(rows, dense),
-            workspace: model.workspace(place(device, threads), Load { rows, context }, dense),
-            budget: self.budget(device),
+        let mut memory = self.model.memory(placement, settings);
+        for device in &mut memory {
+            device.budget = self.budget(&device.device);
         }
+        memory
     }
 
     /// Whether a GPU has room for so many layers, and for embedding and output or not.
@@ -103,8 +89,9 @@ impl Room<'_> {
         } else {
             0
         };
-        self.memory_of(&gpu.device, layers, dense, settings).fits()
-            && gpu.max_allocation_bytes.is_none_or(|limit| largest <= limit)
+        let budget = self.budget(&gpu.device);
+        let memory = DeviceMemory { budget, ..self.model.memory_of(&gpu.device, layers, dense, settings) };
+        memory.fits() && gpu.max_allocation_bytes.is_none_or(|limit| largest <= limit)
     }
 
     /// As much as there is room for on GPUs, in their order; the rest on the CPU.

@@ -270,6 +270,15 @@ impl MachineProfile {
         known.write(cache_dir)
     }
 
+    /// The same without what earlier runs reached: for the roofline alone.
+    pub fn without_efficiency(&self) -> Self {
+        let mut machine = self.clone();
+        for rate in &mut machine.cpu.rates {
+            (rate.decode_efficiency, rate.prefill_efficiency) = (None, None);
+        }
+        machine
+    }
+
     /// Bytes of main memory below which the kernel manager calls it low.
     pub fn memory_reserve(&self) -> u64 {
         self.memory.map_or(0, |memory| memory.total_bytes / LOW_MEMORY)

@@ -23,6 +23,7 @@
 
 mod adapt;
 mod choose;
+mod execute;
 mod machine;
 mod placement;
 mod predict;
@@ -34,11 +35,13 @@ mod words;
 use serde::{Deserialize, Serialize};
 
 pub use self::adapt::Observed;
+pub use self::choose::COMMON_CONTEXT;
+pub use self::execute::Placed;
 pub use self::machine::{
     CpuProfile, CpuRate, GpuProfile, MachineProfile, Measure, MemoryProfile, ProfileError,
 };
 pub use self::placement::{Kind, Placement, Stage};
-pub use self::predict::{Basis, Comparison, Prediction};
+pub use self::predict::{Basis, Comparison, Outcome, Prediction};
 pub use self::requirements::{Dense, Load, Place, Requirements};
 pub use crate::core::cpu::Cache;
 use crate::nn::CacheType;
@@ -131,7 +134,7 @@ pub enum PlanError {
 }
 
 /// What a model is run with.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Settings {
     /// Threads of the kernels.
     pub threads: usize,
@@ -157,7 +160,7 @@ pub struct DeviceMemory {
     pub activations: u64,
     /// What operations need beside their operands.
     pub workspace: u64,
-    /// What may be used; absent where nobody knows.
+    /// What may be used; absent where nobody knows, or it does not matter any more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub budget: Option<u64>,
 }

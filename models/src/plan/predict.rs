@@ -103,7 +103,7 @@ fn seconds(
         all.prefill = all.prefill.zip(multiply).map(|(sum, multiply)| sum + multiply.max(read));
     }
     let rate = rate(machine, &placement.dense, settings.threads)?;
-    let head = match place(&placement.dense, settings.threads) {
+    let head = match Place::of(&placement.dense, settings.threads) {
         Place::Host(_) => model.head_read as f64,
         // Decoded to f32, written, and read again.
         Place::Gpu => model.head_read as f64 + model.head_values as f64 * 8.0,
@@ -119,11 +119,6 @@ fn rate(machine: &MachineProfile, device: &str, threads: usize) -> Option<Rate> 
     }
     let gpu = machine.gpus.iter().find(|gpu| gpu.device == device)?;
     Some(Rate { read: gpu.read_gb_per_s?, multiply: gpu.multiply_adds_g_per_s })
-}
-
-/// What computes on a device.
-pub(super) fn place(device: &str, threads: usize) -> Place {
-    if device == CPU { Place::Host(threads) } else { Place::Gpu }
 }
 
 /// What a prediction came to.
@@ -142,5 +137,35 @@ impl Comparison {
     pub fn of(predicted: f64, measured: f64) -> Option<Self> {
         let ratio = measured / predicted;
         (ratio.is_finite() && ratio > 0.0).then_some(Self { predicted, measured, ratio })
+    }
+}
+
+/// A run's speed beside what was predicted for it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Outcome {
+    /// What the prediction stood on.
+    pub basis: Basis,
+    /// Decode.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode: Option<Comparison>,
+    /// Prefill.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill: Option<Comparison>,
+}
+
+impl Outcome {
+    /// Of measured figures, decode behind `at` positions of a context of `full` on the average.
+    pub fn of(
+        prediction: &Prediction,
+        (at, full): (usize, usize),
+        decode: Option<f64>,
+        prefill: Option<f64>,
+    ) -> Self {
+        let expected = prediction.decode_at(at, full);
+        Self {
+            basis: prediction.basis,
+            decode: decode.and_then(|measured| Comparison::of(expected, measured)),
+            prefill: prefill.zip(prediction.prefill_tokens_per_s).and_then(|(m, p)| Comparison::of(p, m)),
+        }
     }
 }

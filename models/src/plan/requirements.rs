@@ -3,6 +3,8 @@
 use bitnet_burn_core::formats::canonical;
 use serde::Serialize;
 
+use super::placement::Placement;
+use super::{CPU, DeviceMemory, Settings};
 use crate::bitnet::HeadMode;
 use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection};
 use crate::config::ModelConfig;
@@ -53,6 +55,13 @@ pub enum Place {
     Host(usize),
     /// On a GPU, where what is not a ternary matmul runs in Burn's operations, which keep what they compute.
     Gpu,
+}
+
+impl Place {
+    /// What computes on a device of a placement.
+    pub fn of(device: &str, threads: usize) -> Self {
+        if device == CPU { Self::Host(threads) } else { Self::Gpu }
+    }
 }
 
 /// Blocks of a prompt's rows that a device works on at once, and over which attention looks back.
@@ -142,6 +151,34 @@ impl Requirements {
     pub fn kv_bytes(&self, kind: CacheType, positions: usize, layers: usize) -> u64 {
         let index = CACHE_TYPES.iter().position(|&known| known == kind).expect("all types are listed");
         self.kv_per_position[index].saturating_mul(positions as u64).saturating_mul(layers as u64)
+    }
+
+    /// What each device of a placement needs.
+    pub fn memory(&self, placement: &Placement, settings: &Settings) -> Vec<DeviceMemory> {
+        let of = |device: &str| {
+            self.memory_of(device, placement.layers_on(device), placement.dense == device, settings)
+        };
+        placement.devices().map(of).collect()
+    }
+
+    /// What so many layers, and embedding and output or not, take on a device. There is no budget in it.
+    pub(super) fn memory_of(
+        &self,
+        device: &str,
+        layers: usize,
+        dense: bool,
+        settings: &Settings,
+    ) -> DeviceMemory {
+        let Settings { threads, context, kv_cache, rows } = *settings;
+        let (of_layers, of_dense) = (self.layer_bytes(layers), if dense { self.dense_bytes() } else { 0 });
+        DeviceMemory {
+            device: device.to_owned(),
+            weights: of_layers.saturating_add(of_dense),
+            kv_cache: self.kv_bytes(kv_cache, context, layers),
+            activations: self.activations(rows, dense),
+            workspace: self.workspace(Place::of(device, threads), Load { rows, context }, dense),
+            budget: None,
+        }
     }
 
     /// f32 activations of the rows of a forward pass, and the logits of one row where the output is computed there.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::machine::MachineProfile;
 use super::placement::{Kind, Placement};
-use super::predict::{Basis, Prediction};
+use super::predict::{Basis, Comparison, Outcome, Prediction};
 use super::{CPU, DeviceMemory, Plan, Tier, Wishes};
 use crate::report::{count, human_bytes, line};
 
@@ -142,6 +142,37 @@ impl fmt::Display for Prediction {
     }
 }
 
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let most = if self.basis == Basis::Roofline { "at most " } else { "" };
+        let parts =
+            [("decode", self.decode), ("prefill", self.prefill)].into_iter().filter_map(|(what, c)| {
+                let Comparison { predicted, measured, ratio } = c?;
+                Some(format!(
+                    "{what} {most}{predicted:.1} tokens/s, measured {measured:.1} ({:.0} %)",
+                    ratio * 100.0
+                ))
+            });
+        f.write_str(&parts.collect::<Vec<_>>().join("; "))
+    }
+}
+
+impl fmt::Display for DeviceMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { device, weights, kv_cache, activations, workspace, budget } = self;
+        let [total, weights, kv_cache, activations, workspace] =
+            [self.total(), *weights, *kv_cache, *activations, *workspace].map(human_bytes);
+        write!(f, "{device}: {total}")?;
+        if let Some(budget) = budget {
+            write!(f, " of {}", human_bytes(*budget))?;
+        }
+        write!(
+            f,
+            " (weights {weights}, KV cache {kv_cache}, activations {activations}, workspace {workspace})"
+        )
+    }
+}
+
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let fits = match (self.fits, self.fallback) {
@@ -162,18 +193,7 @@ impl fmt::Display for Plan {
         }
         let mut label = "memory";
         for memory in &self.memory {
-            let DeviceMemory { device, weights, kv_cache, activations, workspace, budget } = memory;
-            let [total, weights, kv_cache, activations, workspace] =
-                [memory.total(), *weights, *kv_cache, *activations, *workspace].map(human_bytes);
-            let of = budget.map_or_else(|| "an unknown amount".into(), human_bytes);
-            line(
-                f,
-                label,
-                format_args!(
-                    "{device}: {total} of {of} (weights {weights}, KV cache {kv_cache}, activations {activations}, \
-                     workspace {workspace})"
-                ),
-            )?;
+            line(f, label, memory)?;
             label = "";
         }
         match &self.prediction {

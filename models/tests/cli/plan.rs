@@ -83,3 +83,32 @@ fn this_machine_is_described_and_planned_for_elsewhere() {
     let json: Value = serde_json::from_str(&there).unwrap();
     assert_eq!((&json["tier"], &json["kind"]), (&"unknown".into(), &"cpu_only".into()), "{json}");
 }
+
+#[test]
+fn a_run_follows_a_plan_and_says_what_was_predicted() {
+    let place = Place::new();
+    let call = ["run", "-m", "model.gguf", "--tokens-file", "ids.txt", "--greedy", "-n", "6", "--json"];
+    let plain = place.json(&call);
+    // Nothing was measured yet.
+    assert!(plain["prediction"].is_null() && plain["placement"].is_null(), "{plain}");
+    let auto = place.json(&[&call[..], &["--device", "auto"]].concat());
+    assert_eq!(auto["token_ids"], plain["token_ids"]);
+    assert_eq!(auto["device"], "flex");
+    let comparison = &auto["prediction"]["decode"];
+    for key in ["predicted", "measured", "ratio"] {
+        assert!(comparison[key].as_f64().unwrap() > 0.0, "{auto}");
+    }
+    let threads = auto["threads"].to_string();
+    let bench =
+        ["bench", "-m", "model.gguf", "-p", "8", "-n", "4", "--repetitions", "1", "--threads", &threads];
+    let text = place.ok(&bench);
+    assert!(text.contains("predicted    decode at most "), "{text}");
+
+    let refused = |more: &[&str]| place.error(&[&call[..], more].concat());
+    assert!(refused(&["--gpu-layers", "99"]).contains("--gpu-layers 99: the model has 2 layers"));
+    assert!(refused(&["--device", "flex=1"]).contains("a place for 1 layers; the model has 2"));
+    if !cfg!(any(feature = "wgpu", feature = "cuda")) {
+        assert!(refused(&["--gpu-layers", "1"]).contains("--features wgpu"));
+        assert!(refused(&["--device", "wgpu:0=1,flex"]).contains("--features wgpu"));
+    }
+}
