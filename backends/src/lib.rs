@@ -14,6 +14,7 @@
 const _: () = assert!(cfg!(target_endian = "little"), "bitnet-burn needs a little-endian machine");
 
 mod default;
+pub mod devices;
 mod extension;
 #[cfg(feature = "cube")]
 pub mod gpu;

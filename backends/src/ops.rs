@@ -387,6 +387,21 @@ impl CacheLayer {
         }
     }
 
+    /// The positions from `start` on.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn from_position(self, start: usize) -> Self {
+        let [heads, capacity, d] = self.dims();
+        let (whole, scales) = ([0..heads, start..capacity, 0..d], [0..heads, start..capacity]);
+        match self {
+            Self::Float(tensor) => Self::Float(tensor.slice(whole)),
+            Self::Int8 { codes, scale } => {
+                Self::Int8 { codes: codes.slice(whole), scale: scale.slice(scales) }
+            }
+        }
+    }
+
     fn into_dispatch(self) -> CacheTensor<Dispatch> {
         match self {
             Self::Float(tensor) => CacheTensor::Float(tensor.into_dispatch()),

@@ -9,6 +9,7 @@
 //! | `cargo bench --bench kv_cache` | append and attention by context length |
 //! | `cargo bench --bench layers` | `BitLinear` against Burn's `Linear`, and against its Q2S with `--features ndarray` |
 //! | `cargo bench --bench peers --features peers` | a model beside llama.cpp, which this builds: see the file |
+//! | `cargo bench --bench plan` | planning where a model runs, from a profile of the machine that is kept |
 //! | `cargo bench --bench training` | training: tokens a second, the share of matmuls, fused against composed |
 //!
 //! `-- --quick` is several times faster and less exact; `-- NAME` runs what matches. `BITNET_THREADS`

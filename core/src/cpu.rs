@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+use serde::{Deserialize, Serialize};
+
 /// Names (Rust's) of the CPU features that kernels may ask for and this machine has.
 pub fn features() -> &'static [&'static str] {
     static FEATURES: OnceLock<Vec<&'static str>> = OnceLock::new();
@@ -116,21 +118,44 @@ pub fn by_cores() -> Vec<core_affinity::CoreId> {
     ids.into_iter().map(|(_, core)| core).collect()
 }
 
-/// Bytes of the largest cache level, where the system tells.
-pub fn last_level_cache() -> Option<usize> {
-    let size = |index: usize| {
-        let text =
-            std::fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size")).ok()?;
-        let text = text.trim();
+/// A cache of the first core.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cache {
+    /// 1, 2, 3 ...
+    pub level: u32,
+    /// Its size.
+    pub bytes: usize,
+}
+
+/// The caches of data of the first core, where the system tells, by level.
+pub fn caches() -> Vec<Cache> {
+    let cache = |index: usize| {
+        let read = |name: &str| {
+            let path = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/{name}");
+            Some(std::fs::read_to_string(path).ok()?.trim().to_owned())
+        };
+        let text = read("size")?;
         let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
         let factor = match unit {
             "K" => 1 << 10,
             "M" => 1 << 20,
             _ => 1,
         };
-        Some(digits.parse::<usize>().ok()? * factor)
+        if read("type").is_some_and(|kind| kind == "Instruction") {
+            return None;
+        }
+        let bytes = digits.parse::<usize>().ok()?.checked_mul(factor)?;
+        Some(Cache { level: read("level").and_then(|level| level.parse().ok()).unwrap_or(0), bytes })
     };
-    (0..8).filter_map(size).max()
+    let mut caches: Vec<Cache> = (0..8).filter_map(cache).collect();
+    caches.sort_by_key(|cache| cache.level);
+    caches
+}
+
+/// Bytes of the largest cache level, where the system tells.
+pub fn last_level_cache() -> Option<usize> {
+    caches().iter().map(|cache| cache.bytes).max()
 }
 
 #[cfg(test)]

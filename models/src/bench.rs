@@ -162,16 +162,14 @@ impl BytesPerToken {
     /// If no kernel may compute one of its shapes.
     pub fn of(model: &BitNet) -> Result<Self, ManagerError> {
         let config = model.config();
-        let host = ops::is_host(&model.device());
+        let host_layers = model.layer_devices().iter().filter(|device| ops::is_host(device)).count() as u64;
         let mut ternary = 0u64;
         for projection in Projection::ALL {
             let (n, k) = projection.shape(config);
-            let bytes = if host {
-                manager().choose(n, k, LayoutPolicy::Any)?.weight_bytes()
-            } else {
-                n * canonical::row_bytes(k)
-            };
-            ternary += bytes as u64 * config.n_layers as u64;
+            if host_layers > 0 {
+                ternary += manager().choose(n, k, LayoutPolicy::Any)?.weight_bytes() as u64 * host_layers;
+            }
+            ternary += (n * canonical::row_bytes(k)) as u64 * (config.n_layers as u64 - host_layers);
         }
         let row = |matrix: &crate::nn::DenseMatrix| {
             let args = matrix.args();

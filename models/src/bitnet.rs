@@ -19,7 +19,7 @@ use std::ops::Range;
 
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops::{self, DenseError, TernaryMatrix};
-use bitnet_burn_backends::{DenseArgs, Kernels, NoInt8};
+use bitnet_burn_backends::{DenseArgs, Kernels, NoInt8, devices};
 use bitnet_burn_core::formats::DenseFormat;
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
 use burn::module::{Module, Param, ParamId};
@@ -45,6 +45,14 @@ pub enum ModelError {
     /// The kernels.
     #[error(transparent)]
     Kernel(#[from] ManagerError),
+    /// Devices for another number of layers.
+    #[error("devices for {found} layers; the model has {expected}")]
+    Devices {
+        /// Layers that devices were given for.
+        found: usize,
+        /// Layers of the model.
+        expected: usize,
+    },
     /// The output projection is of a type that [`HeadMode::Int8`] can't compute with.
     #[error("the output projection {tensor}: {source}")]
     Head {
@@ -83,6 +91,9 @@ pub enum ForwardError {
         /// Size of the vocabulary.
         vocabulary: usize,
     },
+    /// A device failed.
+    #[error("a device failed: {0}")]
+    Device(String),
     /// Rows that do not continue their sequences.
     #[error("row {row}: {problem}")]
     Rows {
@@ -121,7 +132,9 @@ pub enum History<'a> {
 pub struct Batch {
     /// Runs of rows of one sequence, where there is a cache.
     pub(crate) sequences: Vec<SequenceRows>,
-    /// Cosines and sines of the rows' positions; without a cache, of one sequence's.
+    /// The rows' positions; without a cache, one sequence's.
+    positions: Vec<usize>,
+    /// Their cosines and sines, on the device of the layer that computes.
     pub(crate) angles: (Tensor<2>, Tensor<2>),
     /// Whether activations are quantised.
     pub(crate) quantise: bool,
@@ -132,6 +145,7 @@ pub struct Batch {
 pub(crate) struct SequenceRows {
     pub id: SequenceId,
     pub rows: Range<usize>,
+    /// Where they are in the cache.
     pub position: usize,
 }
 
@@ -154,6 +168,15 @@ pub struct BitNet {
     quantise: bool,
     #[module(skip)]
     prepacked: usize,
+}
+
+/// The devices of a model's parts. Layers of one device follow each other best: rows move wherever two differ.
+#[derive(Clone, Debug)]
+pub struct ModelDevices {
+    /// One for each layer; its KV cache is there, too.
+    pub layers: Vec<Device>,
+    /// Of the embedding, the last norm and the output projection.
+    pub dense: Device,
 }
 
 /// Gives the values of a parameter by its name and shape.
@@ -232,14 +255,34 @@ impl BitNet {
         options: &LoadOptions,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
+        let layers = vec![device.clone(); checkpoint.config().n_layers];
+        Self::placed(checkpoint, &ModelDevices { layers, dense: device.clone() }, options, progress)
+    }
+
+    /// [`from_checkpoint`](Self::from_checkpoint) with layers on several devices.
+    ///
+    /// # Errors
+    /// As there, and if there is not one device for each layer.
+    pub fn placed(
+        checkpoint: &Checkpoint,
+        devices: &ModelDevices,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
         let config = checkpoint.config().clone();
-        if ops::is_host(device) && options.quantise_activations {
+        if devices.layers.len() != config.n_layers {
+            return Err(ModelError::Devices { found: devices.layers.len(), expected: config.n_layers });
+        }
+        if devices.layers.iter().any(ops::is_host) && options.quantise_activations {
             choose_kernels(&config, options.max_rows, progress)?;
         }
+        let device = &devices.dense;
         let norm = |which: Norm| -> Result<RmsNorm, ModelError> {
+            let device = which.layer().map_or(device, |layer| &devices.layers[layer]);
             Ok(rms_norm(checkpoint.norm(which)?, config.rms_norm_eps, device))
         };
-        let prepacked = match options.prepacked && options.quantise_activations && ops::is_host(device) {
+        let host = devices.layers.iter().chain([device]).any(ops::is_host);
+        let prepacked = match options.prepacked && options.quantise_activations && host {
             true => Prepacked::beside(checkpoint).unwrap_or_else(|error| {
                 tracing::warn!("packed weights are not used: {error}");
                 None
@@ -247,7 +290,8 @@ impl BitNet {
             false => None,
         };
         let linear = |layer: usize, which: Projection| -> Result<BitLinear, ModelError> {
-            if let Some(prepacked) = &prepacked {
+            let device = &devices.layers[layer];
+            if let Some(prepacked) = prepacked.as_ref().filter(|_| ops::is_host(device)) {
                 let (n, k) = which.shape(&config);
                 let choice = manager().choose(n, k, LayoutPolicy::Any)?;
                 if let Some((packed, scale)) = prepacked.projection(layer, which, &choice) {
@@ -274,7 +318,8 @@ impl BitNet {
             }
             _ => {
                 let output = output.unwrap_or_else(|| embedding.clone());
-                let output = head(output, options.head, prepacked.as_ref(), device)?;
+                let tiles = prepacked.as_ref().filter(|_| ops::is_host(device));
+                let output = head(output, options.head, tiles, device)?;
                 checkpoint.read_by_rows(&embedding);
                 (DenseMatrix::new(embedding, device), Some(output))
             }
@@ -483,19 +528,75 @@ impl BitNet {
         self.prepacked
     }
 
-    /// The device of its weights.
+    /// The device of its embedding and its output; of all its weights, where it is on one device.
     pub fn device(&self) -> Device {
         self.embedding.device()
     }
 
-    /// An empty KV cache for up to `context` positions a sequence (at most the model's own context).
+    /// The devices of its layers.
+    pub fn layer_devices(&self) -> Vec<Device> {
+        self.blocks.iter().map(BitBlock::device).collect()
+    }
+
+    /// Whether all of it is in host memory.
+    pub fn is_host(&self) -> bool {
+        ops::is_host(&self.device()) && self.layer_devices().iter().all(ops::is_host)
+    }
+
+    /// An empty KV cache for up to `context` positions a sequence (at most the model's own context), each layer's on
+    /// the layer's device.
     ///
     /// # Errors
-    /// If the device does not support the type.
+    /// If a device does not support the type.
     pub fn cache(&self, context: usize, cache_type: CacheType) -> Result<KvCache, CacheError> {
         let c = &self.config;
-        let shape = [c.n_layers, c.n_kv_heads, c.head_dim];
-        KvCache::new(shape, context.min(c.context_length), cache_type, &self.device())
+        let shape = [c.n_kv_heads, c.head_dim];
+        KvCache::on_devices(shape, context.min(c.context_length), cache_type, self.layer_devices())
+    }
+
+    /// Whether its devices have the memory for it: computes the last `rows` rows of a sequence that fills `context`
+    /// positions, and forgets them. What a device says against it, in words; a device that panics says something, too.
+    ///
+    /// # Errors
+    /// That.
+    pub fn try_out(&self, rows: usize, context: usize, cache_type: CacheType) -> Result<(), String> {
+        let compute = || -> Result<(), String> {
+            self.arrived()?;
+            let words = |error: ForwardError| error.to_string();
+            let mut cache = self.cache(context, cache_type).map_err(|error| words(error.into()))?;
+            let sequence = cache.add_sequence(cache.capacity());
+            let rows = rows.clamp(1, cache.capacity());
+            let first = cache.capacity() - rows;
+            cache.advance(sequence, first).map_err(|error| words(error.into()))?;
+            let rows: Vec<Row> =
+                (first..first + rows).map(|position| Row { token: 0, sequence, position }).collect();
+            let logits = self.forward(&rows, &[rows.len() - 1], &mut cache).map_err(words)?;
+            logits.try_into_data().map(|_| ()).map_err(|error| error.to_string())
+        };
+        devices::quietly(compute)?
+    }
+
+    /// That the weights which are not in host memory are where they were sent: a device that had no room for them says so
+    /// when they are read, and kernels that read them would be blamed for it.
+    fn arrived(&self) -> Result<(), String> {
+        let words = |what: &str, error: &dyn std::fmt::Display| format!("{what}: {error}");
+        if !ops::is_host(&self.device()) {
+            for (what, matrix) in
+                [("the embedding", Some(&self.embedding)), ("the output", self.output.as_ref())]
+            {
+                if let Some(DenseWeight::Stored(stored)) = matrix.map(|matrix| &matrix.weight) {
+                    let first = stored.val().slice([0..1, 0..1]);
+                    first.try_into_data().map_err(|error| words(what, &error))?;
+                }
+            }
+        }
+        for (i, block) in self.blocks.iter().enumerate().filter(|(_, block)| !ops::is_host(&block.device())) {
+            for matrix in block.projections().iter().filter_map(|layer| layer.matrix()) {
+                let first = matrix.codes.slice([0..1, 0..1]);
+                first.try_into_data().map_err(|error| words(&format!("layer {i}"), &error))?;
+            }
+        }
+        Ok(())
     }
 
     /// Appends the rows to their sequences and returns the logits of the rows `wanted`.
@@ -514,13 +615,13 @@ impl BitNet {
         wanted: &[usize],
         cache: &mut KvCache,
     ) -> Result<Tensor<2>, ForwardError> {
-        let batch = self.batch(rows, cache)?;
+        let mut batch = self.batch(rows, cache)?;
         let tokens: Vec<u32> = rows.iter().map(|row| row.token).collect();
-        let x = self.hidden(&tokens, &batch, &mut History::Cache(cache))?;
+        let x = self.hidden(&tokens, &mut batch, &mut History::Cache(cache))?;
         for sequence in &batch.sequences {
             cache.advance(sequence.id, sequence.rows.len())?;
         }
-        Ok(self.logits(select_rows(x, wanted)))
+        self.logits(select_rows(x, wanted))
     }
 
     /// The logits of all rows of whole sequences of `length` tokens each, without a cache: what training
@@ -539,27 +640,40 @@ impl BitNet {
         }
         let positions: Vec<usize> = (0..length).collect();
         let angles = self.rotary.angles(&positions, &self.device());
-        let batch = Batch { sequences: Vec::new(), angles, quantise: self.quantise };
-        Ok(self.logits(self.hidden(tokens, &batch, &mut History::None { length })?))
+        let mut batch = Batch { sequences: Vec::new(), positions, angles, quantise: self.quantise };
+        self.logits(self.hidden(tokens, &mut batch, &mut History::None { length })?)
     }
 
-    /// The residual stream behind the last block.
+    /// The residual stream behind the last block, on that block's device.
     fn hidden(
         &self,
         tokens: &[u32],
-        batch: &Batch,
+        batch: &mut Batch,
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
         let mut x = self.embedding.rows(tokens);
+        let mut here = self.device();
         for (i, block) in self.blocks.iter().enumerate() {
+            let device = block.device();
+            if device != here {
+                x = moved(x, &device)?;
+                batch.angles = self.rotary.angles(&batch.positions, &device);
+                here = device;
+            }
             x = block.forward(x, i, batch, history)?;
         }
         Ok(x)
     }
 
-    fn logits(&self, x: Tensor<2>) -> Tensor<2> {
+    fn logits(&self, x: Tensor<2>) -> Result<Tensor<2>, ForwardError> {
+        let device = self.device();
+        let x = if self.blocks.last().is_some_and(|block| block.device() != device) {
+            moved(x, &device)?
+        } else {
+            x
+        };
         let x = ops::rms_norm(x, self.norm.gamma.val(), self.norm.epsilon as f32);
-        self.head().forward(x)
+        Ok(self.head().forward(x))
     }
 
     fn check_tokens(&self, mut tokens: impl Iterator<Item = u32>) -> Result<(), ForwardError> {
@@ -602,12 +716,14 @@ impl BitNet {
                 problem: "a forward pass takes at least one row".into(),
             });
         }
-        for sequence in &sequences {
+        for sequence in &mut sequences {
             cache.reserve(sequence.id, sequence.rows.len())?;
+            // Where the rows are in the cache, which may have forgotten some.
+            sequence.position = cache.kept(sequence.id)?;
         }
         let positions: Vec<usize> = rows.iter().map(|row| row.position).collect();
         let angles = self.rotary.angles(&positions, &self.device());
-        Ok(Batch { sequences, angles, quantise: self.quantise })
+        Ok(Batch { sequences, positions, angles, quantise: self.quantise })
     }
 }
 
@@ -662,6 +778,15 @@ fn rms_norm(weight: Vec<f32>, eps: f32, device: &Device) -> RmsNorm {
     let mut norm = RmsNormConfig::new(k).with_epsilon(f64::from(eps)).init(device);
     norm.gamma = Param::initialized(ParamId::new(), gamma);
     norm
+}
+
+/// On another device. What went wrong on the one that it leaves shows here.
+fn moved(x: Tensor<2>, device: &Device) -> Result<Tensor<2>, ForwardError> {
+    if x.device().is_autodiff() {
+        return Ok(x.to_device(device));
+    }
+    let data = x.try_into_data().map_err(|error| ForwardError::Device(error.to_string()))?;
+    Ok(Tensor::from_data(data, device))
 }
 
 fn select_rows(x: Tensor<2>, wanted: &[usize]) -> Tensor<2> {

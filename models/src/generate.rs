@@ -185,7 +185,7 @@ pub fn generate(
             break;
         }
         let position = cache.length(sequence).map_err(ForwardError::from)?;
-        if position >= cache.capacity() {
+        if !cache.has_room(sequence).map_err(ForwardError::from)? {
             result.finish = Finish::Context;
             break;
         }

@@ -3,6 +3,7 @@
 //! - [`nn`]: layers for your own models, [`nn::BitLinear`] first of all.
 //! - [`bitnet`]: the BitNet b1.58 model; [`checkpoint`] opens GGUF files and Hugging Face directories.
 //! - [`generate`]: prompts in, tokens out.
+//! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`export`]: checkpoints from one format to another.
 //!
 //! The ternary matmuls run on kernels that [`bitnet_burn_core::manager`] checks against an exact
@@ -21,6 +22,7 @@ pub mod generate;
 pub mod gguf;
 pub mod hf;
 pub mod nn;
+pub mod plan;
 pub mod plausible;
 pub mod prepack;
 pub mod receipt;

@@ -17,7 +17,6 @@
 
 use std::io;
 
-use bitnet_burn_backends::ops;
 use bitnet_burn_core::manager::ManagerError;
 use bitnet_burn_core::pool::Pool;
 
@@ -134,7 +133,7 @@ pub fn check(
     prefill: Option<f64>,
     decode: Option<f64>,
 ) -> Result<(), FigureError> {
-    if !ops::is_host(&model.device()) {
+    if !model.is_host() {
         return Ok(());
     }
     let work = Work {

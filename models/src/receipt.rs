@@ -187,6 +187,9 @@ pub struct GenerationRecord {
     pub context: usize,
     /// Its type.
     pub kv_cache: CacheType,
+    /// Whether a context that was full forgot its oldest positions.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sliding_window: bool,
     /// How the output projection was computed.
     pub lm_head: HeadMode,
     /// The feed-forward activation, where it was named beside the model.

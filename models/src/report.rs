@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::generate::{Finish, Generation};
+use crate::plan::{DeviceMemory, Outcome, Placement};
 
 /// The model that ran.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -79,8 +80,21 @@ pub struct Tuning {
 /// Which kernels computed, and whether any was replaced.
 #[derive(Clone, Debug, Serialize)]
 pub struct Execution {
-    /// `flex`, `ndarray`, `wgpu` ...
+    /// `flex`, `ndarray`, `wgpu` ...; where there are several, with the layers on each: `wgpu:0=12,flex=18`.
     pub device: String,
+    /// Which layers ran where, if not all on one device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
+    /// Why the devices are not those that were asked for, where they are not.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub placement_notes: Vec<String>,
+    /// What memory was for on each device, by the shapes of what was computed with. Weights in host memory are in the
+    /// page cache as far as kernels read them where the file has them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub memory: Vec<DeviceMemory>,
+    /// Speed, beside what the plan promised, where the machine was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<Outcome>,
     /// How the output projection was computed, where it was: `file (Q6_K, f32 activations)`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lm_head: Option<String>,
@@ -121,6 +135,10 @@ impl Execution {
         };
         Self {
             device: device.to_owned(),
+            placement: None,
+            placement_notes: Vec::new(),
+            memory: Vec::new(),
+            prediction: None,
             lm_head: None,
             prepacked: 0,
             threads: after.threads,
@@ -286,6 +304,20 @@ impl fmt::Display for Execution {
         let threads = count(self.threads as u64, "thread");
         let pinned = if self.pinned { ", pinned" } else { "" };
         line(f, "device", format_args!("{}, {threads}{pinned}{strict}", self.device))?;
+        if let Some(placement) = &self.placement {
+            line(f, "placement", placement)?;
+        }
+        for note in &self.placement_notes {
+            line(f, "", note)?;
+        }
+        let mut label = "memory";
+        for memory in &self.memory {
+            line(f, label, memory)?;
+            label = "";
+        }
+        if let Some(prediction) = self.prediction.filter(|p| p.decode.is_some() || p.prefill.is_some()) {
+            line(f, "predicted", prediction)?;
+        }
         let mut label = "kernels";
         if self.kernels.is_empty() {
             line(f, label, "none of the manager's: the device's own operations computed")?;

@@ -1,9 +1,12 @@
 //! The KV cache: whatever is done to it, a sequence's logits are those of the sequence alone, bit for bit.
 
 use bitnet_burn::bitnet::{BitNet, ForwardError, LoadOptions, Row};
+use bitnet_burn::config::ModelConfig;
 use bitnet_burn::generate::{self, Finish, GenerateOptions};
 use bitnet_burn::nn::{CacheError, CacheType, KvCache, SequenceId};
 use bitnet_burn_tests::*;
+use burn::module::Module;
+use burn::tensor::Device;
 
 const VOCABULARY: usize = 320;
 
@@ -243,4 +246,70 @@ fn rows_that_do_not_continue_their_sequences_are_refused() {
     assert!(error.to_string().contains("no sequence 1"), "{error}");
     // Its place is free again.
     assert_eq!(cache.add_sequence(0), b);
+}
+
+/// In a model of one layer, keys and values are those of single tokens, and RoPE sees differences of positions alone:
+/// what a sliding window gives is what the tokens that it keeps give by themselves.
+#[test]
+fn a_sliding_window_goes_on_with_what_it_keeps() {
+    setup();
+    let config = ModelConfig {
+        hidden_size: 48,
+        intermediate_size: 64,
+        n_layers: 1,
+        n_heads: 4,
+        n_kv_heads: 2,
+        head_dim: 12,
+        vocab_size: VOCABULARY,
+        context_length: 16,
+        ..bitnet_burn::synth::shape("tiny").unwrap()
+    };
+    let mut random = Random(9);
+    let float = BitNet::trainable::<()>(&config, false, &Device::flex().autodiff(), &mut |_, shape| {
+        Ok(random.floats(shape.iter().product()).iter().map(|v| v * 0.3).collect())
+    });
+    let float = float.unwrap().valid();
+    let prompt = tokens(10, 60);
+    for (cache_type, tolerance) in [(CacheType::F32, 1e-4), (CacheType::F16, 1e-2), (CacheType::Int8, 0.1)] {
+        for chunk in [1, 3, 16] {
+            let mut cache = float.cache(16, cache_type).unwrap().sliding();
+            let sequence = cache.add_sequence(0);
+            for part in prompt.chunks(chunk) {
+                let got = append(&float, &mut cache, sequence, part);
+                let (kept, length) = (cache.kept(sequence).unwrap(), cache.length(sequence).unwrap());
+                assert!(kept <= 16 && kept >= part.len() && (length <= 16) == (kept == length));
+                assert!(cache.has_room(sequence).unwrap());
+                let want = alone(&float, &prompt[length - kept..length], part.len(), cache_type);
+                let difference = max_difference(&got, &want);
+                assert!(difference < tolerance, "{cache_type:?}, {chunk} at {length}: {difference:e}");
+            }
+            assert_eq!(cache.length(sequence).unwrap(), 60);
+            // What is forgotten can't come back.
+            let error = cache.truncate(sequence, 3).unwrap_err();
+            assert!(matches!(error, CacheError::Forgotten { length: 3, .. }), "{error}");
+            cache.truncate(sequence, 58).unwrap();
+            assert_eq!(cache.length(sequence).unwrap(), 58);
+            // More rows at once than there is room for at all.
+            let error = forward(&float, &mut cache, &rows(&[1; 17], sequence, 58)).unwrap_err();
+            assert!(matches!(error, ForwardError::Cache(CacheError::Full { capacity: 16, .. })), "{error}");
+        }
+    }
+}
+
+#[test]
+fn generation_goes_on_in_a_sliding_window() {
+    for (model, cache_type) in models_and_types() {
+        let options = GenerateOptions { max_new_tokens: 80, chunk: 8, ..GenerateOptions::default() };
+        let run = |mut cache: KvCache| {
+            let sequence = cache.add_sequence(0);
+            let go_on = &mut |_: u32, _: &[f32]| std::ops::ControlFlow::Continue(());
+            generate::generate(&model, &tokens(4, 20), sequence, &mut cache, &options, go_on).unwrap()
+        };
+        let ending = run(model.cache(32, cache_type).unwrap());
+        assert_eq!((ending.finish, ending.tokens.len()), (Finish::Context, 13));
+        let sliding = run(model.cache(32, cache_type).unwrap().sliding());
+        assert_eq!((sliding.finish, sliding.tokens.len()), (Finish::Length, 80));
+        // Up to where the context is full, nothing differs.
+        assert_eq!(sliding.tokens[..13], ending.tokens);
+    }
 }

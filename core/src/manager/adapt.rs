@@ -11,7 +11,7 @@ use super::slot::Change;
 use super::{Entry, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Memory, Status, lock};
 
 /// Memory is short below this fraction of all there is.
-const LOW_MEMORY: u64 = 16;
+pub const LOW_MEMORY: u64 = 16;
 /// It is looked at so often, at most.
 const MEMORY_EVERY: Duration = Duration::from_secs(1);
 

@@ -29,7 +29,7 @@ use std::sync::{Arc, Mutex, RwLock, Weak};
 use bitnet_burn_plugin::abi::{self, Signature};
 use bitnet_burn_plugin::canonical;
 
-pub use self::adapt::Feedback;
+pub use self::adapt::{Feedback, LOW_MEMORY};
 pub use self::choice::Choice;
 pub use self::config::{FallbackPolicy, ManagerConfig, Strict};
 pub use self::gpu::{DEFAULT_BODY, GpuKernel};

@@ -58,6 +58,11 @@ impl BitBlock {
         ]
     }
 
+    /// The device that it computes on.
+    pub fn device(&self) -> Device {
+        self.attention.input_norm.gamma.val().device()
+    }
+
     /// The residual stream after this block. Input and output: [rows of the batch, hidden_size].
     ///
     /// # Errors

@@ -26,6 +26,16 @@ pub enum CacheError {
         /// Positions that a sequence can have.
         capacity: usize,
     },
+    /// The positions before are forgotten.
+    #[error(
+        "a sequence can't be cut to {length} positions: of those, the first {forgotten} were forgotten when it was full"
+    )]
+    Forgotten {
+        /// The length that was asked for.
+        length: usize,
+        /// Positions that are there no more.
+        forgotten: usize,
+    },
     /// There is no such sequence.
     #[error("there is no sequence {0} in the KV cache")]
     Unknown(usize),
@@ -35,24 +45,28 @@ pub enum CacheError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SequenceId(pub(crate) usize);
 
-/// Keys and values by sequence and layer, [kv heads, room, head_dim] each.
+/// Keys and values by sequence and layer, [kv heads, room, head_dim] each, on the layer's device.
 ///
 /// A sequence grows in place; its room doubles when it is full, so a token costs no copy of the
 /// history. [`fork`](Self::fork) shares the history until one of the two is written to.
 #[derive(Debug)]
 pub struct KvCache {
     slots: Vec<Option<Slot>>,
-    n_layers: usize,
     n_kv_heads: usize,
     head_dim: usize,
     capacity: usize,
     cache_type: CacheType,
-    device: Device,
+    /// Of each layer.
+    devices: Vec<Device>,
+    /// Whether a sequence that is full forgets.
+    sliding: bool,
 }
 
 #[derive(Clone, Debug)]
 struct Slot {
     length: usize,
+    /// Its first positions that are there no more.
+    forgotten: usize,
     room: usize,
     /// `None` only while an operation holds the tensors.
     layers: Vec<Option<(CacheLayer, CacheLayer)>>,
@@ -75,16 +89,49 @@ impl KvCache {
         cache_type: CacheType,
         device: &Device,
     ) -> Result<Self, CacheError> {
-        if !CacheLayer::supported(cache_type, device) {
-            return Err(CacheError::Type { cache_type, device: format!("{device:?}") });
-        }
-        let device = device.clone();
-        Ok(Self { slots: Vec::new(), n_layers, n_kv_heads, head_dim, capacity, cache_type, device })
+        Self::on_devices([n_kv_heads, head_dim], capacity, cache_type, vec![device.clone(); n_layers])
     }
 
-    /// Positions that a sequence can have.
+    /// An empty cache with a device for each layer.
+    ///
+    /// # Errors
+    /// If one of them does not support the type.
+    pub fn on_devices(
+        [n_kv_heads, head_dim]: [usize; 2],
+        capacity: usize,
+        cache_type: CacheType,
+        devices: Vec<Device>,
+    ) -> Result<Self, CacheError> {
+        for (i, device) in devices.iter().enumerate() {
+            // Layers of one device follow each other.
+            let known = i > 0 && devices[i - 1] == *device;
+            if !known && !CacheLayer::supported(cache_type, device) {
+                return Err(CacheError::Type { cache_type, device: format!("{device:?}") });
+            }
+        }
+        Ok(Self { slots: Vec::new(), n_kv_heads, head_dim, capacity, cache_type, devices, sliding: false })
+    }
+
+    /// The same as a sliding window: a sequence that is full forgets its oldest positions, an eighth of the capacity at
+    /// once, and goes on. Later positions keep their numbers, and attention, which sees differences of positions alone,
+    /// looks back over what is left. What the forgotten ones left in the keys and values of later positions stays. When
+    /// a prompt's chunk makes room, it makes it for all of its rows: beyond the capacity, results depend on chunks.
+    pub fn sliding(mut self) -> Self {
+        self.sliding = true;
+        self
+    }
+
+    /// Positions that a sequence can have, or, as a sliding window, look back over.
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// Whether a sequence can go on.
+    ///
+    /// # Errors
+    /// If there is no such sequence.
+    pub fn has_room(&self, id: SequenceId) -> Result<bool, CacheError> {
+        Ok(self.sliding && self.capacity > 0 || self.kept(id)? < self.capacity)
     }
 
     /// Type of the values.
@@ -92,14 +139,19 @@ impl KvCache {
         self.cache_type
     }
 
+    /// The device of each layer's keys and values.
+    pub fn devices(&self) -> &[Device] {
+        &self.devices
+    }
+
     /// Begins a sequence, with room for `expected` positions before it first grows.
     pub fn add_sequence(&mut self, expected: usize) -> SequenceId {
         let room = expected.max(FIRST_ROOM).min(self.capacity.max(1));
         // All layers of a sequence grow together, and end together.
         let arena = WeightArena::default();
-        let empty = || self.empty(room, &arena);
-        let layers = (0..self.n_layers).map(|_| Some((empty(), empty()))).collect();
-        self.insert(Slot { length: 0, room, layers })
+        let empty = |device| self.empty(room, device, &arena);
+        let layers = self.devices.iter().map(|device| Some((empty(device), empty(device)))).collect();
+        self.insert(Slot { length: 0, forgotten: 0, room, layers })
     }
 
     fn insert(&mut self, slot: Slot) -> SequenceId {
@@ -111,9 +163,9 @@ impl KvCache {
         SequenceId(free)
     }
 
-    fn empty(&self, room: usize, arena: &WeightArena) -> CacheLayer {
+    fn empty(&self, room: usize, device: &Device, arena: &WeightArena) -> CacheLayer {
         let shape = [self.n_kv_heads, room, self.head_dim];
-        CacheLayer::zeros(self.cache_type, shape, &self.device, arena)
+        CacheLayer::zeros(self.cache_type, shape, device, arena)
     }
 
     fn slot(&self, id: SequenceId) -> Result<&Slot, CacheError> {
@@ -124,7 +176,16 @@ impl KvCache {
         self.slots.get_mut(id.0).and_then(Option::as_mut).ok_or(CacheError::Unknown(id.0))
     }
 
-    /// Positions of a sequence.
+    /// Positions of a sequence that are there: all, but for a sliding window.
+    ///
+    /// # Errors
+    /// If there is no such sequence.
+    pub fn kept(&self, id: SequenceId) -> Result<usize, CacheError> {
+        let slot = self.slot(id)?;
+        Ok(slot.length - slot.forgotten)
+    }
+
+    /// Positions of a sequence, those included that a sliding window forgot.
     ///
     /// # Errors
     /// If there is no such sequence.
@@ -135,9 +196,12 @@ impl KvCache {
     /// Forgets all positions from `length` on; does nothing if the sequence is not that long.
     ///
     /// # Errors
-    /// If there is no such sequence.
+    /// If there is no such sequence, or a sliding window forgot positions before `length` that would be the last.
     pub fn truncate(&mut self, id: SequenceId, length: usize) -> Result<(), CacheError> {
         let slot = self.slot_mut(id)?;
+        if length < slot.forgotten {
+            return Err(CacheError::Forgotten { length, forgotten: slot.forgotten });
+        }
         slot.length = slot.length.min(length);
         Ok(())
     }
@@ -163,7 +227,7 @@ impl KvCache {
 
     /// Bytes of all sequences' keys and values (shared histories count for each).
     pub fn bytes(&self) -> usize {
-        let values = self.n_layers * self.n_kv_heads * 2 * self.cache_type.row_bytes(self.head_dim);
+        let values = self.devices.len() * self.n_kv_heads * 2 * self.cache_type.row_bytes(self.head_dim);
         self.slots.iter().flatten().map(|slot| slot.room * values).sum()
     }
 
@@ -172,23 +236,51 @@ impl KvCache {
     /// # Errors
     /// If the context is full.
     pub(crate) fn reserve(&mut self, id: SequenceId, rows: usize) -> Result<(), CacheError> {
-        let (length, room) = (self.slot(id)?.length, self.slot(id)?.room);
-        let needed = length + rows;
+        let (kept, room) = (self.kept(id)?, self.slot(id)?.room);
+        let needed = kept + rows;
         if needed > self.capacity {
-            return Err(CacheError::Full { position: needed - 1, capacity: self.capacity });
+            if self.sliding && rows <= self.capacity {
+                return self.forget(id, needed - self.capacity);
+            }
+            let position = self.slot(id)?.length + rows - 1;
+            return Err(CacheError::Full { position, capacity: self.capacity });
         }
         if needed <= room {
             return Ok(());
         }
         let new_room = needed.max(room * 2).min(self.capacity);
         let arena = WeightArena::default();
-        for layer in 0..self.n_layers {
+        for layer in 0..self.devices.len() {
             let (k, v) = self.slot_mut(id)?.layers[layer].take().expect("no operation holds it");
-            let grow = |old| self.empty(new_room, &arena).with_positions(old, length);
+            let grow = |old| self.empty(new_room, &self.devices[layer], &arena).with_positions(old, kept);
             let grown = (grow(k), grow(v));
             self.slot_mut(id)?.layers[layer] = Some(grown);
         }
         self.slot_mut(id)?.room = new_room;
+        Ok(())
+    }
+
+    /// Forgets at least so many of a sequence's oldest positions; then it has room for its whole capacity.
+    fn forget(&mut self, id: SequenceId, at_least: usize) -> Result<(), CacheError> {
+        let kept = self.kept(id)?;
+        let count = at_least.next_multiple_of((self.capacity / 8).max(1)).min(kept);
+        let arena = WeightArena::default();
+        for layer in 0..self.devices.len() {
+            let (k, v) = self.slot_mut(id)?.layers[layer].take().expect("no operation holds it");
+            let rest = |old: CacheLayer| {
+                let empty = self.empty(self.capacity, &self.devices[layer], &arena);
+                match kept - count {
+                    0 => empty,
+                    rest => empty.with_positions(old.from_position(count), rest),
+                }
+            };
+            let rest = (rest(k), rest(v));
+            self.slot_mut(id)?.layers[layer] = Some(rest);
+        }
+        let capacity = self.capacity;
+        let slot = self.slot_mut(id)?;
+        slot.forgotten += count;
+        slot.room = capacity;
         Ok(())
     }
 
@@ -204,8 +296,9 @@ impl KvCache {
         let slot = self.slot_mut(id)?;
         // Taken out, so that the operation is the only owner and writes in place.
         let (k, v) = slot.layers[layer].take().expect("no operation holds it");
-        let k = ops::cache_append(k, keys, slot.length);
-        let v = ops::cache_append(v, values, slot.length);
+        let kept = slot.length - slot.forgotten;
+        let k = ops::cache_append(k, keys, kept);
+        let v = ops::cache_append(v, values, kept);
         slot.layers[layer] = Some((k.clone(), v.clone()));
         Ok((k, v))
     }

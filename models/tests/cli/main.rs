@@ -1,6 +1,7 @@
 //! The program `bitnet`, as its users and other programs see it: on a small synthetic model, end to end.
 
 mod kernels;
+mod plan;
 mod receipt;
 
 use std::path::{Path, PathBuf};

@@ -1,14 +1,18 @@
 //! Flags that several subcommands share.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
+use bitnet_burn::backends::devices;
 use bitnet_burn::bitnet::HeadMode;
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn::config::Activation;
 use bitnet_burn::core::formats::DenseFormat;
 use bitnet_burn::core::manager::Strict;
 use bitnet_burn::nn::CacheType;
+use bitnet_burn::plan::{CPU, Placement};
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
 
@@ -83,15 +87,19 @@ pub struct EngineArgs {
     pub file: FileArgs,
     #[command(flatten)]
     pub kernels: KernelArgs,
-    /// Where the model computes; each is compiled in by the cargo feature of its name
-    #[arg(long, value_enum, default_value_t = DeviceKind::compiled(), help_heading = "Kernels")]
-    pub device: DeviceKind,
+    /// Where the model computes: flex (the CPU), ndarray, wgpu, cuda, each compiled in by the cargo feature of its name;
+    /// auto: what `bitnet plan` chooses; several, with the layers of each: wgpu:0=12,flex [default: the CPU]
+    #[arg(long, value_name = "DEVICE", help_heading = "Kernels")]
+    pub device: Option<DeviceChoice>,
+    /// So many layers on the GPU, the others on the CPU; all of them: embedding and output on the GPU, too
+    #[arg(long, value_name = "N", help_heading = "Kernels")]
+    pub gpu_layers: Option<usize>,
     /// Positions of the KV cache [default: as many as the model was trained for]
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Model")]
     pub context: Option<usize>,
-    /// Type of the cached keys and values
-    #[arg(long, value_enum, default_value_t = KvCacheType::F32, help_heading = "Model")]
-    pub kv_cache: KvCacheType,
+    /// Type of the cached keys and values [default: f32; with --device auto, the most exact that fits]
+    #[arg(long, value_enum, help_heading = "Model")]
+    pub kv_cache: Option<KvCacheType>,
     /// How the output projection (lm_head) is computed
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
     pub lm_head: LmHead,
@@ -113,6 +121,166 @@ impl EngineArgs {
             Some(context) if context <= trained => Ok(context),
             Some(context) => bail!("--context {context}: the model was trained for {trained} positions"),
         }
+    }
+}
+
+/// Where a model computes, as `--device` takes it, and as reports and receipts name it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// What a plan chooses.
+    Auto,
+    /// Devices in the order of the layers, with the layers on each; all that are left for the one without a number.
+    /// Embedding and output are on the last one.
+    On(Vec<(DeviceName, Option<usize>)>),
+}
+
+impl DeviceChoice {
+    /// One device for everything.
+    pub fn one(kind: DeviceKind) -> Self {
+        Self::On(vec![(DeviceName { kind, index: None }, None)])
+    }
+
+    /// Which layers are where, by the names of devices in plans.
+    pub fn placement(&self, layers: usize) -> anyhow::Result<Option<Placement>> {
+        let Self::On(parts) = self else { return Ok(None) };
+        let given: usize = parts.iter().filter_map(|(_, count)| *count).fold(0, usize::saturating_add);
+        let open = parts.iter().any(|(_, count)| count.is_none());
+        if given > layers || given < layers && !open {
+            bail!("--device {self}: that is a place for {given} layers; the model has {layers}");
+        }
+        let counted = parts.iter().map(|(name, count)| (name.in_plans(), count.unwrap_or(layers - given)));
+        let last = parts.last().map_or_else(|| CPU.to_owned(), |(name, _)| name.in_plans());
+        Ok(Some(Placement::over(counted, &last)))
+    }
+
+    /// The host's device among them, or the default one.
+    pub fn host(&self) -> DeviceKind {
+        let of =
+            |parts: &[(DeviceName, _)]| parts.iter().map(|(name, _)| name.kind).find(|kind| kind.is_host());
+        match self {
+            Self::Auto => None,
+            Self::On(parts) => of(parts),
+        }
+        .unwrap_or_else(DeviceKind::compiled)
+    }
+
+    /// What names a placement; the CPU is that of `host`.
+    pub fn of(placement: &Placement, host: DeviceKind) -> anyhow::Result<Self> {
+        let name = |device: &str| match device {
+            CPU => Ok(DeviceName { kind: host, index: None }),
+            gpu => gpu.parse::<DeviceName>().map_err(anyhow::Error::msg),
+        };
+        if placement.devices().count() == 1 {
+            return Ok(Self::On(vec![(name(&placement.dense)?, None)]));
+        }
+        let mut parts: Vec<_> = (placement.stages.iter())
+            .map(|stage| Ok((name(&stage.device)?, Some(stage.layers.len()))))
+            .collect::<anyhow::Result<_>>()?;
+        if placement.stages.last().is_none_or(|stage| stage.device != placement.dense) {
+            parts.push((name(&placement.dense)?, Some(0)));
+        }
+        Ok(Self::On(parts))
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::On(parts) = self else { return f.write_str("auto") };
+        for (i, (name, count)) in parts.iter().enumerate() {
+            let comma = if i == 0 { "" } else { "," };
+            write!(f, "{comma}{name}")?;
+            if let Some(count) = count {
+                write!(f, "={count}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        let part = |part: &str| {
+            let (name, count) = match part.split_once('=') {
+                Some((name, count)) => {
+                    let layers = count.parse::<usize>().ok().filter(|&layers| layers < 1 << 20);
+                    (name, Some(layers.ok_or_else(|| format!("{count:?} is no number of layers"))?))
+                }
+                None => (part, None),
+            };
+            Ok((name.parse::<DeviceName>()?, count))
+        };
+        let parts = text.split(',').map(part).collect::<Result<Vec<_>, String>>()?;
+        if parts.iter().filter(|(_, count)| count.is_none()).count() > 1 {
+            return Err("how many layers on each? (wgpu:0=12,flex: the last one takes the rest)".into());
+        }
+        for (i, (name, _)) in parts.iter().enumerate() {
+            let host = |name: &DeviceName| name.kind.is_host();
+            if parts[..i].iter().any(|(other, _)| other == name || host(other) && host(name)) {
+                return Err(format!("{name} is there twice"));
+            }
+        }
+        Ok(Self::On(parts))
+    }
+}
+
+/// A device: `flex`, `wgpu` (the default one), `wgpu:1`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceName {
+    pub kind: DeviceKind,
+    /// The number of a GPU among those of its kind.
+    pub index: Option<usize>,
+}
+
+impl DeviceName {
+    /// As plans name it.
+    fn in_plans(self) -> String {
+        if self.kind.is_host() { CPU.to_owned() } else { self.to_string() }
+    }
+
+    /// The device, if it is compiled in and there is one.
+    pub fn open(self) -> anyhow::Result<Device> {
+        match self.index {
+            None => self.kind.open(),
+            Some(_) => {
+                self.kind.compiled_in()?;
+                devices::open(&self.to_string()).map_err(|problem| anyhow!("--device {self}: {problem}"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.kind.name())?;
+        self.index.map_or(Ok(()), |index| write!(f, ":{index}"))
+    }
+}
+
+impl FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, index) = match text.split_once(':') {
+            Some((kind, index)) => (kind, Some(index)),
+            None => (text, None),
+        };
+        let kind = match kind {
+            CPU => DeviceKind::compiled(),
+            kind => DeviceKind::from_str(kind, false).map_err(|_| {
+                format!("{kind:?} is no device; there are auto, flex, ndarray, wgpu and cuda")
+            })?,
+        };
+        let number = |index: &str| index.parse().map_err(|_| format!("{index:?} is no number of a device"));
+        let index = index.map(number).transpose()?;
+        if kind.is_host() && index.is_some() {
+            return Err(format!("{text}: there is one {} alone", kind.name()));
+        }
+        Ok(Self { kind, index })
     }
 }
 
@@ -155,8 +323,28 @@ impl DeviceKind {
         }
     }
 
+    /// Whether it computes in host memory.
+    pub fn is_host(self) -> bool {
+        matches!(self, Self::Flex | Self::Ndarray)
+    }
+
+    fn compiled_in(self) -> anyhow::Result<()> {
+        let name = self.name();
+        let compiled = match self {
+            Self::Flex => cfg!(feature = "flex"),
+            Self::Ndarray => cfg!(feature = "ndarray"),
+            Self::Wgpu => cfg!(feature = "wgpu"),
+            Self::Cuda => cfg!(feature = "cuda"),
+        };
+        if !compiled {
+            bail!("--device {name} is not compiled in: build with `cargo build --release --features {name}`");
+        }
+        Ok(())
+    }
+
     /// The device, if it is compiled in and there is one.
     pub fn open(self) -> anyhow::Result<Device> {
+        self.compiled_in()?;
         match self {
             #[cfg(feature = "flex")]
             Self::Flex => Ok(Device::flex()),
@@ -168,37 +356,16 @@ impl DeviceKind {
             #[cfg(feature = "cuda")]
             Self::Cuda => gpu(self, || Device::cuda(0)),
             #[allow(unreachable_patterns, reason = "with all features")]
-            _ => {
-                let name = self.name();
-                bail!(
-                    "--device {name} is not compiled in: build with `cargo build --release --features {name}`"
-                )
-            }
+            _ => unreachable!("what is compiled in has a constructor"),
         }
     }
 }
 
-/// A GPU, tried out: the runtimes panic where there is none.
+/// A GPU, tried out.
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
-fn gpu(kind: DeviceKind, open: impl FnOnce() -> Device + std::panic::UnwindSafe) -> anyhow::Result<Device> {
-    let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| ()));
-    let device = std::panic::catch_unwind(|| {
-        let device = open();
-        let data = burn::tensor::Tensor::<1>::ones([1], &device).try_into_data();
-        data.map(|_| device).map_err(|error| error.to_string())
-    });
-    std::panic::set_hook(hook);
-    let problem = match device {
-        Ok(Ok(device)) => return Ok(device),
-        Ok(Err(error)) => error,
-        Err(payload) => payload
-            .downcast_ref::<String>()
-            .cloned()
-            .or_else(|| payload.downcast_ref::<&str>().map(|&s| s.to_owned()))
-            .unwrap_or_else(|| "unknown error".into()),
-    };
-    bail!("--device {}: there is no usable GPU here: {problem}", kind.name())
+fn gpu(kind: DeviceKind, open: impl FnOnce() -> Device) -> anyhow::Result<Device> {
+    devices::tried(open)
+        .map_err(|problem| anyhow!("--device {}: there is no usable GPU here: {problem}", kind.name()))
 }
 
 /// Types of the KV cache.
@@ -355,6 +522,51 @@ pub fn parse_tokens(text: &str, vocabulary: usize) -> anyhow::Result<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn devices_are_named_with_their_layers() {
+        let choice = |text: &str| text.parse::<DeviceChoice>();
+        for text in [
+            "auto",
+            "flex",
+            "wgpu",
+            "cuda:1",
+            "wgpu:0=12,flex",
+            "wgpu:0=3,wgpu:1=4,flex=0",
+            "cuda=1,ndarray=2",
+        ] {
+            assert_eq!(choice(text).unwrap().to_string(), text);
+        }
+        for (text, expected) in [
+            ("abacus", "\"abacus\" is no device"),
+            ("wgpu:x", "\"x\" is no number of a device"),
+            ("flex:1", "there is one flex alone"),
+            ("wgpu=many,flex", "\"many\" is no number of layers"),
+            ("wgpu,flex", "how many layers on each?"),
+            ("wgpu=1,wgpu=2", "wgpu is there twice"),
+            ("flex=1,ndarray", "ndarray is there twice"),
+            ("auto,flex", "\"auto\" is no device"),
+            ("", "\"\" is no device"),
+        ] {
+            let error = choice(text).unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+        let placement = |text: &str| choice(text).unwrap().placement(30).map(Option::unwrap);
+        for (text, expected) in [
+            ("flex", Placement::cpu_only(30)),
+            ("wgpu", Placement::gpu_only("wgpu", 30)),
+            ("wgpu:0=12,flex", Placement::hybrid("wgpu:0", 12, 18)),
+            ("wgpu:0=30,flex", Placement::hybrid("wgpu:0", 30, 0)),
+        ] {
+            let placement = placement(text).unwrap();
+            assert_eq!(placement, expected, "{text}");
+            let named = DeviceChoice::of(&placement, DeviceKind::Flex).unwrap();
+            assert_eq!(named.placement(30).unwrap().unwrap(), placement, "{named}");
+        }
+        for text in ["wgpu=31,flex", "wgpu=3,flex=4"] {
+            assert!(placement(text).unwrap_err().to_string().contains("the model has 30"), "{text}");
+        }
+    }
 
     #[test]
     fn token_ids_are_separated_by_commas_or_white_space() {

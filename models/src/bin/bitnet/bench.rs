@@ -80,8 +80,8 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         contexts: args.contexts.clone(),
         batches: args.batches.clone(),
         chunk: args.chunk,
-        context: args.engine.context(&engine.checkpoint, usize::MAX)?,
-        kv_cache: args.engine.kv_cache.into(),
+        context: engine.settings.context,
+        kv_cache: engine.settings.kv_cache,
         seed: args.seed,
     };
     let bar = output::bar(0, "measuring [{bar:30}] {pos}/{len}");
@@ -90,7 +90,13 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    let execution = engine.execution();
+    let mut execution = engine.execution();
+    execution.memory = engine.memory(result.kv_cache_bytes, args.chunk.min(args.prompt.max(1)));
+    let median = |spread: Option<Spread>| spread.map(|spread| spread.median);
+    let at = args.prompt + args.generate / 2;
+    let (rate, prompt_rate) = (median(result.decode_tokens_per_s), median(result.prefill_tokens_per_s));
+    execution.prediction = engine.outcome(at, rate, prompt_rate);
+    engine.remember(at, rate, prompt_rate);
     let decodes = result.decode_by_context.iter().map(|at| at.decode_tokens_per_s);
     let decode = decodes.chain(result.decode_tokens_per_s.map(|spread| spread.max)).reduce(f64::max);
     engine.check_figures(&execution, result.prefill_tokens_per_s.map(|spread| spread.max), decode)?;

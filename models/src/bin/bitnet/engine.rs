@@ -4,19 +4,24 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use bitnet_burn::backends::manager;
+use bitnet_burn::backends::{devices, manager};
 use bitnet_burn::bitnet::{BitNet, LoadOptions, LoadProgress};
 use bitnet_burn::checkpoint::Checkpoint;
 use bitnet_burn::core::ManagerConfig;
 use bitnet_burn::core::manager::{KernelManager, ManagerReport};
+use bitnet_burn::plan::{
+    self, COMMON_CONTEXT, CPU, Comparison, DeviceMemory, Kind, MachineProfile, Measure, Outcome, Placed,
+    Placement, Plan, Prediction, Requirements, Settings,
+};
 use bitnet_burn::plausible;
 use bitnet_burn::receipt::{GenerationRecord, Receipt};
 use bitnet_burn::report::{Execution, ModelSummary};
 use bitnet_burn::tokenizer::Tokenizer;
+use burn::tensor::Device;
 use clap::ValueEnum as _;
 use serde::Serialize;
 
-use crate::args::{EngineArgs, KernelArgs, LmHead};
+use crate::args::{DeviceChoice, DeviceKind, DeviceName, EngineArgs, KernelArgs, KvCacheType, LmHead};
 use crate::{output, settings};
 
 /// The process's kernel manager, set up from the configuration and the flags.
@@ -36,13 +41,8 @@ pub fn config() -> anyhow::Result<(ManagerConfig, Option<PathBuf>)> {
 }
 
 impl KernelArgs {
-    /// Sets the manager up from the configuration and the flags. What is refused is reported, and in strict
+    /// Sets the manager up from the flags and the configuration below them. What is refused is reported, and in strict
     /// mode an error.
-    pub fn configure(&self) -> anyhow::Result<Kernels> {
-        self.configure_with(config()?.0)
-    }
-
-    /// The same with another configuration below the flags.
     pub fn configure_with(&self, mut config: ManagerConfig) -> anyhow::Result<Kernels> {
         if let Some(threads) = self.threads.threads {
             config.threads = threads;
@@ -73,7 +73,15 @@ pub struct Engine {
     pub model: BitNet,
     pub summary: ModelSummary,
     pub load_seconds: f64,
-    device: &'static str,
+    /// Threads, context, KV cache and rows.
+    pub settings: Settings,
+    device: String,
+    placement: Placement,
+    notes: Vec<String>,
+    requirements: Requirements,
+    machine: MachineProfile,
+    cache_dir: Option<PathBuf>,
+    prediction: Option<Prediction>,
     tuning: Option<Duration>,
     before: ManagerReport,
 }
@@ -97,13 +105,40 @@ impl EngineArgs {
                 "--lm-head {mode} quantises activations, --no-activation-quantisation leaves them: choose one"
             );
         }
-        let device = self.device.open()?;
-        let kernels = self.kernels.configure()?;
-        let before = kernels.manager.report();
-        let started = Instant::now();
+        let opening = Instant::now();
         let checkpoint = self.file.open()?;
+        let opening = opening.elapsed();
         // Before the work of loading: a wrong flag should not wait for it.
         self.context(&checkpoint, usize::MAX)?;
+        let requirements = Requirements::of(&checkpoint, self.lm_head.into())?;
+        let (mut config, _) = config()?;
+        let cache_dir = config.cache_dir.clone();
+        let Place { choice, placement, plan, mut notes } = self.place(&requirements, &mut config, wishes)?;
+        let host = choice.host();
+        let settings = Settings {
+            threads: config.threads,
+            context: match &plan {
+                Some(plan) => plan.settings.context,
+                None => self.context(&checkpoint, usize::MAX)?,
+            },
+            kv_cache: match &plan {
+                Some(plan) => plan.settings.kv_cache,
+                None => self.kv_cache.unwrap_or(KvCacheType::F32).into(),
+            },
+            rows: wishes.max_rows,
+        };
+        // A GPU's name may be wrong: that is told before kernels are measured.
+        let mut opened: Vec<(String, Device)> = Vec::new();
+        for device in placement.devices() {
+            opened.push((device.to_owned(), open(device, host)?));
+        }
+        let mut open = |device: &str| match opened.iter().find(|(name, _)| name == device) {
+            Some((_, device)) => Ok(device.clone()),
+            None => open(device, host),
+        };
+        let kernels = self.kernels.configure_with(config)?;
+        let before = kernels.manager.report();
+        let started = Instant::now();
         let tokenizer = wishes
             .tokenizer
             .then(|| Tokenizer::from_source(&checkpoint.tokenizer_source(), checkpoint.config().vocab_size))
@@ -116,7 +151,11 @@ impl EngineArgs {
         };
         let bar = output::bar(1, "{msg} [{bar:30}] {pos}/{len}");
         let (mut tuning_since, mut tuning) = (None, None);
-        let model = BitNet::from_checkpoint(&checkpoint, &device, &options, &mut |progress| {
+        // Longer contexts grow when they are needed, unless somebody counts on them.
+        let counted_on = self.context.is_some() || plan.is_some();
+        let context = if counted_on { settings.context } else { settings.context.min(COMMON_CONTEXT) };
+        let tried = Settings { context, ..settings };
+        let placed = Placed::load(&checkpoint, &placement, &tried, &options, &mut open, &mut |progress| {
             let (message, done, all) = match progress {
                 LoadProgress::Tuning(done, all) => ("measuring kernels", done, all),
                 LoadProgress::Packing(done, all) => ("loading layers   ", done, all),
@@ -132,10 +171,25 @@ impl EngineArgs {
             bar.set_position(done as u64);
         })?;
         bar.finish_and_clear();
+        let Placed { model, placement, notes: failed } = placed;
+        for note in &failed {
+            output::warning(note);
+        }
+        notes.extend(failed);
+        let load_seconds = (opening + started.elapsed()).as_secs_f64();
+        let settings = Settings { threads: kernels.manager.pool().threads(), ..settings };
+        let machine = MachineProfile::detect(cache_dir.as_deref(), Measure::Nothing, Some(settings.threads));
         Ok(Engine {
             summary: ModelSummary::of(&checkpoint),
-            load_seconds: started.elapsed().as_secs_f64(),
-            device: self.device.name(),
+            load_seconds,
+            device: DeviceChoice::of(&placement, host)?.to_string(),
+            prediction: Prediction::of(&requirements, &machine, &placement, &settings),
+            requirements,
+            machine,
+            cache_dir,
+            settings,
+            placement,
+            notes,
             kernels,
             checkpoint,
             tokenizer,
@@ -146,15 +200,154 @@ impl EngineArgs {
     }
 }
 
+/// Where a model is to be.
+struct Place {
+    choice: DeviceChoice,
+    placement: Placement,
+    /// What chose it, if that was a plan.
+    plan: Option<Plan>,
+    notes: Vec<String>,
+}
+
+/// A device by its name in plans.
+fn open(device: &str, host: DeviceKind) -> anyhow::Result<Device> {
+    match device {
+        CPU => host.open(),
+        gpu => gpu.parse::<DeviceName>().map_err(anyhow::Error::msg)?.open(),
+    }
+}
+
+impl EngineArgs {
+    /// Which layers are to be where: by the flags, or planned; a plan sets the threads, too, where nothing else does.
+    fn place(
+        &self,
+        requirements: &Requirements,
+        config: &mut ManagerConfig,
+        wishes: &Wishes,
+    ) -> anyhow::Result<Place> {
+        let layers = requirements.layers;
+        let choice = self.device.clone().unwrap_or_else(|| DeviceChoice::one(DeviceKind::compiled()));
+        let fixed = match (&choice, self.gpu_layers) {
+            (_, Some(n)) if n > layers => bail!("--gpu-layers {n}: the model has {layers} layers"),
+            (DeviceChoice::Auto, _) => None,
+            (choice, None) => choice.placement(layers)?,
+            (DeviceChoice::On(parts), Some(n)) => Some(match (&parts[..], self.gpu()) {
+                ([(name, None)], _) if !name.kind.is_host() => split(&name.to_string(), n, layers),
+                // The CPU was not asked for: it is the default.
+                ([_], Some(gpu)) if self.device.is_none() || n == 0 => split(&gpu.to_string(), n, layers),
+                ([_], _) if n == 0 => Placement::cpu_only(layers),
+                ([_], None) => bail!(
+                    "--gpu-layers {n}: this build computes on no GPU; build with `cargo build --release --features wgpu`"
+                ),
+                ([(_, None)], Some(_)) => bail!("--gpu-layers {n} with --device {choice}, which is no GPU"),
+                _ => bail!("--gpu-layers {n} with --device {choice}, which says it already"),
+            }),
+        };
+        if let Some(placement) = fixed {
+            return Ok(Place { choice, placement, plan: None, notes: Vec::new() });
+        }
+        if config.threads == 0 {
+            config.threads = self.kernels.threads.threads.unwrap_or(0);
+        }
+        let threads = (config.threads > 0).then_some(config.threads);
+        let machine = MachineProfile::detect(config.cache_dir.as_deref(), Measure::Missing, threads);
+        for problem in &machine.problems {
+            output::warning(problem);
+        }
+        let mut wanted = plan::Wishes {
+            threads: self.kernels.threads.threads.or(threads),
+            context: self.context,
+            kv_cache: self.kv_cache.map(Into::into),
+            gpu_layers: self.gpu_layers,
+            rows: Some(wishes.max_rows),
+            ..plan::Wishes::default()
+        };
+        let mut plan = Plan::new(requirements, &machine, &wanted)?;
+        let mut notes = Vec::new();
+        // What was found once may be gone.
+        let gone = plan.placement.devices().find_map(|device| open(device, choice.host()).err());
+        if let Some(problem) = gone {
+            let note = format!(
+                "{problem:#}: the CPU computes (`bitnet plan --measure afresh` looks for GPUs again)"
+            );
+            output::warning(&note);
+            notes.push(note);
+            (wanted.device, wanted.gpu_layers) = (Some(CPU.into()), None);
+            plan = Plan::new(requirements, &machine, &wanted)?;
+        }
+        if !plan.fits && !plan.fallback {
+            output::warning(plan.reasons.first().map_or("the model does not fit", String::as_str));
+        }
+        config.threads = plan.settings.threads;
+        Ok(Place { choice, placement: plan.placement.clone(), plan: Some(plan), notes })
+    }
+
+    /// The GPU that layers go to where none is named.
+    fn gpu(&self) -> Option<DeviceName> {
+        let kind = match devices::runtimes()[..] {
+            [] => return None,
+            ref runtimes if runtimes.contains(&"cuda") => DeviceKind::Cuda,
+            _ => DeviceKind::Wgpu,
+        };
+        Some(DeviceName { kind, index: None })
+    }
+}
+
+/// The first layers on a GPU; with all of them, everything.
+fn split(gpu: &str, on_gpu: usize, layers: usize) -> Placement {
+    if on_gpu == layers {
+        Placement::gpu_only(gpu, layers)
+    } else {
+        Placement::hybrid(gpu, on_gpu, layers - on_gpu)
+    }
+}
+
 impl Engine {
     /// Which kernels have computed since the engine was made.
     pub fn execution(&self) -> Execution {
-        let mut execution = Execution::between(self.device, &self.before, &self.kernels.manager.report());
+        let mut execution = Execution::between(&self.device, &self.before, &self.kernels.manager.report());
         execution.lm_head = Some(self.model.head_name());
         execution.prepacked = self.model.prepacked();
         execution.tuning.seconds = self.tuning.map(|time| time.as_secs_f64());
         execution.refused_plugins.clone_from(&self.kernels.refused);
+        execution.placement = (self.placement.devices().count() > 1).then(|| self.placement.clone());
+        execution.placement_notes.clone_from(&self.notes);
         execution
+    }
+
+    /// What was measured, beside what was predicted for it, where this machine is known: decode behind `at` positions on
+    /// the average.
+    pub fn outcome(&self, at: usize, decode: Option<f64>, prefill: Option<f64>) -> Option<Outcome> {
+        let prediction = self.prediction.as_ref()?;
+        Some(Outcome::of(prediction, (at, self.settings.context), decode, prefill))
+    }
+
+    /// What memory was for on each device, with a KV cache of so many bytes and so many rows at once.
+    pub fn memory(&self, kv_cache_bytes: usize, rows: usize) -> Vec<DeviceMemory> {
+        let Requirements { layers, .. } = self.requirements;
+        let position = self.requirements.kv_bytes(self.settings.kv_cache, 1, layers).max(1);
+        let context = (kv_cache_bytes as u64).div_ceil(position) as usize;
+        self.requirements.memory(&self.placement, &Settings { context, rows, ..self.settings })
+    }
+
+    /// Remembers what a run on the CPU alone reached of the roofline, for later plans. Weights that fit a cache are
+    /// none of the roofline's.
+    pub fn remember(&self, at: usize, decode: Option<f64>, prefill: Option<f64>) {
+        let bytes = self.requirements.layer_bytes(self.requirements.layers) + self.requirements.head_read;
+        if cfg!(debug_assertions) || self.placement.kind() != Kind::CpuOnly || bytes < plausible::SMALLEST {
+            return;
+        }
+        let machine = self.machine.without_efficiency();
+        let roofline = Prediction::of(&self.requirements, &machine, &self.placement, &self.settings);
+        let Some(roofline) = roofline else { return };
+        let outcome = Outcome::of(&roofline, (at, self.settings.context), decode, prefill);
+        let ratio = |comparison: Option<Comparison>| comparison.map(|c| c.ratio);
+        let (decode, prefill) = (ratio(outcome.decode), ratio(outcome.prefill));
+        let kept =
+            MachineProfile::remember(self.cache_dir.as_deref(), self.settings.threads, decode, prefill);
+        if let Err(error) = kept {
+            output::warning(format_args!("what this run reached can't be kept for later plans: {error}"));
+        }
     }
 
     /// In strict mode, that the machine can have what was measured, in tokens a second.

@@ -58,11 +58,11 @@ pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
     let engine = args.engine.load(&wishes)?;
     let vocabulary = engine.checkpoint.config().vocab_size;
     let tokens = read_tokens(&args.tokens_file, vocabulary)?;
-    let context = args.engine.context(&engine.checkpoint, usize::MAX)?;
+    let context = engine.settings.context;
     if tokens.len() > context {
         bail!("{}: {} tokens, and a context of {context}", args.tokens_file.display(), tokens.len());
     }
-    let mut cache = engine.model.cache(context, args.engine.kv_cache.into())?;
+    let mut cache = engine.model.cache(context, engine.settings.kv_cache)?;
     let sequence = cache.add_sequence(tokens.len());
     let shape = [tokens.len(), vocabulary];
     let bar = output::bar(tokens.len() as u64, "computing logits [{bar:30}] {pos}/{len}");

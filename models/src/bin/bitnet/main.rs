@@ -9,6 +9,7 @@ mod kernels;
 mod logits;
 mod output;
 mod perplexity;
+mod plan;
 mod plugins;
 mod prepack;
 mod receipt;
@@ -49,13 +50,14 @@ Environment (a flag wins over its variable, a variable over the configuration fi
   BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if there is one
   RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn
 
-Exit status: 0 done, 1 error, 2 wrong usage; `receipt check` has more.
+Exit status: 0 done, 1 error, 2 wrong usage; `receipt check` and `plan` have more.
 
 Examples:
   bitnet run --model model.gguf --prompt 'The capital of France is'
   bitnet inspect --model model.gguf --check
   bitnet synth --shape 2b-4t --out synthetic.gguf
   bitnet bench --model synthetic.gguf -p 128 -n 64 --threads 1
+  bitnet plan --model model.gguf
   bitnet kernels --explain 6912x2560
   bitnet convert model/ --to gguf";
 
@@ -66,6 +68,7 @@ enum Command {
     Tokenize(tokenize::TokenizeArgs),
     Kernels(kernels::KernelsArgs),
     Bench(bench::BenchArgs),
+    Plan(plan::PlanArgs),
     Synth(synth::SynthArgs),
     Perplexity(perplexity::PerplexityArgs),
     Logits(logits::LogitsArgs),
@@ -96,6 +99,7 @@ fn main() -> ExitCode {
         Command::Convert(args) => export::convert(args),
         Command::Prepack(args) => prepack::run(args),
         Command::Plugins(args) => plugins::run(args),
+        Command::Plan(args) => return exit(plan::run(args)),
         Command::Receipt(args) => return exit(receipt::run(args)),
         Command::GateChild(args) => args.run(),
     };

@@ -93,6 +93,7 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
                 Some("--lm-head file computes with weights of any type, --lm-head q8_0 with a copy of them")
             }
             ModelError::Requantise { .. } => Some("--lm-head file computes with weights of any type"),
+            ModelError::Devices { .. } => None,
         };
     }
     if let Some(GenerateError::Forward(error)) = cause.downcast_ref() {

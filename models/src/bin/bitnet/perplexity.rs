@@ -94,7 +94,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
     let wishes = Wishes { tokenizer: wants_tokenizer, quantise_activations, max_rows: args.chunk };
     let engine = args.engine.load(&wishes)?;
     let vocabulary = engine.checkpoint.config().vocab_size;
-    let context = args.engine.context(&engine.checkpoint, DEFAULT_CONTEXT)?;
+    let context = args.engine.context(&engine.checkpoint, DEFAULT_CONTEXT)?.min(engine.settings.context);
     let stride = args.stride.unwrap_or(context);
     if context < 2 || stride > context {
         bail!("--context {context} --stride {stride}: windows have at least 2 tokens, and leave none out");
@@ -121,7 +121,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         bail!("the text has {count} token(s): at least 2 are needed, one to predict the other from");
     }
 
-    let mut cache = engine.model.cache(context, args.engine.kv_cache.into())?;
+    let mut cache = engine.model.cache(context, engine.settings.kv_cache)?;
     let longest = pieces.iter().map(Vec::len).max().unwrap_or(0);
     let sequence = cache.add_sequence(context.min(longest));
     let windows: Vec<(&[u32], Window)> = pieces

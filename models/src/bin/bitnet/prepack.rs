@@ -8,6 +8,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::args::{FileArgs, KernelArgs, LmHead};
+use crate::engine::config;
 use crate::output;
 
 /// Pack a model's weights for this machine's kernels once, into a file beside it
@@ -44,7 +45,7 @@ struct Output<'a> {
 }
 
 pub fn run(args: PrepackArgs) -> anyhow::Result<()> {
-    args.kernels.configure()?;
+    args.kernels.configure_with(config()?.0)?;
     let checkpoint = args.file.open()?;
     let started = Instant::now();
     let bar = output::bar(1, "packing {bar:30} {pos}/{len}");

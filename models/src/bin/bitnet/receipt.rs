@@ -10,11 +10,11 @@ use bitnet_burn::core::ManagerConfig;
 use bitnet_burn::generate::{GenerateOptions, generate, generate_text};
 use bitnet_burn::receipt::{Check, GenerationRecord, ModelRecord, Outcome, Receipt, Sealed, TokensRecord};
 use bitnet_burn::report::count;
-use clap::{Args, Subcommand, ValueEnum as _};
+use clap::{Args, Subcommand};
 use serde::Serialize;
 use std::ops::ControlFlow;
 
-use crate::args::{DeviceKind, EngineArgs, FileArgs, KernelArgs};
+use crate::args::{DeviceChoice, EngineArgs, FileArgs, KernelArgs};
 use crate::engine::Wishes;
 use crate::output::{self, columns};
 
@@ -152,7 +152,7 @@ fn rerun(
     file: FileArgs,
     kernels: KernelArgs,
 ) -> anyhow::Result<TokensRecord> {
-    let device = match DeviceKind::from_str(&receipt.report.device, false) {
+    let device = match receipt.report.device.parse::<DeviceChoice>() {
         Ok(device) => device,
         Err(_) => {
             bail!("the receipt's device is {:?}, which this program does not know", receipt.report.device)
@@ -161,15 +161,16 @@ fn rerun(
     let args = EngineArgs {
         file,
         kernels,
-        device,
+        device: Some(device),
+        gpu_layers: None,
         context: Some(record.context),
-        kv_cache: record.kv_cache.into(),
+        kv_cache: Some(record.kv_cache.into()),
         lm_head: record.lm_head.try_into()?,
         no_prepacked: false,
         receipt: None,
     };
     let (prompt, context) = (&record.prompt_token_ids, record.context);
-    if prompt.len() > context {
+    if prompt.len() > context && !record.sliding_window {
         bail!("the receipt has a prompt of {} tokens, and a context of {context}", prompt.len());
     }
     let by_text = !record.stop_strings.is_empty();
@@ -184,6 +185,9 @@ fn rerun(
         stop_strings: record.stop_strings.clone(),
     };
     let mut cache = engine.model.cache(context, record.kv_cache)?;
+    if record.sliding_window {
+        cache = cache.sliding();
+    }
     let sequence = cache.add_sequence(prompt.len().saturating_add(record.max_new_tokens));
     let generation = match &engine.tokenizer {
         Some(tokenizer) if by_text => {

@@ -31,6 +31,9 @@ use crate::output;
 pub struct RunArgs {
     #[command(flatten)]
     engine: EngineArgs,
+    /// When the context is full, forget its oldest eighth and go on, instead of ending
+    #[arg(long, help_heading = "Model")]
+    sliding_window: bool,
     /// The prompt
     #[arg(long, short, value_name = "TEXT", group = "input")]
     prompt: Option<String>,
@@ -166,9 +169,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         max_rows: args.chunk,
     };
     let engine = args.engine.load(&wishes)?;
-    let context = args.engine.context(&engine.checkpoint, usize::MAX)?;
+    let context = engine.settings.context;
     let prompt = prompt(&args, &engine, template.as_deref())?;
-    if prompt.len() > context {
+    if prompt.len() > context && !args.sliding_window {
         bail!(
             "the prompt has {} tokens, the context {context}: shorten the prompt{}",
             prompt.len(),
@@ -182,7 +185,10 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         stop_tokens: if args.ignore_eos { Vec::new() } else { ends(&engine) },
         stop_strings: args.stop.clone(),
     };
-    let mut cache = engine.model.cache(context, args.engine.kv_cache.into())?;
+    let mut cache = engine.model.cache(context, engine.settings.kv_cache)?;
+    if args.sliding_window {
+        cache = cache.sliding();
+    }
     let sequence = cache.add_sequence(prompt.len().saturating_add(max_new_tokens));
 
     let mut stdout = io::stdout().lock();
@@ -226,6 +232,10 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     report.load_seconds = Some(engine.load_seconds);
     report.seed = (options.sampling.temperature > 0.0).then_some(options.sampling.seed);
     report.kv_cache_bytes = Some(cache.bytes());
+    report.execution.memory = engine.memory(cache.bytes(), options.chunk.min(prompt.len()));
+    let at = prompt.len() + generation.tokens.len() / 2;
+    report.execution.prediction =
+        engine.outcome(at, report.decode_tokens_per_s, Some(report.prefill_tokens_per_s));
     engine.check_figures(&report.execution, Some(report.prefill_tokens_per_s), report.decode_tokens_per_s)?;
     if let Some(path) = &args.report {
         output::write_file(path, |out| {
@@ -242,7 +252,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
             stop_strings: options.stop_strings.clone(),
             chunk: options.chunk,
             context,
-            kv_cache: args.engine.kv_cache.into(),
+            kv_cache: engine.settings.kv_cache,
+            sliding_window: args.sliding_window,
             lm_head: args.engine.lm_head.into(),
             hidden_act: args.engine.file.hidden_act,
             pre: args.engine.file.pre.clone(),

@@ -1,0 +1,146 @@
+//! A plan carried out: layers on the devices of a placement, and fewer of them on a GPU that has no room.
+
+use bitnet_burn_backends::devices;
+use burn::tensor::Device;
+
+use super::adapt::fewer_layers;
+use super::placement::{Kind, Placement};
+use super::{CPU, Settings};
+use crate::bitnet::{BitNet, LoadOptions, LoadProgress, ModelDevices, ModelError};
+use crate::checkpoint::Checkpoint;
+use crate::report::count;
+
+/// A model that is where it fits.
+#[derive(Debug)]
+pub struct Placed {
+    /// The model.
+    pub model: BitNet,
+    /// Where it is.
+    pub placement: Placement,
+    /// Why that is not what was asked for, in sentences, where it is not.
+    pub notes: Vec<String>,
+}
+
+impl Placement {
+    /// With half of the layers on each GPU, in the same order; the others, embedding and output on the CPU.
+    pub fn with_fewer_on_gpus(&self) -> Self {
+        let gpus = self.devices().filter(|&device| device != CPU);
+        let mut parts: Vec<(String, usize)> =
+            gpus.map(|gpu| (gpu.to_owned(), fewer_layers(self.layers_on(gpu)))).collect();
+        let left = self.layers() - parts.iter().map(|(_, layers)| layers).sum::<usize>();
+        parts.push((CPU.to_owned(), left));
+        Self::over(parts, CPU)
+    }
+
+    /// The devices of a model's parts, each opened by its name.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub fn devices_of<E>(&self, open: &mut dyn FnMut(&str) -> Result<Device, E>) -> Result<ModelDevices, E> {
+        let dense = open(&self.dense)?;
+        let mut layers = Vec::with_capacity(self.layers());
+        for stage in &self.stages {
+            let device = if stage.device == self.dense { dense.clone() } else { open(&stage.device)? };
+            layers.extend(std::iter::repeat_n(device, stage.layers.len()));
+        }
+        Ok(ModelDevices { layers, dense })
+    }
+}
+
+impl Placed {
+    /// Loads a model as a placement says. Where a GPU takes part, the largest forward pass of `settings` is tried out, as
+    /// GPUs say only then that they have no memory for it; one that fails gets half of its layers, and so on, down to
+    /// none.
+    ///
+    /// # Errors
+    /// If a file or a kernel is wrong; `open`'s, for what it can't open.
+    pub fn load<E: From<ModelError>>(
+        checkpoint: &Checkpoint,
+        placement: &Placement,
+        settings: &Settings,
+        options: &LoadOptions,
+        open: &mut dyn FnMut(&str) -> Result<Device, E>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, E> {
+        fall_back(placement, |placement| {
+            let devices = placement.devices_of(open)?;
+            if placement.kind() == Kind::CpuOnly {
+                return Ok(Ok(BitNet::placed(checkpoint, &devices, options, progress)?));
+            }
+            let load = || BitNet::placed(checkpoint, &devices, options, progress);
+            let model = match devices::quietly(load) {
+                Ok(loaded) => loaded?,
+                Err(problem) => return Ok(Err(problem)),
+            };
+            let Settings { rows, context, kv_cache, .. } = *settings;
+            // A type that the device lacks is no matter of memory: whoever makes the cache is told.
+            if model.cache(context, kv_cache).is_err() {
+                return Ok(Ok(model));
+            }
+            Ok(model.try_out(rows, context, kv_cache).map(|()| model))
+        })
+        .map(|(model, placement, notes)| Self { model, placement, notes })
+    }
+}
+
+/// Attempts a placement, and with fewer layers on GPUs what fails there.
+fn fall_back<T, E>(
+    placement: &Placement,
+    mut attempt: impl FnMut(&Placement) -> Result<Result<T, String>, E>,
+) -> Result<(T, Placement, Vec<String>), E> {
+    let (mut placement, mut notes) = (placement.clone(), Vec::new());
+    loop {
+        match attempt(&placement)? {
+            Ok(done) => return Ok((done, placement, notes)),
+            Err(problem) => {
+                let fewer = placement.with_fewer_on_gpus();
+                let on_gpus = |placement: &Placement| placement.layers() - placement.layers_on(CPU);
+                // GPUs tell at length what they skipped afterwards.
+                let words = problem.split_whitespace().collect::<Vec<_>>().join(" ");
+                let first: String = words.chars().take(200).collect();
+                let note = format!(
+                    "{} on GPUs failed ({first}); now {} there, and the others on the CPU",
+                    count(on_gpus(&placement) as u64, "layer"),
+                    on_gpus(&fewer)
+                );
+                notes.push(note);
+                placement = fewer;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fails_on_gpus_is_tried_with_fewer_layers_there() {
+        let start = Placement::gpu_only("wgpu:0", 30);
+        let mut tried = Vec::new();
+        let attempt = |placement: &Placement| {
+            tried.push(placement.layers_on("wgpu:0"));
+            Ok::<_, ()>(if placement.layers_on("wgpu:0") > 5 {
+                Err("out of memory\nat ...".into())
+            } else {
+                Ok(1)
+            })
+        };
+        let (_, placement, notes) = fall_back(&start, attempt).unwrap();
+        assert_eq!(tried, [30, 15, 7, 3]);
+        assert_eq!(placement, Placement::hybrid("wgpu:0", 3, 27));
+        assert_eq!(
+            notes[0],
+            "30 layers on GPUs failed (out of memory at ...); now 15 there, and the others on the CPU"
+        );
+        // A device that computes nothing at all leaves the CPU.
+        let attempt = |placement: &Placement| {
+            Ok::<_, ()>(if placement.kind() == Kind::CpuOnly { Ok(()) } else { Err("lost".into()) })
+        };
+        let two = Placement::over([("wgpu:0".into(), 10), ("wgpu:1".into(), 20)], "wgpu:1");
+        let (_, placement, notes) = fall_back(&two, attempt).unwrap();
+        assert_eq!((placement, notes.len()), (Placement::cpu_only(30), 5));
+        // What is wrong with the files is wrong on every device.
+        assert!(fall_back::<(), &str>(&start, |_| Err("no such file")).is_err());
+    }
+}

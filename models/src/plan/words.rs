@@ -1,0 +1,221 @@
+//! A plan in words.
+
+use std::fmt;
+
+use super::machine::MachineProfile;
+use super::placement::{Kind, Placement};
+use super::predict::{Basis, Comparison, Outcome, Prediction};
+use super::{CPU, DeviceMemory, Plan, Tier, Wishes};
+use crate::report::{count, human_bytes, line};
+
+pub(super) fn threads(count: usize) -> String {
+    crate::report::count(count as u64, "thread")
+}
+
+/// What is over its budget.
+pub(super) fn over_budget(memory: &[DeviceMemory]) -> Option<String> {
+    let over = memory.iter().find(|memory| !memory.fits())?;
+    let budget = human_bytes(over.budget.unwrap_or(0));
+    Some(format!("{} would need {} of the {budget} that may be used", over.device, human_bytes(over.total())))
+}
+
+/// That a plan does not fit, and what would help.
+pub(super) fn too_much(memory: &[DeviceMemory]) -> String {
+    let what = over_budget(memory).unwrap_or_else(|| "it needs a larger buffer than the GPU gives".into());
+    let kv = memory.iter().filter(|memory| !memory.fits()).any(|memory| memory.kv_cache > memory.total() / 4);
+    let help = if kv { "a shorter --context, or more memory" } else { "more memory, or a smaller model" };
+    format!("it does not fit: {what}; what helps is {help}")
+}
+
+pub(super) fn not_measured(placement: &Placement, machine: &MachineProfile, threads: usize) -> String {
+    let unknown = placement.devices().find(|&device| match device {
+        CPU => machine.cpu_rate(threads).is_none(),
+        gpu => machine.gpus.iter().any(|g| g.device == gpu && g.read_gb_per_s.is_none()),
+    });
+    format!("no speed is predicted: how fast {} reads its memory was not measured", unknown.unwrap_or(CPU))
+}
+
+/// Why these devices.
+pub(super) fn placement(
+    placement: &Placement,
+    memory: &[DeviceMemory],
+    machine: &MachineProfile,
+    wishes: &Wishes,
+    gpu_asked: bool,
+) -> Vec<String> {
+    let mut reasons = Vec::new();
+    let of = |device: &str| memory.iter().find(|memory| memory.device == device);
+    let fraction = |device: &str| match of(device) {
+        Some(memory) => {
+            let budget = memory.budget.map_or("memory that is not known".into(), human_bytes);
+            format!("{} of the {budget} that may be used of {device}", human_bytes(memory.total()))
+        }
+        None => String::new(),
+    };
+    let first = placement.devices().next().unwrap_or(CPU);
+    let asked = if gpu_asked { ", as asked for" } else { "" };
+    match placement.kind() {
+        Kind::CpuOnly if wishes.device.as_deref() == Some(CPU) => {
+            reasons.push("the CPU, as asked for".into())
+        }
+        Kind::CpuOnly if machine.gpus.is_empty() => {
+            reasons.push("the CPU: no GPU was found that this build computes on".into());
+        }
+        Kind::CpuOnly => reasons.push("the CPU is the best of the devices".into()),
+        Kind::GpuOnly => {
+            let what = placement.devices().map(fraction).collect::<Vec<_>>().join(", ");
+            reasons.push(format!("everything on GPU{asked}: it takes {what}"));
+        }
+        Kind::Hybrid { cpu_layers, gpu_layers } if wishes.gpu_layers.is_some() => {
+            let layers = count(gpu_layers as u64, "layer");
+            reasons.push(format!("{layers} on {first} as asked for, {cpu_layers} on the CPU"));
+        }
+        Kind::Hybrid { cpu_layers: 0, .. } => reasons.push(format!(
+            "all layers on {first}{asked} ({}); embedding and output, for which it has no room, on the CPU",
+            fraction(first)
+        )),
+        Kind::Hybrid { cpu_layers, gpu_layers } => {
+            let layers = count(gpu_layers as u64, "layer");
+            let gpus: Vec<String> =
+                placement.devices().filter(|&device| device != CPU).map(fraction).collect();
+            reasons.push(format!(
+                "the model does not fit on GPU as a whole{asked}: the first {layers} do ({}), the other {cpu_layers}, \
+                 embedding and output are on the CPU",
+                gpus.join(", ")
+            ));
+        }
+    }
+    for gpu in &machine.gpus {
+        let name =
+            if gpu.name.is_empty() { gpu.device.clone() } else { format!("{} ({})", gpu.device, gpu.name) };
+        if placement.layers_on(&gpu.device) > 0 {
+            if gpu.memory_bytes.is_none() {
+                reasons.push(format!(
+                    "{name} does not tell how much memory it has: whether that is enough, will show"
+                ));
+            }
+            if gpu.software {
+                reasons.push(format!(
+                    "{name} is a program on the CPU, not a card: for tests, and slower than the CPU"
+                ));
+            }
+        } else if gpu.software {
+            reasons.push(format!(
+                "{name} is not used: it is a program on the CPU, not a card, and slower than the CPU"
+            ));
+        } else if gpu.memory_bytes.is_none() && wishes.device.is_none() {
+            reasons.push(format!(
+                "{name} is not used: its driver does not tell how much memory it has (--device {} uses it, or a --machine \
+                 file that says it)",
+                gpu.device
+            ));
+        }
+    }
+    reasons
+}
+
+impl Tier {
+    /// In words.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::Fast => "fast (20 tokens a second or more)",
+            Self::Interactive => "interactive (5 tokens a second or more: as fast as people read)",
+            Self::Slow => "slow (less than 5 tokens a second)",
+            Self::Offline => "offline (less than a token a second)",
+            Self::Unknown => "unknown (nothing was measured)",
+        }
+    }
+}
+
+impl fmt::Display for Prediction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let most = if self.basis == Basis::Roofline { "at most " } else { "" };
+        let (empty, full) = (self.decode_tokens_per_s, self.decode_tokens_per_s_at_full_context);
+        write!(f, "decode {most}{empty:.1} tokens/s, {full:.1} at full context")?;
+        if let Some(prefill) = self.prefill_tokens_per_s {
+            write!(f, "; prefill {most}{prefill:.0} tokens/s")?;
+        }
+        f.write_str(match self.basis {
+            Basis::Roofline => " (roofline of the measured bandwidth and peak)",
+            Basis::Calibrated => " (roofline, and what earlier runs here reached of it)",
+        })
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let most = if self.basis == Basis::Roofline { "at most " } else { "" };
+        let parts =
+            [("decode", self.decode), ("prefill", self.prefill)].into_iter().filter_map(|(what, c)| {
+                let Comparison { predicted, measured, ratio } = c?;
+                Some(format!(
+                    "{what} {most}{predicted:.1} tokens/s, measured {measured:.1} ({:.0} %)",
+                    ratio * 100.0
+                ))
+            });
+        f.write_str(&parts.collect::<Vec<_>>().join("; "))
+    }
+}
+
+impl fmt::Display for DeviceMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { device, weights, kv_cache, activations, workspace, budget } = self;
+        let [total, weights, kv_cache, activations, workspace] =
+            [self.total(), *weights, *kv_cache, *activations, *workspace].map(human_bytes);
+        write!(f, "{device}: {total}")?;
+        if let Some(budget) = budget {
+            write!(f, " of {}", human_bytes(*budget))?;
+        }
+        write!(
+            f,
+            " (weights {weights}, KV cache {kv_cache}, activations {activations}, workspace {workspace})"
+        )
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fits = match (self.fits, self.fallback) {
+            (true, false) => "",
+            (true, true) | (false, true) => {
+                "; a careful one, since not all of the machine could be looked at"
+            }
+            (false, false) => "; IT DOES NOT FIT",
+        };
+        line(f, "plan", format_args!("{} (strategy {}){fits}", self.kind, self.strategy.name()))?;
+        line(f, "placement", &self.placement)?;
+        let settings = &self.settings;
+        line(f, "threads", settings.threads)?;
+        line(f, "KV cache", format_args!("{}, {} positions", settings.kv_cache.name(), settings.context))?;
+        line(f, "batch", format_args!("{} of a prompt at once", count(settings.rows as u64, "row")))?;
+        if let Some(sequences) = self.sequences.filter(|&sequences| sequences < 1 << 32) {
+            line(f, "sequences", format_args!("{sequences} of that context have room"))?;
+        }
+        let mut label = "memory";
+        for memory in &self.memory {
+            line(f, label, memory)?;
+            label = "";
+        }
+        match &self.prediction {
+            Some(prediction) => line(f, "speed", format_args!("{}: {prediction}", self.tier.describe()))?,
+            None => line(f, "speed", self.tier.describe())?,
+        }
+        let mut label = "because";
+        for reason in &self.reasons {
+            line(f, label, reason)?;
+            label = "";
+        }
+        let mut label = "instead of";
+        for other in &self.alternatives {
+            let rate =
+                other.decode_tokens_per_s.map_or(String::new(), |rate| format!(", {rate:.1} tokens/s"));
+            line(
+                f,
+                label,
+                format_args!("{} ({}{rate}): {}", other.placement, other.kv_cache.name(), other.why_not),
+            )?;
+            label = "";
+        }
+        Ok(())
+    }
+}
