@@ -610,6 +610,8 @@ pub(crate) fn dense_linear<B: HostBackend>(
 ) -> FloatTensor<B> {
     let DenseArgs { format, n, k, int8, tiled } = args;
     if int8 != tiled {
+        static SLOW: std::sync::Once = std::sync::Once::new();
+        SLOW.call_once(|| tracing::warn!(?args, "weights for int8 activations that are not in tiles: slow"));
         return default::dense_linear::<B>(x, words, &args);
     }
     let m = dims(&x)[0];

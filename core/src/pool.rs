@@ -69,18 +69,25 @@ impl Pool {
         Self::start(threads, &[])
     }
 
-    /// The same with every thread pinned to a core of its own, as long as there are enough; the caller's to the
-    /// first.
+    /// The same with each of the threads that are started pinned to a core of its own. The first core is left to
+    /// the caller's thread, which is not pinned: what it starts later would be, too.
     ///
     /// # Errors
-    /// If the system can't start a thread, or pin one.
+    /// If the system can't start a thread or pin one, or has fewer cores than `threads`.
     pub fn pinned(threads: usize) -> std::io::Result<Self> {
+        // Elsewhere it would be a hint.
+        if !cfg!(any(
+            target_os = "linux",
+            target_os = "android",
+            target_os = "windows",
+            target_os = "freebsd"
+        )) {
+            return Err(std::io::Error::other("threads can't be pinned on this system"));
+        }
         let cores = cpu::by_cores();
-        let Some(&first) = cores.first() else {
-            return Err(std::io::Error::other("this system does not tell its cores"));
-        };
-        if !core_affinity::set_for_current(first) {
-            return Err(refused(first));
+        if threads > cores.len() {
+            let problem = format!("{threads} threads can't be pinned to {} cores", cores.len());
+            return Err(std::io::Error::other(problem));
         }
         Self::start(threads, &cores)
     }
@@ -100,7 +107,7 @@ impl Pool {
         let mut pool = Self { shared, caller: Mutex::new(()), workers: Vec::new() };
         for i in 1..threads.clamp(1, COUNT as usize) {
             let (shared, send) = (pool.shared.clone(), send.clone());
-            let core = cores.get(i % cores.len().max(1)).copied();
+            let core = cores.get(i).copied();
             pool.workers.push(std::thread::Builder::new().name(format!("bitnet-{i}")).spawn(move || {
                 let pinned = core.is_none_or(core_affinity::set_for_current);
                 // Nobody waits where nothing was to be pinned.
@@ -280,26 +287,25 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn pinned_threads_stay_on_their_cores() {
-        // On a thread of its own, which is pinned and ends.
-        std::thread::spawn(|| {
-            let cores = cpu::by_cores();
-            let pool = Pool::pinned(2).unwrap();
-            assert_eq!(core_affinity::get_core_ids(), Some(vec![cores[0]]));
-            let seen = Mutex::new(Vec::new());
-            let both = std::sync::Barrier::new(2);
-            pool.run(2, &|_| {
-                both.wait();
-                seen.lock().unwrap().push(core_affinity::get_core_ids().unwrap()[0].id);
-            });
-            let mut want = vec![cores[0].id, cores[1 % cores.len()].id];
-            let mut seen = seen.into_inner().unwrap();
-            want.sort_unstable();
-            seen.sort_unstable();
-            assert_eq!(seen, want);
-        })
-        .join()
-        .unwrap();
+    fn pinned_threads_stay_on_their_cores_and_the_caller_is_free() {
+        let cores = cpu::by_cores();
+        let threads = cores.len().min(3);
+        let pool = Pool::pinned(threads).unwrap();
+        let seen = Mutex::new(Vec::new());
+        let all = std::sync::Barrier::new(threads);
+        pool.run(threads, &|_| {
+            all.wait();
+            let name = std::thread::current().name().unwrap_or_default().to_owned();
+            seen.lock().unwrap().push((name, core_affinity::get_core_ids().unwrap()));
+        });
+        for (name, allowed) in seen.into_inner().unwrap() {
+            match name.strip_prefix("bitnet-").and_then(|i| i.parse::<usize>().ok()) {
+                Some(i) => assert_eq!(allowed, [cores[i]]),
+                None => assert_eq!(allowed.len(), cores.len()),
+            }
+        }
+        let error = Pool::pinned(cores.len() + 1).unwrap_err().to_string();
+        assert!(error.contains(&format!("{} cores", cores.len())), "{error}");
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //!
 //! ```text
 //! tensors   each at a multiple of 4096 bytes
-//! table     JSON: what the model was, and for each tensor its layout, shape, scale and place
+//! table     JSON: what the model was, and for each tensor its layout, shape, scale, place and checksum
+//! 8 bytes   checksum of the table (XXH3, little-endian)
 //! 8 bytes   length of the table, little-endian
 //! 8 bytes   "BNPACK01"
 //! ```
@@ -17,6 +18,7 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::UNIX_EPOCH;
 
 use bitnet_burn_backends::manager::manager;
@@ -26,6 +28,7 @@ use bitnet_burn_core::formats::{DenseFormat, FormatError};
 use bitnet_burn_core::manager::{Choice, LayoutPolicy, ManagerError, Packed};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::bitnet::HeadMode;
 use crate::checkpoint::{Checkpoint, Content, DenseTensor, LoadError, Projection};
@@ -114,6 +117,8 @@ struct Entry {
     scale: f32,
     offset: usize,
     bytes: usize,
+    /// XXH3 of the bytes: against mistakes of a disk or a copy, not against malice.
+    checksum: u64,
 }
 
 /// What was written.
@@ -197,7 +202,7 @@ pub fn write(
             out.write_all(&[0; ALIGNMENT][..offset - end])?;
             out.write_all(bytes)?;
             end = offset + bytes.len();
-            table.tensors.push(Entry { offset, bytes: bytes.len(), ..entry });
+            table.tensors.push(Entry { offset, bytes: bytes.len(), checksum: xxh3_64(bytes), ..entry });
             io::Result::Ok(())
         };
         for layer in 0..config.n_layers {
@@ -209,7 +214,8 @@ pub fn write(
                 let tensor = checkpoint.projection(layer, which)?;
                 let Packed::Private(packed) = manager().pack(&choice, &tensor.codes)? else { continue };
                 let (name, layout) = (name(layer, which), layout.to_owned());
-                let entry = Entry { name, layout, n, k, scale: tensor.scale, offset: 0, bytes: 0 };
+                let entry =
+                    Entry { name, layout, n, k, scale: tensor.scale, offset: 0, bytes: 0, checksum: 0 };
                 add(entry, packed.as_slice())?;
             }
             checkpoint.release();
@@ -224,7 +230,9 @@ pub fn write(
             tile((tensor.format, &tensor.data), (n, k), (format, &mut tiles), manager().pool())
                 .map_err(fail)?;
             let layout = format.name().to_owned();
-            add(Entry { name: HEAD.into(), layout, n, k, scale: 1.0, offset: 0, bytes: 0 }, &tiles)?;
+            let entry =
+                Entry { name: HEAD.into(), layout, n, k, scale: 1.0, offset: 0, bytes: 0, checksum: 0 };
+            add(entry, &tiles)?;
         }
         checkpoint.release();
         if table.tensors.is_empty() {
@@ -232,9 +240,10 @@ pub fn write(
         }
         let text = serde_json::to_vec(&table).map_err(io::Error::from)?;
         out.write_all(&text)?;
+        out.write_all(&xxh3_64(&text).to_le_bytes())?;
         out.write_all(&(text.len() as u64).to_le_bytes())?;
         out.write_all(MAGIC)?;
-        bytes = end + text.len() + 16;
+        bytes = end + text.len() + 24;
         Ok(())
     })
     .map_err(|error| match error {
@@ -259,8 +268,8 @@ pub struct Prepacked {
 }
 
 impl Prepacked {
-    /// Opens what lies beside a model, if anything does, and compares what it holds of the first layer and of
-    /// the head with the model.
+    /// Opens what lies beside a model, if anything does, and compares it with its checksums, and what it holds of
+    /// the first layer and of the head with the model.
     ///
     /// # Errors
     /// If it was written for another model or by another program, or is damaged.
@@ -278,11 +287,26 @@ impl Prepacked {
         }
         let tensors = table.tensors.into_iter().map(|entry| (entry.name.clone(), entry)).collect();
         let this = Self { path: path.clone(), map, tensors, used: Cell::new(0) };
+        this.check_sums().map_err(|name| unusable(format!("{name} is damaged")))?;
         this.check(checkpoint).map_err(|error| match error {
             PrepackError::Kernel(error) => unusable(error.to_string()),
             error => error,
         })?;
         Ok(Some(this))
+    }
+
+    /// Compares every tensor with its checksum, on all threads; the name of one that differs.
+    fn check_sums(&self) -> Result<(), String> {
+        let entries: Vec<&Entry> = self.tensors.values().collect();
+        let map = &self.map;
+        let damaged = Mutex::new(None);
+        manager().pool().run(entries.len(), &|i| {
+            let Entry { name, offset, bytes, checksum, .. } = entries[i];
+            if xxh3_64(&map[*offset..*offset + *bytes]) != *checksum {
+                *damaged.lock().unwrap_or_else(PoisonError::into_inner) = Some(name.clone());
+            }
+        });
+        damaged.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
     fn check(&self, checkpoint: &Checkpoint) -> Result<(), PrepackError> {
@@ -375,14 +399,21 @@ fn table(map: &[u8]) -> Result<Table, String> {
     if magic != MAGIC {
         return Err(cut());
     }
+    let (rest, checksum) = rest.split_last_chunk::<8>().ok_or_else(cut)?;
     let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| cut())?;
     let at = rest.len().checked_sub(length).ok_or_else(cut)?;
     let (tensors, text) = rest.split_at(at);
+    if xxh3_64(text) != u64::from_le_bytes(*checksum) {
+        return Err("its table is damaged".into());
+    }
     let table: Table = serde_json::from_slice(text).map_err(|error| format!("its table: {error}"))?;
-    for Entry { name, offset, bytes, .. } in &table.tensors {
+    for Entry { name, scale, offset, bytes, .. } in &table.tensors {
         let end = offset.checked_add(*bytes).filter(|&end| end <= tensors.len());
         if end.is_none() || !offset.is_multiple_of(ALIGNMENT) {
             return Err(format!("{name} is to lie at byte {offset}, {bytes} long, of {}", tensors.len()));
+        }
+        if !(scale.is_finite() && *scale >= 0.0) {
+            return Err(format!("the scale of {name} is {scale}"));
         }
     }
     Ok(table)

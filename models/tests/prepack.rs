@@ -92,10 +92,17 @@ fn what_was_packed_for_another_model_is_not_used() {
     // One that pretends to be this one's: the comparison of the head finds it.
     let fresh = prepack::write(&checkpoint, HeadMode::Int8, &mut |_, _| {}).unwrap().path;
     let fresh_bytes = std::fs::read(&fresh).unwrap();
-    let length = u64::from_le_bytes(*fresh_bytes[fresh_bytes.len() - 16..].first_chunk().unwrap()) as usize;
-    let table = &fresh_bytes[fresh_bytes.len() - 16 - length..];
-    let data = &stale[..fresh_bytes.len() - 16 - length];
-    std::fs::write(&packed, [data, table].concat()).unwrap();
+    let table = |bytes: &[u8]| {
+        let tail = bytes.len() - 24;
+        let length = u64::from_le_bytes(*bytes[tail + 8..].first_chunk().unwrap()) as usize;
+        let table: serde_json::Value = serde_json::from_slice(&bytes[tail - length..tail]).unwrap();
+        (table, tail - length)
+    };
+    let ((mut pretends, end), (fresh_table, _)) = (table(&stale), table(&fresh_bytes));
+    pretends["model"] = fresh_table["model"].clone();
+    let text = serde_json::to_vec(&pretends).unwrap();
+    let ends = [xxhash_rust::xxh3::xxh3_64(&text), text.len() as u64].map(u64::to_le_bytes).concat();
+    std::fs::write(&packed, [&stale[..end], &text, &ends, b"BNPACK01"].concat()).unwrap();
     let error = Prepacked::beside(&checkpoint).unwrap_err();
     assert!(error.to_string().contains("is not what the model has"), "{error}");
     assert!(logits(&load(&checkpoint, HeadMode::Int8, true)) == want);
@@ -109,28 +116,42 @@ fn damaged_files_are_refused_and_cost_nothing_but_time() {
     let want = logits(&load(&checkpoint, HeadMode::Int8, false));
     let packed = prepack::write(&checkpoint, HeadMode::Int8, &mut |_, _| {}).unwrap().path;
     let whole = std::fs::read(&packed).unwrap();
-    let tail = whole.len() - 16;
+    let tail = whole.len() - 24;
+    let length = u64::from_le_bytes(*whole[tail + 8..].first_chunk().unwrap()) as usize;
     let with = |at: usize, bytes: &[u8]| {
         let mut damaged = whole.clone();
         damaged[at..at + bytes.len()].copy_from_slice(bytes);
         damaged
     };
-    let damaged = [
-        Vec::new(),
-        whole[..7].to_vec(),
-        whole[..whole.len() / 2].to_vec(),
-        whole[..whole.len() - 1].to_vec(),
-        with(whole.len() - 8, b"BNPACK99"),
-        with(tail, &u64::MAX.to_le_bytes()),
-        with(tail, &3u64.to_le_bytes()),
-        with(tail - 3, b"}}}"),
-        // The offsets and sizes of the table, one digit larger.
-        String::from_utf8_lossy(&whole).replace("\"bytes\":", "\"bytes\":9").into_bytes(),
+    // A table that is whole and says something else.
+    let table: serde_json::Value = serde_json::from_slice(&whole[tail - length..tail]).unwrap();
+    let says = |field: &str, value: serde_json::Value| {
+        let mut table = table.clone();
+        table["tensors"][0][field] = value;
+        let text = serde_json::to_vec(&table).unwrap();
+        let ends = [xxhash_rust::xxh3::xxh3_64(&text), text.len() as u64].map(u64::to_le_bytes).concat();
+        [&whole[..tail - length], &text, &ends, b"BNPACK01"].concat()
+    };
+    let damaged: [(Vec<u8>, &str); 13] = [
+        (Vec::new(), "cut off"),
+        (whole[..7].to_vec(), "cut off"),
+        (whole[..whole.len() / 2].to_vec(), "cut off"),
+        (whole[..whole.len() - 1].to_vec(), "cut off"),
+        (with(whole.len() - 8, b"BNPACK99"), "cut off"),
+        (with(tail + 8, &u64::MAX.to_le_bytes()), "cut off"),
+        (with(tail + 8, &3u64.to_le_bytes()), "its table is damaged"),
+        (with(tail - 3, b"}}}"), "its table is damaged"),
+        // In the middle of the weights.
+        (with((tail - length) / 2, &[whole[(tail - length) / 2] ^ 1]), " is damaged"),
+        (says("offset", 64.into()), "is to lie at byte 64"),
+        (says("offset", (1u64 << 40).into()), "is to lie at byte"),
+        (says("bytes", u64::MAX.into()), "is to lie at byte"),
+        (says("scale", (-1.0).into()), "the scale of"),
     ];
-    for (i, bytes) in damaged.iter().enumerate() {
+    for (i, (bytes, expected)) in damaged.iter().enumerate() {
         std::fs::write(&packed, bytes).unwrap();
-        let error = Prepacked::beside(&checkpoint).map(|found| found.is_some());
-        assert!(error.is_err(), "{i}: {error:?}");
+        let error = Prepacked::beside(&checkpoint).unwrap_err().to_string();
+        assert!(error.contains(expected), "{i}: {error}");
         let loaded = load(&checkpoint, HeadMode::Int8, true);
         assert_eq!(loaded.prepacked(), 0, "{i}");
         assert!(logits(&loaded) == want, "{i}");

@@ -17,7 +17,7 @@ use crate::store::{self, PluginConfig};
 pub struct ManagerConfig {
     /// Threads for kernels; 0 means one per physical core.
     pub threads: usize,
-    /// Whether each of them stays on a core of its own, and the thread that makes the manager on the first.
+    /// Whether each of them stays on a core of its own; the first core is left to the thread that calls.
     pub pin: bool,
     /// What is an error instead of something slower or less certain.
     pub strict: Strict,

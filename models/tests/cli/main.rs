@@ -186,8 +186,10 @@ fn pinned_threads_are_reported() {
     let place = Place::new();
     let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "2", "--json"];
     assert_eq!(place.json(&call)["pinned"], false);
-    let pinned = place.json(&[&call[..], &["--pin", "--threads", "2"]].concat());
-    assert_eq!((&pinned["pinned"], &pinned["threads"]), (&true.into(), &2.into()));
+    let pinned = place.json(&[&call[..], &["--pin", "--threads", "1"]].concat());
+    assert_eq!((&pinned["pinned"], &pinned["threads"]), (&true.into(), &1.into()));
+    let output = place.command(&[&call[..], &["--pin", "--threads", "1000"]].concat()).output().unwrap();
+    assert!(String::from_utf8(output.stderr).unwrap().contains("1000 threads can't be pinned to"));
     let output = place.command(&call).env("BITNET_PIN", "yes").output().unwrap();
     assert!(String::from_utf8(output.stderr).unwrap().contains("BITNET_PIN"));
 }

@@ -58,7 +58,8 @@ pub struct ThreadArgs {
 pub struct KernelArgs {
     #[command(flatten)]
     pub threads: ThreadArgs,
-    /// Keep each thread of the kernels on a core of its own
+    /// Keep each thread of the kernels on a core of its own, and leave the first core to the main thread (Linux,
+    /// Windows, FreeBSD)
     #[arg(long, help_heading = "Kernels")]
     pub pin: bool,
     /// Use this kernel alone: `plugin/kernel` or `kernel` (see `bitnet kernels`), or all kernels of a `plugin`

@@ -166,7 +166,8 @@ fn rerun(
         context: Some(record.context),
         kv_cache: Some(record.kv_cache.into()),
         lm_head: record.lm_head.try_into()?,
-        no_prepacked: false,
+        // From the files that the receipt has hashes of.
+        no_prepacked: true,
         receipt: None,
     };
     let (prompt, context) = (&record.prompt_token_ids, record.context);
