@@ -233,7 +233,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     report.seed = (options.sampling.temperature > 0.0).then_some(options.sampling.seed);
     report.kv_cache_bytes = Some(cache.bytes());
     report.execution.memory = engine.memory(cache.bytes(), options.chunk.min(prompt.len()));
-    let at = prompt.len() + generation.tokens.len() / 2;
+    // A sliding window looks back over no more than that.
+    let at = (prompt.len() + generation.tokens.len() / 2).min(context);
     report.execution.prediction =
         engine.outcome(at, report.decode_tokens_per_s, Some(report.prefill_tokens_per_s));
     engine.check_figures(&report.execution, Some(report.prefill_tokens_per_s), report.decode_tokens_per_s)?;
