@@ -6,7 +6,6 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
-use bitnet_burn::bitnet::DEFAULT_CHUNK;
 use bitnet_burn::chat::{ChatTemplate, Message};
 use bitnet_burn::generate::{GenerateOptions, generate, generate_text};
 use bitnet_burn::receipt::{GenerationRecord, TokensRecord};
@@ -58,9 +57,9 @@ pub struct RunArgs {
     /// Stop before this text; may be repeated
     #[arg(long, value_name = "TEXT", conflicts_with = "print_ids")]
     stop: Vec<String>,
-    /// Rows of the prompt that are computed at once
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = DEFAULT_CHUNK)]
-    chunk: usize,
+    /// Rows of the prompt that are computed at once [default: 256; with --device auto, as planned]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    chunk: Option<usize>,
     /// Print the ids of the generated tokens, separated by spaces, instead of their text
     #[arg(long, conflicts_with = "json")]
     print_ids: bool,
@@ -167,6 +166,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         tokenizer: args.tokens_file.is_none() || !args.print_ids,
         quantise_activations: true,
         max_rows: args.chunk,
+        measured_context: None,
     };
     let engine = args.engine.load(&wishes)?;
     let context = engine.settings.context;
@@ -180,7 +180,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     }
     let options = GenerateOptions {
         max_new_tokens,
-        chunk: args.chunk,
+        chunk: engine.settings.rows,
         sampling,
         stop_tokens: if args.ignore_eos { Vec::new() } else { ends(&engine) },
         stop_strings: args.stop.clone(),
