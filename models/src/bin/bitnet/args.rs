@@ -162,7 +162,13 @@ impl DeviceChoice {
     /// With the GPU that plans mean by `wgpu` in its place, where this machine's are known.
     pub fn resolved(self, machine: &MachineProfile) -> anyhow::Result<Self> {
         let Self::On(mut parts) = self else { return Ok(self) };
-        for (name, _) in parts.iter_mut().filter(|(name, _)| !name.kind.is_host() && name.index.is_none()) {
+        // Somebody's own choice of what wgpu's default is.
+        let chosen = std::env::var_os("CUBECL_WGPU_DEFAULT_DEVICE").is_some();
+        let open = |name: &DeviceName| match name.kind {
+            DeviceKind::Wgpu => name.index.is_none() && !chosen,
+            kind => name.index.is_none() && !kind.is_host(),
+        };
+        for (name, _) in parts.iter_mut().filter(|(name, _)| open(name)) {
             if let Some(gpu) = machine.gpu(Some(name.kind.name())) {
                 *name = gpu.device.parse().map_err(anyhow::Error::msg)?;
             }
