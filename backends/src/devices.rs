@@ -1,6 +1,8 @@
 //! The devices besides host memory that this build can compute on, as Burn finds them.
 
-use std::sync::{Mutex, PoisonError};
+use std::cell::Cell;
+use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::Device;
 
@@ -59,13 +61,16 @@ pub fn peak(device: &Device) -> (Option<f64>, Option<f64>) {
 /// # Errors
 /// In words, if it is not there or does not compute.
 pub fn open(id: &str) -> Result<Device, String> {
-    let all = of_runtime(id.split(':').next().unwrap_or_default());
+    let runtime = id.split(':').next().unwrap_or_default();
     let index: Option<usize> = id.split_once(':').and_then(|(_, index)| index.parse().ok());
     match index {
-        Some(index) => match all.get(index) {
-            Some(device) => tried(|| device.clone()),
-            None => Err(format!("there is no device {id}; there are {} of its kind", all.len())),
-        },
+        Some(index) => {
+            let all = of_runtime(runtime)?;
+            match all.get(index) {
+                Some(device) => tried(|| device.clone()),
+                None => Err(format!("there is no device {id}; there are {} of its kind", all.len())),
+            }
+        }
         None => Err(format!("{id}: a GPU is named by its runtime and number, such as wgpu:0")),
     }
 }
@@ -83,20 +88,35 @@ pub fn tried(open: impl FnOnce() -> Device) -> Result<Device, String> {
     .and_then(|device| device)
 }
 
-/// Without a word on stderr, and with what a panic said as an error: runtimes of GPUs panic where others return an error.
-/// One at a time, and not from within another.
+/// Without a word on stderr, and with what a panic said as an error: runtimes of GPUs panic where others return an error,
+/// some of them on threads of their own. Other threads' panics are told as ever.
 ///
 /// # Errors
 /// What the panic said.
 pub fn quietly<T>(run: impl FnOnce() -> T) -> Result<T, String> {
     use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
-    // The hook is the process's.
-    static TURN: Mutex<()> = Mutex::new(());
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let hook = take_hook();
-    set_hook(Box::new(|_| ()));
+    thread_local! {
+        static DEPTH: Cell<usize> = const { Cell::new(0) };
+    }
+    static ANYWHERE: AtomicUsize = AtomicUsize::new(0);
+    // One hook for good: hooks are the process's, and swapping them would be everybody's concern.
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = take_hook();
+        set_hook(Box::new(move |info| {
+            let here = DEPTH.try_with(Cell::get).is_ok_and(|depth| depth > 0);
+            let runtimes =
+                || ANYWHERE.load(Ordering::Relaxed) > 0 && is_runtimes(std::thread::current().name());
+            if !here && !runtimes() {
+                before(info);
+            }
+        }));
+    });
+    DEPTH.set(DEPTH.get() + 1);
+    ANYWHERE.fetch_add(1, Ordering::Relaxed);
     let result = catch_unwind(AssertUnwindSafe(run));
-    set_hook(hook);
+    ANYWHERE.fetch_sub(1, Ordering::Relaxed);
+    DEPTH.set(DEPTH.get() - 1);
     result.map_err(|payload| {
         payload
             .downcast_ref::<String>()
@@ -106,16 +126,21 @@ pub fn quietly<T>(run: impl FnOnce() -> T) -> Result<T, String> {
     })
 }
 
+/// Whether a thread is one that CubeCL serves a device on: `DSU-0-0`, `DSD-3-0`.
+fn is_runtimes(thread: Option<&str>) -> bool {
+    thread.is_some_and(|name| name.starts_with("DSU-") || name.starts_with("DSD-"))
+}
+
 /// The devices of a runtime, in the order of their numbers.
-fn of_runtime(runtime: &str) -> Vec<Device> {
+fn of_runtime(runtime: &str) -> Result<Vec<Device>, String> {
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
     use burn::tensor::DeviceType;
     match runtime {
         #[cfg(feature = "wgpu")]
-        "wgpu" => quietly(|| Device::enumerate(DeviceType::Wgpu).into_iter().collect()).unwrap_or_default(),
+        "wgpu" => quietly(|| Device::enumerate(DeviceType::Wgpu).into_iter().collect()),
         #[cfg(feature = "cuda")]
-        "cuda" => quietly(|| Device::enumerate(DeviceType::Cuda).into_iter().collect()).unwrap_or_default(),
-        _ => Vec::new(),
+        "cuda" => quietly(|| Device::enumerate(DeviceType::Cuda).into_iter().collect()),
+        _ => Ok(Vec::new()),
     }
 }
 
@@ -134,7 +159,11 @@ mod found {
     pub fn gpus() -> (Vec<GpuInfo>, Vec<String>) {
         let (mut gpus, mut problems) = (Vec::new(), Vec::new());
         for runtime in runtimes() {
-            for (index, device) in of_runtime(runtime).into_iter().enumerate() {
+            let devices = of_runtime(runtime).unwrap_or_else(|problem| {
+                problems.push(format!("{runtime} could not be asked for its devices: {problem}"));
+                Vec::new()
+            });
+            for (index, device) in devices.into_iter().enumerate() {
                 let id = format!("{runtime}:{index}");
                 match quietly(|| info(id.clone(), &device)) {
                     Ok(Some(gpu)) => gpus.push(gpu),
@@ -194,5 +223,24 @@ mod found {
             g_per_s(ThroughputMode::memory(MemoryAccess::Read)),
             g_per_s(ThroughputMode::ComputeDirect { dtype: float }),
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_panics_quietly_is_an_error_wherever_it_is() {
+        let nested = quietly(|| (quietly(|| panic!("inner {}", 1)).map(|()| 0), quietly(|| 2)));
+        assert_eq!(nested, Ok((Err("inner 1".into()), Ok(2))));
+        assert_eq!(quietly(|| panic!("outer")).map(|()| 0), Err("outer".into()));
+        let others = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                (0..4).map(|i| scope.spawn(move || quietly(|| panic!("{i}")).map(|()| 0))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert_eq!(others, ["0", "1", "2", "3"].map(|problem| Err(problem.to_owned())));
+        assert!(is_runtimes(Some("DSU-0-0")) && !is_runtimes(Some("main")) && !is_runtimes(None));
     }
 }

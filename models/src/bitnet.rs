@@ -53,6 +53,14 @@ pub enum ModelError {
         /// Layers of the model.
         expected: usize,
     },
+    /// Layers can't be where they were to be, and strict mode does not let them be elsewhere.
+    #[error("strict mode (no-fallback): {layers} on GPUs failed ({problem})")]
+    Placement {
+        /// Layers on GPUs, in words.
+        layers: String,
+        /// What a GPU said.
+        problem: String,
+    },
     /// The output projection is of a type that [`HeadMode::Int8`] can't compute with.
     #[error("the output projection {tensor}: {source}")]
     Head {

@@ -103,7 +103,7 @@ pub fn prefill(
     chunk: usize,
 ) -> Result<Tensor<2>, GenerateError> {
     let mut logits = None;
-    for chunk in tokens.chunks(chunk.max(1)) {
+    for chunk in tokens.chunks(rows_at_once(chunk, cache)) {
         let rows = rows(chunk, sequence, cache.length(sequence).map_err(ForwardError::from)?);
         logits = Some(model.forward(&rows, &[rows.len() - 1], cache)?);
     }
@@ -123,13 +123,18 @@ pub fn logits(
     chunk: usize,
     each: &mut dyn FnMut(usize, &[f32]),
 ) -> Result<(), GenerateError> {
-    for chunk in tokens.chunks(chunk.max(1)) {
+    for chunk in tokens.chunks(rows_at_once(chunk, cache)) {
         let position = cache.length(sequence).map_err(ForwardError::from)?;
         let rows = rows(chunk, sequence, position);
         let wanted: Vec<usize> = (0..rows.len()).collect();
         each(position, &values(model.forward(&rows, &wanted, cache)?)?);
     }
     Ok(())
+}
+
+/// No more than a sliding window can hold; a context that is too short says so itself.
+fn rows_at_once(chunk: usize, cache: &KvCache) -> usize {
+    chunk.min(cache.capacity()).max(1)
 }
 
 fn rows(tokens: &[u32], sequence: SequenceId, position: usize) -> Vec<Row> {

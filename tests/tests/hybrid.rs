@@ -11,7 +11,7 @@ use bitnet_burn::nn::CacheType;
 use bitnet_burn::plan::{CPU, MachineProfile, Measure, Placed, Placement, Settings};
 use bitnet_burn_tests::reference::{Mutation, Reference};
 use bitnet_burn_tests::*;
-use burn::tensor::Device;
+use burn::tensor::{Device, DeviceKind};
 
 const TOLERANCE: f32 = 1e-3;
 
@@ -124,6 +124,20 @@ fn a_placement_is_loaded_tried_out_and_reduced_where_it_fails() {
     let fine = load(&settings);
     assert!(fine.placement == whole && fine.notes.is_empty(), "{:?}", fine.notes);
     fine.model.try_out(16, 64, CacheType::F32).unwrap();
+    // A GPU that is not there panics when it is used; with half of the layers there is another one.
+    let mut opened = 0;
+    let mut absent_at_first = |name: &str| {
+        opened += usize::from(name == "wgpu");
+        if name == "wgpu" && opened == 1 { Ok(Device::wgpu(DeviceKind::DiscreteGpu(99))) } else { open(name) }
+    };
+    let options = LoadOptions::default();
+    let reduced =
+        Placed::load(&checkpoint, &whole, &settings, &options, &mut absent_at_first, &mut |_| {}).unwrap();
+    assert_eq!(reduced.placement, Placement::hybrid("wgpu", layers / 2, layers - layers / 2));
+    assert_eq!(reduced.notes.len(), 1);
+    let note = format!("{layers} layers on GPUs failed (");
+    assert!(reduced.notes[0].starts_with(&note), "{:?}", reduced.notes);
+    reduced.model.try_out(16, 64, CacheType::F32).unwrap();
     // Devices for another model.
     let devices = ModelDevices { layers: vec![Device::flex(); layers + 1], dense: Device::flex() };
     let error = BitNet::placed(&checkpoint, &devices, &LoadOptions::default(), &mut |_| {}).unwrap_err();

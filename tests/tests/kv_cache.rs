@@ -292,6 +292,11 @@ fn a_sliding_window_goes_on_with_what_it_keeps() {
             // More rows at once than there is room for at all.
             let error = forward(&float, &mut cache, &rows(&[1; 17], sequence, 58)).unwrap_err();
             assert!(matches!(error, ForwardError::Cache(CacheError::Full { capacity: 16, .. })), "{error}");
+            // A prompt goes through in as many rows as there is room for.
+            generate::prefill(&float, &prompt, sequence, &mut cache, 256).unwrap();
+            assert_eq!(cache.length(sequence).unwrap(), 58 + 60);
+            cache.remove(sequence).unwrap();
+            assert!(matches!(cache.has_room(sequence), Err(CacheError::Unknown(_))));
         }
     }
 }

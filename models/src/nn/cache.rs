@@ -131,7 +131,8 @@ impl KvCache {
     /// # Errors
     /// If there is no such sequence.
     pub fn has_room(&self, id: SequenceId) -> Result<bool, CacheError> {
-        Ok(self.sliding && self.capacity > 0 || self.kept(id)? < self.capacity)
+        let kept = self.kept(id)?;
+        Ok(self.sliding && self.capacity > 0 || kept < self.capacity)
     }
 
     /// Type of the values.

@@ -206,14 +206,18 @@ pub(super) fn choose(
     };
     let best = best.clone();
     let fits = best.fits() && !blind;
-    let mut reasons = words::placement(&best.placement, &best.memory, machine, wishes, chosen_gpu.is_some());
+    let compared = |gpu: &&str| candidates.iter().any(|c| c.placement.layers_on(gpu) > 0);
+    let mut considered: Vec<&str> = sets.iter().flatten().map(|gpu| &*gpu.device).collect();
+    considered.sort_unstable();
+    considered.dedup();
+    let decided = words::Decided {
+        gpu_asked: chosen_gpu.is_some(),
+        compared: considered.iter().copied().filter(compared).collect(),
+        considered,
+    };
+    let mut reasons = words::placement(&best.placement, &best.memory, machine, wishes, &decided);
     if blind {
-        reasons.insert(
-            0,
-            "how much memory there is could not be found out: this is the careful plan, the CPU alone with a short \
-             context and few rows at once (--memory says how much may be used)"
-                .into(),
-        );
+        reasons.insert(0, words::careful(wishes, &best.placement));
     }
     reasons.push(why_threads);
     reasons.extend(why_settings(&room, &best, blind));
@@ -263,7 +267,7 @@ fn check(model: &Requirements, machine: &MachineProfile, wishes: &Wishes) -> Res
         return range("the part of a GPU's memory", fraction.to_string(), "above 0 and at most 1".into());
     }
     match &wishes.device {
-        Some(device) if device != CPU && gpu_named(machine, device).is_none() => {
+        Some(device) if device != CPU && machine.gpu(Some(device)).is_none() => {
             let gpus = machine.gpus.iter().map(|gpu| gpu.device.as_str());
             let there: Vec<&str> = std::iter::once(CPU).chain(gpus).collect();
             Err(PlanError::NoDevice { device: device.clone(), there: there.join(", ") })
@@ -272,10 +276,20 @@ fn check(model: &Requirements, machine: &MachineProfile, wishes: &Wishes) -> Res
     }
 }
 
-/// `wgpu:1`, or the first of `wgpu`.
-fn gpu_named<'a>(machine: &'a MachineProfile, device: &str) -> Option<&'a GpuProfile> {
-    let first = || machine.gpus.iter().find(|gpu| gpu.device.split(':').next() == Some(device));
-    machine.gpus.iter().find(|gpu| gpu.device == device).or_else(first)
+impl MachineProfile {
+    /// The GPU that a name means: `wgpu:1`, the best of `wgpu`, or without a name the best of all. Cards come before
+    /// what stands in for them, those that tell their memory before others, and then the fastest, as far as measured.
+    pub fn gpu(&self, device: Option<&str>) -> Option<&GpuProfile> {
+        let meant = |gpu: &&GpuProfile| match device {
+            Some(name) => gpu.device == name || gpu.device.split(':').next() == Some(name),
+            None => true,
+        };
+        let rate = |gpu: &GpuProfile| gpu.read_gb_per_s.unwrap_or(0.0);
+        self.gpus.iter().filter(meant).min_by(|a, b| {
+            let kind = |gpu: &GpuProfile| (gpu.software, gpu.memory_bytes.is_none());
+            kind(a).cmp(&kind(b)).then(rate(b).total_cmp(&rate(a)))
+        })
+    }
 }
 
 /// The GPU that wishes ask for.
@@ -284,8 +298,8 @@ fn asked_gpu<'a>(machine: &'a MachineProfile, wishes: &Wishes) -> Result<Option<
     match (wishes.device.as_deref(), wishes.gpu_layers) {
         (None | Some(CPU), None | Some(0)) => Ok(None),
         (Some(CPU), Some(layers)) => fail(layers, "the CPU was asked for, too"),
-        (Some(device), _) => Ok(gpu_named(machine, device)),
-        (None, Some(layers)) => match cards(machine).first().copied().or(machine.gpus.first()) {
+        (Some(device), _) => Ok(machine.gpu(Some(device))),
+        (None, Some(layers)) => match machine.gpu(None) {
             Some(gpu) => Ok(Some(gpu)),
             None => fail(layers, "there is no GPU here that this build computes on"),
         },

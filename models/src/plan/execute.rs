@@ -1,6 +1,7 @@
 //! A plan carried out: layers on the devices of a placement, and fewer of them on a GPU that has no room.
 
 use bitnet_burn_backends::devices;
+use bitnet_burn_backends::manager::manager;
 use burn::tensor::Device;
 
 use super::adapt::fewer_layers;
@@ -53,7 +54,8 @@ impl Placed {
     /// none.
     ///
     /// # Errors
-    /// If a file or a kernel is wrong; `open`'s, for what it can't open.
+    /// If a file or a kernel is wrong; `open`'s, for what it can't open; where strict mode has `no-fallback`, what a GPU
+    /// says against its layers.
     pub fn load<E: From<ModelError>>(
         checkpoint: &Checkpoint,
         placement: &Placement,
@@ -62,7 +64,8 @@ impl Placed {
         open: &mut dyn FnMut(&str) -> Result<Device, E>,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, E> {
-        fall_back(placement, |placement| {
+        let strict = manager().config().strict.no_fallback;
+        fall_back(placement, strict, |placement| {
             let devices = placement.devices_of(open)?;
             if placement.kind() == Kind::CpuOnly {
                 return Ok(Ok(BitNet::placed(checkpoint, &devices, options, progress)?));
@@ -83,9 +86,10 @@ impl Placed {
     }
 }
 
-/// Attempts a placement, and with fewer layers on GPUs what fails there.
-fn fall_back<T, E>(
+/// Attempts a placement, and with fewer layers on GPUs what fails there, unless that is `strict`ly an error.
+fn fall_back<T, E: From<ModelError>>(
     placement: &Placement,
+    strict: bool,
     mut attempt: impl FnMut(&Placement) -> Result<Result<T, String>, E>,
 ) -> Result<(T, Placement, Vec<String>), E> {
     let (mut placement, mut notes) = (placement.clone(), Vec::new());
@@ -97,13 +101,15 @@ fn fall_back<T, E>(
                 let on_gpus = |placement: &Placement| placement.layers() - placement.layers_on(CPU);
                 // GPUs tell at length what they skipped afterwards.
                 let words = problem.split_whitespace().collect::<Vec<_>>().join(" ");
-                let first: String = words.chars().take(200).collect();
-                let note = format!(
-                    "{} on GPUs failed ({first}); now {} there, and the others on the CPU",
-                    count(on_gpus(&placement) as u64, "layer"),
+                let problem: String = words.chars().take(200).collect();
+                let layers = count(on_gpus(&placement) as u64, "layer");
+                if strict {
+                    return Err(ModelError::Placement { layers, problem }.into());
+                }
+                notes.push(format!(
+                    "{layers} on GPUs failed ({problem}); now {} there, and the others on the CPU",
                     on_gpus(&fewer)
-                );
-                notes.push(note);
+                ));
                 placement = fewer;
             }
         }
@@ -120,13 +126,13 @@ mod tests {
         let mut tried = Vec::new();
         let attempt = |placement: &Placement| {
             tried.push(placement.layers_on("wgpu:0"));
-            Ok::<_, ()>(if placement.layers_on("wgpu:0") > 5 {
+            Ok::<_, ModelError>(if placement.layers_on("wgpu:0") > 5 {
                 Err("out of memory\nat ...".into())
             } else {
                 Ok(1)
             })
         };
-        let (_, placement, notes) = fall_back(&start, attempt).unwrap();
+        let (_, placement, notes) = fall_back(&start, false, attempt).unwrap();
         assert_eq!(tried, [30, 15, 7, 3]);
         assert_eq!(placement, Placement::hybrid("wgpu:0", 3, 27));
         assert_eq!(
@@ -135,12 +141,21 @@ mod tests {
         );
         // A device that computes nothing at all leaves the CPU.
         let attempt = |placement: &Placement| {
-            Ok::<_, ()>(if placement.kind() == Kind::CpuOnly { Ok(()) } else { Err("lost".into()) })
+            Ok::<_, ModelError>(if placement.kind() == Kind::CpuOnly { Ok(()) } else { Err("lost".into()) })
         };
         let two = Placement::over([("wgpu:0".into(), 10), ("wgpu:1".into(), 20)], "wgpu:1");
-        let (_, placement, notes) = fall_back(&two, attempt).unwrap();
+        let (_, placement, notes) = fall_back(&two, false, attempt).unwrap();
         assert_eq!((placement, notes.len()), (Placement::cpu_only(30), 5));
         // What is wrong with the files is wrong on every device.
-        assert!(fall_back::<(), &str>(&start, |_| Err("no such file")).is_err());
+        let wrong = || ModelError::Devices { found: 1, expected: 2 };
+        assert!(fall_back::<(), _>(&start, false, |_| Err(wrong())).is_err());
+        // Strictly, the first problem is one.
+        let error =
+            fall_back::<(), ModelError>(&start, true, |_| Ok(Err("out of memory".into()))).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("no-fallback") && text.contains("30 layers on GPUs failed (out of memory)"),
+            "{text}"
+        );
     }
 }

@@ -227,11 +227,15 @@ impl MachineProfile {
             }
         }
         known.rates.sort_by_key(|rate| rate.threads);
+        let mut gpus = known.gpus.clone();
         if known.gpus.is_none() && measure != Measure::Nothing {
             let (found, failed) = devices::gpus();
-            known.gpus = Some(found.into_iter().map(gpu_profile).collect());
+            gpus = Some(found.into_iter().map(gpu_profile).collect());
             // What could not be asked may answer the next time.
-            changed |= failed.is_empty();
+            if failed.is_empty() {
+                known.gpus.clone_from(&gpus);
+                changed = true;
+            }
             problems.extend(failed);
         }
         if changed && let Err(error) = known.write(cache_dir) {
@@ -247,7 +251,7 @@ impl MachineProfile {
                 rates: known.rates,
             },
             memory,
-            gpus: known.gpus.unwrap_or_default(),
+            gpus: gpus.unwrap_or_default(),
             problems,
         }
     }
@@ -331,12 +335,20 @@ pub enum Measure {
 fn memory() -> Option<MemoryProfile> {
     let kind = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
     let system = sysinfo::System::new_with_specifics(kind);
-    let (mut total, mut available) = (system.total_memory(), system.available_memory());
-    if let Some(group) = system.cgroup_limits().filter(|group| group.total_memory > 0) {
-        total = total.min(group.total_memory);
-        available = available.min(group.free_memory);
-    }
-    (total > 0).then_some(MemoryProfile { total_bytes: total, available_bytes: available.min(total) })
+    let (total, available) = (system.total_memory(), system.available_memory());
+    // sysinfo asserts that there is memory before it asks for a control group's.
+    (total > 0).then(|| {
+        let group = system.cgroup_limits().filter(|group| group.total_memory > 0);
+        within(total, available, group.map(|group| (group.total_memory, group.rss)))
+    })
+}
+
+/// The machine's memory within a control group's limit, of which the group's processes hold so many bytes. What the
+/// group has in the page cache counts as its use, but is given back when it is needed: a model that was read is there.
+fn within(total: u64, available: u64, group: Option<(u64, u64)>) -> MemoryProfile {
+    let (limit, held) = group.unwrap_or((u64::MAX, 0));
+    let total_bytes = total.min(limit);
+    MemoryProfile { total_bytes, available_bytes: available.min(limit.saturating_sub(held)).min(total_bytes) }
 }
 
 /// As large a buffer as tells memory from caches, and an eighth of what is available at most.
@@ -475,6 +487,17 @@ mod tests {
             std::fs::write(&path, damage).unwrap();
             assert!(Known::read(Some(dir.path())).is_none(), "{damage:?}");
         }
+    }
+
+    #[test]
+    fn a_control_groups_limit_counts_and_its_page_cache_does_not() {
+        let memory = |total_bytes, available_bytes| MemoryProfile { total_bytes, available_bytes };
+        assert_eq!(within(64, 40, None), memory(64, 40));
+        assert_eq!(within(64, 40, Some((16, 3))), memory(16, 13));
+        assert_eq!(within(64, 10, Some((16, 3))), memory(16, 10));
+        assert_eq!(within(64, 40, Some((16, 17))), memory(16, 0));
+        // No limit.
+        assert_eq!(within(64, 40, Some((u64::MAX, 3))), memory(64, 40));
     }
 
     #[test]

@@ -84,7 +84,7 @@ impl Strategy {
 pub struct Wishes {
     /// What matters.
     pub strategy: Strategy,
-    /// Compute there: `cpu`, a GPU (`wgpu:0`), or the first GPU of a runtime (`wgpu`).
+    /// Compute there: `cpu`, a GPU (`wgpu:0`), or the best GPU of a runtime (`wgpu`).
     pub device: Option<String>,
     /// So many layers on the GPU; all of them: embedding and output, too.
     pub gpu_layers: Option<usize>,

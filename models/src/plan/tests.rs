@@ -252,6 +252,7 @@ fn a_gpu_whose_memory_is_not_known_is_for_whoever_asks() {
     let plan = plan(&two_b(), &machine);
     assert_eq!(plan.kind, Kind::CpuOnly);
     because(&plan, "its driver does not tell how much memory it has");
+    because(&plan, "the CPU: there was no GPU to compare it with");
     let wishes = Wishes { device: Some("wgpu:0".into()), ..Wishes::default() };
     let asked = Plan::new(&two_b(), &machine, &wishes).unwrap();
     assert_eq!(asked.kind, Kind::GpuOnly);
@@ -265,7 +266,20 @@ fn a_machine_that_can_not_be_looked_at_gets_the_careful_plan() {
     assert!(plan.fallback && !plan.fits && plan.prediction.is_none() && plan.tier == Tier::Unknown);
     assert_eq!((plan.kind, plan.settings.threads, plan.settings.rows), (Kind::CpuOnly, 1, 64));
     assert_eq!((plan.settings.context, plan.settings.kv_cache), (2048, CacheType::F32));
-    because(&plan, "how much memory there is could not be found out");
+    because(
+        &plan,
+        "could not be found out: carefully, the CPU alone, a short context, few rows at once (--memory",
+    );
+    // What was asked for is nobody's care.
+    let asked = Wishes {
+        device: Some(CPU.into()),
+        context: Some(4096),
+        rows: Some(256),
+        kv_cache: Some(CacheType::F16),
+        ..Wishes::default()
+    };
+    let asked = Plan::new(&two_b(), &unknown, &asked).unwrap();
+    because(&asked, "could not be found out: whether what was asked for fits, will show (--memory");
     because(&plan, "the number of cores could not be found out");
     // What somebody knows, need not be found out.
     let wishes = Wishes { threads: Some(4), memory: Some(3_000_000_000), ..Wishes::default() };

@@ -5,7 +5,7 @@ use std::fmt;
 use super::machine::MachineProfile;
 use super::placement::{Kind, Placement};
 use super::predict::{Basis, Comparison, Outcome, Prediction};
-use super::{CPU, DeviceMemory, Plan, Tier, Wishes};
+use super::{CPU, DeviceMemory, Plan, Strategy, Tier, Wishes};
 use crate::report::{count, human_bytes, line};
 
 pub(super) fn threads(count: usize) -> String {
@@ -35,15 +35,42 @@ pub(super) fn not_measured(placement: &Placement, machine: &MachineProfile, thre
     format!("no speed is predicted: how fast {} reads its memory was not measured", unknown.unwrap_or(CPU))
 }
 
+/// That memory is not known, and what was chosen for it.
+pub(super) fn careful(wishes: &Wishes, placement: &Placement) -> String {
+    let on_cpu = wishes.device.is_none() && placement.kind() == Kind::CpuOnly;
+    let choices = [
+        (on_cpu, "the CPU alone"),
+        (wishes.context.is_none(), "a short context"),
+        (wishes.rows.is_none(), "few rows at once"),
+    ];
+    let chosen: Vec<&str> = choices.into_iter().filter_map(|(chosen, what)| chosen.then_some(what)).collect();
+    let what = match &chosen[..] {
+        [] => "whether what was asked for fits, will show".to_owned(),
+        chosen => format!("carefully, {}", chosen.join(", ")),
+    };
+    format!("how much memory there is could not be found out: {what} (--memory says how much may be used)")
+}
+
+/// What a placement was chosen from.
+pub(super) struct Decided<'a> {
+    /// Whether a GPU was asked for.
+    pub gpu_asked: bool,
+    /// GPUs that could have been chosen.
+    pub considered: Vec<&'a str>,
+    /// Those of them that something was placed on.
+    pub compared: Vec<&'a str>,
+}
+
 /// Why these devices.
 pub(super) fn placement(
     placement: &Placement,
     memory: &[DeviceMemory],
     machine: &MachineProfile,
     wishes: &Wishes,
-    gpu_asked: bool,
+    decided: &Decided<'_>,
 ) -> Vec<String> {
     let mut reasons = Vec::new();
+    let gpu_asked = decided.gpu_asked;
     let of = |device: &str| memory.iter().find(|memory| memory.device == device);
     let fraction = |device: &str| match of(device) {
         Some(memory) => {
@@ -58,10 +85,18 @@ pub(super) fn placement(
         Kind::CpuOnly if wishes.device.as_deref() == Some(CPU) => {
             reasons.push("the CPU, as asked for".into())
         }
+        Kind::CpuOnly if wishes.gpu_layers == Some(0) => {
+            reasons.push("the CPU: no layers on a GPU, as asked for".into());
+        }
         Kind::CpuOnly if machine.gpus.is_empty() => {
             reasons.push("the CPU: no GPU was found that this build computes on".into());
         }
-        Kind::CpuOnly => reasons.push("the CPU is the best of the devices".into()),
+        Kind::CpuOnly if decided.compared.is_empty() => {
+            reasons.push("the CPU: there was no GPU to compare it with".into());
+        }
+        Kind::CpuOnly => {
+            reasons.push(format!("the CPU is better by the strategy than {}", decided.compared.join(", ")));
+        }
         Kind::GpuOnly => {
             let what = placement.devices().map(fraction).collect::<Vec<_>>().join(", ");
             reasons.push(format!("everything on GPU{asked}: it takes {what}"));
@@ -109,6 +144,15 @@ pub(super) fn placement(
                  file that says it)",
                 gpu.device
             ));
+        } else if decided.considered.contains(&&*gpu.device) && !decided.compared.contains(&&*gpu.device) {
+            let why = match wishes.kv_cache.filter(|&kind| !gpu.holds(kind)) {
+                Some(kind) => format!("it does not compute with a KV cache of {}", kind.name()),
+                None if wishes.strategy == Strategy::PowerEfficiency => {
+                    "it has no room for the whole model".into()
+                }
+                None => "it has no room for a layer".into(),
+            };
+            reasons.push(format!("{name} is not used: {why}"));
         }
     }
     reasons

@@ -814,3 +814,20 @@ fn synth_writes_what_was_asked_for() {
     assert_eq!(shown["tensors"].as_array().unwrap().iter().filter(|t| t["type"] == "Q8_0").count(), 2);
     place.ok(&["run", "-m", "x.gguf", "-p", "a", "-n", "2"]);
 }
+
+#[test]
+fn a_prompt_longer_than_a_sliding_window_goes_through_it() {
+    let place = Place::new();
+    place.write("long.txt", (0..100).map(|i| format!("{} ", i % 60 + 40)).collect::<String>());
+    let call =
+        ["run", "-m", "model.gguf", "--tokens-file", "long.txt", "--context", "32", "-n", "8", "--greedy"];
+    assert!(place.error(&call).contains("the prompt has 100 tokens, the context 32"));
+    // However many rows at once are asked for.
+    for chunk in [&[][..], &["--chunk", "7"], &["--chunk", "1000"]] {
+        let more = ["--sliding-window", "--ignore-eos", "--json", "--receipt", "receipt.json"];
+        let report = place.json(&[&call[..], &more, chunk].concat());
+        assert_eq!((&report["finish"], &report["generated_tokens"]), (&"length".into(), &8.into()));
+        let text = place.ok(&["receipt", "check", "receipt.json", "--rerun"]);
+        assert!(text.contains("agrees") && !text.contains("DIFFERS"), "{text}");
+    }
+}

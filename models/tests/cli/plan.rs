@@ -98,6 +98,21 @@ fn a_run_follows_a_plan_and_says_what_was_predicted() {
     for key in ["predicted", "measured", "ratio"] {
         assert!(comparison[key].as_f64().unwrap() > 0.0, "{auto}");
     }
+    // What is measured is the same, wherever it is.
+    place.write("long.txt", "72 101 ".repeat(40));
+    let perplexity = ["perplexity", "-m", "model.gguf", "--tokens-file", "long.txt", "--json"];
+    let measured = place.json(&[&perplexity[..], &["--device", "auto"]].concat());
+    assert_eq!(measured["context"], 512);
+    assert_eq!(measured["perplexity"], place.json(&perplexity)["perplexity"]);
+    // The receipt has the rows that the plan chose.
+    let planned = place.json(&["plan", "-m", "model.gguf", "--json"]);
+    for (more, rows) in [(&[][..], planned["rows"].as_u64().unwrap()), (&["--chunk", "3"], 3)] {
+        let auto = ["--device", "auto", "--receipt", "receipt.json"];
+        place.ok(&[&call[..], &auto, more].concat());
+        let receipt = std::fs::read_to_string(place.path("receipt.json")).unwrap();
+        let receipt: Value = serde_json::from_str(&receipt).unwrap();
+        assert_eq!(receipt["generation"]["chunk"], rows);
+    }
     let threads = auto["threads"].to_string();
     let bench =
         ["bench", "-m", "model.gguf", "-p", "8", "-n", "4", "--repetitions", "1", "--threads", &threads];

@@ -12,7 +12,7 @@ use bitnet_burn::config::Activation;
 use bitnet_burn::core::formats::DenseFormat;
 use bitnet_burn::core::manager::Strict;
 use bitnet_burn::nn::CacheType;
-use bitnet_burn::plan::{CPU, Placement};
+use bitnet_burn::plan::{CPU, MachineProfile, Placement};
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
 
@@ -154,22 +154,35 @@ impl DeviceChoice {
         Ok(Some(Placement::over(counted, &last)))
     }
 
-    /// The host's device among them, or the default one.
-    pub fn host(&self) -> DeviceKind {
-        let of =
-            |parts: &[(DeviceName, _)]| parts.iter().map(|(name, _)| name.kind).find(|kind| kind.is_host());
-        match self {
-            Self::Auto => None,
-            Self::On(parts) => of(parts),
-        }
-        .unwrap_or_else(DeviceKind::compiled)
+    /// The host's device that was named.
+    pub fn host(&self) -> Option<DeviceKind> {
+        let Self::On(parts) = self else { return None };
+        parts.iter().map(|(name, _)| name.kind).find(|kind| kind.is_host())
     }
 
-    /// What names a placement; the CPU is that of `host`.
-    pub fn of(placement: &Placement, host: DeviceKind) -> anyhow::Result<Self> {
-        let name = |device: &str| match device {
-            CPU => Ok(DeviceName { kind: host, index: None }),
-            gpu => gpu.parse::<DeviceName>().map_err(anyhow::Error::msg),
+    /// With the GPU that plans mean by `wgpu` in its place, where this machine's are known.
+    pub fn resolved(self, machine: &MachineProfile) -> anyhow::Result<Self> {
+        let Self::On(mut parts) = self else { return Ok(self) };
+        // Somebody's own choice of what wgpu's default is.
+        let chosen = std::env::var_os("CUBECL_WGPU_DEFAULT_DEVICE").is_some();
+        let open = |name: &DeviceName| match name.kind {
+            DeviceKind::Wgpu => name.index.is_none() && !chosen,
+            kind => name.index.is_none() && !kind.is_host(),
+        };
+        for (name, _) in parts.iter_mut().filter(|(name, _)| open(name)) {
+            if let Some(gpu) = machine.gpu(Some(name.kind.name())) {
+                *name = gpu.device.parse().map_err(anyhow::Error::msg)?;
+            }
+        }
+        // It may be there by its number, too.
+        Self::On(parts).to_string().parse().map_err(|problem| anyhow!("--device: {problem}"))
+    }
+
+    /// What names a placement; the CPU is that of `host`, or the default one.
+    pub fn of(placement: &Placement, host: Option<DeviceKind>) -> anyhow::Result<Self> {
+        let name = |device: &str| match (device, host) {
+            (CPU, Some(kind)) => Ok(DeviceName { kind, index: None }),
+            (device, _) => device.parse::<DeviceName>().map_err(anyhow::Error::msg),
         };
         if placement.devices().count() == 1 {
             return Ok(Self::On(vec![(name(&placement.dense)?, None)]));
@@ -271,7 +284,7 @@ impl FromStr for DeviceName {
             None => (text, None),
         };
         let kind = match kind {
-            CPU => DeviceKind::compiled(),
+            CPU => DeviceKind::host()?,
             kind => DeviceKind::from_str(kind, false).map_err(|_| {
                 format!("{kind:?} is no device; there are auto, flex, ndarray, wgpu and cuda")
             })?,
@@ -312,6 +325,15 @@ impl DeviceKind {
         } else {
             Self::Flex
         }
+    }
+
+    /// The first that is compiled in and computes in host memory.
+    pub fn host() -> Result<Self, String> {
+        if Self::compiled().is_host() && cfg!(any(feature = "flex", feature = "ndarray")) {
+            return Ok(Self::compiled());
+        }
+        Err("the CPU: nothing that computes there is compiled in: build with `cargo build --release --features flex`"
+            .into())
     }
 
     /// Its name, which is that of its feature.
@@ -522,6 +544,8 @@ pub fn parse_tokens(text: &str, vocabulary: usize) -> anyhow::Result<Vec<u32>> {
 
 #[cfg(test)]
 mod tests {
+    use bitnet_burn::plan::GpuProfile;
+
     use super::*;
 
     #[test]
@@ -561,9 +585,24 @@ mod tests {
         ] {
             let placement = placement(text).unwrap();
             assert_eq!(placement, expected, "{text}");
-            let named = DeviceChoice::of(&placement, DeviceKind::Flex).unwrap();
+            let named = DeviceChoice::of(&placement, Some(DeviceKind::Flex)).unwrap();
             assert_eq!(named.placement(30).unwrap().unwrap(), placement, "{named}");
         }
+        // A GPU without a number is the one that plans mean, where that is known.
+        let gpu = |device: &str, rate| GpuProfile {
+            device: device.into(),
+            read_gb_per_s: Some(rate),
+            ..GpuProfile::default()
+        };
+        let gpus = vec![gpu("wgpu:0", 50.0), gpu("wgpu:1", 500.0), gpu("cuda:0", 400.0)];
+        let machine = MachineProfile { gpus, ..MachineProfile::default() };
+        let unknown = MachineProfile::default();
+        let resolved = |text: &str, machine| choice(text).unwrap().resolved(machine).map(|c| c.to_string());
+        assert_eq!(resolved("wgpu=3,flex", &machine).unwrap(), "wgpu:1=3,flex");
+        assert_eq!(resolved("wgpu:0,cuda=2", &machine).unwrap(), "wgpu:0,cuda:0=2");
+        assert_eq!(resolved("wgpu", &unknown).unwrap(), "wgpu");
+        let twice = resolved("wgpu=1,wgpu:1=2", &machine).unwrap_err().to_string();
+        assert!(twice.contains("wgpu:1 is there twice"), "{twice}");
         for text in ["wgpu=31,flex", "wgpu=3,flex=4"] {
             assert!(placement(text).unwrap_err().to_string().contains("the model has 30"), "{text}");
         }

@@ -1,7 +1,6 @@
 //! `bitnet bench`: how fast a model runs here.
 
 use bitnet_burn::bench::{self, BenchOptions, BenchResult, DecodeAt, DecodeBatch, Spread};
-use bitnet_burn::bitnet::DEFAULT_CHUNK;
 use bitnet_burn::config::ModelConfig;
 use bitnet_burn::core::cpu;
 use bitnet_burn::report::{Execution, ModelSummary, count, human_bytes, human_seconds};
@@ -38,9 +37,9 @@ pub struct BenchArgs {
     /// Measure decode of so many sequences at once, too, once each, all behind a prompt of their own
     #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = positive)]
     batches: Vec<usize>,
-    /// Rows of the prompt that are computed at once
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = DEFAULT_CHUNK)]
-    chunk: usize,
+    /// Rows of the prompt that are computed at once [default: 256; with --device auto, as planned]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    chunk: Option<usize>,
     /// Seed of the random tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -71,7 +70,8 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     if cfg!(debug_assertions) {
         output::warning("this program was built without optimisation: add --release to the cargo command");
     }
-    let wishes = Wishes { tokenizer: false, quantise_activations: true, max_rows: args.chunk };
+    let wishes =
+        Wishes { tokenizer: false, quantise_activations: true, max_rows: args.chunk, measured_context: None };
     let engine = args.engine.load(&wishes)?;
     let options = BenchOptions {
         prompt_tokens: args.prompt,
@@ -79,7 +79,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         repetitions: args.repetitions,
         contexts: args.contexts.clone(),
         batches: args.batches.clone(),
-        chunk: args.chunk,
+        chunk: engine.settings.rows,
         context: engine.settings.context,
         kv_cache: engine.settings.kv_cache,
         seed: args.seed,
@@ -91,12 +91,12 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     })?;
     bar.finish_and_clear();
     let mut execution = engine.execution();
-    execution.memory = engine.memory(result.kv_cache_bytes, args.chunk.min(args.prompt.max(1)));
+    execution.memory = engine.memory(result.kv_cache_bytes, options.chunk.min(args.prompt.max(1)));
     let median = |spread: Option<Spread>| spread.map(|spread| spread.median);
     let at = args.prompt + args.generate / 2;
     let (rate, prompt_rate) = (median(result.decode_tokens_per_s), median(result.prefill_tokens_per_s));
     execution.prediction = engine.outcome(at, rate, prompt_rate);
-    engine.remember(at, rate, prompt_rate);
+    engine.remember(&execution, at, rate, prompt_rate);
     let decodes = result.decode_by_context.iter().map(|at| at.decode_tokens_per_s);
     let decode = decodes.chain(result.decode_tokens_per_s.map(|spread| spread.max)).reduce(f64::max);
     engine.check_figures(&execution, result.prefill_tokens_per_s.map(|spread| spread.max), decode)?;

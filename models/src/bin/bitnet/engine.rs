@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use bitnet_burn::backends::{devices, manager};
-use bitnet_burn::bitnet::{BitNet, LoadOptions, LoadProgress};
+use bitnet_burn::bitnet::{BitNet, DEFAULT_CHUNK, LoadOptions, LoadProgress};
 use bitnet_burn::checkpoint::Checkpoint;
 use bitnet_burn::core::ManagerConfig;
 use bitnet_burn::core::manager::{KernelManager, ManagerReport};
+use bitnet_burn::nn::CacheType;
 use bitnet_burn::plan::{
     self, COMMON_CONTEXT, CPU, Comparison, DeviceMemory, Kind, MachineProfile, Measure, Outcome, Placed,
     Placement, Plan, Prediction, Requirements, Settings,
@@ -92,8 +93,11 @@ pub struct Wishes {
     pub tokenizer: bool,
     /// Whether activations are quantised, as BitNet does.
     pub quantise_activations: bool,
-    /// Rows of the largest forward pass.
-    pub max_rows: usize,
+    /// Rows of the largest forward pass; where nobody says, those of a plan, or as usual.
+    pub max_rows: Option<usize>,
+    /// What is measured depends on context and KV cache, which a plan must not change: where no flag says otherwise, a
+    /// context of so many positions at most, and f32.
+    pub measured_context: Option<usize>,
 }
 
 impl EngineArgs {
@@ -109,23 +113,27 @@ impl EngineArgs {
         let checkpoint = self.file.open()?;
         let opening = opening.elapsed();
         // Before the work of loading: a wrong flag should not wait for it.
-        self.context(&checkpoint, usize::MAX)?;
+        let context = self.context(&checkpoint, wishes.measured_context.unwrap_or(usize::MAX))?;
         let requirements = Requirements::of(&checkpoint, self.lm_head.into())?;
         let (mut config, _) = config()?;
         let cache_dir = config.cache_dir.clone();
-        let Place { choice, placement, plan, mut notes } = self.place(&requirements, &mut config, wishes)?;
-        let host = choice.host();
+        let fixed = self.context.or(wishes.measured_context).map(|_| context);
+        let Place { host, placement, plan, mut notes } =
+            self.place(&requirements, &mut config, wishes, fixed)?;
         let settings = Settings {
             threads: config.threads,
             context: match &plan {
                 Some(plan) => plan.settings.context,
-                None => self.context(&checkpoint, usize::MAX)?,
+                None => context,
             },
             kv_cache: match &plan {
                 Some(plan) => plan.settings.kv_cache,
                 None => self.kv_cache.unwrap_or(KvCacheType::F32).into(),
             },
-            rows: wishes.max_rows,
+            rows: match &plan {
+                Some(plan) => plan.settings.rows,
+                None => wishes.max_rows.unwrap_or(DEFAULT_CHUNK),
+            },
         };
         // A GPU's name may be wrong: that is told before kernels are measured.
         let mut opened: Vec<(String, Device)> = Vec::new();
@@ -145,7 +153,7 @@ impl EngineArgs {
             .transpose()?;
         let options = LoadOptions {
             quantise_activations: wishes.quantise_activations,
-            max_rows: wishes.max_rows,
+            max_rows: settings.rows,
             head: self.lm_head.into(),
             prepacked: !self.no_prepacked,
         };
@@ -202,7 +210,8 @@ impl EngineArgs {
 
 /// Where a model is to be.
 struct Place {
-    choice: DeviceChoice,
+    /// The host's device that was named.
+    host: Option<DeviceKind>,
     placement: Placement,
     /// What chose it, if that was a plan.
     plan: Option<Plan>,
@@ -210,63 +219,80 @@ struct Place {
 }
 
 /// A device by its name in plans.
-fn open(device: &str, host: DeviceKind) -> anyhow::Result<Device> {
-    match device {
-        CPU => host.open(),
-        gpu => gpu.parse::<DeviceName>().map_err(anyhow::Error::msg)?.open(),
+fn open(device: &str, host: Option<DeviceKind>) -> anyhow::Result<Device> {
+    match (device, host) {
+        (CPU, Some(host)) => host.open(),
+        (device, _) => device.parse::<DeviceName>().map_err(anyhow::Error::msg)?.open(),
     }
 }
 
 impl EngineArgs {
     /// Which layers are to be where: by the flags, or planned; a plan sets the threads, too, where nothing else does.
+    /// `context` is what it is fixed to.
     fn place(
         &self,
         requirements: &Requirements,
         config: &mut ManagerConfig,
         wishes: &Wishes,
+        context: Option<usize>,
     ) -> anyhow::Result<Place> {
         let layers = requirements.layers;
+        let cache_dir = config.cache_dir.clone();
         let choice = self.device.clone().unwrap_or_else(|| DeviceChoice::one(DeviceKind::compiled()));
+        let choice =
+            choice.resolved(&MachineProfile::detect(cache_dir.as_deref(), Measure::Nothing, None))?;
+        let host = choice.host();
         let fixed = match (&choice, self.gpu_layers) {
             (_, Some(n)) if n > layers => bail!("--gpu-layers {n}: the model has {layers} layers"),
             (DeviceChoice::Auto, _) => None,
             (choice, None) => choice.placement(layers)?,
-            (DeviceChoice::On(parts), Some(n)) => Some(match (&parts[..], self.gpu()) {
-                ([(name, None)], _) if !name.kind.is_host() => split(&name.to_string(), n, layers),
-                // The CPU was not asked for: it is the default.
-                ([_], Some(gpu)) if self.device.is_none() || n == 0 => split(&gpu.to_string(), n, layers),
-                ([_], _) if n == 0 => Placement::cpu_only(layers),
-                ([_], None) => bail!(
+            (DeviceChoice::On(parts), Some(n)) => Some(match &parts[..] {
+                [(name, None)] if !name.kind.is_host() => split(&name.to_string(), n, layers),
+                [_] if n == 0 => Placement::cpu_only(layers),
+                [_] if devices::runtimes().is_empty() => bail!(
                     "--gpu-layers {n}: this build computes on no GPU; build with `cargo build --release --features wgpu`"
                 ),
-                ([(_, None)], Some(_)) => bail!("--gpu-layers {n} with --device {choice}, which is no GPU"),
+                // The CPU was not asked for: it is the default. Layers go to the GPU that a plan would take.
+                [_] if self.device.is_none() => {
+                    let machine = MachineProfile::detect(cache_dir.as_deref(), Measure::Missing, None);
+                    let Some(gpu) = machine.gpu(None) else {
+                        let problems: String = machine.problems.iter().map(|p| format!(": {p}")).collect();
+                        bail!("--gpu-layers {n}: there is no usable GPU here{problems}")
+                    };
+                    split(&gpu.device, n, layers)
+                }
+                [(_, None)] => bail!("--gpu-layers {n} with --device {choice}, which is no GPU"),
                 _ => bail!("--gpu-layers {n} with --device {choice}, which says it already"),
             }),
         };
         if let Some(placement) = fixed {
-            return Ok(Place { choice, placement, plan: None, notes: Vec::new() });
+            return Ok(Place { host, placement, plan: None, notes: Vec::new() });
         }
         if config.threads == 0 {
             config.threads = self.kernels.threads.threads.unwrap_or(0);
         }
         let threads = (config.threads > 0).then_some(config.threads);
-        let machine = MachineProfile::detect(config.cache_dir.as_deref(), Measure::Missing, threads);
+        let machine = MachineProfile::detect(cache_dir.as_deref(), Measure::Missing, threads);
         for problem in &machine.problems {
             output::warning(problem);
         }
         let mut wanted = plan::Wishes {
             threads: self.kernels.threads.threads.or(threads),
-            context: self.context,
-            kv_cache: self.kv_cache.map(Into::into),
+            context,
+            kv_cache: (self.kv_cache.map(Into::into))
+                .or_else(|| wishes.measured_context.map(|_| CacheType::F32)),
             gpu_layers: self.gpu_layers,
-            rows: Some(wishes.max_rows),
+            rows: wishes.max_rows,
             ..plan::Wishes::default()
         };
         let mut plan = Plan::new(requirements, &machine, &wanted)?;
         let mut notes = Vec::new();
         // What was found once may be gone.
-        let gone = plan.placement.devices().find_map(|device| open(device, choice.host()).err());
+        let gone = plan.placement.devices().find_map(|device| open(device, host).err());
         if let Some(problem) = gone {
+            if self.kernels.strict.unwrap_or(config.strict).no_fallback {
+                return Err(problem.context("strict mode (no-fallback): the plan can't be followed"));
+            }
             let note = format!(
                 "{problem:#}: the CPU computes (`bitnet plan --measure afresh` looks for GPUs again)"
             );
@@ -279,17 +305,7 @@ impl EngineArgs {
             output::warning(plan.reasons.first().map_or("the model does not fit", String::as_str));
         }
         config.threads = plan.settings.threads;
-        Ok(Place { choice, placement: plan.placement.clone(), plan: Some(plan), notes })
-    }
-
-    /// The GPU that layers go to where none is named.
-    fn gpu(&self) -> Option<DeviceName> {
-        let kind = match devices::runtimes()[..] {
-            [] => return None,
-            ref runtimes if runtimes.contains(&"cuda") => DeviceKind::Cuda,
-            _ => DeviceKind::Wgpu,
-        };
-        Some(DeviceName { kind, index: None })
+        Ok(Place { host, placement: plan.placement.clone(), plan: Some(plan), notes })
     }
 }
 
@@ -330,9 +346,14 @@ impl Engine {
         self.requirements.memory(&self.placement, &Settings { context, rows, ..self.settings })
     }
 
-    /// Remembers what a run on the CPU alone reached of the roofline, for later plans. Weights that fit a cache are
-    /// none of the roofline's.
-    pub fn remember(&self, at: usize, decode: Option<f64>, prefill: Option<f64>) {
+    /// Remembers what a run on the CPU alone reached of the roofline, for later plans: with the kernels that they will
+    /// have, too. Weights that fit a cache are none of the roofline's.
+    pub fn remember(&self, execution: &Execution, at: usize, decode: Option<f64>, prefill: Option<f64>) {
+        let config = self.kernels.manager.config();
+        let chosen = config.force.is_none() && config.masked_features.is_empty();
+        if !chosen || !execution.fallbacks.is_empty() || execution.reference_calls > 0 {
+            return;
+        }
         let bytes = self.requirements.layer_bytes(self.requirements.layers) + self.requirements.head_read;
         if cfg!(debug_assertions) || self.placement.kind() != Kind::CpuOnly || bytes < plausible::SMALLEST {
             return;

@@ -54,7 +54,12 @@ struct Output {
 
 pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
     let quantise_activations = !args.no_activation_quantisation;
-    let wishes = Wishes { tokenizer: false, quantise_activations, max_rows: args.chunk };
+    let wishes = Wishes {
+        tokenizer: false,
+        quantise_activations,
+        max_rows: Some(args.chunk),
+        measured_context: Some(usize::MAX),
+    };
     let engine = args.engine.load(&wishes)?;
     let vocabulary = engine.checkpoint.config().vocab_size;
     let tokens = read_tokens(&args.tokens_file, vocabulary)?;

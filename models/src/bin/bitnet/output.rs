@@ -93,6 +93,9 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
                 Some("--lm-head file computes with weights of any type, --lm-head q8_0 with a copy of them")
             }
             ModelError::Requantise { .. } => Some("--lm-head file computes with weights of any type"),
+            ModelError::Placement { .. } => {
+                Some("--gpu-layers says how many, or --context and --chunk leave the GPU more room")
+            }
             ModelError::Devices { .. } => None,
         };
     }

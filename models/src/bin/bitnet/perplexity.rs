@@ -91,10 +91,15 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         None => None,
     };
     let wants_tokenizer = text.is_some() || documents.is_some();
-    let wishes = Wishes { tokenizer: wants_tokenizer, quantise_activations, max_rows: args.chunk };
+    let wishes = Wishes {
+        tokenizer: wants_tokenizer,
+        quantise_activations,
+        max_rows: Some(args.chunk),
+        measured_context: Some(DEFAULT_CONTEXT),
+    };
     let engine = args.engine.load(&wishes)?;
     let vocabulary = engine.checkpoint.config().vocab_size;
-    let context = args.engine.context(&engine.checkpoint, DEFAULT_CONTEXT)?.min(engine.settings.context);
+    let context = engine.settings.context;
     let stride = args.stride.unwrap_or(context);
     if context < 2 || stride > context {
         bail!("--context {context} --stride {stride}: windows have at least 2 tokens, and leave none out");

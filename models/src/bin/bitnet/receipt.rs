@@ -177,7 +177,13 @@ fn rerun(
     let by_text = !record.stop_strings.is_empty();
     // A chunk never has more rows than the prompt.
     let chunk = record.chunk.clamp(1, prompt.len().max(1));
-    let engine = args.load(&Wishes { tokenizer: by_text, quantise_activations: true, max_rows: chunk })?;
+    let wishes = Wishes {
+        tokenizer: by_text,
+        quantise_activations: true,
+        max_rows: Some(chunk),
+        measured_context: None,
+    };
+    let engine = args.load(&wishes)?;
     let options = GenerateOptions {
         max_new_tokens: record.max_new_tokens,
         chunk,

@@ -6,7 +6,6 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
-use bitnet_burn::bitnet::DEFAULT_CHUNK;
 use bitnet_burn::chat::{ChatTemplate, Message};
 use bitnet_burn::generate::{GenerateOptions, generate, generate_text};
 use bitnet_burn::receipt::{GenerationRecord, TokensRecord};
@@ -58,9 +57,9 @@ pub struct RunArgs {
     /// Stop before this text; may be repeated
     #[arg(long, value_name = "TEXT", conflicts_with = "print_ids")]
     stop: Vec<String>,
-    /// Rows of the prompt that are computed at once
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = DEFAULT_CHUNK)]
-    chunk: usize,
+    /// Rows of the prompt that are computed at once [default: 256; with --device auto, as planned]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    chunk: Option<usize>,
     /// Print the ids of the generated tokens, separated by spaces, instead of their text
     #[arg(long, conflicts_with = "json")]
     print_ids: bool,
@@ -167,6 +166,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         tokenizer: args.tokens_file.is_none() || !args.print_ids,
         quantise_activations: true,
         max_rows: args.chunk,
+        measured_context: None,
     };
     let engine = args.engine.load(&wishes)?;
     let context = engine.settings.context;
@@ -180,7 +180,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     }
     let options = GenerateOptions {
         max_new_tokens,
-        chunk: args.chunk,
+        chunk: engine.settings.rows,
         sampling,
         stop_tokens: if args.ignore_eos { Vec::new() } else { ends(&engine) },
         stop_strings: args.stop.clone(),
@@ -233,7 +233,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     report.seed = (options.sampling.temperature > 0.0).then_some(options.sampling.seed);
     report.kv_cache_bytes = Some(cache.bytes());
     report.execution.memory = engine.memory(cache.bytes(), options.chunk.min(prompt.len()));
-    let at = prompt.len() + generation.tokens.len() / 2;
+    // A sliding window looks back over no more than that.
+    let at = (prompt.len() + generation.tokens.len() / 2).min(context);
     report.execution.prediction =
         engine.outcome(at, report.decode_tokens_per_s, Some(report.prefill_tokens_per_s));
     engine.check_figures(&report.execution, Some(report.prefill_tokens_per_s), report.decode_tokens_per_s)?;
