@@ -1,6 +1,6 @@
 //! Weights in the layouts of this machine's kernels, kept in a file beside the model and mapped from then on.
 //!
-//! Packing takes part of a second for 2B-4T, at every start; [`write`] does it once. The file belongs to one
+//! Packing takes part of a second for 2B-4T, at every start; [`write()`] does it once. The file belongs to one
 //! model, as it was (size and time of modification of its files), and to the layouts that this program's
 //! own kernels read: whatever differs at a later start, another choice of kernels among them, is packed again in
 //! memory, and a report says so. Layouts of plugins are not kept: what a plugin packs is checked when it is
