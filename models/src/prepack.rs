@@ -345,11 +345,6 @@ impl Prepacked {
         Ok(())
     }
 
-    /// The file.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Matrices that were taken from the file.
     pub fn used(&self) -> usize {
         self.used.get()

@@ -1,6 +1,8 @@
 //! A decode step allocates as often at every context length, and as much but for a row of attention scores in
 //! each layer: nothing of the history is copied.
 
+mod support;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -10,7 +12,7 @@ use bitnet_burn::config::ModelConfig;
 use bitnet_burn::core::formats::DenseFormat;
 use bitnet_burn::nn::CacheType;
 use bitnet_burn::synth::{self, SynthOptions};
-use burn::tensor::Device;
+use support::device;
 
 struct Counting;
 
@@ -50,14 +52,6 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
-
-fn device() -> Device {
-    #[cfg(feature = "flex")]
-    return Device::flex();
-    #[cfg(not(feature = "flex"))]
-    #[allow(deprecated, reason = "NdArray still has users")]
-    return Device::ndarray();
-}
 
 /// (One test, so that nobody else allocates meanwhile.)
 #[test]

@@ -1,5 +1,7 @@
 //! The output projection with int8 activations, against the same weights with f32 activations.
 
+mod support;
+
 use std::process::{Command, Output};
 
 use bitnet_burn::bitnet::{BitNet, HeadMode, LoadOptions, ModelError, Row};
@@ -8,16 +10,8 @@ use bitnet_burn::config::ModelConfig;
 use bitnet_burn::core::formats::DenseFormat;
 use bitnet_burn::nn::CacheType;
 use bitnet_burn::synth::{self, SynthOptions};
-use burn::tensor::Device;
+use support::device;
 use tempfile::TempDir;
-
-fn device() -> Device {
-    #[cfg(feature = "flex")]
-    return Device::flex();
-    #[cfg(not(feature = "flex"))]
-    #[allow(deprecated, reason = "NdArray still has users")]
-    return Device::ndarray();
-}
 
 /// A tiny model whose embedding, or output projection, is of this format.
 fn checkpoint(embedding: DenseFormat, tied: bool) -> (TempDir, Checkpoint) {

@@ -1,5 +1,7 @@
 //! Packed weights beside a model: the same bits, and nothing of another model, kernel or program.
 
+mod support;
+
 use std::path::{Path, PathBuf};
 
 use bitnet_burn::bitnet::{BitNet, HeadMode, LoadOptions, Row};
@@ -9,16 +11,8 @@ use bitnet_burn::core::formats::DenseFormat;
 use bitnet_burn::nn::CacheType;
 use bitnet_burn::prepack::{self, PrepackError, Prepacked};
 use bitnet_burn::synth::{self, SynthOptions};
-use burn::tensor::Device;
+use support::device;
 use tempfile::TempDir;
-
-fn device() -> Device {
-    #[cfg(feature = "flex")]
-    return Device::flex();
-    #[cfg(not(feature = "flex"))]
-    #[allow(deprecated, reason = "NdArray still has users")]
-    return Device::ndarray();
-}
 
 /// This machine's kernels may read canonical rows of so small a model; then there is only the head to pack.
 fn model(directory: &TempDir, seed: u64) -> PathBuf {

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::placement::Placement;
 use super::{CPU, DeviceMemory, Settings};
 use crate::bitnet::HeadMode;
-use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection};
+use crate::checkpoint::{Checkpoint, LoadError, Norm, Projection};
 use crate::config::ModelConfig;
 use crate::nn::CacheType;
 
@@ -85,15 +85,15 @@ impl Requirements {
         let embedding = checkpoint.embedding()?;
         let output = checkpoint.output()?;
         let stored = output.as_ref().unwrap_or(&embedding);
-        let in_format = |tensor: &DenseTensor| match head {
-            HeadMode::Requantised(format) if format != tensor.format => {
-                format.row_bytes(tensor.k).unwrap_or(usize::MAX).saturating_mul(tensor.n) as u64
+        let format = head.int8_format(stored);
+        let head_read = match format {
+            Some(format) if format != stored.format => {
+                format.row_bytes(stored.k).unwrap_or(usize::MAX).saturating_mul(stored.n) as u64
             }
-            _ => tensor.data.len() as u64,
+            _ => stored.data.len() as u64,
         };
-        let head_read = in_format(stored);
         // int8 products in host memory are of a copy in tiles, whatever its format.
-        let own = output.is_some() || head != HeadMode::File;
+        let own = output.is_some() || format.is_some();
         let sizes = Dense {
             embedding: embedding.data.len() as u64,
             output: if own { head_read } else { 0 },
