@@ -10,8 +10,8 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, FloatDType, IndexingUpdateOp, IntDType, Shape, Slice, TensorData, try_read_sync};
 
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs,
-    TernaryWeight, TernaryWeights,
+    Attended, AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm,
+    SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
 };
 use crate::manager::manager;
 
@@ -91,7 +91,7 @@ pub(crate) fn ternarise<B: Backend>(w: FloatTensor<B>) -> FloatTensor<B> {
 
 /// Queries, keys and values of [`self_attention`], turned, by (sequence, kv head): q [., group * length, d],
 /// k and v [., length, d]; and the softmax of their scores [., group * length, length].
-struct Attended<B: Backend> {
+struct SelfAttended<B: Backend> {
     q: FloatTensor<B>,
     k: FloatTensor<B>,
     v: FloatTensor<B>,
@@ -123,7 +123,7 @@ fn attended<B: Backend>(
     cos: FloatTensor<B>,
     sin: FloatTensor<B>,
     args: &SelfAttentionArgs,
-) -> Attended<B> {
+) -> SelfAttended<B> {
     let SelfAttentionArgs { n_heads, n_kv_heads, head_dim: d, length } = *args;
     let m = dims(&qkv)[0];
     let (sequences, group) = (m / length, n_heads / n_kv_heads);
@@ -144,7 +144,7 @@ fn attended<B: Backend>(
     let scores = B::float_matmul(q.clone(), B::float_transpose(k.clone()));
     let scores = B::float_mul_scalar(scores, (1.0 / (d as f32).sqrt()).into());
     let (weights, sums) = causal_weights::<B>(scores, length, 0);
-    Attended { q, k, v, weights: B::float_div(weights, sums), angles: (cos, sin) }
+    SelfAttended { q, k, v, weights: B::float_div(weights, sums), angles: (cos, sin) }
 }
 
 pub(crate) fn self_attention<B: Backend>(
@@ -153,7 +153,7 @@ pub(crate) fn self_attention<B: Backend>(
     sin: FloatTensor<B>,
     args: &SelfAttentionArgs,
 ) -> FloatTensor<B> {
-    let Attended { v, weights, .. } = attended::<B>(qkv, cos, sin, args);
+    let SelfAttended { v, weights, .. } = attended::<B>(qkv, cos, sin, args);
     join_heads::<B>(B::float_matmul(weights, v), args.n_heads / args.n_kv_heads, args)
 }
 
@@ -165,7 +165,7 @@ pub(crate) fn self_attention_backward<B: Backend>(
     args: &SelfAttentionArgs,
 ) -> FloatTensor<B> {
     let (d, group) = (args.head_dim, args.n_heads / args.n_kv_heads);
-    let Attended { q, k, v, weights, angles } = attended::<B>(qkv, cos, sin, args);
+    let SelfAttended { q, k, v, weights, angles } = attended::<B>(qkv, cos, sin, args);
     let dy = split_heads::<B>(dy, group, args);
     let d_v = B::float_matmul(B::float_transpose(weights.clone()), dy.clone());
     let d_weights = B::float_matmul(dy, B::float_transpose(v));
@@ -331,6 +331,27 @@ pub(crate) fn rope<B: Backend>(
     B::float_reshape(B::float_cat(vec![new_low, new_high], 2), Shape::new([m, width]))
 }
 
+pub(crate) fn attend<B: TernaryBackend>(
+    qkv: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    keys: CacheTensor<B>,
+    values: CacheTensor<B>,
+    args: AttentionArgs,
+) -> Attended<B> {
+    let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
+    let m = dims(&qkv)[0];
+    let (q_size, kv_size) = (n_heads * head_dim, n_kv_heads * head_dim);
+    let part = |from: usize, to: usize| B::float_slice(qkv.clone(), &slice(&[0..m, from..to]));
+    let q = B::rope(part(0, q_size), cos.clone(), sin.clone(), head_dim);
+    let k = B::rope(part(q_size, q_size + kv_size), cos, sin, head_dim);
+    let v = part(q_size + kv_size, q_size + 2 * kv_size);
+    let keys = B::cache_append(keys, k, position);
+    let values = B::cache_append(values, v, position);
+    let context = <B as TernaryBackend>::attention(q, keys.clone(), values.clone(), args);
+    Attended { context, keys, values }
+}
+
 pub(crate) fn cache_append<B: Backend>(
     cache: CacheTensor<B>,
     rows: FloatTensor<B>,
@@ -432,7 +453,16 @@ pub(crate) fn dense_linear<B: Backend>(
     args: &DenseArgs,
 ) -> FloatTensor<B> {
     let words = if args.tiled { rows_of_tiles::<B>(words, args) } else { words };
-    let weights = B::float_transpose(decode::<B>(words, args));
+    decoded_linear::<B>(x, decode::<B>(words, args), args)
+}
+
+/// [`dense_linear`] with weights [N, K] that are decoded.
+pub(crate) fn decoded_linear<B: Backend>(
+    x: FloatTensor<B>,
+    weights: FloatTensor<B>,
+    args: &DenseArgs,
+) -> FloatTensor<B> {
+    let weights = B::float_transpose(weights);
     if !args.int8 {
         return B::float_matmul(x, weights);
     }

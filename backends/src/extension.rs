@@ -173,7 +173,7 @@ pub enum CacheTensor<B: burn::backend::Backend> {
     Float(FloatTensor<B>),
     /// A value is code * scale, rounded to f32.
     Int8 {
-        /// I8 [kv heads, capacity, d].
+        /// I8 [kv heads, capacity, d]; on GPUs, U32 [kv heads, capacity, d / 4], of four codes each.
         codes: IntTensor<B>,
         /// [kv heads, capacity]: absmax / 127.
         scale: FloatTensor<B>,
@@ -190,7 +190,29 @@ impl<B: burn::backend::Backend> CacheTensor<B> {
     }
 }
 
-/// Arguments of [`TernaryBackend::attention`].
+impl<B: burn::backend::Backend> Clone for CacheTensor<B> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Float(tensor) => Self::Float(tensor.clone()),
+            Self::Int8 { codes, scale } => Self::Int8 { codes: codes.clone(), scale: scale.clone() },
+        }
+    }
+}
+
+/// What [`TernaryBackend::attend`] gives.
+#[derive(ExtensionType)]
+pub struct Attended<B: burn::backend::Backend> {
+    /// [M, heads * d].
+    pub context: FloatTensor<B>,
+    /// The caches, with the rows' keys and values.
+    #[extension_type]
+    pub keys: CacheTensor<B>,
+    /// As `keys`.
+    #[extension_type]
+    pub values: CacheTensor<B>,
+}
+
+/// Arguments of [`TernaryBackend::attend`] and [`TernaryBackend::attention`].
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionArgs {
     /// Query heads.
@@ -487,6 +509,24 @@ pub trait TernaryBackend: burn::backend::Backend {
         default::attention::<Self>(q, keys, values, &args)
     }
 
+    /// What attention does with rows of one sequence, from projections to context:
+    /// [`rope`](Self::rope) for queries and keys, [`cache_append`](Self::cache_append) for keys and values, and
+    /// [`attention`](Self::attention).
+    ///
+    /// # Shapes
+    /// qkv [M, (heads + 2 * kv heads) * d]: queries, keys and values side by side; cos and sin [M, d / 2]; keys and
+    /// values [kv heads, capacity, d]; the context is [M, heads * d].
+    fn attend(
+        qkv: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        #[extension_type] keys: CacheTensor<Self>,
+        #[extension_type] values: CacheTensor<Self>,
+        args: AttentionArgs,
+    ) -> Attended<Self> {
+        default::attend::<Self>(qkv, cos, sin, keys, values, args)
+    }
+
     /// The gated activation of a feed-forward network.
     ///
     /// # Shapes
@@ -537,6 +577,33 @@ impl TernaryBackend for burn_cubecl::CubeBackend {
         args: BitLinearArgs,
     ) -> FloatTensor<Self> {
         crate::gpu::bit_linear_backward(dy, weights, args)
+    }
+
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        crate::gpu::rms_norm(x, weight, eps)
+    }
+
+    fn attend(
+        qkv: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        keys: CacheTensor<Self>,
+        values: CacheTensor<Self>,
+        args: AttentionArgs,
+    ) -> Attended<Self> {
+        crate::gpu::attend(qkv, cos, sin, keys, values, args)
+    }
+
+    fn gated(gate_up: FloatTensor<Self>, activation: GatedActivation) -> FloatTensor<Self> {
+        crate::gpu::gated(gate_up, activation)
+    }
+
+    fn dense_linear(x: FloatTensor<Self>, words: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
+        crate::gpu::dense_linear(x, words, args)
+    }
+
+    fn dense_rows(words: IntTensor<Self>, ids: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
+        crate::gpu::dense_rows(words, ids, args)
     }
 }
 

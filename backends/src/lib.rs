@@ -3,8 +3,8 @@
 //! [`TernaryBackend`] is a backend-extension trait. Each of its operations has a default body in
 //! plain Burn operations, which is its specification and works on every backend; Flex and NdArray,
 //! whose tensors lie in host memory, have fast bodies that run the kernels of
-//! [`manager`](manager::manager) without copying weights; on GPUs, `bit_linear` runs kernels of plugins that are
-//! GPU source, where they are faster. The functions in [`ops`] are the same
+//! [`manager`](manager::manager) without copying weights; GPUs have CubeCL kernels, and `bit_linear` runs those of
+//! plugins that are GPU source, where they are faster. The functions in [`ops`] are the same
 //! operations over Burn's `Tensor`.
 
 // Burn deprecates NdArray in favour of Flex, and still supports it; so do we, also in what macros generate.
@@ -28,6 +28,6 @@ pub mod ops;
 pub use bitnet_burn_cpu::peak;
 
 pub use extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm, Kernels,
-    Matrix, NoInt8, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
+    Attended, AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm,
+    Kernels, Matrix, NoInt8, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
 };

@@ -11,8 +11,8 @@ use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm, Kernels,
-    Matrix, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
+    Attended, AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm,
+    Kernels, Matrix, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
 };
 use crate::manager::{manager, take_error};
 
@@ -324,7 +324,7 @@ pub enum CacheLayer {
     Float(Tensor<3>),
     /// A value is code * scale, rounded to f32.
     Int8 {
-        /// I8 [kv heads, capacity, d].
+        /// I8 [kv heads, capacity, d]; on GPUs, U32 [kv heads, capacity, d / 4], of four codes each.
         codes: Tensor<3, Int>,
         /// [kv heads, capacity]: absmax / 127.
         scale: Tensor<2>,
@@ -332,9 +332,26 @@ pub enum CacheLayer {
 }
 
 impl CacheLayer {
-    /// Whether a device can hold caches of a type.
-    pub fn supported(cache_type: CacheType, device: &Device) -> bool {
-        device.supports_dtype(cache_type.dtype())
+    /// Whether a device can hold caches of a type, with heads of `head_dim` values.
+    pub fn supported(cache_type: CacheType, head_dim: usize, device: &Device) -> bool {
+        match device.clone().without_autodiff().as_dispatch() {
+            #[cfg(feature = "cube")]
+            DispatchDevice::Cube(_) if cache_type == CacheType::Int8 => crate::gpu::int8_supported(head_dim),
+            _ => {
+                let _ = head_dim;
+                device.supports_dtype(cache_type.dtype())
+            }
+        }
+    }
+
+    /// The shape and type of int8 codes [kv heads, capacity, d] on a device.
+    fn codes_on([heads, capacity, d]: [usize; 3], device: &Device) -> ([usize; 3], DType) {
+        match device.clone().without_autodiff().as_dispatch() {
+            #[cfg(feature = "cube")]
+            DispatchDevice::Cube(_) => ([heads, capacity, d / 4], DType::U32),
+            #[allow(unreachable_patterns, reason = "without another backend there is only this")]
+            _ => ([heads, capacity, d], DType::I8),
+        }
     }
 
     /// Zeros, on Flex in the memory of `arena`.
@@ -348,9 +365,12 @@ impl CacheLayer {
                 })
             }
             CacheType::Int8 => Self::Int8 {
-                codes: match zeros_in(arena, &shape, DType::I8, device) {
-                    Some(data) => Tensor::from_data(data, (device, DType::I8)),
-                    None => Tensor::zeros(shape, (device, DType::I8)),
+                codes: {
+                    let (shape, dtype) = Self::codes_on(shape, device);
+                    match zeros_in(arena, &shape, dtype, device) {
+                        Some(data) => Tensor::from_data(data, (device, dtype)),
+                        None => Tensor::zeros(shape, (device, dtype)),
+                    }
                 },
                 scale: match zeros_in(arena, &[heads, capacity], DType::F32, device) {
                     Some(data) => Tensor::from_data(data, (device, DType::F32)),
@@ -364,7 +384,23 @@ impl CacheLayer {
     pub fn dims(&self) -> [usize; 3] {
         match self {
             Self::Float(tensor) => tensor.dims(),
-            Self::Int8 { codes, .. } => codes.dims(),
+            Self::Int8 { codes, .. } => {
+                let [heads, capacity, width] = codes.dims();
+                [heads, capacity, if self.in_words() { width * 4 } else { width }]
+            }
+        }
+    }
+
+    /// Whether codes lie four in a word, as on GPUs.
+    fn in_words(&self) -> bool {
+        matches!(self, Self::Int8 { codes, .. } if codes.dtype() == DType::U32)
+    }
+
+    /// The range of the tensor's last dimension.
+    fn width(&self) -> std::ops::Range<usize> {
+        match self {
+            Self::Float(tensor) => 0..tensor.dims()[2],
+            Self::Int8 { codes, .. } => 0..codes.dims()[2],
         }
     }
 
@@ -373,8 +409,8 @@ impl CacheLayer {
     /// # Panics
     /// If they do not fit, or the types differ.
     pub fn with_positions(self, from: Self, length: usize) -> Self {
-        let [heads, _, d] = self.dims();
-        let (whole, scales) = ([0..heads, 0..length, 0..d], [0..heads, 0..length]);
+        let [heads, _, _] = self.dims();
+        let (whole, scales) = ([0..heads, 0..length, self.width()], [0..heads, 0..length]);
         match (self, from) {
             (Self::Float(to), Self::Float(from)) => {
                 Self::Float(to.slice_assign(whole.clone(), from.slice(whole)))
@@ -392,8 +428,8 @@ impl CacheLayer {
     /// # Panics
     /// If there are fewer.
     pub fn from_position(self, start: usize) -> Self {
-        let [heads, capacity, d] = self.dims();
-        let (whole, scales) = ([0..heads, start..capacity, 0..d], [0..heads, start..capacity]);
+        let [heads, capacity, _] = self.dims();
+        let (whole, scales) = ([0..heads, start..capacity, self.width()], [0..heads, start..capacity]);
         match self {
             Self::Float(tensor) => Self::Float(tensor.slice(whole)),
             Self::Int8 { codes, scale } => {
@@ -441,24 +477,58 @@ fn zeros_in(arena: &WeightArena, shape: &[usize], dtype: DType, device: &Device)
 /// Writes rows [M, kv heads * d] into a cache from `position` on, in place while `cache` is its only owner.
 ///
 /// # Panics
-/// If the rows do not fit the cache.
+/// If the rows do not fit the cache, or that is one of int8 on a GPU, which only [`attend`] knows.
 pub fn cache_append(cache: CacheLayer, rows: Tensor<2>, position: usize) -> CacheLayer {
+    assert!(!cache.in_words(), "int8 on a GPU is appended to by `attend`");
     let ([heads, capacity, d], [m, width]) = (cache.dims(), rows.dims());
     assert_eq!(width, heads * d, "rows of {heads} heads of {d}");
     assert!(position + m <= capacity, "rows {position}..{} of a cache of {capacity}", position + m);
     CacheLayer::from_dispatch(Dispatch::cache_append(cache.into_dispatch(), rows.into_dispatch(), position))
 }
 
+/// What attention does with rows qkv [M, (heads + 2 * kv heads) * d] of one sequence, the first of which is at
+/// `args.position`: queries and keys are turned by the angles cos and sin [M, d / 2], keys and values appended to the
+/// caches, in place while those have no other owner, and attended to. The context [M, heads * d], and the caches.
+///
+/// # Panics
+/// If the shapes do not fit, or the caches differ in type.
+pub fn attend(
+    qkv: Tensor<2>,
+    (cos, sin): (Tensor<2>, Tensor<2>),
+    (keys, values): (CacheLayer, CacheLayer),
+    args: AttentionArgs,
+) -> (Tensor<2>, (CacheLayer, CacheLayer)) {
+    let [m, width] = qkv.dims();
+    let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
+    assert_eq!(width, (n_heads + 2 * n_kv_heads) * head_dim, "queries, keys and values");
+    assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads}");
+    assert_eq!((cos.dims(), sin.dims()), ([m, head_dim / 2], [m, head_dim / 2]), "angles of the rows");
+    let dtype = |cache: &CacheLayer| match cache {
+        CacheLayer::Float(tensor) => tensor.dtype(),
+        CacheLayer::Int8 { codes, .. } => codes.dtype(),
+    };
+    assert_eq!((keys.dims(), dtype(&keys)), (values.dims(), dtype(&values)), "keys and values");
+    let [heads, capacity, d] = keys.dims();
+    assert_eq!((heads, d), (n_kv_heads, head_dim), "the cache's heads");
+    assert!(position + m <= capacity, "positions up to {} of a cache of {capacity}", position + m);
+    let (qkv, cos, sin) = (qkv.into_dispatch(), cos.into_dispatch(), sin.into_dispatch());
+    let (keys, values) = (keys.into_dispatch(), values.into_dispatch());
+    let Attended { context, keys, values } = Dispatch::attend(qkv, cos, sin, keys, values, args);
+    let caches = (CacheLayer::from_dispatch(keys), CacheLayer::from_dispatch(values));
+    (Tensor::from_dispatch(context), caches)
+}
+
 /// Causal attention of the rows q [M, heads * d] of one sequence over its cache.
 ///
 /// # Panics
-/// If the shapes do not fit.
+/// If the shapes do not fit, or the cache is one of int8 on a GPU, which only [`attend`] knows.
 pub fn attention(q: Tensor<2>, keys: CacheLayer, values: CacheLayer, args: AttentionArgs) -> Tensor<2> {
     let [m, width] = q.dims();
     let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
     assert_eq!(width, n_heads * head_dim, "queries of {n_heads} heads of {head_dim}");
     assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads}");
     for cache in [&keys, &values] {
+        assert!(!cache.in_words(), "int8 on a GPU is read by `attend`");
         let [heads, capacity, d] = cache.dims();
         assert_eq!((heads, d), (n_kv_heads, head_dim), "the cache's heads");
         assert!(position + m <= capacity, "positions up to {} of a cache of {capacity}", position + m);

@@ -153,7 +153,7 @@ pub struct Batch {
 pub(crate) struct SequenceRows {
     pub id: SequenceId,
     pub rows: Range<usize>,
-    /// Where they are in the cache.
+    /// Of the first.
     pub position: usize,
 }
 
@@ -724,10 +724,8 @@ impl BitNet {
                 problem: "a forward pass takes at least one row".into(),
             });
         }
-        for sequence in &mut sequences {
+        for sequence in &sequences {
             cache.reserve(sequence.id, sequence.rows.len())?;
-            // Where the rows are in the cache, which may have forgotten some.
-            sequence.position = cache.kept(sequence.id)?;
         }
         let positions: Vec<usize> = rows.iter().map(|row| row.position).collect();
         let angles = self.rotary.angles(&positions, &self.device());

@@ -28,7 +28,7 @@ fn empty(cache_type: CacheType, shape: [usize; 3], device: &Device) -> CacheLaye
 /// The types of caches that all devices have (NdArray has no f16).
 fn common_cache_types() -> impl Iterator<Item = CacheType> {
     let all = [CacheType::F32, CacheType::F16, CacheType::Int8];
-    all.into_iter().filter(|&t| host_devices().iter().all(|device| CacheLayer::supported(t, device)))
+    all.into_iter().filter(|&t| host_devices().iter().all(|device| CacheLayer::supported(t, 16, device)))
 }
 
 /// An operation on every device, with the fast and with the default body: all within `tolerance` of each

@@ -1,5 +1,5 @@
-//! `bit_linear` with the kernels of plugins: activations are quantised on the device, and the kernels write their
-//! columns of one output.
+//! `bit_linear` with the kernels of plugins: activations are normalised and quantised on the device, and the kernels
+//! write their columns of one output.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,6 +9,7 @@ use bitnet_burn_core::formats::canonical;
 use bitnet_burn_core::gpu::{activations, params, words};
 use bitnet_burn_core::manager::{GpuKernel, KernelManager, ManagerError};
 use bitnet_burn_core::memory::Activations;
+use bitnet_burn_cube::rows;
 use burn::backend::TensorMetadata;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::cubecl::client::Client;
@@ -34,11 +35,48 @@ pub(super) struct Quantised {
     pub k: usize,
 }
 
-/// Quantises the rows of x [M, K], which is contiguous; `params` are those of a kernel over it.
-pub(super) fn quantise(x: &CubeTensor, params: Handle, m: usize, k: usize) -> Quantised {
-    // SAFETY: x is contiguous f32 [m, k], and the parameters are those for it.
-    let (words, rows) = unsafe { bitnet_burn_cube::quantise(&x.client, x.handle.clone(), params, m, k) };
-    Quantised { words, rows, m, k }
+/// Rows of activations, with the norm that they pass first.
+#[derive(Clone, Debug)]
+pub(super) struct Input {
+    /// f32 [M, K], contiguous.
+    x: CubeTensor,
+    /// Weight `[K]`, contiguous, and epsilon.
+    norm: Option<(CubeTensor, f32)>,
+}
+
+impl Input {
+    pub fn new(x: CubeTensor, norm: InputNorm<B>, eps: f32) -> Self {
+        let norm = match norm {
+            InputNorm::None => None,
+            InputNorm::Rms(weight) => Some((into_contiguous(weight), eps)),
+        };
+        Self { x: into_contiguous(x), norm }
+    }
+
+    /// The rows before the norm.
+    pub fn x(&self) -> &CubeTensor {
+        &self.x
+    }
+
+    fn into_parts(self) -> (CubeTensor, InputNorm<B>) {
+        (self.x, self.norm.map_or(InputNorm::None, |(weight, _)| InputNorm::Rms(weight)))
+    }
+
+    fn shape(&self) -> (usize, usize) {
+        let [m, k] = self.x.shape()[..] else { unreachable!("rows of activations have two dimensions") };
+        (m, k)
+    }
+
+    /// Normalises and quantises the rows.
+    pub fn quantise(&self) -> Quantised {
+        let (x, (m, k)) = (&self.x, self.shape());
+        let eps = self.norm.as_ref().map_or(0.0, |(_, eps)| *eps);
+        let params = params_on(&x.device, &x.client, rows::quantise_params(k, eps));
+        let norm = self.norm.as_ref().map(|(weight, _)| weight.handle.clone());
+        // SAFETY: x is contiguous f32 [m, k], a norm's weight [k], and the parameters are those for them.
+        let (words, rows) = unsafe { rows::quantise(&x.client, x.handle.clone(), norm, params, m, k) };
+        Quantised { words, rows, m, k }
+    }
 }
 
 /// One matrix of a launch.
@@ -62,11 +100,7 @@ pub(crate) fn bit_linear(
     let chosen = args.matrices.iter().any(|matrix| gpu(matrix).is_some());
     // As many rows as a launch can have workgroups.
     let result = if chosen && args.quantise && (1..1 << 16).contains(&m) && x.dtype == DType::F32 {
-        let x = match norm {
-            InputNorm::None => x,
-            InputNorm::Rms(weight) => default::rms_norm::<B>(x, weight, args.eps),
-        };
-        with_kernels(manager(), into_contiguous(x), weights.into_vec(), &args)
+        with_kernels(manager(), Input::new(x, norm, args.eps), weights.into_vec(), &args)
     } else {
         canonical_weights(manager(), weights.into_vec(), &args)
             .map(|weights| default::bit_linear::<B>(x, norm, weights, &args))
@@ -105,14 +139,14 @@ fn upload(client: &Client, device: &CubeDevice, values: &[f32], m: usize) -> Cub
     CubeTensor::new_contiguous(client.clone(), device.clone(), shape, handle, DType::F32)
 }
 
-/// The operation on rows that are normalised and contiguous, by whatever was chosen for each matrix.
+/// The operation by whatever was chosen for each matrix.
 pub(super) fn with_kernels(
     manager: &KernelManager,
-    x: CubeTensor,
+    input: Input,
     weights: Vec<TernaryWeight<B>>,
     args: &BitLinearArgs,
 ) -> Result<CubeTensor, ManagerError> {
-    let m = x.shape()[0];
+    let (m, _) = input.shape();
     let weights: Vec<_> = weights
         .into_iter()
         .map(|TernaryWeight { codes, scale }| TernaryWeight::<B> {
@@ -121,7 +155,7 @@ pub(super) fn with_kernels(
         })
         .collect();
     let kernels: Vec<Option<GpuKernel>> =
-        args.matrices.iter().map(|matrix| gpu(matrix)?.choice.kernel(manager, &x.client, m)).collect();
+        args.matrices.iter().map(|matrix| gpu(matrix)?.choice.kernel(manager, &input.x.client, m)).collect();
     let mut parts = Vec::with_capacity(weights.len());
     for ((matrix, weight), kernel) in args.matrices.iter().zip(&weights).zip(&kernels) {
         let known = |kernel: &&GpuKernel| gpu(matrix).is_some_and(|gpu| gpu.choice.knows(kernel, m));
@@ -133,12 +167,12 @@ pub(super) fn with_kernels(
         }));
     }
     if parts.len() < weights.len() {
-        return one_by_one(manager, &x, weights, &kernels, args);
+        return one_by_one(manager, &input, weights, &kernels, args);
     }
-    let (y, quantised) = run(&x, &parts);
+    let (y, quantised) = run(&input, &parts);
     let due: Vec<bool> = parts.iter().map(|part| part.kernel.count()).collect();
     if due.contains(&true) && !spot_check(manager, &due, &parts, &weights, &quantised, &y, args)? {
-        return one_by_one(manager, &x, weights, &kernels, args);
+        return one_by_one(manager, &input, weights, &kernels, args);
     }
     Ok(y)
 }
@@ -146,12 +180,12 @@ pub(super) fn with_kernels(
 /// Each matrix by itself: where a kernel's result is to be compared before it may be believed, or a matrix has none.
 fn one_by_one(
     manager: &KernelManager,
-    x: &CubeTensor,
+    input: &Input,
     weights: Vec<TernaryWeight<B>>,
     kernels: &[Option<GpuKernel>],
     args: &BitLinearArgs,
 ) -> Result<CubeTensor, ManagerError> {
-    let (m, k) = (x.shape()[0], args.k);
+    let (m, k) = input.shape();
     let mut outputs = Vec::with_capacity(weights.len());
     for ((matrix, weight), kernel) in args.matrices.iter().zip(weights).zip(kernels) {
         let mut output = None;
@@ -160,13 +194,13 @@ fn one_by_one(
                 Part { kernel, weights: &weight.codes.handle, scale: &weight.scale.handle, n: matrix.n };
             let scale = scale(&weight)?;
             let codes = canonical_bytes(manager, gpu, &weight)?;
-            match run_checked(manager, x, &part, (&codes, scale))? {
+            match run_checked(manager, input, &part, (&codes, scale))? {
                 Ok(y) => {
                     if kernel.ready() {
                         kernel.count();
                         gpu.choice.learn(kernel, m);
                     }
-                    output = Some(upload(&x.client, &x.device, &y, m));
+                    output = Some(upload(&input.x.client, &input.x.device, &y, m));
                 }
                 Err(reason) => {
                     gpu.choice.fail(kernel);
@@ -179,7 +213,8 @@ fn one_by_one(
             None => {
                 let args = BitLinearArgs { matrices: vec![matrix.clone()], ..args.clone() };
                 let weights = canonical_weights(manager, vec![weight], &args)?;
-                default::bit_linear::<B>(x.clone(), InputNorm::None, weights, &args)
+                let (x, norm) = input.clone().into_parts();
+                default::bit_linear::<B>(x, norm, weights, &args)
             }
         });
     }
@@ -187,16 +222,15 @@ fn one_by_one(
 }
 
 /// Quantises rows and launches the kernels on them; the output, which nobody has looked at.
-pub(super) fn run(x: &CubeTensor, parts: &[Part]) -> (CubeTensor, Quantised) {
-    let [m, k] = x.shape()[..] else { unreachable!("rows of activations have two dimensions") };
+pub(super) fn run(input: &Input, parts: &[Part]) -> (CubeTensor, Quantised) {
+    let ((m, k), x) = (input.shape(), &input.x);
     let client = &x.client;
     let total: usize = parts.iter().map(|part| part.n).sum();
     let y = client.empty(m * total * 4);
-    let mut quantised = None;
+    let quantised = input.quantise();
     let mut column = 0;
     for part in parts {
         let params = params_on(&x.device, client, params(m, part.n, k, total, column));
-        let quantised = quantised.get_or_insert_with(|| quantise(x, params.clone(), m, k));
         let buffers = Buffers {
             weights: part.weights.clone(),
             scale: part.scale.clone(),
@@ -211,7 +245,7 @@ pub(super) fn run(x: &CubeTensor, parts: &[Part]) -> (CubeTensor, Quantised) {
     }
     let shape = Shape::new([m, total]);
     let y = CubeTensor::new_contiguous(client.clone(), x.device.clone(), shape, y, DType::F32);
-    (y, quantised.expect("one to three matrices"))
+    (y, quantised)
 }
 
 /// Runs a kernel, and compares its result with a trusted one, which is returned; or why it could not be run, in words.
@@ -221,15 +255,16 @@ pub(super) fn run(x: &CubeTensor, parts: &[Part]) -> (CubeTensor, Quantised) {
 /// If it was wrong, and nobody may take over.
 pub(super) fn run_checked(
     manager: &KernelManager,
-    x: &CubeTensor,
+    input: &Input,
     part: &Part,
     (codes, scale): (&[u8], f32),
 ) -> Result<Result<Vec<f32>, String>, ManagerError> {
     // A driver may panic on what it does not expect.
     let run = || -> Result<(Vec<f32>, Activations), ServerError> {
-        let (y, quantised) = run(x, std::slice::from_ref(part));
-        let y = read(&x.client, &y.handle)?;
-        Ok((y, read_activations(&x.client, &quantised)?))
+        let (y, quantised) = run(input, std::slice::from_ref(part));
+        let client = &input.x.client;
+        let y = read(client, &y.handle)?;
+        Ok((y, read_activations(client, &quantised)?))
     };
     match catch_unwind(AssertUnwindSafe(run)) {
         Err(_) => Ok(Err("the device panicked".into())),
@@ -329,7 +364,7 @@ fn canonical_weights(
 }
 
 /// Parameters on a device: few different ones, again and again.
-fn params_on(device: &CubeDevice, client: &Client, params: [u32; 8]) -> Handle {
+pub(super) fn params_on(device: &CubeDevice, client: &Client, params: [u32; 8]) -> Handle {
     type Known = HashMap<(CubeDevice, [u32; 8]), Handle>;
     static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
     let mut known = KNOWN.lock().unwrap_or_else(|e| e.into_inner());

@@ -18,7 +18,7 @@ use burn_cubecl::{CubeBackend, CubeDevice, cubecl};
 use cubecl::client::Client;
 use cubecl::server::Handle;
 
-use super::body::{self, Part};
+use super::body::{self, Input, Part};
 use super::launch;
 use crate::default;
 use crate::extension::{BitLinearArgs, InputNorm, Matrix, TernaryWeight, TernaryWeights};
@@ -331,6 +331,7 @@ fn measure(
         )
     };
     let x = tensor(bytemuck::cast_slice(&x), Shape::new([m, k]), DType::F32);
+    let input = Input::new(x.clone(), InputNorm::None, 0.0);
     let scale = tensor(bytemuck::cast_slice(&[SCALE]), Shape::new([1]), DType::F32);
     let copies = if m <= 4 { (ROTATED / weights.len().max(1)).clamp(1, 8) } else { 1 };
     let upload =
@@ -374,7 +375,7 @@ fn measure(
                     let tried = bytes.and_then(|packed| {
                         let handles = upload(packed.as_ref().map_or(&weights[..], WeightBuffer::as_slice));
                         let part = Part { kernel, weights: &handles[0], scale: &scale.handle, n };
-                        Ok(body::run_checked(manager, &x, &part, (&weights, SCALE))?.map(|_| handles))
+                        Ok(body::run_checked(manager, &input, &part, (&weights, SCALE))?.map(|_| handles))
                     });
                     match tried {
                         Ok(Ok(handles)) if kernel.ready() => {
@@ -403,7 +404,7 @@ fn measure(
             let weights = &copies[round % copies.len()];
             let clock = Instant::now();
             let y = match kernel {
-                Some(kernel) => body::run(&x, &[Part { kernel, weights, scale: &scale.handle, n }]).0,
+                Some(kernel) => body::run(&input, &[Part { kernel, weights, scale: &scale.handle, n }]).0,
                 None => {
                     let words = Shape::new([n, canonical::row_bytes(k) / 4]);
                     let codes = CubeTensor::new_contiguous(

@@ -9,17 +9,26 @@
 //! for each exact shape is read back and compared with that of the CPU's kernels, which is returned; after that one
 //! call in 251 is compared in a few places. What is wrong, quarantines the plugin; what can't be run, leaves the others
 //! of the ranking.
+//!
+//! What else a model computes (norms, attention, embedding and output) are functions of
+//! [`bitnet_burn_cube`], a launch or two each, with the default bodies for what those do not take.
 
+mod attention;
 mod body;
 mod choice;
+mod dense;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod device;
 mod launch;
+mod rows;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
 
+pub(crate) use self::attention::{attend, int8_supported};
 pub(crate) use self::body::{bit_linear, bit_linear_backward};
 pub use self::choice::GpuMatrix;
 pub(crate) use self::choice::prepare;
+pub(crate) use self::dense::{dense_linear, dense_rows};
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub use self::device::open_gpu;
+pub(crate) use self::rows::{gated, rms_norm};

@@ -18,7 +18,7 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
 use super::{body, choice, launch};
-use crate::extension::{BitLinearArgs, Kernels, Matrix, TernaryWeight};
+use crate::extension::{BitLinearArgs, InputNorm, Kernels, Matrix, TernaryWeight};
 
 /// A text whose threads have one output each, and which does `$statement` before it stores the sum.
 macro_rules! text {
@@ -249,7 +249,7 @@ impl Problem {
         let mut random = SplitMix64::new(seed);
         let x: Vec<f32> = (0..m * self.k).map(|_| random.below(20001) as f32 / 1000.0 - 10.0).collect();
         let x = tensor(&x, [m, self.k], DType::F32);
-        let y = body::with_kernels(self.manager, x.clone(), self.weights(), &self.args).unwrap();
+        let y = body::with_kernels(self.manager, input(&x), self.weights(), &self.args).unwrap();
         let got: Vec<f32> = body::read(&y.client, &y.handle).unwrap();
         let activations = quantised(&x);
         let total: usize = self.matrices.iter().map(|(_, n)| n).sum();
@@ -277,10 +277,11 @@ impl Problem {
 
 /// Rows as the device's kernel quantises them.
 fn quantised(x: &CubeTensor) -> Activations {
-    let [m, k] = x.meta.shape()[..] else { panic!("rows") };
-    let params = bitnet_burn_core::gpu::params(m, 1, k, 1, 0);
-    let params = x.client.create_from_slice(bytemuck::cast_slice(&params));
-    body::read_activations(&x.client, &body::quantise(x, params, m, k)).unwrap()
+    body::read_activations(&x.client, &input(x).quantise()).unwrap()
+}
+
+fn input(x: &CubeTensor) -> body::Input {
+    body::Input::new(x.clone(), InputNorm::None, 0.0)
 }
 
 fn kernel(report: &ManagerReport, id: &str) -> KernelReport {
@@ -396,7 +397,7 @@ fn a_kernel_that_becomes_wrong_is_found_by_the_samples() {
     };
     let mut calls = 0;
     while !quarantined(manager) {
-        body::with_kernels(manager, x.clone(), wrong.weights(), &wrong.args).unwrap();
+        body::with_kernels(manager, input(&x), wrong.weights(), &wrong.args).unwrap();
         calls += 1;
         assert!(calls < 300, "not found");
     }

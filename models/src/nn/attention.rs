@@ -1,7 +1,7 @@
 //! Grouped-query attention with BitLinear projections.
 
+use bitnet_burn_backends::SelfAttentionArgs;
 use bitnet_burn_backends::ops::{self, BitLinearInput};
-use bitnet_burn_backends::{AttentionArgs, SelfAttentionArgs};
 use burn::config::Config;
 use burn::module::Module;
 use burn::nn::{RmsNorm, RmsNormConfig};
@@ -123,28 +123,14 @@ impl BitAttention {
         batch: &Batch,
         cache: &mut KvCache,
     ) -> Result<Tensor<2>, ForwardError> {
-        let [m, _] = qkv.dims();
-        let (q_size, kv_size) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
-        let part = |from: usize, to: usize| qkv.clone().slice([0..m, from..to]);
-        let rope = |x: Tensor<2>| ops::rope(x, batch.angles.0.clone(), batch.angles.1.clone(), self.head_dim);
-        let q = rope(part(0, q_size));
-        let k = rope(part(q_size, q_size + kv_size));
-        let v = part(q_size + kv_size, q_size + 2 * kv_size);
+        let (cos, sin) = &batch.angles;
         let mut outputs = Vec::with_capacity(batch.sequences.len());
         for sequence in &batch.sequences {
-            let rows = sequence.rows.clone();
-            let of = |tensor: &Tensor<2>, width: usize| match batch.sequences.len() {
+            let of = |tensor: &Tensor<2>| match batch.sequences.len() {
                 1 => tensor.clone(),
-                _ => tensor.clone().slice([rows.clone(), 0..width]),
+                _ => tensor.clone().slice([sequence.rows.clone(), 0..tensor.dims()[1]]),
             };
-            let (keys, values) = cache.append(sequence.id, layer, of(&k, kv_size), of(&v, kv_size))?;
-            let args = AttentionArgs {
-                n_heads: self.n_heads,
-                n_kv_heads: self.n_kv_heads,
-                head_dim: self.head_dim,
-                position: sequence.position,
-            };
-            outputs.push(ops::attention(of(&q, q_size), keys, values, args));
+            outputs.push(cache.attend(sequence.id, layer, of(&qkv), (of(cos), of(sin)), self.n_heads)?);
         }
         Ok(if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 0) })
     }

@@ -1,5 +1,6 @@
 //! The KV cache: what attention has seen of each sequence.
 
+use bitnet_burn_backends::AttentionArgs;
 pub use bitnet_burn_backends::CacheType;
 use bitnet_burn_backends::ops::{self, CacheLayer};
 use bitnet_burn_core::memory::WeightArena;
@@ -105,7 +106,7 @@ impl KvCache {
         for (i, device) in devices.iter().enumerate() {
             // Layers of one device follow each other.
             let known = i > 0 && devices[i - 1] == *device;
-            if !known && !CacheLayer::supported(cache_type, device) {
+            if !known && !CacheLayer::supported(cache_type, head_dim, device) {
                 return Err(CacheError::Type { cache_type, device: format!("{device:?}") });
             }
         }
@@ -285,23 +286,26 @@ impl KvCache {
         Ok(())
     }
 
-    /// Appends rows [M, kv heads * head_dim] of one layer behind the sequence's length and gives the
-    /// caches to attend to. The length moves on with [`advance`](Self::advance), after all layers.
-    pub(crate) fn append(
+    /// Attention of rows qkv [M, (heads + 2 * kv heads) * head_dim] of one layer, at the angles of their positions,
+    /// behind what the sequence has: appends their keys and values, and gives the context [M, heads * head_dim]. The
+    /// length moves on with [`advance`](Self::advance), after all layers.
+    pub(crate) fn attend(
         &mut self,
         id: SequenceId,
         layer: usize,
-        keys: Tensor<2>,
-        values: Tensor<2>,
-    ) -> Result<(CacheLayer, CacheLayer), CacheError> {
+        qkv: Tensor<2>,
+        angles: (Tensor<2>, Tensor<2>),
+        n_heads: usize,
+    ) -> Result<Tensor<2>, CacheError> {
+        let (n_kv_heads, head_dim) = (self.n_kv_heads, self.head_dim);
         let slot = self.slot_mut(id)?;
+        let position = slot.length - slot.forgotten;
+        let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position };
         // Taken out, so that the operation is the only owner and writes in place.
-        let (k, v) = slot.layers[layer].take().expect("no operation holds it");
-        let kept = slot.length - slot.forgotten;
-        let k = ops::cache_append(k, keys, kept);
-        let v = ops::cache_append(v, values, kept);
-        slot.layers[layer] = Some((k.clone(), v.clone()));
-        Ok((k, v))
+        let caches = slot.layers[layer].take().expect("no operation holds it");
+        let (context, caches) = ops::attend(qkv, angles, caches, args);
+        slot.layers[layer] = Some(caches);
+        Ok(context)
     }
 
     /// Counts `rows` appended positions.

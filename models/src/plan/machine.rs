@@ -309,14 +309,9 @@ impl MachineProfile {
 }
 
 impl GpuProfile {
-    /// Whether it can hold a KV cache of a type.
+    /// Whether it can hold a KV cache of a type. (Codes of int8 are kept four in a word.)
     pub fn holds(&self, cache_type: CacheType) -> bool {
-        let needed = match cache_type {
-            CacheType::F32 => return true,
-            CacheType::F16 => "f16",
-            CacheType::Int8 => "i8",
-        };
-        self.precisions.iter().any(|precision| precision == needed)
+        cache_type != CacheType::F16 || self.precisions.iter().any(|precision| precision == "f16")
     }
 }
 

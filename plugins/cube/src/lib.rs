@@ -5,15 +5,22 @@
 //! the buffers that [`bitnet_burn_plugin::abi::Gpu`] describes. Only their launch is not text but a function of the
 //! host's own CubeCL (`launch`), so that a library that is loaded from a file can't have them.
 //!
-//! All read the canonical layout, so that weights are uploaded as they are and every kernel, and the default
+//! Beside them, as functions that the host calls without choosing: RMSNorm, quantisation and gated activation
+//! ([`rows`]), attention over a KV cache on the device ([`attention`]), and the embedding and output projection in the
+//! formats of model files ([`dense`]).
+//!
+//! The ternary kernels read the canonical layout, so that weights are uploaded as they are and every kernel, and the default
 //! body in Burn's operations, can take over from every other one. Sums are exact i32.
 
 #![cfg(feature = "kernels")]
 
+pub mod attention;
+mod bits;
+pub mod dense;
 mod kernels;
 #[cfg(feature = "lower")]
 pub mod lower;
-mod quantise;
+pub mod rows;
 
 use std::ffi::CStr;
 
@@ -22,8 +29,6 @@ use bitnet_burn_plugin::sdk::{GpuKernel, Language, source};
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-
-pub use self::quantise::quantise;
 
 /// The buffers of a launch, in the order of [`bitnet_burn_plugin::abi::Gpu`].
 #[derive(Clone, Debug)]
