@@ -106,5 +106,5 @@ fn the_kernels_texts_compute_what_the_kernels_do() {
             tried += 1;
         }
     }
-    assert_eq!(tried, 3 + 3 + 4 + 2 + 2);
+    assert_eq!(tried, 7 + 7 + 8 + 2 + 2);
 }

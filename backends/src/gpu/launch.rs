@@ -95,10 +95,11 @@ pub(super) fn lacking(client: &Client, source: &GpuSource, features: &[String]) 
     use cubecl::features::Plane;
     use cubecl::ir::{ElemType, FloatKind};
 
+    let hardware = &client.properties().hardware;
     let missing: Vec<_> = features
         .iter()
         .filter(|feature| match feature.as_str() {
-            "subgroups" => !client.features().plane.contains(Plane::Ops),
+            "subgroups" => !client.features().plane.contains(Plane::Ops) || hardware.plane_size_min < 8,
             "shader-f16" => client.properties().type_usage(ElemType::Float(FloatKind::F16)).is_empty(),
             _ => true,
         })
@@ -107,7 +108,6 @@ pub(super) fn lacking(client: &Client, source: &GpuSource, features: &[String]) 
     if !missing.is_empty() {
         return Some(format!("needs {}", missing.join(", ")));
     }
-    let hardware = &client.properties().hardware;
     let ([x, y, z], most) = (source.workgroup, hardware.max_cube_dim);
     let threads = x * y * z;
     if threads > hardware.max_units_per_cube || x > most.0 || y > most.1 || z > most.2 {

@@ -6,9 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::manager::{KernelManager, KernelReport, ManagerConfig, ManagerReport, Packed, Status};
+use bitnet_burn_core::gpu::{GpuOperands, close};
+use bitnet_burn_core::manager::{
+    self, KernelManager, KernelReport, ManagerConfig, ManagerReport, Packed, Status,
+};
 use bitnet_burn_core::memory::Activations;
-use bitnet_burn_core::plugin::Plugin;
+use bitnet_burn_core::plugin::{Plugin, Target};
 use bitnet_burn_core::random::SplitMix64;
 use bitnet_burn_plugin::abi::{Plugin as RawPlugin, Signature};
 use bitnet_burn_plugin::sdk::{GpuKernel, KernelResult, Language, WeightsRef, source};
@@ -335,11 +338,47 @@ fn a_forced_kernel_computes_what_the_reference_does() {
     }
 }
 
+/// Those for few rows, and those for many.
+fn cubecl_kernels() -> Vec<manager::GpuKernel> {
+    let manager = manager_of(&bitnet_burn_cube::PLUGIN, None, Duration::ZERO);
+    let mut kernels = Vec::new();
+    for m in [1, 17] {
+        kernels.extend(manager.gpu_kernels(Target::CubeCl, (m, 100, 256)));
+    }
+    assert_eq!(kernels.len(), 9);
+    kernels
+}
+
+/// The manager does not offer them for lavapipe, which does not say that it has subgroups, and has them.
+#[test]
+fn kernels_over_subgroups_compute_what_the_reference_does() {
+    let device = super::open_gpu().unwrap();
+    let mut random = SplitMix64::new(11);
+    let mut tried = 0;
+    for kernel in cubecl_kernels().iter().filter(|kernel| !kernel.kernel().features().is_empty()) {
+        let kernel = kernel.kernel();
+        for (m, n, k) in [(1, 1, 1), (3, 33, 130), (16, 130, 2560), (1, 40, 6912)] {
+            let weights = random.weights(n, k);
+            let x: Vec<f32> = (0..m * k).map(|_| random.below(2001) as f32 / 100.0 - 10.0).collect();
+            let x = Activations::from_rows(&x, k);
+            let mut want = vec![0f32; m * n];
+            let (q, stride, scale) = (x.q(), x.stride(), x.scale());
+            bitnet_burn_core::reference::matmul(&weights, n, k, 0.37, q, stride, scale, m, &mut want, n);
+            let mut y = vec![f32::NAN; m * n];
+            device.run(kernel, &GpuOperands::new(&weights, 0.37, &x, n, n, 0), &mut y).unwrap();
+            for (got, want) in y.iter().zip(&want) {
+                assert!(close(*got, *want), "{} [{m}, {n}, {k}]: {got:e} {want:e}", kernel.id());
+            }
+            tried += 1;
+        }
+    }
+    assert_eq!(tried, 2 * 4);
+}
+
 #[test]
 fn every_cubecl_kernel_computes_what_the_reference_does() {
-    let all = manager_of(&bitnet_burn_cube::PLUGIN, None, Duration::ZERO).report().kernels;
-    let names = all.into_iter().map(|kernel| kernel.kernel).filter(|name| name.starts_with("cube/"));
-    for name in names {
+    for kernel in cubecl_kernels().into_iter().filter(|kernel| kernel.kernel().features().is_empty()) {
+        let name = kernel.kernel().id();
         let manager = manager_of(&bitnet_burn_cube::PLUGIN, Some(&name), Duration::ZERO);
         let rows = if name.starts_with("cube/gemv") { [1, 3, 16] } else { [17, 65, 130] };
         // Less than a tile, one more than one, several; less than a block of 128, one more, many.
@@ -352,7 +391,7 @@ fn every_cubecl_kernel_computes_what_the_reference_does() {
             }
         }
         let report = manager.report();
-        let used = kernel(&report, &name);
+        let used = self::kernel(&report, &name);
         assert_eq!((used.calls, used.failures.total(), used.target.as_str()), (6 * 9, 0, "cubecl"), "{name}");
         assert!(report.fallbacks.is_empty() && report.reference_calls == 0, "{report:?}");
     }

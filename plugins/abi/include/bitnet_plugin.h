@@ -141,7 +141,7 @@ typedef struct bitnet_kernel {
     const char *name;     /* unique in the plugin, [A-Za-z0-9._-]{1,63} */
     const char *layout;   /* name of the private packing, or NULL: canonical weights in place */
     const char *features; /* comma-separated, or NULL: of the CPU in Rust's names ("avx2,fma"); of a GPU,
-                             "subgroups" and "shader-f16" are known */
+                             "subgroups" (of at least 8 threads) and "shader-f16" are known */
     uint32_t operation;
     uint32_t target;
     uint64_t weight_alignment; /* of packed weights: a power of two up to 4096 */

@@ -231,7 +231,7 @@ pub struct Kernel {
     /// Name of the private packing (same alphabet), or null for the canonical layout.
     pub layout: *const c_char,
     /// Features that it needs, separated by commas, or null: of the CPU, in Rust's names ("avx2,fma"); of a
-    /// GPU, "subgroups" and "shader-f16" are known. The host never runs it where one of them is lacking. What
+    /// GPU, "subgroups" (of at least 8 threads) and "shader-f16" are known. The host never runs it where one of them is lacking. What
     /// `pack` and `unpack` of a GPU kernel need of the CPU, they detect themselves.
     pub features: *const c_char,
     /// `OPERATION_*`.

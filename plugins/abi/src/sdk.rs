@@ -132,7 +132,7 @@ pub trait GpuKernel: Send + Sync + 'static {
     const WORKGROUP: [u32; 3];
     /// Output features, and rows of activations, that one workgroup computes.
     const TILE: [u32; 2];
-    /// Device features that it needs, separated by commas ("subgroups", "shader-f16"); empty for none.
+    /// Device features that it needs, separated by commas ("subgroups", of at least 8 threads, "shader-f16"); empty for none.
     const FEATURES: &'static CStr = c"";
     /// Name of the private packing, or `None` for a kernel that reads canonical weights.
     const LAYOUT: Option<&'static CStr> = None;

@@ -60,7 +60,7 @@ pub struct Shape {
 /// Positions that are attended to at once.
 const CHUNK: u32 = 64;
 /// Threads of a workgroup.
-const THREADS: u32 = 128;
+pub(crate) const THREADS: u32 = 128;
 /// Threads that share a dot product.
 const LANES: u32 = 8;
 /// Queries that a workgroup has at most: its threads keep a sum for each.

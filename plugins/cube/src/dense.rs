@@ -41,7 +41,7 @@ impl Format {
     }
 
     /// Whether it holds floats, without blocks.
-    const fn is_float(self) -> bool {
+    pub(crate) const fn is_float(self) -> bool {
         self.block().0 == 1
     }
 }
@@ -58,10 +58,10 @@ pub struct Matrix {
 }
 
 /// Threads that share a row of weights, and rows of weights a workgroup.
-const LANES: u32 = 32;
-const GROUPS: u32 = 8;
+pub(crate) const LANES: u32 = 32;
+pub(crate) const GROUPS: u32 = 8;
 /// Threads of a workgroup that decodes.
-const DECODERS: u32 = 256;
+pub(crate) const DECODERS: u32 = 256;
 /// Workgroups in one dimension, at most.
 const MAX_COUNT: usize = 65_535;
 /// Rows of activations beyond which decoding the matrix once is better than reading it for every few.

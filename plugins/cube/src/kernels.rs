@@ -79,6 +79,93 @@ pub(crate) fn gemv(
     }
 }
 
+/// Rows that are split over 8 threads, which read 16 bytes at once: decode, too. A workgroup of 256 threads has 32
+/// groups of them, each for `outputs` features. The threads of a group bring their sums together through shared memory,
+/// or, with `plane`, where they have their registers in common.
+#[cube(launch_unchecked)]
+pub(crate) fn gemv_wide(
+    weights: &[Vector<u32, Const<4>>],
+    scale: &[f32],
+    x: &[Vector<u32, Const<4>>],
+    rows: &[u32],
+    params: &[u32],
+    y: &mut [f32],
+    #[comptime] outputs: u32,
+    #[comptime] plane: bool,
+) {
+    let n = params[1];
+    // A block of 8 words of weights and 32 of activations is 2 and 8 of these.
+    let x_stride = params[3] / 4;
+    let words = x_stride / 4;
+    let m = CUBE_POS_Y;
+    let unit = UNIT_POS_Y * 32 + UNIT_POS_X;
+    let lane = unit % 8;
+    let first = (CUBE_POS_X * 32 + unit / 8) * outputs;
+
+    let mut sums = Array::<i32>::new(outputs as usize);
+    #[unroll]
+    for o in 0..outputs {
+        sums[o as usize] = 0i32;
+    }
+    let mut word = lane;
+    while word < words {
+        let at = m * x_stride + word / 2 * 8 + word % 2;
+        let x0 = x[at as usize];
+        let x1 = x[(at + 2) as usize];
+        let x2 = x[(at + 4) as usize];
+        let x3 = x[(at + 6) as usize];
+        #[unroll]
+        for o in 0..outputs {
+            let row = (first + o).min(n - 1);
+            let codes = weights[(row * words + word) as usize];
+            let mut sum = sums[o as usize];
+            #[unroll]
+            for i in 0..4usize {
+                let c = codes.extract(i);
+                sum = dp4a(i32::reinterpret(x0.extract(i)), i32::reinterpret((c >> 6) & 0x0303_0303u32), sum);
+                sum = dp4a(i32::reinterpret(x1.extract(i)), i32::reinterpret((c >> 4) & 0x0303_0303u32), sum);
+                sum = dp4a(i32::reinterpret(x2.extract(i)), i32::reinterpret((c >> 2) & 0x0303_0303u32), sum);
+                sum = dp4a(i32::reinterpret(x3.extract(i)), i32::reinterpret(c & 0x0303_0303u32), sum);
+            }
+            sums[o as usize] = sum;
+        }
+        word += 8;
+    }
+
+    let a = f32::reinterpret(rows[(2 * m) as usize]);
+    let all = i32::reinterpret(rows[(2 * m + 1) as usize]);
+    let to = m * params[4] + params[5];
+    if comptime!(plane) {
+        #[unroll]
+        for o in 0..outputs {
+            let mut sum = sums[o as usize];
+            #[unroll]
+            for step in 0..3u32 {
+                sum += plane_shuffle_xor(sum, comptime!(4u32 >> step));
+            }
+            if lane == 0 && first + o < n {
+                y[(to + first + o) as usize] = f32::cast_from(sum - all) * (scale[0] * a);
+            }
+        }
+    } else {
+        let mut shared = Shared::<[i32]>::new_slice(comptime!((outputs * 256) as usize));
+        #[unroll]
+        for o in 0..outputs {
+            shared[(o * 256 + unit) as usize] = sums[o as usize];
+        }
+        sync_cube();
+        // At most 4 features a group of 8 threads.
+        if lane < outputs && first + lane < n {
+            let mut sum = 0i32 - all;
+            #[unroll]
+            for i in 0..8u32 {
+                sum += shared[(lane * 256 + unit / 8 * 8 + i) as usize];
+            }
+            y[(to + first + lane) as usize] = f32::cast_from(sum) * (scale[0] * a);
+        }
+    }
+}
+
 /// Tiles of 16 `tm` rows by 16 `tn` output features: prefill. Blocks of 128 along K go through shared memory, and each of
 /// 16 x 16 threads keeps `tm` by `tn` sums.
 #[cube(launch_unchecked)]

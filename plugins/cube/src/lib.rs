@@ -61,7 +61,8 @@ const GEMV_ROWS: u64 = 16;
 /// Declares the kernels, and how their entry points are launched.
 macro_rules! plugin {
     ($($(#[$doc:meta])* $type:ident = $name:literal, $entry:literal: $function:ident::$kernel:ident($a:literal, $b:literal)
-       in [$threads_x:expr, $threads_y:expr], tile [$tile_n:expr, $tile_m:expr], if $supports:expr;)+) => {
+       in [$threads_x:expr, $threads_y:expr], tile [$tile_n:expr, $tile_m:expr], needs $features:literal,
+       if $supports:expr;)+) => {
         $(
             $(#[$doc])*
             struct $type;
@@ -73,6 +74,7 @@ macro_rules! plugin {
                 const ENTRY: &'static CStr = $entry;
                 const WORKGROUP: [u32; 3] = [$threads_x, $threads_y, 1];
                 const TILE: [u32; 2] = [$tile_n, $tile_m];
+                const FEATURES: &'static CStr = $features;
 
                 fn supports(signature: &Signature) -> bool {
                     let supports: fn(&Signature) -> bool = $supports;
@@ -155,18 +157,30 @@ macro_rules! plugin {
 
 plugin! {
     /// An output feature a group of threads.
-    Gemv1 = c"gemv-1", c"gemv_1": gemv::Gemv(1, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [8, 1],
+    Gemv1 = c"gemv-1", c"gemv_1": gemv::Gemv(1, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [8, 1], needs c"",
         if |signature| signature.m <= GEMV_ROWS;
     /// Two, for the same activations.
-    Gemv2 = c"gemv-2", c"gemv_2": gemv::Gemv(2, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [16, 1],
+    Gemv2 = c"gemv-2", c"gemv_2": gemv::Gemv(2, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [16, 1], needs c"",
         if |signature| signature.m <= GEMV_ROWS;
     /// Four.
-    Gemv4 = c"gemv-4", c"gemv_4": gemv::Gemv(4, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [32, 1],
+    Gemv4 = c"gemv-4", c"gemv_4": gemv::Gemv(4, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [32, 1], needs c"",
         if |signature| signature.m <= GEMV_ROWS;
+    /// 16 bytes a thread and read.
+    Wide1 = c"gemv-wide-1", c"gemv_wide_1": gemv_wide::GemvWide(1, false) in [GEMV_THREADS[0], GEMV_THREADS[1]],
+        tile [32, 1], needs c"", if |signature| signature.m <= GEMV_ROWS;
+    /// The same, two features a group of threads.
+    Wide2 = c"gemv-wide-2", c"gemv_wide_2": gemv_wide::GemvWide(2, false) in [GEMV_THREADS[0], GEMV_THREADS[1]],
+        tile [64, 1], needs c"", if |signature| signature.m <= GEMV_ROWS;
+    /// The same, without shared memory.
+    Plane1 = c"gemv-plane-1", c"gemv_plane_1": gemv_wide::GemvWide(1, true) in [GEMV_THREADS[0], GEMV_THREADS[1]],
+        tile [32, 1], needs c"subgroups", if |signature| signature.m <= GEMV_ROWS;
+    /// The same, two features a group of threads.
+    Plane2 = c"gemv-plane-2", c"gemv_plane_2": gemv_wide::GemvWide(2, true) in [GEMV_THREADS[0], GEMV_THREADS[1]],
+        tile [64, 1], needs c"subgroups", if |signature| signature.m <= GEMV_ROWS;
     /// Few rows.
-    Gemm16 = c"gemm-16x64", c"gemm_16x64": gemm::Gemm(1, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 16],
+    Gemm16 = c"gemm-16x64", c"gemm_16x64": gemm::Gemm(1, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 16], needs c"",
         if |signature| signature.m > 1;
     /// Prompts.
-    Gemm64 = c"gemm-64x64", c"gemm_64x64": gemm::Gemm(4, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 64],
+    Gemm64 = c"gemm-64x64", c"gemm_64x64": gemm::Gemm(4, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 64], needs c"",
         if |signature| signature.m > GEMV_ROWS;
 }

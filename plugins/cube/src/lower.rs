@@ -162,6 +162,71 @@ pub fn cuda(kernel: &impl CubeKernel) -> Result<Text, LowerError> {
     Ok(Text { source, entry })
 }
 
+/// What the host launches without choosing (norms, quantisation, gates, dense matrices, attention with heads of 128), by
+/// name and what it was made for.
+pub fn operations() -> Vec<(String, crate::Texts)> {
+    use crate::attention::{self, Cached, Plan};
+    use crate::dense::{self, Format};
+    use crate::rows::{self, Gate};
+
+    let buffer = || BufferCompilationArg { inplace: None };
+    let mut all: Vec<(String, crate::Texts)> = Vec::new();
+    macro_rules! operation {
+        ($threads:expr, $module:ident::$function:ident::$kernel:ident [$($buffer:ident),+] $($argument:expr),*) => {{
+            let name = [stringify!($function).to_owned(), $(format!("{:?}", $argument)),*].join(" ");
+            let (settings, device, target) = offline($threads);
+            let kernel = $module::$function::$kernel::new(
+                settings, device, target, $({ let $buffer = buffer(); $buffer }),+ $(, $argument)*,
+            );
+            all.push((name, (wgsl(&kernel), cuda(&kernel))));
+        }};
+    }
+    let row = [rows::THREADS, 1, 1];
+    operation!(row, rows::rms_norm_rows::RmsNormRows[x, weight, y, params]);
+    for normed in [false, true] {
+        operation!(row, rows::quantise_rows::QuantiseRows[x, weight, words, rows, params] normed);
+    }
+    for gate in [Gate::Relu2, Gate::Silu] {
+        operation!(row, rows::gated_rows::GatedRows[gate_up, y, params] gate);
+    }
+    for format in [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q6K, Format::Q4_0] {
+        for tile in [1u32, 2, 4] {
+            let threads = [dense::LANES, dense::GROUPS, 1];
+            operation!(threads, dense::dense_gemv::DenseGemv[words, x, y, params] format, tile);
+            if !format.is_float() {
+                operation!(
+                    threads, dense::dense_gemv_int8::DenseGemvInt8[words, x, rows, y, params] format, tile
+                );
+            }
+        }
+        for looked_up in [false, true] {
+            let threads = [dense::DECODERS, 1, 1];
+            operation!(threads, dense::decode_rows::DecodeRows[words, ids, y, params] format, looked_up);
+        }
+    }
+    let (head_dim, threads) = (128u32, [attention::THREADS, 1, 1]);
+    for turned in [false, true] {
+        operation!(
+            threads, attention::append_int8::AppendInt8[qkv, cos, sin, cache, scale, params] head_dim, turned
+        );
+    }
+    for cached in [Cached::F32, Cached::F16, Cached::Int8] {
+        operation!(
+            [32, 1, 1],
+            attention::rope_append::RopeAppend[qkv, cos, sin, q, keys, values, params] head_dim, cached
+        );
+        for (rows, split) in [(1, true), (1, false), (4, false)] {
+            let plan = Plan { head_dim, cached, heads: 4, rows, split };
+            operation!(
+                threads,
+                attention::attend_chunks::AttendChunks[q, keys, values, key_scale, value_scale, out, params] plan
+            );
+        }
+    }
+    operation!(threads, attention::join_chunks::JoinChunks[partial, out, params] head_dim);
+    all
+}
+
 /// CUDA C++ as the host launches a text: without the last parameter, which CubeCL gives its own kernels for the buffers'
 /// lengths, and with shared memory of a fixed size.
 fn own_arguments_alone(source: &str, shared_memory: usize) -> String {
@@ -210,7 +275,7 @@ mod tests {
     #[test]
     fn kernels_of_this_package_have_texts_that_a_host_can_launch() {
         let all = texts();
-        assert_eq!(all.len(), 5);
+        assert_eq!(all.len(), 9);
         for (name, (wgsl, cuda)) in all {
             let (wgsl, cuda) = (wgsl.unwrap(), cuda.unwrap());
             for binding in 0..6 {
@@ -224,8 +289,20 @@ mod tests {
                 cuda.source.contains("extern \"C\" __global__") && cuda.source.contains("__dp4a"),
                 "{name}"
             );
-            let shared = cuda.source.split_once("__shared__").unwrap().1;
-            assert!(shared.contains("[1024]") || name != "gemv_1", "{name}: {shared}");
+            let shared =
+                cuda.source.split_once("__shared__").is_some_and(|(_, text)| text.contains("[1024]"));
+            assert!(shared || name != "gemv_1", "{name}: {}", cuda.source);
+        }
+    }
+
+    #[test]
+    fn what_is_launched_without_being_chosen_has_texts_too() {
+        let all = operations();
+        assert!(all.len() > 50, "{}", all.len());
+        for (name, (wgsl, cuda)) in all {
+            let cuda = cuda.unwrap().source;
+            assert!(wgsl.unwrap().source.contains("@compute"), "{name}");
+            assert!(cuda.contains("__dp4a") || !name.starts_with("dense_gemv_int8"), "{name}: {cuda}");
         }
     }
 
