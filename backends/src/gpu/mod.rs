@@ -12,7 +12,7 @@
 
 mod body;
 mod choice;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[cfg(feature = "cube")]
 mod device;
 mod launch;
 #[cfg(all(test, feature = "wgpu"))]
@@ -21,5 +21,5 @@ mod tests;
 pub(crate) use self::body::{bit_linear, bit_linear_backward};
 pub use self::choice::GpuMatrix;
 pub(crate) use self::choice::prepare;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[cfg(feature = "cube")]
 pub use self::device::open_gpu;

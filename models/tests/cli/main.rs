@@ -1,5 +1,7 @@
 //! The program `bitnet`, as its users and other programs see it: on a small synthetic model, end to end.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod kernels;
 mod plan;
 mod receipt;
