@@ -15,6 +15,7 @@ mod choice;
 #[cfg(feature = "cube")]
 mod device;
 mod launch;
+pub(crate) mod measure;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
 

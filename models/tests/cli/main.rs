@@ -2,6 +2,8 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "wgpu")]
+mod gpu;
 mod kernels;
 mod plan;
 mod receipt;
