@@ -9,7 +9,7 @@ use burn::tensor::Device;
 /// A GPU, or what stands in for one.
 #[derive(Clone, Debug)]
 pub struct GpuInfo {
-    /// What names it: `wgpu:0`, `cuda:1`. The number counts the devices of the runtime.
+    /// What names it: `wgpu:0`, `cuda:1`. The number counts the devices of the [runtime](runtimes).
     pub id: String,
     /// As its driver names it.
     pub name: String,
@@ -29,49 +29,103 @@ pub struct GpuInfo {
     pub device: Device,
 }
 
-/// All GPUs of the runtimes that are compiled in, and what went wrong where one could not be asked. Opens every one of
-/// them.
+/// All GPUs of the runtimes that are compiled in and lack [nothing](missing), and what went wrong where one could not be
+/// asked. Opens every one of them.
 pub fn gpus() -> (Vec<GpuInfo>, Vec<String>) {
-    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    #[cfg(feature = "cube")]
     return found::gpus();
-    #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
+    #[cfg(not(feature = "cube"))]
     (Vec::new(), Vec::new())
 }
 
-/// The names of the runtimes that are compiled in: `wgpu`, `cuda`.
+/// The names of the runtimes that are compiled in: `wgpu`, `metal`, `cuda`, `rocm`.
 pub fn runtimes() -> Vec<&'static str> {
-    let all = [("wgpu", cfg!(feature = "wgpu")), ("cuda", cfg!(feature = "cuda"))];
+    let all = [
+        ("wgpu", cfg!(feature = "wgpu")),
+        ("metal", cfg!(feature = "metal")),
+        ("cuda", cfg!(feature = "cuda")),
+        ("rocm", cfg!(feature = "rocm")),
+    ];
     all.into_iter().filter_map(|(name, compiled)| compiled.then_some(name)).collect()
+}
+
+/// What runtimes that are compiled in need of the system and do not find, in sentences. It is looked for each time.
+pub fn missing() -> Vec<String> {
+    runtimes().into_iter().filter_map(|runtime| Some(format!("{runtime}: {}", lacking(runtime)?))).collect()
+}
+
+/// Why a runtime can't have a device here, whatever the cards: libraries that it loads when it is first used, and
+/// panics without.
+fn lacking(runtime: &str) -> Option<String> {
+    match runtime {
+        #[cfg(feature = "cuda")]
+        "cuda" => cuda::lacking(),
+        // HIP's libraries are looked for by the runtime itself, and Metal is there or not.
+        _ => None,
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    const DRIVER: &str = "NVIDIA's driver";
+    const COMPILER: &str = "NVRTC, the compiler for its kernels and a part of the CUDA toolkit,";
+
+    /// What is loaded, by the names that cudarc tries.
+    const LIBRARIES: [(&str, &[&str]); 2] = if cfg!(windows) {
+        [(DRIVER, &["nvcuda.dll"]), (COMPILER, &["nvrtc64_130_0.dll", "nvrtc64_120_0.dll"])]
+    } else {
+        [
+            (DRIVER, &["libcuda.so", "libcuda.so.1"]),
+            (COMPILER, &["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11"]),
+        ]
+    };
+
+    pub fn lacking() -> Option<String> {
+        LIBRARIES.iter().find_map(|(what, names)| {
+            // SAFETY: loading runs the library's initialisers. They are those of the libraries that the runtime loads by
+            // the same names as soon as it is used.
+            let there = names.iter().any(|name| unsafe { libloading::Library::new(*name) }.is_ok());
+            (!there).then(|| format!("{what} is not there ({} can't be loaded)", names[0]))
+        })
+    }
 }
 
 /// What a GPU can do at most, measured by CubeCL's probes: bytes read, and f32 multiply-adds, in 10^9 a second.
 /// `None` for what it has no probe for. Takes some seconds at the first time.
 pub fn peak(device: &Device) -> (Option<f64>, Option<f64>) {
-    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    #[cfg(feature = "cube")]
     return found::peak(device);
-    #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
+    #[cfg(not(feature = "cube"))]
     {
         let _ = device;
         (None, None)
     }
 }
 
-/// The GPU of a name that [`GpuInfo::id`] has, tried out.
+/// The GPU of a name that [`GpuInfo::id`] has, tried out; without a number, the runtime's default one.
 ///
 /// # Errors
 /// In words, if it is not there or does not compute.
 pub fn open(id: &str) -> Result<Device, String> {
-    let runtime = id.split(':').next().unwrap_or_default();
-    let index: Option<usize> = id.split_once(':').and_then(|(_, index)| index.parse().ok());
-    match index {
-        Some(index) => {
-            let all = of_runtime(runtime)?;
-            match all.get(index) {
-                Some(device) => tried(|| device.clone()),
-                None => Err(format!("there is no device {id}; there are {} of its kind", all.len())),
-            }
-        }
-        None => Err(format!("{id}: a GPU is named by its runtime and number, such as wgpu:0")),
+    let (runtime, index) = match id.split_once(':') {
+        None => (id, None),
+        Some((runtime, index)) => match index.parse::<usize>() {
+            Ok(index) => (runtime, Some(index)),
+            Err(_) => return Err(format!("{id}: a GPU is named by its runtime and number, such as wgpu:0")),
+        },
+    };
+    if let Some(problem) = lacking(runtime) {
+        return Err(problem);
+    }
+    // wgpu has an opinion on which of several adapters is the default.
+    #[cfg(feature = "wgpu")]
+    if id == "wgpu" {
+        return tried(|| Device::wgpu(Default::default()));
+    }
+    let all = of_runtime(runtime)?;
+    match all.get(index.unwrap_or(0)) {
+        Some(device) => tried(|| device.clone()),
+        None => Err(format!("there is no device {id}; there are {} of its kind", all.len())),
     }
 }
 
@@ -133,32 +187,39 @@ fn is_runtimes(thread: Option<&str>) -> bool {
 
 /// The devices of a runtime, in the order of their numbers.
 fn of_runtime(runtime: &str) -> Result<Vec<Device>, String> {
-    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    #[cfg(feature = "cube")]
     use burn::tensor::DeviceType;
     match runtime {
         #[cfg(feature = "wgpu")]
         "wgpu" => quietly(|| Device::enumerate(DeviceType::Wgpu).into_iter().collect()),
+        #[cfg(feature = "metal")]
+        "metal" => quietly(|| Device::enumerate(DeviceType::Metal).into_iter().collect()),
         #[cfg(feature = "cuda")]
         "cuda" => quietly(|| Device::enumerate(DeviceType::Cuda).into_iter().collect()),
+        #[cfg(feature = "rocm")]
+        "rocm" => quietly(|| Device::enumerate(DeviceType::Rocm).into_iter().collect()),
         _ => Ok(Vec::new()),
     }
 }
 
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[cfg(feature = "cube")]
+pub(crate) use found::{client, cube};
+
+#[cfg(feature = "cube")]
 mod found {
     use burn::backend::DispatchDevice;
     use burn::tensor::{DType, Device};
-    use burn_cubecl::cubecl;
+    use burn_cubecl::{CubeDevice, cubecl};
     use cubecl::client::Client;
     use cubecl::ir::{ElemType, FloatKind};
     use cubecl::std::throughput::measure_peak_throughput;
     use cubecl::throughput::{MemoryAccess, ThroughputKey, ThroughputMode};
 
-    use super::{GpuInfo, of_runtime, quietly, runtimes};
+    use super::{GpuInfo, lacking, of_runtime, quietly, runtimes};
 
     pub fn gpus() -> (Vec<GpuInfo>, Vec<String>) {
         let (mut gpus, mut problems) = (Vec::new(), Vec::new());
-        for runtime in runtimes() {
+        for runtime in runtimes().into_iter().filter(|runtime| lacking(runtime).is_none()) {
             let devices = of_runtime(runtime).unwrap_or_else(|problem| {
                 problems.push(format!("{runtime} could not be asked for its devices: {problem}"));
                 Vec::new()
@@ -175,12 +236,18 @@ mod found {
         (gpus, problems)
     }
 
-    fn client(device: &Device) -> Option<Client> {
+    /// The device as CubeCL has it, if it is one of its own.
+    pub fn cube(device: &Device) -> Option<CubeDevice> {
         match device.clone().without_autodiff().as_dispatch() {
-            DispatchDevice::Cube(device) => Some(device.client()),
+            DispatchDevice::Cube(device) => Some(device.clone()),
             #[allow(unreachable_patterns, reason = "with no other backend")]
             _ => None,
         }
+    }
+
+    /// What such a device is reached by.
+    pub fn client(device: &Device) -> Option<Client> {
+        cube(device).map(|device| device.client())
     }
 
     fn info(id: String, device: &Device) -> Option<GpuInfo> {

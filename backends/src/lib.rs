@@ -23,6 +23,7 @@ mod host;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod host_backend;
 pub mod manager;
+pub mod measure;
 pub mod ops;
 
 pub use bitnet_burn_cpu::peak;

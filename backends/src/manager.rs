@@ -66,17 +66,17 @@ pub fn configure(
 /// The helper's side of the gate ([`gate::child`]), with this build's GPU runtime, if it has one, to try kernels on that
 /// are GPU source.
 pub fn gate_child(arguments: impl Iterator<Item = OsString>) -> i32 {
-    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    #[cfg(feature = "cube")]
     return gate::child_with_gpu(arguments, &crate::gpu::open_gpu);
-    #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
+    #[cfg(not(feature = "cube"))]
     return gate::child(arguments);
 }
 
 /// The GPU that kernels run on in this build.
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[cfg(feature = "cube")]
 const GPU: Option<fn() -> String> =
     Some(|| crate::gpu::open_gpu().map_or_else(|error| error, |gpu| gpu.name()));
-#[cfg(not(any(feature = "wgpu", feature = "cuda")))]
+#[cfg(not(feature = "cube"))]
 const GPU: Option<fn() -> String> = None;
 
 fn with_plugins(

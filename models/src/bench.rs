@@ -227,7 +227,7 @@ pub struct BenchResult {
     /// By part.
     pub bytes_per_token_parts: BytesPerToken,
     /// Decode speed as a fraction of what the bandwidth allows: medians of tokens/s times bytes per token
-    /// over the bandwidth.
+    /// over the bandwidth. Absent where other devices than the host compute.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_fraction_of_bandwidth: Option<f64>,
     /// Bytes of the KV cache of a repetition.
@@ -342,6 +342,7 @@ pub fn run(
         bytes_per_token: parts.total(),
         bytes_per_token_parts: parts,
         decode_fraction_of_bandwidth: decode_tokens_per_s
+            .filter(|_| model.is_host())
             .map(|decode| decode.median * parts.total() as f64 / (bandwidth.median * 1e9)),
         kv_cache_bytes,
         peak_rss_bytes,

@@ -14,6 +14,7 @@ pub mod bitnet;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod device_bench;
 #[cfg(feature = "default-model")]
 pub mod embedded;
 mod exact;

@@ -134,7 +134,13 @@ fn choose(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> O
 }
 
 /// The kernels that can compute m rows of [n, k] on the device.
-fn kernels(manager: &KernelManager, device: &CubeDevice, m: usize, n: usize, k: usize) -> Vec<GpuKernel> {
+pub(super) fn kernels(
+    manager: &KernelManager,
+    device: &CubeDevice,
+    m: usize,
+    n: usize,
+    k: usize,
+) -> Vec<GpuKernel> {
     let client = device.client();
     let targets = [Some(Target::CubeCl), launch::target(&client)];
     let of = |target| manager.gpu_kernels(target, (m, n, k));

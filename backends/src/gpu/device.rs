@@ -4,36 +4,32 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bitnet_burn_core::gpu::{GpuDevice, GpuOperands};
 use bitnet_burn_core::plugin::{Kernel, Target};
-use burn_cubecl::CubeDevice;
 use burn_cubecl::cubecl::client::Client;
 use burn_cubecl::cubecl::server::Handle;
 
 use super::body::words_of;
 use super::launch::{self, Buffers};
+use crate::devices;
 
-/// This machine's default GPU: of CUDA, where that is compiled in and there is one, else of wgpu.
+/// This machine's default GPU, of a runtime that takes kernels as text: CUDA's, where that is compiled in and there is
+/// one, else wgpu's.
 ///
 /// # Errors
 /// In words, if there is none, or it takes no text.
 pub fn open_gpu() -> Result<Box<dyn GpuDevice>, String> {
-    let cuda = cfg!(feature = "cuda").then(|| Ok(CubeDevice::Cuda(Default::default())));
-    let wgpu = cfg!(feature = "wgpu")
-        .then(|| CubeDevice::wgpu(Default::default()).map_err(|error| error.to_string()));
-    let mut client = Err("there is no GPU".into());
-    for device in [cuda, wgpu].into_iter().flatten() {
-        client = device.and_then(|device: CubeDevice| {
-            let open = AssertUnwindSafe(|| device.client());
-            catch_unwind(open).map_err(|_| "there is no GPU".into())
-        });
-        if client.is_ok() {
-            break;
+    let compiled = devices::runtimes();
+    let mut problem = format!("the runtime {} takes no kernels as text", compiled.join(", "));
+    for runtime in ["cuda", "wgpu"].into_iter().filter(|runtime| compiled.contains(runtime)) {
+        match devices::open(runtime).map(|device| devices::client(&device)) {
+            Ok(Some(client)) => match launch::target(&client) {
+                Some(target) => return Ok(Box::new(Gpu { client, target })),
+                None => problem = format!("the runtime {} takes no kernels as text", client.name()),
+            },
+            Ok(None) => {}
+            Err(reason) => problem = format!("there is no GPU: {reason}"),
         }
     }
-    let client: Client = client?;
-    match launch::target(&client) {
-        Some(target) => Ok(Box::new(Gpu { client, target })),
-        None => Err(format!("the runtime {} takes no kernels as text", client.name())),
-    }
+    Err(problem)
 }
 
 struct Gpu {

@@ -17,9 +17,9 @@ mod attention;
 mod body;
 mod choice;
 mod dense;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod device;
 mod launch;
+pub(crate) mod measure;
 mod rows;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
@@ -29,6 +29,5 @@ pub(crate) use self::body::{bit_linear, bit_linear_backward};
 pub use self::choice::GpuMatrix;
 pub(crate) use self::choice::prepare;
 pub(crate) use self::dense::{dense_linear, dense_rows};
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub use self::device::open_gpu;
 pub(crate) use self::rows::{gated, rms_norm};

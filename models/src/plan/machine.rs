@@ -88,7 +88,7 @@ pub struct MemoryProfile {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GpuProfile {
-    /// What `--device` takes: `wgpu:0`, `cuda:1`.
+    /// What `--device` takes: `wgpu:0`, `metal:0`, `cuda:1`, `rocm:0`.
     pub device: String,
     /// As its driver names it.
     #[serde(default)]
@@ -238,6 +238,8 @@ impl MachineProfile {
             }
             problems.extend(failed);
         }
+        // Cheap, and nothing that stays: a driver may be installed.
+        problems.extend(devices::missing());
         if changed && let Err(error) = known.write(cache_dir) {
             problems.push(format!("what was measured can't be kept: {error}"));
         }

@@ -1,5 +1,9 @@
 //! The program `bitnet`, as its users and other programs see it: on a small synthetic model, end to end.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "wgpu")]
+mod gpu;
 mod kernels;
 mod plan;
 mod receipt;

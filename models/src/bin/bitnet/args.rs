@@ -88,8 +88,8 @@ pub struct EngineArgs {
     pub file: FileArgs,
     #[command(flatten)]
     pub kernels: KernelArgs,
-    /// Where the model computes: flex (the CPU), ndarray, wgpu, cuda, each compiled in by the cargo feature of its name;
-    /// auto: what `bitnet plan` chooses; several, with the layers of each: wgpu:0=12,flex [default: the CPU]
+    /// Where the model computes: flex (the CPU), ndarray, wgpu, metal, cuda, rocm, each compiled in by the cargo feature
+    /// of its name; auto: what `bitnet plan` chooses; several, with the layers of each: wgpu:0=12,flex [default: the CPU]
     #[arg(long, value_name = "DEVICE", help_heading = "Kernels")]
     pub device: Option<DeviceChoice>,
     /// So many layers on the GPU, the others on the CPU; all of them: embedding and output on the GPU, too
@@ -286,7 +286,7 @@ impl FromStr for DeviceName {
         let kind = match kind {
             CPU => DeviceKind::host()?,
             kind => DeviceKind::from_str(kind, false).map_err(|_| {
-                format!("{kind:?} is no device; there are auto, flex, ndarray, wgpu and cuda")
+                format!("{kind:?} is no device; there are auto, flex, ndarray, wgpu, metal, cuda and rocm")
             })?,
         };
         let number = |index: &str| index.parse().map_err(|_| format!("{index:?} is no number of a device"));
@@ -307,24 +307,18 @@ pub enum DeviceKind {
     Ndarray,
     /// A GPU through wgpu, with CubeCL kernels and those of plugins
     Wgpu,
+    /// Apple's GPU through Metal, likewise
+    Metal,
     /// An NVIDIA GPU through CUDA, likewise
     Cuda,
+    /// An AMD GPU through ROCm, likewise
+    Rocm,
 }
 
 impl DeviceKind {
     /// The first that is compiled in.
     pub fn compiled() -> Self {
-        if cfg!(feature = "flex") {
-            Self::Flex
-        } else if cfg!(feature = "ndarray") {
-            Self::Ndarray
-        } else if cfg!(feature = "wgpu") {
-            Self::Wgpu
-        } else if cfg!(feature = "cuda") {
-            Self::Cuda
-        } else {
-            Self::Flex
-        }
+        *Self::value_variants().iter().find(|kind| kind.is_compiled_in()).unwrap_or(&Self::Flex)
     }
 
     /// The first that is compiled in and computes in host memory.
@@ -342,7 +336,9 @@ impl DeviceKind {
             Self::Flex => "flex",
             Self::Ndarray => "ndarray",
             Self::Wgpu => "wgpu",
+            Self::Metal => "metal",
             Self::Cuda => "cuda",
+            Self::Rocm => "rocm",
         }
     }
 
@@ -351,15 +347,17 @@ impl DeviceKind {
         matches!(self, Self::Flex | Self::Ndarray)
     }
 
-    fn compiled_in(self) -> anyhow::Result<()> {
-        let name = self.name();
-        let compiled = match self {
+    fn is_compiled_in(self) -> bool {
+        match self {
             Self::Flex => cfg!(feature = "flex"),
             Self::Ndarray => cfg!(feature = "ndarray"),
-            Self::Wgpu => cfg!(feature = "wgpu"),
-            Self::Cuda => cfg!(feature = "cuda"),
-        };
-        if !compiled {
+            gpu => devices::runtimes().contains(&gpu.name()),
+        }
+    }
+
+    fn compiled_in(self) -> anyhow::Result<()> {
+        let name = self.name();
+        if !self.is_compiled_in() {
             bail!("--device {name} is not compiled in: build with `cargo build --release --features {name}`");
         }
         Ok(())
@@ -374,21 +372,11 @@ impl DeviceKind {
             #[cfg(feature = "ndarray")]
             #[allow(deprecated, reason = "NdArray still has users")]
             Self::Ndarray => Ok(Device::ndarray()),
-            #[cfg(feature = "wgpu")]
-            Self::Wgpu => gpu(self, || Device::wgpu(Default::default())),
-            #[cfg(feature = "cuda")]
-            Self::Cuda => gpu(self, || Device::cuda(0)),
-            #[allow(unreachable_patterns, reason = "with all features")]
-            _ => unreachable!("what is compiled in has a constructor"),
+            gpu => devices::open(gpu.name()).map_err(|problem| {
+                anyhow!("--device {}: there is no usable GPU here: {problem}", gpu.name())
+            }),
         }
     }
-}
-
-/// A GPU, tried out.
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
-fn gpu(kind: DeviceKind, open: impl FnOnce() -> Device) -> anyhow::Result<Device> {
-    devices::tried(open)
-        .map_err(|problem| anyhow!("--device {}: there is no usable GPU here: {problem}", kind.name()))
 }
 
 /// Types of the KV cache.

@@ -1,13 +1,19 @@
 //! `bitnet bench`: how fast a model runs here.
 
+use anyhow::{Context as _, bail};
 use bitnet_burn::bench::{self, BenchOptions, BenchResult, DecodeAt, DecodeBatch, Spread};
 use bitnet_burn::config::ModelConfig;
 use bitnet_burn::core::cpu;
+use bitnet_burn::core::formats::DenseFormat;
+use bitnet_burn::device_bench::{self, DeviceBench, DeviceBenchOptions};
 use bitnet_burn::report::{Execution, ModelSummary, count, human_bytes, human_seconds};
+use bitnet_burn::synth::{self, SynthOptions};
+use burn::tensor::Device;
 use clap::Args;
 use serde::Serialize;
+use tempfile::TempDir;
 
-use crate::args::{EngineArgs, positive};
+use crate::args::{DeviceChoice, EngineArgs, positive};
 use crate::engine::Wishes;
 use crate::output::{self, columns};
 
@@ -22,21 +28,29 @@ use crate::output::{self, columns};
 pub struct BenchArgs {
     #[command(flatten)]
     engine: EngineArgs,
-    /// Tokens of the prompt; 0 measures decode alone
-    #[arg(long, short, value_name = "N", default_value_t = 128)]
-    prompt: usize,
-    /// Tokens generated behind it; 0 measures prefill alone
-    #[arg(long, short = 'n', value_name = "N", default_value_t = 64)]
-    generate: usize,
-    /// How often
-    #[arg(long, short, value_name = "N", value_parser = positive, default_value_t = 5)]
-    repetitions: usize,
+    /// Tokens of the prompt; 0 measures decode alone [default: 128; with --gpu-suite 512]
+    #[arg(long, short, value_name = "N")]
+    prompt: Option<usize>,
+    /// Tokens generated behind it; 0 measures prefill alone [default: 64]
+    #[arg(long, short = 'n', value_name = "N")]
+    generate: Option<usize>,
+    /// How often [default: 5]
+    #[arg(long, short, value_name = "N", value_parser = positive)]
+    repetitions: Option<usize>,
     /// Measure decode at these context lengths, too, once each
     #[arg(long, value_name = "N,N,...", value_delimiter = ',')]
     contexts: Vec<usize>,
     /// Measure decode of so many sequences at once, too, once each, all behind a prompt of their own
     #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = positive)]
     batches: Vec<usize>,
+    /// Measure the GPU that --device names, too: how fast it reads, every kernel on every matrix of a layer (compared
+    /// with the CPU's results before it is timed), a layer's operations, quantising and packing. Batches are 1 to 64 where
+    /// nothing else is said, and without --model the model is one of random weights in the shape of BitNet b1.58 2B-4T
+    #[arg(long)]
+    gpu_suite: bool,
+    /// The suite on small sizes, to see that it works
+    #[arg(long, requires = "gpu_suite")]
+    quick: bool,
     /// Rows of the prompt that are computed at once [default: 256; with --device auto, as planned]
     #[arg(long, value_name = "N", value_parser = positive)]
     chunk: Option<usize>,
@@ -53,7 +67,8 @@ Examples:
   bitnet bench -m model.gguf -p 128 -n 64 --threads 1 --repetitions 5
   bitnet bench -m model.gguf -p 512 -n 0                        # prefill alone
   bitnet bench -m model.gguf --contexts 128,512,2048 --json | jq .decode_by_context
-  bitnet bench -m model.gguf --batches 1,2,4,8,16               # sequences at once";
+  bitnet bench -m model.gguf --batches 1,2,4,8,16               # sequences at once
+  bitnet bench --gpu-suite --device cuda --json > gpu.json      # all that a GPU is judged by";
 
 #[derive(Serialize)]
 struct Output<'a> {
@@ -62,23 +77,71 @@ struct Output<'a> {
     load_seconds: f64,
     #[serde(flatten)]
     result: &'a BenchResult,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_suite: Option<&'a DeviceBench>,
     #[serde(flatten)]
     execution: &'a Execution,
 }
 
-pub fn run(args: BenchArgs) -> anyhow::Result<()> {
+/// The GPU that the suite is for.
+fn gpu(args: &BenchArgs) -> anyhow::Result<Device> {
+    match &args.engine.device {
+        Some(DeviceChoice::On(parts)) if args.engine.gpu_layers.is_none() => match &parts[..] {
+            [(name, None)] if !name.kind.is_host() => return name.open(),
+            _ => {}
+        },
+        _ => {}
+    }
+    bail!("--gpu-suite measures one GPU: name it, such as --device cuda or --device wgpu:0")
+}
+
+/// Random weights, where no model is named.
+fn synthetic(shape: &str) -> anyhow::Result<TempDir> {
+    let dir = tempfile::tempdir().context("cannot make a directory for a model of random weights")?;
+    let config = synth::shape(shape).context("a shape of the program's own")?;
+    let options = SynthOptions { config, embedding: DenseFormat::Q6_K, seed: 0 };
+    let bar = output::bar(0, "writing random weights [{bar:30}] {bytes}/{total_bytes}");
+    synth::write(&dir.path().join(MODEL), &options, &|done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    Ok(dir)
+}
+
+const MODEL: &str = "random.gguf";
+
+pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     if cfg!(debug_assertions) {
         output::warning("this program was built without optimisation: add --release to the cargo command");
     }
+    let gpu = args.gpu_suite.then(|| gpu(&args)).transpose()?;
+    // Kept until the end: what is mapped has to stay.
+    let mut random = None;
+    if gpu.is_some() && args.engine.file.model.is_none() {
+        if args.engine.receipt.is_some() {
+            bail!("--receipt without --model: random weights are gone when somebody wants to check them");
+        }
+        let dir = synthetic(if args.quick { "tiny" } else { "2b-4t" })?;
+        args.engine.file.model = Some(dir.path().join(MODEL));
+        random = Some(dir);
+    }
+    let (prompt, generate, repetitions, batches): (_, _, _, &[usize]) = match (args.gpu_suite, args.quick) {
+        (false, _) => (128, 64, 5, &[]),
+        (true, false) => (512, 64, 5, &[1, 2, 4, 8, 16, 32, 64]),
+        (true, true) => (24, 4, 1, &[1, 3]),
+    };
+    let (prompt, generate) = (args.prompt.unwrap_or(prompt), args.generate.unwrap_or(generate));
+    let batches = if args.batches.is_empty() { batches.to_vec() } else { args.batches.clone() };
     let wishes =
         Wishes { tokenizer: false, quantise_activations: true, max_rows: args.chunk, measured_context: None };
     let engine = args.engine.load(&wishes)?;
     let options = BenchOptions {
-        prompt_tokens: args.prompt,
-        generated_tokens: args.generate,
-        repetitions: args.repetitions,
+        prompt_tokens: prompt,
+        generated_tokens: generate,
+        repetitions: args.repetitions.unwrap_or(repetitions),
         contexts: args.contexts.clone(),
-        batches: args.batches.clone(),
+        batches,
         chunk: engine.settings.rows,
         context: engine.settings.context,
         kv_cache: engine.settings.kv_cache,
@@ -90,10 +153,24 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
+    let suite = gpu.map(|gpu| {
+        let options = if args.quick { DeviceBenchOptions::quick() } else { DeviceBenchOptions::default() };
+        let bar = output::bar(0, "measuring the GPU [{bar:30}] {pos}/{len}");
+        let mut suite = device_bench::run(&gpu, engine.checkpoint.config(), &options, &mut |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        })?;
+        bar.finish_and_clear();
+        suite.decode_fraction_of_bandwidth = (result.decode_tokens_per_s.filter(|_| !engine.model.is_host()))
+            .map(|rate| rate.median * result.bytes_per_token as f64 / (suite.read_gb_per_s * 1e9));
+        anyhow::Ok(suite)
+    });
+    let suite = suite.transpose()?;
+    drop(random);
     let mut execution = engine.execution();
-    execution.memory = engine.memory(result.kv_cache_bytes, options.chunk.min(args.prompt.max(1)));
+    execution.memory = engine.memory(result.kv_cache_bytes, options.chunk.min(prompt.max(1)));
     let median = |spread: Option<Spread>| spread.map(|spread| spread.median);
-    let at = args.prompt + args.generate / 2;
+    let at = prompt + generate / 2;
     let (rate, prompt_rate) = (median(result.decode_tokens_per_s), median(result.prefill_tokens_per_s));
     execution.prediction = engine.outcome(at, rate, prompt_rate);
     engine.remember(&execution, at, rate, prompt_rate);
@@ -105,6 +182,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         config: engine.checkpoint.config(),
         load_seconds: engine.load_seconds,
         result: &result,
+        gpu_suite: suite.as_ref(),
         execution: &execution,
     };
     if let Some(path) = &args.engine.receipt {
@@ -113,7 +191,11 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     if args.json {
         return output::print_json(&output);
     }
-    output::print(text(&engine.summary, engine.load_seconds, &result, &execution).trim_end())
+    let mut text = text(&engine.summary, engine.load_seconds, &result, &execution);
+    if let Some(suite) = &suite {
+        text.push_str(&format!("\n{suite}"));
+    }
+    output::print(text.trim_end())
 }
 
 fn text(model: &ModelSummary, load_seconds: f64, result: &BenchResult, execution: &Execution) -> String {

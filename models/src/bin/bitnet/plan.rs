@@ -28,7 +28,7 @@ pub struct PlanArgs {
     /// What matters
     #[arg(long, value_enum, default_value_t = StrategyName::Performance)]
     strategy: StrategyName,
-    /// Compute there: cpu, a GPU (wgpu:0, cuda:1), or the best GPU of a runtime (wgpu, cuda)
+    /// Compute there: cpu, a GPU (wgpu:0, cuda:1), or the best GPU of a runtime (wgpu, metal, cuda, rocm)
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// So many layers on the GPU, the others on the CPU; all of them: embedding and output on the GPU, too
