@@ -24,6 +24,8 @@ mod host;
 mod host_backend;
 pub mod manager;
 pub mod ops;
+#[cfg(feature = "remote")]
+pub mod remote;
 
 pub use bitnet_burn_cpu::peak;
 
