@@ -65,7 +65,7 @@ fn step(model: &BitNet, cache: &mut KvCache, sequence: SequenceId) -> (usize, us
 #[test]
 fn a_token_copies_no_history_and_a_fork_copies_it_once() {
     let dir = repository_golden().join("hf/A-packed-auto");
-    for device in host_devices() {
+    for device in devices() {
         let model = load(&dir, &device, &LoadOptions::default());
         for cache_type in cache_types(&model) {
             let mut cache = model.cache(512, cache_type).unwrap();

@@ -5,7 +5,6 @@
 
 use std::net::{SocketAddr, TcpListener};
 use std::slice::Iter;
-use std::sync::mpsc;
 
 use bitnet_burn_core::formats::{DenseFormat, canonical};
 use burn::backend::ir::{BackendIr, CustomOpIr, HandleContainer, ScalarIr, TensorIr};
@@ -14,6 +13,7 @@ use burn::backend::{DispatchDevice, TensorMetadata};
 use burn::server::{AuthorizationRequest, CustomOpRegistry, RemoteServer, WebSocketTransport};
 use burn::tensor::{DType, Device, TensorData, try_read_sync};
 use tokio::runtime::{Builder, Runtime};
+use tokio::task::JoinHandle;
 
 use super::{LARGEST, TEXT, name, version};
 use crate::devices::quietly;
@@ -55,7 +55,7 @@ pub struct Worker {
     address: SocketAddr,
     /// `None` when it is dropped.
     runtime: Option<Runtime>,
-    ended: mpsc::Receiver<WorkerError>,
+    serving: JoinHandle<WorkerError>,
 }
 
 impl Worker {
@@ -98,16 +98,10 @@ impl Worker {
             let _entered = runtime.enter();
             server.serve_async(WebSocketTransport::from_listener(listener))
         };
-        let (sender, ended) = mpsc::channel();
-        runtime.spawn(async move {
-            let problem = match serving.await {
-                Ok(()) => "it was asked to".to_owned(),
-                Err(error) => error.to_string(),
-            };
-            // Nobody may be waiting.
-            let _ = sender.send(WorkerError::Stopped(problem));
+        let serving = runtime.spawn(async move {
+            WorkerError::Stopped(serving.await.err().map_or_else(String::new, |error| error.to_string()))
         });
-        Ok(Self { address, runtime: Some(runtime), ended })
+        Ok(Self { address, runtime: Some(runtime), serving })
     }
 
     /// Where it listens.
@@ -116,8 +110,14 @@ impl Worker {
     }
 
     /// Waits for the end of serving, which comes with an error only.
-    pub fn wait(&self) -> WorkerError {
-        self.ended.recv().unwrap_or_else(|_| WorkerError::Stopped("its threads ended".into()))
+    pub fn wait(mut self) -> WorkerError {
+        let serving = &mut self.serving;
+        let ended = self.runtime.as_ref().map(|runtime| runtime.block_on(serving));
+        match ended {
+            Some(Ok(error)) => error,
+            Some(Err(error)) => WorkerError::Stopped(error.to_string()),
+            None => unreachable!("it has a runtime until it is dropped"),
+        }
     }
 }
 
