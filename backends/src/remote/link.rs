@@ -96,7 +96,8 @@ impl Link {
     /// Ends the session; the first reason is the one that is told.
     fn cut(&self, reason: String) {
         let _ = self.broken.set(reason);
-        for socket in self.sockets.lock().unwrap_or_else(|e| e.into_inner()).iter() {
+        // Not kept: a socket is closed, and whoever waits for room to send is told, when the last handle is gone.
+        for socket in std::mem::take(&mut *self.sockets.lock().unwrap_or_else(|e| e.into_inner())) {
             // What is closed already needs no closing.
             let _ = socket.shutdown(Shutdown::Both);
         }
