@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor, TensorData};
 
 /// A GPU, or what stands in for one.
 #[derive(Clone, Debug)]
@@ -102,11 +102,22 @@ pub fn peak(device: &Device) -> (Option<f64>, Option<f64>) {
     }
 }
 
-/// The GPU of a name that [`GpuInfo::id`] has, tried out; without a number, the runtime's default one.
+/// What the name of a device on another machine begins with: `remote:HOST:PORT` is the worker's that listens there
+/// (feature `remote`).
+pub const REMOTE: &str = "remote:";
+
+/// The GPU of a name that [`GpuInfo::id`] has, tried out, without a number the runtime's default one; or the device of a
+/// [worker](REMOTE).
 ///
 /// # Errors
 /// In words, if it is not there or does not compute.
 pub fn open(id: &str) -> Result<Device, String> {
+    if let Some(address) = id.strip_prefix(REMOTE) {
+        #[cfg(feature = "remote")]
+        return crate::remote::open(address);
+        #[cfg(not(feature = "remote"))]
+        return Err(format!("{REMOTE}{address}: workers are not compiled in (feature remote)"));
+    }
     let (runtime, index) = match id.split_once(':') {
         None => (id, None),
         Some((runtime, index)) => match index.parse::<usize>() {
@@ -127,6 +138,38 @@ pub fn open(id: &str) -> Result<Device, String> {
         Some(device) => tried(|| device.clone()),
         None => Err(format!("there is no device {id}; there are {} of its kind", all.len())),
     }
+}
+
+/// What a device is called: `remote:HOST:PORT` for one on a worker, for others what Burn calls it.
+pub fn name(device: &Device) -> String {
+    #[cfg(feature = "remote")]
+    if let Some(address) = crate::remote::address(device) {
+        return format!("{REMOTE}{address}");
+    }
+    format!("{device:?}")
+}
+
+/// Whether a device is on a worker.
+pub fn is_remote(device: &Device) -> bool {
+    #[cfg(feature = "remote")]
+    return crate::remote::address(device).is_some();
+    #[cfg(not(feature = "remote"))]
+    {
+        let _ = device;
+        false
+    }
+}
+
+/// The values of a tensor. What went wrong on its device while it was computed shows here.
+///
+/// # Errors
+/// That, in words; of a worker, also that it ended, or gave no sign of life for too long.
+pub fn read<const D: usize>(tensor: Tensor<D>) -> Result<TensorData, String> {
+    #[cfg(feature = "remote")]
+    if let Some(data) = crate::remote::read(&tensor) {
+        return data;
+    }
+    tensor.try_into_data().map_err(|error| error.to_string())
 }
 
 /// A GPU, tried out: runtimes panic where there is none.

@@ -320,6 +320,7 @@ pub enum GatedActivation {
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
     Cube: cfg(feature = "cube"),
+    Remote: cfg(feature = "remote"),
     Autodiff,
 )]
 pub trait TernaryBackend: burn::backend::Backend {

@@ -25,6 +25,8 @@ mod host_backend;
 pub mod manager;
 pub mod measure;
 pub mod ops;
+#[cfg(feature = "remote")]
+pub mod remote;
 
 pub use bitnet_burn_cpu::peak;
 

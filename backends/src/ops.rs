@@ -10,6 +10,7 @@ use bitnet_burn_core::memory::WeightArena;
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
+use crate::devices;
 use crate::extension::{
     Attended, AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm,
     Kernels, Matrix, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
@@ -58,6 +59,16 @@ pub fn is_host(device: &Device) -> bool {
         #[allow(unreachable_patterns, reason = "without another backend there are only these")]
         _ => false,
     }
+}
+
+/// Whether matrices for products with int8 are read in [tiles](DenseArgs::tiled) where a device computes: in host memory,
+/// be it a worker's.
+pub fn reads_tiles(device: &Device) -> bool {
+    #[cfg(feature = "remote")]
+    if crate::remote::computes_in_host_memory(device) {
+        return true;
+    }
+    is_host(device)
 }
 
 /// Codes for the GPU that a device is, where kernels of plugins are faster than the default body.
@@ -193,7 +204,9 @@ impl TernaryMatrix {
         match &self.choice {
             Some(Kernels::Host(_)) if !host => self.into_canonical(),
             #[cfg(feature = "cube")]
-            Some(Kernels::Gpu(_)) if host => self.into_canonical(),
+            Some(Kernels::Gpu(_)) if host || devices::is_remote(&self.codes.device()) => {
+                self.into_canonical()
+            }
             _ => Ok(self),
         }
     }
@@ -339,7 +352,12 @@ impl CacheLayer {
             DispatchDevice::Cube(_) if cache_type == CacheType::Int8 => crate::gpu::int8_supported(head_dim),
             _ => {
                 let _ = head_dim;
-                device.supports_dtype(cache_type.dtype())
+                let supported = || device.supports_dtype(cache_type.dtype());
+                match devices::is_remote(device) {
+                    // A worker is asked; one that is gone says so when something is read.
+                    true => devices::quietly(supported).unwrap_or(true),
+                    false => supported(),
+                }
             }
         }
     }
@@ -542,7 +560,7 @@ pub fn gated(gate_up: Tensor<2>, activation: GatedActivation) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::gated(gate_up.into_dispatch(), activation))
 }
 
-/// A matrix for products with int8 activations: in tiles on a device in host memory, whose [`dense_linear`]
+/// A matrix for products with int8 activations: in tiles on a device that [reads them](reads_tiles), whose [`dense_linear`]
 /// then runs at the speed of memory, and in rows on others. Rows of another format are decoded and encoded
 /// again.
 ///
@@ -557,7 +575,7 @@ pub fn int8_matrix(
     args: DenseArgs,
     device: &Device,
 ) -> Result<(Tensor<2, Int>, DenseArgs), DenseError> {
-    let args = DenseArgs { tiled: is_host(device), ..args };
+    let args = DenseArgs { tiled: reads_tiles(device), ..args };
     let ((from, data), shape, pool) = (rows, (args.n, args.k), manager().pool());
     let words = |data: bytes::Bytes| {
         let count = data.len().div_ceil(4);

@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bitnet_burn_backends::manager::manager;
-use bitnet_burn_backends::{ops, peak};
+use bitnet_burn_backends::{devices, ops, peak};
 use bitnet_burn_core::cpu;
 use bitnet_burn_core::formats::canonical;
 use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
@@ -410,7 +410,7 @@ impl Repetition<'_> {
 
 /// Waits for a tensor's values: devices compute behind the caller's back.
 fn wait(tensor: Tensor<2>) -> Result<(), GenerateError> {
-    tensor.try_into_data().map_err(|error| GenerateError::Device(error.to_string()))?;
+    devices::read(tensor).map_err(GenerateError::Device)?;
     Ok(())
 }
 

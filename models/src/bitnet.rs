@@ -61,6 +61,12 @@ pub enum ModelError {
         /// What a GPU said.
         problem: String,
     },
+    /// A worker that layers were to be on failed.
+    #[error("the model can't be where it was to be: {problem}")]
+    Worker {
+        /// What it, or the connection to it, said.
+        problem: String,
+    },
     /// The output projection is of a type that [`HeadMode::Int8`] can't compute with.
     #[error("the output projection {tensor}: {source}")]
     Head {
@@ -321,7 +327,7 @@ impl BitNet {
         // One matrix can be both, where rows can be looked up in what the head computes with.
         let (embedding, output) = match options.head.int8_format(&embedding) {
             None if output.is_none() => (DenseMatrix::new(embedding, device), None),
-            Some(format) if output.is_none() && format == embedding.format && !ops::is_host(device) => {
+            Some(format) if output.is_none() && format == embedding.format && !ops::reads_tiles(device) => {
                 (DenseMatrix::int8(embedding, format, device)?, None)
             }
             _ => {
@@ -579,16 +585,18 @@ impl BitNet {
             let rows: Vec<Row> =
                 (first..first + rows).map(|position| Row { token: 0, sequence, position }).collect();
             let logits = self.forward(&rows, &[rows.len() - 1], &mut cache).map_err(words)?;
-            logits.try_into_data().map(|_| ()).map_err(|error| error.to_string())
+            devices::read(logits).map(|_| ())
         };
         devices::quietly(compute)?
     }
 
     /// That the weights which are not in host memory are where they were sent: a device that had no room for them says so
-    /// when they are read, and kernels that read them would be blamed for it.
+    /// when they are read, and kernels that read them would be blamed for it. (A worker that had no room for them is
+    /// gone.)
     fn arrived(&self) -> Result<(), String> {
         let words = |what: &str, error: &dyn std::fmt::Display| format!("{what}: {error}");
-        if !ops::is_host(&self.device()) {
+        let tells = |device: &Device| !ops::is_host(device) && !devices::is_remote(device);
+        if tells(&self.device()) {
             for (what, matrix) in
                 [("the embedding", Some(&self.embedding)), ("the output", self.output.as_ref())]
             {
@@ -598,7 +606,7 @@ impl BitNet {
                 }
             }
         }
-        for (i, block) in self.blocks.iter().enumerate().filter(|(_, block)| !ops::is_host(&block.device())) {
+        for (i, block) in self.blocks.iter().enumerate().filter(|(_, block)| tells(&block.device())) {
             for matrix in block.projections().iter().filter_map(|layer| layer.matrix()) {
                 let first = matrix.codes.slice([0..1, 0..1]);
                 first.try_into_data().map_err(|error| words(&format!("layer {i}"), &error))?;
@@ -791,7 +799,7 @@ fn moved(x: Tensor<2>, device: &Device) -> Result<Tensor<2>, ForwardError> {
     if x.device().is_autodiff() {
         return Ok(x.to_device(device));
     }
-    let data = x.try_into_data().map_err(|error| ForwardError::Device(error.to_string()))?;
+    let data = devices::read(x).map_err(ForwardError::Device)?;
     Ok(Tensor::from_data(data, device))
 }
 

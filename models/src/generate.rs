@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use bitnet_burn_backends::devices;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -143,7 +144,7 @@ fn rows(tokens: &[u32], sequence: SequenceId, position: usize) -> Vec<Row> {
 
 /// A tensor's values on the host.
 fn values(tensor: Tensor<2>) -> Result<Vec<f32>, GenerateError> {
-    let data = tensor.try_into_data().map_err(|error| GenerateError::Device(error.to_string()))?;
+    let data = devices::read(tensor).map_err(GenerateError::Device)?;
     data.try_to_vec::<f32>().map_err(|error| GenerateError::Device(format!("{error:?}")))
 }
 

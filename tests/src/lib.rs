@@ -45,6 +45,34 @@ pub fn host_devices() -> Vec<Device> {
     ]
 }
 
+/// The same, and that of a worker in this process, which is reached through the network.
+///
+/// # Panics
+/// If there can be no worker.
+pub fn devices() -> Vec<Device> {
+    #[allow(unused_mut, reason = "without a worker")]
+    let mut devices = host_devices();
+    #[cfg(feature = "remote")]
+    {
+        static WORKER: OnceLock<bitnet_burn::backends::remote::Worker> = OnceLock::new();
+        let worker = WORKER.get_or_init(|| worker().expect("a free port"));
+        devices.push(bitnet_burn::backends::remote::open(&worker.address().to_string()).expect("it listens"));
+    }
+    devices
+}
+
+/// A worker for the CPU, in this process and at a free port.
+///
+/// # Errors
+/// If the system has no port or thread for it.
+#[cfg(feature = "remote")]
+pub fn worker() -> Result<bitnet_burn::backends::remote::Worker, bitnet_burn::backends::remote::WorkerError> {
+    use bitnet_burn::backends::remote::{Worker, WorkerError};
+    setup();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").map_err(WorkerError::Start)?;
+    Worker::start(listener, &Device::flex(), "flex")
+}
+
 /// The small golden sets, which are part of the repository.
 pub fn repository_golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/testdata/golden")
@@ -202,7 +230,7 @@ pub fn all_logits(model: &BitNet, tokens: &[u32], chunk: usize, cache_type: Cach
     logits
 }
 
-/// The types of KV caches that the model's device has.
+/// The types of KV caches that the model's devices have.
 pub fn cache_types(model: &BitNet) -> Vec<CacheType> {
     let all = [CacheType::F32, CacheType::F16, CacheType::Int8];
     all.into_iter().filter(|&cache_type| model.cache(1, cache_type).is_ok()).collect()

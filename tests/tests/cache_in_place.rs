@@ -83,6 +83,41 @@ fn a_token_copies_no_history_and_a_fork_copies_it_once() {
             }
         }
     }
+    #[cfg(feature = "remote")]
+    a_worker_copies_no_history_either();
+}
+
+/// A worker in this process, whose cache is larger than whatever else is allocated.
+#[cfg(feature = "remote")]
+fn a_worker_copies_no_history_either() {
+    use bitnet_burn::backends::ops::{self, CacheLayer};
+    use bitnet_burn::core::memory::WeightArena;
+    use burn::tensor::Tensor;
+
+    let device = devices().pop().expect("the worker's");
+    let positions = 1 << 16;
+    // The smallest: codes of int8.
+    let size = 2 * positions * 16;
+    for cache_type in [CacheType::F32, CacheType::F16, CacheType::Int8] {
+        let rows = || Tensor::<2>::ones([1, 32], &device);
+        let append = |cache: CacheLayer, position: usize| {
+            LARGEST.store(0, Ordering::Relaxed);
+            let cache = ops::cache_append(cache, rows(), position);
+            device.sync().unwrap();
+            (cache, LARGEST.load(Ordering::Relaxed))
+        };
+        let mut cache = CacheLayer::zeros(cache_type, [2, positions, 16], &device, &WeightArena::default());
+        device.sync().unwrap();
+        for position in 0..10 {
+            let (new, largest) = append(cache, position);
+            cache = new;
+            assert!(largest < size, "{cache_type:?} at {position}: {largest} bytes");
+        }
+        let shared = cache.clone();
+        let (_, largest) = append(cache, 10);
+        assert!(largest >= size, "{cache_type:?}: what is shared is copied, not {largest} bytes");
+        drop(shared);
+    }
 }
 
 /// The operation itself: the cache's memory stays where it is while nobody else holds it.

@@ -2,6 +2,7 @@
 
 use bitnet_burn_backends::AttentionArgs;
 pub use bitnet_burn_backends::CacheType;
+use bitnet_burn_backends::devices;
 use bitnet_burn_backends::ops::{self, CacheLayer};
 use bitnet_burn_core::memory::WeightArena;
 use burn::tensor::{Device, Tensor};
@@ -107,7 +108,7 @@ impl KvCache {
             // Layers of one device follow each other.
             let known = i > 0 && devices[i - 1] == *device;
             if !known && !CacheLayer::supported(cache_type, head_dim, device) {
-                return Err(CacheError::Type { cache_type, device: format!("{device:?}") });
+                return Err(CacheError::Type { cache_type, device: devices::name(device) });
             }
         }
         Ok(Self { slots: Vec::new(), n_kv_heads, head_dim, capacity, cache_type, devices, sliding: false })

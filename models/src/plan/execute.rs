@@ -54,7 +54,7 @@ impl Placed {
     /// none.
     ///
     /// # Errors
-    /// If a file or a kernel is wrong; `open`'s, for what it can't open; where strict mode has `no-fallback`, what a GPU
+    /// If a file or a kernel is wrong; `open`'s, for what it can't open; what a worker says against its layers; where strict mode has `no-fallback`, what a GPU
     /// says against its layers.
     pub fn load<E: From<ModelError>>(
         checkpoint: &Checkpoint,
@@ -73,16 +73,27 @@ impl Placed {
             let load = || BitNet::placed(checkpoint, &devices, options, progress);
             let model = match devices::quietly(load) {
                 Ok(loaded) => loaded?,
-                Err(problem) => return Ok(Err(problem)),
+                Err(problem) => return failed(placement, problem),
             };
             let Settings { rows, context, kv_cache, .. } = *settings;
             // A type that the device lacks is no matter of memory: whoever makes the cache is told.
             if model.cache(context, kv_cache).is_err() {
                 return Ok(Ok(model));
             }
-            Ok(model.try_out(rows, context, kv_cache).map(|()| model))
+            match model.try_out(rows, context, kv_cache) {
+                Ok(()) => Ok(Ok(model)),
+                Err(problem) => failed(placement, problem),
+            }
         })
         .map(|(model, placement, notes)| Self { model, placement, notes })
+    }
+}
+
+/// What failed on a worker is told: who named one, wants to know. On GPUs there are fewer layers to be tried.
+fn failed<T, E: From<ModelError>>(placement: &Placement, problem: String) -> Result<Result<T, String>, E> {
+    match placement.devices().any(|device| device.starts_with(devices::REMOTE)) {
+        true => Err(ModelError::Worker { problem }.into()),
+        false => Ok(Err(problem)),
     }
 }
 

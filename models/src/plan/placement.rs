@@ -11,7 +11,7 @@ use crate::report::count;
 /// Consecutive layers on one device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
-    /// `cpu`, or a GPU: `wgpu:0`, `cuda:1`.
+    /// `cpu`, a GPU: `wgpu:0`, `cuda:1`, or a worker: `remote:HOST:PORT`.
     pub device: String,
     /// The layers, from zero.
     pub layers: Range<usize>,

@@ -7,6 +7,8 @@ mod gpu;
 mod kernels;
 mod plan;
 mod receipt;
+#[cfg(feature = "remote")]
+mod worker;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -51,6 +53,7 @@ impl Place {
             "BITNET_STRICT_MODE",
             "BITNET_FALLBACK",
             "BITNET_CONFIG",
+            "BITNET_REMOTE_TIMEOUT",
             "RUST_LOG",
         ] {
             command.env_remove(variable);

@@ -89,7 +89,8 @@ pub struct EngineArgs {
     #[command(flatten)]
     pub kernels: KernelArgs,
     /// Where the model computes: flex (the CPU), ndarray, wgpu, metal, cuda, rocm, each compiled in by the cargo feature
-    /// of its name; auto: what `bitnet plan` chooses; several, with the layers of each: wgpu:0=12,flex [default: the CPU]
+    /// of its name; remote:HOST:PORT: the device of the `bitnet worker` there; auto: what `bitnet plan` chooses;
+    /// several, with the layers of each: wgpu:0=12,flex [default: the CPU]
     #[arg(long, value_name = "DEVICE", help_heading = "Kernels")]
     pub device: Option<DeviceChoice>,
     /// So many layers on the GPU, the others on the CPU; all of them: embedding and output on the GPU, too
@@ -138,7 +139,7 @@ pub enum DeviceChoice {
 impl DeviceChoice {
     /// One device for everything.
     pub fn one(kind: DeviceKind) -> Self {
-        Self::On(vec![(DeviceName { kind, index: None }, None)])
+        Self::On(vec![(kind.into(), None)])
     }
 
     /// Which layers are where, by the names of devices in plans.
@@ -167,6 +168,7 @@ impl DeviceChoice {
         let chosen = std::env::var_os("CUBECL_WGPU_DEFAULT_DEVICE").is_some();
         let open = |name: &DeviceName| match name.kind {
             DeviceKind::Wgpu => name.index.is_none() && !chosen,
+            DeviceKind::Remote => false,
             kind => name.index.is_none() && !kind.is_host(),
         };
         for (name, _) in parts.iter_mut().filter(|(name, _)| open(name)) {
@@ -181,7 +183,7 @@ impl DeviceChoice {
     /// What names a placement; the CPU is that of `host`, or the default one.
     pub fn of(placement: &Placement, host: Option<DeviceKind>) -> anyhow::Result<Self> {
         let name = |device: &str| match (device, host) {
-            (CPU, Some(kind)) => Ok(DeviceName { kind, index: None }),
+            (CPU, Some(kind)) => Ok(kind.into()),
             (device, _) => device.parse::<DeviceName>().map_err(anyhow::Error::msg),
         };
         if placement.devices().count() == 1 {
@@ -242,25 +244,33 @@ impl FromStr for DeviceChoice {
     }
 }
 
-/// A device: `flex`, `wgpu` (the default one), `wgpu:1`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A device: `flex`, `wgpu` (the default one), `wgpu:1`, `remote:127.0.0.1:7158`.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceName {
     pub kind: DeviceKind,
     /// The number of a GPU among those of its kind.
     pub index: Option<usize>,
+    /// The address of a worker, which a remote device has.
+    pub address: Option<String>,
+}
+
+impl From<DeviceKind> for DeviceName {
+    fn from(kind: DeviceKind) -> Self {
+        Self { kind, index: None, address: None }
+    }
 }
 
 impl DeviceName {
     /// As plans name it.
-    fn in_plans(self) -> String {
+    fn in_plans(&self) -> String {
         if self.kind.is_host() { CPU.to_owned() } else { self.to_string() }
     }
 
     /// The device, if it is compiled in and there is one.
-    pub fn open(self) -> anyhow::Result<Device> {
-        match self.index {
-            None => self.kind.open(),
-            Some(_) => {
+    pub fn open(&self) -> anyhow::Result<Device> {
+        match (self.index, &self.address) {
+            (None, None) => self.kind.open(),
+            _ => {
                 self.kind.compiled_in()?;
                 devices::open(&self.to_string()).map_err(|problem| anyhow!("--device {self}: {problem}"))
             }
@@ -271,6 +281,9 @@ impl DeviceName {
 impl fmt::Display for DeviceName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.kind.name())?;
+        if let Some(address) = &self.address {
+            write!(f, ":{address}")?;
+        }
         self.index.map_or(Ok(()), |index| write!(f, ":{index}"))
     }
 }
@@ -279,6 +292,16 @@ impl FromStr for DeviceName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if text == DeviceKind::Remote.name() || text.starts_with(devices::REMOTE) {
+            let address = text.strip_prefix(devices::REMOTE).unwrap_or_default();
+            let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port);
+            if !port.and_then(|port| port.parse::<u16>().ok()).is_some_and(|port| port > 0) {
+                return Err(format!(
+                    "{text}: a worker is named by its address, such as remote:127.0.0.1:7158"
+                ));
+            }
+            return Ok(Self { address: Some(address.to_owned()), ..DeviceKind::Remote.into() });
+        }
         let (kind, index) = match text.split_once(':') {
             Some((kind, index)) => (kind, Some(index)),
             None => (text, None),
@@ -286,7 +309,9 @@ impl FromStr for DeviceName {
         let kind = match kind {
             CPU => DeviceKind::host()?,
             kind => DeviceKind::from_str(kind, false).map_err(|_| {
-                format!("{kind:?} is no device; there are auto, flex, ndarray, wgpu, metal, cuda and rocm")
+                format!(
+                    "{kind:?} is no device; there are auto, flex, ndarray, wgpu, metal, cuda, rocm and remote:HOST:PORT"
+                )
             })?,
         };
         let number = |index: &str| index.parse().map_err(|_| format!("{index:?} is no number of a device"));
@@ -294,7 +319,7 @@ impl FromStr for DeviceName {
         if kind.is_host() && index.is_some() {
             return Err(format!("{text}: there is one {} alone", kind.name()));
         }
-        Ok(Self { kind, index })
+        Ok(Self { index, ..kind.into() })
     }
 }
 
@@ -313,6 +338,9 @@ pub enum DeviceKind {
     Cuda,
     /// An AMD GPU through ROCm, likewise
     Rocm,
+    /// What a worker serves; it takes an address
+    #[value(skip)]
+    Remote,
 }
 
 impl DeviceKind {
@@ -339,6 +367,7 @@ impl DeviceKind {
             Self::Metal => "metal",
             Self::Cuda => "cuda",
             Self::Rocm => "rocm",
+            Self::Remote => "remote",
         }
     }
 
@@ -351,11 +380,13 @@ impl DeviceKind {
         match self {
             Self::Flex => cfg!(feature = "flex"),
             Self::Ndarray => cfg!(feature = "ndarray"),
+            Self::Remote => cfg!(feature = "remote"),
             gpu => devices::runtimes().contains(&gpu.name()),
         }
     }
 
-    fn compiled_in(self) -> anyhow::Result<()> {
+    /// An error that names the feature, if it is not.
+    pub fn compiled_in(self) -> anyhow::Result<()> {
         let name = self.name();
         if !self.is_compiled_in() {
             bail!("--device {name} is not compiled in: build with `cargo build --release --features {name}`");
@@ -372,6 +403,7 @@ impl DeviceKind {
             #[cfg(feature = "ndarray")]
             #[allow(deprecated, reason = "NdArray still has users")]
             Self::Ndarray => Ok(Device::ndarray()),
+            Self::Remote => bail!("a worker is named by its address, such as remote:127.0.0.1:7158"),
             gpu => devices::open(gpu.name()).map_err(|problem| {
                 anyhow!("--device {}: there is no usable GPU here: {problem}", gpu.name())
             }),
@@ -547,6 +579,8 @@ mod tests {
             "wgpu:0=12,flex",
             "wgpu:0=3,wgpu:1=4,flex=0",
             "cuda=1,ndarray=2",
+            "remote:127.0.0.1:7158",
+            "remote:[::1]:7001=12,remote:worker.local:7002=10,flex",
         ] {
             assert_eq!(choice(text).unwrap().to_string(), text);
         }
@@ -557,6 +591,11 @@ mod tests {
             ("wgpu=many,flex", "\"many\" is no number of layers"),
             ("wgpu,flex", "how many layers on each?"),
             ("wgpu=1,wgpu=2", "wgpu is there twice"),
+            ("remote:a:1=1,remote:a:1=2", "remote:a:1 is there twice"),
+            ("remote", "named by its address"),
+            ("remote:7158", "named by its address"),
+            ("remote::7158", "named by its address"),
+            ("remote:a:0", "named by its address"),
             ("flex=1,ndarray", "ndarray is there twice"),
             ("auto,flex", "\"auto\" is no device"),
             ("", "\"\" is no device"),
@@ -570,6 +609,7 @@ mod tests {
             ("wgpu", Placement::gpu_only("wgpu", 30)),
             ("wgpu:0=12,flex", Placement::hybrid("wgpu:0", 12, 18)),
             ("wgpu:0=30,flex", Placement::hybrid("wgpu:0", 30, 0)),
+            ("remote:a:1=12,flex", Placement::hybrid("remote:a:1", 12, 18)),
         ] {
             let placement = placement(text).unwrap();
             assert_eq!(placement, expected, "{text}");

@@ -18,6 +18,7 @@ mod settings;
 mod synth;
 mod tokenize;
 mod train;
+mod worker;
 
 use std::process::ExitCode;
 
@@ -47,6 +48,8 @@ Environment (a flag wins over its variable, a variable over the configuration fi
   BITNET_FALLBACK     when the kernel in use fails or becomes slow: never, on-error, threshold:1.5, adaptive
   BITNET_CACHE_DIR    where measurements of kernels and verdicts on plugins are kept; empty: nowhere;
                       default: the user's cache directory
+  BITNET_REMOTE_TIMEOUT
+                      seconds that a worker (--device remote:HOST:PORT) may give no sign of life; default: 10
   BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if there is one
   RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn
 
@@ -77,6 +80,7 @@ enum Command {
     Convert(export::ConvertArgs),
     Prepack(prepack::PrepackArgs),
     Plugins(plugins::PluginsArgs),
+    Worker(worker::WorkerArgs),
     Receipt(receipt::ReceiptArgs),
     #[command(hide = true)]
     GateChild(plugins::GateChildArgs),
@@ -99,6 +103,7 @@ fn main() -> ExitCode {
         Command::Convert(args) => export::convert(args),
         Command::Prepack(args) => prepack::run(args),
         Command::Plugins(args) => plugins::run(args),
+        Command::Worker(args) => worker::run(args),
         Command::Plan(args) => return exit(plan::run(args)),
         Command::Receipt(args) => return exit(receipt::run(args)),
         Command::GateChild(args) => args.run(),

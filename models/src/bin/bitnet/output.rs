@@ -96,7 +96,7 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
             ModelError::Placement { .. } => {
                 Some("--gpu-layers says how many, or --context and --chunk leave the GPU more room")
             }
-            ModelError::Devices { .. } => None,
+            ModelError::Worker { .. } | ModelError::Devices { .. } => None,
         };
     }
     if let Some(GenerateError::Forward(error)) = cause.downcast_ref() {

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
+use bitnet_burn::backends::devices;
 use bitnet_burn::plan::{MachineProfile, Measure, Plan, Requirements, Strategy, Wishes};
 use bitnet_burn::report::ModelSummary;
 use clap::{Args, ValueEnum};
@@ -150,6 +151,12 @@ struct Output<'a> {
 
 pub fn run(args: PlanArgs) -> anyhow::Result<ExitCode> {
     let threads = args.threads.threads;
+    if let Some(device) = args.device.as_deref().filter(|device| device.starts_with(devices::REMOTE)) {
+        bail!(
+            "--device {device}: plans know this machine alone; what a worker computes is said with --device of the \
+             other subcommands, and `bitnet plan` there says what fits its machine"
+        );
+    }
     let machine = match &args.machine {
         Some(path) => MachineProfile::read(path)?,
         None => {

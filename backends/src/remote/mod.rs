@@ -1,0 +1,58 @@
+//! Devices of other machines: a [`Worker`] serves one, and a client computes on it as on its own, over Burn's
+//! remote backend (`burn-remote`, WebSocket).
+//!
+//! Tensors live on the worker. Each of BitNet's operations that inference needs goes over as one custom operation,
+//! which the worker's own backend computes with its own kernels ([`client`] writes them down, [`worker`] reads
+//! them); everything else goes over in Burn's operations, one by one. Operations are not answered, so what goes
+//! wrong shows where a tensor is read: [`read`].
+//!
+//! The protocol has neither authentication nor encryption, and a client may use all memory of a worker: both belong
+//! into a network that is trusted.
+
+mod client;
+mod link;
+mod worker;
+
+use burn::backend::{DispatchDevice, RemoteDevice};
+use burn::tensor::Device;
+
+pub(crate) use link::{address, read};
+pub use link::{computes_in_host_memory, open, open_within};
+pub use worker::{Worker, WorkerError};
+
+/// What both sides have to agree on: the operations below and their arguments belong to a version. It travels as the
+/// credential of a session.
+fn version() -> String {
+    format!("bitnet-burn {}, operations 1", env!("CARGO_PKG_VERSION"))
+}
+
+/// The operations' names.
+mod name {
+    pub const BIT_LINEAR: &str = "bitnet_burn::bit_linear";
+    pub const RMS_NORM: &str = "bitnet_burn::rms_norm";
+    pub const ROPE: &str = "bitnet_burn::rope";
+    pub const CACHE_APPEND: &str = "bitnet_burn::cache_append";
+    pub const ATTENTION: &str = "bitnet_burn::attention";
+    pub const GATED: &str = "bitnet_burn::gated";
+    pub const DENSE_LINEAR: &str = "bitnet_burn::dense_linear";
+    pub const DENSE_ROWS: &str = "bitnet_burn::dense_rows";
+    /// The name of the worker's device, as [text](super::TEXT).
+    pub const DEVICE: &str = "bitnet_burn::device";
+    /// The first error that an operation of the session left behind, which is gone then, as text.
+    pub const ERROR: &str = "bitnet_burn::error";
+}
+
+/// Text is a tensor `[TEXT]` of its UTF-8 bytes as floats, which every backend has, and zeros.
+const TEXT: usize = 1024;
+
+/// The largest tensor that goes over the wire: Burn's limit for a message.
+const LARGEST: usize = 1 << 30;
+
+/// The device on a worker that a device is.
+fn remote(device: &Device) -> Option<RemoteDevice> {
+    match device.clone().without_autodiff().as_dispatch() {
+        DispatchDevice::Remote(device) => Some(device.clone()),
+        #[allow(unreachable_patterns, reason = "without another backend there is only this")]
+        _ => None,
+    }
+}
