@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compiles CUDA C++ with NVRTC, which takes neither a GPU nor its driver: .ci/nvrtc.py WHEELS FOLDER
 
-WHEELS has NVIDIA's wheels nvidia-cuda-nvrtc-cu12 (the compiler) and nvidia-cuda-runtime-cu12 (the headers), FOLDER the
-texts, as `cargo run -p bitnet-burn-cube --features lower --example lower -- FOLDER` writes them. Each one has to compile
-for every architecture below, and where it multiplies by __dp4a, the instruction has to be there.
+WHEELS has NVIDIA's wheels nvidia-cuda-nvrtc-cu12 (the compiler), nvidia-cuda-runtime-cu12 and nvidia-cuda-nvcc-cu12
+(headers), FOLDER the texts, as `cargo run -p bitnet-burn-cube --features lower --example lower -- FOLDER` writes them. Each one has to compile
+for every architecture below, and where it multiplies by __dp4a or by matrix units, the instruction has to be there.
 """
 import ctypes
 import pathlib
@@ -18,7 +18,7 @@ ARCHITECTURES = ["sm_80", "sm_90"]
 
 def compiler(wheels, into):
     """Unpacks the wheels; the library, and the folder of the headers."""
-    for name in ["nvidia_cuda_nvrtc_cu12", "nvidia_cuda_runtime_cu12"]:
+    for name in ["nvidia_cuda_nvrtc_cu12", "nvidia_cuda_runtime_cu12", "nvidia_cuda_nvcc_cu12"]:
         found = sorted(wheels.glob(f"{name}-*.whl"))
         if not found:
             sys.exit(f"{wheels}: no wheel of {name}")
@@ -30,7 +30,8 @@ def compiler(wheels, into):
     libraries = [path for path in (nvidia / "cuda_nvrtc/lib").glob("libnvrtc.so.*") if "alt" not in path.name]
     if len(libraries) != 1:
         sys.exit(f"{wheels}: {len(libraries)} libraries of NVRTC, where one was expected")
-    return ctypes.CDLL(str(libraries[0])), nvidia / "cuda_runtime/include"
+    headers = ["cuda_runtime/include", "cuda_nvcc/include"]
+    return ctypes.CDLL(str(libraries[0])), [nvidia / path for path in headers]
 
 
 def text_of(nvrtc, program, what):
@@ -47,7 +48,8 @@ def ptx(nvrtc, include, source, architecture):
     program = ctypes.c_void_p()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None):
         return None, "NVRTC makes no program of it"
-    options = [f"--gpu-architecture={architecture}", f"--include-path={include}", "--device-int128"]
+    options = [f"--gpu-architecture={architecture}", "--device-int128"]
+    options += [f"--include-path={path}" for path in include]
     options = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)
     log = text_of(nvrtc, program, "ProgramLog")
@@ -65,6 +67,8 @@ def problem_of(source, made, log):
         return f"has no entry point in\n{made[:2000]}"
     if "__dp4a" in source and not re.search(r"\bdp4a\.", made):
         return "calls __dp4a, and its PTX has no dp4a"
+    if "mma_sync(" in source and not re.search(r"\bwmma\.mma\.", made):
+        return "multiplies by matrix units, and its PTX does not"
     return None
 
 

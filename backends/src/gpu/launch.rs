@@ -92,15 +92,24 @@ pub(super) unsafe fn launch(
 
 /// Why a device can't launch a kernel at all.
 pub(super) fn lacking(client: &Client, source: &GpuSource, features: &[String]) -> Option<String> {
+    use cubecl::features::MmaConfig;
     use cubecl::features::Plane;
-    use cubecl::ir::{ElemType, FloatKind};
+    use cubecl::ir::{ElemType, FloatKind, IntKind};
 
+    let units = |a: ElemType, sum: ElemType| {
+        let unit = MmaConfig { a_type: a, b_type: a, cd_type: sum, m: 16, n: 16, k: 16 };
+        // Of 32 threads.
+        client.features().matmul.cmma.contains(&unit) && client.properties().hardware.plane_size_max == 32
+    };
     let hardware = &client.properties().hardware;
     let missing: Vec<_> = features
         .iter()
         .filter(|feature| match feature.as_str() {
             "subgroups" => !client.features().plane.contains(Plane::Ops) || hardware.plane_size_min < 8,
             "shader-f16" => client.properties().type_usage(ElemType::Float(FloatKind::F16)).is_empty(),
+            // For functions of CubeCL; no text has them.
+            "matrix-i8" => !units(ElemType::Int(IntKind::I8), ElemType::Int(IntKind::I32)),
+            "matrix-f16" => !units(ElemType::Float(FloatKind::F16), ElemType::Float(FloatKind::F32)),
             _ => true,
         })
         .map(String::as_str)

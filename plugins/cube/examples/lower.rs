@@ -20,5 +20,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             println!("{}: {}", path.display(), text.entry);
         }
     }
+    for (name, (_, text)) in bitnet_burn_cube::matrix_unit_texts() {
+        let (path, text) = (folder.join(name).with_extension("cu"), text?);
+        std::fs::write(&path, text.source)?;
+        println!("{}: {}", path.display(), text.entry);
+    }
     Ok(())
 }

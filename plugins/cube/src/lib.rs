@@ -20,6 +20,7 @@ pub mod dense;
 mod kernels;
 #[cfg(feature = "lower")]
 pub mod lower;
+mod matrix;
 pub mod rows;
 
 use std::ffi::CStr;
@@ -58,9 +59,11 @@ const GEMM_THREADS: [u32; 2] = [16, 16];
 /// Beyond so many rows, reading the weights again for each is hopeless.
 const GEMV_ROWS: u64 = 16;
 
-/// Declares the kernels, and how their entry points are launched.
+/// Declares a plugin's kernels, and how their entry points are launched.
 macro_rules! plugin {
-    ($($(#[$doc:meta])* $type:ident = $name:literal, $entry:literal: $function:ident::$kernel:ident($a:literal, $b:literal)
+    ($(#[$plugin_doc:meta])* $plugin:ident = $plugin_name:literal, $launch:ident, $(#[$texts_doc:meta])* $texts:ident by $wgsl:path;
+     $($(#[$doc:meta])* $type:ident = $name:literal, $entry:literal:
+       $module:ident::$function:ident::$kernel:ident($a:literal, $b:literal)
        in [$threads_x:expr, $threads_y:expr], tile [$tile_n:expr, $tile_m:expr], needs $features:literal,
        if $supports:expr;)+) => {
         $(
@@ -84,44 +87,40 @@ macro_rules! plugin {
         )+
 
         bitnet_burn_plugin::plugin! {
-            /// The kernels.
-            pub static PLUGIN = {
-                name: c"cube",
+            $(#[$plugin_doc])*
+            pub static $plugin = {
+                name: $plugin_name,
                 version: source(concat!(env!("CARGO_PKG_VERSION"), "\0")),
                 kernels: [],
                 gpu_kernels: [$($type),+],
             };
         }
 
-        /// The kernels by entry point, in WGSL and in CUDA C++.
+        $(#[$texts_doc])*
         #[cfg(feature = "lower")]
-        pub fn texts() -> Vec<(&'static str, Texts)> {
+        pub fn $texts() -> Vec<(&'static str, Texts)> {
             vec![$({
                 let kernel = || {
                     let (settings, device, target) = lower::offline([$threads_x, $threads_y, 1]);
                     let [weights, scale, x, rows, params, y] = lower::buffers();
-                    kernels::$function::$kernel::new(
+                    $module::$function::$kernel::new(
                         settings, device, target, weights, scale, x, rows, params, y, $a, $b,
                     )
                 };
-                ($entry.to_str().expect("ASCII"), (lower::wgsl(&kernel()), lower::cuda(&kernel())))
+                ($entry.to_str().expect("ASCII"), ($wgsl(&kernel()), lower::cuda(&kernel())))
             }),+]
         }
 
-        /// Launches the kernel of this entry point for activations [m, k] and weights [n, k]. What goes wrong, shows
-        /// when the output is read.
-        ///
-        /// # Panics
-        /// If no kernel of [`PLUGIN`] has the entry point.
+        /// Launches the kernel of this entry point, if this plugin has it.
         ///
         /// # Safety
-        /// The buffers hold what they must for [`bitnet_burn_plugin::abi::Gpu`] and these sizes, and the kernel supports them.
-        pub unsafe fn launch(
+        /// As for [`launch`].
+        unsafe fn $launch(
             client: &Client,
             entry: &str,
             (m, n, k): (usize, usize, usize),
             buffers: &Buffers,
-        ) {
+        ) -> bool {
             let words = k.div_ceil(128) * 8;
             let argument = |handle: &Handle, elements: usize| {
                 // SAFETY: the caller's promise.
@@ -133,7 +132,7 @@ macro_rules! plugin {
                     let count = |size: usize, tile: u32| size.div_ceil(tile as usize) as u32;
                     // SAFETY: the caller's promise; the kernels read and write nothing beyond these sizes.
                     unsafe {
-                        kernels::$function::launch_unchecked(
+                        $module::$function::launch_unchecked(
                             client,
                             CubeCount::Static(count(n, tile_n), count(m, tile_m), 1),
                             CubeDim::new_2d($threads_x, $threads_y),
@@ -147,40 +146,79 @@ macro_rules! plugin {
                             $b,
                         );
                     }
-                    return;
+                    return true;
                 }
             )+
-            panic!("no kernel has the entry point {entry}");
+            false
         }
     };
 }
 
+/// Launches the kernel of this entry point for activations [m, k] and weights [n, k]. What goes wrong, shows
+/// when the output is read.
+///
+/// # Panics
+/// If no kernel of [`PLUGIN`] or [`MATRIX_UNITS`] has the entry point.
+///
+/// # Safety
+/// The buffers hold what they must for [`bitnet_burn_plugin::abi::Gpu`] and these sizes, and the kernel supports them.
+pub unsafe fn launch(client: &Client, entry: &str, shape: (usize, usize, usize), buffers: &Buffers) {
+    // SAFETY: the caller's promise.
+    let launched =
+        unsafe { launch_own(client, entry, shape, buffers) || launch_units(client, entry, shape, buffers) };
+    assert!(launched, "no kernel has the entry point {entry}");
+}
+
 plugin! {
+    /// The kernels that any GPU can run.
+    PLUGIN = c"cube", launch_own,
+    /// The kernels of [`PLUGIN`] by entry point, in WGSL and in CUDA C++.
+    texts by lower::wgsl;
     /// An output feature a group of threads.
-    Gemv1 = c"gemv-1", c"gemv_1": gemv::Gemv(1, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [8, 1], needs c"",
+    Gemv1 = c"gemv-1", c"gemv_1": kernels::gemv::Gemv(1, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [8, 1], needs c"",
         if |signature| signature.m <= GEMV_ROWS;
     /// Two, for the same activations.
-    Gemv2 = c"gemv-2", c"gemv_2": gemv::Gemv(2, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [16, 1], needs c"",
+    Gemv2 = c"gemv-2", c"gemv_2": kernels::gemv::Gemv(2, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [16, 1], needs c"",
         if |signature| signature.m <= GEMV_ROWS;
     /// Four.
-    Gemv4 = c"gemv-4", c"gemv_4": gemv::Gemv(4, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [32, 1], needs c"",
+    Gemv4 = c"gemv-4", c"gemv_4": kernels::gemv::Gemv(4, 8) in [GEMV_THREADS[0], GEMV_THREADS[1]], tile [32, 1], needs c"",
         if |signature| signature.m <= GEMV_ROWS;
     /// 16 bytes a thread and read.
-    Wide1 = c"gemv-wide-1", c"gemv_wide_1": gemv_wide::GemvWide(1, false) in [GEMV_THREADS[0], GEMV_THREADS[1]],
+    Wide1 = c"gemv-wide-1", c"gemv_wide_1": kernels::gemv_wide::GemvWide(1, false) in [GEMV_THREADS[0], GEMV_THREADS[1]],
         tile [32, 1], needs c"", if |signature| signature.m <= GEMV_ROWS;
     /// The same, two features a group of threads.
-    Wide2 = c"gemv-wide-2", c"gemv_wide_2": gemv_wide::GemvWide(2, false) in [GEMV_THREADS[0], GEMV_THREADS[1]],
+    Wide2 = c"gemv-wide-2", c"gemv_wide_2": kernels::gemv_wide::GemvWide(2, false) in [GEMV_THREADS[0], GEMV_THREADS[1]],
         tile [64, 1], needs c"", if |signature| signature.m <= GEMV_ROWS;
     /// The same, without shared memory.
-    Plane1 = c"gemv-plane-1", c"gemv_plane_1": gemv_wide::GemvWide(1, true) in [GEMV_THREADS[0], GEMV_THREADS[1]],
+    Plane1 = c"gemv-plane-1", c"gemv_plane_1": kernels::gemv_wide::GemvWide(1, true) in [GEMV_THREADS[0], GEMV_THREADS[1]],
         tile [32, 1], needs c"subgroups", if |signature| signature.m <= GEMV_ROWS;
     /// The same, two features a group of threads.
-    Plane2 = c"gemv-plane-2", c"gemv_plane_2": gemv_wide::GemvWide(2, true) in [GEMV_THREADS[0], GEMV_THREADS[1]],
+    Plane2 = c"gemv-plane-2", c"gemv_plane_2": kernels::gemv_wide::GemvWide(2, true) in [GEMV_THREADS[0], GEMV_THREADS[1]],
         tile [64, 1], needs c"subgroups", if |signature| signature.m <= GEMV_ROWS;
     /// Few rows.
-    Gemm16 = c"gemm-16x64", c"gemm_16x64": gemm::Gemm(1, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 16], needs c"",
+    Gemm16 = c"gemm-16x64", c"gemm_16x64": kernels::gemm::Gemm(1, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 16], needs c"",
         if |signature| signature.m > 1;
     /// Prompts.
-    Gemm64 = c"gemm-64x64", c"gemm_64x64": gemm::Gemm(4, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 64], needs c"",
+    Gemm64 = c"gemm-64x64", c"gemm_64x64": kernels::gemm::Gemm(4, 4) in [GEMM_THREADS[0], GEMM_THREADS[1]], tile [64, 64], needs c"",
         if |signature| signature.m > GEMV_ROWS;
+}
+
+plugin! {
+    /// Kernels over matrix units, where a device says that it has them. A plugin of their own: they were compiled, and not
+    /// yet run on such a device, and what is found to be wrong takes its plugin with it.
+    MATRIX_UNITS = c"cube-matrix-units", launch_units,
+    /// The kernels of [`MATRIX_UNITS`] by entry point, in CUDA C++ alone.
+    matrix_unit_texts by lower::no_wgsl;
+    /// int8.
+    Int8x64 = c"gemm-i8-64x64", c"gemm_i8_64x64": matrix::gemm_i8::GemmI8(1, 4) in [32, 4], tile [64, 64],
+        needs c"matrix-i8", if |signature| signature.m > GEMV_ROWS;
+    /// Twice as many rows.
+    Int8x128 = c"gemm-i8-128x64", c"gemm_i8_128x64": matrix::gemm_i8::GemmI8(2, 4) in [32, 4], tile [64, 128],
+        needs c"matrix-i8", if |signature| signature.m > 64;
+    /// f16.
+    F16x64 = c"gemm-f16-64x64", c"gemm_f16_64x64": matrix::gemm_f16::GemmF16(1, 4) in [32, 4], tile [64, 64],
+        needs c"matrix-f16", if |signature| signature.m > GEMV_ROWS && signature.k <= matrix::F16_EXACT;
+    /// Twice as many rows.
+    F16x128 = c"gemm-f16-128x64", c"gemm_f16_128x64": matrix::gemm_f16::GemmF16(2, 4) in [32, 4], tile [64, 128],
+        needs c"matrix-f16", if |signature| signature.m > 64 && signature.k <= matrix::F16_EXACT;
 }

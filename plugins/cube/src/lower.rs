@@ -44,8 +44,10 @@
 
 use std::sync::Arc;
 
+use cubecl::features::{Features, MmaConfig};
 use cubecl::ir::{
-    DeviceIdentity, DeviceProperties, HardwareProperties, MemoryDeviceProperties, TargetProperties,
+    DeviceIdentity, DeviceProperties, ElemType, FloatKind, HardwareProperties, IntKind,
+    MemoryDeviceProperties, TargetProperties,
 };
 use cubecl::prelude::*;
 use cubecl::profile::TimingMethod;
@@ -86,7 +88,8 @@ pub struct Text {
     pub entry: String,
 }
 
-/// What functions are expanded for where there is no device: workgroups of so many threads, and what every GPU has.
+/// What functions are expanded for where there is no device: workgroups of so many threads, and what every GPU has, and the
+/// matrix units that some have.
 pub fn offline([x, y, z]: [u32; 3]) -> (KernelSettings, Arc<DeviceProperties>, Arc<TargetProperties>) {
     let hardware = HardwareProperties {
         load_width: 128,
@@ -108,7 +111,13 @@ pub fn offline([x, y, z]: [u32; 3]) -> (KernelSettings, Arc<DeviceProperties>, A
     };
     let identity = DeviceIdentity { name: "none".into(), fingerprint: "none".into(), physical: None };
     let memory = MemoryDeviceProperties::new(u64::MAX, 256);
-    let device = DeviceProperties::new(Default::default(), memory, hardware, TimingMethod::Device, identity);
+    let mut features = Features::default();
+    let unit = |a_type, cd_type| MmaConfig { a_type, b_type: a_type, cd_type, m: 16, n: 16, k: 16 };
+    features.matmul.cmma.extend([
+        unit(ElemType::Int(IntKind::I8), ElemType::Int(IntKind::I32)),
+        unit(ElemType::Float(FloatKind::F16), ElemType::Float(FloatKind::F32)),
+    ]);
+    let device = DeviceProperties::new(features, memory, hardware, TimingMethod::Device, identity);
     let settings =
         KernelSettings::new(CubeDim::new_3d(x, y, z).0, ExecutionMode::Unchecked, AddressType::U32);
     (settings, Arc::new(device), Arc::new(TargetProperties::default()))
@@ -137,6 +146,11 @@ pub fn wgsl(kernel: &impl CubeKernel) -> Result<Text, LowerError> {
         return Err(wrong("the length of a buffer is asked for"));
     }
     Ok(Text { source, entry })
+}
+
+/// That a function of matrix units is none in WGSL.
+pub(crate) fn no_wgsl(_: &impl CubeKernel) -> Result<Text, LowerError> {
+    Err(LowerError::Compile { language: "wgsl", reason: "it has no matrix units".into() })
 }
 
 /// A function in CUDA C++, for devices with `__dp4a` (compute capability 6.1).
