@@ -13,6 +13,8 @@ const STEP: u32 = 32;
 /// Planes of 32 threads, each of which has its own rows.
 const PLANES: u32 = 4;
 const THREADS: u32 = 32 * PLANES;
+/// Of what a unit reads and writes, in bytes.
+const ALIGNMENT: usize = 32;
 /// Rows, columns and depth of what a unit multiplies.
 const UNIT: u32 = 16;
 
@@ -83,8 +85,14 @@ fn multiply<E: Numeric, A: Numeric>(
 
     // Rows of 16 values, in vectors of four, first those of the upper half of the step: what a unit reads begins at a
     // multiple of 32 bytes.
-    let mut shared_x = Shared::<[Vector<E, Const<4>>]>::new_slice(comptime!((tile_m * STEP / 4) as usize));
-    let mut shared_w = Shared::<[Vector<E, Const<4>>]>::new_slice(comptime!((tile_n * STEP / 4) as usize));
+    let mut shared_x = Shared::<[Vector<E, Const<4>>]>::new_aligned_slice(
+        comptime!((tile_m * STEP / 4) as usize),
+        ALIGNMENT,
+    );
+    let mut shared_w = Shared::<[Vector<E, Const<4>>]>::new_aligned_slice(
+        comptime!((tile_n * STEP / 4) as usize),
+        ALIGNMENT,
+    );
     let mut sums = Sequence::<cmma::Matrix<A>>::new();
     #[unroll]
     for _ in 0..comptime!(tall * wide) {
@@ -157,7 +165,7 @@ fn multiply<E: Numeric, A: Numeric>(
     }
 
     // A unit's sums at a time through memory that its plane has for itself.
-    let mut own = Shared::<[A]>::new_slice(comptime!((PLANES * UNIT * UNIT) as usize));
+    let mut own = Shared::<[A]>::new_aligned_slice(comptime!((PLANES * UNIT * UNIT) as usize), ALIGNMENT);
     let from = plane * comptime!(UNIT * UNIT);
     #[unroll]
     for down in 0..tall {
