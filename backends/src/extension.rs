@@ -263,7 +263,7 @@ pub struct DenseArgs {
     pub int8: bool,
     /// Whether the words are not rows but tiles of 16 rows
     /// ([`dense_tiles`](bitnet_burn_core::formats::dense_tiles)), which bodies for host memory multiply by int8
-    /// activations; [`ops::int8_matrix`](crate::ops::int8_matrix) makes them.
+    /// activations; [`ops::dense_matrix`](crate::ops::dense_matrix) makes them.
     pub tiled: bool,
 }
 

@@ -44,6 +44,7 @@ pub fn with_built_in_kernels(config: ManagerConfig) -> Result<KernelManager, Set
     manager.register(Plugin::built_in(&bitnet_burn_cpu::PLUGIN)?)?;
     #[cfg(feature = "cube")]
     manager.register(Plugin::built_in(&bitnet_burn_cube::PLUGIN)?)?;
+    #[cfg(feature = "cube")]
     manager.register(Plugin::built_in(&bitnet_burn_cube::MATRIX_UNITS)?)?;
     Ok(manager)
 }

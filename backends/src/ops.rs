@@ -560,22 +560,22 @@ pub fn gated(gate_up: Tensor<2>, activation: GatedActivation) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::gated(gate_up.into_dispatch(), activation))
 }
 
-/// A matrix for products with int8 activations: in tiles on a device that [reads them](reads_tiles), whose [`dense_linear`]
-/// then runs at the speed of memory, and in rows on others. Rows of another format are decoded and encoded
-/// again.
+/// A matrix for [`dense_linear`], copied where `args` differ from the rows: decoded and encoded again for another format,
+/// and for products with int8 activations put into tiles on a device that [reads them](reads_tiles), at the speed of memory
+/// there.
 ///
 /// # Arguments
 /// * `rows`: the format that the rows have, and N rows of K weights
-/// * `args`: format and shape of the result, [with int8](DenseArgs::with_int8)
+/// * `args`: format and shape of the result, and whether it is [for int8](DenseArgs::with_int8)
 ///
 /// # Errors
 /// If the format can't hold the values or the shape, or memory is short.
-pub fn int8_matrix(
+pub fn dense_matrix(
     rows: (DenseFormat, bytes::Bytes),
     args: DenseArgs,
     device: &Device,
 ) -> Result<(Tensor<2, Int>, DenseArgs), DenseError> {
-    let args = DenseArgs { tiled: reads_tiles(device), ..args };
+    let args = DenseArgs { tiled: args.int8 && reads_tiles(device), ..args };
     let ((from, data), shape, pool) = (rows, (args.n, args.k), manager().pool());
     let words = |data: bytes::Bytes| {
         let count = data.len().div_ceil(4);
@@ -595,7 +595,7 @@ pub fn int8_matrix(
     Ok((words(bytes::Bytes::from_owner(out)), args))
 }
 
-/// A matrix that [`int8_matrix`] put into tiles before, for a device in host memory.
+/// A matrix that [`dense_matrix`] put into tiles before, for a device in host memory.
 ///
 /// # Panics
 /// If the tiles have another size than the shape's.

@@ -228,9 +228,9 @@ pub enum HeadMode {
     /// 1/254 of the largest activation, for each of its weights.) Weights of floats have no such mode. In host
     /// memory they are copied into the order in which the kernels read them; the embedding stays as it is.
     Int8,
-    /// A copy of the weights in another format (Q8_0, Q6_K or Q4_0), made when the model is loaded, with int8
-    /// activations as above: fewer bytes to read for every token, and a further approximation. The embedding
-    /// stays as the file has it.
+    /// A copy of the weights in another format, made when the model is loaded: Q8_0, Q6_K or Q4_0 with int8
+    /// activations as above, fewer bytes to read for every token, and a further approximation; F16, BF16 or F32 with
+    /// f32 activations. The embedding stays as the file has it.
     Requantised(DenseFormat),
 }
 
@@ -240,7 +240,15 @@ impl HeadMode {
         match self {
             Self::File => None,
             Self::Int8 => Some(tensor.format),
-            Self::Requantised(format) => Some(format),
+            Self::Requantised(format) => Some(format).filter(|f| DenseArgs::INT8_FORMATS.contains(f)),
+        }
+    }
+
+    /// The format that the weights are kept in.
+    pub fn format(self, tensor: &DenseTensor) -> DenseFormat {
+        match self {
+            Self::File | Self::Int8 => tensor.format,
+            Self::Requantised(format) => format,
         }
     }
 }
@@ -325,9 +333,10 @@ impl BitNet {
         let embedding = checkpoint.embedding()?;
         let output = checkpoint.output()?;
         // One matrix can be both, where rows can be looked up in what the head computes with.
+        let tied = output.is_none() && options.head.format(&embedding) == embedding.format;
         let (embedding, output) = match options.head.int8_format(&embedding) {
-            None if output.is_none() => (DenseMatrix::new(embedding, device), None),
-            Some(format) if output.is_none() && format == embedding.format && !ops::reads_tiles(device) => {
+            None if tied => (DenseMatrix::new(embedding, device), None),
+            Some(format) if tied && !ops::reads_tiles(device) => {
                 (DenseMatrix::int8(embedding, format, device)?, None)
             }
             _ => {
@@ -529,8 +538,11 @@ impl BitNet {
         let head = self.head();
         let DenseArgs { format, int8, .. } = head.args();
         match (head.requantised_from(), int8) {
-            (Some(from), _) => {
+            (Some(from), true) => {
                 format!("requantised ({} from {}, int8 activations)", format.name(), from.name())
+            }
+            (Some(from), false) => {
+                format!("converted ({} from {}, f32 activations)", format.name(), from.name())
             }
             (None, true) => format!("int8 ({}, int8 activations)", format.name()),
             (None, false) => format!("file ({}, f32 activations)", format.name()),
@@ -781,7 +793,12 @@ fn head(
     prepacked: Option<&Prepacked>,
     device: &Device,
 ) -> Result<DenseMatrix, ModelError> {
-    let Some(format) = mode.int8_format(&tensor) else { return Ok(DenseMatrix::new(tensor, device)) };
+    let Some(format) = mode.int8_format(&tensor) else {
+        return match mode.format(&tensor) {
+            format if format == tensor.format => Ok(DenseMatrix::new(tensor, device)),
+            format => DenseMatrix::converted(tensor, format, device),
+        };
+    };
     let tiles = prepacked.and_then(|prepacked| prepacked.head(format, (tensor.n, tensor.k)));
     DenseMatrix::int8_prepacked(tensor, format, tiles, device)
 }

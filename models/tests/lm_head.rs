@@ -100,6 +100,29 @@ fn requantised_heads_lose_what_their_format_loses() {
     }
 }
 
+/// A copy of floats is what a file with such a head would give.
+#[test]
+fn converted_heads_keep_as_many_bits_as_their_format_has() {
+    for from in [DenseFormat::F32, DenseFormat::Q6_K] {
+        let (_directory, checkpoint) = checkpoint(from, true);
+        let want = logits(&load(&checkpoint, HeadMode::File).unwrap(), &TOKENS, 4);
+        let largest = want.iter().fold(0f32, |a, v| a.max(v.abs()));
+        for (format, most) in [(DenseFormat::F32, 1e-6), (DenseFormat::F16, 1e-3), (DenseFormat::BF16, 8e-3)]
+        {
+            let model = load(&checkpoint, HeadMode::Requantised(format)).unwrap();
+            assert_eq!((model.embedding.args().format, model.head().args().format), (from, format));
+            let expected = match format == from {
+                true => format!("file ({}, f32 activations)", format.name()),
+                false => format!("converted ({} from {}, f32 activations)", format.name(), from.name()),
+            };
+            assert_eq!(model.head_name(), expected);
+            for (got, want) in logits(&model, &TOKENS, 4).iter().zip(&want) {
+                assert!((got - want).abs() <= most * largest, "{}: {got} {want}", model.head_name());
+            }
+        }
+    }
+}
+
 #[test]
 fn chunks_do_not_change_the_bits() {
     let (_directory, checkpoint) = checkpoint(DenseFormat::Q6_K, true);

@@ -368,7 +368,7 @@ fn int8_tiles_and_rows_of_codes_are_multiplied_there() {
     let results = [Device::flex(), device].map(|device| {
         let x = || Tensor::<2>::from_data(TensorData::new(x.clone(), [m, k]), &device);
         let (words, args) =
-            ops::int8_matrix((DenseFormat::F32, bytes.clone().into()), args, &device).unwrap();
+            ops::dense_matrix((DenseFormat::F32, bytes.clone().into()), args, &device).unwrap();
         assert!(args.tiled);
         let matrix = || TernaryMatrix::prepared(codes.clone().into(), 0.5, n, k, &device).unwrap();
         let input = || BitLinearInput { norm: None, quantise: true };

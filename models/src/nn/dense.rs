@@ -67,9 +67,21 @@ impl DenseMatrix {
         };
         let (words, args) = match tiles {
             Some(tiles) => ops::tiled_matrix(tiles, args, device),
-            None => ops::int8_matrix((from, data), args, device)
+            None => ops::dense_matrix((from, data), args, device)
                 .map_err(|source| ModelError::Requantise { tensor: name, format, source })?,
         };
+        let weight = DenseWeight::Stored(Param::initialized(ParamId::new(), words));
+        Ok(Self { weight, args, from: (from != format).then_some(from) })
+    }
+
+    /// A loaded tensor on a device, as a copy in `format`.
+    ///
+    /// # Errors
+    /// If the format can't hold the values or the shape, or memory is short.
+    pub fn converted(tensor: DenseTensor, format: DenseFormat, device: &Device) -> Result<Self, ModelError> {
+        let DenseTensor { n, k, format: from, data, name } = tensor;
+        let (words, args) = ops::dense_matrix((from, data), DenseArgs::new(format, n, k), device)
+            .map_err(|source| ModelError::Requantise { tensor: name, format, source })?;
         let weight = DenseWeight::Stored(Param::initialized(ParamId::new(), words));
         Ok(Self { weight, args, from: (from != format).then_some(from) })
     }

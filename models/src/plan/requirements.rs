@@ -85,15 +85,13 @@ impl Requirements {
         let embedding = checkpoint.embedding()?;
         let output = checkpoint.output()?;
         let stored = output.as_ref().unwrap_or(&embedding);
-        let format = head.int8_format(stored);
-        let head_read = match format {
-            Some(format) if format != stored.format => {
-                format.row_bytes(stored.k).unwrap_or(usize::MAX).saturating_mul(stored.n) as u64
-            }
-            _ => stored.data.len() as u64,
+        let format = head.format(stored);
+        let head_read = match format == stored.format {
+            true => stored.data.len() as u64,
+            false => format.row_bytes(stored.k).unwrap_or(usize::MAX).saturating_mul(stored.n) as u64,
         };
         // int8 products in host memory are of a copy in tiles, whatever its format.
-        let own = output.is_some() || format.is_some();
+        let own = output.is_some() || format != stored.format || head.int8_format(stored).is_some();
         let sizes = Dense {
             embedding: embedding.data.len() as u64,
             output: if own { head_read } else { 0 },

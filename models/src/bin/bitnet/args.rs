@@ -467,6 +467,12 @@ pub enum LmHead {
     /// The same as Q4_0: the fastest and the least exact
     #[value(name = "q4_0")]
     Q4_0,
+    /// A copy of the weights as F32 with f32 activations
+    F32,
+    /// A copy as F16 with f32 activations: 11 bits of each weight
+    F16,
+    /// A copy as BF16 with f32 activations: 8 bits of each weight, and F32's range
+    Bf16,
 }
 
 impl From<LmHead> for HeadMode {
@@ -477,24 +483,25 @@ impl From<LmHead> for HeadMode {
             LmHead::Q8_0 => Self::Requantised(DenseFormat::Q8_0),
             LmHead::Q6_K => Self::Requantised(DenseFormat::Q6_K),
             LmHead::Q4_0 => Self::Requantised(DenseFormat::Q4_0),
+            LmHead::F32 => Self::Requantised(DenseFormat::F32),
+            LmHead::F16 => Self::Requantised(DenseFormat::F16),
+            LmHead::Bf16 => Self::Requantised(DenseFormat::BF16),
         }
     }
 }
 
-impl TryFrom<HeadMode> for LmHead {
-    type Error = anyhow::Error;
-
-    fn try_from(mode: HeadMode) -> anyhow::Result<Self> {
-        Ok(match mode {
+impl From<HeadMode> for LmHead {
+    fn from(mode: HeadMode) -> Self {
+        match mode {
             HeadMode::File => Self::File,
             HeadMode::Int8 => Self::Int8,
             HeadMode::Requantised(DenseFormat::Q8_0) => Self::Q8_0,
             HeadMode::Requantised(DenseFormat::Q6_K) => Self::Q6_K,
             HeadMode::Requantised(DenseFormat::Q4_0) => Self::Q4_0,
-            HeadMode::Requantised(format) => {
-                bail!("no output projection is requantised to {}", format.name())
-            }
-        })
+            HeadMode::Requantised(DenseFormat::F32) => Self::F32,
+            HeadMode::Requantised(DenseFormat::F16) => Self::F16,
+            HeadMode::Requantised(DenseFormat::BF16) => Self::Bf16,
+        }
     }
 }
 

@@ -165,7 +165,7 @@ fn rerun(
         gpu_layers: None,
         context: Some(record.context),
         kv_cache: Some(record.kv_cache.into()),
-        lm_head: record.lm_head.try_into()?,
+        lm_head: record.lm_head.into(),
         // From the files that the receipt has hashes of.
         no_prepacked: true,
         receipt: None,
