@@ -10,11 +10,11 @@ use bitnet_burn_core::memory::WeightArena;
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
+use crate::devices;
 use crate::extension::{
     AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm, Kernels,
     Matrix, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
 };
-use crate::devices;
 use crate::manager::{manager, take_error};
 
 /// A packed ternary matrix [N, K] on a device.

@@ -204,35 +204,134 @@ fn requests_that_can_t_be_computed_end_their_session_and_not_the_worker() {
     type Request<'a> = (&'static str, Box<dyn Fn(&Device) -> (Vec<TensorIr>, Vec<ScalarIr>) + 'a>);
     let requests: Vec<Request> = vec![
         ("bit_linear", Box::new(|d| (vec![floats(d, [1, 128])], linear(128, 1)))),
-        ("bit_linear", Box::new(|d| (vec![floats(d, [1, 128]), ints(d, [4, 8], DType::U32), vector(d, 1)], linear(128, 5)))),
-        ("bit_linear", Box::new(|d| (vec![floats(d, [1, 128]), ints(d, [4, 8], DType::I32), vector(d, 1)], linear(128, 4)))),
-        ("bit_linear", Box::new(|d| (vec![floats(d, [1, 100]), ints(d, [4, 8], DType::U32), vector(d, 1)], linear(128, 4)))),
-        ("bit_linear", Box::new(|d| (vec![cube(d, [1, 1, 128]), ints(d, [4, 8], DType::U32), vector(d, 1)], linear(128, 4)))),
-        ("bit_linear", Box::new(|d| (vec![floats(d, [1, 128]), ints(d, [4, 8], DType::U32), vector(d, 2)], linear(128, 4)))),
-        ("bit_linear", Box::new(|d| (vec![floats(d, [0, 128]), ints(d, [0, 8], DType::U32), vector(d, 1)], linear(128, 0)))),
-        ("bit_linear", Box::new(|d| (vec![floats(d, [1, 128]), ints(d, [4, 8], DType::U32), vector(d, 1)], linear(u64::MAX, 4)))),
+        (
+            "bit_linear",
+            Box::new(|d| {
+                (vec![floats(d, [1, 128]), ints(d, [4, 8], DType::U32), vector(d, 1)], linear(128, 5))
+            }),
+        ),
+        (
+            "bit_linear",
+            Box::new(|d| {
+                (vec![floats(d, [1, 128]), ints(d, [4, 8], DType::I32), vector(d, 1)], linear(128, 4))
+            }),
+        ),
+        (
+            "bit_linear",
+            Box::new(|d| {
+                (vec![floats(d, [1, 100]), ints(d, [4, 8], DType::U32), vector(d, 1)], linear(128, 4))
+            }),
+        ),
+        (
+            "bit_linear",
+            Box::new(|d| {
+                (vec![cube(d, [1, 1, 128]), ints(d, [4, 8], DType::U32), vector(d, 1)], linear(128, 4))
+            }),
+        ),
+        (
+            "bit_linear",
+            Box::new(|d| {
+                (vec![floats(d, [1, 128]), ints(d, [4, 8], DType::U32), vector(d, 2)], linear(128, 4))
+            }),
+        ),
+        (
+            "bit_linear",
+            Box::new(|d| {
+                (vec![floats(d, [0, 128]), ints(d, [0, 8], DType::U32), vector(d, 1)], linear(128, 0))
+            }),
+        ),
+        (
+            "bit_linear",
+            Box::new(|d| {
+                (vec![floats(d, [1, 128]), ints(d, [4, 8], DType::U32), vector(d, 1)], linear(u64::MAX, 4))
+            }),
+        ),
         ("bit_linear", Box::new(|d| (vec![floats(d, [1, 128])], vec![]))),
         // An output that no memory holds: a million rows of as many.
-        ("bit_linear", Box::new(|d| (vec![floats(d, [1 << 20, 1]), ints(d, [1 << 16, 8], DType::U32), vector(d, 1)], linear(1, 1 << 16)))),
+        (
+            "bit_linear",
+            Box::new(|d| {
+                (
+                    vec![floats(d, [1 << 20, 1]), ints(d, [1 << 16, 8], DType::U32), vector(d, 1)],
+                    linear(1, 1 << 16),
+                )
+            }),
+        ),
         ("rms_norm", Box::new(|d| (vec![floats(d, [2, 8]), vector(d, 7)], vec![eps]))),
         ("rms_norm", Box::new(|d| (vec![floats(d, [2, 8]), vector(d, 8)], vec![yes]))),
         ("rope", Box::new(|d| (vec![floats(d, [2, 8]), floats(d, [2, 2]), floats(d, [1, 2])], sizes(&[4])))),
         ("rope", Box::new(|d| (vec![floats(d, [2, 8]), floats(d, [2, 2]), floats(d, [2, 2])], sizes(&[0])))),
         ("cache_append", Box::new(|d| (vec![cube(d, [2, 8, 4]), floats(d, [2, 8])], sizes(&[7])))),
         ("cache_append", Box::new(|d| (vec![cube(d, [2, 8, 4]), floats(d, [2, 9])], sizes(&[0])))),
-        ("cache_append", Box::new(|d| (vec![cube(d, [2, 8, 4]), vector(d, 2), floats(d, [2, 8])], sizes(&[0])))),
-        ("attention", Box::new(|d| (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 2, 4, 8])))),
-        ("attention", Box::new(|d| (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 4, 4])], sizes(&[2, 2, 4, 5])))),
-        ("attention", Box::new(|d| (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 0, 4, 0])))),
+        (
+            "cache_append",
+            Box::new(|d| (vec![cube(d, [2, 8, 4]), vector(d, 2), floats(d, [2, 8])], sizes(&[0]))),
+        ),
+        (
+            "attention",
+            Box::new(|d| {
+                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 2, 4, 8]))
+            }),
+        ),
+        (
+            "attention",
+            Box::new(|d| {
+                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 4, 4])], sizes(&[2, 2, 4, 5]))
+            }),
+        ),
+        (
+            "attention",
+            Box::new(|d| {
+                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 0, 4, 0]))
+            }),
+        ),
         ("gated", Box::new(|d| (vec![floats(d, [1, 7])], vec![no]))),
-        ("dense_linear", Box::new(|d| (vec![floats(d, [1, 32]), ints(d, [1, 8], DType::U32)], vec![size(q8), size(1), size(32), no, no]))),
-        ("dense_linear", Box::new(|d| (vec![floats(d, [1, 32]), ints(d, [1, 9], DType::U32)], vec![size(99), size(1), size(32), no, no]))),
-        ("dense_linear", Box::new(|d| (vec![floats(d, [1, 32]), ints(d, [1, 99], DType::U32)], vec![size(0), size(1), size(32), yes, no]))),
-        ("dense_rows", Box::new(|d| (vec![ints(d, [1, 9], DType::U32), ints(d, [1, 1], DType::I32)], vec![size(q8), size(1), size(32), no, no]))),
-        ("dense_rows", Box::new(|d| {
-            let id = Tensor::<1, Int>::ones([1], (d, DType::I32)).try_into_primitive::<Remote>().unwrap().into_ir();
-            (vec![ints(d, [1, 9], DType::U32), id], vec![size(q8), size(1), size(32), no, no])
-        })),
+        (
+            "dense_linear",
+            Box::new(|d| {
+                (
+                    vec![floats(d, [1, 32]), ints(d, [1, 8], DType::U32)],
+                    vec![size(q8), size(1), size(32), no, no],
+                )
+            }),
+        ),
+        (
+            "dense_linear",
+            Box::new(|d| {
+                (
+                    vec![floats(d, [1, 32]), ints(d, [1, 9], DType::U32)],
+                    vec![size(99), size(1), size(32), no, no],
+                )
+            }),
+        ),
+        (
+            "dense_linear",
+            Box::new(|d| {
+                (
+                    vec![floats(d, [1, 32]), ints(d, [1, 99], DType::U32)],
+                    vec![size(0), size(1), size(32), yes, no],
+                )
+            }),
+        ),
+        (
+            "dense_rows",
+            Box::new(|d| {
+                (
+                    vec![ints(d, [1, 9], DType::U32), ints(d, [1, 1], DType::I32)],
+                    vec![size(q8), size(1), size(32), no, no],
+                )
+            }),
+        ),
+        (
+            "dense_rows",
+            Box::new(|d| {
+                let id = Tensor::<1, Int>::ones([1], (d, DType::I32))
+                    .try_into_primitive::<Remote>()
+                    .unwrap()
+                    .into_ir();
+                (vec![ints(d, [1, 9], DType::U32), id], vec![size(q8), size(1), size(32), no, no])
+            }),
+        ),
         ("unheard_of", Box::new(|_| (vec![], vec![]))),
     ];
     for (i, (op, request)) in requests.iter().enumerate() {
@@ -268,7 +367,8 @@ fn int8_tiles_and_rows_of_codes_are_multiplied_there() {
     }
     let results = [Device::flex(), device].map(|device| {
         let x = || Tensor::<2>::from_data(TensorData::new(x.clone(), [m, k]), &device);
-        let (words, args) = ops::int8_matrix((DenseFormat::F32, bytes.clone().into()), args, &device).unwrap();
+        let (words, args) =
+            ops::int8_matrix((DenseFormat::F32, bytes.clone().into()), args, &device).unwrap();
         assert!(args.tiled);
         let matrix = || TernaryMatrix::prepared(codes.clone().into(), 0.5, n, k, &device).unwrap();
         let input = || BitLinearInput { norm: None, quantise: true };
@@ -388,7 +488,9 @@ fn a_worker_that_is_stopped_is_an_error_within_the_timeout() {
     let device = remote::open_within(&process.address, limit).unwrap();
     process.signal("-STOP");
     let began = Instant::now();
-    let many: Vec<_> = (0..64).map(|_| Tensor::<1>::from_data(TensorData::new(vec![1f32; 1 << 18], [1 << 18]), &device)).collect();
+    let many: Vec<_> = (0..64)
+        .map(|_| Tensor::<1>::from_data(TensorData::new(vec![1f32; 1 << 18], [1 << 18]), &device))
+        .collect();
     let error = devices::read(many[63].clone()).unwrap_err();
     assert!(error.contains(&process.address) && error.contains("has not answered for 2 s"), "{error}");
     assert!(began.elapsed() < limit + PATIENCE, "{:?}", began.elapsed());

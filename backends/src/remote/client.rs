@@ -117,11 +117,7 @@ impl TernaryBackend for Remote {
         float(&device, name::ROPE, &inputs, shape, vec![size(head_dim)])
     }
 
-    fn cache_append(
-        old: CacheTensor<Self>,
-        rows: FloatTensor<Self>,
-        position: usize,
-    ) -> CacheTensor<Self> {
+    fn cache_append(old: CacheTensor<Self>, rows: FloatTensor<Self>, position: usize) -> CacheTensor<Self> {
         let device = rows.device();
         let (mut inputs, like) = cache(old);
         inputs.push(rows.into_ir());

@@ -16,8 +16,8 @@ mod worker;
 use burn::backend::{DispatchDevice, RemoteDevice};
 use burn::tensor::Device;
 
-pub use link::{computes_in_host_memory, open, open_within};
 pub(crate) use link::{address, read};
+pub use link::{computes_in_host_memory, open, open_within};
 pub use worker::{Worker, WorkerError};
 
 /// What both sides have to agree on: the operations below and their arguments belong to a version. It travels as the
@@ -44,9 +44,6 @@ mod name {
 
 /// Text is a tensor `[TEXT]` of its UTF-8 bytes as floats, which every backend has, and zeros.
 const TEXT: usize = 1024;
-
-/// The largest tensor that goes over the wire: Burn's limit for a message.
-const LARGEST: usize = 1 << 30;
 
 /// The device on a worker that a device is.
 fn remote(device: &Device) -> Option<RemoteDevice> {

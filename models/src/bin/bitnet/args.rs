@@ -296,7 +296,9 @@ impl FromStr for DeviceName {
             let address = text.strip_prefix(devices::REMOTE).unwrap_or_default();
             let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port);
             if !port.and_then(|port| port.parse::<u16>().ok()).is_some_and(|port| port > 0) {
-                return Err(format!("{text}: a worker is named by its address, such as remote:127.0.0.1:7158"));
+                return Err(format!(
+                    "{text}: a worker is named by its address, such as remote:127.0.0.1:7158"
+                ));
             }
             return Ok(Self { address: Some(address.to_owned()), ..DeviceKind::Remote.into() });
         }
@@ -307,7 +309,9 @@ impl FromStr for DeviceName {
         let kind = match kind {
             CPU => DeviceKind::host()?,
             kind => DeviceKind::from_str(kind, false).map_err(|_| {
-                format!("{kind:?} is no device; there are auto, flex, ndarray, wgpu, cuda and remote:HOST:PORT")
+                format!(
+                    "{kind:?} is no device; there are auto, flex, ndarray, wgpu, cuda and remote:HOST:PORT"
+                )
             })?,
         };
         let number = |index: &str| index.parse().map_err(|_| format!("{index:?} is no number of a device"));
