@@ -272,7 +272,11 @@ impl DeviceName {
             (None, None) => self.kind.open(),
             _ => {
                 self.kind.compiled_in()?;
-                devices::open(&self.to_string()).map_err(|problem| anyhow!("--device {self}: {problem}"))
+                devices::open(&self.to_string()).map_err(|problem| match self.address {
+                    // It begins with the worker's name.
+                    Some(_) => anyhow!("--device {problem}"),
+                    None => anyhow!("--device {self}: {problem}"),
+                })
             }
         }
     }
