@@ -106,6 +106,9 @@ pub fn peak(device: &Device) -> (Option<f64>, Option<f64>) {
 /// (feature `remote`).
 pub const REMOTE: &str = "remote:";
 
+/// Bytes of the largest tensor that goes to a worker or back: Burn's limit for a message is a GiB, with what is around.
+pub const LARGEST_REMOTE: usize = (1 << 30) - (1 << 16);
+
 /// The GPU of a name that [`GpuInfo::id`] has, tried out, without a number the runtime's default one; or the device of a
 /// [worker](REMOTE).
 ///

@@ -332,6 +332,17 @@ impl BitNet {
         // The head first: while it is copied its pages of the file take memory, too.
         let embedding = checkpoint.embedding()?;
         let output = checkpoint.output()?;
+        for DenseTensor { name, data, .. } in [Some(&embedding), output.as_ref()].into_iter().flatten() {
+            if devices::is_remote(device) && data.len() > devices::LARGEST_REMOTE {
+                let problem = format!(
+                    "{name} has {} bytes, and a worker takes matrices of up to {}; leave embedding and output on this \
+                     machine",
+                    data.len(),
+                    devices::LARGEST_REMOTE
+                );
+                return Err(ModelError::Worker { problem });
+            }
+        }
         // One matrix can be both, where rows can be looked up in what the head computes with.
         let tied = output.is_none() && options.head.format(&embedding) == embedding.format;
         let (embedding, output) = match options.head.int8_format(&embedding) {

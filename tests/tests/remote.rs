@@ -520,3 +520,31 @@ fn what_strict_mode_forbids_on_a_worker_is_an_error_here() {
 fn harmed_at_once(device: &Device, process: &str) -> (String, Duration) {
     harmed(device, process, &mut || unreachable!("there are no tokens"))
 }
+
+/// A worker's GPU, or what stands in for one, with Burn's operations on canonical weights.
+#[cfg(feature = "wgpu")]
+#[test]
+fn a_gpu_of_a_worker_computes_what_the_cpu_does() {
+    use bitnet_burn_tests::reference::{Mutation, Reference};
+    let path = "gguf/tiny_a-i2_s.gguf";
+    let checkpoint = checkpoint(path);
+    let (layers, vocabulary) = (checkpoint.config().n_layers, checkpoint.config().vocab_size);
+    let tokens: Vec<u32> = (0..16).map(|i| (i * 37 + 11) % vocabulary as u32).collect();
+    // Up to where a rounding may fall to the other side.
+    let reference = Reference::from_gguf(&repository_golden().join(path));
+    let certain = reference.forward(&tokens, Mutation::None).certain().min(tokens.len()) * vocabulary;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let worker = Worker::start(listener, &Device::wgpu(Default::default()), "wgpu").unwrap();
+    let local = placed(&checkpoint, &Placement::cpu_only(layers), &LoadOptions::default());
+    for dense in [CPU, &name(&worker)] {
+        let model = placed(&checkpoint, &over(&[(&name(&worker), layers)], dense), &LoadOptions::default());
+        for cache_type in cache_types(&model) {
+            let want = all_logits(&local, &tokens, 5, cache_type);
+            let got = all_logits(&model, &tokens, 5, cache_type);
+            let difference = max_difference(&got[..certain], &want[..certain]);
+            assert!(difference < 1e-3, "{cache_type:?}, {dense}: {difference:e}");
+            assert!(max_difference(&got, &want) < 1.0, "{cache_type:?}, {dense}");
+        }
+        assert!(!remote::computes_in_host_memory(&model.layer_devices()[0]));
+    }
+}

@@ -2,9 +2,9 @@
 //! remote backend (`burn-remote`, WebSocket).
 //!
 //! Tensors live on the worker. Each of BitNet's operations that inference needs goes over as one custom operation,
-//! which the worker's own backend computes with its own kernels ([`client`] writes them down, [`worker`] reads
+//! which the worker's own backend computes with its own kernels (`client` writes them down, `worker` reads
 //! them); everything else goes over in Burn's operations, one by one. Operations are not answered, so what goes
-//! wrong shows where a tensor is read: [`read`].
+//! wrong shows where a tensor is read: [`devices::read`](crate::devices::read).
 //!
 //! The protocol has neither authentication nor encryption, and a client may use all memory of a worker: both belong
 //! into a network that is trusted.
@@ -44,9 +44,6 @@ mod name {
 
 /// Text is a tensor `[TEXT]` of its UTF-8 bytes as floats, which every backend has, and zeros.
 const TEXT: usize = 1024;
-
-/// The largest tensor that goes over the wire: Burn's limit for a message.
-const LARGEST: usize = 1 << 30;
 
 /// The device on a worker that a device is.
 fn remote(device: &Device) -> Option<RemoteDevice> {

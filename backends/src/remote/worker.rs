@@ -15,8 +15,8 @@ use burn::tensor::{DType, Device, TensorData, try_read_sync};
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 
-use super::{LARGEST, TEXT, name, version};
-use crate::devices::quietly;
+use super::{TEXT, name, version};
+use crate::devices::{LARGEST_REMOTE, quietly};
 use crate::extension::{
     AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend,
     TernaryWeight, TernaryWeights,
@@ -151,7 +151,7 @@ fn check(holds: bool, what: impl FnOnce() -> String) -> Result<(), String> {
 /// Rows that can be sent back, and so are not too many to compute.
 fn check_rows(m: usize, n: usize) -> Result<(), String> {
     let bytes = m.checked_mul(n).and_then(|count| count.checked_mul(4));
-    check(bytes.is_some_and(|bytes| bytes <= LARGEST), || format!("an output of {m} rows of {n}"))
+    check(bytes.is_some_and(|bytes| bytes <= LARGEST_REMOTE), || format!("an output of {m} rows of {n}"))
 }
 
 fn dims<const D: usize>(tensor: &impl TensorMetadata, what: &str) -> Result<[usize; D], String> {

@@ -49,7 +49,7 @@ fn a_run_over_two_workers_has_the_tokens_of_one_machine() {
     };
     let local = run(&[]);
     for (device, more, placement) in [
-        (format!("{one}=1,{two}"), &[][..], format!("layer 0 on {one}, layer 1 on {two}")),
+        (format!("{one}=1,{two}=1"), &[][..], format!("layer 0 on {one}, layer 1 on {two}")),
         (format!("{one}=1,flex=1"), &["--kv-cache", "f16"], format!("layer 0 on {one}, layer 1 on cpu")),
         (one.clone(), &["--kv-cache", "int8", "--lm-head", "int8"], String::new()),
     ] {

@@ -272,7 +272,11 @@ impl DeviceName {
             (None, None) => self.kind.open(),
             _ => {
                 self.kind.compiled_in()?;
-                devices::open(&self.to_string()).map_err(|problem| anyhow!("--device {self}: {problem}"))
+                devices::open(&self.to_string()).map_err(|problem| match self.address {
+                    // It begins with the worker's name.
+                    Some(_) => anyhow!("--device {problem}"),
+                    None => anyhow!("--device {self}: {problem}"),
+                })
             }
         }
     }
@@ -295,7 +299,7 @@ impl FromStr for DeviceName {
         if text == DeviceKind::Remote.name() || text.starts_with(devices::REMOTE) {
             let address = text.strip_prefix(devices::REMOTE).unwrap_or_default();
             let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port);
-            if !port.and_then(|port| port.parse::<u16>().ok()).is_some_and(|port| port > 0) {
+            if port.and_then(|port| port.parse::<u16>().ok()).is_none_or(|port| port == 0) {
                 return Err(format!(
                     "{text}: a worker is named by its address, such as remote:127.0.0.1:7158"
                 ));

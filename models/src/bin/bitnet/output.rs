@@ -18,8 +18,9 @@ use tracing_subscriber::EnvFilter;
 
 /// Logs go to stderr: warnings, or what `RUST_LOG` asks for.
 pub fn start_logging() {
-    let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new("warn,wgpu_core=error,wgpu_hal=error,naga=error"));
+    // What Burn's remote backend warns of, a session that ended, is told as an error where it is one.
+    const DEFAULT: &str = "warn,wgpu_core=error,wgpu_hal=error,naga=error,burn_remote=error";
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
