@@ -285,6 +285,24 @@ fn requests_that_can_t_be_computed_end_their_session_and_not_the_worker() {
                 (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 0, 4, 0]))
             }),
         ),
+        (
+            "attend",
+            Box::new(|d| {
+                let angles = || floats(d, [1, 2]);
+                let qkv = floats(d, [1, 15]);
+                let caches = [cube(d, [1, 8, 4]), cube(d, [1, 8, 4])];
+                ([qkv, angles(), angles()].into_iter().chain(caches).collect(), sizes(&[2, 1, 4, 0]))
+            }),
+        ),
+        (
+            "attend",
+            Box::new(|d| {
+                let angles = || floats(d, [1, 2]);
+                let qkv = floats(d, [1, 16]);
+                let caches = [cube(d, [1, 8, 4]), cube(d, [1, 8, 4])];
+                ([qkv, angles(), angles()].into_iter().chain(caches).collect(), sizes(&[2, 1, 4, 8]))
+            }),
+        ),
         ("gated", Box::new(|d| (vec![floats(d, [1, 7])], vec![no]))),
         (
             "dense_linear",

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use bitnet_burn_core::formats::canonical;
 use bitnet_burn_core::gpu::{activations, params, words};
@@ -18,7 +18,7 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
-use super::choice::GpuMatrix;
+use super::choice::{self, GpuMatrix};
 use super::launch::{self, Buffers};
 use crate::default;
 use crate::extension::{BitLinearArgs, InputNorm, Kernels, Matrix, TernaryWeight, TernaryWeights};
@@ -93,10 +93,15 @@ pub(crate) fn bit_linear(
     x: CubeTensor,
     norm: InputNorm<B>,
     weights: TernaryWeights<B>,
-    args: BitLinearArgs,
+    mut args: BitLinearArgs,
 ) -> CubeTensor {
     let m = x.shape()[0];
     let (client, device) = (x.client.clone(), x.device.clone());
+    let k = args.k;
+    for matrix in args.matrices.iter_mut().filter(|matrix| args.quantise && matrix.choice.is_none()) {
+        let chosen = choice::canonical(manager(), &device, matrix.n, k);
+        matrix.choice = chosen.map(|matrix| Kernels::Gpu(Arc::new(matrix)));
+    }
     let chosen = args.matrices.iter().any(|matrix| gpu(matrix).is_some());
     // As many rows as a launch can have workgroups.
     let result = if chosen && args.quantise && (1..1 << 16).contains(&m) && x.dtype == DType::F32 {

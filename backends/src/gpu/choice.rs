@@ -117,20 +117,32 @@ pub(crate) fn prepare(
 }
 
 /// The choices of this process, by manager, device and shape.
-type Choices = HashMap<(usize, CubeDevice, usize, usize), Arc<GpuChoice>>;
+type Choices = HashMap<(usize, CubeDevice, usize, usize), Option<Arc<GpuChoice>>>;
 
 static CHOICES: Mutex<Option<Choices>> = Mutex::new(None);
 
 fn choose(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> Option<Arc<GpuChoice>> {
     let key = (std::ptr::from_ref(manager) as usize, device.clone(), n, k);
-    if let Some(choice) = lock(&CHOICES).get_or_insert_default().get(&key)
-        && choice.packer.as_ref().is_none_or(GpuKernel::ready)
+    if let Some(known) = lock(&CHOICES).get_or_insert_default().get(&key)
+        && known.as_ref().and_then(|choice| choice.packer.as_ref()).is_none_or(GpuKernel::ready)
     {
-        return Some(choice.clone());
+        return known.clone();
     }
-    let choice = Arc::new(decide(manager, device, n, k)?);
+    let choice = decide(manager, device, n, k).map(Arc::new);
     lock(&CHOICES).get_or_insert_default().insert(key, choice.clone());
-    Some(choice)
+    choice
+}
+
+/// The kernels for canonical weights [n, k], whose kernels are chosen at the first use; `None` where the default body is
+/// the fastest, or those that are faster want another layout.
+pub(super) fn canonical(
+    manager: &KernelManager,
+    device: &CubeDevice,
+    n: usize,
+    k: usize,
+) -> Option<GpuMatrix> {
+    let choice = choose(manager, device, n, k).filter(|choice| choice.packer.is_none())?;
+    Some(GpuMatrix { choice, canonical: OnceLock::new() })
 }
 
 /// The kernels that can compute m rows of [n, k] on the device.

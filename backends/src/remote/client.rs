@@ -8,8 +8,8 @@ use burn::tensor::{DType, Shape, TensorData, try_read_sync};
 
 use super::{TEXT, name};
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, TernaryBackend,
-    TernaryWeights,
+    Attended, AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm,
+    TernaryBackend, TernaryWeights,
 };
 
 fn size(value: usize) -> ScalarIr {
@@ -69,6 +69,16 @@ fn cache(cache: CacheTensor<Remote>) -> (Vec<TensorIr>, Vec<(Shape, DType)>) {
     (tensors.into_iter().map(FloatTensor::<Remote>::into_ir).collect(), like)
 }
 
+/// The cache of such tensors.
+fn cache_of(tensors: Vec<FloatTensor<Remote>>) -> CacheTensor<Remote> {
+    let mut tensors = tensors.into_iter();
+    match (tensors.next(), tensors.next()) {
+        (Some(codes), Some(scale)) => CacheTensor::Int8 { codes, scale },
+        (Some(tensor), None) => CacheTensor::Float(tensor),
+        _ => unreachable!("there are as many outputs as the cache has tensors"),
+    }
+}
+
 fn dense(args: &DenseArgs) -> Vec<ScalarIr> {
     let DenseArgs { format, n, k, int8, tiled } = *args;
     vec![size(format as usize), size(n), size(k), ScalarIr::Bool(int8), ScalarIr::Bool(tiled)]
@@ -121,12 +131,7 @@ impl TernaryBackend for Remote {
         let device = rows.device();
         let (mut inputs, like) = cache(old);
         inputs.push(rows.into_ir());
-        let mut new = send(&device, name::CACHE_APPEND, &inputs, like, vec![size(position)]).into_iter();
-        match (new.next(), new.next()) {
-            (Some(codes), Some(scale)) => CacheTensor::Int8 { codes, scale },
-            (Some(tensor), None) => CacheTensor::Float(tensor),
-            _ => unreachable!("there are as many outputs as the cache has tensors"),
-        }
+        cache_of(send(&device, name::CACHE_APPEND, &inputs, like, vec![size(position)]))
     }
 
     fn attention(
@@ -142,6 +147,29 @@ impl TernaryBackend for Remote {
         inputs.extend(cache(keys).0);
         inputs.extend(cache(values).0);
         float(&device, name::ATTENTION, &inputs, shape, scalars)
+    }
+
+    fn attend(
+        qkv: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        keys: CacheTensor<Self>,
+        values: CacheTensor<Self>,
+        args: AttentionArgs,
+    ) -> Attended<Self> {
+        let (device, [m, _]) = (qkv.device(), dims(&qkv));
+        let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
+        let scalars = [n_heads, n_kv_heads, head_dim, position].map(size).to_vec();
+        let ((keys, of_keys), (values, of_values)) = (cache(keys), cache(values));
+        let inputs: Vec<TensorIr> =
+            [qkv, cos, sin].map(FloatTensor::<Self>::into_ir).into_iter().chain(keys).chain(values).collect();
+        let context = (Shape::new([m, n_heads * head_dim]), DType::F32);
+        let of_caches = of_keys.len();
+        let outputs = [context].into_iter().chain(of_keys).chain(of_values);
+        let mut outputs = send(&device, name::ATTEND, &inputs, outputs, scalars);
+        let values = cache_of(outputs.split_off(1 + of_caches));
+        let keys = cache_of(outputs.split_off(1));
+        Attended { context: outputs.remove(0), keys, values }
     }
 
     fn gated(gate_up: FloatTensor<Self>, activation: GatedActivation) -> FloatTensor<Self> {

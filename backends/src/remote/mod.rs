@@ -33,6 +33,7 @@ mod name {
     pub const ROPE: &str = "bitnet_burn::rope";
     pub const CACHE_APPEND: &str = "bitnet_burn::cache_append";
     pub const ATTENTION: &str = "bitnet_burn::attention";
+    pub const ATTEND: &str = "bitnet_burn::attend";
     pub const GATED: &str = "bitnet_burn::gated";
     pub const DENSE_LINEAR: &str = "bitnet_burn::dense_linear";
     pub const DENSE_ROWS: &str = "bitnet_burn::dense_rows";

@@ -304,34 +304,72 @@ fn cache_append<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> 
             "{m} rows of {width} at {position} of a cache of {heads} heads, {capacity} positions, {d} values"
         )
     })?;
-    Ok(match B::cache_append(cache, rows, position) {
-        CacheTensor::Float(tensor) => vec![Output::Float(tensor)],
-        CacheTensor::Int8 { codes, scale } => vec![Output::Int(codes), Output::Float(scale)],
-    })
+    Ok(of_cache(B::cache_append(cache, rows, position)))
 }
 
-fn attention<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Outputs<B> {
-    let int8 = request.inputs.len() == 5;
+/// A cache's tensors.
+fn of_cache<B: BackendIr>(cache: CacheTensor<B>) -> Vec<Output<B>> {
+    match cache {
+        CacheTensor::Float(tensor) => vec![Output::Float(tensor)],
+        CacheTensor::Int8 { codes, scale } => vec![Output::Int(codes), Output::Float(scale)],
+    }
+}
+
+/// Heads and position, which the scalars begin with.
+fn attention_args<B: BackendIr>(request: &mut Request<'_, B>) -> Result<AttentionArgs, String> {
     let [n_heads, n_kv_heads] = [request.size()?, request.size()?];
     let [head_dim, position] = [request.size()?, request.size()?];
+    let fits = n_kv_heads > 0 && head_dim > 0 && n_heads.is_multiple_of(n_kv_heads);
     let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position };
-    let (q, [m, width]) = request.float("queries")?;
+    check(fits, || format!("{args:?}"))?;
+    Ok(args)
+}
+
+/// Keys and values that m rows at the position fit.
+fn caches<B: BackendIr>(
+    request: &mut Request<'_, B>,
+    int8: bool,
+    m: usize,
+    args: &AttentionArgs,
+) -> Result<(CacheTensor<B>, CacheTensor<B>), String> {
     let ((keys, of_keys), (values, of_values)) = (request.cache(int8)?, request.cache(int8)?);
     let [heads, capacity, d] = of_keys;
     let same_type = match (&keys, &values) {
         (CacheTensor::Float(keys), CacheTensor::Float(values)) => keys.dtype() == values.dtype(),
         _ => true,
     };
-    let fits = n_kv_heads > 0
-        && head_dim > 0
-        && n_heads.is_multiple_of(n_kv_heads)
-        && width == n_heads * head_dim
-        && of_keys == of_values
+    let fits = of_keys == of_values
         && same_type
-        && (heads, d) == (n_kv_heads, head_dim)
-        && position.checked_add(m).is_some_and(|end| end <= capacity);
-    check(fits, || format!("{args:?} of {m} rows of {width} over {of_keys:?} and {of_values:?}"))?;
+        && (heads, d) == (args.n_kv_heads, args.head_dim)
+        && args.position.checked_add(m).is_some_and(|end| end <= capacity);
+    check(fits, || format!("{args:?} of {m} rows over {of_keys:?} and {of_values:?}"))?;
+    Ok((keys, values))
+}
+
+fn attention<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Outputs<B> {
+    let int8 = request.inputs.len() == 5;
+    let args = attention_args(request)?;
+    let (q, [m, width]) = request.float("queries")?;
+    check(Some(width) == args.n_heads.checked_mul(args.head_dim), || format!("{args:?} of {width}"))?;
+    let (keys, values) = caches(request, int8, m, &args)?;
     Ok(vec![Output::Float(<B as TernaryBackend>::attention(q, keys, values, args))])
+}
+
+fn attend<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Outputs<B> {
+    let int8 = request.inputs.len() == 7;
+    let args = attention_args(request)?;
+    let AttentionArgs { n_heads, n_kv_heads, head_dim: d, .. } = args;
+    let (qkv, [m, width]) = request.float("queries, keys and values")?;
+    let expected = n_kv_heads.checked_mul(2).and_then(|kv| kv.checked_add(n_heads)?.checked_mul(d));
+    check(Some(width) == expected && d.is_multiple_of(2), || format!("{args:?} of {width}"))?;
+    let ((cos, of_cos), (sin, of_sin)) = (request.float("cosines")?, request.float("sines")?);
+    check(of_cos == [m, d / 2] && of_sin == [m, d / 2], || format!("angles of {of_cos:?} and {of_sin:?}"))?;
+    let (keys, values) = caches(request, int8, m, &args)?;
+    let attended = B::attend(qkv, cos, sin, keys, values, args);
+    let mut outputs = vec![Output::Float(attended.context)];
+    outputs.extend(of_cache(attended.keys));
+    outputs.extend(of_cache(attended.values));
+    Ok(outputs)
 }
 
 fn gated<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Outputs<B> {
@@ -406,6 +444,7 @@ fn operations<B: TernaryBackend + BackendIr>(device_name: String) -> CustomOpReg
     add(name::ROPE, Box::new(|request, _| rope(request)));
     add(name::CACHE_APPEND, Box::new(|request, _| cache_append(request)));
     add(name::ATTENTION, Box::new(|request, _| attention(request)));
+    add(name::ATTEND, Box::new(|request, _| attend(request)));
     add(name::GATED, Box::new(|request, _| gated(request)));
     add(name::DENSE_LINEAR, Box::new(|request, _| dense_linear(request)));
     add(name::DENSE_ROWS, Box::new(|request, _| dense_rows(request)));
