@@ -43,6 +43,10 @@ pub struct BenchArgs {
     /// Measure decode of so many sequences at once, too, once each, all behind a prompt of their own
     #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = positive)]
     batches: Vec<usize>,
+    /// Take the memory of every sequence's KV cache for the whole --context at once, so that nothing grows while it is
+    /// measured
+    #[arg(long)]
+    preallocate: bool,
     /// Measure the GPU that --device names, too: how fast it reads, every kernel on every matrix of a layer (compared
     /// with the CPU's results before it is timed), a layer's operations, quantising and packing. Batches are 1 to 64 where
     /// nothing else is said, and without --model the model is one of random weights in the shape of BitNet b1.58 2B-4T
@@ -145,8 +149,12 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
         chunk: engine.settings.rows,
         context: engine.settings.context,
         kv_cache: engine.settings.kv_cache,
+        preallocate: args.preallocate,
         seed: args.seed,
     };
+    let most = options.batches.iter().copied().max().unwrap_or(1);
+    let positions = if args.preallocate { options.context } else { (prompt + generate).min(options.context) };
+    engine.check_room(most, positions.max(1)).with_context(|| format!("--batches {most}"))?;
     let bar = output::bar(0, "measuring [{bar:30}] {pos}/{len}");
     let result = bench::run(&engine.model, &options, &mut |done, all| {
         bar.set_length(all as u64);
@@ -174,6 +182,7 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     let (rate, prompt_rate) = (median(result.decode_tokens_per_s), median(result.prefill_tokens_per_s));
     execution.prediction = engine.outcome(at, rate, prompt_rate);
     engine.remember(&execution, at, rate, prompt_rate);
+    engine.learn(&mut execution, rate);
     let decodes = result.decode_by_context.iter().map(|at| at.decode_tokens_per_s);
     let decode = decodes.chain(result.decode_tokens_per_s.map(|spread| spread.max)).reduce(f64::max);
     engine.check_figures(&execution, result.prefill_tokens_per_s.map(|spread| spread.max), decode)?;
