@@ -82,6 +82,22 @@ mod cuda {
     };
 
     pub fn lacking() -> Option<String> {
+        libraries().or_else(headers)
+    }
+
+    /// CubeCL's kernels include headers, from where it looks for them.
+    fn headers() -> Option<String> {
+        let usual = ["/usr/local/cuda", "/opt/cuda", "/usr/bin/nvcc"];
+        let there = cfg!(windows)
+            || std::env::var_os("CUDA_PATH").is_some()
+            || usual.iter().any(|path| std::path::Path::new(path).exists());
+        (!there).then(|| {
+            "the headers of the CUDA toolkit are not there (it is neither in /usr/local/cuda nor where CUDA_PATH says)"
+                .to_owned()
+        })
+    }
+
+    fn libraries() -> Option<String> {
         LIBRARIES.iter().find_map(|(what, names)| {
             // SAFETY: loading runs the library's initialisers. They are those of the libraries that the runtime loads by
             // the same names as soon as it is used.

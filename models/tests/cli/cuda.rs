@@ -36,6 +36,16 @@ fn without_a_driver_the_cpu_computes_and_it_is_said() {
         assert!(error.contains(missing), "{device}: {error}");
         assert!(!error.contains("panicked") && !error.contains("backtrace"), "{device}: {error}");
     }
+    // With a driver, which an empty library passes for, its compiler is what is missing next.
+    let made = Command::new("cc")
+        .args(["-shared", "-x", "c", "/dev/null", "-o"])
+        .arg(place.path("libcuda.so"))
+        .status();
+    assert!(made.expect("a C compiler").success());
+    let mut driven = place.command(&run(&["--device", "cuda"]));
+    let error = super::error(driven.env("LD_LIBRARY_PATH", place.path("")));
+    assert!(error.contains("NVRTC") && error.contains("is not there"), "{error}");
+
     let machine: Value = serde_json::from_str(&place.ok(&["plan", "--print-machine"])).unwrap();
     assert_eq!(machine["problems"], serde_json::json!([format!("cuda: {missing}")]), "{machine}");
     // Known from then on, and said again.

@@ -152,15 +152,23 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
         preallocate: args.preallocate,
         seed: args.seed,
     };
-    let most = options.batches.iter().copied().max().unwrap_or(1);
-    let positions = if args.preallocate { options.context } else { (prompt + generate).min(options.context) };
-    engine.check_room(most, positions.max(1)).with_context(|| format!("--batches {most}"))?;
+    if args.preallocate || !options.batches.is_empty() {
+        let most = options.batches.iter().copied().max().unwrap_or(1);
+        let whole = if args.preallocate { options.context } else { prompt.saturating_add(generate) };
+        let positions = whole.clamp(1, options.context);
+        engine.check_room(most, positions).with_context(|| match options.batches.is_empty() {
+            true => "--preallocate".to_owned(),
+            false => format!("--batches {most}"),
+        })?;
+    }
     let bar = output::bar(0, "measuring [{bar:30}] {pos}/{len}");
     let result = bench::run(&engine.model, &options, &mut |done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
+    // What the model did, not the suite.
+    let mut execution = engine.execution();
     let suite = gpu.map(|gpu| {
         let options = if args.quick { DeviceBenchOptions::quick() } else { DeviceBenchOptions::default() };
         let bar = output::bar(0, "measuring the GPU [{bar:30}] {pos}/{len}");
@@ -175,7 +183,6 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     });
     let suite = suite.transpose()?;
     drop(random);
-    let mut execution = engine.execution();
     execution.memory = engine.memory(result.kv_cache_bytes, options.chunk.min(prompt.max(1)));
     let median = |spread: Option<Spread>| spread.map(|spread| spread.median);
     let at = prompt + generate / 2;

@@ -190,7 +190,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     };
     let mut cache = engine.model.cache(context, engine.settings.kv_cache)?;
     if args.preallocate {
-        engine.check_room(1, context)?;
+        engine.check_room(1, context).context("--preallocate")?;
         cache = cache.preallocated();
     }
     if args.sliding_window {
