@@ -346,11 +346,9 @@ impl fmt::Display for Execution {
         for DeviceUsage { device, usage, fragmentation } in &self.device_usage {
             let [used, reserved] = [usage.in_use_bytes, usage.reserved_bytes].map(human_bytes);
             let free = fragmentation * 100.0;
-            line(
-                f,
-                "",
-                format_args!("{device}: {reserved} taken, {used} in use ({free:.0} % free in pools)"),
-            )?;
+            let usage = format_args!("{device}: {reserved} taken, {used} in use ({free:.0} % free in pools)");
+            line(f, label, usage)?;
+            label = "";
         }
         if let Some(prediction) = self.prediction.filter(|p| p.decode.is_some() || p.prefill.is_some()) {
             line(f, "predicted", prediction)?;
