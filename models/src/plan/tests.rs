@@ -396,8 +396,8 @@ fn what_is_observed_changes_the_plan() {
 #[test]
 fn what_a_run_showed_holds_for_its_model_until_flags_say_otherwise() {
     let (model, other, gpu) = (needs(&bitnet_2b()), needs(&seven_b()), machine("gpu-8gb"));
-    let dir = tempfile::tempdir().unwrap();
-    let dir = Some(dir.path());
+    let place = tempfile::tempdir().unwrap();
+    let dir = Some(place.path());
     let learnt = |model: &Requirements, wishes: &Wishes| Plan::learnt(dir, model, &gpu, wishes).unwrap();
     let free = Wishes::default();
     assert_eq!(learnt(&model, &free), (plan(&model, &gpu), Vec::new()));
@@ -425,7 +425,7 @@ fn what_a_run_showed_holds_for_its_model_until_flags_say_otherwise() {
     assert_eq!(learnt(&model, &free).0, plan(&model, &gpu));
     Lesson { threads: Some(1), ..Lesson::default() }.keep(dir, &model).unwrap();
     assert_eq!(learnt(&model, &free).0.settings.threads, 1);
-    let file = std::fs::read_dir(dir.unwrap()).unwrap().next().unwrap().unwrap().path();
+    let file = std::fs::read_dir(place.path()).unwrap().next().unwrap().unwrap().path();
     std::fs::write(&file, "{\"threads\": 1, \"reasons\": [").unwrap();
     assert_eq!(learnt(&model, &free).0, plan(&model, &gpu));
     Lesson::forget_all(dir);
