@@ -12,8 +12,8 @@ import sys
 import tempfile
 import zipfile
 
-# Ampere's data centre card, and Hopper.
-ARCHITECTURES = ["sm_80", "sm_90"]
+# Ampere's and Hopper's data centre cards; the latter also as CubeCL compiles for it.
+ARCHITECTURES = ["sm_80", "sm_90", "sm_90a"]
 
 
 def compiler(wheels, into):
@@ -48,7 +48,8 @@ def ptx(nvrtc, include, source, architecture):
     program = ctypes.c_void_p()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None):
         return None, "NVRTC makes no program of it"
-    options = [f"--gpu-architecture={architecture}", "--device-int128"]
+    # CubeCL's options.
+    options = [f"--gpu-architecture={architecture}", "-lineinfo"]
     options += [f"--include-path={path}" for path in include]
     options = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)

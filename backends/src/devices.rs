@@ -5,6 +5,7 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::{Device, Tensor, TensorData};
+use serde::Serialize;
 
 /// A GPU, or what stands in for one.
 #[derive(Clone, Debug)]
@@ -81,6 +82,22 @@ mod cuda {
     };
 
     pub fn lacking() -> Option<String> {
+        libraries().or_else(headers)
+    }
+
+    /// CubeCL's kernels include headers, from where it looks for them.
+    fn headers() -> Option<String> {
+        let usual = ["/usr/local/cuda", "/opt/cuda", "/usr/bin/nvcc"];
+        let there = cfg!(windows)
+            || std::env::var_os("CUDA_PATH").is_some()
+            || usual.iter().any(|path| std::path::Path::new(path).exists());
+        (!there).then(|| {
+            "the headers of the CUDA toolkit are not there (it is neither in /usr/local/cuda nor where CUDA_PATH says)"
+                .to_owned()
+        })
+    }
+
+    fn libraries() -> Option<String> {
         LIBRARIES.iter().find_map(|(what, names)| {
             // SAFETY: loading runs the library's initialisers. They are those of the libraries that the runtime loads by
             // the same names as soon as it is used.
@@ -99,6 +116,36 @@ pub fn peak(device: &Device) -> (Option<f64>, Option<f64>) {
     {
         let _ = device;
         (None, None)
+    }
+}
+
+/// What a GPU's runtime has of its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    /// Bytes of tensors.
+    pub in_use_bytes: u64,
+    /// Bytes that round these up.
+    pub padding_bytes: u64,
+    /// Bytes that were taken from the device: they are kept for later tensors, so it is the most that there has been,
+    /// unless somebody asked for a cleanup.
+    pub reserved_bytes: u64,
+}
+
+impl Usage {
+    /// The part of what was taken that no tensor has, 0 to 1.
+    pub fn fragmentation(&self) -> f64 {
+        1.0 - (self.in_use_bytes as f64 / self.reserved_bytes.max(1) as f64).min(1.0)
+    }
+}
+
+/// The memory that this process has on a GPU; `None` for other devices.
+pub fn usage(device: &Device) -> Option<Usage> {
+    #[cfg(feature = "cube")]
+    return found::usage(device);
+    #[cfg(not(feature = "cube"))]
+    {
+        let _ = device;
+        None
     }
 }
 
@@ -256,12 +303,13 @@ mod found {
     use burn::backend::DispatchDevice;
     use burn::tensor::{DType, Device};
     use burn_cubecl::{CubeDevice, cubecl};
+    use cubecl::MemoryScope;
     use cubecl::client::Client;
     use cubecl::ir::{ElemType, FloatKind};
     use cubecl::std::throughput::measure_peak_throughput;
     use cubecl::throughput::{MemoryAccess, ThroughputKey, ThroughputMode};
 
-    use super::{GpuInfo, lacking, of_runtime, quietly, runtimes};
+    use super::{GpuInfo, Usage, lacking, of_runtime, quietly, runtimes};
 
     pub fn gpus() -> (Vec<GpuInfo>, Vec<String>) {
         let (mut gpus, mut problems) = (Vec::new(), Vec::new());
@@ -316,6 +364,16 @@ mod found {
             features: features.into_iter().filter(|f| f.1).map(|f| f.0.to_owned()).collect(),
             precisions: types.into_iter().filter(|t| supported(t.1)).map(|t| t.0.to_owned()).collect(),
             device: device.clone(),
+        })
+    }
+
+    pub fn usage(device: &Device) -> Option<Usage> {
+        let client = client(device)?;
+        let usage = quietly(|| client.memory_report(MemoryScope::Device).usage()).ok()?;
+        Some(Usage {
+            in_use_bytes: usage.bytes_in_use,
+            padding_bytes: usage.bytes_padding,
+            reserved_bytes: usage.bytes_reserved,
         })
     }
 

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use bitnet_burn_core::formats::DenseFormat;
 use bitnet_burn_core::formats::dense_tiles::tiled_bytes;
 use bitnet_burn_core::manager::Choice;
+#[cfg(feature = "fusion")]
+use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{ExtensionType, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Shape};
@@ -14,6 +16,7 @@ use crate::default;
 
 /// One packed ternary matrix.
 #[derive(ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub struct TernaryWeight<B: burn::backend::Backend> {
     /// U32 words: canonical rows [N, ceil(K / 128) * 8], or a kernel's private packing.
     pub codes: IntTensor<B>,
@@ -23,6 +26,7 @@ pub struct TernaryWeight<B: burn::backend::Backend> {
 
 /// One to three matrices that share their activations (q/k/v, gate/up).
 #[derive(ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub enum TernaryWeights<B: burn::backend::Backend> {
     /// One matrix.
     One(#[extension_type] TernaryWeight<B>),
@@ -63,6 +67,7 @@ impl<B: burn::backend::Backend> TernaryWeights<B> {
 
 /// What is done to the input before it is quantised.
 #[derive(ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub enum InputNorm<B: burn::backend::Backend> {
     /// Nothing.
     None,
@@ -168,6 +173,7 @@ impl CacheType {
 /// Keys or values of one sequence and layer.
 #[allow(clippy::large_enum_variant, reason = "a few of them for each layer; a box would cost a token more")]
 #[derive(ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub enum CacheTensor<B: burn::backend::Backend> {
     /// F32 or F16 [kv heads, capacity, d].
     Float(FloatTensor<B>),
@@ -201,6 +207,7 @@ impl<B: burn::backend::Backend> Clone for CacheTensor<B> {
 
 /// What [`TernaryBackend::attend`] gives.
 #[derive(ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub struct Attended<B: burn::backend::Backend> {
     /// [M, heads * d].
     pub context: FloatTensor<B>,
@@ -315,13 +322,35 @@ pub enum GatedActivation {
     Silu,
 }
 
+/// [rows of x, columns]: what an operation gives that computes by rows.
+#[cfg(feature = "fusion")]
+fn by_rows(x: &Shape, columns: usize) -> Shape {
+    Shape::new([x[0], columns])
+}
+
+/// What is known of [`TernaryBackend::attend`]'s results before they are there.
+#[cfg(feature = "fusion")]
+fn attended(
+    qkv: &TensorSpec,
+    keys: &CacheTensorMetadata,
+    values: &CacheTensorMetadata,
+    args: &AttentionArgs,
+) -> AttendedMetadata {
+    let context = TensorSpec::new(by_rows(&qkv.shape, args.n_heads * args.head_dim), qkv.dtype);
+    AttendedMetadata { context, keys: keys.clone(), values: values.clone() }
+}
+
 /// BitNet's operations. See the [crate].
+///
+/// With the feature `fusion` an operation on a GPU is registered, and computed when Burn thinks it is time: what
+/// `#[fusion]` says of its output is what the caller knows until then.
 #[backend_extension(
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
     Cube: cfg(feature = "cube"),
     Remote: cfg(feature = "remote"),
     Autodiff,
+    Fusion: cfg(feature = "fusion"),
 )]
 pub trait TernaryBackend: burn::backend::Backend {
     /// y = concat_i(quantise(norm(x)) * W_iᵀ), the BitNet linear layer.
@@ -332,6 +361,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// x [M, K]; the output is [M, sum of N].
+    #[fusion(dtype = x, shape = by_rows(x, args.total_n()))]
     fn bit_linear(
         x: FloatTensor<Self>,
         #[extension_type] norm: InputNorm<Self>,
@@ -346,6 +376,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// dy [M, sum of N]; the output is [M, K].
+    #[fusion(dtype = dy, shape = by_rows(dy, args.k))]
     fn bit_linear_backward(
         dy: FloatTensor<Self>,
         #[extension_type] weights: TernaryWeights<Self>,
@@ -360,6 +391,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// x [M, K]; the output is like x.
+    #[fusion(dtype = x, shape = x)]
     fn fake_quantise(x: FloatTensor<Self>) -> FloatTensor<Self> {
         default::fake_quantise::<Self>(x)
     }
@@ -374,6 +406,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// w [N, K]; the output is like w.
+    #[fusion(dtype = w, shape = w)]
     fn ternarise(w: FloatTensor<Self>) -> FloatTensor<Self> {
         default::ternarise::<Self>(w)
     }
@@ -384,6 +417,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     /// # Shapes
     /// qkv [sequences * length, (heads + 2 * kv heads) * d]: queries, keys and values side by side; cos and
     /// sin [length, d / 2]; the output is [sequences * length, heads * d].
+    #[fusion(dtype = qkv, shape = by_rows(qkv, args.n_heads * args.head_dim))]
     fn self_attention(
         qkv: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -397,6 +431,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// dy like the output of that; the output is like qkv.
+    #[fusion(dtype = qkv, shape = qkv)]
     fn self_attention_backward(
         qkv: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -411,6 +446,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// logits [M, N], targets `[M]`; the output is `[M]`.
+    #[fusion(dtype = logits, shape = Shape::new([logits[0]]))]
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         default::cross_entropy::<Self>(logits, targets)
     }
@@ -420,6 +456,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// d `[M]`; the output is like the logits.
+    #[fusion(dtype = logits, shape = logits)]
     fn cross_entropy_backward(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
@@ -433,6 +470,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// dy and the output are like x.
+    #[fusion(dtype = x, shape = x)]
     fn rms_norm_backward(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -446,6 +484,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// dy like x; the output is `[K]`.
+    #[fusion(dtype = x, shape = Shape::new([x[1]]))]
     fn rms_norm_backward_weight(x: FloatTensor<Self>, dy: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
         default::rms_norm_backward_weight::<Self>(x, dy, eps)
     }
@@ -454,6 +493,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// dy [M, F]; gate_up and the output are [M, 2 * F].
+    #[fusion(dtype = gate_up, shape = gate_up)]
     fn gated_backward(
         gate_up: FloatTensor<Self>,
         dy: FloatTensor<Self>,
@@ -466,6 +506,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// x `[M, K]`, weight `[K]`; the output is `[M, K]`.
+    #[fusion(dtype = x, shape = x)]
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
         default::rms_norm::<Self>(x, weight, eps)
     }
@@ -474,6 +515,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// x [M, heads * d], cos and sin [M, d / 2]; the output is like x.
+    #[fusion(dtype = x, shape = x)]
     fn rope(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -488,6 +530,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// cache [kv heads, capacity, d], rows [M, kv heads * d]; the output is the cache.
+    #[fusion(meta = |cache, _rows, _position| cache.clone())]
     fn cache_append(
         #[extension_type] cache: CacheTensor<Self>,
         rows: FloatTensor<Self>,
@@ -501,6 +544,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// q [M, heads * d], keys and values [kv heads, capacity, d]; the output is like q.
+    #[fusion(dtype = q, shape = q)]
     fn attention(
         q: FloatTensor<Self>,
         #[extension_type] keys: CacheTensor<Self>,
@@ -517,6 +561,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     /// # Shapes
     /// qkv [M, (heads + 2 * kv heads) * d]: queries, keys and values side by side; cos and sin [M, d / 2]; keys and
     /// values [kv heads, capacity, d]; the context is [M, heads * d].
+    #[fusion(meta = |qkv, _cos, _sin, keys, values, args| attended(qkv, keys, values, args))]
     fn attend(
         qkv: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -532,6 +577,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// gate_up [M, 2 * F]; the output is [M, F].
+    #[fusion(dtype = gate_up, shape = by_rows(gate_up, gate_up[1] / 2))]
     fn gated(gate_up: FloatTensor<Self>, activation: GatedActivation) -> FloatTensor<Self> {
         default::gated::<Self>(gate_up, activation)
     }
@@ -548,6 +594,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     /// # Shapes
     /// x [M, K], words: the raw bytes as U32 words, in rows or in [tiles](DenseArgs::tiled); the output is
     /// [M, N].
+    #[fusion(dtype = x, shape = by_rows(x, args.n))]
     fn dense_linear(x: FloatTensor<Self>, words: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
         default::dense_linear::<Self>(x, words, &args)
     }
@@ -556,6 +603,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     ///
     /// # Shapes
     /// words: the raw bytes as U32 words, in rows, ids `[M]`; the output is `[M, K]`.
+    #[fusion(dtype = DType::F32, shape = by_rows(ids, args.k))]
     fn dense_rows(words: IntTensor<Self>, ids: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
         default::dense_rows::<Self>(words, ids, &args)
     }

@@ -10,6 +10,9 @@
 // Burn deprecates NdArray in favour of Flex, and still supports it; so do we, also in what macros generate.
 #![cfg_attr(feature = "ndarray", allow(deprecated))]
 
+#[cfg(all(feature = "fusion", feature = "remote"))]
+compile_error!("the features fusion and remote exclude each other: with fusion, Burn's tensors on workers are others");
+
 // Packed codes and raw weights are files' little-endian bytes, seen as u32 words.
 const _: () = assert!(cfg!(target_endian = "little"), "bitnet-burn needs a little-endian machine");
 

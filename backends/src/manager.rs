@@ -7,6 +7,8 @@
 use std::cell::Cell;
 use std::ffi::OsString;
 use std::path::PathBuf;
+#[cfg(feature = "fusion")]
+use std::sync::Mutex;
 use std::sync::OnceLock;
 
 use bitnet_burn_core::gate;
@@ -139,7 +141,7 @@ thread_local! {
 }
 
 /// Leaves an error for [`take_error`]; the first one stays.
-#[cfg(any(feature = "flex", feature = "ndarray", feature = "cube"))]
+#[cfg(any(feature = "flex", feature = "ndarray", all(feature = "cube", not(feature = "fusion"))))]
 pub(crate) fn leave_error(error: ManagerError) {
     ERROR.with(|slot| {
         let first = slot.take().unwrap_or(error);
@@ -147,7 +149,30 @@ pub(crate) fn leave_error(error: ManagerError) {
     });
 }
 
-/// Takes the error that an operation left behind on this thread. Its result was NaN.
+/// The first error of an operation that was computed after its caller had gone on.
+#[cfg(feature = "fusion")]
+static LATER: Mutex<Option<ManagerError>> = Mutex::new(None);
+
+/// Leaves the error of an operation on a GPU. With the feature `fusion` its caller has gone on, and it may be on a thread
+/// of the device's: whoever asks next is told.
+#[cfg(feature = "cube")]
+pub(crate) fn leave_gpu_error(error: ManagerError) {
+    #[cfg(feature = "fusion")]
+    LATER.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
+    #[cfg(not(feature = "fusion"))]
+    leave_error(error);
+}
+
+/// Forgets what operations before have left on this thread.
+pub(crate) fn forget_error() {
+    ERROR.take();
+}
+
+/// Takes the error that an operation left behind on this thread, or with the feature `fusion` an operation on a GPU before.
+/// Its result was NaN.
 pub fn take_error() -> Option<ManagerError> {
+    #[cfg(feature = "fusion")]
+    return ERROR.take().or_else(|| LATER.lock().unwrap_or_else(|e| e.into_inner()).take());
+    #[cfg(not(feature = "fusion"))]
     ERROR.take()
 }

@@ -15,7 +15,7 @@ use crate::extension::{
     Attended, AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm,
     Kernels, Matrix, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
 };
-use crate::manager::{manager, take_error};
+use crate::manager::{forget_error, manager, take_error};
 
 /// A packed ternary matrix [N, K] on a device.
 #[derive(Clone, Debug)]
@@ -263,7 +263,7 @@ pub fn bit_linear(
         quantise: input.quantise,
     };
     let weights = TernaryWeights::from_vec(matrices.into_iter().map(TernaryMatrix::into_weight).collect());
-    take_error();
+    forget_error();
     let y = Dispatch::bit_linear(x.into_dispatch(), norm, weights, args);
     match take_error() {
         None => Ok(Tensor::from_dispatch(y)),

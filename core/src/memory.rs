@@ -19,6 +19,8 @@ const HUGE_PAGE: usize = 2 << 20;
 pub struct WeightArena {
     /// The chunk that is being filled, and how much of it is taken.
     current: Mutex<Option<(Arc<Chunk>, usize)>>,
+    /// Whether buffers are written to, so that the system gives their memory now and not when they are used.
+    committed: bool,
 }
 
 #[derive(Debug)]
@@ -42,11 +44,25 @@ pub struct WeightBuffer {
 }
 
 impl WeightArena {
+    /// Buffers of memory that the system has really given: it may promise more than it has, and keep the promise page by
+    /// page.
+    pub fn committed() -> Self {
+        Self { committed: true, ..Self::default() }
+    }
+
     /// A zeroed buffer of `size` bytes, aligned to `alignment` (a power of two up to 4096).
     ///
     /// # Errors
     /// If the system has no memory left.
     pub fn allocate(&self, size: usize, alignment: usize) -> std::io::Result<WeightBuffer> {
+        let mut buffer = self.reserve(size, alignment)?;
+        if self.committed {
+            buffer.as_mut_slice().fill(0);
+        }
+        Ok(buffer)
+    }
+
+    fn reserve(&self, size: usize, alignment: usize) -> std::io::Result<WeightBuffer> {
         debug_assert!(alignment.is_power_of_two() && alignment as u64 <= abi::MAX_WEIGHT_ALIGNMENT);
         let mut current = self.current.lock().unwrap_or_else(|e| e.into_inner());
         if let Some((chunk, used)) = &mut *current {

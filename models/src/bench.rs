@@ -96,6 +96,8 @@ pub struct BenchOptions {
     pub context: usize,
     /// Type of the KV cache.
     pub kv_cache: CacheType,
+    /// Whether every sequence takes the memory of the whole context at once.
+    pub preallocate: bool,
     /// Seed of the random tokens.
     pub seed: u64,
 }
@@ -111,6 +113,7 @@ impl Default for BenchOptions {
             chunk: DEFAULT_CHUNK,
             context: usize::MAX,
             kv_cache: CacheType::F32,
+            preallocate: false,
             seed: 0,
         }
     }
@@ -269,8 +272,10 @@ pub fn run(
     }
     let steps = repetitions + 1 + options.contexts.len() + options.batches.len();
     let mut random = SplitMix64::new(options.seed);
-    let cache =
-        || model.cache(context, options.kv_cache).map_err(ForwardError::from).map_err(GenerateError::from);
+    let cache = || -> Result<KvCache, GenerateError> {
+        let cache = model.cache(context, options.kv_cache).map_err(ForwardError::from)?;
+        Ok(if options.preallocate { cache.preallocated() } else { cache })
+    };
     let mut done = 0;
     let mut step = || {
         done += 1;

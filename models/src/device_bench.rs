@@ -350,3 +350,60 @@ impl fmt::Display for DeviceBench {
 fn us(seconds: f64) -> String {
     format!("{:.1}", seconds * 1e6)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_timed_says_why() {
+        let spread = |median: f64| Spread { median, min: median / 2.0, max: median * 2.0 };
+        let matmul = |kernel: &str, seconds: Option<Spread>, problem: Option<&str>| MatmulTime {
+            m: 1,
+            n: 640,
+            k: 2560,
+            kernel: kernel.into(),
+            weight_bytes: 409_600,
+            seconds,
+            fraction_of_bandwidth: seconds.map(|_| 0.5),
+            multiply_adds_g_per_s: seconds.map(|_| 2000.0),
+            problem: problem.map(str::to_owned),
+        };
+        let rate = ElementRate { rows: 512, columns: 2560, elements_per_s: spread(2e9) };
+        let bench = DeviceBench {
+            read_gb_per_s: 1000.0,
+            read_buffer_bytes: 512 << 20,
+            kernels_right: 1,
+            outputs_compared: 640,
+            matmuls: vec![
+                matmul("cube/right", Some(spread(1e-6)), None),
+                matmul("a/wrong", None, Some("no")),
+            ],
+            operations: Vec::new(),
+            quantise: rate,
+            pack: rate,
+            decode_fraction_of_bandwidth: Some(0.25),
+        };
+        let text = bench.to_string();
+        for expected in [
+            "device read  1000.0 GB/s, of 537 MB",
+            "correctness  1 kernel by shape right: all 640 sums are those of the CPU",
+            "quantise     [512, 2560]: 2.000 G elements/s (1.000-4.000)",
+            "decode       25.0 % of what the device's bandwidth allows",
+            "1.0 us (0.5-2.0)    409.6   50.0 %     2000.0",
+            "   1    640 x 2560  a/wrong                no\n",
+        ] {
+            assert!(text.contains(expected), "{expected}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_host_is_no_gpu() {
+        let config = crate::synth::shape("tiny").unwrap();
+        let device = Device::default();
+        if ops::is_host(&device) {
+            let error = run(&device, &config, &DeviceBenchOptions::quick(), &mut |_, _| {}).unwrap_err();
+            assert!(error.to_string().contains("this is no GPU"), "{error}");
+        }
+    }
+}

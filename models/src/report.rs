@@ -6,6 +6,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bitnet_burn_backends::devices::Usage;
 use bitnet_burn_core::manager::{Event, Fallback, KernelReport, ManagerReport, REFERENCE, Strict};
 use serde::Serialize;
 
@@ -77,6 +78,25 @@ pub struct Tuning {
     pub cache_problem: Option<String>,
 }
 
+/// What a GPU's runtime has of its memory: what no tensor has of what was taken is in the pools' gaps.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DeviceUsage {
+    /// `wgpu:0` ...
+    pub device: String,
+    /// Bytes.
+    #[serde(flatten)]
+    pub usage: Usage,
+    /// The part of what was taken that no tensor has, 0 to 1.
+    pub fragmentation: f64,
+}
+
+impl DeviceUsage {
+    /// Of a device.
+    pub fn new(device: &str, usage: Usage) -> Self {
+        Self { device: device.to_owned(), usage, fragmentation: usage.fragmentation() }
+    }
+}
+
 /// Which kernels computed, and whether any was replaced.
 #[derive(Clone, Debug, Serialize)]
 pub struct Execution {
@@ -92,6 +112,12 @@ pub struct Execution {
     /// page cache as far as kernels read them where the file has them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub memory: Vec<DeviceMemory>,
+    /// What the runtimes of GPUs had of their memory in the end.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub device_usage: Vec<DeviceUsage>,
+    /// What later plans will do differently, in sentences, where what was observed calls for it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub next_time: Vec<String>,
     /// Speed, beside what the plan promised, where the machine was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prediction: Option<Outcome>,
@@ -138,6 +164,8 @@ impl Execution {
             placement: None,
             placement_notes: Vec::new(),
             memory: Vec::new(),
+            device_usage: Vec::new(),
+            next_time: Vec::new(),
             prediction: None,
             lm_head: None,
             prepacked: 0,
@@ -315,6 +343,13 @@ impl fmt::Display for Execution {
             line(f, label, memory)?;
             label = "";
         }
+        for DeviceUsage { device, usage, fragmentation } in &self.device_usage {
+            let [used, reserved] = [usage.in_use_bytes, usage.reserved_bytes].map(human_bytes);
+            let free = fragmentation * 100.0;
+            let usage = format_args!("{device}: {reserved} taken, {used} in use ({free:.0} % free in pools)");
+            line(f, label, usage)?;
+            label = "";
+        }
         if let Some(prediction) = self.prediction.filter(|p| p.decode.is_some() || p.prefill.is_some()) {
             line(f, "predicted", prediction)?;
         }
@@ -354,6 +389,11 @@ impl fmt::Display for Execution {
             let kernel = kernel.as_ref().map_or(String::new(), |kernel| format!("{kernel} "));
             let shape = shape.map_or(String::new(), |(m, n, k)| format!(", [{m}, {k}] x [{n}, {k}]ᵀ"));
             line(f, label, format_args!("{kernel}{kind}, {count} x{shape}: {reason}"))?;
+            label = "";
+        }
+        let mut label = "next time";
+        for reason in &self.next_time {
+            line(f, label, reason)?;
             label = "";
         }
         let mut label = "refused";

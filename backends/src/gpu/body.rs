@@ -22,7 +22,7 @@ use super::choice::{self, GpuMatrix};
 use super::launch::{self, Buffers};
 use crate::default;
 use crate::extension::{BitLinearArgs, InputNorm, Kernels, Matrix, TernaryWeight, TernaryWeights};
-use crate::manager::{leave_error, manager};
+use crate::manager::{leave_gpu_error, manager};
 
 type B = CubeBackend;
 
@@ -111,7 +111,7 @@ pub(crate) fn bit_linear(
             .map(|weights| default::bit_linear::<B>(x, norm, weights, &args))
     };
     result.unwrap_or_else(|error| {
-        leave_error(error);
+        leave_gpu_error(error);
         upload(&client, &device, &vec![f32::NAN; m * args.total_n()], m)
     })
 }
@@ -126,7 +126,7 @@ pub(crate) fn bit_linear_backward(
     canonical_weights(manager(), weights.into_vec(), &args)
         .map(|weights| default::bit_linear_backward::<B>(dy, weights, &args))
         .unwrap_or_else(|error| {
-            leave_error(error);
+            leave_gpu_error(error);
             upload(&client, &device, &vec![f32::NAN; m * args.k], m)
         })
 }

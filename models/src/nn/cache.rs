@@ -62,6 +62,8 @@ pub struct KvCache {
     devices: Vec<Device>,
     /// Whether a sequence that is full forgets.
     sliding: bool,
+    /// Whether a sequence has room for the whole capacity from its beginning.
+    preallocated: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -111,7 +113,8 @@ impl KvCache {
                 return Err(CacheError::Type { cache_type, device: devices::name(device) });
             }
         }
-        Ok(Self { slots: Vec::new(), n_kv_heads, head_dim, capacity, cache_type, devices, sliding: false })
+        let (slots, sliding, preallocated) = (Vec::new(), false, false);
+        Ok(Self { slots, n_kv_heads, head_dim, capacity, cache_type, devices, sliding, preallocated })
     }
 
     /// The same as a sliding window: a sequence that is full forgets its oldest positions, an eighth of the capacity at
@@ -120,6 +123,13 @@ impl KvCache {
     /// a prompt's chunk makes room, it makes it for all of its rows: beyond the capacity, results depend on chunks.
     pub fn sliding(mut self) -> Self {
         self.sliding = true;
+        self
+    }
+
+    /// The same with the memory for all positions taken when a sequence begins, so that none grows later. On Flex and on
+    /// GPUs; NdArray's memory is promised then, and given page by page.
+    pub fn preallocated(mut self) -> Self {
+        self.preallocated = true;
         self
     }
 
@@ -149,9 +159,10 @@ impl KvCache {
 
     /// Begins a sequence, with room for `expected` positions before it first grows.
     pub fn add_sequence(&mut self, expected: usize) -> SequenceId {
+        let expected = if self.preallocated { self.capacity } else { expected };
         let room = expected.max(FIRST_ROOM).min(self.capacity.max(1));
         // All layers of a sequence grow together, and end together.
-        let arena = WeightArena::default();
+        let arena = if self.preallocated { WeightArena::committed() } else { WeightArena::default() };
         let empty = |device| self.empty(room, device, &arena);
         let layers = self.devices.iter().map(|device| Some((empty(device), empty(device)))).collect();
         self.insert(Slot { length: 0, forgotten: 0, room, layers })

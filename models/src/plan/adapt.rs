@@ -1,6 +1,10 @@
 //! A plan that meets reality: what a run measured changes the next one.
 
+use std::path::{Path, PathBuf};
+
+use bitnet_burn_core::files;
 use bitnet_burn_core::manager::LOW_MEMORY;
+use serde::{Deserialize, Serialize};
 
 use super::choose;
 use super::machine::{MachineProfile, MemoryProfile};
@@ -18,6 +22,28 @@ pub struct Observed {
     pub decode_tokens_per_s: Option<f64>,
     /// A GPU that ran out of memory with the plan's layers on it.
     pub out_of_memory: Option<String>,
+    /// The layers that it held in the end, where that was found out; half of the plan's otherwise.
+    pub layers_left: Option<usize>,
+}
+
+/// What a run showed about plans for a model on a machine: what later ones are held to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lesson {
+    /// Compute there: [`Wishes::device`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// So many layers on that GPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_layers: Option<usize>,
+    /// So many threads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// So many bytes of main memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
+    /// Why, in sentences.
+    pub reasons: Vec<String>,
 }
 
 /// So much slower than predicted counts.
@@ -26,30 +52,45 @@ const MUCH_SLOWER: f64 = 0.5;
 const BUSY: f64 = 0.25;
 
 impl Plan {
-    /// The plan for what was observed: short memory plans anew with what is left, a GPU that ran out of memory gets
-    /// half of its layers, and a processor that others use gets fewer threads where the speed suffers from it. `None`
-    /// where nothing calls for a change.
+    /// The [best one](Plan::new), held to the [lesson](Lesson) that an earlier run left in the cache directory, if there is
+    /// one that can be kept; with that lesson's reasons, which are among the plan's, too.
     ///
     /// # Errors
     /// As [`Plan::new`].
-    pub fn adapted(
-        &self,
+    pub fn learnt(
+        cache_dir: Option<&Path>,
         model: &Requirements,
         machine: &MachineProfile,
         wishes: &Wishes,
-        observed: &Observed,
-    ) -> Result<Option<Self>, PlanError> {
-        let (mut machine, mut wishes) = (machine.clone(), wishes.clone());
-        let mut reasons = Vec::new();
+    ) -> Result<(Self, Vec<String>), PlanError> {
+        if let Some(lesson) = Lesson::recall(cache_dir, model) {
+            let kept = lesson.kept(wishes, machine);
+            // A damaged one may ask for what can't be.
+            if kept != *wishes
+                && let Ok(mut plan) = Self::new(model, machine, &kept)
+            {
+                let reasons: Vec<String> =
+                    lesson.reasons.iter().map(|reason| format!("an earlier run: {reason}")).collect();
+                plan.reasons.splice(0..0, reasons.iter().cloned());
+                return Ok((plan, reasons));
+            }
+        }
+        Ok((Self::new(model, machine, wishes)?, Vec::new()))
+    }
+
+    /// What was observed that calls for another plan: short memory, a GPU that ran out of it, a processor that others use
+    /// where the speed suffers from that. `None` where nothing does.
+    pub fn lesson(&self, observed: &Observed) -> Option<Lesson> {
+        let mut lesson = Lesson::default();
         if let Some(gpu) = &observed.out_of_memory {
             let before = self.placement.layers_on(gpu);
-            let fewer = fewer_layers(before);
-            if fewer == 0 && before <= 1 {
-                (wishes.device, wishes.gpu_layers) = (Some(CPU.into()), None);
+            let fewer = observed.layers_left.unwrap_or_else(|| fewer_layers(before));
+            if fewer == 0 && (before <= 1 || observed.layers_left.is_some()) {
+                lesson.device = Some(CPU.into());
             } else {
-                (wishes.device, wishes.gpu_layers) = (Some(gpu.clone()), Some(fewer));
+                (lesson.device, lesson.gpu_layers) = (Some(gpu.clone()), Some(fewer));
             }
-            reasons.push(format!("{gpu} ran out of memory with {before} layers: {fewer} now"));
+            lesson.reasons.push(format!("{gpu} ran out of memory with {before} layers: {fewer} now"));
         }
         if let Some(memory) = observed.memory
             && memory.available_bytes < memory.total_bytes / LOW_MEMORY
@@ -58,10 +99,9 @@ impl Plan {
             let own =
                 self.memory.iter().filter(|m| m.device == CPU).map(super::DeviceMemory::total).sum::<u64>();
             let lacking = (memory.total_bytes / LOW_MEMORY).saturating_sub(memory.available_bytes);
-            wishes.memory = Some(own.saturating_sub(lacking));
-            machine.memory = Some(memory);
+            lesson.memory = Some(own.saturating_sub(lacking));
             let (available, total) = (human_bytes(memory.available_bytes), human_bytes(memory.total_bytes));
-            reasons.push(format!("memory is short: {available} of {total} are left"));
+            lesson.reasons.push(format!("memory is short: {available} of {total} are left"));
         }
         let slow = match (&self.prediction, observed.decode_tokens_per_s) {
             (Some(prediction), Some(measured)) => measured < prediction.decode_tokens_per_s * MUCH_SLOWER,
@@ -72,22 +112,108 @@ impl Plan {
         {
             let idle = (self.settings.threads as f64 * (1.0 - busy.min(1.0))).floor().max(1.0) as usize;
             if idle < self.settings.threads {
-                wishes.threads = Some(idle);
-                reasons.push(format!(
+                lesson.threads = Some(idle);
+                lesson.reasons.push(format!(
                     "other programs use {:.0} % of the processor, and decode is less than half as fast as predicted: \
                      {idle} threads",
                     busy * 100.0
                 ));
             }
         }
-        if reasons.is_empty() {
-            return Ok(None);
+        (!lesson.reasons.is_empty()).then_some(lesson)
+    }
+
+    /// The plan for what was observed ([`lesson`](Self::lesson)): short memory plans anew with what is left, a GPU that ran
+    /// out of memory gets fewer layers, and a processor that others use gets fewer threads. `None` where nothing calls for
+    /// a change.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn adapted(
+        &self,
+        model: &Requirements,
+        machine: &MachineProfile,
+        wishes: &Wishes,
+        observed: &Observed,
+    ) -> Result<Option<Self>, PlanError> {
+        let Some(lesson) = self.lesson(observed) else { return Ok(None) };
+        let (mut machine, mut wishes) = (machine.clone(), wishes.clone());
+        if lesson.device.is_some() {
+            (wishes.device, wishes.gpu_layers) = (lesson.device.clone(), lesson.gpu_layers);
         }
+        if lesson.memory.is_some() {
+            (wishes.memory, machine.memory) = (lesson.memory, observed.memory);
+        }
+        wishes.threads = lesson.threads.or(wishes.threads);
         let mut plan = choose::choose(model, &machine, &wishes)?;
-        plan.reasons.splice(0..0, reasons);
+        plan.reasons.splice(0..0, lesson.reasons);
         Ok(Some(plan))
     }
 }
+
+impl Lesson {
+    /// Wishes that keep to it, where they say nothing else; a device that is not there any more is not asked for.
+    pub fn kept(&self, wishes: &Wishes, machine: &MachineProfile) -> Wishes {
+        let mut wishes = wishes.clone();
+        let there = |device: &String| device == CPU || machine.gpu(Some(device)).is_some();
+        if wishes.device.is_none()
+            && wishes.gpu_layers.is_none()
+            && let Some(device) = self.device.clone().filter(there)
+        {
+            (wishes.device, wishes.gpu_layers) = (Some(device), self.gpu_layers);
+        }
+        wishes.threads = wishes.threads.or(self.threads);
+        // There may be less by now.
+        let free = machine.memory.map(|m| m.available_bytes.saturating_sub(machine.memory_reserve()));
+        wishes.memory = wishes.memory.or(self.memory.map(|memory| memory.min(free.unwrap_or(memory))));
+        wishes
+    }
+
+    /// What was learnt about a model on this machine; what is wrong with the file costs the lesson, and nothing else.
+    pub fn recall(cache_dir: Option<&Path>, model: &Requirements) -> Option<Self> {
+        let path = Self::path(cache_dir, model)?;
+        let lesson = serde_json::from_str(&super::machine::read_text(&path).ok()?);
+        lesson
+            .inspect_err(|error| {
+                tracing::warn!(path = %path.display(), %error, "ignoring what was learnt from a run");
+            })
+            .ok()
+    }
+
+    /// Keeps it for later plans, of this model on this machine.
+    ///
+    /// # Errors
+    /// If the file can't be written.
+    pub fn keep(&self, cache_dir: Option<&Path>, model: &Requirements) -> std::io::Result<()> {
+        let Some(path) = Self::path(cache_dir, model) else { return Ok(()) };
+        std::fs::create_dir_all(files::directory(&path))?;
+        files::replace_private(&path, |out| {
+            serde_json::to_writer_pretty(&mut *out, self)?;
+            out.write_all(b"\n")
+        })
+    }
+
+    /// Forgets what was learnt on this machine about any model.
+    pub(super) fn forget_all(cache_dir: Option<&Path>) {
+        let start = format!("{PREFIX}{}-", super::machine::key());
+        for entry in cache_dir.into_iter().flat_map(std::fs::read_dir).flatten().flatten() {
+            if entry.file_name().to_str().is_some_and(|name| name.starts_with(&start)) {
+                // It may be another process's, or read-only: then it is learnt again, or kept.
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+    }
+
+    /// One file for a machine and a model, by what plans know of them.
+    fn path(cache_dir: Option<&Path>, model: &Requirements) -> Option<PathBuf> {
+        let model = serde_json::to_vec(model).ok()?;
+        let model = &files::sha256(&model)[..16];
+        Some(cache_dir?.join(format!("{PREFIX}{}-{model}.json", super::machine::key())))
+    }
+}
+
+/// In the file's name, so that another version's is not read.
+const PREFIX: &str = "lesson-v1-";
 
 /// Layers for a device that had no room for so many.
 pub(crate) fn fewer_layers(before: usize) -> usize {

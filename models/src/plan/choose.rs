@@ -236,7 +236,7 @@ pub(super) fn choose(
         kind: best.placement.kind(),
         settings: best.settings,
         gpu_memory_fraction: fraction,
-        sequences: sequences(&best).filter(|_| fits),
+        sequences: room_for(&best.memory).filter(|_| fits),
         tier: Tier::of(decode),
         placement: best.placement,
         memory: best.memory,
@@ -463,13 +463,24 @@ fn why_settings(room: &Room<'_>, best: &Candidate, blind: bool) -> Vec<String> {
     reasons
 }
 
-/// Sequences that fit beside each other.
-fn sequences(best: &Candidate) -> Option<u64> {
-    let more = |memory: &DeviceMemory| {
-        let left = memory.budget?.checked_sub(memory.total())?;
+/// Sequences that fit beside each other; `None` where a budget is not known.
+fn room_for(memory: &[DeviceMemory]) -> Option<u64> {
+    let of = |memory: &DeviceMemory| {
+        let Some(left) = memory.budget?.checked_sub(memory.total()) else { return Some(0) };
         Some(left.checked_div(memory.kv_cache).map_or(u64::MAX, |more| more.saturating_add(1)))
     };
-    best.memory.iter().map(more).collect::<Option<Vec<_>>>()?.into_iter().min()
+    memory.iter().map(of).collect::<Option<Vec<_>>>()?.into_iter().min()
+}
+
+/// Sequences of the settings' context for which a placement has room; `None` where memory is not known.
+pub(super) fn sequences(
+    model: &Requirements,
+    machine: &MachineProfile,
+    placement: &Placement,
+    settings: &Settings,
+) -> Option<u64> {
+    let room = Room { model, machine, wishes: &Wishes::default(), fraction: GPU_FRACTION };
+    room_for(&room.memory(placement, settings))
 }
 
 /// The best of each other kind, and why it was not taken.

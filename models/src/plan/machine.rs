@@ -10,7 +10,7 @@ use bitnet_burn_core::manager::LOW_MEMORY;
 use bitnet_burn_core::pool::Pool;
 use serde::{Deserialize, Serialize};
 
-use super::CPU;
+use super::{CPU, Lesson};
 use crate::bench::{ReadStream, Roof};
 use crate::nn::CacheType;
 
@@ -204,7 +204,10 @@ impl MachineProfile {
             problems.push("the system does not tell how much memory there is".to_owned());
         }
         let mut known = match measure {
-            Measure::Afresh => Known::default(),
+            Measure::Afresh => {
+                Lesson::forget_all(cache_dir);
+                Known::default()
+            }
             Measure::Missing | Measure::Nothing => Known::read(cache_dir).unwrap_or_default(),
         };
         let cores = physical_cores.unwrap_or(1);
@@ -395,9 +398,8 @@ struct Known {
 const VERSION: u32 = 1;
 
 impl Known {
-    /// One file for what measurements depend on: processor, its features, runtimes, and which drivers of GPUs are
-    /// asked for.
-    fn path(cache_dir: Option<&Path>) -> Option<PathBuf> {
+    /// What measurements depend on: processor, its features, runtimes, and which drivers of GPUs are asked for.
+    fn key() -> String {
         let drivers =
             ["VK_ICD_FILENAMES", "VK_DRIVER_FILES", "CUDA_VISIBLE_DEVICES", "CUBECL_WGPU_DEFAULT_DEVICE"]
                 .map(|variable| std::env::var(variable).unwrap_or_default());
@@ -410,8 +412,11 @@ impl Known {
             cards.to_string(),
             cpu::physical_cores().to_string(),
         ];
-        let hash = &files::sha256(parts.join("\n").as_ref())[..16];
-        Some(cache_dir?.join(format!("machine-v{VERSION}-{hash}.json")))
+        files::sha256(parts.join("\n").as_ref())[..16].to_owned()
+    }
+
+    fn path(cache_dir: Option<&Path>) -> Option<PathBuf> {
+        Some(cache_dir?.join(format!("machine-v{VERSION}-{}.json", Self::key())))
     }
 
     /// What is wrong with the file costs a new measurement, and nothing else.
@@ -449,7 +454,12 @@ impl Known {
     }
 }
 
-fn read_text(path: &Path) -> std::io::Result<String> {
+/// What files about this machine are named by.
+pub(super) fn key() -> String {
+    Known::key()
+}
+
+pub(super) fn read_text(path: &Path) -> std::io::Result<String> {
     let mut text = String::new();
     std::fs::File::open(path)?.take(MAX_BYTES + 1).read_to_string(&mut text)?;
     if text.len() as u64 > MAX_BYTES {

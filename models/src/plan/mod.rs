@@ -25,6 +25,7 @@ mod adapt;
 mod choose;
 mod execute;
 mod machine;
+mod others;
 mod placement;
 mod predict;
 mod requirements;
@@ -34,12 +35,13 @@ mod words;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::adapt::Observed;
+pub use self::adapt::{Lesson, Observed};
 pub use self::choose::COMMON_CONTEXT;
 pub use self::execute::Placed;
 pub use self::machine::{
     CpuProfile, CpuRate, GpuProfile, MachineProfile, Measure, MemoryProfile, ProfileError,
 };
+pub use self::others::ProcessorTime;
 pub use self::placement::{Kind, Placement, Stage};
 pub use self::predict::{Basis, Comparison, Outcome, Prediction};
 pub use self::requirements::{Dense, Load, Place, Requirements};
@@ -257,6 +259,19 @@ pub struct Plan {
     /// Other ways.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub alternatives: Vec<Alternative>,
+}
+
+impl Placement {
+    /// Sequences of the settings' context that its devices have memory for beside each other; `None` where nobody knows
+    /// how much there is.
+    pub fn sequences(
+        &self,
+        model: &Requirements,
+        machine: &MachineProfile,
+        settings: &Settings,
+    ) -> Option<u64> {
+        choose::sequences(model, machine, self, settings)
+    }
 }
 
 impl Plan {

@@ -387,6 +387,64 @@ fn what_is_observed_changes_the_plan() {
         last = adapt(&last, &gpu, out("wgpu:0")).unwrap();
     }
     assert_eq!(last.kind, Kind::CpuOnly);
+    // How many it held in the end is known better than that.
+    let left = |layers| Observed { layers_left: Some(layers), ..out("wgpu:0") };
+    assert_eq!(adapt(&start, &gpu, left(7)).unwrap().placement.layers_on("wgpu:0"), 7);
+    assert_eq!(adapt(&start, &gpu, left(0)).unwrap().kind, Kind::CpuOnly);
+}
+
+#[test]
+fn what_a_run_showed_holds_for_its_model_until_flags_say_otherwise() {
+    let (model, other, gpu) = (needs(&bitnet_2b()), needs(&seven_b()), machine("gpu-8gb"));
+    let place = tempfile::tempdir().unwrap();
+    let dir = Some(place.path());
+    let learnt = |model: &Requirements, wishes: &Wishes| Plan::learnt(dir, model, &gpu, wishes).unwrap();
+    let free = Wishes::default();
+    assert_eq!(learnt(&model, &free), (plan(&model, &gpu), Vec::new()));
+    let observed =
+        Observed { out_of_memory: Some("wgpu:0".into()), layers_left: Some(7), ..Observed::default() };
+    let lesson = plan(&model, &gpu).lesson(&observed).unwrap();
+    lesson.keep(dir, &model).unwrap();
+    let (next, reasons) = learnt(&model, &free);
+    assert_eq!(next.placement.layers_on("wgpu:0"), 7, "{next}");
+    assert_eq!(reasons, ["an earlier run: wgpu:0 ran out of memory with 30 layers: 7 now"]);
+    because(&next, &reasons[0]);
+    // Flags win, another model is not concerned, and a card that is gone is not asked for.
+    let asked = Wishes { gpu_layers: Some(12), ..Wishes::default() };
+    assert_eq!(learnt(&model, &asked).0.placement.layers_on("wgpu:0"), 12);
+    assert_eq!(learnt(&other, &free), (plan(&other, &gpu), Vec::new()));
+    let desktop = machine("desktop-16-cores");
+    assert_eq!(Plan::learnt(dir, &model, &desktop, &free).unwrap().0, plan(&model, &desktop));
+    // Memory is what was left then, or less.
+    let lesson = Lesson { memory: Some(3 << 30), reasons: vec!["short".into()], ..Lesson::default() };
+    assert_eq!(lesson.kept(&free, &desktop).memory, Some(3 << 30));
+    let lesson = Lesson { memory: Some(u64::MAX), ..lesson };
+    assert!(lesson.kept(&free, &desktop).memory.unwrap() < desktop.memory.unwrap().available_bytes);
+    // What is damaged, or asks for what can't be, is no lesson; measuring afresh forgets.
+    Lesson { threads: Some(0), ..Lesson::default() }.keep(dir, &model).unwrap();
+    assert_eq!(learnt(&model, &free).0, plan(&model, &gpu));
+    Lesson { threads: Some(1), ..Lesson::default() }.keep(dir, &model).unwrap();
+    assert_eq!(learnt(&model, &free).0.settings.threads, 1);
+    let file = std::fs::read_dir(place.path()).unwrap().next().unwrap().unwrap().path();
+    std::fs::write(&file, "{\"threads\": 1, \"reasons\": [").unwrap();
+    assert_eq!(learnt(&model, &free).0, plan(&model, &gpu));
+    Lesson::forget_all(dir);
+    assert!(!file.exists());
+}
+
+#[test]
+fn sequences_have_room_as_long_as_memory_is_known() {
+    let (model, desktop) = (needs(&bitnet_2b()), machine("desktop-16-cores"));
+    let settings = plan(&model, &desktop).settings;
+    let place = Placement::cpu_only(model.layers);
+    let room = place.sequences(&model, &desktop, &settings).unwrap();
+    assert_eq!(Some(room), plan(&model, &desktop).sequences);
+    let short = Settings { context: settings.context / 2, ..settings };
+    assert!(place.sequences(&model, &desktop, &short).unwrap() > room);
+    let memory = desktop.memory.map(|m| MemoryProfile { available_bytes: m.total_bytes / 16 + 1, ..m });
+    let full = MachineProfile { memory, ..desktop.clone() };
+    assert_eq!(place.sequences(&model, &full, &settings), Some(0));
+    assert_eq!(place.sequences(&model, &MachineProfile { memory: None, ..desktop }, &settings), None);
 }
 
 #[test]

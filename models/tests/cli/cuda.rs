@@ -36,6 +36,26 @@ fn without_a_driver_the_cpu_computes_and_it_is_said() {
         assert!(error.contains(missing), "{device}: {error}");
         assert!(!error.contains("panicked") && !error.contains("backtrace"), "{device}: {error}");
     }
+    // The other runtimes of this build have no devices either.
+    for device in ["rocm", "rocm:0", "metal"] {
+        let error = place.error(&run(&["--device", device]));
+        let kind = device.split(':').next().unwrap();
+        let expected = match bitnet_burn::backends::devices::runtimes().contains(&kind) {
+            true => format!("there is no device {device}; there are 0 of its kind"),
+            false => "is not compiled in".to_owned(),
+        };
+        assert!(error.contains(&expected), "{device}: {error}");
+    }
+    // With a driver, which an empty library passes for, its compiler is what is missing next.
+    let made = Command::new("cc")
+        .args(["-shared", "-x", "c", "/dev/null", "-o"])
+        .arg(place.path("libcuda.so"))
+        .status();
+    assert!(made.expect("a C compiler").success());
+    let mut driven = place.command(&run(&["--device", "cuda"]));
+    let error = super::error(driven.env("LD_LIBRARY_PATH", place.path("")));
+    assert!(error.contains("NVRTC") && error.contains("is not there"), "{error}");
+
     let machine: Value = serde_json::from_str(&place.ok(&["plan", "--print-machine"])).unwrap();
     assert_eq!(machine["problems"], serde_json::json!([format!("cuda: {missing}")]), "{machine}");
     // Known from then on, and said again.

@@ -127,3 +127,61 @@ fn a_run_follows_a_plan_and_says_what_was_predicted() {
         assert!(refused(&["--device", "wgpu:0=1,flex"]).contains("--features wgpu"));
     }
 }
+
+#[test]
+fn what_a_run_showed_is_kept_for_the_next_plan() {
+    let place = Place::new();
+    let call = ["run", "-m", "model.gguf", "--tokens-file", "ids.txt", "--greedy", "-n", "4", "--json"];
+    let auto = |more: &[&str]| place.json(&[&call[..], &["--device", "auto"], more].concat());
+    let before = auto(&[]);
+    assert!(before["placement_notes"].is_null(), "{before}");
+    // As a run would have left it whose GPU had no room.
+    let checkpoint = bitnet_burn::checkpoint::Checkpoint::open(
+        &place.path("model.gguf"),
+        &bitnet_burn::checkpoint::OpenOptions::default(),
+    )
+    .unwrap();
+    let model = bitnet_burn::plan::Requirements::of(&checkpoint, Default::default()).unwrap();
+    let reasons = vec!["gpu:0 ran out of memory with 2 layers: 0 now".to_owned()];
+    let lesson = bitnet_burn::plan::Lesson {
+        device: Some("cpu".into()),
+        threads: Some(1),
+        reasons,
+        ..Default::default()
+    };
+    lesson.keep(Some(&place.path("cache")), &model).unwrap();
+    let after = auto(&[]);
+    assert_eq!((&after["threads"], &after["device"]), (&1.into(), &"flex".into()));
+    assert_eq!(after["token_ids"], before["token_ids"]);
+    let note = "an earlier run: gpu:0 ran out of memory with 2 layers: 0 now";
+    assert_eq!(after["placement_notes"], serde_json::json!([note]));
+    assert!(place.ok(&["plan", "-m", "model.gguf"]).contains(note));
+    assert_eq!(auto(&["--threads", "2"])["threads"], 2);
+    // Another model has its own lessons.
+    std::fs::remove_file(place.path("model.gguf")).unwrap();
+    place.ok(&["synth", "--shape", "tiny", "--layers", "3", "--out", "model.gguf"]);
+    assert!(auto(&[])["placement_notes"].is_null());
+}
+
+#[test]
+fn memory_is_taken_at_once_and_sequences_without_room_are_refused() {
+    let place = Place::new();
+    let call = ["run", "-m", "model.gguf", "--tokens-file", "ids.txt", "--greedy", "-n", "4", "--json"];
+    let grown = place.json(&call);
+    let whole = place.json(&[&call[..], &["--preallocate"]].concat());
+    assert_eq!(whole["token_ids"], grown["token_ids"]);
+    // 2 layers of 2 kv heads of 64, keys and values in f32, for all 512 positions, or as few as there is room for.
+    let bytes = |positions: u64| 2 * 2 * 64 * 2 * 4 * positions;
+    assert_eq!(
+        (&whole["kv_cache_bytes"], &grown["kv_cache_bytes"]),
+        (&bytes(512).into(), &bytes(128).into())
+    );
+    let bench = ["bench", "-m", "model.gguf", "-p", "8", "-n", "2", "-r", "1", "--threads", "1"];
+    let whole = place.json(&[&bench[..], &["--preallocate", "--json"]].concat());
+    assert_eq!(whole["kv_cache_bytes"], bytes(512));
+    let error = place.error(&[&bench[..], &["--batches", "2,1000000000"]].concat());
+    assert!(
+        error.contains("--batches 1000000000") && error.contains("of 10 positions beside the model"),
+        "{error}"
+    );
+}

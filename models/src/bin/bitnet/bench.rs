@@ -43,6 +43,10 @@ pub struct BenchArgs {
     /// Measure decode of so many sequences at once, too, once each, all behind a prompt of their own
     #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = positive)]
     batches: Vec<usize>,
+    /// Take the memory of every sequence's KV cache for the whole --context at once, so that nothing grows while it is
+    /// measured
+    #[arg(long)]
+    preallocate: bool,
     /// Measure the GPU that --device names, too: how fast it reads, every kernel on every matrix of a layer (compared
     /// with the CPU's results before it is timed), a layer's operations, quantising and packing. Batches are 1 to 64 where
     /// nothing else is said, and without --model the model is one of random weights in the shape of BitNet b1.58 2B-4T
@@ -145,14 +149,26 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
         chunk: engine.settings.rows,
         context: engine.settings.context,
         kv_cache: engine.settings.kv_cache,
+        preallocate: args.preallocate,
         seed: args.seed,
     };
+    if args.preallocate || !options.batches.is_empty() {
+        let most = options.batches.iter().copied().max().unwrap_or(1);
+        let whole = if args.preallocate { options.context } else { prompt.saturating_add(generate) };
+        let positions = whole.clamp(1, options.context);
+        engine.check_room(most, positions).with_context(|| match options.batches.is_empty() {
+            true => "--preallocate".to_owned(),
+            false => format!("--batches {most}"),
+        })?;
+    }
     let bar = output::bar(0, "measuring [{bar:30}] {pos}/{len}");
     let result = bench::run(&engine.model, &options, &mut |done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
+    // What the model did, not the suite.
+    let mut execution = engine.execution();
     let suite = gpu.map(|gpu| {
         let options = if args.quick { DeviceBenchOptions::quick() } else { DeviceBenchOptions::default() };
         let bar = output::bar(0, "measuring the GPU [{bar:30}] {pos}/{len}");
@@ -167,13 +183,13 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     });
     let suite = suite.transpose()?;
     drop(random);
-    let mut execution = engine.execution();
     execution.memory = engine.memory(result.kv_cache_bytes, options.chunk.min(prompt.max(1)));
     let median = |spread: Option<Spread>| spread.map(|spread| spread.median);
     let at = prompt + generate / 2;
     let (rate, prompt_rate) = (median(result.decode_tokens_per_s), median(result.prefill_tokens_per_s));
     execution.prediction = engine.outcome(at, rate, prompt_rate);
     engine.remember(&execution, at, rate, prompt_rate);
+    engine.learn(&mut execution, rate);
     let decodes = result.decode_by_context.iter().map(|at| at.decode_tokens_per_s);
     let decode = decodes.chain(result.decode_tokens_per_s.map(|spread| spread.max)).reduce(f64::max);
     engine.check_figures(&execution, result.prefill_tokens_per_s.map(|spread| spread.max), decode)?;

@@ -11,12 +11,12 @@ use bitnet_burn::core::ManagerConfig;
 use bitnet_burn::core::manager::{KernelManager, ManagerReport};
 use bitnet_burn::nn::CacheType;
 use bitnet_burn::plan::{
-    self, COMMON_CONTEXT, CPU, Comparison, DeviceMemory, Kind, MachineProfile, Measure, Outcome, Placed,
-    Placement, Plan, Prediction, Requirements, Settings,
+    self, COMMON_CONTEXT, CPU, Comparison, DeviceMemory, Kind, MachineProfile, Measure, MemoryProfile,
+    Observed, Outcome, Placed, Placement, Plan, Prediction, ProcessorTime, Requirements, Settings,
 };
 use bitnet_burn::plausible;
 use bitnet_burn::receipt::{GenerationRecord, Receipt};
-use bitnet_burn::report::{Execution, ModelSummary};
+use bitnet_burn::report::{DeviceUsage, Execution, ModelSummary, count, human_bytes};
 use bitnet_burn::tokenizer::Tokenizer;
 use burn::tensor::Device;
 use clap::ValueEnum as _;
@@ -81,6 +81,12 @@ pub struct Engine {
     notes: Vec<String>,
     requirements: Requirements,
     machine: MachineProfile,
+    /// Main memory before the model was loaded.
+    memory_before: Option<MemoryProfile>,
+    /// What `--device auto` followed.
+    plan: Option<Plan>,
+    /// Since the model was loaded.
+    since: Option<ProcessorTime>,
     cache_dir: Option<PathBuf>,
     prediction: Option<Prediction>,
     tuning: Option<Duration>,
@@ -117,6 +123,7 @@ impl EngineArgs {
         let requirements = Requirements::of(&checkpoint, self.lm_head.into())?;
         let (mut config, _) = config()?;
         let cache_dir = config.cache_dir.clone();
+        let memory_before = MachineProfile::detect(cache_dir.as_deref(), Measure::Nothing, None).memory;
         let fixed = self.context.or(wishes.measured_context).map(|_| context);
         let Place { host, placement, plan, mut notes } =
             self.place(&requirements, &mut config, wishes, fixed)?;
@@ -194,6 +201,9 @@ impl EngineArgs {
             prediction: Prediction::of(&requirements, &machine, &placement, &settings),
             requirements,
             machine,
+            memory_before,
+            plan,
+            since: ProcessorTime::now(),
             cache_dir,
             settings,
             placement,
@@ -285,8 +295,7 @@ impl EngineArgs {
             rows: wishes.max_rows,
             ..plan::Wishes::default()
         };
-        let mut plan = Plan::new(requirements, &machine, &wanted)?;
-        let mut notes = Vec::new();
+        let (mut plan, mut notes) = Plan::learnt(cache_dir.as_deref(), requirements, &machine, &wanted)?;
         // What was found once may be gone.
         let gone = plan.placement.devices().find_map(|device| open(device, host).err());
         if let Some(problem) = gone {
@@ -328,7 +337,59 @@ impl Engine {
         execution.refused_plugins.clone_from(&self.kernels.refused);
         execution.placement = (self.placement.devices().count() > 1).then(|| self.placement.clone());
         execution.placement_notes.clone_from(&self.notes);
+        execution.device_usage = self.device_usage();
         execution
+    }
+
+    /// What the GPUs' runtimes have of their memory.
+    fn device_usage(&self) -> Vec<DeviceUsage> {
+        let layers = self.model.layer_devices();
+        let device = |name: &str| match self.placement.stages.iter().find(|stage| stage.device == name) {
+            Some(stage) => layers.get(stage.layers.start).cloned(),
+            None => Some(self.model.device()),
+        };
+        let usage = |name: &str| Some(DeviceUsage::new(name, devices::usage(&device(name)?)?));
+        self.placement.devices().filter_map(usage).collect()
+    }
+
+    /// That there is memory for so many sequences of so many positions beside the model, as far as that is known.
+    pub fn check_room(&self, sequences: usize, positions: usize) -> anyhow::Result<()> {
+        let machine = MachineProfile { memory: self.memory_before, ..self.machine.clone() };
+        let rows = self.settings.rows.max(sequences);
+        let settings = Settings { context: positions, rows, ..self.settings };
+        let one = self.requirements.kv_bytes(settings.kv_cache, positions, self.requirements.layers);
+        match self.placement.sequences(&self.requirements, &machine, &settings) {
+            Some(room) if (sequences as u64) > room => bail!(
+                "there is memory for {} of {positions} positions beside the model, of {} each, and {sequences} were asked \
+                 for: `--kv-cache f16` or `int8` takes less, and so do fewer positions",
+                count(room, "sequence"),
+                human_bytes(one)
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// What this run, which followed a plan, showed about it: told in the report, and kept for the next one.
+    pub fn learn(&self, execution: &mut Execution, decode: Option<f64>) {
+        let Some(plan) = &self.plan else { return };
+        let gpu = plan.placement.devices().find(|&device| {
+            device != CPU && self.placement.layers_on(device) < plan.placement.layers_on(device)
+        });
+        // Small models are far from what is predicted, and so are programs without optimisation.
+        let bytes = self.requirements.layer_bytes(self.requirements.layers) + self.requirements.head_read;
+        let predictable = !cfg!(debug_assertions) && bytes >= plausible::SMALLEST;
+        let observed = Observed {
+            memory: MachineProfile::detect(self.cache_dir.as_deref(), Measure::Nothing, None).memory,
+            others_use: self.since.and_then(|since| ProcessorTime::now()?.others_since(&since)),
+            decode_tokens_per_s: decode.filter(|_| predictable),
+            out_of_memory: gpu.map(str::to_owned),
+            layers_left: gpu.map(|gpu| self.placement.layers_on(gpu)),
+        };
+        let Some(lesson) = plan.lesson(&observed) else { return };
+        if let Err(error) = lesson.keep(self.cache_dir.as_deref(), &self.requirements) {
+            output::warning(format_args!("what this run showed can't be kept for later plans: {error}"));
+        }
+        execution.next_time = lesson.reasons;
     }
 
     /// What was measured, beside what was predicted for it, where this machine is known: decode behind `at` positions on

@@ -189,7 +189,9 @@ pub fn run(args: PlanArgs) -> anyhow::Result<ExitCode> {
         kv_cache: args.kv_cache.map(Into::into),
         rows: args.chunk,
     };
-    let plan = Plan::new(&requirements, &machine, &wishes)?;
+    // As `--device auto` does; what was learnt here says nothing about another machine.
+    let cache_dir = engine::config()?.0.cache_dir.filter(|_| args.machine.is_none());
+    let (plan, _) = Plan::learnt(cache_dir.as_deref(), &requirements, &machine, &wishes)?;
     if args.json {
         let model = &ModelSummary::of(&checkpoint);
         output::print_json(&Output { model, requirements: &requirements, plan: &plan, machine: &machine })?;

@@ -30,6 +30,9 @@ use crate::output;
 pub struct RunArgs {
     #[command(flatten)]
     engine: EngineArgs,
+    /// Take the memory of the KV cache for the whole --context at the start, so that nothing grows later
+    #[arg(long, help_heading = "Model")]
+    preallocate: bool,
     /// When the context is full, forget its oldest eighth and go on, instead of ending
     #[arg(long, help_heading = "Model")]
     sliding_window: bool,
@@ -186,6 +189,10 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         stop_strings: args.stop.clone(),
     };
     let mut cache = engine.model.cache(context, engine.settings.kv_cache)?;
+    if args.preallocate {
+        engine.check_room(1, context).context("--preallocate")?;
+        cache = cache.preallocated();
+    }
     if args.sliding_window {
         cache = cache.sliding();
     }
@@ -237,6 +244,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let at = (prompt.len() + generation.tokens.len() / 2).min(context);
     report.execution.prediction =
         engine.outcome(at, report.decode_tokens_per_s, Some(report.prefill_tokens_per_s));
+    engine.learn(&mut report.execution, report.decode_tokens_per_s);
     engine.check_figures(&report.execution, Some(report.prefill_tokens_per_s), report.decode_tokens_per_s)?;
     if let Some(path) = &args.report {
         output::write_file(path, |out| {
