@@ -11,7 +11,9 @@
 #![cfg_attr(feature = "ndarray", allow(deprecated))]
 
 #[cfg(all(feature = "fusion", feature = "remote"))]
-compile_error!("the features fusion and remote exclude each other: with fusion, Burn's tensors on workers are others");
+compile_error!(
+    "the features fusion and remote exclude each other: with fusion, Burn's tensors on workers are others"
+);
 
 // Packed codes and raw weights are files' little-endian bytes, seen as u32 words.
 const _: () = assert!(cfg!(target_endian = "little"), "bitnet-burn needs a little-endian machine");
