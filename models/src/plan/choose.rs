@@ -83,12 +83,7 @@ impl Room<'_> {
 
     /// Whether a GPU has room for so many layers, and for embedding and output or not.
     fn holds(&self, gpu: &GpuProfile, layers: usize, dense: bool, settings: &Settings) -> bool {
-        let largest = if dense {
-            // Decoded to f32 for the logits.
-            self.model.embedding.max(self.model.output).max(self.model.head_values.saturating_mul(4))
-        } else {
-            0
-        };
+        let largest = if dense { self.model.embedding.max(self.model.output) } else { 0 };
         let budget = self.budget(&gpu.device);
         let memory = DeviceMemory { budget, ..self.model.memory_of(&gpu.device, layers, dense, settings) };
         memory.fits() && gpu.max_allocation_bytes.is_none_or(|limit| largest <= limit)

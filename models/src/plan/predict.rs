@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::machine::MachineProfile;
 use super::placement::Placement;
-use super::requirements::{Place, Requirements};
+use super::requirements::Requirements;
 use super::{CPU, Settings};
 
 /// What a plan promises.
@@ -103,12 +103,7 @@ fn seconds(
         all.prefill = all.prefill.zip(multiply).map(|(sum, multiply)| sum + multiply.max(read));
     }
     let rate = rate(machine, &placement.dense, settings.threads)?;
-    let head = match Place::of(&placement.dense, settings.threads) {
-        Place::Host(_) => model.head_read as f64,
-        // Decoded to f32, written, and read again.
-        Place::Gpu => model.head_read as f64 + model.head_values as f64 * 8.0,
-    };
-    all.decode += head / (rate.read * 1e9);
+    all.decode += model.head_read as f64 / (rate.read * 1e9);
     (all.decode > 0.0).then_some(all)
 }
 

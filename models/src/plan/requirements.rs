@@ -30,8 +30,6 @@ pub struct Requirements {
     pub output: u64,
     /// What a token reads of the output projection.
     pub head_read: u64,
-    /// Values of the output projection.
-    pub head_values: u64,
     /// The last norm.
     pub last_norm: u64,
     /// Width of the residual stream.
@@ -45,7 +43,7 @@ pub struct Requirements {
     /// The widest input of a matmul.
     widest: u64,
     heads: u64,
-    kv_values: u64,
+    query_values: u64,
 }
 
 /// Where something is computed, as far as memory goes.
@@ -53,7 +51,7 @@ pub struct Requirements {
 pub enum Place {
     /// In host memory, by kernels that need little beside their operands; with so many threads.
     Host(usize),
-    /// On a GPU, where what is not a ternary matmul runs in Burn's operations, which keep what they compute.
+    /// On a GPU, by kernels that keep little else, too.
     Gpu,
 }
 
@@ -123,7 +121,6 @@ impl Requirements {
             embedding: dense.embedding,
             output: dense.output,
             head_read: dense.head_read,
-            head_values: (config.vocab_size as u64).saturating_mul(hidden),
             last_norm: hidden * 4,
             hidden,
             vocabulary: config.vocab_size as u64,
@@ -132,7 +129,7 @@ impl Requirements {
             row_values: 2 * hidden + attention.max(feed_forward),
             widest: hidden.max(inter).max(q),
             heads: config.n_heads as u64,
-            kv_values: kv,
+            query_values: q,
         }
     }
 
@@ -175,7 +172,7 @@ impl Requirements {
             weights: of_layers.saturating_add(of_dense),
             kv_cache: self.kv_bytes(kv_cache, context, layers),
             activations: self.activations(rows, dense),
-            workspace: self.workspace(Place::of(device, threads), Load { rows, context }, dense),
+            workspace: self.workspace(Place::of(device, threads), Load { rows, context }),
             budget: None,
         }
     }
@@ -187,9 +184,10 @@ impl Requirements {
     }
 
     /// What operations need beside their operands: int8 activations; scores of attention, of which a host's kernels keep
-    /// a tile a thread, and Burn's operations all (scores, mask, their sum and its exponential, and keys and values
-    /// as f32); on a GPU the weights of the output projection decoded to f32, twice over.
-    pub fn workspace(&self, place: Place, load: Load, with_output: bool) -> u64 {
+    /// a tile a thread; on a GPU turned queries and context, and for up to 16 rows what every 64 positions leave for the
+    /// context until they are joined. (The logits of more than 32 rows at once, which `perplexity` computes, decode the
+    /// output projection to f32 on a GPU.)
+    pub fn workspace(&self, place: Place, load: Load) -> u64 {
         let [rows, context] = [load.rows as u64, load.context as u64];
         let quantised = self.widest.saturating_mul(rows);
         match place {
@@ -198,10 +196,10 @@ impl Requirements {
                 quantised.saturating_add(scores.saturating_mul(threads as u64))
             }
             Place::Gpu => {
-                let scores = self.heads.saturating_mul(rows).saturating_mul(context).saturating_mul(4 * 4);
-                let history = self.kv_values.saturating_mul(context).saturating_mul(2 * 4);
-                let decoded = if with_output { self.head_values.saturating_mul(2 * 4) } else { 0 };
-                quantised.saturating_add(scores).saturating_add(history).saturating_add(decoded)
+                let chunks = context.div_ceil(64).saturating_mul(rows.min(16));
+                let parts = (self.query_values + 2 * self.heads).saturating_mul(chunks).saturating_mul(4);
+                let queries = self.query_values.saturating_mul(rows).saturating_mul(2 * 4);
+                quantised.saturating_add(parts).saturating_add(queries)
             }
         }
     }
@@ -261,8 +259,8 @@ mod tests {
         let needs =
             Requirements::with(&config, Dense { embedding: u64::MAX, output: u64::MAX, head_read: u64::MAX });
         assert_eq!(needs.dense_bytes(), u64::MAX);
-        needs.workspace(Place::Gpu, Load { rows: usize::MAX, context: usize::MAX }, true);
-        needs.workspace(Place::Host(usize::MAX), Load { rows: usize::MAX, context: usize::MAX }, true);
+        needs.workspace(Place::Gpu, Load { rows: usize::MAX, context: usize::MAX });
+        needs.workspace(Place::Host(usize::MAX), Load { rows: usize::MAX, context: usize::MAX });
         needs.activations(usize::MAX, true);
         assert_eq!(needs.kv_bytes(CacheType::F32, usize::MAX, usize::MAX), u64::MAX);
     }

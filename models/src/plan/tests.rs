@@ -152,16 +152,20 @@ fn runs_on_a_machine_calibrate_what_is_expected_there() {
 #[test]
 fn a_7b_model_on_an_8_gb_gpu_goes_by_its_bytes() {
     let (model, machine) = (needs(&seven_b()), machine("gpu-8gb"));
-    let plan = plan(&model, &machine);
-    // With f32 keys and values, 256 rows at once and 4096 positions, it would be too much; with f16 it is not.
-    let budget = (8u64 << 30) as f64 * 0.9;
     let load = Load { rows: 256, context: 4096 };
     let beside = model.layer_bytes(32)
         + model.dense_bytes()
         + model.activations(256, true)
-        + model.workspace(Place::Gpu, load, true);
+        + model.workspace(Place::Gpu, load);
     let with = |kind| (beside + model.kv_bytes(kind, 4096, 32)) as f64;
-    assert!(with(CacheType::F32) > budget && with(CacheType::F16) < budget);
+    let all = (8u64 << 30) as f64;
+    // All of it has room, and so have exact keys and values.
+    assert!(with(CacheType::F32) < all * 0.9);
+    assert_eq!(plan(&model, &machine).settings.kv_cache, CacheType::F32);
+    // With a budget in between they are too much, with 256 rows at once and 4096 positions, and f16 is not.
+    let fraction = (with(CacheType::F32) + with(CacheType::F16)) / 2.0 / all;
+    let of_it = Wishes { gpu_memory_fraction: Some(fraction), ..Wishes::default() };
+    let plan = Plan::new(&model, &machine, &of_it).unwrap();
     assert_eq!(
         (plan.kind, plan.settings.kv_cache, plan.settings.context),
         (Kind::GpuOnly, CacheType::F16, 4096)
@@ -170,8 +174,7 @@ fn a_7b_model_on_an_8_gb_gpu_goes_by_its_bytes() {
     because(&plan, "a KV cache of f16: with f32, wgpu:0 would need");
     assert!(plan.alternatives.iter().any(|other| other.placement.kind() == Kind::CpuOnly), "{plan}");
     // Asked for f32, the cache decides how much of the model the GPU holds.
-    let wishes =
-        Wishes { kv_cache: Some(CacheType::F32), rows: Some(256), context: Some(4096), ..Wishes::default() };
+    let wishes = Wishes { kv_cache: Some(CacheType::F32), rows: Some(256), context: Some(4096), ..of_it };
     let exact = Plan::new(&model, &machine, &wishes).unwrap();
     assert!(matches!(exact.kind, Kind::Hybrid { .. }) && exact.fits, "{exact}");
 }
@@ -221,9 +224,9 @@ fn an_80_gb_gpu_takes_everything() {
 #[test]
 fn a_buffer_that_the_gpu_does_not_give_stays_on_the_cpu() {
     let mut machine = machine("gpu-8gb");
-    machine.gpus[0].max_allocation_bytes = Some(1 << 30);
+    machine.gpus[0].max_allocation_bytes = Some(1 << 29);
     let plan = plan(&two_b(), &machine);
-    // The output decoded to f32 has 1.3 GB.
+    // The embedding, in f16, has 0.66 GB.
     assert_eq!(plan.kind, Kind::Hybrid { cpu_layers: 0, gpu_layers: 30 });
     because(&plan, "embedding and output, for which it has no room, on the CPU");
 }
@@ -338,14 +341,17 @@ fn wishes_are_met_or_refused() {
         (Wishes { context: Some(5000), ..none() }, "the context is 5000; it must be between 1 and 4096"),
         (Wishes { gpu_memory_fraction: Some(f64::NAN), ..none() }, "must be above 0 and at most 1"),
         (Wishes { rows: Some(0), ..none() }, "the number of rows at once is 0"),
-        (
-            Wishes { device: Some("wgpu".into()), kv_cache: Some(CacheType::Int8), ..none() },
-            "of a type that wgpu:0",
-        ),
     ] {
         let error = error(wishes);
         assert!(error.contains(expected), "{expected:?}: {error}");
     }
+    let mut without_f16 = gpu.clone();
+    without_f16.gpus[0].precisions.retain(|precision| precision != "f16");
+    let on_gpu = |kind| Wishes { device: Some("wgpu".into()), kv_cache: Some(kind), ..none() };
+    let error = Plan::new(&model, &without_f16, &on_gpu(CacheType::F16)).unwrap_err().to_string();
+    assert!(error.contains("of a type that wgpu:0"), "{error}");
+    // Four in a word, which every GPU has.
+    assert!(Plan::new(&model, &without_f16, &on_gpu(CacheType::Int8)).unwrap().fits);
     let nothing = Plan::new(&model, &machine("laptop-4gb"), &Wishes { gpu_layers: Some(1), ..none() });
     assert!(nothing.unwrap_err().to_string().contains("there is no GPU here"));
 }
