@@ -36,17 +36,22 @@ pub struct TernaryMatrix {
 
 /// Bytes as a tensor of U32 words, without a copy where they are aligned and whole words.
 pub fn words(bytes: bytes::Bytes, shape: [usize; 2], device: &Device) -> Tensor<2, Int> {
-    let aligned = (bytes.as_ptr() as usize).is_multiple_of(4) && bytes.len() == shape[0] * shape[1] * 4;
-    let data = if aligned {
+    let count = shape[0] * shape[1];
+    let aligned = (bytes.as_ptr() as usize).is_multiple_of(4) && bytes.len() == count * 4;
+    let bytes = if aligned {
         // Not `Native`: NdArray copies native memory.
-        let shared = Bytes::from_shared(bytes, AllocationProperty::Other);
-        TensorData::from_bytes(shared, shape, DType::U32)
+        Bytes::from_shared(bytes, AllocationProperty::Other)
     } else {
-        let mut words = vec![0u32; shape[0] * shape[1]];
+        let mut words = vec![0u32; count];
         bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(&bytes);
-        TensorData::new(words, shape)
+        Bytes::from_elems(words)
     };
-    Tensor::from_data(data, (device, DType::U32))
+    if is_host(device) {
+        return Tensor::from_data(TensorData::from_bytes(bytes, shape, DType::U32), (device, DType::U32));
+    }
+    // In one dimension: rows of a GPU's tensor may have gaps between them, and kernels would get a copy without.
+    let data = TensorData::from_bytes(bytes, [count], DType::U32);
+    Tensor::<1, Int>::from_data(data, (device, DType::U32)).reshape(shape)
 }
 
 /// Whether a device's tensors lie in host memory, where the kernels of plugins run.
@@ -349,7 +354,10 @@ impl CacheLayer {
     pub fn supported(cache_type: CacheType, head_dim: usize, device: &Device) -> bool {
         match device.clone().without_autodiff().as_dispatch() {
             #[cfg(feature = "cube")]
-            DispatchDevice::Cube(_) if cache_type == CacheType::Int8 => crate::gpu::int8_supported(head_dim),
+            DispatchDevice::Cube(_) if cache_type == CacheType::Int8 => {
+                // Gradients are of Burn's operations, which know nothing of words of four codes.
+                !device.is_autodiff() && crate::gpu::int8_supported(head_dim)
+            }
             _ => {
                 let _ = head_dim;
                 let supported = || device.supports_dtype(cache_type.dtype());
@@ -379,7 +387,7 @@ impl CacheLayer {
             CacheType::F32 | CacheType::F16 => {
                 Self::Float(match zeros_in(arena, &shape, cache_type.dtype(), device) {
                     Some(data) => Tensor::from_data(data, (device, cache_type.dtype())),
-                    None => Tensor::zeros(shape, (device, cache_type.dtype())),
+                    None => flat_zeros(shape, cache_type.dtype(), device),
                 })
             }
             CacheType::Int8 => Self::Int8 {
@@ -387,12 +395,15 @@ impl CacheLayer {
                     let (shape, dtype) = Self::codes_on(shape, device);
                     match zeros_in(arena, &shape, dtype, device) {
                         Some(data) => Tensor::from_data(data, (device, dtype)),
-                        None => Tensor::zeros(shape, (device, dtype)),
+                        None => {
+                            let count = shape.iter().product::<usize>();
+                            Tensor::<1, Int>::zeros([count], (device, dtype)).reshape(shape)
+                        }
                     }
                 },
                 scale: match zeros_in(arena, &[heads, capacity], DType::F32, device) {
                     Some(data) => Tensor::from_data(data, (device, DType::F32)),
-                    None => Tensor::zeros([heads, capacity], (device, DType::F32)),
+                    None => flat_zeros([heads, capacity], DType::F32, device),
                 },
             },
         }
@@ -473,6 +484,11 @@ impl CacheLayer {
             }
         }
     }
+}
+
+/// Zeros without gaps between rows, as a GPU's tensors of several dimensions may have.
+fn flat_zeros<const D: usize>(shape: [usize; D], dtype: DType, device: &Device) -> Tensor<D> {
+    Tensor::<1>::zeros([shape.iter().product::<usize>()], (device, dtype)).reshape(shape)
 }
 
 /// Zeros in an arena's memory, if the device's tensors can be written to there, and there is memory.
@@ -556,7 +572,11 @@ pub fn attention(q: Tensor<2>, keys: CacheLayer, values: CacheLayer, args: Atten
 }
 
 /// activation(gate) * up, of rows [M, 2 * F] that hold gate and up side by side.
+///
+/// # Panics
+/// If the rows have no two halves.
 pub fn gated(gate_up: Tensor<2>, activation: GatedActivation) -> Tensor<2> {
+    assert!(gate_up.dims()[1].is_multiple_of(2), "gate and up side by side in {}", gate_up.dims()[1]);
     Tensor::from_dispatch(Dispatch::gated(gate_up.into_dispatch(), activation))
 }
 

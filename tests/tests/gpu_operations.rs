@@ -145,7 +145,29 @@ fn attention_over_every_type_of_cache_is_that_of_the_host() {
 }
 
 #[test]
-fn chunks_of_a_prompt_change_nothing() {
+fn what_is_not_finite_stays_in_its_rows_and_those_behind() {
+    setup();
+    let gpu = gpu();
+    let args = AttentionArgs { n_heads: 2, n_kv_heads: 1, head_dim: 16, position: 0 };
+    let width = 4 * 16;
+    let rows = Random(7).floats(20 * width);
+    for cache_type in [CacheType::F32, CacheType::Int8] {
+        let want = Sequence::new(&gpu, args, cache_type, 20).attend(&rows);
+        // In a key, or in a value.
+        for at in [12 * width + 2 * 16 + 3, 12 * width + 3 * 16 + 3] {
+            let mut rows = rows.clone();
+            rows[at] = f32::INFINITY;
+            let got = Sequence::new(&gpu, args, cache_type, 20).attend(&rows);
+            assert_eq!(got[..12 * 32], want[..12 * 32], "{cache_type:?}");
+            for row in got[12 * 32..].chunks(32) {
+                assert!(row.iter().any(|v| !v.is_finite()), "{cache_type:?} {at}: {row:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn chunks_of_a_prompt_change_last_bits_at_most() {
     setup();
     let gpu = gpu();
     let args = AttentionArgs { n_heads: 8, n_kv_heads: 2, head_dim: 32, position: 0 };
@@ -240,7 +262,8 @@ fn dense_matrices_of_every_format_are_those_of_the_host() {
             let ids: Vec<u32> = vec![n as u32 - 1, 0, 1, 1];
             // Looking up decodes, exactly.
             agree(&format!("rows of {args:?}"), 0.0, |device| ops::dense_rows(words(device), &ids, args));
-            for m in [1, 2, 3, 6, 40] {
+            // 32 rows are the most that are not decoded for.
+            for m in [1, 2, 3, 32, 33] {
                 let x = random.floats(m * k);
                 for args in [Some(args), args.with_int8().ok()].into_iter().flatten() {
                     agree(&format!("{m} rows times {args:?}"), 2e-6, |device| {

@@ -33,10 +33,9 @@ fn shape(cache: &CacheTensor<B>, m: usize, args: &AttentionArgs) -> Option<Shape
     shape.supported(m).then_some(shape)
 }
 
-/// A tensor that may be written to in place.
+/// A tensor that may be written to in place. (A copy may have gaps between its rows.)
 fn owned(tensor: CubeTensor) -> CubeTensor {
-    let tensor = into_contiguous(tensor);
-    if tensor.can_mut() { tensor } else { tensor.copy() }
+    into_contiguous(if tensor.can_mut() { tensor } else { tensor.copy() })
 }
 
 fn owned_cache(cache: CacheTensor<B>) -> CacheTensor<B> {

@@ -104,7 +104,10 @@ pub(crate) fn bit_linear(
     }
     let chosen = args.matrices.iter().any(|matrix| gpu(matrix).is_some());
     // As many rows as a launch can have workgroups.
-    let result = if chosen && args.quantise && (1..1 << 16).contains(&m) && x.dtype == DType::F32 {
+    // And so many values that 32 bits number them.
+    let fits = m.saturating_mul(args.k.max(args.total_n())) <= u32::MAX as usize;
+    let rows = (1..1 << 16).contains(&m) && fits;
+    let result = if chosen && args.quantise && rows && x.dtype == DType::F32 {
         with_kernels(manager(), Input::new(x, norm, args.eps), weights.into_vec(), &args)
     } else {
         canonical_weights(manager(), weights.into_vec(), &args)

@@ -34,6 +34,7 @@ const HOPELESS: f64 = 4.0;
 const SLACK: f64 = 1.05;
 /// Decode reads its weights from memory, not from a cache: measured with copies that take turns, up to so many bytes.
 const ROTATED: usize = 64 << 20;
+const MOST_COPIES: usize = 64;
 
 /// A kernel, or the operation's default body.
 type Candidate = Option<GpuKernel>;
@@ -102,7 +103,7 @@ pub(crate) fn prepare(
     weights: &[u8],
 ) -> Result<Option<(GpuMatrix, Packed)>, ManagerError> {
     loop {
-        let Some(choice) = choose(manager, device, n, k) else { return Ok(None) };
+        let Some(choice) = choose(manager, device, (n, k), false) else { return Ok(None) };
         let packed = match &choice.packer {
             None => Packed::Canonical,
             Some(packer) => match manager.pack_for_gpu(packer, n, k, weights) {
@@ -116,32 +117,44 @@ pub(crate) fn prepare(
     }
 }
 
-/// The choices of this process, by manager, device and shape.
-type Choices = HashMap<(usize, CubeDevice, usize, usize), Option<Arc<GpuChoice>>>;
+/// The choices of this process, by manager, device, shape, and whether the weights have to stay canonical.
+type Choices = HashMap<(usize, CubeDevice, usize, usize, bool), Option<Arc<GpuChoice>>>;
 
 static CHOICES: Mutex<Option<Choices>> = Mutex::new(None);
 
-fn choose(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> Option<Arc<GpuChoice>> {
-    let key = (std::ptr::from_ref(manager) as usize, device.clone(), n, k);
+fn choose(
+    manager: &KernelManager,
+    device: &CubeDevice,
+    (n, k): (usize, usize),
+    canonical: bool,
+) -> Option<Arc<GpuChoice>> {
+    let key = (std::ptr::from_ref(manager) as usize, device.clone(), n, k, canonical);
     if let Some(known) = lock(&CHOICES).get_or_insert_default().get(&key)
         && known.as_ref().and_then(|choice| choice.packer.as_ref()).is_none_or(GpuKernel::ready)
     {
         return known.clone();
     }
-    let choice = decide(manager, device, n, k).map(Arc::new);
-    lock(&CHOICES).get_or_insert_default().insert(key, choice.clone());
+    let mut choice = decide(manager, device, n, k);
+    if let Some(choice) = choice.as_mut().filter(|_| canonical) {
+        choice.packer = None;
+    }
+    let choice = choice.map(Arc::new);
+    // Without a measurement it is not known that nothing is faster than the default body.
+    if choice.is_some() || manager.may_tune() {
+        lock(&CHOICES).get_or_insert_default().insert(key, choice.clone());
+    }
     choice
 }
 
 /// The kernels for canonical weights [n, k], whose kernels are chosen at the first use; `None` where the default body is
-/// the fastest, or those that are faster want another layout.
+/// the fastest.
 pub(super) fn canonical(
     manager: &KernelManager,
     device: &CubeDevice,
     n: usize,
     k: usize,
 ) -> Option<GpuMatrix> {
-    let choice = choose(manager, device, n, k).filter(|choice| choice.packer.is_none())?;
+    let choice = choose(manager, device, (n, k), true)?;
     Some(GpuMatrix { choice, canonical: OnceLock::new() })
 }
 
@@ -351,7 +364,7 @@ fn measure(
     let x = tensor(bytemuck::cast_slice(&x), Shape::new([m, k]), DType::F32);
     let input = Input::new(x.clone(), InputNorm::None, 0.0);
     let scale = tensor(bytemuck::cast_slice(&[SCALE]), Shape::new([1]), DType::F32);
-    let copies = if m <= 4 { (ROTATED / weights.len().max(1)).clamp(1, 8) } else { 1 };
+    let copies = if m <= 4 { (ROTATED / weights.len().max(1)).clamp(1, MOST_COPIES) } else { 1 };
     let upload =
         |bytes: &[u8]| -> Vec<Handle> { (0..copies).map(|_| client.create_from_slice(bytes)).collect() };
 

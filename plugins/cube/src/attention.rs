@@ -2,8 +2,9 @@
 //! softmax over chunks of positions (Dao et al., "FlashAttention", arXiv 2205.14135; for one row the chunks are spread
 //! over workgroups and brought together afterwards).
 //!
-//! A chunk begins at a multiple of 64 positions of the cache, so that a row's result does not depend on how its prompt
-//! was cut.
+//! A chunk begins at a multiple of 64 positions of the cache, and rows see chunks in their order, so that a row's result
+//! depends on how its prompt was cut in its last bits at most: few rows join chunks behind the sums over each, many rows
+//! go on from chunk to chunk.
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
@@ -71,11 +72,14 @@ const SHARED_WORDS: usize = 4096;
 const MAX_COUNT: usize = 65_535;
 /// Rows beyond which the chunks of a row follow each other in one workgroup.
 const FEW_ROWS: usize = 16;
+/// Values that chunks may leave until they are joined; for more, they follow each other, too.
+const MOST_PARTIAL: usize = 1 << 24;
 
 impl Shape {
     /// Whether the kernels can be launched for m rows.
     pub fn supported(&self, m: usize) -> bool {
-        let words = self.n_kv_heads.saturating_mul(self.capacity).saturating_mul(self.head_dim);
+        let values = self.n_kv_heads.saturating_mul(self.capacity).saturating_mul(self.head_dim);
+        let words = values / self.cached.values() as usize;
         let width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim;
         self.head_dim.is_multiple_of(4)
             && self.shared_words(1) <= SHARED_WORDS
@@ -204,7 +208,10 @@ pub(crate) fn append_int8(
     let from = (row * (n_heads + 2 * n_kv_heads) + part + head) * head_dim;
     let mut own = Shared::<[f32]>::new_slice(head_dim as usize);
     let mut largest = Shared::<[f32]>::new_slice(THREADS as usize);
+    // As in `quantise_rows`: seen in the bits.
+    let mut odd = Shared::<[u32]>::new_slice(THREADS as usize);
     let mut a = 0.0f32;
+    let mut not_finite = 0u32;
     let mut j = unit;
     while j < half_dim {
         let (x, y) = (qkv[(from + j) as usize], qkv[(from + half_dim + j) as usize]);
@@ -219,19 +226,27 @@ pub(crate) fn append_int8(
         own[j as usize] = low;
         own[(half_dim + j) as usize] = high;
         a = a.max(low.abs().max(high.abs()));
+        if (u32::reinterpret(low) & 0x7f80_0000u32) == 0x7f80_0000u32
+            || (u32::reinterpret(high) & 0x7f80_0000u32) == 0x7f80_0000u32
+        {
+            not_finite = 1u32;
+        }
         j += THREADS;
     }
     largest[unit as usize] = a;
+    odd[unit as usize] = not_finite;
     sync_cube();
     let mut half = CUBE_DIM_X / 2;
     while half > 0 {
         if unit < half {
             largest[unit as usize] = largest[unit as usize].max(largest[(unit + half) as usize]);
+            odd[unit as usize] |= odd[(unit + half) as usize];
         }
         sync_cube();
         half /= 2;
     }
     let a = largest[0].max(1e-5f32);
+    let finite = odd[0] == 0;
     let to_int8 = 127.0f32 / a;
     let at = head * params[2] + params[1] + row;
     let mut word = unit;
@@ -243,11 +258,12 @@ pub(crate) fn append_int8(
             let q = i32::cast_from(scaled.clamp(-128.0f32, 127.0f32));
             packed |= (u32::reinterpret(q) & 0xffu32) << (i * 8);
         }
+        let packed = select(finite, packed, 0u32);
         cache[(at * comptime!(head_dim / 4) + word) as usize] = packed;
         word += THREADS;
     }
     if unit == 0 {
-        scale[at as usize] = a / 127.0f32;
+        scale[at as usize] = f32::reinterpret(select(finite, u32::reinterpret(a / 127.0f32), 0x7fc0_0000u32));
     }
 }
 
@@ -466,7 +482,7 @@ pub(crate) fn attend_chunks(
                 let at = query * CHUNK + lane + i * LANES;
                 let score = scores[at as usize];
                 // Far behind the row, or the row is there no more.
-                let weight = select(score > f32::new(-1e29), (score - most).exp(), 0.0f32);
+                let weight = select(score <= f32::new(-1e29), 0.0f32, (score - most).exp());
                 scores[at as usize] = weight;
                 weights += weight;
             }
@@ -518,7 +534,13 @@ pub(crate) fn attend_chunks(
                             #[unroll]
                             for query in 0..queries {
                                 let at = comptime!((query * each + w) * in_word + i);
-                                sums[at as usize] += scores[(query * CHUNK + slot) as usize] * value;
+                                let weight = scores[(query * CHUNK + slot) as usize];
+                                if comptime!(plan.rows > 1) {
+                                    // Of a later row, which may be infinite.
+                                    sums[at as usize] += select(weight == 0.0f32, 0.0f32, weight * value);
+                                } else {
+                                    sums[at as usize] += weight * value;
+                                }
                             }
                         }
                     }
@@ -672,10 +694,11 @@ pub unsafe fn attend(
     }
     let (heads, rows) = shape.queries(m);
     let chunks = (position + m).div_ceil(CHUNK as usize);
-    let split = m <= FEW_ROWS && chunks > 1;
+    let partial_values = m * n_heads * chunks * (head_dim + 2);
+    let split = m <= FEW_ROWS && chunks > 1 && partial_values <= MOST_PARTIAL;
     let plan = Plan { head_dim: d, cached, heads, rows, split };
     let partial = match split {
-        true => client.empty(m * n_heads * chunks * (head_dim + 2) * 4),
+        true => client.empty(partial_values * 4),
         false => out.clone(),
     };
     let count_x = n_heads as u32 / heads;

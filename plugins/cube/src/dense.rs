@@ -71,13 +71,14 @@ impl Matrix {
     /// Whether the kernels can be launched for it: rows of whole units, and offsets that words hold.
     pub fn supported(&self) -> bool {
         let bytes = self.row_bytes().checked_mul(self.n);
-        let decoders = (self.n * self.k / 8).div_ceil(DECODERS as usize);
+        let Some(values) = self.n.checked_mul(self.k) else { return false };
+        let decoders = (values / 8).div_ceil(DECODERS as usize);
         self.k.is_multiple_of(8)
             && self.k.is_multiple_of(self.format.block().0)
             && bytes.is_some_and(|bytes| bytes < u32::MAX as usize)
             && self.n.div_ceil(GROUPS as usize) <= MAX_COUNT
             && decoders.div_ceil(MAX_COUNT) <= MAX_COUNT
-            && self.n * self.k <= u32::MAX as usize
+            && values <= u32::MAX as usize
     }
 
     fn row_bytes(&self) -> usize {

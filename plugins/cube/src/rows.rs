@@ -163,7 +163,8 @@ pub(crate) fn gated_rows(gate_up: &[f32], y: &mut [f32], params: &[u32], #[compt
         let from = at / f * (2 * f) + at % f;
         let g = gate_up[from as usize];
         let activated = if comptime!(gate == Gate::Relu2) {
-            let relu = g.max(0.0f32);
+            // What is no number stays none.
+            let relu = select(g < 0.0f32, 0.0f32, g);
             relu * relu
         } else {
             g / ((0.0f32 - g).exp() + 1.0f32)

@@ -1,5 +1,5 @@
 // A GPU of one block at a time, on threads of the processor: as much of CUDA as the kernels' texts use. A text is
-// included in a namespace behind this, and launched by `run`.
+// included in a namespace behind this, and launched by `launch`. Blocks find in shared memory what the one before left.
 #include <algorithm>
 #include <barrier>
 #include <cstdint>
