@@ -292,8 +292,13 @@ impl fmt::Display for DeviceBench {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { read_gb_per_s, read_buffer_bytes, kernels_right, outputs_compared, .. } = self;
         writeln!(f, "device read  {read_gb_per_s:.1} GB/s, of {}", human_bytes(*read_buffer_bytes))?;
-        let right = count(*kernels_right as u64, "kernel");
-        writeln!(f, "correctness  {right} by shape right: all {outputs_compared} sums are those of the CPU")?;
+        let all = self.matmuls.len();
+        let (kernels, sums) = (count(all as u64, "kernel"), count(*outputs_compared, "sum"));
+        let (below, every) = if *kernels_right == all { ("", "all ") } else { (", see below", "") };
+        writeln!(
+            f,
+            "correctness  {kernels_right} of {kernels} by shape right{below}: {every}{sums} are those of the CPU"
+        )?;
         for (label, rate) in [("quantise", self.quantise), ("pack", self.pack)] {
             let ElementRate { rows, columns, elements_per_s: Spread { median, min, max } } = rate;
             let [median, min, max] = [median, min, max].map(|rate| rate / 1e9);
@@ -370,7 +375,7 @@ mod tests {
             problem: problem.map(str::to_owned),
         };
         let rate = ElementRate { rows: 512, columns: 2560, elements_per_s: spread(2e9) };
-        let bench = DeviceBench {
+        let mut bench = DeviceBench {
             read_gb_per_s: 1000.0,
             read_buffer_bytes: 512 << 20,
             kernels_right: 1,
@@ -387,7 +392,7 @@ mod tests {
         let text = bench.to_string();
         for expected in [
             "device read  1000.0 GB/s, of 537 MB",
-            "correctness  1 kernel by shape right: all 640 sums are those of the CPU",
+            "correctness  1 of 2 kernels by shape right, see below: 640 sums are those of the CPU",
             "quantise     [512, 2560]: 2.000 G elements/s (1.000-4.000)",
             "decode       25.0 % of what the device's bandwidth allows",
             "1.0 us (0.5-2.0)    409.6   50.0 %     2000.0",
@@ -395,6 +400,9 @@ mod tests {
         ] {
             assert!(text.contains(expected), "{expected}: {text}");
         }
+        bench.matmuls.pop();
+        let text = bench.to_string();
+        assert!(text.contains("1 of 1 kernel by shape right: all 640 sums are those of the CPU"), "{text}");
     }
 
     #[test]

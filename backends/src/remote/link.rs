@@ -67,10 +67,13 @@ fn timeout() -> Result<Duration, String> {
     }
 }
 
+/// All addresses of a name share the time.
 fn connect(address: &str, timeout: Duration) -> io::Result<TcpStream> {
+    let began = Instant::now();
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, timeout) {
+        let left = timeout.saturating_sub(began.elapsed()).max(Duration::from_millis(1));
+        match TcpStream::connect_timeout(&address, left) {
             Ok(stream) => {
                 stream.set_nodelay(true)?;
                 return Ok(stream);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::choose;
 use super::machine::{MachineProfile, MemoryProfile};
 use super::{CPU, Plan, PlanError, Requirements, Wishes};
-use crate::report::human_bytes;
+use crate::report::{count, human_bytes};
 
 /// What was seen while a plan was carried out; `None` for what was not looked at.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -20,8 +20,10 @@ pub struct Observed {
     pub others_use: Option<f64>,
     /// Decode in tokens a second behind a short history.
     pub decode_tokens_per_s: Option<f64>,
-    /// A GPU that ran out of memory with the plan's layers on it.
+    /// A GPU that failed with the plan's layers on it: for lack of memory, unless `problem` says otherwise.
     pub out_of_memory: Option<String>,
+    /// What was said against those layers, where that is known.
+    pub problem: Option<String>,
     /// The layers that it held in the end, where that was found out; half of the plan's otherwise.
     pub layers_left: Option<usize>,
 }
@@ -39,8 +41,8 @@ pub struct Lesson {
     /// So many threads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
-    /// So many bytes of main memory.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// So many bytes of main memory: not kept, as later plans look at what is free then.
+    #[serde(skip)]
     pub memory: Option<u64>,
     /// Why, in sentences.
     pub reasons: Vec<String>,
@@ -52,8 +54,8 @@ const MUCH_SLOWER: f64 = 0.5;
 const BUSY: f64 = 0.25;
 
 impl Plan {
-    /// The [best one](Plan::new), held to the [lesson](Lesson) that an earlier run left in the cache directory, if there is
-    /// one that can be kept; with that lesson's reasons, which are among the plan's, too.
+    /// The [best one](Plan::new), held to the [lesson](Lesson) that an earlier run with these wishes left in the cache
+    /// directory, if there is one that can be kept and costs no memory that is not there; with that lesson's reasons, which are among the plan's, too.
     ///
     /// # Errors
     /// As [`Plan::new`].
@@ -63,11 +65,13 @@ impl Plan {
         machine: &MachineProfile,
         wishes: &Wishes,
     ) -> Result<(Self, Vec<String>), PlanError> {
-        if let Some(lesson) = Lesson::recall(cache_dir, model) {
+        let free = Self::new(model, machine, wishes)?;
+        if let Some(lesson) = Lesson::recall(cache_dir, model, wishes) {
             let kept = lesson.kept(wishes, machine);
             // A damaged one may ask for what can't be.
             if kept != *wishes
                 && let Ok(mut plan) = Self::new(model, machine, &kept)
+                && (plan.fits || !free.fits)
             {
                 let reasons: Vec<String> =
                     lesson.reasons.iter().map(|reason| format!("an earlier run: {reason}")).collect();
@@ -75,7 +79,7 @@ impl Plan {
                 return Ok((plan, reasons));
             }
         }
-        Ok((Self::new(model, machine, wishes)?, Vec::new()))
+        Ok((free, Vec::new()))
     }
 
     /// What was observed that calls for another plan: short memory, a GPU that ran out of it, a processor that others use
@@ -85,12 +89,15 @@ impl Plan {
         if let Some(gpu) = &observed.out_of_memory {
             let before = self.placement.layers_on(gpu);
             let fewer = observed.layers_left.unwrap_or_else(|| fewer_layers(before));
-            if fewer == 0 && (before <= 1 || observed.layers_left.is_some()) {
-                lesson.device = Some(CPU.into());
-            } else {
-                (lesson.device, lesson.gpu_layers) = (Some(gpu.clone()), Some(fewer));
+            let words = observed.problem.as_deref().unwrap_or("out of memory");
+            let none = fewer == 0 && (before <= 1 || observed.layers_left.is_some());
+            // What failed with any number of layers and for another reason may work the next time.
+            if !none || names_memory(words) {
+                (lesson.device, lesson.gpu_layers) =
+                    if none { (Some(CPU.into()), None) } else { (Some(gpu.clone()), Some(fewer)) };
+                let before = count(before as u64, "layer");
+                lesson.reasons.push(format!("{before} on {gpu} failed ({words}): {fewer} now"));
             }
-            lesson.reasons.push(format!("{gpu} ran out of memory with {before} layers: {fewer} now"));
         }
         if let Some(memory) = observed.memory
             && memory.available_bytes < memory.total_bytes / LOW_MEMORY
@@ -163,15 +170,12 @@ impl Lesson {
             (wishes.device, wishes.gpu_layers) = (Some(device), self.gpu_layers);
         }
         wishes.threads = wishes.threads.or(self.threads);
-        // There may be less by now.
-        let free = machine.memory.map(|m| m.available_bytes.saturating_sub(machine.memory_reserve()));
-        wishes.memory = wishes.memory.or(self.memory.map(|memory| memory.min(free.unwrap_or(memory))));
         wishes
     }
 
-    /// What was learnt about a model on this machine; what is wrong with the file costs the lesson, and nothing else.
-    pub fn recall(cache_dir: Option<&Path>, model: &Requirements) -> Option<Self> {
-        let path = Self::path(cache_dir, model)?;
+    /// What was learnt about a model and such wishes on this machine; what is wrong with the file costs the lesson, and nothing else.
+    pub fn recall(cache_dir: Option<&Path>, model: &Requirements, wishes: &Wishes) -> Option<Self> {
+        let path = Self::path(cache_dir, model, wishes)?;
         let lesson = serde_json::from_str(&super::machine::read_text(&path).ok()?);
         lesson
             .inspect_err(|error| {
@@ -180,17 +184,46 @@ impl Lesson {
             .ok()
     }
 
-    /// Keeps it for later plans, of this model on this machine.
+    /// Keeps it for later plans of this model with the same wishes on this machine, beside what was kept before: the newer
+    /// one counts where both say something.
     ///
     /// # Errors
     /// If the file can't be written.
-    pub fn keep(&self, cache_dir: Option<&Path>, model: &Requirements) -> std::io::Result<()> {
-        let Some(path) = Self::path(cache_dir, model) else { return Ok(()) };
+    pub fn keep(
+        &self,
+        cache_dir: Option<&Path>,
+        model: &Requirements,
+        wishes: &Wishes,
+    ) -> std::io::Result<()> {
+        let Some(path) = Self::path(cache_dir, model, wishes) else { return Ok(()) };
+        let before = Self::recall(cache_dir, model, wishes).unwrap_or_default();
+        let both = self.clone().after(before);
         std::fs::create_dir_all(files::directory(&path))?;
         files::replace_private(&path, |out| {
-            serde_json::to_writer_pretty(&mut *out, self)?;
+            serde_json::to_writer_pretty(&mut *out, &both)?;
             out.write_all(b"\n")
         })
+    }
+
+    /// This one, with what an earlier one said besides.
+    fn after(self, before: Self) -> Self {
+        let (device, gpu_layers) = match self.device {
+            Some(device) => (Some(device), self.gpu_layers),
+            None => (before.device, before.gpu_layers),
+        };
+        let mut reasons = before.reasons;
+        for reason in self.reasons {
+            if !reasons.contains(&reason) {
+                reasons.push(reason);
+            }
+        }
+        Self {
+            device,
+            gpu_layers,
+            threads: self.threads.or(before.threads),
+            memory: self.memory.or(before.memory),
+            reasons,
+        }
     }
 
     /// Forgets what was learnt on this machine about any model.
@@ -204,16 +237,23 @@ impl Lesson {
         }
     }
 
-    /// One file for a machine and a model, by what plans know of them.
-    fn path(cache_dir: Option<&Path>, model: &Requirements) -> Option<PathBuf> {
-        let model = serde_json::to_vec(model).ok()?;
+    /// One file for a machine, a model and wishes, by what plans know of them.
+    fn path(cache_dir: Option<&Path>, model: &Requirements, wishes: &Wishes) -> Option<PathBuf> {
+        let mut model = serde_json::to_vec(model).ok()?;
+        model.extend(format!("{wishes:?}").into_bytes());
         let model = &files::sha256(&model)[..16];
         Some(cache_dir?.join(format!("{PREFIX}{}-{model}.json", super::machine::key())))
     }
 }
 
 /// In the file's name, so that another version's is not read.
-const PREFIX: &str = "lesson-v1-";
+const PREFIX: &str = "lesson-v2-";
+
+/// Whether a device's words are about memory.
+fn names_memory(words: &str) -> bool {
+    let words = words.to_lowercase();
+    ["memory", "alloc"].iter().any(|name| words.contains(name))
+}
 
 /// Layers for a device that had no room for so many.
 pub(crate) fn fewer_layers(before: usize) -> usize {

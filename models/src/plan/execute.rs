@@ -20,14 +20,21 @@ pub struct Placed {
     pub placement: Placement,
     /// Why that is not what was asked for, in sentences, where it is not.
     pub notes: Vec<String>,
+    /// What was said against the placement that was asked for, where that failed.
+    pub problem: Option<String>,
 }
 
 impl Placement {
-    /// With half of the layers on each GPU, in the same order; the others, embedding and output on the CPU.
+    /// With half of the layers on each GPU, and those of workers, in the same order; the others, embedding and output on
+    /// the CPU.
     pub fn with_fewer_on_gpus(&self) -> Self {
-        let gpus = self.devices().filter(|&device| device != CPU);
+        let layers = |device: &str| match is_gpu(device) {
+            true => fewer_layers(self.layers_on(device)),
+            false => self.layers_on(device),
+        };
+        let others = self.devices().filter(|&device| device != CPU);
         let mut parts: Vec<(String, usize)> =
-            gpus.map(|gpu| (gpu.to_owned(), fewer_layers(self.layers_on(gpu)))).collect();
+            others.map(|device| (device.to_owned(), layers(device))).collect();
         let left = self.layers() - parts.iter().map(|(_, layers)| layers).sum::<usize>();
         parts.push((CPU.to_owned(), left));
         Self::over(parts, CPU)
@@ -54,8 +61,8 @@ impl Placed {
     /// none.
     ///
     /// # Errors
-    /// If a file or a kernel is wrong; `open`'s, for what it can't open; what a worker says against its layers; where strict mode has `no-fallback`, what a GPU
-    /// says against its layers.
+    /// If a file or a kernel is wrong; `open`'s, for what it can't open; what a worker says against its layers; where strict
+    /// mode has `no-fallback`, what a GPU says against its layers.
     pub fn load<E: From<ModelError>>(
         checkpoint: &Checkpoint,
         placement: &Placement,
@@ -85,16 +92,38 @@ impl Placed {
                 Err(problem) => failed(placement, problem),
             }
         })
-        .map(|(model, placement, notes)| Self { model, placement, notes })
+        .map(|(model, placement, failures)| Self {
+            model,
+            placement,
+            problem: failures.first().map(|failure| failure.problem.clone()),
+            notes: failures.into_iter().map(|failure| failure.note).collect(),
+        })
     }
 }
 
-/// What failed on a worker is told: who named one, wants to know. On GPUs there are fewer layers to be tried.
+/// A device of this machine other than the CPU.
+fn is_gpu(device: &str) -> bool {
+    device != CPU && !device.starts_with(devices::REMOTE)
+}
+
+/// What a worker said, who is named in it, is told: who named one, wants to know. On GPUs there are fewer layers to be
+/// tried, as long as there are any.
 fn failed<T, E: From<ModelError>>(placement: &Placement, problem: String) -> Result<Result<T, String>, E> {
-    match placement.devices().any(|device| device.starts_with(devices::REMOTE)) {
+    let mut workers = placement.devices().filter(|device| device.starts_with(devices::REMOTE));
+    let on_gpus = placement.devices().any(is_gpu);
+    match workers.any(|worker| !on_gpus || problem.contains(worker)) {
         true => Err(ModelError::Worker { problem }.into()),
         false => Ok(Err(problem)),
     }
+}
+
+/// A placement that failed.
+#[derive(Debug)]
+struct Failure {
+    /// What was said.
+    problem: String,
+    /// What follows from it.
+    note: String,
 }
 
 /// Attempts a placement, and with fewer layers on GPUs what fails there, unless that is `strict`ly an error.
@@ -102,14 +131,17 @@ fn fall_back<T, E: From<ModelError>>(
     placement: &Placement,
     strict: bool,
     mut attempt: impl FnMut(&Placement) -> Result<Result<T, String>, E>,
-) -> Result<(T, Placement, Vec<String>), E> {
-    let (mut placement, mut notes) = (placement.clone(), Vec::new());
+) -> Result<(T, Placement, Vec<Failure>), E> {
+    let (mut placement, mut failures) = (placement.clone(), Vec::new());
     loop {
         match attempt(&placement)? {
-            Ok(done) => return Ok((done, placement, notes)),
+            Ok(done) => return Ok((done, placement, failures)),
             Err(problem) => {
                 let fewer = placement.with_fewer_on_gpus();
-                let on_gpus = |placement: &Placement| placement.layers() - placement.layers_on(CPU);
+                let on_gpus = |placement: &Placement| {
+                    let gpus = placement.devices().filter(|device| is_gpu(device));
+                    gpus.map(|gpu| placement.layers_on(gpu)).sum::<usize>()
+                };
                 // GPUs tell at length what they skipped afterwards.
                 let words = problem.split_whitespace().collect::<Vec<_>>().join(" ");
                 let problem: String = words.chars().take(200).collect();
@@ -117,10 +149,11 @@ fn fall_back<T, E: From<ModelError>>(
                 if strict {
                     return Err(ModelError::Placement { layers, problem }.into());
                 }
-                notes.push(format!(
+                let note = format!(
                     "{layers} on GPUs failed ({problem}); now {} there, and the others on the CPU",
                     on_gpus(&fewer)
-                ));
+                );
+                failures.push(Failure { problem, note });
                 placement = fewer;
             }
         }
@@ -143,11 +176,11 @@ mod tests {
                 Ok(1)
             })
         };
-        let (_, placement, notes) = fall_back(&start, false, attempt).unwrap();
+        let (_, placement, failures) = fall_back(&start, false, attempt).unwrap();
         assert_eq!(tried, [30, 15, 7, 3]);
         assert_eq!(placement, Placement::hybrid("wgpu:0", 3, 27));
         assert_eq!(
-            notes[0],
+            failures[0].note,
             "30 layers on GPUs failed (out of memory at ...); now 15 there, and the others on the CPU"
         );
         // A device that computes nothing at all leaves the CPU.
@@ -155,8 +188,8 @@ mod tests {
             Ok::<_, ModelError>(if placement.kind() == Kind::CpuOnly { Ok(()) } else { Err("lost".into()) })
         };
         let two = Placement::over([("wgpu:0".into(), 10), ("wgpu:1".into(), 20)], "wgpu:1");
-        let (_, placement, notes) = fall_back(&two, false, attempt).unwrap();
-        assert_eq!((placement, notes.len()), (Placement::cpu_only(30), 5));
+        let (_, placement, failures) = fall_back(&two, false, attempt).unwrap();
+        assert_eq!((placement, failures.len()), (Placement::cpu_only(30), 5));
         // What is wrong with the files is wrong on every device.
         let wrong = || ModelError::Devices { found: 1, expected: 2 };
         assert!(fall_back::<(), _>(&start, false, |_| Err(wrong())).is_err());
@@ -168,5 +201,18 @@ mod tests {
             text.contains("no-fallback") && text.contains("30 layers on GPUs failed (out of memory)"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_worker_s_words_are_told_and_gpus_beside_it_get_fewer_layers() {
+        let over = |gpu| Placement::over([("remote:a:1".into(), 10), ("wgpu:0".into(), gpu)], CPU);
+        let whose = |placement: &Placement, problem: &str| {
+            failed::<(), ModelError>(placement, problem.into()).map_err(|error| error.to_string())
+        };
+        assert_eq!(whose(&over(20), "out of memory"), Ok(Err("out of memory".into())));
+        assert!(whose(&over(20), "remote:a:1: it ended").unwrap_err().contains("remote:a:1: it ended"));
+        assert!(whose(&over(0), "out of memory").is_err());
+        let fewer = over(20).with_fewer_on_gpus();
+        assert_eq!(["remote:a:1", "wgpu:0", CPU].map(|device| fewer.layers_on(device)), [10, 10, 10]);
     }
 }

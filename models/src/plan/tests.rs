@@ -387,7 +387,7 @@ fn what_is_observed_changes_the_plan() {
     let out = |gpu: &str| Observed { out_of_memory: Some(gpu.into()), ..Observed::default() };
     let half = adapt(&start, &gpu, out("wgpu:0")).unwrap();
     assert_eq!(half.kind, Kind::Hybrid { cpu_layers: 15, gpu_layers: 15 });
-    because(&half, "wgpu:0 ran out of memory with 30 layers: 15 now");
+    because(&half, "30 layers on wgpu:0 failed (out of memory): 15 now");
     let mut last = half;
     for _ in 0..4 {
         last = adapt(&last, &gpu, out("wgpu:0")).unwrap();
@@ -397,6 +397,12 @@ fn what_is_observed_changes_the_plan() {
     let left = |layers| Observed { layers_left: Some(layers), ..out("wgpu:0") };
     assert_eq!(adapt(&start, &gpu, left(7)).unwrap().placement.layers_on("wgpu:0"), 7);
     assert_eq!(adapt(&start, &gpu, left(0)).unwrap().kind, Kind::CpuOnly);
+    // What no number of layers helps against is no lesson, unless it is about memory.
+    let said = |problem: &str, layers| Observed { problem: Some(problem.into()), ..left(layers) };
+    assert_eq!(start.lesson(&said("the device is lost", 0)), None);
+    assert_eq!(start.lesson(&said("Not enough Memory left", 0)).unwrap().device.as_deref(), Some(CPU));
+    let lesson = start.lesson(&said("the device is lost", 3)).unwrap();
+    assert_eq!(lesson.reasons, ["30 layers on wgpu:0 failed (the device is lost): 3 now"]);
 }
 
 #[test]
@@ -410,26 +416,38 @@ fn what_a_run_showed_holds_for_its_model_until_flags_say_otherwise() {
     let observed =
         Observed { out_of_memory: Some("wgpu:0".into()), layers_left: Some(7), ..Observed::default() };
     let lesson = plan(&model, &gpu).lesson(&observed).unwrap();
-    lesson.keep(dir, &model).unwrap();
+    lesson.keep(dir, &model, &free).unwrap();
     let (next, reasons) = learnt(&model, &free);
     assert_eq!(next.placement.layers_on("wgpu:0"), 7, "{next}");
-    assert_eq!(reasons, ["an earlier run: wgpu:0 ran out of memory with 30 layers: 7 now"]);
+    assert_eq!(reasons, ["an earlier run: 30 layers on wgpu:0 failed (out of memory): 7 now"]);
     because(&next, &reasons[0]);
-    // Flags win, another model is not concerned, and a card that is gone is not asked for.
+    // Flags win, other wishes and models are not concerned, and a card that is gone is not asked for.
     let asked = Wishes { gpu_layers: Some(12), ..Wishes::default() };
     assert_eq!(learnt(&model, &asked).0.placement.layers_on("wgpu:0"), 12);
+    assert_eq!(lesson.kept(&asked, &gpu), asked);
+    let short = Wishes { context: Some(512), ..Wishes::default() };
+    assert_eq!(learnt(&model, &short).0, Plan::new(&model, &gpu, &short).unwrap());
     assert_eq!(learnt(&other, &free), (plan(&other, &gpu), Vec::new()));
     let desktop = machine("desktop-16-cores");
     assert_eq!(Plan::learnt(dir, &model, &desktop, &free).unwrap().0, plan(&model, &desktop));
-    // Memory is what was left then, or less.
-    let lesson = Lesson { memory: Some(3 << 30), reasons: vec!["short".into()], ..Lesson::default() };
-    assert_eq!(lesson.kept(&free, &desktop).memory, Some(3 << 30));
-    let lesson = Lesson { memory: Some(u64::MAX), ..lesson };
-    assert!(lesson.kept(&free, &desktop).memory.unwrap() < desktop.memory.unwrap().available_bytes);
+    // A second lesson leaves what it says nothing about, and memory is not kept.
+    let reasons = vec![lesson.reasons[0].clone(), "busy".into()];
+    let second =
+        Lesson { threads: Some(2), memory: Some(3 << 30), reasons: reasons.clone(), ..Lesson::default() };
+    second.keep(dir, &model, &free).unwrap();
+    let both = Lesson { threads: Some(2), reasons, ..lesson };
+    assert_eq!(Lesson::recall(dir, &model, &free), Some(both));
+    // What would not fit any more is not kept to.
+    let mut full = gpu.clone();
+    full.memory =
+        full.memory.map(|m| MemoryProfile { available_bytes: m.total_bytes / 16 + (64 << 20), ..m });
+    let on_gpu = plan(&model, &full);
+    assert!(on_gpu.fits, "{on_gpu}");
+    assert_eq!(Plan::learnt(dir, &model, &full, &free).unwrap(), (on_gpu, Vec::new()));
     // What is damaged, or asks for what can't be, is no lesson; measuring afresh forgets.
-    Lesson { threads: Some(0), ..Lesson::default() }.keep(dir, &model).unwrap();
+    Lesson { threads: Some(0), ..Lesson::default() }.keep(dir, &model, &free).unwrap();
     assert_eq!(learnt(&model, &free).0, plan(&model, &gpu));
-    Lesson { threads: Some(1), ..Lesson::default() }.keep(dir, &model).unwrap();
+    Lesson { threads: Some(1), ..Lesson::default() }.keep(dir, &model, &free).unwrap();
     assert_eq!(learnt(&model, &free).0.settings.threads, 1);
     let file = std::fs::read_dir(place.path()).unwrap().next().unwrap().unwrap().path();
     std::fs::write(&file, "{\"threads\": 1, \"reasons\": [").unwrap();

@@ -142,18 +142,18 @@ fn what_a_run_showed_is_kept_for_the_next_plan() {
     )
     .unwrap();
     let model = bitnet_burn::plan::Requirements::of(&checkpoint, Default::default()).unwrap();
-    let reasons = vec!["gpu:0 ran out of memory with 2 layers: 0 now".to_owned()];
+    let reasons = vec!["2 layers on gpu:0 failed (out of memory): 0 now".to_owned()];
     let lesson = bitnet_burn::plan::Lesson {
         device: Some("cpu".into()),
         threads: Some(1),
         reasons,
         ..Default::default()
     };
-    lesson.keep(Some(&place.path("cache")), &model).unwrap();
+    lesson.keep(Some(&place.path("cache")), &model, &Default::default()).unwrap();
     let after = auto(&[]);
     assert_eq!((&after["threads"], &after["device"]), (&1.into(), &"flex".into()));
     assert_eq!(after["token_ids"], before["token_ids"]);
-    let note = "an earlier run: gpu:0 ran out of memory with 2 layers: 0 now";
+    let note = "an earlier run: 2 layers on gpu:0 failed (out of memory): 0 now";
     assert_eq!(after["placement_notes"], serde_json::json!([note]));
     assert!(place.ok(&["plan", "-m", "model.gguf"]).contains(note));
     assert_eq!(auto(&["--threads", "2"])["threads"], 2);

@@ -228,7 +228,12 @@ impl FromStr for DeviceChoice {
                 }
                 None => (part, None),
             };
-            Ok((name.parse::<DeviceName>()?, count))
+            let name =
+                name.parse::<DeviceName>().map_err(|problem| match problem.contains("there are flex") {
+                    true if part == text => problem.replace("there are flex", "there are auto, flex"),
+                    _ => problem,
+                })?;
+            Ok((name, count))
         };
         let parts = text.split(',').map(part).collect::<Result<Vec<_>, String>>()?;
         if parts.iter().filter(|(_, count)| count.is_none()).count() > 1 {
@@ -314,7 +319,7 @@ impl FromStr for DeviceName {
             CPU => DeviceKind::host()?,
             kind => DeviceKind::from_str(kind, false).map_err(|_| {
                 format!(
-                    "{kind:?} is no device; there are auto, flex, ndarray, wgpu, metal, cuda, rocm and remote:HOST:PORT"
+                    "{kind:?} is no device; there are flex, ndarray, wgpu, metal, cuda, rocm and remote:HOST:PORT"
                 )
             })?,
         };
@@ -596,7 +601,8 @@ mod tests {
             assert_eq!(choice(text).unwrap().to_string(), text);
         }
         for (text, expected) in [
-            ("abacus", "\"abacus\" is no device"),
+            ("abacus", "\"abacus\" is no device; there are auto, flex"),
+            ("abacus,flex", "\"abacus\" is no device; there are flex"),
             ("wgpu:x", "\"x\" is no number of a device"),
             ("flex:1", "there is one flex alone"),
             ("wgpu=many,flex", "\"many\" is no number of layers"),

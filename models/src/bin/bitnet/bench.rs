@@ -28,13 +28,14 @@ use crate::output::{self, columns};
 pub struct BenchArgs {
     #[command(flatten)]
     engine: EngineArgs,
-    /// Tokens of the prompt; 0 measures decode alone [default: 128; with --gpu-suite 512]
+    /// Tokens of the prompt; 0 measures decode alone [default: 128; with --gpu-suite 512, and with
+    /// --quick 24]
     #[arg(long, short, value_name = "N")]
     prompt: Option<usize>,
-    /// Tokens generated behind it; 0 measures prefill alone [default: 64]
+    /// Tokens generated behind it; 0 measures prefill alone [default: 64; with --quick 4]
     #[arg(long, short = 'n', value_name = "N")]
     generate: Option<usize>,
-    /// How often [default: 5]
+    /// How often [default: 5; with --quick 1]
     #[arg(long, short, value_name = "N", value_parser = positive)]
     repetitions: Option<usize>,
     /// Measure decode at these context lengths, too, once each
@@ -48,8 +49,8 @@ pub struct BenchArgs {
     #[arg(long)]
     preallocate: bool,
     /// Measure the GPU that --device names, too: how fast it reads, every kernel on every matrix of a layer (compared
-    /// with the CPU's results before it is timed), a layer's operations, quantising and packing. Batches are 1 to 64 where
-    /// nothing else is said, and without --model the model is one of random weights in the shape of BitNet b1.58 2B-4T
+    /// with the CPU's results before it is timed), a layer's operations, quantising and packing. Batches are 1 to 64, as
+    /// far as there is room, where nothing else is said, and without --model the model is one of random weights in the shape of BitNet b1.58 2B-4T
     #[arg(long)]
     gpu_suite: bool,
     /// The suite on small sizes, to see that it works
@@ -140,7 +141,7 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     let wishes =
         Wishes { tokenizer: false, quantise_activations: true, max_rows: args.chunk, measured_context: None };
     let engine = args.engine.load(&wishes)?;
-    let options = BenchOptions {
+    let mut options = BenchOptions {
         prompt_tokens: prompt,
         generated_tokens: generate,
         repetitions: args.repetitions.unwrap_or(repetitions),
@@ -153,9 +154,13 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
         seed: args.seed,
     };
     if args.preallocate || !options.batches.is_empty() {
-        let most = options.batches.iter().copied().max().unwrap_or(1);
         let whole = if args.preallocate { options.context } else { prompt.saturating_add(generate) };
         let positions = whole.clamp(1, options.context);
+        // Nobody asked for these.
+        if args.batches.is_empty() {
+            options.batches.retain(|&sequences| engine.check_room(sequences, positions).is_ok());
+        }
+        let most = options.batches.iter().copied().max().unwrap_or(1);
         engine.check_room(most, positions).with_context(|| match options.batches.is_empty() {
             true => "--preallocate".to_owned(),
             false => format!("--batches {most}"),
@@ -204,14 +209,28 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     if let Some(path) = &args.engine.receipt {
         engine.write_receipt(path, "bench", &output, None)?;
     }
+    let wrong = suite.as_ref().map_or(0, |suite| suite.matmuls.len() - suite.kernels_right);
     if args.json {
-        return output::print_json(&output);
+        output::print_json(&output)?;
+        return all_right(wrong);
     }
     let mut text = text(&engine.summary, engine.load_seconds, &result, &execution);
     if let Some(suite) = &suite {
         text.push_str(&format!("\n{suite}"));
     }
-    output::print(text.trim_end())
+    output::print(text.trim_end())?;
+    all_right(wrong)
+}
+
+/// That no kernel of the suite was wrong, or could not be run.
+fn all_right(wrong: usize) -> anyhow::Result<()> {
+    match wrong {
+        0 => Ok(()),
+        _ => bail!(
+            "the suite has {} by shape that can't be timed, with the reasons",
+            count(wrong as u64, "kernel")
+        ),
+    }
 }
 
 fn text(model: &ModelSummary, load_seconds: f64, result: &BenchResult, execution: &Execution) -> String {

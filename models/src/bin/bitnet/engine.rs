@@ -83,8 +83,10 @@ pub struct Engine {
     machine: MachineProfile,
     /// Main memory before the model was loaded.
     memory_before: Option<MemoryProfile>,
-    /// What `--device auto` followed.
-    plan: Option<Plan>,
+    /// What `--device auto` followed, and what it was asked.
+    plan: Option<(Plan, plan::Wishes)>,
+    /// What was said against the plan's placement, if that failed.
+    problem: Option<String>,
     /// Since the model was loaded.
     since: Option<ProcessorTime>,
     cache_dir: Option<PathBuf>,
@@ -130,15 +132,15 @@ impl EngineArgs {
         let settings = Settings {
             threads: config.threads,
             context: match &plan {
-                Some(plan) => plan.settings.context,
+                Some((plan, _)) => plan.settings.context,
                 None => context,
             },
             kv_cache: match &plan {
-                Some(plan) => plan.settings.kv_cache,
+                Some((plan, _)) => plan.settings.kv_cache,
                 None => self.kv_cache.unwrap_or(KvCacheType::F32).into(),
             },
             rows: match &plan {
-                Some(plan) => plan.settings.rows,
+                Some((plan, _)) => plan.settings.rows,
                 None => wishes.max_rows.unwrap_or(DEFAULT_CHUNK),
             },
         };
@@ -186,7 +188,7 @@ impl EngineArgs {
             bar.set_position(done as u64);
         })?;
         bar.finish_and_clear();
-        let Placed { model, placement, notes: failed } = placed;
+        let Placed { model, placement, notes: failed, problem } = placed;
         for note in &failed {
             output::warning(note);
         }
@@ -203,6 +205,7 @@ impl EngineArgs {
             machine,
             memory_before,
             plan,
+            problem,
             since: ProcessorTime::now(),
             cache_dir,
             settings,
@@ -223,8 +226,8 @@ struct Place {
     /// The host's device that was named.
     host: Option<DeviceKind>,
     placement: Placement,
-    /// What chose it, if that was a plan.
-    plan: Option<Plan>,
+    /// What chose it, if that was a plan, and what it was asked.
+    plan: Option<(Plan, plan::Wishes)>,
     notes: Vec<String>,
 }
 
@@ -286,7 +289,7 @@ impl EngineArgs {
         for problem in &machine.problems {
             output::warning(problem);
         }
-        let mut wanted = plan::Wishes {
+        let asked = plan::Wishes {
             threads: self.kernels.threads.threads.or(threads),
             context,
             kv_cache: (self.kv_cache.map(Into::into))
@@ -295,7 +298,7 @@ impl EngineArgs {
             rows: wishes.max_rows,
             ..plan::Wishes::default()
         };
-        let (mut plan, mut notes) = Plan::learnt(cache_dir.as_deref(), requirements, &machine, &wanted)?;
+        let (mut plan, mut notes) = Plan::learnt(cache_dir.as_deref(), requirements, &machine, &asked)?;
         // What was found once may be gone.
         let gone = plan.placement.devices().find_map(|device| open(device, host).err());
         if let Some(problem) = gone {
@@ -307,14 +310,14 @@ impl EngineArgs {
             );
             output::warning(&note);
             notes.push(note);
-            (wanted.device, wanted.gpu_layers) = (Some(CPU.into()), None);
-            plan = Plan::new(requirements, &machine, &wanted)?;
+            let on_cpu = plan::Wishes { device: Some(CPU.into()), gpu_layers: None, ..asked.clone() };
+            plan = Plan::new(requirements, &machine, &on_cpu)?;
         }
         if !plan.fits && !plan.fallback {
             output::warning(plan.reasons.first().map_or("the model does not fit", String::as_str));
         }
         config.threads = plan.settings.threads;
-        Ok(Place { host, placement: plan.placement.clone(), plan: Some(plan), notes })
+        Ok(Place { host, placement: plan.placement.clone(), plan: Some((plan, asked)), notes })
     }
 }
 
@@ -371,10 +374,14 @@ impl Engine {
 
     /// What this run, which followed a plan, showed about it: told in the report, and kept for the next one.
     pub fn learn(&self, execution: &mut Execution, decode: Option<f64>) {
-        let Some(plan) = &self.plan else { return };
-        let gpu = plan.placement.devices().find(|&device| {
-            device != CPU && self.placement.layers_on(device) < plan.placement.layers_on(device)
-        });
+        let Some((plan, wishes)) = &self.plan else { return };
+        let fewer = |gpu: &str| self.placement.layers_on(gpu) < plan.placement.layers_on(gpu);
+        let mut gpus = plan.placement.devices().filter(|&device| device != CPU);
+        // Of several nobody knows which one it was, and a lesson would leave the others out.
+        let gpu = match (gpus.next(), gpus.next()) {
+            (Some(gpu), None) => Some(gpu).filter(|gpu| fewer(gpu)),
+            _ => None,
+        };
         // Small models are far from what is predicted, and so are programs without optimisation.
         let bytes = self.requirements.layer_bytes(self.requirements.layers) + self.requirements.head_read;
         let predictable = !cfg!(debug_assertions) && bytes >= plausible::SMALLEST;
@@ -383,13 +390,16 @@ impl Engine {
             others_use: self.since.and_then(|since| ProcessorTime::now()?.others_since(&since)),
             decode_tokens_per_s: decode.filter(|_| predictable),
             out_of_memory: gpu.map(str::to_owned),
+            problem: self.problem.clone(),
             layers_left: gpu.map(|gpu| self.placement.layers_on(gpu)),
         };
         let Some(lesson) = plan.lesson(&observed) else { return };
-        if let Err(error) = lesson.keep(self.cache_dir.as_deref(), &self.requirements) {
+        execution.next_time = lesson.reasons;
+        // The next plan looks at the memory that is free then.
+        let Some(kept) = plan.lesson(&Observed { memory: None, ..observed }) else { return };
+        if let Err(error) = kept.keep(self.cache_dir.as_deref(), &self.requirements, wishes) {
             output::warning(format_args!("what this run showed can't be kept for later plans: {error}"));
         }
-        execution.next_time = lesson.reasons;
     }
 
     /// What was measured, beside what was predicted for it, where this machine is known: decode behind `at` positions on
