@@ -379,7 +379,7 @@ fn kernels_over_subgroups_compute_what_the_reference_does() {
 fn every_cubecl_kernel_computes_what_the_reference_does() {
     for kernel in cubecl_kernels().into_iter().filter(|kernel| kernel.kernel().features().is_empty()) {
         let name = kernel.kernel().id();
-        let manager = manager_of(&bitnet_burn_cube::PLUGIN, Some(&name), Duration::ZERO);
+        let manager = manager_of(&bitnet_burn_cube::PLUGIN, Some(name), Duration::ZERO);
         let rows = if name.starts_with("cube/gemv") { [1, 3, 16] } else { [17, 65, 130] };
         // Less than a tile, one more than one, several; less than a block of 128, one more, many.
         for (k, ns) in [(128, &[32][..]), (130, &[7, 9, 65]), (1, &[1, 1]), (2560, &[130, 40]), (6912, &[33])]
@@ -391,7 +391,7 @@ fn every_cubecl_kernel_computes_what_the_reference_does() {
             }
         }
         let report = manager.report();
-        let used = self::kernel(&report, &name);
+        let used = self::kernel(&report, name);
         assert_eq!((used.calls, used.failures.total(), used.target.as_str()), (6 * 9, 0, "cubecl"), "{name}");
         assert!(report.fallbacks.is_empty() && report.reference_calls == 0, "{report:?}");
     }

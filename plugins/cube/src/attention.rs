@@ -589,11 +589,9 @@ pub(crate) fn attend_chunks(
             }
             sync_cube();
         }
-        if comptime!(plan.split) {
-            if wanted && unit == 0 {
-                out[(to + head_dim) as usize] = largest[query as usize];
-                out[(to + head_dim + 1) as usize] = total[query as usize];
-            }
+        if comptime!(plan.split) && wanted && unit == 0 {
+            out[(to + head_dim) as usize] = largest[query as usize];
+            out[(to + head_dim + 1) as usize] = total[query as usize];
         }
     }
 }

@@ -104,7 +104,7 @@ fn word_at(words: &[u32], byte: u32) -> u32 {
     let shift = byte % 4u32 * 8u32;
     let low = words[index as usize] >> shift;
     // The same word again where they begin with it: nothing behind the last word is read.
-    let high = words[(index + (shift + 31u32) / 32u32) as usize] << ((32u32 - shift) & 31u32);
+    let high = words[(index + shift.div_ceil(32u32)) as usize] << ((32u32 - shift) & 31u32);
     select(shift == 0u32, low, low | high)
 }
 
@@ -217,7 +217,7 @@ fn sum_of_group(value: f32) -> f32 {
     for step in 0..5u32 {
         let half = comptime!(16u32 >> step);
         if lane < half {
-            shared[own as usize] = shared[own as usize] + shared[(own + half) as usize];
+            shared[own as usize] += shared[(own + half) as usize];
         }
         sync_cube();
     }

@@ -19,7 +19,7 @@ fn sum_of_all(value: f32) -> f32 {
     let mut half = CUBE_DIM_X / 2;
     while half > 0 {
         if unit < half {
-            shared[unit as usize] = shared[unit as usize] + shared[(unit + half) as usize];
+            shared[unit as usize] += shared[(unit + half) as usize];
         }
         sync_cube();
         half /= 2;
