@@ -6,8 +6,8 @@
 //! host's own CubeCL (`launch`), so that a library that is loaded from a file can't have them.
 //!
 //! Beside them, as functions that the host calls without choosing: RMSNorm, quantisation and gated activation
-//! ([`rows`]), attention over a KV cache on the device ([`attention`]), and the embedding and output projection in the
-//! formats of model files ([`dense`]).
+//! (`rows`), attention over a KV cache on the device (`attention`), and the embedding and output projection in the
+//! formats of model files (`dense`).
 //!
 //! The ternary kernels read the canonical layout, so that weights are uploaded as they are and every kernel, and the default
 //! body in Burn's operations, can take over from every other one. Sums are exact i32.
