@@ -478,4 +478,5 @@ fn measure(
 const WORTH_A_SYNC: Duration = Duration::from_micros(500);
 const MOST_AT_ONCE: u64 = 64;
 
-const SCALE: f32 = 0.021;
+/// Weights that kernels are measured with are codes times this.
+pub(super) const SCALE: f32 = 0.021;

@@ -1,7 +1,7 @@
 //! The embedding and the output projection, from the bytes of their files.
 
 use bitnet_burn_core::formats::DenseFormat;
-use bitnet_burn_cube::dense::{self, Format, Matrix};
+use bitnet_burn_cube::dense::{self, Activations, Format, Matrix};
 use burn::backend::ops::IntTensorOps;
 use burn::tensor::DType;
 use burn_cubecl::CubeBackend;
@@ -42,14 +42,14 @@ pub(crate) fn dense_linear(x: CubeTensor, words: CubeTensor, args: DenseArgs) ->
     let params = params_on(&x.device, &x.client, matrix.params(m));
     let input = Input::new(x, InputNorm::None, 0.0);
     let (x, client) = (input.x(), &input.x().client);
-    let y = if args.int8 {
+    let activations = if args.int8 {
         let quantised = input.quantise();
-        // SAFETY: the matrix's words, rows [m, k] as they were quantised, and the parameters for them.
-        unsafe { dense::linear_int8(client, &matrix, words, (quantised.words, quantised.rows), params, m) }
+        Activations::Int8(quantised.words, quantised.rows)
     } else {
-        // SAFETY: the matrix's words, contiguous f32 [m, k], and the parameters for them.
-        unsafe { dense::linear(client, &matrix, words, x.handle.clone(), params, m) }
+        Activations::F32(x.handle.clone())
     };
+    // SAFETY: the matrix's words, rows [m, k] of contiguous f32 or as they were quantised, and the parameters for them.
+    let y = unsafe { dense::linear(client, &matrix, words, activations, params, m) };
     tensor(x, y, [m, matrix.n])
 }
 

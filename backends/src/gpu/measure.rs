@@ -11,15 +11,13 @@ use cubecl::std::throughput::measure_peak_throughput;
 use cubecl::throughput::{MemoryAccess, MemorySpec, ThroughputKey, ThroughputMode};
 
 use super::body::{self, Input, Part};
-use super::choice;
+use super::choice::{self, SCALE};
 use super::launch::{self, Buffers};
 use crate::devices::quietly;
 use crate::extension::InputNorm;
 use crate::manager::manager;
 use crate::measure::{Effort, KernelTime};
 
-/// Weights are codes times this.
-const SCALE: f32 = 0.021;
 /// As many copies of weights as ever take turns.
 const MOST_COPIES: usize = 256;
 

@@ -11,6 +11,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use crate::bits::{half, to_half};
+use crate::rows::{Absmax, byte, odd};
 
 /// Type of a cache's values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -207,10 +208,7 @@ pub(crate) fn append_int8(
     let part = if comptime!(turned) { n_heads } else { n_heads + n_kv_heads };
     let from = (row * (n_heads + 2 * n_kv_heads) + part + head) * head_dim;
     let mut own = Shared::<[f32]>::new_slice(head_dim as usize);
-    let mut largest = Shared::<[f32]>::new_slice(THREADS as usize);
-    // As in `quantise_rows`: seen in the bits.
-    let mut odd = Shared::<[u32]>::new_slice(THREADS as usize);
-    let mut a = 0.0f32;
+    let mut largest = 0.0f32;
     let mut not_finite = 0u32;
     let mut j = unit;
     while j < half_dim {
@@ -225,45 +223,25 @@ pub(crate) fn append_int8(
         }
         own[j as usize] = low;
         own[(half_dim + j) as usize] = high;
-        a = a.max(low.abs().max(high.abs()));
-        if (u32::reinterpret(low) & 0x7f80_0000u32) == 0x7f80_0000u32
-            || (u32::reinterpret(high) & 0x7f80_0000u32) == 0x7f80_0000u32
-        {
-            not_finite = 1u32;
-        }
+        largest = largest.max(low.abs().max(high.abs()));
+        not_finite |= odd(low) | odd(high);
         j += THREADS;
     }
-    largest[unit as usize] = a;
-    odd[unit as usize] = not_finite;
-    sync_cube();
-    let mut half = CUBE_DIM_X / 2;
-    while half > 0 {
-        if unit < half {
-            largest[unit as usize] = largest[unit as usize].max(largest[(unit + half) as usize]);
-            odd[unit as usize] |= odd[(unit + half) as usize];
-        }
-        sync_cube();
-        half /= 2;
-    }
-    let a = largest[0].max(1e-5f32);
-    let finite = odd[0] == 0;
-    let to_int8 = 127.0f32 / a;
+    // Behind its barriers all threads see `own`.
+    let absmax = Absmax::of_all(largest, not_finite, THREADS);
     let at = head * params[2] + params[1] + row;
     let mut word = unit;
     while word < comptime!(head_dim / 4) {
         let mut packed = 0u32;
         #[unroll]
         for i in 0..4u32 {
-            let scaled = (own[(word * 4 + i) as usize] * to_int8).round();
-            let q = i32::cast_from(scaled.clamp(-128.0f32, 127.0f32));
-            packed |= (u32::reinterpret(q) & 0xffu32) << (i * 8);
+            packed |= byte(absmax.code(own[(word * 4 + i) as usize]), i);
         }
-        let packed = select(finite, packed, 0u32);
         cache[(at * comptime!(head_dim / 4) + word) as usize] = packed;
         word += THREADS;
     }
     if unit == 0 {
-        scale[at as usize] = f32::reinterpret(select(finite, u32::reinterpret(a / 127.0f32), 0x7fc0_0000u32));
+        scale[at as usize] = f32::reinterpret(absmax.scale());
     }
 }
 

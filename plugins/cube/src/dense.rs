@@ -224,58 +224,17 @@ fn sum_of_group(value: f32) -> f32 {
     shared[(UNIT_POS_Y * LANES) as usize]
 }
 
-/// y = x * Wᵀ for `tile` rows of f32 activations a workgroup.
+/// y = x * Wᵀ for `tile` rows of activations a workgroup: f32 as their bits, or with `int8` four a word, of which eight
+/// products are summed exactly and multiplied by their weights' scale; `rows` then has the activations' scales.
 #[cube(launch_unchecked)]
 pub(crate) fn dense_gemv(
-    words: &[u32],
-    x: &[f32],
-    y: &mut [f32],
-    params: &[u32],
-    #[comptime] format: Format,
-    #[comptime] tile: u32,
-) {
-    let m = params[0];
-    let n = params[1];
-    let k = params[2];
-    let feature = CUBE_POS_X * GROUPS + UNIT_POS_Y;
-    let row = feature.min(n - 1) * params[3];
-    let first = CUBE_POS_Y * tile;
-    let mut sums = Array::<f32>::new(tile as usize);
-    #[unroll]
-    for r in 0..tile {
-        sums[r as usize] = 0.0f32;
-    }
-    let mut unit = UNIT_POS_X;
-    while unit < k / 8 {
-        let values = decoded(words, row, unit, format);
-        #[unroll]
-        for r in 0..tile {
-            let from = (first + r).min(m - 1) * k + unit * 8;
-            #[unroll]
-            for i in 0..8u32 {
-                sums[r as usize] += x[(from + i) as usize] * values[i as usize];
-            }
-        }
-        unit += LANES;
-    }
-    #[unroll]
-    for r in 0..tile {
-        let sum = sum_of_group(sums[r as usize]);
-        if UNIT_POS_X == 0 && feature < n && first + r < m {
-            y[((first + r) * n + feature) as usize] = sum;
-        }
-    }
-}
-
-/// The same for activations that are quantised to int8: exact sums of 8 products, times their scale.
-#[cube(launch_unchecked)]
-pub(crate) fn dense_gemv_int8(
     words: &[u32],
     x: &[u32],
     rows: &[u32],
     y: &mut [f32],
     params: &[u32],
     #[comptime] format: Format,
+    #[comptime] int8: bool,
     #[comptime] tile: u32,
 ) {
     let m = params[0];
@@ -291,24 +250,38 @@ pub(crate) fn dense_gemv_int8(
     }
     let mut unit = UNIT_POS_X;
     while unit < k / 8 {
-        let eight = eight(words, row, unit, format);
-        #[unroll]
-        for r in 0..tile {
-            let from = (first + r).min(m - 1) * params[4] + unit * 2;
-            let x0 = i32::reinterpret(x[from as usize]);
-            let x1 = i32::reinterpret(x[(from + 1) as usize]);
-            let sum = dp4a(x0, i32::reinterpret(eight.low), 0i32);
-            let sum = dp4a(x1, i32::reinterpret(eight.high), sum);
-            sums[r as usize] += f32::cast_from(sum) * eight.scale;
+        if comptime!(int8) {
+            let eight = eight(words, row, unit, format);
+            #[unroll]
+            for r in 0..tile {
+                let from = (first + r).min(m - 1) * params[4] + unit * 2;
+                let x0 = i32::reinterpret(x[from as usize]);
+                let x1 = i32::reinterpret(x[(from + 1) as usize]);
+                let sum = dp4a(x0, i32::reinterpret(eight.low), 0i32);
+                let sum = dp4a(x1, i32::reinterpret(eight.high), sum);
+                sums[r as usize] += f32::cast_from(sum) * eight.scale;
+            }
+        } else {
+            let values = decoded(words, row, unit, format);
+            #[unroll]
+            for r in 0..tile {
+                let from = (first + r).min(m - 1) * k + unit * 8;
+                #[unroll]
+                for i in 0..8u32 {
+                    sums[r as usize] += f32::reinterpret(x[(from + i) as usize]) * values[i as usize];
+                }
+            }
         }
         unit += LANES;
     }
     #[unroll]
     for r in 0..tile {
-        let sum = sum_of_group(sums[r as usize]);
+        let mut sum = sum_of_group(sums[r as usize]);
         if UNIT_POS_X == 0 && feature < n && first + r < m {
-            let a = f32::reinterpret(rows[((first + r) * 2) as usize]);
-            y[((first + r) * n + feature) as usize] = sum * a;
+            if comptime!(int8) {
+                sum *= f32::reinterpret(rows[((first + r) * 2) as usize]);
+            }
+            y[((first + r) * n + feature) as usize] = sum;
         }
     }
 }
@@ -345,72 +318,55 @@ fn tile(m: usize) -> u32 {
     }
 }
 
-fn count(matrix: &Matrix, m: usize) -> CubeCount {
-    CubeCount::Static((matrix.n as u32).div_ceil(GROUPS), (m as u32).div_ceil(tile(m)), 1)
+/// Rows of activations, without gaps between them.
+#[derive(Clone, Debug)]
+pub enum Activations {
+    /// f32 [m, k].
+    F32(Handle),
+    /// [Quantised](crate::rows::quantise): words, and scales and sums.
+    Int8(Handle, Handle),
 }
 
-/// y = x * Wᵀ [m, n] of rows x [m, k] of f32 without gaps between them.
+/// y = x * Wᵀ [m, n].
 ///
 /// # Safety
-/// `words` holds the matrix, which is [supported](Matrix::supported), `x` m * k values, and `params` the
+/// `words` holds the matrix, which is [supported](Matrix::supported), `x` m rows of k, and `params` the
 /// [parameters](Matrix::params) for m.
+///
+/// # Panics
+/// If floats are to be multiplied by int8.
 pub unsafe fn linear(
     client: &Client,
     matrix: &Matrix,
     words: Handle,
-    x: Handle,
+    x: Activations,
     params: Handle,
     m: usize,
 ) -> Handle {
     let y = client.empty(m * matrix.n * 4);
+    // Without int8 the rows are not read.
+    let (x, rows, int8) = match x {
+        Activations::F32(x) => (x.clone(), x, false),
+        Activations::Int8(words, rows) => (words, rows, true),
+    };
+    assert!(!(int8 && matrix.format.is_float()), "floats times int8");
+    let x_words = if int8 { words_of_row(matrix.k) } else { matrix.k };
+    let tile = tile(m);
     // SAFETY: the handles hold as many elements as is said, and the kernel stays within them: features below n, rows
-    // below m, units below k / 8.
+    // below m, units below k / 8, which a row of int8 has words for, being filled up.
     unsafe {
         dense_gemv::launch_unchecked(
             client,
-            count(matrix, m),
+            CubeCount::Static((matrix.n as u32).div_ceil(GROUPS), (m as u32).div_ceil(tile), 1),
             CubeDim::new_2d(LANES, GROUPS),
             BufferArg::from_raw_parts(words, matrix.words()),
-            BufferArg::from_raw_parts(x, m * matrix.k),
-            BufferArg::from_raw_parts(y.clone(), m * matrix.n),
-            BufferArg::from_raw_parts(params, 8),
-            matrix.format,
-            tile(m),
-        );
-    }
-    y
-}
-
-/// y = x * Wᵀ [m, n] of [quantised](crate::rows::quantise) rows, for a format of blocks.
-///
-/// # Safety
-/// As for [`linear`], with m rows in `x` and `rows`.
-///
-/// # Panics
-/// If the format holds floats.
-pub unsafe fn linear_int8(
-    client: &Client,
-    matrix: &Matrix,
-    words: Handle,
-    (x, rows): (Handle, Handle),
-    params: Handle,
-    m: usize,
-) -> Handle {
-    assert!(!matrix.format.is_float(), "floats times int8");
-    let y = client.empty(m * matrix.n * 4);
-    // SAFETY: as in `linear`; a row of x has words for all units, being filled up.
-    unsafe {
-        dense_gemv_int8::launch_unchecked(
-            client,
-            count(matrix, m),
-            CubeDim::new_2d(LANES, GROUPS),
-            BufferArg::from_raw_parts(words, matrix.words()),
-            BufferArg::from_raw_parts(x, m * words_of_row(matrix.k)),
+            BufferArg::from_raw_parts(x, m * x_words),
             BufferArg::from_raw_parts(rows, m * 2),
             BufferArg::from_raw_parts(y.clone(), m * matrix.n),
             BufferArg::from_raw_parts(params, 8),
             matrix.format,
-            tile(m),
+            int8,
+            tile,
         );
     }
     y

@@ -206,10 +206,9 @@ pub fn operations() -> Vec<(String, crate::Texts)> {
     for format in [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q6K, Format::Q4_0] {
         for tile in [1u32, 2, 4] {
             let threads = [dense::LANES, dense::GROUPS, 1];
-            operation!(threads, dense::dense_gemv::DenseGemv[words, x, y, params] format, tile);
-            if !format.is_float() {
+            for int8 in [false, true].into_iter().filter(|int8| !(*int8 && format.is_float())) {
                 operation!(
-                    threads, dense::dense_gemv_int8::DenseGemvInt8[words, x, rows, y, params] format, tile
+                    threads, dense::dense_gemv::DenseGemv[words, x, rows, y, params] format, int8, tile
                 );
             }
         }
@@ -316,7 +315,10 @@ mod tests {
         for (name, (wgsl, cuda)) in all {
             let cuda = cuda.unwrap().source;
             assert!(wgsl.unwrap().source.contains("@compute"), "{name}");
-            assert!(cuda.contains("__dp4a") || !name.starts_with("dense_gemv_int8"), "{name}: {cuda}");
+            assert!(
+                cuda.contains("__dp4a") || !(name.starts_with("dense_gemv") && name.contains("true")),
+                "{name}: {cuda}"
+            );
         }
     }
 

@@ -11,20 +11,76 @@ pub(crate) const THREADS: u32 = 256;
 
 /// The sum of what all threads of the workgroup bring, in a fixed order.
 #[cube]
-fn sum_of_all(value: f32) -> f32 {
+fn sum_of_all<N: Numeric>(value: N) -> N {
     let unit = UNIT_POS_X;
-    let mut shared = Shared::<[f32]>::new_slice(THREADS as usize);
+    let mut shared = Shared::<[N]>::new_slice(THREADS as usize);
     shared[unit as usize] = value;
     sync_cube();
     let mut half = CUBE_DIM_X / 2;
     while half > 0 {
         if unit < half {
-            shared[unit as usize] += shared[(unit + half) as usize];
+            let other = shared[(unit + half) as usize];
+            shared[unit as usize] += other;
         }
         sync_cube();
         half /= 2;
     }
     shared[0]
+}
+
+/// 1 for a value that is not finite. It is seen in the bits, since shading languages may assume that there is no such thing.
+#[cube]
+pub(crate) fn odd(value: f32) -> u32 {
+    u32::cast_from((u32::reinterpret(value) & 0x7f80_0000u32) == 0x7f80_0000u32)
+}
+
+/// What values are quantised to int8 with: a = max(max |x|, 1e-5), and whether all of them are finite.
+#[derive(CubeType)]
+pub(crate) struct Absmax {
+    a: f32,
+    to_int8: f32,
+    finite: bool,
+}
+
+#[cube]
+impl Absmax {
+    /// Of the largest magnitudes that all `threads` of the workgroup bring, and of what was [`odd`] there.
+    pub fn of_all(largest: f32, odd: u32, #[comptime] threads: u32) -> Absmax {
+        let unit = UNIT_POS_X;
+        let mut magnitudes = Shared::<[f32]>::new_slice(threads as usize);
+        let mut odds = Shared::<[u32]>::new_slice(threads as usize);
+        magnitudes[unit as usize] = largest;
+        odds[unit as usize] = odd;
+        sync_cube();
+        let mut half = CUBE_DIM_X / 2;
+        while half > 0 {
+            if unit < half {
+                magnitudes[unit as usize] = magnitudes[unit as usize].max(magnitudes[(unit + half) as usize]);
+                odds[unit as usize] |= odds[(unit + half) as usize];
+            }
+            sync_cube();
+            half /= 2;
+        }
+        let a = magnitudes[0].max(1e-5f32);
+        Absmax { a, to_int8: 127.0f32 / a, finite: odds[0] == 0 }
+    }
+
+    /// q = clamp(round_half_even(x * (127 / a)), -128, 127); 0 where not all values are finite.
+    pub fn code(&self, value: f32) -> i32 {
+        let scaled = (value * self.to_int8).round();
+        select(self.finite, i32::cast_from(scaled.clamp(-128.0f32, 127.0f32)), 0i32)
+    }
+
+    /// The bits of a / 127, or of NaN.
+    pub fn scale(&self) -> u32 {
+        select(self.finite, u32::reinterpret(self.a / 127.0f32), 0x7fc0_0000u32)
+    }
+}
+
+/// A code in byte i of a word.
+#[cube]
+pub(crate) fn byte(code: i32, i: u32) -> u32 {
+    (u32::reinterpret(code) & 0xffu32) << (8 * i)
 }
 
 /// sqrt(mean(x^2) + eps) of the row that begins at `from`.
@@ -37,7 +93,7 @@ fn root_mean_square(x: &[f32], from: u32, k: u32, eps: f32) -> f32 {
         squares += value * value;
         i += THREADS;
     }
-    (sum_of_all(squares) / f32::cast_from(k) + eps).sqrt()
+    (sum_of_all::<f32>(squares) / f32::cast_from(k) + eps).sqrt()
 }
 
 /// One workgroup a row: x / sqrt(mean(x^2) + eps) * weight. Parameters: k, the bits of eps.
@@ -55,8 +111,7 @@ pub(crate) fn rms_norm_rows(x: &[f32], weight: &[f32], y: &mut [f32], params: &[
 
 /// One workgroup a row: its norm where `normed`, its largest magnitude, then its values. The same arithmetic as the
 /// default body's, in the same order: a = max(max |x|, 1e-5), q = clamp(round_half_even(x * (127 / a)), -128, 127). A
-/// row with a value that is not finite gets q = 0 and scale NaN; what is not finite is seen in the bits, since shading
-/// languages may assume that there is no such thing. Parameters: k, words from row to row, the bits of eps.
+/// row with a value that is not finite gets q = 0 and scale NaN. Parameters: k, words from row to row, the bits of eps.
 #[cube(launch_unchecked)]
 pub(crate) fn quantise_rows(
     x: &[f32],
@@ -75,36 +130,16 @@ pub(crate) fn quantise_rows(
     } else {
         f32::new(1.0)
     };
-    let mut largest = Shared::<[f32]>::new_slice(THREADS as usize);
-    let mut odd = Shared::<[u32]>::new_slice(THREADS as usize);
-    let mut sums = Shared::<[i32]>::new_slice(THREADS as usize);
-
-    let mut a = 0.0f32;
+    let mut largest = 0.0f32;
     let mut not_finite = 0u32;
     let mut i = unit;
     while i < k {
         let value = normalised(x, weight, row * k, i, root, normed);
-        if (u32::reinterpret(value) & 0x7f80_0000u32) == 0x7f80_0000u32 {
-            not_finite = 1u32;
-        }
-        a = a.max(value.abs());
+        not_finite |= odd(value);
+        largest = largest.max(value.abs());
         i += THREADS;
     }
-    largest[unit as usize] = a;
-    odd[unit as usize] = not_finite;
-    sync_cube();
-    let mut half = CUBE_DIM_X / 2;
-    while half > 0 {
-        if unit < half {
-            largest[unit as usize] = largest[unit as usize].max(largest[(unit + half) as usize]);
-            odd[unit as usize] |= odd[(unit + half) as usize];
-        }
-        sync_cube();
-        half /= 2;
-    }
-    let a = largest[0].max(1e-5f32);
-    let finite = odd[0] == 0;
-    let to_int8 = 127.0f32 / a;
+    let absmax = Absmax::of_all(largest, not_finite, THREADS);
 
     let mut sum = 0i32;
     let mut word = unit;
@@ -112,29 +147,19 @@ pub(crate) fn quantise_rows(
         let mut packed = 0u32;
         for j in 0..4u32 {
             let column = word * 4 + j;
-            if finite && column < k {
-                let scaled = (normalised(x, weight, row * k, column, root, normed) * to_int8).round();
-                let q = i32::cast_from(scaled.clamp(-128.0f32, 127.0f32));
+            if column < k {
+                let q = absmax.code(normalised(x, weight, row * k, column, root, normed));
                 sum += q;
-                packed |= (u32::reinterpret(q) & 0xffu32) << (8 * j);
+                packed |= byte(q, j);
             }
         }
         words[(row * stride + word) as usize] = packed;
         word += THREADS;
     }
-    sums[unit as usize] = sum;
-    sync_cube();
-    let mut half = CUBE_DIM_X / 2;
-    while half > 0 {
-        if unit < half {
-            sums[unit as usize] += sums[(unit + half) as usize];
-        }
-        sync_cube();
-        half /= 2;
-    }
+    let sum = sum_of_all::<i32>(sum);
     if unit == 0 {
-        rows[(row * 2) as usize] = select(finite, u32::reinterpret(a / 127.0f32), 0x7fc0_0000u32);
-        rows[(row * 2 + 1) as usize] = u32::reinterpret(sums[0]);
+        rows[(row * 2) as usize] = absmax.scale();
+        rows[(row * 2 + 1) as usize] = u32::reinterpret(sum);
     }
 }
 
