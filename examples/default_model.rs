@@ -17,13 +17,13 @@ use std::time::Instant;
 use anyhow::Context as _;
 use bitnet_burn::bitnet::{BitNet, LoadOptions};
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn::core::formats::dense::DenseFormat;
 use bitnet_burn::export::{ExportOptions, Target, export};
 use bitnet_burn::gguf::GgufTypes;
 use bitnet_burn::train::{
     Corpus, Curve, Evaluation, Event, Metrics, TrainConfig, Trainer, evaluate, is_run, newest, plot,
 };
 use bitnet_burn_examples::stories::{Stories, read};
+use bitnet_burn_formats::dense::DenseFormat;
 use burn::module::Module as _;
 use burn::tensor::Device;
 use clap::Parser;

@@ -13,7 +13,6 @@ use std::time::Instant;
 use anyhow::Context;
 use bitnet_burn::bitnet::{BitNet, LoadOptions, Row};
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn::core::formats::dense::DenseFormat;
 use bitnet_burn::export::{ExportOptions, Target, export};
 use bitnet_burn::gguf::GgufTypes;
 use bitnet_burn::nn::CacheType;
@@ -21,6 +20,7 @@ use bitnet_burn::sampling::{Sampler, SamplingConfig};
 use bitnet_burn::tokenizer::Tokenizer;
 use bitnet_burn::train::{Corpus, Event, TrainConfig, Trainer, newest};
 use bitnet_burn_examples::stories::{Stories, read};
+use bitnet_burn_formats::dense::DenseFormat;
 use burn::tensor::Device;
 
 /// Trains in a directory; returns the perplexity on stories that were kept for validation.

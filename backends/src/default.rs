@@ -3,8 +3,8 @@
 
 #![allow(clippy::single_range_in_vec_init, reason = "tensors of one dimension are sliced by one range")]
 
-use bitnet_burn_core::formats::DenseFormat;
-use bitnet_burn_core::formats::dense_tiles::untile;
+use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_formats::dense_tiles::untile;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, FloatDType, IndexingUpdateOp, IntDType, Shape, Slice, TensorData, try_read_sync};
@@ -13,7 +13,6 @@ use crate::extension::{
     Attended, AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm,
     SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
 };
-use crate::manager::manager;
 
 const EPSILON: f32 = 1e-5;
 
@@ -495,7 +494,7 @@ fn rows_of_tiles<B: Backend>(words: IntTensor<B>, args: &DenseArgs) -> IntTensor
     let size = DenseArgs { tiled: false, ..*args }.bytes().expect("tiles are no smaller");
     let mut rows = vec![0u32; size.div_ceil(4)];
     let out = &mut bytemuck::cast_slice_mut(&mut rows)[..size];
-    untile(args.format, tiles, (args.n, args.k), out, manager().pool()).expect("tiles of that size");
+    untile(args.format, tiles, (args.n, args.k), out).expect("tiles of that size");
     let count = rows.len();
     B::int_from_data(TensorData::new(rows, [count]), &device)
 }
@@ -601,8 +600,8 @@ fn from_bits<B: Backend>(bits: IntTensor<B>, exponent: u32, mantissa: u32) -> Fl
 /// package, where a device with autodiff has default bodies for them.)
 #[cfg(all(test, any(feature = "flex", feature = "ndarray")))]
 mod tests {
-    use bitnet_burn_core::formats::dense_tiles::tile;
-    use bitnet_burn_core::quant;
+    use bitnet_burn_formats::dense_tiles::tile;
+    use bitnet_burn_formats::quant;
     use burn::backend::tensor::FloatTensor;
     use burn::backend::{Autodiff, AutodiffBackend};
     use burn::tensor::TensorData;
@@ -927,7 +926,7 @@ mod tests {
                 let mut tiles = vec![0; tiled.bytes().expect("whole blocks").next_multiple_of(4)];
                 let (rows, out) =
                     (&bytes[..n * row_bytes], &mut tiles[..tiled.bytes().expect("whole blocks")]);
-                tile((format, rows), (n, k), (format, out), manager().pool()).expect("whole blocks");
+                tile((format, rows), (n, k), (format, out)).expect("whole blocks");
                 let words = |bytes: &[u8]| {
                     let words: Vec<u32> =
                         bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use bitnet_burn_core::formats::DenseFormat;
-use bitnet_burn_core::formats::dense_tiles::tiled_bytes;
-use bitnet_burn_core::manager::Choice;
+use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_formats::dense_tiles::tiled_bytes;
+use bitnet_burn_manager::Choice;
 #[cfg(feature = "fusion")]
 use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -249,7 +249,7 @@ pub struct SelfAttentionArgs {
 ///
 /// ```
 /// use bitnet_burn_backends::DenseArgs;
-/// use bitnet_burn_core::formats::DenseFormat;
+/// use bitnet_burn_formats::DenseFormat;
 ///
 /// let head = DenseArgs::new(DenseFormat::Q6_K, 128256, 2560).with_int8()?;
 /// assert!(head.int8);
@@ -269,7 +269,7 @@ pub struct DenseArgs {
     /// not depend on it.
     pub int8: bool,
     /// Whether the words are not rows but tiles of 16 rows
-    /// ([`dense_tiles`](bitnet_burn_core::formats::dense_tiles)), which bodies for host memory multiply by int8
+    /// ([`dense_tiles`](bitnet_burn_formats::dense_tiles)), which bodies for host memory multiply by int8
     /// activations; [`ops::dense_matrix`](crate::ops::dense_matrix) makes them.
     pub tiled: bool,
 }
@@ -401,7 +401,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     /// unchanged.
     ///
     /// Bodies for host memory add |w| in f64 in the order of the indices, as
-    /// [`quant::absmean_scale`](bitnet_burn_core::quant::absmean_scale) does; other devices may come to an s
+    /// [`quant::absmean_scale`](bitnet_burn_formats::quant::absmean_scale) does; other devices may come to an s
     /// that differs in its last bit.
     ///
     /// # Shapes

@@ -6,9 +6,9 @@
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex};
 
-use bitnet_burn_core::manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerError};
-use bitnet_burn_core::memory::{Activations, ActivationsMut};
-use bitnet_burn_core::quant;
+use bitnet_burn_formats::quant;
+use bitnet_burn_manager::memory::{Activations, ActivationsMut};
+use bitnet_burn_manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerError};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::Shape;

@@ -11,9 +11,9 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::OnceLock;
 
-use bitnet_burn_core::gate;
-use bitnet_burn_core::manager::{KernelManager, ManagerConfig, ManagerError, Strict};
-use bitnet_burn_core::plugin::{Plugin, PluginError};
+use bitnet_burn_manager::gate;
+use bitnet_burn_manager::plugin::{Plugin, PluginError};
+use bitnet_burn_manager::{KernelManager, ManagerConfig, ManagerError, Strict};
 
 /// The manager could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +52,7 @@ pub fn with_built_in_kernels(config: ManagerConfig) -> Result<KernelManager, Set
 }
 
 /// Sets the process's manager up: the built-in kernels, and the plugins in `named` (files and directories)
-/// and in the places of the configuration ([`PluginConfig`](bitnet_burn_core::store::PluginConfig)). A plugin
+/// and in the places of the configuration ([`PluginConfig`](bitnet_burn_manager::store::PluginConfig)). A plugin
 /// that is refused does not keep the others from being used; its error is returned in the list.
 ///
 /// # Errors

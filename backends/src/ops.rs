@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use bitnet_burn_core::formats::dense::requantise;
-use bitnet_burn_core::formats::{DenseFormat, FormatError, canonical, dense_tiles};
-use bitnet_burn_core::manager::{Choice, LayoutPolicy, ManagerError, Packed};
-use bitnet_burn_core::memory::WeightArena;
+use bitnet_burn_formats::dense::requantise;
+use bitnet_burn_formats::{DenseFormat, FormatError, canonical, dense_tiles};
+use bitnet_burn_manager::memory::WeightArena;
+use bitnet_burn_manager::{Choice, LayoutPolicy, ManagerError, Packed};
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
@@ -113,7 +113,7 @@ impl TernaryMatrix {
     }
 
     /// Canonical codes in the layout that the fastest kernels for the device read; canonical where there are
-    /// none, and in host memory while [memory is low](bitnet_burn_core::KernelManager::memory_is_low).
+    /// none, and in host memory while [memory is low](bitnet_burn_manager::KernelManager::memory_is_low).
     ///
     /// # Errors
     /// If no kernel may compute the shape, or it can't be packed.
@@ -596,7 +596,7 @@ pub fn dense_matrix(
     device: &Device,
 ) -> Result<(Tensor<2, Int>, DenseArgs), DenseError> {
     let args = DenseArgs { tiled: args.int8 && reads_tiles(device), ..args };
-    let ((from, data), shape, pool) = (rows, (args.n, args.k), manager().pool());
+    let ((from, data), shape) = (rows, (args.n, args.k));
     let words = |data: bytes::Bytes| {
         let count = data.len().div_ceil(4);
         words(data, [1, count], device)
@@ -608,9 +608,9 @@ pub fn dense_matrix(
     let mut out =
         WeightArena::default().allocate(args.bytes().unwrap_or(0), 64).map_err(DenseError::Memory)?;
     if args.tiled {
-        dense_tiles::tile((from, &data), shape, (args.format, out.as_mut_slice()), pool)?;
+        dense_tiles::tile((from, &data), shape, (args.format, out.as_mut_slice()))?;
     } else {
-        requantise(from, &data, args.format, out.as_mut_slice(), shape, pool)?;
+        requantise(from, &data, args.format, out.as_mut_slice(), shape)?;
     }
     Ok((words(bytes::Bytes::from_owner(out)), args))
 }

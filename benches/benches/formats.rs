@@ -5,10 +5,10 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use bitnet_burn_benches::Random;
-use bitnet_burn_core::formats::dense::DenseFormat;
-use bitnet_burn_core::formats::{canonical, check_canonical, hf, tq1_0, tq2_0};
-use bitnet_burn_core::quant;
 use bitnet_burn_cpu::quantise::quantise_rows;
+use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::quant;
+use bitnet_burn_formats::{canonical, check_canonical, hf, tq1_0, tq2_0};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 const N: usize = 2560;

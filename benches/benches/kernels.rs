@@ -18,11 +18,11 @@ use bitnet_burn::bench::Spread;
 use bitnet_burn_backends::manager::with_built_in_kernels;
 use bitnet_burn_backends::peak;
 use bitnet_burn_benches::{Random, SHAPES, threads};
-use bitnet_burn_core::cpu;
-use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerConfig, Packed, Status};
-use bitnet_burn_core::memory::{Activations, WeightArena, WeightBuffer};
-use bitnet_burn_core::pool::Pool;
+use bitnet_burn_formats::canonical;
+use bitnet_burn_manager::cpu;
+use bitnet_burn_manager::memory::{Activations, WeightArena, WeightBuffer};
+use bitnet_burn_manager::pool::Pool;
+use bitnet_burn_manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerConfig, Packed, Status};
 use std::sync::Arc;
 
 /// Copies of a matrix in one layout.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bitnet_burn_backends::ops::{CacheLayer, attention, cache_append};
 use bitnet_burn_backends::{AttentionArgs, CacheType};
 use bitnet_burn_benches::Random;
-use bitnet_burn_core::memory::WeightArena;
+use bitnet_burn_manager::memory::WeightArena;
 use burn::tensor::{Device, Tensor, TensorData};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 

@@ -13,8 +13,8 @@ use bitnet_burn::nn::BitLinear;
 use bitnet_burn_backends::manager::configure;
 use bitnet_burn_backends::ops::TernaryMatrix;
 use bitnet_burn_benches::{Random, threads};
-use bitnet_burn_core::ManagerConfig;
-use bitnet_burn_core::formats::canonical;
+use bitnet_burn_formats::canonical;
+use bitnet_burn_manager::ManagerConfig;
 use burn::module::Param;
 use burn::nn::Linear;
 #[cfg(feature = "ndarray")]

@@ -11,10 +11,10 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::manager::{FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerConfig};
-use bitnet_burn_core::memory::Activations;
-use bitnet_burn_core::plugin::Plugin;
+use bitnet_burn_formats::canonical;
+use bitnet_burn_manager::memory::Activations;
+use bitnet_burn_manager::plugin::Plugin;
+use bitnet_burn_manager::{FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerConfig};
 use bitnet_burn_plugin::sdk::{ActivationsRef, KernelResult, OutputTile, TernaryKernel, WeightsRef};
 use criterion::{Criterion, criterion_group, criterion_main};
 

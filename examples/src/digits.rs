@@ -1,7 +1,7 @@
 //! Images of digits to classify, made instead of downloaded: the strokes of a 5 x 7 font, scaled, sheared, moved
 //! and blurred at random, with noise, on 16 x 16 pixels.
 
-use bitnet_burn::core::random::SplitMix64;
+use bitnet_burn_formats::random::SplitMix64;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 /// Pixels of a side.

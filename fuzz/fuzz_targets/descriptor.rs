@@ -5,7 +5,7 @@
 
 use std::ffi::{CString, c_char};
 
-use bitnet_burn_core::plugin::{Origin, Plugin};
+use bitnet_burn_manager::plugin::{Origin, Plugin};
 use bitnet_burn_plugin::abi;
 use libfuzzer_sys::fuzz_target;
 

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::{devices, ops, peak};
-use bitnet_burn_core::cpu;
-use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
-use bitnet_burn_core::pool::Pool;
+use bitnet_burn_formats::canonical;
+use bitnet_burn_manager::cpu;
+use bitnet_burn_manager::pool::Pool;
+use bitnet_burn_manager::{LayoutPolicy, ManagerError};
 use burn::tensor::Tensor;
 use memmap2::MmapMut;
 use serde::Serialize;
@@ -23,7 +23,7 @@ use crate::checkpoint::{Norm, Projection};
 use crate::generate::{GenerateError, prefill};
 use crate::nn::{CacheType, KvCache, SequenceId};
 use crate::report::peak_rss_bytes;
-use bitnet_burn_core::random::SplitMix64;
+use bitnet_burn_formats::random::SplitMix64;
 
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]

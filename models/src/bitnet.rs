@@ -20,8 +20,8 @@ use std::ops::Range;
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops::{self, DenseError, TernaryMatrix};
 use bitnet_burn_backends::{DenseArgs, Kernels, NoInt8, devices};
-use bitnet_burn_core::formats::DenseFormat;
-use bitnet_burn_core::manager::{LayoutPolicy, ManagerError};
+use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_manager::{LayoutPolicy, ManagerError};
 use burn::module::{Module, Param, ParamId};
 use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -373,7 +373,7 @@ impl BitNet {
     }
 
     /// Drops the private packings of kernels, for when memory is short
-    /// ([`KernelManager::memory_is_low`](bitnet_burn_core::KernelManager::memory_is_low)): the layers read
+    /// ([`KernelManager::memory_is_low`](bitnet_burn_manager::KernelManager::memory_is_low)): the layers read
     /// canonical weights from then on, where `checkpoint`, the one that the model was built from, has them.
     /// Those of a GGUF file of type I2_S are in the memory map, and need no other memory; what the file has
     /// in another form takes as much as its packing did. Results stay the same, bit for bit.

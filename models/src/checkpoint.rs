@@ -26,8 +26,8 @@ use crate::config::{Activation, ConfigError, ModelConfig};
 use crate::gguf::model::GgufModel;
 use crate::gguf::{FileMap, GgufFile};
 use crate::hf::HfModel;
-use bitnet_burn_core::formats::check_canonical;
-use bitnet_burn_core::formats::dense::DenseFormat;
+use bitnet_burn_formats::check_canonical;
+use bitnet_burn_formats::dense::DenseFormat;
 use bytes::Bytes;
 use std::fmt;
 use std::io::{self, Write};
@@ -1276,7 +1276,7 @@ mod tests {
 
     #[test]
     fn zeros_are_counted_without_the_padding() {
-        use bitnet_burn_core::formats::canonical::{pack_row, row_bytes};
+        use bitnet_burn_formats::canonical::{pack_row, row_bytes};
         let weights: Vec<i8> = (0..200).map(|i| [0, 1, -1, 0, 1][i % 5]).collect();
         let mut codes = vec![0; row_bytes(200)];
         pack_row(&weights, &mut codes);

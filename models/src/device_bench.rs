@@ -5,8 +5,8 @@ use std::fmt;
 
 use bitnet_burn_backends::measure::{self, Effort};
 use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
-use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::random::SplitMix64;
+use bitnet_burn_formats::canonical;
+use bitnet_burn_formats::random::SplitMix64;
 use burn::module::Param;
 use burn::tensor::{Device, Distribution, Tensor};
 use serde::Serialize;

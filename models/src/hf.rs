@@ -24,10 +24,10 @@ use crate::checkpoint::{
 };
 use crate::config::ModelConfig;
 use crate::gguf::{FileMap, map_file};
-use bitnet_burn_core::formats::FormatError;
-use bitnet_burn_core::formats::dense::DenseFormat;
-use bitnet_burn_core::formats::hf::unpack_to_canonical;
-use bitnet_burn_core::quant::absmean_to_canonical;
+use bitnet_burn_formats::FormatError;
+use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::hf::unpack_to_canonical;
+use bitnet_burn_formats::quant::absmean_to_canonical;
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;

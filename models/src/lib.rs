@@ -6,7 +6,7 @@
 //! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`export`]: checkpoints from one format to another.
 //!
-//! The ternary matmuls run on kernels that [`bitnet_burn_core::manager`] checks against an exact
+//! The ternary matmuls run on kernels that [`bitnet_burn_manager::manager`] checks against an exact
 //! reference, measures on this machine and selects; third parties can bring their own as plugins.
 
 pub mod bench;
@@ -34,4 +34,5 @@ pub mod tokenizer;
 pub mod train;
 
 pub use bitnet_burn_backends as backends;
-pub use bitnet_burn_core as core;
+pub use bitnet_burn_formats as formats;
+pub use bitnet_burn_manager as manager;

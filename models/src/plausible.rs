@@ -17,8 +17,8 @@
 
 use std::io;
 
-use bitnet_burn_core::manager::ManagerError;
-use bitnet_burn_core::pool::Pool;
+use bitnet_burn_manager::ManagerError;
+use bitnet_burn_manager::pool::Pool;
 
 use crate::bench::{BytesPerToken, Roof};
 use crate::bitnet::BitNet;

@@ -22,10 +22,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::UNIX_EPOCH;
 
 use bitnet_burn_backends::manager::manager;
-use bitnet_burn_core::files;
-use bitnet_burn_core::formats::dense_tiles::{TILE_ROWS, tile, tiled_bytes};
-use bitnet_burn_core::formats::{DenseFormat, FormatError};
-use bitnet_burn_core::manager::{Choice, LayoutPolicy, ManagerError, Packed};
+use bitnet_burn_formats::dense_tiles::{TILE_ROWS, tile, tiled_bytes};
+use bitnet_burn_formats::files;
+use bitnet_burn_formats::{DenseFormat, FormatError};
+use bitnet_burn_manager::{Choice, LayoutPolicy, ManagerError, Packed};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
@@ -227,8 +227,7 @@ pub fn write(
             let fail = |source| PrepackError::Head { tensor: tensor.name.clone(), format, source };
             // Without a size, the conversion says why.
             let mut tiles = vec![0; tiled_bytes(format, n, k).unwrap_or(0)];
-            tile((tensor.format, &tensor.data), (n, k), (format, &mut tiles), manager().pool())
-                .map_err(fail)?;
+            tile((tensor.format, &tensor.data), (n, k), (format, &mut tiles)).map_err(fail)?;
             let layout = format.name().to_owned();
             let entry =
                 Entry { name: HEAD.into(), layout, n, k, scale: 1.0, offset: 0, bytes: 0, checksum: 0 };
@@ -335,7 +334,7 @@ impl Prepacked {
             let mut want = vec![0; format.and_then(|format| tiled_bytes(format, n, tensor.k)).unwrap_or(0)];
             let tiled = format.is_some_and(|format| {
                 let rows = (tensor.format, &tensor.data[..rows]);
-                tile(rows, (n, tensor.k), (format, &mut want), manager().pool()).is_ok()
+                tile(rows, (n, tensor.k), (format, &mut want)).is_ok()
             });
             let shape = (entry.n, entry.k) == (tensor.n, tensor.k);
             if !tiled || !shape || !self.bytes(entry).starts_with(&want) {

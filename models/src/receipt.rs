@@ -9,8 +9,9 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bitnet_burn_core::manager::{KernelReport, REFERENCE, Status};
-use bitnet_burn_core::{cpu, files};
+use bitnet_burn_formats::files;
+use bitnet_burn_manager::cpu;
+use bitnet_burn_manager::{KernelReport, REFERENCE, Status};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};

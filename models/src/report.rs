@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bitnet_burn_backends::devices::Usage;
-use bitnet_burn_core::manager::{Event, Fallback, KernelReport, ManagerReport, REFERENCE, Strict};
+use bitnet_burn_manager::{Event, Fallback, KernelReport, ManagerReport, REFERENCE, Strict};
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;

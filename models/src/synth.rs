@@ -18,8 +18,8 @@ use std::cell::Cell;
 use std::io::{self, Write};
 use std::path::Path;
 
-use bitnet_burn_core::formats::dense::DenseFormat;
-use bitnet_burn_core::random::SplitMix64;
+use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::random::SplitMix64;
 use half::{bf16, f16};
 
 use crate::checkpoint::{Norm, Projection};

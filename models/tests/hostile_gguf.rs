@@ -734,7 +734,7 @@ fn types_can_be_mixed() {
     let values: Vec<(Projection, Vec<f32>)> = Projection::ALL
         .iter()
         .map(|&which| {
-            use bitnet_burn_core::formats::canonical::{Row, row_bytes};
+            use bitnet_burn_formats::canonical::{Row, row_bytes};
             let t = reference.projection(0, which).unwrap();
             let weight =
                 |i: usize| f32::from(Row(&t.codes[i / t.k * row_bytes(t.k)..]).weight(i % t.k)) * t.scale;

@@ -7,9 +7,9 @@ use std::process::{Command, Output};
 use bitnet_burn::bitnet::{BitNet, HeadMode, LoadOptions, ModelError, Row};
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn::config::ModelConfig;
-use bitnet_burn::core::formats::DenseFormat;
 use bitnet_burn::nn::CacheType;
 use bitnet_burn::synth::{self, SynthOptions};
+use bitnet_burn_formats::DenseFormat;
 use support::device;
 use tempfile::TempDir;
 

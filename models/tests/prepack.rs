@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use bitnet_burn::bitnet::{BitNet, HeadMode, LoadOptions, Row};
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn::config::ModelConfig;
-use bitnet_burn::core::formats::DenseFormat;
 use bitnet_burn::nn::CacheType;
 use bitnet_burn::prepack::{self, PrepackError, Prepacked};
 use bitnet_burn::synth::{self, SynthOptions};
+use bitnet_burn_formats::DenseFormat;
 use support::device;
 use tempfile::TempDir;
 

@@ -11,9 +11,9 @@ use std::time::Duration;
 use bitnet_burn::backends::manager;
 use bitnet_burn::bitnet::{BitNet, LoadOptions};
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn::core::manager::{KernelManager, ManagerConfig};
 use bitnet_burn::generate::{self, GenerateOptions};
 use bitnet_burn::nn::CacheType;
+use bitnet_burn_manager::{KernelManager, ManagerConfig};
 use burn::tensor::Device;
 use safetensors::{Dtype, SafeTensors};
 
@@ -272,7 +272,7 @@ impl Random {
 
 /// Canonical rows of ternary weights.
 pub fn canonical_rows(weights: &[i8], k: usize) -> Vec<u8> {
-    use bitnet_burn::core::formats::canonical;
+    use bitnet_burn_formats::canonical;
     let mut bytes = vec![0; weights.len() / k * canonical::row_bytes(k)];
     for (row, out) in weights.chunks_exact(k).zip(bytes.chunks_exact_mut(canonical::row_bytes(k))) {
         canonical::pack_row(row, out);

@@ -91,7 +91,7 @@ fn a_token_copies_no_history_and_a_fork_copies_it_once() {
 #[cfg(feature = "remote")]
 fn a_worker_copies_no_history_either() {
     use bitnet_burn::backends::ops::{self, CacheLayer};
-    use bitnet_burn::core::memory::WeightArena;
+    use bitnet_burn_manager::memory::WeightArena;
     use burn::tensor::Tensor;
 
     let device = devices().pop().expect("the worker's");
@@ -125,7 +125,7 @@ fn a_worker_copies_no_history_either() {
 #[cfg(feature = "flex")]
 fn appending_writes_where_the_cache_lies() {
     use bitnet_burn::backends::ops::{self, CacheLayer};
-    use bitnet_burn::core::memory::WeightArena;
+    use bitnet_burn_manager::memory::WeightArena;
     use burn::backend::{DispatchTensorKind, Flex};
     use burn::tensor::{Device, Tensor};
 

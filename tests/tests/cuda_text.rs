@@ -6,12 +6,12 @@
 use std::path::Path;
 use std::process::Command;
 
-use bitnet_burn::core::gpu::{GpuOperands, close};
-use bitnet_burn::core::memory::Activations;
-use bitnet_burn::core::random::SplitMix64;
-use bitnet_burn::core::reference;
 use bitnet_burn_cube::lower::Text;
 use bitnet_burn_cube::{MATRIX_UNITS, PLUGIN, matrix_unit_texts, texts};
+use bitnet_burn_formats::random::SplitMix64;
+use bitnet_burn_formats::reference;
+use bitnet_burn_manager::gpu::{GpuOperands, close};
+use bitnet_burn_manager::memory::Activations;
 use bitnet_burn_plugin::abi;
 
 /// A text that was compiled: reads the operands from a file, and writes the output to another.

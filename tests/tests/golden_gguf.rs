@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use bitnet_burn::bitnet::LoadOptions;
 use bitnet_burn::checkpoint::{Checkpoint, DenseTensor, Norm, OpenOptions, Projection, TernaryTensor};
 use bitnet_burn::config::{Activation, ModelConfig};
-use bitnet_burn::core::formats::{DenseFormat, tq1_0, tq2_0};
 use bitnet_burn::gguf::{GgufWriter, TensorType, norm_name, projection_name};
 use bitnet_burn::nn::CacheType;
+use bitnet_burn_formats::{DenseFormat, tq1_0, tq2_0};
 use bitnet_burn_tests::reference::{Layer, Linear, Mutation, Reference};
 use bitnet_burn_tests::*;
 use burn::tensor::Device;
@@ -285,7 +285,7 @@ fn mixed(path: &Path, format: DenseFormat, mix: bool) -> Vec<f64> {
             let (name, n, k, scale) = (projection_name(layer, which), t.n, t.k, t.scale);
             let mut codes = vec![0i8; n * k];
             for (row, codes) in t.codes.chunks_exact(k / 4).zip(codes.chunks_exact_mut(k)) {
-                bitnet_burn::core::formats::canonical::unpack_row(row, codes);
+                bitnet_burn_formats::canonical::unpack_row(row, codes);
             }
             let values = codes.iter().map(|&c| f32::from(c) * scale);
             let tensor_type = if mix { types[(i + layer) % types.len()] } else { TensorType::I2_S };

@@ -4,9 +4,9 @@
 
 use bitnet_burn::backends::ops::{self, CacheLayer};
 use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation};
-use bitnet_burn::core::formats::DenseFormat;
-use bitnet_burn::core::memory::WeightArena;
 use bitnet_burn::nn::RotaryEncodingConfig;
+use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_manager::memory::WeightArena;
 use bitnet_burn_tests::*;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 

@@ -9,11 +9,11 @@ use std::time::Duration;
 use bitnet_burn::backends::manager;
 use bitnet_burn::bitnet::{BitNet, LoadOptions};
 use bitnet_burn::checkpoint::Checkpoint;
-use bitnet_burn::core::KernelManager;
-use bitnet_burn::core::manager::{ManagerConfig, Status};
-use bitnet_burn::core::plugin::PluginError;
-use bitnet_burn::core::store::PluginConfig;
 use bitnet_burn::nn::{BitLinear, BitLinearWeight, CacheType};
+use bitnet_burn_manager::KernelManager;
+use bitnet_burn_manager::plugin::PluginError;
+use bitnet_burn_manager::store::PluginConfig;
+use bitnet_burn_manager::{ManagerConfig, Status};
 use bitnet_burn_tests::reference::{Mutation, Reference};
 use bitnet_burn_tests::*;
 use burn::tensor::Device;
@@ -27,12 +27,14 @@ fn run(command: &mut Command) {
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The plugin of core/testdata/gpu.c with these macros.
+/// The plugin of core/manager/testdata/gpu.c with these macros.
 fn build(dir: &Path, name: &str, defines: &[&str]) -> PathBuf {
     let path = dir.join(format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX));
     let mut command = Command::new(std::env::var("CC").unwrap_or_else(|_| "cc".into()));
     command.args(["-std=gnu11", "-O2", "-ffp-contract=off", "-Wall", "-Werror", "-shared", "-fPIC", "-I"]);
-    command.arg(repository().join("plugins/abi/include")).arg(repository().join("core/testdata/gpu.c"));
+    command
+        .arg(repository().join("plugins/abi/include"))
+        .arg(repository().join("core/manager/testdata/gpu.c"));
     run(command.args(defines.iter().map(|define| format!("-D{define}"))).arg("-o").arg(&path));
     path
 }
@@ -77,7 +79,7 @@ fn config(cache: &Path) -> ManagerConfig {
     }
 }
 
-/// Macros of core/testdata/gpu.c, and what the refusal must say.
+/// Macros of core/manager/testdata/gpu.c, and what the refusal must say.
 const HOSTILE: &[(&str, &[&str], &[&str])] = &[
     (
         "no_wgsl",

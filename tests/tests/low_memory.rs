@@ -7,8 +7,8 @@ use std::time::Duration;
 use bitnet_burn::backends::manager;
 use bitnet_burn::bitnet::{BitNet, LoadOptions};
 use bitnet_burn::checkpoint::{Checkpoint, Projection};
-use bitnet_burn::core::manager::{EventKind, LayoutPolicy, Machine, ManagerConfig, Memory, Probe};
 use bitnet_burn::nn::CacheType;
+use bitnet_burn_manager::{EventKind, LayoutPolicy, Machine, ManagerConfig, Memory, Probe};
 use bitnet_burn_tests::*;
 use burn::tensor::Device;
 

@@ -6,11 +6,12 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use bitnet_burn::backends::manager::with_built_in_kernels;
-use bitnet_burn::core::manager::{
+use bitnet_burn_formats::reference;
+use bitnet_burn_manager::cpu;
+use bitnet_burn_manager::memory::Activations;
+use bitnet_burn_manager::{
     Choice, Job, KernelManager, LayoutPolicy, ManagerConfig, ManagerError, Packed, Source, Status, Strict,
 };
-use bitnet_burn::core::memory::Activations;
-use bitnet_burn::core::{cpu, reference};
 use bitnet_burn_plugin::abi::CANONICAL_ALIGNMENT;
 use bitnet_burn_tests::{Random, assert_same_bits, canonical_rows};
 use proptest::prelude::*;

@@ -8,20 +8,20 @@ use std::time::Duration;
 use bitnet_burn::backends::manager;
 use bitnet_burn::bitnet::{BitNet, LoadOptions};
 use bitnet_burn::checkpoint::Checkpoint;
-use bitnet_burn::core::manager::{ManagerConfig, Status};
-use bitnet_burn::core::store::PluginConfig;
 use bitnet_burn::nn::CacheType;
 use bitnet_burn::report::Execution;
+use bitnet_burn_manager::store::PluginConfig;
+use bitnet_burn_manager::{ManagerConfig, Status};
 use bitnet_burn_tests::*;
 use burn::tensor::Device;
 
-/// The plugin of core/testdata/plugin.c with these macros.
+/// The plugin of core/manager/testdata/plugin.c with these macros.
 fn build(dir: &Path, name: &str, defines: &[&str]) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let path = dir.join(format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX));
     let mut command = Command::new(std::env::var("CC").unwrap_or_else(|_| "cc".into()));
     command.args(["-std=gnu11", "-O2", "-ffp-contract=off", "-shared", "-fPIC"]);
-    command.arg("-I").arg(root.join("plugins/abi/include")).arg(root.join("core/testdata/plugin.c"));
+    command.arg("-I").arg(root.join("plugins/abi/include")).arg(root.join("core/manager/testdata/plugin.c"));
     command
         .args(defines.iter().map(|define| format!("-D{define}")))
         .args(["-lm", "-lpthread", "-o"])

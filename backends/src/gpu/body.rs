@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
-use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::gpu::{activations, params, words};
-use bitnet_burn_core::manager::{GpuKernel, KernelManager, ManagerError};
-use bitnet_burn_core::memory::Activations;
 use bitnet_burn_cube::rows;
+use bitnet_burn_formats::canonical;
+use bitnet_burn_manager::gpu::{activations, params, words};
+use bitnet_burn_manager::memory::Activations;
+use bitnet_burn_manager::{GpuKernel, KernelManager, ManagerError};
 use burn::backend::TensorMetadata;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::cubecl::client::Client;

@@ -5,13 +5,13 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::manager::{
+use bitnet_burn_formats::canonical;
+use bitnet_burn_formats::random::SplitMix64;
+use bitnet_burn_manager::memory::WeightBuffer;
+use bitnet_burn_manager::plugin::Target;
+use bitnet_burn_manager::{
     BUCKETS, DEFAULT_BODY, GpuKernel, KernelManager, ManagerError, Measurement, Packed, bucket,
 };
-use bitnet_burn_core::memory::WeightBuffer;
-use bitnet_burn_core::plugin::Target;
-use bitnet_burn_core::random::SplitMix64;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice, cubecl};

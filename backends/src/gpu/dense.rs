@@ -1,7 +1,7 @@
 //! The embedding and the output projection, from the bytes of their files.
 
-use bitnet_burn_core::formats::DenseFormat;
 use bitnet_burn_cube::dense::{self, Activations, Format, Matrix};
+use bitnet_burn_formats::DenseFormat;
 use burn::backend::ops::IntTensorOps;
 use burn::tensor::DType;
 use burn_cubecl::CubeBackend;

@@ -2,8 +2,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use bitnet_burn_core::gpu::{GpuDevice, GpuOperands};
-use bitnet_burn_core::plugin::{Kernel, Target};
+use bitnet_burn_manager::gpu::{GpuDevice, GpuOperands};
+use bitnet_burn_manager::plugin::{Kernel, Target};
 use burn_cubecl::cubecl::client::Client;
 use burn_cubecl::cubecl::server::Handle;
 

@@ -8,8 +8,8 @@ use cubecl::prelude::*;
 use cubecl::server::KernelArguments;
 use cubecl::{CubeKernel, PrecompiledSource};
 
-use bitnet_burn_core::plugin::{GpuSource, Kernel, Target};
 pub(super) use bitnet_burn_cube::Buffers;
+use bitnet_burn_manager::plugin::{GpuSource, Kernel, Target};
 
 /// The language that a client's compiler takes as text, if it takes any.
 pub(super) fn target(client: &Client) -> Option<Target> {

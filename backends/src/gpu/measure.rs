@@ -1,8 +1,8 @@
 //! The figures of [`crate::measure`] on CubeCL's devices.
 
-use bitnet_burn_core::gpu::params;
-use bitnet_burn_core::memory::WeightBuffer;
-use bitnet_burn_core::random::SplitMix64;
+use bitnet_burn_formats::random::SplitMix64;
+use bitnet_burn_manager::gpu::params;
+use bitnet_burn_manager::memory::WeightBuffer;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeDevice, cubecl};

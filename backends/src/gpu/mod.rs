@@ -5,7 +5,7 @@
 //! device. The operation's default body, in Burn's operations, is what a kernel has to be faster than, and what
 //! takes over where it fails.
 //!
-//! The [gate](bitnet_burn_core::gate) tries kernels in its child process, on the default device. In use, the first result
+//! The [gate](bitnet_burn_manager::gate) tries kernels in its child process, on the default device. In use, the first result
 //! for each exact shape is read back and compared with that of the CPU's kernels, which is returned; after that one
 //! call in 251 is compared in a few places. What is wrong, quarantines the plugin; what can't be run, leaves the others
 //! of the ranking.

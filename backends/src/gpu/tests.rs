@@ -5,14 +5,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::gpu::{GpuOperands, close};
-use bitnet_burn_core::manager::{
-    self, KernelManager, KernelReport, ManagerConfig, ManagerReport, Packed, Status,
-};
-use bitnet_burn_core::memory::Activations;
-use bitnet_burn_core::plugin::{Plugin, Target};
-use bitnet_burn_core::random::SplitMix64;
+use bitnet_burn_formats::canonical;
+use bitnet_burn_formats::random::SplitMix64;
+use bitnet_burn_manager::gpu::{GpuOperands, close};
+use bitnet_burn_manager::memory::Activations;
+use bitnet_burn_manager::plugin::{Plugin, Target};
+use bitnet_burn_manager::{self, KernelManager, KernelReport, ManagerConfig, ManagerReport, Packed, Status};
 use bitnet_burn_plugin::abi::{Plugin as RawPlugin, Signature};
 use bitnet_burn_plugin::sdk::{GpuKernel, KernelResult, Language, WeightsRef, source};
 
@@ -222,13 +220,13 @@ impl Problem {
                 Some((_, Packed::Canonical)) => (prepared.map(|(matrix, _)| matrix), &bytes[..]),
                 Some((_, Packed::Private(_))) => {
                     let Some((matrix, Packed::Private(buffer))) = prepared else { unreachable!() };
-                    let words = bitnet_burn_core::gpu::words(buffer.as_slice());
+                    let words = bitnet_burn_manager::gpu::words(buffer.as_slice());
                     weights.push(tensor(&words, [1, words.len()], DType::U32));
                     (Some(matrix), &[][..])
                 }
             };
             if !bytes.is_empty() {
-                let words = bitnet_burn_core::gpu::words(bytes);
+                let words = bitnet_burn_manager::gpu::words(bytes);
                 weights.push(tensor(&words, [*n, words.len() / n], DType::U32));
             }
             chosen.push(Matrix { n: *n, choice: choice.map(|matrix| Kernels::Gpu(Arc::new(matrix))) });
@@ -261,13 +259,13 @@ impl Problem {
         for (weights, n) in &self.matrices {
             let mut want = vec![0f32; m * n];
             let (q, stride, scale) = (activations.q(), activations.stride(), activations.scale());
-            bitnet_burn_core::reference::matmul(
+            bitnet_burn_formats::reference::matmul(
                 weights, *n, self.k, self.scale, q, stride, scale, m, &mut want, *n,
             );
             for (i, want) in want.iter().enumerate() {
                 let got = got[i / n * total + column + i % n];
                 assert!(
-                    bitnet_burn_core::gpu::close(got, *want),
+                    bitnet_burn_manager::gpu::close(got, *want),
                     "[{}, {}] of {n}: {got:e} {want:e}",
                     i / n,
                     i % n
@@ -305,7 +303,7 @@ fn rows_are_quantised_as_on_the_host() {
         let (got, want) = (quantised(&tensor(&x, [m, k], DType::F32)), Activations::from_rows(&x, k));
         assert_eq!((got.q(), got.sum()), (want.q(), want.sum()), "[{m}, {k}]");
         for (got, want) in got.scale().iter().zip(want.scale()) {
-            assert!(bitnet_burn_core::gpu::close(*got, *want), "[{m}, {k}]: {got:e} {want:e}");
+            assert!(bitnet_burn_manager::gpu::close(*got, *want), "[{m}, {k}]: {got:e} {want:e}");
         }
     }
     // What is not finite does not pass for a number.
@@ -363,7 +361,7 @@ fn kernels_over_subgroups_compute_what_the_reference_does() {
             let x = Activations::from_rows(&x, k);
             let mut want = vec![0f32; m * n];
             let (q, stride, scale) = (x.q(), x.stride(), x.scale());
-            bitnet_burn_core::reference::matmul(&weights, n, k, 0.37, q, stride, scale, m, &mut want, n);
+            bitnet_burn_formats::reference::matmul(&weights, n, k, 0.37, q, stride, scale, m, &mut want, n);
             let mut y = vec![f32::NAN; m * n];
             device.run(kernel, &GpuOperands::new(&weights, 0.37, &x, n, n, 0), &mut y).unwrap();
             for (got, want) in y.iter().zip(&want) {

@@ -32,8 +32,8 @@
 
 use std::cell::Cell;
 
-use bitnet_burn_core::pool::Pool;
 use bitnet_burn_cpu::quantise::quantise_rows;
+use bitnet_burn_manager::pool::Pool;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 

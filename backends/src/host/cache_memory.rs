@@ -5,7 +5,7 @@
 
 use std::mem::MaybeUninit;
 
-use bitnet_burn_core::memory::{WeightArena, WeightBuffer};
+use bitnet_burn_manager::memory::{WeightArena, WeightBuffer};
 use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProperty, Bytes};
 
 /// Bytes of an arena that a tensor may own and write to in place; a copy of them is ordinary memory.

@@ -10,9 +10,9 @@
 
 use std::cell::Cell;
 
-use bitnet_burn_core::formats::DenseFormat;
-use bitnet_burn_core::formats::dense::{Q4_0_BYTES, Q6_K_BYTES, Q8_0_BYTES, QK, QK_K};
-use bitnet_burn_core::pool::Pool;
+use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_formats::dense::{Q4_0_BYTES, Q6_K_BYTES, Q8_0_BYTES, QK, QK_K};
+use bitnet_burn_manager::pool::Pool;
 
 use super::simd::{Isa, Kernel, LANES, Level};
 use super::{Shared, rows_fit, run};

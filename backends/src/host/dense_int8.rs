@@ -4,14 +4,14 @@
 //! With f32 activations ([`dense`](super::dense)) every weight becomes a float in registers, which for
 //! Q6_K costs twice the time of reading it. With int8 activations sixteen weights and more are one
 //! instruction; the activations lose up to half a step of absmax / 127 each, which is what this layer costs in
-//! exactness. The weights lie in tiles ([`dense_tiles`](bitnet_burn_core::formats::dense_tiles)): what is
+//! exactness. The weights lie in tiles ([`dense_tiles`](bitnet_burn_formats::dense_tiles)): what is
 //! computed from them, in which order, is said in [`bitnet_burn_cpu::dense`].
 
-use bitnet_burn_core::formats::DenseFormat;
-use bitnet_burn_core::formats::dense_tiles::{TILE_ROWS, tiled_bytes};
-use bitnet_burn_core::memory::Activations;
-use bitnet_burn_core::pool::Pool;
 use bitnet_burn_cpu::dense::{Format, Level, ROWS, Row};
+use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_formats::dense_tiles::{TILE_ROWS, tiled_bytes};
+use bitnet_burn_manager::memory::Activations;
+use bitnet_burn_manager::pool::Pool;
 
 use super::{Shared, rows_fit, run};
 
@@ -109,8 +109,8 @@ fn kernel(format: DenseFormat) -> Format {
 
 #[cfg(test)]
 mod tests {
-    use bitnet_burn_core::formats::dense::{q4_0_codes, q6_k_codes};
-    use bitnet_burn_core::formats::dense_tiles;
+    use bitnet_burn_formats::dense::{q4_0_codes, q6_k_codes};
+    use bitnet_burn_formats::dense_tiles;
     use half::f16;
 
     use super::super::simd::tests::Rng;
@@ -209,7 +209,7 @@ mod tests {
 
     fn tiles(format: DenseFormat, w: &[u8], (n, k): (usize, usize)) -> Vec<u8> {
         let mut tiles = vec![0; tiled_bytes(format, n, k).unwrap()];
-        dense_tiles::tile((format, w), (n, k), (format, &mut tiles), &Pool::new(1).unwrap()).unwrap();
+        dense_tiles::tile((format, w), (n, k), (format, &mut tiles)).unwrap();
         tiles
     }
 

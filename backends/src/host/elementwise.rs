@@ -1,7 +1,7 @@
 //! Rotary embedding and gated activations. (RMSNorm lives in `bitnet_burn_cpu`, beside the quantiser that it
 //! is fused with.)
 
-use bitnet_burn_core::pool::Pool;
+use bitnet_burn_manager::pool::Pool;
 
 use super::simd::{Isa, Kernel, Level, exp};
 use super::{Shared, rows_fit, run};

@@ -31,7 +31,7 @@ pub(crate) mod training;
 
 use std::marker::PhantomData;
 
-use bitnet_burn_core::pool::Pool;
+use bitnet_burn_manager::pool::Pool;
 
 /// A slice that several tasks of a pool write to, each its own part.
 pub(crate) struct Shared<'a, T> {

@@ -4,7 +4,7 @@
 //! results do not depend on the number of threads. Unlike the rest of the network, they are not promised to
 //! be the same on every instruction set: matmuls are the `gemm` crate's.
 
-use bitnet_burn_core::pool::Pool;
+use bitnet_burn_manager::pool::Pool;
 
 use super::elementwise::{Gate, Relu2, Silu, turn};
 use super::simd::{Isa, Kernel, Level, exp};

@@ -6,7 +6,7 @@
 use std::net::{SocketAddr, TcpListener};
 use std::slice::Iter;
 
-use bitnet_burn_core::formats::{DenseFormat, canonical};
+use bitnet_burn_formats::{DenseFormat, canonical};
 use burn::backend::ir::{BackendIr, CustomOpIr, HandleContainer, ScalarIr, TensorIr};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{DispatchDevice, TensorMetadata};

@@ -32,7 +32,7 @@ mod teller;
 mod tests;
 mod world;
 
-use bitnet_burn::core::random::SplitMix64;
+use bitnet_burn_formats::random::SplitMix64;
 
 use teller::{Choice, Teller};
 

@@ -18,7 +18,7 @@
 //! Because a choice is made only where its words are about to be told, the same functions read a story back:
 //! [`Teller::replaying`] follows a script of choices and stops at the first letter that differs.
 
-use bitnet_burn::core::random::SplitMix64;
+use bitnet_burn_formats::random::SplitMix64;
 
 use super::world::{self, Person, Words};
 

@@ -7,7 +7,7 @@ use crate::gguf::TernaryType;
 use crate::hf::Style;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::translate::{self, TranslateError};
-use bitnet_burn_core::formats::dense::DenseFormat;
+use bitnet_burn_formats::dense::DenseFormat;
 use half::f16;
 use std::ops::ControlFlow;
 

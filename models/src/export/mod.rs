@@ -38,7 +38,7 @@ use crate::gguf::{Array, GgufFile, GgufTypes, GgufWriteError, GgufWriter, Tensor
 use crate::hf::{self, HfWriteError, Style};
 use crate::tokenizer::{TranslateError, translate};
 use crate::train::{self, TrainError};
-use bitnet_burn_core::formats::dense::DenseFormat;
+use bitnet_burn_formats::dense::DenseFormat;
 use place::{Kind, Place, io_error};
 use serde::Serialize;
 use std::io;

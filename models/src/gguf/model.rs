@@ -16,8 +16,8 @@ use crate::checkpoint::{
     one_float,
 };
 use crate::config::{Activation, ModelConfig};
-use bitnet_burn_core::formats::dense::DenseFormat;
-use bitnet_burn_core::formats::{ternary, tq1_0, tq2_0};
+use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::{ternary, tq1_0, tq2_0};
 use bytes::Bytes;
 use std::collections::HashSet;
 

@@ -1,6 +1,6 @@
 //! Tensor types: their numbers, names and sizes.
 
-use bitnet_burn_core::formats::dense::DenseFormat;
+use bitnet_burn_formats::dense::DenseFormat;
 use std::fmt;
 
 /// The tensor types that are read and written.

@@ -7,8 +7,8 @@ use super::{DEFAULT_ALIGNMENT, TensorType, Value, norm_name, projection_name};
 use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection, TernaryTensor};
 use crate::config::{Activation, ModelConfig};
 use crate::exact::{Exact, Progress};
-use bitnet_burn_core::formats::dense::DenseFormat;
-use bitnet_burn_core::formats::{FormatError, tq1_0, tq2_0};
+use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::{FormatError, tq1_0, tq2_0};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 

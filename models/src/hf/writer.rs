@@ -7,8 +7,8 @@ use super::{EMBEDDING, HEAD, SINGLE, Style, norm_name, projection_name, scale_na
 use crate::checkpoint::{Checkpoint, DenseTensor, LoadError, Norm, Projection};
 use crate::config::{ConfigError, ModelConfig};
 use crate::exact::{Exact, Progress};
-use bitnet_burn_core::formats::dense::DenseFormat;
-use bitnet_burn_core::formats::hf::pack_from_canonical;
+use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::hf::pack_from_canonical;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Map, Value, json};
@@ -442,8 +442,8 @@ mod tests {
     use crate::checkpoint::OpenOptions;
     use crate::config::Activation;
     use crate::synth::shape;
-    use bitnet_burn_core::quant::absmean_to_canonical;
-    use bitnet_burn_core::random::SplitMix64;
+    use bitnet_burn_formats::quant::absmean_to_canonical;
+    use bitnet_burn_formats::random::SplitMix64;
 
     type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
 

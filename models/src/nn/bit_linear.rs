@@ -3,9 +3,9 @@
 
 use bitnet_burn_backends::Kernels;
 use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
-use bitnet_burn_core::formats::canonical;
-use bitnet_burn_core::manager::ManagerError;
-use bitnet_burn_core::quant;
+use bitnet_burn_formats::canonical;
+use bitnet_burn_formats::quant;
+use bitnet_burn_manager::ManagerError;
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
 use burn::nn::{Linear, RmsNorm, RmsNormConfig};

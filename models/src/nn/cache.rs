@@ -4,7 +4,7 @@ use bitnet_burn_backends::AttentionArgs;
 pub use bitnet_burn_backends::CacheType;
 use bitnet_burn_backends::devices;
 use bitnet_burn_backends::ops::{self, CacheLayer};
-use bitnet_burn_core::memory::WeightArena;
+use bitnet_burn_manager::memory::WeightArena;
 use burn::tensor::{Device, Tensor};
 
 /// What a cache can't do.

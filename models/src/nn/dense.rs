@@ -1,7 +1,7 @@
 //! A dense matrix: embedding and lm_head.
 
 use bitnet_burn_backends::{DenseArgs, ops};
-use bitnet_burn_core::formats::DenseFormat;
+use bitnet_burn_formats::DenseFormat;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use bytes::Bytes;

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use bitnet_burn_core::files;
-use bitnet_burn_core::manager::LOW_MEMORY;
+use bitnet_burn_formats::files;
+use bitnet_burn_manager::LOW_MEMORY;
 use serde::{Deserialize, Serialize};
 
 use super::choose;

@@ -4,10 +4,10 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use bitnet_burn_backends::devices;
-use bitnet_burn_core::cpu::{self, Cache};
-use bitnet_burn_core::files;
-use bitnet_burn_core::manager::LOW_MEMORY;
-use bitnet_burn_core::pool::Pool;
+use bitnet_burn_formats::files;
+use bitnet_burn_manager::LOW_MEMORY;
+use bitnet_burn_manager::cpu::{self, Cache};
+use bitnet_burn_manager::pool::Pool;
 use serde::{Deserialize, Serialize};
 
 use super::{CPU, Lesson};

@@ -45,8 +45,8 @@ pub use self::others::ProcessorTime;
 pub use self::placement::{Kind, Placement, Stage};
 pub use self::predict::{Basis, Comparison, Outcome, Prediction};
 pub use self::requirements::{Dense, Load, Place, Requirements};
-pub use crate::core::cpu::Cache;
 use crate::nn::CacheType;
+pub use bitnet_burn_manager::cpu::Cache;
 
 /// The name of host memory and the CPU in placements.
 pub const CPU: &str = "cpu";

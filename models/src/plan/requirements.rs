@@ -1,6 +1,6 @@
 //! What a model needs, by the headers of its files: nothing here reads a weight.
 
-use bitnet_burn_core::formats::canonical;
+use bitnet_burn_formats::canonical;
 use serde::Serialize;
 
 use super::placement::Placement;
@@ -220,7 +220,7 @@ pub struct Dense {
 mod tests {
     use super::*;
     use crate::config::tests::bitnet_2b;
-    use bitnet_burn_core::formats::DenseFormat;
+    use bitnet_burn_formats::DenseFormat;
 
     #[test]
     fn the_2b_model_needs_what_its_shape_says() {

@@ -5,8 +5,8 @@
 
 use std::path::PathBuf;
 
-use bitnet_burn_core::files;
-use bitnet_burn_core::random::SplitMix64;
+use bitnet_burn_formats::files;
+use bitnet_burn_formats::random::SplitMix64;
 use sha2::{Digest, Sha256};
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};

@@ -647,7 +647,7 @@ fn plugin(place: &Place, name: &str, source: &str, defines: &[&str]) -> bool {
 }
 
 const TEMPLATE: &str = "examples/plugin-c/kernels.c";
-const BROKEN: &str = "core/testdata/plugin.c";
+const BROKEN: &str = "core/manager/testdata/plugin.c";
 
 #[test]
 fn a_plugin_is_verified_listed_measured_pinned_and_forgotten() {

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use bitnet_burn::core::files::sha256;
 use bitnet_burn::receipt::Receipt;
+use bitnet_burn_formats::files::sha256;
 use serde_json::{Value, json};
 
 use super::{Place, TEMPLATE, plugin};

@@ -1,6 +1,6 @@
 //! The process in which these tests have plugins tried, as an embedder would write it.
 
-use bitnet_burn_core::gate;
+use bitnet_burn_manager::gate;
 
 fn main() {
     let mut arguments = std::env::args_os().skip(1);

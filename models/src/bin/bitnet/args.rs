@@ -9,10 +9,10 @@ use bitnet_burn::backends::devices;
 use bitnet_burn::bitnet::HeadMode;
 use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn::config::Activation;
-use bitnet_burn::core::formats::DenseFormat;
-use bitnet_burn::core::manager::Strict;
 use bitnet_burn::nn::CacheType;
 use bitnet_burn::plan::{CPU, MachineProfile, Placement};
+use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_manager::Strict;
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
 

@@ -3,11 +3,11 @@
 use anyhow::{Context as _, bail};
 use bitnet_burn::bench::{self, BenchOptions, BenchResult, DecodeAt, DecodeBatch, Spread};
 use bitnet_burn::config::ModelConfig;
-use bitnet_burn::core::cpu;
-use bitnet_burn::core::formats::DenseFormat;
 use bitnet_burn::device_bench::{self, DeviceBench, DeviceBenchOptions};
 use bitnet_burn::report::{Execution, ModelSummary, count, human_bytes, human_seconds};
 use bitnet_burn::synth::{self, SynthOptions};
+use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_manager::cpu;
 use burn::tensor::Device;
 use clap::Args;
 use serde::Serialize;

@@ -7,8 +7,6 @@ use anyhow::{Context as _, bail};
 use bitnet_burn::backends::{devices, manager};
 use bitnet_burn::bitnet::{BitNet, DEFAULT_CHUNK, LoadOptions, LoadProgress};
 use bitnet_burn::checkpoint::Checkpoint;
-use bitnet_burn::core::ManagerConfig;
-use bitnet_burn::core::manager::{KernelManager, ManagerReport};
 use bitnet_burn::nn::CacheType;
 use bitnet_burn::plan::{
     self, COMMON_CONTEXT, CPU, Comparison, DeviceMemory, Kind, MachineProfile, Measure, MemoryProfile,
@@ -18,6 +16,8 @@ use bitnet_burn::plausible;
 use bitnet_burn::receipt::{GenerationRecord, Receipt};
 use bitnet_burn::report::{DeviceUsage, Execution, ModelSummary, count, human_bytes};
 use bitnet_burn::tokenizer::Tokenizer;
+use bitnet_burn_manager::ManagerConfig;
+use bitnet_burn_manager::{KernelManager, ManagerReport};
 use burn::tensor::Device;
 use clap::ValueEnum as _;
 use serde::Serialize;

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use bitnet_burn::checkpoint::Checkpoint;
 use bitnet_burn::checkpoint::Projection;
 use bitnet_burn::config::ModelConfig;
-use bitnet_burn::core::formats::canonical;
 use bitnet_burn::nn::CacheType;
 use bitnet_burn::report::human_bytes;
+use bitnet_burn_formats::canonical;
 use clap::Args;
 use serde::Serialize;
 

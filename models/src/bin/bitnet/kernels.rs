@@ -9,13 +9,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use bitnet_burn::bench::Roof;
 use bitnet_burn::checkpoint::{Checkpoint, Projection};
-use bitnet_burn::core::cpu;
-use bitnet_burn::core::formats::canonical;
-use bitnet_burn::core::manager::{
+use bitnet_burn::report::{count, human_bytes};
+use bitnet_burn_formats::canonical;
+use bitnet_burn_manager::cpu;
+use bitnet_burn_manager::{
     Candidate, KernelManager, KernelReport, LayoutPolicy, ManagerReport, REFERENCE, Ranking, Source, Status,
     Strict, rotation_bytes,
 };
-use bitnet_burn::report::{count, human_bytes};
 use clap::Args;
 use serde::Serialize;
 

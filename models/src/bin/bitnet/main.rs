@@ -51,7 +51,7 @@ Environment (a flag wins over its variable, a variable over the configuration fi
   BITNET_REMOTE_TIMEOUT
                       seconds that a worker (--device remote:HOST:PORT) may give no sign of life; default: 10
   BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if there is one
-  RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_core=debug`; default: warn
+  RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_manager=debug`; default: warn
 
 Exit status: 0 done, 1 error, 2 wrong usage; `receipt check` and `plan` have more.
 

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use bitnet_burn::backends::manager;
-use bitnet_burn::core::gate::{Report, Stage};
-use bitnet_burn::core::manager::KernelManager;
-use bitnet_burn::core::store::{self, Known, PluginStore};
-use bitnet_burn::core::{ManagerConfig, cpu, files};
+use bitnet_burn_formats::files;
+use bitnet_burn_manager::KernelManager;
+use bitnet_burn_manager::gate::{Report, Stage};
+use bitnet_burn_manager::store::{self, Known, PluginStore};
+use bitnet_burn_manager::{ManagerConfig, cpu};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 

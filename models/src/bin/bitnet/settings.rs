@@ -7,9 +7,9 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail};
-use bitnet_burn::core::ManagerConfig;
-use bitnet_burn::core::manager::{FallbackPolicy, Strict};
-use bitnet_burn::core::store;
+use bitnet_burn_manager::ManagerConfig;
+use bitnet_burn_manager::store;
+use bitnet_burn_manager::{FallbackPolicy, Strict};
 use toml::{Table, Value};
 
 /// The variable that names another file; empty: none is read.

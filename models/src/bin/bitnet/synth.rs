@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use bitnet_burn::config::{Activation, ModelConfig};
-use bitnet_burn::core::formats::DenseFormat;
 use bitnet_burn::report::{human_bytes, human_seconds};
 use bitnet_burn::synth::{self, SynthOptions};
+use bitnet_burn_formats::DenseFormat;
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use serde::Serialize;

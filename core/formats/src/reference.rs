@@ -1,0 +1,139 @@
+//! The ternary matmul, as plainly as it can be written: what every kernel is compared with, and the
+//! last resort where none works.
+//!
+//! ```text
+//! y[m, n] = (f32)(sum_k q[m, k] * w[n, k]) * (scale * a[m])
+//! ```
+//!
+//! with q the int8 activations, w the weights -1, 0, 1, `scale` the weights' scale and a the scale of
+//! each row of activations: an exact i32 sum, then two f32 products in this order, not fused.
+#![forbid(unsafe_code)]
+
+use bitnet_burn_plugin::canonical;
+
+/// The largest K whose sums can't overflow: 128 * 2^23 < 2^31.
+pub const MAX_K: usize = 1 << 23;
+
+/// One output before scaling: the sum over k of `q[k] * w[k]`, for K = `q.len()` up to [`MAX_K`].
+///
+/// # Panics
+/// If `row`, a canonical row, is shorter than K weights.
+pub fn row_sum_products(row: &[u8], q: &[i8]) -> i32 {
+    let weights = canonical::Row(row);
+    (0..q.len()).map(|k| i32::from(q[k]) * i32::from(weights.weight(k))).sum()
+}
+
+/// y [m, n] of activations [m, k] and weights [n, k].
+///
+/// # Arguments
+/// * `canonical`: the weights, n canonical rows without the code 3
+///   ([`check_canonical`](crate::check_canonical))
+/// * `k`: up to [`MAX_K`]
+/// * `scale`: the weights' scale
+/// * `q`: the int8 activations; row i begins at `i * q_stride`
+/// * `row_scale`: a/127 of each row, m values
+/// * `y`: the outputs; row i begins at `i * y_stride`. What lies between the rows is left alone
+///
+/// ```
+/// use bitnet_burn_formats::{quant, reference};
+///
+/// let (weights, scale) = quant::absmean_to_canonical(&[0.5, 0.0, -1.0, 0.5], 2, 2)?;
+/// let mut q = [0; 2];
+/// let (a, _) = quant::absmax_row(&[127.0, -2.0], &mut q);
+/// let mut y = [0.0; 2];
+/// reference::matmul(&weights, 2, 2, scale, &q, 2, &[a], 1, &mut y, 2);
+/// assert_eq!(y, [127.0 * 0.5, (-127.0 - 2.0) * 0.5]);
+/// # Ok::<(), bitnet_burn_formats::FormatError>(())
+/// ```
+///
+/// # Panics
+/// If a slice is too short for the shape and the strides.
+#[allow(clippy::too_many_arguments)] // the shape of the problem: three matrices
+pub fn matmul(
+    canonical: &[u8],
+    n: usize,
+    k: usize,
+    scale: f32,
+    q: &[i8],
+    q_stride: usize,
+    row_scale: &[f32],
+    m: usize,
+    y: &mut [f32],
+    y_stride: usize,
+) {
+    let row_bytes = canonical::row_bytes(k);
+    let mut weights = vec![0i8; k];
+    for n in 0..n {
+        canonical::unpack_row(&canonical[n * row_bytes..][..row_bytes], &mut weights);
+        for m in 0..m {
+            let x = &q[m * q_stride..][..k];
+            let sum: i32 = x.iter().zip(&weights).map(|(&q, &w)| i32::from(q) * i32::from(w)).sum();
+            y[m * y_stride + n] = sum as f32 * (scale * row_scale[m]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{canonical_rows, matrix};
+    use proptest::prelude::*;
+
+    #[test]
+    fn transformers_worked_example() {
+        let example: serde_json::Value =
+            serde_json::from_slice(include_bytes!("../testdata/packing_example.json")).unwrap();
+        let flat = |name: &str| -> Vec<f64> {
+            let rows = example[name].as_array().unwrap().iter();
+            rows.flat_map(|row| row.as_array().unwrap()).map(|v| v.as_f64().unwrap()).collect()
+        };
+        let codes: Vec<i8> = flat("codes").iter().map(|&v| v as i8).collect();
+        let q: Vec<i8> = flat("x_int8").iter().map(|&v| v as i8).collect();
+        let scale = example["absmean"].as_f64().unwrap() as f32;
+        let mut y = [0.0; 8];
+        matmul(&canonical_rows(&codes, 2), 8, 2, scale, &q, 2, &[1.0], 1, &mut y, 8);
+        // The multiplying convention with the activations' scale at 1: the same product, to the bit or next to it.
+        for (y, expected) in y.iter().zip(flat("y_autobitlinear_offline")) {
+            assert!((f64::from(*y) - expected).abs() <= 1e-5, "{y} {expected}");
+        }
+    }
+
+    #[test]
+    fn the_largest_k_does_not_overflow() {
+        let row = vec![0u8; canonical::row_bytes(MAX_K)]; // all -1
+        let q = vec![-128i8; MAX_K];
+        assert_eq!(row_sum_products(&row, &q), 1 << 30);
+        let mut y = [0.0];
+        matmul(&row, 1, MAX_K, 1.0, &q, MAX_K, &[1.0], 1, &mut y, 1);
+        assert_eq!(y, [(1 << 30) as f32]);
+    }
+
+    proptest! {
+        #[test]
+        fn strides_and_both_functions_agree(
+            (n, k, weights) in matrix(1, 9, 1, 300), m in 1usize..4, gap in 0usize..70, seed in any::<u32>(),
+        ) {
+            let rows = canonical_rows(&weights, k);
+            let (q_stride, y_stride) = (k + gap, n + gap);
+            let q: Vec<i8> = (0..m * q_stride)
+                .map(|i| ((i as u32 ^ seed).wrapping_mul(2654435761) >> 24) as i8).collect();
+            let row_scale: Vec<f32> = (0..m).map(|m| 0.01 + m as f32 / 7.0).collect();
+            let mut y = vec![f32::NAN; m * y_stride];
+            matmul(&rows, n, k, 0.37, &q, q_stride, &row_scale, m, &mut y, y_stride);
+            for i in 0..m {
+                for j in 0..y_stride {
+                    let value = y[i * y_stride + j];
+                    if j >= n {
+                        prop_assert!(value.is_nan());
+                        continue;
+                    }
+                    let x = &q[i * q_stride..][..k];
+                    let naive: i64 = (0..k).map(|c| i64::from(x[c]) * i64::from(weights[j * k + c])).sum();
+                    let sum = row_sum_products(&rows[j * canonical::row_bytes(k)..], x);
+                    prop_assert_eq!(i64::from(sum), naive);
+                    prop_assert_eq!(value.to_bits(), (sum as f32 * (0.37 * row_scale[i])).to_bits());
+                }
+            }
+        }
+    }
+}

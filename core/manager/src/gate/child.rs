@@ -1,0 +1,190 @@
+//! The child's side of the gate.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::environment::{self, FloatControl};
+use super::{Event, GATE_VERSION, NO_GPU_RUNTIME, cases, gpu, host_abi};
+use crate::cpu;
+use crate::gpu::GpuDevice;
+use crate::plugin::{Kernel, Plugin, Target};
+use crate::pool::Pool;
+
+/// Threads that compute at once.
+const THREADS: usize = 4;
+
+/// The helper's side of [`examine`](super::examine): `arguments` are those behind
+/// [`CHILD_COMMAND`](super::CHILD_COMMAND). Loads and tries the plugin, and reports on stdout. Nothing
+/// else may run in this process: the plugin may end it at any time.
+///
+/// ```no_run
+/// use bitnet_burn_manager::gate;
+///
+/// let mut arguments = std::env::args_os().skip(1);
+/// if arguments.next().is_some_and(|first| first == gate::CHILD_COMMAND) {
+///     std::process::exit(gate::child(arguments));
+/// }
+/// ```
+///
+/// Returns the status for the process to end with: 0 if the plugin passed, 1 if not, 2 if the arguments
+/// or the system are at fault.
+///
+/// Kernels for GPUs are not tried, and not used: [`child_with_gpu`] tries them.
+pub fn child(arguments: impl Iterator<Item = OsString>) -> i32 {
+    child_with_gpu(arguments, &|| Err(NO_GPU_RUNTIME.into()))
+}
+
+/// [`child`], with a GPU to try kernels on that are GPU source. `open` is called if there are such kernels, after those
+/// for the CPU; its error says why there is no GPU.
+pub fn child_with_gpu(
+    mut arguments: impl Iterator<Item = OsString>,
+    open: &dyn Fn() -> Result<Box<dyn GpuDevice>, String>,
+) -> i32 {
+    let (Some(library), Some(origin), None) = (arguments.next(), arguments.next(), arguments.next()) else {
+        eprintln!("the gate's helper takes a library and the name to call it by");
+        return 2;
+    };
+    let mut out = match own_output() {
+        Ok(out) => Reporter(out),
+        Err(error) => {
+            eprintln!("the gate's helper can't set itself up: {error}");
+            return 2;
+        }
+    };
+    out.say(&Event::Hello { gate: GATE_VERSION, abi: host_abi() });
+    match try_plugin(library.into(), origin.into(), open, &mut out) {
+        Ok(()) => {
+            out.say(&Event::Done);
+            0
+        }
+        Err(reason) => {
+            out.say(&Event::Wrong { reason });
+            1
+        }
+    }
+}
+
+fn try_plugin(
+    library: PathBuf,
+    origin: PathBuf,
+    open: &dyn Fn() -> Result<Box<dyn GpuDevice>, String>,
+    out: &mut Reporter,
+) -> Result<(), String> {
+    let pool = Pool::new(THREADS).map_err(|error| format!("the gate has no threads: {error}"))?;
+    let (float, threads) = (FloatControl::of_this_thread(), environment::threads());
+    out.say(&Event::Trying { what: "loading it".into() });
+    let plugin = Plugin::load_as(&library, &origin).map_err(|error| {
+        // Its source says what the loader said; and the parent names the file itself.
+        let text = error.to_string();
+        text.strip_prefix(&format!("plugin {}: ", origin.display())).map(str::to_owned).unwrap_or(text)
+    })?;
+    if let Some(changed) = float.changed() {
+        return Err(changed);
+    }
+    if let Some(more) = environment::more_threads_than(threads) {
+        return Err(format!("it started {more} threads when it was loaded"));
+    }
+    out.say(&Event::Plugin {
+        name: plugin.name().into(),
+        version: plugin.version().into(),
+        abi: plugin.abi(),
+    });
+    let (for_cpu, others): (Vec<Kernel>, Vec<Kernel>) =
+        Arc::new(plugin).kernels().into_iter().partition(|kernel| kernel.target() == Target::Cpu);
+    for kernel in for_cpu {
+        let id = kernel.id();
+        if let Some(missing) = cpu::lacking(kernel.features(), &[]) {
+            out.say(&Event::Unavailable { kernel: id.into(), reason: missing });
+            continue;
+        }
+        out.say(&Event::Trying { what: format!("kernel {id}") });
+        let cases = cases::check(&kernel, &pool, cases::all(), &mut |case| {
+            out.say(&Event::Trying { what: format!("kernel {id}, {case}") });
+        })?;
+        out.say(&Event::Kernel { kernel: id.into(), cases, device: None });
+    }
+    if others.is_empty() {
+        return Ok(());
+    }
+    // A driver starts threads, which from here on are nobody's fault.
+    out.say(&Event::Trying { what: "opening the GPU".into() });
+    let device = open();
+    let words = device.as_ref().map_or_else(Clone::clone, |device| device.name());
+    out.say(&Event::Gpu { words });
+    for kernel in others {
+        let id = kernel.id();
+        let device = match &device {
+            Ok(device) if device.target() == kernel.target() => device,
+            Ok(device) => {
+                let reason =
+                    format!("it is for {}, and {} takes {}", kernel.target(), device.name(), device.target());
+                out.say(&Event::Unavailable { kernel: id.into(), reason });
+                continue;
+            }
+            Err(reason) => {
+                let reason = format!("it is for {}, and {reason}", kernel.target());
+                out.say(&Event::Unavailable { kernel: id.into(), reason });
+                continue;
+            }
+        };
+        if let Some(missing) = device.lacking(&kernel) {
+            out.say(&Event::Unavailable { kernel: id.into(), reason: missing });
+            continue;
+        }
+        out.say(&Event::Trying { what: format!("kernel {id}") });
+        let cases = gpu::check(&kernel, &**device, &mut |case| {
+            out.say(&Event::Trying { what: format!("kernel {id}, {case}") });
+        })?;
+        out.say(&Event::Kernel { kernel: id.into(), cases, device: Some(device.name()) });
+    }
+    Ok(())
+}
+
+/// Where events go.
+struct Reporter(File);
+
+impl Reporter {
+    fn say(&mut self, event: &Event) {
+        let mut line = serde_json::to_vec(event).expect("an event is plain data");
+        line.push(b'\n');
+        // In one write, so that a crash can't leave half a line. If the parent is gone, nobody needs it.
+        let _ = self.0.write_all(&line);
+    }
+}
+
+/// Takes stdout away from the plugin, and makes this process end quietly when it has to.
+#[cfg(unix)]
+fn own_output() -> std::io::Result<File> {
+    use std::os::fd::{AsRawFd as _, FromRawFd as _};
+
+    let check = |result: libc::c_int| match result {
+        -1 => Err(std::io::Error::last_os_error()),
+        value => Ok(value),
+    };
+    // SAFETY: system calls on descriptors of this process; the duplicate belongs to the file from here on.
+    let out = unsafe {
+        let out = File::from_raw_fd(check(libc::fcntl(libc::STDOUT_FILENO, libc::F_DUPFD_CLOEXEC, 3))?);
+        // What the plugin prints goes where it does no harm.
+        check(libc::dup2(libc::STDERR_FILENO, libc::STDOUT_FILENO))?;
+        // No core dumps: crashing is what this process is for.
+        let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        check(libc::setrlimit(libc::RLIMIT_CORE, &raw const limit))?;
+        // Ends with the parent.
+        #[cfg(target_os = "linux")]
+        check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+        out
+    };
+    super::guard::faults::install(out.as_raw_fd())?;
+    Ok(out)
+}
+
+#[cfg(not(unix))]
+fn own_output() -> std::io::Result<File> {
+    use std::os::windows::io::{AsHandle as _, OwnedHandle};
+
+    let handle: OwnedHandle = std::io::stdout().as_handle().try_clone_to_owned()?;
+    Ok(File::from(handle))
+}

@@ -1,0 +1,90 @@
+//! How kernels that are GPU source are tried: their packing on the host as that of any kernel, between walls; and
+//! their text on a device, over the same shapes, compared with the reference.
+
+use bitnet_burn_plugin::abi::{CANONICAL_ALIGNMENT, Signature};
+
+use super::cases::{self, Case, POISON, SCALE};
+use super::environment::FloatControl;
+use crate::gpu::{GpuDevice, GpuOperands, close};
+use crate::memory::Activations;
+use crate::plugin::Kernel;
+use bitnet_burn_formats::random::SplitMix64;
+use bitnet_burn_formats::reference;
+
+/// Columns of another matrix on the left of the outputs and, in all, beside them.
+const COLUMN: usize = 2;
+const OTHERS: usize = 5;
+
+/// Tries a kernel on the cases that it supports, announcing each; how many there were.
+///
+/// Each is run twice. With all scales 1 the outputs are the sums, which f32 holds exactly: they must be equal to
+/// the bit. With the case's scales they must be [`close`].
+///
+/// # Errors
+/// What is wrong with the case that was announced last.
+pub(super) fn check(
+    kernel: &Kernel,
+    device: &dyn GpuDevice,
+    announce: &mut dyn FnMut(&dyn std::fmt::Display),
+) -> Result<u64, String> {
+    let float = FloatControl::of_this_thread();
+    let mut random = SplitMix64::new(0x6b17);
+    let (mut tried, mut offered) = (0, 0);
+    for case in cases::of_gpus() {
+        offered += 1;
+        let (m, n, k) = case.shape();
+        if !kernel.supports(&Signature::ternary(m as u64, n as u64, k as u64, 1)) {
+            continue;
+        }
+        tried += 1;
+        announce(&format_args!("[{m}, {k}] x [{n}, {k}]ᵀ, {}, on {}", case.values(), device.name()));
+        let (weights, mut x) = case.inputs(&mut random);
+        let packed = case.weights(kernel, &weights);
+        if let Some(changed) = float.changed() {
+            float.restore();
+            return Err(changed);
+        }
+        let packed = packed?;
+        // What a row that is not finite makes of a device's arithmetic is left open.
+        for scale in x.resize(m, k).scale {
+            *scale = if scale.is_finite() { *scale } else { 1.0 };
+        }
+        run(kernel, device, (&packed, &weights, SCALE), (n, &x), close)?;
+        x.resize(m, k).scale.fill(1.0);
+        run(kernel, device, (&packed, &weights, 1.0), (n, &x), |got, want| got == want)?;
+    }
+    if tried == 0 {
+        return Err(format!("it supports none of the {offered} cases that kernels are tried on"));
+    }
+    Ok(tried)
+}
+
+fn run(
+    kernel: &Kernel,
+    device: &dyn GpuDevice,
+    (packed, canonical, scale): (&[u8], &[u8], f32),
+    (n, x): (usize, &Activations),
+    right: impl Fn(f32, f32) -> bool,
+) -> Result<(), String> {
+    let (m, k) = (x.m(), x.k());
+    let mut expected = vec![0f32; m * n];
+    reference::matmul(canonical, n, k, scale, x.q(), x.stride(), x.scale(), m, &mut expected, n);
+    let stride = n + OTHERS;
+    let operands = GpuOperands::new(packed, scale, x, n, stride, COLUMN);
+    // And a row that is not its own.
+    let mut y = vec![POISON; (m + 1) * stride];
+    device.run(kernel, &operands, &mut y)?;
+    cases::compare(&y, &expected, (n, stride, COLUMN), right)
+}
+
+impl Case {
+    /// Canonical weights as the kernel reads them: packed between walls, and unpacked again, if it packs.
+    fn weights(&self, kernel: &Kernel, canonical: &[u8]) -> Result<Vec<u8>, String> {
+        if kernel.layout().is_none() {
+            return Ok(canonical.to_vec());
+        }
+        let (_, n, k) = self.shape();
+        let walled = self.input("the canonical weights", canonical, CANONICAL_ALIGNMENT)?;
+        Ok(self.pack(kernel, &walled, n, k)?.bytes().to_vec())
+    }
+}

@@ -1,0 +1,17 @@
+//! The kernel manager of bitnet-burn. It knows nothing of Burn: activations and weights in, floats out.
+//!
+//! It loads plugins, checks their kernels against the exact reference, measures them on this machine, selects the
+//! fastest for each shape, and falls back where one fails.
+//!
+//! Notation everywhere: M rows of activations (tokens), N output features, K input features.
+
+pub mod cpu;
+pub mod gate;
+pub mod gpu;
+mod manager;
+pub mod memory;
+pub mod plugin;
+pub mod pool;
+pub mod store;
+
+pub use manager::*;

@@ -1,0 +1,336 @@
+//! How a manager is set up.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::ManagerError;
+use super::probe::{Machine, Probe};
+use crate::store::{self, PluginConfig};
+
+/// How a manager is set up.
+#[derive(Clone, Debug)]
+pub struct ManagerConfig {
+    /// Threads for kernels; 0 means one per physical core.
+    pub threads: usize,
+    /// Whether each of them stays on a core of its own; the first core is left to the thread that calls.
+    pub pin: bool,
+    /// What is an error instead of something slower or less certain.
+    pub strict: Strict,
+    /// Use this kernel alone (`plugin/kernel`, or `kernel`), or those of this `plugin`.
+    pub force: Option<String>,
+    /// CPU features to act as if the machine lacked them.
+    pub masked_features: Vec<String>,
+    /// Directory of the tuning results, and of the copies and verdicts of plugins; `None` keeps them in
+    /// memory and in a temporary directory.
+    pub cache_dir: Option<PathBuf>,
+    /// Where plugins come from, and how they are checked.
+    pub plugins: PluginConfig,
+    /// Time that tuning may take in all; what is not measured by then is ranked by the nearest
+    /// measurement.
+    pub tune_budget: Duration,
+    /// What happens when the kernel in use fails or becomes slow.
+    pub fallback: FallbackPolicy,
+    /// The clock, and the look at the memory: the machine's, or a test's.
+    pub probe: Arc<dyn Probe>,
+}
+
+impl Default for ManagerConfig {
+    fn default() -> Self {
+        Self {
+            threads: 0,
+            pin: false,
+            strict: Strict::NONE,
+            force: None,
+            masked_features: Vec::new(),
+            cache_dir: None,
+            plugins: PluginConfig::default(),
+            tune_budget: Duration::from_secs(10),
+            fallback: FallbackPolicy::default(),
+            probe: Arc::new(Machine),
+        }
+    }
+}
+
+impl ManagerConfig {
+    /// The defaults, changed by `BITNET_THREADS`, `BITNET_PIN` (1 or 0), `BITNET_STRICT_MODE` (1, 0, or names of [`Strict`]),
+    /// `BITNET_FALLBACK` (a [`FallbackPolicy`]), `BITNET_KERNEL`, `BITNET_CPU_MASK` (feature names, separated by commas), `BITNET_CACHE_DIR` (empty:
+    /// keep nothing; unset: the user's cache directory), `BITNET_PLUGINS` (`off`, `on`, or `user`: also the
+    /// user's plugin directory), `BITNET_PLUGIN_PATH` (absolute paths) and `BITNET_PLUGIN_PINS` (a file).
+    ///
+    /// # Errors
+    /// If a variable holds something else than it should.
+    pub fn from_env() -> Result<Self, ManagerError> {
+        let mut config = Self::default();
+        if let Some(threads) = parsed("BITNET_THREADS", |_| "a number of threads")? {
+            config.threads = threads;
+        }
+        if let Some(pin) = parsed("BITNET_PIN", |_: std::num::ParseIntError| "0 or 1")? {
+            config.pin = match pin {
+                0u8 => false,
+                1 => true,
+                _ => {
+                    let value = pin.to_string();
+                    return Err(ManagerError::Config { name: "BITNET_PIN", value, expected: "0 or 1" });
+                }
+            };
+        }
+        config.strict = Strict::from_env()?;
+        if let Some(fallback) = parsed("BITNET_FALLBACK", |expected| expected)? {
+            config.fallback = fallback;
+        }
+        config.force = var("BITNET_KERNEL").filter(|name| !name.is_empty());
+        if let Some(mask) = var("BITNET_CPU_MASK") {
+            config.masked_features =
+                mask.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
+        }
+        config.cache_dir = match var("BITNET_CACHE_DIR") {
+            Some(dir) => (!dir.is_empty()).then(|| dir.into()),
+            None => store::default_cache_dir(),
+        };
+        config.plugins = PluginConfig::from_env()
+            .map_err(|(name, value, expected)| ManagerError::Config { name, value, expected })?;
+        Ok(config)
+    }
+
+    /// What happens when the kernel in use fails or becomes slow, strict mode considered.
+    pub(super) fn policy(&self) -> FallbackPolicy {
+        if self.strict.no_fallback { FallbackPolicy::Never } else { self.fallback }
+    }
+}
+
+fn var(name: &'static str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// What a variable holds, if it is set.
+fn parsed<T: FromStr>(
+    name: &'static str,
+    expected: impl FnOnce(T::Err) -> &'static str,
+) -> Result<Option<T>, ManagerError> {
+    let Some(value) = var(name) else { return Ok(None) };
+    match value.parse() {
+        Ok(parsed) => Ok(Some(parsed)),
+        Err(error) => Err(ManagerError::Config { name, value, expected: expected(error) }),
+    }
+}
+
+/// What happens when the kernel in use fails, or becomes slower than it was. Every kernel gives the same
+/// bits, so that none of this changes a result.
+///
+/// With every setting but `Never`, a kernel that returns a status other than OK is replaced by the next one
+/// of its ranking in that very call, the last one by the reference; it is demoted for this shape and bucket
+/// of rows, tried again after 128 calls (twice as many with each demotion in a row), and back at its place
+/// after 4 calls that went well. The settings differ in what time means:
+///
+/// | | a kernel that becomes slow |
+/// | --- | --- |
+/// | `OnError` | is not noticed: no clock is read |
+/// | `OnPerformanceThreshold(x)` | is demoted when it takes more than x times what is expected, while another one promises to be faster |
+/// | `Adaptive` | races against its rivals over the next live calls when it takes more than 1.5 times what is expected; the fastest one computes from then on, and is written into the cache of measurements |
+///
+/// As text (`BITNET_FALLBACK`): `never`, `on-error`, `threshold:1.5`, `adaptive`.
+///
+/// ```
+/// use bitnet_burn_manager::FallbackPolicy;
+///
+/// assert_eq!("threshold:2".parse(), Ok(FallbackPolicy::OnPerformanceThreshold(2.0)));
+/// assert!("threshold:0.5".parse::<FallbackPolicy>().is_err());
+/// assert_eq!(FallbackPolicy::default().to_string(), "adaptive");
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum FallbackPolicy {
+    /// The kernel that was chosen computes, or the call is an error. [`Strict::no_fallback`] means this,
+    /// whatever the policy.
+    Never,
+    /// Others take over from a kernel that fails.
+    OnError,
+    /// Also from one that takes more than so many times (above 1) what is expected of it.
+    OnPerformanceThreshold(f64),
+    /// Also from one that is no longer the fastest.
+    #[default]
+    Adaptive,
+}
+
+impl FallbackPolicy {
+    /// How many times longer than expected is too slow; `None` if nothing is.
+    pub(super) fn factor(self) -> Option<f64> {
+        match self {
+            Self::Never | Self::OnError => None,
+            Self::OnPerformanceThreshold(factor) => Some(factor),
+            Self::Adaptive => Some(super::slot::DRIFT),
+        }
+    }
+}
+
+/// The error says what is expected.
+impl FromStr for FallbackPolicy {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let expected = "never, on-error, adaptive, or threshold:X with X above 1, as in threshold:1.5";
+        match text.trim() {
+            "never" => Ok(Self::Never),
+            "on-error" => Ok(Self::OnError),
+            "adaptive" | "" => Ok(Self::Adaptive),
+            text => {
+                let factor = text.strip_prefix("threshold:").and_then(|factor| factor.parse::<f64>().ok());
+                let factor = factor.filter(|factor| factor.is_finite() && *factor > 1.0).ok_or(expected)?;
+                Ok(Self::OnPerformanceThreshold(factor))
+            }
+        }
+    }
+}
+
+/// As it is read.
+impl fmt::Display for FallbackPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Never => f.write_str("never"),
+            Self::OnError => f.write_str("on-error"),
+            Self::OnPerformanceThreshold(factor) => write!(f, "threshold:{factor}"),
+            Self::Adaptive => f.write_str("adaptive"),
+        }
+    }
+}
+
+/// As text.
+impl Serialize for FallbackPolicy {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// Strict mode: what is an error, where the default is to go on with something slower or less certain.
+///
+/// It concerns the ternary matmuls. A backend that was asked for by name and computes them with operations
+/// of its own is no fallback.
+///
+/// As text (`BITNET_STRICT_MODE`), `1`, `true` or `all` is everything, `0`, `false` or nothing is nothing,
+/// and the fields' names, separated by commas (`no-fallback,gated-plugins`), are these.
+///
+/// ```
+/// use bitnet_burn_manager::Strict;
+///
+/// assert_eq!("1".parse(), Ok(Strict::ALL));
+/// let strict: Strict = "no-fallback, gated-plugins".parse()?;
+/// assert!(strict.no_fallback && strict.gated_plugins && !strict.quantised_kernels);
+/// assert_eq!(strict.to_string(), "no-fallback, gated-plugins");
+/// # Ok::<(), &'static str>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Strict {
+    /// The kernel that was chosen computes: neither another one nor the reference takes over where it
+    /// fails, and a shape that no kernel computes is an error.
+    pub no_fallback: bool,
+    /// Integer arithmetic alone: the reference is an error, whether a kernel failed or there is none.
+    pub quantised_kernels: bool,
+    /// A plugin that the loading policy or the gate refuses is an error; without, it is left out.
+    pub gated_plugins: bool,
+    /// A measured figure above what the machine can do is an error. The manager reports none; this is for
+    /// the programs that do.
+    pub plausible_figures: bool,
+}
+
+impl Strict {
+    /// Everything is strict.
+    pub const ALL: Self =
+        Self { no_fallback: true, quantised_kernels: true, gated_plugins: true, plausible_figures: true };
+    /// Nothing is.
+    pub const NONE: Self =
+        Self { no_fallback: false, quantised_kernels: false, gated_plugins: false, plausible_figures: false };
+
+    /// Whether anything is strict.
+    pub fn any(self) -> bool {
+        self != Self::NONE
+    }
+
+    /// What `BITNET_STRICT_MODE` says.
+    ///
+    /// # Errors
+    /// If it says something else than it should.
+    pub fn from_env() -> Result<Self, ManagerError> {
+        Ok(parsed("BITNET_STRICT_MODE", |expected| expected)?.unwrap_or_default())
+    }
+
+    /// Whether the reference may compute.
+    pub(super) fn allows_reference(self) -> bool {
+        !self.no_fallback && !self.quantised_kernels
+    }
+
+    fn fields(&mut self) -> [(&'static str, &mut bool); 4] {
+        [
+            ("no-fallback", &mut self.no_fallback),
+            ("quantised-kernels", &mut self.quantised_kernels),
+            ("gated-plugins", &mut self.gated_plugins),
+            ("plausible-figures", &mut self.plausible_figures),
+        ]
+    }
+}
+
+/// The error says what is expected.
+impl FromStr for Strict {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.trim() {
+            "1" | "true" | "all" => return Ok(Self::ALL),
+            "" | "0" | "false" => return Ok(Self::NONE),
+            _ => {}
+        }
+        let mut strict = Self::NONE;
+        for name in text.split(',').map(str::trim) {
+            let mut fields = strict.fields().into_iter();
+            let (_, field) = fields.find(|(known, _)| *known == name).ok_or(
+                "1, 0, or some of no-fallback, quantised-kernels, gated-plugins and plausible-figures, \
+                 separated by commas",
+            )?;
+            *field = true;
+        }
+        Ok(strict)
+    }
+}
+
+/// The names of what is strict, or `off`.
+impl fmt::Display for Strict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut this = *self;
+        let names: Vec<_> = this.fields().into_iter().filter_map(|(name, on)| on.then_some(name)).collect();
+        f.write_str(if names.is_empty() { "off".to_owned() } else { names.join(", ") }.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_are_read_as_they_are_shown() {
+        use FallbackPolicy::{Adaptive, Never, OnError, OnPerformanceThreshold};
+        for policy in [Never, OnError, OnPerformanceThreshold(1.5), Adaptive] {
+            assert_eq!(policy.to_string().parse(), Ok(policy));
+        }
+        for text in ["threshold", "threshold:", "threshold:1", "threshold:nan", "threshold:inf", "always"] {
+            assert!(text.parse::<FallbackPolicy>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn strictness_is_read_as_it_is_shown() {
+        for text in ["1", "true", "all"] {
+            assert_eq!(text.parse(), Ok(Strict::ALL));
+        }
+        for text in ["", "0", "false", " "] {
+            assert_eq!(text.parse(), Ok(Strict::NONE));
+        }
+        assert_eq!(Strict::ALL.to_string().parse(), Ok(Strict::ALL));
+        assert_eq!(Strict::NONE.to_string(), "off");
+        for text in ["2", "yes", "no-fallback,", "no_fallback", "no-fallback;gated-plugins"] {
+            assert!(text.parse::<Strict>().unwrap_err().contains("gated-plugins"), "{text}");
+        }
+    }
+}
