@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use bitnet_burn::nn::{BitLinear, BitLinearConfig};
+use bitnet_burn::{BitLinear, BitLinearConfig};
 use bitnet_burn_examples::digits::{CLASSES, Digit, PIXELS, accuracy, batch, digits};
 use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataloader::{DataLoader, DataLoaderBuilder};

@@ -1,5 +1,5 @@
 //! Makes the model that the program carries: writes stories by the grammar, trains on them, exports the result
-//! to models/assets/stories.gguf, and says how close it came to the entropy of the grammar. From the root of the
+//! to models/engine/assets/stories.gguf, and says how close it came to the entropy of the grammar. From the root of the
 //! repository:
 //!
 //! ```text
@@ -9,21 +9,22 @@
 //!
 //! What was trained lies in target/default-model; a run that was interrupted goes on where it was.
 
+use bitnet_burn_engine::load::load;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::Context as _;
-use bitnet_burn::bitnet::{BitNet, LoadOptions};
-use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn::export::{ExportOptions, Target, export};
-use bitnet_burn::gguf::GgufTypes;
-use bitnet_burn::train::{
-    Corpus, Curve, Evaluation, Event, Metrics, TrainConfig, Trainer, evaluate, is_run, newest, plot,
-};
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn_engine::gguf::GgufTypes;
+use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_examples::stories::{Stories, read};
 use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_train::export::{ExportOptions, Target, export};
+use bitnet_burn_train::{
+    Corpus, Curve, Evaluation, Event, Metrics, TrainConfig, Trainer, evaluate, is_run, newest, plot,
+};
 use burn::module::Module as _;
 use burn::tensor::Device;
 use clap::Parser;
@@ -38,7 +39,7 @@ struct Args {
 
 const STORIES: usize = 60_000;
 const RUNS: &str = "target/default-model";
-const MODEL: &str = "models/assets/stories.gguf";
+const MODEL: &str = "models/engine/assets/stories.gguf";
 const PLOT: &str = "docs/training.svg";
 
 fn report(what: &str, evaluation: Evaluation) {
@@ -47,8 +48,8 @@ fn report(what: &str, evaluation: Evaluation) {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    let mut config =
-        TrainConfig::from_toml(include_str!("../models/assets/stories.toml")).map_err(anyhow::Error::msg)?;
+    let mut config = TrainConfig::from_toml(include_str!("../models/engine/assets/stories.toml"))
+        .map_err(anyhow::Error::msg)?;
     config.model.ternary = !args.twin;
     let corpus = Corpus::new(Stories::new(config.seed).take(STORIES).map(|story| story.text));
     let run = |twin: bool| Path::new(RUNS).join(if twin { "float" } else { "ternary" });
@@ -97,7 +98,7 @@ fn main() -> anyhow::Result<()> {
     let summary = export(&checkpoint, Path::new(MODEL), &options, &mut |_| ControlFlow::Continue(()))?;
     println!("{MODEL}: {} bytes", summary.bytes);
     let exported = Checkpoint::open(Path::new(MODEL), &OpenOptions::default())?;
-    let model = BitNet::from_checkpoint(&exported, &device, &LoadOptions::default(), &mut |_| {})?;
+    let model = load(&exported, &device, &LoadOptions::default(), &mut |_| {})?;
     report("exported, through the kernels", evaluate(&model, &windows, batch)?);
     Ok(())
 }

@@ -6,7 +6,7 @@
 //! cargo run --release --example fine_tune
 //! ```
 
-use bitnet_burn::nn::BitLinear;
+use bitnet_burn::BitLinear;
 use bitnet_burn_examples::digits::{CLASSES, Digit, PIXELS, accuracy, batch, digits};
 use burn::module::Module;
 use burn::nn::loss::CrossEntropyLossConfig;

@@ -2,17 +2,18 @@
 //!
 //! ```text
 //! cargo run --release --example generate -- MODEL "Once upon a time"
-//! cargo run --release --example generate -- models/testdata/golden/hf/A-packed-auto 97,16,11
+//! cargo run --release --example generate -- models/engine/testdata/golden/hf/A-packed-auto 97,16,11
 //! ```
 
+use bitnet_burn_engine::load::load;
 use std::io::Write;
 use std::ops::ControlFlow;
 
-use bitnet_burn::bitnet::{BitNet, LoadOptions};
-use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn::generate::{GenerateOptions, generate, generate_text};
-use bitnet_burn::nn::CacheType;
-use bitnet_burn::tokenizer::Tokenizer;
+use bitnet_burn::CacheType;
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn_engine::generate::{GenerateOptions, generate, generate_text};
+use bitnet_burn_engine::load::LoadOptions;
+use bitnet_burn_engine::tokenizer::Tokenizer;
 use burn::tensor::Device;
 
 fn main() -> anyhow::Result<()> {
@@ -21,7 +22,7 @@ fn main() -> anyhow::Result<()> {
         anyhow::bail!("usage: generate MODEL PROMPT (a GGUF file or a Hugging Face directory)");
     };
     let checkpoint = Checkpoint::open(path.as_ref(), &OpenOptions::default())?;
-    let model = BitNet::from_checkpoint(&checkpoint, &Device::flex(), &LoadOptions::default(), &mut |_| {})?;
+    let model = load(&checkpoint, &Device::flex(), &LoadOptions::default(), &mut |_| {})?;
     let mut cache = model.cache(2048, CacheType::F32)?;
     let sequence = cache.add_sequence(0);
     let mut options = GenerateOptions { max_new_tokens: 32, ..GenerateOptions::default() };

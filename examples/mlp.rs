@@ -6,7 +6,7 @@
 //! cargo run --release --example mlp --features ndarray -- ndarray
 //! ```
 
-use bitnet_burn::nn::{BitLinear, BitLinearConfig};
+use bitnet_burn::{BitLinear, BitLinearConfig};
 use burn::module::Module;
 use burn::nn::loss::CrossEntropyLossConfig;
 use burn::optim::{AdamConfig, GradientsParams};

@@ -5,22 +5,24 @@
 //! cargo run --release --example train_export_serve
 //! ```
 
+use bitnet_burn_engine::load::load;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::Context;
-use bitnet_burn::bitnet::{BitNet, LoadOptions, Row};
-use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn::export::{ExportOptions, Target, export};
-use bitnet_burn::gguf::GgufTypes;
-use bitnet_burn::nn::CacheType;
-use bitnet_burn::sampling::{Sampler, SamplingConfig};
-use bitnet_burn::tokenizer::Tokenizer;
-use bitnet_burn::train::{Corpus, Event, TrainConfig, Trainer, newest};
+use bitnet_burn::CacheType;
+use bitnet_burn::{BitNet, Row};
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn_engine::gguf::GgufTypes;
+use bitnet_burn_engine::load::LoadOptions;
+use bitnet_burn_engine::sampling::{Sampler, SamplingConfig};
+use bitnet_burn_engine::tokenizer::Tokenizer;
 use bitnet_burn_examples::stories::{Stories, read};
 use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_train::export::{ExportOptions, Target, export};
+use bitnet_burn_train::{Corpus, Event, TrainConfig, Trainer, newest};
 use burn::tensor::Device;
 
 /// Trains in a directory; returns the perplexity on stories that were kept for validation.
@@ -63,8 +65,7 @@ struct Engine {
 impl Engine {
     fn open(file: &Path) -> anyhow::Result<Self> {
         let checkpoint = Checkpoint::open(file, &OpenOptions::default())?;
-        let model =
-            BitNet::from_checkpoint(&checkpoint, &Device::flex(), &LoadOptions::default(), &mut |_| {})?;
+        let model = load(&checkpoint, &Device::flex(), &LoadOptions::default(), &mut |_| {})?;
         let tokenizer = Tokenizer::from_source(&checkpoint.tokenizer_source(), model.config().vocab_size)?;
         Ok(Self { model, tokenizer })
     }
@@ -212,7 +213,7 @@ fn what_was_trained_is_what_is_served() {
     let corpus = Corpus::new(Stories::new(1).take(200).map(|story| story.text));
     let trainer = Trainer::resume(&run, &corpus, &Device::flex()).unwrap();
     let windows = trainer.data().validation();
-    let served = bitnet_burn::train::evaluate(&engine.model, windows, 8).unwrap().perplexity();
+    let served = bitnet_burn_train::evaluate(&engine.model, windows, 8).unwrap().perplexity();
     assert!((served / trained - 1.0).abs() < 0.02, "{served}, trained {trained}");
 
     // Prompts of different lengths, together and alone.

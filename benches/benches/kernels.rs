@@ -14,10 +14,10 @@ use std::hint::black_box;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use bitnet_burn::bench::Spread;
 use bitnet_burn_backends::manager::with_built_in_kernels;
 use bitnet_burn_backends::peak;
 use bitnet_burn_benches::{Random, SHAPES, threads};
+use bitnet_burn_engine::bench::Spread;
 use bitnet_burn_formats::canonical;
 use bitnet_burn_manager::cpu;
 use bitnet_burn_manager::memory::{Activations, WeightArena, WeightBuffer};

@@ -8,11 +8,11 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use bitnet_burn::bench::Spread;
-use bitnet_burn::nn::BitLinear;
+use bitnet_burn::BitLinear;
 use bitnet_burn_backends::manager::configure;
 use bitnet_burn_backends::ops::TernaryMatrix;
 use bitnet_burn_benches::{Random, threads};
+use bitnet_burn_engine::bench::Spread;
 use bitnet_burn_formats::canonical;
 use bitnet_burn_manager::ManagerConfig;
 use burn::module::Param;

@@ -21,19 +21,21 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use bitnet_burn::bench::{BytesPerToken, ReadStream, Spread};
-use bitnet_burn::bitnet::{BitNet, HeadMode, LoadOptions, Row};
-use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn::config::{Activation, ModelConfig};
-use bitnet_burn::export::{ExportOptions, Target, export};
-use bitnet_burn::generate::prefill;
-use bitnet_burn::gguf::{GgufTypes, TernaryType};
-use bitnet_burn::nn::CacheType;
-use bitnet_burn::synth::{self, SynthOptions};
+use bitnet_burn::CacheType;
+use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{BitNet, Row};
 use bitnet_burn_backends::manager::configure;
 use bitnet_burn_benches::{Random, threads};
+use bitnet_burn_engine::bench::{BytesPerToken, ReadStream, Spread};
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn_engine::generate::prefill;
+use bitnet_burn_engine::gguf::{GgufTypes, TernaryType};
+use bitnet_burn_engine::load::{HeadMode, LoadOptions};
+use bitnet_burn_engine::synth;
+use bitnet_burn_engine::synth::SynthOptions;
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::ManagerConfig;
+use bitnet_burn_train::export::{ExportOptions, Target, export};
 use burn::tensor::{Device, Tensor};
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::params::LlamaContextParams;
@@ -152,7 +154,7 @@ fn main() {
     let (manager, _) = configure(kernels, &[]).expect("nobody has used the kernels yet");
     let ours = |head: HeadMode| {
         let options = LoadOptions { head, ..LoadOptions::default() };
-        BitNet::from_checkpoint(&checkpoint, &Device::flex(), &options, &mut |_| {}).expect("loads")
+        load(&checkpoint, &Device::flex(), &options, &mut |_| {}).expect("loads")
     };
     let mut backend = LlamaBackend::init().expect("the first one in the process");
     backend.void_logs();

@@ -6,16 +6,16 @@
 use std::path::Path;
 use std::time::Duration;
 
-use bitnet_burn::bitnet::HeadMode;
-use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn::plan::{MachineProfile, Measure, Plan, Requirements, Wishes};
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn_engine::load::HeadMode;
+use bitnet_burn_engine::plan::{MachineProfile, Measure, Plan, Requirements, Wishes};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 /// The limit of a plan from what is kept.
 const LIMIT: Duration = Duration::from_millis(100);
 
 fn plan(c: &mut Criterion) {
-    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/testdata");
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/engine/testdata");
     let path = models.join("golden/gguf/tiny_a-i2_s.gguf");
     let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).expect("a model of the repository");
     let requirements = Requirements::of(&checkpoint, HeadMode::File).expect("its headers");

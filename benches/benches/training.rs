@@ -7,12 +7,12 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use bitnet_burn::bench::Spread;
-use bitnet_burn::checkpoint::Projection;
-use bitnet_burn::config::ModelConfig;
-use bitnet_burn::nn::BitLinearConfig;
-use bitnet_burn::train::{Corpus, TrainConfig, Trainer};
+use bitnet_burn::BitLinearConfig;
+use bitnet_burn::ModelConfig;
+use bitnet_burn::Projection;
 use bitnet_burn_benches::Random;
+use bitnet_burn_engine::bench::Spread;
+use bitnet_burn_train::{Corpus, TrainConfig, Trainer};
 use burn::tensor::{Device, Tensor, TensorData};
 
 fn tensor(shape: [usize; 2], device: &Device) -> Tensor<2> {

@@ -8,11 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use bitnet_burn::BitNet;
+use bitnet_burn::CacheType;
 use bitnet_burn::backends::manager;
-use bitnet_burn::bitnet::{BitNet, LoadOptions};
-use bitnet_burn::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn::generate::{self, GenerateOptions};
-use bitnet_burn::nn::CacheType;
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn_engine::generate;
+use bitnet_burn_engine::generate::GenerateOptions;
+use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_manager::{KernelManager, ManagerConfig};
 use burn::tensor::Device;
 use safetensors::{Dtype, SafeTensors};
@@ -75,7 +77,7 @@ pub fn worker() -> Result<bitnet_burn::backends::remote::Worker, bitnet_burn::ba
 
 /// The small golden sets, which are part of the repository.
 pub fn repository_golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/testdata/golden")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/engine/testdata/golden")
 }
 
 /// The large golden sets (`BITNET_GOLDEN_DIR`). Where the variable is unset, says that `what` was
@@ -211,7 +213,7 @@ pub fn load(path: &Path, device: &Device, options: &LoadOptions) -> BitNet {
     setup();
     let checkpoint =
         Checkpoint::open(path, &OpenOptions::default()).unwrap_or_else(|error| panic!("{error}"));
-    BitNet::from_checkpoint(&checkpoint, device, options, &mut |_| {})
+    bitnet_burn_engine::load::load(&checkpoint, device, options, &mut |_| {})
         .unwrap_or_else(|error| panic!("{error}"))
 }
 

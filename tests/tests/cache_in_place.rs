@@ -4,8 +4,9 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bitnet_burn::bitnet::{BitNet, LoadOptions, Row};
-use bitnet_burn::nn::{CacheType, KvCache, SequenceId};
+use bitnet_burn::{BitNet, Row};
+use bitnet_burn::{CacheType, KvCache, SequenceId};
+use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_tests::*;
 
 /// Remembers the largest allocation, and counts those that could hold a layer's keys.

@@ -4,10 +4,11 @@
 
 use std::ffi::CString;
 
+use bitnet_burn::BitNet;
+use bitnet_burn::CacheType;
 use bitnet_burn::backends::manager;
-use bitnet_burn::bitnet::{BitNet, LoadOptions};
-use bitnet_burn::checkpoint::Checkpoint;
-use bitnet_burn::nn::CacheType;
+use bitnet_burn_engine::checkpoint::Checkpoint;
+use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_formats::reference;
 use bitnet_burn_manager::gpu::{GpuOperands, close};
@@ -27,7 +28,8 @@ fn logits_and_greedy_tokens_are_those_of_transformers() {
     let dir = repository_golden().join("hf/A-packed-auto");
     let checkpoint = Checkpoint::open(&dir, &Default::default()).unwrap();
     let device = Device::wgpu(Default::default());
-    let model = BitNet::from_checkpoint(&checkpoint, &device, &LoadOptions::default(), &mut |_| {}).unwrap();
+    let model =
+        bitnet_burn_engine::load::load(&checkpoint, &device, &LoadOptions::default(), &mut |_| {}).unwrap();
     let goldens = read_goldens(&dir.join("goldens.safetensors"));
     let reference = Reference::from_hf(&dir);
     for n in [16, 64] {

@@ -6,7 +6,7 @@
 use bitnet_burn::backends::manager::manager;
 use bitnet_burn::backends::ops::{self, CacheLayer, TernaryMatrix};
 use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation, Kernels};
-use bitnet_burn::nn::{BitLinear, BitLinearConfig, BitLinearWeight, RotaryEncodingConfig};
+use bitnet_burn::{BitLinear, BitLinearConfig, BitLinearWeight, RotaryEncodingConfig};
 use bitnet_burn_formats::quant;
 use bitnet_burn_formats::{DenseFormat, canonical};
 use bitnet_burn_manager::memory::WeightArena;

@@ -3,12 +3,14 @@
 
 use std::path::{Path, PathBuf};
 
-use bitnet_burn::bitnet::LoadOptions;
-use bitnet_burn::checkpoint::{Checkpoint, DenseTensor, Norm, OpenOptions, Projection, TernaryTensor};
-use bitnet_burn::config::{Activation, ModelConfig};
-use bitnet_burn::gguf::{GgufWriter, TensorType, norm_name, projection_name};
-use bitnet_burn::nn::CacheType;
+use bitnet_burn::CacheType;
+use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{Norm, Projection};
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn_engine::gguf::{GgufWriter, TensorType, norm_name, projection_name};
+use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_formats::{DenseFormat, tq1_0, tq2_0};
+use bitnet_burn_formats::{DenseTensor, TernaryTensor};
 use bitnet_burn_tests::reference::{Layer, Linear, Mutation, Reference};
 use bitnet_burn_tests::*;
 use burn::tensor::Device;

@@ -8,10 +8,12 @@ use std::sync::{Arc, Mutex};
 
 use bitnet_burn::backends::AttentionArgs;
 use bitnet_burn::backends::ops::{self, BitLinearInput, TernaryMatrix};
-use bitnet_burn::bitnet::LoadOptions;
-use bitnet_burn::checkpoint::{Checkpoint, Norm, OpenOptions, Projection};
-use bitnet_burn::generate::{self, GenerateOptions};
-use bitnet_burn::nn::{CacheType, DenseMatrix, GatedActivation, RotaryEncodingConfig};
+use bitnet_burn::{CacheType, DenseMatrix, GatedActivation, RotaryEncodingConfig};
+use bitnet_burn::{Norm, Projection};
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn_engine::generate;
+use bitnet_burn_engine::generate::GenerateOptions;
+use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_manager::Status;
 use bitnet_burn_tests::reference::{BOUNDARY, Forward, Mutation, Reference};
 use bitnet_burn_tests::*;

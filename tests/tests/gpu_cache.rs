@@ -2,8 +2,8 @@
 //! runtime takes from the device. (A test binary of its own, since that is the process's.) Without an adapter this fails.
 #![cfg(feature = "wgpu")]
 
+use bitnet_burn::CacheType;
 use bitnet_burn::backends::devices;
-use bitnet_burn::nn::CacheType;
 use bitnet_burn_backends::ops::{self, CacheLayer};
 use burn::tensor::{Device, Tensor};
 

@@ -2,9 +2,9 @@
 //! the bodies for host memory. Without an adapter this fails: whoever builds the feature wants it tested.
 #![cfg(feature = "wgpu")]
 
+use bitnet_burn::RotaryEncodingConfig;
 use bitnet_burn::backends::ops::{self, CacheLayer};
 use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation};
-use bitnet_burn::nn::RotaryEncodingConfig;
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::memory::WeightArena;
 use bitnet_burn_tests::*;

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use bitnet_burn::BitNet;
 use bitnet_burn::backends::manager;
-use bitnet_burn::bitnet::{BitNet, LoadOptions};
-use bitnet_burn::checkpoint::Checkpoint;
-use bitnet_burn::nn::{BitLinear, BitLinearWeight, CacheType};
+use bitnet_burn::{BitLinear, BitLinearWeight, CacheType};
+use bitnet_burn_engine::checkpoint::Checkpoint;
+use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_manager::KernelManager;
 use bitnet_burn_manager::plugin::PluginError;
 use bitnet_burn_manager::store::PluginConfig;
@@ -183,7 +184,7 @@ fn a_models_logits_through_a_plugin_are_those_of_transformers() {
     let device = Device::wgpu(Default::default());
     let load = |device: &Device| {
         let checkpoint = Checkpoint::open(&model_dir, &Default::default()).unwrap();
-        BitNet::from_checkpoint(&checkpoint, device, &LoadOptions::default(), &mut |_| {}).unwrap()
+        bitnet_burn_engine::load::load(&checkpoint, device, &LoadOptions::default(), &mut |_| {}).unwrap()
     };
     let model = load(&device);
     let BitLinearWeight::Packed(weight) = &model.blocks[0].attention.q_proj.weight else { panic!("packed") };
@@ -219,7 +220,7 @@ fn a_models_logits_through_a_plugin_are_those_of_transformers() {
     let flex = load(&Device::flex());
     let host = flex.blocks[0].attention.q_proj.clone().into_canonical().unwrap();
     let BitLinearWeight::Packed(host) = &host.weight else { panic!("packed") };
-    let codes = |weight: &bitnet_burn::nn::PackedWeight| -> Vec<u32> {
+    let codes = |weight: &bitnet_burn::PackedWeight| -> Vec<u32> {
         weight.codes.val().into_data().iter::<i64>().map(|word| word as u32).collect()
     };
     assert_eq!(codes(weight), codes(host));

@@ -4,11 +4,12 @@
 
 use std::path::Path;
 
+use bitnet_burn::BitNet;
+use bitnet_burn::CacheType;
 use bitnet_burn::backends::devices;
-use bitnet_burn::bitnet::{BitNet, LoadOptions, ModelDevices, ModelError};
-use bitnet_burn::checkpoint::Checkpoint;
-use bitnet_burn::nn::CacheType;
-use bitnet_burn::plan::{CPU, MachineProfile, Measure, Placed, Placement, Settings};
+use bitnet_burn_engine::checkpoint::Checkpoint;
+use bitnet_burn_engine::load::{LoadOptions, ModelDevices, ModelError, load_on};
+use bitnet_burn_engine::plan::{CPU, MachineProfile, Measure, Placed, Placement, Settings};
 use bitnet_burn_tests::reference::{Mutation, Reference};
 use bitnet_burn_tests::*;
 use burn::tensor::{Device, DeviceKind};
@@ -31,7 +32,7 @@ fn checkpoint(path: &Path) -> Checkpoint {
 
 fn placed(checkpoint: &Checkpoint, placement: &Placement) -> BitNet {
     let devices = placement.devices_of(&mut open).unwrap();
-    let model = BitNet::placed(checkpoint, &devices, &LoadOptions::default(), &mut |_| {}).unwrap();
+    let model = load_on(checkpoint, &devices, &LoadOptions::default(), &mut |_| {}).unwrap().model;
     // The KV cache of a layer is where the layer is.
     let cache = model.cache(64, CacheType::F32).unwrap();
     assert!(cache.devices() == devices.layers && model.layer_devices() == devices.layers);
@@ -140,7 +141,7 @@ fn a_placement_is_loaded_tried_out_and_reduced_where_it_fails() {
     reduced.model.try_out(16, 64, CacheType::F32).unwrap();
     // Devices for another model.
     let devices = ModelDevices { layers: vec![Device::flex(); layers + 1], dense: Device::flex() };
-    let error = BitNet::placed(&checkpoint, &devices, &LoadOptions::default(), &mut |_| {}).unwrap_err();
+    let error = load_on(&checkpoint, &devices, &LoadOptions::default(), &mut |_| {}).unwrap_err();
     assert_eq!(error.to_string(), format!("devices for {} layers; the model has {layers}", layers + 1));
 }
 

@@ -1,9 +1,11 @@
 //! The KV cache: whatever is done to it, a sequence's logits are those of the sequence alone, bit for bit.
 
-use bitnet_burn::bitnet::{BitNet, ForwardError, LoadOptions, Row};
-use bitnet_burn::config::ModelConfig;
-use bitnet_burn::generate::{self, Finish, GenerateOptions};
-use bitnet_burn::nn::{CacheError, CacheType, KvCache, SequenceId};
+use bitnet_burn::ModelConfig;
+use bitnet_burn::{BitNet, ForwardError, Row};
+use bitnet_burn::{CacheError, CacheType, KvCache, SequenceId};
+use bitnet_burn_engine::generate;
+use bitnet_burn_engine::generate::{Finish, GenerateOptions};
+use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_tests::*;
 use burn::module::Module;
 use burn::tensor::Device;
@@ -262,7 +264,7 @@ fn a_sliding_window_goes_on_with_what_it_keeps() {
         head_dim: 12,
         vocab_size: VOCABULARY,
         context_length: 16,
-        ..bitnet_burn::synth::shape("tiny").unwrap()
+        ..bitnet_burn_engine::synth::shape("tiny").unwrap()
     };
     let mut random = Random(9);
     let float = BitNet::trainable::<()>(&config, false, &Device::flex().autodiff(), &mut |_, shape| {

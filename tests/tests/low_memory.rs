@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bitnet_burn::CacheType;
+use bitnet_burn::Projection;
 use bitnet_burn::backends::manager;
-use bitnet_burn::bitnet::{BitNet, LoadOptions};
-use bitnet_burn::checkpoint::{Checkpoint, Projection};
-use bitnet_burn::nn::CacheType;
+use bitnet_burn_engine::checkpoint::Checkpoint;
+use bitnet_burn_engine::load::{LoadOptions, release_packings};
 use bitnet_burn_manager::{EventKind, LayoutPolicy, Machine, ManagerConfig, Memory, Probe};
 use bitnet_burn_tests::*;
 use burn::tensor::Device;
@@ -66,7 +67,7 @@ fn packings_are_dropped_and_results_stay() {
     let (manager, _) = manager::configure(config, &[]).unwrap();
     let load = || {
         let device = Device::flex();
-        BitNet::from_checkpoint(&checkpoint, &device, &LoadOptions::default(), &mut |_| {}).unwrap()
+        bitnet_burn_engine::load::load(&checkpoint, &device, &LoadOptions::default(), &mut |_| {}).unwrap()
     };
     let mut model = load();
     let ids = [1, 5, 9, 2, 7];
@@ -76,13 +77,13 @@ fn packings_are_dropped_and_results_stay() {
     probe.0.store(true, Ordering::Relaxed);
     std::thread::sleep(Duration::from_micros(10));
     assert!(manager.memory_is_low());
-    assert!(model.release_packings(&checkpoint).unwrap() > 0);
+    assert!(release_packings(&mut model, &checkpoint).unwrap() > 0);
     assert_same_bits(&all_logits(&model, &ids, 3, CacheType::F32), &before, "without packings");
     assert_eq!(manager.report().reference_calls, 0, "other kernels read canonical weights");
-    assert_eq!(model.release_packings(&checkpoint).unwrap(), 0, "nothing is left to drop");
+    assert_eq!(release_packings(&mut model, &checkpoint).unwrap(), 0, "nothing is left to drop");
     // A model that is loaded now makes none.
     let mut another = load();
-    assert_eq!(another.release_packings(&checkpoint).unwrap(), 0);
+    assert_eq!(release_packings(&mut another, &checkpoint).unwrap(), 0);
     assert_same_bits(&all_logits(&another, &ids, 3, CacheType::F32), &before, "loaded while memory is short");
     assert_eq!(manager.report().events[0].kind, EventKind::LowMemory);
 }

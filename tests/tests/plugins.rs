@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use bitnet_burn::CacheType;
 use bitnet_burn::backends::manager;
-use bitnet_burn::bitnet::{BitNet, LoadOptions};
-use bitnet_burn::checkpoint::Checkpoint;
-use bitnet_burn::nn::CacheType;
-use bitnet_burn::report::Execution;
+use bitnet_burn_engine::checkpoint::Checkpoint;
+use bitnet_burn_engine::load::LoadOptions;
+use bitnet_burn_engine::report::Execution;
 use bitnet_burn_manager::store::PluginConfig;
 use bitnet_burn_manager::{ManagerConfig, Status};
 use bitnet_burn_tests::*;
@@ -74,7 +74,8 @@ fn a_model_runs_on_with_the_kernels_that_are_left() {
     let model_dir = repository_golden().join("hf/A-packed-auto");
     let checkpoint = Checkpoint::open(&model_dir, &Default::default()).unwrap();
     let device = Device::flex();
-    let model = BitNet::from_checkpoint(&checkpoint, &device, &LoadOptions::default(), &mut |_| {}).unwrap();
+    let model =
+        bitnet_burn_engine::load::load(&checkpoint, &device, &LoadOptions::default(), &mut |_| {}).unwrap();
     let goldens = read_goldens(&model_dir.join("goldens.safetensors"));
     let ids = goldens["seq16.input_ids"].ids();
     let before = manager.report();

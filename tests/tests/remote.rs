@@ -7,14 +7,16 @@ use std::ops::ControlFlow;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use bitnet_burn::BitNet;
 use bitnet_burn::backends::devices;
 use bitnet_burn::backends::ops::{self, BitLinearInput, TernaryMatrix};
 use bitnet_burn::backends::remote::{self, Worker};
 use bitnet_burn::backends::{CacheType, DenseArgs};
-use bitnet_burn::bitnet::{BitNet, HeadMode, LoadOptions, ModelError};
-use bitnet_burn::checkpoint::Checkpoint;
-use bitnet_burn::generate::{self, GenerateOptions};
-use bitnet_burn::plan::{CPU, Placed, Placement, Settings};
+use bitnet_burn_engine::checkpoint::Checkpoint;
+use bitnet_burn_engine::generate;
+use bitnet_burn_engine::generate::GenerateOptions;
+use bitnet_burn_engine::load::{HeadMode, LoadOptions, ModelError, load_on};
+use bitnet_burn_engine::plan::{CPU, Placed, Placement, Settings};
 use bitnet_burn_formats::{DenseFormat, canonical};
 use bitnet_burn_tests::*;
 use burn::backend::ir::{CustomOpIr, ScalarIr, TensorIr};
@@ -44,7 +46,7 @@ fn checkpoint(path: &str) -> Checkpoint {
 
 fn placed(checkpoint: &Checkpoint, placement: &Placement, options: &LoadOptions) -> BitNet {
     let devices = placement.devices_of(&mut open).unwrap();
-    BitNet::placed(checkpoint, &devices, options, &mut |_| {}).unwrap()
+    load_on(checkpoint, &devices, options, &mut |_| {}).unwrap().model
 }
 
 fn over(parts: &[(&str, usize)], dense: &str) -> Placement {
@@ -487,7 +489,7 @@ fn harmed(device: &Device, process: &str, harm: &mut dyn FnMut()) -> (String, Du
     let devices = placement
         .devices_of(&mut |name| if name == process { Ok(device.clone()) } else { open(name) })
         .unwrap();
-    let model = BitNet::placed(&checkpoint, &devices, &LoadOptions::default(), &mut |_| {}).unwrap();
+    let model = load_on(&checkpoint, &devices, &LoadOptions::default(), &mut |_| {}).unwrap().model;
     let mut cache = model.cache(64, CacheType::F32).unwrap();
     let sequence = cache.add_sequence(64);
     let options = GenerateOptions { max_new_tokens: 40, ..GenerateOptions::default() };

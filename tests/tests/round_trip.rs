@@ -3,13 +3,14 @@
 
 use std::ops::ControlFlow;
 
-use bitnet_burn::bitnet::LoadOptions;
-use bitnet_burn::checkpoint::{Checkpoint, OpenOptions, Projection};
-use bitnet_burn::export::{ExportOptions, Target, export};
-use bitnet_burn::gguf::{GgufTypes, TernaryType};
-use bitnet_burn::hf::Style;
-use bitnet_burn::nn::CacheType;
+use bitnet_burn::CacheType;
+use bitnet_burn::Projection;
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn_engine::gguf::{GgufTypes, TernaryType};
+use bitnet_burn_engine::hf::Style;
+use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_tests::*;
+use bitnet_burn_train::export::{ExportOptions, Target, export};
 
 #[test]
 fn a_golden_model_in_another_format_gives_the_same_logits_bit_for_bit() {

@@ -1,6 +1,6 @@
 //! Layers and models in files of Burn's own kinds: both states of `BitLinear`, and moving between devices.
 
-use bitnet_burn::nn::{BitLinear, BitLinearConfig, BitLinearWeight};
+use bitnet_burn::{BitLinear, BitLinearConfig, BitLinearWeight};
 use bitnet_burn_tests::*;
 use burn::module::{Module, Param};
 use burn::store::{BurnpackStore, ModuleSnapshot, SafetensorsStore};

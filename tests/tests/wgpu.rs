@@ -4,10 +4,11 @@
 
 use std::path::Path;
 
+use bitnet_burn::BitNet;
+use bitnet_burn::ModelConfig;
 use bitnet_burn::backends::ops;
-use bitnet_burn::bitnet::{BitNet, LoadOptions};
-use bitnet_burn::config::ModelConfig;
-use bitnet_burn::nn::{BitLinearConfig, BitLinearWeight, CacheType, DenseWeight};
+use bitnet_burn::{BitLinearConfig, BitLinearWeight, CacheType, DenseWeight};
+use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_tests::reference::{Forward, Mutation, Reference};
 use bitnet_burn_tests::*;
 use burn::tensor::{Device, Tensor, TensorData};
@@ -130,7 +131,7 @@ fn a_model_trains_as_on_the_host() {
         head_dim: 12,
         vocab_size: 50,
         context_length: 16,
-        ..bitnet_burn::synth::shape("tiny").unwrap()
+        ..bitnet_burn_engine::synth::shape("tiny").unwrap()
     };
     let (length, mut random) = (16, Random(5));
     let tokens: Vec<u32> = (0..3 * length).map(|_| random.below(50) as u32).collect();

@@ -25,12 +25,14 @@ pub mod hf;
 pub mod quant;
 pub mod random;
 pub mod reference;
+mod tensor;
 pub mod ternary;
 pub mod tq1_0;
 pub mod tq2_0;
 
 pub use bitnet_burn_plugin::canonical;
 pub use dense::DenseFormat;
+pub use tensor::{DenseTensor, TernaryTensor};
 
 use canonical::{Row, ZERO_BYTE};
 use half::f16;

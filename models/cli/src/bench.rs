@@ -1,0 +1,292 @@
+//! `bitnet bench`: how fast a model runs here.
+
+use anyhow::{Context as _, bail};
+use bitnet_burn::ModelConfig;
+use bitnet_burn_engine::bench;
+use bitnet_burn_engine::bench::{BenchOptions, BenchResult, DecodeAt, DecodeBatch, Spread};
+use bitnet_burn_engine::device_bench;
+use bitnet_burn_engine::device_bench::{DeviceBench, DeviceBenchOptions};
+use bitnet_burn_engine::report::{Execution, ModelSummary, count, human_bytes, human_seconds};
+use bitnet_burn_engine::synth;
+use bitnet_burn_engine::synth::SynthOptions;
+use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_manager::cpu;
+use burn::tensor::Device;
+use clap::Args;
+use serde::Serialize;
+use tempfile::TempDir;
+
+use crate::args::{DeviceChoice, EngineArgs, positive};
+use crate::engine::Wishes;
+use crate::output::{self, columns};
+
+/// Measure prefill and decode speed beside the memory's read bandwidth
+///
+/// A repetition is a fresh sequence: a prompt of -p random tokens, then -n tokens one by one (forward pass and
+/// logits, without sampling). One repetition before the first is not counted. Between them a read-only stream
+/// over a large buffer measures what the memory gives to the same threads: decoding has to read
+/// bytes_per_token for every token (ternary weights, output head, norms; the KV cache comes on top).
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// Tokens of the prompt; 0 measures decode alone [default: 128; with --gpu-suite 512, and with
+    /// --quick 24]
+    #[arg(long, short, value_name = "N")]
+    prompt: Option<usize>,
+    /// Tokens generated behind it; 0 measures prefill alone [default: 64; with --quick 4]
+    #[arg(long, short = 'n', value_name = "N")]
+    generate: Option<usize>,
+    /// How often [default: 5; with --quick 1]
+    #[arg(long, short, value_name = "N", value_parser = positive)]
+    repetitions: Option<usize>,
+    /// Measure decode at these context lengths, too, once each
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',')]
+    contexts: Vec<usize>,
+    /// Measure decode of so many sequences at once, too, once each, all behind a prompt of their own
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = positive)]
+    batches: Vec<usize>,
+    /// Take the memory of every sequence's KV cache for the whole --context at once, so that nothing grows while it is
+    /// measured
+    #[arg(long)]
+    preallocate: bool,
+    /// Measure the GPU that --device names, too: how fast it reads, every kernel on every matrix of a layer (compared
+    /// with the CPU's results before it is timed), a layer's operations, quantising and packing. Batches are 1 to 64, as
+    /// far as there is room, where nothing else is said, and without --model the model is one of random weights in the shape of BitNet b1.58 2B-4T
+    #[arg(long)]
+    gpu_suite: bool,
+    /// The suite on small sizes, to see that it works
+    #[arg(long, requires = "gpu_suite")]
+    quick: bool,
+    /// Rows of the prompt that are computed at once [default: 256; with --device auto, as planned]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    chunk: Option<usize>,
+    /// Seed of the random tokens
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnet bench -m model.gguf -p 128 -n 64 --threads 1 --repetitions 5
+  bitnet bench -m model.gguf -p 512 -n 0                        # prefill alone
+  bitnet bench -m model.gguf --contexts 128,512,2048 --json | jq .decode_by_context
+  bitnet bench -m model.gguf --batches 1,2,4,8,16               # sequences at once
+  bitnet bench --gpu-suite --device cuda --json > gpu.json      # all that a GPU is judged by";
+
+#[derive(Serialize)]
+struct Output<'a> {
+    model: &'a ModelSummary,
+    config: &'a ModelConfig,
+    load_seconds: f64,
+    #[serde(flatten)]
+    result: &'a BenchResult,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_suite: Option<&'a DeviceBench>,
+    #[serde(flatten)]
+    execution: &'a Execution,
+}
+
+/// The GPU that the suite is for.
+fn gpu(args: &BenchArgs) -> anyhow::Result<Device> {
+    match &args.engine.device {
+        Some(DeviceChoice::On(parts)) if args.engine.gpu_layers.is_none() => match &parts[..] {
+            [(name, None)] if !name.kind.is_host() => return name.open(),
+            _ => {}
+        },
+        _ => {}
+    }
+    bail!("--gpu-suite measures one GPU: name it, such as --device cuda or --device wgpu:0")
+}
+
+/// Random weights, where no model is named.
+fn synthetic(shape: &str) -> anyhow::Result<TempDir> {
+    let dir = tempfile::tempdir().context("cannot make a directory for a model of random weights")?;
+    let config = synth::shape(shape).context("a shape of the program's own")?;
+    let options = SynthOptions { config, embedding: DenseFormat::Q6_K, seed: 0 };
+    let bar = output::bar(0, "writing random weights [{bar:30}] {bytes}/{total_bytes}");
+    synth::write(&dir.path().join(MODEL), &options, &|done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    Ok(dir)
+}
+
+const MODEL: &str = "random.gguf";
+
+pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
+    if cfg!(debug_assertions) {
+        output::warning("this program was built without optimisation: add --release to the cargo command");
+    }
+    let gpu = args.gpu_suite.then(|| gpu(&args)).transpose()?;
+    // Kept until the end: what is mapped has to stay.
+    let mut random = None;
+    if gpu.is_some() && args.engine.file.model.is_none() {
+        if args.engine.receipt.is_some() {
+            bail!("--receipt without --model: random weights are gone when somebody wants to check them");
+        }
+        let dir = synthetic(if args.quick { "tiny" } else { "2b-4t" })?;
+        args.engine.file.model = Some(dir.path().join(MODEL));
+        random = Some(dir);
+    }
+    let (prompt, generate, repetitions, batches): (_, _, _, &[usize]) = match (args.gpu_suite, args.quick) {
+        (false, _) => (128, 64, 5, &[]),
+        (true, false) => (512, 64, 5, &[1, 2, 4, 8, 16, 32, 64]),
+        (true, true) => (24, 4, 1, &[1, 3]),
+    };
+    let (prompt, generate) = (args.prompt.unwrap_or(prompt), args.generate.unwrap_or(generate));
+    let batches = if args.batches.is_empty() { batches.to_vec() } else { args.batches.clone() };
+    let wishes =
+        Wishes { tokenizer: false, quantise_activations: true, max_rows: args.chunk, measured_context: None };
+    let engine = args.engine.load(&wishes)?;
+    let mut options = BenchOptions {
+        prompt_tokens: prompt,
+        generated_tokens: generate,
+        repetitions: args.repetitions.unwrap_or(repetitions),
+        contexts: args.contexts.clone(),
+        batches,
+        chunk: engine.settings.rows,
+        context: engine.settings.context,
+        kv_cache: engine.settings.kv_cache,
+        preallocate: args.preallocate,
+        seed: args.seed,
+    };
+    if args.preallocate || !options.batches.is_empty() {
+        let whole = if args.preallocate { options.context } else { prompt.saturating_add(generate) };
+        let positions = whole.clamp(1, options.context);
+        // Nobody asked for these.
+        if args.batches.is_empty() {
+            options.batches.retain(|&sequences| engine.check_room(sequences, positions).is_ok());
+        }
+        let most = options.batches.iter().copied().max().unwrap_or(1);
+        engine.check_room(most, positions).with_context(|| match options.batches.is_empty() {
+            true => "--preallocate".to_owned(),
+            false => format!("--batches {most}"),
+        })?;
+    }
+    let bar = output::bar(0, "measuring [{bar:30}] {pos}/{len}");
+    let result = bench::run(&engine.model, &options, &mut |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    // What the model did, not the suite.
+    let mut execution = engine.execution();
+    let suite = gpu.map(|gpu| {
+        let options = if args.quick { DeviceBenchOptions::quick() } else { DeviceBenchOptions::default() };
+        let bar = output::bar(0, "measuring the GPU [{bar:30}] {pos}/{len}");
+        let mut suite = device_bench::run(&gpu, engine.checkpoint.config(), &options, &mut |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        })?;
+        bar.finish_and_clear();
+        suite.decode_fraction_of_bandwidth = (result.decode_tokens_per_s.filter(|_| !engine.model.is_host()))
+            .map(|rate| rate.median * result.bytes_per_token as f64 / (suite.read_gb_per_s * 1e9));
+        anyhow::Ok(suite)
+    });
+    let suite = suite.transpose()?;
+    drop(random);
+    execution.memory = engine.memory(result.kv_cache_bytes, options.chunk.min(prompt.max(1)));
+    let median = |spread: Option<Spread>| spread.map(|spread| spread.median);
+    let at = prompt + generate / 2;
+    let (rate, prompt_rate) = (median(result.decode_tokens_per_s), median(result.prefill_tokens_per_s));
+    execution.prediction = engine.outcome(at, rate, prompt_rate);
+    engine.remember(&execution, at, rate, prompt_rate);
+    engine.learn(&mut execution, rate);
+    let decodes = result.decode_by_context.iter().map(|at| at.decode_tokens_per_s);
+    let decode = decodes.chain(result.decode_tokens_per_s.map(|spread| spread.max)).reduce(f64::max);
+    engine.check_figures(&execution, result.prefill_tokens_per_s.map(|spread| spread.max), decode)?;
+    let output = Output {
+        model: &engine.summary,
+        config: engine.checkpoint.config(),
+        load_seconds: engine.load_seconds,
+        result: &result,
+        gpu_suite: suite.as_ref(),
+        execution: &execution,
+    };
+    if let Some(path) = &args.engine.receipt {
+        engine.write_receipt(path, "bench", &output, None)?;
+    }
+    let wrong = suite.as_ref().map_or(0, |suite| suite.matmuls.len() - suite.kernels_right);
+    if args.json {
+        output::print_json(&output)?;
+        return all_right(wrong);
+    }
+    let mut text = text(&engine.summary, engine.load_seconds, &result, &execution);
+    if let Some(suite) = &suite {
+        text.push_str(&format!("\n{suite}"));
+    }
+    output::print(text.trim_end())?;
+    all_right(wrong)
+}
+
+/// That no kernel of the suite was wrong, or could not be run.
+fn all_right(wrong: usize) -> anyhow::Result<()> {
+    match wrong {
+        0 => Ok(()),
+        _ => bail!(
+            "the suite has {} by shape that can't be timed, with the reasons",
+            count(wrong as u64, "kernel")
+        ),
+    }
+}
+
+fn text(model: &ModelSummary, load_seconds: f64, result: &BenchResult, execution: &Execution) -> String {
+    let mut rows = vec![vec!["".into(), "median".into(), "min".into(), "max".into(), "".into()]];
+    let mut spread = |label: String, spread: Option<Spread>, unit: &str| {
+        if let Some(Spread { median, min, max }) = spread {
+            let digits = |value: f64| format!("{value:.2}");
+            rows.push(vec![label, digits(median), digits(min), digits(max), unit.into()]);
+        }
+    };
+    let BenchResult { prompt_tokens: p, generated_tokens: n, .. } = result;
+    spread(format!("prefill {p}"), result.prefill_tokens_per_s, "tokens/s");
+    spread(format!("decode {n}"), result.decode_tokens_per_s, "tokens/s");
+    spread("memory read".into(), Some(result.read_bandwidth_gb_per_s), "GB/s");
+    let mut text = columns(&rows);
+    for DecodeAt { context, decode_tokens_per_s, .. } in &result.decode_by_context {
+        text.push_str(&format!("decode {n} at a context of {context}: {decode_tokens_per_s:.2} tokens/s\n"));
+    }
+    for DecodeBatch { sequences, decode_tokens_per_s, .. } in &result.decode_by_batch {
+        text.push_str(&format!(
+            "decode {n} for {} at once: {decode_tokens_per_s:.2} tokens/s in all\n",
+            count(*sequences as u64, "sequence")
+        ));
+    }
+    text.push('\n');
+    let row = |label: &str, value: String| vec![label.to_owned(), value];
+    let parts = &result.bytes_per_token_parts;
+    let name = model.name.as_ref().map(|name| format!(", {name}")).unwrap_or_default();
+    let mut rows = vec![
+        row("model", format!("{} ({}{name})", model.path.display(), model.architecture)),
+        row("repetitions", result.repetitions.to_string()),
+        row(
+            "bytes/token",
+            format!(
+                "{} (ternary {}, head {}, norms {})",
+                human_bytes(result.bytes_per_token),
+                human_bytes(parts.ternary),
+                human_bytes(parts.head),
+                human_bytes(parts.norms)
+            ),
+        ),
+    ];
+    if let Some(fraction) = result.decode_fraction_of_bandwidth {
+        let cached = cpu::last_level_cache().is_some_and(|cache| result.bytes_per_token < cache as u64);
+        let cached = if cached { " (but the weights fit the cache)" } else { "" };
+        rows.push(row("decode", format!("{:.0} % of what the bandwidth allows{cached}", fraction * 100.0)));
+    }
+    rows.push(row("load", human_seconds(load_seconds)));
+    rows.push(row("KV cache", human_bytes(result.kv_cache_bytes as u64)));
+    if let Some(bytes) = result.peak_rss_bytes {
+        rows.push(row("peak memory", human_bytes(bytes)));
+    }
+    text.push_str(&columns(&rows));
+    text.push_str(&execution.to_string());
+    text
+}

@@ -1,0 +1,269 @@
+//! `bitnet inspect`: what is in a model's files, and what it will need.
+
+use std::collections::BTreeMap;
+
+use bitnet_burn::CacheType;
+use bitnet_burn::ModelConfig;
+use bitnet_burn::Projection;
+use bitnet_burn_engine::checkpoint::Checkpoint;
+use bitnet_burn_engine::report::human_bytes;
+use bitnet_burn_formats::canonical;
+use clap::Args;
+use serde::Serialize;
+
+use crate::args::{FileArgs, KvCacheType, ThreadArgs, positive};
+use crate::output::{self, columns, print};
+
+/// Show what is in a model's files: configuration, metadata, tensors, sizes, and the memory it will need
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct InspectArgs {
+    #[command(flatten)]
+    file: FileArgs,
+    #[command(flatten)]
+    _threads: ThreadArgs,
+    /// Read the whole file: every ternary weight -1, 0 or 1, every other value finite
+    #[arg(long)]
+    check: bool,
+    /// List every tensor, instead of one line for those of all layers
+    #[arg(long)]
+    tensors: bool,
+    /// Positions to compute the KV cache's size for [default: as many as the model was trained for]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    context: Option<usize>,
+    /// Type of the cached keys and values
+    #[arg(long, value_enum, default_value_t = KvCacheType::F32)]
+    kv_cache: KvCacheType,
+    /// Print one JSON object, with every tensor
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnet inspect -m model.gguf
+  bitnet inspect -m model.gguf --check
+  bitnet inspect -m model/ --json | jq '.tensors[] | select(.type == \"BF16\") | .name'";
+
+#[derive(Serialize)]
+struct Report<'a> {
+    path: String,
+    config: &'a ModelConfig,
+    parameters: Parameters,
+    memory: Memory,
+    metadata: Vec<Entry>,
+    tensors: Vec<Tensor>,
+    warnings: &'a [String],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    check: Option<Check>,
+}
+
+#[derive(Serialize)]
+struct Parameters {
+    ternary: u64,
+    dense: u64,
+}
+
+/// Sizes that follow from the header.
+#[derive(Serialize)]
+struct Memory {
+    /// All tensors as the file stores them: mapped, and in memory as far as they are read.
+    tensor_bytes: u64,
+    /// The ternary weights at 2 bits: what a kernel with a layout of its own copies.
+    ternary_bytes: u64,
+    kv_cache_type: &'static str,
+    kv_cache_bytes_per_token: u64,
+    context: usize,
+    kv_cache_bytes: u64,
+}
+
+#[derive(Serialize)]
+struct Entry {
+    key: String,
+    value: String,
+}
+
+#[derive(Serialize)]
+struct Tensor {
+    name: String,
+    r#type: String,
+    shape: Vec<u64>,
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct Check {
+    tensors: usize,
+    ternary_weights: u64,
+    zero_weights: u64,
+    dense_values: u64,
+    bytes: u64,
+    seconds: f64,
+}
+
+pub fn run(args: InspectArgs) -> anyhow::Result<()> {
+    let checkpoint = args.file.open()?;
+    let config = checkpoint.config();
+    let tensors = checkpoint.tensors().into_iter();
+    let tensors: Vec<_> = tensors
+        .map(|t| Tensor { name: t.name, r#type: t.type_name, shape: t.shape, bytes: t.bytes })
+        .collect();
+    let memory = memory(&args, config, &tensors);
+    let check = if args.check { Some(check(&checkpoint)?) } else { None };
+    let parameters = Parameters { ternary: config.ternary_parameters(), dense: config.dense_parameters() };
+    let metadata = checkpoint.metadata().into_iter().map(|(key, value)| Entry { key, value }).collect();
+    let path = checkpoint.path().display().to_string();
+    let warnings = checkpoint.warnings();
+    let report = Report { path, config, parameters, memory, metadata, tensors, warnings, check };
+    if args.json { output::print_json(&report) } else { print(report.text(args.tensors).trim_end()) }
+}
+
+fn memory(args: &InspectArgs, config: &ModelConfig, tensors: &[Tensor]) -> Memory {
+    let ternary = Projection::ALL.into_iter().map(|projection| {
+        let (n, k) = projection.shape(config);
+        (n as u64).saturating_mul(canonical::row_bytes(k) as u64)
+    });
+    let ternary = ternary.fold(0, u64::saturating_add).saturating_mul(config.n_layers as u64);
+    let per_token = config.kv_bytes_per_token(args.kv_cache.into()) as u64;
+    let context = args.context.unwrap_or(config.context_length);
+    Memory {
+        tensor_bytes: tensors.iter().map(|t| t.bytes).sum(),
+        ternary_bytes: ternary,
+        kv_cache_type: CacheType::from(args.kv_cache).name(),
+        kv_cache_bytes_per_token: per_token,
+        context,
+        kv_cache_bytes: per_token.saturating_mul(context as u64),
+    }
+}
+
+fn check(checkpoint: &Checkpoint) -> anyhow::Result<Check> {
+    let started = std::time::Instant::now();
+    let report = checkpoint.check()?;
+    Ok(Check {
+        tensors: report.tensors,
+        ternary_weights: report.ternary_weights,
+        zero_weights: report.zero_weights,
+        dense_values: report.dense_values,
+        bytes: report.bytes,
+        seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+impl Report<'_> {
+    fn text(&self, all_tensors: bool) -> String {
+        let c = self.config;
+        let row = |label: &str, value: String| vec![label.to_owned(), value];
+        let mut rows = vec![row("file", self.path.clone()), row("architecture", c.architecture.clone())];
+        rows.extend(c.name.iter().map(|name| row("name", name.clone())));
+        let tied = if c.tied_embeddings { "tied to the embedding" } else { "a matrix of its own" };
+        let sub_norms = if c.sub_norms { "with sub-norms" } else { "without sub-norms" };
+        rows.extend([
+            row("hidden size", c.hidden_size.to_string()),
+            row("feed-forward", format!("{}, {}, {sub_norms}", c.intermediate_size, c.activation)),
+            row("layers", c.n_layers.to_string()),
+            row("heads", format!("{} of {}, {} for keys and values", c.n_heads, c.head_dim, c.n_kv_heads)),
+            row("vocabulary", c.vocab_size.to_string()),
+            row("output head", tied.into()),
+            row("context", c.context_length.to_string()),
+            row("RoPE theta", c.rope_theta.to_string()),
+            row("RMSNorm eps", format!("{:e}", c.rms_norm_eps)),
+            row("BOS", c.bos_token.map_or("none".into(), |t| t.to_string())),
+            row("EOS", c.eos_tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")),
+            row(
+                "parameters",
+                format!("{} ternary, {} dense", self.parameters.ternary, self.parameters.dense),
+            ),
+        ]);
+        let mut text = columns(&rows);
+
+        let m = &self.memory;
+        text.push_str("\nMemory\n");
+        text.push_str(&columns(&[
+            row("  tensors", format!("{} (mapped, as the file stores them)", human_bytes(m.tensor_bytes))),
+            row(
+                "  ternary at 2 bits",
+                format!(
+                    "{} (on top, if the fastest kernels have a layout of their own)",
+                    human_bytes(m.ternary_bytes)
+                ),
+            ),
+            row(
+                "  KV cache",
+                format!(
+                    "{} at {} positions, {} a token ({})",
+                    human_bytes(m.kv_cache_bytes),
+                    m.context,
+                    human_bytes(m.kv_cache_bytes_per_token),
+                    m.kv_cache_type
+                ),
+            ),
+        ]));
+
+        text.push_str("\nTypes\n");
+        let mut types: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
+        for tensor in &self.tensors {
+            let (count, bytes) = types.entry(&tensor.r#type).or_default();
+            *count += 1;
+            *bytes += tensor.bytes;
+        }
+        let rows: Vec<_> = types
+            .iter()
+            .map(|(name, (count, bytes))| vec![format!("  {name}"), count.to_string(), human_bytes(*bytes)])
+            .collect();
+        text.push_str(&columns(&rows));
+
+        text.push_str("\nMetadata\n");
+        let rows: Vec<_> = self
+            .metadata
+            .iter()
+            .map(|entry| row(&format!("  {}", entry.key), entry.value.replace(['\n', '\r'], " ")))
+            .collect();
+        text.push_str(&columns(&rows));
+
+        text.push_str("\nTensors (rows first)\n");
+        text.push_str(&columns(&self.tensor_rows(all_tensors)));
+        for warning in self.warnings {
+            text.push_str(&format!("\nwarning: {warning}\n"));
+        }
+        if let Some(check) = &self.check {
+            let zeros = 100.0 * check.zero_weights as f64 / check.ternary_weights.max(1) as f64;
+            text.push_str(&format!(
+                "\nChecked: {} tensors, {} ternary weights ({zeros:.1} % zero), {} other values, all valid\n",
+                check.tensors, check.ternary_weights, check.dense_values
+            ));
+        }
+        text
+    }
+
+    /// One row a tensor, or one for those that all layers have alike.
+    fn tensor_rows(&self, all: bool) -> Vec<Vec<String>> {
+        let mut rows: Vec<(String, &Tensor, usize)> = Vec::new();
+        let mut known: BTreeMap<(String, &str, &[u64]), usize> = BTreeMap::new();
+        for tensor in &self.tensors {
+            let name = if all { tensor.name.clone() } else { without_layer(&tensor.name) };
+            let index = *known.entry((name.clone(), &tensor.r#type, &tensor.shape)).or_insert(rows.len());
+            match rows.get_mut(index) {
+                Some((_, _, count)) => *count += 1,
+                None => rows.push((name, tensor, 1)),
+            }
+        }
+        let shape = |shape: &[u64]| shape.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
+        rows.iter()
+            .map(|(name, tensor, count)| {
+                let times = if *count > 1 { format!("{count} x ") } else { String::new() };
+                vec![
+                    format!("  {name}"),
+                    tensor.r#type.clone(),
+                    shape(&tensor.shape),
+                    format!("{times}{}", human_bytes(tensor.bytes)),
+                ]
+            })
+            .collect()
+    }
+}
+
+/// `blk.7.attn_q.weight` -> `blk.*.attn_q.weight`.
+fn without_layer(name: &str) -> String {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+    name.split('.').map(|part| if is_number(part) { "*" } else { part }).collect::<Vec<_>>().join(".")
+}

@@ -1,0 +1,493 @@
+//! `bitnet kernels`: which kernels there are, and why which of them is used.
+
+mod page;
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use bitnet_burn::Projection;
+use bitnet_burn_engine::bench::Roof;
+use bitnet_burn_engine::checkpoint::Checkpoint;
+use bitnet_burn_engine::report::{count, human_bytes};
+use bitnet_burn_formats::canonical;
+use bitnet_burn_manager::cpu;
+use bitnet_burn_manager::{
+    Candidate, KernelManager, KernelReport, LayoutPolicy, ManagerReport, REFERENCE, Ranking, Source, Status,
+    Strict, rotation_bytes,
+};
+use clap::Args;
+use serde::Serialize;
+
+use crate::args::{FileArgs, KernelArgs};
+use crate::output::{self, columns};
+
+/// List the kernels for ternary matmuls, and explain the choice for a shape
+///
+/// A kernel is `ready` when this CPU has the features that it needs and its results were those of the exact
+/// reference. For --explain and --html, candidates are measured on the shapes (or remembered from the cache
+/// file), and compared with what the machine can do at most, measured at the same time: for a few rows, the
+/// memory's read bandwidth; for more, multiply-adds on registers alone.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct KernelsArgs {
+    #[command(flatten)]
+    file: FileArgs,
+    #[command(flatten)]
+    kernels: KernelArgs,
+    /// Explain the choice for weights of N output and K input features, for M rows or for typical numbers of
+    /// rows; may be repeated; without a shape: for all shapes of the model
+    #[arg(long, value_name = "[Mx]NxK", num_args = 0..=1)]
+    explain: Option<Vec<Shape>>,
+    /// Write the explanations as a page for a browser: bar charts against the roofline, and a table
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnet kernels
+  bitnet kernels --explain 6912x2560 --threads 1
+  bitnet kernels --explain 32x6912x2560 --json
+  bitnet kernels --model model.gguf --explain
+  bitnet kernels --model model.gguf --html kernels.html
+  bitnet kernels --plugin ./libmy_kernels.so";
+
+/// Rows that are explained where none are named: a token, and chunks of a prompt.
+const TYPICAL_ROWS: [usize; 3] = [1, 32, 128];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    pub m: Option<usize>,
+    pub n: usize,
+    pub k: usize,
+}
+
+impl FromStr for Shape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers: Result<Vec<usize>, _> =
+            text.split(['x', 'X', '×', '*']).map(|p| p.trim().parse()).collect();
+        let (m, n, k) = match numbers.as_deref() {
+            Ok(&[n, k]) => (None, n, k),
+            Ok(&[m, n, k]) => (Some(m), n, k),
+            _ => return Err("a shape is NxK or MxNxK, such as 6912x2560".into()),
+        };
+        // Measuring makes weights of this size.
+        if [n, k].contains(&0)
+            || m == Some(0)
+            || n.checked_mul(k).is_none_or(|size| size > 1 << 30)
+            || n > 1 << 20
+            || k > 1 << 20
+            || m.is_some_and(|m| m > 1 << 20)
+        {
+            return Err("sizes are at least 1 and at most 2^20, and N x K is at most 2^30".into());
+        }
+        Ok(Self { m, n, k })
+    }
+}
+
+#[derive(Serialize)]
+struct Output {
+    cpu: Cpu,
+    threads: usize,
+    strict: Strict,
+    /// The user's configuration, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    config_file: Option<PathBuf>,
+    kernels: Vec<KernelReport>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    refused_plugins: Vec<String>,
+    /// Whose shapes are explained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    roof: Option<Roof>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    explanations: Vec<Explanation>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache_file: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache_problem: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Cpu {
+    model: &'static str,
+    physical_cores: usize,
+    features: &'static [&'static str],
+}
+
+/// Weights that are to be explained.
+#[derive(Clone, Debug, Serialize)]
+struct Weights {
+    n: usize,
+    k: usize,
+    /// The projections of the model that have this shape.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    projections: Vec<&'static str>,
+    /// Matrices of the model that have it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    matrices: Option<usize>,
+}
+
+/// Why a kernel is used for a shape.
+#[derive(Serialize)]
+struct Explanation {
+    m: usize,
+    #[serde(flatten)]
+    weights: Weights,
+    /// Rows that were measured: they stand for numbers of rows nearby.
+    rows_measured: usize,
+    source: Source,
+    /// The kernel that will compute.
+    chosen: String,
+    /// Why it is that one.
+    reason: String,
+    /// The layout that the weights are kept in.
+    layout: String,
+    weight_bytes: usize,
+    candidates: Vec<CandidateRow>,
+}
+
+#[derive(Serialize)]
+struct CandidateRow {
+    kernel: String,
+    layout: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    median_ns: Option<u64>,
+    runs: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    times_slower: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    speed: Option<Speed>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    note: Option<String>,
+}
+
+/// What a time is worth.
+#[derive(Clone, Copy, Serialize)]
+struct Speed {
+    /// In 10^9 bytes of weights at 2 bits, or multiply-adds, a second.
+    g_per_s: f64,
+    /// As a fraction of what the machine can do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    of_roof: Option<f64>,
+}
+
+/// What limits a matmul with so many rows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Limit {
+    /// Reading the weights once.
+    Memory,
+    /// The products.
+    MultiplyAdds,
+}
+
+impl Limit {
+    /// Up to 4 rows, candidates are timed on weights that come from memory.
+    fn of(rows: usize) -> Self {
+        if rows <= 4 { Self::Memory } else { Self::MultiplyAdds }
+    }
+
+    fn unit(self) -> &'static str {
+        match self {
+            Self::Memory => "GB/s",
+            Self::MultiplyAdds => "G multiply-adds/s",
+        }
+    }
+
+    fn roof(self, roof: &Roof) -> Option<f64> {
+        match self {
+            Self::Memory => Some(roof.read_gb_per_s),
+            Self::MultiplyAdds => roof.multiply_adds_g_per_s,
+        }
+    }
+
+    fn speed(self, (m, n, k): (usize, usize, usize), ns: u64, roof: &Roof) -> Speed {
+        let work = match self {
+            Self::Memory => n * canonical::row_bytes(k),
+            Self::MultiplyAdds => m * n * k,
+        };
+        let g_per_s = work as f64 / ns.max(1) as f64;
+        Speed { g_per_s, of_roof: self.roof(roof).map(|roof| g_per_s / roof) }
+    }
+}
+
+pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
+    let asked = args.explain.is_some() || args.html.is_some() || args.file.model.is_some();
+    let shapes = args.explain.unwrap_or_default();
+    let (mut config, config_file) = crate::engine::config()?;
+    if asked {
+        // Nobody waits for a model: time to measure all of it.
+        config.tune_budget = Duration::from_secs(300);
+    }
+    let kernels = args.kernels.configure_with(config)?;
+    let mut wanted: Vec<(Option<usize>, Weights)> = shapes
+        .iter()
+        .map(|&Shape { m, n, k }| (m, Weights { n, k, projections: Vec::new(), matrices: None }))
+        .collect();
+    let mut model = None;
+    if asked && (shapes.is_empty() || args.file.model.is_some()) {
+        let checkpoint = args.file.open()?;
+        let config = checkpoint.config();
+        model = Some(config.name.clone().unwrap_or_else(|| checkpoint.path().display().to_string()));
+        wanted.extend(weights_of(&checkpoint).into_iter().map(|weights| (None, weights)));
+    }
+    let roof = match wanted.is_empty() {
+        true => None,
+        false => Some(
+            Roof::measure(kernels.manager.pool(), rotation_bytes())
+                .context("no memory to measure the read bandwidth with")?,
+        ),
+    };
+    let mut explanations = Vec::new();
+    for (m, weights) in wanted {
+        for m in m.map_or(TYPICAL_ROWS.to_vec(), |m| vec![m]) {
+            if let Some(roof) = &roof {
+                explanations.push(explain(kernels.manager, m, weights.clone(), roof)?);
+            }
+        }
+    }
+    let ManagerReport { threads, strict, kernels: list, cache_file, cache_problem, .. } =
+        kernels.manager.report();
+    let output = Output {
+        cpu: Cpu { model: cpu::model(), physical_cores: cpu::physical_cores(), features: cpu::features() },
+        threads,
+        strict,
+        config_file,
+        kernels: list,
+        refused_plugins: kernels.refused,
+        model,
+        roof,
+        explanations,
+        cache_file,
+        cache_problem,
+    };
+    if let (Some(path), Some(roof)) = (&args.html, &output.roof) {
+        output::write_file(path, |out| Ok(out.write_all(page::html(&output, roof).as_bytes())?))?;
+    }
+    if args.json { output::print_json(&output) } else { output::print(output.text().trim_end()) }
+}
+
+/// The shapes of a model's ternary matrices, in the order in which a layer uses them.
+fn weights_of(checkpoint: &Checkpoint) -> Vec<Weights> {
+    let config = checkpoint.config();
+    let mut all: Vec<Weights> = Vec::new();
+    for projection in Projection::ALL {
+        let (n, k) = projection.shape(config);
+        let known = all.iter().position(|weights| (weights.n, weights.k) == (n, k));
+        let known = known.unwrap_or_else(|| {
+            all.push(Weights { n, k, projections: Vec::new(), matrices: Some(0) });
+            all.len() - 1
+        });
+        all[known].projections.push(projection.name());
+        all[known].matrices = all[known].matrices.map(|matrices| matrices + config.n_layers);
+    }
+    all
+}
+
+fn explain(manager: &KernelManager, m: usize, weights: Weights, roof: &Roof) -> anyhow::Result<Explanation> {
+    let Weights { n, k, .. } = weights;
+    let choice = manager.choose(n, k, LayoutPolicy::Any)?;
+    let ranking = manager.explain(m, n, k);
+    let best = ranking.candidates.iter().filter_map(|c| c.measurement.median_ns).min();
+    let chosen = ranking.candidates.iter().find(|c| c.layout() == choice.layout());
+    let rows = match ranking.source {
+        Source::Nearest(rows) => rows,
+        _ => ranking.rows,
+    };
+    let limit = Limit::of(rows);
+    let row = |c: &Candidate| CandidateRow {
+        kernel: c.kernel().to_owned(),
+        layout: layout(c.layout()).to_owned(),
+        median_ns: c.measurement.median_ns,
+        runs: c.measurement.runs,
+        times_slower: c.measurement.median_ns.zip(best).map(|(ns, best)| ns as f64 / best.max(1) as f64),
+        speed: c.measurement.median_ns.map(|ns| limit.speed((rows, n, k), ns, roof)),
+        note: c.measurement.note.clone(),
+    };
+    Ok(Explanation {
+        m,
+        weights,
+        rows_measured: rows,
+        chosen: chosen.map_or(REFERENCE, |c| c.kernel()).to_owned(),
+        reason: reason(&ranking, chosen),
+        layout: layout(choice.layout()).to_owned(),
+        weight_bytes: choice.weight_bytes(),
+        candidates: ranking.candidates.iter().map(row).collect(),
+        source: ranking.source,
+    })
+}
+
+fn layout(name: Option<&str>) -> &str {
+    name.unwrap_or("canonical")
+}
+
+/// Why the chosen kernel is that one, in a sentence.
+fn reason(ranking: &Ranking, chosen: Option<&Candidate>) -> String {
+    let Some(chosen) = chosen else { return "no kernel can compute this; the reference does".into() };
+    let time = |c: &Candidate| c.measurement.median_ns;
+    let Some(ns) = time(chosen) else {
+        return match ranking.source {
+            Source::OnlyCandidate => "there is no other".into(),
+            _ => "not measured".into(),
+        };
+    };
+    let times = |other: u64, ns: u64| format!("{:.2} times", other as f64 / ns.max(1) as f64);
+    let mut others: Vec<_> = ranking.candidates.iter().filter(|c| c.kernel() != chosen.kernel()).collect();
+    others.sort_by_key(|c| time(c).unwrap_or(u64::MAX));
+    match others.first().and_then(|other| Some((other, time(other)?))) {
+        None => "the only one that was measured".into(),
+        Some((other, slower)) if slower >= ns => {
+            format!(
+                "the fastest of {}: {} as fast as {}",
+                others.len() + 1,
+                times(slower, ns),
+                other.kernel()
+            )
+        }
+        Some((other, faster)) => format!(
+            "the fastest in the layout {}, which the speed for one row decides (and, within noise of 5 to 15 %, \
+             that for 32 rows and the memory use; layouts 4 times slower for 32 rows are out); {} in {} would be {} as fast here",
+            layout(chosen.layout()),
+            other.kernel(),
+            layout(other.layout()),
+            times(ns, faster),
+        ),
+    }
+}
+
+/// What the machine can do, in a line.
+fn roof_text(roof: &Roof) -> String {
+    let mut text = format!("memory reads {:.1} GB/s", roof.read_gb_per_s);
+    if let Some(peak) = roof.multiply_adds_g_per_s {
+        text.push_str(&format!(", registers {peak:.0} G multiply-adds/s"));
+    }
+    text
+}
+
+impl Output {
+    fn text(&self) -> String {
+        let cell = |text: &str| text.to_owned();
+        let mut rows = vec![["KERNEL", "VERSION", "LAYOUT", "ORIGIN", "NEEDS", "STATUS"].map(cell).to_vec()];
+        for kernel in &self.kernels {
+            let status = match &kernel.status {
+                Status::Ready => "ready".into(),
+                Status::Unavailable(reason) => format!("unavailable: {reason}"),
+                Status::Rejected(reason) => format!("rejected: {reason}"),
+                Status::Quarantined(reason) => format!("quarantined: {reason}"),
+            };
+            let needs = if kernel.features.is_empty() { "nothing".into() } else { kernel.features.join(",") };
+            let KernelReport { kernel, version, layout, origin, .. } = kernel;
+            rows.push([kernel, version, layout, origin, &needs, &status].map(|text| cell(text)).to_vec());
+        }
+        let mut text = columns(&rows);
+        for refused in &self.refused_plugins {
+            text.push_str(&format!("refused: {refused}\n"));
+        }
+        for explanation in &self.explanations {
+            text.push('\n');
+            text.push_str(&explanation.text());
+        }
+        let threads = count(self.threads as u64, "thread");
+        text.push_str(&format!("\n{}, {threads}\n", self.cpu.model));
+        if let Some(file) = &self.config_file {
+            text.push_str(&format!("configuration: {}\n", file.display()));
+        }
+        if self.strict.any() {
+            text.push_str(&format!("strict mode: {}\n", self.strict));
+        }
+        if let Some(roof) = &self.roof {
+            text.push_str(&format!(
+                "at most: {} (weights count at 2 bits, also where a layout takes 1.6)\n",
+                roof_text(roof)
+            ));
+        }
+        match (&self.cache_file, &self.cache_problem) {
+            (Some(path), Some(problem)) => {
+                text.push_str(&format!("measurements: {} {problem}\n", path.display()))
+            }
+            (Some(path), None) => text.push_str(&format!("measurements: {}\n", path.display())),
+            (None, _) => text.push_str("measurements are not kept\n"),
+        }
+        text
+    }
+}
+
+impl Weights {
+    /// `q, o: 60 matrices`, for weights of a model.
+    fn used_by(&self) -> Option<String> {
+        let matrices = self.matrices?;
+        let matrices = if matrices == 1 { "1 matrix".into() } else { format!("{matrices} matrices") };
+        Some(format!("{}: {matrices}", self.projections.join(", ")))
+    }
+}
+
+impl Explanation {
+    /// Where the measurements come from.
+    fn provenance(&self) -> String {
+        let rows = count(self.rows_measured as u64, "row");
+        match &self.source {
+            Source::Measured => format!("measured now, with {rows}"),
+            Source::Cached => format!("measured earlier, with {rows}"),
+            Source::OnlyCandidate => "not measured: there is nothing to compare".into(),
+            Source::Nearest(0) => "not measured: the time for that was spent".into(),
+            Source::Nearest(rows) => {
+                format!("taken from the measurement with {rows} rows: the time for more was spent")
+            }
+        }
+    }
+
+    fn text(&self) -> String {
+        let Self { m, weights: Weights { n, k, .. }, rows_measured, chosen, layout, .. } = self;
+        let used_by = self.weights.used_by().map(|used_by| format!("{used_by}, ")).unwrap_or_default();
+        let mut text = format!(
+            "{used_by}[{m}, {k}] x [{n}, {k}]ᵀ: {chosen}, weights in layout {layout}, {} ({})\n    {}\n",
+            human_bytes(self.weight_bytes as u64),
+            self.provenance(),
+            self.reason,
+        );
+        let limit = Limit::of(*rows_measured);
+        let rows: Vec<_> = self
+            .candidates
+            .iter()
+            .map(|c| {
+                let time =
+                    c.median_ns.map_or("not measured".into(), |ns| format!("{:.1} us", ns as f64 / 1e3));
+                let slower = c.times_slower.map_or(String::new(), |times| format!("{times:.2} x"));
+                let mark = if c.kernel == self.chosen { "*" } else { " " };
+                let speed = c.speed.map_or(String::new(), |speed| {
+                    let of_roof = speed.of_roof.map_or(String::new(), |f| format!(", {:.0} %", f * 100.0));
+                    format!("{:.1} {}{of_roof}", speed.g_per_s, limit.unit())
+                });
+                let runs = if c.runs > 0 { count(c.runs.into(), "run") } else { String::new() };
+                let note = c.note.clone().unwrap_or_default();
+                vec![format!("  {mark} {}", c.kernel), time, slower, speed, runs, note]
+            })
+            .collect();
+        text.push_str(&columns(&rows));
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes() {
+        assert_eq!("6912x2560".parse(), Ok(Shape { m: None, n: 6912, k: 2560 }));
+        assert_eq!("4 x 6912 X 2560".parse(), Ok(Shape { m: Some(4), n: 6912, k: 2560 }));
+        for wrong in
+            ["", "5", "1x2x3x4", "ax2", "0x5", "5x0", "0x1x1", "99999999999x99999999999", "1x9999999", "-1x2"]
+        {
+            assert!(wrong.parse::<Shape>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! The explanations as a page for a browser: one file, with nothing to fetch and no scripts.
+
+use std::fmt::Write as _;
+
+use bitnet_burn_engine::bench::Roof;
+use bitnet_burn_engine::report::{count, human_bytes};
+
+use super::{CandidateRow, Explanation, Limit, Output, roof_text};
+
+/// The page.
+pub fn html(output: &Output, roof: &Roof) -> String {
+    let title = match &output.model {
+        Some(model) => format!("Kernels for {}", escape(model)),
+        None => "Kernels".into(),
+    };
+    let mut page = format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n\
+         <header>\n<h1>{title}</h1>\n<p>{}, {}. At most: {}.</p>\n<p class=\"muted\">Measured by <code>bitnet kernels \
+         --html</code>, version {}.</p>\n</header>\n",
+        escape(output.cpu.model),
+        count(output.threads as u64, "thread"),
+        roof_text(roof),
+        env!("CARGO_PKG_VERSION"),
+    );
+    let shapes = shapes(&output.explanations);
+    push_summary(&mut page, &shapes);
+    page.push_str(LEGEND);
+    for shape in &shapes {
+        push_shape(&mut page, shape, roof);
+    }
+    push_table(&mut page, &output.explanations);
+    page.push_str("</main>\n</body>\n</html>\n");
+    page
+}
+
+const LEGEND: &str = "\
+<p class=\"legend\"><span><i class=\"key chosen\"></i> chosen</span><span><i class=\"key\"></i> other candidates</span>\
+<span><i class=\"key roof\"></i> the roof: what this machine can do at most</span></p>
+<p class=\"muted\">Longer is faster. For one token, a matmul has to read all of its weights: the roof is how fast \
+memory is read. For many tokens it has to multiply: the roof is multiply-adds on registers alone, without a load. Bytes \
+count at 2 bits a weight.</p>
+";
+
+/// Explanations of the same weights, together.
+fn shapes(explanations: &[Explanation]) -> Vec<Vec<&Explanation>> {
+    let mut shapes: Vec<Vec<&Explanation>> = Vec::new();
+    let shape = |e: &Explanation| (e.weights.n, e.weights.k);
+    for explanation in explanations {
+        match shapes.iter_mut().find(|known| shape(known[0]) == shape(explanation)) {
+            Some(known) => known.push(explanation),
+            None => shapes.push(vec![explanation]),
+        }
+    }
+    shapes
+}
+
+fn push_summary(page: &mut String, shapes: &[Vec<&Explanation>]) {
+    page.push_str(
+        "<div class=\"wide\"><table class=\"summary\">\n<thead><tr><th>Weights</th><th>Used by</th><th>Tokens</th><th>Kernel</th>\
+         <th class=\"n\">Time</th><th class=\"n\">Of the roof</th></tr></thead>\n<tbody>\n",
+    );
+    for explanations in shapes {
+        for (i, explanation) in explanations.iter().enumerate() {
+            let Explanation { weights, m, chosen, candidates, .. } = explanation;
+            page.push_str("<tr>");
+            if i == 0 {
+                // Writing to a string can't fail.
+                let _ = write!(
+                    page,
+                    "<th rowspan=\"{rows}\">{} &times; {}</th><td rowspan=\"{rows}\">{}</td>",
+                    weights.n,
+                    weights.k,
+                    weights.used_by().map_or("&ndash;".into(), |used_by| escape(&used_by)),
+                    rows = explanations.len(),
+                );
+            }
+            let row = candidates.iter().find(|c| c.kernel == *chosen);
+            let time = row.and_then(|row| row.median_ns).map_or("&ndash;".into(), time);
+            let of_roof = row.and_then(|row| row.speed?.of_roof).map_or("&ndash;".into(), percent);
+            let _ = writeln!(
+                page,
+                "<td>{m}</td><td><code>{}</code></td><td class=\"n\">{time}</td><td class=\"n\">{of_roof}</td></tr>",
+                escape(chosen)
+            );
+        }
+    }
+    page.push_str("</tbody>\n</table></div>\n");
+}
+
+fn push_shape(page: &mut String, explanations: &[&Explanation], roof: &Roof) {
+    let Explanation { weights, layout, weight_bytes, .. } = explanations[0];
+    let used_by = weights.used_by().map(|used_by| format!("{}, ", escape(&used_by))).unwrap_or_default();
+    let _ = writeln!(
+        page,
+        "<section>\n<h2>{} &times; {}</h2>\n<p class=\"muted\">{used_by}kept in the layout <code>{}</code>, {} each</p>",
+        weights.n,
+        weights.k,
+        escape(layout),
+        human_bytes(*weight_bytes as u64),
+    );
+    for explanation in explanations {
+        push_chart(page, explanation, roof);
+    }
+    page.push_str("</section>\n");
+}
+
+fn push_chart(page: &mut String, explanation: &Explanation, roof: &Roof) {
+    let Explanation { m, chosen, reason, candidates, rows_measured, .. } = explanation;
+    let limit = Limit::of(*rows_measured);
+    let tokens = match m {
+        1 => "One token (decode)".into(),
+        m => format!("{m} tokens at once (prefill)"),
+    };
+    let top = limit.roof(roof);
+    let fastest = candidates.iter().filter_map(|c| Some(c.speed?.g_per_s)).fold(0.0, f64::max);
+    // Room behind the longest bar, so that the roof's line is never the frame's.
+    let scale = fastest.max(top.unwrap_or(0.0)).max(f64::MIN_POSITIVE) * 1.04;
+    let _ = writeln!(
+        page,
+        "<figure>\n<figcaption><h3>{tokens}</h3><p><code>{}</code> is {}.<span class=\"muted\"> {}.</span></p></figcaption>",
+        escape(chosen),
+        escape(reason),
+        capitalised(&escape(&explanation.provenance())),
+    );
+    if let Some(top) = top {
+        let what = match limit {
+            Limit::Memory => "memory reads",
+            Limit::MultiplyAdds => "registers multiply",
+        };
+        let at = top / scale * 100.0;
+        let _ = writeln!(
+            page,
+            "<div class=\"row top\"><span></span><span class=\"axis\"><b style=\"right:{:.2}%\">{what} {} {}</b></span></div>",
+            100.0 - at,
+            number(top),
+            limit.unit(),
+        );
+    }
+    let line = top.map_or(String::new(), |top| format!(" style=\"--at:{:.2}%\"", top / scale * 100.0));
+    for candidate in candidates {
+        push_bar(page, candidate, candidate.kernel == *chosen, scale, limit, &line);
+    }
+    if top.is_some_and(|top| fastest > top) {
+        page.push_str(
+            "<p class=\"muted\">Beyond the roof: a cache held the weights, they are denser than 2 bits, or the machine \
+             was busier while the roof was measured.</p>\n",
+        );
+    }
+    page.push_str("</figure>\n");
+}
+
+fn push_bar(page: &mut String, candidate: &CandidateRow, chosen: bool, scale: f64, limit: Limit, line: &str) {
+    let CandidateRow { kernel, median_ns, speed, note, .. } = candidate;
+    let class = if chosen { "row chosen" } else { "row" };
+    let _ = write!(page, "<div class=\"{class}\"><span class=\"name\">{}</span>", escape(kernel));
+    match speed.zip(*median_ns) {
+        Some((speed, ns)) => {
+            let width = speed.g_per_s / scale * 100.0;
+            let of_roof = speed.of_roof.map_or(String::new(), percent);
+            let _ = write!(
+                page,
+                "<span class=\"track\"{line}><i style=\"width:{width:.2}%\"></i></span><span class=\"n\">{} {}</span>\
+                 <span class=\"n\">{of_roof}</span><span class=\"n\">{}</span>",
+                number(speed.g_per_s),
+                limit.unit(),
+                time(ns),
+            );
+        }
+        None => {
+            let note = note.as_deref().unwrap_or("not measured");
+            let _ = write!(page, "<span class=\"track\"{line}><em>{}</em></span>", escape(note));
+        }
+    }
+    page.push_str("</div>\n");
+}
+
+fn push_table(page: &mut String, explanations: &[Explanation]) {
+    page.push_str(
+        "<section>\n<h2>All figures</h2>\n<div class=\"wide\"><table>\n<thead><tr><th>Weights</th><th class=\"n\">Tokens\
+         </th><th class=\"n\">Measured with</th><th>Kernel</th><th>Layout</th><th class=\"n\">Median</th><th class=\"n\">Runs\
+         </th><th class=\"n\">Speed</th><th class=\"n\">Of the roof</th><th>Note</th></tr></thead>\n<tbody>\n",
+    );
+    for explanation in explanations {
+        let Explanation { m, weights, rows_measured, chosen, candidates, .. } = explanation;
+        let limit = Limit::of(*rows_measured);
+        for candidate in candidates {
+            let CandidateRow { kernel, layout, median_ns, runs, speed, note, .. } = candidate;
+            let class = if kernel == chosen { " class=\"chosen\"" } else { "" };
+            let _ = writeln!(
+                page,
+                "<tr{class}><td>{} &times; {}</td><td class=\"n\">{m}</td><td class=\"n\">{rows_measured}</td><td>\
+                 <code>{}</code></td><td><code>{}</code></td><td class=\"n\">{}</td><td class=\"n\">{runs}</td>\
+                 <td class=\"n\">{}</td><td class=\"n\">{}</td><td>{}</td></tr>",
+                weights.n,
+                weights.k,
+                escape(kernel),
+                escape(layout),
+                median_ns.map_or("&ndash;".into(), time),
+                speed.map_or("&ndash;".into(), |s| format!("{} {}", number(s.g_per_s), limit.unit())),
+                speed.and_then(|s| s.of_roof).map_or("&ndash;".into(), percent),
+                note.as_deref().map(escape).unwrap_or_default(),
+            );
+        }
+    }
+    page.push_str("</tbody>\n</table></div>\n</section>\n");
+}
+
+/// Three digits or so.
+fn number(value: f64) -> String {
+    if value >= 99.95 { format!("{value:.0}") } else { format!("{value:.1}") }
+}
+
+fn percent(fraction: f64) -> String {
+    format!("{:.0}&nbsp;%", fraction * 100.0)
+}
+
+fn time(ns: u64) -> String {
+    let us = ns as f64 / 1e3;
+    if us < 999.5 { format!("{}&nbsp;&micro;s", number(us)) } else { format!("{}&nbsp;ms", number(us / 1e3)) }
+}
+
+fn capitalised(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map(|first| first.to_uppercase().chain(chars).collect()).unwrap_or_default()
+}
+
+/// Text as HTML: names come from files, plugins and the system.
+fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '"' => escaped.push_str("&quot;"),
+            '\'' => escaped.push_str("&#39;"),
+            c if c.is_control() => escaped.push('\u{fffd}'),
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+const STYLE: &str = "\
+:root { color-scheme: light dark; --page: #fcfcfa; --ink: #1c2127; --muted: #626b75; --line: #e3e2dd;
+  --bar: #bcc6d1; --chosen: #0e7a70; --roof: #b4530b; }
+@media (prefers-color-scheme: dark) { :root { --page: #15181b; --ink: #e4e7ea; --muted: #929ba5; --line: #2c3238;
+  --bar: #47525e; --chosen: #2bb8a6; --roof: #f0a23a; } }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.3rem; margin: 0; }
+h3 { font-size: 1rem; margin: 0; }
+p { margin: .2rem 0; }
+code { font: .93em ui-monospace, monospace; overflow-wrap: anywhere; }
+.muted { color: var(--muted); }
+section { margin-top: 3rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
+figure { margin: 1.6rem 0 0; }
+figcaption { margin-bottom: .5rem; }
+.row { display: grid; grid-template-columns: 12.5rem 1fr 12rem 3.5rem 5rem; gap: .8rem; align-items: center;
+  min-height: 1.75rem; }
+.name { font: .87rem ui-monospace, monospace; overflow-wrap: anywhere; }
+.track { position: relative; display: flex; align-items: center; align-self: stretch; }
+.track i { height: 1.05rem; border-radius: 0 3px 3px 0; background: var(--bar); min-width: 1px; }
+.track em { color: var(--muted); font-style: normal; font-size: .85rem; position: relative; z-index: 1;
+  background: var(--page); padding-right: .5rem; }
+.track[style]::after { content: ''; position: absolute; left: var(--at); top: 0; bottom: 0;
+  border-left: 2px dashed var(--roof); }
+.axis { position: relative; align-self: stretch; }
+.axis b { position: absolute; bottom: .1rem; white-space: nowrap; font-weight: 600; font-size: .85rem;
+  color: var(--roof); }
+.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.chosen .name { font-weight: 700; }
+.chosen .track i { background: var(--chosen); }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+thead th { color: var(--muted); font-weight: 600; white-space: nowrap; }
+th.n, td.n { text-align: right; }
+tbody th, td code { white-space: nowrap; }
+tr.chosen td { font-weight: 600; }
+.summary { margin: .8rem 0 1.6rem; min-width: 60%; }
+.wide { overflow-x: auto; margin-top: .8rem; }
+.legend { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; margin-bottom: .6rem; }
+.key { display: inline-block; width: 1.4rem; height: .8rem; border-radius: 2px; background: var(--bar);
+  margin-right: .3rem; }
+.key.chosen { background: var(--chosen); }
+.key.roof { background: none; width: 0; border-left: 2px dashed var(--roof); border-radius: 0; margin: 0 .5rem; }
+@media (max-width: 50rem) {
+  .row { grid-template-columns: 1fr auto auto; gap: 0 .8rem; margin-bottom: .5rem; }
+  .row .name, .row.top > :first-child { grid-column: 1 / -1; }
+  .track { grid-column: 1 / -1; min-height: 1.1rem; }
+  .axis { grid-column: 1 / -1; min-height: 1.3rem; }
+}
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_of_a_name_is_markup() {
+        assert_eq!(escape("<b a='1'>&\"\u{1b}"), "&lt;b a=&#39;1&#39;&gt;&amp;&quot;\u{fffd}");
+        assert_eq!(capitalised("measured"), "Measured");
+        assert_eq!(number(99.94), "99.9");
+        assert_eq!(time(999_499), "999&nbsp;&micro;s");
+        assert_eq!(time(999_500), "1.0&nbsp;ms");
+    }
+}

@@ -1,0 +1,489 @@
+//! `bitnet plugins`: what is known of kernel plugins, and what they are worth.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use bitnet_burn::backends::manager;
+use bitnet_burn_formats::files;
+use bitnet_burn_manager::KernelManager;
+use bitnet_burn_manager::gate::{Report, Stage};
+use bitnet_burn_manager::store::{self, Known, PluginStore};
+use bitnet_burn_manager::{ManagerConfig, cpu};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use crate::args::{KernelArgs, ThreadArgs};
+use crate::engine::config;
+use crate::kernels::Shape;
+use crate::output::{self, columns};
+
+/// Check, list, measure, pin and forget kernel plugins
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct PluginsArgs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnet plugins verify ./libmy_kernels.so
+  bitnet plugins bench ./libmy_kernels.so --shape 6912x2560 --threads 1
+  bitnet plugins trust ./libmy_kernels.so
+  bitnet plugins list
+  bitnet plugins forget ./libmy_kernels.so";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Verify(VerifyArgs),
+    List(ListArgs),
+    Bench(BenchArgs),
+    Trust(TrustArgs),
+    Forget(ForgetArgs),
+}
+
+/// Run the whole gate on a plugin, in a process of its own, and report
+///
+/// Exit status 0 if it passed, 1 if not: for the CI of a plugin's author. The verdict is kept, and replaces an
+/// earlier one, but does not lift a quarantine (`forget` does). Needs no pin.
+#[derive(Debug, Args)]
+struct VerifyArgs {
+    /// The plugin
+    file: PathBuf,
+    /// How long one case may take; the whole gate may take twelve times as long
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    patience: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// List the plugins that are known here, with their verdicts, and where plugins are loaded from
+#[derive(Debug, Args)]
+struct ListArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Measure a plugin's kernels against the built-in ones
+#[derive(Debug, Args)]
+struct BenchArgs {
+    /// The plugin
+    file: PathBuf,
+    /// Weights of N output and K input features, for M rows or for typical numbers of rows; may be repeated
+    /// [default: two projections of the 2B model]
+    #[arg(long, value_name = "[Mx]NxK")]
+    shape: Vec<Shape>,
+    #[command(flatten)]
+    threads: ThreadArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Pin a plugin's SHA-256: as long as there is a file of pins, plugins that are not in it are refused
+#[derive(Debug, Args)]
+struct TrustArgs {
+    /// The plugin
+    file: PathBuf,
+}
+
+/// Forget a plugin: its pin, its verdicts (a quarantine too), and the copy of its file
+#[derive(Debug, Args)]
+struct ForgetArgs {
+    /// The plugin's file, or at least 8 digits of its SHA-256
+    plugin: String,
+}
+
+/// Try a kernel plugin in this process (what `bitnet` starts for the gate)
+#[derive(Debug, Args)]
+pub struct GateChildArgs {
+    arguments: Vec<OsString>,
+}
+
+impl GateChildArgs {
+    /// Does not return: the process belongs to the plugin.
+    pub fn run(self) -> ! {
+        std::process::exit(manager::gate_child(self.arguments.into_iter()))
+    }
+}
+
+pub fn run(args: PluginsArgs) -> anyhow::Result<()> {
+    match args.command {
+        Command::Verify(args) => verify(args),
+        Command::List(args) => list(&args),
+        Command::Bench(args) => bench(args),
+        Command::Trust(args) => trust(&args),
+        Command::Forget(args) => forget(&args),
+    }
+}
+
+fn verify(args: VerifyArgs) -> anyhow::Result<()> {
+    let (mut config, _) = config()?;
+    config.plugins.pins = None;
+    config.plugins.patience = Duration::from_secs(args.patience);
+    config.threads = 1;
+    let report = KernelManager::new(config)?.verify_plugin(&args.file)?;
+    if args.json {
+        #[derive(Serialize)]
+        struct Output<'a> {
+            passed: bool,
+            cpu: &'a str,
+            #[serde(flatten)]
+            report: &'a Report,
+        }
+        output::print_json(&Output { passed: report.passed(), cpu: cpu::model(), report: &report })?;
+    } else {
+        output::print(describe(&report).trim_end())?;
+    }
+    match &report.refusal {
+        None => Ok(()),
+        Some(refusal) => bail!("{}: the gate refuses it: {refusal}", args.file.display()),
+    }
+}
+
+/// The gate's findings, for people.
+fn describe(report: &Report) -> String {
+    let mut text = String::new();
+    let name = match &report.plugin {
+        Some(plugin) => format!("{} {}, ABI {}", plugin.name, plugin.version, plugin.abi),
+        None => "its descriptor was not read".into(),
+    };
+    // Writing to a string can't fail.
+    let _ = writeln!(text, "{}: {name}\nsha256 {}", report.file.display(), report.sha256);
+    let rows: Vec<_> = report
+        .kernels
+        .iter()
+        .map(|kernel| {
+            let result = match &kernel.unavailable {
+                Some(reason) => format!("not tried on this machine: {reason}"),
+                None => {
+                    let on = kernel.device.as_ref().map_or(String::new(), |device| format!(" on {device}"));
+                    format!("{} cases passed{on}", kernel.cases)
+                }
+            };
+            vec![format!("  {}", kernel.kernel), result]
+        })
+        .collect();
+    text.push_str(&columns(&rows));
+    let verdict = if report.passed() { "passed" } else { "refused" };
+    let _ = writeln!(
+        text,
+        "{verdict} by gate {} for ABI {} in {:.1} s, on {}",
+        report.gate,
+        report.abi,
+        report.seconds,
+        cpu::model()
+    );
+    text
+}
+
+#[derive(Serialize)]
+struct ListOutput {
+    /// The user's configuration, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    config_file: Option<PathBuf>,
+    enabled: bool,
+    /// Files and directories of the environment or the configuration.
+    path: Vec<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user_dir: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pins: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kept_in: Option<PathBuf>,
+    plugins: Vec<Known>,
+}
+
+fn open_store(config: &ManagerConfig) -> PluginStore {
+    PluginStore::new(config.plugins.clone(), config.cache_dir.as_deref())
+}
+
+fn list(args: &ListArgs) -> anyhow::Result<()> {
+    let (config, config_file) = config()?;
+    let store = open_store(&config);
+    let output = ListOutput {
+        config_file,
+        enabled: config.plugins.enabled,
+        path: config.plugins.path.clone(),
+        user_dir: config.plugins.user_dir.clone(),
+        pins: config.plugins.pins.clone(),
+        kept_in: store.root().map(Path::to_owned),
+        plugins: store.known()?,
+    };
+    if args.json { output::print_json(&output) } else { output::print(output.text().trim_end()) }
+}
+
+impl ListOutput {
+    fn text(&self) -> String {
+        let mut text = String::new();
+        if self.plugins.is_empty() {
+            text.push_str("No plugin has been tried here yet.\n");
+        } else {
+            let mut rows = vec![
+                ["PLUGIN", "VERSION", "ABI", "SHA256", "PINNED", "VERDICT", "FILE"]
+                    .map(str::to_owned)
+                    .to_vec(),
+            ];
+            for Known { sha256, report, pinned, .. } in &self.plugins {
+                let plugin = report.as_ref().and_then(|report| report.plugin.as_ref());
+                let or_dash = |text: Option<&String>| text.map_or("-".to_owned(), String::clone);
+                let verdict = match report {
+                    None => "none for this machine and gate".into(),
+                    Some(Report { refusal: None, kernels, .. }) => {
+                        format!("passed, {} cases", kernels.iter().map(|k| k.cases).sum::<u64>())
+                    }
+                    Some(Report { refusal: Some(refusal), .. }) => match refusal.stage {
+                        Stage::Before => "refused".into(),
+                        Stage::FirstUse | Stage::InUse => "quarantined".into(),
+                    },
+                };
+                rows.push(vec![
+                    or_dash(plugin.map(|p| &p.name)),
+                    or_dash(plugin.map(|p| &p.version)),
+                    or_dash(plugin.map(|p| &p.abi)),
+                    sha256[..16].to_owned(),
+                    pinned.map_or("-", |pinned| if pinned { "yes" } else { "no" }).to_owned(),
+                    verdict,
+                    report.as_ref().map_or("-".into(), |report| report.file.display().to_string()),
+                ]);
+            }
+            text.push_str(&columns(&rows));
+            for Known { sha256, report, .. } in &self.plugins {
+                if let Some(refusal) = report.as_ref().and_then(|report| report.refusal.as_ref()) {
+                    let _ = writeln!(text, "{}: {refusal}", &sha256[..16]);
+                }
+            }
+        }
+        text.push('\n');
+        if let Some(file) = &self.config_file {
+            let _ = writeln!(text, "configuration: {}", file.display());
+        }
+        if !self.enabled {
+            text.push_str("plugins are switched off (BITNET_PLUGINS=off, or plugins = \"off\")\n");
+        }
+        for place in &self.path {
+            let _ = writeln!(text, "loaded from: {} (BITNET_PLUGIN_PATH, or plugin_path)", place.display());
+        }
+        match &self.user_dir {
+            Some(dir) => {
+                let _ = writeln!(
+                    text,
+                    "loaded from: {} (BITNET_PLUGINS=user, or plugins = \"user\")",
+                    dir.display()
+                );
+            }
+            None => {
+                text.push_str("the user's plugin directory is not loaded from; BITNET_PLUGINS=user does\n")
+            }
+        }
+        match &self.pins {
+            Some(pins) => {
+                let _ = writeln!(text, "pins: {}: nothing else is loaded", pins.display());
+            }
+            None => text.push_str("pins: none; `bitnet plugins trust` begins a file of them\n"),
+        }
+        match &self.kept_in {
+            Some(dir) => {
+                let _ = writeln!(text, "copies and verdicts: {}", dir.display());
+            }
+            None => text.push_str("copies and verdicts are not kept\n"),
+        }
+        text
+    }
+}
+
+/// Rows that are measured where none are named: a token, and a chunk of a prompt.
+const TYPICAL_ROWS: [usize; 2] = [1, 32];
+
+#[derive(Serialize)]
+struct BenchOutput {
+    plugin: PathBuf,
+    cpu: &'static str,
+    threads: usize,
+    results: Vec<BenchResult>,
+}
+
+#[derive(Serialize)]
+struct BenchResult {
+    /// Rows that were measured: they stand for numbers of rows nearby.
+    m: usize,
+    n: usize,
+    k: usize,
+    /// The plugin's fastest kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    plugin: Option<Timed>,
+    /// The fastest built-in kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    built_in: Option<Timed>,
+    /// How much faster the plugin's is: below 1, slower.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    speedup: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Timed {
+    kernel: String,
+    median_ns: u64,
+}
+
+fn bench(args: BenchArgs) -> anyhow::Result<()> {
+    let kernel_args = KernelArgs {
+        threads: args.threads,
+        pin: false,
+        kernel: None,
+        plugins: vec![args.file.clone()],
+        strict: None,
+    };
+    // What is measured now should not come from an earlier start, nor stay behind.
+    let cache = tempfile::tempdir().context("cannot make a temporary directory")?;
+    let (mut config, _) = config()?;
+    config.cache_dir = Some(cache.path().to_owned());
+    config.tune_budget = Duration::from_secs(300);
+    config.force = None;
+    config.plugins.path.clear();
+    config.plugins.user_dir = None;
+    let kernels = kernel_args.configure_with(config)?;
+    if let Some(reason) = kernels.refused.first() {
+        bail!("{reason}");
+    }
+    let manager = kernels.manager;
+    let report = manager.report();
+    let foreign: Vec<_> =
+        report.kernels.iter().filter(|k| k.sha256.is_some()).map(|k| k.kernel.clone()).collect();
+    let mut shapes = args.shape;
+    if shapes.is_empty() {
+        shapes.extend(["2560x2560", "6912x2560"].map(|s| s.parse::<Shape>().expect("a shape")));
+    }
+    let mut results = Vec::new();
+    for Shape { m, n, k } in shapes {
+        for m in m.map_or(TYPICAL_ROWS.to_vec(), |m| vec![m]) {
+            let ranking = manager.explain(m, n, k);
+            let fastest = |of_plugin: bool| {
+                let candidates = ranking.candidates.iter();
+                let of = candidates.filter(|c| foreign.iter().any(|id| id == c.kernel()) == of_plugin);
+                of.filter_map(|c| {
+                    Some(Timed { kernel: c.kernel().into(), median_ns: c.measurement.median_ns? })
+                })
+                .min_by_key(|timed| timed.median_ns)
+            };
+            let (plugin, built_in) = (fastest(true), fastest(false));
+            let speedup = plugin
+                .as_ref()
+                .zip(built_in.as_ref())
+                .map(|(p, b)| b.median_ns as f64 / p.median_ns.max(1) as f64);
+            results.push(BenchResult { m: ranking.rows, n, k, plugin, built_in, speedup });
+        }
+    }
+    let output = BenchOutput { plugin: args.file, cpu: cpu::model(), threads: report.threads, results };
+    if args.json { output::print_json(&output) } else { output::print(output.text().trim_end()) }
+}
+
+impl BenchOutput {
+    fn text(&self) -> String {
+        let mut rows = vec![
+            ["M", "N", "K", "PLUGIN", "TIME", "BUILT IN", "TIME", "SPEEDUP"].map(str::to_owned).to_vec(),
+        ];
+        for BenchResult { m, n, k, plugin, built_in, speedup } in &self.results {
+            let timed = |timed: &Option<Timed>| match timed {
+                Some(Timed { kernel, median_ns }) => {
+                    [kernel.clone(), format!("{:.1} us", *median_ns as f64 / 1e3)]
+                }
+                None => ["-".to_owned(), "not measured".to_owned()],
+            };
+            let [plugin, plugin_time] = timed(plugin);
+            let [built_in, built_in_time] = timed(built_in);
+            let speedup = speedup.map_or("-".into(), |speedup| format!("{speedup:.2} x"));
+            rows.push(vec![
+                m.to_string(),
+                n.to_string(),
+                k.to_string(),
+                plugin,
+                plugin_time,
+                built_in,
+                built_in_time,
+                speedup,
+            ]);
+        }
+        let threads = bitnet_burn_engine::report::count(self.threads as u64, "thread");
+        format!("{}\n{}, {threads}\n", columns(&rows), self.cpu)
+    }
+}
+
+/// Where pins are, or would be.
+fn pins_file(config: &ManagerConfig) -> anyhow::Result<PathBuf> {
+    let file = config.plugins.pins.clone().or_else(store::default_pins);
+    file.context("there is no home directory for a file of pins; name one in BITNET_PLUGIN_PINS")
+}
+
+/// The pins, none if there is no file of them.
+fn pins(file: &Path) -> anyhow::Result<Vec<(String, String)>> {
+    if file.exists() { Ok(store::read_pins(file)?) } else { Ok(Vec::new()) }
+}
+
+fn trust(args: &TrustArgs) -> anyhow::Result<()> {
+    let (mut config, _) = config()?;
+    let file = pins_file(&config)?;
+    config.plugins.pins = None;
+    let stored = open_store(&config).admit(&args.file)?;
+    let mut pins = pins(&file)?;
+    if !pins.iter().any(|(pin, _)| *pin == stored.sha256) {
+        pins.push((stored.sha256.clone(), stored.origin.display().to_string()));
+        store::write_pins(&file, &pins).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    let others = bitnet_burn_engine::report::count(pins.len() as u64, "plugin");
+    output::print(format_args!(
+        "{}  {}\n{others} pinned in {}; no others are loaded",
+        stored.sha256,
+        stored.origin.display(),
+        file.display()
+    ))
+}
+
+fn forget(args: &ForgetArgs) -> anyhow::Result<()> {
+    let (mut config, _) = config()?;
+    let file = pins_file(&config)?;
+    config.plugins.pins = None;
+    let store = open_store(&config);
+    let mut pins = pins(&file)?;
+    let known: Vec<String> =
+        store.known()?.into_iter().map(|k| k.sha256).chain(pins.iter().map(|(pin, _)| pin.clone())).collect();
+    let sha256 = match std::fs::read(&args.plugin) {
+        Ok(bytes) => files::sha256(&bytes),
+        Err(error) => {
+            let digits = args.plugin.to_ascii_lowercase();
+            if digits.len() < 8 || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(error).with_context(|| format!("cannot read {}", args.plugin));
+            }
+            let mut fits: Vec<_> = known.into_iter().filter(|sha256| sha256.starts_with(&digits)).collect();
+            fits.sort();
+            fits.dedup();
+            match &mut fits[..] {
+                [one] => std::mem::take(one),
+                [] => {
+                    bail!("no plugin is known whose SHA-256 begins with {digits}; see `bitnet plugins list`")
+                }
+                _ => bail!("{} plugins are known whose SHA-256 begins with {digits}", fits.len()),
+            }
+        }
+    };
+    let had = store.forget(&sha256).with_context(|| format!("cannot remove what is known of {sha256}"))?;
+    let before = pins.len();
+    pins.retain(|(pin, _)| *pin != sha256);
+    if pins.len() < before {
+        store::write_pins(&file, &pins).with_context(|| format!("cannot write {}", file.display()))?;
+        if pins.is_empty() {
+            let file = file.display();
+            output::warning(format_args!(
+                "no plugin is pinned in {file} now, so none is loaded; without that file, pins are not needed"
+            ));
+        }
+    } else if !had {
+        bail!("nothing is known of the plugin with SHA-256 {sha256}");
+    }
+    output::print(format_args!("forgotten: {sha256}"))
+}

@@ -1,0 +1,71 @@
+//! `bitnet prepack`: weights in the layouts of this machine's kernels, kept beside the model.
+
+use std::time::Instant;
+
+use bitnet_burn_engine::prepack;
+use bitnet_burn_engine::report::{human_bytes, human_seconds};
+use clap::Args;
+use serde::Serialize;
+
+use crate::args::{FileArgs, KernelArgs, LmHead};
+use crate::engine::config;
+use crate::output;
+
+/// Pack a model's weights for this machine's kernels once, into a file beside it
+///
+/// Every later start maps PATH.prepacked (model.prepacked in a directory) instead of packing, as long as the
+/// model and the choice of kernels are what they were; what differs is packed in memory as before, and a warning
+/// says why. The file is as large as the model. Results are the same bits.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct PrepackArgs {
+    #[command(flatten)]
+    file: FileArgs,
+    #[command(flatten)]
+    kernels: KernelArgs,
+    /// The output projection that later runs will ask for; `file` needs no packing
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
+    lm_head: LmHead,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnet prepack -m model.gguf
+  bitnet prepack -m model.gguf --lm-head int8      # for runs with --lm-head int8, too
+  bitnet bench -m model.gguf                       # says how many matrices were mapped";
+
+#[derive(Serialize)]
+struct Output<'a> {
+    #[serde(flatten)]
+    summary: &'a prepack::Summary,
+    seconds: f64,
+}
+
+pub fn run(args: PrepackArgs) -> anyhow::Result<()> {
+    args.kernels.configure_with(config()?.0)?;
+    let checkpoint = args.file.open()?;
+    let started = Instant::now();
+    let bar = output::bar(1, "packing {bar:30} {pos}/{len}");
+    let summary = prepack::write(&checkpoint, args.lm_head.into(), &mut |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    let seconds = started.elapsed().as_secs_f64();
+    if args.json {
+        return output::print_json(&Output { summary: &summary, seconds });
+    }
+    let layouts: Vec<String> =
+        summary.layouts.iter().map(|(layout, count)| format!("{count} x {layout}")).collect();
+    println!(
+        "{}: {} in {}\n{}",
+        summary.path.display(),
+        human_bytes(summary.bytes),
+        human_seconds(seconds),
+        layouts.join(", ")
+    );
+    Ok(())
+}

@@ -1,0 +1,245 @@
+//! `bitnet receipt`: whether what a receipt says still holds.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::bail;
+use bitnet_burn::backends::manager::with_built_in_kernels;
+use bitnet_burn_engine::checkpoint::Checkpoint;
+use bitnet_burn_engine::generate::{GenerateOptions, generate, generate_text};
+use bitnet_burn_engine::receipt::{
+    Check, GenerationRecord, ModelRecord, Outcome, Receipt, Sealed, TokensRecord,
+};
+use bitnet_burn_engine::report::count;
+use bitnet_burn_manager::ManagerConfig;
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use std::ops::ControlFlow;
+
+use crate::args::{DeviceChoice, EngineArgs, FileArgs, KernelArgs};
+use crate::engine::Wishes;
+use crate::output::{self, columns};
+
+/// Check a receipt that `run`, `bench`, `perplexity` or `logits` wrote with --receipt
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct ReceiptArgs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnet run -m model.gguf -p Hello --receipt hello.json
+  bitnet receipt check hello.json
+  bitnet receipt check hello.json --rerun --threads 1
+  bitnet receipt check hello.json --model elsewhere/model.gguf --plugin ./libmy_kernels.so --json";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Check(CheckArgs),
+}
+
+/// Compare a receipt with the files at hand, and generate its tokens once more
+///
+/// Checked are the seal, the SHA-256 of the model's files and of the plugins that computed, and that the built-in
+/// kernels are in this build. With --rerun, the tokens of a `run`: they are the same bits on every CPU, with any
+/// kernels and threads.
+///
+/// Exit status: 0 everything agrees, 1 something could not be checked, 3 something differs.
+#[derive(Debug, Args)]
+struct CheckArgs {
+    /// The receipt
+    file: PathBuf,
+    /// The model at hand: a GGUF file or a Hugging Face directory [default: the one that the receipt names]
+    #[arg(long, short, value_name = "PATH")]
+    model: Option<PathBuf>,
+    /// Generate again, and compare the tokens (for receipts of `run`)
+    #[arg(long)]
+    rerun: bool,
+    #[command(flatten)]
+    kernels: KernelArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: ReceiptArgs) -> anyhow::Result<ExitCode> {
+    let Command::Check(args) = args.command;
+    check(args)
+}
+
+#[derive(Serialize)]
+struct Output<'a> {
+    /// Whether everything agrees.
+    passed: bool,
+    checks: &'a [Check],
+    receipt: &'a Receipt,
+}
+
+fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
+    let sealed = Receipt::read(&args.file)?;
+    let receipt = &sealed.receipt;
+    if args.rerun && receipt.generation.is_none() {
+        bail!(
+            "--rerun: {} is a receipt of `{}`, which generated nothing",
+            args.file.display(),
+            receipt.program.command
+        );
+    }
+    let mut checks = vec![sealed.check()];
+    let file = file(&args, &sealed);
+    let of_model = model(receipt, &file);
+    let same_model = of_model.iter().all(|check| check.outcome == Outcome::Agrees);
+    checks.extend(of_model);
+    let (plugins, _) = ManagerConfig::default().plugins.find(&args.kernels.plugins);
+    checks.extend(receipt.check_plugins(&plugins));
+    let built_in = with_built_in_kernels(ManagerConfig { threads: 1, ..ManagerConfig::default() })?;
+    checks.extend(receipt.check_kernels(&built_in.report().kernels));
+    drop(built_in);
+    if let (true, Some(record)) = (args.rerun, &receipt.generation) {
+        checks.push(match same_model {
+            true => record.result.check(&rerun(receipt, record, file, args.kernels)?),
+            false => Check::unchecked("tokens", "not generated again: that takes the same model"),
+        });
+    }
+
+    let worst = checks.iter().map(|check| check.outcome).max().unwrap_or(Outcome::Agrees);
+    if args.json {
+        output::print_json(&Output { passed: worst == Outcome::Agrees, checks: &checks, receipt })?;
+    } else {
+        output::print(text(&args.file, receipt, &checks).trim_end())?;
+    }
+    Ok(match worst {
+        Outcome::Agrees => ExitCode::SUCCESS,
+        Outcome::Unchecked => ExitCode::FAILURE,
+        Outcome::Differs => ExitCode::from(3),
+    })
+}
+
+/// The model at hand.
+fn file(args: &CheckArgs, sealed: &Sealed) -> FileArgs {
+    let Receipt { model, generation, .. } = &sealed.receipt;
+    let generation = generation.as_ref();
+    FileArgs {
+        model: args.model.clone().or_else(|| (!is_built_in(&model.path)).then(|| model.path.clone())),
+        hidden_act: generation.and_then(|g| g.hidden_act),
+        pre: generation.and_then(|g| g.pre.clone()),
+    }
+}
+
+fn is_built_in(path: &Path) -> bool {
+    #[cfg(feature = "default-model")]
+    return path == Path::new(bitnet_burn_engine::embedded::NAME);
+    #[cfg(not(feature = "default-model"))]
+    return false;
+}
+
+fn model(receipt: &Receipt, file: &FileArgs) -> Vec<Check> {
+    let record = |checkpoint: Checkpoint| Ok(ModelRecord::of(&checkpoint)?);
+    let shown = file.model.as_deref().unwrap_or(&receipt.model.path).display();
+    match file.open().and_then(record) {
+        Ok(at_hand) => receipt.check_model(&at_hand),
+        Err(error) => {
+            let why = format!("{}; --model names the model at hand", output::in_one_line(error));
+            vec![Check::unchecked(format!("model {shown}"), why)]
+        }
+    }
+}
+
+/// Generates as the receipt says.
+fn rerun(
+    receipt: &Receipt,
+    record: &GenerationRecord,
+    file: FileArgs,
+    kernels: KernelArgs,
+) -> anyhow::Result<TokensRecord> {
+    let device = match receipt.report.device.parse::<DeviceChoice>() {
+        Ok(device) => device,
+        Err(_) => {
+            bail!("the receipt's device is {:?}, which this program does not know", receipt.report.device)
+        }
+    };
+    let args = EngineArgs {
+        file,
+        kernels,
+        device: Some(device),
+        gpu_layers: None,
+        context: Some(record.context),
+        kv_cache: Some(record.kv_cache.into()),
+        lm_head: record.lm_head.into(),
+        // From the files that the receipt has hashes of.
+        no_prepacked: true,
+        receipt: None,
+    };
+    let (prompt, context) = (&record.prompt_token_ids, record.context);
+    if prompt.len() > context && !record.sliding_window {
+        bail!("the receipt has a prompt of {} tokens, and a context of {context}", prompt.len());
+    }
+    let by_text = !record.stop_strings.is_empty();
+    // A chunk never has more rows than the prompt.
+    let chunk = record.chunk.clamp(1, prompt.len().max(1));
+    let wishes = Wishes {
+        tokenizer: by_text,
+        quantise_activations: true,
+        max_rows: Some(chunk),
+        measured_context: None,
+    };
+    let engine = args.load(&wishes)?;
+    let options = GenerateOptions {
+        max_new_tokens: record.max_new_tokens,
+        chunk,
+        sampling: record.sampling.clone(),
+        stop_tokens: record.stop_tokens.clone(),
+        stop_strings: record.stop_strings.clone(),
+    };
+    let mut cache = engine.model.cache(context, record.kv_cache)?;
+    if record.sliding_window {
+        cache = cache.sliding();
+    }
+    let sequence = cache.add_sequence(prompt.len().saturating_add(record.max_new_tokens));
+    let generation = match &engine.tokenizer {
+        Some(tokenizer) if by_text => {
+            let go_on = &mut |_: &str| ControlFlow::Continue(());
+            generate_text(&engine.model, tokenizer, prompt, sequence, &mut cache, &options, go_on)?
+        }
+        _ => {
+            let go_on = &mut |_: u32, _: &[f32]| ControlFlow::Continue(());
+            generate(&engine.model, prompt, sequence, &mut cache, &options, go_on)?
+        }
+    };
+    Ok(TokensRecord::of(&generation))
+}
+
+fn text(file: &Path, receipt: &Receipt, checks: &[Check]) -> String {
+    let Receipt { program, machine, report, .. } = receipt;
+    let mut text = format!(
+        "{}: `{}` by bitnet {} on {} ({}), {}, {}\n",
+        file.display(),
+        program.command,
+        program.version,
+        machine.cpu,
+        machine.os,
+        report.device,
+        count(report.threads as u64, "thread"),
+    );
+    let mut rows = Vec::new();
+    for Check { what, outcome, expected, found } in checks {
+        let outcome = match outcome {
+            Outcome::Agrees => "agrees",
+            Outcome::Unchecked => "unchecked",
+            Outcome::Differs => "DIFFERS",
+        };
+        let found = found.clone().unwrap_or_default();
+        match expected {
+            None => rows.push(vec![format!("  {outcome}"), what.clone(), found]),
+            Some(expected) => {
+                rows.push(vec![format!("  {outcome}"), what.clone(), format!("expected: {expected}")]);
+                rows.push(vec![String::new(), String::new(), format!("found:    {found}")]);
+            }
+        }
+    }
+    // What a receipt says was written by others: it moves no cursor.
+    text.push_str(&columns(&rows));
+    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
+}

@@ -1,0 +1,308 @@
+//! `bitnet run`: a prompt in, tokens out.
+
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::io::{self, Write as _};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, bail};
+use bitnet_burn_engine::chat::{ChatTemplate, Message};
+use bitnet_burn_engine::generate::{GenerateOptions, generate, generate_text};
+use bitnet_burn_engine::receipt::{GenerationRecord, TokensRecord};
+use bitnet_burn_engine::report::RunReport;
+use bitnet_burn_engine::sampling::SamplingConfig;
+use clap::error::ErrorKind;
+use clap::{ArgGroup, Args, CommandFactory as _};
+use serde::Serialize;
+
+use crate::args::{EngineArgs, positive, read_tokens};
+use crate::engine::{Engine, Wishes};
+use crate::output;
+
+/// Generate text behind a prompt
+///
+/// The text goes to stdout as it comes, a report of what was measured to stderr.
+///
+/// Without --model, the built-in model tells a small story: another one each time, unless --seed or --greedy
+/// says otherwise. (Its sampling, where no flag changes it: --temperature 0.7 --top-p 0.95, up to 256 tokens.)
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("input"), after_help = EXAMPLES)]
+pub struct RunArgs {
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// Take the memory of the KV cache for the whole --context at the start, so that nothing grows later
+    #[arg(long, help_heading = "Model")]
+    preallocate: bool,
+    /// When the context is full, forget its oldest eighth and go on, instead of ending
+    #[arg(long, help_heading = "Model")]
+    sliding_window: bool,
+    /// The prompt
+    #[arg(long, short, value_name = "TEXT", group = "input")]
+    prompt: Option<String>,
+    /// A file with the prompt's token ids, separated by commas or white space; nothing is added to them
+    #[arg(long, value_name = "FILE", group = "input")]
+    tokens_file: Option<PathBuf>,
+    /// Render the model's chat template with the prompt as the user's message
+    #[arg(long, requires = "prompt", help_heading = "Chat")]
+    chat: bool,
+    /// The system's message of the chat template
+    #[arg(long, value_name = "TEXT", requires = "prompt", help_heading = "Chat")]
+    system: Option<String>,
+    /// A chat template (Jinja) in place of the model's
+    #[arg(long, value_name = "FILE", requires = "prompt", help_heading = "Chat")]
+    chat_template: Option<PathBuf>,
+    /// Tokens to generate at most [default: 128]
+    #[arg(long, short = 'n', value_name = "N")]
+    max_new_tokens: Option<usize>,
+    /// Don't stop where the model ends its text
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Stop before this text; may be repeated
+    #[arg(long, value_name = "TEXT", conflicts_with = "print_ids")]
+    stop: Vec<String>,
+    /// Rows of the prompt that are computed at once [default: 256; with --device auto, as planned]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    chunk: Option<usize>,
+    /// Print the ids of the generated tokens, separated by spaces, instead of their text
+    #[arg(long, conflicts_with = "json")]
+    print_ids: bool,
+    /// Print one JSON object with text, ids and report, at the end
+    #[arg(long)]
+    json: bool,
+    /// Write the report as JSON to a file, too
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// No report on stderr
+    #[arg(long, short)]
+    quiet: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnet run
+  bitnet run -p 'Once there was a fox named Mo'
+  bitnet run -m model.gguf -p 'The capital of France is' -n 32
+  bitnet run -m model.gguf --chat -p 'Why is the sky blue?' --temperature 0.7 --top-p 0.9
+  bitnet run -m model.gguf --tokens-file prompt.txt --greedy --print-ids
+  bitnet run -m model.gguf -p Hello --json | jq .decode_tokens_per_s
+  bitnet run -m model.gguf -p Hello --receipt hello.json && bitnet receipt check hello.json --rerun";
+
+/// How a token is drawn. Without any of these flags, the most likely one (greedy).
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling (default: greedy, the most likely token)")]
+struct SamplingArgs {
+    /// The most likely token, which is the default
+    #[arg(long, conflicts_with = "temperature")]
+    greedy: bool,
+    /// Divides the logits; 0 is greedy
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Draw from the K most likely tokens only
+    #[arg(long, value_name = "K", requires = "temperature")]
+    top_k: Option<usize>,
+    /// Draw from the most likely tokens that make up this probability
+    #[arg(long, value_name = "P", requires = "temperature", allow_negative_numbers = true)]
+    top_p: Option<f32>,
+    /// Draw from tokens that have at least this fraction of the most likely one's probability
+    #[arg(long, value_name = "P", requires = "temperature", allow_negative_numbers = true)]
+    min_p: Option<f32>,
+    /// Makes tokens that occurred less likely; 1 is off
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    repeat_penalty: Option<f32>,
+    /// How many of the last tokens the penalty looks at; 0 is all of them
+    #[arg(long, value_name = "N", requires = "repeat_penalty")]
+    repeat_window: Option<usize>,
+    /// Seed of the sampler [default: a random one, which the report names]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// `stories`: for the built-in model, which has more than one to tell.
+    fn config(&self, stories: bool) -> anyhow::Result<SamplingConfig> {
+        let mut config = SamplingConfig::greedy();
+        if stories && !self.greedy && self.temperature.is_none() {
+            (config.temperature, config.top_p) = (0.7, 0.95);
+        }
+        config.temperature = self.temperature.unwrap_or(config.temperature);
+        config.top_k = self.top_k.unwrap_or(config.top_k);
+        config.top_p = self.top_p.unwrap_or(config.top_p);
+        config.min_p = self.min_p.unwrap_or(config.min_p);
+        config.repetition_penalty = self.repeat_penalty.unwrap_or(config.repetition_penalty);
+        config.repetition_window = self.repeat_window.unwrap_or(config.repetition_window);
+        // The standard library seeds its hash maps at random.
+        config.seed = self.seed.unwrap_or_else(|| RandomState::new().build_hasher().finish());
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+#[derive(Serialize)]
+struct Output<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
+    prompt_token_ids: &'a [u32],
+    token_ids: &'a [u32],
+    #[serde(flatten)]
+    report: &'a RunReport,
+}
+
+pub fn run(args: RunArgs) -> anyhow::Result<()> {
+    let built_in = args.engine.file.model.is_none();
+    if !built_in && args.prompt.is_none() && args.tokens_file.is_none() {
+        let message = "--prompt or --tokens-file is missing: what the text begins with";
+        crate::Cli::command().error(ErrorKind::MissingRequiredArgument, message).exit();
+    }
+    let sampling = args.sampling.config(built_in)?;
+    let max_new_tokens = args.max_new_tokens.unwrap_or(if built_in { 256 } else { 128 });
+    if args.stop.iter().any(String::is_empty) {
+        bail!("--stop '': an empty text would stop everything at once");
+    }
+    let template = args
+        .chat_template
+        .as_ref()
+        .map(|path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display())))
+        .transpose()?;
+    let wishes = Wishes {
+        tokenizer: args.tokens_file.is_none() || !args.print_ids,
+        quantise_activations: true,
+        max_rows: args.chunk,
+        measured_context: None,
+    };
+    let engine = args.engine.load(&wishes)?;
+    let context = engine.settings.context;
+    let prompt = prompt(&args, &engine, template.as_deref())?;
+    if prompt.len() > context && !args.sliding_window {
+        bail!(
+            "the prompt has {} tokens, the context {context}: shorten the prompt{}",
+            prompt.len(),
+            if args.engine.context.is_some() { ", or raise --context" } else { "" }
+        );
+    }
+    let options = GenerateOptions {
+        max_new_tokens,
+        chunk: engine.settings.rows,
+        sampling,
+        stop_tokens: if args.ignore_eos { Vec::new() } else { ends(&engine) },
+        stop_strings: args.stop.clone(),
+    };
+    let mut cache = engine.model.cache(context, engine.settings.kv_cache)?;
+    if args.preallocate {
+        engine.check_room(1, context).context("--preallocate")?;
+        cache = cache.preallocated();
+    }
+    if args.sliding_window {
+        cache = cache.sliding();
+    }
+    let sequence = cache.add_sequence(prompt.len().saturating_add(max_new_tokens));
+
+    let mut stdout = io::stdout().lock();
+    let mut failed = None;
+    let mut text = String::new();
+    let mut emit = |piece: &str| match stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush()) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(error) => {
+            failed = Some(error);
+            ControlFlow::Break(())
+        }
+    };
+    let generation = match &engine.tokenizer {
+        Some(tokenizer) if !args.print_ids => {
+            generate_text(&engine.model, tokenizer, &prompt, sequence, &mut cache, &options, &mut |piece| {
+                if args.json {
+                    text.push_str(piece);
+                    return ControlFlow::Continue(());
+                }
+                emit(piece)
+            })
+        }
+        _ => {
+            let mut separator = "";
+            generate(&engine.model, &prompt, sequence, &mut cache, &options, &mut |token, _| {
+                let piece = format!("{separator}{token}");
+                separator = " ";
+                emit(&piece)
+            })
+        }
+    };
+    // What was generated before an error stays a line of its own.
+    if !args.json && emit("\n").is_break() {
+        let error = failed.unwrap_or_else(|| io::ErrorKind::BrokenPipe.into());
+        return Err(error).context("cannot write to stdout");
+    }
+    drop(stdout);
+    let generation = generation?;
+
+    let mut report = RunReport::new(engine.summary.clone(), &generation, engine.execution());
+    report.load_seconds = Some(engine.load_seconds);
+    report.seed = (options.sampling.temperature > 0.0).then_some(options.sampling.seed);
+    report.kv_cache_bytes = Some(cache.bytes());
+    report.execution.memory = engine.memory(cache.bytes(), options.chunk.min(prompt.len()));
+    // A sliding window looks back over no more than that.
+    let at = (prompt.len() + generation.tokens.len() / 2).min(context);
+    report.execution.prediction =
+        engine.outcome(at, report.decode_tokens_per_s, Some(report.prefill_tokens_per_s));
+    engine.learn(&mut report.execution, report.decode_tokens_per_s);
+    engine.check_figures(&report.execution, Some(report.prefill_tokens_per_s), report.decode_tokens_per_s)?;
+    if let Some(path) = &args.report {
+        output::write_file(path, |out| {
+            serde_json::to_writer_pretty(&mut *out, &report)?;
+            Ok(writeln!(out)?)
+        })?;
+    }
+    if let Some(path) = &args.engine.receipt {
+        let record = GenerationRecord {
+            prompt_token_ids: prompt.clone(),
+            max_new_tokens,
+            sampling: options.sampling.clone(),
+            stop_tokens: options.stop_tokens.clone(),
+            stop_strings: options.stop_strings.clone(),
+            chunk: options.chunk,
+            context,
+            kv_cache: engine.settings.kv_cache,
+            sliding_window: args.sliding_window,
+            lm_head: args.engine.lm_head.into(),
+            hidden_act: args.engine.file.hidden_act,
+            pre: args.engine.file.pre.clone(),
+            result: TokensRecord::of(&generation),
+        };
+        engine.write_receipt(path, "run", &report, Some(record))?;
+    }
+    if args.json {
+        let text = engine.tokenizer.is_some().then_some(text.as_str());
+        let token_ids = &generation.tokens;
+        output::print_json(&Output { text, prompt_token_ids: &prompt, token_ids, report: &report })?;
+    } else if !args.quiet {
+        output::note(format_args!("\n{}", report.to_string().trim_end()));
+    }
+    Ok(())
+}
+
+/// The prompt's tokens.
+fn prompt(args: &RunArgs, engine: &Engine, template: Option<&str>) -> anyhow::Result<Vec<u32>> {
+    if let Some(path) = &args.tokens_file {
+        return read_tokens(path, engine.checkpoint.config().vocab_size);
+    }
+    let Some(tokenizer) = &engine.tokenizer else { bail!("a prompt needs a tokenizer") };
+    // Without one: from the beginning of a text.
+    let prompt = args.prompt.as_deref().unwrap_or_default();
+    if !(args.chat || args.system.is_some() || template.is_some()) {
+        return Ok(tokenizer.encode(prompt, true)?);
+    }
+    let template = match template {
+        Some(source) => ChatTemplate::new(source)?,
+        None => ChatTemplate::of(tokenizer)?,
+    };
+    let system = args.system.iter().map(|text| Message::new("system", text));
+    let messages: Vec<_> = system.chain([Message::new("user", prompt)]).collect();
+    let text = template.render(&messages, &tokenizer.template_tokens(), true)?;
+    Ok(tokenizer.encode(&text, false)?)
+}
+
+/// Tokens that end a text, by the tokenizer and by the model's configuration.
+fn ends(engine: &Engine) -> Vec<u32> {
+    let by_tokenizer = engine.tokenizer.iter().flat_map(|tokenizer| tokenizer.end_of_generation());
+    by_tokenizer.chain(&engine.checkpoint.config().eos_tokens).copied().collect()
+}

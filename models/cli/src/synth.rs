@@ -1,0 +1,144 @@
+//! `bitnet synth`: models of random weights.
+
+use std::path::PathBuf;
+
+use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn_engine::report::{human_bytes, human_seconds};
+use bitnet_burn_engine::synth;
+use bitnet_burn_engine::synth::SynthOptions;
+use bitnet_burn_formats::DenseFormat;
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+use serde::Serialize;
+
+use crate::args::{DenseType, activation, positive};
+use crate::output;
+
+/// Write a GGUF model of random ternary weights, for measuring and trying things out
+///
+/// The file is like a published one in everything but its values: keys, names, types, sizes, and a byte-level
+/// tokenizer, so that every command works on it (and generates nonsense). Projections are I2_S, -1, 0 and 1
+/// equally often; their scales keep activations at a variance of 1. An embedding of Q8_0, Q6_K or Q4_0
+/// consists of random valid blocks instead of quantised floats: random in every row, and as costly to read as
+/// a real one. The same options and seed write the same bytes.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct SynthArgs {
+    /// A shape by name; the sizes below change it
+    #[arg(long, value_name = "NAME", default_value = "tiny", value_parser = PossibleValuesParser::new(synth::SHAPES))]
+    shape: String,
+    /// The file to write [default: bitnet-SHAPE.gguf]
+    #[arg(long, short, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Other seeds make other weights
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Type of the embedding, and of the output head where that is not tied
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = DenseType::Q6_K)]
+    embedding_type: DenseType,
+    /// Width of the residual stream; a multiple of 128, with a Q6_K embedding of 256
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
+    hidden_size: Option<usize>,
+    /// Width of the feed-forward layer; a multiple of 128
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
+    intermediate_size: Option<usize>,
+    /// Blocks
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
+    layers: Option<usize>,
+    /// Query heads
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
+    heads: Option<usize>,
+    /// Key and value heads
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
+    kv_heads: Option<usize>,
+    /// Width of a head [default: the shape's, or hidden size / heads where one of these is given]
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
+    head_dim: Option<usize>,
+    /// Tokens
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
+    vocab_size: Option<usize>,
+    /// Positions that the model claims to be trained for
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
+    context_length: Option<usize>,
+    /// Base of the RoPE frequencies
+    #[arg(long, value_name = "X", help_heading = "Sizes")]
+    rope_theta: Option<f64>,
+    /// The feed-forward activation: relu2 or silu
+    #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Sizes")]
+    hidden_act: Option<Activation>,
+    /// An output head of its own instead of the embedding
+    #[arg(long, help_heading = "Sizes")]
+    untied: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnet synth --shape 2b-4t --out 2b.gguf          # BitNet b1.58 2B-4T, 790 MB
+  bitnet synth --shape 2b-4t --embedding-type f16 --out 2b-f16.gguf
+  bitnet synth --hidden-size 512 --intermediate-size 1536 --layers 4 --heads 8 --kv-heads 2 --out small.gguf";
+
+#[derive(Serialize)]
+struct Output<'a> {
+    path: PathBuf,
+    bytes: u64,
+    seconds: f64,
+    seed: u64,
+    embedding_type: &'static str,
+    config: &'a ModelConfig,
+}
+
+impl SynthArgs {
+    fn config(&self) -> anyhow::Result<ModelConfig> {
+        let mut config =
+            synth::shape(&self.shape).ok_or_else(|| anyhow::anyhow!("no shape {}", self.shape))?;
+        let named = config.clone();
+        let set = |field: &mut usize, value: Option<usize>| *field = value.unwrap_or(*field);
+        set(&mut config.hidden_size, self.hidden_size);
+        set(&mut config.intermediate_size, self.intermediate_size);
+        set(&mut config.n_layers, self.layers);
+        set(&mut config.n_heads, self.heads);
+        set(&mut config.n_kv_heads, self.kv_heads);
+        set(&mut config.context_length, self.context_length);
+        if self.hidden_size.is_some() || self.heads.is_some() {
+            config.head_dim = config.hidden_size / config.n_heads;
+        }
+        set(&mut config.head_dim, self.head_dim);
+        if let Some(vocab_size) = self.vocab_size {
+            config.vocab_size = vocab_size;
+            (config.bos_token, config.eos_tokens) = synth::last_tokens(vocab_size);
+        }
+        config.rope_theta = self.rope_theta.unwrap_or(config.rope_theta);
+        config.activation = self.hidden_act.unwrap_or(config.activation);
+        config.tied_embeddings &= !self.untied;
+        if config != named {
+            config.name = Some(format!("synthetic, {} changed", self.shape));
+        }
+        Ok(config)
+    }
+}
+
+pub fn run(args: SynthArgs) -> anyhow::Result<()> {
+    let config = args.config()?;
+    let path = args.out.clone().unwrap_or_else(|| format!("bitnet-{}.gguf", args.shape).into());
+    let embedding = DenseFormat::from(args.embedding_type);
+    let options = SynthOptions { config, embedding, seed: args.seed };
+    let bar = output::bar(0, "writing [{bar:30}] {bytes}/{total_bytes}");
+    let started = std::time::Instant::now();
+    let bytes = synth::write(&path, &options, &|done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    let seconds = started.elapsed().as_secs_f64();
+    if args.json {
+        let SynthOptions { config, embedding, seed } = &options;
+        let embedding_type = embedding.name();
+        return output::print_json(&Output { path, bytes, seconds, seed: *seed, embedding_type, config });
+    }
+    let (size, time) = (human_bytes(bytes), human_seconds(seconds));
+    output::note(format_args!("{}: {size} in {time}", path.display()));
+    Ok(())
+}

@@ -1,0 +1,552 @@
+//! How fast a model runs, beside what the machine's memory allows.
+//!
+//! Decoding one sequence reads every weight once a token, so its bound is the memory's read bandwidth
+//! divided by the bytes of the weights. [`run`] measures both in turn in the same process: shared and
+//! throttled machines change their speed from minute to minute, and two figures from two runs say nothing
+//! about each other.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bitnet_burn_backends::manager::manager;
+use bitnet_burn_backends::{devices, ops, peak};
+use bitnet_burn_formats::canonical;
+use bitnet_burn_manager::cpu;
+use bitnet_burn_manager::pool::Pool;
+use bitnet_burn_manager::{LayoutPolicy, ManagerError};
+use burn::tensor::Tensor;
+use memmap2::MmapMut;
+use serde::Serialize;
+
+use crate::generate::{GenerateError, prefill};
+use crate::load::DEFAULT_CHUNK;
+use crate::report::peak_rss_bytes;
+use bitnet_burn::{BitNet, ForwardError, Row};
+use bitnet_burn::{CacheType, KvCache, SequenceId};
+use bitnet_burn::{Norm, Projection};
+use bitnet_burn_formats::random::SplitMix64;
+
+/// Why nothing was measured.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// There is nothing to do.
+    #[error(
+        "nothing to measure: neither prompt tokens, nor generated tokens, contexts or batches were asked for"
+    )]
+    Nothing,
+    /// More tokens than the model has positions for.
+    #[error("{what} takes {needed} positions; the context has {context}")]
+    Context {
+        /// What was asked for.
+        what: String,
+        /// Positions that it takes.
+        needed: usize,
+        /// Positions that there are.
+        context: usize,
+    },
+    /// The model.
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    /// The kernels.
+    #[error(transparent)]
+    Kernel(#[from] ManagerError),
+    /// No memory for the bandwidth's buffer.
+    #[error("no memory to measure the read bandwidth with: {0}")]
+    Memory(#[from] std::io::Error),
+}
+
+/// A figure that was measured several times.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Spread {
+    /// The middle one, or the mean of the middle two.
+    pub median: f64,
+    /// The smallest.
+    pub min: f64,
+    /// The largest.
+    pub max: f64,
+}
+
+impl Spread {
+    /// Of these samples; `None` without any.
+    pub fn of(samples: &[f64]) -> Option<Self> {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let (min, max) = (*sorted.first()?, *sorted.last()?);
+        let upper = sorted[sorted.len() / 2];
+        let lower = sorted[(sorted.len() - 1) / 2];
+        Some(Self { median: f64::midpoint(lower, upper), min, max })
+    }
+}
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct BenchOptions {
+    /// Tokens of the prompt; 0 measures no prefill.
+    pub prompt_tokens: usize,
+    /// Tokens generated behind it; 0 measures no decode.
+    pub generated_tokens: usize,
+    /// How often.
+    pub repetitions: usize,
+    /// Further context lengths to measure decode at, once each.
+    pub contexts: Vec<usize>,
+    /// Numbers of sequences to decode at once, once each, all behind a prompt of their own.
+    pub batches: Vec<usize>,
+    /// Rows of the prompt that are computed at once.
+    pub chunk: usize,
+    /// Positions of the KV cache.
+    pub context: usize,
+    /// Type of the KV cache.
+    pub kv_cache: CacheType,
+    /// Whether every sequence takes the memory of the whole context at once.
+    pub preallocate: bool,
+    /// Seed of the random tokens.
+    pub seed: u64,
+}
+
+impl Default for BenchOptions {
+    fn default() -> Self {
+        Self {
+            prompt_tokens: 128,
+            generated_tokens: 64,
+            repetitions: 5,
+            contexts: Vec::new(),
+            batches: Vec::new(),
+            chunk: DEFAULT_CHUNK,
+            context: usize::MAX,
+            kv_cache: CacheType::F32,
+            preallocate: false,
+            seed: 0,
+        }
+    }
+}
+
+/// Decode at one context length.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct DecodeAt {
+    /// Positions in the KV cache before the first token.
+    pub context: usize,
+    /// Tokens generated from there on.
+    pub generated_tokens: usize,
+    /// Tokens a second.
+    pub decode_tokens_per_s: f64,
+    /// Seconds of the single tokens.
+    pub token_seconds: Spread,
+}
+
+/// Decode of several sequences at once.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct DecodeBatch {
+    /// Sequences.
+    pub sequences: usize,
+    /// Tokens generated for each.
+    pub generated_tokens: usize,
+    /// Tokens a second, of all sequences together.
+    pub decode_tokens_per_s: f64,
+    /// Seconds of the single steps, each a token for every sequence.
+    pub step_seconds: Spread,
+}
+
+/// What a decode step has to read, by part, in bytes. The KV cache comes on top; it grows with the context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct BytesPerToken {
+    /// Ternary weights of all layers, in the layout that the chosen kernels read.
+    pub ternary: u64,
+    /// The output head as it is stored: the embedding where that is tied.
+    pub head: u64,
+    /// The weights of all norms.
+    pub norms: u64,
+    /// One row of the embedding, where it is not the head.
+    pub embedding_row: u64,
+}
+
+impl BytesPerToken {
+    /// Of a loaded model.
+    ///
+    /// # Errors
+    /// If no kernel may compute one of its shapes.
+    pub fn of(model: &BitNet) -> Result<Self, ManagerError> {
+        let config = model.config();
+        let host_layers = model.layer_devices().iter().filter(|device| ops::is_host(device)).count() as u64;
+        let mut ternary = 0u64;
+        for projection in Projection::ALL {
+            let (n, k) = projection.shape(config);
+            if host_layers > 0 {
+                ternary += manager().choose(n, k, LayoutPolicy::Any)?.weight_bytes() as u64 * host_layers;
+            }
+            ternary += (n * canonical::row_bytes(k)) as u64 * (config.n_layers as u64 - host_layers);
+        }
+        let row = |matrix: &bitnet_burn::DenseMatrix| {
+            let args = matrix.args();
+            (args.format.row_bytes(args.k).unwrap_or(0) as u64, args.n as u64)
+        };
+        let (embedding_row, embedding_rows) = row(&model.embedding);
+        let (head, embedding_row) = match &model.output {
+            None => (embedding_row * embedding_rows, 0),
+            Some(output) => {
+                let (head_row, head_rows) = row(output);
+                (head_row * head_rows, embedding_row)
+            }
+        };
+        let of_layer =
+            |layer| Norm::of_layer(layer, config.sub_norms).map(|norm| norm.len(config)).sum::<usize>();
+        let norms = (0..config.n_layers).map(of_layer).sum::<usize>() + Norm::Output.len(config);
+        Ok(Self { ternary, head, norms: norms as u64 * 4, embedding_row })
+    }
+
+    /// All parts.
+    pub fn total(&self) -> u64 {
+        self.ternary + self.head + self.norms + self.embedding_row
+    }
+}
+
+/// What was measured.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BenchResult {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated behind it.
+    pub generated_tokens: usize,
+    /// How often.
+    pub repetitions: usize,
+    /// Rows of the prompt that were computed at once.
+    pub chunk: usize,
+    /// Tokens of the prompt a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill_tokens_per_s: Option<Spread>,
+    /// Generated tokens a second: forward pass and logits, without sampling.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode_tokens_per_s: Option<Spread>,
+    /// Decode at the other context lengths.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub decode_by_context: Vec<DecodeAt>,
+    /// Decode of several sequences at once.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub decode_by_batch: Vec<DecodeBatch>,
+    /// A read-only stream on the same threads, between the repetitions: 10^9 bytes a second.
+    pub read_bandwidth_gb_per_s: Spread,
+    /// Bytes of the buffer that it streams over.
+    pub read_buffer_bytes: usize,
+    /// What a decode step has to read, without the KV cache.
+    pub bytes_per_token: u64,
+    /// By part.
+    pub bytes_per_token_parts: BytesPerToken,
+    /// Decode speed as a fraction of what the bandwidth allows: medians of tokens/s times bytes per token
+    /// over the bandwidth. Absent where other devices than the host compute.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode_fraction_of_bandwidth: Option<f64>,
+    /// Bytes of the KV cache of a repetition.
+    pub kv_cache_bytes: usize,
+    /// Most memory that the process had resident at once, mapped files included and the bandwidth's buffer
+    /// not: read before that is made, after a repetition, all contexts and all batches.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_rss_bytes: Option<u64>,
+}
+
+/// What [`run`] has done: (steps, of so many).
+pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
+
+/// Measures a model. Every repetition has a sequence of its own, of random tokens; one repetition before
+/// the first is not counted.
+///
+/// # Errors
+/// If nothing is asked for, it doesn't fit the context, or the model fails.
+pub fn run(
+    model: &BitNet,
+    options: &BenchOptions,
+    progress: Progress<'_>,
+) -> Result<BenchResult, BenchError> {
+    let BenchOptions { prompt_tokens, generated_tokens, .. } = *options;
+    let repetitions = options.repetitions.max(1);
+    let nothing_else = options.contexts.is_empty() && options.batches.is_empty();
+    if prompt_tokens == 0 && generated_tokens == 0 && nothing_else {
+        return Err(BenchError::Nothing);
+    }
+    let context = options.context.min(model.config().context_length);
+    let fits = |what: String, needed: usize| {
+        if needed <= context { Ok(()) } else { Err(BenchError::Context { what, needed, context }) }
+    };
+    let needed = prompt_tokens.saturating_add(generated_tokens);
+    fits(format!("a prompt of {prompt_tokens} and {generated_tokens} generated tokens"), needed)?;
+    for &at in &options.contexts {
+        let what = format!("{generated_tokens} tokens generated at a context of {at}");
+        fits(what, at.saturating_add(generated_tokens))?;
+    }
+    let steps = repetitions + 1 + options.contexts.len() + options.batches.len();
+    let mut random = SplitMix64::new(options.seed);
+    let cache = || -> Result<KvCache, GenerateError> {
+        let cache = model.cache(context, options.kv_cache).map_err(ForwardError::from)?;
+        Ok(if options.preallocate { cache.preallocated() } else { cache })
+    };
+    let mut done = 0;
+    let mut step = || {
+        done += 1;
+        progress(done, steps);
+    };
+
+    let mut repetition = Repetition { model, random: &mut random, chunk: options.chunk };
+    let warm_up = repetition.run(cache()?, 1, prompt_tokens, generated_tokens)?;
+    let kv_cache_bytes = warm_up.kv_cache_bytes;
+    step();
+    let mut decode_by_context = Vec::new();
+    for &at in &options.contexts {
+        let timed = repetition.run(cache()?, 1, at, generated_tokens)?;
+        let seconds: Vec<f64> = timed.steps.iter().map(Duration::as_secs_f64).collect();
+        if let (Some(token_seconds), Some(rate)) = (Spread::of(&seconds), timed.decode_rate()) {
+            decode_by_context.push(DecodeAt {
+                context: at,
+                generated_tokens,
+                decode_tokens_per_s: rate,
+                token_seconds,
+            });
+        }
+        step();
+    }
+    let mut decode_by_batch = Vec::new();
+    for &sequences in &options.batches {
+        let timed = repetition.run(cache()?, sequences, prompt_tokens, generated_tokens)?;
+        let seconds: Vec<f64> = timed.steps.iter().map(Duration::as_secs_f64).collect();
+        if let (Some(step_seconds), Some(rate)) = (Spread::of(&seconds), timed.decode_rate()) {
+            decode_by_batch.push(DecodeBatch {
+                sequences,
+                generated_tokens,
+                decode_tokens_per_s: rate * sequences as f64,
+                step_seconds,
+            });
+        }
+        step();
+    }
+    let peak_rss_bytes = peak_rss_bytes();
+
+    let pool = manager().pool();
+    let stream = ReadStream::new(ReadStream::default_bytes(), pool)?;
+    let (mut prefills, mut decodes, mut bandwidths) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..repetitions {
+        bandwidths.push(stream.gb_per_s(pool));
+        if needed > 0 {
+            let timed = repetition.run(cache()?, 1, prompt_tokens, generated_tokens)?;
+            prefills.extend(timed.prefill.map(|time| prompt_tokens as f64 / time.as_secs_f64()));
+            decodes.extend(timed.decode_rate());
+        }
+        step();
+    }
+    bandwidths.push(stream.gb_per_s(pool));
+
+    let parts = BytesPerToken::of(model)?;
+    let decode_tokens_per_s = Spread::of(&decodes);
+    let bandwidth = Spread::of(&bandwidths).expect("measured once at least");
+    Ok(BenchResult {
+        prompt_tokens,
+        generated_tokens,
+        repetitions,
+        chunk: options.chunk,
+        prefill_tokens_per_s: Spread::of(&prefills),
+        decode_tokens_per_s,
+        decode_by_context,
+        decode_by_batch,
+        read_bandwidth_gb_per_s: bandwidth,
+        read_buffer_bytes: stream.map.len(),
+        bytes_per_token: parts.total(),
+        bytes_per_token_parts: parts,
+        decode_fraction_of_bandwidth: decode_tokens_per_s
+            .filter(|_| model.is_host())
+            .map(|decode| decode.median * parts.total() as f64 / (bandwidth.median * 1e9)),
+        kv_cache_bytes,
+        peak_rss_bytes,
+    })
+}
+
+/// What repetitions share.
+struct Repetition<'a> {
+    model: &'a BitNet,
+    random: &'a mut SplitMix64,
+    chunk: usize,
+}
+
+/// The times of one.
+struct Timed {
+    prefill: Option<Duration>,
+    steps: Vec<Duration>,
+    kv_cache_bytes: usize,
+}
+
+impl Timed {
+    /// Steps a second.
+    fn decode_rate(&self) -> Option<f64> {
+        let time: Duration = self.steps.iter().sum();
+        (!self.steps.is_empty()).then(|| self.steps.len() as f64 / time.as_secs_f64())
+    }
+}
+
+impl Repetition<'_> {
+    fn token(&mut self) -> u32 {
+        self.random.below(self.model.config().vocab_size as u64) as u32
+    }
+
+    /// So many sequences, each with a prompt, and then generated together.
+    fn run(
+        &mut self,
+        mut cache: KvCache,
+        sequences: usize,
+        prompt: usize,
+        generated: usize,
+    ) -> Result<Timed, GenerateError> {
+        let sequences: Vec<SequenceId> =
+            (0..sequences).map(|_| cache.add_sequence(prompt + generated)).collect();
+        let mut took = Duration::ZERO;
+        for &sequence in sequences.iter().filter(|_| prompt > 0) {
+            let tokens: Vec<u32> = (0..prompt).map(|_| self.token()).collect();
+            let clock = Instant::now();
+            wait(prefill(self.model, &tokens, sequence, &mut cache, self.chunk)?)?;
+            took += clock.elapsed();
+        }
+        let wanted: Vec<usize> = (0..sequences.len()).collect();
+        let mut steps = Vec::with_capacity(generated);
+        for i in 0..generated {
+            let position = prompt + i;
+            let row = |&sequence| Row { token: self.token(), sequence, position };
+            let rows: Vec<Row> = sequences.iter().map(row).collect();
+            let clock = Instant::now();
+            wait(self.model.forward(&rows, &wanted, &mut cache)?)?;
+            steps.push(clock.elapsed());
+        }
+        let prefill = (prompt > 0).then_some(took);
+        Ok(Timed { prefill, steps, kv_cache_bytes: cache.bytes() })
+    }
+}
+
+/// Waits for a tensor's values: devices compute behind the caller's back.
+fn wait(tensor: Tensor<2>) -> Result<(), GenerateError> {
+    devices::read(tensor).map_err(GenerateError::Device)?;
+    Ok(())
+}
+
+/// A buffer in huge pages, and a loop that only reads it.
+#[derive(Debug)]
+pub struct ReadStream {
+    map: MmapMut,
+}
+
+/// Bytes of a task: large enough for the prefetcher, small enough to share out.
+const PIECE: usize = 2 << 20;
+
+impl ReadStream {
+    /// Eight times the last-level cache, at least 256 MiB, or 512 MiB where the system does not tell the
+    /// cache's size.
+    pub fn default_bytes() -> usize {
+        match cpu::last_level_cache() {
+            Some(cache) => cache.saturating_mul(8).clamp(256 << 20, 4 << 30),
+            None => 512 << 20,
+        }
+    }
+
+    /// A buffer of `bytes`, written once so that the system really gives the memory.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn new(bytes: usize, pool: &Pool) -> std::io::Result<Self> {
+        let mut map = MmapMut::map_anon(bytes.max(PIECE).next_multiple_of(PIECE))?;
+        // Advice: where there are no huge pages the figure is what 4 KiB pages allow.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        let pieces = map.len() / PIECE;
+        let parts = Mutex::new(map.chunks_mut(PIECE));
+        pool.run(pieces, &|_| {
+            let piece = parts.lock().unwrap_or_else(PoisonError::into_inner).next();
+            if let Some(piece) = piece {
+                piece.fill(0x5a);
+            }
+        });
+        Ok(Self { map })
+    }
+
+    fn pieces(&self) -> usize {
+        self.map.len() / PIECE
+    }
+
+    fn read(&self, piece: usize) {
+        std::hint::black_box(peak::read(&self.map[piece * PIECE..(piece + 1) * PIECE]));
+    }
+
+    /// Reads it once on the pool's threads: 10^9 bytes a second.
+    pub fn gb_per_s(&self, pool: &Pool) -> f64 {
+        let clock = Instant::now();
+        pool.run(self.pieces(), &|i| self.read(i));
+        self.map.len() as f64 / clock.elapsed().as_secs_f64() / 1e9
+    }
+}
+
+/// What this machine can do at most, on the threads of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Roof {
+    /// A read-only stream: 10^9 bytes a second.
+    pub read_gb_per_s: f64,
+    /// int8 multiply-adds on registers alone, with the instruction that the built-in kernels use: 10^9 a
+    /// second. Absent where they have none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub multiply_adds_g_per_s: Option<f64>,
+}
+
+impl Roof {
+    /// Measures both, the stream over `bytes` (as many as what is compared with it reads).
+    ///
+    /// # Errors
+    /// If there is no memory for the stream's buffer.
+    pub fn measure(pool: &Pool, bytes: usize) -> std::io::Result<Self> {
+        let stream = ReadStream::new(bytes, pool)?;
+        let read = undisturbed(pool, stream.pieces(), &|i| stream.read(i));
+        let multiply = |_| peak::multiply_adds(ROUNDS);
+        let multiply_adds = peak::multiply_adds(1).and_then(|_| multiply(0));
+        Ok(Self {
+            read_gb_per_s: PIECE as f64 * read,
+            multiply_adds_g_per_s: multiply_adds.map(|products| {
+                products as f64
+                    * undisturbed(pool, pool.threads() * 32, &|i| {
+                        std::hint::black_box(multiply(i));
+                    })
+            }),
+        })
+    }
+}
+
+/// Rounds of products of 20 to 200 microseconds.
+const ROUNDS: u32 = 10_000;
+
+/// How often a nanosecond the pool does such a task, by what the quick tenth of them took: tasks are much
+/// shorter than the turns that the system gives to programs, so that those of other programs are left out.
+fn undisturbed(pool: &Pool, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> f64 {
+    const PASSES: usize = 5;
+    let times = Mutex::new(Vec::with_capacity(PASSES * tasks));
+    for _ in 0..PASSES {
+        pool.run(tasks, &|i| {
+            let clock = Instant::now();
+            task(i);
+            times.lock().unwrap_or_else(PoisonError::into_inner).push(clock.elapsed());
+        });
+    }
+    let mut times = times.into_inner().unwrap_or_else(PoisonError::into_inner);
+    times.sort_unstable();
+    let time = times.get(times.len() / 10).map_or(1, |time| time.as_nanos().max(1));
+    pool.threads() as f64 / time as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(Spread::of(&[]), None);
+        assert_eq!(Spread::of(&[3.0]), Some(Spread { median: 3.0, min: 3.0, max: 3.0 }));
+        assert_eq!(Spread::of(&[4.0, 1.0, 2.0, 8.0]), Some(Spread { median: 3.0, min: 1.0, max: 8.0 }));
+    }
+
+    #[test]
+    fn the_stream_reads_what_it_says() {
+        let pool = Pool::new(2).unwrap();
+        let stream = ReadStream::new(3 * PIECE - 5, &pool).unwrap();
+        assert_eq!(stream.map.len(), 3 * PIECE);
+        let word = u64::from_ne_bytes([0x5a; 8]);
+        assert_eq!(peak::read(&stream.map), word.wrapping_mul((stream.map.len() / 8) as u64));
+        assert!(stream.gb_per_s(&pool) > 0.0);
+    }
+}

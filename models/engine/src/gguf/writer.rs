@@ -1,0 +1,568 @@
+//! Writing GGUF v3: to a temporary file beside the target, which it replaces when complete.
+
+use super::model::{LLAMA, gptj_rows};
+use super::types::I2_S_TAIL;
+use super::value::encode_str;
+use super::{DEFAULT_ALIGNMENT, TensorType, Value, norm_name, projection_name};
+use crate::checkpoint::{Checkpoint, LoadError};
+use crate::exact::{Exact, Progress};
+use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{Norm, Projection};
+use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::{DenseTensor, TernaryTensor};
+use bitnet_burn_formats::{FormatError, tq1_0, tq2_0};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// Why a GGUF file was not written. The target is as it was before.
+#[derive(Debug, thiserror::Error)]
+pub enum GgufWriteError {
+    /// The operating system refused, or a tensor's producer failed.
+    #[error("{}: cannot {action}: {error}", path.display())]
+    Io {
+        /// The file that was to be written.
+        path: PathBuf,
+        /// What was attempted.
+        action: String,
+        /// The system's answer.
+        error: io::Error,
+    },
+    /// A tensor that the format cannot hold.
+    #[error("tensor `{tensor}` with dimensions {dims:?} cannot be written as {tensor_type}: {problem}")]
+    Tensor {
+        /// The tensor.
+        tensor: String,
+        /// Its dimensions, fastest first.
+        dims: Vec<u64>,
+        /// The type.
+        tensor_type: TensorType,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A key or a tensor was given twice.
+    #[error("{what} `{name}` was given twice")]
+    Duplicate {
+        /// `key` or `tensor`.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// The model to be written could not be read.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+}
+
+/// How a projection is stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(non_camel_case_types, reason = "the names of the format")]
+pub enum TernaryType {
+    /// bitnet.cpp's: 2 bits a weight, the exact f32 scale. K must be a multiple of 128.
+    #[default]
+    I2_S,
+    /// llama.cpp's: 2.06 bits a weight, an f16 scale. K must be a multiple of 256.
+    TQ2_0,
+    /// llama.cpp's: 1.69 bits a weight, an f16 scale. K must be a multiple of 256.
+    TQ1_0,
+}
+
+impl From<TernaryType> for TensorType {
+    fn from(ternary: TernaryType) -> Self {
+        match ternary {
+            TernaryType::I2_S => Self::I2_S,
+            TernaryType::TQ2_0 => Self::TQ2_0,
+            TernaryType::TQ1_0 => Self::TQ1_0,
+        }
+    }
+}
+
+/// How the tensors of a model are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GgufTypes {
+    /// The projections.
+    pub ternary: TernaryType,
+    /// The embedding and the output head; `None`: as the checkpoint has them.
+    pub dense: Option<DenseFormat>,
+}
+
+/// The architecture under which llama.cpp's family computes a model. Those programs that know `bitnet-b1.58`
+/// are bitnet.cpp's, for I2_S; llama.cpp itself, which has the other two types, knows `bitnet` with a
+/// `hidden_act`. A model of squared ReLU without sub-norms is none of theirs, and must not pass for a Llama.
+fn architecture(config: &ModelConfig, ternary: TernaryType) -> &'static str {
+    match (config.activation, config.sub_norms, ternary) {
+        (Activation::Silu, false, _) => LLAMA,
+        (Activation::Relu2, true, TernaryType::I2_S) => "bitnet-b1.58",
+        _ => "bitnet",
+    }
+}
+
+type Producer<'a> = Box<dyn FnOnce(&mut dyn Write) -> io::Result<()> + 'a>;
+
+struct Pending<'a> {
+    name: String,
+    dims: Vec<u64>,
+    tensor_type: TensorType,
+    bytes: u64,
+    produce: Producer<'a>,
+}
+
+/// A GGUF file to be written: keys and tensors in the order in which they were given.
+///
+/// A tensor is given as a function that writes its bytes when their turn comes, so that a model need never
+/// be in memory as a whole.
+///
+/// ```
+/// use bitnet_burn_engine::gguf::{GgufFile, GgufWriter, TensorType, Value};
+///
+/// let dir = tempfile::tempdir()?;
+/// let path = dir.path().join("tiny.gguf");
+/// let mut writer = GgufWriter::new();
+/// writer.set("general.architecture", "bitnet-b1.58")?;
+/// writer.tensor("output_norm.weight", &[4], TensorType::F32, |out| {
+///     [1.0f32, 2.0, 3.0, 4.0].iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
+/// })?;
+/// writer.write(&path)?;
+///
+/// let file = GgufFile::open(&path)?;
+/// assert_eq!(file.value("general.architecture"), Some(&Value::from("bitnet-b1.58")));
+/// assert_eq!(file.tensor_bytes("output_norm.weight")?.len(), 16);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Default)]
+pub struct GgufWriter<'a> {
+    metadata: Vec<(String, Value)>,
+    tensors: Vec<Pending<'a>>,
+}
+
+impl<'a> GgufWriter<'a> {
+    /// An empty file.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a key. `general.alignment` is not needed: files are aligned to 32 bytes, the default.
+    ///
+    /// # Errors
+    /// [`GgufWriteError::Duplicate`].
+    pub fn set(
+        &mut self,
+        key: impl Into<String>,
+        value: impl Into<Value>,
+    ) -> Result<&mut Self, GgufWriteError> {
+        let key = key.into();
+        if self.metadata.iter().any(|(k, _)| *k == key) {
+            return Err(GgufWriteError::Duplicate { what: "key", name: key });
+        }
+        self.metadata.push((key, value.into()));
+        Ok(self)
+    }
+
+    /// Adds a tensor: its dimensions fastest first (for a matrix [columns, rows]), and a function that writes
+    /// exactly the bytes that its type takes.
+    ///
+    /// # Errors
+    /// [`GgufWriteError::Tensor`] where the type cannot hold these dimensions, [`GgufWriteError::Duplicate`].
+    pub fn tensor(
+        &mut self,
+        name: impl Into<String>,
+        dims: &[u64],
+        tensor_type: TensorType,
+        produce: impl FnOnce(&mut dyn Write) -> io::Result<()> + 'a,
+    ) -> Result<&mut Self, GgufWriteError> {
+        let name = name.into();
+        if self.tensors.iter().any(|t| t.name == name) {
+            return Err(GgufWriteError::Duplicate { what: "tensor", name });
+        }
+        let elements = dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
+        let block = tensor_type.block_size();
+        let problem = match dims {
+            _ if !(1..=4).contains(&dims.len()) => "one to four dimensions are possible".to_owned(),
+            _ if dims.contains(&0) => "a dimension is zero".to_owned(),
+            [k, ..] if !k.is_multiple_of(block) => {
+                format!("rows must be a multiple of {block}")
+            }
+            _ => String::new(),
+        };
+        let bytes = elements.and_then(|n| tensor_type.bytes(n)).filter(|_| problem.is_empty());
+        let Some(bytes) = bytes else {
+            let problem = if problem.is_empty() { "its size overflows".into() } else { problem };
+            return Err(GgufWriteError::Tensor { tensor: name, dims: dims.to_vec(), tensor_type, problem });
+        };
+        self.tensors.push(Pending {
+            name,
+            dims: dims.to_vec(),
+            tensor_type,
+            bytes,
+            produce: Box::new(produce),
+        });
+        Ok(self)
+    }
+
+    /// Adds a ternary matrix as I2_S under `name`.
+    ///
+    /// # Errors
+    /// [`GgufWriteError::Tensor`] where K is no multiple of 128, or the codes are not `n` canonical rows;
+    /// [`GgufWriteError::Duplicate`].
+    pub fn i2_s(
+        &mut self,
+        name: impl Into<String>,
+        tensor: TernaryTensor,
+    ) -> Result<&mut Self, GgufWriteError> {
+        let (name, dims) = (name.into(), [tensor.k as u64, tensor.n as u64]);
+        let TernaryTensor { codes, scale, .. } = tensor;
+        let expected = TensorType::I2_S.bytes(dims[0].saturating_mul(dims[1])).map(|b| b - I2_S_TAIL);
+        if dims[0].is_multiple_of(TensorType::I2_S.block_size()) && Some(codes.len() as u64) != expected {
+            let problem = format!("the codes take {} bytes", codes.len());
+            let tensor_type = TensorType::I2_S;
+            return Err(GgufWriteError::Tensor { tensor: name, dims: dims.to_vec(), tensor_type, problem });
+        }
+        self.tensor(name, &dims, TensorType::I2_S, move |out| write_i2_s(out, &codes, scale))
+    }
+
+    /// Adds a dense matrix under `name`, as it is stored.
+    ///
+    /// # Errors
+    /// As [`GgufWriter::tensor`].
+    pub fn dense(
+        &mut self,
+        name: impl Into<String>,
+        tensor: DenseTensor,
+    ) -> Result<&mut Self, GgufWriteError> {
+        let dims = [tensor.k as u64, tensor.n as u64];
+        self.tensor(name, &dims, tensor.format.into(), move |out| out.write_all(&tensor.data))
+    }
+
+    /// Adds a vector of f32 under `name`.
+    ///
+    /// # Errors
+    /// As [`GgufWriter::tensor`].
+    pub fn vector(&mut self, name: impl Into<String>, values: Vec<f32>) -> Result<&mut Self, GgufWriteError> {
+        let dims = [values.len() as u64];
+        self.tensor(name, &dims, TensorType::F32, move |out| write_floats(out, &values))
+    }
+
+    /// Adds the keys of a configuration, so that a reader finds the same one. `hidden_act` states the
+    /// activation, whatever the architecture.
+    ///
+    /// The architecture is the one under which programs of llama.cpp's family compute the model: `llama` for
+    /// SiLU without sub-norms; `bitnet-b1.58` for squared ReLU with sub-norms, as in the published models;
+    /// else `bitnet`. In a `llama` file the rows of q and k are in another order:
+    /// [`checkpoint`](Self::checkpoint) sees to that.
+    ///
+    /// # Errors
+    /// [`GgufWriteError::Duplicate`].
+    pub fn config(&mut self, config: &ModelConfig) -> Result<&mut Self, GgufWriteError> {
+        self.config_as(architecture(config, TernaryType::I2_S), config)
+    }
+
+    fn config_as(&mut self, architecture: &str, config: &ModelConfig) -> Result<&mut Self, GgufWriteError> {
+        self.set("general.architecture", architecture)?;
+        if let Some(name) = &config.name {
+            self.set("general.name", name.as_str())?;
+        }
+        let mut sizes = vec![
+            ("vocab_size", config.vocab_size),
+            ("context_length", config.context_length),
+            ("embedding_length", config.hidden_size),
+            ("block_count", config.n_layers),
+            ("feed_forward_length", config.intermediate_size),
+            ("rope.dimension_count", config.head_dim),
+            ("attention.head_count", config.n_heads),
+            ("attention.head_count_kv", config.n_kv_heads),
+        ];
+        if config.q_size() != config.hidden_size {
+            sizes.extend([
+                ("attention.key_length", config.head_dim),
+                ("attention.value_length", config.head_dim),
+            ]);
+        }
+        for (suffix, size) in sizes {
+            // As u32, which readers expect; what ModelConfig::validate lets through fits.
+            self.set(format!("{architecture}.{suffix}"), u32::try_from(size).unwrap_or(u32::MAX))?;
+        }
+        self.set(format!("{architecture}.attention.layer_norm_rms_epsilon"), config.rms_norm_eps)?;
+        self.set(format!("{architecture}.rope.freq_base"), config.rope_theta as f32)?;
+        self.set(format!("{architecture}.hidden_act"), config.activation.name())?;
+        let tokens = [
+            ("bos_token_id", config.bos_token),
+            ("eos_token_id", config.eos_tokens.first().copied()),
+            ("eot_token_id", config.eos_tokens.get(1).copied()),
+        ];
+        for (key, token) in tokens {
+            if let Some(token) = token {
+                self.set(format!("tokenizer.ggml.{key}"), token)?;
+            }
+        }
+        Ok(self)
+    }
+
+    /// Adds a whole model but its tokenizer: configuration, projections, norms as F32, embedding and head.
+    /// Tensors are read and converted when their turn to be written comes.
+    ///
+    /// TQ1_0 and TQ2_0 store their scale as f16: it is rounded to the nearest.
+    ///
+    /// # Errors
+    /// [`GgufWriteError::Tensor`] where a type cannot hold a tensor: I2_S needs a K that is a multiple of 128,
+    /// TQ1_0, TQ2_0 and Q6_K of 256, Q8_0 and Q4_0 of 32. [`GgufWriteError::Load`] where the embedding or the
+    /// head can't be read.
+    pub fn checkpoint(
+        &mut self,
+        checkpoint: &'a Checkpoint,
+        types: GgufTypes,
+    ) -> Result<&mut Self, GgufWriteError> {
+        self.checkpoint_as(checkpoint.config(), checkpoint, types)
+    }
+
+    /// [`checkpoint`](Self::checkpoint) with another name and other tokens in its configuration.
+    pub fn checkpoint_as(
+        &mut self,
+        config: &ModelConfig,
+        checkpoint: &'a Checkpoint,
+        types: GgufTypes,
+    ) -> Result<&mut Self, GgufWriteError> {
+        let architecture = architecture(config, types.ternary);
+        self.config_as(architecture, config)?;
+        self.matrix("token_embd.weight", checkpoint.embedding()?, types.dense)?;
+        for layer in 0..config.n_layers {
+            for norm in Norm::of_layer(layer, config.sub_norms) {
+                self.norm(checkpoint, norm)?;
+            }
+            for which in Projection::ALL {
+                let (n, k) = which.shape(config);
+                let reorder = matches!(which, Projection::Q | Projection::K) && architecture == LLAMA;
+                let head = reorder.then_some(config.head_dim);
+                let dims = [k as u64, n as u64];
+                let tensor_type = types.ternary.into();
+                self.tensor(projection_name(layer, which), &dims, tensor_type, move |out| {
+                    let tensor = checkpoint.checked_projection(layer, which).map_err(io::Error::other)?;
+                    match head {
+                        Some(head) => {
+                            let codes = gptj_rows(&tensor.codes, n, head).into();
+                            write_ternary(out, &TernaryTensor { codes, ..tensor }, types.ternary)
+                        }
+                        None => write_ternary(out, &tensor, types.ternary),
+                    }
+                })?;
+            }
+        }
+        self.norm(checkpoint, Norm::Output)?;
+        if let Some(output) = checkpoint.output()? {
+            self.matrix("output.weight", output, types.dense)?;
+        }
+        Ok(self)
+    }
+
+    /// Adds the embedding or the head, in another format if one is asked for.
+    fn matrix(
+        &mut self,
+        name: &str,
+        tensor: DenseTensor,
+        format: Option<DenseFormat>,
+    ) -> Result<(), GgufWriteError> {
+        match format.filter(|&format| format != tensor.format) {
+            None => self.dense(name, tensor)?,
+            Some(format) => {
+                let dims = [tensor.k as u64, tensor.n as u64];
+                self.tensor(name, &dims, format.into(), move |out| tensor.write_as(format, out))?
+            }
+        };
+        Ok(())
+    }
+
+    fn norm(&mut self, checkpoint: &'a Checkpoint, which: Norm) -> Result<&mut Self, GgufWriteError> {
+        let dims = [which.len(checkpoint.config()) as u64];
+        self.tensor(norm_name(which), &dims, TensorType::F32, move |out| {
+            write_floats(out, &checkpoint.norm(which).map_err(io::Error::other)?)
+        })
+    }
+
+    /// Size of the file, in bytes.
+    pub fn file_size(&self) -> u64 {
+        self.tensors.iter().fold(self.header().len() as u64, |at, t| at.saturating_add(padded(t.bytes)))
+    }
+
+    /// Writes the file: under a temporary name in the same directory, flushed to the disk, then renamed.
+    ///
+    /// # Errors
+    /// [`GgufWriteError::Io`]; an existing file of that name is then untouched.
+    pub fn write(self, path: &Path) -> Result<(), GgufWriteError> {
+        self.write_with(path, &mut |_| Ok(()))
+    }
+
+    /// [`write`](Self::write), saying how far it is.
+    pub fn write_with(self, path: &Path, progress: &mut Progress<'_>) -> Result<(), GgufWriteError> {
+        let fail = |action: String| {
+            let path = path.to_owned();
+            move |error| GgufWriteError::Io { path, action, error }
+        };
+        let directory = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let header = self.header();
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".gguf-").suffix(".part");
+        // The mode of any new file: temporary files are for their owner alone otherwise.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let temporary =
+            builder.tempfile_in(directory).map_err(fail("create a temporary file beside it".into()))?;
+
+        let mut out = BufWriter::with_capacity(1 << 20, temporary.as_file());
+        out.write_all(&header).map_err(fail("write the header".into()))?;
+        for t in self.tensors {
+            Exact::write(&mut out, t.bytes, &mut |n| progress(n), t.produce)
+                .and_then(|()| out.write_all(&[0; 32][..(padded(t.bytes) - t.bytes) as usize]))
+                .map_err(fail(format!("write tensor `{}`", t.name)))?;
+        }
+        out.flush().map_err(fail("write".into()))?;
+        drop(out);
+        temporary.as_file().sync_all().map_err(fail("flush to the disk".into()))?;
+        temporary
+            .persist(path)
+            .map_err(|e| e.error)
+            .map_err(fail("rename the complete file to its name".into()))?;
+        // The name, too, should survive a power cut. Where directories can't be opened or flushed (Windows,
+        // some network file systems) the file is complete all the same.
+        #[cfg(unix)]
+        let _ = std::fs::File::open(directory).and_then(|d| d.sync_all());
+        Ok(())
+    }
+
+    /// Everything before the data section, padded.
+    fn header(&self) -> Vec<u8> {
+        let mut out = b"GGUF".to_vec();
+        out.extend(3u32.to_le_bytes());
+        out.extend((self.tensors.len() as u64).to_le_bytes());
+        out.extend((self.metadata.len() as u64).to_le_bytes());
+        for (key, value) in &self.metadata {
+            encode_str(key, &mut out);
+            out.extend((value.value_type() as u32).to_le_bytes());
+            value.encode(&mut out);
+        }
+        let mut offset = 0u64;
+        for t in &self.tensors {
+            encode_str(&t.name, &mut out);
+            out.extend((t.dims.len() as u32).to_le_bytes());
+            t.dims.iter().for_each(|d| out.extend(d.to_le_bytes()));
+            out.extend(t.tensor_type.id().to_le_bytes());
+            out.extend(offset.to_le_bytes());
+            offset = offset.saturating_add(padded(t.bytes));
+        }
+        out.resize(padded(out.len() as u64) as usize, 0);
+        out
+    }
+}
+
+fn padded(bytes: u64) -> u64 {
+    bytes.checked_next_multiple_of(DEFAULT_ALIGNMENT).unwrap_or(u64::MAX)
+}
+
+fn write_ternary(out: &mut dyn Write, tensor: &TernaryTensor, ternary: TernaryType) -> io::Result<()> {
+    let TernaryTensor { n, k, scale, ref codes, .. } = *tensor;
+    let blocks = match ternary {
+        TernaryType::I2_S => return write_i2_s(out, codes, scale),
+        TernaryType::TQ2_0 => tq2_0::from_canonical,
+        TernaryType::TQ1_0 => tq1_0::from_canonical,
+    };
+    let bytes = match blocks(codes, n, k, scale) {
+        Err(FormatError::ScaleNotF16 { nearest, .. }) if nearest.is_finite() && nearest > 0.0 => {
+            blocks(codes, n, k, nearest)
+        }
+        result => result,
+    };
+    out.write_all(&bytes.map_err(io::Error::other)?)
+}
+
+/// The codes, the scale, and zeros up to [`I2_S_TAIL`].
+fn write_i2_s(out: &mut dyn Write, codes: &[u8], scale: f32) -> io::Result<()> {
+    out.write_all(codes)?;
+    let mut tail = [0u8; I2_S_TAIL as usize];
+    tail[..4].copy_from_slice(&scale.to_le_bytes());
+    out.write_all(&tail)
+}
+
+fn write_floats(out: &mut dyn Write, values: &[f32]) -> io::Result<()> {
+    values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::{Array, GgufFile};
+
+    fn error_of(result: Result<&mut GgufWriter<'_>, GgufWriteError>) -> String {
+        result.err().expect("an error").to_string()
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.gguf");
+        let mut writer = GgufWriter::new();
+        writer.set("general.architecture", "bitnet").unwrap();
+        writer.set("list", Array::from_strings(["a", "ß"])).unwrap();
+        writer.vector("v", vec![1.0, -2.5, 3.0]).unwrap();
+        writer.tensor("q", &[32, 3], TensorType::Q8_0, |out| out.write_all(&[7; 102])).unwrap();
+        let codes = bytes::Bytes::from(vec![0b01_10_00_01u8; 64]);
+        let tensor = TernaryTensor { name: "t".into(), n: 2, k: 128, scale: 0.25, codes, stored_as: "test" };
+        writer.i2_s("t", tensor.clone()).unwrap();
+        let size = writer.file_size();
+        writer.write(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), size);
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            let mode = |p: &Path| std::fs::metadata(p).unwrap().permissions().mode();
+            let plain = dir.path().join("plain");
+            std::fs::write(&plain, "").unwrap();
+            assert_eq!(mode(&path), mode(&plain));
+        }
+
+        let file = GgufFile::open(&path).unwrap();
+        assert_eq!((file.version(), file.alignment()), (3, 32));
+        assert_eq!(file.value("list").unwrap().as_array().unwrap().strings().collect::<Vec<_>>(), ["a", "ß"]);
+        assert_eq!(&file.tensor_bytes("v").unwrap()[4..8], (-2.5f32).to_le_bytes());
+        assert_eq!(&file.tensor_bytes("q").unwrap()[..], [7; 102]);
+        assert_eq!(file.tensor("q").unwrap().shape(), [3, 32]);
+        let (codes, scale) = file.i2_s("t").unwrap();
+        assert_eq!((codes, scale), (tensor.codes, 0.25));
+        assert!(file.i2_s("q").unwrap_err().to_string().contains("is Q8_0"));
+        assert!(file.i2_s("x").unwrap_err().to_string().contains("`x` is missing"));
+    }
+
+    #[test]
+    fn a_failure_leaves_the_old_file_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.gguf");
+        std::fs::write(&path, "precious").unwrap();
+        for (produced, message) in [(3usize, "1 of 4 bytes were not produced"), (5, "1 bytes too many")] {
+            let mut writer = GgufWriter::new();
+            writer.tensor("x", &[1], TensorType::F32, move |out| out.write_all(&vec![0; produced])).unwrap();
+            let error = writer.write(&path).unwrap_err().to_string();
+            assert!(error.contains(message) && error.contains("`x`"), "{error}");
+            assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        }
+        let nowhere = dir.path().join("missing").join("a.gguf");
+        assert!(matches!(GgufWriter::new().write(&nowhere), Err(GgufWriteError::Io { .. })));
+    }
+
+    #[test]
+    fn impossible_tensors_are_refused() {
+        let mut writer = GgufWriter::new();
+        let nothing = |_: &mut dyn Write| Ok(());
+        writer.set("k", 1u32).unwrap();
+        assert!(error_of(writer.set("k", 2u32)).contains("`k` was given twice"));
+        writer.tensor("t", &[1], TensorType::F32, nothing).unwrap();
+        assert!(error_of(writer.tensor("t", &[1], TensorType::F32, nothing)).contains("`t` was given twice"));
+        assert!(
+            error_of(writer.tensor("a", &[200, 2], TensorType::I2_S, nothing)).contains("multiple of 128")
+        );
+        assert!(error_of(writer.tensor("a", &[], TensorType::F32, nothing)).contains("one to four"));
+        assert!(error_of(writer.tensor("a", &[4, 0], TensorType::F32, nothing)).contains("zero"));
+        assert!(error_of(writer.tensor("a", &[u64::MAX, 9], TensorType::F32, nothing)).contains("overflows"));
+        let codes = bytes::Bytes::from(vec![0u8; 31]);
+        let tensor = TernaryTensor { name: "t".into(), n: 1, k: 128, scale: 1.0, codes, stored_as: "test" };
+        assert!(error_of(writer.i2_s("i", tensor)).contains("31 bytes"));
+    }
+}

@@ -1,0 +1,519 @@
+//! Writing Hugging Face directories: `config.json`, `generation_config.json`, `model.safetensors`.
+//!
+//! The files go into a directory that exists. Whoever wants a directory that is complete or not there at
+//! all writes into one with a temporary name and renames it.
+
+use super::{SINGLE, Style};
+use crate::checkpoint::{Checkpoint, LoadError};
+use crate::exact::{Exact, Progress};
+use bitnet_burn::names::{EMBEDDING, HEAD, norm_name, projection_name, scale_name};
+use bitnet_burn::{ConfigError, ModelConfig};
+use bitnet_burn::{Norm, Projection};
+use bitnet_burn_formats::DenseTensor;
+use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::hf::pack_from_canonical;
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde_json::{Map, Value, json};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// Why a file of a Hugging Face directory was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum HfWriteError {
+    /// The operating system refused, or a tensor's producer failed.
+    #[error("{}: cannot {action}: {error}", path.display())]
+    Io {
+        /// The file that was to be written.
+        path: PathBuf,
+        /// What was attempted.
+        action: String,
+        /// The answer.
+        error: io::Error,
+    },
+    /// A configuration that no model can have.
+    #[error("the configuration is impossible: {0}")]
+    Config(#[from] ConfigError),
+    /// A tensor that is missing, has the wrong shape, or holds what no model can have.
+    #[error("tensor `{tensor}` {problem}")]
+    Tensor {
+        /// The tensor.
+        tensor: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+impl HfWriteError {
+    fn io(path: &Path, action: &str) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self::Io { path: path.to_owned(), action: action.to_owned(), error }
+    }
+}
+
+type Producer<'a> = Box<dyn FnOnce(&mut dyn Write) -> io::Result<()> + 'a>;
+
+struct Pending<'a> {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: usize,
+    produce: Producer<'a>,
+}
+
+/// A safetensors file to be written. A tensor is given as a function that writes its bytes when their turn
+/// comes, so that a model need never be in memory as a whole.
+#[derive(Default)]
+struct SafetensorsWriter<'a> {
+    tensors: Vec<Pending<'a>>,
+}
+
+impl<'a> SafetensorsWriter<'a> {
+    /// Adds a tensor, its shape rows first, and a function that writes exactly the bytes that it takes.
+    fn tensor(
+        &mut self,
+        name: impl Into<String>,
+        dtype: Dtype,
+        shape: &[usize],
+        produce: impl FnOnce(&mut dyn Write) -> io::Result<()> + 'a,
+    ) -> Result<(), HfWriteError> {
+        let name = name.into();
+        let elements = shape.iter().try_fold(dtype.bitsize() / 8, |n, &d| n.checked_mul(d));
+        let Some(bytes) = elements else {
+            let problem = format!("of shape {shape:?} is too large");
+            return Err(HfWriteError::Tensor { tensor: name, problem });
+        };
+        self.tensors.push(Pending { name, dtype, shape: shape.to_vec(), bytes, produce: Box::new(produce) });
+        Ok(())
+    }
+
+    /// Writes the file and flushes it to the disk.
+    fn write(mut self, path: &Path, progress: &mut Progress<'_>) -> Result<(), HfWriteError> {
+        // The widest types first, as the safetensors crate does: every tensor is then aligned to its type.
+        self.tensors.sort_by_key(|t| Reverse(t.dtype));
+        let mut end = 0;
+        let infos = self.tensors.iter().map(|t| {
+            let start = end;
+            end += t.bytes;
+            let info = TensorInfo { dtype: t.dtype, shape: t.shape.clone(), data_offsets: (start, end) };
+            (t.name.clone(), info)
+        });
+        // transformers refuses a file that does not say which framework wrote it.
+        let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let header = Metadata::new(Some(format), infos.collect()).map_err(io::Error::other);
+        let header = header.and_then(|header| Ok(serde_json::to_vec(&header)?));
+        let mut header = header.map_err(HfWriteError::io(path, "make the header"))?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+
+        let file = File::create(path).map_err(HfWriteError::io(path, "create it"))?;
+        let mut out = BufWriter::with_capacity(1 << 20, &file);
+        let length = (header.len() as u64).to_le_bytes();
+        let result = out.write_all(&length).and_then(|()| out.write_all(&header));
+        result.map_err(HfWriteError::io(path, "write the header"))?;
+        for t in self.tensors {
+            let action = format!("write tensor `{}`", t.name);
+            Exact::write(&mut out, t.bytes as u64, &mut |n| progress(n), t.produce)
+                .map_err(HfWriteError::io(path, &action))?;
+        }
+        out.flush().map_err(HfWriteError::io(path, "write"))?;
+        drop(out);
+        file.sync_all().map_err(HfWriteError::io(path, "flush to the disk"))
+    }
+}
+
+/// Writes the weights and the configuration of a model in training into `dir`, which exists: `config.json`
+/// and `generation_config.json` for transformers' `BitNetForCausalLM` (`LlamaForCausalLM` for a model without
+/// sub-norms), and the float masters in `model.safetensors`. Files are flushed to the disk; files of these
+/// names are replaced.
+///
+/// # Arguments
+/// - `tensors`: name, shape and values of each tensor that the configuration asks for, in any order. The
+///   names are those of [`projection_name`], [`norm_name`], [`EMBEDDING`] and, where the output head is not
+///   tied, [`HEAD`].
+///
+/// # Errors
+/// [`HfWriteError`]: a tensor is missing, is none of this model's, has another shape, or holds a value that
+/// is not finite; or the files can't be written.
+///
+/// ```
+/// use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+/// use bitnet_burn::{Norm, Projection};
+/// use bitnet_burn_engine::hf;
+/// use bitnet_burn::names::EMBEDDING;
+/// use bitnet_burn_engine::synth;
+///
+/// let config = synth::shape("tiny").expect("a known shape");
+/// let matrix = |name: String, n: usize, k: usize| (name, vec![n, k], vec![0.1f32; n * k]);
+/// let mut tensors = vec![matrix(EMBEDDING.into(), config.vocab_size, config.hidden_size)];
+/// for layer in 0..config.n_layers {
+///     tensors.extend(Projection::ALL.map(|which| {
+///         let (n, k) = which.shape(&config);
+///         matrix(hf::projection_name(layer, which), n, k)
+///     }));
+/// }
+/// let layers = (0..config.n_layers).flat_map(|layer| Norm::of_layer(layer, config.sub_norms));
+/// tensors.extend(layers.chain([Norm::Output]).map(|norm| {
+///     let n = norm.len(&config);
+///     (hf::norm_name(norm), vec![n], vec![1.0; n])
+/// }));
+/// let dir = tempfile::tempdir()?;
+/// hf::write_masters(dir.path(), &config, tensors)?;
+///
+/// let checkpoint = Checkpoint::open(dir.path(), &OpenOptions::default())?;
+/// assert_eq!(checkpoint.projection(1, Projection::Down)?.stored_as, "F32 master (absmean)");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn write_masters(
+    dir: &Path,
+    config: &ModelConfig,
+    tensors: impl IntoIterator<Item = (String, Vec<usize>, Vec<f32>)>,
+) -> Result<(), HfWriteError> {
+    let mut missing = tensor_shapes(config);
+    let mut writer = SafetensorsWriter::default();
+    for (name, shape, values) in tensors {
+        let wrong = |problem: String| HfWriteError::Tensor { tensor: name.clone(), problem };
+        match missing.remove(&name) {
+            Some(expected) if expected == shape => {}
+            Some(expected) => {
+                return Err(wrong(format!("is {shape:?}; the configuration asks for {expected:?}")));
+            }
+            None => return Err(wrong("was given twice, or is none of this model's".into())),
+        }
+        if shape.iter().product::<usize>() != values.len() {
+            return Err(wrong(format!("of shape {shape:?} has {} values", values.len())));
+        }
+        if let Some(place) = values.iter().position(|v| !v.is_finite()) {
+            return Err(wrong(format!("holds {} at place {place}", values[place])));
+        }
+        writer.tensor(name, Dtype::F32, &shape, move |out| write_floats(out, &values))?;
+    }
+    if let Some(tensor) = missing.into_keys().next() {
+        return Err(HfWriteError::Tensor { tensor, problem: "is missing".into() });
+    }
+    write_config(dir, config, Style::Online, Dtype::F32)?;
+    writer.write(&dir.join(SINGLE), &mut |_| Ok(()))
+}
+
+/// Writes the weights and the configuration of `checkpoint` into `dir`, which exists.
+///
+/// # Arguments
+/// - `config`: the checkpoint's, with the name that the copy is to have
+/// - `dense`: the type of embedding, output head and norms: F32, F16 or BF16. They share one, because
+///   transformers leaves them in the stored type where projections are packed, and multiplies none of two types
+/// - `progress`: gets the bytes of each write
+///
+/// # Errors
+/// [`HfWriteError`], also for [`Style::Online`] where the checkpoint has no masters, and where the style can't
+/// hold a projection.
+pub fn write_checkpoint(
+    dir: &Path,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    style: Style,
+    dense: DenseFormat,
+    progress: &mut Progress<'_>,
+) -> Result<(), HfWriteError> {
+    let mut writer = SafetensorsWriter::default();
+    let unreadable = |tensor: &str| {
+        let tensor = tensor.to_owned();
+        move |error: LoadError| HfWriteError::Tensor { tensor, problem: format!("can't be read: {error}") }
+    };
+    let dtype = dtype(dense).ok_or_else(|| HfWriteError::Tensor {
+        tensor: EMBEDDING.into(),
+        problem: format!("can't be {}: safetensors files hold F32, F16 and BF16", dense.name()),
+    })?;
+    let mut matrix = |name: &str, tensor: DenseTensor| {
+        writer.tensor(name, dtype, &[tensor.n, tensor.k], move |out| {
+            if tensor.format == dense { out.write_all(&tensor.data) } else { tensor.write_as(dense, out) }
+        })
+    };
+    matrix(EMBEDDING, checkpoint.embedding().map_err(unreadable(EMBEDDING))?)?;
+    if let Some(output) = checkpoint.output().map_err(unreadable(HEAD))? {
+        matrix(HEAD, output)?;
+    }
+    for layer in 0..config.n_layers {
+        for which in Norm::of_layer(layer, config.sub_norms) {
+            norm(&mut writer, checkpoint, which, dense, dtype)?;
+        }
+        for which in Projection::ALL {
+            projection(&mut writer, checkpoint, layer, which, style)?;
+        }
+    }
+    norm(&mut writer, checkpoint, Norm::Output, dense, dtype)?;
+    write_config(dir, config, style, dtype)?;
+    writer.write(&dir.join(SINGLE), progress)
+}
+
+/// How many bytes [`write_checkpoint`] will write, but for headers.
+pub fn checkpoint_size(config: &ModelConfig, style: Style, dense: DenseFormat) -> u64 {
+    let matrices = config.dense_parameters().saturating_mul(dense.block_bytes() as u64);
+    let projections = match style {
+        Style::Online => config.ternary_parameters().saturating_mul(4),
+        Style::PackedAuto | Style::PackedInverse => config.ternary_parameters() / 4,
+    };
+    matrices.saturating_add(projections)
+}
+
+/// The type of safetensors files that holds this format.
+fn dtype(format: DenseFormat) -> Option<Dtype> {
+    match format {
+        DenseFormat::F32 => Some(Dtype::F32),
+        DenseFormat::F16 => Some(Dtype::F16),
+        DenseFormat::BF16 => Some(Dtype::BF16),
+        DenseFormat::Q8_0 | DenseFormat::Q6_K | DenseFormat::Q4_0 => None,
+    }
+}
+
+fn norm<'a>(
+    writer: &mut SafetensorsWriter<'a>,
+    checkpoint: &'a Checkpoint,
+    which: Norm,
+    dense: DenseFormat,
+    dtype: Dtype,
+) -> Result<(), HfWriteError> {
+    writer.tensor(norm_name(which), dtype, &[which.len(checkpoint.config())], move |out| {
+        let weights = checkpoint.norm(which).map_err(io::Error::other)?;
+        let mut bytes = vec![0; weights.len() * dense.block_bytes()];
+        dense.encode_row(&weights, &mut bytes).map_err(io::Error::other)?;
+        out.write_all(&bytes)
+    })
+}
+
+fn projection<'a>(
+    writer: &mut SafetensorsWriter<'a>,
+    checkpoint: &'a Checkpoint,
+    layer: usize,
+    which: Projection,
+    style: Style,
+) -> Result<(), HfWriteError> {
+    let (n, k) = which.shape(checkpoint.config());
+    let name = projection_name(layer, which);
+    if style == Style::Online {
+        return writer.tensor(name, Dtype::F32, &[n, k], move |out| {
+            let master = checkpoint.master(layer, which).map_err(io::Error::other)?;
+            let missing = "the checkpoint has ternary weights, not the masters that they were made from";
+            write_floats(out, &master.ok_or_else(|| io::Error::other(missing))?)
+        });
+    }
+    if !n.is_multiple_of(4) {
+        let problem = format!("has {n} rows; four of them go into a byte, so that N must be a multiple of 4");
+        return Err(HfWriteError::Tensor { tensor: name, problem });
+    }
+    writer.tensor(name, Dtype::U8, &[n / 4, k], move |out| {
+        let tensor = checkpoint.checked_projection(layer, which).map_err(io::Error::other)?;
+        out.write_all(&pack_from_canonical(&tensor.codes, n, k).map_err(io::Error::other)?)
+    })?;
+    writer.tensor(scale_name(layer, which), Dtype::F32, &[1], move |out| {
+        let scale = checkpoint.projection(layer, which).map_err(io::Error::other)?.scale;
+        let stored = if style == Style::PackedInverse { inverse(scale)? } else { scale };
+        write_floats(out, &[stored])
+    })
+}
+
+/// The f32 whose reciprocal is `scale`, or next to it where there is none.
+fn inverse(scale: f32) -> io::Result<f32> {
+    let stored = 1.0 / scale;
+    if !stored.is_normal() {
+        let problem = format!("the style `bitlinear` divides by the scale, and 1 / {scale} can't be stored");
+        return Err(io::Error::other(problem));
+    }
+    let near = [stored, stored.next_up(), stored.next_down()];
+    Ok(near.into_iter().find(|&near| 1.0 / near == scale).unwrap_or(stored))
+}
+
+fn write_floats(out: &mut dyn Write, values: &[f32]) -> io::Result<()> {
+    values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
+}
+
+/// The tensors of a model but the scales of packed projections, with their shapes, rows first.
+fn tensor_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
+    let matrix = vec![config.vocab_size, config.hidden_size];
+    let mut shapes = BTreeMap::from([(EMBEDDING.to_owned(), matrix.clone())]);
+    if !config.tied_embeddings {
+        shapes.insert(HEAD.to_owned(), matrix);
+    }
+    let norm = |which: Norm| (norm_name(which), vec![which.len(config)]);
+    for layer in 0..config.n_layers {
+        shapes.extend(Norm::of_layer(layer, config.sub_norms).map(norm));
+        shapes.extend(Projection::ALL.map(|which| {
+            let (n, k) = which.shape(config);
+            (projection_name(layer, which), vec![n, k])
+        }));
+    }
+    shapes.extend([norm(Norm::Output)]);
+    shapes
+}
+
+/// Writes `config.json` and `generation_config.json`.
+fn write_config(dir: &Path, config: &ModelConfig, style: Style, dtype: Dtype) -> Result<(), HfWriteError> {
+    config.validate()?;
+    write_json(&dir.join("config.json"), &config_json(config, style, dtype))?;
+    let mut generation = Map::new();
+    end_tokens(config, &mut generation);
+    write_json(&dir.join("generation_config.json"), &Value::Object(generation))
+}
+
+/// What transformers reads. The keys are those that all of its versions with BitNet know.
+fn config_json(config: &ModelConfig, style: Style, dtype: Dtype) -> Value {
+    // Whoever has sub-norms is BitNet to transformers, whatever the activation; else Llama, with BitNet's
+    // linear layers.
+    let (class, model_type) =
+        if config.sub_norms { ("BitNetForCausalLM", "bitnet") } else { ("LlamaForCausalLM", "llama") };
+    let (linear_class, mode) = match style {
+        Style::Online => ("autobitlinear", "online"),
+        Style::PackedAuto => ("autobitlinear", "offline"),
+        Style::PackedInverse => ("bitlinear", "offline"),
+    };
+    let dtype = match (style, dtype) {
+        // Masters are f32, and would be rounded before they are made ternary.
+        (Style::Online, _) => "float32",
+        (_, Dtype::F16) => "float16",
+        (_, Dtype::BF16) => "bfloat16",
+        _ => "float32",
+    };
+    let mut json = json!({
+        "architectures": [class],
+        "attention_bias": false,
+        "attention_dropout": 0.0,
+        "hidden_act": config.activation.name(),
+        "hidden_size": config.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.context_length,
+        "model_type": model_type,
+        "num_attention_heads": config.n_heads,
+        "num_hidden_layers": config.n_layers,
+        "num_key_value_heads": config.n_kv_heads,
+        "quantization_config": {
+            "quant_method": "bitnet",
+            "linear_class": linear_class,
+            "quantization_mode": mode,
+        },
+        "rms_norm_eps": shortest(config.rms_norm_eps),
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied_embeddings,
+        "torch_dtype": dtype,
+        "use_cache": true,
+        "vocab_size": config.vocab_size,
+    });
+    if let Some(object) = json.as_object_mut() {
+        end_tokens(config, object);
+        if !config.sub_norms {
+            object.insert("mlp_bias".into(), false.into());
+        }
+        if config.q_size() != config.hidden_size {
+            object.insert("head_dim".into(), config.head_dim.into());
+        }
+        if let Some(name) = &config.name {
+            object.insert("_name_or_path".into(), name.as_str().into());
+        }
+    }
+    json
+}
+
+fn end_tokens(config: &ModelConfig, json: &mut Map<String, Value>) {
+    json.insert("bos_token_id".into(), config.bos_token.into());
+    let eos = match config.eos_tokens[..] {
+        [] => Value::Null,
+        [one] => one.into(),
+        ref several => several.into(),
+    };
+    json.insert("eos_token_id".into(), eos);
+}
+
+/// The shortest decimal number that is this f32: 1e-5 and not 0.000009999999747378752.
+fn shortest(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::from(value))
+}
+
+/// Writes a JSON file, indented as transformers does, and flushes it to the disk.
+pub fn write_json(path: &Path, json: &Value) -> Result<(), HfWriteError> {
+    let text = format!("{json:#}\n");
+    write_bytes(path, text.as_bytes())
+}
+
+/// Writes a small file and flushes it to the disk.
+pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<(), HfWriteError> {
+    let mut file = File::create(path).map_err(HfWriteError::io(path, "create it"))?;
+    file.write_all(bytes).map_err(HfWriteError::io(path, "write"))?;
+    file.sync_all().map_err(HfWriteError::io(path, "flush to the disk"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::OpenOptions;
+    use crate::synth::shape;
+    use bitnet_burn::Activation;
+    use bitnet_burn_formats::quant::absmean_to_canonical;
+    use bitnet_burn_formats::random::SplitMix64;
+
+    type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
+
+    fn tensors(config: &ModelConfig) -> Tensors {
+        let mut random = SplitMix64::new(5);
+        let mut value = || (random.below(2001) as f32 - 1000.0) / 997.0;
+        let tensor = |(name, shape): (String, Vec<usize>)| {
+            let n = shape.iter().product();
+            (name, shape, (0..n).map(|_| value()).collect())
+        };
+        tensor_shapes(config).into_iter().map(tensor).collect()
+    }
+
+    #[test]
+    fn what_training_writes_is_a_model() {
+        let tiny = || shape("tiny").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        for config in [
+            tiny(),
+            ModelConfig { tied_embeddings: false, eos_tokens: vec![7], bos_token: None, ..tiny() },
+            ModelConfig { activation: Activation::Silu, name: None, rms_norm_eps: 1e-6, ..tiny() },
+            ModelConfig { sub_norms: false, activation: Activation::Silu, eos_tokens: vec![], ..tiny() },
+            ModelConfig { head_dim: 32, rope_theta: 12_345.5, ..tiny() },
+        ] {
+            let tensors = tensors(&config);
+            write_masters(dir.path(), &config, tensors.clone()).unwrap();
+            let checkpoint = Checkpoint::open(dir.path(), &OpenOptions::default()).unwrap();
+            assert_eq!(checkpoint.warnings(), [""; 0]);
+            let architecture = if config.sub_norms { "bitnet" } else { "llama" };
+            let expected = ModelConfig { architecture: architecture.into(), ..config.clone() };
+            assert_eq!(*checkpoint.config(), expected);
+            checkpoint.check().unwrap();
+            let name = projection_name(1, Projection::Down);
+            let (_, shape, values) = tensors.iter().find(|t| t.0 == name).unwrap();
+            let (codes, scale) = absmean_to_canonical(values, shape[0], shape[1]).unwrap();
+            let tensor = checkpoint.projection(1, Projection::Down).unwrap();
+            assert_eq!((&tensor.codes[..], tensor.scale), (&codes[..], scale));
+        }
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(dir.path().join("config.json")).unwrap()).unwrap();
+        assert_eq!(config["rms_norm_eps"], json!(1e-5), "and not the f32's 9.999999747378752e-6");
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_are_named() {
+        let config = shape("tiny").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let error = |change: fn(&mut Tensors)| {
+            let mut tensors = tensors(&config);
+            change(&mut tensors);
+            let error = write_masters(dir.path(), &config, tensors).unwrap_err().to_string();
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "{error}");
+            error
+        };
+        assert!(error(|t| drop(t.pop())).contains("is missing"));
+        assert!(error(|t| t.push(t[0].clone())).contains("twice"));
+        assert!(error(|t| t[0].0 = "x".into()).contains("`x`"));
+        assert!(error(|t| t[0].1.reverse()).contains("asks for"));
+        assert!(error(|t| t[0].2.truncate(3)).contains("has 3 values"));
+        assert!(error(|t| t[1].2[4] = f32::NAN).contains("holds NaN at place 4"));
+        let impossible = ModelConfig { n_heads: 3, ..config.clone() };
+        let error = write_masters(dir.path(), &impossible, tensors(&impossible)).unwrap_err();
+        assert!(matches!(error, HfWriteError::Config(_)), "{error}");
+        let nowhere = dir.path().join("missing");
+        let error = write_masters(&nowhere, &config, tensors(&config)).unwrap_err();
+        assert!(matches!(error, HfWriteError::Io { .. }), "{error}");
+    }
+}

@@ -1,0 +1,324 @@
+//! From a checkpoint to a model: devices, packed weights, the output projection, and the choice of kernels.
+
+use bitnet_burn::{
+    BitBlock, BitLinear, BitNet, DenseMatrix, DenseMatrixError, ModelConfig, Norm, Projection, RmsNorm,
+    rms_norm,
+};
+use bitnet_burn_backends::manager::manager;
+use bitnet_burn_backends::ops::{self, TernaryMatrix};
+use bitnet_burn_backends::{DenseArgs, Kernels, devices};
+use bitnet_burn_formats::{DenseFormat, DenseTensor};
+use bitnet_burn_manager::{LayoutPolicy, ManagerError};
+use burn::tensor::Device;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Checkpoint, LoadError};
+use crate::prepack::Prepacked;
+
+/// Why a model could not be made from a checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The checkpoint.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The kernels.
+    #[error(transparent)]
+    Kernel(#[from] ManagerError),
+    /// Devices for another number of layers.
+    #[error("devices for {found} layers; the model has {expected}")]
+    Devices {
+        /// Layers that devices were given for.
+        found: usize,
+        /// Layers of the model.
+        expected: usize,
+    },
+    /// Layers can't be where they were to be, and strict mode does not let them be elsewhere.
+    #[error("strict mode (no-fallback): {layers} on GPUs failed ({problem})")]
+    Placement {
+        /// Layers on GPUs, in words.
+        layers: String,
+        /// What a GPU said.
+        problem: String,
+    },
+    /// A worker that layers were to be on failed.
+    #[error("the model can't be where it was to be: {problem}")]
+    Worker {
+        /// What it, or the connection to it, said.
+        problem: String,
+    },
+    /// The output projection can't be computed as asked.
+    #[error("the output projection {0}")]
+    Head(#[from] DenseMatrixError),
+}
+
+/// The devices of a model's parts. Layers of one device follow each other best: rows move wherever two differ.
+#[derive(Clone, Debug)]
+pub struct ModelDevices {
+    /// One for each layer; its KV cache is there, too.
+    pub layers: Vec<Device>,
+    /// Of the embedding, the last norm and the output projection.
+    pub dense: Device,
+}
+
+/// How a model is loaded.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Quantise activations to int8, as BitNet does. Without, the model is what a float reference
+    /// computes, and slow.
+    pub quantise_activations: bool,
+    /// Rows of the largest forward pass: kernels are measured for up to this many.
+    pub max_rows: usize,
+    /// How the output projection (lm_head) is computed.
+    pub head: HeadMode,
+    /// Whether weights that were [packed before](bitnet_burn_engine::prepack) are taken from the file beside the model.
+    pub prepacked: bool,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { quantise_activations: true, max_rows: DEFAULT_CHUNK, head: HeadMode::File, prepacked: true }
+    }
+}
+
+/// How the output projection (lm_head) is computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeadMode {
+    /// f32 activations.
+    #[default]
+    File,
+    /// Activations are quantised to int8, by absmax and row, as those of the ternary layers are: faster
+    /// where the weights are Q6_K or Q4_0, and an approximation. (A logit changes by up to half a step,
+    /// 1/254 of the largest activation, for each of its weights.) Weights of floats have no such mode. In host
+    /// memory they are copied into the order in which the kernels read them; the embedding stays as it is.
+    Int8,
+    /// A copy of the weights in another format, made when the model is loaded: Q8_0, Q6_K or Q4_0 with int8
+    /// activations as above, fewer bytes to read for every token, and a further approximation; F16, BF16 or F32 with
+    /// f32 activations. The embedding stays as the file has it.
+    Requantised(DenseFormat),
+}
+
+impl HeadMode {
+    /// The format of the weights that int8 activations are multiplied by, where they are.
+    pub fn int8_format(self, tensor: &DenseTensor) -> Option<DenseFormat> {
+        match self {
+            Self::File => None,
+            Self::Int8 => Some(tensor.format),
+            Self::Requantised(format) => Some(format).filter(|f| DenseArgs::INT8_FORMATS.contains(f)),
+        }
+    }
+
+    /// The format that the weights are kept in.
+    pub fn format(self, tensor: &DenseTensor) -> DenseFormat {
+        match self {
+            Self::File | Self::Int8 => tensor.format,
+            Self::Requantised(format) => format,
+        }
+    }
+}
+
+/// Rows of a prompt that are computed at once, if nothing else is asked for.
+pub const DEFAULT_CHUNK: usize = 256;
+
+/// How far loading is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadProgress {
+    /// Measuring kernels on the shapes of the model: (done, all).
+    Tuning(usize, usize),
+    /// Packing layers: (done, all).
+    Packing(usize, usize),
+}
+
+/// A model that was loaded.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The model.
+    pub model: BitNet,
+    /// Matrices that were mapped from the file of [packed weights](crate::prepack) beside the checkpoint.
+    pub prepacked: usize,
+}
+
+/// Loads a checkpoint's model onto a device, with the kernels that are the fastest there. Weights that the
+/// chosen kernels read as the file stores them stay in the memory map.
+///
+/// # Errors
+/// If a tensor is missing or wrong, or a kernel refuses.
+pub fn load(
+    checkpoint: &Checkpoint,
+    device: &Device,
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<BitNet, ModelError> {
+    let layers = vec![device.clone(); checkpoint.config().n_layers];
+    let devices = ModelDevices { layers, dense: device.clone() };
+    Ok(load_on(checkpoint, &devices, options, progress)?.model)
+}
+
+/// [`load`] with layers on several devices.
+///
+/// # Errors
+/// As there, and if there is not one device for each layer.
+pub fn load_on(
+    checkpoint: &Checkpoint,
+    devices: &ModelDevices,
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Loaded, ModelError> {
+    let config = checkpoint.config().clone();
+    if devices.layers.len() != config.n_layers {
+        return Err(ModelError::Devices { found: devices.layers.len(), expected: config.n_layers });
+    }
+    if devices.layers.iter().any(ops::is_host) && options.quantise_activations {
+        choose_kernels(&config, options.max_rows, progress)?;
+    }
+    let device = &devices.dense;
+    let norm = |which: Norm| -> Result<RmsNorm, ModelError> {
+        let device = which.layer().map_or(device, |layer| &devices.layers[layer]);
+        Ok(rms_norm(checkpoint.norm(which)?, config.rms_norm_eps, device))
+    };
+    let host = devices.layers.iter().chain([device]).any(ops::is_host);
+    let prepacked = match options.prepacked && options.quantise_activations && host {
+        true => Prepacked::beside(checkpoint).unwrap_or_else(|error| {
+            tracing::warn!("packed weights are not used: {error}");
+            None
+        }),
+        false => None,
+    };
+    let linear = |layer: usize, which: Projection| -> Result<BitLinear, ModelError> {
+        let device = &devices.layers[layer];
+        if let Some(prepacked) = prepacked.as_ref().filter(|_| ops::is_host(device)) {
+            let (n, k) = which.shape(&config);
+            let choice = manager().choose(n, k, LayoutPolicy::Any)?;
+            if let Some((packed, scale)) = prepacked.projection(layer, which, &choice) {
+                let matrix = TernaryMatrix::prepacked(choice, packed, scale, device);
+                return Ok(BitLinear::from_matrix(matrix));
+            }
+        }
+        let t = checkpoint.projection(layer, which)?;
+        let matrix = if options.quantise_activations {
+            TernaryMatrix::prepared(t.codes, t.scale, t.n, t.k, device)?
+        } else {
+            TernaryMatrix::canonical(t.codes, t.scale, t.n, t.k, device)
+        };
+        Ok(BitLinear::from_matrix(matrix))
+    };
+    // The head first: while it is copied its pages of the file take memory, too.
+    let embedding = checkpoint.embedding()?;
+    let output = checkpoint.output()?;
+    for DenseTensor { name, data, .. } in [Some(&embedding), output.as_ref()].into_iter().flatten() {
+        if devices::is_remote(device) && data.len() > devices::LARGEST_REMOTE {
+            let problem = format!(
+                "{name} has {} bytes, and a worker takes matrices of up to {}; leave embedding and output on this \
+                 machine",
+                data.len(),
+                devices::LARGEST_REMOTE
+            );
+            return Err(ModelError::Worker { problem });
+        }
+    }
+    // One matrix can be both, where rows can be looked up in what the head computes with.
+    let tied = output.is_none() && options.head.format(&embedding) == embedding.format;
+    let (embedding, output) = match options.head.int8_format(&embedding) {
+        None if tied => (DenseMatrix::new(embedding, device), None),
+        Some(format) if tied && !ops::reads_tiles(device) => {
+            (DenseMatrix::int8(embedding, format, device)?, None)
+        }
+        _ => {
+            let output = output.unwrap_or_else(|| embedding.clone());
+            let tiles = prepacked.as_ref().filter(|_| ops::is_host(device));
+            let output = head(output, options.head, tiles, device)?;
+            checkpoint.read_by_rows(&embedding);
+            (DenseMatrix::new(embedding, device), Some(output))
+        }
+    };
+    checkpoint.release();
+    let mut blocks = Vec::with_capacity(config.n_layers);
+    for i in 0..config.n_layers {
+        progress(LoadProgress::Packing(i, config.n_layers));
+        blocks.push(BitBlock::assemble(&config, i, norm, linear)?);
+        // What was packed is not needed in the file's form; what is read in place comes back.
+        checkpoint.release();
+    }
+    progress(LoadProgress::Packing(config.n_layers, config.n_layers));
+    let norm = norm(Norm::Output)?;
+    let model = BitNet::assemble(config, options.quantise_activations, embedding, blocks, norm, output);
+    Ok(Loaded { model, prepacked: prepacked.map_or(0, |prepacked| prepacked.used()) })
+}
+
+/// The output projection of a loaded model.
+fn head(
+    tensor: DenseTensor,
+    mode: HeadMode,
+    prepacked: Option<&Prepacked>,
+    device: &Device,
+) -> Result<DenseMatrix, ModelError> {
+    let Some(format) = mode.int8_format(&tensor) else {
+        return match mode.format(&tensor) {
+            format if format == tensor.format => Ok(DenseMatrix::new(tensor, device)),
+            format => Ok(DenseMatrix::converted(tensor, format, device)?),
+        };
+    };
+    let tiles = prepacked.and_then(|prepacked| prepacked.head(format, (tensor.n, tensor.k)));
+    Ok(DenseMatrix::int8_prepacked(tensor, format, tiles, device)?)
+}
+
+/// Measures the kernels on the model's shapes, where that has not been done on this machine.
+fn choose_kernels(
+    config: &ModelConfig,
+    max_rows: usize,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<(), ManagerError> {
+    let mut shapes: Vec<(usize, usize)> = Vec::new();
+    for projection in Projection::ALL {
+        let shape = projection.shape(config);
+        if !shapes.contains(&shape) {
+            shapes.push(shape);
+        }
+    }
+    for (i, &(n, k)) in shapes.iter().enumerate() {
+        progress(LoadProgress::Tuning(i, shapes.len()));
+        let choice = manager().choose(n, k, LayoutPolicy::Any)?;
+        manager().warm_up(&choice, max_rows);
+    }
+    progress(LoadProgress::Tuning(shapes.len(), shapes.len()));
+    Ok(())
+}
+
+/// Drops the private packings of kernels, for when memory is short
+/// ([`KernelManager::memory_is_low`](bitnet_burn_manager::KernelManager::memory_is_low)): the layers read
+/// canonical weights from then on, where `checkpoint`, the one that the model was built from, has them.
+/// Those of a GGUF file of type I2_S are in the memory map, and need no other memory; what the file has
+/// in another form takes as much as its packing did. Results stay the same, bit for bit.
+///
+/// The number of bytes of the packings: 0 with a forced kernel, which stays with its own.
+///
+/// # Errors
+/// If a tensor can't be read any more, or a kernel refuses. Layers before it have changed then, and the
+/// model is whole.
+pub fn release_packings(model: &mut BitNet, checkpoint: &Checkpoint) -> Result<usize, ModelError> {
+    let mut released = 0;
+    if manager().config().force.is_some() {
+        return Ok(0);
+    }
+    for (i, block) in model.blocks.iter_mut().enumerate() {
+        for (which, layer) in Projection::ALL.into_iter().zip(block.projections_mut()) {
+            let Some(matrix) = layer.matrix() else { continue };
+            // What a GPU's memory holds, is not this memory.
+            let Some(Kernels::Host(choice)) = matrix.choice else { continue };
+            if choice.layout().is_none() {
+                continue;
+            }
+            let t = checkpoint.projection(i, which)?;
+            let device = matrix.codes.device();
+            let matrix =
+                TernaryMatrix::prepared_in(LayoutPolicy::Canonical, t.codes, t.scale, t.n, t.k, &device)?;
+            let canonical = BitLinear::from_matrix(matrix);
+            layer.weight = canonical.weight;
+            released += choice.weight_bytes();
+        }
+    }
+    if released > 0 {
+        tracing::info!(released, "private packings were dropped; weights are read as the file has them");
+    }
+    Ok(released)
+}

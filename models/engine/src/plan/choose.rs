@@ -1,0 +1,516 @@
+//! From candidates to a plan.
+
+use super::machine::{GpuProfile, MachineProfile};
+use super::placement::{Kind, Placement};
+use super::predict::Prediction;
+use super::requirements::{CACHE_TYPES, Requirements};
+use super::{Alternative, CPU, DeviceMemory, Plan, PlanError, Settings, Strategy, Tier, Wishes, words};
+use crate::load::DEFAULT_CHUNK;
+use bitnet_burn::CacheType;
+
+/// Context that is worth more than speed.
+pub const COMMON_CONTEXT: usize = 4096;
+/// Shorter ones are not planned unless asked for.
+const LEAST_CONTEXT: usize = 256;
+/// Context where nobody knows how much memory there is.
+const CAREFUL_CONTEXT: usize = 2048;
+/// Rows at once, where memory is short or unknown.
+const FEW_ROWS: usize = 64;
+/// Where nothing else fits, or nothing but memory counts.
+const LEAST_ROWS: usize = 16;
+/// What drivers, displays and fragmentation leave of a GPU's memory.
+const GPU_FRACTION: f64 = 0.9;
+
+/// A combination, and what it comes to.
+#[derive(Clone, Debug)]
+struct Candidate {
+    placement: Placement,
+    settings: Settings,
+    memory: Vec<DeviceMemory>,
+    prediction: Option<Prediction>,
+}
+
+impl Candidate {
+    fn fits(&self) -> bool {
+        self.memory.iter().all(DeviceMemory::fits)
+    }
+
+    fn total(&self) -> u64 {
+        self.memory.iter().map(DeviceMemory::total).fold(0, u64::saturating_add)
+    }
+
+    fn precision(&self) -> usize {
+        CACHE_TYPES.iter().rev().position(|&kind| kind == self.settings.kv_cache).unwrap_or(0)
+    }
+
+    fn devices(&self) -> usize {
+        self.placement.devices().count()
+    }
+}
+
+/// What candidates are made from.
+struct Room<'a> {
+    model: &'a Requirements,
+    machine: &'a MachineProfile,
+    wishes: &'a Wishes,
+    fraction: f64,
+}
+
+impl Room<'_> {
+    /// What may be used of a device's memory.
+    fn budget(&self, device: &str) -> Option<u64> {
+        if device != CPU {
+            let gpu = self.machine.gpus.iter().find(|gpu| gpu.device == device)?;
+            return Some((gpu.memory_bytes? as f64 * self.fraction) as u64);
+        }
+        let share = |bytes: u64| match self.wishes.strategy {
+            Strategy::Balanced => bytes / 4 * 3,
+            _ => bytes,
+        };
+        let free = |memory: super::MemoryProfile| {
+            share(memory.available_bytes.saturating_sub(self.machine.memory_reserve()))
+        };
+        self.wishes.memory.or_else(|| self.machine.memory.map(free))
+    }
+
+    fn memory(&self, placement: &Placement, settings: &Settings) -> Vec<DeviceMemory> {
+        let mut memory = self.model.memory(placement, settings);
+        for device in &mut memory {
+            device.budget = self.budget(&device.device);
+        }
+        memory
+    }
+
+    /// Whether a GPU has room for so many layers, and for embedding and output or not.
+    fn holds(&self, gpu: &GpuProfile, layers: usize, dense: bool, settings: &Settings) -> bool {
+        let largest = if dense { self.model.embedding.max(self.model.output) } else { 0 };
+        let budget = self.budget(&gpu.device);
+        let memory = DeviceMemory { budget, ..self.model.memory_of(&gpu.device, layers, dense, settings) };
+        memory.fits() && gpu.max_allocation_bytes.is_none_or(|limit| largest <= limit)
+    }
+
+    /// As much as there is room for on GPUs, in their order; the rest on the CPU.
+    fn filled(&self, gpus: &[&GpuProfile], settings: &Settings) -> Placement {
+        let layers = self.model.layers;
+        let mut parts: Vec<(String, usize)> = Vec::new();
+        let mut left = layers;
+        for gpu in gpus {
+            if self.holds(gpu, left, true, settings) {
+                parts.push((gpu.device.clone(), left));
+                return Placement::over(parts, &gpu.device);
+            }
+            let fit = most(left, |count| self.holds(gpu, count, false, settings));
+            parts.push((gpu.device.clone(), fit));
+            left -= fit;
+        }
+        parts.push((CPU.to_owned(), left));
+        Placement::over(parts, CPU)
+    }
+
+    fn candidate(&self, placement: Placement, settings: Settings) -> Candidate {
+        let memory = self.memory(&placement, &settings);
+        let prediction = Prediction::of(self.model, self.machine, &placement, &settings);
+        Candidate { placement, settings, memory, prediction }
+    }
+}
+
+/// The largest count up to `limit` that holds, where fewer always do.
+fn most(limit: usize, holds: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, limit);
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if holds(middle) { low = middle } else { high = middle - 1 }
+    }
+    low
+}
+
+pub(super) fn choose(
+    model: &Requirements,
+    machine: &MachineProfile,
+    wishes: &Wishes,
+) -> Result<Plan, PlanError> {
+    check(model, machine, wishes)?;
+    let fraction = wishes.gpu_memory_fraction.unwrap_or(match wishes.strategy {
+        Strategy::Balanced => 0.75,
+        _ => GPU_FRACTION,
+    });
+    let room = Room { model, machine, wishes, fraction };
+    let (threads, why_threads) = threads(&room);
+    let blind = machine.memory.is_none() && wishes.memory.is_none();
+    let chosen_gpu = asked_gpu(machine, wishes)?;
+
+    let contexts = contexts(model.context, wishes.context, blind);
+    let kinds: Vec<CacheType> = match wishes.kv_cache {
+        Some(kind) => vec![kind],
+        None if blind => vec![CacheType::F32],
+        None => CACHE_TYPES.to_vec(),
+    };
+    // Sets of GPUs, each filled before the CPU gets anything; the empty one is the CPU alone.
+    let mut sets: Vec<Vec<&GpuProfile>> = Vec::new();
+    match chosen_gpu {
+        Some(gpu) => sets.push(vec![gpu]),
+        None => {
+            sets.push(Vec::new());
+            if wishes.device.is_none() && !blind {
+                let cards = cards(machine);
+                sets.extend(cards.iter().map(|&card| vec![card]));
+                if cards.len() > 1 && wishes.strategy != Strategy::PowerEfficiency {
+                    sets.push(cards);
+                }
+            }
+        }
+    }
+    let of_rows = |rows: &[usize]| {
+        let mut candidates: Vec<Candidate> = Vec::new();
+        for set in &sets {
+            for &kv_cache in kinds.iter().filter(|&&kind| set.iter().all(|gpu| gpu.holds(kind))) {
+                for (&context, &rows) in contexts.iter().flat_map(|c| rows.iter().map(move |r| (c, r))) {
+                    let settings = Settings { threads, context, kv_cache, rows };
+                    let placement = match (set.first(), wishes.gpu_layers) {
+                        (None, _) => Placement::cpu_only(model.layers),
+                        (Some(gpu), Some(n)) if n == model.layers => Placement::gpu_only(&gpu.device, n),
+                        (Some(gpu), Some(n)) => Placement::hybrid(&gpu.device, n, model.layers - n),
+                        (Some(_), None) => room.filled(set, &settings),
+                    };
+                    candidates.push(room.candidate(placement, settings));
+                }
+            }
+        }
+        // The CPU alone is always one of them.
+        if wishes.strategy == Strategy::PowerEfficiency && chosen_gpu.is_none() {
+            candidates.retain(|candidate| candidate.devices() == 1);
+        }
+        candidates
+    };
+    let candidates = match wishes.rows {
+        Some(rows) => of_rows(&[rows]),
+        None if blind => of_rows(&[FEW_ROWS]),
+        None if wishes.strategy == Strategy::Memory => of_rows(&[LEAST_ROWS]),
+        None => {
+            let usual = of_rows(&[DEFAULT_CHUNK, FEW_ROWS]);
+            if usual.iter().any(Candidate::fits) { usual } else { of_rows(&[LEAST_ROWS]) }
+        }
+    };
+    let Some(best) = best(&candidates, wishes.strategy) else {
+        let gpu = chosen_gpu.map_or(CPU, |gpu| &gpu.device);
+        return Err(PlanError::Range {
+            what: "the KV cache",
+            found: wishes.kv_cache.unwrap_or_default().name().into(),
+            expected: format!("of a type that {gpu} computes with; f32 always is"),
+        });
+    };
+    let best = best.clone();
+    let fits = best.fits() && !blind;
+    let compared = |gpu: &&str| candidates.iter().any(|c| c.placement.layers_on(gpu) > 0);
+    let mut considered: Vec<&str> = sets.iter().flatten().map(|gpu| &*gpu.device).collect();
+    considered.sort_unstable();
+    considered.dedup();
+    let decided = words::Decided {
+        gpu_asked: chosen_gpu.is_some(),
+        compared: considered.iter().copied().filter(compared).collect(),
+        considered,
+    };
+    let mut reasons = words::placement(&best.placement, &best.memory, machine, wishes, &decided);
+    if blind {
+        reasons.insert(0, words::careful(wishes, &best.placement));
+    }
+    reasons.push(why_threads);
+    reasons.extend(why_settings(&room, &best, blind));
+    if !fits && !blind {
+        reasons.insert(0, words::too_much(&best.memory));
+    }
+    if best.prediction.is_none() {
+        reasons.push(words::not_measured(&best.placement, machine, threads));
+    }
+    let alternatives = alternatives(&candidates, &best);
+    let decode = best.prediction.as_ref().map(|prediction| prediction.decode_tokens_per_s);
+    Ok(Plan {
+        strategy: wishes.strategy,
+        fits,
+        fallback: blind || machine.cpu.physical_cores.is_none() && wishes.threads.is_none(),
+        kind: best.placement.kind(),
+        settings: best.settings,
+        gpu_memory_fraction: fraction,
+        sequences: room_for(&best.memory).filter(|_| fits),
+        tier: Tier::of(decode),
+        placement: best.placement,
+        memory: best.memory,
+        prediction: best.prediction,
+        reasons,
+        alternatives,
+    })
+}
+
+fn check(model: &Requirements, machine: &MachineProfile, wishes: &Wishes) -> Result<(), PlanError> {
+    let range = |what, found: String, expected: String| Err(PlanError::Range { what, found, expected });
+    if let Some(layers) = wishes.gpu_layers.filter(|&layers| layers > model.layers) {
+        let problem = format!("the model has {}", model.layers);
+        return Err(PlanError::GpuLayers { layers, problem });
+    }
+    if let Some(context) = wishes.context.filter(|context| !(1..=model.context).contains(context)) {
+        return range("the context", context.to_string(), format!("between 1 and {}", model.context));
+    }
+    if let Some(threads) = wishes.threads.filter(|threads| !(1..=1024).contains(threads)) {
+        return range("the number of threads", threads.to_string(), "between 1 and 1024".into());
+    }
+    if let Some(rows) = wishes.rows.filter(|rows| !(1..=1 << 16).contains(rows)) {
+        return range("the number of rows at once", rows.to_string(), "between 1 and 65536".into());
+    }
+    if let Some(fraction) =
+        wishes.gpu_memory_fraction.filter(|&fraction| !(fraction > 0.0 && fraction <= 1.0))
+    {
+        return range("the part of a GPU's memory", fraction.to_string(), "above 0 and at most 1".into());
+    }
+    match &wishes.device {
+        Some(device) if device != CPU && machine.gpu(Some(device)).is_none() => {
+            let gpus = machine.gpus.iter().map(|gpu| gpu.device.as_str());
+            let there: Vec<&str> = std::iter::once(CPU).chain(gpus).collect();
+            Err(PlanError::NoDevice { device: device.clone(), there: there.join(", ") })
+        }
+        _ => Ok(()),
+    }
+}
+
+impl MachineProfile {
+    /// The GPU that a name means: `wgpu:1`, the best of `wgpu`, or without a name the best of all. Cards come before
+    /// what stands in for them, those that tell their memory before others, and then the fastest, as far as measured.
+    pub fn gpu(&self, device: Option<&str>) -> Option<&GpuProfile> {
+        let meant = |gpu: &&GpuProfile| match device {
+            Some(name) => gpu.device == name || gpu.device.split(':').next() == Some(name),
+            None => true,
+        };
+        let rate = |gpu: &GpuProfile| gpu.read_gb_per_s.unwrap_or(0.0);
+        self.gpus.iter().filter(meant).min_by(|a, b| {
+            let kind = |gpu: &GpuProfile| (gpu.software, gpu.memory_bytes.is_none());
+            kind(a).cmp(&kind(b)).then(rate(b).total_cmp(&rate(a)))
+        })
+    }
+}
+
+/// The GPU that wishes ask for.
+fn asked_gpu<'a>(machine: &'a MachineProfile, wishes: &Wishes) -> Result<Option<&'a GpuProfile>, PlanError> {
+    let fail = |layers, problem: &str| Err(PlanError::GpuLayers { layers, problem: problem.into() });
+    match (wishes.device.as_deref(), wishes.gpu_layers) {
+        (None | Some(CPU), None | Some(0)) => Ok(None),
+        (Some(CPU), Some(layers)) => fail(layers, "the CPU was asked for, too"),
+        (Some(device), _) => Ok(machine.gpu(Some(device))),
+        (None, Some(layers)) => match machine.gpu(None) {
+            Some(gpu) => Ok(Some(gpu)),
+            None => fail(layers, "there is no GPU here that this build computes on"),
+        },
+    }
+}
+
+/// GPUs that are cards and whose memory is known, the fastest first, each card once.
+fn cards(machine: &MachineProfile) -> Vec<&GpuProfile> {
+    let mut cards: Vec<&GpuProfile> =
+        machine.gpus.iter().filter(|gpu| !gpu.software && gpu.memory_bytes.is_some()).collect();
+    cards.sort_by(|a, b| b.read_gb_per_s.unwrap_or(0.0).total_cmp(&a.read_gb_per_s.unwrap_or(0.0)));
+    cards
+}
+
+/// How many threads, and why.
+fn threads(room: &Room<'_>) -> (usize, String) {
+    if let Some(threads) = room.wishes.threads {
+        return (threads, format!("{} as asked for", words::threads(threads)));
+    }
+    let Some(cores) = room.machine.cpu.physical_cores else {
+        return (
+            1,
+            "the number of cores could not be found out: 1 thread, which is always right (--threads)".into(),
+        );
+    };
+    let all = || {
+        let (words, cores_words) =
+            (words::threads(cores), crate::report::count(cores as u64, "physical core"));
+        (
+            cores,
+            format!(
+                "{words} on {cores_words}: a second hardware thread of a core shares its units and gains nothing"
+            ),
+        )
+    };
+    match room.wishes.strategy {
+        Strategy::Balanced if cores > 2 => {
+            let (fewer, words) = (cores - 1, words::threads(cores - 1));
+            (fewer, format!("{words}: one of {cores} physical cores is left to other programs"))
+        }
+        Strategy::PowerEfficiency => {
+            let speed = |threads: usize| {
+                let settings = Settings { threads, context: 1, kv_cache: CacheType::F32, rows: 1 };
+                let placement = Placement::cpu_only(room.model.layers);
+                let prediction = Prediction::of(room.model, room.machine, &placement, &settings)?;
+                Some(prediction.decode_tokens_per_s)
+            };
+            let measured = room.machine.cpu.rates.iter().map(|rate| rate.threads).filter(|&t| t <= cores);
+            let enough = |threads: &usize| match (speed(*threads), speed(cores)) {
+                (Some(some), Some(best)) => some >= best * 0.9,
+                _ => false,
+            };
+            match measured.filter(enough).min() {
+                Some(fewer) if fewer < cores => (
+                    fewer,
+                    format!("{}: no more are needed for 90 % of what {cores} decode", words::threads(fewer)),
+                ),
+                _ => all(),
+            }
+        }
+        _ => all(),
+    }
+}
+
+/// Contexts to try: what was asked for, or all that the model knows, its sixteenths and its halves.
+fn contexts(trained: usize, asked: Option<usize>, blind: bool) -> Vec<usize> {
+    match asked {
+        Some(context) => vec![context],
+        None if blind => vec![trained.min(CAREFUL_CONTEXT)],
+        None => {
+            let part = |sixteenths: usize| trained / 16 * sixteenths / LEAST_CONTEXT * LEAST_CONTEXT;
+            let halves =
+                std::iter::successors(Some(trained), |&context| Some(context / 2).filter(|&half| half > 0));
+            let shorter = (1..16).map(part).chain(halves).filter(|&context| context >= LEAST_CONTEXT);
+            let mut all: Vec<usize> = shorter.chain([trained]).collect();
+            all.sort_unstable();
+            all.dedup();
+            all
+        }
+    }
+}
+
+/// The best that fits; else the smallest.
+fn best(candidates: &[Candidate], strategy: Strategy) -> Option<&Candidate> {
+    let mut fit: Vec<&Candidate> = candidates.iter().filter(|c| c.fits()).collect();
+    if fit.is_empty() {
+        return candidates.iter().min_by_key(|c| c.total());
+    }
+    let enough = fit.iter().map(|c| c.settings.context).max().unwrap_or(0).min(COMMON_CONTEXT);
+    fit.retain(|c| c.settings.context >= enough);
+    if strategy == Strategy::Memory {
+        let longest = fit.iter().map(|c| c.settings.context).max().unwrap_or(0);
+        fit.retain(|c| c.settings.context == longest);
+        return fit.into_iter().min_by_key(|c| c.total());
+    }
+    // Where not all were measured, a card is taken to be faster than the CPU.
+    let measured = fit.iter().all(|c| c.prediction.is_some());
+    let speed = |c: &Candidate| match &c.prediction {
+        Some(prediction) if measured => prediction.decode_tokens_per_s,
+        _ => {
+            let dense = usize::from(c.placement.dense != CPU);
+            (c.placement.layers() - c.placement.layers_on(CPU) + dense) as f64
+        }
+    };
+    let slack = if strategy == Strategy::Balanced { 1.25 } else { 1.1 };
+    let fastest = fit.iter().map(|c| speed(c)).fold(0.0, f64::max);
+    fit.retain(|c| speed(c) * slack >= fastest);
+    fit.into_iter().max_by(|a, b| {
+        let key =
+            |c: &Candidate| (c.settings.context, c.precision(), usize::MAX - c.devices(), c.settings.rows);
+        key(a).cmp(&key(b)).then(speed(a).total_cmp(&speed(b)))
+    })
+}
+
+/// Why this context, KV cache and these rows.
+fn why_settings(room: &Room<'_>, best: &Candidate, blind: bool) -> Vec<String> {
+    let mut reasons = Vec::new();
+    let Settings { context, kv_cache, rows, .. } = best.settings;
+    // What the next better one would take in the same place.
+    let instead = |settings: Settings| words::over_budget(&room.memory(&best.placement, &settings));
+    let asked = |what: &str| format!("{what} as asked for");
+    reasons.push(match (room.wishes.kv_cache, kv_cache) {
+        (Some(kind), _) => asked(&format!("a KV cache of {}", kind.name())),
+        (None, CacheType::F32) => "a KV cache of f32, exactly as computed".into(),
+        (None, kind) if room.wishes.strategy == Strategy::Memory => {
+            format!("a KV cache of {}: the smallest that the device computes with", kind.name())
+        }
+        (None, kind) => {
+            let wider = if kind == CacheType::Int8 { CacheType::F16 } else { CacheType::F32 };
+            let why = instead(Settings { kv_cache: wider, ..best.settings })
+                .unwrap_or_else(|| "fewer layers or positions would fit".into());
+            format!("a KV cache of {}: with {}, {why}", kind.name(), wider.name())
+        }
+    });
+    reasons.push(match room.wishes.context {
+        Some(context) => asked(&format!("a context of {context} positions")),
+        None if context == room.model.context => {
+            format!("a context of {context} positions, all that the model was trained for")
+        }
+        None if blind => {
+            format!("a context of {context} positions of {}, since memory is not known", room.model.context)
+        }
+        None => {
+            let why = instead(Settings { context: room.model.context, ..best.settings })
+                .unwrap_or_else(|| "more would push layers off the GPU".into());
+            format!(
+                "a context of {context} positions: with the {} that the model was trained for, {why}",
+                room.model.context
+            )
+        }
+    });
+    if let Some(rows) = room.wishes.rows {
+        reasons.push(asked(&format!("{rows} rows of a prompt at once")));
+    } else if room.wishes.strategy == Strategy::Memory {
+        reasons.push(format!("{rows} rows of a prompt at once, for few activations"));
+    } else if rows < DEFAULT_CHUNK && !blind {
+        let why = instead(Settings { rows: DEFAULT_CHUNK, ..best.settings })
+            .unwrap_or_else(|| "fewer activations leave room for other things".into());
+        reasons.push(format!("{rows} rows of a prompt at once: with {DEFAULT_CHUNK}, {why}"));
+    }
+    reasons
+}
+
+/// Sequences that fit beside each other; `None` where a budget is not known.
+fn room_for(memory: &[DeviceMemory]) -> Option<u64> {
+    let of = |memory: &DeviceMemory| {
+        let Some(left) = memory.budget?.checked_sub(memory.total()) else { return Some(0) };
+        Some(left.checked_div(memory.kv_cache).map_or(u64::MAX, |more| more.saturating_add(1)))
+    };
+    memory.iter().map(of).collect::<Option<Vec<_>>>()?.into_iter().min()
+}
+
+/// Sequences of the settings' context for which a placement has room; `None` where memory is not known.
+pub(super) fn sequences(
+    model: &Requirements,
+    machine: &MachineProfile,
+    placement: &Placement,
+    settings: &Settings,
+) -> Option<u64> {
+    let room = Room { model, machine, wishes: &Wishes::default(), fraction: GPU_FRACTION };
+    room_for(&room.memory(placement, settings))
+}
+
+/// The best of each other kind, and why it was not taken.
+fn alternatives(candidates: &[Candidate], best: &Candidate) -> Vec<Alternative> {
+    let name = |kind: Kind| std::mem::discriminant(&kind);
+    let key = |c: &Candidate| {
+        (name(c.placement.kind()), c.placement.devices().map(str::to_owned).collect::<Vec<_>>())
+    };
+    let mut seen = vec![key(best)];
+    let mut others = Vec::new();
+    for candidate in candidates {
+        if seen.contains(&key(candidate)) {
+            continue;
+        }
+        seen.push(key(candidate));
+        let same: Vec<Candidate> = candidates.iter().filter(|c| key(c) == key(candidate)).cloned().collect();
+        let Some(other) = self::best(&same, Strategy::Performance) else { continue };
+        let decode = other.prediction.as_ref().map(|p| p.decode_tokens_per_s);
+        let chosen = best.prediction.as_ref().map(|p| p.decode_tokens_per_s);
+        let why_not = match (other.fits(), decode, chosen) {
+            (false, ..) => words::too_much(&other.memory),
+            (true, Some(other), Some(best)) if other < best => {
+                format!("{:.1} times slower in decode", best / other)
+            }
+            _ if other.settings.context < best.settings.context => "its context is shorter".into(),
+            _ if other.precision() < best.precision() => "its KV cache is less exact".into(),
+            _ => "it is no better by the strategy".into(),
+        };
+        others.push(Alternative {
+            placement: other.placement.clone(),
+            kv_cache: other.settings.kv_cache,
+            context: other.settings.context,
+            decode_tokens_per_s: decode,
+            why_not,
+        });
+    }
+    others
+}

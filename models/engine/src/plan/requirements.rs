@@ -1,0 +1,268 @@
+//! What a model needs, by the headers of its files: nothing here reads a weight.
+
+use bitnet_burn_formats::canonical;
+use serde::Serialize;
+
+use super::placement::Placement;
+use super::{CPU, DeviceMemory, Settings};
+use crate::checkpoint::{Checkpoint, LoadError};
+use crate::load::HeadMode;
+use bitnet_burn::CacheType;
+use bitnet_burn::ModelConfig;
+use bitnet_burn::{Norm, Projection};
+
+/// What a model needs, in bytes where nothing else is said.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Requirements {
+    /// Blocks.
+    pub layers: usize,
+    /// Positions that it was trained for.
+    pub context: usize,
+    /// The ternary weights of one layer at 2 bits, as the canonical layout has them. Layouts of kernels take as much, or
+    /// less.
+    pub layer_ternary: u64,
+    /// The norms of one layer.
+    pub layer_norms: u64,
+    /// Ternary weights of one layer: a token is multiplied by each.
+    pub layer_weights: u64,
+    /// The embedding as stored.
+    pub embedding: u64,
+    /// The output projection as it is computed with, where that is no part of the embedding.
+    pub output: u64,
+    /// What a token reads of the output projection.
+    pub head_read: u64,
+    /// The last norm.
+    pub last_norm: u64,
+    /// Width of the residual stream.
+    pub hidden: u64,
+    /// Size of the vocabulary.
+    pub vocabulary: u64,
+    /// Bytes that a position takes in the KV cache of one layer, by type: f32, f16, int8.
+    pub kv_per_position: [u64; 3],
+    /// f32 values of a row that are alive at once within a layer: see [`activations`](Self::activations).
+    row_values: u64,
+    /// The widest input of a matmul.
+    widest: u64,
+    heads: u64,
+    query_values: u64,
+}
+
+/// Where something is computed, as far as memory goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In host memory, by kernels that need little beside their operands; with so many threads.
+    Host(usize),
+    /// On a GPU, by kernels that keep little else, too.
+    Gpu,
+}
+
+impl Place {
+    /// What computes on a device of a placement.
+    pub fn of(device: &str, threads: usize) -> Self {
+        if device == CPU { Self::Host(threads) } else { Self::Gpu }
+    }
+}
+
+/// Blocks of a prompt's rows that a device works on at once, and over which attention looks back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Rows at once.
+    pub rows: usize,
+    /// Positions of the KV cache.
+    pub context: usize,
+}
+
+/// The cache types in the order of [`Requirements::kv_per_position`].
+pub(super) const CACHE_TYPES: [CacheType; 3] = [CacheType::F32, CacheType::F16, CacheType::Int8];
+
+impl Requirements {
+    /// Of a model whose output projection is computed in this way.
+    ///
+    /// # Errors
+    /// If a tensor is not there.
+    pub fn of(checkpoint: &Checkpoint, head: HeadMode) -> Result<Self, LoadError> {
+        let embedding = checkpoint.embedding()?;
+        let output = checkpoint.output()?;
+        let stored = output.as_ref().unwrap_or(&embedding);
+        let format = head.format(stored);
+        let head_read = match format == stored.format {
+            true => stored.data.len() as u64,
+            false => format.row_bytes(stored.k).unwrap_or(usize::MAX).saturating_mul(stored.n) as u64,
+        };
+        // int8 products in host memory are of a copy in tiles, whatever its format.
+        let own = output.is_some() || format != stored.format || head.int8_format(stored).is_some();
+        let sizes = Dense {
+            embedding: embedding.data.len() as u64,
+            output: if own { head_read } else { 0 },
+            head_read,
+        };
+        Ok(Self::with(checkpoint.config(), sizes))
+    }
+
+    /// Of a model that only its shape is known of, with matrices of so many bytes.
+    pub fn with(config: &ModelConfig, dense: Dense) -> Self {
+        let shapes = Projection::ALL.map(|which| which.shape(config));
+        let sum = |of: &dyn Fn(usize, usize) -> u64| {
+            shapes.iter().map(|&(n, k)| of(n, k)).fold(0, u64::saturating_add)
+        };
+        let norms = Norm::of_layer(0, config.sub_norms).map(|norm| norm.len(config) as u64 * 4).sum();
+        let [hidden, inter, q, kv] =
+            [config.hidden_size, config.intermediate_size, config.q_size(), config.kv_size()]
+                .map(|v| v as u64);
+        // The stream twice (a block's input and its sum), and the larger of what attention and feed-forward hold:
+        // queries, keys and values with their rotated copies and the heads' output; gate and up with their product.
+        let attention = 3 * q + 3 * kv;
+        let feed_forward = 3 * inter;
+        Self {
+            layers: config.n_layers,
+            context: config.context_length,
+            layer_ternary: sum(&|n, k| (n as u64).saturating_mul(canonical::row_bytes(k) as u64)),
+            layer_norms: norms,
+            layer_weights: sum(&|n, k| (n as u64).saturating_mul(k as u64)),
+            embedding: dense.embedding,
+            output: dense.output,
+            head_read: dense.head_read,
+            last_norm: hidden * 4,
+            hidden,
+            vocabulary: config.vocab_size as u64,
+            kv_per_position: CACHE_TYPES
+                .map(|kind| config.kv_bytes_per_token(kind) as u64 / config.n_layers.max(1) as u64),
+            row_values: 2 * hidden + attention.max(feed_forward),
+            widest: hidden.max(inter).max(q),
+            heads: config.n_heads as u64,
+            query_values: q,
+        }
+    }
+
+    /// Weights of so many layers.
+    pub fn layer_bytes(&self, layers: usize) -> u64 {
+        (self.layer_ternary.saturating_add(self.layer_norms)).saturating_mul(layers as u64)
+    }
+
+    /// Embedding, last norm and output projection.
+    pub fn dense_bytes(&self) -> u64 {
+        self.embedding.saturating_add(self.output).saturating_add(self.last_norm)
+    }
+
+    /// The KV cache of so many positions in so many layers.
+    pub fn kv_bytes(&self, kind: CacheType, positions: usize, layers: usize) -> u64 {
+        let index = CACHE_TYPES.iter().position(|&known| known == kind).expect("all types are listed");
+        self.kv_per_position[index].saturating_mul(positions as u64).saturating_mul(layers as u64)
+    }
+
+    /// What each device of a placement needs.
+    pub fn memory(&self, placement: &Placement, settings: &Settings) -> Vec<DeviceMemory> {
+        let of = |device: &str| {
+            self.memory_of(device, placement.layers_on(device), placement.dense == device, settings)
+        };
+        placement.devices().map(of).collect()
+    }
+
+    /// What so many layers, and embedding and output or not, take on a device. There is no budget in it.
+    pub(super) fn memory_of(
+        &self,
+        device: &str,
+        layers: usize,
+        dense: bool,
+        settings: &Settings,
+    ) -> DeviceMemory {
+        let Settings { threads, context, kv_cache, rows } = *settings;
+        let (of_layers, of_dense) = (self.layer_bytes(layers), if dense { self.dense_bytes() } else { 0 });
+        DeviceMemory {
+            device: device.to_owned(),
+            weights: of_layers.saturating_add(of_dense),
+            kv_cache: self.kv_bytes(kv_cache, context, layers),
+            activations: self.activations(rows, dense),
+            workspace: self.workspace(Place::of(device, threads), Load { rows, context }),
+            budget: None,
+        }
+    }
+
+    /// f32 activations of the rows of a forward pass, and the logits of one row where the output is computed there.
+    pub fn activations(&self, rows: usize, with_output: bool) -> u64 {
+        let logits = if with_output { self.vocabulary * 4 } else { 0 };
+        self.row_values.saturating_mul(4).saturating_mul(rows as u64).saturating_add(logits)
+    }
+
+    /// What operations need beside their operands: int8 activations; scores of attention, of which a host's kernels keep
+    /// a tile a thread; on a GPU turned queries and context, and for up to 16 rows what every 64 positions leave for the
+    /// context until they are joined. (The logits of more than 32 rows at once, which `perplexity` computes, decode the
+    /// output projection to f32 on a GPU.)
+    pub fn workspace(&self, place: Place, load: Load) -> u64 {
+        let [rows, context] = [load.rows as u64, load.context as u64];
+        let quantised = self.widest.saturating_mul(rows);
+        match place {
+            Place::Host(threads) => {
+                let scores = context.saturating_mul(4).saturating_mul(self.heads);
+                quantised.saturating_add(scores.saturating_mul(threads as u64))
+            }
+            Place::Gpu => {
+                let chunks = context.div_ceil(64).saturating_mul(rows.min(16));
+                let parts = (self.query_values + 2 * self.heads).saturating_mul(chunks).saturating_mul(4);
+                let queries = self.query_values.saturating_mul(rows).saturating_mul(2 * 4);
+                quantised.saturating_add(parts).saturating_add(queries)
+            }
+        }
+    }
+}
+
+/// Bytes of the matrices that are not ternary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dense {
+    /// The embedding.
+    pub embedding: u64,
+    /// The output projection, where that is no part of the embedding.
+    pub output: u64,
+    /// What a token reads for its logits.
+    pub head_read: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::synth::shape;
+    use bitnet_burn_formats::DenseFormat;
+
+    #[test]
+    fn the_2b_model_needs_what_its_shape_says() {
+        let embedding = 128_256 * 2560 * 2;
+        let dense = Dense { embedding, output: 0, head_read: embedding };
+        let needs = Requirements::with(&shape("2b-4t").unwrap(), dense);
+        assert_eq!(needs.layer_weights * 30, 2_084_044_800);
+        assert_eq!(needs.layer_ternary * 30, 2_084_044_800 / 4);
+        assert_eq!(needs.layer_norms, (2560 + 2560 + 2560 + 6912) * 4);
+        for kind in CACHE_TYPES {
+            let bytes = shape("2b-4t").unwrap().kv_bytes_per_token(kind) as u64;
+            assert_eq!(needs.kv_bytes(kind, 4096, 30), bytes * 4096);
+        }
+        assert_eq!(needs.dense_bytes(), embedding + 2560 * 4);
+    }
+
+    #[test]
+    fn headers_are_enough() {
+        let checkpoint = crate::embedded::checkpoint().unwrap();
+        let file = Requirements::of(&checkpoint, HeadMode::File).unwrap();
+        let embedding = checkpoint.embedding().unwrap();
+        assert_eq!((file.embedding, file.output), (embedding.data.len() as u64, 0));
+        assert_eq!(file.head_read, file.embedding);
+        // A copy in another format comes on top, and is what a token reads.
+        let requantised = Requirements::of(&checkpoint, HeadMode::Requantised(DenseFormat::F32)).unwrap();
+        assert_eq!(requantised.output, (embedding.n * embedding.k * 4) as u64);
+        assert_eq!(requantised.head_read, requantised.output);
+    }
+
+    #[test]
+    fn absurd_shapes_do_not_overflow() {
+        let mut config = shape("2b-4t").unwrap();
+        (config.hidden_size, config.intermediate_size) = (1 << 20, 1 << 22);
+        (config.n_layers, config.context_length) = (1 << 14, 1 << 30);
+        (config.n_heads, config.n_kv_heads, config.head_dim) = (1 << 16, 1 << 16, 1 << 6);
+        let needs =
+            Requirements::with(&config, Dense { embedding: u64::MAX, output: u64::MAX, head_read: u64::MAX });
+        assert_eq!(needs.dense_bytes(), u64::MAX);
+        needs.workspace(Place::Gpu, Load { rows: usize::MAX, context: usize::MAX });
+        needs.workspace(Place::Host(usize::MAX), Load { rows: usize::MAX, context: usize::MAX });
+        needs.activations(usize::MAX, true);
+        assert_eq!(needs.kv_bytes(CacheType::F32, usize::MAX, usize::MAX), u64::MAX);
+    }
+}

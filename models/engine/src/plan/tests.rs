@@ -1,0 +1,527 @@
+//! Plans for machines that are simulated: the profiles in `testdata/machines` say what they would measure.
+
+use std::path::Path;
+
+use super::machine::{MachineProfile, MemoryProfile};
+use super::requirements::CACHE_TYPES;
+use super::*;
+use crate::synth::shape;
+use bitnet_burn::ModelConfig;
+
+fn machine(name: &str) -> MachineProfile {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/machines");
+    MachineProfile::read(&dir.join(format!("{name}.json"))).unwrap()
+}
+
+/// With embedding and output in F16, as published files have them.
+fn needs(config: &ModelConfig) -> Requirements {
+    let matrix = (config.vocab_size * config.hidden_size * 2) as u64;
+    let output = if config.tied_embeddings { 0 } else { matrix };
+    Requirements::with(config, Dense { embedding: matrix, output, head_read: matrix })
+}
+
+fn two_b() -> Requirements {
+    needs(&shape("2b-4t").unwrap())
+}
+
+/// Llama 7B's shape.
+fn seven_b() -> ModelConfig {
+    ModelConfig {
+        hidden_size: 4096,
+        intermediate_size: 11008,
+        n_layers: 32,
+        n_heads: 32,
+        n_kv_heads: 32,
+        vocab_size: 32000,
+        tied_embeddings: false,
+        bos_token: None,
+        eos_tokens: Vec::new(),
+        ..shape("2b-4t").unwrap()
+    }
+}
+
+/// Llama 70B's shape.
+fn seventy_b() -> ModelConfig {
+    ModelConfig {
+        hidden_size: 8192,
+        intermediate_size: 28672,
+        n_layers: 80,
+        n_heads: 64,
+        n_kv_heads: 8,
+        ..seven_b()
+    }
+}
+
+fn plan(model: &Requirements, machine: &MachineProfile) -> Plan {
+    Plan::new(model, machine, &Wishes::default()).unwrap()
+}
+
+fn because(plan: &Plan, words: &str) {
+    assert!(plan.reasons.iter().any(|reason| reason.contains(words)), "{words:?} is not in\n{plan}");
+}
+
+/// With so much memory left.
+fn with_available(mut machine: MachineProfile, available_bytes: u64) -> MachineProfile {
+    machine.memory = Some(MemoryProfile { available_bytes, ..machine.memory.unwrap() });
+    machine
+}
+
+#[test]
+fn a_laptop_gives_up_precision_and_then_context_as_its_memory_shrinks() {
+    let (model, laptop) = (two_b(), machine("laptop-4gb"));
+    let whole = plan(&model, &laptop);
+    assert_eq!((whole.kind, whole.settings.threads), (Kind::CpuOnly, 2));
+    assert_eq!(
+        (whole.settings.kv_cache, whole.settings.context, whole.settings.rows),
+        (CacheType::F32, 4096, 256)
+    );
+    assert!(whole.fits && !whole.fallback);
+    because(&whole, "no GPU was found");
+    because(&whole, "2 physical cores");
+    because(&whole, "f32, exactly as computed");
+    let reserve = laptop.memory_reserve();
+    let beside = whole.memory[0].total() - whole.memory[0].kv_cache;
+    let mut seen = Vec::new();
+    for available in (0..80).rev().map(|step| reserve + beside + step * (whole.memory[0].kv_cache / 64)) {
+        let machine = with_available(laptop.clone(), available);
+        let plan = plan(&model, &machine);
+        assert!(plan.fits && plan.memory[0].total() <= available - reserve, "{plan}");
+        let settings = (plan.settings.kv_cache, plan.settings.context);
+        match settings {
+            (CacheType::F32, 4096) => {}
+            (kind, 4096) => because(&plan, &format!("a KV cache of {}: with ", kind.name())),
+            (_, _) => {
+                because(&plan, "positions: with the 4096 that the model was trained for, cpu would need")
+            }
+        }
+        if seen.last() != Some(&settings) {
+            seen.push(settings);
+        }
+    }
+    let expected =
+        [(CacheType::F32, 4096), (CacheType::F16, 4096), (CacheType::Int8, 4096), (CacheType::Int8, 3840)];
+    assert_eq!(seen[..4], expected);
+    assert!(seen[3..].iter().all(|&(kind, context)| kind == CacheType::Int8 && context >= 256), "{seen:?}");
+}
+
+#[test]
+fn what_does_not_fit_at_all_is_said() {
+    let machine = with_available(machine("laptop-4gb"), 1 << 30);
+    let plan = plan(&two_b(), &machine);
+    assert!(!plan.fits && plan.sequences.is_none());
+    because(&plan, "it does not fit: cpu would need");
+    because(&plan, "what helps is more memory, or a smaller model");
+    // The smallest that there is.
+    assert_eq!(
+        (plan.settings.kv_cache, plan.settings.context, plan.settings.rows),
+        (CacheType::Int8, 256, 16)
+    );
+}
+
+#[test]
+fn a_desktop_without_gpu_computes_on_its_physical_cores() {
+    let plan = plan(&two_b(), &machine("desktop-16-cores"));
+    assert_eq!((plan.kind, plan.settings.threads, plan.tier), (Kind::CpuOnly, 16, Tier::Fast));
+    assert_eq!((plan.settings.kv_cache, plan.settings.context), (CacheType::F32, 4096));
+    because(&plan, "16 threads on 16 physical cores");
+    // The roofline: 65 * 10^9 bytes a second over the bytes of a token.
+    let bytes = 2_084_044_800 / 4 + 30 * (3 * 2560 + 6912) * 4 + 128_256 * 2560 * 2;
+    let prediction = plan.prediction.unwrap();
+    assert!((prediction.decode_tokens_per_s - 65e9 / bytes as f64).abs() < 0.01, "{prediction:?}");
+    let full = 65e9 / (bytes as f64 + 153_600.0 * 4096.0);
+    assert!((prediction.decode_tokens_per_s_at_full_context - full).abs() < 0.01, "{prediction:?}");
+    assert!((prediction.decode_at(4096, 4096) - full).abs() < 0.01);
+    // A prompt: 4 * 10^12 multiply-adds a second over those of a token.
+    assert!((prediction.prefill_tokens_per_s.unwrap() - 4e12 / 2_084_044_800.0).abs() < 0.1);
+    assert_eq!(prediction.basis, Basis::Roofline);
+}
+
+#[test]
+fn runs_on_a_machine_calibrate_what_is_expected_there() {
+    let mut desktop = machine("desktop-16-cores");
+    let roofline = plan(&two_b(), &desktop).prediction.unwrap();
+    for rate in &mut desktop.cpu.rates {
+        (rate.decode_efficiency, rate.prefill_efficiency) = (Some(0.5), Some(0.25));
+    }
+    let calibrated = plan(&two_b(), &desktop).prediction.unwrap();
+    assert_eq!(calibrated.basis, Basis::Calibrated);
+    assert_eq!(calibrated.decode_tokens_per_s, roofline.decode_tokens_per_s * 0.5);
+    assert_eq!(calibrated.prefill_tokens_per_s.unwrap(), roofline.prefill_tokens_per_s.unwrap() * 0.25);
+}
+
+#[test]
+fn a_7b_model_on_an_8_gb_gpu_goes_by_its_bytes() {
+    let (model, machine) = (needs(&seven_b()), machine("gpu-8gb"));
+    let load = Load { rows: 256, context: 4096 };
+    let beside = model.layer_bytes(32)
+        + model.dense_bytes()
+        + model.activations(256, true)
+        + model.workspace(Place::Gpu, load);
+    let with = |kind| (beside + model.kv_bytes(kind, 4096, 32)) as f64;
+    let all = (8u64 << 30) as f64;
+    // All of it has room, and so have exact keys and values.
+    assert!(with(CacheType::F32) < all * 0.9);
+    assert_eq!(plan(&model, &machine).settings.kv_cache, CacheType::F32);
+    // With a budget in between they are too much, with 256 rows at once and 4096 positions, and f16 is not.
+    let fraction = (with(CacheType::F32) + with(CacheType::F16)) / 2.0 / all;
+    let of_it = Wishes { gpu_memory_fraction: Some(fraction), ..Wishes::default() };
+    let plan = Plan::new(&model, &machine, &of_it).unwrap();
+    assert_eq!(
+        (plan.kind, plan.settings.kv_cache, plan.settings.context),
+        (Kind::GpuOnly, CacheType::F16, 4096)
+    );
+    because(&plan, "everything on GPU: it takes");
+    because(&plan, "a KV cache of f16: with f32, wgpu:0 would need");
+    assert!(plan.alternatives.iter().any(|other| other.placement.kind() == Kind::CpuOnly), "{plan}");
+    // Asked for f32, the cache decides how much of the model the GPU holds.
+    let wishes = Wishes { kv_cache: Some(CacheType::F32), rows: Some(256), context: Some(4096), ..of_it };
+    let exact = Plan::new(&model, &machine, &wishes).unwrap();
+    assert!(matches!(exact.kind, Kind::Hybrid { .. }) && exact.fits, "{exact}");
+}
+
+#[test]
+fn what_an_8_gb_gpu_has_no_room_for_is_on_the_cpu() {
+    let (model, machine) = (needs(&seventy_b()), machine("gpu-8gb"));
+    let plan = plan(&model, &machine);
+    let Kind::Hybrid { cpu_layers, gpu_layers } = plan.kind else { panic!("{plan}") };
+    assert!(plan.fits && gpu_layers > 0 && cpu_layers + gpu_layers == 80, "{plan}");
+    assert_eq!((plan.placement.stages[0].device.as_str(), plan.placement.dense.as_str()), ("wgpu:0", CPU));
+    because(&plan, "the model does not fit on GPU as a whole");
+    // One layer more would be too much.
+    let wishes = Wishes {
+        gpu_layers: Some(gpu_layers + 1),
+        context: Some(plan.settings.context),
+        kv_cache: Some(plan.settings.kv_cache),
+        rows: Some(plan.settings.rows),
+        ..Wishes::default()
+    };
+    let more = Plan::new(&model, &machine, &wishes).unwrap();
+    assert!(!more.fits, "{more}");
+    because(&more, "wgpu:0 would need");
+}
+
+#[test]
+fn two_gpus_share_what_is_too_much_for_one() {
+    let two = plan(&needs(&seventy_b()), &machine("two-gpus-8gb"));
+    let one = plan(&needs(&seventy_b()), &machine("gpu-8gb"));
+    assert!(two.placement.layers_on(CPU) < one.placement.layers_on(CPU), "{two}");
+    assert!(two.placement.layers_on("wgpu:0") > 0 && two.placement.layers_on("wgpu:1") > 0, "{two}");
+    // What fits one has no seam.
+    assert_eq!(plan(&two_b(), &machine("two-gpus-8gb")).placement.devices().count(), 1);
+}
+
+#[test]
+fn an_80_gb_gpu_takes_everything() {
+    for model in [two_b(), needs(&seven_b()), needs(&seventy_b())] {
+        let plan = plan(&model, &machine("gpu-80gb"));
+        assert_eq!((plan.kind, plan.settings.kv_cache), (Kind::GpuOnly, CacheType::F32), "{plan}");
+        assert_eq!((plan.settings.context, plan.settings.rows), (4096, 256));
+        assert!(plan.fits && plan.placement.dense == "cuda:0");
+        because(&plan, "everything on GPU");
+    }
+}
+
+#[test]
+fn a_buffer_that_the_gpu_does_not_give_stays_on_the_cpu() {
+    let mut machine = machine("gpu-8gb");
+    machine.gpus[0].max_allocation_bytes = Some(1 << 29);
+    let plan = plan(&two_b(), &machine);
+    // The embedding, in f16, has 0.66 GB.
+    assert_eq!(plan.kind, Kind::Hybrid { cpu_layers: 0, gpu_layers: 30 });
+    because(&plan, "embedding and output, for which it has no room, on the CPU");
+}
+
+#[test]
+fn a_program_that_acts_as_a_gpu_is_never_preferred() {
+    let machine = machine("software-gpu");
+    for strategy in Strategy::ALL {
+        let wishes = Wishes { strategy, ..Wishes::default() };
+        let plan = Plan::new(&two_b(), &machine, &wishes).unwrap();
+        assert_eq!(plan.kind, Kind::CpuOnly);
+        because(&plan, "it is a program on the CPU, not a card");
+    }
+    // Only whoever asks gets it.
+    let wishes = Wishes { device: Some("wgpu".into()), ..Wishes::default() };
+    let plan = Plan::new(&two_b(), &machine, &wishes).unwrap();
+    assert_eq!((plan.kind, plan.tier), (Kind::GpuOnly, Tier::Unknown));
+    because(&plan, "slower than the CPU");
+    because(&plan, "no speed is predicted: how fast wgpu:0 reads its memory was not measured");
+}
+
+#[test]
+fn a_gpu_whose_memory_is_not_known_is_for_whoever_asks() {
+    let mut machine = machine("gpu-8gb");
+    machine.gpus[0].memory_bytes = None;
+    let plan = plan(&two_b(), &machine);
+    assert_eq!(plan.kind, Kind::CpuOnly);
+    because(&plan, "its driver does not tell how much memory it has");
+    because(&plan, "the CPU: there was no GPU to compare it with");
+    let wishes = Wishes { device: Some("wgpu:0".into()), ..Wishes::default() };
+    let asked = Plan::new(&two_b(), &machine, &wishes).unwrap();
+    assert_eq!(asked.kind, Kind::GpuOnly);
+    because(&asked, "whether that is enough, will show");
+}
+
+#[test]
+fn a_machine_that_can_not_be_looked_at_gets_the_careful_plan() {
+    let unknown = machine("unknown");
+    let plan = plan(&two_b(), &unknown);
+    assert!(plan.fallback && !plan.fits && plan.prediction.is_none() && plan.tier == Tier::Unknown);
+    assert_eq!((plan.kind, plan.settings.threads, plan.settings.rows), (Kind::CpuOnly, 1, 64));
+    assert_eq!((plan.settings.context, plan.settings.kv_cache), (2048, CacheType::F32));
+    because(
+        &plan,
+        "could not be found out: carefully, the CPU alone, a short context, few rows at once (--memory",
+    );
+    // What was asked for is nobody's care.
+    let asked = Wishes {
+        device: Some(CPU.into()),
+        context: Some(4096),
+        rows: Some(256),
+        kv_cache: Some(CacheType::F16),
+        ..Wishes::default()
+    };
+    let asked = Plan::new(&two_b(), &unknown, &asked).unwrap();
+    because(&asked, "could not be found out: whether what was asked for fits, will show (--memory");
+    because(&plan, "the number of cores could not be found out");
+    // What somebody knows, need not be found out.
+    let wishes = Wishes { threads: Some(4), memory: Some(3_000_000_000), ..Wishes::default() };
+    let told = Plan::new(&two_b(), &unknown, &wishes).unwrap();
+    assert!(
+        told.fits && !told.fallback && told.settings.threads == 4 && told.settings.context == 4096,
+        "{told}"
+    );
+}
+
+#[test]
+fn strategies_differ_in_what_an_expert_would() {
+    let desktop = machine("desktop-16-cores");
+    let of = |strategy| Plan::new(&two_b(), &desktop, &Wishes { strategy, ..Wishes::default() }).unwrap();
+    let memory = of(Strategy::Memory);
+    assert_eq!((memory.settings.kv_cache, memory.settings.rows), (CacheType::Int8, 16));
+    // Half of the cores have 60 of 65 GB/s.
+    let power = of(Strategy::PowerEfficiency);
+    assert_eq!(power.settings.threads, 8);
+    because(&power, "no more are needed for 90 %");
+    let balanced = of(Strategy::Balanced);
+    assert_eq!(balanced.settings.threads, 15);
+    assert_eq!(
+        balanced.memory[0].budget.unwrap(),
+        of(Strategy::Performance).memory[0].budget.unwrap() / 4 * 3
+    );
+    // One device is kept awake, not two.
+    let wishes = Wishes { strategy: Strategy::PowerEfficiency, ..Wishes::default() };
+    let plan = Plan::new(&needs(&seventy_b()), &machine("gpu-8gb"), &wishes).unwrap();
+    assert_eq!(plan.kind, Kind::CpuOnly, "{plan}");
+}
+
+#[test]
+fn wishes_are_met_or_refused() {
+    let (model, gpu) = (two_b(), machine("gpu-8gb"));
+    let with = |wishes: Wishes| Plan::new(&model, &gpu, &wishes);
+    let none = Wishes::default;
+    let plan = with(Wishes { gpu_layers: Some(10), threads: Some(3), ..none() }).unwrap();
+    assert_eq!(plan.kind, Kind::Hybrid { cpu_layers: 20, gpu_layers: 10 });
+    assert_eq!(plan.settings.threads, 3);
+    because(&plan, "10 layers on wgpu:0 as asked for, 20 on the CPU");
+    assert_eq!(with(Wishes { gpu_layers: Some(30), ..none() }).unwrap().kind, Kind::GpuOnly);
+    assert_eq!(with(Wishes { gpu_layers: Some(0), ..none() }).unwrap().kind, Kind::CpuOnly);
+    assert_eq!(with(Wishes { device: Some(CPU.into()), ..none() }).unwrap().kind, Kind::CpuOnly);
+    let plan =
+        with(Wishes { context: Some(512), kv_cache: Some(CacheType::F16), rows: Some(8), ..none() }).unwrap();
+    assert_eq!((plan.settings.context, plan.settings.rows), (512, 8));
+    let error = |wishes: Wishes| with(wishes).unwrap_err().to_string();
+    for (wishes, expected) in [
+        (Wishes { device: Some("cuda:0".into()), ..none() }, "cuda:0 is not there; there are cpu, wgpu:0"),
+        (
+            Wishes { gpu_layers: Some(31), ..none() },
+            "31 layers on a GPU were asked for, and the model has 30",
+        ),
+        (Wishes { gpu_layers: Some(3), device: Some(CPU.into()), ..none() }, "the CPU was asked for, too"),
+        (Wishes { context: Some(5000), ..none() }, "the context is 5000; it must be between 1 and 4096"),
+        (Wishes { gpu_memory_fraction: Some(f64::NAN), ..none() }, "must be above 0 and at most 1"),
+        (Wishes { rows: Some(0), ..none() }, "the number of rows at once is 0"),
+    ] {
+        let error = error(wishes);
+        assert!(error.contains(expected), "{expected:?}: {error}");
+    }
+    let mut without_f16 = gpu.clone();
+    without_f16.gpus[0].precisions.retain(|precision| precision != "f16");
+    let on_gpu = |kind| Wishes { device: Some("wgpu".into()), kv_cache: Some(kind), ..none() };
+    let error = Plan::new(&model, &without_f16, &on_gpu(CacheType::F16)).unwrap_err().to_string();
+    assert!(error.contains("of a type that wgpu:0"), "{error}");
+    // Four in a word, which every GPU has.
+    assert!(Plan::new(&model, &without_f16, &on_gpu(CacheType::Int8)).unwrap().fits);
+    let nothing = Plan::new(&model, &machine("laptop-4gb"), &Wishes { gpu_layers: Some(1), ..none() });
+    assert!(nothing.unwrap_err().to_string().contains("there is no GPU here"));
+}
+
+#[test]
+fn what_is_observed_changes_the_plan() {
+    let (model, wishes) = (two_b(), Wishes::default());
+    let (desktop, gpu) = (machine("desktop-16-cores"), machine("gpu-8gb"));
+    let start = plan(&model, &desktop);
+    let predicted = start.prediction.as_ref().unwrap().decode_tokens_per_s;
+    let adapt = |plan: &Plan, machine, observed| plan.adapted(&model, machine, &wishes, &observed).unwrap();
+    // Nothing calls for a change: as predicted, or slow for no reason that threads would cure.
+    assert_eq!(adapt(&start, &desktop, Observed::default()), None);
+    let slow = |decode: f64, busy| Observed {
+        decode_tokens_per_s: Some(decode),
+        others_use: Some(busy),
+        ..Observed::default()
+    };
+    assert_eq!(adapt(&start, &desktop, slow(predicted * 0.9, 0.5)), None);
+    assert_eq!(adapt(&start, &desktop, slow(predicted * 0.3, 0.0)), None);
+    let fewer = adapt(&start, &desktop, slow(predicted * 0.3, 0.5)).unwrap();
+    assert_eq!(fewer.settings.threads, 8);
+    because(&fewer, "other programs use 50 % of the processor");
+    // Memory that others took.
+    let total_bytes = desktop.memory.unwrap().total_bytes;
+    let available_bytes = total_bytes / 16 - (400 << 20);
+    let memory = Some(MemoryProfile { total_bytes, available_bytes });
+    let short = adapt(&start, &desktop, Observed { memory, ..Observed::default() }).unwrap();
+    because(&short, "memory is short");
+    assert!(short.fits && short.settings.kv_cache != CacheType::F32, "{short}");
+    // A GPU that had less than it said.
+    let start = plan(&model, &gpu);
+    let out = |gpu: &str| Observed { out_of_memory: Some(gpu.into()), ..Observed::default() };
+    let half = adapt(&start, &gpu, out("wgpu:0")).unwrap();
+    assert_eq!(half.kind, Kind::Hybrid { cpu_layers: 15, gpu_layers: 15 });
+    because(&half, "30 layers on wgpu:0 failed (out of memory): 15 now");
+    let mut last = half;
+    for _ in 0..4 {
+        last = adapt(&last, &gpu, out("wgpu:0")).unwrap();
+    }
+    assert_eq!(last.kind, Kind::CpuOnly);
+    // How many it held in the end is known better than that.
+    let left = |layers| Observed { layers_left: Some(layers), ..out("wgpu:0") };
+    assert_eq!(adapt(&start, &gpu, left(7)).unwrap().placement.layers_on("wgpu:0"), 7);
+    assert_eq!(adapt(&start, &gpu, left(0)).unwrap().kind, Kind::CpuOnly);
+    // What no number of layers helps against is no lesson, unless it is about memory.
+    let said = |problem: &str, layers| Observed { problem: Some(problem.into()), ..left(layers) };
+    assert_eq!(start.lesson(&said("the device is lost", 0)), None);
+    assert_eq!(start.lesson(&said("Not enough Memory left", 0)).unwrap().device.as_deref(), Some(CPU));
+    let lesson = start.lesson(&said("the device is lost", 3)).unwrap();
+    assert_eq!(lesson.reasons, ["30 layers on wgpu:0 failed (the device is lost): 3 now"]);
+}
+
+#[test]
+fn what_a_run_showed_holds_for_its_model_until_flags_say_otherwise() {
+    let (model, other, gpu) = (needs(&shape("2b-4t").unwrap()), needs(&seven_b()), machine("gpu-8gb"));
+    let place = tempfile::tempdir().unwrap();
+    let dir = Some(place.path());
+    let learnt = |model: &Requirements, wishes: &Wishes| Plan::learnt(dir, model, &gpu, wishes).unwrap();
+    let free = Wishes::default();
+    assert_eq!(learnt(&model, &free), (plan(&model, &gpu), Vec::new()));
+    let observed =
+        Observed { out_of_memory: Some("wgpu:0".into()), layers_left: Some(7), ..Observed::default() };
+    let lesson = plan(&model, &gpu).lesson(&observed).unwrap();
+    lesson.keep(dir, &model, &free).unwrap();
+    let (next, reasons) = learnt(&model, &free);
+    assert_eq!(next.placement.layers_on("wgpu:0"), 7, "{next}");
+    assert_eq!(reasons, ["an earlier run: 30 layers on wgpu:0 failed (out of memory): 7 now"]);
+    because(&next, &reasons[0]);
+    // Flags win, other wishes and models are not concerned, and a card that is gone is not asked for.
+    let asked = Wishes { gpu_layers: Some(12), ..Wishes::default() };
+    assert_eq!(learnt(&model, &asked).0.placement.layers_on("wgpu:0"), 12);
+    assert_eq!(lesson.kept(&asked, &gpu), asked);
+    let short = Wishes { context: Some(512), ..Wishes::default() };
+    assert_eq!(learnt(&model, &short).0, Plan::new(&model, &gpu, &short).unwrap());
+    assert_eq!(learnt(&other, &free), (plan(&other, &gpu), Vec::new()));
+    let desktop = machine("desktop-16-cores");
+    assert_eq!(Plan::learnt(dir, &model, &desktop, &free).unwrap().0, plan(&model, &desktop));
+    // A second lesson leaves what it says nothing about, and memory is not kept.
+    let reasons = vec![lesson.reasons[0].clone(), "busy".into()];
+    let second =
+        Lesson { threads: Some(2), memory: Some(3 << 30), reasons: reasons.clone(), ..Lesson::default() };
+    second.keep(dir, &model, &free).unwrap();
+    let both = Lesson { threads: Some(2), reasons, ..lesson };
+    assert_eq!(Lesson::recall(dir, &model, &free), Some(both));
+    // What would not fit any more is not kept to.
+    let mut full = gpu.clone();
+    full.memory =
+        full.memory.map(|m| MemoryProfile { available_bytes: m.total_bytes / 16 + (64 << 20), ..m });
+    let on_gpu = plan(&model, &full);
+    assert!(on_gpu.fits, "{on_gpu}");
+    assert_eq!(Plan::learnt(dir, &model, &full, &free).unwrap(), (on_gpu, Vec::new()));
+    // What is damaged, or asks for what can't be, is no lesson; measuring afresh forgets.
+    Lesson { threads: Some(0), ..Lesson::default() }.keep(dir, &model, &free).unwrap();
+    assert_eq!(learnt(&model, &free).0, plan(&model, &gpu));
+    Lesson { threads: Some(1), ..Lesson::default() }.keep(dir, &model, &free).unwrap();
+    assert_eq!(learnt(&model, &free).0.settings.threads, 1);
+    let file = std::fs::read_dir(place.path()).unwrap().next().unwrap().unwrap().path();
+    std::fs::write(&file, "{\"threads\": 1, \"reasons\": [").unwrap();
+    assert_eq!(learnt(&model, &free).0, plan(&model, &gpu));
+    Lesson::forget_all(dir);
+    assert!(!file.exists());
+}
+
+#[test]
+fn sequences_have_room_as_long_as_memory_is_known() {
+    let (model, desktop) = (needs(&shape("2b-4t").unwrap()), machine("desktop-16-cores"));
+    let settings = plan(&model, &desktop).settings;
+    let place = Placement::cpu_only(model.layers);
+    let room = place.sequences(&model, &desktop, &settings).unwrap();
+    assert_eq!(Some(room), plan(&model, &desktop).sequences);
+    let short = Settings { context: settings.context / 2, ..settings };
+    assert!(place.sequences(&model, &desktop, &short).unwrap() > room);
+    let memory = desktop.memory.map(|m| MemoryProfile { available_bytes: m.total_bytes / 16 + 1, ..m });
+    let full = MachineProfile { memory, ..desktop.clone() };
+    assert_eq!(place.sequences(&model, &full, &settings), Some(0));
+    assert_eq!(place.sequences(&model, &MachineProfile { memory: None, ..desktop }, &settings), None);
+}
+
+#[test]
+fn every_plan_is_whole_and_can_be_told() {
+    let machines =
+        ["laptop-4gb", "desktop-16-cores", "gpu-8gb", "two-gpus-8gb", "gpu-80gb", "software-gpu", "unknown"];
+    let long = ModelConfig { context_length: 131_072, n_kv_heads: 8, ..seven_b() };
+    for config in [shape("2b-4t").unwrap(), seven_b(), seventy_b(), long] {
+        let model = needs(&config);
+        for name in machines {
+            for strategy in Strategy::ALL {
+                let machine = machine(name);
+                let plan = Plan::new(&model, &machine, &Wishes { strategy, ..Wishes::default() }).unwrap();
+                let mut next = 0;
+                for stage in &plan.placement.stages {
+                    assert!(stage.layers.start == next && stage.layers.end > next, "{plan}");
+                    next = stage.layers.end;
+                }
+                assert_eq!((next, plan.placement.layers()), (config.n_layers, config.n_layers));
+                assert_eq!(plan.memory.len(), plan.placement.devices().count());
+                let budgets = plan.memory.iter().all(DeviceMemory::fits);
+                assert!(plan.fits && budgets || !plan.fits && (!budgets || plan.fallback), "{name}: {plan}");
+                assert!(plan.reasons.len() >= 4, "{plan}");
+                let json = serde_json::to_value(&plan).unwrap();
+                assert!(json["placement"]["stages"].is_array() && json["kv_cache"].is_string(), "{json}");
+            }
+        }
+    }
+}
+
+#[test]
+fn absurd_machines_and_models_do_not_panic() {
+    let mut absurd = machine("gpu-8gb");
+    absurd.memory = Some(MemoryProfile { total_bytes: u64::MAX, available_bytes: u64::MAX });
+    absurd.gpus[0].memory_bytes = Some(u64::MAX);
+    let mut nothing = machine("gpu-8gb");
+    nothing.memory = Some(MemoryProfile { total_bytes: 0, available_bytes: 0 });
+    nothing.gpus[0].memory_bytes = Some(0);
+    let huge = ModelConfig {
+        n_layers: 1 << 14,
+        context_length: 1 << 30,
+        hidden_size: 1 << 20,
+        ..shape("2b-4t").unwrap()
+    };
+    let tiny = ModelConfig { n_layers: 1, context_length: 1, ..shape("2b-4t").unwrap() };
+    for machine in [absurd, nothing] {
+        for config in [&huge, &tiny, &shape("2b-4t").unwrap()] {
+            for strategy in Strategy::ALL {
+                Plan::new(&needs(config), &machine, &Wishes { strategy, ..Wishes::default() })
+                    .unwrap()
+                    .to_string();
+            }
+        }
+    }
+    assert_eq!(CACHE_TYPES.len(), needs(&tiny).kv_per_position.len());
+}

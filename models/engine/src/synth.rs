@@ -1,0 +1,470 @@
+//! Models of random weights, for measuring and for trying things out where no real one is at hand.
+//!
+//! The files are like published ones in everything but their values: architecture, keys, names, types and
+//! sizes. All values come from [`SplitMix64`], seeded by the file's seed and the tensor's name, so that the
+//! same options make the same bytes everywhere.
+//!
+//! | tensor | values |
+//! | --- | --- |
+//! | projections (I2_S) | -1, 0, 1, equally often (to within 2^-16); scale sqrt(3 / 2K), so that outputs have variance 1 |
+//! | norms (F32) | uniform in 0.75 .. 1.25 |
+//! | embedding, output head | mean 0, standard deviation 1 / sqrt(hidden), so that logits have variance 1 |
+//!
+//! An embedding of F32, F16 or BF16 is close to normal (sums of four uniform values). One of Q8_0, Q6_K or
+//! Q4_0 is made of random valid blocks (uniform codes with random signs of their scales) instead of being
+//! quantised from floats: every row is random, and reading it costs what reading a real one costs.
+
+use std::cell::Cell;
+use std::io::{self, Write};
+use std::path::Path;
+
+use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::random::SplitMix64;
+use half::{bf16, f16};
+
+use crate::gguf::{Array, GgufWriteError, GgufWriter, TensorType, norm_name, projection_name};
+use bitnet_burn::{Activation, ConfigError, ModelConfig};
+use bitnet_burn::{Norm, Projection};
+
+/// The names that [`shape`] knows.
+pub const SHAPES: [&str; 4] = ["tiny", "small", "0.7b", "2b-4t"];
+
+/// A model's shape by name: `2b-4t` is BitNet b1.58 2B-4T (arXiv 2504.12285), `0.7b` the older BitNet
+/// b1.58 of 0.7 billion parameters; `tiny` and `small` are for tests.
+pub fn shape(name: &str) -> Option<ModelConfig> {
+    let base = ModelConfig {
+        architecture: "bitnet-b1.58".into(),
+        name: Some(format!("synthetic {name}")),
+        hidden_size: 2560,
+        intermediate_size: 6912,
+        n_layers: 30,
+        n_heads: 20,
+        n_kv_heads: 5,
+        head_dim: 128,
+        vocab_size: 128_256,
+        context_length: 4096,
+        rope_theta: 500_000.0,
+        rms_norm_eps: 1e-5,
+        activation: Activation::Relu2,
+        sub_norms: true,
+        tied_embeddings: true,
+        bos_token: Some(128_000),
+        eos_tokens: vec![128_001, 128_009],
+    };
+    let sized = |hidden_size,
+                 intermediate_size,
+                 n_layers,
+                 [n_heads, n_kv_heads, head_dim]: [usize; 3],
+                 vocab_size| {
+        let (bos_token, eos_tokens) = last_tokens(vocab_size);
+        ModelConfig {
+            hidden_size,
+            intermediate_size,
+            n_layers,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            vocab_size,
+            bos_token,
+            eos_tokens,
+            ..base.clone()
+        }
+    };
+    Some(match name {
+        "2b-4t" => base,
+        "0.7b" => ModelConfig {
+            architecture: "bitnet".into(),
+            context_length: 2048,
+            rope_theta: 10_000.0,
+            activation: Activation::Silu,
+            ..sized(1536, 4096, 24, [16, 16, 96], 32_002)
+        },
+        "small" => sized(768, 2048, 12, [12, 4, 64], 32_000),
+        "tiny" => ModelConfig { context_length: 512, ..sized(256, 640, 2, [4, 2, 64], 512) },
+        _ => return None,
+    })
+}
+
+/// BOS and the two ends of text: the last three tokens of a vocabulary.
+pub fn last_tokens(vocab_size: usize) -> (Option<u32>, Vec<u32>) {
+    let last = vocab_size.saturating_sub(1).min(u32::MAX as usize) as u32;
+    (Some(last.saturating_sub(2)), vec![last.saturating_sub(1), last])
+}
+
+/// Tokens that the tokenizer needs: one a byte, and the three with a role.
+pub const MIN_VOCABULARY: usize = 256 + 3;
+
+/// What to write.
+#[derive(Clone, Debug)]
+pub struct SynthOptions {
+    /// The model's shape. The architecture in the file follows from its activation and sub-norms.
+    pub config: ModelConfig,
+    /// Type of the embedding, and of the output head where that is not tied.
+    pub embedding: DenseFormat,
+    /// Other seeds make other weights.
+    pub seed: u64,
+}
+
+/// Why nothing was written.
+#[derive(Debug, thiserror::Error)]
+pub enum SynthError {
+    /// The shape is impossible.
+    #[error("the shape is impossible: {0}")]
+    Config(#[from] ConfigError),
+    /// The vocabulary is too small for its tokenizer.
+    #[error(
+        "a vocabulary of {0} tokens is too small: the tokenizer takes {MIN_VOCABULARY}, one for each byte, and \
+         the beginning of text and the ends of text and turn"
+    )]
+    Vocabulary(usize),
+    /// The file.
+    #[error(transparent)]
+    Write(#[from] GgufWriteError),
+}
+
+/// Writes a model; `progress` gets the bytes of the tensors written so far, and of all. Returns the size of
+/// the file.
+///
+/// # Errors
+/// If the shape is impossible, GGUF can't hold it (I2_S takes K in multiples of 128, Q6_K of 256, Q8_0 and
+/// Q4_0 of 32), or the file can't be written; an existing file is then as it was.
+pub fn write(path: &Path, options: &SynthOptions, progress: &dyn Fn(u64, u64)) -> Result<u64, SynthError> {
+    let config = &options.config;
+    config.validate()?;
+    if config.vocab_size < MIN_VOCABULARY {
+        return Err(SynthError::Vocabulary(config.vocab_size));
+    }
+    let (written, total) = (Cell::new(0u64), Cell::new(0u64));
+    let advance = |bytes: usize| {
+        written.set(written.get() + bytes as u64);
+        progress(written.get(), total.get());
+    };
+    let mut writer = GgufWriter::new();
+    writer.config(config)?;
+    tokenizer(&mut writer, config)?;
+    dense(&mut writer, "token_embd.weight", options, &advance)?;
+    for layer in 0..config.n_layers {
+        for which in Norm::of_layer(layer, config.sub_norms) {
+            norm(&mut writer, which, options)?;
+        }
+        for which in Projection::ALL {
+            let (n, k) = which.shape(config);
+            let name = projection_name(layer, which);
+            let mut random = options.random(&name);
+            let advance = &advance;
+            writer.tensor(name, &[k as u64, n as u64], TensorType::I2_S, move |out| {
+                random_i2_s(n * k / 4, (1.5 / k as f32).sqrt(), &mut random, out, advance)
+            })?;
+        }
+    }
+    norm(&mut writer, Norm::Output, options)?;
+    if !config.tied_embeddings {
+        dense(&mut writer, "output.weight", options, &advance)?;
+    }
+    let size = writer.file_size();
+    total.set(size);
+    writer.write(path)?;
+    Ok(size)
+}
+
+impl SynthOptions {
+    fn random(&self, tensor: &str) -> SplitMix64 {
+        SplitMix64::new(self.seed ^ fnv1a(tensor))
+    }
+}
+
+/// Adds the embedding or the head.
+fn dense<'a>(
+    writer: &mut GgufWriter<'a>,
+    name: &str,
+    options: &'a SynthOptions,
+    advance: &'a dyn Fn(usize),
+) -> Result<(), GgufWriteError> {
+    let (format, config) = (options.embedding, &options.config);
+    let dims = [config.hidden_size as u64, config.vocab_size as u64];
+    let deviation = 1.0 / (config.hidden_size as f32).sqrt();
+    // The writer refuses a row that is no whole number of blocks.
+    let row = format.row_bytes(config.hidden_size).unwrap_or(0);
+    let mut random = options.random(name);
+    writer.tensor(name, &dims, format.into(), move |out| {
+        let mut bytes = Vec::with_capacity(row);
+        for _ in 0..config.vocab_size {
+            bytes.clear();
+            random_row(format, row, deviation, &mut random, &mut bytes);
+            out.write_all(&bytes)?;
+            advance(row);
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+fn norm(writer: &mut GgufWriter<'_>, which: Norm, options: &SynthOptions) -> Result<(), GgufWriteError> {
+    let name = norm_name(which);
+    let mut random = options.random(&name);
+    let weights = (0..which.len(&options.config)).map(|_| 0.75 + 0.5 * unit(&mut random)).collect();
+    writer.vector(name, weights)?;
+    Ok(())
+}
+
+/// A byte-level vocabulary without merges: a token for each byte, the three with a role, and for the rest
+/// words that can be told apart in the output.
+fn tokenizer(writer: &mut GgufWriter<'_>, config: &ModelConfig) -> Result<(), GgufWriteError> {
+    const NORMAL: i32 = 1;
+    const CONTROL: i32 = 3;
+    let special = |id: usize| {
+        let is = |token: Option<&u32>| token.is_some_and(|&t| t as usize == id);
+        match () {
+            () if is(config.bos_token.as_ref()) => Some("<|begin_of_text|>"),
+            () if is(config.eos_tokens.first()) => Some("<|end_of_text|>"),
+            () if is(config.eos_tokens.get(1)) => Some("<|eot_id|>"),
+            () => None,
+        }
+    };
+    let (mut tokens, mut types) =
+        (Vec::with_capacity(config.vocab_size), Vec::with_capacity(config.vocab_size));
+    let mut bytes = (0..=255u8).map(byte_character);
+    for id in 0..config.vocab_size {
+        let (token, kind) = match special(id) {
+            Some(name) => (name.to_owned(), CONTROL),
+            None => match bytes.next() {
+                Some(byte) => (byte.to_string(), NORMAL),
+                None => (format!("\u{120}w{id}"), NORMAL),
+            },
+        };
+        tokens.push(token);
+        types.push(kind);
+    }
+    writer.set("tokenizer.ggml.model", "gpt2")?;
+    writer.set("tokenizer.ggml.pre", "llama-bpe")?;
+    writer.set("tokenizer.ggml.tokens", Array::from_strings(tokens))?;
+    writer.set("tokenizer.ggml.token_type", Array::from_i32(types))?;
+    writer.set("tokenizer.ggml.merges", Array::from_strings(std::iter::empty::<&str>()))?;
+    writer.set("tokenizer.ggml.add_bos_token", true)?;
+    writer.set(
+        "tokenizer.chat_template",
+        "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}: \
+         {{ message.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}",
+    )?;
+    Ok(())
+}
+
+/// The character that stands for a byte in a byte-level vocabulary (GPT-2's `bytes_to_unicode`): itself
+/// where it is printable, else one from U+0100 on.
+fn byte_character(byte: u8) -> char {
+    let printable = |b: u8| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    if printable(byte) {
+        return char::from(byte);
+    }
+    let before = (0..byte).filter(|&b| !printable(b)).count() as u32;
+    char::from_u32(0x100 + before).expect("below U+0144")
+}
+
+/// A whole I2_S tensor: `bytes` of codes, the scale, zeros.
+fn random_i2_s(
+    bytes: usize,
+    scale: f32,
+    random: &mut SplitMix64,
+    out: &mut dyn Write,
+    advance: &dyn Fn(usize),
+) -> io::Result<()> {
+    // The 81 bytes of four codes 0, 1, 2. Codes are independent, so their order within a block is no matter.
+    let table: [u8; 81] = std::array::from_fn(|i| {
+        let code = |place: usize| (i / 3usize.pow(place as u32) % 3) as u8;
+        code(0) | code(1) << 2 | code(2) << 4 | code(3) << 6
+    });
+    let mut buffer = [0u8; 1 << 16];
+    let mut left = bytes;
+    while left > 0 {
+        let part = left.min(buffer.len());
+        for four in buffer[..part].chunks_mut(4) {
+            let word = random.next_u64();
+            for (i, byte) in four.iter_mut().enumerate() {
+                let sixteen = (word >> (16 * i)) as u16;
+                *byte = table[(usize::from(sixteen) * 81) >> 16];
+            }
+        }
+        out.write_all(&buffer[..part])?;
+        advance(part);
+        left -= part;
+    }
+    let mut tail = [0u8; 32];
+    tail[..4].copy_from_slice(&scale.to_le_bytes());
+    out.write_all(&tail)
+}
+
+/// Appends one row of `bytes` bytes.
+fn random_row(format: DenseFormat, bytes: usize, deviation: f32, random: &mut SplitMix64, out: &mut Vec<u8>) {
+    let blocks = bytes / format.block_bytes();
+    // The deviation of uniform codes: sqrt((n^2 - 1) / 12) for n of them.
+    let d = |codes: f32, scale: f32, negative: bool| {
+        let d = f16::from_f32(deviation / (((codes * codes - 1.0) / 12.0).sqrt() * scale));
+        (if negative { -d } else { d }).to_le_bytes()
+    };
+    let negative = |random: &mut SplitMix64| random.next_u64() >> 63 == 1;
+    match format {
+        DenseFormat::F32 => {
+            for _ in 0..blocks {
+                out.extend((normal(random) * deviation).to_le_bytes());
+            }
+        }
+        DenseFormat::F16 => {
+            for _ in 0..blocks {
+                out.extend(f16::from_f32(normal(random) * deviation).to_le_bytes());
+            }
+        }
+        DenseFormat::BF16 => {
+            for _ in 0..blocks {
+                out.extend(bf16::from_f32(normal(random) * deviation).to_le_bytes());
+            }
+        }
+        DenseFormat::Q8_0 => {
+            for _ in 0..blocks {
+                out.extend(d(256.0, 1.0, negative(random)));
+                random_bytes(random, 32, out);
+            }
+        }
+        DenseFormat::Q4_0 => {
+            for _ in 0..blocks {
+                out.extend(d(16.0, 1.0, negative(random)));
+                random_bytes(random, 16, out);
+            }
+        }
+        DenseFormat::Q6_K => {
+            for _ in 0..blocks {
+                // 6-bit codes, then 16 scales of 8 to 15 with a sign, then d.
+                random_bytes(random, 192, out);
+                let (sizes, signs) = (random.next_u64(), random.next_u64());
+                for i in 0..16 {
+                    let size = 8 + (sizes >> (3 * i) & 7) as i8;
+                    out.push(if signs >> i & 1 == 1 { -size } else { size } as u8);
+                }
+                // The root mean square of 8 .. 15.
+                out.extend(d(64.0, 11.73, false));
+            }
+        }
+    }
+}
+
+/// Uniform in 0 .. 1.
+fn unit(random: &mut SplitMix64) -> f32 {
+    (random.next_u64() >> 40) as f32 / (1u64 << 24) as f32
+}
+
+/// Close to normal, with mean 0 and variance 1: the sum of four uniform values (Irwin-Hall), of variance
+/// 4 / 12.
+fn normal(random: &mut SplitMix64) -> f32 {
+    let word = random.next_u64();
+    let sum: u32 = (0..4).map(|i| u32::from((word >> (16 * i)) as u16)).sum();
+    (sum as f32 / 65536.0 - 2.0) * 1.732_050_8
+}
+
+/// Appends `n` random bytes.
+fn random_bytes(random: &mut SplitMix64, n: usize, out: &mut Vec<u8>) {
+    let end = out.len() + n;
+    while out.len() < end {
+        let word = random.next_u64().to_le_bytes();
+        out.extend_from_slice(&word[..word.len().min(end - out.len())]);
+    }
+}
+
+/// FNV-1a of a tensor's name.
+fn fnv1a(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::{Checkpoint, OpenOptions};
+    use crate::tokenizer::Tokenizer;
+
+    #[test]
+    fn named_shapes_are_possible() {
+        for name in SHAPES {
+            let config = shape(name).unwrap();
+            config.validate().unwrap();
+            assert_eq!(config.name.unwrap(), format!("synthetic {name}"));
+        }
+        assert_eq!(shape("7t"), None);
+    }
+
+    #[test]
+    fn rows_have_the_promised_deviation() {
+        let mut random = SplitMix64::new(7);
+        for format in DenseFormat::ALL {
+            let (k, deviation) = (1 << 16, 0.02f32);
+            let bytes = format.row_bytes(k).unwrap();
+            let mut row = Vec::new();
+            random_row(format, bytes, deviation, &mut random, &mut row);
+            assert_eq!(row.len(), bytes);
+            let mut values = vec![0.0; k];
+            format.decode_row(&row, &mut values).unwrap();
+            let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / k as f64;
+            let square = values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / k as f64;
+            let name = format.name();
+            assert!(mean.abs() < 1e-3, "{name}: mean {mean}");
+            assert!((square.sqrt() / 0.02 - 1.0).abs() < 0.03, "{name}: deviation {}", square.sqrt());
+        }
+    }
+
+    #[test]
+    fn a_written_model_opens_checks_and_is_the_same_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tiny.gguf");
+        for (embedding, tied) in [(DenseFormat::Q6_K, true), (DenseFormat::F16, false)] {
+            let config = ModelConfig { tied_embeddings: tied, ..shape("tiny").unwrap() };
+            let mut options = SynthOptions { config, embedding, seed: 3 };
+            let seen = Cell::new((0, 0));
+            let size = write(&path, &options, &|done, all| seen.set((done, all))).unwrap();
+            assert_eq!(std::fs::metadata(&path).unwrap().len(), size);
+            assert!(seen.get().0 > 0 && seen.get().0 <= seen.get().1);
+            let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
+            assert_eq!(checkpoint.warnings(), [""; 0]);
+            assert_eq!(*checkpoint.config(), options.config);
+            let report = checkpoint.check().unwrap();
+            let zeros = report.zero_weights as f64 / report.ternary_weights as f64;
+            assert!((zeros - 1.0 / 3.0).abs() < 0.01, "{zeros}");
+            let tokenizer = Tokenizer::from_source(&checkpoint.tokenizer_source(), 512).unwrap();
+            assert_eq!(tokenizer.warnings(), [""; 0]);
+            for text in ["Grüße, 世界!\n", " w400 and w401", "<|eot_id|>"] {
+                let ids = tokenizer.encode(text, true).unwrap();
+                assert_eq!(ids[0], 509);
+                assert_eq!(tokenizer.decode(&ids[1..], false).unwrap(), text);
+            }
+            assert_eq!(tokenizer.end_of_generation(), [510, 511]);
+
+            drop(checkpoint);
+            let first = std::fs::read(&path).unwrap();
+            write(&path, &options, &|_, _| ()).unwrap();
+            assert_eq!(first, std::fs::read(&path).unwrap());
+            options.seed = 4;
+            write(&path, &options, &|_, _| ()).unwrap();
+            assert_ne!(first, std::fs::read(&path).unwrap());
+        }
+    }
+
+    #[test]
+    fn what_the_file_cannot_hold_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.gguf");
+        let error = |change: fn(&mut ModelConfig)| {
+            let mut config = shape("tiny").unwrap();
+            change(&mut config);
+            let options = SynthOptions { config, embedding: DenseFormat::Q6_K, seed: 0 };
+            write(&path, &options, &|_, _| ()).unwrap_err().to_string()
+        };
+        assert!(error(|c| c.n_layers = 0).contains("n_layers"));
+        assert!(error(|c| c.intermediate_size = 600).contains("multiple of 128"));
+        assert!(error(|c| c.hidden_size = 128).contains("multiple of 256"));
+        assert!(
+            error(|c| {
+                c.vocab_size = 100;
+                c.bos_token = None;
+                c.eos_tokens.clear();
+            })
+            .contains("too small")
+        );
+        assert!(!path.exists());
+    }
+}

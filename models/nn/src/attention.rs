@@ -1,0 +1,136 @@
+//! Grouped-query attention with BitLinear projections.
+
+use bitnet_burn_backends::SelfAttentionArgs;
+use bitnet_burn_backends::ops;
+use burn::config::Config;
+use burn::module::Module;
+use burn::nn::{RmsNorm, RmsNormConfig};
+use burn::tensor::{Device, Tensor};
+
+use crate::bit_linear::side_by_side;
+use crate::{Batch, BitLinear, BitLinearConfig, ForwardError, History, KvCache};
+
+/// Configuration of a [`BitAttention`].
+#[derive(Config, Debug)]
+pub struct BitAttentionConfig {
+    /// Size of the residual stream.
+    pub hidden_size: usize,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads.
+    pub n_kv_heads: usize,
+    /// Values a head.
+    pub head_dim: usize,
+    /// Whether the heads' output passes an RMSNorm before the output projection.
+    #[config(default = true)]
+    pub sub_norm: bool,
+    /// Epsilon of the norms.
+    #[config(default = 1e-5)]
+    pub eps: f64,
+}
+
+/// o_proj(sub_norm(attention(q, k, v))) with q, k, v = projections of norm(x).
+///
+/// Made by [`BitAttentionConfig`], or from a checkpoint.
+#[derive(Module, Debug)]
+pub struct BitAttention {
+    /// Norm of the input, shared by q, k and v.
+    pub input_norm: RmsNorm,
+    /// Queries.
+    pub q_proj: BitLinear,
+    /// Keys.
+    pub k_proj: BitLinear,
+    /// Values.
+    pub v_proj: BitLinear,
+    /// Output; its norm is `attn_sub_norm`.
+    pub o_proj: BitLinear,
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+}
+
+impl BitAttentionConfig {
+    /// A layer in the training state.
+    pub fn init(&self, device: &Device) -> BitAttention {
+        let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
+        let linear = |d_in, d_out| BitLinearConfig::new(d_in, d_out).init(device);
+        let projections = [
+            linear(self.hidden_size, q),
+            linear(self.hidden_size, kv),
+            linear(self.hidden_size, kv),
+            BitLinearConfig::new(q, self.hidden_size)
+                .with_norm(self.sub_norm)
+                .with_norm_eps(self.eps)
+                .init(device),
+        ];
+        self.assemble(RmsNormConfig::new(self.hidden_size).with_epsilon(self.eps).init(device), projections)
+    }
+
+    /// A layer of given parts: q, k, v and o (with its norm).
+    pub fn assemble(&self, input_norm: RmsNorm, projections: [BitLinear; 4]) -> BitAttention {
+        let [q_proj, k_proj, v_proj, o_proj] = projections;
+        BitAttention {
+            input_norm,
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            n_heads: self.n_heads,
+            n_kv_heads: self.n_kv_heads,
+            head_dim: self.head_dim,
+        }
+    }
+}
+
+impl BitAttention {
+    /// The layer's contribution to the residual stream.
+    ///
+    /// # Shapes
+    /// x and output: [rows of the batch, hidden_size].
+    ///
+    /// # Errors
+    /// If a kernel or the cache refuses.
+    pub fn forward(
+        &self,
+        x: Tensor<2>,
+        layer: usize,
+        batch: &Batch,
+        history: &mut History<'_>,
+    ) -> Result<Tensor<2>, ForwardError> {
+        let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
+        let qkv = side_by_side(x, norm, batch.quantise, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
+        let context = match history {
+            History::Cache(cache) => self.attend(qkv, layer, batch, cache)?,
+            History::None { length } => {
+                let args = SelfAttentionArgs {
+                    n_heads: self.n_heads,
+                    n_kv_heads: self.n_kv_heads,
+                    head_dim: self.head_dim,
+                    length: *length,
+                };
+                ops::self_attention(qkv, batch.angles.0.clone(), batch.angles.1.clone(), args)
+            }
+        };
+        Ok(self.o_proj.forward_rows(context, batch.quantise)?)
+    }
+
+    /// Attention of every sequence's rows over what its cache holds, and themselves.
+    fn attend(
+        &self,
+        qkv: Tensor<2>,
+        layer: usize,
+        batch: &Batch,
+        cache: &mut KvCache,
+    ) -> Result<Tensor<2>, ForwardError> {
+        let (cos, sin) = &batch.angles;
+        let mut outputs = Vec::with_capacity(batch.sequences.len());
+        for sequence in &batch.sequences {
+            let of = |tensor: &Tensor<2>| match batch.sequences.len() {
+                1 => tensor.clone(),
+                _ => tensor.clone().slice([sequence.rows.clone(), 0..tensor.dims()[1]]),
+            };
+            outputs.push(cache.attend(sequence.id, layer, of(&qkv), (of(cos), of(sin)), self.n_heads)?);
+        }
+        Ok(if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 0) })
+    }
+}

@@ -1,0 +1,451 @@
+//! The BitNet linear layer ("The Era of 1-bit LLMs", arXiv 2402.17764; quantisers as in arXiv
+//! 2504.12285, section 2).
+
+use bitnet_burn_backends::Kernels;
+use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
+use bitnet_burn_formats::canonical;
+use bitnet_burn_formats::quant;
+use bitnet_burn_manager::ManagerError;
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
+use burn::nn::{Linear, RmsNorm, RmsNormConfig};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use bytes::Bytes;
+
+/// Configuration of a [`BitLinear`].
+#[derive(Config, Debug)]
+pub struct BitLinearConfig {
+    /// Input features, K.
+    pub d_input: usize,
+    /// Output features, N.
+    pub d_output: usize,
+    /// Whether a bias is added to the output. Default: no (BitNet has none).
+    #[config(default = false)]
+    pub bias: bool,
+    /// Whether the input passes an RMSNorm before it is quantised. Default: no.
+    #[config(default = false)]
+    pub norm: bool,
+    /// Epsilon of that norm.
+    #[config(default = 1e-5)]
+    pub norm_eps: f64,
+    /// How the latent weights are initialised. Default: as Burn's `Linear`, whose gain is 1 / sqrt(3).
+    #[config(default = "Initializer::KaimingUniform{gain:0.577_350_269_189_625_8, fan_out_only:false}")]
+    pub initializer: Initializer,
+}
+
+/// A linear layer with ternary weights and int8 activations: y = quantise(norm(x)) * Wᵀ (+ bias).
+///
+/// It has two states, see [`BitLinearWeight`]: in *training* the weights are latent floats that every
+/// forward pass ternarises; [`pack`](Self::pack) freezes them into 2 bits each.
+///
+/// - Weights: s = max(mean |W|, 1e-5), W ~ s * clamp(round(W / s), -1, 1).
+/// - Activations, by rows: a = max(max |x|, 1e-5), x ~ (a / 127) * clamp(round(x * 127 / a), -128, 127).
+///
+/// Made by [`BitLinearConfig`].
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct BitLinear {
+    /// [d_output, d_input], latent or packed.
+    pub weight: BitLinearWeight,
+    /// `[d_output]`.
+    pub bias: Option<Param<Tensor<1>>>,
+    /// Norm of the input, before quantisation.
+    pub norm: Option<RmsNorm>,
+    d_input: usize,
+    d_output: usize,
+}
+
+/// The weights of a [`BitLinear`].
+#[derive(Module, Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a handful of layers a model; boxing would only be one more hop"
+)]
+pub enum BitLinearWeight {
+    /// Training: latent floats [d_output, d_input].
+    Latent(Param<Tensor<2>>),
+    /// Frozen: 2 bits a weight.
+    Packed(PackedWeight),
+}
+
+/// Frozen ternary weights.
+#[derive(Module, Debug)]
+pub struct PackedWeight {
+    /// U32 words: canonical rows [d_output, ceil(d_input / 128) * 8], or [1, words] in the private
+    /// packing of the kernel that was chosen for this machine.
+    pub codes: Param<Tensor<2, Int>>,
+    /// `[1]`: weight = code * scale.
+    pub scale: Param<Tensor<1>>,
+    #[module(skip)]
+    choice: Option<Kernels>,
+}
+
+impl BitLinearConfig {
+    /// A layer in the training state.
+    pub fn init(&self, device: &Device) -> BitLinear {
+        let (n, k) = (self.d_output, self.d_input);
+        let init = |shape: [usize; 2]| self.initializer.init_with(shape, Some(k), Some(n), device);
+        BitLinear {
+            weight: BitLinearWeight::Latent(init([n, k])),
+            bias: self.bias.then(|| Param::from_tensor(Tensor::zeros([n], device))),
+            norm: self.norm.then(|| RmsNormConfig::new(k).with_epsilon(self.norm_eps).init(device)),
+            d_input: k,
+            d_output: n,
+        }
+    }
+}
+
+impl BitLinear {
+    /// A layer in the training state, without norm and bias, of latent weights [d_output, d_input].
+    pub fn latent(weight: Param<Tensor<2>>) -> Self {
+        let [n, k] = weight.val().dims();
+        Self { weight: BitLinearWeight::Latent(weight), bias: None, norm: None, d_input: k, d_output: n }
+    }
+
+    /// A layer in the packed state, without norm and bias.
+    pub fn from_matrix(matrix: TernaryMatrix) -> Self {
+        let TernaryMatrix { codes, scale, n, k, choice } = matrix;
+        let weight = PackedWeight {
+            codes: Param::initialized(ParamId::new(), codes),
+            scale: Param::initialized(ParamId::new(), scale.set_require_grad(false)),
+            choice,
+        };
+        Self { weight: BitLinearWeight::Packed(weight), bias: None, norm: None, d_input: k, d_output: n }
+    }
+
+    /// A layer in the training state with the weights and the bias of a `Linear`, for quantisation-aware
+    /// fine-tuning. (Burn keeps a `Linear`'s weight as [d_input, d_output]; it is transposed.)
+    pub fn from_linear(linear: Linear) -> Self {
+        let weight = linear.weight.val();
+        let device = weight.device();
+        // A tensor of its own: contiguous, and a leaf of the graph.
+        let weight = Tensor::<2>::from_data(weight.transpose().into_data(), &device);
+        Self { bias: linear.bias, ..Self::latent(Param::from_tensor(weight)) }
+    }
+
+    /// The same layer with a norm before quantisation.
+    pub fn with_norm(self, norm: RmsNorm) -> Self {
+        Self { norm: Some(norm), ..self }
+    }
+
+    /// Input features.
+    pub fn d_input(&self) -> usize {
+        self.d_input
+    }
+
+    /// Output features.
+    pub fn d_output(&self) -> usize {
+        self.d_output
+    }
+
+    /// Applies the layer.
+    ///
+    /// # Shapes
+    /// - input: `[..., d_input]`
+    /// - output: `[..., d_output]`
+    ///
+    /// # Panics
+    /// If the input has other features, or in strict mode if no kernel may compute the layer
+    /// ([`try_forward`](Self::try_forward) returns that instead).
+    pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
+        self.try_forward(input).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// [`forward`](Self::forward) that returns the kernels' errors.
+    ///
+    /// # Errors
+    /// In strict mode, if no kernel may compute the layer.
+    pub fn try_forward<const D: usize>(&self, input: Tensor<D>) -> Result<Tensor<D>, ManagerError> {
+        let mut shape = input.dims();
+        let rows: usize = shape[..D - 1].iter().product();
+        let x = input.reshape([rows, self.d_input]);
+        let y = self.forward_rows(x, true)?;
+        shape[D - 1] = self.d_output;
+        Ok(y.reshape(shape))
+    }
+
+    /// [`try_forward`](Self::try_forward) of rows [M, d_input], with or without quantising them to int8.
+    pub(crate) fn forward_rows(&self, x: Tensor<2>, quantise: bool) -> Result<Tensor<2>, ManagerError> {
+        fused(x, self.norm_input(), quantise, &[self])
+    }
+
+    /// The norm as the fused operation takes it.
+    pub(crate) fn norm_input(&self) -> Option<(Tensor<1>, f32)> {
+        self.norm.as_ref().map(|norm| (norm.gamma.val(), norm.epsilon as f32))
+    }
+
+    /// The packed matrix, for operations over several layers; `None` in the training state.
+    pub fn matrix(&self) -> Option<TernaryMatrix> {
+        match &self.weight {
+            BitLinearWeight::Latent(_) => None,
+            BitLinearWeight::Packed(weight) => Some(TernaryMatrix {
+                codes: weight.codes.val(),
+                scale: weight.scale.val(),
+                n: self.d_output,
+                k: self.d_input,
+                choice: weight.choice.clone(),
+            }),
+        }
+    }
+
+    /// The layer with packed weights in the canonical layout, which every machine and device reads: for
+    /// saving it, or before it moves to another device. (A private packing that has moved is unpacked at
+    /// every call.) A layer in the training state stays as it is.
+    ///
+    /// # Errors
+    /// If the kernel that packed the weights can't unpack them.
+    pub fn into_canonical(self) -> Result<Self, ManagerError> {
+        match self.matrix() {
+            None => Ok(self),
+            Some(matrix) => {
+                let canonical = Self::from_matrix(matrix.into_canonical()?);
+                Ok(Self { bias: self.bias, norm: self.norm, ..canonical })
+            }
+        }
+    }
+
+    /// The layer with its weights frozen: exactly the codes and the scale that the training state's
+    /// forward pass computes with. On a device in host memory they are packed for the kernels that
+    /// are the fastest on this machine. A packed layer stays as it is.
+    ///
+    /// # Errors
+    /// If no kernel may compute the layer (in strict mode), or memory is short.
+    ///
+    /// # Panics
+    /// If the tensors can't be read back from their device.
+    pub fn pack(self) -> Result<Self, ManagerError> {
+        let BitLinearWeight::Latent(weight) = &self.weight else { return Ok(self) };
+        let device = weight.val().device();
+        let values: Vec<f32> = ops::ternarise(weight.val().detach()).into_data().iter::<f32>().collect();
+        // Without a code that is not zero all weights are below half of the smallest scale.
+        let scale = values.iter().fold(0f32, |a, v| a.max(v.abs()));
+        let scale = if scale > 0.0 { scale } else { quant::EPSILON };
+        let codes: Vec<i8> = values.iter().map(|&v| i8::from(v > 0.0) - i8::from(v < 0.0)).collect();
+        let mut bytes = vec![0u8; self.d_output * canonical::row_bytes(self.d_input)];
+        let rows = codes.chunks_exact(self.d_input);
+        for (codes, row) in rows.zip(bytes.chunks_exact_mut(canonical::row_bytes(self.d_input))) {
+            canonical::pack_row(codes, row);
+        }
+        // Packed weights are constants, on the device without gradients.
+        let matrix = TernaryMatrix::prepared(
+            Bytes::from(bytes),
+            scale,
+            self.d_output,
+            self.d_input,
+            &device.without_autodiff(),
+        )?;
+        Ok(Self { bias: self.bias, norm: self.norm, ..Self::from_matrix(matrix) })
+    }
+
+    /// The layer in the training state, to train it further: latent weights of which the forward pass
+    /// makes exactly the codes and the scale that were packed. What the weights were before packing is
+    /// gone: all that share a code share a magnitude (but for one, which makes the mean exact). A layer in
+    /// the training state stays as it is.
+    ///
+    /// # Errors
+    /// If the kernel that packed the weights can't unpack them.
+    ///
+    /// # Panics
+    /// If the weights can't be read back from their device.
+    pub fn unpack(self) -> Result<Self, ManagerError> {
+        let Some(matrix) = self.matrix() else { return Ok(self) };
+        let (n, k) = (self.d_output, self.d_input);
+        let matrix = matrix.into_canonical()?;
+        let device = matrix.codes.device();
+        let scale = matrix.scale.into_data().iter::<f32>().next().expect("one scale");
+        let words: Vec<u32> = matrix.codes.into_data().iter::<i64>().map(|word| word as u32).collect();
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut codes = vec![0i8; n * k];
+        for (codes, row) in codes.chunks_exact_mut(k).zip(bytes.chunks_exact(canonical::row_bytes(k))) {
+            canonical::unpack_row(row, codes);
+        }
+        let weights = Tensor::from_data(TensorData::new(latent(&codes, scale), [n, k]), &device);
+        Ok(Self { weight: BitLinearWeight::Latent(Param::from_tensor(weights)), ..self })
+    }
+}
+
+/// Weights whose absmean codes and scale are these.
+///
+/// With a fraction p of the codes not zero and |w| = scale / p for those, the mean of all is the scale, and
+/// every |w| is at least the scale, twice the threshold. One weight takes what rounding leaves.
+fn latent(codes: &[i8], scale: f32) -> Vec<f32> {
+    let count = codes.iter().filter(|&&code| code != 0).count();
+    let total = f64::from(scale) * codes.len() as f64;
+    let magnitude = (total / count.max(1) as f64) as f32;
+    let mut weights: Vec<f32> = codes.iter().map(|&code| f32::from(code) * magnitude).collect();
+    if let Some(last) = weights.iter_mut().rfind(|w| **w != 0.0) {
+        let others = f64::from(magnitude) * (count - 1) as f64;
+        *last = last.signum() * (total - others) as f32;
+    }
+    weights
+}
+
+/// Layers over one input, which passes `norm` first; their outputs stand side by side: [M, sum of d_output].
+pub(crate) fn side_by_side(
+    x: Tensor<2>,
+    norm: (Tensor<1>, f32),
+    quantise: bool,
+    layers: &[&BitLinear],
+) -> Result<Tensor<2>, ManagerError> {
+    let packed = layers.iter().filter(|layer| layer.matrix().is_some()).count();
+    let alike = packed == 0 || packed == layers.len();
+    if alike && layers.iter().all(|layer| layer.norm.is_none()) {
+        return fused(x, Some(norm), quantise, layers);
+    }
+    let x = ops::rms_norm(x, norm.0, norm.1);
+    let outputs: Result<_, _> = layers.iter().map(|layer| layer.forward_rows(x.clone(), quantise)).collect();
+    Ok(Tensor::cat(outputs?, 1))
+}
+
+/// Layers of one state over one input, in one operation: they share the normalised and quantised rows.
+fn fused(
+    x: Tensor<2>,
+    norm: Option<(Tensor<1>, f32)>,
+    quantise: bool,
+    layers: &[&BitLinear],
+) -> Result<Tensor<2>, ManagerError> {
+    let matrices: Option<Vec<_>> = layers.iter().map(|layer| layer.matrix()).collect();
+    let y = match matrices {
+        Some(matrices) => ops::bit_linear(x, BitLinearInput { norm, quantise }, matrices)?,
+        None => {
+            let x = match norm {
+                Some((gamma, eps)) => ops::rms_norm(x, gamma, eps),
+                None => x,
+            };
+            latent_linears(x, quantise, layers)
+        }
+    };
+    if layers.iter().all(|layer| layer.bias.is_none()) {
+        return Ok(y);
+    }
+    let device = y.device();
+    let bias = |layer: &&BitLinear| match &layer.bias {
+        Some(bias) => bias.val(),
+        None => Tensor::zeros([layer.d_output], &device),
+    };
+    Ok(y + Tensor::cat(layers.iter().map(bias).collect(), 0).unsqueeze())
+}
+
+/// Layers in the training state over one input, side by side in the output: one matmul of what their
+/// quantisers make of input and weights; without `quantise` of these as they are, the float twin.
+///
+/// # Panics
+/// If a layer is packed: those of one model are all in the same state.
+fn latent_linears(x: Tensor<2>, quantise: bool, layers: &[&BitLinear]) -> Tensor<2> {
+    let mut weights: Vec<Tensor<2>> = layers
+        .iter()
+        .map(|layer| match &layer.weight {
+            BitLinearWeight::Latent(weight) if quantise => ops::ternarise(weight.val()),
+            BitLinearWeight::Latent(weight) => weight.val(),
+            BitLinearWeight::Packed(_) => panic!("a packed layer beside one in the training state"),
+        })
+        .collect();
+    let weight = if weights.len() == 1 { weights.remove(0) } else { Tensor::cat(weights, 0) };
+    let x = if quantise { ops::fake_quantise(x) } else { x };
+    x.matmul(weight.transpose())
+}
+
+impl ModuleDisplay for BitLinear {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new().with_new_line_after_attribute(false).optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let state = match &self.weight {
+            BitLinearWeight::Latent(_) => "training",
+            BitLinearWeight::Packed(weight) => match weight.choice.as_ref().and_then(|c| c.layout()) {
+                None => "packed",
+                Some(_) => "packed for this machine",
+            },
+        };
+        content
+            .add("d_input", &self.d_input)
+            .add("d_output", &self.d_output)
+            .add("bias", &self.bias.is_some())
+            .add("norm", &self.norm.is_some())
+            .add("state", &state.to_owned())
+            .optional()
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn::tensor::Distribution;
+
+    use super::*;
+
+    #[test]
+    fn packed_layouts_compute_the_same() {
+        let device = Device::flex();
+        let layer = BitLinearConfig::new(256, 96).init(&device);
+        let x = Tensor::<3>::random([2, 3, 256], Distribution::Normal(0.0, 1.0), &device);
+        let values = |layer: &BitLinear| layer.forward(x.clone()).into_data();
+        let latent = values(&layer);
+        let packed = layer.pack().unwrap();
+        let private = values(&packed);
+        // Sums of floats against exact sums: near zero, relative to the terms.
+        latent.assert_approx_eq::<f32>(&private, burn::tensor::Tolerance::rel_abs(1e-5, 1e-6));
+        let canonical = packed.into_canonical().unwrap();
+        assert_eq!(canonical.matrix().unwrap().codes.dims(), [96, 16]);
+        values(&canonical).assert_eq(&private, true);
+    }
+
+    #[test]
+    fn packing_keeps_the_codes_and_the_scale_and_unpacking_gives_them_back() {
+        let device = Device::flex();
+        for (n, k) in [(96, 256), (5, 33), (1, 1), (64, 130)] {
+            let layer = BitLinearConfig::new(k, n).with_bias(true).with_norm(true).init(&device);
+            let x = Tensor::<2>::random([9, k], Distribution::Normal(0.0, 1.0), &device);
+            let matrix = |layer: &BitLinear| {
+                let matrix = layer.clone().into_canonical().unwrap().matrix().unwrap();
+                let codes: Vec<i64> = matrix.codes.into_data().iter::<i64>().collect();
+                (codes, matrix.scale.into_data().iter::<f32>().next().unwrap())
+            };
+            let latent = layer.forward(x.clone()).into_data();
+            let packed = layer.clone().pack().unwrap();
+            let BitLinearWeight::Latent(weight) = &layer.weight else { panic!("a new layer is latent") };
+            let weights: Vec<f32> = weight.val().into_data().iter::<f32>().collect();
+            assert_eq!(matrix(&packed).1, quant::absmean_scale(&weights));
+            let y = packed.forward(x.clone()).into_data();
+            latent.assert_approx_eq::<f32>(&y, burn::tensor::Tolerance::rel_abs(1e-5, 1e-5));
+            let again = packed.clone().unpack().unwrap();
+            assert!(matches!(again.weight, BitLinearWeight::Latent(_)) && again.bias.is_some());
+            assert_eq!(matrix(&again.pack().unwrap()), matrix(&packed), "[{n}, {k}]");
+        }
+    }
+
+    #[test]
+    fn weights_of_zeros_survive() {
+        let device = Device::flex();
+        let zeros = Param::from_tensor(Tensor::<2>::zeros([4, 40], &device));
+        let layer = BitLinear::latent(zeros).pack().unwrap().unpack().unwrap().pack().unwrap();
+        let y = layer.forward(Tensor::<2>::ones([2, 40], &device)).into_data();
+        assert!(y.iter::<f32>().all(|y| y == 0.0));
+    }
+
+    #[test]
+    fn a_linear_layer_becomes_a_bit_linear() {
+        let device = Device::flex();
+        let linear = burn::nn::LinearConfig::new(12, 5).init(&device);
+        let weight: Vec<f32> = linear.weight.val().into_data().iter::<f32>().collect();
+        let layer = BitLinear::from_linear(linear);
+        assert_eq!((layer.d_input(), layer.d_output(), layer.bias.is_some()), (12, 5, true));
+        let BitLinearWeight::Latent(latent) = &layer.weight else { panic!("it is trained further") };
+        let latent: Vec<f32> = latent.val().into_data().iter::<f32>().collect();
+        for (i, w) in latent.iter().enumerate() {
+            assert_eq!(*w, weight[i % 12 * 5 + i / 12]);
+        }
+    }
+
+    #[test]
+    fn it_prints_itself_as_burns_modules_do() {
+        let device = Device::flex();
+        let layer = BitLinearConfig::new(8, 4).with_bias(true).init(&device);
+        let text = layer.to_string();
+        assert!(
+            text.contains("BitLinear") && text.contains("d_input: 8") && text.contains("training"),
+            "{text}"
+        );
+        assert!(layer.pack().unwrap().to_string().contains("packed"));
+    }
+}

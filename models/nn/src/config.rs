@@ -1,0 +1,286 @@
+//! The shape of a BitNet model: one configuration for every kind of file.
+//!
+//! GGUF metadata and Hugging Face's `config.json` both become a [`ModelConfig`]; the model is built from
+//! it alone. Names are those of the Hugging Face configuration where the two differ.
+
+use bitnet_burn_backends::CacheType;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// The non-linearity of the gated feed-forward layer, `down(f(gate(x)) * up(x))`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activation {
+    /// Squared ReLU, `max(x, 0)^2`: BitNet b1.58 2B-4T (arXiv 2504.12285).
+    Relu2,
+    /// `x * sigmoid(x)`: the older BitNet checkpoints and everything shaped like Llama.
+    Silu,
+}
+
+impl Activation {
+    /// The name in configuration files: `relu2` or `silu`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Relu2 => "relu2",
+            Self::Silu => "silu",
+        }
+    }
+
+    /// The activation of that name, or `None`. Spellings in use: `relu2`, `relu_squared`, `silu`, `swish`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "relu2" | "relu_squared" => Some(Self::Relu2),
+            "silu" | "swish" => Some(Self::Silu),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Activation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A field of a [`ModelConfig`] that no model can have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{field}` {problem}")]
+pub struct ConfigError {
+    /// The field of [`ModelConfig`].
+    pub field: &'static str,
+    /// What is wrong with it, with the numbers.
+    pub problem: String,
+}
+
+/// Everything about a model but its weights.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelConfig {
+    /// What the file calls it: `bitnet-b1.58`, `bitnet-25`, `bitnet` (GGUF); `bitnet`, `llama` (Hugging Face).
+    pub architecture: String,
+    /// The model's name, where the file has one.
+    pub name: Option<String>,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; each serves `n_heads / n_kv_heads` query heads.
+    pub n_kv_heads: usize,
+    /// Width of a head; even, since RoPE rotates pairs.
+    pub head_dim: usize,
+    /// Number of tokens: rows of the embedding.
+    pub vocab_size: usize,
+    /// Positions that the model was trained for.
+    pub context_length: usize,
+    /// Base of the RoPE frequencies.
+    pub rope_theta: f64,
+    /// Added to the mean square in every RMSNorm.
+    pub rms_norm_eps: f32,
+    /// Of the feed-forward layer.
+    pub activation: Activation,
+    /// Whether there is an RMSNorm before the attention's output projection and before the down projection.
+    pub sub_norms: bool,
+    /// Whether the output head is the embedding.
+    pub tied_embeddings: bool,
+    /// The token that begins a sequence.
+    pub bos_token: Option<u32>,
+    /// The tokens that end one.
+    pub eos_tokens: Vec<u32>,
+}
+
+/// Largest value accepted in each field: far above any model, low enough that no product overflows.
+mod limit {
+    pub const HIDDEN: usize = 1 << 20;
+    pub const INTERMEDIATE: usize = 1 << 22;
+    pub const LAYERS: usize = 1 << 14;
+    pub const HEADS: usize = 1 << 16;
+    pub const HEAD_DIM: usize = 1 << 14;
+    pub const VOCABULARY: usize = 1 << 26;
+    pub const CONTEXT: usize = 1 << 30;
+}
+
+impl ModelConfig {
+    /// Checks every field.
+    ///
+    /// # Errors
+    /// The first field that no model can have: a zero or absurd size, heads that don't divide, an odd
+    /// `head_dim`, a non-finite constant, a token outside the vocabulary.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let err = |field, problem: String| Err(ConfigError { field, problem });
+        if self.architecture.is_empty() {
+            return err("architecture", "is empty".into());
+        }
+        for (field, value, max) in [
+            ("hidden_size", self.hidden_size, limit::HIDDEN),
+            ("intermediate_size", self.intermediate_size, limit::INTERMEDIATE),
+            ("n_layers", self.n_layers, limit::LAYERS),
+            ("n_heads", self.n_heads, limit::HEADS),
+            ("n_kv_heads", self.n_kv_heads, limit::HEADS),
+            ("head_dim", self.head_dim, limit::HEAD_DIM),
+            ("vocab_size", self.vocab_size, limit::VOCABULARY),
+            ("context_length", self.context_length, limit::CONTEXT),
+        ] {
+            if value == 0 || value > max {
+                return err(field, format!("is {value}; it must be between 1 and {max}"));
+            }
+        }
+        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
+            let problem =
+                format!("is {}, which does not divide the {} query heads", self.n_kv_heads, self.n_heads);
+            return err("n_kv_heads", problem);
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return err("head_dim", format!("is {}; RoPE needs an even number", self.head_dim));
+        }
+        if self.q_size() > limit::INTERMEDIATE {
+            let problem = format!("is {}: with {} heads that is too wide", self.head_dim, self.n_heads);
+            return err("head_dim", problem);
+        }
+        if !(self.rope_theta.is_finite() && self.rope_theta >= 1.0) {
+            return err("rope_theta", format!("is {}; it must be a number of at least 1", self.rope_theta));
+        }
+        if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
+            return err("rms_norm_eps", format!("is {:e}; it must lie between 0 and 1", self.rms_norm_eps));
+        }
+        if let Some(bos) = self.bos_token.filter(|&t| t as usize >= self.vocab_size) {
+            return err("bos_token", format!("is {bos}, outside the vocabulary of {}", self.vocab_size));
+        }
+        if let Some(eos) = self.eos_tokens.iter().find(|&&t| t as usize >= self.vocab_size) {
+            return err("eos_tokens", format!("has {eos}, outside the vocabulary of {}", self.vocab_size));
+        }
+        Ok(())
+    }
+
+    /// Width of all query heads together.
+    pub fn q_size(&self) -> usize {
+        self.n_heads.saturating_mul(self.head_dim)
+    }
+
+    /// Width of all key heads (or value heads) together.
+    pub fn kv_size(&self) -> usize {
+        self.n_kv_heads.saturating_mul(self.head_dim)
+    }
+
+    /// Bytes that a token takes in the KV cache of all layers.
+    pub fn kv_bytes_per_token(&self, cache_type: CacheType) -> usize {
+        let heads = self.n_kv_heads.saturating_mul(2).saturating_mul(self.n_layers);
+        heads.saturating_mul(cache_type.row_bytes(self.head_dim))
+    }
+
+    /// Number of ternary weights: the seven projections of every layer.
+    pub fn ternary_parameters(&self) -> u64 {
+        let [hidden, inter, q, kv, layers] =
+            [self.hidden_size, self.intermediate_size, self.q_size(), self.kv_size(), self.n_layers]
+                .map(|v| v as u64);
+        let columns =
+            q.saturating_mul(2).saturating_add(kv.saturating_mul(2)).saturating_add(inter.saturating_mul(3));
+        hidden.saturating_mul(columns).saturating_mul(layers)
+    }
+
+    /// Number of weights in the embedding, and in the output head where it is another tensor.
+    pub fn dense_parameters(&self) -> u64 {
+        let one = (self.vocab_size as u64).saturating_mul(self.hidden_size as u64);
+        if self.tied_embeddings { one } else { one.saturating_mul(2) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// BitNet b1.58 2B-4T.
+    fn bitnet_2b() -> ModelConfig {
+        ModelConfig {
+            architecture: "bitnet-b1.58".into(),
+            name: Some("2B-4T".into()),
+            hidden_size: 2560,
+            intermediate_size: 6912,
+            n_layers: 30,
+            n_heads: 20,
+            n_kv_heads: 5,
+            head_dim: 128,
+            vocab_size: 128_256,
+            context_length: 4096,
+            rope_theta: 500_000.0,
+            rms_norm_eps: 1e-5,
+            activation: Activation::Relu2,
+            sub_norms: true,
+            tied_embeddings: true,
+            bos_token: Some(128_000),
+            eos_tokens: vec![128_001, 128_009],
+        }
+    }
+
+    #[test]
+    fn the_2b_model_has_the_published_size() {
+        let config = bitnet_2b();
+        config.validate().unwrap();
+        assert_eq!(config.ternary_parameters(), 2_084_044_800);
+        assert_eq!(config.dense_parameters(), 328_335_360);
+        assert_eq!(config.kv_bytes_per_token(CacheType::F32), 153_600);
+        assert_eq!(config.kv_bytes_per_token(CacheType::Int8), 39_600);
+    }
+
+    #[test]
+    fn survives_json() {
+        let config = bitnet_2b();
+        let json = serde_json::to_string(&config).unwrap();
+        assert!(json.contains(r#""activation":"relu2""#), "{json}");
+        assert_eq!(serde_json::from_str::<ModelConfig>(&json).unwrap(), config);
+    }
+
+    #[test]
+    fn every_field_is_checked() {
+        type Change = fn(&mut ModelConfig);
+        let changes: &[(&str, Change)] = &[
+            ("architecture", |c| c.architecture.clear()),
+            ("hidden_size", |c| c.hidden_size = 0),
+            ("hidden_size", |c| c.hidden_size = usize::MAX),
+            ("intermediate_size", |c| c.intermediate_size = 0),
+            ("intermediate_size", |c| c.intermediate_size = usize::MAX),
+            ("n_layers", |c| c.n_layers = 0),
+            ("n_layers", |c| c.n_layers = 1 << 40),
+            ("n_heads", |c| c.n_heads = 0),
+            ("n_kv_heads", |c| c.n_kv_heads = 0),
+            ("n_kv_heads", |c| c.n_kv_heads = 7),
+            ("n_kv_heads", |c| c.n_kv_heads = 40),
+            ("head_dim", |c| c.head_dim = 0),
+            ("head_dim", |c| c.head_dim = 127),
+            ("head_dim", |c| {
+                c.n_heads = 1 << 16;
+                c.n_kv_heads = 1;
+                c.head_dim = 1 << 14;
+            }),
+            ("vocab_size", |c| c.vocab_size = 0),
+            ("vocab_size", |c| c.vocab_size = 1 << 40),
+            ("context_length", |c| c.context_length = 0),
+            ("rope_theta", |c| c.rope_theta = f64::NAN),
+            ("rope_theta", |c| c.rope_theta = 0.0),
+            ("rope_theta", |c| c.rope_theta = f64::INFINITY),
+            ("rms_norm_eps", |c| c.rms_norm_eps = 0.0),
+            ("rms_norm_eps", |c| c.rms_norm_eps = f32::NAN),
+            ("rms_norm_eps", |c| c.rms_norm_eps = -1e-5),
+            ("bos_token", |c| c.bos_token = Some(128_256)),
+            ("eos_tokens", |c| c.eos_tokens.push(u32::MAX)),
+        ];
+        for (field, change) in changes {
+            let mut config = bitnet_2b();
+            change(&mut config);
+            assert_eq!(config.validate().unwrap_err().field, *field, "{config:?}");
+        }
+    }
+
+    #[test]
+    fn helpers_do_not_overflow_on_absurd_sizes() {
+        let mut config = bitnet_2b();
+        config.n_layers = usize::MAX;
+        config.hidden_size = usize::MAX;
+        config.n_kv_heads = usize::MAX;
+        assert_eq!(config.ternary_parameters(), u64::MAX);
+        assert_eq!(config.kv_bytes_per_token(CacheType::F32), usize::MAX);
+        assert_eq!(config.dense_parameters(), u64::MAX);
+    }
+}

@@ -1,0 +1,73 @@
+//! The gated feed-forward network with BitLinear projections.
+
+use bitnet_burn_backends::{GatedActivation, ops};
+use burn::config::Config;
+use burn::module::Module;
+use burn::nn::{RmsNorm, RmsNormConfig};
+use burn::tensor::{Device, Tensor};
+
+use crate::bit_linear::side_by_side;
+use crate::{BitLinear, BitLinearConfig, ForwardError};
+
+/// Configuration of a [`BitFeedForward`].
+#[derive(Config, Debug)]
+pub struct BitFeedForwardConfig {
+    /// Size of the residual stream.
+    pub hidden_size: usize,
+    /// Size between the projections.
+    pub intermediate_size: usize,
+    /// Whether the gated activation passes an RMSNorm before the down projection.
+    #[config(default = true)]
+    pub sub_norm: bool,
+    /// Epsilon of the norms.
+    #[config(default = 1e-5)]
+    pub eps: f64,
+}
+
+/// down_proj(sub_norm(activation(gate_proj(norm(x))) * up_proj(norm(x)))).
+///
+/// Made by [`BitFeedForwardConfig`], or from a checkpoint.
+#[derive(Module, Debug)]
+pub struct BitFeedForward {
+    /// Norm of the input, shared by gate and up.
+    pub input_norm: RmsNorm,
+    /// Gate.
+    pub gate_proj: BitLinear,
+    /// Up.
+    pub up_proj: BitLinear,
+    /// Down; its norm is `ffn_sub_norm`.
+    pub down_proj: BitLinear,
+    #[module(skip)]
+    activation: GatedActivation,
+}
+
+impl BitFeedForwardConfig {
+    /// A layer in the training state.
+    pub fn init(&self, activation: GatedActivation, device: &Device) -> BitFeedForward {
+        let up = || BitLinearConfig::new(self.hidden_size, self.intermediate_size).init(device);
+        let down = BitLinearConfig::new(self.intermediate_size, self.hidden_size)
+            .with_norm(self.sub_norm)
+            .with_norm_eps(self.eps)
+            .init(device);
+        let norm = RmsNormConfig::new(self.hidden_size).with_epsilon(self.eps).init(device);
+        BitFeedForward::assemble(norm, [up(), up(), down], activation)
+    }
+}
+
+impl BitFeedForward {
+    /// A layer of given parts: gate, up and down (with its norm).
+    pub fn assemble(input_norm: RmsNorm, projections: [BitLinear; 3], activation: GatedActivation) -> Self {
+        let [gate_proj, up_proj, down_proj] = projections;
+        Self { input_norm, gate_proj, up_proj, down_proj, activation }
+    }
+
+    /// The layer's contribution to the residual stream. Input and output: [rows, hidden_size].
+    ///
+    /// # Errors
+    /// If a kernel refuses.
+    pub fn forward(&self, x: Tensor<2>, quantise: bool) -> Result<Tensor<2>, ForwardError> {
+        let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
+        let gate_up = side_by_side(x, norm, quantise, &[&self.gate_proj, &self.up_proj])?;
+        Ok(self.down_proj.forward_rows(ops::gated(gate_up, self.activation), quantise)?)
+    }
+}

@@ -1,0 +1,41 @@
+//! BitNet (1.58-bit, ternary-weight) layers as [Burn](https://burn.dev) modules.
+//!
+//! [`BitLinear`] takes the place of Burn's `Linear`: it trains through the straight-through estimator, and
+//! [`BitLinear::pack`] freezes it into 2 bits a weight. [`BitNet`] is a whole model of such layers.
+//!
+//! The ternary matmuls run on kernels that the [kernel manager](manager::KernelManager) checks against an exact
+//! reference, measures on this machine and selects. Third parties can bring their own kernels as plugins.
+
+mod attention;
+mod batch;
+mod bit_linear;
+mod block;
+mod cache;
+mod config;
+mod dense;
+mod feed_forward;
+mod model;
+pub mod names;
+mod parts;
+mod rotary;
+mod trainable;
+mod try_out;
+
+pub use attention::{BitAttention, BitAttentionConfig};
+pub use batch::{Batch, History, Row};
+pub use bit_linear::{BitLinear, BitLinearConfig, BitLinearWeight, PackedWeight};
+pub use block::{BitBlock, BitBlockConfig};
+pub use burn::nn::{RmsNorm, RmsNormConfig};
+pub use cache::{CacheError, CacheType, KvCache, SequenceId};
+pub use config::{Activation, ConfigError, ModelConfig};
+pub use dense::{DenseMatrix, DenseMatrixError, DenseWeight};
+pub use feed_forward::{BitFeedForward, BitFeedForwardConfig};
+pub use model::{BitNet, ForwardError, rms_norm};
+pub use parts::{Norm, Projection};
+pub use rotary::{RotaryEncoding, RotaryEncodingConfig};
+pub use trainable::ValuesOf;
+
+pub use bitnet_burn_backends as backends;
+pub use bitnet_burn_backends::GatedActivation;
+pub use bitnet_burn_formats as formats;
+pub use bitnet_burn_manager as manager;

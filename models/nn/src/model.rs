@@ -1,0 +1,237 @@
+//! BitNet b1.58 ("BitNet b1.58 2B4T Technical Report", arXiv 2504.12285): the whole model, from rows
+//! of tokens to logits.
+//!
+//! ```text
+//! x = embedding[token]
+//! for each block:
+//!     q, k, v = BitLinear(rms_norm(x))
+//!     x += BitLinear(sub_norm(attention(rope(q), rope(k), v)))
+//!     gate, up = BitLinear(rms_norm(x))
+//!     x += BitLinear(sub_norm(relu(gate)^2 * up))
+//! logits = lm_head(rms_norm(x))
+//! ```
+//!
+//! The forward pass takes rows of (token, sequence, position): a chunk of a prompt, one token each of
+//! several sequences, or both at once are the same code.
+
+use bitnet_burn_backends::{devices, ops};
+use bitnet_burn_manager::ManagerError;
+use burn::module::{Module, Param, ParamId};
+use burn::nn::{RmsNorm, RmsNormConfig};
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::{
+    Batch, BitBlock, CacheError, CacheType, DenseMatrix, History, KvCache, ModelConfig, RotaryEncoding,
+    RotaryEncodingConfig, Row,
+};
+
+/// Why a forward pass failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// The kernels.
+    #[error(transparent)]
+    Kernel(#[from] ManagerError),
+    /// The KV cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// A token that the vocabulary lacks.
+    #[error("token {token} is not in the model's vocabulary of {vocabulary}")]
+    Token {
+        /// The token.
+        token: u32,
+        /// Size of the vocabulary.
+        vocabulary: usize,
+    },
+    /// A device failed.
+    #[error("a device failed: {0}")]
+    Device(String),
+    /// Rows that do not continue their sequences.
+    #[error("row {row}: {problem}")]
+    Rows {
+        /// The row.
+        row: usize,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// The model.
+#[derive(Module, Debug)]
+pub struct BitNet {
+    /// Token embedding [vocabulary, hidden], and lm_head where that is tied.
+    pub embedding: DenseMatrix,
+    /// The blocks.
+    pub blocks: Vec<BitBlock>,
+    /// The norm before the head.
+    pub norm: RmsNorm,
+    /// lm_head [vocabulary, hidden], where it is not tied.
+    pub output: Option<DenseMatrix>,
+    #[module(skip)]
+    rotary: RotaryEncoding,
+    #[module(skip)]
+    config: ModelConfig,
+    #[module(skip)]
+    quantise: bool,
+}
+
+impl BitNet {
+    /// A model of given parts; `quantise` says whether activations are quantised to int8.
+    pub fn assemble(
+        config: ModelConfig,
+        quantise: bool,
+        embedding: DenseMatrix,
+        blocks: Vec<BitBlock>,
+        norm: RmsNorm,
+        output: Option<DenseMatrix>,
+    ) -> Self {
+        let rotary = RotaryEncodingConfig::new(config.head_dim).with_theta(config.rope_theta).init();
+        Self { embedding, blocks, norm, output, rotary, config, quantise }
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The output projection: lm_head, or the embedding where that is tied.
+    pub fn head(&self) -> &DenseMatrix {
+        self.output.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// The device of its embedding and its output; of all its weights, where it is on one device.
+    pub fn device(&self) -> Device {
+        self.embedding.device()
+    }
+
+    /// The devices of its layers.
+    pub fn layer_devices(&self) -> Vec<Device> {
+        self.blocks.iter().map(BitBlock::device).collect()
+    }
+
+    /// Whether all of it is in host memory.
+    pub fn is_host(&self) -> bool {
+        ops::is_host(&self.device()) && self.layer_devices().iter().all(ops::is_host)
+    }
+
+    /// An empty KV cache for up to `context` positions a sequence (at most the model's own context), each layer's on
+    /// the layer's device.
+    ///
+    /// # Errors
+    /// If a device does not support the type.
+    pub fn cache(&self, context: usize, cache_type: CacheType) -> Result<KvCache, CacheError> {
+        let c = &self.config;
+        let shape = [c.n_kv_heads, c.head_dim];
+        KvCache::on_devices(shape, context.min(c.context_length), cache_type, self.layer_devices())
+    }
+
+    /// Appends the rows to their sequences and returns the logits of the rows `wanted`.
+    ///
+    /// Rows of one sequence are consecutive, and continue it.
+    ///
+    /// # Shapes
+    /// The output is [wanted, vocabulary].
+    ///
+    /// # Errors
+    /// If a row does not continue its sequence, a token is not in the vocabulary, the context is
+    /// full, or a kernel refuses. The sequences' lengths are unchanged then.
+    pub fn forward(
+        &self,
+        rows: &[Row],
+        wanted: &[usize],
+        cache: &mut KvCache,
+    ) -> Result<Tensor<2>, ForwardError> {
+        self.check_tokens(rows.iter().map(|row| row.token))?;
+        let mut batch = Batch::over_cache(rows, cache, &self.rotary, self.quantise, &self.device())?;
+        let tokens: Vec<u32> = rows.iter().map(|row| row.token).collect();
+        let x = self.hidden(&tokens, &mut batch, &mut History::Cache(cache))?;
+        for sequence in &batch.sequences {
+            cache.advance(sequence.id, sequence.rows.len())?;
+        }
+        self.logits(select_rows(x, wanted))
+    }
+
+    /// The logits of all rows of whole sequences of `length` tokens each, without a cache: what training
+    /// computes. The same code as [`forward`](Self::forward) but for where attention looks.
+    ///
+    /// # Shapes
+    /// tokens: [sequences * length]; the output is [sequences * length, vocabulary].
+    ///
+    /// # Errors
+    /// If a token is not in the vocabulary, the tokens are not whole sequences, or a kernel refuses.
+    pub fn forward_sequences(&self, tokens: &[u32], length: usize) -> Result<Tensor<2>, ForwardError> {
+        self.check_tokens(tokens.iter().copied())?;
+        if length == 0 || tokens.is_empty() || !tokens.len().is_multiple_of(length) {
+            let problem = format!("{} tokens are not whole sequences of {length}", tokens.len());
+            return Err(ForwardError::Rows { row: 0, problem });
+        }
+        let mut batch = Batch::whole_sequences(length, &self.rotary, self.quantise, &self.device());
+        self.logits(self.hidden(tokens, &mut batch, &mut History::None { length })?)
+    }
+
+    /// The residual stream behind the last block, on that block's device.
+    fn hidden(
+        &self,
+        tokens: &[u32],
+        batch: &mut Batch,
+        history: &mut History<'_>,
+    ) -> Result<Tensor<2>, ForwardError> {
+        let mut x = self.embedding.rows(tokens);
+        let mut here = self.device();
+        for (i, block) in self.blocks.iter().enumerate() {
+            let device = block.device();
+            if device != here {
+                x = moved(x, &device)?;
+                batch.move_to(&self.rotary, &device);
+                here = device;
+            }
+            x = block.forward(x, i, batch, history)?;
+        }
+        Ok(x)
+    }
+
+    fn logits(&self, x: Tensor<2>) -> Result<Tensor<2>, ForwardError> {
+        let device = self.device();
+        let x = if self.blocks.last().is_some_and(|block| block.device() != device) {
+            moved(x, &device)?
+        } else {
+            x
+        };
+        let x = ops::rms_norm(x, self.norm.gamma.val(), self.norm.epsilon as f32);
+        Ok(self.head().forward(x))
+    }
+
+    fn check_tokens(&self, mut tokens: impl Iterator<Item = u32>) -> Result<(), ForwardError> {
+        let vocabulary = self.embedding.args().n;
+        match tokens.find(|&token| token as usize >= vocabulary) {
+            None => Ok(()),
+            Some(token) => Err(ForwardError::Token { token, vocabulary }),
+        }
+    }
+}
+
+/// An RMSNorm with these weights.
+pub fn rms_norm(weight: Vec<f32>, eps: f32, device: &Device) -> RmsNorm {
+    let k = weight.len();
+    let gamma = Tensor::from_data(TensorData::new(weight, [k]), device);
+    let mut norm = RmsNormConfig::new(k).with_epsilon(f64::from(eps)).init(device);
+    norm.gamma = Param::initialized(ParamId::new(), gamma);
+    norm
+}
+
+/// On another device. What went wrong on the one that it leaves shows here.
+fn moved(x: Tensor<2>, device: &Device) -> Result<Tensor<2>, ForwardError> {
+    if x.device().is_autodiff() {
+        return Ok(x.to_device(device));
+    }
+    let data = devices::read(x).map_err(ForwardError::Device)?;
+    Ok(Tensor::from_data(data, device))
+}
+
+fn select_rows(x: Tensor<2>, wanted: &[usize]) -> Tensor<2> {
+    let [m, k] = x.dims();
+    if wanted.len() == m && wanted.iter().enumerate().all(|(i, &w)| i == w) {
+        return x;
+    }
+    let rows: Vec<Tensor<2>> = wanted.iter().map(|&i| x.clone().slice([i..i + 1, 0..k])).collect();
+    if rows.len() == 1 { rows.into_iter().next().expect("one") } else { Tensor::cat(rows, 0) }
+}

@@ -1,0 +1,44 @@
+//! Names of a model's parameters, as Hugging Face checkpoints of BitNet have them.
+
+use crate::{Norm, Projection};
+
+/// The embedding's name.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The output head's name, where it is not the embedding.
+pub const HEAD: &str = "lm_head.weight";
+
+/// The name of a projection's module.
+pub fn projection_module(layer: usize, which: Projection) -> String {
+    let part = match which {
+        Projection::Q => "self_attn.q_proj",
+        Projection::K => "self_attn.k_proj",
+        Projection::V => "self_attn.v_proj",
+        Projection::O => "self_attn.o_proj",
+        Projection::Gate => "mlp.gate_proj",
+        Projection::Up => "mlp.up_proj",
+        Projection::Down => "mlp.down_proj",
+    };
+    format!("model.layers.{layer}.{part}")
+}
+
+/// The name of a projection's weights.
+pub fn projection_name(layer: usize, which: Projection) -> String {
+    projection_module(layer, which) + ".weight"
+}
+
+/// The name of a packed projection's scale.
+pub fn scale_name(layer: usize, which: Projection) -> String {
+    projection_module(layer, which) + ".weight_scale"
+}
+
+/// The name of a norm's weights.
+pub fn norm_name(which: Norm) -> String {
+    let (layer, part) = match which {
+        Norm::Attention(l) => (l, "input_layernorm"),
+        Norm::AttentionSub(l) => (l, "self_attn.attn_sub_norm"),
+        Norm::FeedForward(l) => (l, "post_attention_layernorm"),
+        Norm::FeedForwardSub(l) => (l, "mlp.ffn_sub_norm"),
+        Norm::Output => return "model.norm.weight".to_owned(),
+    };
+    format!("model.layers.{layer}.{part}.weight")
+}

@@ -1,0 +1,98 @@
+//! The parts of a model and the shapes of their weights.
+
+use crate::ModelConfig;
+
+/// The seven ternary matrices of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Projection {
+    /// Queries, [n_heads * head_dim, hidden].
+    Q,
+    /// Keys, [n_kv_heads * head_dim, hidden].
+    K,
+    /// Values, [n_kv_heads * head_dim, hidden].
+    V,
+    /// Attention output, [hidden, n_heads * head_dim].
+    O,
+    /// Feed-forward gate, [intermediate, hidden].
+    Gate,
+    /// Feed-forward up, [intermediate, hidden].
+    Up,
+    /// Feed-forward down, [hidden, intermediate].
+    Down,
+}
+
+impl Projection {
+    /// All seven, in the order in which a layer uses them.
+    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// `q`, `gate` ...
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q => "q",
+            Self::K => "k",
+            Self::V => "v",
+            Self::O => "o",
+            Self::Gate => "gate",
+            Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
+
+    /// (N, K): output and input features.
+    pub fn shape(self, config: &ModelConfig) -> (usize, usize) {
+        match self {
+            Self::Q => (config.q_size(), config.hidden_size),
+            Self::K | Self::V => (config.kv_size(), config.hidden_size),
+            Self::O => (config.hidden_size, config.q_size()),
+            Self::Gate | Self::Up => (config.intermediate_size, config.hidden_size),
+            Self::Down => (config.hidden_size, config.intermediate_size),
+        }
+    }
+}
+
+/// The RMSNorm weights; numbers are layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Norm {
+    /// Before q, k and v: `[hidden]`.
+    Attention(usize),
+    /// Between attention and its output projection: [n_heads * head_dim]. Only with `sub_norms`.
+    AttentionSub(usize),
+    /// Before gate and up: `[hidden]`.
+    FeedForward(usize),
+    /// Before the down projection: `[intermediate]`. Only with `sub_norms`.
+    FeedForwardSub(usize),
+    /// Before the output head: `[hidden]`.
+    Output,
+}
+
+impl Norm {
+    /// Number of weights.
+    pub fn len(self, config: &ModelConfig) -> usize {
+        match self {
+            Self::Attention(_) | Self::FeedForward(_) | Self::Output => config.hidden_size,
+            Self::AttentionSub(_) => config.q_size(),
+            Self::FeedForwardSub(_) => config.intermediate_size,
+        }
+    }
+
+    /// The layer, or `None` for the last norm.
+    pub fn layer(self) -> Option<usize> {
+        match self {
+            Self::Attention(l) | Self::AttentionSub(l) | Self::FeedForward(l) | Self::FeedForwardSub(l) => {
+                Some(l)
+            }
+            Self::Output => None,
+        }
+    }
+
+    /// The norms of a layer, in the order in which they are used.
+    pub fn of_layer(layer: usize, sub_norms: bool) -> impl Iterator<Item = Self> {
+        let all = [
+            (true, Self::Attention(layer)),
+            (sub_norms, Self::AttentionSub(layer)),
+            (true, Self::FeedForward(layer)),
+            (sub_norms, Self::FeedForwardSub(layer)),
+        ];
+        all.into_iter().filter_map(|(present, norm)| present.then_some(norm))
+    }
+}

@@ -1,0 +1,130 @@
+//! The model in its training state: latent float weights in, parameters out, and [`BitNet::pack`] to the packed state.
+
+use std::cell::{Cell, RefCell};
+
+use bitnet_burn_manager::ManagerError;
+use burn::module::{Module, Param, ParamId};
+use burn::nn::RmsNorm;
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::model::rms_norm;
+use crate::{
+    BitBlock, BitLinear, BitLinearWeight, BitNet, DenseMatrix, DenseWeight, ModelConfig, Norm, Projection,
+    names,
+};
+
+/// Gives the values of a parameter by its name and shape.
+pub type ValuesOf<'a, E> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, E> + 'a;
+
+impl BitNet {
+    /// A model in the training state, on a device with or without gradients: latent weights and float
+    /// embeddings, by their names and shapes in a Hugging Face checkpoint ([N, K] and `[K]`), all asked for
+    /// in the same order every time. Without `quantise` it is BitNet's float twin: the same model with its
+    /// weights and activations as they are.
+    ///
+    /// # Errors
+    /// Those of `values`.
+    ///
+    /// # Panics
+    /// If `values` gives other numbers of values than asked for.
+    pub fn trainable<E>(
+        config: &ModelConfig,
+        quantise: bool,
+        device: &Device,
+        values: &mut ValuesOf<'_, E>,
+    ) -> Result<Self, E> {
+        // The parameters are numbered, so that an optimiser's state finds them again in another process.
+        let next = Cell::new(1);
+        let number = || ParamId::from(next.replace(next.get() + 1));
+        let values = RefCell::new(values);
+        let matrix = |name: &str, shape: (usize, usize)| -> Result<Param<Tensor<2>>, E> {
+            let shape = [shape.0, shape.1];
+            let data = TensorData::new((values.borrow_mut())(name, &shape)?, shape);
+            Ok(Param::initialized(number(), Tensor::from_data(data, device).require_grad()))
+        };
+        let norm = |which: Norm| -> Result<RmsNorm, E> {
+            let weight = (values.borrow_mut())(&names::norm_name(which), &[which.len(config)])?;
+            let mut norm = rms_norm(weight, config.rms_norm_eps, device);
+            norm.gamma = Param::initialized(number(), norm.gamma.into_value().require_grad());
+            Ok(norm)
+        };
+        let linear = |layer: usize, which: Projection| -> Result<BitLinear, E> {
+            Ok(BitLinear::latent(matrix(&names::projection_name(layer, which), which.shape(config))?))
+        };
+        let table = (config.vocab_size, config.hidden_size);
+        let embedding = DenseMatrix::trainable(matrix(names::EMBEDDING, table)?);
+        let blocks = (0..config.n_layers)
+            .map(|i| BitBlock::assemble(config, i, norm, linear))
+            .collect::<Result<_, E>>()?;
+        let last = norm(Norm::Output)?;
+        let output = if config.tied_embeddings {
+            None
+        } else {
+            Some(DenseMatrix::trainable(matrix(names::HEAD, table)?))
+        };
+        Ok(Self::assemble(config.clone(), quantise, embedding, blocks, last, output))
+    }
+
+    /// The parameters of a model in the training state, as [`trainable`](Self::trainable) asks for them:
+    /// name, shape and values.
+    ///
+    /// # Panics
+    /// If a layer is packed, or the values can't be read back from their device.
+    pub fn parameters(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+        let mut parameters = Vec::new();
+        let mut add = |name: String, data: TensorData| {
+            parameters.push((name, data.shape().to_vec(), data.iter::<f32>().collect()));
+        };
+        let float = |matrix: &DenseMatrix| match &matrix.weight {
+            DenseWeight::Float(weight) => weight.val().into_data(),
+            DenseWeight::Stored(_) => panic!("a frozen embedding has no parameters"),
+        };
+        add(names::EMBEDDING.to_owned(), float(&self.embedding));
+        for (i, block) in self.blocks.iter().enumerate() {
+            let (attention, feed_forward) = (&block.attention, &block.feed_forward);
+            for (which, layer) in Projection::ALL.into_iter().zip(block.projections()) {
+                match &layer.weight {
+                    BitLinearWeight::Latent(weight) => {
+                        add(names::projection_name(i, which), weight.val().into_data());
+                    }
+                    BitLinearWeight::Packed(_) => panic!("a packed layer has no parameters"),
+                }
+            }
+            for (which, norm) in [
+                (Norm::Attention(i), Some(&attention.input_norm)),
+                (Norm::AttentionSub(i), attention.o_proj.norm.as_ref()),
+                (Norm::FeedForward(i), Some(&feed_forward.input_norm)),
+                (Norm::FeedForwardSub(i), feed_forward.down_proj.norm.as_ref()),
+            ] {
+                if let Some(norm) = norm {
+                    add(names::norm_name(which), norm.gamma.val().into_data());
+                }
+            }
+        }
+        add(names::norm_name(Norm::Output), self.norm.gamma.val().into_data());
+        if let Some(output) = &self.output {
+            add(names::HEAD.to_owned(), float(output));
+        }
+        parameters
+    }
+
+    /// The model with its weights frozen, on the device without gradients: ternary layers packed for the
+    /// fastest kernels of this machine, embeddings in F32.
+    ///
+    /// # Errors
+    /// If no kernel may compute a layer, or memory is short.
+    ///
+    /// # Panics
+    /// If the weights can't be read back from their device.
+    pub fn pack(self) -> Result<Self, ManagerError> {
+        let mut model = if self.device().is_autodiff() { self.valid() } else { self };
+        for block in &mut model.blocks {
+            for layer in block.projections_mut() {
+                *layer = layer.clone().pack()?;
+            }
+        }
+        model.embedding = model.embedding.freeze();
+        model.output = model.output.map(DenseMatrix::freeze);
+        Ok(model)
+    }
+}

@@ -1,0 +1,456 @@
+//! What a training run is made of: a TOML or JSON file, each key with a default, unknown keys refused.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::TrainError;
+use bitnet_burn::{Activation, ModelConfig};
+
+/// A training run. The defaults are those of the model that the program carries.
+///
+/// ```
+/// use bitnet_burn_train::TrainConfig;
+///
+/// let config = TrainConfig::from_toml("seed = 7\n[model]\nn_layers = 2\n")?;
+/// assert_eq!((config.seed, config.model.n_layers, config.model.hidden_size), (7, 2, 256));
+/// assert!(TrainConfig::from_toml("[model]\nlayers = 2\n").is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Of the initial weights, the order of the text, and the choice of the validation set.
+    pub seed: u64,
+    /// The model.
+    pub model: ModelOptions,
+    /// The tokenizer.
+    pub tokenizer: TokenizerOptions,
+    /// The text.
+    pub data: DataOptions,
+    /// AdamW and its schedule.
+    pub optimizer: OptimizerOptions,
+    /// Steps, evaluations and checkpoints.
+    pub run: RunOptions,
+}
+
+/// The model to train. The size of the vocabulary is the tokenizer's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelOptions {
+    /// The model's name in exported files.
+    pub name: String,
+    /// Width of the residual stream. (I2_S files need multiples of 128.)
+    pub hidden_size: usize,
+    /// Width of the feed-forward layer. (The same.)
+    pub intermediate_size: usize,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads.
+    pub n_kv_heads: usize,
+    /// Width of a head; 0: `hidden_size / n_heads`.
+    pub head_dim: usize,
+    /// Positions that the model can see.
+    pub context_length: usize,
+    /// Base of the RoPE frequencies.
+    pub rope_theta: f64,
+    /// Epsilon of the norms.
+    pub rms_norm_eps: f32,
+    /// Of the feed-forward layer: `relu2` or `silu`.
+    pub activation: Activation,
+    /// RMSNorm before the output and the down projections, as BitNet b1.58 2B-4T has it.
+    pub sub_norms: bool,
+    /// Whether the output head is the embedding.
+    pub tied_embeddings: bool,
+    /// Ternary weights and int8 activations. `false` trains BitNet's float twin, to compare with: it can't
+    /// be exported.
+    pub ternary: bool,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self {
+            name: "bitnet-burn".into(),
+            hidden_size: 256,
+            intermediate_size: 640,
+            n_layers: 4,
+            n_heads: 4,
+            n_kv_heads: 2,
+            head_dim: 0,
+            context_length: 256,
+            rope_theta: 10_000.0,
+            rms_norm_eps: 1e-5,
+            activation: Activation::Relu2,
+            sub_norms: true,
+            tied_embeddings: true,
+            ternary: true,
+        }
+    }
+}
+
+/// The tokenizer: a given one, or one trained on the text (byte-level BPE).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TokenizerOptions {
+    /// A `tokenizer.json` with an end-of-text token; empty: train one.
+    pub file: PathBuf,
+    /// Size of a trained one: 257 to 65536. (It is smaller if the text has fewer pairs to merge.)
+    pub vocab_size: usize,
+}
+
+impl Default for TokenizerOptions {
+    fn default() -> Self {
+        Self { file: PathBuf::new(), vocab_size: 1024 }
+    }
+}
+
+/// How files of plain text are cut into documents. JSON Lines have one in the `text` of every line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Documents {
+    /// A file is a document.
+    #[default]
+    File,
+    /// A paragraph is: empty lines separate them.
+    Paragraph,
+    /// A line is.
+    Line,
+}
+
+/// The text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataOptions {
+    /// How plain text is cut into documents: `file`, `paragraph` or `line`.
+    pub documents: Documents,
+    /// The share of the documents that is kept for validation, above 0 and up to 0.5. Of fewer than 20
+    /// documents, it is the last part of each.
+    pub validation: f64,
+}
+
+impl Default for DataOptions {
+    fn default() -> Self {
+        Self { documents: Documents::File, validation: 0.02 }
+    }
+}
+
+/// AdamW with the two stages of the BitNet b1.58 reports ("The Era of 1-bit LLMs: Training Tips, Code and
+/// FAQ"; arXiv 2504.12285, section 3): a high learning rate, which falls linearly; half-way it drops to
+/// `second_stage` of what it was at the start and falls from there to `final_learning_rate`, and weight
+/// decay is switched off.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerOptions {
+    /// The highest learning rate.
+    pub learning_rate: f64,
+    /// Learning rate at the start of the second half, as a share of `learning_rate`. At most 1.
+    pub second_stage: f64,
+    /// Learning rate of the last step.
+    pub final_learning_rate: f64,
+    /// Steps over which the learning rate rises from 0.
+    pub warmup_steps: u64,
+    /// Weight decay of the matrices in the first half. Norms have none.
+    pub weight_decay: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub epsilon: f32,
+    /// The largest norm of all gradients together; larger ones are scaled down. 0: no limit.
+    pub gradient_clipping: f64,
+}
+
+impl Default for OptimizerOptions {
+    fn default() -> Self {
+        Self {
+            learning_rate: 4e-3,
+            second_stage: 0.5,
+            final_learning_rate: 1e-5,
+            warmup_steps: 100,
+            weight_decay: 0.1,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            gradient_clipping: 1.0,
+        }
+    }
+}
+
+/// Steps, evaluations and checkpoints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunOptions {
+    /// Steps of the optimiser.
+    pub steps: u64,
+    /// Sequences a step.
+    pub batch_size: usize,
+    /// Tokens of a sequence; 0: the model's context.
+    pub sequence_length: usize,
+    /// Steps between evaluations on the validation set.
+    pub evaluate_every: u64,
+    /// Sequences of the validation set that an evaluation looks at; 0: all.
+    pub evaluation_sequences: usize,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Checkpoints that are kept, the newest ones.
+    pub keep: usize,
+}
+
+impl Default for RunOptions {
+    fn default() -> Self {
+        Self {
+            steps: 1500,
+            batch_size: 16,
+            sequence_length: 0,
+            evaluate_every: 100,
+            evaluation_sequences: 128,
+            checkpoint_every: 250,
+            keep: 2,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Reads a `.toml` or `.json` file.
+    ///
+    /// # Errors
+    /// If it can't be read, is not of its kind, or has keys or values that a run can't have.
+    pub fn read(path: &Path) -> Result<Self, TrainError> {
+        let text = std::fs::read_to_string(path).map_err(TrainError::io(path, "read"))?;
+        let wrong = |problem: String| TrainError::Config { place: path.display().to_string(), problem };
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("toml") => Self::from_toml(&text).map_err(wrong),
+            Some("json") => serde_json::from_str(&text).map_err(|error| wrong(error.to_string())),
+            _ => Err(wrong("a configuration is a .toml or a .json file".into())),
+        }
+    }
+
+    /// Parses TOML.
+    ///
+    /// # Errors
+    /// What is wrong, with the line.
+    pub fn from_toml(text: &str) -> Result<Self, String> {
+        toml::from_str(text).map_err(|error| error.to_string())
+    }
+
+    /// The configuration as TOML.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("plain tables of numbers and texts")
+    }
+
+    /// Changes one value: `run.steps=100`, `model.activation=silu`.
+    ///
+    /// # Errors
+    /// If there is no such key, or it can't have that value.
+    pub fn set(&mut self, assignment: &str) -> Result<(), TrainError> {
+        let wrong = |problem: String| TrainError::Config { place: assignment.to_owned(), problem };
+        let Some((key, value)) = assignment.split_once('=') else {
+            return Err(wrong("give a key and its value, such as run.steps=100".into()));
+        };
+        let (key, value) = (key.trim(), value.trim());
+        let mut table = toml::Table::try_from(&*self).expect("as in to_toml");
+        let mut entry = &mut table;
+        let mut parts = key.split('.').peekable();
+        while let Some(part) = parts.next() {
+            if parts.peek().is_none() {
+                if !entry.contains_key(part) {
+                    return Err(wrong(format!("there is no key `{key}`")));
+                }
+                // Numbers, true and false are such; everything else is text.
+                let parsed = toml::from_str::<toml::Table>(&format!("v = {value}")).ok();
+                let parsed = parsed.and_then(|mut table| table.remove("v"));
+                entry.insert(part.into(), parsed.unwrap_or_else(|| toml::Value::String(value.into())));
+                break;
+            }
+            match entry.get_mut(part) {
+                Some(toml::Value::Table(inner)) => entry = inner,
+                _ => return Err(wrong(format!("there is no section `{part}`"))),
+            }
+        }
+        *self = table.try_into().map_err(|error: toml::de::Error| wrong(error.message().to_owned()))?;
+        Ok(())
+    }
+
+    /// Tokens of a sequence.
+    pub fn sequence_length(&self) -> usize {
+        match self.run.sequence_length {
+            0 => self.model.context_length,
+            length => length,
+        }
+    }
+
+    /// The model's configuration, with a tokenizer's vocabulary.
+    pub fn model_config(&self, vocab_size: usize, end_of_text: u32) -> ModelConfig {
+        let m = &self.model;
+        let head_dim = if m.head_dim == 0 { m.hidden_size / m.n_heads.max(1) } else { m.head_dim };
+        ModelConfig {
+            architecture: "bitnet".into(),
+            name: Some(m.name.clone()),
+            hidden_size: m.hidden_size,
+            intermediate_size: m.intermediate_size,
+            n_layers: m.n_layers,
+            n_heads: m.n_heads,
+            n_kv_heads: m.n_kv_heads,
+            head_dim,
+            vocab_size,
+            context_length: m.context_length,
+            rope_theta: m.rope_theta,
+            rms_norm_eps: m.rms_norm_eps,
+            activation: m.activation,
+            sub_norms: m.sub_norms,
+            tied_embeddings: m.tied_embeddings,
+            bos_token: Some(end_of_text),
+            eos_tokens: vec![end_of_text],
+        }
+    }
+
+    /// Checks everything that does not need the text.
+    ///
+    /// # Errors
+    /// The first value that a run can't have.
+    pub fn validate(&self) -> Result<(), TrainError> {
+        let fail =
+            |key: &str, problem: String| Err(TrainError::Config { place: format!("`{key}`"), problem });
+        let (run, optimizer) = (&self.run, &self.optimizer);
+        for (key, value) in [
+            ("run.steps", run.steps),
+            ("run.batch_size", run.batch_size as u64),
+            ("run.evaluate_every", run.evaluate_every),
+            ("run.checkpoint_every", run.checkpoint_every),
+            ("run.keep", run.keep as u64),
+        ] {
+            if value == 0 {
+                return fail(key, "is 0; it must be at least 1".into());
+            }
+        }
+        let (length, context) = (self.sequence_length(), self.model.context_length);
+        if length < 2 || length > context {
+            return fail(
+                "run.sequence_length",
+                format!("is {length}; it must lie between 2 and `model.context_length`, {context}"),
+            );
+        }
+        if run.batch_size.checked_mul(length).is_none_or(|tokens| tokens > 1 << 24) {
+            return fail("run.batch_size", format!("is {}, too many sequences of {length}", run.batch_size));
+        }
+        if self.tokenizer.file.as_os_str().is_empty() && !(257..=65536).contains(&self.tokenizer.vocab_size) {
+            let problem = format!("is {}; it must lie between 257 and 65536", self.tokenizer.vocab_size);
+            return fail("tokenizer.vocab_size", problem);
+        }
+        if !(self.data.validation > 0.0 && self.data.validation <= 0.5) {
+            let problem = format!("is {}; it must be above 0 and at most 0.5", self.data.validation);
+            return fail("data.validation", problem);
+        }
+        for (key, value, max) in [
+            ("optimizer.learning_rate", optimizer.learning_rate, 1.0),
+            ("optimizer.second_stage", optimizer.second_stage, 1.0),
+            ("optimizer.final_learning_rate", optimizer.final_learning_rate, optimizer.learning_rate),
+            ("optimizer.weight_decay", f64::from(optimizer.weight_decay), 10.0),
+            ("optimizer.beta1", f64::from(optimizer.beta1), 0.9999),
+            ("optimizer.beta2", f64::from(optimizer.beta2), 0.99999),
+            ("optimizer.epsilon", f64::from(optimizer.epsilon), 1.0),
+            ("optimizer.gradient_clipping", optimizer.gradient_clipping, 1e9),
+        ] {
+            if !(0.0..=max).contains(&value) {
+                return fail(key, format!("is {value}; it must lie between 0 and {max}"));
+            }
+        }
+        if optimizer.learning_rate == 0.0 {
+            return fail("optimizer.learning_rate", "is 0; nothing would be learned".into());
+        }
+        if optimizer.epsilon == 0.0 {
+            return fail("optimizer.epsilon", "is 0; a step could divide by zero".into());
+        }
+        let model = self.model_config(2, 0);
+        model.validate().map_err(|error| TrainError::Config {
+            place: format!("`model.{}`", error.field),
+            problem: error.problem,
+        })
+    }
+
+    /// The learning rate of a step, from 0.
+    pub fn learning_rate(&self, step: u64) -> f64 {
+        let (o, steps) = (&self.optimizer, self.run.steps as f64);
+        if step < o.warmup_steps {
+            return o.learning_rate * (step + 1) as f64 / o.warmup_steps as f64;
+        }
+        let rest = 1.0 - step as f64 / steps;
+        let peak =
+            if self.second_stage(step) { 2.0 * o.second_stage * o.learning_rate } else { o.learning_rate };
+        // The first stage falls as if it were to end with the run; the second one begins half-way.
+        (peak * rest).max(o.final_learning_rate)
+    }
+
+    /// Whether a step is in the second half.
+    pub fn second_stage(&self, step: u64) -> bool {
+        step * 2 >= self.run.steps
+    }
+
+    /// The weight decay of a step.
+    pub fn weight_decay(&self, step: u64) -> f32 {
+        if self.second_stage(step) { 0.0 } else { self.optimizer.weight_decay }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn survives_toml_and_json() {
+        let mut config = TrainConfig::default();
+        config.set("model.activation=silu").unwrap();
+        config.set("optimizer.learning_rate = 0.001").unwrap();
+        config.set("tokenizer.file=a/b.json").unwrap();
+        config.set("run.steps=10").unwrap();
+        assert_eq!((config.model.activation, config.run.steps), (Activation::Silu, 10));
+        assert_eq!(TrainConfig::from_toml(&config.to_toml()).unwrap(), config);
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<TrainConfig>(&json).unwrap(), config);
+    }
+
+    #[test]
+    fn what_a_run_cannot_have_is_named() {
+        let refuse = |assignment: &str| {
+            let mut config = TrainConfig::default();
+            let result = config.set(assignment).and_then(|()| config.validate());
+            result.unwrap_err().to_string()
+        };
+        for (assignment, expected) in [
+            ("run.steps=0", "run.steps"),
+            ("run.step=5", "run.step"),
+            ("runs.steps=5", "runs"),
+            ("run.steps", "key and its value"),
+            ("run.steps=many", "u64"),
+            ("run.sequence_length=257", "256"),
+            ("model.n_kv_heads=3", "n_kv_heads"),
+            ("model.activation=gelu", "relu2"),
+            ("data.validation=0.9", "0.5"),
+            ("data.documents=page", "paragraph"),
+            ("tokenizer.vocab_size=100", "257"),
+            ("optimizer.learning_rate=nan", "learning_rate"),
+            ("optimizer.learning_rate=0", "learning_rate"),
+            ("optimizer.second_stage=1.5", "second_stage"),
+        ] {
+            let message = refuse(assignment);
+            assert!(message.contains(expected), "{assignment}: {message}");
+        }
+    }
+
+    #[test]
+    fn the_schedule_has_two_stages() {
+        let mut config = TrainConfig::default();
+        config.set("run.steps=1000").unwrap();
+        config.set("optimizer.learning_rate=1.0").unwrap();
+        config.set("optimizer.second_stage=0.4").unwrap();
+        let rate = |step| config.learning_rate(step);
+        assert!((rate(0) - 0.01).abs() < 1e-9 && (rate(99) - 1.0).abs() < 1e-9);
+        assert!((rate(250) - 0.75).abs() < 1e-9 && (rate(499) - 0.501).abs() < 1e-9);
+        assert!((rate(500) - 0.4).abs() < 1e-9 && (rate(750) - 0.2).abs() < 1e-9);
+        assert_eq!((config.weight_decay(499), config.weight_decay(500)), (0.1, 0.0));
+        assert_eq!(rate(999).max(1e-5), rate(999));
+    }
+}

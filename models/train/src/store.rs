@@ -1,0 +1,285 @@
+//! The directory of a run: its configuration and its checkpoints.
+//!
+//! A checkpoint is written under a name that begins with a dot, flushed to the disk and renamed, so that
+//! `step-*` directories are complete whenever the process or the machine stops.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use bitnet_burn_formats::files;
+use burn::optim::{ModuleOptimizer, OptimizerRecord};
+use burn::tensor::Bytes;
+use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::{Dataset, TrainConfig, TrainError};
+use bitnet_burn::BitNet;
+use bitnet_burn_engine::hf;
+
+const CONFIG: &str = "config.toml";
+pub(super) const TOKENIZER: &str = "tokenizer.json";
+const VALIDATION: &str = "validation.jsonl";
+const CHECKPOINTS: &str = "checkpoints";
+const OPTIMIZER: &str = "optimizer.bpk";
+const STATE: &str = "training.json";
+const UNFINISHED: &str = ".step-";
+
+/// Whether a run has begun in a directory.
+pub fn is_run(dir: &Path) -> bool {
+    dir.join(CONFIG).exists()
+}
+
+/// The configuration of the run in a directory.
+///
+/// # Errors
+/// If there is no run, or its configuration can't be read.
+pub fn config_of(dir: &Path) -> Result<TrainConfig, TrainError> {
+    if !is_run(dir) {
+        let problem = format!("there is no training run in it (no {CONFIG})");
+        return Err(TrainError::Directory { path: dir.to_owned(), problem });
+    }
+    TrainConfig::read(&dir.join(CONFIG))
+}
+
+/// Writes what a run begins with. The configuration comes last: without it there is no run.
+pub(super) fn begin(dir: &Path, config: &TrainConfig, data: &Dataset) -> Result<(), TrainError> {
+    let checkpoints = dir.join(CHECKPOINTS);
+    std::fs::create_dir_all(&checkpoints).map_err(TrainError::io(&checkpoints, "make the directory"))?;
+    let lines: String =
+        data.validation_texts.iter().map(|text| json!({ "text": text }).to_string() + "\n").collect();
+    write_file(&dir.join(VALIDATION), lines.as_bytes())?;
+    write_file(&dir.join(TOKENIZER), &data.tokenizer_json)?;
+    write_file(&dir.join(CONFIG), config.to_toml().as_bytes())
+}
+
+/// Removes checkpoints that were never finished.
+pub(super) fn clean(dir: &Path) -> Result<(), TrainError> {
+    for (name, path) in entries(&dir.join(CHECKPOINTS))? {
+        if name.starts_with(UNFINISHED) {
+            std::fs::remove_dir_all(&path)
+                .map_err(TrainError::io(&path, "remove the unfinished checkpoint"))?;
+        }
+    }
+    Ok(())
+}
+
+fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>, TrainError> {
+    let list = match std::fs::read_dir(dir) {
+        Ok(list) => list,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(TrainError::io(dir, "list")(error)),
+    };
+    list.map(|entry| {
+        let entry = entry.map_err(TrainError::io(dir, "list"))?;
+        Ok((entry.file_name().to_string_lossy().into_owned(), entry.path()))
+    })
+    .collect()
+}
+
+/// Whether a directory is one that checkpoints are kept in: that of a run, or what is left of one.
+pub(crate) fn has_checkpoints(dir: &Path) -> bool {
+    dir.join(CHECKPOINTS).is_dir()
+}
+
+/// The checkpoints of a run, as (steps done, directory), the oldest first.
+///
+/// # Errors
+/// If the directory can't be listed.
+pub fn checkpoints(dir: &Path) -> Result<Vec<(u64, PathBuf)>, TrainError> {
+    let step = |name: &str| name.strip_prefix("step-")?.parse().ok();
+    let entries = entries(&dir.join(CHECKPOINTS))?;
+    let mut all: Vec<(u64, PathBuf)> =
+        entries.into_iter().filter_map(|(name, path)| Some((step(&name)?, path))).collect();
+    all.sort();
+    Ok(all)
+}
+
+/// The newest checkpoint of a run, if it has one.
+///
+/// # Errors
+/// If the directory can't be listed.
+pub fn newest(dir: &Path) -> Result<Option<PathBuf>, TrainError> {
+    Ok(checkpoints(dir)?.pop().map(|(_, path)| path))
+}
+
+/// What a checkpoint says of its run.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct State {
+    version: u32,
+    /// Steps done.
+    pub step: u64,
+    /// SHA-256 of the text.
+    text_sha256: String,
+    config: TrainConfig,
+}
+
+const VERSION: u32 = 1;
+
+impl State {
+    pub fn read(checkpoint: &Path) -> Result<Self, TrainError> {
+        let path = checkpoint.join(STATE);
+        let bytes = std::fs::read(&path).map_err(TrainError::io(&path, "read"))?;
+        let wrong = |problem: String| TrainError::Checkpoint { path: path.clone(), problem };
+        let state: Self = serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))?;
+        if state.version != VERSION {
+            return Err(wrong(format!(
+                "version {} of training checkpoints; this program continues version {VERSION}",
+                state.version
+            )));
+        }
+        Ok(state)
+    }
+
+    /// Whether this is a checkpoint of that run, with that text.
+    pub fn check(&self, checkpoint: &Path, config: &TrainConfig, data: &Dataset) -> Result<(), TrainError> {
+        let wrong = |problem: &str| {
+            Err(TrainError::Checkpoint { path: checkpoint.to_owned(), problem: problem.to_owned() })
+        };
+        if self.config != *config {
+            return wrong("it was written with another configuration than the run's config.toml");
+        }
+        if self.text_sha256 != data.sha256 {
+            return wrong(
+                "the text is another than that which the run began with; resume with the same files",
+            );
+        }
+        let path = checkpoint.join(TOKENIZER);
+        let tokenizer = std::fs::read(&path).map_err(TrainError::io(&path, "read"))?;
+        if tokenizer != data.tokenizer_json {
+            return wrong("its vocabulary is not that of the run's tokenizer.json, which has changed");
+        }
+        Ok(())
+    }
+}
+
+/// The float masters of a checkpoint by name.
+pub(super) struct Parameters {
+    path: PathBuf,
+    tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+}
+
+/// Reads the float masters of a checkpoint.
+pub(super) fn parameters(checkpoint: &Path) -> Result<Parameters, TrainError> {
+    let path = checkpoint.join("model.safetensors");
+    let bytes = std::fs::read(&path).map_err(TrainError::io(&path, "read"))?;
+    let wrong = |problem: String| TrainError::Checkpoint { path: path.clone(), problem };
+    let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(error.to_string()))?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in file.tensors() {
+        if view.dtype() != Dtype::F32 {
+            return Err(wrong(format!("tensor `{name}` is {:?}; masters are F32", view.dtype())));
+        }
+        let values = view.data().as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+        tensors.insert(name, (view.shape().to_vec(), values));
+    }
+    Ok(Parameters { path, tensors })
+}
+
+impl Parameters {
+    pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>, TrainError> {
+        let wrong = |problem: String| TrainError::Checkpoint { path: self.path.clone(), problem };
+        match self.tensors.remove(name) {
+            Some((found, values)) if found == shape => Ok(values),
+            Some((found, _)) => Err(wrong(format!(
+                "tensor `{name}` is {found:?}; the run's model and vocabulary ask for {shape:?}"
+            ))),
+            None => Err(wrong(format!("tensor `{name}` is missing"))),
+        }
+    }
+}
+
+/// Reads the optimiser's state of a checkpoint.
+pub(super) fn optimizer(checkpoint: &Path) -> Result<OptimizerRecord, TrainError> {
+    let path = checkpoint.join(OPTIMIZER);
+    let bytes = std::fs::read(&path).map_err(TrainError::io(&path, "read"))?;
+    OptimizerRecord::from_bytes(Bytes::from_bytes_vec(bytes))
+        .map_err(|error| TrainError::Checkpoint { path, problem: error.to_string() })
+}
+
+/// Writes a checkpoint and drops old ones.
+pub(super) fn write(
+    dir: &Path,
+    config: &TrainConfig,
+    data: &Dataset,
+    model: &BitNet,
+    optimizer: &ModuleOptimizer,
+    step: u64,
+) -> Result<PathBuf, TrainError> {
+    let parent = dir.join(CHECKPOINTS);
+    let path = parent.join(format!("step-{step:08}"));
+    if path.exists() {
+        return Ok(path);
+    }
+    let temporary = tempfile::Builder::new()
+        .prefix(UNFINISHED)
+        .tempdir_in(&parent)
+        .map_err(TrainError::io(&parent, "make a directory in it"))?;
+    let at = temporary.path();
+    hf::write_masters(at, model.config(), model.parameters())?;
+    if !config.model.ternary {
+        plain(&at.join("config.json"))?;
+    }
+    hf::write_bytes(&at.join(TOKENIZER), &data.tokenizer_json)?;
+    let tokenizer_config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": crate::END_OF_TEXT,
+        "eos_token": crate::END_OF_TEXT,
+        "clean_up_tokenization_spaces": false,
+        "model_max_length": config.model.context_length,
+    });
+    hf::write_json(&at.join("tokenizer_config.json"), &tokenizer_config)?;
+    let record = optimizer
+        .to_record()
+        .into_bytes()
+        .map_err(|error| TrainError::Checkpoint { path: at.join(OPTIMIZER), problem: error.to_string() })?;
+    hf::write_bytes(&at.join(OPTIMIZER), &record)?;
+    let state = State { version: VERSION, step, text_sha256: data.sha256.clone(), config: config.clone() };
+    hf::write_json(&at.join(STATE), &json!(state))?;
+    sync_directory(at)?;
+    #[cfg(unix)]
+    {
+        // As any new directory: temporary ones are for their owner alone.
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(at, mode).map_err(TrainError::io(at, "set the permissions"))?;
+    }
+    std::fs::rename(at, &path).map_err(TrainError::io(&path, "rename the finished checkpoint"))?;
+    // Renamed: nothing is left to remove.
+    let _ = temporary.keep();
+    sync_directory(&parent)?;
+    let mut old = checkpoints(dir)?;
+    old.truncate(old.len().saturating_sub(config.run.keep));
+    for (_, path) in old {
+        // Under a name that is no checkpoint's first: a directory that is half removed must not look whole.
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let doomed = parent.join(format!("{UNFINISHED}old-{name}"));
+        let removed = std::fs::rename(&path, &doomed).and_then(|()| std::fs::remove_dir_all(&doomed));
+        removed.map_err(TrainError::io(&path, "remove the old checkpoint"))?;
+    }
+    Ok(path)
+}
+
+/// A float twin is no BitNet: nothing must load it as one.
+fn plain(config: &Path) -> Result<(), TrainError> {
+    let bytes = std::fs::read(config).map_err(TrainError::io(config, "read"))?;
+    let mut json: serde_json::Value = serde_json::from_slice(&bytes)
+        .map_err(|error| TrainError::Checkpoint { path: config.to_owned(), problem: error.to_string() })?;
+    if let Some(fields) = json.as_object_mut() {
+        fields.remove("quantization_config");
+    }
+    Ok(hf::write_json(config, &json)?)
+}
+
+/// Writes a file as a whole or not at all.
+pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
+    files::replace(path, |out| out.write_all(bytes)).map_err(TrainError::io(path, "write"))
+}
+
+/// So that a new name outlives a loss of power.
+fn sync_directory(path: &Path) -> Result<(), TrainError> {
+    if cfg!(unix) {
+        File::open(path).and_then(|dir| dir.sync_all()).map_err(TrainError::io(path, "flush to the disk"))?;
+    }
+    Ok(())
+}
