@@ -16,7 +16,8 @@ use clap::Args;
 use serde::Serialize;
 use tempfile::TempDir;
 
-use crate::args::{DeviceChoice, EngineArgs, positive};
+use crate::args::{EngineArgs, positive};
+use bitnet_burn_engine::device::DeviceSpec;
 use crate::engine::Wishes;
 use crate::output::{self, columns};
 
@@ -94,7 +95,7 @@ struct Output<'a> {
 /// The GPU that the suite is for.
 fn gpu(args: &BenchArgs) -> anyhow::Result<Device> {
     match &args.engine.device {
-        Some(DeviceChoice::On(parts)) if args.engine.gpu_layers.is_none() => match &parts[..] {
+        Some(DeviceSpec::On(parts)) if args.engine.gpu_layers.is_none() => match &parts[..] {
             [(name, None)] if !name.kind.is_host() => return name.open(),
             _ => {}
         },

@@ -24,7 +24,8 @@ use burn::tensor::Device;
 use clap::ValueEnum as _;
 use serde::Serialize;
 
-use crate::args::{DeviceChoice, DeviceKind, DeviceName, EngineArgs, KernelArgs, KvCacheType, LmHead};
+use crate::args::{EngineArgs, KernelArgs, KvCacheType, LmHead};
+use bitnet_burn_engine::device::{DeviceSpec, DeviceKind, DeviceName};
 use crate::{output, settings};
 
 /// The process's kernel manager, set up from the configuration and the flags.
@@ -203,7 +204,7 @@ impl EngineArgs {
         Ok(Engine {
             summary: ModelSummary::of(&checkpoint),
             load_seconds,
-            device: DeviceChoice::of(&placement, host)?.to_string(),
+            device: DeviceSpec::of(&placement, host)?.to_string(),
             prediction: Prediction::of(&requirements, &machine, &placement, &settings),
             requirements,
             machine,
@@ -256,15 +257,15 @@ impl EngineArgs {
     ) -> anyhow::Result<Place> {
         let layers = requirements.layers;
         let cache_dir = config.cache_dir.clone();
-        let choice = self.device.clone().unwrap_or_else(|| DeviceChoice::one(DeviceKind::compiled()));
+        let choice = self.device.clone().unwrap_or_else(|| DeviceSpec::one(DeviceKind::compiled()));
         let choice =
             choice.resolved(&MachineProfile::detect(cache_dir.as_deref(), Measure::Nothing, None))?;
         let host = choice.host();
         let fixed = match (&choice, self.gpu_layers) {
             (_, Some(n)) if n > layers => bail!("--gpu-layers {n}: the model has {layers} layers"),
-            (DeviceChoice::Auto, _) => None,
+            (DeviceSpec::Auto, _) => None,
             (choice, None) => choice.placement(layers)?,
-            (DeviceChoice::On(parts), Some(n)) => Some(match &parts[..] {
+            (DeviceSpec::On(parts), Some(n)) => Some(match &parts[..] {
                 [(name, None)] if !name.kind.is_host() => split(&name.to_string(), n, layers),
                 [_] if n == 0 => Placement::cpu_only(layers),
                 [_] if devices::runtimes().is_empty() => bail!(

@@ -16,7 +16,8 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use std::ops::ControlFlow;
 
-use crate::args::{DeviceChoice, EngineArgs, FileArgs, KernelArgs};
+use crate::args::{EngineArgs, FileArgs, KernelArgs};
+use bitnet_burn_engine::device::DeviceSpec;
 use crate::engine::Wishes;
 use crate::output::{self, columns};
 
@@ -154,7 +155,7 @@ fn rerun(
     file: FileArgs,
     kernels: KernelArgs,
 ) -> anyhow::Result<TokensRecord> {
-    let device = match receipt.report.device.parse::<DeviceChoice>() {
+    let device = match receipt.report.device.parse::<DeviceSpec>() {
         Ok(device) => device,
         Err(_) => {
             bail!("the receipt's device is {:?}, which this program does not know", receipt.report.device)

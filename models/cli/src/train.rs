@@ -11,7 +11,8 @@ use bitnet_burn_train::{Corpus, Documents, Event, Outcome, TrainConfig, Trainer,
 use clap::Args;
 use serde::Serialize;
 
-use crate::args::{DeviceKind, positive};
+use crate::args::positive;
+use bitnet_burn_engine::device::DeviceKind;
 use crate::output;
 
 /// Train a BitNet on text

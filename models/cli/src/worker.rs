@@ -6,7 +6,8 @@ use anyhow::{Context as _, bail};
 use burn::tensor::Device;
 use clap::Args;
 
-use crate::args::{DeviceKind, DeviceName, KernelArgs};
+use crate::args::KernelArgs;
+use bitnet_burn_engine::device::{DeviceKind, DeviceName};
 use crate::engine::config;
 #[cfg(feature = "remote")]
 use crate::output;

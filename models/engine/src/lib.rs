@@ -8,6 +8,7 @@
 pub mod bench;
 pub mod chat;
 pub mod checkpoint;
+pub mod device;
 pub mod device_bench;
 #[cfg(feature = "default-model")]
 pub mod embedded;
