@@ -92,7 +92,7 @@ pub struct EngineArgs {
     /// of its name; remote:HOST:PORT: the device of the `bitnet worker` there; auto: what `bitnet plan` chooses;
     /// several, with the layers of each: wgpu:0=12,flex [default: the CPU]
     #[arg(long, value_name = "DEVICE", help_heading = "Kernels")]
-    pub device: Option<DeviceChoice>,
+    pub device: Option<DeviceArg>,
     /// So many layers on the GPU, the others on the CPU; all of them: embedding and output on the GPU, too
     #[arg(long, value_name = "N", help_heading = "Kernels")]
     pub gpu_layers: Option<usize>,
@@ -128,7 +128,7 @@ impl EngineArgs {
 
 /// Where a model computes, as `--device` takes it, and as reports and receipts name it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DeviceChoice {
+pub enum DeviceArg {
     /// What a plan chooses.
     Auto,
     /// Devices in the order of the layers, with the layers on each; all that are left for the one without a number.
@@ -136,7 +136,7 @@ pub enum DeviceChoice {
     On(Vec<(DeviceName, Option<usize>)>),
 }
 
-impl DeviceChoice {
+impl DeviceArg {
     /// One device for everything.
     pub fn one(kind: DeviceKind) -> Self {
         Self::On(vec![(kind.into(), None)])
@@ -199,7 +199,7 @@ impl DeviceChoice {
     }
 }
 
-impl fmt::Display for DeviceChoice {
+impl fmt::Display for DeviceArg {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self::On(parts) = self else { return f.write_str("auto") };
         for (i, (name, count)) in parts.iter().enumerate() {
@@ -213,7 +213,7 @@ impl fmt::Display for DeviceChoice {
     }
 }
 
-impl FromStr for DeviceChoice {
+impl FromStr for DeviceArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -586,7 +586,7 @@ mod tests {
 
     #[test]
     fn devices_are_named_with_their_layers() {
-        let choice = |text: &str| text.parse::<DeviceChoice>();
+        let choice = |text: &str| text.parse::<DeviceArg>();
         for text in [
             "auto",
             "flex",
@@ -630,7 +630,7 @@ mod tests {
         ] {
             let placement = placement(text).unwrap();
             assert_eq!(placement, expected, "{text}");
-            let named = DeviceChoice::of(&placement, Some(DeviceKind::Flex)).unwrap();
+            let named = DeviceArg::of(&placement, Some(DeviceKind::Flex)).unwrap();
             assert_eq!(named.placement(30).unwrap().unwrap(), placement, "{named}");
         }
         // A GPU without a number is the one that plans mean, where that is known.

@@ -6,9 +6,10 @@ use bitnet_burn_engine::bench;
 use bitnet_burn_engine::bench::{BenchOptions, BenchResult, DecodeAt, DecodeBatch, Spread};
 use bitnet_burn_engine::device_bench;
 use bitnet_burn_engine::device_bench::{DeviceBench, DeviceBenchOptions};
-use bitnet_burn_engine::report::{Execution, ModelSummary, count, human_bytes, human_seconds};
+use bitnet_burn_engine::report::{Execution, ModelSummary};
 use bitnet_burn_engine::synth;
 use bitnet_burn_engine::synth::SynthOptions;
+use bitnet_burn_engine::text::{count, human_bytes, human_seconds};
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::cpu;
 use burn::tensor::Device;
@@ -16,7 +17,7 @@ use clap::Args;
 use serde::Serialize;
 use tempfile::TempDir;
 
-use crate::args::{DeviceChoice, EngineArgs, positive};
+use crate::args::{DeviceArg, EngineArgs, positive};
 use crate::engine::Wishes;
 use crate::output::{self, columns};
 
@@ -94,7 +95,7 @@ struct Output<'a> {
 /// The GPU that the suite is for.
 fn gpu(args: &BenchArgs) -> anyhow::Result<Device> {
     match &args.engine.device {
-        Some(DeviceChoice::On(parts)) if args.engine.gpu_layers.is_none() => match &parts[..] {
+        Some(DeviceArg::On(parts)) if args.engine.gpu_layers.is_none() => match &parts[..] {
             [(name, None)] if !name.kind.is_host() => return name.open(),
             _ => {}
         },

@@ -8,15 +8,15 @@ use bitnet_burn::backends::manager::with_built_in_kernels;
 use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::generate::{GenerateOptions, generate, generate_text};
 use bitnet_burn_engine::receipt::{
-    Check, GenerationRecord, ModelRecord, Outcome, Receipt, Sealed, TokensRecord,
+    Check, CheckOutcome, GenerationRecord, ModelRecord, Receipt, Sealed, TokensRecord,
 };
-use bitnet_burn_engine::report::count;
+use bitnet_burn_engine::text::count;
 use bitnet_burn_manager::ManagerConfig;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use std::ops::ControlFlow;
 
-use crate::args::{DeviceChoice, EngineArgs, FileArgs, KernelArgs};
+use crate::args::{DeviceArg, EngineArgs, FileArgs, KernelArgs};
 use crate::engine::Wishes;
 use crate::output::{self, columns};
 
@@ -90,7 +90,7 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
     let mut checks = vec![sealed.check()];
     let file = file(&args, &sealed);
     let of_model = model(receipt, &file);
-    let same_model = of_model.iter().all(|check| check.outcome == Outcome::Agrees);
+    let same_model = of_model.iter().all(|check| check.outcome == CheckOutcome::Agrees);
     checks.extend(of_model);
     let (plugins, _) = ManagerConfig::default().plugins.find(&args.kernels.plugins);
     checks.extend(receipt.check_plugins(&plugins));
@@ -104,16 +104,16 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
         });
     }
 
-    let worst = checks.iter().map(|check| check.outcome).max().unwrap_or(Outcome::Agrees);
+    let worst = checks.iter().map(|check| check.outcome).max().unwrap_or(CheckOutcome::Agrees);
     if args.json {
-        output::print_json(&Output { passed: worst == Outcome::Agrees, checks: &checks, receipt })?;
+        output::print_json(&Output { passed: worst == CheckOutcome::Agrees, checks: &checks, receipt })?;
     } else {
         output::print(text(&args.file, receipt, &checks).trim_end())?;
     }
     Ok(match worst {
-        Outcome::Agrees => ExitCode::SUCCESS,
-        Outcome::Unchecked => ExitCode::FAILURE,
-        Outcome::Differs => ExitCode::from(3),
+        CheckOutcome::Agrees => ExitCode::SUCCESS,
+        CheckOutcome::Unchecked => ExitCode::FAILURE,
+        CheckOutcome::Differs => ExitCode::from(3),
     })
 }
 
@@ -154,7 +154,7 @@ fn rerun(
     file: FileArgs,
     kernels: KernelArgs,
 ) -> anyhow::Result<TokensRecord> {
-    let device = match receipt.report.device.parse::<DeviceChoice>() {
+    let device = match receipt.report.device.parse::<DeviceArg>() {
         Ok(device) => device,
         Err(_) => {
             bail!("the receipt's device is {:?}, which this program does not know", receipt.report.device)
@@ -226,9 +226,9 @@ fn text(file: &Path, receipt: &Receipt, checks: &[Check]) -> String {
     let mut rows = Vec::new();
     for Check { what, outcome, expected, found } in checks {
         let outcome = match outcome {
-            Outcome::Agrees => "agrees",
-            Outcome::Unchecked => "unchecked",
-            Outcome::Differs => "DIFFERS",
+            CheckOutcome::Agrees => "agrees",
+            CheckOutcome::Unchecked => "unchecked",
+            CheckOutcome::Differs => "DIFFERS",
         };
         let found = found.clone().unwrap_or_default();
         match expected {

@@ -23,4 +23,5 @@ pub mod receipt;
 pub mod report;
 pub mod sampling;
 pub mod synth;
+pub mod text;
 pub mod tokenizer;
