@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::load::HeadMode;
-use bitnet_burn_engine::plan::{MachineProfile, Measure, Plan, Requirements, Wishes};
+use bitnet_burn_engine::plan::{MachineProfile, Measure, Plan, PlanRequest, Requirements};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 /// The limit of a plan from what is kept.
@@ -27,7 +27,7 @@ fn plan(c: &mut Criterion) {
         let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).expect("a model of the repository");
         let requirements = Requirements::of(&checkpoint, HeadMode::File).expect("its headers");
         let machine = MachineProfile::detect(Some(dir.path()), Measure::Missing, None);
-        Plan::new(&requirements, &machine, &Wishes::default()).expect("no wishes")
+        Plan::new(&requirements, &machine, &PlanRequest::default()).expect("no wishes")
     };
     let clock = std::time::Instant::now();
     all();
@@ -41,7 +41,8 @@ fn plan(c: &mut Criterion) {
     group.bench_function("requirements", |b| b.iter(|| Requirements::of(&checkpoint, HeadMode::File)));
     for name in ["laptop-4gb", "two-gpus-8gb"] {
         let machine = MachineProfile::read(&models.join(format!("machines/{name}.json"))).expect("a profile");
-        group.bench_function(name, |b| b.iter(|| Plan::new(&requirements, &machine, &Wishes::default())));
+        group
+            .bench_function(name, |b| b.iter(|| Plan::new(&requirements, &machine, &PlanRequest::default())));
     }
     group.bench_function("all", |b| b.iter(all));
     group.finish();

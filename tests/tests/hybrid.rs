@@ -9,7 +9,7 @@ use bitnet_burn::CacheType;
 use bitnet_burn::backends::devices;
 use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::load::{LoadOptions, ModelDevices, ModelError, load_on};
-use bitnet_burn_engine::plan::{CPU, MachineProfile, Measure, Placed, Placement, Settings};
+use bitnet_burn_engine::plan::{CPU, MachineProfile, Measure, PlacedModel, Placement, RunSettings};
 use bitnet_burn_tests::reference::{Mutation, Reference};
 use bitnet_burn_tests::*;
 use burn::tensor::{Device, DeviceKind};
@@ -117,10 +117,11 @@ fn a_placement_is_loaded_tried_out_and_reduced_where_it_fails() {
     let path = repository_golden().join("gguf/tiny_a-i2_s.gguf");
     let checkpoint = checkpoint(&path);
     let layers = checkpoint.config().n_layers;
-    let settings = Settings { threads: 1, context: 64, kv_cache: CacheType::F32, rows: 16 };
+    let settings = RunSettings { threads: 1, context: 64, kv_cache: CacheType::F32, rows: 16 };
     let whole = Placement::gpu_only("wgpu", layers);
-    let load = |settings: &Settings| {
-        Placed::load(&checkpoint, &whole, settings, &LoadOptions::default(), &mut open, &mut |_| {}).unwrap()
+    let load = |settings: &RunSettings| {
+        PlacedModel::load(&checkpoint, &whole, settings, &LoadOptions::default(), &mut open, &mut |_| {})
+            .unwrap()
     };
     let fine = load(&settings);
     assert!(fine.placement == whole && fine.notes.is_empty(), "{:?}", fine.notes);
@@ -133,7 +134,8 @@ fn a_placement_is_loaded_tried_out_and_reduced_where_it_fails() {
     };
     let options = LoadOptions::default();
     let reduced =
-        Placed::load(&checkpoint, &whole, &settings, &options, &mut absent_at_first, &mut |_| {}).unwrap();
+        PlacedModel::load(&checkpoint, &whole, &settings, &options, &mut absent_at_first, &mut |_| {})
+            .unwrap();
     assert_eq!(reduced.placement, Placement::hybrid("wgpu", layers / 2, layers - layers / 2));
     assert_eq!(reduced.notes.len(), 1);
     let note = format!("{layers} layers on GPUs failed (");

@@ -16,7 +16,7 @@ use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::generate;
 use bitnet_burn_engine::generate::GenerateOptions;
 use bitnet_burn_engine::load::{HeadMode, LoadOptions, ModelError, load_on};
-use bitnet_burn_engine::plan::{CPU, Placed, Placement, Settings};
+use bitnet_burn_engine::plan::{CPU, PlacedModel, Placement, RunSettings};
 use bitnet_burn_formats::{DenseFormat, canonical};
 use bitnet_burn_tests::*;
 use burn::backend::ir::{CustomOpIr, ScalarIr, TensorIr};
@@ -106,10 +106,10 @@ fn a_session_is_shared_and_devices_are_named() {
 fn a_placement_on_a_worker_is_loaded_and_one_that_is_gone_is_an_error_that_names_it() {
     let checkpoint = checkpoint("gguf/tiny_a-i2_s.gguf");
     let layers = checkpoint.config().n_layers;
-    let settings = Settings { threads: 1, context: 64, kv_cache: CacheType::F16, rows: 16 };
+    let settings = RunSettings { threads: 1, context: 64, kv_cache: CacheType::F16, rows: 16 };
     let (worker, gone) = (worker().unwrap(), worker().unwrap());
     let load = |placement: &Placement, open: &mut dyn FnMut(&str) -> Result<Device, ModelError>| {
-        Placed::load(&checkpoint, placement, &settings, &LoadOptions::default(), open, &mut |_| {})
+        PlacedModel::load(&checkpoint, placement, &settings, &LoadOptions::default(), open, &mut |_| {})
     };
     let split = over(&[(&name(&worker), 1), (CPU, layers - 1)], CPU);
     let placed = load(&split, &mut open).unwrap();

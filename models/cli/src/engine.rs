@@ -11,12 +11,14 @@ use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::load::{DEFAULT_CHUNK, LoadOptions, LoadProgress};
 use bitnet_burn_engine::plan;
 use bitnet_burn_engine::plan::{
-    COMMON_CONTEXT, CPU, Comparison, DeviceMemory, Kind, MachineProfile, Measure, MemoryProfile, Observed,
-    Outcome, Placed, Placement, Plan, Prediction, ProcessorTime, Requirements, Settings,
+    COMMON_CONTEXT, CPU, Comparison, DeviceMemory, MachineProfile, Measure, MemoryProfile, Observed,
+    PlacedModel, Placement, PlacementKind, Plan, Prediction, PredictionOutcome, ProcessorTime, Requirements,
+    RunSettings,
 };
 use bitnet_burn_engine::plausible;
 use bitnet_burn_engine::receipt::{GenerationRecord, Receipt};
-use bitnet_burn_engine::report::{DeviceUsage, Execution, ModelSummary, count, human_bytes};
+use bitnet_burn_engine::report::{DeviceUsage, Execution, ModelSummary};
+use bitnet_burn_engine::text::{count, human_bytes};
 use bitnet_burn_engine::tokenizer::Tokenizer;
 use bitnet_burn_manager::ManagerConfig;
 use bitnet_burn_manager::{KernelManager, ManagerReport};
@@ -80,7 +82,7 @@ pub struct Engine {
     pub summary: ModelSummary,
     pub load_seconds: f64,
     /// Threads, context, KV cache and rows.
-    pub settings: Settings,
+    pub settings: RunSettings,
     device: String,
     placement: Placement,
     notes: Vec<String>,
@@ -89,7 +91,7 @@ pub struct Engine {
     /// Main memory before the model was loaded.
     memory_before: Option<MemoryProfile>,
     /// What `--device auto` followed, and what it was asked.
-    plan: Option<(Plan, plan::Wishes)>,
+    plan: Option<(Plan, plan::PlanRequest)>,
     /// What was said against the plan's placement, if that failed.
     problem: Option<String>,
     /// Since the model was loaded.
@@ -134,7 +136,7 @@ impl EngineArgs {
         let fixed = self.context.or(wishes.measured_context).map(|_| context);
         let Place { host, placement, plan, mut notes } =
             self.place(&requirements, &mut config, wishes, fixed)?;
-        let settings = Settings {
+        let settings = RunSettings {
             threads: config.threads,
             context: match &plan {
                 Some((plan, _)) => plan.settings.context,
@@ -176,30 +178,31 @@ impl EngineArgs {
         // Longer contexts grow when they are needed, unless somebody counts on them.
         let counted_on = self.context.is_some() || plan.is_some();
         let context = if counted_on { settings.context } else { settings.context.min(COMMON_CONTEXT) };
-        let tried = Settings { context, ..settings };
-        let placed = Placed::load(&checkpoint, &placement, &tried, &options, &mut open, &mut |progress| {
-            let (message, done, all) = match progress {
-                LoadProgress::Tuning(done, all) => ("measuring kernels", done, all),
-                LoadProgress::Packing(done, all) => ("loading layers   ", done, all),
-            };
-            if let LoadProgress::Tuning(done, all) = progress {
-                let since = *tuning_since.get_or_insert_with(Instant::now);
-                if done == all {
-                    tuning = Some(since.elapsed());
+        let tried = RunSettings { context, ..settings };
+        let placed =
+            PlacedModel::load(&checkpoint, &placement, &tried, &options, &mut open, &mut |progress| {
+                let (message, done, all) = match progress {
+                    LoadProgress::Tuning(done, all) => ("measuring kernels", done, all),
+                    LoadProgress::Packing(done, all) => ("loading layers   ", done, all),
+                };
+                if let LoadProgress::Tuning(done, all) = progress {
+                    let since = *tuning_since.get_or_insert_with(Instant::now);
+                    if done == all {
+                        tuning = Some(since.elapsed());
+                    }
                 }
-            }
-            bar.set_message(message);
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
-        })?;
+                bar.set_message(message);
+                bar.set_length(all as u64);
+                bar.set_position(done as u64);
+            })?;
         bar.finish_and_clear();
-        let Placed { model, prepacked, placement, notes: failed, problem } = placed;
+        let PlacedModel { model, prepacked, placement, notes: failed, problem } = placed;
         for note in &failed {
             output::warning(note);
         }
         notes.extend(failed);
         let load_seconds = (opening + started.elapsed()).as_secs_f64();
-        let settings = Settings { threads: kernels.manager.pool().threads(), ..settings };
+        let settings = RunSettings { threads: kernels.manager.pool().threads(), ..settings };
         let machine = MachineProfile::detect(cache_dir.as_deref(), Measure::Nothing, Some(settings.threads));
         Ok(Engine {
             summary: ModelSummary::of(&checkpoint),
@@ -233,7 +236,7 @@ struct Place {
     host: Option<DeviceKind>,
     placement: Placement,
     /// What chose it, if that was a plan, and what it was asked.
-    plan: Option<(Plan, plan::Wishes)>,
+    plan: Option<(Plan, plan::PlanRequest)>,
     notes: Vec<String>,
 }
 
@@ -295,14 +298,14 @@ impl EngineArgs {
         for problem in &machine.problems {
             output::warning(problem);
         }
-        let asked = plan::Wishes {
+        let asked = plan::PlanRequest {
             threads: self.kernels.threads.threads.or(threads),
             context,
             kv_cache: (self.kv_cache.map(Into::into))
                 .or_else(|| wishes.measured_context.map(|_| CacheType::F32)),
             gpu_layers: self.gpu_layers,
             rows: wishes.max_rows,
-            ..plan::Wishes::default()
+            ..plan::PlanRequest::default()
         };
         let (mut plan, mut notes) = Plan::learnt(cache_dir.as_deref(), requirements, &machine, &asked)?;
         // What was found once may be gone.
@@ -316,7 +319,7 @@ impl EngineArgs {
             );
             output::warning(&note);
             notes.push(note);
-            let on_cpu = plan::Wishes { device: Some(CPU.into()), gpu_layers: None, ..asked.clone() };
+            let on_cpu = plan::PlanRequest { device: Some(CPU.into()), gpu_layers: None, ..asked.clone() };
             plan = Plan::new(requirements, &machine, &on_cpu)?;
         }
         if !plan.fits && !plan.fallback {
@@ -365,7 +368,7 @@ impl Engine {
     pub fn check_room(&self, sequences: usize, positions: usize) -> anyhow::Result<()> {
         let machine = MachineProfile { memory: self.memory_before, ..self.machine.clone() };
         let rows = self.settings.rows.max(sequences);
-        let settings = Settings { context: positions, rows, ..self.settings };
+        let settings = RunSettings { context: positions, rows, ..self.settings };
         let one = self.requirements.kv_bytes(settings.kv_cache, positions, self.requirements.layers);
         match self.placement.sequences(&self.requirements, &machine, &settings) {
             Some(room) if (sequences as u64) > room => bail!(
@@ -410,9 +413,9 @@ impl Engine {
 
     /// What was measured, beside what was predicted for it, where this machine is known: decode behind `at` positions on
     /// the average.
-    pub fn outcome(&self, at: usize, decode: Option<f64>, prefill: Option<f64>) -> Option<Outcome> {
+    pub fn outcome(&self, at: usize, decode: Option<f64>, prefill: Option<f64>) -> Option<PredictionOutcome> {
         let prediction = self.prediction.as_ref()?;
-        Some(Outcome::of(prediction, (at, self.settings.context), decode, prefill))
+        Some(PredictionOutcome::of(prediction, (at, self.settings.context), decode, prefill))
     }
 
     /// What memory was for on each device, with a KV cache of so many bytes and so many rows at once.
@@ -420,7 +423,7 @@ impl Engine {
         let Requirements { layers, .. } = self.requirements;
         let position = self.requirements.kv_bytes(self.settings.kv_cache, 1, layers).max(1);
         let context = (kv_cache_bytes as u64).div_ceil(position) as usize;
-        self.requirements.memory(&self.placement, &Settings { context, rows, ..self.settings })
+        self.requirements.memory(&self.placement, &RunSettings { context, rows, ..self.settings })
     }
 
     /// Remembers what a run on the CPU alone reached of the roofline, for later plans: with the kernels that they will
@@ -432,13 +435,16 @@ impl Engine {
             return;
         }
         let bytes = self.requirements.layer_bytes(self.requirements.layers) + self.requirements.head_read;
-        if cfg!(debug_assertions) || self.placement.kind() != Kind::CpuOnly || bytes < plausible::SMALLEST {
+        if cfg!(debug_assertions)
+            || self.placement.kind() != PlacementKind::CpuOnly
+            || bytes < plausible::SMALLEST
+        {
             return;
         }
         let machine = self.machine.without_efficiency();
         let roofline = Prediction::of(&self.requirements, &machine, &self.placement, &self.settings);
         let Some(roofline) = roofline else { return };
-        let outcome = Outcome::of(&roofline, (at, self.settings.context), decode, prefill);
+        let outcome = PredictionOutcome::of(&roofline, (at, self.settings.context), decode, prefill);
         let ratio = |comparison: Option<Comparison>| comparison.map(|c| c.ratio);
         let (decode, prefill) = (ratio(outcome.decode), ratio(outcome.prefill));
         let kept =

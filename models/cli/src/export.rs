@@ -11,7 +11,7 @@ use bitnet_burn::Activation;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::gguf::{GgufTypes, TernaryType};
 use bitnet_burn_engine::hf::Style;
-use bitnet_burn_engine::report::{human_bytes, human_seconds};
+use bitnet_burn_engine::text::{human_bytes, human_seconds};
 use bitnet_burn_train::export;
 use bitnet_burn_train::export::{ExportOptions, Progress, Summary, Target};
 use clap::error::ErrorKind;

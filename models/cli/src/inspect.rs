@@ -6,7 +6,7 @@ use bitnet_burn::CacheType;
 use bitnet_burn::ModelConfig;
 use bitnet_burn::Projection;
 use bitnet_burn_engine::checkpoint::Checkpoint;
-use bitnet_burn_engine::report::human_bytes;
+use bitnet_burn_engine::text::human_bytes;
 use bitnet_burn_formats::canonical;
 use clap::Args;
 use serde::Serialize;

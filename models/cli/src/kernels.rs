@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use bitnet_burn::Projection;
 use bitnet_burn_engine::bench::Roof;
 use bitnet_burn_engine::checkpoint::Checkpoint;
-use bitnet_burn_engine::report::{count, human_bytes};
+use bitnet_burn_engine::text::{count, human_bytes};
 use bitnet_burn_formats::canonical;
 use bitnet_burn_manager::cpu;
 use bitnet_burn_manager::{

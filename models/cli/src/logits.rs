@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use bitnet_burn_engine::generate::logits;
-use bitnet_burn_engine::report::{Execution, ModelSummary, human_bytes};
+use bitnet_burn_engine::report::{Execution, ModelSummary};
+use bitnet_burn_engine::text::human_bytes;
 use clap::Args;
 use serde::Serialize;
 

@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use bitnet_burn_engine::generate::logits;
-use bitnet_burn_engine::report::{Execution, ModelSummary, human_seconds};
+use bitnet_burn_engine::report::{Execution, ModelSummary};
+use bitnet_burn_engine::text::human_seconds;
 use bitnet_burn_train::{Corpus, Documents};
 use clap::Args;
 use serde::Serialize;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use bitnet_burn::backends::devices;
-use bitnet_burn_engine::plan::{MachineProfile, Measure, Plan, Requirements, Strategy, Wishes};
+use bitnet_burn_engine::plan::{MachineProfile, Measure, Plan, PlanRequest, Requirements, Strategy};
 use bitnet_burn_engine::report::ModelSummary;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -178,7 +178,7 @@ pub fn run(args: PlanArgs) -> anyhow::Result<ExitCode> {
     }
     let checkpoint = args.file.open()?;
     let requirements = Requirements::of(&checkpoint, args.lm_head.into())?;
-    let wishes = Wishes {
+    let wishes = PlanRequest {
         strategy: args.strategy.into(),
         device: args.device,
         gpu_layers: args.gpu_layers,

@@ -409,7 +409,7 @@ impl BenchOutput {
                 speedup,
             ]);
         }
-        let threads = bitnet_burn_engine::report::count(self.threads as u64, "thread");
+        let threads = bitnet_burn_engine::text::count(self.threads as u64, "thread");
         format!("{}\n{}, {threads}\n", columns(&rows), self.cpu)
     }
 }
@@ -435,7 +435,7 @@ fn trust(args: &TrustArgs) -> anyhow::Result<()> {
         pins.push((stored.sha256.clone(), stored.origin.display().to_string()));
         store::write_pins(&file, &pins).with_context(|| format!("cannot write {}", file.display()))?;
     }
-    let others = bitnet_burn_engine::report::count(pins.len() as u64, "plugin");
+    let others = bitnet_burn_engine::text::count(pins.len() as u64, "plugin");
     output::print(format_args!(
         "{}  {}\n{others} pinned in {}; no others are loaded",
         stored.sha256,

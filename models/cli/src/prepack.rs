@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use bitnet_burn_engine::prepack;
-use bitnet_burn_engine::report::{human_bytes, human_seconds};
+use bitnet_burn_engine::text::{human_bytes, human_seconds};
 use clap::Args;
 use serde::Serialize;
 

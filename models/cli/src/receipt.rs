@@ -8,9 +8,9 @@ use bitnet_burn::backends::manager::with_built_in_kernels;
 use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::generate::{GenerateOptions, generate, generate_text};
 use bitnet_burn_engine::receipt::{
-    Check, GenerationRecord, ModelRecord, Outcome, Receipt, Sealed, TokensRecord,
+    Check, CheckOutcome, GenerationRecord, ModelRecord, Receipt, Sealed, TokensRecord,
 };
-use bitnet_burn_engine::report::count;
+use bitnet_burn_engine::text::count;
 use bitnet_burn_manager::ManagerConfig;
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -91,7 +91,7 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
     let mut checks = vec![sealed.check()];
     let file = file(&args, &sealed);
     let of_model = model(receipt, &file);
-    let same_model = of_model.iter().all(|check| check.outcome == Outcome::Agrees);
+    let same_model = of_model.iter().all(|check| check.outcome == CheckOutcome::Agrees);
     checks.extend(of_model);
     let (plugins, _) = ManagerConfig::default().plugins.find(&args.kernels.plugins);
     checks.extend(receipt.check_plugins(&plugins));
@@ -105,16 +105,16 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
         });
     }
 
-    let worst = checks.iter().map(|check| check.outcome).max().unwrap_or(Outcome::Agrees);
+    let worst = checks.iter().map(|check| check.outcome).max().unwrap_or(CheckOutcome::Agrees);
     if args.json {
-        output::print_json(&Output { passed: worst == Outcome::Agrees, checks: &checks, receipt })?;
+        output::print_json(&Output { passed: worst == CheckOutcome::Agrees, checks: &checks, receipt })?;
     } else {
         output::print(text(&args.file, receipt, &checks).trim_end())?;
     }
     Ok(match worst {
-        Outcome::Agrees => ExitCode::SUCCESS,
-        Outcome::Unchecked => ExitCode::FAILURE,
-        Outcome::Differs => ExitCode::from(3),
+        CheckOutcome::Agrees => ExitCode::SUCCESS,
+        CheckOutcome::Unchecked => ExitCode::FAILURE,
+        CheckOutcome::Differs => ExitCode::from(3),
     })
 }
 
@@ -227,9 +227,9 @@ fn text(file: &Path, receipt: &Receipt, checks: &[Check]) -> String {
     let mut rows = Vec::new();
     for Check { what, outcome, expected, found } in checks {
         let outcome = match outcome {
-            Outcome::Agrees => "agrees",
-            Outcome::Unchecked => "unchecked",
-            Outcome::Differs => "DIFFERS",
+            CheckOutcome::Agrees => "agrees",
+            CheckOutcome::Unchecked => "unchecked",
+            CheckOutcome::Differs => "DIFFERS",
         };
         let found = found.clone().unwrap_or_default();
         match expected {

@@ -24,7 +24,7 @@ pub fn manager() -> anyhow::Result<(ManagerConfig, Option<PathBuf>)> {
     let Some(path) = file() else { return Ok((config, None)) };
     let bytes = store::read_trusted(&path, MAX_BYTES)
         .with_context(|| format!("the configuration file {} is not read", path.display()))?;
-    let settings = std::str::from_utf8(&bytes).map_err(anyhow::Error::from).and_then(Settings::parse);
+    let settings = std::str::from_utf8(&bytes).map_err(anyhow::Error::from).and_then(ConfigFile::parse);
     let settings = settings.with_context(|| format!("the configuration file {}", path.display()))?;
     settings.apply(&mut config, &|variable| std::env::var_os(variable).is_some());
     Ok((config, Some(path)))
@@ -43,7 +43,7 @@ fn file() -> Option<PathBuf> {
 
 /// What the file says.
 #[derive(Debug, Default, PartialEq)]
-struct Settings {
+struct ConfigFile {
     plugins: Option<Plugins>,
     plugin_path: Option<Vec<PathBuf>>,
     /// The inner one: the file of pins, `None` for no pins.
@@ -67,7 +67,7 @@ enum Plugins {
 const KEYS: &str =
     "plugins, plugin_path, plugin_pins, threads, pin, kernel, strict_mode, fallback, cache_dir";
 
-impl Settings {
+impl ConfigFile {
     fn parse(text: &str) -> anyhow::Result<Self> {
         let mut settings = Self::default();
         for (key, value) in &text.parse::<Table>()? {
@@ -162,7 +162,7 @@ mod tests {
     fn what_the_environment_says_wins() {
         let mut config = ManagerConfig::default();
         config.plugins.pins = Some("/pins".into());
-        Settings::parse(ALL).unwrap().apply(&mut config, &|_| false);
+        ConfigFile::parse(ALL).unwrap().apply(&mut config, &|_| false);
         assert_eq!((config.threads, config.pin, config.force.as_deref()), (3, true, Some("cpu/x")));
         assert!(config.strict.gated_plugins && !config.strict.no_fallback);
         assert_eq!(config.cache_dir.as_deref(), Some(Path::new("/c")));
@@ -170,7 +170,7 @@ mod tests {
         assert_eq!((config.plugins.user_dir, config.plugins.pins), (store::default_user_dir(), None));
 
         let mut config = ManagerConfig::default();
-        Settings::parse(ALL).unwrap().apply(&mut config, &|variable| variable != "BITNET_THREADS");
+        ConfigFile::parse(ALL).unwrap().apply(&mut config, &|variable| variable != "BITNET_THREADS");
         assert_eq!((config.threads, config.force, config.strict), (3, None, Strict::NONE));
         assert_eq!((config.cache_dir, config.plugins.path), (None, Vec::<PathBuf>::new()));
     }
@@ -191,9 +191,9 @@ mod tests {
             ("threads", "TOML parse error at line 1"),
             ("[threads]\nthreads = 1", "threads = { threads = 1 }: expected a number"),
         ] {
-            let error = Settings::parse(text).unwrap_err().to_string();
+            let error = ConfigFile::parse(text).unwrap_err().to_string();
             assert!(error.contains(expected), "{text}: {error}");
         }
-        assert_eq!(Settings::parse("# nothing\n").unwrap(), Settings::default());
+        assert_eq!(ConfigFile::parse("# nothing\n").unwrap(), ConfigFile::default());
     }
 }

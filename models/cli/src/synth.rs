@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use bitnet_burn::{Activation, ModelConfig};
-use bitnet_burn_engine::report::{human_bytes, human_seconds};
 use bitnet_burn_engine::synth;
 use bitnet_burn_engine::synth::SynthOptions;
+use bitnet_burn_engine::text::{human_bytes, human_seconds};
 use bitnet_burn_formats::DenseFormat;
 use clap::Args;
 use clap::builder::PossibleValuesParser;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use bitnet_burn_engine::report::{count, human_seconds};
+use bitnet_burn_engine::text::{count, human_seconds};
 use bitnet_burn_train::{Corpus, Documents, Event, Outcome, TrainConfig, Trainer, config_of};
 use clap::Args;
 use serde::Serialize;

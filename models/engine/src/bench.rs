@@ -20,7 +20,6 @@ use serde::Serialize;
 
 use crate::generate::{GenerateError, prefill};
 use crate::load::DEFAULT_CHUNK;
-use crate::report::peak_rss_bytes;
 use bitnet_burn::{BitNet, ForwardError, Row};
 use bitnet_burn::{CacheType, KvCache, SequenceId};
 use bitnet_burn::{Norm, Projection};
@@ -529,6 +528,13 @@ fn undisturbed(pool: &Pool, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> f64 
     pool.threads() as f64 / time as f64
 }
 
+/// Most memory that this process had resident at once, where the system tells (`VmHWM` on Linux).
+pub fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -548,5 +554,11 @@ mod tests {
         let word = u64::from_ne_bytes([0x5a; 8]);
         assert_eq!(peak::read(&stream.map), word.wrapping_mul((stream.map.len() / 8) as u64));
         assert!(stream.gb_per_s(&pool) > 0.0);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_peak_is_measured() {
+        assert!(peak_rss_bytes().unwrap() > 1 << 20);
     }
 }

@@ -12,7 +12,7 @@ use burn::tensor::{Device, Distribution, Tensor};
 use serde::Serialize;
 
 use crate::bench::Spread;
-use crate::report::{count, human_bytes, human_seconds};
+use crate::text::{count, human_bytes, human_seconds};
 use bitnet_burn::BitLinear;
 use bitnet_burn::ModelConfig;
 use bitnet_burn::Projection;

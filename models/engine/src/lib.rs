@@ -24,4 +24,5 @@ pub mod receipt;
 pub mod report;
 pub mod sampling;
 pub mod synth;
+pub mod text;
 pub mod tokenizer;

@@ -21,7 +21,8 @@ use bitnet_burn_manager::ManagerError;
 use bitnet_burn_manager::pool::Pool;
 
 use crate::bench::{BytesPerToken, Roof};
-use crate::report::{Execution, human_bytes};
+use crate::report::Execution;
+use crate::text::human_bytes;
 use bitnet_burn::BitNet;
 
 /// How many times the bound is still believed.

@@ -387,7 +387,7 @@ impl Sealed {
     pub fn check(&self) -> Check {
         let what = "seal".to_owned();
         match self.intact {
-            true => Check { what, outcome: Outcome::Agrees, expected: None, found: None },
+            true => Check { what, outcome: CheckOutcome::Agrees, expected: None, found: None },
             false if self.stated == self.computed => Check::differs(
                 what,
                 "the seal at the end, and nothing behind it",
@@ -404,7 +404,7 @@ impl Sealed {
 /// What became of one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
+pub enum CheckOutcome {
     /// It is as the receipt says.
     Agrees,
     /// What it takes is not at hand.
@@ -419,7 +419,7 @@ pub struct Check {
     /// `seal`, `model NAME`, `plugin NAME`, `kernel NAME`, `tokens`.
     pub what: String,
     /// Whether they agree.
-    pub outcome: Outcome,
+    pub outcome: CheckOutcome,
     /// What the receipt says, where they don't.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected: Option<String>,
@@ -430,17 +430,17 @@ pub struct Check {
 
 impl Check {
     fn agrees(what: impl Into<String>) -> Self {
-        Self { what: what.into(), outcome: Outcome::Agrees, expected: None, found: None }
+        Self { what: what.into(), outcome: CheckOutcome::Agrees, expected: None, found: None }
     }
 
     fn differs(what: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> Self {
         let (expected, found) = (Some(expected.into()), Some(found.into()));
-        Self { what: what.into(), outcome: Outcome::Differs, expected, found }
+        Self { what: what.into(), outcome: CheckOutcome::Differs, expected, found }
     }
 
     /// Something that can't be compared here.
     pub fn unchecked(what: impl Into<String>, why: impl Into<String>) -> Self {
-        Self { what: what.into(), outcome: Outcome::Unchecked, expected: None, found: Some(why.into()) }
+        Self { what: what.into(), outcome: CheckOutcome::Unchecked, expected: None, found: Some(why.into()) }
     }
 }
 

@@ -10,9 +10,11 @@ use bitnet_burn_backends::devices::Usage;
 use bitnet_burn_manager::{Event, Fallback, KernelReport, ManagerReport, REFERENCE, Strict};
 use serde::Serialize;
 
+use crate::bench::peak_rss_bytes;
 use crate::checkpoint::Checkpoint;
 use crate::generate::{Finish, Generation};
-use crate::plan::{DeviceMemory, Outcome, Placement};
+use crate::plan::{DeviceMemory, Placement, PredictionOutcome};
+use crate::text::{count, human_bytes, human_seconds, line};
 
 /// The model that ran.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -120,7 +122,7 @@ pub struct Execution {
     pub next_time: Vec<String>,
     /// Speed, beside what the plan promised, where the machine was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub prediction: Option<Outcome>,
+    pub prediction: Option<PredictionOutcome>,
     /// How the output projection was computed, where it was: `file (Q6_K, f32 activations)`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lm_head: Option<String>,
@@ -252,49 +254,6 @@ impl RunReport {
             execution,
         }
     }
-}
-
-/// Most memory that this process had resident at once, where the system tells (`VmHWM` on Linux).
-pub fn peak_rss_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
-
-/// Bytes in the largest decimal unit that leaves a digit in front: `1.21 GB`.
-pub fn human_bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    let mut unit = 0;
-    let mut value = bytes as f64;
-    while value >= 999.5 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    match unit {
-        0 => format!("{bytes} B"),
-        _ if value < 9.995 => format!("{value:.2} {}", UNITS[unit]),
-        _ if value < 99.95 => format!("{value:.1} {}", UNITS[unit]),
-        _ => format!("{value:.0} {}", UNITS[unit]),
-    }
-}
-
-/// A time in the unit that suits it: `12.3 ms`.
-pub fn human_seconds(seconds: f64) -> String {
-    match seconds {
-        s if s >= 0.9995 => format!("{s:.2} s"),
-        s if s >= 0.9995e-3 => format!("{:.1} ms", s * 1e3),
-        s => format!("{:.1} us", s * 1e6),
-    }
-}
-
-/// `1 token`, `2 tokens`.
-pub fn count(n: u64, what: &str) -> String {
-    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
-}
-
-/// One line of a table for people.
-pub(crate) fn line(f: &mut fmt::Formatter<'_>, label: &str, value: impl fmt::Display) -> fmt::Result {
-    writeln!(f, "{label:<11}  {value}")
 }
 
 fn file(path: &Path) -> String {
@@ -454,23 +413,5 @@ mod tests {
         assert_eq!(Latency::of(&steps(1)), Some(Latency { p50: 1.0, p95: 1.0 }));
         assert_eq!(Latency::of(&steps(20)), Some(Latency { p50: 10.0, p95: 19.0 }));
         assert_eq!(Latency::of(&steps(100)), Some(Latency { p50: 50.0, p95: 95.0 }));
-    }
-
-    #[test]
-    fn sizes_and_times_are_readable() {
-        assert_eq!(human_bytes(999), "999 B");
-        assert_eq!(human_bytes(1000), "1.00 kB");
-        assert_eq!(human_bytes(12_345_678), "12.3 MB");
-        assert_eq!(human_bytes(999_600), "1.00 MB");
-        assert_eq!(human_bytes(u64::MAX), "18446744 TB");
-        assert_eq!(human_seconds(1.5), "1.50 s");
-        assert_eq!(human_seconds(0.0312), "31.2 ms");
-        assert_eq!(human_seconds(4.2e-5), "42.0 us");
-    }
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn the_peak_is_measured() {
-        assert!(peak_rss_bytes().unwrap() > 1 << 20);
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use bitnet_burn_engine::bench::Roof;
-use bitnet_burn_engine::report::{count, human_bytes};
+use bitnet_burn_engine::text::{count, human_bytes};
 
 use super::{CandidateRow, Explanation, Limit, Output, roof_text};
 

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::choose;
 use super::machine::{MachineProfile, MemoryProfile};
-use super::{CPU, Plan, PlanError, Requirements, Wishes};
-use crate::report::{count, human_bytes};
+use super::{CPU, Plan, PlanError, PlanRequest, Requirements};
+use crate::text::{count, human_bytes};
 
 /// What was seen while a plan was carried out; `None` for what was not looked at.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -32,7 +32,7 @@ pub struct Observed {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lesson {
-    /// Compute there: [`Wishes::device`].
+    /// Compute there: [`PlanRequest::device`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
     /// So many layers on that GPU.
@@ -54,7 +54,7 @@ const MUCH_SLOWER: f64 = 0.5;
 const BUSY: f64 = 0.25;
 
 impl Plan {
-    /// The [best one](Plan::new), held to the [lesson](Lesson) that an earlier run with these wishes left in the cache
+    /// The [best one](Plan::new), held to the [lesson](Lesson) that an earlier run with this request left in the cache
     /// directory, if there is one that can be kept and costs no memory that is not there; with that lesson's reasons, which are among the plan's, too.
     ///
     /// # Errors
@@ -63,13 +63,13 @@ impl Plan {
         cache_dir: Option<&Path>,
         model: &Requirements,
         machine: &MachineProfile,
-        wishes: &Wishes,
+        request: &PlanRequest,
     ) -> Result<(Self, Vec<String>), PlanError> {
-        let free = Self::new(model, machine, wishes)?;
-        if let Some(lesson) = Lesson::recall(cache_dir, model, wishes) {
-            let kept = lesson.kept(wishes, machine);
+        let free = Self::new(model, machine, request)?;
+        if let Some(lesson) = Lesson::recall(cache_dir, model, request) {
+            let kept = lesson.kept(request, machine);
             // A damaged one may ask for what can't be.
-            if kept != *wishes
+            if kept != *request
                 && let Ok(mut plan) = Self::new(model, machine, &kept)
                 && (plan.fits || !free.fits)
             {
@@ -140,42 +140,42 @@ impl Plan {
         &self,
         model: &Requirements,
         machine: &MachineProfile,
-        wishes: &Wishes,
+        request: &PlanRequest,
         observed: &Observed,
     ) -> Result<Option<Self>, PlanError> {
         let Some(lesson) = self.lesson(observed) else { return Ok(None) };
-        let (mut machine, mut wishes) = (machine.clone(), wishes.clone());
+        let (mut machine, mut request) = (machine.clone(), request.clone());
         if lesson.device.is_some() {
-            (wishes.device, wishes.gpu_layers) = (lesson.device.clone(), lesson.gpu_layers);
+            (request.device, request.gpu_layers) = (lesson.device.clone(), lesson.gpu_layers);
         }
         if lesson.memory.is_some() {
-            (wishes.memory, machine.memory) = (lesson.memory, observed.memory);
+            (request.memory, machine.memory) = (lesson.memory, observed.memory);
         }
-        wishes.threads = lesson.threads.or(wishes.threads);
-        let mut plan = choose::choose(model, &machine, &wishes)?;
+        request.threads = lesson.threads.or(request.threads);
+        let mut plan = choose::choose(model, &machine, &request)?;
         plan.reasons.splice(0..0, lesson.reasons);
         Ok(Some(plan))
     }
 }
 
 impl Lesson {
-    /// Wishes that keep to it, where they say nothing else; a device that is not there any more is not asked for.
-    pub fn kept(&self, wishes: &Wishes, machine: &MachineProfile) -> Wishes {
-        let mut wishes = wishes.clone();
+    /// PlanRequest that keep to it, where they say nothing else; a device that is not there any more is not asked for.
+    pub fn kept(&self, request: &PlanRequest, machine: &MachineProfile) -> PlanRequest {
+        let mut request = request.clone();
         let there = |device: &String| device == CPU || machine.gpu(Some(device)).is_some();
-        if wishes.device.is_none()
-            && wishes.gpu_layers.is_none()
+        if request.device.is_none()
+            && request.gpu_layers.is_none()
             && let Some(device) = self.device.clone().filter(there)
         {
-            (wishes.device, wishes.gpu_layers) = (Some(device), self.gpu_layers);
+            (request.device, request.gpu_layers) = (Some(device), self.gpu_layers);
         }
-        wishes.threads = wishes.threads.or(self.threads);
-        wishes
+        request.threads = request.threads.or(self.threads);
+        request
     }
 
-    /// What was learnt about a model and such wishes on this machine; what is wrong with the file costs the lesson, and nothing else.
-    pub fn recall(cache_dir: Option<&Path>, model: &Requirements, wishes: &Wishes) -> Option<Self> {
-        let path = Self::path(cache_dir, model, wishes)?;
+    /// What was learnt about a model and such a request on this machine; what is wrong with the file costs the lesson, and nothing else.
+    pub fn recall(cache_dir: Option<&Path>, model: &Requirements, request: &PlanRequest) -> Option<Self> {
+        let path = Self::path(cache_dir, model, request)?;
         let lesson = serde_json::from_str(&super::machine::read_text(&path).ok()?);
         lesson
             .inspect_err(|error| {
@@ -184,7 +184,7 @@ impl Lesson {
             .ok()
     }
 
-    /// Keeps it for later plans of this model with the same wishes on this machine, beside what was kept before: the newer
+    /// Keeps it for later plans of this model with the same request on this machine, beside what was kept before: the newer
     /// one counts where both say something.
     ///
     /// # Errors
@@ -193,10 +193,10 @@ impl Lesson {
         &self,
         cache_dir: Option<&Path>,
         model: &Requirements,
-        wishes: &Wishes,
+        request: &PlanRequest,
     ) -> std::io::Result<()> {
-        let Some(path) = Self::path(cache_dir, model, wishes) else { return Ok(()) };
-        let before = Self::recall(cache_dir, model, wishes).unwrap_or_default();
+        let Some(path) = Self::path(cache_dir, model, request) else { return Ok(()) };
+        let before = Self::recall(cache_dir, model, request).unwrap_or_default();
         let both = self.clone().after(before);
         std::fs::create_dir_all(files::directory(&path))?;
         files::replace_private(&path, |out| {
@@ -237,10 +237,10 @@ impl Lesson {
         }
     }
 
-    /// One file for a machine, a model and wishes, by what plans know of them.
-    fn path(cache_dir: Option<&Path>, model: &Requirements, wishes: &Wishes) -> Option<PathBuf> {
+    /// One file for a machine, a model and a request, by what plans know of them.
+    fn path(cache_dir: Option<&Path>, model: &Requirements, request: &PlanRequest) -> Option<PathBuf> {
         let mut model = serde_json::to_vec(model).ok()?;
-        model.extend(format!("{wishes:?}").into_bytes());
+        model.extend(format!("{request:?}").into_bytes());
         let model = &files::sha256(&model)[..16];
         Some(cache_dir?.join(format!("{PREFIX}{}-{model}.json", super::machine::key())))
     }

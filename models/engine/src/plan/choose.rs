@@ -1,10 +1,12 @@
 //! From candidates to a plan.
 
 use super::machine::{GpuProfile, MachineProfile};
-use super::placement::{Kind, Placement};
+use super::placement::{Placement, PlacementKind};
 use super::predict::Prediction;
 use super::requirements::{CACHE_TYPES, Requirements};
-use super::{Alternative, CPU, DeviceMemory, Plan, PlanError, Settings, Strategy, Tier, Wishes, words};
+use super::{
+    Alternative, CPU, DeviceMemory, Plan, PlanError, PlanRequest, RunSettings, Strategy, Tier, explain,
+};
 use crate::load::DEFAULT_CHUNK;
 use bitnet_burn::CacheType;
 
@@ -25,7 +27,7 @@ const GPU_FRACTION: f64 = 0.9;
 #[derive(Clone, Debug)]
 struct Candidate {
     placement: Placement,
-    settings: Settings,
+    settings: RunSettings,
     memory: Vec<DeviceMemory>,
     prediction: Option<Prediction>,
 }
@@ -52,7 +54,7 @@ impl Candidate {
 struct Room<'a> {
     model: &'a Requirements,
     machine: &'a MachineProfile,
-    wishes: &'a Wishes,
+    request: &'a PlanRequest,
     fraction: f64,
 }
 
@@ -63,17 +65,17 @@ impl Room<'_> {
             let gpu = self.machine.gpus.iter().find(|gpu| gpu.device == device)?;
             return Some((gpu.memory_bytes? as f64 * self.fraction) as u64);
         }
-        let share = |bytes: u64| match self.wishes.strategy {
+        let share = |bytes: u64| match self.request.strategy {
             Strategy::Balanced => bytes / 4 * 3,
             _ => bytes,
         };
         let free = |memory: super::MemoryProfile| {
             share(memory.available_bytes.saturating_sub(self.machine.memory_reserve()))
         };
-        self.wishes.memory.or_else(|| self.machine.memory.map(free))
+        self.request.memory.or_else(|| self.machine.memory.map(free))
     }
 
-    fn memory(&self, placement: &Placement, settings: &Settings) -> Vec<DeviceMemory> {
+    fn memory(&self, placement: &Placement, settings: &RunSettings) -> Vec<DeviceMemory> {
         let mut memory = self.model.memory(placement, settings);
         for device in &mut memory {
             device.budget = self.budget(&device.device);
@@ -82,7 +84,7 @@ impl Room<'_> {
     }
 
     /// Whether a GPU has room for so many layers, and for embedding and output or not.
-    fn holds(&self, gpu: &GpuProfile, layers: usize, dense: bool, settings: &Settings) -> bool {
+    fn holds(&self, gpu: &GpuProfile, layers: usize, dense: bool, settings: &RunSettings) -> bool {
         let largest = if dense { self.model.embedding.max(self.model.output) } else { 0 };
         let budget = self.budget(&gpu.device);
         let memory = DeviceMemory { budget, ..self.model.memory_of(&gpu.device, layers, dense, settings) };
@@ -90,7 +92,7 @@ impl Room<'_> {
     }
 
     /// As much as there is room for on GPUs, in their order; the rest on the CPU.
-    fn filled(&self, gpus: &[&GpuProfile], settings: &Settings) -> Placement {
+    fn filled(&self, gpus: &[&GpuProfile], settings: &RunSettings) -> Placement {
         let layers = self.model.layers;
         let mut parts: Vec<(String, usize)> = Vec::new();
         let mut left = layers;
@@ -107,7 +109,7 @@ impl Room<'_> {
         Placement::over(parts, CPU)
     }
 
-    fn candidate(&self, placement: Placement, settings: Settings) -> Candidate {
+    fn candidate(&self, placement: Placement, settings: RunSettings) -> Candidate {
         let memory = self.memory(&placement, &settings);
         let prediction = Prediction::of(self.model, self.machine, &placement, &settings);
         Candidate { placement, settings, memory, prediction }
@@ -127,20 +129,20 @@ fn most(limit: usize, holds: impl Fn(usize) -> bool) -> usize {
 pub(super) fn choose(
     model: &Requirements,
     machine: &MachineProfile,
-    wishes: &Wishes,
+    request: &PlanRequest,
 ) -> Result<Plan, PlanError> {
-    check(model, machine, wishes)?;
-    let fraction = wishes.gpu_memory_fraction.unwrap_or(match wishes.strategy {
+    check(model, machine, request)?;
+    let fraction = request.gpu_memory_fraction.unwrap_or(match request.strategy {
         Strategy::Balanced => 0.75,
         _ => GPU_FRACTION,
     });
-    let room = Room { model, machine, wishes, fraction };
+    let room = Room { model, machine, request, fraction };
     let (threads, why_threads) = threads(&room);
-    let blind = machine.memory.is_none() && wishes.memory.is_none();
-    let chosen_gpu = asked_gpu(machine, wishes)?;
+    let blind = machine.memory.is_none() && request.memory.is_none();
+    let chosen_gpu = asked_gpu(machine, request)?;
 
-    let contexts = contexts(model.context, wishes.context, blind);
-    let kinds: Vec<CacheType> = match wishes.kv_cache {
+    let contexts = contexts(model.context, request.context, blind);
+    let kinds: Vec<CacheType> = match request.kv_cache {
         Some(kind) => vec![kind],
         None if blind => vec![CacheType::F32],
         None => CACHE_TYPES.to_vec(),
@@ -151,10 +153,10 @@ pub(super) fn choose(
         Some(gpu) => sets.push(vec![gpu]),
         None => {
             sets.push(Vec::new());
-            if wishes.device.is_none() && !blind {
+            if request.device.is_none() && !blind {
                 let cards = cards(machine);
                 sets.extend(cards.iter().map(|&card| vec![card]));
-                if cards.len() > 1 && wishes.strategy != Strategy::PowerEfficiency {
+                if cards.len() > 1 && request.strategy != Strategy::PowerEfficiency {
                     sets.push(cards);
                 }
             }
@@ -165,8 +167,8 @@ pub(super) fn choose(
         for set in &sets {
             for &kv_cache in kinds.iter().filter(|&&kind| set.iter().all(|gpu| gpu.holds(kind))) {
                 for (&context, &rows) in contexts.iter().flat_map(|c| rows.iter().map(move |r| (c, r))) {
-                    let settings = Settings { threads, context, kv_cache, rows };
-                    let placement = match (set.first(), wishes.gpu_layers) {
+                    let settings = RunSettings { threads, context, kv_cache, rows };
+                    let placement = match (set.first(), request.gpu_layers) {
                         (None, _) => Placement::cpu_only(model.layers),
                         (Some(gpu), Some(n)) if n == model.layers => Placement::gpu_only(&gpu.device, n),
                         (Some(gpu), Some(n)) => Placement::hybrid(&gpu.device, n, model.layers - n),
@@ -177,25 +179,25 @@ pub(super) fn choose(
             }
         }
         // The CPU alone is always one of them.
-        if wishes.strategy == Strategy::PowerEfficiency && chosen_gpu.is_none() {
+        if request.strategy == Strategy::PowerEfficiency && chosen_gpu.is_none() {
             candidates.retain(|candidate| candidate.devices() == 1);
         }
         candidates
     };
-    let candidates = match wishes.rows {
+    let candidates = match request.rows {
         Some(rows) => of_rows(&[rows]),
         None if blind => of_rows(&[FEW_ROWS]),
-        None if wishes.strategy == Strategy::Memory => of_rows(&[LEAST_ROWS]),
+        None if request.strategy == Strategy::Memory => of_rows(&[LEAST_ROWS]),
         None => {
             let usual = of_rows(&[DEFAULT_CHUNK, FEW_ROWS]);
             if usual.iter().any(Candidate::fits) { usual } else { of_rows(&[LEAST_ROWS]) }
         }
     };
-    let Some(best) = best(&candidates, wishes.strategy) else {
+    let Some(best) = best(&candidates, request.strategy) else {
         let gpu = chosen_gpu.map_or(CPU, |gpu| &gpu.device);
         return Err(PlanError::Range {
             what: "the KV cache",
-            found: wishes.kv_cache.unwrap_or_default().name().into(),
+            found: request.kv_cache.unwrap_or_default().name().into(),
             expected: format!("of a type that {gpu} computes with; f32 always is"),
         });
     };
@@ -205,29 +207,29 @@ pub(super) fn choose(
     let mut considered: Vec<&str> = sets.iter().flatten().map(|gpu| &*gpu.device).collect();
     considered.sort_unstable();
     considered.dedup();
-    let decided = words::Decided {
+    let decided = explain::Decided {
         gpu_asked: chosen_gpu.is_some(),
         compared: considered.iter().copied().filter(compared).collect(),
         considered,
     };
-    let mut reasons = words::placement(&best.placement, &best.memory, machine, wishes, &decided);
+    let mut reasons = explain::placement(&best.placement, &best.memory, machine, request, &decided);
     if blind {
-        reasons.insert(0, words::careful(wishes, &best.placement));
+        reasons.insert(0, explain::careful(request, &best.placement));
     }
     reasons.push(why_threads);
     reasons.extend(why_settings(&room, &best, blind));
     if !fits && !blind {
-        reasons.insert(0, words::too_much(&best.memory));
+        reasons.insert(0, explain::too_much(&best.memory));
     }
     if best.prediction.is_none() {
-        reasons.push(words::not_measured(&best.placement, machine, threads));
+        reasons.push(explain::not_measured(&best.placement, machine, threads));
     }
     let alternatives = alternatives(&candidates, &best);
     let decode = best.prediction.as_ref().map(|prediction| prediction.decode_tokens_per_s);
     Ok(Plan {
-        strategy: wishes.strategy,
+        strategy: request.strategy,
         fits,
-        fallback: blind || machine.cpu.physical_cores.is_none() && wishes.threads.is_none(),
+        fallback: blind || machine.cpu.physical_cores.is_none() && request.threads.is_none(),
         kind: best.placement.kind(),
         settings: best.settings,
         gpu_memory_fraction: fraction,
@@ -241,27 +243,27 @@ pub(super) fn choose(
     })
 }
 
-fn check(model: &Requirements, machine: &MachineProfile, wishes: &Wishes) -> Result<(), PlanError> {
+fn check(model: &Requirements, machine: &MachineProfile, request: &PlanRequest) -> Result<(), PlanError> {
     let range = |what, found: String, expected: String| Err(PlanError::Range { what, found, expected });
-    if let Some(layers) = wishes.gpu_layers.filter(|&layers| layers > model.layers) {
+    if let Some(layers) = request.gpu_layers.filter(|&layers| layers > model.layers) {
         let problem = format!("the model has {}", model.layers);
         return Err(PlanError::GpuLayers { layers, problem });
     }
-    if let Some(context) = wishes.context.filter(|context| !(1..=model.context).contains(context)) {
+    if let Some(context) = request.context.filter(|context| !(1..=model.context).contains(context)) {
         return range("the context", context.to_string(), format!("between 1 and {}", model.context));
     }
-    if let Some(threads) = wishes.threads.filter(|threads| !(1..=1024).contains(threads)) {
+    if let Some(threads) = request.threads.filter(|threads| !(1..=1024).contains(threads)) {
         return range("the number of threads", threads.to_string(), "between 1 and 1024".into());
     }
-    if let Some(rows) = wishes.rows.filter(|rows| !(1..=1 << 16).contains(rows)) {
+    if let Some(rows) = request.rows.filter(|rows| !(1..=1 << 16).contains(rows)) {
         return range("the number of rows at once", rows.to_string(), "between 1 and 65536".into());
     }
     if let Some(fraction) =
-        wishes.gpu_memory_fraction.filter(|&fraction| !(fraction > 0.0 && fraction <= 1.0))
+        request.gpu_memory_fraction.filter(|&fraction| !(fraction > 0.0 && fraction <= 1.0))
     {
         return range("the part of a GPU's memory", fraction.to_string(), "above 0 and at most 1".into());
     }
-    match &wishes.device {
+    match &request.device {
         Some(device) if device != CPU && machine.gpu(Some(device)).is_none() => {
             let gpus = machine.gpus.iter().map(|gpu| gpu.device.as_str());
             let there: Vec<&str> = std::iter::once(CPU).chain(gpus).collect();
@@ -287,10 +289,13 @@ impl MachineProfile {
     }
 }
 
-/// The GPU that wishes ask for.
-fn asked_gpu<'a>(machine: &'a MachineProfile, wishes: &Wishes) -> Result<Option<&'a GpuProfile>, PlanError> {
+/// The GPU that a request asks for.
+fn asked_gpu<'a>(
+    machine: &'a MachineProfile,
+    request: &PlanRequest,
+) -> Result<Option<&'a GpuProfile>, PlanError> {
     let fail = |layers, problem: &str| Err(PlanError::GpuLayers { layers, problem: problem.into() });
-    match (wishes.device.as_deref(), wishes.gpu_layers) {
+    match (request.device.as_deref(), request.gpu_layers) {
         (None | Some(CPU), None | Some(0)) => Ok(None),
         (Some(CPU), Some(layers)) => fail(layers, "the CPU was asked for, too"),
         (Some(device), _) => Ok(machine.gpu(Some(device))),
@@ -311,8 +316,8 @@ fn cards(machine: &MachineProfile) -> Vec<&GpuProfile> {
 
 /// How many threads, and why.
 fn threads(room: &Room<'_>) -> (usize, String) {
-    if let Some(threads) = room.wishes.threads {
-        return (threads, format!("{} as asked for", words::threads(threads)));
+    if let Some(threads) = room.request.threads {
+        return (threads, format!("{} as asked for", explain::threads(threads)));
     }
     let Some(cores) = room.machine.cpu.physical_cores else {
         return (
@@ -322,7 +327,7 @@ fn threads(room: &Room<'_>) -> (usize, String) {
     };
     let all = || {
         let (words, cores_words) =
-            (words::threads(cores), crate::report::count(cores as u64, "physical core"));
+            (explain::threads(cores), crate::text::count(cores as u64, "physical core"));
         (
             cores,
             format!(
@@ -330,14 +335,14 @@ fn threads(room: &Room<'_>) -> (usize, String) {
             ),
         )
     };
-    match room.wishes.strategy {
+    match room.request.strategy {
         Strategy::Balanced if cores > 2 => {
-            let (fewer, words) = (cores - 1, words::threads(cores - 1));
+            let (fewer, words) = (cores - 1, explain::threads(cores - 1));
             (fewer, format!("{words}: one of {cores} physical cores is left to other programs"))
         }
         Strategy::PowerEfficiency => {
             let speed = |threads: usize| {
-                let settings = Settings { threads, context: 1, kv_cache: CacheType::F32, rows: 1 };
+                let settings = RunSettings { threads, context: 1, kv_cache: CacheType::F32, rows: 1 };
                 let placement = Placement::cpu_only(room.model.layers);
                 let prediction = Prediction::of(room.model, room.machine, &placement, &settings)?;
                 Some(prediction.decode_tokens_per_s)
@@ -350,7 +355,10 @@ fn threads(room: &Room<'_>) -> (usize, String) {
             match measured.filter(enough).min() {
                 Some(fewer) if fewer < cores => (
                     fewer,
-                    format!("{}: no more are needed for 90 % of what {cores} decode", words::threads(fewer)),
+                    format!(
+                        "{}: no more are needed for 90 % of what {cores} decode",
+                        explain::threads(fewer)
+                    ),
                 ),
                 _ => all(),
             }
@@ -412,24 +420,24 @@ fn best(candidates: &[Candidate], strategy: Strategy) -> Option<&Candidate> {
 /// Why this context, KV cache and these rows.
 fn why_settings(room: &Room<'_>, best: &Candidate, blind: bool) -> Vec<String> {
     let mut reasons = Vec::new();
-    let Settings { context, kv_cache, rows, .. } = best.settings;
+    let RunSettings { context, kv_cache, rows, .. } = best.settings;
     // What the next better one would take in the same place.
-    let instead = |settings: Settings| words::over_budget(&room.memory(&best.placement, &settings));
+    let instead = |settings: RunSettings| explain::over_budget(&room.memory(&best.placement, &settings));
     let asked = |what: &str| format!("{what} as asked for");
-    reasons.push(match (room.wishes.kv_cache, kv_cache) {
+    reasons.push(match (room.request.kv_cache, kv_cache) {
         (Some(kind), _) => asked(&format!("a KV cache of {}", kind.name())),
         (None, CacheType::F32) => "a KV cache of f32, exactly as computed".into(),
-        (None, kind) if room.wishes.strategy == Strategy::Memory => {
+        (None, kind) if room.request.strategy == Strategy::Memory => {
             format!("a KV cache of {}: the smallest that the device computes with", kind.name())
         }
         (None, kind) => {
             let wider = if kind == CacheType::Int8 { CacheType::F16 } else { CacheType::F32 };
-            let why = instead(Settings { kv_cache: wider, ..best.settings })
+            let why = instead(RunSettings { kv_cache: wider, ..best.settings })
                 .unwrap_or_else(|| "fewer layers or positions would fit".into());
             format!("a KV cache of {}: with {}, {why}", kind.name(), wider.name())
         }
     });
-    reasons.push(match room.wishes.context {
+    reasons.push(match room.request.context {
         Some(context) => asked(&format!("a context of {context} positions")),
         None if context == room.model.context => {
             format!("a context of {context} positions, all that the model was trained for")
@@ -438,7 +446,7 @@ fn why_settings(room: &Room<'_>, best: &Candidate, blind: bool) -> Vec<String> {
             format!("a context of {context} positions of {}, since memory is not known", room.model.context)
         }
         None => {
-            let why = instead(Settings { context: room.model.context, ..best.settings })
+            let why = instead(RunSettings { context: room.model.context, ..best.settings })
                 .unwrap_or_else(|| "more would push layers off the GPU".into());
             format!(
                 "a context of {context} positions: with the {} that the model was trained for, {why}",
@@ -446,12 +454,12 @@ fn why_settings(room: &Room<'_>, best: &Candidate, blind: bool) -> Vec<String> {
             )
         }
     });
-    if let Some(rows) = room.wishes.rows {
+    if let Some(rows) = room.request.rows {
         reasons.push(asked(&format!("{rows} rows of a prompt at once")));
-    } else if room.wishes.strategy == Strategy::Memory {
+    } else if room.request.strategy == Strategy::Memory {
         reasons.push(format!("{rows} rows of a prompt at once, for few activations"));
     } else if rows < DEFAULT_CHUNK && !blind {
-        let why = instead(Settings { rows: DEFAULT_CHUNK, ..best.settings })
+        let why = instead(RunSettings { rows: DEFAULT_CHUNK, ..best.settings })
             .unwrap_or_else(|| "fewer activations leave room for other things".into());
         reasons.push(format!("{rows} rows of a prompt at once: with {DEFAULT_CHUNK}, {why}"));
     }
@@ -472,15 +480,15 @@ pub(super) fn sequences(
     model: &Requirements,
     machine: &MachineProfile,
     placement: &Placement,
-    settings: &Settings,
+    settings: &RunSettings,
 ) -> Option<u64> {
-    let room = Room { model, machine, wishes: &Wishes::default(), fraction: GPU_FRACTION };
+    let room = Room { model, machine, request: &PlanRequest::default(), fraction: GPU_FRACTION };
     room_for(&room.memory(placement, settings))
 }
 
 /// The best of each other kind, and why it was not taken.
 fn alternatives(candidates: &[Candidate], best: &Candidate) -> Vec<Alternative> {
-    let name = |kind: Kind| std::mem::discriminant(&kind);
+    let name = |kind: PlacementKind| std::mem::discriminant(&kind);
     let key = |c: &Candidate| {
         (name(c.placement.kind()), c.placement.devices().map(str::to_owned).collect::<Vec<_>>())
     };
@@ -496,7 +504,7 @@ fn alternatives(candidates: &[Candidate], best: &Candidate) -> Vec<Alternative> 
         let decode = other.prediction.as_ref().map(|p| p.decode_tokens_per_s);
         let chosen = best.prediction.as_ref().map(|p| p.decode_tokens_per_s);
         let why_not = match (other.fits(), decode, chosen) {
-            (false, ..) => words::too_much(&other.memory),
+            (false, ..) => explain::too_much(&other.memory),
             (true, Some(other), Some(best)) if other < best => {
                 format!("{:.1} times slower in decode", best / other)
             }

@@ -5,16 +5,16 @@ use bitnet_burn_backends::manager::manager;
 use burn::tensor::Device;
 
 use super::adapt::fewer_layers;
-use super::placement::{Kind, Placement};
-use super::{CPU, Settings};
+use super::placement::{Placement, PlacementKind};
+use super::{CPU, RunSettings};
 use crate::checkpoint::Checkpoint;
 use crate::load::{LoadOptions, LoadProgress, Loaded, ModelDevices, ModelError, load_on};
-use crate::report::count;
+use crate::text::count;
 use bitnet_burn::BitNet;
 
 /// A model that is where it fits.
 #[derive(Debug)]
-pub struct Placed {
+pub struct PlacedModel {
     /// The model.
     pub model: BitNet,
     /// Matrices that were mapped from the file of packed weights beside the checkpoint.
@@ -58,7 +58,7 @@ impl Placement {
     }
 }
 
-impl Placed {
+impl PlacedModel {
     /// Loads a model as a placement says. Where a GPU takes part, the largest forward pass of `settings` is tried out, as
     /// GPUs say only then that they have no memory for it; one that fails gets half of its layers, and so on, down to
     /// none.
@@ -69,7 +69,7 @@ impl Placed {
     pub fn load<E: From<ModelError>>(
         checkpoint: &Checkpoint,
         placement: &Placement,
-        settings: &Settings,
+        settings: &RunSettings,
         options: &LoadOptions,
         open: &mut dyn FnMut(&str) -> Result<Device, E>,
         progress: &mut dyn FnMut(LoadProgress),
@@ -77,7 +77,7 @@ impl Placed {
         let strict = manager().config().strict.no_fallback;
         fall_back(placement, strict, |placement| {
             let devices = placement.devices_of(open)?;
-            if placement.kind() == Kind::CpuOnly {
+            if placement.kind() == PlacementKind::CpuOnly {
                 return Ok(Ok(load_on(checkpoint, &devices, options, progress)?));
             }
             let load = || load_on(checkpoint, &devices, options, progress);
@@ -85,7 +85,7 @@ impl Placed {
                 Ok(loaded) => loaded?,
                 Err(problem) => return failed(placement, problem),
             };
-            let Settings { rows, context, kv_cache, .. } = *settings;
+            let RunSettings { rows, context, kv_cache, .. } = *settings;
             // A type that the device lacks is no matter of memory: whoever makes the cache is told.
             if loaded.model.cache(context, kv_cache).is_err() {
                 return Ok(Ok(loaded));
@@ -189,7 +189,11 @@ mod tests {
         );
         // A device that computes nothing at all leaves the CPU.
         let attempt = |placement: &Placement| {
-            Ok::<_, ModelError>(if placement.kind() == Kind::CpuOnly { Ok(()) } else { Err("lost".into()) })
+            Ok::<_, ModelError>(if placement.kind() == PlacementKind::CpuOnly {
+                Ok(())
+            } else {
+                Err("lost".into())
+            })
         };
         let two = Placement::over([("wgpu:0".into(), 10), ("wgpu:1".into(), 20)], "wgpu:1");
         let (_, placement, failures) = fall_back(&two, false, attempt).unwrap();

@@ -206,9 +206,9 @@ impl MachineProfile {
         let mut known = match measure {
             Measure::Afresh => {
                 Lesson::forget_all(cache_dir);
-                Known::default()
+                Measurements::default()
             }
-            Measure::Missing | Measure::Nothing => Known::read(cache_dir).unwrap_or_default(),
+            Measure::Missing | Measure::Nothing => Measurements::read(cache_dir).unwrap_or_default(),
         };
         let cores = physical_cores.unwrap_or(1);
         let mut changed = false;
@@ -273,7 +273,7 @@ impl MachineProfile {
         decode: Option<f64>,
         prefill: Option<f64>,
     ) -> std::io::Result<()> {
-        let Some(mut known) = Known::read(cache_dir) else { return Ok(()) };
+        let Some(mut known) = Measurements::read(cache_dir) else { return Ok(()) };
         let Some(rate) = known.rates.iter_mut().find(|rate| rate.threads == threads) else { return Ok(()) };
         let sane = |value: Option<f64>, old| value.filter(|v| (0.001..1000.0).contains(v)).or(old);
         rate.decode_efficiency = sane(decode, rate.decode_efficiency);
@@ -390,7 +390,7 @@ fn gpu_profile(gpu: devices::GpuInfo) -> GpuProfile {
 /// what the other one measured is measured again.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Known {
+struct Measurements {
     rates: Vec<CpuRate>,
     /// `None` before they were looked for.
     gpus: Option<Vec<GpuProfile>>,
@@ -399,7 +399,7 @@ struct Known {
 /// In the file's name, so that another version's is not read.
 const VERSION: u32 = 1;
 
-impl Known {
+impl Measurements {
     /// What measurements depend on: processor, its features, runtimes, and which drivers of GPUs are asked for.
     fn key() -> String {
         let drivers =
@@ -458,7 +458,7 @@ impl Known {
 
 /// What files about this machine are named by.
 pub(super) fn key() -> String {
-    Known::key()
+    Measurements::key()
 }
 
 pub(super) fn read_text(path: &Path) -> std::io::Result<String> {
@@ -477,7 +477,7 @@ mod tests {
     #[test]
     fn what_was_measured_is_remembered_and_damage_costs_a_measurement() {
         let dir = tempfile::tempdir().unwrap();
-        let path = Known::path(Some(dir.path())).unwrap();
+        let path = Measurements::path(Some(dir.path())).unwrap();
         let rate = CpuRate {
             threads: 3,
             read_gb_per_s: 30.0,
@@ -485,7 +485,7 @@ mod tests {
             decode_efficiency: None,
             prefill_efficiency: None,
         };
-        Known { rates: vec![rate], gpus: Some(Vec::new()) }.write(Some(dir.path())).unwrap();
+        Measurements { rates: vec![rate], gpus: Some(Vec::new()) }.write(Some(dir.path())).unwrap();
         MachineProfile::remember(Some(dir.path()), 3, Some(0.75), Some(f64::NAN)).unwrap();
         let profile = MachineProfile::detect(Some(dir.path()), Measure::Nothing, None);
         let expected = CpuRate { decode_efficiency: Some(0.75), ..rate };
@@ -494,7 +494,7 @@ mod tests {
         assert_eq!(profile.cpu_rate(8).unwrap().read_gb_per_s, 30.0);
         for damage in ["", "{", "{\"rates\": [{\"threads\": 0, \"read_gb_per_s\": 1}], \"gpus\": []}"] {
             std::fs::write(&path, damage).unwrap();
-            assert!(Known::read(Some(dir.path())).is_none(), "{damage:?}");
+            assert!(Measurements::read(Some(dir.path())).is_none(), "{damage:?}");
         }
     }
 

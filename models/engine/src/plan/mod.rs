@@ -12,18 +12,19 @@
 //! ```no_run
 //! use bitnet_burn_engine::load::HeadMode;
 //! use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
-//! use bitnet_burn_engine::plan::{MachineProfile, Measure, Plan, Requirements, Wishes};
+//! use bitnet_burn_engine::plan::{MachineProfile, Measure, Plan, Requirements, PlanRequest};
 //!
 //! let checkpoint = Checkpoint::open("model.gguf".as_ref(), &OpenOptions::default())?;
 //! let model = Requirements::of(&checkpoint, HeadMode::File)?;
 //! let machine = MachineProfile::detect(None, Measure::Missing, None);
-//! println!("{}", Plan::new(&model, &machine, &Wishes::default())?);
+//! println!("{}", Plan::new(&model, &machine, &PlanRequest::default())?);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
 mod adapt;
 mod choose;
 mod execute;
+mod explain;
 mod machine;
 mod others;
 mod placement;
@@ -31,20 +32,19 @@ mod predict;
 mod requirements;
 #[cfg(test)]
 mod tests;
-mod words;
 
 use serde::{Deserialize, Serialize};
 
 pub use self::adapt::{Lesson, Observed};
 pub use self::choose::COMMON_CONTEXT;
-pub use self::execute::Placed;
+pub use self::execute::PlacedModel;
 pub use self::machine::{
     CpuProfile, CpuRate, GpuProfile, MachineProfile, Measure, MemoryProfile, ProfileError,
 };
 pub use self::others::ProcessorTime;
-pub use self::placement::{Kind, Placement, Stage};
-pub use self::predict::{Basis, Comparison, Outcome, Prediction};
-pub use self::requirements::{Dense, Load, Place, Requirements};
+pub use self::placement::{Placement, PlacementKind, Stage};
+pub use self::predict::{Basis, Comparison, Prediction, PredictionOutcome};
+pub use self::requirements::{DenseBytes, DeviceClass, ForwardSize, Requirements};
 use bitnet_burn::CacheType;
 pub use bitnet_burn_manager::cpu::Cache;
 
@@ -83,7 +83,7 @@ impl Strategy {
 
 /// What is fixed beforehand; what is `None` is planned.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Wishes {
+pub struct PlanRequest {
     /// What matters.
     pub strategy: Strategy,
     /// Compute there: `cpu`, a GPU (`wgpu:0`), or the best GPU of a runtime (`wgpu`).
@@ -104,7 +104,7 @@ pub struct Wishes {
     pub rows: Option<usize>,
 }
 
-/// Wishes that can't be met on a machine, whatever the plan.
+/// PlanRequest that can't be met on a machine, whatever the plan.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PlanError {
     /// The device is not there.
@@ -137,7 +137,7 @@ pub enum PlanError {
 
 /// What a model is run with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Settings {
+pub struct RunSettings {
     /// Threads of the kernels.
     pub threads: usize,
     /// Positions of the KV cache.
@@ -238,10 +238,10 @@ pub struct Plan {
     /// Which layers where.
     pub placement: Placement,
     /// The same in a word.
-    pub kind: Kind,
+    pub kind: PlacementKind,
     /// Threads, context, KV cache and rows.
     #[serde(flatten)]
-    pub settings: Settings,
+    pub settings: RunSettings,
     /// The part of a GPU's memory that may be used.
     pub gpu_memory_fraction: f64,
     /// Sequences of that context that fit beside each other; absent where memory is not known.
@@ -268,7 +268,7 @@ impl Placement {
         &self,
         model: &Requirements,
         machine: &MachineProfile,
-        settings: &Settings,
+        settings: &RunSettings,
     ) -> Option<u64> {
         choose::sequences(model, machine, self, settings)
     }
@@ -280,7 +280,11 @@ impl Plan {
     ///
     /// # Errors
     /// If a wish names what is not there, or can't be.
-    pub fn new(model: &Requirements, machine: &MachineProfile, wishes: &Wishes) -> Result<Self, PlanError> {
-        choose::choose(model, machine, wishes)
+    pub fn new(
+        model: &Requirements,
+        machine: &MachineProfile,
+        request: &PlanRequest,
+    ) -> Result<Self, PlanError> {
+        choose::choose(model, machine, request)
     }
 }

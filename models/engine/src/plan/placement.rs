@@ -6,7 +6,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::CPU;
-use crate::report::count;
+use crate::text::count;
 
 /// Consecutive layers on one device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +30,7 @@ pub struct Placement {
 /// What a placement uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum PlacementKind {
     /// The CPU alone.
     CpuOnly,
     /// One GPU, or several.
@@ -94,12 +94,12 @@ impl Placement {
     }
 
     /// What it uses.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> PlacementKind {
         let cpu_layers = self.layers_on(CPU);
         match (self.devices().any(|device| device == CPU), self.devices().any(|device| device != CPU)) {
-            (true, true) => Kind::Hybrid { cpu_layers, gpu_layers: self.layers() - cpu_layers },
-            (false, true) => Kind::GpuOnly,
-            (_, false) => Kind::CpuOnly,
+            (true, true) => PlacementKind::Hybrid { cpu_layers, gpu_layers: self.layers() - cpu_layers },
+            (false, true) => PlacementKind::GpuOnly,
+            (_, false) => PlacementKind::CpuOnly,
         }
     }
 }
@@ -116,7 +116,7 @@ impl fmt::Display for Placement {
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for PlacementKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::CpuOnly => f.write_str("the CPU alone"),
@@ -141,18 +141,21 @@ mod tests {
         let hybrid = Placement::hybrid("wgpu:0", 3, 5);
         assert_eq!((hybrid.layers(), hybrid.layers_on("wgpu:0"), hybrid.layers_on(CPU)), (8, 3, 5));
         assert_eq!(hybrid.devices().collect::<Vec<_>>(), ["wgpu:0", CPU]);
-        assert_eq!(hybrid.kind(), Kind::Hybrid { cpu_layers: 5, gpu_layers: 3 });
+        assert_eq!(hybrid.kind(), PlacementKind::Hybrid { cpu_layers: 5, gpu_layers: 3 });
         assert_eq!(
             hybrid.to_string(),
             "layers 0 to 2 on wgpu:0, layers 3 to 7 on cpu, embedding and output on cpu"
         );
         assert_eq!(Placement::hybrid("wgpu:0", 0, 8), Placement::cpu_only(8));
-        assert_eq!(Placement::cpu_only(8).kind(), Kind::CpuOnly);
-        assert_eq!(Placement::gpu_only("cuda:0", 8).kind(), Kind::GpuOnly);
+        assert_eq!(Placement::cpu_only(8).kind(), PlacementKind::CpuOnly);
+        assert_eq!(Placement::gpu_only("cuda:0", 8).kind(), PlacementKind::GpuOnly);
         // All layers on the GPU, and the rest on the CPU, is another placement than everything on the GPU.
-        assert_eq!(Placement::hybrid("wgpu:0", 8, 0).kind(), Kind::Hybrid { cpu_layers: 0, gpu_layers: 8 });
+        assert_eq!(
+            Placement::hybrid("wgpu:0", 8, 0).kind(),
+            PlacementKind::Hybrid { cpu_layers: 0, gpu_layers: 8 }
+        );
         let two = Placement::over([("wgpu:0".into(), 1), ("wgpu:1".into(), 7)], "wgpu:1");
-        assert_eq!(two.kind(), Kind::GpuOnly);
+        assert_eq!(two.kind(), PlacementKind::GpuOnly);
         assert_eq!(
             two.to_string(),
             "layer 0 on wgpu:0, layers 1 to 7 on wgpu:1, embedding and output on wgpu:1"

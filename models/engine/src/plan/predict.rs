@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::machine::MachineProfile;
 use super::placement::Placement;
 use super::requirements::Requirements;
-use super::{CPU, Settings};
+use super::{CPU, RunSettings};
 
 /// What a plan promises.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -57,7 +57,7 @@ impl Prediction {
         model: &Requirements,
         machine: &MachineProfile,
         placement: &Placement,
-        settings: &Settings,
+        settings: &RunSettings,
     ) -> Option<Self> {
         let at = |context: usize| seconds(model, machine, placement, settings, context);
         let (empty, full) = (at(0)?, at(settings.context)?);
@@ -87,7 +87,7 @@ fn seconds(
     model: &Requirements,
     machine: &MachineProfile,
     placement: &Placement,
-    settings: &Settings,
+    settings: &RunSettings,
     context: usize,
 ) -> Option<Seconds> {
     let mut all = Seconds { decode: 0.0, prefill: Some(0.0) };
@@ -137,7 +137,7 @@ impl Comparison {
 
 /// A run's speed beside what was predicted for it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Outcome {
+pub struct PredictionOutcome {
     /// What the prediction stood on.
     pub basis: Basis,
     /// Decode.
@@ -148,7 +148,7 @@ pub struct Outcome {
     pub prefill: Option<Comparison>,
 }
 
-impl Outcome {
+impl PredictionOutcome {
     /// Of measured figures, decode behind `at` positions of a context of `full` on the average.
     pub fn of(
         prediction: &Prediction,

@@ -4,7 +4,7 @@ use bitnet_burn_formats::canonical;
 use serde::Serialize;
 
 use super::placement::Placement;
-use super::{CPU, DeviceMemory, Settings};
+use super::{CPU, DeviceMemory, RunSettings};
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::load::HeadMode;
 use bitnet_burn::CacheType;
@@ -49,14 +49,14 @@ pub struct Requirements {
 
 /// Where something is computed, as far as memory goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum DeviceClass {
     /// In host memory, by kernels that need little beside their operands; with so many threads.
     Host(usize),
     /// On a GPU, by kernels that keep little else, too.
     Gpu,
 }
 
-impl Place {
+impl DeviceClass {
     /// What computes on a device of a placement.
     pub fn of(device: &str, threads: usize) -> Self {
         if device == CPU { Self::Host(threads) } else { Self::Gpu }
@@ -65,7 +65,7 @@ impl Place {
 
 /// Blocks of a prompt's rows that a device works on at once, and over which attention looks back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Load {
+pub struct ForwardSize {
     /// Rows at once.
     pub rows: usize,
     /// Positions of the KV cache.
@@ -91,7 +91,7 @@ impl Requirements {
         };
         // int8 products in host memory are of a copy in tiles, whatever its format.
         let own = output.is_some() || format != stored.format || head.int8_format(stored).is_some();
-        let sizes = Dense {
+        let sizes = DenseBytes {
             embedding: embedding.data.len() as u64,
             output: if own { head_read } else { 0 },
             head_read,
@@ -100,7 +100,7 @@ impl Requirements {
     }
 
     /// Of a model that only its shape is known of, with matrices of so many bytes.
-    pub fn with(config: &ModelConfig, dense: Dense) -> Self {
+    pub fn with(config: &ModelConfig, dense: DenseBytes) -> Self {
         let shapes = Projection::ALL.map(|which| which.shape(config));
         let sum = |of: &dyn Fn(usize, usize) -> u64| {
             shapes.iter().map(|&(n, k)| of(n, k)).fold(0, u64::saturating_add)
@@ -151,7 +151,7 @@ impl Requirements {
     }
 
     /// What each device of a placement needs.
-    pub fn memory(&self, placement: &Placement, settings: &Settings) -> Vec<DeviceMemory> {
+    pub fn memory(&self, placement: &Placement, settings: &RunSettings) -> Vec<DeviceMemory> {
         let of = |device: &str| {
             self.memory_of(device, placement.layers_on(device), placement.dense == device, settings)
         };
@@ -164,16 +164,16 @@ impl Requirements {
         device: &str,
         layers: usize,
         dense: bool,
-        settings: &Settings,
+        settings: &RunSettings,
     ) -> DeviceMemory {
-        let Settings { threads, context, kv_cache, rows } = *settings;
+        let RunSettings { threads, context, kv_cache, rows } = *settings;
         let (of_layers, of_dense) = (self.layer_bytes(layers), if dense { self.dense_bytes() } else { 0 });
         DeviceMemory {
             device: device.to_owned(),
             weights: of_layers.saturating_add(of_dense),
             kv_cache: self.kv_bytes(kv_cache, context, layers),
             activations: self.activations(rows, dense),
-            workspace: self.workspace(Place::of(device, threads), Load { rows, context }),
+            workspace: self.workspace(DeviceClass::of(device, threads), ForwardSize { rows, context }),
             budget: None,
         }
     }
@@ -188,15 +188,15 @@ impl Requirements {
     /// a tile a thread; on a GPU turned queries and context, and for up to 16 rows what every 64 positions leave for the
     /// context until they are joined. (The logits of more than 32 rows at once, which `perplexity` computes, decode the
     /// output projection to f32 on a GPU.)
-    pub fn workspace(&self, place: Place, load: Load) -> u64 {
+    pub fn workspace(&self, place: DeviceClass, load: ForwardSize) -> u64 {
         let [rows, context] = [load.rows as u64, load.context as u64];
         let quantised = self.widest.saturating_mul(rows);
         match place {
-            Place::Host(threads) => {
+            DeviceClass::Host(threads) => {
                 let scores = context.saturating_mul(4).saturating_mul(self.heads);
                 quantised.saturating_add(scores.saturating_mul(threads as u64))
             }
-            Place::Gpu => {
+            DeviceClass::Gpu => {
                 let chunks = context.div_ceil(64).saturating_mul(rows.min(16));
                 let parts = (self.query_values + 2 * self.heads).saturating_mul(chunks).saturating_mul(4);
                 let queries = self.query_values.saturating_mul(rows).saturating_mul(2 * 4);
@@ -208,7 +208,7 @@ impl Requirements {
 
 /// Bytes of the matrices that are not ternary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Dense {
+pub struct DenseBytes {
     /// The embedding.
     pub embedding: u64,
     /// The output projection, where that is no part of the embedding.
@@ -226,7 +226,7 @@ mod tests {
     #[test]
     fn the_2b_model_needs_what_its_shape_says() {
         let embedding = 128_256 * 2560 * 2;
-        let dense = Dense { embedding, output: 0, head_read: embedding };
+        let dense = DenseBytes { embedding, output: 0, head_read: embedding };
         let needs = Requirements::with(&shape("2b-4t").unwrap(), dense);
         assert_eq!(needs.layer_weights * 30, 2_084_044_800);
         assert_eq!(needs.layer_ternary * 30, 2_084_044_800 / 4);
@@ -257,11 +257,13 @@ mod tests {
         (config.hidden_size, config.intermediate_size) = (1 << 20, 1 << 22);
         (config.n_layers, config.context_length) = (1 << 14, 1 << 30);
         (config.n_heads, config.n_kv_heads, config.head_dim) = (1 << 16, 1 << 16, 1 << 6);
-        let needs =
-            Requirements::with(&config, Dense { embedding: u64::MAX, output: u64::MAX, head_read: u64::MAX });
+        let needs = Requirements::with(
+            &config,
+            DenseBytes { embedding: u64::MAX, output: u64::MAX, head_read: u64::MAX },
+        );
         assert_eq!(needs.dense_bytes(), u64::MAX);
-        needs.workspace(Place::Gpu, Load { rows: usize::MAX, context: usize::MAX });
-        needs.workspace(Place::Host(usize::MAX), Load { rows: usize::MAX, context: usize::MAX });
+        needs.workspace(DeviceClass::Gpu, ForwardSize { rows: usize::MAX, context: usize::MAX });
+        needs.workspace(DeviceClass::Host(usize::MAX), ForwardSize { rows: usize::MAX, context: usize::MAX });
         needs.activations(usize::MAX, true);
         assert_eq!(needs.kv_bytes(CacheType::F32, usize::MAX, usize::MAX), u64::MAX);
     }

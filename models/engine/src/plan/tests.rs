@@ -17,7 +17,7 @@ fn machine(name: &str) -> MachineProfile {
 fn needs(config: &ModelConfig) -> Requirements {
     let matrix = (config.vocab_size * config.hidden_size * 2) as u64;
     let output = if config.tied_embeddings { 0 } else { matrix };
-    Requirements::with(config, Dense { embedding: matrix, output, head_read: matrix })
+    Requirements::with(config, DenseBytes { embedding: matrix, output, head_read: matrix })
 }
 
 fn two_b() -> Requirements {
@@ -53,7 +53,7 @@ fn seventy_b() -> ModelConfig {
 }
 
 fn plan(model: &Requirements, machine: &MachineProfile) -> Plan {
-    Plan::new(model, machine, &Wishes::default()).unwrap()
+    Plan::new(model, machine, &PlanRequest::default()).unwrap()
 }
 
 fn because(plan: &Plan, words: &str) {
@@ -70,7 +70,7 @@ fn with_available(mut machine: MachineProfile, available_bytes: u64) -> MachineP
 fn a_laptop_gives_up_precision_and_then_context_as_its_memory_shrinks() {
     let (model, laptop) = (two_b(), machine("laptop-4gb"));
     let whole = plan(&model, &laptop);
-    assert_eq!((whole.kind, whole.settings.threads), (Kind::CpuOnly, 2));
+    assert_eq!((whole.kind, whole.settings.threads), (PlacementKind::CpuOnly, 2));
     assert_eq!(
         (whole.settings.kv_cache, whole.settings.context, whole.settings.rows),
         (CacheType::F32, 4096, 256)
@@ -121,7 +121,7 @@ fn what_does_not_fit_at_all_is_said() {
 #[test]
 fn a_desktop_without_gpu_computes_on_its_physical_cores() {
     let plan = plan(&two_b(), &machine("desktop-16-cores"));
-    assert_eq!((plan.kind, plan.settings.threads, plan.tier), (Kind::CpuOnly, 16, Tier::Fast));
+    assert_eq!((plan.kind, plan.settings.threads, plan.tier), (PlacementKind::CpuOnly, 16, Tier::Fast));
     assert_eq!((plan.settings.kv_cache, plan.settings.context), (CacheType::F32, 4096));
     because(&plan, "16 threads on 16 physical cores");
     // The roofline: 65 * 10^9 bytes a second over the bytes of a token.
@@ -152,11 +152,11 @@ fn runs_on_a_machine_calibrate_what_is_expected_there() {
 #[test]
 fn a_7b_model_on_an_8_gb_gpu_goes_by_its_bytes() {
     let (model, machine) = (needs(&seven_b()), machine("gpu-8gb"));
-    let load = Load { rows: 256, context: 4096 };
+    let load = ForwardSize { rows: 256, context: 4096 };
     let beside = model.layer_bytes(32)
         + model.dense_bytes()
         + model.activations(256, true)
-        + model.workspace(Place::Gpu, load);
+        + model.workspace(DeviceClass::Gpu, load);
     let with = |kind| (beside + model.kv_bytes(kind, 4096, 32)) as f64;
     let all = (8u64 << 30) as f64;
     // All of it has room, and so have exact keys and values.
@@ -164,38 +164,39 @@ fn a_7b_model_on_an_8_gb_gpu_goes_by_its_bytes() {
     assert_eq!(plan(&model, &machine).settings.kv_cache, CacheType::F32);
     // With a budget in between they are too much, with 256 rows at once and 4096 positions, and f16 is not.
     let fraction = (with(CacheType::F32) + with(CacheType::F16)) / 2.0 / all;
-    let of_it = Wishes { gpu_memory_fraction: Some(fraction), ..Wishes::default() };
+    let of_it = PlanRequest { gpu_memory_fraction: Some(fraction), ..PlanRequest::default() };
     let plan = Plan::new(&model, &machine, &of_it).unwrap();
     assert_eq!(
         (plan.kind, plan.settings.kv_cache, plan.settings.context),
-        (Kind::GpuOnly, CacheType::F16, 4096)
+        (PlacementKind::GpuOnly, CacheType::F16, 4096)
     );
     because(&plan, "everything on GPU: it takes");
     because(&plan, "a KV cache of f16: with f32, wgpu:0 would need");
-    assert!(plan.alternatives.iter().any(|other| other.placement.kind() == Kind::CpuOnly), "{plan}");
+    assert!(plan.alternatives.iter().any(|other| other.placement.kind() == PlacementKind::CpuOnly), "{plan}");
     // Asked for f32, the cache decides how much of the model the GPU holds.
-    let wishes = Wishes { kv_cache: Some(CacheType::F32), rows: Some(256), context: Some(4096), ..of_it };
-    let exact = Plan::new(&model, &machine, &wishes).unwrap();
-    assert!(matches!(exact.kind, Kind::Hybrid { .. }) && exact.fits, "{exact}");
+    let request =
+        PlanRequest { kv_cache: Some(CacheType::F32), rows: Some(256), context: Some(4096), ..of_it };
+    let exact = Plan::new(&model, &machine, &request).unwrap();
+    assert!(matches!(exact.kind, PlacementKind::Hybrid { .. }) && exact.fits, "{exact}");
 }
 
 #[test]
 fn what_an_8_gb_gpu_has_no_room_for_is_on_the_cpu() {
     let (model, machine) = (needs(&seventy_b()), machine("gpu-8gb"));
     let plan = plan(&model, &machine);
-    let Kind::Hybrid { cpu_layers, gpu_layers } = plan.kind else { panic!("{plan}") };
+    let PlacementKind::Hybrid { cpu_layers, gpu_layers } = plan.kind else { panic!("{plan}") };
     assert!(plan.fits && gpu_layers > 0 && cpu_layers + gpu_layers == 80, "{plan}");
     assert_eq!((plan.placement.stages[0].device.as_str(), plan.placement.dense.as_str()), ("wgpu:0", CPU));
     because(&plan, "the model does not fit on GPU as a whole");
     // One layer more would be too much.
-    let wishes = Wishes {
+    let request = PlanRequest {
         gpu_layers: Some(gpu_layers + 1),
         context: Some(plan.settings.context),
         kv_cache: Some(plan.settings.kv_cache),
         rows: Some(plan.settings.rows),
-        ..Wishes::default()
+        ..PlanRequest::default()
     };
-    let more = Plan::new(&model, &machine, &wishes).unwrap();
+    let more = Plan::new(&model, &machine, &request).unwrap();
     assert!(!more.fits, "{more}");
     because(&more, "wgpu:0 would need");
 }
@@ -214,7 +215,7 @@ fn two_gpus_share_what_is_too_much_for_one() {
 fn an_80_gb_gpu_takes_everything() {
     for model in [two_b(), needs(&seven_b()), needs(&seventy_b())] {
         let plan = plan(&model, &machine("gpu-80gb"));
-        assert_eq!((plan.kind, plan.settings.kv_cache), (Kind::GpuOnly, CacheType::F32), "{plan}");
+        assert_eq!((plan.kind, plan.settings.kv_cache), (PlacementKind::GpuOnly, CacheType::F32), "{plan}");
         assert_eq!((plan.settings.context, plan.settings.rows), (4096, 256));
         assert!(plan.fits && plan.placement.dense == "cuda:0");
         because(&plan, "everything on GPU");
@@ -227,7 +228,7 @@ fn a_buffer_that_the_gpu_does_not_give_stays_on_the_cpu() {
     machine.gpus[0].max_allocation_bytes = Some(1 << 29);
     let plan = plan(&two_b(), &machine);
     // The embedding, in f16, has 0.66 GB.
-    assert_eq!(plan.kind, Kind::Hybrid { cpu_layers: 0, gpu_layers: 30 });
+    assert_eq!(plan.kind, PlacementKind::Hybrid { cpu_layers: 0, gpu_layers: 30 });
     because(&plan, "embedding and output, for which it has no room, on the CPU");
 }
 
@@ -235,15 +236,15 @@ fn a_buffer_that_the_gpu_does_not_give_stays_on_the_cpu() {
 fn a_program_that_acts_as_a_gpu_is_never_preferred() {
     let machine = machine("software-gpu");
     for strategy in Strategy::ALL {
-        let wishes = Wishes { strategy, ..Wishes::default() };
-        let plan = Plan::new(&two_b(), &machine, &wishes).unwrap();
-        assert_eq!(plan.kind, Kind::CpuOnly);
+        let request = PlanRequest { strategy, ..PlanRequest::default() };
+        let plan = Plan::new(&two_b(), &machine, &request).unwrap();
+        assert_eq!(plan.kind, PlacementKind::CpuOnly);
         because(&plan, "it is a program on the CPU, not a card");
     }
     // Only whoever asks gets it.
-    let wishes = Wishes { device: Some("wgpu".into()), ..Wishes::default() };
-    let plan = Plan::new(&two_b(), &machine, &wishes).unwrap();
-    assert_eq!((plan.kind, plan.tier), (Kind::GpuOnly, Tier::Unknown));
+    let request = PlanRequest { device: Some("wgpu".into()), ..PlanRequest::default() };
+    let plan = Plan::new(&two_b(), &machine, &request).unwrap();
+    assert_eq!((plan.kind, plan.tier), (PlacementKind::GpuOnly, Tier::Unknown));
     because(&plan, "slower than the CPU");
     because(&plan, "no speed is predicted: how fast wgpu:0 reads its memory was not measured");
 }
@@ -253,12 +254,12 @@ fn a_gpu_whose_memory_is_not_known_is_for_whoever_asks() {
     let mut machine = machine("gpu-8gb");
     machine.gpus[0].memory_bytes = None;
     let plan = plan(&two_b(), &machine);
-    assert_eq!(plan.kind, Kind::CpuOnly);
+    assert_eq!(plan.kind, PlacementKind::CpuOnly);
     because(&plan, "its driver does not tell how much memory it has");
     because(&plan, "the CPU: there was no GPU to compare it with");
-    let wishes = Wishes { device: Some("wgpu:0".into()), ..Wishes::default() };
-    let asked = Plan::new(&two_b(), &machine, &wishes).unwrap();
-    assert_eq!(asked.kind, Kind::GpuOnly);
+    let request = PlanRequest { device: Some("wgpu:0".into()), ..PlanRequest::default() };
+    let asked = Plan::new(&two_b(), &machine, &request).unwrap();
+    assert_eq!(asked.kind, PlacementKind::GpuOnly);
     because(&asked, "whether that is enough, will show");
 }
 
@@ -267,26 +268,26 @@ fn a_machine_that_can_not_be_looked_at_gets_the_careful_plan() {
     let unknown = machine("unknown");
     let plan = plan(&two_b(), &unknown);
     assert!(plan.fallback && !plan.fits && plan.prediction.is_none() && plan.tier == Tier::Unknown);
-    assert_eq!((plan.kind, plan.settings.threads, plan.settings.rows), (Kind::CpuOnly, 1, 64));
+    assert_eq!((plan.kind, plan.settings.threads, plan.settings.rows), (PlacementKind::CpuOnly, 1, 64));
     assert_eq!((plan.settings.context, plan.settings.kv_cache), (2048, CacheType::F32));
     because(
         &plan,
         "could not be found out: carefully, the CPU alone, a short context, few rows at once (--memory",
     );
     // What was asked for is nobody's care.
-    let asked = Wishes {
+    let asked = PlanRequest {
         device: Some(CPU.into()),
         context: Some(4096),
         rows: Some(256),
         kv_cache: Some(CacheType::F16),
-        ..Wishes::default()
+        ..PlanRequest::default()
     };
     let asked = Plan::new(&two_b(), &unknown, &asked).unwrap();
     because(&asked, "could not be found out: whether what was asked for fits, will show (--memory");
     because(&plan, "the number of cores could not be found out");
     // What somebody knows, need not be found out.
-    let wishes = Wishes { threads: Some(4), memory: Some(3_000_000_000), ..Wishes::default() };
-    let told = Plan::new(&two_b(), &unknown, &wishes).unwrap();
+    let request = PlanRequest { threads: Some(4), memory: Some(3_000_000_000), ..PlanRequest::default() };
+    let told = Plan::new(&two_b(), &unknown, &request).unwrap();
     assert!(
         told.fits && !told.fallback && told.settings.threads == 4 && told.settings.context == 4096,
         "{told}"
@@ -296,7 +297,9 @@ fn a_machine_that_can_not_be_looked_at_gets_the_careful_plan() {
 #[test]
 fn strategies_differ_in_what_an_expert_would() {
     let desktop = machine("desktop-16-cores");
-    let of = |strategy| Plan::new(&two_b(), &desktop, &Wishes { strategy, ..Wishes::default() }).unwrap();
+    let of = |strategy| {
+        Plan::new(&two_b(), &desktop, &PlanRequest { strategy, ..PlanRequest::default() }).unwrap()
+    };
     let memory = of(Strategy::Memory);
     assert_eq!((memory.settings.kv_cache, memory.settings.rows), (CacheType::Int8, 16));
     // Half of the cores have 60 of 65 GB/s.
@@ -310,59 +313,69 @@ fn strategies_differ_in_what_an_expert_would() {
         of(Strategy::Performance).memory[0].budget.unwrap() / 4 * 3
     );
     // One device is kept awake, not two.
-    let wishes = Wishes { strategy: Strategy::PowerEfficiency, ..Wishes::default() };
-    let plan = Plan::new(&needs(&seventy_b()), &machine("gpu-8gb"), &wishes).unwrap();
-    assert_eq!(plan.kind, Kind::CpuOnly, "{plan}");
+    let request = PlanRequest { strategy: Strategy::PowerEfficiency, ..PlanRequest::default() };
+    let plan = Plan::new(&needs(&seventy_b()), &machine("gpu-8gb"), &request).unwrap();
+    assert_eq!(plan.kind, PlacementKind::CpuOnly, "{plan}");
 }
 
 #[test]
 fn wishes_are_met_or_refused() {
     let (model, gpu) = (two_b(), machine("gpu-8gb"));
-    let with = |wishes: Wishes| Plan::new(&model, &gpu, &wishes);
-    let none = Wishes::default;
-    let plan = with(Wishes { gpu_layers: Some(10), threads: Some(3), ..none() }).unwrap();
-    assert_eq!(plan.kind, Kind::Hybrid { cpu_layers: 20, gpu_layers: 10 });
+    let with = |request: PlanRequest| Plan::new(&model, &gpu, &request);
+    let none = PlanRequest::default;
+    let plan = with(PlanRequest { gpu_layers: Some(10), threads: Some(3), ..none() }).unwrap();
+    assert_eq!(plan.kind, PlacementKind::Hybrid { cpu_layers: 20, gpu_layers: 10 });
     assert_eq!(plan.settings.threads, 3);
     because(&plan, "10 layers on wgpu:0 as asked for, 20 on the CPU");
-    assert_eq!(with(Wishes { gpu_layers: Some(30), ..none() }).unwrap().kind, Kind::GpuOnly);
-    assert_eq!(with(Wishes { gpu_layers: Some(0), ..none() }).unwrap().kind, Kind::CpuOnly);
-    assert_eq!(with(Wishes { device: Some(CPU.into()), ..none() }).unwrap().kind, Kind::CpuOnly);
+    assert_eq!(with(PlanRequest { gpu_layers: Some(30), ..none() }).unwrap().kind, PlacementKind::GpuOnly);
+    assert_eq!(with(PlanRequest { gpu_layers: Some(0), ..none() }).unwrap().kind, PlacementKind::CpuOnly);
+    assert_eq!(
+        with(PlanRequest { device: Some(CPU.into()), ..none() }).unwrap().kind,
+        PlacementKind::CpuOnly
+    );
     let plan =
-        with(Wishes { context: Some(512), kv_cache: Some(CacheType::F16), rows: Some(8), ..none() }).unwrap();
+        with(PlanRequest { context: Some(512), kv_cache: Some(CacheType::F16), rows: Some(8), ..none() })
+            .unwrap();
     assert_eq!((plan.settings.context, plan.settings.rows), (512, 8));
-    let error = |wishes: Wishes| with(wishes).unwrap_err().to_string();
-    for (wishes, expected) in [
-        (Wishes { device: Some("cuda:0".into()), ..none() }, "cuda:0 is not there; there are cpu, wgpu:0"),
+    let error = |request: PlanRequest| with(request).unwrap_err().to_string();
+    for (request, expected) in [
         (
-            Wishes { gpu_layers: Some(31), ..none() },
+            PlanRequest { device: Some("cuda:0".into()), ..none() },
+            "cuda:0 is not there; there are cpu, wgpu:0",
+        ),
+        (
+            PlanRequest { gpu_layers: Some(31), ..none() },
             "31 layers on a GPU were asked for, and the model has 30",
         ),
-        (Wishes { gpu_layers: Some(3), device: Some(CPU.into()), ..none() }, "the CPU was asked for, too"),
-        (Wishes { context: Some(5000), ..none() }, "the context is 5000; it must be between 1 and 4096"),
-        (Wishes { gpu_memory_fraction: Some(f64::NAN), ..none() }, "must be above 0 and at most 1"),
-        (Wishes { rows: Some(0), ..none() }, "the number of rows at once is 0"),
+        (
+            PlanRequest { gpu_layers: Some(3), device: Some(CPU.into()), ..none() },
+            "the CPU was asked for, too",
+        ),
+        (PlanRequest { context: Some(5000), ..none() }, "the context is 5000; it must be between 1 and 4096"),
+        (PlanRequest { gpu_memory_fraction: Some(f64::NAN), ..none() }, "must be above 0 and at most 1"),
+        (PlanRequest { rows: Some(0), ..none() }, "the number of rows at once is 0"),
     ] {
-        let error = error(wishes);
+        let error = error(request);
         assert!(error.contains(expected), "{expected:?}: {error}");
     }
     let mut without_f16 = gpu.clone();
     without_f16.gpus[0].precisions.retain(|precision| precision != "f16");
-    let on_gpu = |kind| Wishes { device: Some("wgpu".into()), kv_cache: Some(kind), ..none() };
+    let on_gpu = |kind| PlanRequest { device: Some("wgpu".into()), kv_cache: Some(kind), ..none() };
     let error = Plan::new(&model, &without_f16, &on_gpu(CacheType::F16)).unwrap_err().to_string();
     assert!(error.contains("of a type that wgpu:0"), "{error}");
     // Four in a word, which every GPU has.
     assert!(Plan::new(&model, &without_f16, &on_gpu(CacheType::Int8)).unwrap().fits);
-    let nothing = Plan::new(&model, &machine("laptop-4gb"), &Wishes { gpu_layers: Some(1), ..none() });
+    let nothing = Plan::new(&model, &machine("laptop-4gb"), &PlanRequest { gpu_layers: Some(1), ..none() });
     assert!(nothing.unwrap_err().to_string().contains("there is no GPU here"));
 }
 
 #[test]
 fn what_is_observed_changes_the_plan() {
-    let (model, wishes) = (two_b(), Wishes::default());
+    let (model, request) = (two_b(), PlanRequest::default());
     let (desktop, gpu) = (machine("desktop-16-cores"), machine("gpu-8gb"));
     let start = plan(&model, &desktop);
     let predicted = start.prediction.as_ref().unwrap().decode_tokens_per_s;
-    let adapt = |plan: &Plan, machine, observed| plan.adapted(&model, machine, &wishes, &observed).unwrap();
+    let adapt = |plan: &Plan, machine, observed| plan.adapted(&model, machine, &request, &observed).unwrap();
     // Nothing calls for a change: as predicted, or slow for no reason that threads would cure.
     assert_eq!(adapt(&start, &desktop, Observed::default()), None);
     let slow = |decode: f64, busy| Observed {
@@ -386,17 +399,17 @@ fn what_is_observed_changes_the_plan() {
     let start = plan(&model, &gpu);
     let out = |gpu: &str| Observed { out_of_memory: Some(gpu.into()), ..Observed::default() };
     let half = adapt(&start, &gpu, out("wgpu:0")).unwrap();
-    assert_eq!(half.kind, Kind::Hybrid { cpu_layers: 15, gpu_layers: 15 });
+    assert_eq!(half.kind, PlacementKind::Hybrid { cpu_layers: 15, gpu_layers: 15 });
     because(&half, "30 layers on wgpu:0 failed (out of memory): 15 now");
     let mut last = half;
     for _ in 0..4 {
         last = adapt(&last, &gpu, out("wgpu:0")).unwrap();
     }
-    assert_eq!(last.kind, Kind::CpuOnly);
+    assert_eq!(last.kind, PlacementKind::CpuOnly);
     // How many it held in the end is known better than that.
     let left = |layers| Observed { layers_left: Some(layers), ..out("wgpu:0") };
     assert_eq!(adapt(&start, &gpu, left(7)).unwrap().placement.layers_on("wgpu:0"), 7);
-    assert_eq!(adapt(&start, &gpu, left(0)).unwrap().kind, Kind::CpuOnly);
+    assert_eq!(adapt(&start, &gpu, left(0)).unwrap().kind, PlacementKind::CpuOnly);
     // What no number of layers helps against is no lesson, unless it is about memory.
     let said = |problem: &str, layers| Observed { problem: Some(problem.into()), ..left(layers) };
     assert_eq!(start.lesson(&said("the device is lost", 0)), None);
@@ -410,8 +423,9 @@ fn what_a_run_showed_holds_for_its_model_until_flags_say_otherwise() {
     let (model, other, gpu) = (needs(&shape("2b-4t").unwrap()), needs(&seven_b()), machine("gpu-8gb"));
     let place = tempfile::tempdir().unwrap();
     let dir = Some(place.path());
-    let learnt = |model: &Requirements, wishes: &Wishes| Plan::learnt(dir, model, &gpu, wishes).unwrap();
-    let free = Wishes::default();
+    let learnt =
+        |model: &Requirements, request: &PlanRequest| Plan::learnt(dir, model, &gpu, request).unwrap();
+    let free = PlanRequest::default();
     assert_eq!(learnt(&model, &free), (plan(&model, &gpu), Vec::new()));
     let observed =
         Observed { out_of_memory: Some("wgpu:0".into()), layers_left: Some(7), ..Observed::default() };
@@ -421,11 +435,11 @@ fn what_a_run_showed_holds_for_its_model_until_flags_say_otherwise() {
     assert_eq!(next.placement.layers_on("wgpu:0"), 7, "{next}");
     assert_eq!(reasons, ["an earlier run: 30 layers on wgpu:0 failed (out of memory): 7 now"]);
     because(&next, &reasons[0]);
-    // Flags win, other wishes and models are not concerned, and a card that is gone is not asked for.
-    let asked = Wishes { gpu_layers: Some(12), ..Wishes::default() };
+    // Flags win, other requests and models are not concerned, and a card that is gone is not asked for.
+    let asked = PlanRequest { gpu_layers: Some(12), ..PlanRequest::default() };
     assert_eq!(learnt(&model, &asked).0.placement.layers_on("wgpu:0"), 12);
     assert_eq!(lesson.kept(&asked, &gpu), asked);
-    let short = Wishes { context: Some(512), ..Wishes::default() };
+    let short = PlanRequest { context: Some(512), ..PlanRequest::default() };
     assert_eq!(learnt(&model, &short).0, Plan::new(&model, &gpu, &short).unwrap());
     assert_eq!(learnt(&other, &free), (plan(&other, &gpu), Vec::new()));
     let desktop = machine("desktop-16-cores");
@@ -463,7 +477,7 @@ fn sequences_have_room_as_long_as_memory_is_known() {
     let place = Placement::cpu_only(model.layers);
     let room = place.sequences(&model, &desktop, &settings).unwrap();
     assert_eq!(Some(room), plan(&model, &desktop).sequences);
-    let short = Settings { context: settings.context / 2, ..settings };
+    let short = RunSettings { context: settings.context / 2, ..settings };
     assert!(place.sequences(&model, &desktop, &short).unwrap() > room);
     let memory = desktop.memory.map(|m| MemoryProfile { available_bytes: m.total_bytes / 16 + 1, ..m });
     let full = MachineProfile { memory, ..desktop.clone() };
@@ -481,7 +495,8 @@ fn every_plan_is_whole_and_can_be_told() {
         for name in machines {
             for strategy in Strategy::ALL {
                 let machine = machine(name);
-                let plan = Plan::new(&model, &machine, &Wishes { strategy, ..Wishes::default() }).unwrap();
+                let plan =
+                    Plan::new(&model, &machine, &PlanRequest { strategy, ..PlanRequest::default() }).unwrap();
                 let mut next = 0;
                 for stage in &plan.placement.stages {
                     assert!(stage.layers.start == next && stage.layers.end > next, "{plan}");
@@ -517,7 +532,7 @@ fn absurd_machines_and_models_do_not_panic() {
     for machine in [absurd, nothing] {
         for config in [&huge, &tiny, &shape("2b-4t").unwrap()] {
             for strategy in Strategy::ALL {
-                Plan::new(&needs(config), &machine, &Wishes { strategy, ..Wishes::default() })
+                Plan::new(&needs(config), &machine, &PlanRequest { strategy, ..PlanRequest::default() })
                     .unwrap()
                     .to_string();
             }

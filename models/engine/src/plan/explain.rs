@@ -3,13 +3,13 @@
 use std::fmt;
 
 use super::machine::MachineProfile;
-use super::placement::{Kind, Placement};
-use super::predict::{Basis, Comparison, Outcome, Prediction};
-use super::{CPU, DeviceMemory, Plan, Strategy, Tier, Wishes};
-use crate::report::{count, human_bytes, line};
+use super::placement::{Placement, PlacementKind};
+use super::predict::{Basis, Comparison, Prediction, PredictionOutcome};
+use super::{CPU, DeviceMemory, Plan, PlanRequest, Strategy, Tier};
+use crate::text::{count, human_bytes, line};
 
 pub(super) fn threads(count: usize) -> String {
-    crate::report::count(count as u64, "thread")
+    crate::text::count(count as u64, "thread")
 }
 
 /// What is over its budget.
@@ -36,12 +36,12 @@ pub(super) fn not_measured(placement: &Placement, machine: &MachineProfile, thre
 }
 
 /// That memory is not known, and what was chosen for it.
-pub(super) fn careful(wishes: &Wishes, placement: &Placement) -> String {
-    let on_cpu = wishes.device.is_none() && placement.kind() == Kind::CpuOnly;
+pub(super) fn careful(request: &PlanRequest, placement: &Placement) -> String {
+    let on_cpu = request.device.is_none() && placement.kind() == PlacementKind::CpuOnly;
     let choices = [
         (on_cpu, "the CPU alone"),
-        (wishes.context.is_none(), "a short context"),
-        (wishes.rows.is_none(), "few rows at once"),
+        (request.context.is_none(), "a short context"),
+        (request.rows.is_none(), "few rows at once"),
     ];
     let chosen: Vec<&str> = choices.into_iter().filter_map(|(chosen, what)| chosen.then_some(what)).collect();
     let what = match &chosen[..] {
@@ -66,7 +66,7 @@ pub(super) fn placement(
     placement: &Placement,
     memory: &[DeviceMemory],
     machine: &MachineProfile,
-    wishes: &Wishes,
+    request: &PlanRequest,
     decided: &Decided<'_>,
 ) -> Vec<String> {
     let mut reasons = Vec::new();
@@ -82,34 +82,34 @@ pub(super) fn placement(
     let first = placement.devices().next().unwrap_or(CPU);
     let asked = if gpu_asked { ", as asked for" } else { "" };
     match placement.kind() {
-        Kind::CpuOnly if wishes.device.as_deref() == Some(CPU) => {
+        PlacementKind::CpuOnly if request.device.as_deref() == Some(CPU) => {
             reasons.push("the CPU, as asked for".into())
         }
-        Kind::CpuOnly if wishes.gpu_layers == Some(0) => {
+        PlacementKind::CpuOnly if request.gpu_layers == Some(0) => {
             reasons.push("the CPU: no layers on a GPU, as asked for".into());
         }
-        Kind::CpuOnly if machine.gpus.is_empty() => {
+        PlacementKind::CpuOnly if machine.gpus.is_empty() => {
             reasons.push("the CPU: no GPU was found that this build computes on".into());
         }
-        Kind::CpuOnly if decided.compared.is_empty() => {
+        PlacementKind::CpuOnly if decided.compared.is_empty() => {
             reasons.push("the CPU: there was no GPU to compare it with".into());
         }
-        Kind::CpuOnly => {
+        PlacementKind::CpuOnly => {
             reasons.push(format!("the CPU is better by the strategy than {}", decided.compared.join(", ")));
         }
-        Kind::GpuOnly => {
+        PlacementKind::GpuOnly => {
             let what = placement.devices().map(fraction).collect::<Vec<_>>().join(", ");
             reasons.push(format!("everything on GPU{asked}: it takes {what}"));
         }
-        Kind::Hybrid { cpu_layers, gpu_layers } if wishes.gpu_layers.is_some() => {
+        PlacementKind::Hybrid { cpu_layers, gpu_layers } if request.gpu_layers.is_some() => {
             let layers = count(gpu_layers as u64, "layer");
             reasons.push(format!("{layers} on {first} as asked for, {cpu_layers} on the CPU"));
         }
-        Kind::Hybrid { cpu_layers: 0, .. } => reasons.push(format!(
+        PlacementKind::Hybrid { cpu_layers: 0, .. } => reasons.push(format!(
             "all layers on {first}{asked} ({}); embedding and output, for which it has no room, on the CPU",
             fraction(first)
         )),
-        Kind::Hybrid { cpu_layers, gpu_layers } => {
+        PlacementKind::Hybrid { cpu_layers, gpu_layers } => {
             let layers = count(gpu_layers as u64, "layer");
             let gpus: Vec<String> =
                 placement.devices().filter(|&device| device != CPU).map(fraction).collect();
@@ -138,16 +138,16 @@ pub(super) fn placement(
             reasons.push(format!(
                 "{name} is not used: it is a program on the CPU, not a card, and slower than the CPU"
             ));
-        } else if gpu.memory_bytes.is_none() && wishes.device.is_none() {
+        } else if gpu.memory_bytes.is_none() && request.device.is_none() {
             reasons.push(format!(
                 "{name} is not used: its driver does not tell how much memory it has (--device {} uses it, or a --machine \
                  file that says it)",
                 gpu.device
             ));
         } else if decided.considered.contains(&&*gpu.device) && !decided.compared.contains(&&*gpu.device) {
-            let why = match wishes.kv_cache.filter(|&kind| !gpu.holds(kind)) {
+            let why = match request.kv_cache.filter(|&kind| !gpu.holds(kind)) {
                 Some(kind) => format!("it does not compute with a KV cache of {}", kind.name()),
-                None if wishes.strategy == Strategy::PowerEfficiency => {
+                None if request.strategy == Strategy::PowerEfficiency => {
                     "it has no room for the whole model".into()
                 }
                 None => "it has no room for a layer".into(),
@@ -186,7 +186,7 @@ impl fmt::Display for Prediction {
     }
 }
 
-impl fmt::Display for Outcome {
+impl fmt::Display for PredictionOutcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let most = if self.basis == Basis::Roofline { "at most " } else { "" };
         let parts =
