@@ -6,8 +6,8 @@ use anyhow::{Context as _, bail};
 use bitnet_burn::Activation;
 use bitnet_burn::CacheType;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn_engine::load::HeadMode;
 use bitnet_burn_engine::device::DeviceSpec;
+use bitnet_burn_engine::load::HeadMode;
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::Strict;
 use clap::{Args, ValueEnum};
@@ -28,11 +28,15 @@ pub struct FileArgs {
 }
 
 impl FileArgs {
+    /// What the flags say about the file.
+    pub fn options(&self) -> OpenOptions {
+        OpenOptions { hidden_act: self.hidden_act, pre: self.pre.clone() }
+    }
+
     /// Opens the files; warnings have been logged.
     pub fn open(&self) -> anyhow::Result<Checkpoint> {
-        let options = OpenOptions { hidden_act: self.hidden_act, pre: self.pre.clone() };
         match &self.model {
-            Some(path) => Ok(Checkpoint::open(path, &options)?),
+            Some(path) => Ok(Checkpoint::open(path, &self.options())?),
             #[cfg(feature = "default-model")]
             None => Ok(bitnet_burn_engine::embedded::checkpoint()?),
             #[cfg(not(feature = "default-model"))]
@@ -108,18 +112,6 @@ pub struct EngineArgs {
     /// hashes, settings, prompt and figures. Reads the model's files once more
     #[arg(long, value_name = "FILE")]
     pub receipt: Option<PathBuf>,
-}
-
-impl EngineArgs {
-    /// The context that was asked for, or else the model's, at most `default`.
-    pub fn context(&self, checkpoint: &Checkpoint, default: usize) -> anyhow::Result<usize> {
-        let trained = checkpoint.config().context_length;
-        match self.context {
-            None => Ok(trained.min(default)),
-            Some(context) if context <= trained => Ok(context),
-            Some(context) => bail!("--context {context}: the model was trained for {trained} positions"),
-        }
-    }
 }
 
 /// Types of the KV cache.

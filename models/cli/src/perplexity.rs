@@ -13,7 +13,6 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::args::{EngineArgs, positive, read_tokens};
-use crate::engine::Wishes;
 use crate::output;
 
 /// Measure how well a model predicts a text: exp of the mean negative log-likelihood of its tokens
@@ -92,21 +91,23 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         None => None,
     };
     let wants_tokenizer = text.is_some() || documents.is_some();
-    let wishes = Wishes {
-        tokenizer: wants_tokenizer,
-        quantise_activations,
-        max_rows: Some(args.chunk),
-        measured_context: Some(DEFAULT_CONTEXT),
-    };
-    let engine = args.engine.load(&wishes)?;
-    let vocabulary = engine.checkpoint.config().vocab_size;
-    let context = engine.settings.context;
+    let engine = args.engine.open(|mut options| {
+        if !wants_tokenizer {
+            options = options.without_tokenizer();
+        }
+        if !quantise_activations {
+            options = options.float_activations();
+        }
+        options.rows(args.chunk).measured_context(DEFAULT_CONTEXT)
+    })?;
+    let vocabulary = engine.checkpoint().config().vocab_size;
+    let context = engine.settings().context;
     let stride = args.stride.unwrap_or(context);
     if context < 2 || stride > context {
         bail!("--context {context} --stride {stride}: windows have at least 2 tokens, and leave none out");
     }
     // What is predicted, and how it is cut.
-    let (pieces, width) = match (&text, &documents, &engine.tokenizer, &args.tokens_file) {
+    let (pieces, width) = match (&text, &documents, engine.tokenizer(), &args.tokens_file) {
         (Some(text), _, Some(tokenizer), _) => (vec![tokenizer.encode(text, true)?], context),
         (_, Some(documents), Some(tokenizer), _) => {
             let encode = |text: &String| -> anyhow::Result<Vec<u32>> {
@@ -127,7 +128,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         bail!("the text has {count} token(s): at least 2 are needed, one to predict the other from");
     }
 
-    let mut cache = engine.model.cache(context, engine.settings.kv_cache)?;
+    let mut cache = engine.model().cache(context, engine.settings().kv_cache)?;
     let longest = pieces.iter().map(Vec::len).max().unwrap_or(0);
     let sequence = cache.add_sequence(context.min(longest));
     let windows: Vec<(&[u32], Window)> = pieces
@@ -143,7 +144,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         let mut problem = None;
         // The last token predicts nothing that is counted here.
         let input = &tokens[window.start..window.end - 1];
-        logits(&engine.model, input, sequence, &mut cache, args.chunk, &mut |position, rows| {
+        logits(engine.model(), input, sequence, &mut cache, args.chunk, &mut |position, rows| {
             for (i, row) in rows.chunks_exact(vocabulary).enumerate() {
                 let target = window.start + position + i + 1;
                 if target >= window.first_scored {
@@ -166,7 +167,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
 
     let perplexity = sum.mean().exp();
     let output = Output {
-        model: engine.summary.clone(),
+        model: engine.summary().clone(),
         perplexity,
         perplexity_standard_error: perplexity * sum.standard_error(),
         mean_negative_log_likelihood: sum.mean(),
@@ -180,9 +181,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         tokens_per_s: computed as f64 / seconds,
         execution: engine.execution(),
     };
-    if let Some(path) = &args.engine.receipt {
-        engine.write_receipt(path, "perplexity", &output, None)?;
-    }
+    args.engine.write_receipt(&engine, "perplexity", &output, || None)?;
     if args.json {
         return output::print_json(&output);
     }

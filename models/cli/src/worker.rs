@@ -7,10 +7,10 @@ use burn::tensor::Device;
 use clap::Args;
 
 use crate::args::KernelArgs;
-use bitnet_burn_engine::device::{DeviceKind, DeviceName};
 use crate::engine::config;
 #[cfg(feature = "remote")]
 use crate::output;
+use bitnet_burn_engine::device::{DeviceKind, DeviceName};
 
 /// Serve a device of this machine to other machines (feature remote)
 ///

@@ -94,8 +94,7 @@ pub enum DeviceKind {
 
 impl DeviceKind {
     /// All but [`Remote`](Self::Remote), which needs an address.
-    pub const LOCAL: [Self; 6] =
-        [Self::Flex, Self::Ndarray, Self::Wgpu, Self::Metal, Self::Cuda, Self::Rocm];
+    pub const LOCAL: [Self; 6] = [Self::Flex, Self::Ndarray, Self::Wgpu, Self::Metal, Self::Cuda, Self::Rocm];
 
     /// The first one that is compiled in.
     pub fn compiled() -> Self {

@@ -1,5 +1,6 @@
 //! Opens BitNet checkpoints and generates text with them.
 //!
+//! - [`Engine`] opens a model with everything that it needs; a [`Session`] generates with it.
 //! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them.
 //! - [`tokenizer`], [`chat`], [`sampling`] and [`generate`](mod@generate): prompts in, text out.
 //! - [`plan`]: where a model should run, and how fast it will be.
@@ -12,6 +13,7 @@ pub mod device;
 pub mod device_bench;
 #[cfg(feature = "default-model")]
 pub mod embedded;
+mod engine;
 pub mod exact;
 pub mod generate;
 pub mod gguf;
@@ -23,6 +25,11 @@ pub mod prepack;
 pub mod receipt;
 pub mod report;
 pub mod sampling;
+mod session;
 pub mod synth;
 pub mod text;
 pub mod tokenizer;
+
+pub use engine::{Engine, EngineError, EngineOptions, OpenEvent};
+pub use generate::GenerateOptions;
+pub use session::{Answer, Session, Text};
