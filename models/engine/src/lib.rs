@@ -1,6 +1,7 @@
 //! Opens BitNet checkpoints and generates text with them.
 //!
-//! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them.
+//! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them;
+//!   [`gguf`] and [`hf`] write them.
 //! - [`tokenizer`], [`chat`], [`sampling`] and [`generate`](mod@generate): prompts in, text out.
 //! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`report`] and [`receipt`]: what a run measured, and what it was made of.
@@ -11,9 +12,9 @@ pub mod checkpoint;
 pub mod device_bench;
 #[cfg(feature = "default-model")]
 pub mod embedded;
-pub mod exact;
 pub mod generate;
 pub mod gguf;
+mod head;
 pub mod hf;
 pub mod load;
 pub mod plan;
