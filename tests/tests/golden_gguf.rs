@@ -7,8 +7,9 @@ use bitnet_burn::CacheType;
 use bitnet_burn::{Activation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn_engine::gguf::{GgufWriter, TensorType, norm_name, projection_name};
+use bitnet_burn_engine::gguf::{norm_name, projection_name, write_config};
 use bitnet_burn_engine::load::LoadOptions;
+use bitnet_burn_formats::gguf::{GgufWriter, TensorType};
 use bitnet_burn_formats::{DenseFormat, tq1_0, tq2_0};
 use bitnet_burn_formats::{DenseTensor, TernaryTensor};
 use bitnet_burn_tests::reference::{Layer, Linear, Mutation, Reference};
@@ -219,7 +220,7 @@ fn architecture_bitnet_is_silu() {
         let path = temporary.path().join(format!("bitnet-{stated}.gguf"));
         let mut writer = GgufWriter::new();
         if stated {
-            writer.config(&config).unwrap();
+            write_config(&mut writer, &config).unwrap();
         } else {
             writer.set("general.architecture", "bitnet").unwrap();
             for (key, value) in [
@@ -265,7 +266,7 @@ fn mixed(path: &Path, format: DenseFormat, mix: bool) -> Vec<f64> {
     let checkpoint = Checkpoint::open(&i2_s(), &OpenOptions::default()).unwrap();
     let config = checkpoint.config();
     let mut writer = GgufWriter::new();
-    writer.config(config).unwrap();
+    write_config(&mut writer, config).unwrap();
     let types = [
         TensorType::TQ1_0,
         TensorType::TQ2_0,

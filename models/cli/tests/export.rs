@@ -12,13 +12,14 @@ use bitnet_burn::{Activation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn::{Row, names};
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions, TokenizerSource};
-use bitnet_burn_engine::gguf::{Array, GgufFile, GgufTypes, GgufWriter, TernaryType, Value};
+use bitnet_burn_engine::gguf::{GgufTypes, TernaryType, write_checkpoint};
 use bitnet_burn_engine::hf;
 use bitnet_burn_engine::hf::Style;
 use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_engine::synth::shape;
 use bitnet_burn_engine::tokenizer::Tokenizer;
 use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_formats::gguf::{Array, GgufFile, GgufWriter, Value};
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_train::export::{
     ExportError, ExportOptions, Progress, Summary, Target, export, newest_checkpoint,
@@ -572,7 +573,7 @@ fn sentencepiece_goes_both_ways() {
     masters(&at("source"), &config);
     let source = open(&at("source"));
     let mut writer = GgufWriter::new();
-    writer.checkpoint(&source, GgufTypes::default()).unwrap();
+    write_checkpoint(&mut writer, source.config(), &source, GgufTypes::default()).unwrap();
     writer.set("tokenizer.ggml.model", "llama").unwrap();
     writer.set("tokenizer.ggml.tokens", Array::from_strings(tokens)).unwrap();
     writer.set("tokenizer.ggml.scores", Array::from_f32(scores)).unwrap();

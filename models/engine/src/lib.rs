@@ -1,7 +1,8 @@
 //! Opens BitNet checkpoints and generates text with them.
 //!
 //! - [`Engine`] opens a model with everything that it needs; a [`Session`] generates with it.
-//! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them.
+//! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them;
+//!   [`gguf`] and [`hf`] write them.
 //! - [`tokenizer`], [`chat`], [`sampling`] and [`generate`](mod@generate): prompts in, text out.
 //! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`report`] and [`receipt`]: what a run measured, and what it was made of.
@@ -14,9 +15,9 @@ pub mod device_bench;
 #[cfg(feature = "default-model")]
 pub mod embedded;
 mod engine;
-pub mod exact;
 pub mod generate;
 pub mod gguf;
+mod head;
 pub mod hf;
 pub mod load;
 pub mod plan;

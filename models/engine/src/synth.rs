@@ -18,11 +18,13 @@ use std::cell::Cell;
 use std::io::{self, Write};
 use std::path::Path;
 
+use bitnet_burn_formats::WriteError;
 use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::gguf::{Array, GgufWriter, TensorType};
 use bitnet_burn_formats::random::SplitMix64;
 use half::{bf16, f16};
 
-use crate::gguf::{Array, GgufWriteError, GgufWriter, TensorType, norm_name, projection_name};
+use crate::gguf::{norm_name, projection_name, write_config};
 use bitnet_burn::{Activation, ConfigError, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 
@@ -119,7 +121,7 @@ pub enum SynthError {
     Vocabulary(usize),
     /// The file.
     #[error(transparent)]
-    Write(#[from] GgufWriteError),
+    Write(#[from] WriteError),
 }
 
 /// Writes a model; `progress` gets the bytes of the tensors written so far, and of all. Returns the size of
@@ -140,7 +142,7 @@ pub fn write(path: &Path, options: &SynthOptions, progress: &dyn Fn(u64, u64)) -
         progress(written.get(), total.get());
     };
     let mut writer = GgufWriter::new();
-    writer.config(config)?;
+    write_config(&mut writer, config)?;
     tokenizer(&mut writer, config)?;
     dense(&mut writer, "token_embd.weight", options, &advance)?;
     for layer in 0..config.n_layers {
@@ -179,7 +181,7 @@ fn dense<'a>(
     name: &str,
     options: &'a SynthOptions,
     advance: &'a dyn Fn(usize),
-) -> Result<(), GgufWriteError> {
+) -> Result<(), WriteError> {
     let (format, config) = (options.embedding, &options.config);
     let dims = [config.hidden_size as u64, config.vocab_size as u64];
     let deviation = 1.0 / (config.hidden_size as f32).sqrt();
@@ -199,7 +201,7 @@ fn dense<'a>(
     Ok(())
 }
 
-fn norm(writer: &mut GgufWriter<'_>, which: Norm, options: &SynthOptions) -> Result<(), GgufWriteError> {
+fn norm(writer: &mut GgufWriter<'_>, which: Norm, options: &SynthOptions) -> Result<(), WriteError> {
     let name = norm_name(which);
     let mut random = options.random(&name);
     let weights = (0..which.len(&options.config)).map(|_| 0.75 + 0.5 * unit(&mut random)).collect();
@@ -209,7 +211,7 @@ fn norm(writer: &mut GgufWriter<'_>, which: Norm, options: &SynthOptions) -> Res
 
 /// A byte-level vocabulary without merges: a token for each byte, the three with a role, and for the rest
 /// words that can be told apart in the output.
-fn tokenizer(writer: &mut GgufWriter<'_>, config: &ModelConfig) -> Result<(), GgufWriteError> {
+fn tokenizer(writer: &mut GgufWriter<'_>, config: &ModelConfig) -> Result<(), WriteError> {
     const NORMAL: i32 = 1;
     const CONTROL: i32 = 3;
     let special = |id: usize| {

@@ -58,7 +58,7 @@ impl ValueType {
     }
 
     /// Bytes of the smallest value: an empty string is its length, an empty array its type and length.
-    pub(crate) const fn min_size(self) -> u64 {
+    pub(super) const fn min_size(self) -> u64 {
         match self.size() {
             Some(size) => size as u64,
             None if matches!(self, Self::String) => 8,
@@ -177,7 +177,7 @@ impl Value {
     }
 
     /// Appends the value as the format encodes it.
-    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+    pub(super) fn encode(&self, out: &mut Vec<u8>) {
         match self {
             Self::U8(v) => out.push(*v),
             Self::I8(v) => out.extend(v.to_le_bytes()),
@@ -201,7 +201,7 @@ impl Value {
 }
 
 /// Appends a string as the format encodes it.
-pub(crate) fn encode_str(text: &str, out: &mut Vec<u8>) {
+pub(super) fn encode_str(text: &str, out: &mut Vec<u8>) {
     out.extend((text.len() as u64).to_le_bytes());
     out.extend_from_slice(text.as_bytes());
 }
@@ -337,7 +337,7 @@ fn take_str<'a>(rest: &mut &'a [u8]) -> Option<&'a str> {
 
 /// Decodes a value from the front of `rest`, which is a part of `whole`; `None` where it isn't valid, which
 /// for checked data does not happen.
-pub(crate) fn decode(kind: ValueType, whole: &Bytes, rest: &mut &[u8]) -> Option<Value> {
+pub(super) fn decode(kind: ValueType, whole: &Bytes, rest: &mut &[u8]) -> Option<Value> {
     Some(match kind {
         ValueType::U8 => Value::U8(u8::from_le_bytes(take_array(rest)?)),
         ValueType::I8 => Value::I8(i8::from_le_bytes(take_array(rest)?)),

@@ -1,99 +1,13 @@
 //! Writing GGUF v3: to a temporary file beside the target, which it replaces when complete.
 
-use super::model::{LLAMA, gptj_rows};
 use super::types::I2_S_TAIL;
 use super::value::encode_str;
-use super::{DEFAULT_ALIGNMENT, TensorType, Value, norm_name, projection_name};
-use crate::checkpoint::{Checkpoint, LoadError};
+use super::{DEFAULT_ALIGNMENT, TensorType, Value};
+use crate::error::WriteError;
 use crate::exact::{Exact, Progress};
-use bitnet_burn::{Activation, ModelConfig};
-use bitnet_burn::{Norm, Projection};
-use bitnet_burn_formats::dense::DenseFormat;
-use bitnet_burn_formats::{DenseTensor, TernaryTensor};
-use bitnet_burn_formats::{FormatError, tq1_0, tq2_0};
+use crate::{DenseTensor, TernaryTensor};
 use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
-
-/// Why a GGUF file was not written. The target is as it was before.
-#[derive(Debug, thiserror::Error)]
-pub enum GgufWriteError {
-    /// The operating system refused, or a tensor's producer failed.
-    #[error("{}: cannot {action}: {error}", path.display())]
-    Io {
-        /// The file that was to be written.
-        path: PathBuf,
-        /// What was attempted.
-        action: String,
-        /// The system's answer.
-        error: io::Error,
-    },
-    /// A tensor that the format cannot hold.
-    #[error("tensor `{tensor}` with dimensions {dims:?} cannot be written as {tensor_type}: {problem}")]
-    Tensor {
-        /// The tensor.
-        tensor: String,
-        /// Its dimensions, fastest first.
-        dims: Vec<u64>,
-        /// The type.
-        tensor_type: TensorType,
-        /// What is wrong.
-        problem: String,
-    },
-    /// A key or a tensor was given twice.
-    #[error("{what} `{name}` was given twice")]
-    Duplicate {
-        /// `key` or `tensor`.
-        what: &'static str,
-        /// Its name.
-        name: String,
-    },
-    /// The model to be written could not be read.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-}
-
-/// How a projection is stored.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(non_camel_case_types, reason = "the names of the format")]
-pub enum TernaryType {
-    /// bitnet.cpp's: 2 bits a weight, the exact f32 scale. K must be a multiple of 128.
-    #[default]
-    I2_S,
-    /// llama.cpp's: 2.06 bits a weight, an f16 scale. K must be a multiple of 256.
-    TQ2_0,
-    /// llama.cpp's: 1.69 bits a weight, an f16 scale. K must be a multiple of 256.
-    TQ1_0,
-}
-
-impl From<TernaryType> for TensorType {
-    fn from(ternary: TernaryType) -> Self {
-        match ternary {
-            TernaryType::I2_S => Self::I2_S,
-            TernaryType::TQ2_0 => Self::TQ2_0,
-            TernaryType::TQ1_0 => Self::TQ1_0,
-        }
-    }
-}
-
-/// How the tensors of a model are stored.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct GgufTypes {
-    /// The projections.
-    pub ternary: TernaryType,
-    /// The embedding and the output head; `None`: as the checkpoint has them.
-    pub dense: Option<DenseFormat>,
-}
-
-/// The architecture under which llama.cpp's family computes a model. Those programs that know `bitnet-b1.58`
-/// are bitnet.cpp's, for I2_S; llama.cpp itself, which has the other two types, knows `bitnet` with a
-/// `hidden_act`. A model of squared ReLU without sub-norms is none of theirs, and must not pass for a Llama.
-fn architecture(config: &ModelConfig, ternary: TernaryType) -> &'static str {
-    match (config.activation, config.sub_norms, ternary) {
-        (Activation::Silu, false, _) => LLAMA,
-        (Activation::Relu2, true, TernaryType::I2_S) => "bitnet-b1.58",
-        _ => "bitnet",
-    }
-}
+use std::path::Path;
 
 type Producer<'a> = Box<dyn FnOnce(&mut dyn Write) -> io::Result<()> + 'a>;
 
@@ -111,7 +25,7 @@ struct Pending<'a> {
 /// be in memory as a whole.
 ///
 /// ```
-/// use bitnet_burn_engine::gguf::{GgufFile, GgufWriter, TensorType, Value};
+/// use bitnet_burn_formats::gguf::{GgufFile, GgufWriter, TensorType, Value};
 ///
 /// let dir = tempfile::tempdir()?;
 /// let path = dir.path().join("tiny.gguf");
@@ -142,15 +56,11 @@ impl<'a> GgufWriter<'a> {
     /// Adds a key. `general.alignment` is not needed: files are aligned to 32 bytes, the default.
     ///
     /// # Errors
-    /// [`GgufWriteError::Duplicate`].
-    pub fn set(
-        &mut self,
-        key: impl Into<String>,
-        value: impl Into<Value>,
-    ) -> Result<&mut Self, GgufWriteError> {
+    /// [`WriteError::Duplicate`].
+    pub fn set(&mut self, key: impl Into<String>, value: impl Into<Value>) -> Result<&mut Self, WriteError> {
         let key = key.into();
         if self.metadata.iter().any(|(k, _)| *k == key) {
-            return Err(GgufWriteError::Duplicate { what: "key", name: key });
+            return Err(WriteError::Duplicate { what: "key", name: key });
         }
         self.metadata.push((key, value.into()));
         Ok(self)
@@ -160,17 +70,17 @@ impl<'a> GgufWriter<'a> {
     /// exactly the bytes that its type takes.
     ///
     /// # Errors
-    /// [`GgufWriteError::Tensor`] where the type cannot hold these dimensions, [`GgufWriteError::Duplicate`].
+    /// [`WriteError::Tensor`] where the type cannot hold these dimensions, [`WriteError::Duplicate`].
     pub fn tensor(
         &mut self,
         name: impl Into<String>,
         dims: &[u64],
         tensor_type: TensorType,
         produce: impl FnOnce(&mut dyn Write) -> io::Result<()> + 'a,
-    ) -> Result<&mut Self, GgufWriteError> {
+    ) -> Result<&mut Self, WriteError> {
         let name = name.into();
         if self.tensors.iter().any(|t| t.name == name) {
-            return Err(GgufWriteError::Duplicate { what: "tensor", name });
+            return Err(WriteError::Duplicate { what: "tensor", name });
         }
         let elements = dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
         let block = tensor_type.block_size();
@@ -185,7 +95,12 @@ impl<'a> GgufWriter<'a> {
         let bytes = elements.and_then(|n| tensor_type.bytes(n)).filter(|_| problem.is_empty());
         let Some(bytes) = bytes else {
             let problem = if problem.is_empty() { "its size overflows".into() } else { problem };
-            return Err(GgufWriteError::Tensor { tensor: name, dims: dims.to_vec(), tensor_type, problem });
+            return Err(WriteError::Tensor {
+                tensor: name,
+                dims: dims.to_vec(),
+                tensor_type: tensor_type.name(),
+                problem,
+            });
         };
         self.tensors.push(Pending {
             name,
@@ -200,20 +115,16 @@ impl<'a> GgufWriter<'a> {
     /// Adds a ternary matrix as I2_S under `name`.
     ///
     /// # Errors
-    /// [`GgufWriteError::Tensor`] where K is no multiple of 128, or the codes are not `n` canonical rows;
-    /// [`GgufWriteError::Duplicate`].
-    pub fn i2_s(
-        &mut self,
-        name: impl Into<String>,
-        tensor: TernaryTensor,
-    ) -> Result<&mut Self, GgufWriteError> {
+    /// [`WriteError::Tensor`] where K is no multiple of 128, or the codes are not `n` canonical rows;
+    /// [`WriteError::Duplicate`].
+    pub fn i2_s(&mut self, name: impl Into<String>, tensor: TernaryTensor) -> Result<&mut Self, WriteError> {
         let (name, dims) = (name.into(), [tensor.k as u64, tensor.n as u64]);
         let TernaryTensor { codes, scale, .. } = tensor;
         let expected = TensorType::I2_S.bytes(dims[0].saturating_mul(dims[1])).map(|b| b - I2_S_TAIL);
         if dims[0].is_multiple_of(TensorType::I2_S.block_size()) && Some(codes.len() as u64) != expected {
             let problem = format!("the codes take {} bytes", codes.len());
-            let tensor_type = TensorType::I2_S;
-            return Err(GgufWriteError::Tensor { tensor: name, dims: dims.to_vec(), tensor_type, problem });
+            let tensor_type = TensorType::I2_S.name();
+            return Err(WriteError::Tensor { tensor: name, dims: dims.to_vec(), tensor_type, problem });
         }
         self.tensor(name, &dims, TensorType::I2_S, move |out| write_i2_s(out, &codes, scale))
     }
@@ -222,11 +133,7 @@ impl<'a> GgufWriter<'a> {
     ///
     /// # Errors
     /// As [`GgufWriter::tensor`].
-    pub fn dense(
-        &mut self,
-        name: impl Into<String>,
-        tensor: DenseTensor,
-    ) -> Result<&mut Self, GgufWriteError> {
+    pub fn dense(&mut self, name: impl Into<String>, tensor: DenseTensor) -> Result<&mut Self, WriteError> {
         let dims = [tensor.k as u64, tensor.n as u64];
         self.tensor(name, &dims, tensor.format.into(), move |out| out.write_all(&tensor.data))
     }
@@ -235,144 +142,9 @@ impl<'a> GgufWriter<'a> {
     ///
     /// # Errors
     /// As [`GgufWriter::tensor`].
-    pub fn vector(&mut self, name: impl Into<String>, values: Vec<f32>) -> Result<&mut Self, GgufWriteError> {
+    pub fn vector(&mut self, name: impl Into<String>, values: Vec<f32>) -> Result<&mut Self, WriteError> {
         let dims = [values.len() as u64];
         self.tensor(name, &dims, TensorType::F32, move |out| write_floats(out, &values))
-    }
-
-    /// Adds the keys of a configuration, so that a reader finds the same one. `hidden_act` states the
-    /// activation, whatever the architecture.
-    ///
-    /// The architecture is the one under which programs of llama.cpp's family compute the model: `llama` for
-    /// SiLU without sub-norms; `bitnet-b1.58` for squared ReLU with sub-norms, as in the published models;
-    /// else `bitnet`. In a `llama` file the rows of q and k are in another order:
-    /// [`checkpoint`](Self::checkpoint) sees to that.
-    ///
-    /// # Errors
-    /// [`GgufWriteError::Duplicate`].
-    pub fn config(&mut self, config: &ModelConfig) -> Result<&mut Self, GgufWriteError> {
-        self.config_as(architecture(config, TernaryType::I2_S), config)
-    }
-
-    fn config_as(&mut self, architecture: &str, config: &ModelConfig) -> Result<&mut Self, GgufWriteError> {
-        self.set("general.architecture", architecture)?;
-        if let Some(name) = &config.name {
-            self.set("general.name", name.as_str())?;
-        }
-        let mut sizes = vec![
-            ("vocab_size", config.vocab_size),
-            ("context_length", config.context_length),
-            ("embedding_length", config.hidden_size),
-            ("block_count", config.n_layers),
-            ("feed_forward_length", config.intermediate_size),
-            ("rope.dimension_count", config.head_dim),
-            ("attention.head_count", config.n_heads),
-            ("attention.head_count_kv", config.n_kv_heads),
-        ];
-        if config.q_size() != config.hidden_size {
-            sizes.extend([
-                ("attention.key_length", config.head_dim),
-                ("attention.value_length", config.head_dim),
-            ]);
-        }
-        for (suffix, size) in sizes {
-            // As u32, which readers expect; what ModelConfig::validate lets through fits.
-            self.set(format!("{architecture}.{suffix}"), u32::try_from(size).unwrap_or(u32::MAX))?;
-        }
-        self.set(format!("{architecture}.attention.layer_norm_rms_epsilon"), config.rms_norm_eps)?;
-        self.set(format!("{architecture}.rope.freq_base"), config.rope_theta as f32)?;
-        self.set(format!("{architecture}.hidden_act"), config.activation.name())?;
-        let tokens = [
-            ("bos_token_id", config.bos_token),
-            ("eos_token_id", config.eos_tokens.first().copied()),
-            ("eot_token_id", config.eos_tokens.get(1).copied()),
-        ];
-        for (key, token) in tokens {
-            if let Some(token) = token {
-                self.set(format!("tokenizer.ggml.{key}"), token)?;
-            }
-        }
-        Ok(self)
-    }
-
-    /// Adds a whole model but its tokenizer: configuration, projections, norms as F32, embedding and head.
-    /// Tensors are read and converted when their turn to be written comes.
-    ///
-    /// TQ1_0 and TQ2_0 store their scale as f16: it is rounded to the nearest.
-    ///
-    /// # Errors
-    /// [`GgufWriteError::Tensor`] where a type cannot hold a tensor: I2_S needs a K that is a multiple of 128,
-    /// TQ1_0, TQ2_0 and Q6_K of 256, Q8_0 and Q4_0 of 32. [`GgufWriteError::Load`] where the embedding or the
-    /// head can't be read.
-    pub fn checkpoint(
-        &mut self,
-        checkpoint: &'a Checkpoint,
-        types: GgufTypes,
-    ) -> Result<&mut Self, GgufWriteError> {
-        self.checkpoint_as(checkpoint.config(), checkpoint, types)
-    }
-
-    /// [`checkpoint`](Self::checkpoint) with another name and other tokens in its configuration.
-    pub fn checkpoint_as(
-        &mut self,
-        config: &ModelConfig,
-        checkpoint: &'a Checkpoint,
-        types: GgufTypes,
-    ) -> Result<&mut Self, GgufWriteError> {
-        let architecture = architecture(config, types.ternary);
-        self.config_as(architecture, config)?;
-        self.matrix("token_embd.weight", checkpoint.embedding()?, types.dense)?;
-        for layer in 0..config.n_layers {
-            for norm in Norm::of_layer(layer, config.sub_norms) {
-                self.norm(checkpoint, norm)?;
-            }
-            for which in Projection::ALL {
-                let (n, k) = which.shape(config);
-                let reorder = matches!(which, Projection::Q | Projection::K) && architecture == LLAMA;
-                let head = reorder.then_some(config.head_dim);
-                let dims = [k as u64, n as u64];
-                let tensor_type = types.ternary.into();
-                self.tensor(projection_name(layer, which), &dims, tensor_type, move |out| {
-                    let tensor = checkpoint.checked_projection(layer, which).map_err(io::Error::other)?;
-                    match head {
-                        Some(head) => {
-                            let codes = gptj_rows(&tensor.codes, n, head).into();
-                            write_ternary(out, &TernaryTensor { codes, ..tensor }, types.ternary)
-                        }
-                        None => write_ternary(out, &tensor, types.ternary),
-                    }
-                })?;
-            }
-        }
-        self.norm(checkpoint, Norm::Output)?;
-        if let Some(output) = checkpoint.output()? {
-            self.matrix("output.weight", output, types.dense)?;
-        }
-        Ok(self)
-    }
-
-    /// Adds the embedding or the head, in another format if one is asked for.
-    fn matrix(
-        &mut self,
-        name: &str,
-        tensor: DenseTensor,
-        format: Option<DenseFormat>,
-    ) -> Result<(), GgufWriteError> {
-        match format.filter(|&format| format != tensor.format) {
-            None => self.dense(name, tensor)?,
-            Some(format) => {
-                let dims = [tensor.k as u64, tensor.n as u64];
-                self.tensor(name, &dims, format.into(), move |out| tensor.write_as(format, out))?
-            }
-        };
-        Ok(())
-    }
-
-    fn norm(&mut self, checkpoint: &'a Checkpoint, which: Norm) -> Result<&mut Self, GgufWriteError> {
-        let dims = [which.len(checkpoint.config()) as u64];
-        self.tensor(norm_name(which), &dims, TensorType::F32, move |out| {
-            write_floats(out, &checkpoint.norm(which).map_err(io::Error::other)?)
-        })
     }
 
     /// Size of the file, in bytes.
@@ -383,16 +155,16 @@ impl<'a> GgufWriter<'a> {
     /// Writes the file: under a temporary name in the same directory, flushed to the disk, then renamed.
     ///
     /// # Errors
-    /// [`GgufWriteError::Io`]; an existing file of that name is then untouched.
-    pub fn write(self, path: &Path) -> Result<(), GgufWriteError> {
+    /// [`WriteError::Io`]; an existing file of that name is then untouched.
+    pub fn write(self, path: &Path) -> Result<(), WriteError> {
         self.write_with(path, &mut |_| Ok(()))
     }
 
     /// [`write`](Self::write), saying how far it is.
-    pub fn write_with(self, path: &Path, progress: &mut Progress<'_>) -> Result<(), GgufWriteError> {
+    pub fn write_with(self, path: &Path, progress: &mut Progress<'_>) -> Result<(), WriteError> {
         let fail = |action: String| {
             let path = path.to_owned();
-            move |error| GgufWriteError::Io { path, action, error }
+            move |error| WriteError::Io { path, action, error }
         };
         let directory = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -457,24 +229,8 @@ fn padded(bytes: u64) -> u64 {
     bytes.checked_next_multiple_of(DEFAULT_ALIGNMENT).unwrap_or(u64::MAX)
 }
 
-fn write_ternary(out: &mut dyn Write, tensor: &TernaryTensor, ternary: TernaryType) -> io::Result<()> {
-    let TernaryTensor { n, k, scale, ref codes, .. } = *tensor;
-    let blocks = match ternary {
-        TernaryType::I2_S => return write_i2_s(out, codes, scale),
-        TernaryType::TQ2_0 => tq2_0::from_canonical,
-        TernaryType::TQ1_0 => tq1_0::from_canonical,
-    };
-    let bytes = match blocks(codes, n, k, scale) {
-        Err(FormatError::ScaleNotF16 { nearest, .. }) if nearest.is_finite() && nearest > 0.0 => {
-            blocks(codes, n, k, nearest)
-        }
-        result => result,
-    };
-    out.write_all(&bytes.map_err(io::Error::other)?)
-}
-
 /// The codes, the scale, and zeros up to [`I2_S_TAIL`].
-fn write_i2_s(out: &mut dyn Write, codes: &[u8], scale: f32) -> io::Result<()> {
+pub(super) fn write_i2_s(out: &mut dyn Write, codes: &[u8], scale: f32) -> io::Result<()> {
     out.write_all(codes)?;
     let mut tail = [0u8; I2_S_TAIL as usize];
     tail[..4].copy_from_slice(&scale.to_le_bytes());
@@ -490,7 +246,7 @@ mod tests {
     use super::*;
     use crate::gguf::{Array, GgufFile};
 
-    fn error_of(result: Result<&mut GgufWriter<'_>, GgufWriteError>) -> String {
+    fn error_of(result: Result<&mut GgufWriter<'_>, WriteError>) -> String {
         result.err().expect("an error").to_string()
     }
 
@@ -544,7 +300,7 @@ mod tests {
             assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
         }
         let nowhere = dir.path().join("missing").join("a.gguf");
-        assert!(matches!(GgufWriter::new().write(&nowhere), Err(GgufWriteError::Io { .. })));
+        assert!(matches!(GgufWriter::new().write(&nowhere), Err(WriteError::Io { .. })));
     }
 
     #[test]

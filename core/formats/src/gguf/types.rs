@@ -1,6 +1,6 @@
 //! Tensor types: their numbers, names and sizes.
 
-use bitnet_burn_formats::dense::DenseFormat;
+use crate::DenseFormat;
 use std::fmt;
 
 /// The tensor types that are read and written.
@@ -80,6 +80,19 @@ impl TensorType {
         }
     }
 
+    /// The dense format of tensors of this type; `None` for the ternary types.
+    pub const fn dense_format(self) -> Option<DenseFormat> {
+        match self {
+            Self::F32 => Some(DenseFormat::F32),
+            Self::F16 => Some(DenseFormat::F16),
+            Self::BF16 => Some(DenseFormat::BF16),
+            Self::Q8_0 => Some(DenseFormat::Q8_0),
+            Self::Q6_K => Some(DenseFormat::Q6_K),
+            Self::Q4_0 => Some(DenseFormat::Q4_0),
+            Self::TQ1_0 | Self::TQ2_0 | Self::I2_S => None,
+        }
+    }
+
     /// The type with that number, if it is supported.
     pub fn from_id(id: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|t| t.id() == id)
@@ -145,7 +158,7 @@ impl From<DenseFormat> for TensorType {
 }
 
 /// Bytes behind the codes of an I2_S tensor: the f32 scale, padded.
-pub(crate) const I2_S_TAIL: u64 = 32;
+pub(super) const I2_S_TAIL: u64 = 32;
 
 impl fmt::Display for TensorType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

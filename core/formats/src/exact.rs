@@ -4,7 +4,7 @@
 use std::io::{self, Write};
 
 /// Called with the bytes of each write; an error ends the writing.
-pub(crate) type Progress<'p> = dyn FnMut(u64) -> io::Result<()> + 'p;
+pub type Progress<'p> = dyn FnMut(u64) -> io::Result<()> + 'p;
 
 /// Lets no more than the stated number of bytes through.
 pub(crate) struct Exact<'p, W> {
