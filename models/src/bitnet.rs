@@ -19,7 +19,7 @@ use std::ops::Range;
 
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops::{self, DenseError, TernaryMatrix};
-use bitnet_burn_backends::{DenseArgs, Kernels, NoInt8, devices};
+use bitnet_burn_backends::{DenseArgs, MatrixKernels, NoInt8, devices};
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::{LayoutPolicy, ManagerError};
 use burn::module::{Module, Param, ParamId};
@@ -392,7 +392,7 @@ impl BitNet {
             for (which, layer) in Projection::ALL.into_iter().zip(block.projections_mut()) {
                 let Some(matrix) = layer.matrix() else { continue };
                 // What a GPU's memory holds, is not this memory.
-                let Some(Kernels::Host(choice)) = matrix.choice else { continue };
+                let Some(MatrixKernels::Host(choice)) = matrix.choice else { continue };
                 if choice.layout().is_none() {
                     continue;
                 }
