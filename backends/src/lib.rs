@@ -25,8 +25,6 @@ mod extension;
 pub mod gpu;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod host;
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-mod host_backend;
 pub mod manager;
 pub mod measure;
 pub mod ops;
@@ -36,6 +34,6 @@ pub mod remote;
 pub use bitnet_burn_cpu::peak;
 
 pub use extension::{
-    Attended, AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm,
-    Kernels, Matrix, NoInt8, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, CachedAttention, DenseArgs, GatedActivation,
+    InputNorm, Matrix, MatrixKernels, NoInt8, SelfAttentionArgs, TernaryBackend, TernaryWeight, WeightGroup,
 };

@@ -80,7 +80,7 @@ impl<'a> Sequence<'a> {
         let rotary = RotaryEncodingConfig::new(head_dim).with_theta(500_000.0).init();
         let angles = rotary.angles(&positions, self.device);
         let qkv = tensor(qkv, [m, width], self.device);
-        let (context, caches) = ops::attend(qkv, angles, self.caches.take().unwrap(), self.args);
+        let (context, caches) = ops::cached_attention(qkv, angles, self.caches.take().unwrap(), self.args);
         self.caches = Some(caches);
         self.args.position += m;
         values(context)

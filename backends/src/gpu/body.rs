@@ -21,7 +21,7 @@ use burn_cubecl::{CubeBackend, CubeDevice};
 use super::choice::{self, GpuMatrix};
 use super::launch::{self, Buffers};
 use crate::default;
-use crate::extension::{BitLinearArgs, InputNorm, Kernels, Matrix, TernaryWeight, TernaryWeights};
+use crate::extension::{BitLinearArgs, InputNorm, Matrix, MatrixKernels, TernaryWeight, WeightGroup};
 use crate::manager::{leave_gpu_error, manager};
 
 type B = CubeBackend;
@@ -92,7 +92,7 @@ pub(super) struct Part<'a> {
 pub(crate) fn bit_linear(
     x: CubeTensor,
     norm: InputNorm<B>,
-    weights: TernaryWeights<B>,
+    weights: WeightGroup<B>,
     mut args: BitLinearArgs,
 ) -> CubeTensor {
     let m = x.shape()[0];
@@ -100,7 +100,7 @@ pub(crate) fn bit_linear(
     let k = args.k;
     for matrix in args.matrices.iter_mut().filter(|matrix| args.quantise && matrix.choice.is_none()) {
         let chosen = choice::canonical(manager(), &device, matrix.n, k);
-        matrix.choice = chosen.map(|matrix| Kernels::Gpu(Arc::new(matrix)));
+        matrix.choice = chosen.map(|matrix| MatrixKernels::Gpu(Arc::new(matrix)));
     }
     let chosen = args.matrices.iter().any(|matrix| gpu(matrix).is_some());
     // As many rows as a launch can have workgroups.
@@ -121,7 +121,7 @@ pub(crate) fn bit_linear(
 
 pub(crate) fn bit_linear_backward(
     dy: CubeTensor,
-    weights: TernaryWeights<B>,
+    weights: WeightGroup<B>,
     args: BitLinearArgs,
 ) -> CubeTensor {
     let m = dy.shape()[0];
@@ -136,7 +136,7 @@ pub(crate) fn bit_linear_backward(
 
 fn gpu(matrix: &Matrix) -> Option<&GpuMatrix> {
     match &matrix.choice {
-        Some(Kernels::Gpu(matrix)) => Some(matrix),
+        Some(MatrixKernels::Gpu(matrix)) => Some(matrix),
         _ => None,
     }
 }
@@ -347,7 +347,7 @@ fn canonical_weights(
     manager: &KernelManager,
     weights: Vec<TernaryWeight<B>>,
     args: &BitLinearArgs,
-) -> Result<TernaryWeights<B>, ManagerError> {
+) -> Result<WeightGroup<B>, ManagerError> {
     let mut canonical = Vec::with_capacity(weights.len());
     for (TernaryWeight { codes, scale }, matrix) in weights.into_iter().zip(&args.matrices) {
         let codes = match gpu(matrix).filter(|gpu| gpu.layout().is_some()) {
@@ -368,7 +368,7 @@ fn canonical_weights(
         };
         canonical.push(TernaryWeight { codes, scale });
     }
-    Ok(TernaryWeights::from_vec(canonical))
+    Ok(WeightGroup::from_vec(canonical))
 }
 
 /// Parameters on a device: few different ones, again and again.

@@ -21,7 +21,7 @@ use cubecl::server::Handle;
 use super::body::{self, Input, Part};
 use super::launch;
 use crate::default;
-use crate::extension::{BitLinearArgs, InputNorm, Matrix, TernaryWeight, TernaryWeights};
+use crate::extension::{BitLinearArgs, InputNorm, Matrix, TernaryWeight, WeightGroup};
 
 /// Runs before the clock counts, and counted runs at most.
 const WARM_UP: usize = 2;
@@ -445,7 +445,7 @@ fn measure(
                         DType::U32,
                     );
                     let weight = TernaryWeight::<CubeBackend> { codes, scale: scale.clone() };
-                    default::bit_linear(x.clone(), InputNorm::None, TernaryWeights::One(weight), &args)
+                    default::bit_linear(x.clone(), InputNorm::None, WeightGroup::One(weight), &args)
                 }
             };
             let repeats = at_once[*i];

@@ -24,7 +24,7 @@ mod rows;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
 
-pub(crate) use self::attention::{attend, int8_supported};
+pub(crate) use self::attention::{cached_attention, int8_supported};
 pub(crate) use self::body::{bit_linear, bit_linear_backward};
 pub use self::choice::GpuMatrix;
 pub(crate) use self::choice::prepare;

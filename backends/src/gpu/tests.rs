@@ -19,7 +19,7 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
 use super::{body, choice, launch};
-use crate::extension::{BitLinearArgs, InputNorm, Kernels, Matrix, TernaryWeight};
+use crate::extension::{BitLinearArgs, InputNorm, Matrix, MatrixKernels, TernaryWeight};
 
 /// A text whose threads have one output each, and which does `$statement` before it stores the sum.
 macro_rules! text {
@@ -229,7 +229,7 @@ impl Problem {
                 let words = bitnet_burn_manager::gpu::words(bytes);
                 weights.push(tensor(&words, [*n, words.len() / n], DType::U32));
             }
-            chosen.push(Matrix { n: *n, choice: choice.map(|matrix| Kernels::Gpu(Arc::new(matrix))) });
+            chosen.push(Matrix { n: *n, choice: choice.map(|matrix| MatrixKernels::Gpu(Arc::new(matrix))) });
         }
         let scales = tensor(&[scale], [1, 1], DType::F32);
         let weights = weights.into_iter().map(|codes| (codes, scales.clone())).collect();

@@ -267,7 +267,7 @@ pub fn release_packings(model: &mut BitNet, checkpoint: &Checkpoint) -> Result<u
         for (which, layer) in Projection::ALL.into_iter().zip(block.projections_mut()) {
             let Some(matrix) = layer.matrix() else { continue };
             // What a GPU's memory holds, is not this memory.
-            let Some(Kernels::Host(choice)) = matrix.choice else { continue };
+            let Some(MatrixKernels::Host(choice)) = matrix.choice else { continue };
             if choice.layout().is_none() {
                 continue;
             }

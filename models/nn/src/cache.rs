@@ -315,7 +315,7 @@ impl KvCache {
         let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position };
         // Taken out, so that the operation is the only owner and writes in place.
         let caches = slot.layers[layer].take().expect("no operation holds it");
-        let (context, caches) = ops::attend(qkv, angles, caches, args);
+        let (context, caches) = ops::cached_attention(qkv, angles, caches, args);
         slot.layers[layer] = Some(caches);
         Ok(context)
     }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bitnet_burn_plugin::features::{self, Features, UnknownFeature};
 use serde::Serialize;
 
 use super::ManagerError;
@@ -23,7 +24,7 @@ pub struct ManagerConfig {
     pub strict: Strict,
     /// Use this kernel alone (`plugin/kernel`, or `kernel`), or those of this `plugin`.
     pub force: Option<String>,
-    /// CPU features to act as if the machine lacked them.
+    /// CPU features that no kernel of this manager may use, by their [`NAMES`](features::NAMES).
     pub masked_features: Vec<String>,
     /// Directory of the tuning results, and of the copies and verdicts of plugins; `None` keeps them in
     /// memory and in a temporary directory.
@@ -87,6 +88,7 @@ impl ManagerConfig {
         if let Some(mask) = var("BITNET_CPU_MASK") {
             config.masked_features =
                 mask.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
+            config.mask()?;
         }
         config.cache_dir = match var("BITNET_CACHE_DIR") {
             Some(dir) => (!dir.is_empty()).then(|| dir.into()),
@@ -95,6 +97,19 @@ impl ManagerConfig {
         config.plugins = PluginConfig::from_env()
             .map_err(|(name, value, expected)| ManagerError::Config { name, value, expected })?;
         Ok(config)
+    }
+
+    /// [`masked_features`](Self::masked_features) as a set.
+    ///
+    /// # Errors
+    /// If one of the names is unknown.
+    pub fn mask(&self) -> Result<Features, ManagerError> {
+        self.masked_features.iter().try_fold(Features::NONE, |mask, name| match Features::named(name) {
+            Ok(feature) => Ok(mask.with(feature)),
+            Err(UnknownFeature(value)) => {
+                Err(ManagerError::Config { name: "BITNET_CPU_MASK", value, expected: features::NAMES_TEXT })
+            }
+        })
     }
 
     /// What happens when the kernel in use fails or becomes slow, strict mode considered.
@@ -317,6 +332,18 @@ mod tests {
         for text in ["threshold", "threshold:", "threshold:1", "threshold:nan", "threshold:inf", "always"] {
             assert!(text.parse::<FallbackPolicy>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn masks_have_known_names() {
+        let config = |name: &str| ManagerConfig { masked_features: vec![name.into()], ..Default::default() };
+        // Of whichever architecture.
+        for name in ["avx2", "neon", "amx-tile"] {
+            assert_eq!(config(name).mask().unwrap(), Features::of(name));
+        }
+        let error = config("avx5").mask().unwrap_err().to_string();
+        assert!(error.contains("BITNET_CPU_MASK=avx5") && error.contains("avx512vnni"), "{error}");
+        assert!(super::super::KernelManager::new(config("avx5")).is_err());
     }
 
     #[test]

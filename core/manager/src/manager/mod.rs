@@ -254,8 +254,9 @@ impl KernelManager {
     /// A manager without kernels.
     ///
     /// # Errors
-    /// If its threads can't be started, or not pinned.
+    /// If its threads can't be started, or not pinned, or a masked CPU feature has an unknown name.
     pub fn new(config: ManagerConfig) -> Result<Self, ManagerError> {
+        config.mask()?;
         let threads = if config.threads == 0 { cpu::physical_cores() } else { config.threads };
         let pool = if config.pin { Pool::pinned(threads) } else { Pool::new(threads) }
             .map_err(|source| ManagerError::System { what: "starting the kernels' threads", source })?;
