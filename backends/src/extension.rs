@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_formats::dense_tiles::tiled_bytes;
-use bitnet_burn_manager::Choice;
+use bitnet_burn_manager::CpuKernels;
 #[cfg(feature = "fusion")]
 use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -89,7 +89,7 @@ pub struct Matrix {
 #[derive(Clone, Debug)]
 pub enum Kernels {
     /// Those of the CPU.
-    Host(Arc<Choice>),
+    Host(Arc<CpuKernels>),
     /// Those of plugins that are GPU source.
     #[cfg(feature = "cube")]
     Gpu(Arc<crate::gpu::GpuMatrix>),

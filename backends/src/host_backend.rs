@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use bitnet_burn_formats::quant;
 use bitnet_burn_manager::memory::{Activations, ActivationsMut};
-use bitnet_burn_manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerError};
+use bitnet_burn_manager::{CpuKernels, Job, KernelManager, LayoutPolicy, ManagerError};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::Shape;
@@ -283,7 +283,7 @@ fn quantise(manager: &KernelManager, x: &[f32], k: usize, norm: Option<(&[f32], 
 }
 
 /// The kernels that were chosen for the matrices, or now are.
-fn choices(manager: &KernelManager, args: &BitLinearArgs) -> Result<Vec<Arc<Choice>>, ManagerError> {
+fn choices(manager: &KernelManager, args: &BitLinearArgs) -> Result<Vec<Arc<CpuKernels>>, ManagerError> {
     args.matrices
         .iter()
         .map(|matrix| match &matrix.choice {
@@ -361,7 +361,7 @@ fn failed<B: HostBackend>(error: ManagerError, m: usize, n: usize) -> FloatTenso
 fn canonical_weights<B: HostBackend>(
     manager: &KernelManager,
     weights: Vec<TernaryWeight<B>>,
-    choices: &[Arc<Choice>],
+    choices: &[Arc<CpuKernels>],
     k: usize,
 ) -> Result<TernaryWeights<B>, ManagerError> {
     let mut canonical = Vec::with_capacity(weights.len());

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use bitnet_burn_cube::rows;
 use bitnet_burn_formats::canonical;
-use bitnet_burn_manager::gpu::{activations, params, words};
+use bitnet_burn_manager::gpu::{activations, le_words, params};
 use bitnet_burn_manager::memory::Activations;
 use bitnet_burn_manager::{GpuKernel, KernelManager, ManagerError};
 use burn::backend::TensorMetadata;
@@ -276,7 +276,7 @@ pub(super) fn run_checked(
     };
     match catch_unwind(AssertUnwindSafe(run)) {
         Err(_) => Ok(Err("the device panicked".into())),
-        Ok(Err(error)) => Ok(Err(words_of(&error))),
+        Ok(Err(error)) => Ok(Err(error_text(&error))),
         Ok(Ok((mut y, activations))) => {
             manager.check_first(part.kernel, (part.n, codes, scale), &activations, &mut y)?;
             Ok(Ok(y))
@@ -358,7 +358,7 @@ fn canonical_weights(
                     let weight = TernaryWeight::<B> { codes: into_contiguous(codes), scale: scale.clone() };
                     let bytes = canonical_bytes(manager, gpu, &weight)?;
                     let (client, device) = (&weight.codes.client, &weight.codes.device);
-                    let handle = client.create_from_slice(bytemuck::cast_slice(&words(&bytes)));
+                    let handle = client.create_from_slice(bytemuck::cast_slice(&le_words(&bytes)));
                     let shape = Shape::new([matrix.n, canonical::row_bytes(args.k) / 4]);
                     let codes =
                         CubeTensor::new_contiguous(client.clone(), device.clone(), shape, handle, DType::U32);
@@ -386,7 +386,7 @@ pub(super) fn params_on(device: &CubeDevice, client: &Client, params: [u32; 8]) 
 }
 
 /// What a device's failure says: the innermost causes, without what leads to them and the traces that follow.
-pub(super) fn words_of(error: &ServerError) -> String {
+pub(super) fn error_text(error: &ServerError) -> String {
     const WRAPPERS: [&str; 5] = [
         "Several failures at once",
         "The bytes were never written",
@@ -407,5 +407,5 @@ pub(super) fn words_of(error: &ServerError) -> String {
 }
 
 fn lost(error: &ServerError) -> ManagerError {
-    ManagerError::Device(words_of(error))
+    ManagerError::Device(error_text(error))
 }

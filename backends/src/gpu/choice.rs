@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bitnet_burn_formats::canonical;
 use bitnet_burn_formats::random::SplitMix64;
-use bitnet_burn_manager::memory::WeightBuffer;
+use bitnet_burn_manager::memory::PageBuffer;
 use bitnet_burn_manager::plugin::Target;
 use bitnet_burn_manager::{
     BUCKETS, DEFAULT_BODY, GpuKernel, KernelManager, ManagerError, Measurement, Packed, bucket,
@@ -41,7 +41,7 @@ type Candidate = Option<GpuKernel>;
 
 /// What was chosen for weights [n, k] on a device.
 #[derive(Debug)]
-pub struct GpuChoice {
+pub struct GpuKernels {
     device: CubeDevice,
     n: usize,
     k: usize,
@@ -58,7 +58,7 @@ pub struct GpuChoice {
 /// How the weights of one matrix are kept on a GPU, and who computes with them.
 #[derive(Debug)]
 pub struct GpuMatrix {
-    pub(super) choice: Arc<GpuChoice>,
+    pub(super) choice: Arc<GpuKernels>,
     /// The weights' canonical words, once something needs them that does not read the private layout.
     pub(super) canonical: OnceLock<CubeTensor>,
 }
@@ -79,7 +79,7 @@ impl GpuMatrix {
     /// # Errors
     /// If the kernel that packed them can't unpack them.
     pub fn unpack(&self, manager: &KernelManager, packed: &[u8]) -> Result<Vec<u8>, ManagerError> {
-        let GpuChoice { n, k, packer, .. } = &*self.choice;
+        let GpuKernels { n, k, packer, .. } = &*self.choice;
         match packer {
             None => Ok(packed.to_vec()),
             Some(packer) => manager.unpack_for_gpu(packer, *n, *k, packed),
@@ -95,7 +95,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 ///
 /// # Errors
 /// If memory is short.
-pub(crate) fn prepare(
+pub(crate) fn choose_and_pack(
     manager: &KernelManager,
     device: &CubeDevice,
     n: usize,
@@ -118,7 +118,7 @@ pub(crate) fn prepare(
 }
 
 /// The choices of this process, by manager, device, shape, and whether the weights have to stay canonical.
-type Choices = HashMap<(usize, CubeDevice, usize, usize, bool), Option<Arc<GpuChoice>>>;
+type Choices = HashMap<(usize, CubeDevice, usize, usize, bool), Option<Arc<GpuKernels>>>;
 
 static CHOICES: Mutex<Option<Choices>> = Mutex::new(None);
 
@@ -127,7 +127,7 @@ fn choose(
     device: &CubeDevice,
     (n, k): (usize, usize),
     canonical: bool,
-) -> Option<Arc<GpuChoice>> {
+) -> Option<Arc<GpuKernels>> {
     let key = (std::ptr::from_ref(manager) as usize, device.clone(), n, k, canonical);
     if let Some(known) = lock(&CHOICES).get_or_insert_default().get(&key)
         && known.as_ref().and_then(|choice| choice.packer.as_ref()).is_none_or(GpuKernel::ready)
@@ -180,7 +180,7 @@ pub(super) fn kernels(
 }
 
 /// Which layout: by decode speed, then prefill speed, then memory. `None` if the default body is the fastest for both.
-fn decide(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> Option<GpuChoice> {
+fn decide(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> Option<GpuKernels> {
     // Some are for decode alone, some for prompts.
     let mut kernels = self::kernels(manager, device, 1, n, k);
     for kernel in self::kernels(manager, device, 32, n, k) {
@@ -222,7 +222,7 @@ fn decide(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> O
             kernels.into_iter().filter(|kernel| layouts.contains(&layout(&Some(kernel.clone()))));
         if layouts.contains(&None) { None } else { of_layouts.min_by_key(bytes) }
     };
-    Some(GpuChoice {
+    Some(GpuKernels {
         device: device.clone(),
         n,
         k,
@@ -233,7 +233,7 @@ fn decide(manager: &KernelManager, device: &CubeDevice, n: usize, k: usize) -> O
     })
 }
 
-impl GpuChoice {
+impl GpuKernels {
     fn weight_bytes(&self) -> usize {
         match &self.packer {
             Some(packer) => packer.weight_bytes(self.n, self.k).expect("checked when chosen"),
@@ -404,7 +404,7 @@ fn measure(
                         Some(_) => manager.pack_for_gpu(kernel, n, k, &weights).map(Some),
                     };
                     let tried = bytes.and_then(|packed| {
-                        let handles = upload(packed.as_ref().map_or(&weights[..], WeightBuffer::as_slice));
+                        let handles = upload(packed.as_ref().map_or(&weights[..], PageBuffer::as_slice));
                         let part = Part { kernel, weights: &handles[0], scale: &scale.handle, n };
                         Ok(body::run_checked(manager, &input, &part, (&weights, SCALE))?.map(|_| handles))
                     });
@@ -460,7 +460,7 @@ fn measure(
             match result {
                 Ok(()) if counted => times[*i].push(elapsed),
                 Ok(()) => {}
-                Err(error) => measurements[*i].note = Some(body::words_of(&error)),
+                Err(error) => measurements[*i].note = Some(body::error_text(&error)),
             }
         }
         racing.retain(|(i, _, _)| measurements[*i].note.is_none());

@@ -27,7 +27,7 @@ mod tests;
 pub(crate) use self::attention::{attend, int8_supported};
 pub(crate) use self::body::{bit_linear, bit_linear_backward};
 pub use self::choice::GpuMatrix;
-pub(crate) use self::choice::prepare;
+pub(crate) use self::choice::choose_and_pack;
 pub(crate) use self::dense::{dense_linear, dense_rows};
 pub use self::device::open_gpu;
 pub(crate) use self::rows::{gated, rms_norm};

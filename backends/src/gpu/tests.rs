@@ -214,19 +214,19 @@ impl Problem {
         let matrices: Vec<_> = ns.iter().map(|&n| (random.weights(n, k), n)).collect();
         let (mut weights, mut chosen) = (Vec::new(), Vec::new());
         for (bytes, n) in &matrices {
-            let prepared = choice::prepare(manager, &device(), *n, k, bytes).unwrap();
+            let prepared = choice::choose_and_pack(manager, &device(), *n, k, bytes).unwrap();
             let (choice, bytes) = match &prepared {
                 None => (None, &bytes[..]),
                 Some((_, Packed::Canonical)) => (prepared.map(|(matrix, _)| matrix), &bytes[..]),
                 Some((_, Packed::Private(_))) => {
                     let Some((matrix, Packed::Private(buffer))) = prepared else { unreachable!() };
-                    let words = bitnet_burn_manager::gpu::words(buffer.as_slice());
+                    let words = bitnet_burn_manager::gpu::le_words(buffer.as_slice());
                     weights.push(tensor(&words, [1, words.len()], DType::U32));
                     (Some(matrix), &[][..])
                 }
             };
             if !bytes.is_empty() {
-                let words = bitnet_burn_manager::gpu::words(bytes);
+                let words = bitnet_burn_manager::gpu::le_words(bytes);
                 weights.push(tensor(&words, [*n, words.len() / n], DType::U32));
             }
             chosen.push(Matrix { n: *n, choice: choice.map(|matrix| Kernels::Gpu(Arc::new(matrix))) });

@@ -70,7 +70,7 @@ impl GpuOperands {
         }
         let rows = x.scale().iter().zip(x.sum()).map(|(a, &sum)| [a.to_bits(), sum as u32]).collect();
         let params = params(m, n, k, y_stride, y_column);
-        Self { shape: (m, n, k), weights: self::words(weights), scale, x: words, rows, params }
+        Self { shape: (m, n, k), weights: self::le_words(weights), scale, x: words, rows, params }
     }
 }
 
@@ -85,7 +85,7 @@ pub fn x_stride(k: usize) -> usize {
 }
 
 /// Bytes as little-endian words, the last one filled up with zeros.
-pub fn words(bytes: &[u8]) -> Vec<u32> {
+pub fn le_words(bytes: &[u8]) -> Vec<u32> {
     let word = |bytes: &[u8]| {
         let mut word = [0; 4];
         word[..bytes.len()].copy_from_slice(bytes);

@@ -78,7 +78,7 @@ impl Placed {
                 return Ok(Ok(BitNet::placed(checkpoint, &devices, options, progress)?));
             }
             let load = || BitNet::placed(checkpoint, &devices, options, progress);
-            let model = match devices::quietly(load) {
+            let model = match devices::catching_panics(load) {
                 Ok(loaded) => loaded?,
                 Err(problem) => return failed(placement, problem),
             };

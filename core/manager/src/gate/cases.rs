@@ -306,7 +306,7 @@ impl Case {
             return Err("workspace_size depends on more than m and k".into());
         }
         if size > crate::plugin::max_workspace(m, x.stride()) {
-            return Err(format!("it asks for a workspace of {size} bytes"));
+            return Err(KernelFailure::Workspace { bytes: size }.to_string());
         }
         let mut workspace = self.walled("the workspace", size, WORKSPACE_ALIGNMENT)?;
         // SAFETY: filled activations, and a workspace of the size that the kernel asked for.

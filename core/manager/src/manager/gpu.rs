@@ -11,14 +11,14 @@ use bitnet_burn_plugin::abi::Signature;
 use bitnet_burn_plugin::canonical;
 
 use super::report::{EventKind, Failure};
-use super::watch::{SAMPLE_EVERY, SAMPLE_ROWS};
+use super::watch::{COMPARED_EVERY, COMPARED_FEATURES};
 use super::{
-    Choice, Entry, Fallback, FallbackPolicy, Job, KernelManager, ManagerError, Measurement, execute, lock,
-    names, tune,
+    CpuKernels, Entry, Fallback, FallbackPolicy, Job, KernelManager, ManagerError, Measurement, lock,
+    packing, registry::names, tune,
 };
 use crate::gate::Stage;
 use crate::gpu::close;
-use crate::memory::{Activations, WeightBuffer};
+use crate::memory::{Activations, PageBuffer};
 use crate::plugin::{Kernel, Target};
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_formats::reference;
@@ -60,7 +60,7 @@ impl GpuKernel {
     /// Bytes of weights [n, k] as [`KernelManager::pack_for_gpu`] gives them; `None` if it can't pack them.
     pub fn weight_bytes(&self, n: usize, k: usize) -> Option<usize> {
         match self.0.kernel.layout() {
-            Some(_) => execute::stored_bytes(&self.0, n, k),
+            Some(_) => packing::stored_bytes(&self.0, n, k),
             None => canonical::matrix_bytes(n, k),
         }
     }
@@ -72,7 +72,7 @@ impl GpuKernel {
 
     /// Counts a call; whether its result is one of those that [`KernelManager::spot_check`] should see.
     pub fn count(&self) -> bool {
-        self.0.count() % SAMPLE_EVERY == SAMPLE_EVERY - 1
+        self.0.count() % COMPARED_EVERY == COMPARED_EVERY - 1
     }
 }
 
@@ -101,10 +101,10 @@ impl KernelManager {
         n: usize,
         k: usize,
         weights: &[u8],
-    ) -> Result<WeightBuffer, ManagerError> {
+    ) -> Result<PageBuffer, ManagerError> {
         let entry = &kernel.0;
-        let sealed = execute::pack(entry, &self.pool, &self.arena, n, k, weights).and_then(|mut packed| {
-            execute::seal(entry, &self.pool, (n, k), weights, &mut packed)?;
+        let sealed = packing::pack(entry, &self.pool, &self.arena, n, k, weights).and_then(|mut packed| {
+            packing::seal(entry, &self.pool, (n, k), weights, &mut packed)?;
             Ok(packed)
         });
         if let Err(ManagerError::Pack { reason, .. } | ManagerError::Unpack { reason, .. }) = &sealed {
@@ -124,7 +124,7 @@ impl KernelManager {
         k: usize,
         packed: &[u8],
     ) -> Result<Vec<u8>, ManagerError> {
-        execute::unpack(&kernel.0, &self.pool, n, k, packed)
+        packing::unpack(&kernel.0, &self.pool, n, k, packed)
     }
 
     /// Compares a GPU kernel's first result for an exact shape with that of a built-in kernel of the CPU (or of the
@@ -141,7 +141,7 @@ impl KernelManager {
         y: &mut [f32],
     ) -> Result<(), ManagerError> {
         let (m, k) = (x.m(), x.k());
-        let choice = Choice::new(n, k, None);
+        let choice = CpuKernels::new(n, k, None);
         let mut trusted = vec![0f32; m * n];
         let by = self.run_trusted(&Job { choice: &choice, weights, scale, column: 0 }, x, &mut trusted, n)?;
         if let Some(i) = (0..m * n).find(|&i| !close(y[i], trusted[i])) {
@@ -173,7 +173,7 @@ impl KernelManager {
         let mut random = SplitMix64::new(kernel.0.calls.load(Ordering::Relaxed));
         let row = random.below(m as u64) as usize;
         let q = &x.q()[row * x.stride()..][..k];
-        for _ in 0..SAMPLE_ROWS.min(n) {
+        for _ in 0..COMPARED_FEATURES.min(n) {
             let column = random.below(n as u64) as usize;
             let codes = &weights[column * row_bytes..][..row_bytes];
             let want = reference::row_sum_products(codes, q) as f32 * (scale * x.scale()[row]);

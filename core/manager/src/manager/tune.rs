@@ -10,12 +10,12 @@ use bitnet_burn_plugin::canonical;
 use serde::{Deserialize, Serialize};
 
 use super::cache::Cache;
-use super::execute::{self, Part, Scratch, run_parts};
+use super::parts::{Part, Scratch, run_parts};
 use super::slot::RACE_TURNS;
-use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, ManagerConfig, abi_weights, bucket, lock};
+use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, ManagerConfig, abi_weights, bucket, lock, packing};
 use crate::cpu;
 use crate::gate::Stage;
-use crate::memory::{Activations, WeightArena, WeightBuffer};
+use crate::memory::{Activations, PageArena, PageBuffer};
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_formats::reference;
 
@@ -388,10 +388,10 @@ impl KernelManager {
         k: usize,
         weights: &[u8],
         copies: usize,
-    ) -> Result<Vec<WeightBuffer>, String> {
-        let arena = WeightArena::default();
+    ) -> Result<Vec<PageBuffer>, String> {
+        let arena = PageArena::default();
         let first = if entry.kernel.layout().is_some() {
-            execute::pack(entry, &self.pool, &arena, n, k, weights).map_err(|e| e.to_string())?
+            packing::pack(entry, &self.pool, &arena, n, k, weights).map_err(|e| e.to_string())?
         } else {
             // A memory-mapped file aligns tensors to 32 bytes, so that vectors of 64 straddle cache lines.
             let mut buffer = arena.allocate(weights.len() + 32, 64).map_err(|e| e.to_string())?;
@@ -415,7 +415,7 @@ impl KernelManager {
     fn run_once(
         &self,
         entry: &Entry,
-        weights: &WeightBuffer,
+        weights: &PageBuffer,
         n: usize,
         k: usize,
         x: &Activations,
@@ -423,7 +423,7 @@ impl KernelManager {
     ) -> Result<(), String> {
         let bytes = weights.as_slice();
         let bytes = match entry.kernel.layout() {
-            Some(_) => execute::own_bytes(entry, n, k, bytes),
+            Some(_) => packing::own_bytes(entry, n, k, bytes),
             None => &bytes[32..],
         };
         let part = Part { kernel: &entry.kernel, weights: abi_weights(n, k, SCALE, bytes), column: 0 };
