@@ -103,8 +103,7 @@ pub(crate) fn bit_linear(
         matrix.choice = chosen.map(|matrix| Kernels::Gpu(Arc::new(matrix)));
     }
     let chosen = args.matrices.iter().any(|matrix| gpu(matrix).is_some());
-    // As many rows as a launch can have workgroups.
-    // And so many values that 32 bits number them.
+    // A launch has 2^16 - 1 workgroups for rows at most, and kernels number values with 32 bits.
     let fits = m.saturating_mul(args.k.max(args.total_n())) <= u32::MAX as usize;
     let rows = (1..1 << 16).contains(&m) && fits;
     let result = if chosen && args.quantise && rows && x.dtype == DType::F32 {
@@ -229,7 +228,7 @@ fn one_by_one(
     Ok(default::concat::<B>(outputs))
 }
 
-/// Quantises rows and launches the kernels on them; the output, which nobody has looked at.
+/// Quantises rows and launches the kernels on them; the unchecked output.
 pub(super) fn run(input: &Input, parts: &[Part]) -> (CubeTensor, Quantised) {
     let ((m, k), x) = (input.shape(), &input.x);
     let client = &x.client;
@@ -256,11 +255,11 @@ pub(super) fn run(input: &Input, parts: &[Part]) -> (CubeTensor, Quantised) {
     (y, quantised)
 }
 
-/// Runs a kernel, and compares its result with a trusted one, which is returned; or why it could not be run, in words.
+/// Runs a kernel, and compares its result with a trusted one, which is returned; or why it could not be run.
 /// A kernel that was wrong is in quarantine then.
 ///
 /// # Errors
-/// If it was wrong, and nobody may take over.
+/// If it was wrong, and the policy forbids a fallback.
 pub(super) fn run_checked(
     manager: &KernelManager,
     input: &Input,

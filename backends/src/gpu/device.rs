@@ -15,7 +15,7 @@ use crate::devices;
 /// one, else wgpu's.
 ///
 /// # Errors
-/// In words, if there is none, or it takes no text.
+/// If there is none, or it takes no text.
 pub fn open_gpu() -> Result<Box<dyn GpuDevice>, String> {
     let compiled = devices::runtimes();
     let mut problem = format!("the runtime {} takes no kernels as text", compiled.join(", "));

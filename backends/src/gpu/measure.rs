@@ -11,7 +11,8 @@ use cubecl::std::throughput::measure_peak_throughput;
 use cubecl::throughput::{MemoryAccess, MemorySpec, ThroughputKey, ThroughputMode};
 
 use super::body::{self, Input, Part};
-use super::choice::{self, SCALE};
+use super::choice;
+use super::contest::SCALE;
 use super::launch::{self, Buffers};
 use crate::devices::catching_panics;
 use crate::extension::InputNorm;

@@ -4,6 +4,7 @@ use crate::manager::Strict;
 
 /// What the manager can't do.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ManagerError {
     /// An environment variable is wrong.
     #[error("{name}={value}: expected {expected}")]
@@ -40,10 +41,10 @@ pub enum ManagerError {
         /// Each kernel, why not, and what would help.
         missing: String,
     },
-    /// A kernel failed, and nobody may take over.
+    /// A kernel failed, and a fallback is forbidden.
     #[error(
         "kernel {kernel} failed at the ternary matmul [{m}, {k}] x [{n}, {k}]ᵀ: {reason}. {forbids} forbids \
-         another one to take over: without the kernel's plugin, or with another kernel forced, others compute"
+         a fallback: remove the kernel's plugin, or force another kernel"
     )]
     NoFallback {
         /// The kernel.

@@ -1,4 +1,4 @@
-//! Kernels that are GPU source text, as far as they can be known without a GPU: how their operands lie in the
+//! Kernels that are GPU source text, as far as the host knows them without a GPU: how their operands lie in the
 //! device's buffers ([`abi::Gpu`](bitnet_burn_plugin::abi::Gpu) is the contract), how exact they must be, and the
 //! device that others provide, so that the [gate](crate::gate) can try them.
 
@@ -7,8 +7,8 @@ use bitnet_burn_plugin::abi::GPU_ACTIVATION_BLOCK;
 use crate::memory::Activations;
 use crate::plugin::{Kernel, Target};
 
-/// Outputs may differ from the two separate f32 products by so many units in the last place.
-pub const MAX_ULP: u32 = 2;
+/// Outputs may differ from the two separate f32 products by this many units in the last place.
+pub(crate) const MAX_ULP: u32 = 2;
 
 /// A GPU that compiles kernels from text and runs them.
 pub trait GpuDevice {
@@ -18,13 +18,13 @@ pub trait GpuDevice {
     /// The language that it takes.
     fn target(&self) -> Target;
 
-    /// What a kernel needs and the device lacks, in words.
+    /// What a kernel needs and the device lacks.
     fn lacking(&self, kernel: &Kernel) -> Option<String>;
 
     /// Compiles a kernel, and runs it once over `y`, which it finds and leaves as it is but for the kernel's outputs.
     ///
     /// # Errors
-    /// In words, if the text does not compile, the device refuses the launch or fails, or an input has changed.
+    /// If the text does not compile, the device refuses the launch or fails, or an input has changed.
     fn run(&self, kernel: &Kernel, operands: &GpuOperands, y: &mut [f32]) -> Result<(), String>;
 }
 

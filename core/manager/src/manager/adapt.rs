@@ -12,7 +12,7 @@ use super::{Entry, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerErro
 
 /// Memory is short below this fraction of all there is.
 pub const LOW_MEMORY: u64 = 16;
-/// It is looked at so often, at most.
+/// The memory is looked at once in this time, at most.
 const MEMORY_EVERY: Duration = Duration::from_secs(1);
 
 /// What a caller tells the manager ([`KernelManager::adapt`]).
@@ -20,8 +20,8 @@ const MEMORY_EVERY: Duration = Duration::from_secs(1);
 pub enum Feedback {
     /// Compare the kernels in use with their rivals again.
     Retune,
-    /// So much was measured, and so much is wanted, in any unit of which more is better (tokens a second):
-    /// less than wanted is a reason to [`Retune`](Self::Retune).
+    /// A measured speed and the wanted one, in any unit of which more is better (tokens a second). Less than
+    /// wanted means [`Retune`](Self::Retune).
     Speed {
         /// What was measured.
         measured: f64,
@@ -287,7 +287,7 @@ impl KernelManager {
         }
     }
 
-    /// The choices that somebody holds.
+    /// The choices that callers hold.
     fn in_use(&self) -> Vec<Arc<CpuKernels>> {
         let mut made = lock(&self.made);
         made.retain(|choice| choice.strong_count() > 0);

@@ -19,8 +19,8 @@ pub struct CpuKernels {
     /// Without what the manager keeps behind the packing.
     own_bytes: usize,
     slots: [Slot; BUCKETS.len()],
-    /// Weights whose packing nobody may read any more, packed anew, by the checksum of what they are. They
-    /// live as long as the weights' users, which hold this choice.
+    /// Weights whose packing is a quarantined plugin's, packed anew, by their checksum. They live as long as
+    /// the users of the weights, which hold this choice.
     pub(super) fallback_weights: Mutex<HashMap<u64, Arc<FallbackWeights>>>,
 }
 

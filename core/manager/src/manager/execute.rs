@@ -64,7 +64,8 @@ impl KernelManager {
                 match (turn, failed.take()) {
                     (None, failed) => self.run_last(job, failed, x, y, stride)?,
                     (Some(turn), Some((from, failure))) => {
-                        self.record_fallback(&from, turn.entry.kernel.id(), job, m, &failure);
+                        let (to, (n, k)) = (turn.entry.kernel.id(), job.choice.shape());
+                        self.record_fallback(&from, to, (m, n, k), failure.to_string());
                     }
                     (Some(_), None) => {}
                 }
@@ -157,9 +158,8 @@ impl KernelManager {
         }
     }
 
-    /// What is left when no kernel of the ranking is. Weights in the packing of a plugin from a file are
-    /// packed anew, once, for the other kernels, which could not read that packing; for all others there is
-    /// the reference.
+    /// Fallback after all ranked kernels failed. Weights in the packing of a plugin from a file are packed anew,
+    /// once, for other kernels, which can't read that packing; other weights are computed by the reference.
     fn run_last(
         &self,
         job: &Job,
@@ -177,7 +177,7 @@ impl KernelManager {
                 let candidates = &self.ranking(job.choice, m).candidates;
                 let to = job.choice.slot(m).first(|rank| candidates[rank].entry.ready());
                 let to = to.map_or(REFERENCE, |rank| candidates[rank].kernel());
-                self.record_fallback(&from, to, &job, m, &failure);
+                self.record_fallback(&from, to, (m, n, k), failure.to_string());
             }
             return self.matmul(&[job], x, y, stride);
         }
@@ -186,7 +186,9 @@ impl KernelManager {
                 return Err(self.no_fallback(&from, (n, k), m, failure.to_string()));
             }
             None if !self.config.strict.allows_reference() => return Err(self.no_kernel(m, n, k)),
-            Some((from, failure)) => self.record_fallback(&from, REFERENCE, job, m, &failure),
+            Some((from, failure)) => {
+                self.record_fallback(&from, REFERENCE, (m, n, k), failure.to_string());
+            }
             None => {}
         }
         let (weights, out) = (&self.canonical_weights(job)?, &mut y[job.column..]);
@@ -216,21 +218,25 @@ impl KernelManager {
         Ok(fallback_weights)
     }
 
-    fn record_fallback(&self, from: &Entry, to: &str, job: &Job, m: usize, failure: &KernelFailure) {
-        let (n, k) = job.choice.shape();
+    /// Counts that a kernel failed at a shape and what took its place.
+    pub(super) fn record_fallback(
+        &self,
+        from: &Entry,
+        to: &str,
+        shape: (usize, usize, usize),
+        reason: String,
+    ) {
         let kernel = from.kernel.id();
         let mut fallbacks = lock(&self.fallbacks);
-        let same =
-            |f: &&mut Fallback| f.kernel == kernel && f.replacement == to && (f.shape.1, f.shape.2) == (n, k);
+        let same = |f: &&mut Fallback| {
+            f.kernel == kernel && f.replacement == to && (f.shape.1, f.shape.2) == (shape.1, shape.2)
+        };
         match fallbacks.iter_mut().find(same) {
             Some(known) => known.count += 1,
-            None => fallbacks.push(Fallback {
-                kernel: kernel.into(),
-                replacement: to.into(),
-                shape: (m, n, k),
-                reason: failure.to_string(),
-                count: 1,
-            }),
+            None => {
+                let (kernel, replacement) = (kernel.into(), to.into());
+                fallbacks.push(Fallback { kernel, replacement, shape, reason, count: 1 });
+            }
         }
     }
 }

@@ -22,7 +22,8 @@ mod registry;
 mod report;
 mod selection;
 mod slot;
-mod tune;
+mod tune_cpu;
+mod tuner;
 mod watch;
 
 use std::collections::HashMap;
@@ -40,8 +41,9 @@ pub(crate) use self::registry::Entry;
 pub use self::report::{
     Event, EventKind, Failures, Fallback, KernelReport, ManagerReport, REFERENCE, Status,
 };
-pub use self::slot::{DRIFT, PROBATION_AFTER, RACE_TURNS, TIMED_EVERY, TRIAL_CALLS, WINDOW};
-pub use self::tune::{Candidate, Measurement, Ranking, Source, rotation_bytes};
+pub use self::slot::{PROBATION_AFTER, RACE_TURNS, TIMED_EVERY, TRIAL_CALLS, WINDOW};
+pub use self::tune_cpu::{Candidate, Ranking, rotation_bytes};
+pub use self::tuner::{Contest, Inputs, Measurement, Source, Standings, Unfit};
 use crate::cpu;
 pub use crate::error::ManagerError;
 use crate::memory::{PageArena, PageBuffer};
@@ -105,13 +107,13 @@ pub struct KernelManager {
     plugins: Mutex<Vec<Arc<Plugin>>>,
     entries: RwLock<Vec<Arc<Entry>>>,
     choices: Mutex<HashMap<(usize, usize, LayoutPolicy), Arc<CpuKernels>>>,
-    /// All choices that somebody may still hold.
+    /// All choices that callers may still hold.
     made: Mutex<Vec<Weak<CpuKernels>>>,
     policy: FallbackPolicy,
     memory: adapt::MemoryWatch,
     events: Mutex<Vec<Event>>,
     store: PluginStore,
-    tuner: tune::Tuner,
+    tuner: tuner::Tuner,
     reference_calls: AtomicU64,
     fallbacks: Mutex<Vec<Fallback>>,
     scratch: parts::Scratch,
@@ -127,7 +129,7 @@ impl KernelManager {
         let pool = if config.pin { Pool::pinned(threads) } else { Pool::new(threads) }
             .map_err(|source| ManagerError::System { what: "starting the kernels' threads", source })?;
         Ok(Self {
-            tuner: tune::Tuner::new(&config),
+            tuner: tuner::Tuner::new(&config),
             policy: config.policy(),
             store: PluginStore::new(config.plugins.clone(), config.cache_dir.as_deref()),
             config,
@@ -163,12 +165,13 @@ impl KernelManager {
     /// What happened so far.
     pub fn report(&self) -> ManagerReport {
         let (cache_file, cache_problem) = self.tuner.cache_file();
+        let (tuned, cached) = self.tuner.counts();
         ManagerReport {
             threads: self.pool.threads(),
             pinned: self.config.pin,
             strict: self.config.strict,
-            tuned: self.tuner.tuned(),
-            cached: self.tuner.cached(),
+            tuned,
+            cached,
             cache_file,
             cache_problem,
             kernels: self.entries().iter().map(|entry| registry::report(entry)).collect(),

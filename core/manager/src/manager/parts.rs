@@ -14,7 +14,7 @@ use crate::pool::Pool;
 
 /// Bytes of activations that a tile walks over again and again: they should stay in the L2 cache.
 const ACTIVATION_BLOCK: usize = 480 << 10;
-/// A task should read at least so many bytes of weights, or the fork-join costs more than it wins.
+/// A task should read at least this many bytes of weights, or the fork-join costs more than it wins.
 const MIN_TASK_BYTES: usize = 16 << 10;
 
 /// One for each matrix of a matmul: there are at most three in a model, so that nothing is allocated.

@@ -6,15 +6,17 @@ use bitnet_burn_plugin::abi::Signature;
 use bitnet_burn_plugin::canonical;
 
 use super::registry::names;
+use super::tune_cpu::CpuContest;
 use super::{
     BUCKETS, CpuKernels, Entry, FallbackPolicy, KernelManager, LayoutPolicy, ManagerError, Packed, Ranking,
-    Status, bucket, lock, packing, tune,
+    Status, bucket, lock, packing,
 };
 use crate::gate;
+use crate::memory::PageBuffer;
 use crate::plugin::Target;
 
 impl KernelManager {
-    /// The policy allows nobody to take over from a kernel.
+    /// A kernel failed, and the policy forbids a fallback.
     pub(super) fn no_fallback(
         &self,
         entry: &Entry,
@@ -121,46 +123,7 @@ impl KernelManager {
         if candidates.is_empty() && !self.config.strict.allows_reference() {
             return Err(self.no_kernel(1, n, k));
         }
-        let mut layouts: Vec<Option<&str>> = Vec::new();
-        for entry in &candidates {
-            if !layouts.contains(&entry.kernel.layout()) {
-                layouts.push(entry.kernel.layout());
-            }
-        }
-        let layout = if layouts.len() > 1 {
-            // Median and fastest run of a layout's fastest kernel.
-            let best = |m: usize, layout: Option<&str>| {
-                let ranking = self.rank(m, n, k, policy);
-                let of_layout = ranking.candidates.iter().filter(|c| c.entry.kernel.layout() == layout);
-                let times = of_layout.filter_map(|c| Some((c.measurement.median_ns?, c.measurement.min_ns?)));
-                times.min().unwrap_or((u64::MAX, u64::MAX))
-            };
-            let bytes = |layout: Option<&str>| {
-                let entry = candidates.iter().find(|e| e.kernel.layout() == layout);
-                // Canonical weights are there anyway.
-                layout.and(entry).and_then(|e| e.kernel.weight_bytes(n, k)).unwrap_or(0) as u64
-            };
-            // Decode first: the time for measuring may be spent behind it.
-            let mut layouts: Vec<_> = layouts.iter().map(|&l| (l, [1, 32].map(|m| best(m, l)))).collect();
-            let fastest = |layouts: &[(_, [(u64, u64); 2])], i: usize| {
-                layouts.iter().map(|(_, times)| times[i]).min().unwrap_or((u64::MAX, u64::MAX))
-            };
-            let (prefill, _) = fastest(&layouts, 1);
-            layouts.retain(|(_, times)| times[1].0 as f64 <= prefill as f64 * tune::HOPELESS);
-            for i in 0..2 {
-                let (median, min) = fastest(&layouts, i);
-                let noise = (median as f64 / min.max(1) as f64).clamp(1.05, 1.15);
-                layouts.retain(|(_, times)| times[i].0 as f64 <= median as f64 * noise);
-            }
-            layouts.sort_by_key(|&(l, _)| bytes(l));
-            layouts[0].0
-        } else {
-            layouts.first().copied().flatten()
-        };
-        let packer = layout.map(|layout| {
-            let entry = candidates.iter().find(|e| e.kernel.layout() == Some(layout));
-            entry.expect("the layout is a candidate's").clone()
-        });
+        let packer = self.tuner.packer(&CpuContest { manager: self, n, k, policy });
         Ok(CpuKernels::new(n, k, packer))
     }
 
@@ -226,18 +189,30 @@ impl KernelManager {
             )));
         }
         let Some(entry) = &choice.packer else { return Ok(Packed::Canonical) };
-        let packed = packing::pack(entry, &self.pool, &self.arena, n, k, weights);
-        if entry.watch.is_none() {
-            return packed.map(Packed::Private);
-        }
-        let sealed = packed.and_then(|mut packed| {
+        let packed = match entry.watch {
+            Some(_) => self.pack_sealed(entry, n, k, weights),
+            None => packing::pack(entry, &self.pool, &self.arena, n, k, weights),
+        };
+        packed.map(Packed::Private)
+    }
+
+    /// Packs weights with the kernel of a plugin from a file or of a GPU: what comes out is unpacked again and compared,
+    /// its checksum is kept behind it, and the plugin is quarantined if it differs.
+    pub(super) fn pack_sealed(
+        &self,
+        entry: &Entry,
+        n: usize,
+        k: usize,
+        weights: &[u8],
+    ) -> Result<PageBuffer, ManagerError> {
+        let sealed = packing::pack(entry, &self.pool, &self.arena, n, k, weights).and_then(|mut packed| {
             packing::seal(entry, &self.pool, (n, k), weights, &mut packed)?;
             Ok(packed)
         });
         if let Err(ManagerError::Pack { reason, .. } | ManagerError::Unpack { reason, .. }) = &sealed {
             self.quarantine(entry, gate::Stage::FirstUse, format!("weights [{n}, {k}]: {reason}"));
         }
-        sealed.map(Packed::Private)
+        sealed
     }
 
     /// The canonical form of weights that [`pack`](Self::pack) packed.

@@ -14,7 +14,6 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, RwLock};
 
-use bitnet_burn_plugin::abi::Signature;
 use bitnet_burn_plugin::canonical;
 
 use super::packing;
@@ -27,10 +26,10 @@ use crate::plugin::Origin;
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_formats::reference;
 
-/// One call in so many is compared: a prime, so that it falls on other layers every time.
-pub const COMPARED_EVERY: u64 = 251;
+/// One call in this many is compared: a prime, so that it falls on other layers every time.
+pub(super) const COMPARED_EVERY: u64 = 251;
 /// Output features that are compared then.
-pub const COMPARED_FEATURES: usize = 8;
+pub(super) const COMPARED_FEATURES: usize = 8;
 
 /// The shapes (M, N, K) for which a kernel has computed what a built-in one has.
 #[derive(Debug, Default)]
@@ -51,7 +50,7 @@ impl KernelManager {
     /// the kernel before.
     ///
     /// # Errors
-    /// In words, if it is wrong; the plugin is in quarantine then, and the output must be computed again.
+    /// What is wrong with it. The plugin is in quarantine then, and the output must be computed again.
     pub(super) fn look(
         &self,
         (rank, entry): (usize, &Entry),
@@ -165,7 +164,7 @@ impl KernelManager {
     ) -> Result<Option<Arc<Entry>>, ManagerError> {
         let (n, k) = job.choice.shape();
         let weights = &*self.canonical_weights(job)?;
-        let signature = Signature::ternary(x.m() as u64, n as u64, k as u64, self.pool.threads() as u32);
+        let signature = self.signature(x.m(), n, k);
         let address = weights.as_ptr() as usize;
         for entry in self.entries() {
             let kernel = &entry.kernel;

@@ -8,7 +8,7 @@ use bitnet_burn_plugin::abi::{self, ACTIVATION_ALIGNMENT, ACTIVATION_SLACK};
 
 /// Zeroed bytes aligned for vector loads.
 #[derive(Debug)]
-pub struct AlignedBytes {
+pub(crate) struct AlignedBytes {
     data: NonNull<u8>,
     size: usize,
 }

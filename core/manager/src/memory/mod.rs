@@ -3,5 +3,6 @@
 mod activations;
 mod pages;
 
-pub use self::activations::{Activations, ActivationsMut, AlignedBytes};
+pub(crate) use self::activations::AlignedBytes;
+pub use self::activations::{Activations, ActivationsMut};
 pub use self::pages::{PageArena, PageBuffer};

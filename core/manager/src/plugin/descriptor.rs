@@ -88,9 +88,9 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, 
     if size < KERNEL_SIZE_1_0 as u64 || size > 1 << 16 {
         return Err(format!("struct_size of kernel {i} is {size}, ABI {ABI_MAJOR}.0 has {KERNEL_SIZE_1_0}"));
     }
-    // Half of a later version's fields are none.
+    // A part of a later version's fields counts as none of them.
     let size = if size < size_of::<RawKernel>() as u64 { KERNEL_SIZE_1_0 as u64 } else { size };
-    // SAFETY: it says that it has so many bytes; null pointers, absent functions and zeros are valid.
+    // SAFETY: `size` is what it says it has; null pointers, absent functions and zeros are valid.
     let mut kernel = unsafe { known_fields(pointer, size) };
     let name = name(kernel.name, &format!("the name of kernel {i}"))?;
     let layout = match kernel.layout.is_null() {
@@ -165,7 +165,7 @@ unsafe fn check_gpu(kernel: &str, pointer: *const RawGpu) -> Result<GpuSource, S
             size_of::<RawGpu>()
         ));
     }
-    // SAFETY: it says that it has so many bytes; null pointers and zeros are valid.
+    // SAFETY: `size` is what it says it has; null pointers and zeros are valid.
     let gpu = unsafe { known_fields(pointer, size) };
     let source = text(gpu.source, MAX_SOURCE).filter(|text| !text.is_empty());
     let source = source.ok_or_else(|| {
@@ -403,7 +403,7 @@ mod tests {
             let known = target != TARGET_CUDA + 1;
             match checked {
                 Err(error) => prop_assert!(known && error.contains("`text`"), "{error}"),
-                // Kernels of targets that nobody knows are listed, and not used.
+                // Kernels of unknown targets are listed, and not used.
                 Ok(declared) if !known => prop_assert!(declared.gpu.is_none()),
                 Ok(declared) => {
                     let gpu = declared.gpu.expect("a text");

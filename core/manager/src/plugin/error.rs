@@ -8,6 +8,7 @@ use crate::gate::{GateError, Refusal, Stage};
 
 /// Why a plugin was refused.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum PluginError {
     /// The file can't be read.
     #[error("plugin {}: {source}", path.display())]
@@ -79,7 +80,7 @@ pub enum PluginError {
         /// The file.
         path: PathBuf,
     },
-    /// Others could have put the file there.
+    /// Other users could have put the file there.
     #[error("plugin {}: {reason}", path.display())]
     Policy {
         /// The file.
@@ -116,7 +117,7 @@ pub enum PluginError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// It was never checked on this machine, and nobody is there to do it.
+    /// It was never checked on this machine, and there is no helper program to check it.
     #[error(
         "plugin {}: the gate has not tried it on this machine, and no helper program is configured that \
          could; `bitnet plugins verify` does it", path.display()

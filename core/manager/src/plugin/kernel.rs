@@ -237,7 +237,7 @@ impl Kernel {
 
     /// # Safety
     /// Filled structs whose buffers are as the ABI says, a workspace that `prepare` filled, and a
-    /// tile of the output that nobody else accesses.
+    /// tile of the output that no other access overlaps.
     pub(crate) unsafe fn run(
         &self,
         weights: &abi::Weights,

@@ -90,7 +90,7 @@ impl Slot {
                 && usable(rank)
                 && state.expected(rank, head, key, rows).is_none_or(|expected| expected < current)
         };
-        if state.by_speed.iter().any(|&rank| rival(rank)) {
+        if self.order.ranks().any(rival) {
             state.demote(head, true, call);
             let reason = format!("{}, {drift:.1} times what was expected", microseconds(current));
             changes.push(Change::slow(head, reason));
@@ -110,9 +110,9 @@ impl Slot {
         }
         state.expect(head, key, current);
         let time = |rank: &usize| state.kernels[*rank].figure(key).map_or(f64::INFINITY, |f| f.expected);
-        let mut by_speed = state.by_speed.clone();
+        let mut by_speed = Vec::from_iter(self.order.ranks());
         by_speed.sort_by(|a, b| time(a).total_cmp(&time(b)));
-        state.by_speed = by_speed;
+        self.order.set(&by_speed);
         let reason = format!(
             "{}, {drift:.1} times what was expected, as the others before it: it is the machine (throttled, \
              or busy)",
@@ -122,7 +122,7 @@ impl Slot {
         state.rest(now);
     }
 
-    /// A kernel failed, or somebody says so: others compute until it is tried again. With `keep_last`, the
+    /// A kernel failed, or a caller says so: others compute until it is tried again. With `keep_last`, the
     /// only one that is left stays.
     pub fn failed(
         &self,

@@ -89,15 +89,17 @@ impl State {
         if let Some(figure) = self.kernels[rank].figure(key).filter(|figure| figure.expected.is_finite()) {
             return Some(figure.expected);
         }
-        let gain = self.kernels[head]
-            .figure(key)
-            .filter(|figure| figure.expected.is_finite())
-            .and_then(|figure| Some(figure.expected / self.kernels[head].tuned.filter(|&t| t > 0.0)?));
-        match gain {
+        match self.gain(head, key) {
             // For other rows than tuning's, the same ratio holds well enough.
             Some(gain) => Some(self.kernels[rank].tuned? * gain),
             None => self.tuned(rank, key, rows),
         }
+    }
+
+    /// What a kernel is expected to take, as a part of what tuning has for it.
+    pub(super) fn gain(&self, rank: usize, key: u64) -> Option<f64> {
+        let figure = self.kernels[rank].figure(key).filter(|figure| figure.expected.is_finite())?;
+        Some(figure.expected / self.kernels[rank].tuned.filter(|&tuned| tuned > 0.0)?)
     }
 
     pub(super) fn figure(&mut self, rank: usize, key: u64, expected: Option<f64>) -> &mut Figure {

@@ -1,8 +1,8 @@
 //! The kernels for one shape and bucket of rows in use: who computes the next call, who failed and when it
 //! is tried again, and whether what computes is still as fast as it was.
 //!
-//! A call costs two atomic operations: its number, and whether that is the one which somebody waits for.
-//! One in [`TIMED_EVERY`] is, and is timed; so are all calls of a kernel on probation, and those of a race.
+//! A call costs a few atomic operations: it counts itself, and reads the order and the number of the next call that is
+//! timed. One call in [`TIMED_EVERY`] is; so are all calls of a kernel on probation, and those of a race.
 //!
 //! * **Like with like.** A timed call runs one matrix by itself, for exactly that many rows (beyond 16 rows,
 //!   where time goes with them, the time of a row counts). Its time is compared with what is *expected* of
@@ -12,13 +12,14 @@
 //!   the kernel in use gained.
 //! * **Drift.** [`WINDOW`] samples in a row that all took longer than a factor times what is expected.
 //! * **Race.** The kernel in use and its best rivals take turns in the next calls; results are the same bits,
-//!   so nobody notices. Another one wins only if it is [`CLEAR_WIN`] times as fast; what all took is expected
+//!   so callers do not notice. Another one wins only if it is [`CLEAR_WIN`] times as fast; what all took is expected
 //!   from then on; and the next race has to wait, longer each time.
 //! * **Probation.** A demoted kernel computes [`TRIAL_CALLS`] calls once [`PROBATION_AFTER`] calls have gone by,
 //!   twice as many with each demotion. If all go well, it is back at its place.
 
 mod demotion;
 mod figures;
+mod order;
 mod race;
 #[cfg(test)]
 mod tests;
@@ -29,17 +30,18 @@ use std::time::Duration;
 
 use self::demotion::Demotion;
 use self::figures::{Standing, key, microseconds, scaled};
+use self::order::{Order, RANKS};
 use self::race::{Race, Why};
 use super::config::FallbackPolicy;
 use super::report::EventKind;
 use super::{Ranking, Source, lock};
 
-/// One call in so many is timed.
+/// One call in this many is timed.
 pub const TIMED_EVERY: u64 = 64;
 /// Samples that are looked at together.
 pub const WINDOW: usize = 8;
-/// [`FallbackPolicy::Adaptive`] races when a kernel takes so many times longer than expected.
-pub const DRIFT: f64 = 1.5;
+/// [`FallbackPolicy::Adaptive`] races when a kernel takes this many times longer than expected.
+pub(super) const DRIFT: f64 = 1.5;
 /// Calls until a demoted kernel is tried again, the first time.
 pub const PROBATION_AFTER: u64 = 128;
 /// Calls that it has to do well then.
@@ -50,20 +52,16 @@ pub const RACE_TURNS: usize = 7;
 const PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 
-/// What ranks behind so many kernels is never needed: 4 bits a rank, and an end.
-const RANKS: usize = 15;
-const END: u64 = 0xf;
-
 /// See the [module](self).
 #[derive(Debug)]
 pub(super) struct Slot {
+    /// The kernels, as tuning found them: a rank here is the number of a kernel from then on.
     ranking: OnceLock<Ranking>,
-    /// The ranks in the order in which they are asked, 4 bits each from the lowest on, and [`END`]. Written
-    /// by whoever holds the state.
-    order: AtomicU64,
+    /// The order in which they are asked.
+    order: Order,
     /// Calls so far.
     calls: AtomicU64,
-    /// The call that the state waits for.
+    /// The number of the next call that takes the lock: to be timed, or to try a demoted kernel again.
     due: AtomicU64,
     /// The rank and the exact number of rows that were looked at last and known already (`watch`).
     pub watched: AtomicU64,
@@ -74,7 +72,7 @@ impl Default for Slot {
     fn default() -> Self {
         Self {
             ranking: OnceLock::new(),
-            order: AtomicU64::new(END),
+            order: Order::default(),
             calls: AtomicU64::new(0),
             due: AtomicU64::new(u64::MAX),
             watched: AtomicU64::new(0),
@@ -87,14 +85,12 @@ impl Default for Slot {
 struct State {
     /// By rank.
     kernels: Vec<Standing>,
-    /// All ranks, the fastest first, as far as is known now.
-    by_speed: Vec<usize>,
     /// The kernel that is on probation.
     trial: Option<usize>,
     race: Option<Race>,
-    /// Somebody asked for a race.
+    /// A caller asked for a race.
     wanted: bool,
-    /// No race before this, unless somebody asks.
+    /// No race before this, unless a caller asks.
     rest_until: Duration,
     pause: Duration,
 }
@@ -144,7 +140,7 @@ impl Slot {
                     ..Standing::default()
                 })
                 .collect();
-            state.by_speed = (0..state.kernels.len()).collect();
+            self.order.set(&Vec::from_iter(0..state.kernels.len()));
             state.pause = PAUSE;
             self.publish(&state, 0, policy);
             drop(state);
@@ -152,12 +148,12 @@ impl Slot {
         })
     }
 
-    /// The ranking, if somebody has asked for it.
+    /// The ranking, if there has been a call.
     pub fn known(&self) -> Option<&Ranking> {
         self.ranking.get()
     }
 
-    /// Counts a call: its number, and whether the state waits for it.
+    /// Counts a call: its number, and whether it is due.
     pub fn count(&self) -> (u64, bool) {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
         (call, call >= self.due.load(Ordering::Relaxed))
@@ -165,22 +161,12 @@ impl Slot {
 
     /// The first kernel in order that will do.
     pub fn first(&self, usable: impl Fn(usize) -> bool) -> Option<usize> {
-        let mut order = self.order.load(Ordering::Relaxed);
-        while order & END != END {
-            let rank = (order & END) as usize;
-            if usable(rank) {
-                return Some(rank);
-            }
-            order >>= 4;
-        }
-        None
+        self.order.first(usable)
     }
 
-    /// Writes down what calls read: the order, and the next call that matters.
+    /// Writes down what calls read: who is demoted, and the next call that matters.
     fn publish(&self, state: &State, call: u64, policy: FallbackPolicy) {
-        let ranks = state.by_speed.iter().filter(|&&rank| state.usable(rank));
-        let order = ranks.rev().fold(END, |order, &rank| order << 4 | rank as u64);
-        self.order.store(order, Ordering::Relaxed);
+        self.order.set_demoted((0..state.kernels.len()).filter(|&rank| !state.usable(rank)));
         let busy = state.race.is_some() || state.trial.is_some() || state.wanted;
         let sample = if policy.factor().is_some() { call + TIMED_EVERY } else { u64::MAX };
         let probation = state.kernels.iter().filter_map(|k| k.demoted.map(|d| d.until)).min();
@@ -188,7 +174,7 @@ impl Slot {
         self.due.store(due, Ordering::Relaxed);
     }
 
-    /// Which kernel a call that the state waits for is to run and time; `None`: the first in order, untimed.
+    /// Which kernel a due call is to run and time; `None`: the first in order, untimed.
     pub fn attend(
         &self,
         call: u64,
@@ -328,7 +314,7 @@ impl Slot {
                 }
             }
             self.publish(state, call, policy);
-        } else if adaptive && state.by_speed.first() != Some(&0) && state.usable(0) && usable(0) {
+        } else if adaptive && self.order.ranks().next() != Some(0) && state.usable(0) && usable(0) {
             // Another kernel than tuning's has won a race. That may have been for a while only.
             if !self.start_race(state, head, key, Why::Again(0), &usable) {
                 state.rest(now);

@@ -10,9 +10,9 @@ use super::{Change, LONGEST_PAUSE, RACE_TURNS, Slot, State};
 
 /// Kernels that race against the one in use, at most.
 const RIVALS: usize = 3;
-/// A rival wins if its time is so much of the other's.
+/// A rival wins if it takes less than this part of the time of the kernel in use.
 const CLEAR_WIN: f64 = 0.9;
-/// A race waits for so many calls with other numbers of rows.
+/// A race is given up after this many calls with other numbers of rows.
 const RACE_PATIENCE: u32 = 4096;
 
 /// Kernels that take turns.
@@ -29,11 +29,11 @@ pub(super) struct Race {
 /// Why there is a race.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Why {
-    /// The kernel in use takes so many times longer than expected.
+    /// The kernel in use takes this many times longer than expected.
     Drift(f64),
     /// This kernel lost the last race, and may be what it was again.
     Again(usize),
-    /// Somebody asked.
+    /// A caller asked.
     Asked,
 }
 
@@ -56,11 +56,11 @@ impl Slot {
     ) -> bool {
         let rows = self.ranking.get().map_or(1, |ranking| ranking.rows);
         let current = state.kernels[head].figure(key).and_then(|figure| median(&figure.recent));
-        let mut rivals: Vec<(usize, f64)> = state
-            .by_speed
-            .iter()
-            .filter(|&&rank| rank != head && state.usable(rank) && usable(rank))
-            .map(|&rank| match why {
+        let mut rivals: Vec<(usize, f64)> = self
+            .order
+            .ranks()
+            .filter(|&rank| rank != head && state.usable(rank) && usable(rank))
+            .map(|rank| match why {
                 Why::Again(this) if this == rank => (rank, 0.0),
                 _ => (rank, state.expected(rank, head, key, rows).unwrap_or(f64::INFINITY)),
             })
@@ -113,17 +113,13 @@ impl Slot {
         let handicap = |rank: usize, time: f64| if rank == head { time * CLEAR_WIN } else { time };
         order.sort_by(|a, b| handicap(a.0, a.1).total_cmp(&handicap(b.0, b.1)));
         let (winner, of_winner) = order[0];
-        // Half as much slower as the kernel in use is like it; what nobody knows, can't tell.
+        // Others that slowed down at least half as much make it the machine. Without figures of others we can't tell.
         let alike = slower.is_some_and(|slower| {
             let threshold = 1.0 + (slower - 1.0) / 2.0;
             let others = times.iter().filter(|(rank, _)| *rank != head);
             let ratios: Vec<f64> = others.filter_map(|&(rank, time)| ratio(state, rank, time)).collect();
             !ratios.is_empty() && ratios.iter().all(|&ratio| ratio >= threshold)
         });
-        let gain = state.kernels[head]
-            .figure(key)
-            .filter(|figure| figure.expected.is_finite() && figure.expected > 0.0)
-            .and_then(|figure| Some(figure.expected / state.kernels[head].tuned?));
         if winner != head {
             let was = slower.map_or(String::new(), |s| format!(", {s:.1} times what was expected"));
             let reason = format!(
@@ -133,7 +129,7 @@ impl Slot {
                 name(head),
                 microseconds(of_head),
             );
-            let measured = match gain.filter(|&gain| gain > 0.0) {
+            let measured = match state.gain(head, key).filter(|&gain| gain > 0.0) {
                 Some(gain) => times.iter().map(|&(rank, time)| (rank, (time / gain) as u64)).collect(),
                 None => Vec::new(),
             };
@@ -156,8 +152,8 @@ impl Slot {
         for &(rank, time) in &times {
             state.expect(rank, key, time);
         }
-        let rest = state.by_speed.iter().filter(|rank| !order.iter().any(|(raced, _)| raced == *rank));
-        state.by_speed = order.iter().map(|(rank, _)| *rank).chain(rest.copied()).collect();
+        let rest = self.order.ranks().filter(|rank| !order.iter().any(|(raced, _)| raced == rank));
+        self.order.set(&Vec::from_iter(order.iter().map(|(rank, _)| *rank).chain(rest)));
         state.rest(now);
     }
 

@@ -99,7 +99,7 @@ proptest! {
         }
         prop_assert_eq!(late, 0, "nothing happens any more");
         let state = lock(&slot.state);
-        let mut order = state.by_speed.clone();
+        let mut order = Vec::from_iter(slot.order.ranks());
         order.sort_unstable();
         prop_assert_eq!(order, vec![0, 1, 2, 3]);
         prop_assert!(state.kernels.iter().all(|kernel| kernel.demoted.is_none_or(|d| d.until > 300_000)));
