@@ -1,6 +1,5 @@
-//! How long things take on a GPU. Launches return at once and are computed behind the caller's back, and the way of
-//! one launch to the device and back takes longer than many a kernel: so many launches are timed together, between two
-//! waits for the device.
+//! How long things take on a GPU. A launch returns before it is computed, and waiting for it takes longer than a small
+//! kernel. Many launches are timed together, between two waits for the device.
 
 use std::time::Instant;
 
@@ -11,13 +10,13 @@ use burn::tensor::Device;
 pub struct Effort {
     /// Figures for each thing.
     pub repetitions: usize,
-    /// At least so long for each of them, in seconds: as many launches as that takes.
+    /// Seconds of each figure, at least: as many launches as that takes.
     pub seconds: f64,
-    /// Weights are read from copies that take turns, as many as come to so many bytes, so that no cache holds them.
+    /// Bytes of the copies of the weights, which take turns so that no cache holds them.
     pub rotated_bytes: usize,
 }
 
-/// Launches between two waits at most: devices queue no endless number.
+/// Launches between two waits, at most: a device's queue is finite.
 const MOST_LAUNCHES: usize = 4096;
 
 impl Effort {
@@ -64,7 +63,7 @@ pub struct KernelTime {
 /// below 2^22). A kernel that is wrong is in quarantine from then on.
 ///
 /// # Errors
-/// In words, if the device is none of CubeCL's, or fails.
+/// If the device is not one of CubeCL's, or fails.
 pub fn matmul(
     device: &Device,
     (m, n, k): (usize, usize, usize),
@@ -91,7 +90,7 @@ pub fn quantise(device: &Device, (m, k): (usize, usize), effort: &Effort) -> Res
     Err(NO_GPU.into())
 }
 
-/// 10^9 bytes a second that a GPU reads from a buffer of so many bytes, by CubeCL's probe: a kernel that reads and stores
+/// 10^9 bytes a second that a GPU reads from a buffer of `bytes` bytes, by CubeCL's probe: a kernel that reads and stores
 /// nothing, in the shape of launch that is the fastest there.
 ///
 /// # Errors

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use bitnet_burn_formats::dense::requantise;
 use bitnet_burn_formats::{DenseFormat, FormatError, canonical, dense_tiles};
-use bitnet_burn_manager::memory::WeightArena;
-use bitnet_burn_manager::{Choice, LayoutPolicy, ManagerError, Packed};
+use bitnet_burn_manager::memory::PageArena;
+use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed};
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
@@ -87,7 +87,7 @@ fn on_gpu(
     let DispatchDevice::Cube(device) = device.clone().without_autodiff().as_dispatch().clone() else {
         return Ok(None);
     };
-    let prepared = crate::gpu::prepare(manager(), &device, n, k, codes)?;
+    let prepared = crate::gpu::choose_and_pack(manager(), &device, n, k, codes)?;
     Ok(prepared.map(|(matrix, packed)| (MatrixKernels::Gpu(Arc::new(matrix)), packed)))
 }
 
@@ -140,7 +140,7 @@ impl TernaryMatrix {
         device: &Device,
     ) -> Result<Self, ManagerError> {
         let (choice, packed) = if is_host(device) {
-            let (choice, packed) = manager().prepare(n, k, policy, &codes)?;
+            let (choice, packed) = manager().choose_and_pack(n, k, policy, &codes)?;
             (MatrixKernels::Host(choice), packed)
         } else {
             match on_gpu(&codes, n, k, device)? {
@@ -174,7 +174,7 @@ impl TernaryMatrix {
     ///
     /// # Panics
     /// If they have another size than the choice's.
-    pub fn prepacked(choice: Arc<Choice>, packed: bytes::Bytes, scale: f32, device: &Device) -> Self {
+    pub fn prepacked(choice: Arc<CpuKernels>, packed: bytes::Bytes, scale: f32, device: &Device) -> Self {
         assert_eq!(packed.len(), choice.weight_bytes(), "bytes of packed weights");
         let shape = choice.shape();
         Self::packed(MatrixKernels::Host(choice), packed, scale, shape, device)
@@ -363,7 +363,7 @@ impl CacheLayer {
                 let supported = || device.supports_dtype(cache_type.dtype());
                 match devices::is_remote(device) {
                     // A worker is asked; one that is gone says so when something is read.
-                    true => devices::quietly(supported).unwrap_or(true),
+                    true => devices::catching_panics(supported).unwrap_or(true),
                     false => supported(),
                 }
             }
@@ -381,7 +381,7 @@ impl CacheLayer {
     }
 
     /// Zeros, on Flex in the memory of `arena`.
-    pub fn zeros(cache_type: CacheType, shape: [usize; 3], device: &Device, arena: &WeightArena) -> Self {
+    pub fn zeros(cache_type: CacheType, shape: [usize; 3], device: &Device, arena: &PageArena) -> Self {
         let [heads, capacity, _] = shape;
         match cache_type {
             CacheType::F32 | CacheType::F16 => {
@@ -492,7 +492,7 @@ fn flat_zeros<const D: usize>(shape: [usize; D], dtype: DType, device: &Device) 
 }
 
 /// Zeros in an arena's memory, if the device's tensors can be written to there, and there is memory.
-fn zeros_in(arena: &WeightArena, shape: &[usize], dtype: DType, device: &Device) -> Option<TensorData> {
+fn zeros_in(arena: &PageArena, shape: &[usize], dtype: DType, device: &Device) -> Option<TensorData> {
     match device.clone().without_autodiff().as_dispatch() {
         #[cfg(feature = "flex")]
         DispatchDevice::Flex(_) => {
@@ -606,8 +606,7 @@ pub fn dense_matrix(
         return Ok((words(data), args));
     }
     // Without a size, the conversion says why.
-    let mut out =
-        WeightArena::default().allocate(args.bytes().unwrap_or(0), 64).map_err(DenseError::Memory)?;
+    let mut out = PageArena::default().allocate(args.bytes().unwrap_or(0), 64).map_err(DenseError::Memory)?;
     if args.tiled {
         dense_tiles::tile((from, &data), shape, (args.format, out.as_mut_slice()))?;
     } else {

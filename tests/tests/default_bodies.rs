@@ -9,7 +9,7 @@ use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation
 use bitnet_burn::{BitLinear, BitLinearConfig, BitLinearWeight, RotaryEncodingConfig};
 use bitnet_burn_formats::quant;
 use bitnet_burn_formats::{DenseFormat, canonical};
-use bitnet_burn_manager::memory::WeightArena;
+use bitnet_burn_manager::memory::PageArena;
 use bitnet_burn_tests::*;
 use burn::tensor::{Device, Tensor, TensorData};
 
@@ -22,7 +22,7 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 }
 
 fn empty(cache_type: CacheType, shape: [usize; 3], device: &Device) -> CacheLayer {
-    CacheLayer::zeros(cache_type, shape, device, &WeightArena::default())
+    CacheLayer::zeros(cache_type, shape, device, &PageArena::default())
 }
 
 /// The types of caches that all devices have (NdArray has no f16).

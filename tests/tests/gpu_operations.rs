@@ -6,7 +6,7 @@ use bitnet_burn::RotaryEncodingConfig;
 use bitnet_burn::backends::ops::{self, CacheLayer};
 use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation};
 use bitnet_burn_formats::DenseFormat;
-use bitnet_burn_manager::memory::WeightArena;
+use bitnet_burn_manager::memory::PageArena;
 use bitnet_burn_tests::*;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
@@ -67,7 +67,7 @@ struct Sequence<'a> {
 impl<'a> Sequence<'a> {
     fn new(device: &'a Device, args: AttentionArgs, cache_type: CacheType, capacity: usize) -> Self {
         let shape = [args.n_kv_heads, capacity, args.head_dim];
-        let empty = || CacheLayer::zeros(cache_type, shape, device, &WeightArena::default());
+        let empty = || CacheLayer::zeros(cache_type, shape, device, &PageArena::default());
         Self { device, args, caches: Some((empty(), empty())) }
     }
 

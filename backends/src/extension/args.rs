@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_formats::dense_tiles::{TiledFormat, tiled_bytes};
-use bitnet_burn_manager::Choice;
+use bitnet_burn_manager::CpuKernels;
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +23,7 @@ pub struct Matrix {
 #[derive(Clone, Debug)]
 pub enum MatrixKernels {
     /// Those of the CPU.
-    Host(Arc<Choice>),
+    Host(Arc<CpuKernels>),
     /// Those of plugins that are GPU source.
     #[cfg(feature = "cube")]
     Gpu(Arc<crate::gpu::GpuMatrix>),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bitnet_burn_manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerError};
+use bitnet_burn_manager::{CpuKernels, Job, KernelManager, LayoutPolicy, ManagerError};
 use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
@@ -13,7 +13,7 @@ use crate::extension::{BitLinearArgs, InputNorm, MatrixKernels, TernaryWeight, W
 use crate::manager::{leave_error, manager};
 
 /// The kernels that were chosen for the matrices, or now are.
-fn choices(manager: &KernelManager, args: &BitLinearArgs) -> Result<Vec<Arc<Choice>>, ManagerError> {
+fn choices(manager: &KernelManager, args: &BitLinearArgs) -> Result<Vec<Arc<CpuKernels>>, ManagerError> {
     args.matrices
         .iter()
         .map(|matrix| match &matrix.choice {
@@ -91,7 +91,7 @@ fn failed<B: HostBackend>(error: ManagerError, m: usize, n: usize) -> FloatTenso
 fn canonical_weights<B: HostBackend>(
     manager: &KernelManager,
     weights: Vec<TernaryWeight<B>>,
-    choices: &[Arc<Choice>],
+    choices: &[Arc<CpuKernels>],
     k: usize,
 ) -> Result<WeightGroup<B>, ManagerError> {
     let mut canonical = Vec::with_capacity(weights.len());

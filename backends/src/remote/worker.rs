@@ -16,7 +16,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 
 use super::{TEXT, name, version};
-use crate::devices::{LARGEST_REMOTE, quietly};
+use crate::devices::{LARGEST_REMOTE, catching_panics};
 use crate::extension::{
     AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend,
     TernaryWeight, WeightGroup,
@@ -432,7 +432,9 @@ fn operations<B: TernaryBackend + BackendIr>(device_name: String) -> CustomOpReg
     let mut registry = CustomOpRegistry::new();
     let mut add = |name, body: Box<Body<B>>| {
         registry.register(name, move |handles: &mut HandleContainer<B::Handle>, op: &CustomOpIr, device| {
-            if let Err(problem) = quietly(|| answer(&body, handles, op, device)).and_then(|result| result) {
+            if let Err(problem) =
+                catching_panics(|| answer(&body, handles, op, device)).and_then(|result| result)
+            {
                 tracing::warn!(operation = name, %problem, "a request can't be computed; its session ends");
                 // Burn ends the session. Not a panic that is printed: it has just been told.
                 std::panic::resume_unwind(Box::new(format!("{name}: {problem}")));

@@ -216,7 +216,7 @@ fn each_block<const BYTES: usize, const LEN: usize>(
 /// This and the other block decoders have loops without branches and are inlined always, so that a
 /// caller compiled for a richer instruction set gets them vectorised for it.
 #[inline(always)]
-pub fn q8_0_block(block: &[u8; Q8_0_BYTES], out: &mut [f32; QK]) {
+pub(crate) fn q8_0_block(block: &[u8; Q8_0_BYTES], out: &mut [f32; QK]) {
     let d = f16_at(block, 0);
     for (value, &q) in out.iter_mut().zip(&block[2..]) {
         *value = f32::from(q as i8) * d;
@@ -225,7 +225,7 @@ pub fn q8_0_block(block: &[u8; Q8_0_BYTES], out: &mut [f32; QK]) {
 
 /// The 32 values of a Q4_0 block: d * (q - 8).
 #[inline(always)]
-pub fn q4_0_block(block: &[u8; Q4_0_BYTES], out: &mut [f32; QK]) {
+pub(crate) fn q4_0_block(block: &[u8; Q4_0_BYTES], out: &mut [f32; QK]) {
     let (d, codes) = (f16_at(block, 0), q4_0_codes(block));
     for (value, q) in out.iter_mut().zip(codes) {
         *value = f32::from(q as i8 - 8) * d;

@@ -6,6 +6,7 @@
 //! Notation everywhere: M rows of activations (tokens), N output features, K input features.
 
 pub mod cpu;
+mod error;
 pub mod gate;
 pub mod gpu;
 mod manager;

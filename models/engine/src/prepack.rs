@@ -25,7 +25,7 @@ use bitnet_burn_backends::manager::manager;
 use bitnet_burn_formats::dense_tiles::{TILE_ROWS, tile, tiled_bytes};
 use bitnet_burn_formats::files;
 use bitnet_burn_formats::{DenseFormat, FormatError, map_file};
-use bitnet_burn_manager::{Choice, LayoutPolicy, ManagerError, Packed};
+use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
@@ -172,7 +172,7 @@ fn head_tensor(checkpoint: &Checkpoint) -> Result<DenseTensor, LoadError> {
 }
 
 /// What a choice keeps in such a file, if anything: the name of its layout.
-fn kept(choice: &Choice) -> Option<&str> {
+fn kept(choice: &CpuKernels) -> Option<&str> {
     choice.layout().filter(|_| choice.is_built_in())
 }
 
@@ -351,7 +351,7 @@ impl Prepacked {
     }
 
     /// The packed weights of a projection and their scale, if they are in the layout that was chosen.
-    pub fn projection(&self, layer: usize, which: Projection, choice: &Choice) -> Option<(Bytes, f32)> {
+    pub fn projection(&self, layer: usize, which: Projection, choice: &CpuKernels) -> Option<(Bytes, f32)> {
         let found = self.get(&name(layer, which), kept(choice), choice.shape(), choice.weight_bytes());
         self.count(found)
     }

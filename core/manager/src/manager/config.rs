@@ -164,7 +164,7 @@ pub enum FallbackPolicy {
     Never,
     /// Others take over from a kernel that fails.
     OnError,
-    /// Also from one that takes more than so many times (above 1) what is expected of it.
+    /// Also from one that takes more than this many times (above 1) the expected time.
     OnPerformanceThreshold(f64),
     /// Also from one that is no longer the fastest.
     #[default]

@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex};
 use bitnet_burn_plugin::canonical;
 
 use super::slot::Slot;
-use super::{BUCKETS, Entry, Job, Packed, bucket, execute};
+use super::{BUCKETS, Entry, Job, Packed, bucket, packing};
 
 /// Which kernels multiply by the weights of one shape, and in which layout the weights are kept.
 #[derive(Debug)]
-pub struct Choice {
+pub struct CpuKernels {
     pub(super) n: usize,
     pub(super) k: usize,
     /// The private layout, with a kernel that packs it; `None` for canonical weights in place.
@@ -19,21 +19,21 @@ pub struct Choice {
     /// Without what the manager keeps behind the packing.
     own_bytes: usize,
     slots: [Slot; BUCKETS.len()],
-    /// Weights whose packing nobody may read any more, packed anew, by the checksum of what they are. They
-    /// live as long as the weights' users, which hold this choice.
-    pub(super) repacked: Mutex<HashMap<u64, Arc<Repacked>>>,
+    /// Weights whose packing is a quarantined plugin's, packed anew, by their checksum. They live as long as
+    /// the users of the weights, which hold this choice.
+    pub(super) fallback_weights: Mutex<HashMap<u64, Arc<FallbackWeights>>>,
 }
 
 /// Weights that were packed anew.
 #[derive(Debug)]
-pub(super) struct Repacked {
-    pub choice: Arc<Choice>,
+pub(super) struct FallbackWeights {
+    pub choice: Arc<CpuKernels>,
     /// The canonical bytes, where the choice reads those.
     pub canonical: Vec<u8>,
     pub packed: Packed,
 }
 
-impl Repacked {
+impl FallbackWeights {
     pub fn job<'a>(&'a self, of: &Job<'a>) -> Job<'a> {
         let weights = match &self.packed {
             Packed::Canonical => &self.canonical,
@@ -43,16 +43,24 @@ impl Repacked {
     }
 }
 
-impl Choice {
+impl CpuKernels {
     pub(super) fn new(n: usize, k: usize, packer: Option<Arc<Entry>>) -> Self {
         let (weight_bytes, own_bytes) = match &packer {
             Some(entry) => {
-                let stored = execute::stored_bytes(entry, n, k);
+                let stored = packing::stored_bytes(entry, n, k);
                 stored.zip(entry.kernel.weight_bytes(n, k)).expect("a candidate can pack the shape")
             }
             None => (n * canonical::row_bytes(k), n * canonical::row_bytes(k)),
         };
-        Self { n, k, packer, weight_bytes, own_bytes, slots: Default::default(), repacked: Mutex::default() }
+        Self {
+            n,
+            k,
+            packer,
+            weight_bytes,
+            own_bytes,
+            slots: Default::default(),
+            fallback_weights: Mutex::default(),
+        }
     }
 
     /// Output and input features.
