@@ -198,7 +198,6 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     let (rate, prompt_rate) = (median(result.decode_tokens_per_s), median(result.prefill_tokens_per_s));
     execution.prediction = engine.outcome(at, rate, prompt_rate);
     engine.remember(&execution, at, rate, prompt_rate);
-    engine.learn(&mut execution, rate);
     let decodes = result.decode_by_context.iter().map(|at| at.decode_tokens_per_s);
     let decode = decodes.chain(result.decode_tokens_per_s.map(|spread| spread.max)).reduce(f64::max);
     engine.check_figures(&execution, result.prefill_tokens_per_s.map(|spread| spread.max), decode)?;

@@ -9,11 +9,9 @@ use bitnet_burn::CacheType;
 use bitnet_burn::backends::{devices, manager};
 use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::load::{DEFAULT_CHUNK, LoadOptions, LoadProgress};
-use bitnet_burn_engine::plan;
 use bitnet_burn_engine::plan::{
-    COMMON_CONTEXT, CPU, Comparison, DeviceMemory, MachineProfile, Measure, MemoryProfile, Observed,
-    PlacedModel, Placement, PlacementKind, Plan, Prediction, PredictionOutcome, ProcessorTime, Requirements,
-    RunSettings,
+    COMMON_CONTEXT, CPU, Comparison, DeviceMemory, MachineProfile, Measure, MemoryProfile, PlacedModel,
+    Placement, PlacementKind, Plan, PlanRequest, Prediction, PredictionOutcome, Requirements, RunSettings,
 };
 use bitnet_burn_engine::plausible;
 use bitnet_burn_engine::receipt::{GenerationRecord, Receipt};
@@ -89,12 +87,6 @@ pub struct Engine {
     machine: MachineProfile,
     /// Main memory before the model was loaded.
     memory_before: Option<MemoryProfile>,
-    /// What `--device auto` followed, and what it was asked.
-    plan: Option<(Plan, plan::PlanRequest)>,
-    /// What was said against the plan's placement, if that failed.
-    problem: Option<String>,
-    /// Since the model was loaded.
-    since: Option<ProcessorTime>,
     cache_dir: Option<PathBuf>,
     prediction: Option<Prediction>,
     tuning: Option<Duration>,
@@ -138,15 +130,15 @@ impl EngineArgs {
         let settings = RunSettings {
             threads: config.threads,
             context: match &plan {
-                Some((plan, _)) => plan.settings.context,
+                Some(plan) => plan.settings.context,
                 None => context,
             },
             kv_cache: match &plan {
-                Some((plan, _)) => plan.settings.kv_cache,
+                Some(plan) => plan.settings.kv_cache,
                 None => self.kv_cache.unwrap_or(KvCacheType::F32).into(),
             },
             rows: match &plan {
-                Some((plan, _)) => plan.settings.rows,
+                Some(plan) => plan.settings.rows,
                 None => wishes.max_rows.unwrap_or(DEFAULT_CHUNK),
             },
         };
@@ -195,7 +187,7 @@ impl EngineArgs {
                 bar.set_position(done as u64);
             })?;
         bar.finish_and_clear();
-        let PlacedModel { model, prepacked, placement, notes: failed, problem } = placed;
+        let PlacedModel { model, prepacked, placement, notes: failed } = placed;
         for note in &failed {
             output::warning(note);
         }
@@ -211,9 +203,6 @@ impl EngineArgs {
             requirements,
             machine,
             memory_before,
-            plan,
-            problem,
-            since: ProcessorTime::now(),
             cache_dir,
             settings,
             placement,
@@ -234,8 +223,8 @@ struct Place {
     /// The host's device that was named.
     host: Option<DeviceKind>,
     placement: Placement,
-    /// What chose it, if that was a plan, and what it was asked.
-    plan: Option<(Plan, plan::PlanRequest)>,
+    /// What chose it, if that was a plan.
+    plan: Option<Plan>,
     notes: Vec<String>,
 }
 
@@ -297,16 +286,17 @@ impl EngineArgs {
         for problem in &machine.problems {
             output::warning(problem);
         }
-        let asked = plan::PlanRequest {
+        let asked = PlanRequest {
             threads: self.kernels.threads.threads.or(threads),
             context,
             kv_cache: (self.kv_cache.map(Into::into))
                 .or_else(|| wishes.measured_context.map(|_| CacheType::F32)),
             gpu_layers: self.gpu_layers,
             rows: wishes.max_rows,
-            ..plan::PlanRequest::default()
+            ..PlanRequest::default()
         };
-        let (mut plan, mut notes) = Plan::learnt(cache_dir.as_deref(), requirements, &machine, &asked)?;
+        let mut plan = Plan::new(requirements, &machine, &asked)?;
+        let mut notes = Vec::new();
         // What was found once may be gone.
         let gone = plan.placement.devices().find_map(|device| open(device, host).err());
         if let Some(problem) = gone {
@@ -318,14 +308,14 @@ impl EngineArgs {
             );
             output::warning(&note);
             notes.push(note);
-            let on_cpu = plan::PlanRequest { device: Some(CPU.into()), gpu_layers: None, ..asked.clone() };
+            let on_cpu = PlanRequest { device: Some(CPU.into()), gpu_layers: None, ..asked };
             plan = Plan::new(requirements, &machine, &on_cpu)?;
         }
         if !plan.fits && !plan.fallback {
             output::warning(plan.reasons.first().map_or("the model does not fit", String::as_str));
         }
         config.threads = plan.settings.threads;
-        Ok(Place { host, placement: plan.placement.clone(), plan: Some((plan, asked)), notes })
+        Ok(Place { host, placement: plan.placement.clone(), plan: Some(plan), notes })
     }
 }
 
@@ -377,36 +367,6 @@ impl Engine {
                 human_bytes(one)
             ),
             _ => Ok(()),
-        }
-    }
-
-    /// What this run, which followed a plan, showed about it: told in the report, and kept for the next one.
-    pub fn learn(&self, execution: &mut Execution, decode: Option<f64>) {
-        let Some((plan, wishes)) = &self.plan else { return };
-        let fewer = |gpu: &str| self.placement.layers_on(gpu) < plan.placement.layers_on(gpu);
-        let mut gpus = plan.placement.devices().filter(|&device| device != CPU);
-        // Of several nobody knows which one it was, and a lesson would leave the others out.
-        let gpu = match (gpus.next(), gpus.next()) {
-            (Some(gpu), None) => Some(gpu).filter(|gpu| fewer(gpu)),
-            _ => None,
-        };
-        // Small models are far from what is predicted, and so are programs without optimisation.
-        let bytes = self.requirements.layer_bytes(self.requirements.layers) + self.requirements.head_read;
-        let predictable = !cfg!(debug_assertions) && bytes >= plausible::SMALLEST;
-        let observed = Observed {
-            memory: MachineProfile::detect(self.cache_dir.as_deref(), Measure::Nothing, None).memory,
-            others_use: self.since.and_then(|since| ProcessorTime::now()?.others_since(&since)),
-            decode_tokens_per_s: decode.filter(|_| predictable),
-            out_of_memory: gpu.map(str::to_owned),
-            problem: self.problem.clone(),
-            layers_left: gpu.map(|gpu| self.placement.layers_on(gpu)),
-        };
-        let Some(lesson) = plan.lesson(&observed) else { return };
-        execution.next_time = lesson.reasons;
-        // The next plan looks at the memory that is free then.
-        let Some(kept) = plan.lesson(&Observed { memory: None, ..observed }) else { return };
-        if let Err(error) = kept.keep(self.cache_dir.as_deref(), &self.requirements, wishes) {
-            output::warning(format_args!("what this run showed can't be kept for later plans: {error}"));
         }
     }
 

@@ -244,7 +244,6 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let at = (prompt.len() + generation.tokens.len() / 2).min(context);
     report.execution.prediction =
         engine.outcome(at, report.decode_tokens_per_s, Some(report.prefill_tokens_per_s));
-    engine.learn(&mut report.execution, report.decode_tokens_per_s);
     engine.check_figures(&report.execution, Some(report.prefill_tokens_per_s), report.decode_tokens_per_s)?;
     if let Some(path) = &args.report {
         output::write_file(path, |out| {
