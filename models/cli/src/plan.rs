@@ -178,7 +178,7 @@ pub fn run(args: PlanArgs) -> anyhow::Result<ExitCode> {
     }
     let checkpoint = args.file.open()?;
     let requirements = Requirements::of(&checkpoint, args.lm_head.into())?;
-    let wishes = PlanRequest {
+    let request = PlanRequest {
         strategy: args.strategy.into(),
         device: args.device,
         gpu_layers: args.gpu_layers,
@@ -189,9 +189,7 @@ pub fn run(args: PlanArgs) -> anyhow::Result<ExitCode> {
         kv_cache: args.kv_cache.map(Into::into),
         rows: args.chunk,
     };
-    // As `--device auto` does; what was learnt here says nothing about another machine.
-    let cache_dir = engine::config()?.0.cache_dir.filter(|_| args.machine.is_none());
-    let (plan, _) = Plan::learnt(cache_dir.as_deref(), &requirements, &machine, &wishes)?;
+    let plan = Plan::new(&requirements, &machine, &request)?;
     if args.json {
         let model = &ModelSummary::of(&checkpoint);
         output::print_json(&Output { model, requirements: &requirements, plan: &plan, machine: &machine })?;

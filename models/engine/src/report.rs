@@ -117,9 +117,6 @@ pub struct Execution {
     /// What the runtimes of GPUs had of their memory in the end.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub device_usage: Vec<DeviceUsage>,
-    /// What later plans will do differently, in sentences, where what was observed calls for it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub next_time: Vec<String>,
     /// Speed, beside what the plan promised, where the machine was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prediction: Option<PredictionOutcome>,
@@ -167,7 +164,6 @@ impl Execution {
             placement_notes: Vec::new(),
             memory: Vec::new(),
             device_usage: Vec::new(),
-            next_time: Vec::new(),
             prediction: None,
             lm_head: None,
             prepacked: 0,
@@ -348,11 +344,6 @@ impl fmt::Display for Execution {
             let kernel = kernel.as_ref().map_or(String::new(), |kernel| format!("{kernel} "));
             let shape = shape.map_or(String::new(), |(m, n, k)| format!(", [{m}, {k}] x [{n}, {k}]ᵀ"));
             line(f, label, format_args!("{kernel}{kind}, {count} x{shape}: {reason}"))?;
-            label = "";
-        }
-        let mut label = "next time";
-        for reason in &self.next_time {
-            line(f, label, reason)?;
             label = "";
         }
         let mut label = "refused";

@@ -129,41 +129,6 @@ fn a_run_follows_a_plan_and_says_what_was_predicted() {
 }
 
 #[test]
-fn what_a_run_showed_is_kept_for_the_next_plan() {
-    let place = Place::new();
-    let call = ["run", "-m", "model.gguf", "--tokens-file", "ids.txt", "--greedy", "-n", "4", "--json"];
-    let auto = |more: &[&str]| place.json(&[&call[..], &["--device", "auto"], more].concat());
-    let before = auto(&[]);
-    assert!(before["placement_notes"].is_null(), "{before}");
-    // As a run would have left it whose GPU had no room.
-    let checkpoint = bitnet_burn_engine::checkpoint::Checkpoint::open(
-        &place.path("model.gguf"),
-        &bitnet_burn_engine::checkpoint::OpenOptions::default(),
-    )
-    .unwrap();
-    let model = bitnet_burn_engine::plan::Requirements::of(&checkpoint, Default::default()).unwrap();
-    let reasons = vec!["2 layers on gpu:0 failed (out of memory): 0 now".to_owned()];
-    let lesson = bitnet_burn_engine::plan::Lesson {
-        device: Some("cpu".into()),
-        threads: Some(1),
-        reasons,
-        ..Default::default()
-    };
-    lesson.keep(Some(&place.path("cache")), &model, &Default::default()).unwrap();
-    let after = auto(&[]);
-    assert_eq!((&after["threads"], &after["device"]), (&1.into(), &"flex".into()));
-    assert_eq!(after["token_ids"], before["token_ids"]);
-    let note = "an earlier run: 2 layers on gpu:0 failed (out of memory): 0 now";
-    assert_eq!(after["placement_notes"], serde_json::json!([note]));
-    assert!(place.ok(&["plan", "-m", "model.gguf"]).contains(note));
-    assert_eq!(auto(&["--threads", "2"])["threads"], 2);
-    // Another model has its own lessons.
-    std::fs::remove_file(place.path("model.gguf")).unwrap();
-    place.ok(&["synth", "--shape", "tiny", "--layers", "3", "--out", "model.gguf"]);
-    assert!(auto(&[])["placement_notes"].is_null());
-}
-
-#[test]
 fn memory_is_taken_at_once_and_sequences_without_room_are_refused() {
     let place = Place::new();
     let call = ["run", "-m", "model.gguf", "--tokens-file", "ids.txt", "--greedy", "-n", "4", "--json"];

@@ -4,7 +4,6 @@ use bitnet_burn_backends::devices;
 use bitnet_burn_backends::manager::manager;
 use burn::tensor::Device;
 
-use super::adapt::fewer_layers;
 use super::placement::{Placement, PlacementKind};
 use super::{CPU, RunSettings};
 use crate::checkpoint::Checkpoint;
@@ -23,8 +22,6 @@ pub struct PlacedModel {
     pub placement: Placement,
     /// Why that is not what was asked for, in sentences, where it is not.
     pub notes: Vec<String>,
-    /// What was said against the placement that was asked for, where that failed.
-    pub problem: Option<String>,
 }
 
 impl Placement {
@@ -32,7 +29,7 @@ impl Placement {
     /// the CPU.
     pub fn with_fewer_on_gpus(&self) -> Self {
         let layers = |device: &str| match is_gpu(device) {
-            true => fewer_layers(self.layers_on(device)),
+            true => self.layers_on(device) / 2,
             false => self.layers_on(device),
         };
         let others = self.devices().filter(|&device| device != CPU);
@@ -95,12 +92,11 @@ impl PlacedModel {
                 Err(problem) => failed(placement, problem),
             }
         })
-        .map(|(Loaded { model, prepacked }, placement, failures)| Self {
+        .map(|(Loaded { model, prepacked }, placement, notes)| Self {
             model,
             prepacked,
             placement,
-            problem: failures.first().map(|failure| failure.problem.clone()),
-            notes: failures.into_iter().map(|failure| failure.note).collect(),
+            notes,
         })
     }
 }
@@ -121,25 +117,16 @@ fn failed<T, E: From<ModelError>>(placement: &Placement, problem: String) -> Res
     }
 }
 
-/// A placement that failed.
-#[derive(Debug)]
-struct Failure {
-    /// What was said.
-    problem: String,
-    /// What follows from it.
-    note: String,
-}
-
 /// Attempts a placement, and with fewer layers on GPUs what fails there, unless that is `strict`ly an error.
 fn fall_back<T, E: From<ModelError>>(
     placement: &Placement,
     strict: bool,
     mut attempt: impl FnMut(&Placement) -> Result<Result<T, String>, E>,
-) -> Result<(T, Placement, Vec<Failure>), E> {
-    let (mut placement, mut failures) = (placement.clone(), Vec::new());
+) -> Result<(T, Placement, Vec<String>), E> {
+    let (mut placement, mut notes) = (placement.clone(), Vec::new());
     loop {
         match attempt(&placement)? {
-            Ok(done) => return Ok((done, placement, failures)),
+            Ok(done) => return Ok((done, placement, notes)),
             Err(problem) => {
                 let fewer = placement.with_fewer_on_gpus();
                 let on_gpus = |placement: &Placement| {
@@ -153,11 +140,10 @@ fn fall_back<T, E: From<ModelError>>(
                 if strict {
                     return Err(ModelError::Placement { layers, problem }.into());
                 }
-                let note = format!(
+                notes.push(format!(
                     "{layers} on GPUs failed ({problem}); now {} there, and the others on the CPU",
                     on_gpus(&fewer)
-                );
-                failures.push(Failure { problem, note });
+                ));
                 placement = fewer;
             }
         }
@@ -180,11 +166,11 @@ mod tests {
                 Ok(1)
             })
         };
-        let (_, placement, failures) = fall_back(&start, false, attempt).unwrap();
+        let (_, placement, notes) = fall_back(&start, false, attempt).unwrap();
         assert_eq!(tried, [30, 15, 7, 3]);
         assert_eq!(placement, Placement::hybrid("wgpu:0", 3, 27));
         assert_eq!(
-            failures[0].note,
+            notes[0],
             "30 layers on GPUs failed (out of memory at ...); now 15 there, and the others on the CPU"
         );
         // A device that computes nothing at all leaves the CPU.
@@ -196,8 +182,8 @@ mod tests {
             })
         };
         let two = Placement::over([("wgpu:0".into(), 10), ("wgpu:1".into(), 20)], "wgpu:1");
-        let (_, placement, failures) = fall_back(&two, false, attempt).unwrap();
-        assert_eq!((placement, failures.len()), (Placement::cpu_only(30), 5));
+        let (_, placement, notes) = fall_back(&two, false, attempt).unwrap();
+        assert_eq!((placement, notes.len()), (Placement::cpu_only(30), 5));
         // What is wrong with the files is wrong on every device.
         let wrong = || ModelError::Devices { found: 1, expected: 2 };
         assert!(fall_back::<(), _>(&start, false, |_| Err(wrong())).is_err());

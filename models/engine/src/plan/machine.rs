@@ -10,7 +10,7 @@ use bitnet_burn_manager::cpu::{self, Cache};
 use bitnet_burn_manager::pool::Pool;
 use serde::{Deserialize, Serialize};
 
-use super::{CPU, Lesson};
+use super::CPU;
 use crate::bench::{ReadStream, Roof};
 use bitnet_burn::CacheType;
 
@@ -204,10 +204,7 @@ impl MachineProfile {
             problems.push("the system does not tell how much memory there is".to_owned());
         }
         let mut known = match measure {
-            Measure::Afresh => {
-                Lesson::forget_all(cache_dir);
-                Measurements::default()
-            }
+            Measure::Afresh => Measurements::default(),
             Measure::Missing | Measure::Nothing => Measurements::read(cache_dir).unwrap_or_default(),
         };
         let cores = physical_cores.unwrap_or(1);
@@ -456,12 +453,7 @@ impl Measurements {
     }
 }
 
-/// What files about this machine are named by.
-pub(super) fn key() -> String {
-    Measurements::key()
-}
-
-pub(super) fn read_text(path: &Path) -> std::io::Result<String> {
+fn read_text(path: &Path) -> std::io::Result<String> {
     let mut text = String::new();
     std::fs::File::open(path)?.take(MAX_BYTES + 1).read_to_string(&mut text)?;
     if text.len() as u64 > MAX_BYTES {

@@ -21,12 +21,10 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod adapt;
 mod choose;
 mod execute;
 mod explain;
 mod machine;
-mod others;
 mod placement;
 mod predict;
 mod requirements;
@@ -35,13 +33,11 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::adapt::{Lesson, Observed};
 pub use self::choose::COMMON_CONTEXT;
 pub use self::execute::PlacedModel;
 pub use self::machine::{
     CpuProfile, CpuRate, GpuProfile, MachineProfile, Measure, MemoryProfile, ProfileError,
 };
-pub use self::others::ProcessorTime;
 pub use self::placement::{Placement, PlacementKind, Stage};
 pub use self::predict::{Basis, Comparison, Prediction, PredictionOutcome};
 pub use self::requirements::{DenseBytes, DeviceClass, ForwardSize, Requirements};
