@@ -277,6 +277,7 @@ pub struct DenseArgs {
 /// A format whose products with int8 activations are not integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{} weights can't be multiplied by int8 activations; Q8_0, Q6_K and Q4_0 can", .format.name())]
+#[non_exhaustive]
 pub struct NoInt8 {
     /// The format.
     pub format: DenseFormat,

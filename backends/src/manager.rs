@@ -17,6 +17,7 @@ use bitnet_burn_manager::{KernelManager, ManagerConfig, ManagerError, Strict};
 
 /// The manager could not be set up.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SetupError {
     /// It is in use already, with another configuration.
     #[error("the process's kernel manager is in use already; configure it before the first operation")]

@@ -24,3 +24,8 @@ pub mod report;
 pub mod sampling;
 pub mod synth;
 pub mod tokenizer;
+
+// The example of the README runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
