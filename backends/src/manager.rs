@@ -18,6 +18,7 @@ use bitnet_burn_plugin::features;
 
 /// The manager could not be set up.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SetupError {
     /// It is in use already, with another configuration.
     #[error("the process's kernel manager is in use already; configure it before the first operation")]

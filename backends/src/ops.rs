@@ -628,6 +628,7 @@ pub fn tiled_matrix(tiles: bytes::Bytes, args: DenseArgs, device: &Device) -> (T
 
 /// A dense matrix that can't be brought into another form.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DenseError {
     /// The format can't hold it.
     #[error(transparent)]

@@ -25,6 +25,7 @@ use crate::manager::take_error;
 
 /// Why a worker does not serve.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum WorkerError {
     /// The system refuses threads or sockets.
     #[error("a worker can't start")]

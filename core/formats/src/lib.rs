@@ -516,3 +516,8 @@ mod tests {
         }
     }
 }
+
+// The example of the README runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

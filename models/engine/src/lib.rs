@@ -34,3 +34,8 @@ pub mod tokenizer;
 pub use engine::{Engine, EngineError, EngineOptions, OpenEvent};
 pub use generate::GenerateOptions;
 pub use session::{Answer, Session, Text};
+
+// The example of the README runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

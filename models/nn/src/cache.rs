@@ -9,6 +9,7 @@ use burn::tensor::{Device, Tensor};
 
 /// What a cache can't do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum CacheError {
     /// The device has no such type.
     #[error("the device {device} does not support a KV cache of {}; use f32", .cache_type.name())]

@@ -45,6 +45,7 @@ impl fmt::Display for Activation {
 /// A field of a [`ModelConfig`] that no model can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{field}` {problem}")]
+#[non_exhaustive]
 pub struct ConfigError {
     /// The field of [`ModelConfig`].
     pub field: &'static str,

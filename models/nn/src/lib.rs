@@ -39,3 +39,8 @@ pub use bitnet_burn_backends as backends;
 pub use bitnet_burn_backends::GatedActivation;
 pub use bitnet_burn_formats as formats;
 pub use bitnet_burn_manager as manager;
+
+// The example of the README runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

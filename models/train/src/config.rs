@@ -19,6 +19,7 @@ use bitnet_burn::{Activation, ModelConfig};
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct TrainConfig {
     /// Of the initial weights, the order of the text, and the choice of the validation set.
     pub seed: u64,
@@ -37,6 +38,7 @@ pub struct TrainConfig {
 /// The model to train. The size of the vocabulary is the tokenizer's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct ModelOptions {
     /// The model's name in exported files.
     pub name: String,
@@ -93,6 +95,7 @@ impl Default for ModelOptions {
 /// The tokenizer: a given one, or one trained on the text (byte-level BPE).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct TokenizerOptions {
     /// A `tokenizer.json` with an end-of-text token; empty: train one.
     pub file: PathBuf,
@@ -122,6 +125,7 @@ pub enum Documents {
 /// The text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct DataOptions {
     /// How plain text is cut into documents: `file`, `paragraph` or `line`.
     pub documents: Documents,
@@ -142,6 +146,7 @@ impl Default for DataOptions {
 /// decay is switched off.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct OptimizerOptions {
     /// The highest learning rate.
     pub learning_rate: f64,
@@ -182,6 +187,7 @@ impl Default for OptimizerOptions {
 /// Steps, evaluations and checkpoints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct RunOptions {
     /// Steps of the optimiser.
     pub steps: u64,

@@ -50,3 +50,8 @@ pub mod abi;
 pub mod canonical;
 pub mod features;
 pub mod sdk;
+
+// The example of the README runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

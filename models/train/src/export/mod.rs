@@ -108,6 +108,7 @@ pub enum Progress {
 
 /// Why nothing was written.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ExportError {
     /// The operating system refused.
     #[error("{}: cannot {action}: {error}", path.display())]
