@@ -189,12 +189,7 @@ impl GpuInputs<'_> {
                 let weight = TernaryWeight::<CubeBackend> { codes, scale: self.scale.clone() };
                 let matrices = vec![Matrix { n, choice: None }];
                 let args = BitLinearArgs { k, matrices, eps: 0.0, quantise: true };
-                default::bit_linear(
-                    self.input.x().clone(),
-                    InputNorm::None,
-                    WeightGroup::One(weight),
-                    &args,
-                )
+                default::bit_linear(self.input.x().clone(), InputNorm::None, WeightGroup::One(weight), &args)
             }
         }
     }

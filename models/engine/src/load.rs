@@ -6,7 +6,7 @@ use bitnet_burn::{
 };
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops::{self, TernaryMatrix};
-use bitnet_burn_backends::{Kernels, devices};
+use bitnet_burn_backends::{MatrixKernels, devices};
 use bitnet_burn_formats::DenseTensor;
 use bitnet_burn_manager::{LayoutPolicy, ManagerError};
 use burn::tensor::Device;
