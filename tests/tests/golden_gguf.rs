@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use bitnet_burn::CacheType;
-use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::gguf::{norm_name, projection_name, write_config};
@@ -156,7 +156,7 @@ fn older_bitnet(seed: u64) -> (ModelConfig, Reference, Vec<(String, TernaryTenso
         context_length: 64,
         rope_theta: 10_000.0,
         rms_norm_eps: 1e-5,
-        activation: Activation::Silu,
+        activation: GatedActivation::Silu,
         sub_norms: true,
         tied_embeddings: true,
         bos_token: None,

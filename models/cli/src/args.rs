@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
-use bitnet_burn::Activation;
 use bitnet_burn::CacheType;
+use bitnet_burn::GatedActivation;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::device::DeviceSpec;
 use bitnet_burn_engine::load::HeadMode;
@@ -21,7 +21,7 @@ pub struct FileArgs {
     pub model: Option<PathBuf>,
     /// The feed-forward activation, for files that don't state it: relu2 or silu
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Model")]
-    pub hidden_act: Option<Activation>,
+    pub hidden_act: Option<GatedActivation>,
     /// The pre-tokenizer, for GGUF files that don't name it (llama-bpe, gpt-2, qwen2 ...)
     #[arg(long, value_name = "NAME", help_heading = "Model")]
     pub pre: Option<String>,
@@ -228,8 +228,8 @@ impl From<KvCacheType> for CacheType {
     }
 }
 
-pub fn activation(name: &str) -> Result<Activation, String> {
-    Activation::from_name(name).ok_or_else(|| "it is relu2 or silu".into())
+pub fn activation(name: &str) -> Result<GatedActivation, String> {
+    GatedActivation::from_name(name).ok_or_else(|| "it is relu2 or silu".into())
 }
 
 /// A number of at least 1.

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::gguf::names::{LLAMA, gptj_rows};
 use crate::checkpoint::{Checkpoint, LoadError};
-use bitnet_burn::{Activation, ModelConfig, Norm, Projection};
+use bitnet_burn::{GatedActivation, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::{GgufWriter, TensorType};
 use bitnet_burn_formats::{DenseFormat, DenseTensor, TernaryTensor, WriteError};
 use std::io;
@@ -36,8 +36,8 @@ pub struct GgufTypes {
 /// `hidden_act`. A model of squared ReLU without sub-norms is none of theirs, and must not pass for a Llama.
 fn architecture(config: &ModelConfig, ternary: TernaryType) -> &'static str {
     match (config.activation, config.sub_norms, ternary) {
-        (Activation::Silu, false, _) => LLAMA,
-        (Activation::Relu2, true, TernaryType::I2_S) => "bitnet-b1.58",
+        (GatedActivation::Silu, false, _) => LLAMA,
+        (GatedActivation::Relu2, true, TernaryType::I2_S) => "bitnet-b1.58",
         _ => "bitnet",
     }
 }

@@ -357,7 +357,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::OpenOptions;
     use crate::synth::shape;
-    use bitnet_burn::Activation;
+    use bitnet_burn::GatedActivation;
     use bitnet_burn_formats::quant::absmean_to_canonical;
     use bitnet_burn_formats::random::SplitMix64;
 
@@ -380,8 +380,8 @@ mod tests {
         for config in [
             tiny(),
             ModelConfig { tied_embeddings: false, eos_tokens: vec![7], bos_token: None, ..tiny() },
-            ModelConfig { activation: Activation::Silu, name: None, rms_norm_eps: 1e-6, ..tiny() },
-            ModelConfig { sub_norms: false, activation: Activation::Silu, eos_tokens: vec![], ..tiny() },
+            ModelConfig { activation: GatedActivation::Silu, name: None, rms_norm_eps: 1e-6, ..tiny() },
+            ModelConfig { sub_norms: false, activation: GatedActivation::Silu, eos_tokens: vec![], ..tiny() },
             ModelConfig { head_dim: 32, rope_theta: 12_345.5, ..tiny() },
         ] {
             let tensors = tensors(&config);

@@ -25,7 +25,7 @@ use bitnet_burn_formats::random::SplitMix64;
 use half::{bf16, f16};
 
 use crate::gguf::{norm_name, projection_name, write_config};
-use bitnet_burn::{Activation, ConfigError, ModelConfig};
+use bitnet_burn::{ConfigError, GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 
 /// The names that [`shape`] knows.
@@ -47,7 +47,7 @@ pub fn shape(name: &str) -> Option<ModelConfig> {
         context_length: 4096,
         rope_theta: 500_000.0,
         rms_norm_eps: 1e-5,
-        activation: Activation::Relu2,
+        activation: GatedActivation::Relu2,
         sub_norms: true,
         tied_embeddings: true,
         bos_token: Some(128_000),
@@ -78,7 +78,7 @@ pub fn shape(name: &str) -> Option<ModelConfig> {
             architecture: "bitnet".into(),
             context_length: 2048,
             rope_theta: 10_000.0,
-            activation: Activation::Silu,
+            activation: GatedActivation::Silu,
             ..sized(1536, 4096, 24, [16, 16, 96], 32_002)
         },
         "small" => sized(768, 2048, 12, [12, 4, 64], 32_000),

@@ -5,7 +5,7 @@
 //! kept in `testdata/hostile/` for other programs to try; after a change, `BITNET_BLESS=1 cargo test` writes
 //! them anew.
 
-use bitnet_burn::Activation;
+use bitnet_burn::GatedActivation;
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_engine::checkpoint::{Checkpoint, LoadError, OpenOptions, TokenizerSource};
 use bitnet_burn_formats::FileError;
@@ -281,7 +281,7 @@ fn the_models_that_the_others_are_derived_from_are_good() {
     let config = checkpoint.config();
     assert_eq!(
         (config.activation, config.sub_norms, config.tied_embeddings),
-        (Activation::Relu2, true, true)
+        (GatedActivation::Relu2, true, true)
     );
     assert_eq!(config.eos_tokens, [2, 3]); // the second by its text
     let report = checkpoint.check().unwrap();
@@ -613,7 +613,7 @@ fn the_activation_is_never_guessed_where_guessing_goes_wrong() {
         Checkpoint::open(&dir.write(&raw.bytes()), &options)
             .map(|c| (c.config().activation, c.warnings().len()))
     };
-    let (relu2, silu) = (Activation::Relu2, Activation::Silu);
+    let (relu2, silu) = (GatedActivation::Relu2, GatedActivation::Silu);
     assert_eq!(act(&model(), None).unwrap(), (relu2, 0));
     let mut named_25 = model();
     *named_25.value("general.architecture") = string("bitnet-25"); // its keys stay those of bitnet-b1.58
@@ -663,7 +663,7 @@ fn what_community_files_leave_out_or_add_is_accepted() {
     // Keys of `bitnet` in a file of `bitnet-b1.58`.
     let mut raw = older_model();
     *raw.value("general.architecture") = string("bitnet-b1.58");
-    assert_eq!(dir.open(&raw).unwrap().config().activation, Activation::Relu2);
+    assert_eq!(dir.open(&raw).unwrap().config().activation, GatedActivation::Relu2);
     // No dimension count, no KV heads, sizes as arrays, a token -1, RoPE factors of 1, an unknown tensor.
     let raw = model()
         .without("bitnet-b1.58.rope.dimension_count")

@@ -27,7 +27,7 @@ pub use bit_linear::{BitLinear, BitLinearConfig, BitLinearWeight, PackedWeight};
 pub use block::{BitBlock, BitBlockConfig};
 pub use burn::nn::{RmsNorm, RmsNormConfig};
 pub use cache::{CacheError, CacheType, KvCache, SequenceId};
-pub use config::{Activation, ConfigError, ModelConfig};
+pub use config::{ConfigError, ModelConfig};
 pub use dense::{DenseMatrix, DenseMatrixError, DenseWeight};
 pub use feed_forward::{BitFeedForward, BitFeedForwardConfig};
 pub use model::{BitNet, ForwardError, rms_norm};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{GatedActivation, ModelConfig};
 
 /// A training run. The defaults are those of the model that the program carries.
 ///
@@ -61,7 +61,7 @@ pub struct ModelOptions {
     /// Epsilon of the norms.
     pub rms_norm_eps: f32,
     /// Of the feed-forward layer: `relu2` or `silu`.
-    pub activation: Activation,
+    pub activation: GatedActivation,
     /// RMSNorm before the output and the down projections, as BitNet b1.58 2B-4T has it.
     pub sub_norms: bool,
     /// Whether the output head is the embedding.
@@ -84,7 +84,7 @@ impl Default for ModelOptions {
             context_length: 256,
             rope_theta: 10_000.0,
             rms_norm_eps: 1e-5,
-            activation: Activation::Relu2,
+            activation: GatedActivation::Relu2,
             sub_norms: true,
             tied_embeddings: true,
             ternary: true,
@@ -412,7 +412,7 @@ mod tests {
         config.set("optimizer.learning_rate = 0.001").unwrap();
         config.set("tokenizer.file=a/b.json").unwrap();
         config.set("run.steps=10").unwrap();
-        assert_eq!((config.model.activation, config.run.steps), (Activation::Silu, 10));
+        assert_eq!((config.model.activation, config.run.steps), (GatedActivation::Silu, 10));
         assert_eq!(TrainConfig::from_toml(&config.to_toml()).unwrap(), config);
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<TrainConfig>(&json).unwrap(), config);

@@ -2,7 +2,7 @@
 
 use super::error::LoadError;
 use super::source::OpenOptions;
-use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{GatedActivation, ModelConfig};
 use std::path::Path;
 
 /// The feed-forward activation: the option, else what the file states under `(key, name)`, else the default.
@@ -11,11 +11,11 @@ pub(super) fn choose_activation(
     options: &OpenOptions,
     stated: Option<(&str, &str)>,
     warnings: &mut Vec<String>,
-    default: impl FnOnce() -> Result<Activation, LoadError>,
-) -> Result<Activation, LoadError> {
+    default: impl FnOnce() -> Result<GatedActivation, LoadError>,
+) -> Result<GatedActivation, LoadError> {
     let of_file = match stated {
         None => default(),
-        Some((key, name)) => Activation::from_name(name).ok_or_else(|| LoadError::UnknownActivation {
+        Some((key, name)) => GatedActivation::from_name(name).ok_or_else(|| LoadError::UnknownActivation {
             path: path.to_owned(),
             problem: format!(
                 "key `{key}` is \"{name}\", an activation that is not supported; supported: relu2, silu"

@@ -2,7 +2,7 @@
 
 use super::error::LoadError;
 use super::tokenizer_source::TokenizerSource;
-use bitnet_burn::{Activation, Norm, Projection};
+use bitnet_burn::{GatedActivation, Norm, Projection};
 use bitnet_burn_formats::{DenseTensor, FileMap, TernaryTensor};
 use bytes::Bytes;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use std::path::PathBuf;
 pub struct OpenOptions {
     /// The feed-forward activation, for files that don't state it (`--hidden-act`). Wins over the file,
     /// with a warning where the two differ.
-    pub hidden_act: Option<Activation>,
+    pub hidden_act: Option<GatedActivation>,
     /// The pre-tokenizer of a GGUF vocabulary, for files without `tokenizer.ggml.pre` (`--pre`). Handed on
     /// in [`GgufTokenizer::pre`].
     pub pre: Option<String>,

@@ -1,7 +1,7 @@
 use super::values::ROW_ALIGNMENT;
 use super::*;
 use crate::gguf::{GgufTypes, write_checkpoint};
-use bitnet_burn::Activation;
+use bitnet_burn::GatedActivation;
 use bitnet_burn_formats::gguf::GgufWriter;
 use std::process::Command;
 
@@ -75,7 +75,7 @@ fn gguf_golden_opens_and_checks() {
     assert_eq!((config.rope_theta, config.rms_norm_eps), (500_000.0, 1e-5));
     assert_eq!(
         (config.activation, config.sub_norms, config.tied_embeddings),
-        (Activation::Relu2, true, true)
+        (GatedActivation::Relu2, true, true)
     );
     let report = checkpoint.check().unwrap();
     assert_eq!(report.ternary_weights, config.ternary_parameters());

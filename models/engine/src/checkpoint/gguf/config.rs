@@ -5,7 +5,7 @@ use super::super::error::LoadError;
 use super::super::source::OpenOptions;
 use super::keys::{string, token, wrong_value};
 use super::names::LLAMA;
-use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{GatedActivation, ModelConfig};
 use bitnet_burn_formats::FileError;
 use bitnet_burn_formats::gguf::{GgufFile, Value};
 use std::collections::HashSet;
@@ -169,7 +169,7 @@ pub(super) fn config(
     };
     let is_2b = (hidden_size, intermediate_size, n_layers, vocab_size) == (2560, 6912, 30, 128_256);
     let activation = choose_activation(file.path(), options, stated, warnings, || match &*architecture {
-        "bitnet-b1.58" | "bitnet-25" => Ok(Activation::Relu2),
+        "bitnet-b1.58" | "bitnet-25" => Ok(GatedActivation::Relu2),
         _ if is_2b => Err(LoadError::UnknownActivation {
             path: path(),
             problem: format!(
@@ -178,7 +178,7 @@ pub(super) fn config(
                  --hidden-act relu2 or --hidden-act silu"
             ),
         }),
-        _ => Ok(Activation::Silu),
+        _ => Ok(GatedActivation::Silu),
     })?;
 
     // All layers have both norms or none has; check_tensors names the one that is missing or too many.
