@@ -30,7 +30,7 @@ pub struct BitBlock {
 
 impl BitBlockConfig {
     /// A block in the training state.
-    pub fn init(&self, activation: device: &Device) -> BitBlock {
+    pub fn init(&self, activation: GatedActivation, device: &Device) -> BitBlock {
         BitBlock {
             attention: self.attention.init(device),
             feed_forward: self.feed_forward.init(activation, device),
@@ -68,7 +68,11 @@ impl BitBlock {
         ];
         Ok(Self {
             attention: attention.assemble(norm(Norm::Attention(layer))?, projections),
-            feed_forward: BitFeedForward::assemble(norm(Norm::FeedForward(layer))?, feed_forward, config.activation),
+            feed_forward: BitFeedForward::assemble(
+                norm(Norm::FeedForward(layer))?,
+                feed_forward,
+                config.activation,
+            ),
         })
     }
 
