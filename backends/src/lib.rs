@@ -20,6 +20,7 @@ const _: () = assert!(cfg!(target_endian = "little"), "bitnet-burn needs a littl
 
 mod default;
 pub mod devices;
+pub(crate) mod effort;
 mod extension;
 #[cfg(feature = "cube")]
 pub mod gpu;

@@ -128,7 +128,7 @@ pub fn manager() -> &'static KernelManager {
             }
             Err(error) => {
                 tracing::error!(%error, "the kernel manager's environment is ignored");
-                let strict = Strict::from_env().unwrap_or(Strict::ALL);
+                let strict = ManagerConfig::strict_from_env().unwrap_or(Strict::ALL);
                 let config = ManagerConfig { strict, ..ManagerConfig::default() };
                 match strict.any() {
                     true => KernelManager::new(config).map_err(SetupError::from),

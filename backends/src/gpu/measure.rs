@@ -15,9 +15,9 @@ use super::choice;
 use super::contest::SCALE;
 use super::launch::{self, Buffers};
 use crate::devices::catching_panics;
+use crate::effort::{Effort, KernelTime};
 use crate::extension::InputNorm;
 use crate::manager::manager;
-use crate::measure::{Effort, KernelTime};
 
 /// As many copies of weights as ever take turns.
 const MOST_COPIES: usize = 256;

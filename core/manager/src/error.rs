@@ -1,6 +1,6 @@
 //! What the manager can't do.
 
-use crate::manager::Strict;
+use crate::strict::Strict;
 
 /// What the manager can't do.
 #[derive(Debug, thiserror::Error)]

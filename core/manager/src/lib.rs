@@ -14,5 +14,7 @@ pub mod memory;
 pub mod plugin;
 pub mod pool;
 pub mod store;
+mod strict;
 
 pub use manager::*;
+pub use strict::Strict;

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::tuner::{Measurement, Source};
+use super::measurement::{Measurement, Source};
 use crate::cpu;
 use bitnet_burn_formats::files;
 

@@ -15,6 +15,7 @@ mod config;
 mod cpu_kernels;
 mod execute;
 mod gpu;
+mod measurement;
 mod packing;
 mod parts;
 mod probe;
@@ -33,9 +34,10 @@ use std::sync::{Arc, Mutex, RwLock, Weak};
 use bitnet_burn_plugin::abi;
 
 pub use self::adapt::{Feedback, LOW_MEMORY};
-pub use self::config::{FallbackPolicy, ManagerConfig, Strict};
+pub use self::config::{FallbackPolicy, ManagerConfig};
 pub use self::cpu_kernels::CpuKernels;
 pub use self::gpu::{DEFAULT_BODY, GpuKernel};
+pub use self::measurement::{Measurement, Source};
 pub use self::probe::{Machine, Memory, Probe};
 pub(crate) use self::registry::Entry;
 pub use self::report::{
@@ -43,7 +45,7 @@ pub use self::report::{
 };
 pub use self::slot::{PROBATION_AFTER, RACE_TURNS, TIMED_EVERY, TRIAL_CALLS, WINDOW};
 pub use self::tune_cpu::{Candidate, Ranking, rotation_bytes};
-pub use self::tuner::{Contest, Inputs, Measurement, Source, Standings, Unfit};
+pub use self::tuner::{Contest, Inputs, Standings, Unfit};
 use crate::cpu;
 pub use crate::error::ManagerError;
 use crate::memory::{PageArena, PageBuffer};

@@ -40,8 +40,6 @@ use super::{Ranking, Source, lock};
 pub const TIMED_EVERY: u64 = 64;
 /// Samples that are looked at together.
 pub const WINDOW: usize = 8;
-/// [`FallbackPolicy::Adaptive`] races when a kernel takes this many times longer than expected.
-pub(super) const DRIFT: f64 = 1.5;
 /// Calls until a demoted kernel is tried again, the first time.
 pub const PROBATION_AFTER: u64 = 128;
 /// Calls that it has to do well then.
