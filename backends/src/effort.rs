@@ -54,3 +54,27 @@ pub struct KernelTime {
     /// those of the CPU's kernels.
     pub seconds: Result<Vec<f64>, String>,
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn launches_are_timed_together_and_divided() {
+        let effort = Effort { repetitions: 3, seconds: 0.01, rotated_bytes: 0 };
+        let (launched, waits) = (Cell::new(0), Cell::new(0));
+        let wait = || {
+            waits.set(waits.get() + 1);
+            std::thread::sleep(std::time::Duration::from_millis(launched.replace(0)));
+            Ok(())
+        };
+        let seconds = effort.time(|_| launched.set(launched.get() + 1), wait).unwrap();
+        // A millisecond each at least, and up to 16 of them together: fewer where the machine is busy.
+        assert_eq!(seconds.len(), 3);
+        assert!((1 + 1 + 3..=1 + 5 + 3).contains(&waits.get()), "{waits:?}");
+        assert!(seconds.iter().all(|&s| s >= 0.001), "{seconds:?}");
+        assert_eq!(effort.time(|_| (), || Err("lost".into())), Err("lost".into()));
+    }
+}

@@ -52,26 +52,3 @@ pub fn read_gb_per_s(device: &Device, bytes: u64) -> Result<f64, String> {
 }
 
 const NO_GPU: &str = "this is no GPU, or this build computes on none";
-
-#[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-
-    use super::*;
-
-    #[test]
-    fn launches_are_timed_together_and_divided() {
-        let effort = Effort { repetitions: 3, seconds: 0.01, rotated_bytes: 0 };
-        let (launched, waits) = (Cell::new(0), Cell::new(0));
-        let wait = || {
-            waits.set(waits.get() + 1);
-            std::thread::sleep(std::time::Duration::from_millis(launched.replace(0)));
-            Ok(())
-        };
-        let seconds = effort.time(|_| launched.set(launched.get() + 1), wait).unwrap();
-        // A millisecond each, and 16 of them together.
-        assert_eq!((seconds.len(), waits.get()), (3, 1 + 5 + 3));
-        assert!(seconds.iter().all(|&s| (0.001..0.01).contains(&s)), "{seconds:?}");
-        assert_eq!(effort.time(|_| (), || Err("lost".into())), Err("lost".into()));
-    }
-}
