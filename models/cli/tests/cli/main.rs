@@ -629,7 +629,7 @@ fn a_refused_plugin_does_not_keep_the_others_from_being_used() {
 /// A plugin in the place, from a C source: the template in examples/plugin-c, or core's broken one. `false`
 /// where there is no compiler, which is a failure in CI.
 fn plugin(place: &Place, name: &str, source: &str, defines: &[&str]) -> bool {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let mut command = Command::new(std::env::var("CC").unwrap_or_else(|_| "cc".into()));
     command.args(["-O2", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off", "-I"]);
     command.arg(root.join("plugins/abi/include")).arg(root.join(source)).args(defines);
