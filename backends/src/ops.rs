@@ -7,7 +7,9 @@ use bitnet_burn_formats::dense::requantise;
 use bitnet_burn_formats::{DenseFormat, FormatError, canonical, dense_tiles};
 use bitnet_burn_manager::memory::PageArena;
 use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed};
-use burn::backend::{Dispatch, DispatchDevice};
+use burn::backend::Dispatch;
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cube"))]
+use burn::backend::DispatchDevice;
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
 use crate::devices;
