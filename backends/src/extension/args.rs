@@ -40,7 +40,7 @@ impl MatrixKernels {
     }
 }
 
-/// Arguments of [`TernaryBackend::bit_linear`] that are no tensors.
+/// Arguments of [`TernaryBackend::bit_linear`](crate::TernaryBackend::bit_linear) that are no tensors.
 #[derive(Clone, Debug)]
 pub struct BitLinearArgs {
     /// Input features.
@@ -104,7 +104,8 @@ impl CacheType {
     }
 }
 
-/// Arguments of [`TernaryBackend::cached_attention`] and [`TernaryBackend::attention`].
+/// Arguments of [`TernaryBackend::cached_attention`](crate::TernaryBackend::cached_attention) and
+/// [`TernaryBackend::attention`](crate::TernaryBackend::attention).
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionArgs {
     /// Query heads.
@@ -117,7 +118,7 @@ pub struct AttentionArgs {
     pub position: usize,
 }
 
-/// Arguments of [`TernaryBackend::self_attention`].
+/// Arguments of [`TernaryBackend::self_attention`](crate::TernaryBackend::self_attention).
 #[derive(Clone, Copy, Debug)]
 pub struct SelfAttentionArgs {
     /// Query heads.
@@ -149,7 +150,7 @@ pub struct DenseArgs {
     pub n: usize,
     /// Columns: input features, or hidden size.
     pub k: usize,
-    /// Whether [`dense_linear`](TernaryBackend::dense_linear) quantises its activations to int8. Only the
+    /// Whether [`dense_linear`](crate::TernaryBackend::dense_linear) quantises its activations to int8. Only the
     /// formats of [`DenseArgs::INT8_FORMATS`] can, see [`with_int8`](Self::with_int8). Looking rows up does
     /// not depend on it.
     pub int8: bool,

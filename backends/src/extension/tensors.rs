@@ -100,7 +100,7 @@ impl<B: burn::backend::Backend> Clone for CacheTensor<B> {
     }
 }
 
-/// What [`TernaryBackend::cached_attention`] gives.
+/// What [`TernaryBackend::cached_attention`](crate::TernaryBackend::cached_attention) gives.
 #[derive(ExtensionType)]
 #[extension_type(fusion: cfg(feature = "fusion"))]
 pub struct CachedAttention<B: burn::backend::Backend> {

@@ -23,7 +23,7 @@ pub fn relu2_mul(gate_up: &[f32], f: usize, out: &mut [f32], threads: &dyn Threa
 
 /// SiLU gating (arXiv 2002.05202): out = (g * sigmoid(g)) * u.
 ///
-/// sigmoid(g) is 1 / (1 + e) for g >= 0 and e / (1 + e) below, with e = exp(-|g|) by [`exp`](crate::simd::exp); so
+/// sigmoid(g) is 1 / (1 + e) for g >= 0 and e / (1 + e) below, with e = exp(-|g|) by `simd::exp`; so
 /// it is zero below -87.
 ///
 /// # Arguments

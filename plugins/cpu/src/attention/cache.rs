@@ -5,7 +5,7 @@ use half::f16;
 use super::Shape;
 use crate::simd::{Isa, LANES};
 
-/// The keys or the values of a sequence: [n_kv_heads][capacity][head_dim].
+/// The keys or the values of a sequence: `[n_kv_heads][capacity][head_dim]`.
 #[derive(Clone, Copy, Debug)]
 pub enum CacheRef<'a> {
     /// Single precision.
@@ -14,9 +14,9 @@ pub enum CacheRef<'a> {
     F16(&'a [f16]),
     /// int8 with a scale for each position and head: computed with as the f32 product.
     Int8 {
-        /// [n_kv_heads][capacity][head_dim]
+        /// `[n_kv_heads][capacity][head_dim]`
         codes: &'a [i8],
-        /// [n_kv_heads][capacity]
+        /// `[n_kv_heads][capacity]`
         scale: &'a [f32],
     },
 }
@@ -47,9 +47,9 @@ pub enum CacheMut<'a> {
     /// Quantised by absmax, as activations are: each element moves by at most half a step,
     /// max(absmax, 1e-5) / 254 of its position and head, give or take f32's rounding.
     Int8 {
-        /// [n_kv_heads][capacity][head_dim]
+        /// `[n_kv_heads][capacity][head_dim]`
         codes: &'a mut [i8],
-        /// [n_kv_heads][capacity]: absmax / 127; NaN if an element is not finite.
+        /// `[n_kv_heads][capacity]`: absmax / 127; NaN if an element is not finite.
         scale: &'a mut [f32],
     },
 }

@@ -4,10 +4,10 @@
 //! reads kv head h / (heads / kv heads).
 //!
 //! # Order of computation
-//! The softmax is taken in f32 over tiles of [`TILE`] positions that begin at absolute multiples of it, so
+//! The softmax is taken in f32 over tiles of 256 positions that begin at absolute multiples of 256, so
 //! that it does not depend on how a prompt is cut into chunks. For each (row, head) and tile:
 //! - scores q.k by 16 lanes over the head's elements (see [`simd`](crate::simd)), times `scale`;
-//! - m their maximum, p = exp(score - m) by [`exp`](crate::simd::exp), l the sum of p by 16 lanes over the
+//! - m their maximum, p = exp(score - m) by `simd::exp`, l the sum of p by 16 lanes over the
 //!   positions;
 //! - for each element of the head, a = fma(p, v, a) over the positions in ascending order, from +0.
 //!
@@ -74,7 +74,7 @@ pub struct Shape {
 /// Writes `rows` rows of keys or values to the positions from `position` on.
 ///
 /// # Arguments
-/// * `cache`: [n_kv_heads][capacity][head_dim]
+/// * `cache`: `[n_kv_heads][capacity][head_dim]`
 /// * `x`: rows of n_kv_heads * head_dim values, `x_stride` elements apart
 ///
 /// # Panics

@@ -1,6 +1,6 @@
 //! Sixteen `f32` lanes on whatever vectors the machine has.
 //!
-//! An algorithm is written once, as a [`Kernel`], over the operations of [`Isa`]; [`Level::run`] compiles it
+//! An algorithm is written once, as a `Kernel`, over the operations of `Isa`; `Level::run` compiles it
 //! for AVX-512, for AVX2 and for the target's baseline, and picks one. Every operation of `Isa` gives the
 //! same bits on every instruction set, so the kernels do too. (One generic algorithm over a small vector trait is
 //! the scheme of the `memchr` crate; the proof by token is that of `pulp`.)

@@ -1,6 +1,6 @@
 //! What training needs beside the model: losses, gradients, and attention of whole sequences.
 //!
-//! Sums over many rows are made of partial sums over [`ROWS`] rows each, added in ascending order, so that
+//! Sums over many rows are made of partial sums over 64 rows each, added in ascending order, so that
 //! results do not depend on the number of threads. Unlike the rest of the network, they are not promised to
 //! be the same on every instruction set: matmuls are the `gemm` crate's.
 

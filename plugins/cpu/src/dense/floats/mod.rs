@@ -4,7 +4,7 @@
 //! The weights are exactly the f32 values of [`DenseFormat::decode_row`]; they are decoded in registers, a
 //! few rows at a time (and with many rows of activations, once for a block of them). With one row the layer
 //! runs at the speed of memory, so what counts is that the weights are asked for early and in order: a tile
-//! of [`ROWS`] adjacent rows is one contiguous run of bytes, and while one tile is computed the next is
+//! of four adjacent rows is one contiguous run of bytes, and while one tile is computed the next is
 //! prefetched, at the same pace. Several rows are needed for their independent chains of multiply-adds: one
 //! row's order of summation is fixed, see the numerics of [`simd`](crate::simd).
 
