@@ -10,7 +10,7 @@ use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_manager::gpu::{GpuOperands, close};
 use bitnet_burn_manager::memory::Activations;
 use bitnet_burn_manager::plugin::{Plugin, Target};
-use bitnet_burn_manager::{self, KernelManager, KernelReport, ManagerConfig, ManagerReport, Packed, Status};
+use bitnet_burn_manager::{KernelManager, KernelReport, ManagerConfig, ManagerReport, Packed, Status};
 use bitnet_burn_plugin::abi::{Plugin as RawPlugin, Signature};
 use bitnet_burn_plugin::sdk::{GpuKernel, KernelResult, Language, WeightsRef, source};
 
@@ -337,7 +337,7 @@ fn a_forced_kernel_computes_what_the_reference_does() {
 }
 
 /// Those for few rows, and those for many.
-fn cubecl_kernels() -> Vec<manager::GpuKernel> {
+fn cubecl_kernels() -> Vec<bitnet_burn_manager::GpuKernel> {
     let manager = manager_of(&bitnet_burn_cube::PLUGIN, None, Duration::ZERO);
     let mut kernels = Vec::new();
     for m in [1, 17] {
