@@ -239,7 +239,9 @@ fn architecture_bitnet_is_silu() {
         }
         let embedding: Vec<u8> = floats(&reference.embedding).iter().flat_map(|v| v.to_le_bytes()).collect();
         writer
-            .tensor("token_embd.weight", &[128, 64], TensorType::F32, move |out| out.write_all(&embedding))
+            .tensor("token_embd.weight", &[128, 64], TensorType::Dense(DenseFormat::F32), move |out| {
+                out.write_all(&embedding)
+            })
             .unwrap();
         writer.vector("output_norm.weight", floats(&reference.norm)).unwrap();
         for (i, layer) in reference.layers.iter().enumerate() {
@@ -270,10 +272,10 @@ fn mixed(path: &Path, format: DenseFormat, mix: bool) -> Vec<f64> {
     let types = [
         TensorType::TQ1_0,
         TensorType::TQ2_0,
-        TensorType::Q4_0,
-        TensorType::F16,
-        TensorType::BF16,
-        TensorType::F32,
+        TensorType::Dense(DenseFormat::Q4_0),
+        TensorType::Dense(DenseFormat::F16),
+        TensorType::Dense(DenseFormat::BF16),
+        TensorType::Dense(DenseFormat::F32),
         TensorType::I2_S,
     ];
     for layer in 0..config.n_layers {
@@ -295,11 +297,15 @@ fn mixed(path: &Path, format: DenseFormat, mix: bool) -> Vec<f64> {
             let data: Vec<u8> = match tensor_type {
                 TensorType::TQ1_0 => tq1_0::from_canonical(&t.codes, n, k, scale).unwrap(),
                 TensorType::TQ2_0 => tq2_0::from_canonical(&t.codes, n, k, scale).unwrap(),
-                TensorType::F16 => values.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect(),
-                TensorType::BF16 => values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect(),
-                TensorType::F32 => values.flat_map(|v| v.to_le_bytes()).collect(),
+                TensorType::Dense(DenseFormat::F16) => {
+                    values.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect()
+                }
+                TensorType::Dense(DenseFormat::BF16) => {
+                    values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect()
+                }
+                TensorType::Dense(DenseFormat::F32) => values.flat_map(|v| v.to_le_bytes()).collect(),
                 // As ggml's quantiser: the first value of the largest magnitude gets the code 0.
-                TensorType::Q4_0 => {
+                TensorType::Dense(DenseFormat::Q4_0) => {
                     let values: Vec<f32> = values.collect();
                     let blocks = values.chunks_exact(32).flat_map(|block| {
                         let mut bytes = [0; 18];

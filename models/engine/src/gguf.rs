@@ -3,7 +3,7 @@
 use crate::checkpoint::gguf::names::{LLAMA, gptj_rows};
 use crate::checkpoint::{Checkpoint, LoadError};
 use bitnet_burn::{GatedActivation, ModelConfig, Norm, Projection};
-use bitnet_burn_formats::gguf::{GgufWriter, TensorType};
+use bitnet_burn_formats::gguf::GgufWriter;
 use bitnet_burn_formats::{DenseFormat, DenseTensor, TernaryTensor, WriteError};
 use std::io;
 
@@ -129,8 +129,8 @@ pub fn write_checkpoint<'a>(
             let reorder = matches!(which, Projection::Q | Projection::K) && architecture == LLAMA;
             let head = reorder.then_some(config.head_dim);
             let dims = [k as u64, n as u64];
-            let tensor_type = types.ternary.into();
-            writer.tensor(projection_name(layer, which), &dims, tensor_type, move |out| {
+
+            writer.tensor(projection_name(layer, which), &dims, types.ternary, move |out| {
                 let tensor = checkpoint.checked_projection(layer, which).map_err(io::Error::other)?;
                 match head {
                     Some(head) => {
@@ -160,7 +160,7 @@ fn matrix(
         None => writer.dense(name, tensor)?,
         Some(format) => {
             let dims = [tensor.k as u64, tensor.n as u64];
-            writer.tensor(name, &dims, format.into(), move |out| tensor.write_as(format, out))?
+            writer.tensor(name, &dims, format, move |out| tensor.write_as(format, out))?
         }
     };
     Ok(())
@@ -168,7 +168,7 @@ fn matrix(
 
 fn norm<'a>(writer: &mut GgufWriter<'a>, checkpoint: &'a Checkpoint, which: Norm) -> Result<(), WriteError> {
     let dims = [which.len(checkpoint.config()) as u64];
-    writer.tensor(norm_name(which), &dims, TensorType::F32, move |out| {
+    writer.tensor(norm_name(which), &dims, DenseFormat::F32, move |out| {
         let weights = checkpoint.norm(which).map_err(io::Error::other)?;
         weights.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
     })?;

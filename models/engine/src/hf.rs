@@ -8,7 +8,7 @@ use bitnet_burn::names::{EMBEDDING, HEAD, norm_name, projection_name, scale_name
 use bitnet_burn::{ConfigError, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_formats::hf::pack_from_canonical;
-use bitnet_burn_formats::safetensors::{Dtype, SINGLE, SafetensorsWriter, dtype};
+use bitnet_burn_formats::safetensors::{Dtype, SINGLE, SafetensorsWriter};
 use bitnet_burn_formats::{DenseFormat, DenseTensor, Progress, WriteError};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -139,7 +139,7 @@ pub fn write_checkpoint(
         let tensor = tensor.to_owned();
         move |error: LoadError| HfWriteError::Tensor { tensor, problem: format!("can't be read: {error}") }
     };
-    let dtype = dtype(dense).ok_or_else(|| HfWriteError::Tensor {
+    let dtype = dense.dtype().ok_or_else(|| HfWriteError::Tensor {
         tensor: EMBEDDING.into(),
         problem: format!("can't be {}: safetensors files hold F32, F16 and BF16", dense.name()),
     })?;

@@ -22,7 +22,6 @@ use bitnet_burn_formats::WriteError;
 use bitnet_burn_formats::dense::DenseFormat;
 use bitnet_burn_formats::gguf::{Array, GgufWriter, TensorType};
 use bitnet_burn_formats::random::SplitMix64;
-use half::{bf16, f16};
 
 use crate::gguf::{norm_name, projection_name, write_config};
 use bitnet_burn::{ConfigError, GatedActivation, ModelConfig};
@@ -188,11 +187,11 @@ fn dense<'a>(
     // The writer refuses a row that is no whole number of blocks.
     let row = format.row_bytes(config.hidden_size).unwrap_or(0);
     let mut random = options.random(name);
-    writer.tensor(name, &dims, format.into(), move |out| {
+    writer.tensor(name, &dims, format, move |out| {
         let mut bytes = Vec::with_capacity(row);
         for _ in 0..config.vocab_size {
             bytes.clear();
-            random_row(format, row, deviation, &mut random, &mut bytes);
+            format.random_row(row / format.block_bytes(), deviation, &mut random, &mut bytes);
             out.write_all(&bytes)?;
             advance(row);
         }
@@ -295,79 +294,9 @@ fn random_i2_s(
     out.write_all(&tail)
 }
 
-/// Appends one row of `bytes` bytes.
-fn random_row(format: DenseFormat, bytes: usize, deviation: f32, random: &mut SplitMix64, out: &mut Vec<u8>) {
-    let blocks = bytes / format.block_bytes();
-    // The deviation of uniform codes: sqrt((n^2 - 1) / 12) for n of them.
-    let d = |codes: f32, scale: f32, negative: bool| {
-        let d = f16::from_f32(deviation / (((codes * codes - 1.0) / 12.0).sqrt() * scale));
-        (if negative { -d } else { d }).to_le_bytes()
-    };
-    let negative = |random: &mut SplitMix64| random.next_u64() >> 63 == 1;
-    match format {
-        DenseFormat::F32 => {
-            for _ in 0..blocks {
-                out.extend((normal(random) * deviation).to_le_bytes());
-            }
-        }
-        DenseFormat::F16 => {
-            for _ in 0..blocks {
-                out.extend(f16::from_f32(normal(random) * deviation).to_le_bytes());
-            }
-        }
-        DenseFormat::BF16 => {
-            for _ in 0..blocks {
-                out.extend(bf16::from_f32(normal(random) * deviation).to_le_bytes());
-            }
-        }
-        DenseFormat::Q8_0 => {
-            for _ in 0..blocks {
-                out.extend(d(256.0, 1.0, negative(random)));
-                random_bytes(random, 32, out);
-            }
-        }
-        DenseFormat::Q4_0 => {
-            for _ in 0..blocks {
-                out.extend(d(16.0, 1.0, negative(random)));
-                random_bytes(random, 16, out);
-            }
-        }
-        DenseFormat::Q6_K => {
-            for _ in 0..blocks {
-                // 6-bit codes, then 16 scales of 8 to 15 with a sign, then d.
-                random_bytes(random, 192, out);
-                let (sizes, signs) = (random.next_u64(), random.next_u64());
-                for i in 0..16 {
-                    let size = 8 + (sizes >> (3 * i) & 7) as i8;
-                    out.push(if signs >> i & 1 == 1 { -size } else { size } as u8);
-                }
-                // The root mean square of 8 .. 15.
-                out.extend(d(64.0, 11.73, false));
-            }
-        }
-    }
-}
-
 /// Uniform in 0 .. 1.
 fn unit(random: &mut SplitMix64) -> f32 {
     (random.next_u64() >> 40) as f32 / (1u64 << 24) as f32
-}
-
-/// Close to normal, with mean 0 and variance 1: the sum of four uniform values (Irwin-Hall), of variance
-/// 4 / 12.
-fn normal(random: &mut SplitMix64) -> f32 {
-    let word = random.next_u64();
-    let sum: u32 = (0..4).map(|i| u32::from((word >> (16 * i)) as u16)).sum();
-    (sum as f32 / 65536.0 - 2.0) * 1.732_050_8
-}
-
-/// Appends `n` random bytes.
-fn random_bytes(random: &mut SplitMix64, n: usize, out: &mut Vec<u8>) {
-    let end = out.len() + n;
-    while out.len() < end {
-        let word = random.next_u64().to_le_bytes();
-        out.extend_from_slice(&word[..word.len().min(end - out.len())]);
-    }
 }
 
 /// FNV-1a of a tensor's name.
@@ -398,7 +327,7 @@ mod tests {
             let (k, deviation) = (1 << 16, 0.02f32);
             let bytes = format.row_bytes(k).unwrap();
             let mut row = Vec::new();
-            random_row(format, bytes, deviation, &mut random, &mut row);
+            format.random_row(bytes / format.block_bytes(), deviation, &mut random, &mut row);
             assert_eq!(row.len(), bytes);
             let mut values = vec![0.0; k];
             format.decode_row(&row, &mut values).unwrap();

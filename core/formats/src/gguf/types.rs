@@ -7,18 +7,8 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types, reason = "the names of the format")]
 pub enum TensorType {
-    /// 32-bit floats.
-    F32,
-    /// IEEE half-precision floats.
-    F16,
-    /// Blocks of 32: f16 scale, 4-bit integers.
-    Q4_0,
-    /// Blocks of 32: f16 scale, 8-bit integers.
-    Q8_0,
-    /// Blocks of 256: 6-bit integers, 8-bit scales per 16, f16 scale.
-    Q6_K,
-    /// The upper half of 32-bit floats.
-    BF16,
+    /// One of the dense formats.
+    Dense(DenseFormat),
     /// Blocks of 256 ternary weights at 1.69 bits, f16 scale.
     TQ1_0,
     /// Blocks of 256 ternary weights at 2.06 bits, f16 scale.
@@ -28,28 +18,18 @@ pub enum TensorType {
 }
 
 impl TensorType {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 9] = [
-        Self::F32,
-        Self::F16,
-        Self::Q4_0,
-        Self::Q8_0,
-        Self::Q6_K,
-        Self::BF16,
-        Self::TQ1_0,
-        Self::TQ2_0,
-        Self::I2_S,
-    ];
+    /// All of them.
+    pub fn all() -> impl Iterator<Item = Self> {
+        DenseFormat::ALL.into_iter().map(Self::Dense).chain([Self::TQ1_0, Self::TQ2_0, Self::I2_S])
+    }
 
     /// (number, name, weights per block, bytes per block).
     const fn facts(self) -> (u32, &'static str, u64, u64) {
         match self {
-            Self::F32 => (0, "F32", 1, 4),
-            Self::F16 => (1, "F16", 1, 2),
-            Self::Q4_0 => (2, "Q4_0", 32, 18),
-            Self::Q8_0 => (8, "Q8_0", 32, 34),
-            Self::Q6_K => (14, "Q6_K", 256, 210),
-            Self::BF16 => (30, "BF16", 1, 2),
+            Self::Dense(format) => {
+                let facts = format.facts();
+                (facts.gguf_type, facts.name, facts.block_len as u64, facts.block_bytes as u64)
+            }
             Self::TQ1_0 => (34, "TQ1_0", 256, 54),
             Self::TQ2_0 => (35, "TQ2_0", 256, 66),
             Self::I2_S => (36, "I2_S", 128, 32),
@@ -80,32 +60,24 @@ impl TensorType {
         }
     }
 
-    /// The dense format of tensors of this type; `None` for the ternary types.
-    pub const fn dense_format(self) -> Option<DenseFormat> {
-        match self {
-            Self::F32 => Some(DenseFormat::F32),
-            Self::F16 => Some(DenseFormat::F16),
-            Self::BF16 => Some(DenseFormat::BF16),
-            Self::Q8_0 => Some(DenseFormat::Q8_0),
-            Self::Q6_K => Some(DenseFormat::Q6_K),
-            Self::Q4_0 => Some(DenseFormat::Q4_0),
-            Self::TQ1_0 | Self::TQ2_0 | Self::I2_S => None,
-        }
-    }
-
     /// The type with that number, if it is supported.
     pub fn from_id(id: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|t| t.id() == id)
+        Self::all().find(|t| t.id() == id)
     }
 
-    /// `F32 (0), F16 (1), ...`, for messages.
+    /// `F32 (0), F16 (1), ...` in the order of the numbers, for messages.
     pub fn supported() -> String {
-        let names: Vec<_> = Self::ALL.iter().map(|t| format!("{} ({})", t.name(), t.id())).collect();
+        let mut all: Vec<_> = Self::all().collect();
+        all.sort_by_key(|t| t.id());
+        let names: Vec<_> = all.iter().map(|t| format!("{} ({})", t.name(), t.id())).collect();
         names.join(", ")
     }
 
     /// Name and number of any type that is in use somewhere, for messages.
     pub fn describe(id: u32) -> String {
+        if let Some(known) = Self::from_id(id) {
+            return format!("{known} ({id})");
+        }
         let name = match id {
             3 => "Q4_1",
             6 => "Q5_0",
@@ -135,10 +107,7 @@ impl TensorType {
             39 => "TL2 of bitnet.cpp, or MXFP4",
             134 => "IQ1_BN of ik_llama.cpp",
             135 => "IQ2_BN of ik_llama.cpp",
-            _ => match Self::from_id(id) {
-                Some(known) => known.name(),
-                None => return format!("{id} (unknown)"),
-            },
+            _ => return format!("{id} (unknown)"),
         };
         format!("{name} ({id})")
     }
@@ -146,14 +115,7 @@ impl TensorType {
 
 impl From<DenseFormat> for TensorType {
     fn from(format: DenseFormat) -> Self {
-        match format {
-            DenseFormat::F32 => Self::F32,
-            DenseFormat::F16 => Self::F16,
-            DenseFormat::BF16 => Self::BF16,
-            DenseFormat::Q8_0 => Self::Q8_0,
-            DenseFormat::Q6_K => Self::Q6_K,
-            DenseFormat::Q4_0 => Self::Q4_0,
-        }
+        Self::Dense(format)
     }
 }
 
@@ -172,18 +134,18 @@ mod tests {
 
     #[test]
     fn sizes_are_those_of_the_formats() {
-        assert_eq!(TensorType::F32.bytes(7), Some(28));
-        assert_eq!(TensorType::Q8_0.bytes(64), Some(68));
-        assert_eq!(TensorType::Q6_K.bytes(512), Some(420));
+        assert_eq!(TensorType::Dense(DenseFormat::F32).bytes(7), Some(28));
+        assert_eq!(TensorType::Dense(DenseFormat::Q8_0).bytes(64), Some(68));
+        assert_eq!(TensorType::Dense(DenseFormat::Q6_K).bytes(512), Some(420));
         assert_eq!(TensorType::TQ1_0.bytes(256), Some(54));
         assert_eq!(TensorType::TQ2_0.bytes(256), Some(66));
         assert_eq!(TensorType::I2_S.bytes(2560 * 6912), Some(2560 * 6912 / 4 + 32));
-        assert_eq!(TensorType::F32.bytes(u64::MAX), None);
+        assert_eq!(TensorType::Dense(DenseFormat::F32).bytes(u64::MAX), None);
     }
 
     #[test]
     fn numbers_lead_back_to_types() {
-        for t in TensorType::ALL {
+        for t in TensorType::all() {
             assert_eq!(TensorType::from_id(t.id()), Some(t));
             assert_eq!(TensorType::describe(t.id()), format!("{t} ({})", t.id()));
         }

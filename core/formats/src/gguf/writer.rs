@@ -5,7 +5,7 @@ use super::value::encode_str;
 use super::{DEFAULT_ALIGNMENT, TensorType, Value};
 use crate::error::WriteError;
 use crate::exact::{Exact, Progress};
-use crate::{DenseTensor, TernaryTensor};
+use crate::{DenseFormat, DenseTensor, TernaryTensor};
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
@@ -25,13 +25,14 @@ struct Pending<'a> {
 /// be in memory as a whole.
 ///
 /// ```
-/// use bitnet_burn_formats::gguf::{GgufFile, GgufWriter, TensorType, Value};
+/// use bitnet_burn_formats::DenseFormat;
+/// use bitnet_burn_formats::gguf::{GgufFile, GgufWriter, Value};
 ///
 /// let dir = tempfile::tempdir()?;
 /// let path = dir.path().join("tiny.gguf");
 /// let mut writer = GgufWriter::new();
 /// writer.set("general.architecture", "bitnet-b1.58")?;
-/// writer.tensor("output_norm.weight", &[4], TensorType::F32, |out| {
+/// writer.tensor("output_norm.weight", &[4], DenseFormat::F32, |out| {
 ///     [1.0f32, 2.0, 3.0, 4.0].iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
 /// })?;
 /// writer.write(&path)?;
@@ -75,10 +76,10 @@ impl<'a> GgufWriter<'a> {
         &mut self,
         name: impl Into<String>,
         dims: &[u64],
-        tensor_type: TensorType,
+        tensor_type: impl Into<TensorType>,
         produce: impl FnOnce(&mut dyn Write) -> io::Result<()> + 'a,
     ) -> Result<&mut Self, WriteError> {
-        let name = name.into();
+        let (name, tensor_type) = (name.into(), tensor_type.into());
         if self.tensors.iter().any(|t| t.name == name) {
             return Err(WriteError::Duplicate { what: "tensor", name });
         }
@@ -135,7 +136,7 @@ impl<'a> GgufWriter<'a> {
     /// As [`GgufWriter::tensor`].
     pub fn dense(&mut self, name: impl Into<String>, tensor: DenseTensor) -> Result<&mut Self, WriteError> {
         let dims = [tensor.k as u64, tensor.n as u64];
-        self.tensor(name, &dims, tensor.format.into(), move |out| out.write_all(&tensor.data))
+        self.tensor(name, &dims, tensor.format, move |out| out.write_all(&tensor.data))
     }
 
     /// Adds a vector of f32 under `name`.
@@ -144,7 +145,7 @@ impl<'a> GgufWriter<'a> {
     /// As [`GgufWriter::tensor`].
     pub fn vector(&mut self, name: impl Into<String>, values: Vec<f32>) -> Result<&mut Self, WriteError> {
         let dims = [values.len() as u64];
-        self.tensor(name, &dims, TensorType::F32, move |out| write_floats(out, &values))
+        self.tensor(name, &dims, DenseFormat::F32, move |out| write_floats(out, &values))
     }
 
     /// Size of the file, in bytes.
@@ -258,7 +259,7 @@ mod tests {
         writer.set("general.architecture", "bitnet").unwrap();
         writer.set("list", Array::from_strings(["a", "ß"])).unwrap();
         writer.vector("v", vec![1.0, -2.5, 3.0]).unwrap();
-        writer.tensor("q", &[32, 3], TensorType::Q8_0, |out| out.write_all(&[7; 102])).unwrap();
+        writer.tensor("q", &[32, 3], DenseFormat::Q8_0, |out| out.write_all(&[7; 102])).unwrap();
         let codes = bytes::Bytes::from(vec![0b01_10_00_01u8; 64]);
         let tensor = TernaryTensor { name: "t".into(), n: 2, k: 128, scale: 0.25, codes, stored_as: "test" };
         writer.i2_s("t", tensor.clone()).unwrap();
@@ -293,7 +294,7 @@ mod tests {
         std::fs::write(&path, "precious").unwrap();
         for (produced, message) in [(3usize, "1 of 4 bytes were not produced"), (5, "1 bytes too many")] {
             let mut writer = GgufWriter::new();
-            writer.tensor("x", &[1], TensorType::F32, move |out| out.write_all(&vec![0; produced])).unwrap();
+            writer.tensor("x", &[1], DenseFormat::F32, move |out| out.write_all(&vec![0; produced])).unwrap();
             let error = writer.write(&path).unwrap_err().to_string();
             assert!(error.contains(message) && error.contains("`x`"), "{error}");
             assert_eq!(std::fs::read(&path).unwrap(), b"precious");
@@ -309,14 +310,18 @@ mod tests {
         let nothing = |_: &mut dyn Write| Ok(());
         writer.set("k", 1u32).unwrap();
         assert!(error_of(writer.set("k", 2u32)).contains("`k` was given twice"));
-        writer.tensor("t", &[1], TensorType::F32, nothing).unwrap();
-        assert!(error_of(writer.tensor("t", &[1], TensorType::F32, nothing)).contains("`t` was given twice"));
+        writer.tensor("t", &[1], DenseFormat::F32, nothing).unwrap();
+        assert!(
+            error_of(writer.tensor("t", &[1], DenseFormat::F32, nothing)).contains("`t` was given twice")
+        );
         assert!(
             error_of(writer.tensor("a", &[200, 2], TensorType::I2_S, nothing)).contains("multiple of 128")
         );
-        assert!(error_of(writer.tensor("a", &[], TensorType::F32, nothing)).contains("one to four"));
-        assert!(error_of(writer.tensor("a", &[4, 0], TensorType::F32, nothing)).contains("zero"));
-        assert!(error_of(writer.tensor("a", &[u64::MAX, 9], TensorType::F32, nothing)).contains("overflows"));
+        assert!(error_of(writer.tensor("a", &[], DenseFormat::F32, nothing)).contains("one to four"));
+        assert!(error_of(writer.tensor("a", &[4, 0], DenseFormat::F32, nothing)).contains("zero"));
+        assert!(
+            error_of(writer.tensor("a", &[u64::MAX, 9], DenseFormat::F32, nothing)).contains("overflows")
+        );
         let codes = bytes::Bytes::from(vec![0u8; 31]);
         let tensor = TernaryTensor { name: "t".into(), n: 1, k: 128, scale: 1.0, codes, stored_as: "test" };
         assert!(error_of(writer.i2_s("i", tensor)).contains("31 bytes"));

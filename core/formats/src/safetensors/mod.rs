@@ -19,20 +19,5 @@ pub const INDEX: &str = "model.safetensors.index.json";
 
 /// The dense format of tensors of this type, if there is one.
 pub fn dense_format(dtype: Dtype) -> Option<DenseFormat> {
-    match dtype {
-        Dtype::F32 => Some(DenseFormat::F32),
-        Dtype::F16 => Some(DenseFormat::F16),
-        Dtype::BF16 => Some(DenseFormat::BF16),
-        _ => None,
-    }
-}
-
-/// The type of tensors in this format, if safetensors files can hold it.
-pub fn dtype(format: DenseFormat) -> Option<Dtype> {
-    match format {
-        DenseFormat::F32 => Some(Dtype::F32),
-        DenseFormat::F16 => Some(Dtype::F16),
-        DenseFormat::BF16 => Some(Dtype::BF16),
-        DenseFormat::Q8_0 | DenseFormat::Q6_K | DenseFormat::Q4_0 => None,
-    }
+    DenseFormat::ALL.into_iter().find(|format| format.dtype() == Some(dtype))
 }

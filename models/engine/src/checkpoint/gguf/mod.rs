@@ -16,14 +16,14 @@ use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, aligned_view, checked_scale, floats, one_float};
 use bitnet_burn::{ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::{GgufFile, GgufTensor, TensorType};
-use bitnet_burn_formats::{DenseTensor, FileError, FileMap, TernaryTensor, ternary, tq1_0, tq2_0};
+use bitnet_burn_formats::{
+    DenseFormat, DenseTensor, FileError, FileMap, TernaryTensor, ternary, tq1_0, tq2_0,
+};
 use bytes::Bytes;
 use config::config;
 use names::{LLAMA, neox_rows, norm_name, projection_name, projection_stem};
 use std::collections::HashSet;
 use tokenizer::{check_tokenizer, tokenizer};
-
-const DENSE_TYPES: &str = "F32, F16, BF16, Q8_0, Q6_K, Q4_0";
 
 /// A GGUF file with a BitNet model in it.
 pub(crate) struct GgufModel {
@@ -119,9 +119,9 @@ impl GgufModel {
 
     fn dense_info(&self, name: &str, role: &'static str) -> Result<&GgufTensor, LoadError> {
         let tensor = self.info(name)?;
-        match tensor.tensor_type.dense_format() {
-            Some(_) => Ok(tensor),
-            None => Err(self.wrong_type(tensor, role)),
+        match tensor.tensor_type {
+            TensorType::Dense(_) => Ok(tensor),
+            _ => Err(self.wrong_type(tensor, role)),
         }
     }
 
@@ -131,7 +131,7 @@ impl GgufModel {
             tensor: tensor.name.clone(),
             found: TensorType::describe(tensor.tensor_type.id()),
             role,
-            supported: DENSE_TYPES.to_owned(),
+            supported: DenseFormat::names(),
         };
         error.into()
     }
@@ -156,7 +156,9 @@ impl GgufModel {
 
     fn dense(&self, name: &str, role: &'static str) -> Result<DenseTensor, LoadError> {
         let tensor = self.info(name)?;
-        let format = tensor.tensor_type.dense_format().ok_or_else(|| self.wrong_type(tensor, role))?;
+        let TensorType::Dense(format) = tensor.tensor_type else {
+            return Err(self.wrong_type(tensor, role));
+        };
         let (n, k) = tensor.matrix(); // both within the file's size, as every tensor's bytes are
         let (n, k) = (n as usize, k as usize);
         Ok(DenseTensor { name: name.to_owned(), n, k, format, data: self.file.tensor_bytes(name)? })
@@ -211,10 +213,7 @@ impl Source for GgufModel {
             }
             TensorType::TQ1_0 => tq1_0::to_canonical(&data, n, k).map(owned),
             TensorType::TQ2_0 => tq2_0::to_canonical(&data, n, k).map(owned),
-            other => {
-                let format = other.dense_format().ok_or_else(|| self.wrong_type(tensor, "a projection"))?;
-                ternary::exact_from_dense(format, &data, n, k).map(owned)
-            }
+            TensorType::Dense(format) => ternary::exact_from_dense(format, &data, n, k).map(owned),
         };
         let (codes, mut scale) = decoded.map_err(|e| LoadError::NotTernary {
             path: path.to_owned(),
