@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context as _, anyhow};
-use bitnet_burn_backends::manager;
+use bitnet_burn::backends::manager;
 use bitnet_burn_engine::device::DeviceError;
 use bitnet_burn_engine::load::LoadProgress;
 use bitnet_burn_engine::receipt::GenerationRecord;

@@ -26,8 +26,8 @@ mod tests;
 
 pub use blocks::QK;
 pub use q4_0::{Q4_0_BYTES, q4_0_block, q4_0_codes};
-pub use q6_k::{Q6_K_BYTES, QK_K, q6_k_block, q6_k_codes};
 pub(crate) use q6_k::set_q6_k_codes;
+pub use q6_k::{Q6_K_BYTES, QK_K, q6_k_block, q6_k_codes};
 pub use q8_0::{Q8_0_BYTES, q8_0_block};
 pub use requantise::requantise;
 

@@ -4,8 +4,9 @@ use std::sync::{Arc, Mutex};
 
 use bitnet_burn_plugin::canonical;
 
+use super::measurement::{Measurement, Source};
 use super::parts::{Part, Scratch, run_parts};
-use super::tuner::{Contest, Inputs, Measurement, Source, Standings, Unfit};
+use super::tuner::{Contest, Inputs, Standings, Unfit};
 use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, abi_weights, lock, packing};
 use crate::cpu;
 use crate::gate::Stage;
