@@ -16,14 +16,14 @@ use bitnet_burn_manager::Strict;
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
 
-/// Which files.
+/// The model's files.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// The model: a GGUF file, or a directory with config.json and safetensors [default: the built-in teller
-    /// of small stories]
+    /// The model: a GGUF file, or a directory with config.json and safetensors [default: the built-in story
+    /// model]
     #[arg(long, short, value_name = "PATH", help_heading = "Model")]
     pub model: Option<PathBuf>,
-    /// The feed-forward activation, for files that don't state it: relu2 or silu
+    /// The feed-forward activation, for files that don't name it: relu2 or silu
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Model")]
     pub hidden_act: Option<Activation>,
     /// The pre-tokenizer, for GGUF files that don't name it (llama-bpe, gpt-2, qwen2 ...)
@@ -32,7 +32,7 @@ pub struct FileArgs {
 }
 
 impl FileArgs {
-    /// Opens the files; warnings have been logged.
+    /// Opens the files and logs their warnings.
     pub fn open(&self) -> anyhow::Result<Checkpoint> {
         let options = OpenOptions { hidden_act: self.hidden_act, pre: self.pre.clone() };
         match &self.model {
@@ -40,36 +40,36 @@ impl FileArgs {
             #[cfg(feature = "default-model")]
             None => Ok(bitnet_burn_engine::embedded::checkpoint()?),
             #[cfg(not(feature = "default-model"))]
-            None => bail!("--model is missing, and this build carries no model (feature default-model)"),
+            None => bail!("--model is missing, and this build has no built-in model (feature default-model)"),
         }
     }
 }
 
-/// How many threads.
+/// The number of threads.
 #[derive(Debug, Args)]
 pub struct ThreadArgs {
-    /// Threads of the kernels [default: one per physical core]
+    /// Number of threads that run the kernels [default: one per physical core]
     #[arg(long, short, value_name = "N", value_parser = threads, help_heading = "Kernels")]
     pub threads: Option<usize>,
 }
 
-/// Which kernels.
+/// The choice of kernels.
 #[derive(Debug, Args)]
 pub struct KernelArgs {
     #[command(flatten)]
     pub threads: ThreadArgs,
-    /// Keep each thread of the kernels on a core of its own, and leave the first core to the main thread (Linux,
-    /// Windows, FreeBSD)
+    /// Pin each kernel thread to a core of its own, and leave the first core to the main thread (Linux, Windows,
+    /// FreeBSD)
     #[arg(long, help_heading = "Kernels")]
     pub pin: bool,
-    /// Use this kernel alone: `plugin/kernel` or `kernel` (see `bitnet kernels`), or all kernels of a `plugin`
+    /// Use only this kernel: `plugin/kernel` or `kernel` (see `bitnet kernels`); or only the kernels of a `plugin`
     #[arg(long, value_name = "NAME", help_heading = "Kernels")]
     pub kernel: Option<String>,
-    /// A kernel plugin, or a directory of them: runs their code; may be repeated
+    /// Load a kernel plugin, or all plugins of a directory. This runs their code. Can be repeated
     #[arg(long = "plugin", value_name = "PATH", help_heading = "Kernels")]
     pub plugins: Vec<PathBuf>,
-    /// Make errors of what else is slower or less certain: everything, or some of no-fallback,
-    /// quantised-kernels, gated-plugins and plausible-figures
+    /// Turn silent fallbacks into errors: all of them, or a list of no-fallback, quantised-kernels,
+    /// gated-plugins and plausible-figures, separated by commas
     #[arg(
         long,
         value_name = "NAMES",
@@ -81,41 +81,42 @@ pub struct KernelArgs {
     pub strict: Option<Strict>,
 }
 
-/// Which files, kernels and device, and how much memory for the context.
+/// The model, the kernels, the device and the context.
 #[derive(Debug, Args)]
 pub struct EngineArgs {
     #[command(flatten)]
     pub file: FileArgs,
     #[command(flatten)]
     pub kernels: KernelArgs,
-    /// Where the model computes: flex (the CPU), ndarray, wgpu, metal, cuda, rocm, each compiled in by the cargo feature
-    /// of its name; remote:HOST:PORT: the device of the `bitnet worker` there; auto: what `bitnet plan` chooses;
-    /// several, with the layers of each: wgpu:0=12,flex [default: the CPU]
+    /// The device that computes: flex (the CPU), ndarray, wgpu, metal, cuda or rocm, if the cargo feature of that name is
+    /// compiled in; remote:HOST:PORT for the device of a `bitnet worker`; auto for the choice of `bitnet plan`; or
+    /// several devices with their numbers of layers, such as wgpu:0=12,flex [default: the CPU]
     #[arg(long, value_name = "DEVICE", help_heading = "Kernels")]
     pub device: Option<DeviceArg>,
-    /// So many layers on the GPU, the others on the CPU; all of them: embedding and output on the GPU, too
+    /// Number of layers on the GPU; the others are on the CPU. With all layers, the embedding and the output projection
+    /// are on the GPU, too
     #[arg(long, value_name = "N", help_heading = "Kernels")]
     pub gpu_layers: Option<usize>,
-    /// Positions of the KV cache [default: as many as the model was trained for]
+    /// Positions (tokens) of the KV cache [default: the length that the model was trained for]
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Model")]
     pub context: Option<usize>,
-    /// Type of the cached keys and values [default: f32; with --device auto, the most exact that fits]
+    /// Type of the keys and values in the KV cache [default: f32; with --device auto, the most exact type that fits]
     #[arg(long, value_enum, help_heading = "Model")]
     pub kv_cache: Option<KvCacheType>,
     /// How the output projection (lm_head) is computed
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
     pub lm_head: LmHead,
-    /// Pack the weights anew, whatever `bitnet prepack` wrote beside the model
+    /// Ignore the file that `bitnet prepack` wrote, and pack the weights while loading
     #[arg(long, help_heading = "Kernels")]
     pub no_prepacked: bool,
-    /// Write a receipt, which `bitnet receipt check` checks: model, machine, kernels and plugins with their
-    /// hashes, settings, prompt and figures. Reads the model's files once more
+    /// Write a receipt for `bitnet receipt check`: the model, the machine, kernels and plugins with their hashes, the
+    /// settings, the prompt and the report. Reads the model's files a second time
     #[arg(long, value_name = "FILE")]
     pub receipt: Option<PathBuf>,
 }
 
 impl EngineArgs {
-    /// The context that was asked for, or else the model's, at most `default`.
+    /// The requested context, or the model's, at most `default`.
     pub fn context(&self, checkpoint: &Checkpoint, default: usize) -> anyhow::Result<usize> {
         let trained = checkpoint.config().context_length;
         match self.context {
@@ -126,13 +127,13 @@ impl EngineArgs {
     }
 }
 
-/// Where a model computes, as `--device` takes it, and as reports and receipts name it.
+/// The value of `--device`. Reports and receipts name devices the same way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceArg {
-    /// What a plan chooses.
+    /// The choice of a plan.
     Auto,
-    /// Devices in the order of the layers, with the layers on each; all that are left for the one without a number.
-    /// Embedding and output are on the last one.
+    /// Devices in the order of the layers, with their numbers of layers. One device can be without a number and takes the
+    /// remaining layers. The embedding and the output projection are on the last device.
     On(Vec<(DeviceName, Option<usize>)>),
 }
 
@@ -142,29 +143,29 @@ impl DeviceArg {
         Self::On(vec![(kind.into(), None)])
     }
 
-    /// Which layers are where, by the names of devices in plans.
+    /// The placement, with the names that plans use for devices.
     pub fn placement(&self, layers: usize) -> anyhow::Result<Option<Placement>> {
         let Self::On(parts) = self else { return Ok(None) };
         let given: usize = parts.iter().filter_map(|(_, count)| *count).fold(0, usize::saturating_add);
         let open = parts.iter().any(|(_, count)| count.is_none());
         if given > layers || given < layers && !open {
-            bail!("--device {self}: that is a place for {given} layers; the model has {layers}");
+            bail!("--device {self}: this places {given} layers, and the model has {layers}");
         }
         let counted = parts.iter().map(|(name, count)| (name.in_plans(), count.unwrap_or(layers - given)));
         let last = parts.last().map_or_else(|| CPU.to_owned(), |(name, _)| name.in_plans());
         Ok(Some(Placement::over(counted, &last)))
     }
 
-    /// The host's device that was named.
+    /// The host device that was named, if there is one.
     pub fn host(&self) -> Option<DeviceKind> {
         let Self::On(parts) = self else { return None };
         parts.iter().map(|(name, _)| name.kind).find(|kind| kind.is_host())
     }
 
-    /// With the GPU that plans mean by `wgpu` in its place, where this machine's are known.
+    /// Replaces GPUs without a number by the one that plans would choose, if this machine's GPUs are known.
     pub fn resolved(self, machine: &MachineProfile) -> anyhow::Result<Self> {
         let Self::On(mut parts) = self else { return Ok(self) };
-        // Somebody's own choice of what wgpu's default is.
+        // This variable chooses wgpu's default GPU itself.
         let chosen = std::env::var_os("CUBECL_WGPU_DEFAULT_DEVICE").is_some();
         let open = |name: &DeviceName| match name.kind {
             DeviceKind::Wgpu => name.index.is_none() && !chosen,
@@ -176,11 +177,11 @@ impl DeviceArg {
                 *name = gpu.device.parse().map_err(anyhow::Error::msg)?;
             }
         }
-        // It may be there by its number, too.
+        // Parse again, to find a GPU that is named twice: with and without its number.
         Self::On(parts).to_string().parse().map_err(|problem| anyhow!("--device: {problem}"))
     }
 
-    /// What names a placement; the CPU is that of `host`, or the default one.
+    /// The value of `--device` for a placement. The CPU is named by `host`, or by the default host device.
     pub fn of(placement: &Placement, host: Option<DeviceKind>) -> anyhow::Result<Self> {
         let name = |device: &str| match (device, host) {
             (CPU, Some(kind)) => Ok(kind.into()),
@@ -224,38 +225,41 @@ impl FromStr for DeviceArg {
             let (name, count) = match part.split_once('=') {
                 Some((name, count)) => {
                     let layers = count.parse::<usize>().ok().filter(|&layers| layers < 1 << 20);
-                    (name, Some(layers.ok_or_else(|| format!("{count:?} is no number of layers"))?))
+                    (name, Some(layers.ok_or_else(|| format!("{count:?} is not a number of layers"))?))
                 }
                 None => (part, None),
             };
-            let name =
-                name.parse::<DeviceName>().map_err(|problem| match problem.contains("there are flex") {
-                    true if part == text => problem.replace("there are flex", "there are auto, flex"),
+            let name = name.parse::<DeviceName>().map_err(|problem| {
+                match problem.contains("possible are flex") {
+                    true if part == text => problem.replace("possible are flex", "possible are auto, flex"),
                     _ => problem,
-                })?;
+                }
+            })?;
             Ok((name, count))
         };
         let parts = text.split(',').map(part).collect::<Result<Vec<_>, String>>()?;
         if parts.iter().filter(|(_, count)| count.is_none()).count() > 1 {
-            return Err("how many layers on each? (wgpu:0=12,flex: the last one takes the rest)".into());
+            return Err(
+                "only one device can be without a number of layers, such as flex in wgpu:0=12,flex".into()
+            );
         }
         for (i, (name, _)) in parts.iter().enumerate() {
             let host = |name: &DeviceName| name.kind.is_host();
             if parts[..i].iter().any(|(other, _)| other == name || host(other) && host(name)) {
-                return Err(format!("{name} is there twice"));
+                return Err(format!("{name} is named twice"));
             }
         }
         Ok(Self::On(parts))
     }
 }
 
-/// A device: `flex`, `wgpu` (the default one), `wgpu:1`, `remote:127.0.0.1:7158`.
+/// The name of a device: `flex`, `wgpu` (the default GPU), `wgpu:1`, `remote:127.0.0.1:7158`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceName {
     pub kind: DeviceKind,
-    /// The number of a GPU among those of its kind.
+    /// The number of a GPU among those of its runtime.
     pub index: Option<usize>,
-    /// The address of a worker, which a remote device has.
+    /// The address of a worker, for remote devices.
     pub address: Option<String>,
 }
 
@@ -266,19 +270,19 @@ impl From<DeviceKind> for DeviceName {
 }
 
 impl DeviceName {
-    /// As plans name it.
+    /// Its name in plans.
     fn in_plans(&self) -> String {
         if self.kind.is_host() { CPU.to_owned() } else { self.to_string() }
     }
 
-    /// The device, if it is compiled in and there is one.
+    /// Opens the device, if it is compiled in and this machine has it.
     pub fn open(&self) -> anyhow::Result<Device> {
         match (self.index, &self.address) {
             (None, None) => self.kind.open(),
             _ => {
                 self.kind.compiled_in()?;
                 devices::open(&self.to_string()).map_err(|problem| match self.address {
-                    // It begins with the worker's name.
+                    // The message begins with the worker's name.
                     Some(_) => anyhow!("--device {problem}"),
                     None => anyhow!("--device {self}: {problem}"),
                 })
@@ -306,7 +310,7 @@ impl FromStr for DeviceName {
             let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port);
             if port.and_then(|port| port.parse::<u16>().ok()).is_none_or(|port| port == 0) {
                 return Err(format!(
-                    "{text}: a worker is named by its address, such as remote:127.0.0.1:7158"
+                    "{text}: the name of a worker has its address, such as remote:127.0.0.1:7158"
                 ));
             }
             return Ok(Self { address: Some(address.to_owned()), ..DeviceKind::Remote.into() });
@@ -319,55 +323,55 @@ impl FromStr for DeviceName {
             CPU => DeviceKind::host()?,
             kind => DeviceKind::from_str(kind, false).map_err(|_| {
                 format!(
-                    "{kind:?} is no device; there are flex, ndarray, wgpu, metal, cuda, rocm and remote:HOST:PORT"
+                    "there is no device {kind:?}; possible are flex, ndarray, wgpu, metal, cuda, rocm and remote:HOST:PORT"
                 )
             })?,
         };
-        let number = |index: &str| index.parse().map_err(|_| format!("{index:?} is no number of a device"));
+        let number =
+            |index: &str| index.parse().map_err(|_| format!("{index:?} is not the number of a device"));
         let index = index.map(number).transpose()?;
         if kind.is_host() && index.is_some() {
-            return Err(format!("{text}: there is one {} alone", kind.name()));
+            return Err(format!("{text}: there is only one {}, which has no number", kind.name()));
         }
         Ok(Self { index, ..kind.into() })
     }
 }
 
-/// Burn's backends, by the features of this package.
+/// Burn's backends. Each has a cargo feature of this package with its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DeviceKind {
-    /// The CPU, with the kernels of plugins
+    /// The CPU
     Flex,
-    /// The CPU through NdArray, with the kernels of plugins
+    /// The CPU, through Burn's NdArray backend
     Ndarray,
-    /// A GPU through wgpu, with CubeCL kernels and those of plugins
+    /// A GPU, through wgpu
     Wgpu,
-    /// Apple's GPU through Metal, likewise
+    /// An Apple GPU, through Metal
     Metal,
-    /// An NVIDIA GPU through CUDA, likewise
+    /// An NVIDIA GPU, through CUDA
     Cuda,
-    /// An AMD GPU through ROCm, likewise
+    /// An AMD GPU, through ROCm
     Rocm,
-    /// What a worker serves; it takes an address
+    /// The device of a worker; needs an address
     #[value(skip)]
     Remote,
 }
 
 impl DeviceKind {
-    /// The first that is compiled in.
+    /// The first device that is compiled in.
     pub fn compiled() -> Self {
         *Self::value_variants().iter().find(|kind| kind.is_compiled_in()).unwrap_or(&Self::Flex)
     }
 
-    /// The first that is compiled in and computes in host memory.
+    /// The first device that is compiled in and is the host.
     pub fn host() -> Result<Self, String> {
         if Self::compiled().is_host() && cfg!(any(feature = "flex", feature = "ndarray")) {
             return Ok(Self::compiled());
         }
-        Err("the CPU: nothing that computes there is compiled in: build with `cargo build --release --features flex`"
-            .into())
+        Err("this build has no CPU device: build with `cargo build --release --features flex`".into())
     }
 
-    /// Its name, which is that of its feature.
+    /// Its name, which is also the name of its cargo feature.
     pub fn name(self) -> &'static str {
         match self {
             Self::Flex => "flex",
@@ -380,7 +384,7 @@ impl DeviceKind {
         }
     }
 
-    /// Whether it computes in host memory.
+    /// Whether it is the host.
     pub fn is_host(self) -> bool {
         matches!(self, Self::Flex | Self::Ndarray)
     }
@@ -394,7 +398,7 @@ impl DeviceKind {
         }
     }
 
-    /// An error that names the feature, if it is not.
+    /// An error that names the cargo feature, if this device is not compiled in.
     pub fn compiled_in(self) -> anyhow::Result<()> {
         let name = self.name();
         if !self.is_compiled_in() {
@@ -403,7 +407,7 @@ impl DeviceKind {
         Ok(())
     }
 
-    /// The device, if it is compiled in and there is one.
+    /// Opens the device, if it is compiled in and this machine has it.
     pub fn open(self) -> anyhow::Result<Device> {
         self.compiled_in()?;
         match self {
@@ -412,7 +416,7 @@ impl DeviceKind {
             #[cfg(feature = "ndarray")]
             #[allow(deprecated, reason = "NdArray still has users")]
             Self::Ndarray => Ok(Device::ndarray()),
-            Self::Remote => bail!("a worker is named by its address, such as remote:127.0.0.1:7158"),
+            Self::Remote => bail!("the name of a worker has its address, such as remote:127.0.0.1:7158"),
             gpu => devices::open(gpu.name()).map_err(|problem| {
                 anyhow!("--device {}: there is no usable GPU here: {problem}", gpu.name())
             }),
@@ -423,11 +427,11 @@ impl DeviceKind {
 /// Types of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum KvCacheType {
-    /// 4 bytes a value
+    /// 4 bytes per value: exactly as computed
     F32,
-    /// 2 bytes a value
+    /// 2 bytes per value: half of f32's memory
     F16,
-    /// 1 byte a value, and a scale for each position and head: a quarter of f32's memory
+    /// 1 byte per value, and a scale for each position and head: a quarter of f32's memory
     Int8,
 }
 
@@ -463,24 +467,25 @@ impl From<DenseType> for DenseFormat {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[allow(non_camel_case_types, reason = "the names are the field's")]
 pub enum LmHead {
-    /// The file's weights with f32 activations: what results are compared with
+    /// Weights as stored, f32 activations. Use this to compare results
     File,
-    /// The file's weights with int8 activations, rounded to 1/127 of a row's largest: logits move by about 1 % of their spread, and close calls between tokens can change. Faster for Q6_K and Q4_0 weights, possible for Q8_0 too, not for floats
+    /// Weights as stored, int8 activations. Changes logits by about 1 % of their spread, so close decisions between tokens
+    /// can change. For Q8_0, Q6_K and Q4_0 weights; faster for the last two
     Int8,
-    /// A copy of the weights as Q8_0, made while loading, with int8 activations: for files with an F16 or F32 head
+    /// A Q8_0 copy of the weights, made while loading, with int8 activations. For files with an F16 or F32 head
     #[value(name = "q8_0")]
     Q8_0,
-    /// The same as Q6_K: a fifth less to read, and a further approximation
+    /// The same with a Q6_K copy: smaller, faster and less exact
     #[value(name = "q6_k")]
     Q6_K,
-    /// The same as Q4_0: the fastest and the least exact
+    /// The same with a Q4_0 copy: the fastest and the least exact
     #[value(name = "q4_0")]
     Q4_0,
-    /// A copy of the weights as F32 with f32 activations
+    /// An F32 copy of the weights, with f32 activations
     F32,
-    /// A copy as F16 with f32 activations: 11 bits of each weight
+    /// An F16 copy of the weights, with f32 activations. Keeps 11 significant bits
     F16,
-    /// A copy as BF16 with f32 activations: 8 bits of each weight, and F32's range
+    /// A BF16 copy of the weights, with f32 activations. Keeps 8 significant bits and F32's range
     Bf16,
 }
 
@@ -535,7 +540,7 @@ impl From<KvCacheType> for CacheType {
 }
 
 pub fn activation(name: &str) -> Result<Activation, String> {
-    Activation::from_name(name).ok_or_else(|| "it is relu2 or silu".into())
+    Activation::from_name(name).ok_or_else(|| "possible values: relu2, silu".into())
 }
 
 /// A number of at least 1.
@@ -548,23 +553,23 @@ pub fn positive(text: &str) -> Result<usize, String> {
 }
 
 fn threads(text: &str) -> Result<usize, String> {
-    positive(text).and_then(|n| if n <= 1024 { Ok(n) } else { Err("at most 1024 are possible".into()) })
+    positive(text).and_then(|n| if n <= 1024 { Ok(n) } else { Err("it must be at most 1024".into()) })
 }
 
-/// Token ids in a file, separated by commas or white space.
+/// Reads token ids from a file. They are separated by commas or white space.
 pub fn read_tokens(path: &Path, vocabulary: usize) -> anyhow::Result<Vec<u32>> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let text = std::str::from_utf8(&bytes)
         .ok()
-        .with_context(|| format!("{}: not text; token ids are expected", path.display()))?;
+        .with_context(|| format!("{}: the file is not text; expected token ids", path.display()))?;
     let tokens = parse_tokens(text, vocabulary).with_context(|| path.display().to_string())?;
     if tokens.is_empty() {
-        bail!("{}: there are no token ids in it", path.display());
+        bail!("{}: the file has no token ids", path.display());
     }
     Ok(tokens)
 }
 
-/// Token ids, separated by commas or white space.
+/// Parses token ids, separated by commas or white space.
 pub fn parse_tokens(text: &str, vocabulary: usize) -> anyhow::Result<Vec<u32>> {
     let separated = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|part| !part.is_empty());
     let id = |(i, part): (usize, &str)| match part.parse::<u32>() {
@@ -601,21 +606,21 @@ mod tests {
             assert_eq!(choice(text).unwrap().to_string(), text);
         }
         for (text, expected) in [
-            ("abacus", "\"abacus\" is no device; there are auto, flex"),
-            ("abacus,flex", "\"abacus\" is no device; there are flex"),
-            ("wgpu:x", "\"x\" is no number of a device"),
-            ("flex:1", "there is one flex alone"),
-            ("wgpu=many,flex", "\"many\" is no number of layers"),
-            ("wgpu,flex", "how many layers on each?"),
-            ("wgpu=1,wgpu=2", "wgpu is there twice"),
-            ("remote:a:1=1,remote:a:1=2", "remote:a:1 is there twice"),
-            ("remote", "named by its address"),
-            ("remote:7158", "named by its address"),
-            ("remote::7158", "named by its address"),
-            ("remote:a:0", "named by its address"),
-            ("flex=1,ndarray", "ndarray is there twice"),
-            ("auto,flex", "\"auto\" is no device"),
-            ("", "\"\" is no device"),
+            ("abacus", "there is no device \"abacus\"; possible are auto, flex"),
+            ("abacus,flex", "there is no device \"abacus\"; possible are flex"),
+            ("wgpu:x", "\"x\" is not the number of a device"),
+            ("flex:1", "there is only one flex"),
+            ("wgpu=many,flex", "\"many\" is not a number of layers"),
+            ("wgpu,flex", "only one device can be without a number of layers"),
+            ("wgpu=1,wgpu=2", "wgpu is named twice"),
+            ("remote:a:1=1,remote:a:1=2", "remote:a:1 is named twice"),
+            ("remote", "has its address"),
+            ("remote:7158", "has its address"),
+            ("remote::7158", "has its address"),
+            ("remote:a:0", "has its address"),
+            ("flex=1,ndarray", "ndarray is named twice"),
+            ("auto,flex", "there is no device \"auto\""),
+            ("", "there is no device \"\""),
         ] {
             let error = choice(text).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");
@@ -633,7 +638,7 @@ mod tests {
             let named = DeviceArg::of(&placement, Some(DeviceKind::Flex)).unwrap();
             assert_eq!(named.placement(30).unwrap().unwrap(), placement, "{named}");
         }
-        // A GPU without a number is the one that plans mean, where that is known.
+        // A GPU without a number is the one that plans would choose, if the GPUs are known.
         let gpu = |device: &str, rate| GpuProfile {
             device: device.into(),
             read_gb_per_s: Some(rate),
@@ -647,7 +652,7 @@ mod tests {
         assert_eq!(resolved("wgpu:0,cuda=2", &machine).unwrap(), "wgpu:0,cuda:0=2");
         assert_eq!(resolved("wgpu", &unknown).unwrap(), "wgpu");
         let twice = resolved("wgpu=1,wgpu:1=2", &machine).unwrap_err().to_string();
-        assert!(twice.contains("wgpu:1 is there twice"), "{twice}");
+        assert!(twice.contains("wgpu:1 is named twice"), "{twice}");
         for text in ["wgpu=31,flex", "wgpu=3,flex=4"] {
             assert!(placement(text).unwrap_err().to_string().contains("the model has 30"), "{text}");
         }
