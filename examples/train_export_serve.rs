@@ -5,20 +5,17 @@
 //! cargo run --release --example train_export_serve
 //! ```
 
-use bitnet_burn_engine::load::load;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::Context;
-use bitnet_burn::CacheType;
-use bitnet_burn::{BitNet, Row};
+use bitnet_burn::Row;
+use bitnet_burn_engine::Engine;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::gguf::GgufTypes;
-use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_engine::sampling::{Sampler, SamplingConfig};
-use bitnet_burn_engine::tokenizer::Tokenizer;
 use bitnet_burn_examples::stories::{Stories, read};
 use bitnet_burn_formats::dense::DenseFormat;
 use bitnet_burn_train::export::{ExportOptions, Target, export};
@@ -56,82 +53,67 @@ fn to_gguf(run: &Path, file: &Path) -> anyhow::Result<u64> {
     Ok(summary.bytes)
 }
 
-/// A model and its tokenizer, from a file.
-struct Engine {
-    model: BitNet,
-    tokenizer: Tokenizer,
-}
-
-impl Engine {
-    fn open(file: &Path) -> anyhow::Result<Self> {
-        let checkpoint = Checkpoint::open(file, &OpenOptions::default())?;
-        let model = load(&checkpoint, &Device::flex(), &LoadOptions::default(), &mut |_| {})?;
-        let tokenizer = Tokenizer::from_source(&checkpoint.tokenizer_source(), model.config().vocab_size)?;
-        Ok(Self { model, tokenizer })
+/// Continues all prompts together: every step computes one row for each sequence that has not ended, so
+/// that the weights are read once for all of them. Returns the texts with their prompts, and the number
+/// of tokens.
+fn serve(
+    engine: &Engine,
+    prompts: &[&str],
+    sampling: &SamplingConfig,
+    limit: usize,
+) -> anyhow::Result<(Vec<String>, usize)> {
+    struct Request {
+        tokens: Vec<u32>,
+        /// Those of them that the model has seen.
+        seen: usize,
+        sampler: Sampler,
+        ended: bool,
+    }
+    let tokenizer = engine.tokenizer().context("the model has no tokenizer")?;
+    let ends = engine.end_tokens();
+    let context = engine.settings().context;
+    let mut cache = engine.cache()?;
+    let mut requests = Vec::new();
+    for (i, prompt) in prompts.iter().enumerate() {
+        let tokens = engine.encode(prompt, true)?;
+        anyhow::ensure!(
+            !tokens.is_empty() && tokens.len() < context,
+            "{prompt:?} has {} tokens",
+            tokens.len()
+        );
+        let sampler = Sampler::new(SamplingConfig { seed: sampling.seed + i as u64, ..sampling.clone() })?;
+        let sequence = cache.add_sequence(tokens.len() + limit);
+        requests.push((sequence, Request { tokens, seen: 0, sampler, ended: false }));
     }
 
-    /// Continues all prompts together: every step computes one row for each sequence that has not ended, so
-    /// that the weights are read once for all of them. Returns the texts with their prompts, and the number
-    /// of tokens.
-    fn serve(
-        &self,
-        prompts: &[&str],
-        sampling: &SamplingConfig,
-        limit: usize,
-    ) -> anyhow::Result<(Vec<String>, usize)> {
-        struct Request {
-            tokens: Vec<u32>,
-            /// Those of them that the model has seen.
-            seen: usize,
-            sampler: Sampler,
-            ended: bool,
+    let mut count = 0;
+    for _ in 0..limit {
+        // The rows of a prompt the first time, then one row for each new token; and the last row of each.
+        let (mut rows, mut last) = (Vec::new(), Vec::new());
+        for (sequence, request) in requests.iter_mut().filter(|(_, request)| !request.ended) {
+            let new = request.tokens[request.seen..].iter().enumerate();
+            rows.extend(new.map(|(i, &token)| Row {
+                token,
+                sequence: *sequence,
+                position: request.seen + i,
+            }));
+            request.seen = request.tokens.len();
+            last.push(rows.len() - 1);
         }
-        let context = self.model.config().context_length;
-        let mut cache = self.model.cache(context, CacheType::F32)?;
-        let mut requests = Vec::new();
-        for (i, prompt) in prompts.iter().enumerate() {
-            let tokens = self.tokenizer.encode(prompt, true)?;
-            anyhow::ensure!(
-                !tokens.is_empty() && tokens.len() < context,
-                "{prompt:?} has {} tokens",
-                tokens.len()
-            );
-            let sampler =
-                Sampler::new(SamplingConfig { seed: sampling.seed + i as u64, ..sampling.clone() })?;
-            let sequence = cache.add_sequence(tokens.len() + limit);
-            requests.push((sequence, Request { tokens, seen: 0, sampler, ended: false }));
+        if rows.is_empty() {
+            break;
         }
-
-        let mut count = 0;
-        for _ in 0..limit {
-            // The rows of a prompt the first time, then one row for each new token; and the last row of each.
-            let (mut rows, mut last) = (Vec::new(), Vec::new());
-            for (sequence, request) in requests.iter_mut().filter(|(_, request)| !request.ended) {
-                let new = request.tokens[request.seen..].iter().enumerate();
-                rows.extend(new.map(|(i, &token)| Row {
-                    token,
-                    sequence: *sequence,
-                    position: request.seen + i,
-                }));
-                request.seen = request.tokens.len();
-                last.push(rows.len() - 1);
-            }
-            if rows.is_empty() {
-                break;
-            }
-            let logits: Vec<f32> = self.model.forward(&rows, &last, &mut cache)?.into_data().iter().collect();
-            let live = requests.iter_mut().filter(|(_, request)| !request.ended);
-            for ((_, request), logits) in live.zip(logits.chunks_exact(self.model.config().vocab_size)) {
-                let token = request.sampler.sample(logits, &request.tokens)?;
-                request.tokens.push(token);
-                count += 1;
-                request.ended =
-                    self.tokenizer.end_of_generation().contains(&token) || request.tokens.len() == context;
-            }
+        let logits: Vec<f32> = engine.model().forward(&rows, &last, &mut cache)?.into_data().iter().collect();
+        let live = requests.iter_mut().filter(|(_, request)| !request.ended);
+        for ((_, request), logits) in live.zip(logits.chunks_exact(engine.model().config().vocab_size)) {
+            let token = request.sampler.sample(logits, &request.tokens)?;
+            request.tokens.push(token);
+            count += 1;
+            request.ended = ends.contains(&token) || request.tokens.len() == context;
         }
-        let texts = requests.iter().map(|(_, request)| self.tokenizer.decode(&request.tokens, true));
-        Ok((texts.collect::<Result<_, _>>()?, count))
     }
+    let texts = requests.iter().map(|(_, request)| tokenizer.decode(&request.tokens, true));
+    Ok((texts.collect::<Result<_, _>>()?, count))
 }
 
 fn main() -> anyhow::Result<()> {
@@ -168,7 +150,7 @@ fn main() -> anyhow::Result<()> {
     let prompts =
         ["Once there was a mouse named Pip", "Far away, behind seven hills,", "One dark night", "\"Look!\""];
     let start = Instant::now();
-    let (texts, tokens) = engine.serve(&prompts, &sampling, 200)?;
+    let (texts, tokens) = serve(&engine, &prompts, &sampling, 200)?;
     let seconds = start.elapsed().as_secs_f64();
     for text in texts {
         println!("\n{text}");
@@ -213,15 +195,15 @@ fn what_was_trained_is_what_is_served() {
     let corpus = Corpus::new(Stories::new(1).take(200).map(|story| story.text));
     let trainer = Trainer::resume(&run, &corpus, &Device::flex()).unwrap();
     let windows = trainer.data().validation();
-    let served = bitnet_burn_train::evaluate(&engine.model, windows, 8).unwrap().perplexity();
+    let served = bitnet_burn_train::evaluate(engine.model(), windows, 8).unwrap().perplexity();
     assert!((served / trained - 1.0).abs() < 0.02, "{served}, trained {trained}");
 
     // Prompts of different lengths, together and alone.
     let prompts = ["Once", "In a village by the river lived", "Far away,"];
     let greedy = SamplingConfig::greedy();
-    let (together, _) = engine.serve(&prompts, &greedy, 10).unwrap();
+    let (together, _) = serve(&engine, &prompts, &greedy, 10).unwrap();
     for (prompt, text) in prompts.iter().zip(&together) {
         assert!(text.starts_with(prompt) && text.len() > prompt.len(), "{text}");
-        assert_eq!(&engine.serve(&[prompt], &greedy, 10).unwrap().0[0], text);
+        assert_eq!(&serve(&engine, &[prompt], &greedy, 10).unwrap().0[0], text);
     }
 }

@@ -227,7 +227,7 @@ pub fn read<const D: usize>(tensor: Tensor<D>) -> Result<TensorData, String> {
 /// # Errors
 /// What it said, in words.
 pub fn tried(open: impl FnOnce() -> Device) -> Result<Device, String> {
-    quietly(|| {
+    catching_panics(|| {
         let device = open();
         let data = burn::tensor::Tensor::<1>::ones([1], &device).try_into_data();
         data.map(|_| device).map_err(|error| error.to_string())
@@ -240,7 +240,7 @@ pub fn tried(open: impl FnOnce() -> Device) -> Result<Device, String> {
 ///
 /// # Errors
 /// What the panic said.
-pub fn quietly<T>(run: impl FnOnce() -> T) -> Result<T, String> {
+pub fn catching_panics<T>(run: impl FnOnce() -> T) -> Result<T, String> {
     use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
     thread_local! {
         static DEPTH: Cell<usize> = const { Cell::new(0) };
@@ -284,13 +284,13 @@ fn of_runtime(runtime: &str) -> Result<Vec<Device>, String> {
     use burn::tensor::DeviceType;
     match runtime {
         #[cfg(feature = "wgpu")]
-        "wgpu" => quietly(|| Device::enumerate(DeviceType::Wgpu).into_iter().collect()),
+        "wgpu" => catching_panics(|| Device::enumerate(DeviceType::Wgpu).into_iter().collect()),
         #[cfg(feature = "metal")]
-        "metal" => quietly(|| Device::enumerate(DeviceType::Metal).into_iter().collect()),
+        "metal" => catching_panics(|| Device::enumerate(DeviceType::Metal).into_iter().collect()),
         #[cfg(feature = "cuda")]
-        "cuda" => quietly(|| Device::enumerate(DeviceType::Cuda).into_iter().collect()),
+        "cuda" => catching_panics(|| Device::enumerate(DeviceType::Cuda).into_iter().collect()),
         #[cfg(feature = "rocm")]
-        "rocm" => quietly(|| Device::enumerate(DeviceType::Rocm).into_iter().collect()),
+        "rocm" => catching_panics(|| Device::enumerate(DeviceType::Rocm).into_iter().collect()),
         _ => Ok(Vec::new()),
     }
 }
@@ -309,7 +309,7 @@ mod found {
     use cubecl::std::throughput::measure_peak_throughput;
     use cubecl::throughput::{MemoryAccess, ThroughputKey, ThroughputMode};
 
-    use super::{GpuInfo, Usage, lacking, of_runtime, quietly, runtimes};
+    use super::{GpuInfo, Usage, catching_panics, lacking, of_runtime, runtimes};
 
     pub fn gpus() -> (Vec<GpuInfo>, Vec<String>) {
         let (mut gpus, mut problems) = (Vec::new(), Vec::new());
@@ -320,7 +320,7 @@ mod found {
             });
             for (index, device) in devices.into_iter().enumerate() {
                 let id = format!("{runtime}:{index}");
-                match quietly(|| info(id.clone(), &device)) {
+                match catching_panics(|| info(id.clone(), &device)) {
                     Ok(Some(gpu)) => gpus.push(gpu),
                     Ok(None) => {}
                     Err(problem) => problems.push(format!("{id} could not be asked: {problem}")),
@@ -369,7 +369,7 @@ mod found {
 
     pub fn usage(device: &Device) -> Option<Usage> {
         let client = client(device)?;
-        let usage = quietly(|| client.memory_report(MemoryScope::Device).usage()).ok()?;
+        let usage = catching_panics(|| client.memory_report(MemoryScope::Device).usage()).ok()?;
         Some(Usage {
             in_use_bytes: usage.bytes_in_use,
             padding_bytes: usage.bytes_padding,
@@ -381,7 +381,7 @@ mod found {
         let Some(client) = client(device) else { return (None, None) };
         let g_per_s = |mode: ThroughputMode| {
             let key = ThroughputKey { mode };
-            let value = quietly(|| measure_peak_throughput(&client, key)).ok()?.ok()?;
+            let value = catching_panics(|| measure_peak_throughput(&client, key)).ok()?.ok()?;
             let rate = match mode {
                 ThroughputMode::Memory(_) => value.bytes_per_s(&key),
                 // CubeCL counts a multiplication and an addition as two.
@@ -403,12 +403,14 @@ mod tests {
 
     #[test]
     fn what_panics_quietly_is_an_error_wherever_it_is() {
-        let nested = quietly(|| (quietly(|| panic!("inner {}", 1)).map(|()| 0), quietly(|| 2)));
+        let nested = catching_panics(|| {
+            (catching_panics(|| panic!("inner {}", 1)).map(|()| 0), catching_panics(|| 2))
+        });
         assert_eq!(nested, Ok((Err("inner 1".into()), Ok(2))));
-        assert_eq!(quietly(|| panic!("outer")).map(|()| 0), Err("outer".into()));
+        assert_eq!(catching_panics(|| panic!("outer")).map(|()| 0), Err("outer".into()));
         let others = std::thread::scope(|scope| {
             let threads: Vec<_> =
-                (0..4).map(|i| scope.spawn(move || quietly(|| panic!("{i}")).map(|()| 0))).collect();
+                (0..4).map(|i| scope.spawn(move || catching_panics(|| panic!("{i}")).map(|()| 0))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
         });
         assert_eq!(others, ["0", "1", "2", "3"].map(|problem| Err(problem.to_owned())));

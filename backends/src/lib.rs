@@ -20,13 +20,17 @@ const _: () = assert!(cfg!(target_endian = "little"), "bitnet-burn needs a littl
 
 mod default;
 pub mod devices;
+pub(crate) mod effort;
+// Without a backend, Burn's macro makes operations that don't read their arguments.
+#[cfg_attr(
+    not(any(feature = "flex", feature = "ndarray", feature = "cube", feature = "remote")),
+    allow(unused_variables)
+)]
 mod extension;
 #[cfg(feature = "cube")]
 pub mod gpu;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod host;
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-mod host_backend;
 pub mod manager;
 pub mod measure;
 pub mod ops;
@@ -36,6 +40,6 @@ pub mod remote;
 pub use bitnet_burn_cpu::peak;
 
 pub use extension::{
-    Attended, AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm,
-    Kernels, Matrix, NoInt8, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, CachedAttention, DenseArgs, GatedActivation,
+    InputNorm, Matrix, MatrixKernels, NoInt8, SelfAttentionArgs, TernaryBackend, TernaryWeight, WeightGroup,
 };

@@ -14,9 +14,11 @@ use std::sync::OnceLock;
 use bitnet_burn_manager::gate;
 use bitnet_burn_manager::plugin::{Plugin, PluginError};
 use bitnet_burn_manager::{KernelManager, ManagerConfig, ManagerError, Strict};
+use bitnet_burn_plugin::features;
 
 /// The manager could not be set up.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SetupError {
     /// It is in use already, with another configuration.
     #[error("the process's kernel manager is in use already; configure it before the first operation")]
@@ -53,7 +55,8 @@ pub fn with_built_in_kernels(config: ManagerConfig) -> Result<KernelManager, Set
 
 /// Sets the process's manager up: the built-in kernels, and the plugins in `named` (files and directories)
 /// and in the places of the configuration ([`PluginConfig`](bitnet_burn_manager::store::PluginConfig)). A plugin
-/// that is refused does not keep the others from being used; its error is returned in the list.
+/// that is refused does not keep the others from being used; its error is returned in the list. The CPU features that
+/// the configuration masks are masked for the whole process, so that neither kernels nor the other operations use them.
 ///
 /// # Errors
 /// If the manager is in use already, its configuration is refused, or, with
@@ -62,8 +65,10 @@ pub fn configure(
     config: ManagerConfig,
     named: &[PathBuf],
 ) -> Result<(&'static KernelManager, Vec<PluginError>), SetupError> {
+    let mask = config.mask()?;
     let (manager, refused) = with_plugins(config, named)?;
     MANAGER.set(manager).map_err(|_| SetupError::AlreadyInUse)?;
+    features::mask(mask);
     Ok((MANAGER.get().expect("set above"), refused))
 }
 
@@ -115,6 +120,7 @@ pub fn manager() -> &'static KernelManager {
             ManagerConfig::from_env().map_err(SetupError::from).and_then(|config| with_plugins(config, &[]));
         match from_env {
             Ok((manager, refused)) => {
+                features::mask(manager.config().mask().expect("the manager has checked it"));
                 for error in refused {
                     tracing::warn!(%error, "a plugin is not used");
                 }
@@ -122,7 +128,7 @@ pub fn manager() -> &'static KernelManager {
             }
             Err(error) => {
                 tracing::error!(%error, "the kernel manager's environment is ignored");
-                let strict = Strict::from_env().unwrap_or(Strict::ALL);
+                let strict = ManagerConfig::strict_from_env().unwrap_or(Strict::ALL);
                 let config = ManagerConfig { strict, ..ManagerConfig::default() };
                 match strict.any() {
                     true => KernelManager::new(config).map_err(SetupError::from),

@@ -5,15 +5,17 @@ use std::sync::Arc;
 
 use bitnet_burn_formats::dense::requantise;
 use bitnet_burn_formats::{DenseFormat, FormatError, canonical, dense_tiles};
-use bitnet_burn_manager::memory::WeightArena;
-use bitnet_burn_manager::{Choice, LayoutPolicy, ManagerError, Packed};
-use burn::backend::{Dispatch, DispatchDevice};
+use bitnet_burn_manager::memory::PageArena;
+use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed};
+use burn::backend::Dispatch;
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cube"))]
+use burn::backend::DispatchDevice;
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
 
 use crate::devices;
 use crate::extension::{
-    Attended, AttentionArgs, BitLinearArgs, CacheTensor, CacheType, DenseArgs, GatedActivation, InputNorm,
-    Kernels, Matrix, SelfAttentionArgs, TernaryBackend, TernaryWeight, TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, CachedAttention, DenseArgs, GatedActivation,
+    InputNorm, Matrix, MatrixKernels, SelfAttentionArgs, TernaryBackend, TernaryWeight, WeightGroup,
 };
 use crate::manager::{forget_error, manager, take_error};
 
@@ -31,7 +33,7 @@ pub struct TernaryMatrix {
     pub k: usize,
     /// The chosen kernels; `None` for canonical codes on a device that has no kernels, or whose
     /// kernels are chosen at the first use.
-    pub choice: Option<Kernels>,
+    pub choice: Option<MatrixKernels>,
 }
 
 /// Bytes as a tensor of U32 words, without a copy where they are aligned and whole words.
@@ -83,16 +85,16 @@ fn on_gpu(
     n: usize,
     k: usize,
     device: &Device,
-) -> Result<Option<(Kernels, Packed)>, ManagerError> {
+) -> Result<Option<(MatrixKernels, Packed)>, ManagerError> {
     let DispatchDevice::Cube(device) = device.clone().without_autodiff().as_dispatch().clone() else {
         return Ok(None);
     };
-    let prepared = crate::gpu::prepare(manager(), &device, n, k, codes)?;
-    Ok(prepared.map(|(matrix, packed)| (Kernels::Gpu(Arc::new(matrix)), packed)))
+    let prepared = crate::gpu::choose_and_pack(manager(), &device, n, k, codes)?;
+    Ok(prepared.map(|(matrix, packed)| (MatrixKernels::Gpu(Arc::new(matrix)), packed)))
 }
 
 #[cfg(not(feature = "cube"))]
-fn on_gpu(_: &[u8], _: usize, _: usize, _: &Device) -> Result<Option<(Kernels, Packed)>, ManagerError> {
+fn on_gpu(_: &[u8], _: usize, _: usize, _: &Device) -> Result<Option<(MatrixKernels, Packed)>, ManagerError> {
     Ok(None)
 }
 
@@ -140,8 +142,8 @@ impl TernaryMatrix {
         device: &Device,
     ) -> Result<Self, ManagerError> {
         let (choice, packed) = if is_host(device) {
-            let (choice, packed) = manager().prepare(n, k, policy, &codes)?;
-            (Kernels::Host(choice), packed)
+            let (choice, packed) = manager().choose_and_pack(n, k, policy, &codes)?;
+            (MatrixKernels::Host(choice), packed)
         } else {
             match on_gpu(&codes, n, k, device)? {
                 Some(prepared) => prepared,
@@ -159,7 +161,7 @@ impl TernaryMatrix {
     }
 
     fn packed(
-        choice: Kernels,
+        choice: MatrixKernels,
         packed: bytes::Bytes,
         scale: f32,
         (n, k): (usize, usize),
@@ -174,10 +176,10 @@ impl TernaryMatrix {
     ///
     /// # Panics
     /// If they have another size than the choice's.
-    pub fn prepacked(choice: Arc<Choice>, packed: bytes::Bytes, scale: f32, device: &Device) -> Self {
+    pub fn prepacked(choice: Arc<CpuKernels>, packed: bytes::Bytes, scale: f32, device: &Device) -> Self {
         assert_eq!(packed.len(), choice.weight_bytes(), "bytes of packed weights");
         let shape = choice.shape();
-        Self::packed(Kernels::Host(choice), packed, scale, shape, device)
+        Self::packed(MatrixKernels::Host(choice), packed, scale, shape, device)
     }
 
     /// The same matrix with canonical codes, for saving it or for another device.
@@ -195,9 +197,9 @@ impl TernaryMatrix {
         let words: Vec<u32> = self.codes.into_data().iter::<i64>().map(|word| word as u32).collect();
         let packed: &[u8] = bytemuck::cast_slice(&words);
         let canonical = match &choice {
-            Kernels::Host(choice) => manager().unpack(choice, &packed[..choice.weight_bytes()])?,
+            MatrixKernels::Host(choice) => manager().unpack(choice, &packed[..choice.weight_bytes()])?,
             #[cfg(feature = "cube")]
-            Kernels::Gpu(matrix) => matrix.unpack(manager(), &packed[..matrix.weight_bytes()])?,
+            MatrixKernels::Gpu(matrix) => matrix.unpack(manager(), &packed[..matrix.weight_bytes()])?,
         };
         let codes = self::words(canonical.into(), [self.n, canonical::row_bytes(self.k) / 4], &device);
         Ok(Self { codes, choice: None, ..self })
@@ -207,9 +209,9 @@ impl TernaryMatrix {
     fn where_it_is(self) -> Result<Self, ManagerError> {
         let host = is_host(&self.codes.device());
         match &self.choice {
-            Some(Kernels::Host(_)) if !host => self.into_canonical(),
+            Some(MatrixKernels::Host(_)) if !host => self.into_canonical(),
             #[cfg(feature = "cube")]
-            Some(Kernels::Gpu(_)) if host || devices::is_remote(&self.codes.device()) => {
+            Some(MatrixKernels::Gpu(_)) if host || devices::is_remote(&self.codes.device()) => {
                 self.into_canonical()
             }
             _ => Ok(self),
@@ -267,7 +269,7 @@ pub fn bit_linear(
         eps,
         quantise: input.quantise,
     };
-    let weights = TernaryWeights::from_vec(matrices.into_iter().map(TernaryMatrix::into_weight).collect());
+    let weights = WeightGroup::from_vec(matrices.into_iter().map(TernaryMatrix::into_weight).collect());
     forget_error();
     let y = Dispatch::bit_linear(x.into_dispatch(), norm, weights, args);
     match take_error() {
@@ -363,7 +365,7 @@ impl CacheLayer {
                 let supported = || device.supports_dtype(cache_type.dtype());
                 match devices::is_remote(device) {
                     // A worker is asked; one that is gone says so when something is read.
-                    true => devices::quietly(supported).unwrap_or(true),
+                    true => devices::catching_panics(supported).unwrap_or(true),
                     false => supported(),
                 }
             }
@@ -381,7 +383,7 @@ impl CacheLayer {
     }
 
     /// Zeros, on Flex in the memory of `arena`.
-    pub fn zeros(cache_type: CacheType, shape: [usize; 3], device: &Device, arena: &WeightArena) -> Self {
+    pub fn zeros(cache_type: CacheType, shape: [usize; 3], device: &Device, arena: &PageArena) -> Self {
         let [heads, capacity, _] = shape;
         match cache_type {
             CacheType::F32 | CacheType::F16 => {
@@ -492,7 +494,7 @@ fn flat_zeros<const D: usize>(shape: [usize; D], dtype: DType, device: &Device) 
 }
 
 /// Zeros in an arena's memory, if the device's tensors can be written to there, and there is memory.
-fn zeros_in(arena: &WeightArena, shape: &[usize], dtype: DType, device: &Device) -> Option<TensorData> {
+fn zeros_in(arena: &PageArena, shape: &[usize], dtype: DType, device: &Device) -> Option<TensorData> {
     match device.clone().without_autodiff().as_dispatch() {
         #[cfg(feature = "flex")]
         DispatchDevice::Flex(_) => {
@@ -511,9 +513,9 @@ fn zeros_in(arena: &WeightArena, shape: &[usize], dtype: DType, device: &Device)
 /// Writes rows [M, kv heads * d] into a cache from `position` on, in place while `cache` is its only owner.
 ///
 /// # Panics
-/// If the rows do not fit the cache, or that is one of int8 on a GPU, which only [`attend`] knows.
+/// If the rows do not fit the cache, or that is one of int8 on a GPU, which only [`cached_attention`] knows.
 pub fn cache_append(cache: CacheLayer, rows: Tensor<2>, position: usize) -> CacheLayer {
-    assert!(!cache.in_words(), "int8 on a GPU is appended to by `attend`");
+    assert!(!cache.in_words(), "int8 on a GPU is appended to by `cached_attention`");
     let ([heads, capacity, d], [m, width]) = (cache.dims(), rows.dims());
     assert_eq!(width, heads * d, "rows of {heads} heads of {d}");
     assert!(position + m <= capacity, "rows {position}..{} of a cache of {capacity}", position + m);
@@ -526,7 +528,7 @@ pub fn cache_append(cache: CacheLayer, rows: Tensor<2>, position: usize) -> Cach
 ///
 /// # Panics
 /// If the shapes do not fit, or the caches differ in type.
-pub fn attend(
+pub fn cached_attention(
     qkv: Tensor<2>,
     (cos, sin): (Tensor<2>, Tensor<2>),
     (keys, values): (CacheLayer, CacheLayer),
@@ -547,7 +549,8 @@ pub fn attend(
     assert!(position + m <= capacity, "positions up to {} of a cache of {capacity}", position + m);
     let (qkv, cos, sin) = (qkv.into_dispatch(), cos.into_dispatch(), sin.into_dispatch());
     let (keys, values) = (keys.into_dispatch(), values.into_dispatch());
-    let Attended { context, keys, values } = Dispatch::attend(qkv, cos, sin, keys, values, args);
+    let CachedAttention { context, keys, values } =
+        Dispatch::cached_attention(qkv, cos, sin, keys, values, args);
     let caches = (CacheLayer::from_dispatch(keys), CacheLayer::from_dispatch(values));
     (Tensor::from_dispatch(context), caches)
 }
@@ -555,14 +558,14 @@ pub fn attend(
 /// Causal attention of the rows q [M, heads * d] of one sequence over its cache.
 ///
 /// # Panics
-/// If the shapes do not fit, or the cache is one of int8 on a GPU, which only [`attend`] knows.
+/// If the shapes do not fit, or the cache is one of int8 on a GPU, which only [`cached_attention`] knows.
 pub fn attention(q: Tensor<2>, keys: CacheLayer, values: CacheLayer, args: AttentionArgs) -> Tensor<2> {
     let [m, width] = q.dims();
     let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
     assert_eq!(width, n_heads * head_dim, "queries of {n_heads} heads of {head_dim}");
     assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads}");
     for cache in [&keys, &values] {
-        assert!(!cache.in_words(), "int8 on a GPU is read by `attend`");
+        assert!(!cache.in_words(), "int8 on a GPU is read by `cached_attention`");
         let [heads, capacity, d] = cache.dims();
         assert_eq!((heads, d), (n_kv_heads, head_dim), "the cache's heads");
         assert!(position + m <= capacity, "positions up to {} of a cache of {capacity}", position + m);
@@ -605,8 +608,7 @@ pub fn dense_matrix(
         return Ok((words(data), args));
     }
     // Without a size, the conversion says why.
-    let mut out =
-        WeightArena::default().allocate(args.bytes().unwrap_or(0), 64).map_err(DenseError::Memory)?;
+    let mut out = PageArena::default().allocate(args.bytes().unwrap_or(0), 64).map_err(DenseError::Memory)?;
     if args.tiled {
         dense_tiles::tile((from, &data), shape, (args.format, out.as_mut_slice()))?;
     } else {
@@ -628,6 +630,7 @@ pub fn tiled_matrix(tiles: bytes::Bytes, args: DenseArgs, device: &Device) -> (T
 
 /// A dense matrix that can't be brought into another form.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DenseError {
     /// The format can't hold it.
     #[error(transparent)]

@@ -20,19 +20,19 @@ use bitnet_burn_benches::{Random, SHAPES, threads};
 use bitnet_burn_engine::bench::Spread;
 use bitnet_burn_formats::canonical;
 use bitnet_burn_manager::cpu;
-use bitnet_burn_manager::memory::{Activations, WeightArena, WeightBuffer};
+use bitnet_burn_manager::memory::{Activations, PageArena, PageBuffer};
 use bitnet_burn_manager::pool::Pool;
-use bitnet_burn_manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerConfig, Packed, Status};
+use bitnet_burn_manager::{CpuKernels, Job, KernelManager, LayoutPolicy, ManagerConfig, Packed, Status};
 use std::sync::Arc;
 
 /// Copies of a matrix in one layout.
-type Copies = Vec<WeightBuffer>;
+type Copies = Vec<PageBuffer>;
 
 /// A kernel, with what it measured: seconds a matmul, by M.
 struct Candidate {
     name: String,
     manager: KernelManager,
-    choice: Arc<Choice>,
+    choice: Arc<CpuKernels>,
     layout: String,
     times: HashMap<usize, Vec<f64>>,
 }
@@ -43,7 +43,7 @@ fn manager(force: Option<String>) -> KernelManager {
 }
 
 /// Copies that together exceed the last-level cache, within what a machine has to spare.
-fn copies(candidate: &Candidate, rows: &[u8], arena: &WeightArena) -> Copies {
+fn copies(candidate: &Candidate, rows: &[u8], arena: &PageArena) -> Copies {
     let size = candidate.choice.weight_bytes();
     let cache = cpu::last_level_cache().unwrap_or(64 << 20);
     let count = (3 * cache).clamp(64 << 20, 256 << 20).div_ceil(size);
@@ -63,7 +63,7 @@ fn copies(candidate: &Candidate, rows: &[u8], arena: &WeightArena) -> Copies {
 
 impl Candidate {
     /// Seconds of a matmul with each of these weights, on average.
-    fn time(&self, weights: &[WeightBuffer], x: &Activations, y: &mut [f32], n: usize) -> f64 {
+    fn time(&self, weights: &[PageBuffer], x: &Activations, y: &mut [f32], n: usize) -> f64 {
         let clock = Instant::now();
         for weights in weights {
             let job = Job { choice: &self.choice, weights: weights.as_slice(), scale: 1.0, column: 0 };
@@ -74,7 +74,7 @@ impl Candidate {
 }
 
 /// Bytes a second of a stream over what the kernels read.
-fn read(weights: &[WeightBuffer], pool: &Pool) -> f64 {
+fn read(weights: &[PageBuffer], pool: &Pool) -> f64 {
     const PIECE: usize = 1 << 18;
     let pieces: Vec<&[u8]> = weights.iter().flat_map(|weights| weights.as_slice().chunks(PIECE)).collect();
     let clock = Instant::now();
@@ -131,7 +131,7 @@ fn measure(shape: &str, n: usize, k: usize, names: &[String], rounds: usize, poo
     for (w, row) in weights.chunks_exact(k).zip(rows.chunks_exact_mut(canonical::row_bytes(k))) {
         canonical::pack_row(w, row);
     }
-    let arena = WeightArena::default();
+    let arena = PageArena::default();
     let mut layouts: HashMap<String, Copies> = HashMap::new();
     let mut candidates = Vec::new();
     for name in names {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bitnet_burn_backends::ops::{CacheLayer, attention, cache_append};
 use bitnet_burn_backends::{AttentionArgs, CacheType};
 use bitnet_burn_benches::Random;
-use bitnet_burn_manager::memory::WeightArena;
+use bitnet_burn_manager::memory::PageArena;
 use burn::tensor::{Device, Tensor, TensorData};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
@@ -31,7 +31,7 @@ fn kv_cache(criterion: &mut Criterion) {
         for context in [128, 512, 1024, 2048, 4096] {
             // Room for exactly the context: the last token is written again and again.
             let shape = [KV_HEADS, context, HEAD_DIM];
-            let empty = CacheLayer::zeros(cache_type, shape, &device, &WeightArena::default());
+            let empty = CacheLayer::zeros(cache_type, shape, &device, &PageArena::default());
             let position = context - 1;
 
             let mut cache = Some(cache_append(empty, k.clone(), position));
@@ -56,7 +56,7 @@ fn kv_cache(criterion: &mut Criterion) {
                 },
             );
             // Decode reads each layer's keys and values once a token: from memory, not from a cache.
-            let arena = WeightArena::default();
+            let arena = PageArena::default();
             let rows =
                 TensorData::new(random.floats(KV_HEADS * context * HEAD_DIM), [context, KV_HEADS * HEAD_DIM]);
             let rows = Tensor::<2>::from_data(rows, &device);

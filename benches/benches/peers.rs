@@ -22,8 +22,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use bitnet_burn::CacheType;
-use bitnet_burn::{Activation, ModelConfig};
 use bitnet_burn::{BitNet, Row};
+use bitnet_burn::{GatedActivation, ModelConfig};
 use bitnet_burn_backends::manager::configure;
 use bitnet_burn_benches::{Random, threads};
 use bitnet_burn_engine::bench::{BytesPerToken, ReadStream, Spread};
@@ -146,7 +146,7 @@ fn main() {
     let shape = arguments.next().unwrap_or_else(|| "2b-4t".into());
     let rounds: usize = arguments.next().map_or(7, |rounds| rounds.parse().expect("a number of rounds"));
     let config = synth::shape(&shape).unwrap_or_else(|| panic!("no shape {shape}: {:?}", synth::SHAPES));
-    let config = ModelConfig { activation: Activation::Silu, ..config };
+    let config = ModelConfig { activation: GatedActivation::Silu, ..config };
     let dir = tempfile::tempdir().expect("a temporary directory");
     let checkpoint = write(&config, dir.path());
 

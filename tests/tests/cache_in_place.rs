@@ -92,7 +92,7 @@ fn a_token_copies_no_history_and_a_fork_copies_it_once() {
 #[cfg(feature = "remote")]
 fn a_worker_copies_no_history_either() {
     use bitnet_burn::backends::ops::{self, CacheLayer};
-    use bitnet_burn_manager::memory::WeightArena;
+    use bitnet_burn_manager::memory::PageArena;
     use burn::tensor::Tensor;
 
     let device = devices().pop().expect("the worker's");
@@ -107,7 +107,7 @@ fn a_worker_copies_no_history_either() {
             device.sync().unwrap();
             (cache, LARGEST.load(Ordering::Relaxed))
         };
-        let mut cache = CacheLayer::zeros(cache_type, [2, positions, 16], &device, &WeightArena::default());
+        let mut cache = CacheLayer::zeros(cache_type, [2, positions, 16], &device, &PageArena::default());
         device.sync().unwrap();
         for position in 0..10 {
             let (new, largest) = append(cache, position);
@@ -126,7 +126,7 @@ fn a_worker_copies_no_history_either() {
 #[cfg(feature = "flex")]
 fn appending_writes_where_the_cache_lies() {
     use bitnet_burn::backends::ops::{self, CacheLayer};
-    use bitnet_burn_manager::memory::WeightArena;
+    use bitnet_burn_manager::memory::PageArena;
     use burn::backend::{DispatchTensorKind, Flex};
     use burn::tensor::{Device, Tensor};
 
@@ -149,7 +149,7 @@ fn appending_writes_where_the_cache_lies() {
 
     setup();
     let device = Device::flex();
-    let mut cache = CacheLayer::zeros(CacheType::F32, [2, 64, 16], &device, &WeightArena::default());
+    let mut cache = CacheLayer::zeros(CacheType::F32, [2, 64, 16], &device, &PageArena::default());
     let first = pointer(&cache);
     assert_eq!(first as usize % 64, 0, "vectors begin with a cache line");
     for position in 0..60 {

@@ -5,11 +5,11 @@
 
 use bitnet_burn::backends::manager::manager;
 use bitnet_burn::backends::ops::{self, CacheLayer, TernaryMatrix};
-use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation, Kernels};
+use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation, MatrixKernels};
 use bitnet_burn::{BitLinear, BitLinearConfig, BitLinearWeight, RotaryEncodingConfig};
 use bitnet_burn_formats::quant;
 use bitnet_burn_formats::{DenseFormat, canonical};
-use bitnet_burn_manager::memory::WeightArena;
+use bitnet_burn_manager::memory::PageArena;
 use bitnet_burn_tests::*;
 use burn::tensor::{Device, Tensor, TensorData};
 
@@ -22,7 +22,7 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 }
 
 fn empty(cache_type: CacheType, shape: [usize; 3], device: &Device) -> CacheLayer {
-    CacheLayer::zeros(cache_type, shape, device, &WeightArena::default())
+    CacheLayer::zeros(cache_type, shape, device, &PageArena::default())
 }
 
 /// The types of caches that all devices have (NdArray has no f16).
@@ -167,7 +167,7 @@ fn codes_of(layer: &BitLinear) -> (Vec<i8>, f32) {
     let TernaryMatrix { codes, scale, n, k, choice } = layer.matrix().expect("packed");
     let words: Vec<u32> = codes.into_data().try_to_vec().unwrap();
     let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-    if let Some(Kernels::Host(choice)) = choice {
+    if let Some(MatrixKernels::Host(choice)) = choice {
         bytes.truncate(choice.weight_bytes());
         bytes = manager().unpack(&choice, &bytes).unwrap();
     }

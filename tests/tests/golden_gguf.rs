@@ -4,11 +4,12 @@
 use std::path::{Path, PathBuf};
 
 use bitnet_burn::CacheType;
-use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn_engine::gguf::{GgufWriter, TensorType, norm_name, projection_name};
+use bitnet_burn_engine::gguf::{norm_name, projection_name, write_config};
 use bitnet_burn_engine::load::LoadOptions;
+use bitnet_burn_formats::gguf::{GgufWriter, TensorType};
 use bitnet_burn_formats::{DenseFormat, tq1_0, tq2_0};
 use bitnet_burn_formats::{DenseTensor, TernaryTensor};
 use bitnet_burn_tests::reference::{Layer, Linear, Mutation, Reference};
@@ -155,7 +156,7 @@ fn older_bitnet(seed: u64) -> (ModelConfig, Reference, Vec<(String, TernaryTenso
         context_length: 64,
         rope_theta: 10_000.0,
         rms_norm_eps: 1e-5,
-        activation: Activation::Silu,
+        activation: GatedActivation::Silu,
         sub_norms: true,
         tied_embeddings: true,
         bos_token: None,
@@ -219,7 +220,7 @@ fn architecture_bitnet_is_silu() {
         let path = temporary.path().join(format!("bitnet-{stated}.gguf"));
         let mut writer = GgufWriter::new();
         if stated {
-            writer.config(&config).unwrap();
+            write_config(&mut writer, &config).unwrap();
         } else {
             writer.set("general.architecture", "bitnet").unwrap();
             for (key, value) in [
@@ -238,7 +239,9 @@ fn architecture_bitnet_is_silu() {
         }
         let embedding: Vec<u8> = floats(&reference.embedding).iter().flat_map(|v| v.to_le_bytes()).collect();
         writer
-            .tensor("token_embd.weight", &[128, 64], TensorType::F32, move |out| out.write_all(&embedding))
+            .tensor("token_embd.weight", &[128, 64], TensorType::Dense(DenseFormat::F32), move |out| {
+                out.write_all(&embedding)
+            })
             .unwrap();
         writer.vector("output_norm.weight", floats(&reference.norm)).unwrap();
         for (i, layer) in reference.layers.iter().enumerate() {
@@ -265,14 +268,14 @@ fn mixed(path: &Path, format: DenseFormat, mix: bool) -> Vec<f64> {
     let checkpoint = Checkpoint::open(&i2_s(), &OpenOptions::default()).unwrap();
     let config = checkpoint.config();
     let mut writer = GgufWriter::new();
-    writer.config(config).unwrap();
+    write_config(&mut writer, config).unwrap();
     let types = [
         TensorType::TQ1_0,
         TensorType::TQ2_0,
-        TensorType::Q4_0,
-        TensorType::F16,
-        TensorType::BF16,
-        TensorType::F32,
+        TensorType::Dense(DenseFormat::Q4_0),
+        TensorType::Dense(DenseFormat::F16),
+        TensorType::Dense(DenseFormat::BF16),
+        TensorType::Dense(DenseFormat::F32),
         TensorType::I2_S,
     ];
     for layer in 0..config.n_layers {
@@ -294,11 +297,15 @@ fn mixed(path: &Path, format: DenseFormat, mix: bool) -> Vec<f64> {
             let data: Vec<u8> = match tensor_type {
                 TensorType::TQ1_0 => tq1_0::from_canonical(&t.codes, n, k, scale).unwrap(),
                 TensorType::TQ2_0 => tq2_0::from_canonical(&t.codes, n, k, scale).unwrap(),
-                TensorType::F16 => values.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect(),
-                TensorType::BF16 => values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect(),
-                TensorType::F32 => values.flat_map(|v| v.to_le_bytes()).collect(),
+                TensorType::Dense(DenseFormat::F16) => {
+                    values.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect()
+                }
+                TensorType::Dense(DenseFormat::BF16) => {
+                    values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect()
+                }
+                TensorType::Dense(DenseFormat::F32) => values.flat_map(|v| v.to_le_bytes()).collect(),
                 // As ggml's quantiser: the first value of the largest magnitude gets the code 0.
-                TensorType::Q4_0 => {
+                TensorType::Dense(DenseFormat::Q4_0) => {
                     let values: Vec<f32> = values.collect();
                     let blocks = values.chunks_exact(32).flat_map(|block| {
                         let mut bytes = [0; 18];

@@ -6,7 +6,7 @@ use bitnet_burn::RotaryEncodingConfig;
 use bitnet_burn::backends::ops::{self, CacheLayer};
 use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation};
 use bitnet_burn_formats::DenseFormat;
-use bitnet_burn_manager::memory::WeightArena;
+use bitnet_burn_manager::memory::PageArena;
 use bitnet_burn_tests::*;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
@@ -67,7 +67,7 @@ struct Sequence<'a> {
 impl<'a> Sequence<'a> {
     fn new(device: &'a Device, args: AttentionArgs, cache_type: CacheType, capacity: usize) -> Self {
         let shape = [args.n_kv_heads, capacity, args.head_dim];
-        let empty = || CacheLayer::zeros(cache_type, shape, device, &WeightArena::default());
+        let empty = || CacheLayer::zeros(cache_type, shape, device, &PageArena::default());
         Self { device, args, caches: Some((empty(), empty())) }
     }
 
@@ -80,7 +80,7 @@ impl<'a> Sequence<'a> {
         let rotary = RotaryEncodingConfig::new(head_dim).with_theta(500_000.0).init();
         let angles = rotary.angles(&positions, self.device);
         let qkv = tensor(qkv, [m, width], self.device);
-        let (context, caches) = ops::attend(qkv, angles, self.caches.take().unwrap(), self.args);
+        let (context, caches) = ops::cached_attention(qkv, angles, self.caches.take().unwrap(), self.args);
         self.caches = Some(caches);
         self.args.position += m;
         values(context)

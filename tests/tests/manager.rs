@@ -10,7 +10,7 @@ use bitnet_burn_formats::reference;
 use bitnet_burn_manager::cpu;
 use bitnet_burn_manager::memory::Activations;
 use bitnet_burn_manager::{
-    Choice, Job, KernelManager, LayoutPolicy, ManagerConfig, ManagerError, Packed, Source, Status, Strict,
+    CpuKernels, Job, KernelManager, LayoutPolicy, ManagerConfig, ManagerError, Packed, Source, Status, Strict,
 };
 use bitnet_burn_plugin::abi::CANONICAL_ALIGNMENT;
 use bitnet_burn_tests::{Random, assert_same_bits, canonical_rows};
@@ -47,7 +47,7 @@ fn forced() -> &'static [(String, KernelManager)] {
 }
 
 /// Weights in the layout of a choice.
-fn packed(manager: &KernelManager, choice: &Choice, canonical: &[u8]) -> Vec<u8> {
+fn packed(manager: &KernelManager, choice: &CpuKernels, canonical: &[u8]) -> Vec<u8> {
     match manager.pack(choice, canonical).unwrap() {
         Packed::Canonical => canonical.to_vec(),
         Packed::Private(buffer) => buffer.as_slice().to_vec(),
@@ -58,7 +58,7 @@ fn packed(manager: &KernelManager, choice: &Choice, canonical: &[u8]) -> Vec<u8>
 struct Aligned(Vec<u8>, usize, usize);
 
 impl Aligned {
-    fn new(choice: &Choice, bytes: &[u8]) -> Self {
+    fn new(choice: &CpuKernels, bytes: &[u8]) -> Self {
         let mut buffer = vec![0; bytes.len() + 2 * 4096];
         let from = buffer.as_ptr().align_offset(4096)
             + if choice.layout().is_none() { CANONICAL_ALIGNMENT } else { 0 };

@@ -203,7 +203,7 @@ fn unchecked(op: &str, inputs: &[TensorIr], scalars: &[ScalarIr]) -> Vec<(Vec<us
         "cache_append" if inputs.len() == 3 => vec![(vec![2, 8, 4], DType::I8), float(&[2, 8])],
         "cache_append" => vec![float(&[2, 8, 4])],
         "attention" => vec![float(&[1, 8])],
-        "attend" => vec![float(&[1, 8]), float(&[1, 8, 4]), float(&[1, 8, 4])],
+        "cached_attention" => vec![float(&[1, 8]), float(&[1, 8, 4]), float(&[1, 8, 4])],
         "gated" => vec![float(&[1, 3])],
         "dense_linear" => vec![float(&[1, 1])],
         "dense_rows" => vec![float(&[1, 32])],
@@ -318,7 +318,7 @@ fn requests_that_can_t_be_computed_end_their_session_and_not_the_worker() {
             }),
         ),
         (
-            "attend",
+            "cached_attention",
             Box::new(|d| {
                 let angles = || floats(d, [1, 2]);
                 let qkv = floats(d, [1, 15]);
@@ -327,7 +327,7 @@ fn requests_that_can_t_be_computed_end_their_session_and_not_the_worker() {
             }),
         ),
         (
-            "attend",
+            "cached_attention",
             Box::new(|d| {
                 let angles = || floats(d, [1, 2]);
                 let qkv = floats(d, [1, 16]);

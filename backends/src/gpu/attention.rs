@@ -10,7 +10,7 @@ use burn_cubecl::tensor::CubeTensor;
 use super::body::params_on;
 use super::rows::{dims, tensor};
 use crate::default;
-use crate::extension::{Attended, AttentionArgs, CacheTensor};
+use crate::extension::{AttentionArgs, CacheTensor, CachedAttention};
 
 type B = CubeBackend;
 
@@ -54,21 +54,21 @@ fn handles(cache: &CacheTensor<B>) -> Cache {
     }
 }
 
-pub(crate) fn attend(
+pub(crate) fn cached_attention(
     qkv: CubeTensor,
     cos: CubeTensor,
     sin: CubeTensor,
     keys: CacheTensor<B>,
     values: CacheTensor<B>,
     args: AttentionArgs,
-) -> Attended<B> {
+) -> CachedAttention<B> {
     let [m, _] = dims(&qkv);
     let floats = [&qkv, &cos, &sin].iter().all(|tensor| tensor.dtype == DType::F32);
     let Some(shape) = shape(&keys, m, &args).filter(|_| floats) else {
         if floats && m > 1 && shape(&keys, 1, &args).is_some() {
             return in_halves([qkv, cos, sin], keys, values, args);
         }
-        return default::attend::<B>(qkv, cos, sin, keys, values, args);
+        return default::cached_attention::<B>(qkv, cos, sin, keys, values, args);
     };
     let [qkv, cos, sin] = [qkv, cos, sin].map(into_contiguous);
     let (keys, values) = (owned_cache(keys), owned_cache(values));
@@ -79,7 +79,7 @@ pub(crate) fn attend(
     // nobody else's; the parameters for them.
     let context =
         unsafe { attention::attend(&qkv.client, &shape, inputs, caches, params, (m, args.position)) };
-    Attended { context: tensor(&qkv, context, [m, args.n_heads * args.head_dim]), keys, values }
+    CachedAttention { context: tensor(&qkv, context, [m, args.n_heads * args.head_dim]), keys, values }
 }
 
 /// More rows than a launch takes.
@@ -88,7 +88,7 @@ fn in_halves(
     keys: CacheTensor<B>,
     values: CacheTensor<B>,
     args: AttentionArgs,
-) -> Attended<B> {
+) -> CachedAttention<B> {
     let [m, _] = dims(&rows[0]);
     let half = |tensor: &CubeTensor, from: usize, to: usize| {
         let range = Slice::new(from as isize, Some(to as isize), 1);
@@ -97,9 +97,9 @@ fn in_halves(
     let [first, second] =
         [(0, m / 2), (m / 2, m)].map(|(from, to)| [0, 1, 2].map(|i| half(&rows[i], from, to)));
     let ([qkv, cos, sin], position) = (first, args.position);
-    let first = attend(qkv, cos, sin, keys, values, args);
+    let first = cached_attention(qkv, cos, sin, keys, values, args);
     let [qkv, cos, sin] = second;
     let args = AttentionArgs { position: position + m / 2, ..args };
-    let second = attend(qkv, cos, sin, first.keys, first.values, args);
-    Attended { context: B::float_cat(vec![first.context, second.context], 0), ..second }
+    let second = cached_attention(qkv, cos, sin, first.keys, first.values, args);
+    CachedAttention { context: B::float_cat(vec![first.context, second.context], 0), ..second }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use bitnet_burn_cube::rows;
 use bitnet_burn_formats::canonical;
-use bitnet_burn_manager::gpu::{activations, params, words};
+use bitnet_burn_manager::gpu::{activations, le_words, params};
 use bitnet_burn_manager::memory::Activations;
 use bitnet_burn_manager::{GpuKernel, KernelManager, ManagerError};
 use burn::backend::TensorMetadata;
@@ -21,7 +21,7 @@ use burn_cubecl::{CubeBackend, CubeDevice};
 use super::choice::{self, GpuMatrix};
 use super::launch::{self, Buffers};
 use crate::default;
-use crate::extension::{BitLinearArgs, InputNorm, Kernels, Matrix, TernaryWeight, TernaryWeights};
+use crate::extension::{BitLinearArgs, InputNorm, Matrix, MatrixKernels, TernaryWeight, WeightGroup};
 use crate::manager::{leave_gpu_error, manager};
 
 type B = CubeBackend;
@@ -92,7 +92,7 @@ pub(super) struct Part<'a> {
 pub(crate) fn bit_linear(
     x: CubeTensor,
     norm: InputNorm<B>,
-    weights: TernaryWeights<B>,
+    weights: WeightGroup<B>,
     mut args: BitLinearArgs,
 ) -> CubeTensor {
     let m = x.shape()[0];
@@ -100,11 +100,10 @@ pub(crate) fn bit_linear(
     let k = args.k;
     for matrix in args.matrices.iter_mut().filter(|matrix| args.quantise && matrix.choice.is_none()) {
         let chosen = choice::canonical(manager(), &device, matrix.n, k);
-        matrix.choice = chosen.map(|matrix| Kernels::Gpu(Arc::new(matrix)));
+        matrix.choice = chosen.map(|matrix| MatrixKernels::Gpu(Arc::new(matrix)));
     }
     let chosen = args.matrices.iter().any(|matrix| gpu(matrix).is_some());
-    // As many rows as a launch can have workgroups.
-    // And so many values that 32 bits number them.
+    // A launch has 2^16 - 1 workgroups for rows at most, and kernels number values with 32 bits.
     let fits = m.saturating_mul(args.k.max(args.total_n())) <= u32::MAX as usize;
     let rows = (1..1 << 16).contains(&m) && fits;
     let result = if chosen && args.quantise && rows && x.dtype == DType::F32 {
@@ -121,7 +120,7 @@ pub(crate) fn bit_linear(
 
 pub(crate) fn bit_linear_backward(
     dy: CubeTensor,
-    weights: TernaryWeights<B>,
+    weights: WeightGroup<B>,
     args: BitLinearArgs,
 ) -> CubeTensor {
     let m = dy.shape()[0];
@@ -136,7 +135,7 @@ pub(crate) fn bit_linear_backward(
 
 fn gpu(matrix: &Matrix) -> Option<&GpuMatrix> {
     match &matrix.choice {
-        Some(Kernels::Gpu(matrix)) => Some(matrix),
+        Some(MatrixKernels::Gpu(matrix)) => Some(matrix),
         _ => None,
     }
 }
@@ -229,7 +228,7 @@ fn one_by_one(
     Ok(default::concat::<B>(outputs))
 }
 
-/// Quantises rows and launches the kernels on them; the output, which nobody has looked at.
+/// Quantises rows and launches the kernels on them; the unchecked output.
 pub(super) fn run(input: &Input, parts: &[Part]) -> (CubeTensor, Quantised) {
     let ((m, k), x) = (input.shape(), &input.x);
     let client = &x.client;
@@ -256,11 +255,11 @@ pub(super) fn run(input: &Input, parts: &[Part]) -> (CubeTensor, Quantised) {
     (y, quantised)
 }
 
-/// Runs a kernel, and compares its result with a trusted one, which is returned; or why it could not be run, in words.
+/// Runs a kernel, and compares its result with a trusted one, which is returned; or why it could not be run.
 /// A kernel that was wrong is in quarantine then.
 ///
 /// # Errors
-/// If it was wrong, and nobody may take over.
+/// If it was wrong, and the policy forbids a fallback.
 pub(super) fn run_checked(
     manager: &KernelManager,
     input: &Input,
@@ -276,7 +275,7 @@ pub(super) fn run_checked(
     };
     match catch_unwind(AssertUnwindSafe(run)) {
         Err(_) => Ok(Err("the device panicked".into())),
-        Ok(Err(error)) => Ok(Err(words_of(&error))),
+        Ok(Err(error)) => Ok(Err(error_text(&error))),
         Ok(Ok((mut y, activations))) => {
             manager.check_first(part.kernel, (part.n, codes, scale), &activations, &mut y)?;
             Ok(Ok(y))
@@ -347,7 +346,7 @@ fn canonical_weights(
     manager: &KernelManager,
     weights: Vec<TernaryWeight<B>>,
     args: &BitLinearArgs,
-) -> Result<TernaryWeights<B>, ManagerError> {
+) -> Result<WeightGroup<B>, ManagerError> {
     let mut canonical = Vec::with_capacity(weights.len());
     for (TernaryWeight { codes, scale }, matrix) in weights.into_iter().zip(&args.matrices) {
         let codes = match gpu(matrix).filter(|gpu| gpu.layout().is_some()) {
@@ -358,7 +357,7 @@ fn canonical_weights(
                     let weight = TernaryWeight::<B> { codes: into_contiguous(codes), scale: scale.clone() };
                     let bytes = canonical_bytes(manager, gpu, &weight)?;
                     let (client, device) = (&weight.codes.client, &weight.codes.device);
-                    let handle = client.create_from_slice(bytemuck::cast_slice(&words(&bytes)));
+                    let handle = client.create_from_slice(bytemuck::cast_slice(&le_words(&bytes)));
                     let shape = Shape::new([matrix.n, canonical::row_bytes(args.k) / 4]);
                     let codes =
                         CubeTensor::new_contiguous(client.clone(), device.clone(), shape, handle, DType::U32);
@@ -368,7 +367,7 @@ fn canonical_weights(
         };
         canonical.push(TernaryWeight { codes, scale });
     }
-    Ok(TernaryWeights::from_vec(canonical))
+    Ok(WeightGroup::from_vec(canonical))
 }
 
 /// Parameters on a device: few different ones, again and again.
@@ -386,7 +385,7 @@ pub(super) fn params_on(device: &CubeDevice, client: &Client, params: [u32; 8]) 
 }
 
 /// What a device's failure says: the innermost causes, without what leads to them and the traces that follow.
-pub(super) fn words_of(error: &ServerError) -> String {
+pub(super) fn error_text(error: &ServerError) -> String {
     const WRAPPERS: [&str; 5] = [
         "Several failures at once",
         "The bytes were never written",
@@ -407,5 +406,5 @@ pub(super) fn words_of(error: &ServerError) -> String {
 }
 
 fn lost(error: &ServerError) -> ManagerError {
-    ManagerError::Device(words_of(error))
+    ManagerError::Device(error_text(error))
 }

@@ -7,7 +7,7 @@ use bitnet_burn_manager::plugin::{Kernel, Target};
 use burn_cubecl::cubecl::client::Client;
 use burn_cubecl::cubecl::server::Handle;
 
-use super::body::words_of;
+use super::body::error_text;
 use super::launch::{self, Buffers};
 use crate::devices;
 
@@ -15,7 +15,7 @@ use crate::devices;
 /// one, else wgpu's.
 ///
 /// # Errors
-/// In words, if there is none, or it takes no text.
+/// If there is none, or it takes no text.
 pub fn open_gpu() -> Result<Box<dyn GpuDevice>, String> {
     let compiled = devices::runtimes();
     let mut problem = format!("the runtime {} takes no kernels as text", compiled.join(", "));
@@ -70,7 +70,7 @@ impl GpuDevice for Gpu {
             // SAFETY: the operands are filled, and `y` has room (the gate's).
             unsafe { launch::launch(&self.client, kernel, operands.shape, buffers.clone()) };
             let read =
-                |handle: &Handle| self.client.read_one(handle.clone()).map_err(|error| words_of(&error));
+                |handle: &Handle| self.client.read_one(handle.clone()).map_err(|error| error_text(&error));
             let output = read(&buffers.y)?;
             for (what, handle, bytes) in [
                 ("the weights", &buffers.weights, bytemuck::cast_slice::<_, u8>(&operands.weights)),

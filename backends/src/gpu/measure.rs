@@ -2,7 +2,7 @@
 
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_manager::gpu::params;
-use bitnet_burn_manager::memory::WeightBuffer;
+use bitnet_burn_manager::memory::PageBuffer;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeDevice, cubecl};
@@ -11,12 +11,13 @@ use cubecl::std::throughput::measure_peak_throughput;
 use cubecl::throughput::{MemoryAccess, MemorySpec, ThroughputKey, ThroughputMode};
 
 use super::body::{self, Input, Part};
-use super::choice::{self, SCALE};
+use super::choice;
+use super::contest::SCALE;
 use super::launch::{self, Buffers};
-use crate::devices::quietly;
+use crate::devices::catching_panics;
+use crate::effort::{Effort, KernelTime};
 use crate::extension::InputNorm;
 use crate::manager::manager;
-use crate::measure::{Effort, KernelTime};
 
 /// As many copies of weights as ever take turns.
 const MOST_COPIES: usize = 256;
@@ -37,7 +38,7 @@ fn activations(device: &CubeDevice, m: usize, k: usize) -> Input {
 /// Waits until a buffer is written, and says what went wrong on the way there.
 fn wait(device: &CubeDevice, written: &Handle) -> Result<(), String> {
     let waited = cubecl::future::block_on(device.client().sync_buffers([written]));
-    waited.map_err(|error| body::words_of(&error))
+    waited.map_err(|error| body::error_text(&error))
 }
 
 pub(crate) fn matmul(
@@ -61,7 +62,7 @@ pub(crate) fn matmul(
                 None => None,
                 Some(_) => Some(manager.pack_for_gpu(&kernel, n, k, &weights).map_err(|e| e.to_string())?),
             };
-            let bytes = packed.as_ref().map_or(&weights[..], WeightBuffer::as_slice);
+            let bytes = packed.as_ref().map_or(&weights[..], PageBuffer::as_slice);
             let count = effort.rotated_bytes / bytes.len().max(1);
             let copies: Vec<Handle> =
                 (0..count.clamp(1, MOST_COPIES)).map(|_| client.create_from_slice(bytes)).collect();
@@ -88,7 +89,7 @@ pub(crate) fn matmul(
         times.push(KernelTime {
             kernel: kernel.kernel().id().to_string(),
             weight_bytes: weight_bytes as u64,
-            seconds: quietly(seconds).and_then(|seconds| seconds),
+            seconds: catching_panics(seconds).and_then(|seconds| seconds),
         });
     }
     Ok(times)
@@ -103,12 +104,12 @@ pub(crate) fn quantise(
     // Of the last launch.
     let written = std::cell::RefCell::new(x.x().handle.clone());
     let run = |_| *written.borrow_mut() = x.quantise().words;
-    quietly(|| effort.time(run, || wait(device, &written.borrow()))).and_then(|seconds| seconds)
+    catching_panics(|| effort.time(run, || wait(device, &written.borrow()))).and_then(|seconds| seconds)
 }
 
 pub(crate) fn read_gb_per_s(device: &CubeDevice, bytes: u64) -> Result<f64, String> {
     let key = ThroughputKey { mode: ThroughputMode::Memory(MemorySpec::new(MemoryAccess::Read, bytes)) };
-    let measured = quietly(|| measure_peak_throughput(&device.client(), key))?;
+    let measured = catching_panics(|| measure_peak_throughput(&device.client(), key))?;
     let rate = measured.map_err(|error| error.to_string())?.bytes_per_s(&key) / 1e9;
     if rate.is_finite() && rate > 0.0 { Ok(rate) } else { Err("the device's clock says nothing".into()) }
 }

@@ -7,8 +7,8 @@
 //!
 //! The [gate](bitnet_burn_manager::gate) tries kernels in its child process, on the default device. In use, the first result
 //! for each exact shape is read back and compared with that of the CPU's kernels, which is returned; after that one
-//! call in 251 is compared in a few places. What is wrong, quarantines the plugin; what can't be run, leaves the others
-//! of the ranking.
+//! call in 251 is compared in a few places. A wrong result quarantines the plugin; a kernel that can't be run leaves its
+//! place to the next one.
 //!
 //! What else a model computes (norms, attention, embedding and output) are functions of
 //! [`bitnet_burn_cube`], a launch or two each, with the default bodies for what those do not take.
@@ -16,6 +16,7 @@
 mod attention;
 mod body;
 mod choice;
+mod contest;
 mod dense;
 mod device;
 mod launch;
@@ -24,10 +25,10 @@ mod rows;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
 
-pub(crate) use self::attention::{attend, int8_supported};
+pub(crate) use self::attention::{cached_attention, int8_supported};
 pub(crate) use self::body::{bit_linear, bit_linear_backward};
 pub use self::choice::GpuMatrix;
-pub(crate) use self::choice::prepare;
+pub(crate) use self::choice::choose_and_pack;
 pub(crate) use self::dense::{dense_linear, dense_rows};
 pub use self::device::open_gpu;
 pub(crate) use self::rows::{gated, rms_norm};

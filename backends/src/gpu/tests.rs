@@ -10,7 +10,7 @@ use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_manager::gpu::{GpuOperands, close};
 use bitnet_burn_manager::memory::Activations;
 use bitnet_burn_manager::plugin::{Plugin, Target};
-use bitnet_burn_manager::{self, KernelManager, KernelReport, ManagerConfig, ManagerReport, Packed, Status};
+use bitnet_burn_manager::{KernelManager, KernelReport, ManagerConfig, ManagerReport, Packed, Status};
 use bitnet_burn_plugin::abi::{Plugin as RawPlugin, Signature};
 use bitnet_burn_plugin::sdk::{GpuKernel, KernelResult, Language, WeightsRef, source};
 
@@ -18,8 +18,8 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
-use super::{body, choice, launch};
-use crate::extension::{BitLinearArgs, InputNorm, Kernels, Matrix, TernaryWeight};
+use super::{body, choice};
+use crate::extension::{BitLinearArgs, InputNorm, Matrix, MatrixKernels, TernaryWeight};
 
 /// A text whose threads have one output each, and which does `$statement` before it stores the sum.
 macro_rules! text {
@@ -214,22 +214,22 @@ impl Problem {
         let matrices: Vec<_> = ns.iter().map(|&n| (random.weights(n, k), n)).collect();
         let (mut weights, mut chosen) = (Vec::new(), Vec::new());
         for (bytes, n) in &matrices {
-            let prepared = choice::prepare(manager, &device(), *n, k, bytes).unwrap();
+            let prepared = choice::choose_and_pack(manager, &device(), *n, k, bytes).unwrap();
             let (choice, bytes) = match &prepared {
                 None => (None, &bytes[..]),
                 Some((_, Packed::Canonical)) => (prepared.map(|(matrix, _)| matrix), &bytes[..]),
                 Some((_, Packed::Private(_))) => {
                     let Some((matrix, Packed::Private(buffer))) = prepared else { unreachable!() };
-                    let words = bitnet_burn_manager::gpu::words(buffer.as_slice());
+                    let words = bitnet_burn_manager::gpu::le_words(buffer.as_slice());
                     weights.push(tensor(&words, [1, words.len()], DType::U32));
                     (Some(matrix), &[][..])
                 }
             };
             if !bytes.is_empty() {
-                let words = bitnet_burn_manager::gpu::words(bytes);
+                let words = bitnet_burn_manager::gpu::le_words(bytes);
                 weights.push(tensor(&words, [*n, words.len() / n], DType::U32));
             }
-            chosen.push(Matrix { n: *n, choice: choice.map(|matrix| Kernels::Gpu(Arc::new(matrix))) });
+            chosen.push(Matrix { n: *n, choice: choice.map(|matrix| MatrixKernels::Gpu(Arc::new(matrix))) });
         }
         let scales = tensor(&[scale], [1, 1], DType::F32);
         let weights = weights.into_iter().map(|codes| (codes, scales.clone())).collect();
@@ -337,7 +337,7 @@ fn a_forced_kernel_computes_what_the_reference_does() {
 }
 
 /// Those for few rows, and those for many.
-fn cubecl_kernels() -> Vec<manager::GpuKernel> {
+fn cubecl_kernels() -> Vec<bitnet_burn_manager::GpuKernel> {
     let manager = manager_of(&bitnet_burn_cube::PLUGIN, None, Duration::ZERO);
     let mut kernels = Vec::new();
     for m in [1, 17] {
@@ -474,7 +474,7 @@ fn a_kernel_that_packs_wrongly_is_quarantined_before_it_computes() {
 
 #[test]
 fn measurements_decide_and_are_remembered() {
-    // Without time for measurements nobody is preferred to the default body.
+    // Without time for measurements no kernel is preferred to the default body.
     let none = manager_of(&RIGHT, None, Duration::ZERO);
     assert!(Problem::new(none, 128, &[64], 0.37).args.matrices[0].choice.is_none());
     let manager = manager_of(&RIGHT, None, Duration::from_secs(300));
@@ -487,11 +487,10 @@ fn measurements_decide_and_are_remembered() {
     Problem::new(manager, 512, &[96], 0.37).check(1, 4);
     assert_eq!(manager.report().tuned, 4, "measured once");
     let client = device().client();
-    let kernels = manager.gpu_kernels(launch::target(&client).unwrap(), (1, 96, 512));
     let name = &client.properties().identity.name;
     for m in [1, 3, 8, 32] {
         let signature = format!("ternary m={m} n=96 k=512 device={} {name}", client.name());
-        let measurements = manager.remembered(&signature, &kernels).expect("measured");
+        let measurements = manager.measurements(&signature).expect("measured");
         println!("{signature}: {measurements:?}");
         let names: Vec<_> = measurements.iter().map(|m| m.kernel.as_str()).collect();
         assert_eq!(names, ["right@1.2.3/no-text", "right@1.2.3/plain", "right@1.2.3/bytes", "default body"]);

@@ -5,11 +5,11 @@
 
 use std::mem::MaybeUninit;
 
-use bitnet_burn_manager::memory::{WeightArena, WeightBuffer};
+use bitnet_burn_manager::memory::{PageArena, PageBuffer};
 use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProperty, Bytes};
 
 /// Bytes of an arena that a tensor may own and write to in place; a copy of them is ordinary memory.
-struct CacheMemory(WeightBuffer);
+struct CacheMemory(PageBuffer);
 
 /// Alignment of a cache.
 const ALIGNMENT: usize = 64;
@@ -18,7 +18,7 @@ const ALIGNMENT: usize = 64;
 ///
 /// # Errors
 /// If the system has no memory left.
-pub(crate) fn zeros(arena: &WeightArena, size: usize) -> std::io::Result<Bytes> {
+pub(crate) fn zeros(arena: &PageArena, size: usize) -> std::io::Result<Bytes> {
     let buffer = arena.allocate(size, ALIGNMENT)?;
     // SAFETY: the controller gives `size` bytes, all of which are initialised: an arena's are zero.
     Ok(unsafe { Bytes::from_controller(Box::new(CacheMemory(buffer)), size) })
@@ -53,7 +53,7 @@ mod tests {
 
     #[test]
     fn caches_are_zero_aligned_apart_and_written_in_place() {
-        let arena = WeightArena::default();
+        let arena = PageArena::default();
         let mut all: Vec<Bytes> = (0..9).map(|i| zeros(&arena, 1000 + i).unwrap()).collect();
         for (i, bytes) in all.iter_mut().enumerate() {
             assert!(bytes.len() == 1000 + i && bytes.iter().all(|&b| b == 0));

@@ -1,84 +1,112 @@
-//! Dense arithmetic on host memory: the parts of the network that are not ternary.
+//! The bodies over host memory, for Flex and NdArray: thin bridges to the SIMD of [`bitnet_burn_cpu`] and to the
+//! kernels of the [`manager`](crate::manager).
 //!
-//! Plain functions over slices, without Burn's types, which the fast bodies of the host backends call: the
-//! dense linear layer of lm_head ([`dense`]; [`dense_int8`] with int8 activations), attention over a KV cache
-//! ([`attention`]), and rotary embedding, norms, gated activations and the rest ([`elementwise`]). What only
-//! training needs is in [`training`], with numerics of its own.
-//!
-//! # Numerics
-//! Results are the same, bit for bit, on every instruction set, with any number of threads, whatever the
-//! number of rows in a call and however a prompt is cut into chunks. (A NaN stays a NaN; which NaN it is, is
-//! not specified.) That holds because every reduction has one order, in [`dense_int8`] the one stated there,
-//! else this:
-//! - A dot product or a sum over `k` elements uses 16 lanes. Lane `l` starts at +0 and takes the elements
-//!   `l`, `16 + l`, `32 + l`, … in ascending order, each by one fused multiply-add (one rounding). Elements
-//!   past the end are skipped: lanes without one keep their value.
-//! - The lanes are then added by one tree: `l + (l+8)`, `l + (l+4)`, `l + (l+2)`, `0 + 1`.
-//! - Each row or each (query, head) is computed by the same operations whichever others are computed beside
-//!   it.
-//!
-//! Every instruction set has fused multiply-add, IEEE division and square root; where the hardware lacks the
-//! first (x86-64 before AVX2), [`simd::Portable`] computes the same rounding in double precision.
+//! The two backends differ only in how a tensor's memory is reached ([`HostBackend`]). Contiguous tensors are not
+//! copied, least of all weights, which may be a memory-mapped file's.
 
-pub(crate) mod attention;
+mod attention;
+mod bit_linear;
+mod bodies;
 #[cfg(feature = "flex")]
 pub(crate) mod cache_memory;
-pub(crate) mod dense;
-pub(crate) mod dense_int8;
-pub(crate) mod elementwise;
-pub(crate) mod simd;
-pub(crate) mod training;
+mod dense;
+#[cfg(feature = "flex")]
+mod flex;
+#[cfg(feature = "ndarray")]
+mod ndarray;
+mod rows;
+mod training;
 
-use std::marker::PhantomData;
+use std::borrow::Cow;
+use std::sync::Mutex;
 
+use bitnet_burn_cpu::Threads;
+use bitnet_burn_cpu::attention::{CacheMut, CacheRef};
+use bitnet_burn_cpu::quantise::{Quantised, quantise_on};
+use bitnet_burn_manager::memory::{Activations, ActivationsMut};
 use bitnet_burn_manager::pool::Pool;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, TensorMetadata};
+use burn::tensor::Shape;
 
-/// A slice that several tasks of a pool write to, each its own part.
-pub(crate) struct Shared<'a, T> {
-    start: *mut T,
-    len: usize,
-    slice: PhantomData<&'a mut [T]>,
+use crate::extension::CacheTensor;
+use crate::manager::manager;
+
+/// Rows of a tensor [M, K] in host memory.
+pub(crate) struct Rows<'a> {
+    values: Cow<'a, [f32]>,
+    /// Elements from row to row.
+    stride: usize,
 }
 
-// SAFETY: a `Shared` only hands out parts through `part`, whose callers promise that no two of them overlap,
-// so sharing it between threads moves disjoint `&mut [T]` to them, which `T: Send` allows.
-unsafe impl<T: Send> Sync for Shared<'_, T> {}
+/// A backend whose tensors lie in host memory.
+pub(crate) trait HostBackend: Backend {
+    /// A float tensor's values in row-major order.
+    fn floats(tensor: &FloatTensor<Self>) -> Cow<'_, [f32]>;
 
-impl<'a, T> Shared<'a, T> {
-    /// Wraps `slice` for the duration of one parallel section.
-    pub(crate) fn new(slice: &'a mut [T]) -> Self {
-        Self { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
+    /// The rows of a tensor [M, K], which may be a view of wider rows.
+    fn rows(tensor: &FloatTensor<Self>) -> Rows<'_>;
+
+    /// A U32 tensor's words.
+    fn words(tensor: &IntTensor<Self>) -> Cow<'_, [u32]>;
+
+    /// An int tensor's values, whatever its type.
+    fn indices(tensor: &IntTensor<Self>) -> Vec<u32>;
+
+    /// A new tensor.
+    fn tensor(values: Vec<f32>, shape: Shape) -> FloatTensor<Self>;
+
+    /// A KV cache to read.
+    fn cache(tensor: &CacheTensor<Self>) -> CacheRef<'_>;
+
+    /// A KV cache changed by `write`, in place if `tensor` is its only owner.
+    fn update_cache(tensor: CacheTensor<Self>, write: impl FnOnce(CacheMut)) -> CacheTensor<Self>;
+}
+
+fn dims<T: TensorMetadata>(tensor: &T) -> [usize; 2] {
+    let shape = tensor.shape();
+    let [m, k] = shape[..] else { panic!("an operand of rank 2, not {shape:?}") };
+    [m, k]
+}
+
+/// Quantised activations are as large as the activations and used for a moment: kept from call to call.
+static ACTIVATIONS: Mutex<Vec<Activations>> = Mutex::new(Vec::new());
+
+fn with_activations<R>(f: impl FnOnce(&mut Activations) -> R) -> R {
+    let free = || ACTIVATIONS.lock().unwrap_or_else(|e| e.into_inner());
+    let mut activations = free().pop().unwrap_or_default();
+    let result = f(&mut activations);
+    free().push(activations);
+    result
+}
+
+/// The manager's threads, as [`bitnet_burn_cpu`] takes them.
+struct OnPool<'a>(&'a Pool);
+
+// SAFETY: a pool runs each task of a job once, and returns or unwinds when none of them is running any more.
+unsafe impl Threads for OnPool<'_> {
+    fn threads(&self) -> usize {
+        self.0.threads()
     }
 
-    /// The elements `from .. from + len`.
-    ///
-    /// # Panics
-    /// If they are not within the slice.
-    ///
-    /// # Safety
-    /// No other part that overlaps this one may be alive.
-    #[allow(clippy::mut_from_ref)]
-    pub(crate) unsafe fn part(&self, from: usize, len: usize) -> &mut [T] {
-        assert!(from <= self.len && len <= self.len - from, "part {from}+{len} of {}", self.len);
-        // SAFETY: the range lies within the slice borrowed for 'a (asserted), and the caller promises that
-        // nobody else holds an overlapping part.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(from), len) }
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.0.run(tasks, task);
     }
 }
 
-/// Runs `f(0..tasks)` on the pool, or on this thread where there is nothing to share out or `parallel` is
-/// false.
-pub(crate) fn run(pool: &Pool, parallel: bool, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
-    if parallel && tasks > 1 && pool.threads() > 1 {
-        pool.run(tasks, f);
-    } else {
-        (0..tasks).for_each(f);
-    }
+/// The threads of the process's manager.
+fn threads() -> OnPool<'static> {
+    OnPool(manager().pool())
 }
 
-/// Whether a row of `width` elements in every `stride` elements, `rows` times, lies within `len` elements.
-pub(crate) fn rows_fit(len: usize, rows: usize, width: usize, stride: usize) -> bool {
-    rows == 0
-        || (width <= stride || rows == 1)
-            && (rows - 1).checked_mul(stride).and_then(|s| s.checked_add(width)).is_some_and(|s| s <= len)
+/// For operations that need no threads: the process's manager masks CPU features when it is made, and that has to
+/// be before instructions are chosen.
+fn masked() {
+    manager();
+}
+
+/// Norm (if any) and quantisation of rows of `k` values.
+fn quantise(x: &[f32], k: usize, norm: Option<(&[f32], f32)>, out: ActivationsMut) {
+    let ActivationsMut { q, stride, scale, sum } = out;
+    quantise_on(&threads(), x, k, norm, Quantised { q, stride, scale, sum });
 }

@@ -8,8 +8,8 @@ use burn::tensor::{DType, Shape, TensorData, try_read_sync};
 
 use super::{TEXT, name};
 use crate::extension::{
-    Attended, AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm,
-    TernaryBackend, TernaryWeights,
+    AttentionArgs, BitLinearArgs, CacheTensor, CachedAttention, DenseArgs, GatedActivation, InputNorm,
+    TernaryBackend, WeightGroup,
 };
 
 fn size(value: usize) -> ScalarIr {
@@ -88,7 +88,7 @@ impl TernaryBackend for Remote {
     fn bit_linear(
         x: FloatTensor<Self>,
         norm: InputNorm<Self>,
-        weights: TernaryWeights<Self>,
+        weights: WeightGroup<Self>,
         args: BitLinearArgs,
     ) -> FloatTensor<Self> {
         let (device, m) = (x.device(), dims(&x)[0]);
@@ -149,14 +149,14 @@ impl TernaryBackend for Remote {
         float(&device, name::ATTENTION, &inputs, shape, scalars)
     }
 
-    fn attend(
+    fn cached_attention(
         qkv: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
         keys: CacheTensor<Self>,
         values: CacheTensor<Self>,
         args: AttentionArgs,
-    ) -> Attended<Self> {
+    ) -> CachedAttention<Self> {
         let (device, [m, _]) = (qkv.device(), dims(&qkv));
         let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
         let scalars = [n_heads, n_kv_heads, head_dim, position].map(size).to_vec();
@@ -166,10 +166,10 @@ impl TernaryBackend for Remote {
         let context = (Shape::new([m, n_heads * head_dim]), DType::F32);
         let of_caches = of_keys.len();
         let outputs = [context].into_iter().chain(of_keys).chain(of_values);
-        let mut outputs = send(&device, name::ATTEND, &inputs, outputs, scalars);
+        let mut outputs = send(&device, name::CACHED_ATTENTION, &inputs, outputs, scalars);
         let values = cache_of(outputs.split_off(1 + of_caches));
         let keys = cache_of(outputs.split_off(1));
-        Attended { context: outputs.remove(0), keys, values }
+        CachedAttention { context: outputs.remove(0), keys, values }
     }
 
     fn gated(gate_up: FloatTensor<Self>, activation: GatedActivation) -> FloatTensor<Self> {

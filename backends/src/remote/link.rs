@@ -16,7 +16,7 @@ use burn::remote::{ConnectError, RemoteHost};
 use burn::tensor::{Device, Tensor, TensorData};
 
 use super::{client, name, remote, version};
-use crate::devices::{REMOTE, quietly};
+use crate::devices::{REMOTE, catching_panics};
 
 /// A session with a worker.
 struct Link {
@@ -205,7 +205,7 @@ pub fn open_within(address: &str, timeout: Duration) -> Result<Device, String> {
         }),
     )?;
     let host = RemoteHost::websocket(&format!("ws://{url}")).with_credential(version());
-    let opened = quietly(|| {
+    let opened = catching_panics(|| {
         let device = Device::remote_options(&host).init().map_err(|error| match error {
             ConnectError::Unauthorized => {
                 format!("the worker there is of another version; this is {}", version())
@@ -242,5 +242,5 @@ pub(crate) fn read<const D: usize>(tensor: &Tensor<D>) -> Option<Result<TensorDa
         }
         Ok(data)
     };
-    Some(quietly(checked).unwrap_or_else(|panic| Err(link.over(&panic))))
+    Some(catching_panics(checked).unwrap_or_else(|panic| Err(link.over(&panic))))
 }

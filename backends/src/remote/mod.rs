@@ -23,7 +23,7 @@ pub use worker::{Worker, WorkerError};
 /// What both sides have to agree on: the operations below and their arguments belong to a version. It travels as the
 /// credential of a session.
 fn version() -> String {
-    format!("bitnet-burn {}, operations 1", env!("CARGO_PKG_VERSION"))
+    format!("bitnet-burn {}, operations 2", env!("CARGO_PKG_VERSION"))
 }
 
 /// The operations' names.
@@ -33,7 +33,7 @@ mod name {
     pub const ROPE: &str = "bitnet_burn::rope";
     pub const CACHE_APPEND: &str = "bitnet_burn::cache_append";
     pub const ATTENTION: &str = "bitnet_burn::attention";
-    pub const ATTEND: &str = "bitnet_burn::attend";
+    pub const CACHED_ATTENTION: &str = "bitnet_burn::cached_attention";
     pub const GATED: &str = "bitnet_burn::gated";
     pub const DENSE_LINEAR: &str = "bitnet_burn::dense_linear";
     pub const DENSE_ROWS: &str = "bitnet_burn::dense_rows";

@@ -16,15 +16,16 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 
 use super::{TEXT, name, version};
-use crate::devices::{LARGEST_REMOTE, quietly};
+use crate::devices::{LARGEST_REMOTE, catching_panics};
 use crate::extension::{
     AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend,
-    TernaryWeight, TernaryWeights,
+    TernaryWeight, WeightGroup,
 };
 use crate::manager::take_error;
 
 /// Why a worker does not serve.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum WorkerError {
     /// The system refuses threads or sockets.
     #[error("a worker can't start")]
@@ -273,7 +274,7 @@ fn bit_linear<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Ou
     }
     let args = BitLinearArgs { k, matrices, eps, quantise };
     check_rows(m, args.total_n())?;
-    Ok(vec![Output::Float(B::bit_linear(x, norm, TernaryWeights::from_vec(weights), args))])
+    Ok(vec![Output::Float(B::bit_linear(x, norm, WeightGroup::from_vec(weights), args))])
 }
 
 fn rms_norm<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Outputs<B> {
@@ -355,7 +356,7 @@ fn attention<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Out
     Ok(vec![Output::Float(<B as TernaryBackend>::attention(q, keys, values, args))])
 }
 
-fn attend<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Outputs<B> {
+fn cached_attention<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Outputs<B> {
     let int8 = request.inputs.len() == 7;
     let args = attention_args(request)?;
     let AttentionArgs { n_heads, n_kv_heads, head_dim: d, .. } = args;
@@ -365,7 +366,7 @@ fn attend<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Output
     let ((cos, of_cos), (sin, of_sin)) = (request.float("cosines")?, request.float("sines")?);
     check(of_cos == [m, d / 2] && of_sin == [m, d / 2], || format!("angles of {of_cos:?} and {of_sin:?}"))?;
     let (keys, values) = caches(request, int8, m, &args)?;
-    let attended = B::attend(qkv, cos, sin, keys, values, args);
+    let attended = B::cached_attention(qkv, cos, sin, keys, values, args);
     let mut outputs = vec![Output::Float(attended.context)];
     outputs.extend(of_cache(attended.keys));
     outputs.extend(of_cache(attended.values));
@@ -432,7 +433,9 @@ fn operations<B: TernaryBackend + BackendIr>(device_name: String) -> CustomOpReg
     let mut registry = CustomOpRegistry::new();
     let mut add = |name, body: Box<Body<B>>| {
         registry.register(name, move |handles: &mut HandleContainer<B::Handle>, op: &CustomOpIr, device| {
-            if let Err(problem) = quietly(|| answer(&body, handles, op, device)).and_then(|result| result) {
+            if let Err(problem) =
+                catching_panics(|| answer(&body, handles, op, device)).and_then(|result| result)
+            {
                 tracing::warn!(operation = name, %problem, "a request can't be computed; its session ends");
                 // Burn ends the session. Not a panic that is printed: it has just been told.
                 std::panic::resume_unwind(Box::new(format!("{name}: {problem}")));
@@ -444,7 +447,7 @@ fn operations<B: TernaryBackend + BackendIr>(device_name: String) -> CustomOpReg
     add(name::ROPE, Box::new(|request, _| rope(request)));
     add(name::CACHE_APPEND, Box::new(|request, _| cache_append(request)));
     add(name::ATTENTION, Box::new(|request, _| attention(request)));
-    add(name::ATTEND, Box::new(|request, _| attend(request)));
+    add(name::CACHED_ATTENTION, Box::new(|request, _| cached_attention(request)));
     add(name::GATED, Box::new(|request, _| gated(request)));
     add(name::DENSE_LINEAR, Box::new(|request, _| dense_linear(request)));
     add(name::DENSE_ROWS, Box::new(|request, _| dense_rows(request)));

@@ -1,9 +1,18 @@
 //! Q8_0, Q6_K and Q4_0 matrices in tiles of 16 rows, as kernels with int8 activations read them.
 //!
-//! A tile holds the codes and scales of the rows' blocks, all of them and nothing else, four consecutive
-//! weights of row r in lane r of 64-byte vectors. Which vectors hold what is the kernels' matter:
-//! `bitnet_burn_cpu::dense` has the table. A last tile of fewer rows is filled up with zero bytes, whose scales
-//! are 0.
+//! A tile holds the codes and scales of the rows' GGUF blocks, nothing rounded and not a byte more, in the order in
+//! which they are multiplied: four consecutive weights of row r in the 32-bit lane r of a 64-byte vector. So the sums
+//! of 16 rows grow side by side, and a whole matrix is one sequential stream. A last tile of fewer rows is filled up
+//! with zero bytes, whose scales are 0.
+//!
+//! | format | a block of 16 rows; blocks follow one another in a tile |
+//! | --- | --- |
+//! | Q8_0, 32 weights a row | 8 vectors: byte i of lane r of vector j is the i8 4j + i of row r; 16 f16 d |
+//! | Q4_0, 32 weights a row | 4 vectors: byte i of lane r of vector j is code 8j + i, low nibble, and 8j + 4 + i, high; 16 f16 d |
+//! | Q6_K, 256 weights a row | for each group of four of the parts s of 16 weights: 4 times 16 i8 scales, those of a part in all rows first; 4 times 3 vectors: byte i of lane r has the low four bits of the codes 16s + i and 16s + 4 + i, then those of 16s + 8 + i and 16s + 12 + i, then the high two bits of all four, the first lowest. Behind the groups: 16 f16 d |
+//!
+//! [`TiledFormat`] and the functions beside it say where these parts begin. Whoever packs, unpacks or multiplies
+//! tiles takes the places from here.
 
 use super::dense::{
     DenseFormat, Q4_0_BYTES, Q6_K_BYTES, Q8_0_BYTES, QK, QK_K, q4_0_codes, q6_k_codes, set_q6_k_codes,
@@ -14,18 +23,89 @@ use rayon::prelude::*;
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 16;
 
+/// Bytes of a vector: four weights of each row.
+pub const VECTOR_BYTES: usize = 4 * TILE_ROWS;
+
+/// Bytes of a group of four parts of Q6_K: their scales, and three vectors each.
+pub const Q6_K_GROUP_BYTES: usize = 4 * (TILE_ROWS + 3 * VECTOR_BYTES);
+
+/// Where in its group the three vectors of part `s` (0 to 3) of Q6_K begin.
+pub const fn q6_k_vectors_at(s: usize) -> usize {
+    4 * TILE_ROWS + 3 * VECTOR_BYTES * s
+}
+
+/// Where in its group the 16 scales of part `s` (0 to 3) of Q6_K begin.
+pub const fn q6_k_scales_at(s: usize) -> usize {
+    TILE_ROWS * s
+}
+
+/// The formats that tiles hold: those whose weights are integers with scales.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(non_camel_case_types, reason = "the names are GGUF's")]
+pub enum TiledFormat {
+    /// 8 bits, and an f16 scale for 32 weights.
+    Q8_0,
+    /// 6 bits, an i8 scale for 16 weights and an f16 scale for 256.
+    Q6_K,
+    /// 4 bits, and an f16 scale for 32 weights.
+    Q4_0,
+}
+
+impl TiledFormat {
+    /// Every one of them.
+    pub const ALL: [Self; 3] = [Self::Q8_0, Self::Q6_K, Self::Q4_0];
+
+    /// The tiles of a format; `None` if it holds floats.
+    pub const fn of(format: DenseFormat) -> Option<Self> {
+        match format {
+            DenseFormat::Q8_0 => Some(Self::Q8_0),
+            DenseFormat::Q6_K => Some(Self::Q6_K),
+            DenseFormat::Q4_0 => Some(Self::Q4_0),
+            DenseFormat::F32 | DenseFormat::F16 | DenseFormat::BF16 => None,
+        }
+    }
+
+    /// The same format in rows.
+    pub const fn rows(self) -> DenseFormat {
+        match self {
+            Self::Q8_0 => DenseFormat::Q8_0,
+            Self::Q6_K => DenseFormat::Q6_K,
+            Self::Q4_0 => DenseFormat::Q4_0,
+        }
+    }
+
+    /// Weights of a row in a block.
+    pub const fn block_len(self) -> usize {
+        self.rows().block_len()
+    }
+
+    /// Bytes of a block of [`TILE_ROWS`] rows.
+    pub const fn block_bytes(self) -> usize {
+        TILE_ROWS * self.rows().block_bytes()
+    }
+
+    /// Where in a block the 16 f16 scales d begin: behind everything else.
+    pub const fn halves_at(self) -> usize {
+        self.block_bytes() - 2 * TILE_ROWS
+    }
+
+    /// Bytes of a tile of rows of `k` weights; `None` where `k` is no whole number of blocks, or that is too
+    /// large.
+    pub const fn tile_bytes(self, k: usize) -> Option<usize> {
+        match self.rows().row_bytes(k) {
+            Some(row) => row.checked_mul(TILE_ROWS),
+            None => None,
+        }
+    }
+}
+
 /// Bytes of a matrix [n, k] in tiles; `None` where the format holds floats, k is no whole number of blocks, or
 /// that is too large.
 pub const fn tiled_bytes(format: DenseFormat, n: usize, k: usize) -> Option<usize> {
-    let tiles = n.div_ceil(TILE_ROWS);
-    match (format, format.row_bytes(k)) {
-        (DenseFormat::Q8_0 | DenseFormat::Q6_K | DenseFormat::Q4_0, Some(row)) => {
-            match row.checked_mul(TILE_ROWS) {
-                Some(tile) => tile.checked_mul(tiles),
-                None => None,
-            }
-        }
-        _ => None,
+    let Some(format) = TiledFormat::of(format) else { return None };
+    match format.tile_bytes(k) {
+        Some(tile) => tile.checked_mul(n.div_ceil(TILE_ROWS)),
+        None => None,
     }
 }
 
@@ -46,7 +126,7 @@ pub fn tile(
 ) -> Result<(), FormatError> {
     let from_row = from.checked_row_bytes(k)?;
     check_length(from.name(), n, k, "bytes", n.saturating_mul(from_row), w.len())?;
-    let row = check(to, (n, k), out)?;
+    let (tiled, row) = check(to, (n, k), out)?;
     if k == 0 {
         return Ok(());
     }
@@ -66,10 +146,10 @@ pub fn tile(
                 }
                 rows = &encoded[..count * row];
             }
-            match to {
-                DenseFormat::Q8_0 => tile_blocks(rows, row, tile, q8_0),
-                DenseFormat::Q6_K => tile_blocks(rows, row, tile, q6_k),
-                _ => tile_blocks(rows, row, tile, q4_0),
+            match tiled {
+                TiledFormat::Q8_0 => tile_blocks(rows, row, tile, q8_0),
+                TiledFormat::Q6_K => tile_blocks(rows, row, tile, q6_k),
+                TiledFormat::Q4_0 => tile_blocks(rows, row, tile, q4_0),
             }
         }
         Ok(())
@@ -86,7 +166,7 @@ pub fn untile(
     (n, k): (usize, usize),
     out: &mut [u8],
 ) -> Result<(), FormatError> {
-    let row = check(format, (n, k), tiles)?;
+    let (tiled, row) = check(format, (n, k), tiles)?;
     check_length(format.name(), n, k, "bytes", n * row, out.len())?;
     if k == 0 {
         return Ok(());
@@ -94,25 +174,27 @@ pub fn untile(
     each_part(out, TILE_ROWS * row, |first, out| {
         for (i, rows) in out.chunks_mut(TILE_ROWS * row).enumerate() {
             let tile = &tiles[(first + i) * TILE_ROWS * row..][..TILE_ROWS * row];
-            match format {
-                DenseFormat::Q8_0 => untile_blocks(tile, row, rows, q8_0_back),
-                DenseFormat::Q6_K => untile_blocks(tile, row, rows, q6_k_back),
-                _ => untile_blocks(tile, row, rows, q4_0_back),
+            match tiled {
+                TiledFormat::Q8_0 => untile_blocks(tile, row, rows, q8_0_back),
+                TiledFormat::Q6_K => untile_blocks(tile, row, rows, q6_k_back),
+                TiledFormat::Q4_0 => untile_blocks(tile, row, rows, q4_0_back),
             }
         }
         Ok(())
     })
 }
 
-/// Bytes of a row, if the format has tiles and their length fits.
-fn check(format: DenseFormat, (n, k): (usize, usize), tiles: &[u8]) -> Result<usize, FormatError> {
+/// The format's tiles and the bytes of a row, if it has tiles and their length fits.
+fn check(
+    format: DenseFormat,
+    (n, k): (usize, usize),
+    tiles: &[u8],
+) -> Result<(TiledFormat, usize), FormatError> {
     let row = format.checked_row_bytes(k)?;
-    if format.block_len() == 1 {
-        return Err(FormatError::NoTiles { format: format.name() });
-    }
+    let tiled = TiledFormat::of(format).ok_or(FormatError::NoTiles { format: format.name() })?;
     let size = tiled_bytes(format, n, k).ok_or(FormatError::TooLarge { format: format.name(), n, k })?;
     check_length(format.name(), n, k, "bytes", size, tiles.len())?;
-    Ok(row)
+    Ok((tiled, row))
 }
 
 /// Calls `f(tile, bytes)` for parts of `out` that begin at a tile, on all of rayon's threads; one of the errors.
@@ -179,43 +261,43 @@ const PAIRS: u32 = 0x0303_0303;
 
 fn q8_0(block: &[u8; Q8_0_BYTES], r: usize, out: &mut [u8]) {
     for j in 0..8 {
-        set_lane(out, 64 * j, r, word(block, 2 + 4 * j));
+        set_lane(out, VECTOR_BYTES * j, r, word(block, 2 + 4 * j));
     }
-    out[512 + 2 * r..][..2].copy_from_slice(&block[..2]);
+    out[TiledFormat::Q8_0.halves_at() + 2 * r..][..2].copy_from_slice(&block[..2]);
 }
 
 fn q8_0_back(from: &[u8], r: usize, block: &mut [u8; Q8_0_BYTES]) {
     for j in 0..8 {
-        block[2 + 4 * j..][..4].copy_from_slice(&lane(from, 64 * j, r).to_le_bytes());
+        block[2 + 4 * j..][..4].copy_from_slice(&lane(from, VECTOR_BYTES * j, r).to_le_bytes());
     }
-    block[..2].copy_from_slice(&from[512 + 2 * r..][..2]);
+    block[..2].copy_from_slice(&from[TiledFormat::Q8_0.halves_at() + 2 * r..][..2]);
 }
 
 fn q4_0(block: &[u8; Q4_0_BYTES], r: usize, out: &mut [u8]) {
     let codes = q4_0_codes(block);
     for j in 0..4 {
-        set_lane(out, 64 * j, r, word(&codes, 8 * j) | word(&codes, 8 * j + 4) << 4);
+        set_lane(out, VECTOR_BYTES * j, r, word(&codes, 8 * j) | word(&codes, 8 * j + 4) << 4);
     }
-    out[256 + 2 * r..][..2].copy_from_slice(&block[..2]);
+    out[TiledFormat::Q4_0.halves_at() + 2 * r..][..2].copy_from_slice(&block[..2]);
 }
 
 fn q4_0_back(from: &[u8], r: usize, block: &mut [u8; Q4_0_BYTES]) {
     let mut codes = [0u8; QK];
     for j in 0..4 {
-        let lane = lane(from, 64 * j, r);
+        let lane = lane(from, VECTOR_BYTES * j, r);
         codes[8 * j..][..4].copy_from_slice(&(lane & NIBBLES).to_le_bytes());
         codes[8 * j + 4..][..4].copy_from_slice(&(lane >> 4 & NIBBLES).to_le_bytes());
     }
     for i in 0..16 {
         block[2 + i] = codes[i] | codes[16 + i] << 4;
     }
-    block[..2].copy_from_slice(&from[256 + 2 * r..][..2]);
+    block[..2].copy_from_slice(&from[TiledFormat::Q4_0.halves_at() + 2 * r..][..2]);
 }
 
-/// Where the vectors of part `s` of a block of Q6_K begin, and row 0's scale of it.
+/// Where in a block the vectors and the scales of part `s` (0 to 15) of Q6_K begin.
 const fn q6_k_part(s: usize) -> (usize, usize) {
-    let group = s / 4 * 832;
-    (group + 64 + 192 * (s % 4), group + 16 * (s % 4))
+    let group = s / 4 * Q6_K_GROUP_BYTES;
+    (group + q6_k_vectors_at(s % 4), group + q6_k_scales_at(s % 4))
 }
 
 fn q6_k(block: &[u8; Q6_K_BYTES], r: usize, out: &mut [u8]) {
@@ -224,27 +306,27 @@ fn q6_k(block: &[u8; Q6_K_BYTES], r: usize, out: &mut [u8]) {
         let (vectors, scales) = q6_k_part(s);
         let [a, b, c, d] = [0, 4, 8, 12].map(|i| word(&codes, 16 * s + i));
         set_lane(out, vectors, r, a & NIBBLES | (b & NIBBLES) << 4);
-        set_lane(out, vectors + 64, r, c & NIBBLES | (d & NIBBLES) << 4);
+        set_lane(out, vectors + VECTOR_BYTES, r, c & NIBBLES | (d & NIBBLES) << 4);
         let [a, b, c, d] = [a, b, c, d].map(|codes| codes >> 4 & PAIRS);
-        set_lane(out, vectors + 128, r, a | b << 2 | c << 4 | d << 6);
+        set_lane(out, vectors + 2 * VECTOR_BYTES, r, a | b << 2 | c << 4 | d << 6);
         out[scales + r] = block[192 + s];
     }
-    out[3328 + 2 * r..][..2].copy_from_slice(&block[208..]);
+    out[TiledFormat::Q6_K.halves_at() + 2 * r..][..2].copy_from_slice(&block[208..]);
 }
 
 fn q6_k_back(from: &[u8], r: usize, block: &mut [u8; Q6_K_BYTES]) {
     let mut codes = [0u8; QK_K];
     for s in 0..16 {
         let (vectors, scales) = q6_k_part(s);
-        let low = [lane(from, vectors, r), lane(from, vectors + 64, r)];
-        let high = lane(from, vectors + 128, r);
+        let low = [lane(from, vectors, r), lane(from, vectors + VECTOR_BYTES, r)];
+        let high = lane(from, vectors + 2 * VECTOR_BYTES, r);
         for t in 0..4 {
             let code = low[t / 2] >> (4 * (t % 2)) & NIBBLES | (high >> (2 * t) & PAIRS) << 4;
             codes[16 * s + 4 * t..][..4].copy_from_slice(&code.to_le_bytes());
         }
         block[192 + s] = from[scales + r];
     }
-    block[208..].copy_from_slice(&from[3328 + 2 * r..][..2]);
+    block[208..].copy_from_slice(&from[TiledFormat::Q6_K.halves_at() + 2 * r..][..2]);
     set_q6_k_codes(&codes, block);
 }
 

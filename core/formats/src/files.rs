@@ -21,7 +21,7 @@ pub fn hex(bytes: &[u8]) -> String {
 }
 
 /// Writes a new file beside the one at `path` (if there is one), flushes it to the disk and puts it in its
-/// place, so that nobody ever sees half of it. Its mode is that of any new file.
+/// place, so that no reader sees half of it. Its mode is that of any new file.
 ///
 /// # Errors
 /// Those of the system and of `write`; nothing is left then, and the old file is what it was.

@@ -12,19 +12,28 @@
 //! | [`dense_tiles`] | the last three of them as kernels read them, 16 rows side by side |
 //! | [`ternary`] | reading a dense tensor that holds ternary values |
 //!
-//! All of these are pure functions over byte slices in little-endian order. N is the number of rows
+//! Two modules read and write the files that hold such tensors, [`gguf`] and [`safetensors`]; what a model is
+//! they don't know.
+//!
+//! The formats are pure functions over byte slices in little-endian order. N is the number of rows
 //! (output features), K the number of weights in a row (input features). Whatever the bytes say, a
 //! function returns its result or a [`FormatError`]; none panics, and none allocates more than a
 //! fixed multiple of the length of its input.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod dense;
 pub mod dense_tiles;
+mod error;
+mod exact;
 pub mod files;
+pub mod gguf;
 pub mod hf;
+mod json;
+mod map;
 pub mod quant;
 pub mod random;
 pub mod reference;
+pub mod safetensors;
 mod tensor;
 pub mod ternary;
 pub mod tq1_0;
@@ -32,6 +41,10 @@ pub mod tq2_0;
 
 pub use bitnet_burn_plugin::canonical;
 pub use dense::DenseFormat;
+pub use error::{FileError, WriteError};
+pub use exact::Progress;
+pub use json::read_json;
+pub use map::{FileMap, map_file};
 pub use tensor::{DenseTensor, TernaryTensor};
 
 use canonical::{Row, ZERO_BYTE};
@@ -503,3 +516,8 @@ mod tests {
         }
     }
 }
+
+// The example of the README runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

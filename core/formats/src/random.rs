@@ -50,6 +50,23 @@ impl SplitMix64 {
     pub fn below(&mut self, limit: u64) -> u64 {
         ((u128::from(self.next_u64()) * u128::from(limit)) >> 64) as u64
     }
+
+    /// Close to normal, with mean 0 and variance 1: the sum of four uniform values (Irwin-Hall), of variance
+    /// 4 / 12.
+    pub(crate) fn normal(&mut self) -> f32 {
+        let word = self.next_u64();
+        let sum: u32 = (0..4).map(|i| u32::from((word >> (16 * i)) as u16)).sum();
+        (sum as f32 / 65536.0 - 2.0) * 1.732_050_8
+    }
+
+    /// Appends `n` random bytes.
+    pub(crate) fn bytes(&mut self, n: usize, out: &mut Vec<u8>) {
+        let end = out.len() + n;
+        while out.len() < end {
+            let word = self.next_u64().to_le_bytes();
+            out.extend_from_slice(&word[..word.len().min(end - out.len())]);
+        }
+    }
 }
 
 #[cfg(test)]

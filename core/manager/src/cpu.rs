@@ -2,66 +2,33 @@
 
 use std::sync::OnceLock;
 
+use bitnet_burn_plugin::features::{self, Features};
 use serde::{Deserialize, Serialize};
 
-/// Names (Rust's) of the CPU features that kernels may ask for and this machine has.
+/// Names of the CPU features that kernels may ask for and this machine has, masked or not.
 pub fn features() -> &'static [&'static str] {
     static FEATURES: OnceLock<Vec<&'static str>> = OnceLock::new();
-    FEATURES.get_or_init(detect)
+    FEATURES.get_or_init(|| features::detected().names().collect())
 }
 
-/// Which of the features that a kernel needs the machine lacks, or is to act as if it did, in words.
+/// The features that a kernel needs and may not use here, in a phrase: the machine lacks them, or the manager or
+/// the process masks them.
 pub(crate) fn lacking(needed: &[String], masked: &[String]) -> Option<String> {
     let missing: Vec<_> = needed
         .iter()
-        .filter_map(|feature| {
-            if masked.contains(feature) {
-                Some(format!("{feature} (masked)"))
-            } else if !features().contains(&feature.as_str()) {
-                Some(feature.clone())
-            } else {
-                None
+        .filter_map(|name| {
+            if masked.contains(name) {
+                return Some(format!("{name} (masked)"));
+            }
+            let detected = Features::named(name).ok().filter(|&it| features::detected().contains(it));
+            match detected {
+                None => Some(name.clone()),
+                Some(feature) if !features::has(feature) => Some(format!("{name} (masked)")),
+                Some(_) => None,
             }
         })
         .collect();
     (!missing.is_empty()).then(|| format!("needs {}", missing.join(", ")))
-}
-
-macro_rules! detected {
-    ($detect:ident: $($name:tt),+ $(,)?) => {{
-        let mut found = Vec::new();
-        $(if std::arch::$detect!($name) { found.push($name); })+
-        found
-    }};
-}
-
-#[cfg(target_arch = "x86_64")]
-fn detect() -> Vec<&'static str> {
-    let mut found = detected!(is_x86_feature_detected:
-        "sse2", "sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2",
-        "gfni", "vaes", "vpclmulqdq", "avxvnni", "avxifma", "avxvnniint8", "avxvnniint16", "avx512f",
-        "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni", "avx512vbmi", "avx512vbmi2",
-        "avx512bitalg", "avx512vpopcntdq", "avx512ifma", "avx512bf16", "avx512fp16",
-    );
-    // Whether a process may use the tiles' registers, the kernels that do have to ask the system.
-    let leaves = std::arch::x86_64::__cpuid(0).eax;
-    let bits = if leaves >= 7 { std::arch::x86_64::__cpuid_count(7, 0).edx } else { 0 };
-    for (bit, name) in [(22, "amx-bf16"), (24, "amx-tile"), (25, "amx-int8")] {
-        if bits & (1 << bit) != 0 {
-            found.push(name);
-        }
-    }
-    found
-}
-
-#[cfg(target_arch = "aarch64")]
-fn detect() -> Vec<&'static str> {
-    detected!(is_aarch64_feature_detected: "neon", "dotprod", "i8mm", "fp16", "bf16", "sve", "sve2")
-}
-
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn detect() -> Vec<&'static str> {
-    Vec::new()
 }
 
 /// The processor's name as the system gives it, or its architecture.

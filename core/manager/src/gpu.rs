@@ -1,4 +1,4 @@
-//! Kernels that are GPU source text, as far as they can be known without a GPU: how their operands lie in the
+//! Kernels that are GPU source text, as far as the host knows them without a GPU: how their operands lie in the
 //! device's buffers ([`abi::Gpu`](bitnet_burn_plugin::abi::Gpu) is the contract), how exact they must be, and the
 //! device that others provide, so that the [gate](crate::gate) can try them.
 
@@ -7,8 +7,8 @@ use bitnet_burn_plugin::abi::GPU_ACTIVATION_BLOCK;
 use crate::memory::Activations;
 use crate::plugin::{Kernel, Target};
 
-/// Outputs may differ from the two separate f32 products by so many units in the last place.
-pub const MAX_ULP: u32 = 2;
+/// Outputs may differ from the two separate f32 products by this many units in the last place.
+pub(crate) const MAX_ULP: u32 = 2;
 
 /// A GPU that compiles kernels from text and runs them.
 pub trait GpuDevice {
@@ -18,13 +18,13 @@ pub trait GpuDevice {
     /// The language that it takes.
     fn target(&self) -> Target;
 
-    /// What a kernel needs and the device lacks, in words.
+    /// What a kernel needs and the device lacks.
     fn lacking(&self, kernel: &Kernel) -> Option<String>;
 
     /// Compiles a kernel, and runs it once over `y`, which it finds and leaves as it is but for the kernel's outputs.
     ///
     /// # Errors
-    /// In words, if the text does not compile, the device refuses the launch or fails, or an input has changed.
+    /// If the text does not compile, the device refuses the launch or fails, or an input has changed.
     fn run(&self, kernel: &Kernel, operands: &GpuOperands, y: &mut [f32]) -> Result<(), String>;
 }
 
@@ -70,7 +70,7 @@ impl GpuOperands {
         }
         let rows = x.scale().iter().zip(x.sum()).map(|(a, &sum)| [a.to_bits(), sum as u32]).collect();
         let params = params(m, n, k, y_stride, y_column);
-        Self { shape: (m, n, k), weights: self::words(weights), scale, x: words, rows, params }
+        Self { shape: (m, n, k), weights: self::le_words(weights), scale, x: words, rows, params }
     }
 }
 
@@ -85,7 +85,7 @@ pub fn x_stride(k: usize) -> usize {
 }
 
 /// Bytes as little-endian words, the last one filled up with zeros.
-pub fn words(bytes: &[u8]) -> Vec<u32> {
+pub fn le_words(bytes: &[u8]) -> Vec<u32> {
     let word = |bytes: &[u8]| {
         let mut word = [0; 4];
         word[..bytes.len()].copy_from_slice(bytes);

@@ -6,6 +6,7 @@
 //! Notation everywhere: M rows of activations (tokens), N output features, K input features.
 
 pub mod cpu;
+mod error;
 pub mod gate;
 pub mod gpu;
 mod manager;
@@ -13,5 +14,7 @@ pub mod memory;
 pub mod plugin;
 pub mod pool;
 pub mod store;
+mod strict;
 
 pub use manager::*;
+pub use strict::Strict;

@@ -49,7 +49,7 @@ struct Shared {
 }
 
 // SAFETY: `job` is the only field that is not Sync by itself. It is written by the one caller that
-// holds `Pool::caller` while the state is closed and counts nobody inside, and read only by workers
+// holds `Pool::caller` while the state is closed and counts no worker inside, and read only by workers
 // that have entered, which the state allows only after that write was published.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; the task it refers to is Sync.
@@ -110,7 +110,7 @@ impl Pool {
             let core = cores.get(i).copied();
             pool.workers.push(std::thread::Builder::new().name(format!("bitnet-{i}")).spawn(move || {
                 let pinned = core.is_none_or(core_affinity::set_for_current);
-                // Nobody waits where nothing was to be pinned.
+                // Without pinning there is no receiver.
                 let _ = send.send(if pinned { Ok(()) } else { Err(core) });
                 drop(send);
                 shared.work();
@@ -134,7 +134,7 @@ impl Pool {
     /// returns when all are done. A job started from within a task runs inline.
     ///
     /// # Panics
-    /// If a task panics, with its payload, once nobody works on the job any more; tasks that had not
+    /// If a task panics, with its payload, once no thread works on the job any more; tasks that had not
     /// begun by then may be left out.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         if self.workers.is_empty() || tasks <= 1 || INSIDE.get() {

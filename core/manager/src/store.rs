@@ -44,8 +44,8 @@ pub struct PluginConfig {
     pub helper: Option<PathBuf>,
     /// How long one case of the gate may take, before the plugin counts as hanging.
     pub patience: Duration,
-    /// Says which GPU kernels for GPUs would run on, or why none, in the helper's words. A verdict on them that was
-    /// found on another one is none. Without, whatever verdict there is holds.
+    /// Names the GPU that kernels for GPUs would run on, or says why there is none, as the helper does. Verdicts
+    /// from another GPU are ignored; without this function, any verdict holds.
     pub gpu: Option<fn() -> String>,
 }
 
@@ -215,7 +215,7 @@ pub struct PluginStore {
 }
 
 const VERDICT_VERSION: u32 = 1;
-/// A plugin of a gigabyte is none.
+/// No plugin is as large as this.
 const MAX_LIBRARY: u64 = 1 << 30;
 const MAX_VERDICT: u64 = 4 << 20;
 const MAX_PINS: u64 = 1 << 20;
@@ -461,8 +461,8 @@ fn is_sticky(_: &std::fs::Metadata) -> bool {
     false
 }
 
-/// That nobody else can put another file in the place of this one: not everybody may write its directory,
-/// nor, unless they are sticky as /tmp is, the directories above.
+/// Checks that other users can't replace the file: its directory is not writable by everybody, nor are the
+/// directories above, unless they are sticky as /tmp is.
 fn check_directories(file: &Path) -> Result<(), String> {
     for (level, dir) in file.ancestors().skip(1).enumerate() {
         let metadata =
@@ -509,7 +509,7 @@ fn make_private(dir: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// `None` if there is no such file; an error if it is of no use.
+/// `None` if there is no such file; an error if it can't be used.
 fn read_verdict(path: &Path, sha256: &str) -> Result<Option<Report>, String> {
     let bytes = match read_file(path, MAX_VERDICT) {
         Ok(bytes) => bytes,

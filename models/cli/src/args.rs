@@ -1,19 +1,15 @@
 //! Flags that several subcommands share.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
-use anyhow::{Context as _, anyhow, bail};
-use bitnet_burn::Activation;
+use anyhow::{Context as _, bail};
 use bitnet_burn::CacheType;
-use bitnet_burn::backends::devices;
+use bitnet_burn::GatedActivation;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn_engine::device::DeviceSpec;
 use bitnet_burn_engine::load::HeadMode;
-use bitnet_burn_engine::plan::{CPU, MachineProfile, Placement};
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::Strict;
-use burn::tensor::Device;
 use clap::{Args, ValueEnum};
 
 /// The model's files.
@@ -25,18 +21,22 @@ pub struct FileArgs {
     pub model: Option<PathBuf>,
     /// The feed-forward activation, for files that don't name it: relu2 or silu
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Model")]
-    pub hidden_act: Option<Activation>,
+    pub hidden_act: Option<GatedActivation>,
     /// The pre-tokenizer, for GGUF files that don't name it (llama-bpe, gpt-2, qwen2 ...)
     #[arg(long, value_name = "NAME", help_heading = "Model")]
     pub pre: Option<String>,
 }
 
 impl FileArgs {
+    /// The flags as options for opening a checkpoint.
+    pub fn options(&self) -> OpenOptions {
+        OpenOptions { hidden_act: self.hidden_act, pre: self.pre.clone() }
+    }
+
     /// Opens the files and logs their warnings.
     pub fn open(&self) -> anyhow::Result<Checkpoint> {
-        let options = OpenOptions { hidden_act: self.hidden_act, pre: self.pre.clone() };
         match &self.model {
-            Some(path) => Ok(Checkpoint::open(path, &options)?),
+            Some(path) => Ok(Checkpoint::open(path, &self.options())?),
             #[cfg(feature = "default-model")]
             None => Ok(bitnet_burn_engine::embedded::checkpoint()?),
             #[cfg(not(feature = "default-model"))]
@@ -92,7 +92,7 @@ pub struct EngineArgs {
     /// compiled in; remote:HOST:PORT for the device of a `bitnet worker`; auto for the choice of `bitnet plan`; or
     /// several devices with their numbers of layers, such as wgpu:0=12,flex [default: the CPU]
     #[arg(long, value_name = "DEVICE", help_heading = "Kernels")]
-    pub device: Option<DeviceArg>,
+    pub device: Option<DeviceSpec>,
     /// Number of layers on the GPU; the others are on the CPU. With all layers, the embedding and the output projection
     /// are on the GPU, too
     #[arg(long, value_name = "N", help_heading = "Kernels")]
@@ -113,315 +113,6 @@ pub struct EngineArgs {
     /// settings, the prompt and the report. Reads the model's files a second time
     #[arg(long, value_name = "FILE")]
     pub receipt: Option<PathBuf>,
-}
-
-impl EngineArgs {
-    /// The requested context, or the model's, at most `default`.
-    pub fn context(&self, checkpoint: &Checkpoint, default: usize) -> anyhow::Result<usize> {
-        let trained = checkpoint.config().context_length;
-        match self.context {
-            None => Ok(trained.min(default)),
-            Some(context) if context <= trained => Ok(context),
-            Some(context) => bail!("--context {context}: the model was trained for {trained} positions"),
-        }
-    }
-}
-
-/// The value of `--device`. Reports and receipts name devices the same way.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DeviceArg {
-    /// The choice of a plan.
-    Auto,
-    /// Devices in the order of the layers, with their numbers of layers. One device can be without a number and takes the
-    /// remaining layers. The embedding and the output projection are on the last device.
-    On(Vec<(DeviceName, Option<usize>)>),
-}
-
-impl DeviceArg {
-    /// One device for everything.
-    pub fn one(kind: DeviceKind) -> Self {
-        Self::On(vec![(kind.into(), None)])
-    }
-
-    /// The placement, with the names that plans use for devices.
-    pub fn placement(&self, layers: usize) -> anyhow::Result<Option<Placement>> {
-        let Self::On(parts) = self else { return Ok(None) };
-        let given: usize = parts.iter().filter_map(|(_, count)| *count).fold(0, usize::saturating_add);
-        let open = parts.iter().any(|(_, count)| count.is_none());
-        if given > layers || given < layers && !open {
-            bail!("--device {self}: this places {given} layers, and the model has {layers}");
-        }
-        let counted = parts.iter().map(|(name, count)| (name.in_plans(), count.unwrap_or(layers - given)));
-        let last = parts.last().map_or_else(|| CPU.to_owned(), |(name, _)| name.in_plans());
-        Ok(Some(Placement::over(counted, &last)))
-    }
-
-    /// The host device that was named, if there is one.
-    pub fn host(&self) -> Option<DeviceKind> {
-        let Self::On(parts) = self else { return None };
-        parts.iter().map(|(name, _)| name.kind).find(|kind| kind.is_host())
-    }
-
-    /// Replaces GPUs without a number by the one that plans would choose, if this machine's GPUs are known.
-    pub fn resolved(self, machine: &MachineProfile) -> anyhow::Result<Self> {
-        let Self::On(mut parts) = self else { return Ok(self) };
-        // This variable chooses wgpu's default GPU itself.
-        let chosen = std::env::var_os("CUBECL_WGPU_DEFAULT_DEVICE").is_some();
-        let open = |name: &DeviceName| match name.kind {
-            DeviceKind::Wgpu => name.index.is_none() && !chosen,
-            DeviceKind::Remote => false,
-            kind => name.index.is_none() && !kind.is_host(),
-        };
-        for (name, _) in parts.iter_mut().filter(|(name, _)| open(name)) {
-            if let Some(gpu) = machine.gpu(Some(name.kind.name())) {
-                *name = gpu.device.parse().map_err(anyhow::Error::msg)?;
-            }
-        }
-        // Parse again, to find a GPU that is named twice: with and without its number.
-        Self::On(parts).to_string().parse().map_err(|problem| anyhow!("--device: {problem}"))
-    }
-
-    /// The value of `--device` for a placement. The CPU is named by `host`, or by the default host device.
-    pub fn of(placement: &Placement, host: Option<DeviceKind>) -> anyhow::Result<Self> {
-        let name = |device: &str| match (device, host) {
-            (CPU, Some(kind)) => Ok(kind.into()),
-            (device, _) => device.parse::<DeviceName>().map_err(anyhow::Error::msg),
-        };
-        if placement.devices().count() == 1 {
-            return Ok(Self::On(vec![(name(&placement.dense)?, None)]));
-        }
-        let mut parts: Vec<_> = (placement.stages.iter())
-            .map(|stage| Ok((name(&stage.device)?, Some(stage.layers.len()))))
-            .collect::<anyhow::Result<_>>()?;
-        if placement.stages.last().is_none_or(|stage| stage.device != placement.dense) {
-            parts.push((name(&placement.dense)?, Some(0)));
-        }
-        Ok(Self::On(parts))
-    }
-}
-
-impl fmt::Display for DeviceArg {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::On(parts) = self else { return f.write_str("auto") };
-        for (i, (name, count)) in parts.iter().enumerate() {
-            let comma = if i == 0 { "" } else { "," };
-            write!(f, "{comma}{name}")?;
-            if let Some(count) = count {
-                write!(f, "={count}")?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl FromStr for DeviceArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "auto" {
-            return Ok(Self::Auto);
-        }
-        let part = |part: &str| {
-            let (name, count) = match part.split_once('=') {
-                Some((name, count)) => {
-                    let layers = count.parse::<usize>().ok().filter(|&layers| layers < 1 << 20);
-                    (name, Some(layers.ok_or_else(|| format!("{count:?} is not a number of layers"))?))
-                }
-                None => (part, None),
-            };
-            let name = name.parse::<DeviceName>().map_err(|problem| {
-                match problem.contains("possible are flex") {
-                    true if part == text => problem.replace("possible are flex", "possible are auto, flex"),
-                    _ => problem,
-                }
-            })?;
-            Ok((name, count))
-        };
-        let parts = text.split(',').map(part).collect::<Result<Vec<_>, String>>()?;
-        if parts.iter().filter(|(_, count)| count.is_none()).count() > 1 {
-            return Err(
-                "only one device can be without a number of layers, such as flex in wgpu:0=12,flex".into()
-            );
-        }
-        for (i, (name, _)) in parts.iter().enumerate() {
-            let host = |name: &DeviceName| name.kind.is_host();
-            if parts[..i].iter().any(|(other, _)| other == name || host(other) && host(name)) {
-                return Err(format!("{name} is named twice"));
-            }
-        }
-        Ok(Self::On(parts))
-    }
-}
-
-/// The name of a device: `flex`, `wgpu` (the default GPU), `wgpu:1`, `remote:127.0.0.1:7158`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeviceName {
-    pub kind: DeviceKind,
-    /// The number of a GPU among those of its runtime.
-    pub index: Option<usize>,
-    /// The address of a worker, for remote devices.
-    pub address: Option<String>,
-}
-
-impl From<DeviceKind> for DeviceName {
-    fn from(kind: DeviceKind) -> Self {
-        Self { kind, index: None, address: None }
-    }
-}
-
-impl DeviceName {
-    /// Its name in plans.
-    fn in_plans(&self) -> String {
-        if self.kind.is_host() { CPU.to_owned() } else { self.to_string() }
-    }
-
-    /// Opens the device, if it is compiled in and this machine has it.
-    pub fn open(&self) -> anyhow::Result<Device> {
-        match (self.index, &self.address) {
-            (None, None) => self.kind.open(),
-            _ => {
-                self.kind.compiled_in()?;
-                devices::open(&self.to_string()).map_err(|problem| match self.address {
-                    // The message begins with the worker's name.
-                    Some(_) => anyhow!("--device {problem}"),
-                    None => anyhow!("--device {self}: {problem}"),
-                })
-            }
-        }
-    }
-}
-
-impl fmt::Display for DeviceName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.kind.name())?;
-        if let Some(address) = &self.address {
-            write!(f, ":{address}")?;
-        }
-        self.index.map_or(Ok(()), |index| write!(f, ":{index}"))
-    }
-}
-
-impl FromStr for DeviceName {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == DeviceKind::Remote.name() || text.starts_with(devices::REMOTE) {
-            let address = text.strip_prefix(devices::REMOTE).unwrap_or_default();
-            let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port);
-            if port.and_then(|port| port.parse::<u16>().ok()).is_none_or(|port| port == 0) {
-                return Err(format!(
-                    "{text}: the name of a worker has its address, such as remote:127.0.0.1:7158"
-                ));
-            }
-            return Ok(Self { address: Some(address.to_owned()), ..DeviceKind::Remote.into() });
-        }
-        let (kind, index) = match text.split_once(':') {
-            Some((kind, index)) => (kind, Some(index)),
-            None => (text, None),
-        };
-        let kind = match kind {
-            CPU => DeviceKind::host()?,
-            kind => DeviceKind::from_str(kind, false).map_err(|_| {
-                format!(
-                    "there is no device {kind:?}; possible are flex, ndarray, wgpu, metal, cuda, rocm and remote:HOST:PORT"
-                )
-            })?,
-        };
-        let number =
-            |index: &str| index.parse().map_err(|_| format!("{index:?} is not the number of a device"));
-        let index = index.map(number).transpose()?;
-        if kind.is_host() && index.is_some() {
-            return Err(format!("{text}: there is only one {}, which has no number", kind.name()));
-        }
-        Ok(Self { index, ..kind.into() })
-    }
-}
-
-/// Burn's backends. Each has a cargo feature of this package with its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DeviceKind {
-    /// The CPU
-    Flex,
-    /// The CPU, through Burn's NdArray backend
-    Ndarray,
-    /// A GPU, through wgpu
-    Wgpu,
-    /// An Apple GPU, through Metal
-    Metal,
-    /// An NVIDIA GPU, through CUDA
-    Cuda,
-    /// An AMD GPU, through ROCm
-    Rocm,
-    /// The device of a worker; needs an address
-    #[value(skip)]
-    Remote,
-}
-
-impl DeviceKind {
-    /// The first device that is compiled in.
-    pub fn compiled() -> Self {
-        *Self::value_variants().iter().find(|kind| kind.is_compiled_in()).unwrap_or(&Self::Flex)
-    }
-
-    /// The first device that is compiled in and is the host.
-    pub fn host() -> Result<Self, String> {
-        if Self::compiled().is_host() && cfg!(any(feature = "flex", feature = "ndarray")) {
-            return Ok(Self::compiled());
-        }
-        Err("this build has no CPU device: build with `cargo build --release --features flex`".into())
-    }
-
-    /// Its name, which is also the name of its cargo feature.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Flex => "flex",
-            Self::Ndarray => "ndarray",
-            Self::Wgpu => "wgpu",
-            Self::Metal => "metal",
-            Self::Cuda => "cuda",
-            Self::Rocm => "rocm",
-            Self::Remote => "remote",
-        }
-    }
-
-    /// Whether it is the host.
-    pub fn is_host(self) -> bool {
-        matches!(self, Self::Flex | Self::Ndarray)
-    }
-
-    fn is_compiled_in(self) -> bool {
-        match self {
-            Self::Flex => cfg!(feature = "flex"),
-            Self::Ndarray => cfg!(feature = "ndarray"),
-            Self::Remote => cfg!(feature = "remote"),
-            gpu => devices::runtimes().contains(&gpu.name()),
-        }
-    }
-
-    /// An error that names the cargo feature, if this device is not compiled in.
-    pub fn compiled_in(self) -> anyhow::Result<()> {
-        let name = self.name();
-        if !self.is_compiled_in() {
-            bail!("--device {name} is not compiled in: build with `cargo build --release --features {name}`");
-        }
-        Ok(())
-    }
-
-    /// Opens the device, if it is compiled in and this machine has it.
-    pub fn open(self) -> anyhow::Result<Device> {
-        self.compiled_in()?;
-        match self {
-            #[cfg(feature = "flex")]
-            Self::Flex => Ok(Device::flex()),
-            #[cfg(feature = "ndarray")]
-            #[allow(deprecated, reason = "NdArray still has users")]
-            Self::Ndarray => Ok(Device::ndarray()),
-            Self::Remote => bail!("the name of a worker has its address, such as remote:127.0.0.1:7158"),
-            gpu => devices::open(gpu.name()).map_err(|problem| {
-                anyhow!("--device {}: there is no usable GPU here: {problem}", gpu.name())
-            }),
-        }
-    }
 }
 
 /// Types of the KV cache.
@@ -539,8 +230,8 @@ impl From<KvCacheType> for CacheType {
     }
 }
 
-pub fn activation(name: &str) -> Result<Activation, String> {
-    Activation::from_name(name).ok_or_else(|| "possible values: relu2, silu".into())
+pub fn activation(name: &str) -> Result<GatedActivation, String> {
+    GatedActivation::from_name(name).ok_or_else(|| "possible values: relu2, silu".into())
 }
 
 /// A number of at least 1.
@@ -585,78 +276,7 @@ pub fn parse_tokens(text: &str, vocabulary: usize) -> anyhow::Result<Vec<u32>> {
 
 #[cfg(test)]
 mod tests {
-    use bitnet_burn_engine::plan::GpuProfile;
-
     use super::*;
-
-    #[test]
-    fn devices_are_named_with_their_layers() {
-        let choice = |text: &str| text.parse::<DeviceArg>();
-        for text in [
-            "auto",
-            "flex",
-            "wgpu",
-            "cuda:1",
-            "wgpu:0=12,flex",
-            "wgpu:0=3,wgpu:1=4,flex=0",
-            "cuda=1,ndarray=2",
-            "remote:127.0.0.1:7158",
-            "remote:[::1]:7001=12,remote:worker.local:7002=10,flex",
-        ] {
-            assert_eq!(choice(text).unwrap().to_string(), text);
-        }
-        for (text, expected) in [
-            ("abacus", "there is no device \"abacus\"; possible are auto, flex"),
-            ("abacus,flex", "there is no device \"abacus\"; possible are flex"),
-            ("wgpu:x", "\"x\" is not the number of a device"),
-            ("flex:1", "there is only one flex"),
-            ("wgpu=many,flex", "\"many\" is not a number of layers"),
-            ("wgpu,flex", "only one device can be without a number of layers"),
-            ("wgpu=1,wgpu=2", "wgpu is named twice"),
-            ("remote:a:1=1,remote:a:1=2", "remote:a:1 is named twice"),
-            ("remote", "has its address"),
-            ("remote:7158", "has its address"),
-            ("remote::7158", "has its address"),
-            ("remote:a:0", "has its address"),
-            ("flex=1,ndarray", "ndarray is named twice"),
-            ("auto,flex", "there is no device \"auto\""),
-            ("", "there is no device \"\""),
-        ] {
-            let error = choice(text).unwrap_err();
-            assert!(error.contains(expected), "{text}: {error}");
-        }
-        let placement = |text: &str| choice(text).unwrap().placement(30).map(Option::unwrap);
-        for (text, expected) in [
-            ("flex", Placement::cpu_only(30)),
-            ("wgpu", Placement::gpu_only("wgpu", 30)),
-            ("wgpu:0=12,flex", Placement::hybrid("wgpu:0", 12, 18)),
-            ("wgpu:0=30,flex", Placement::hybrid("wgpu:0", 30, 0)),
-            ("remote:a:1=12,flex", Placement::hybrid("remote:a:1", 12, 18)),
-        ] {
-            let placement = placement(text).unwrap();
-            assert_eq!(placement, expected, "{text}");
-            let named = DeviceArg::of(&placement, Some(DeviceKind::Flex)).unwrap();
-            assert_eq!(named.placement(30).unwrap().unwrap(), placement, "{named}");
-        }
-        // A GPU without a number is the one that plans would choose, if the GPUs are known.
-        let gpu = |device: &str, rate| GpuProfile {
-            device: device.into(),
-            read_gb_per_s: Some(rate),
-            ..GpuProfile::default()
-        };
-        let gpus = vec![gpu("wgpu:0", 50.0), gpu("wgpu:1", 500.0), gpu("cuda:0", 400.0)];
-        let machine = MachineProfile { gpus, ..MachineProfile::default() };
-        let unknown = MachineProfile::default();
-        let resolved = |text: &str, machine| choice(text).unwrap().resolved(machine).map(|c| c.to_string());
-        assert_eq!(resolved("wgpu=3,flex", &machine).unwrap(), "wgpu:1=3,flex");
-        assert_eq!(resolved("wgpu:0,cuda=2", &machine).unwrap(), "wgpu:0,cuda:0=2");
-        assert_eq!(resolved("wgpu", &unknown).unwrap(), "wgpu");
-        let twice = resolved("wgpu=1,wgpu:1=2", &machine).unwrap_err().to_string();
-        assert!(twice.contains("wgpu:1 is named twice"), "{twice}");
-        for text in ["wgpu=31,flex", "wgpu=3,flex=4"] {
-            assert!(placement(text).unwrap_err().to_string().contains("the model has 30"), "{text}");
-        }
-    }
 
     #[test]
     fn token_ids_are_separated_by_commas_or_white_space() {

@@ -17,9 +17,10 @@ use clap::Args;
 use serde::Serialize;
 use tempfile::TempDir;
 
-use crate::args::{DeviceArg, EngineArgs, positive};
-use crate::engine::Wishes;
+use crate::args::{EngineArgs, positive};
+use crate::engine::{device_error, remember};
 use crate::output::{self, columns};
+use bitnet_burn_engine::device::DeviceSpec;
 
 /// Measure prefill and decode speed, and the memory's read bandwidth
 ///
@@ -94,8 +95,8 @@ struct Output<'a> {
 /// The GPU that the suite measures.
 fn gpu(args: &BenchArgs) -> anyhow::Result<Device> {
     match &args.engine.device {
-        Some(DeviceArg::On(parts)) if args.engine.gpu_layers.is_none() => match &parts[..] {
-            [(name, None)] if !name.kind.is_host() => return name.open(),
+        Some(DeviceSpec::On(parts)) if args.engine.gpu_layers.is_none() => match &parts[..] {
+            [(name, None)] if !name.kind.is_host() => return name.open().map_err(device_error),
             _ => {}
         },
         _ => {}
@@ -144,18 +145,19 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     };
     let (prompt, generate) = (args.prompt.unwrap_or(prompt), args.generate.unwrap_or(generate));
     let batches = if args.batches.is_empty() { batches.to_vec() } else { args.batches.clone() };
-    let wishes =
-        Wishes { tokenizer: false, quantise_activations: true, max_rows: args.chunk, measured_context: None };
-    let engine = args.engine.load(&wishes)?;
+    let engine = args.engine.open(|options| {
+        let options = options.without_tokenizer();
+        if let Some(chunk) = args.chunk { options.rows(chunk) } else { options }
+    })?;
     let mut options = BenchOptions {
         prompt_tokens: prompt,
         generated_tokens: generate,
         repetitions: args.repetitions.unwrap_or(repetitions),
         contexts: args.contexts.clone(),
         batches,
-        chunk: engine.settings.rows,
-        context: engine.settings.context,
-        kv_cache: engine.settings.kv_cache,
+        chunk: engine.settings().rows,
+        context: engine.settings().context,
+        kv_cache: engine.settings().kv_cache,
         preallocate: args.preallocate,
         seed: args.seed,
     };
@@ -173,7 +175,7 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
         })?;
     }
     let bar = output::bar(0, "measuring [{bar:30}] {pos}/{len}");
-    let result = bench::run(&engine.model, &options, &mut |done, all| {
+    let result = bench::run(engine.model(), &options, &mut |done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;
@@ -183,13 +185,14 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     let suite = gpu.map(|gpu| {
         let options = if args.quick { DeviceBenchOptions::quick() } else { DeviceBenchOptions::default() };
         let bar = output::bar(0, "measuring the GPU [{bar:30}] {pos}/{len}");
-        let mut suite = device_bench::run(&gpu, engine.checkpoint.config(), &options, &mut |done, all| {
+        let mut suite = device_bench::run(&gpu, engine.checkpoint().config(), &options, &mut |done, all| {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         })?;
         bar.finish_and_clear();
-        suite.decode_fraction_of_bandwidth = (result.decode_tokens_per_s.filter(|_| !engine.model.is_host()))
-            .map(|rate| rate.median * result.bytes_per_token as f64 / (suite.read_gb_per_s * 1e9));
+        suite.decode_fraction_of_bandwidth =
+            (result.decode_tokens_per_s.filter(|_| !engine.model().is_host()))
+                .map(|rate| rate.median * result.bytes_per_token as f64 / (suite.read_gb_per_s * 1e9));
         anyhow::Ok(suite)
     });
     let suite = suite.transpose()?;
@@ -199,27 +202,25 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     let at = prompt + generate / 2;
     let (rate, prompt_rate) = (median(result.decode_tokens_per_s), median(result.prefill_tokens_per_s));
     execution.prediction = engine.outcome(at, rate, prompt_rate);
-    engine.remember(&execution, at, rate, prompt_rate);
+    remember(&engine, &execution, at, rate, prompt_rate);
     let decodes = result.decode_by_context.iter().map(|at| at.decode_tokens_per_s);
     let decode = decodes.chain(result.decode_tokens_per_s.map(|spread| spread.max)).reduce(f64::max);
     engine.check_figures(&execution, result.prefill_tokens_per_s.map(|spread| spread.max), decode)?;
     let output = Output {
-        model: &engine.summary,
-        config: engine.checkpoint.config(),
-        load_seconds: engine.load_seconds,
+        model: engine.summary(),
+        config: engine.checkpoint().config(),
+        load_seconds: engine.load_time().as_secs_f64(),
         result: &result,
         gpu_suite: suite.as_ref(),
         execution: &execution,
     };
-    if let Some(path) = &args.engine.receipt {
-        engine.write_receipt(path, "bench", &output, None)?;
-    }
+    args.engine.write_receipt(&engine, "bench", &output, || None)?;
     let wrong = suite.as_ref().map_or(0, |suite| suite.matmuls.len() - suite.kernels_right);
     if args.json {
         output::print_json(&output)?;
         return all_right(wrong);
     }
-    let mut text = text(&engine.summary, engine.load_seconds, &result, &execution);
+    let mut text = text(engine.summary(), engine.load_time().as_secs_f64(), &result, &execution);
     if let Some(suite) = &suite {
         text.push_str(&format!("\n{suite}"));
     }

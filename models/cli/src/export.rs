@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::Context as _;
-use bitnet_burn::Activation;
+use bitnet_burn::GatedActivation;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::gguf::{GgufTypes, TernaryType};
 use bitnet_burn_engine::hf::Style;
@@ -54,7 +54,7 @@ pub struct ConvertArgs {
     source: PathBuf,
     /// The feed-forward activation, for files that don't state it: relu2 or silu
     #[arg(long, value_name = "NAME", value_parser = activation)]
-    hidden_act: Option<Activation>,
+    hidden_act: Option<GatedActivation>,
     #[command(flatten)]
     output: OutputArgs,
 }

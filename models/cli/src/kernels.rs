@@ -227,7 +227,7 @@ pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
         // No model is waiting to be loaded, so there is time to measure everything.
         config.tune_budget = Duration::from_secs(300);
     }
-    let kernels = args.kernels.configure_with(config)?;
+    let (manager, refused_plugins) = args.kernels.configure_with(config)?;
     let mut wanted: Vec<(Option<usize>, Weights)> = shapes
         .iter()
         .map(|&Shape { m, n, k }| (m, Weights { n, k, projections: Vec::new(), matrices: None }))
@@ -242,7 +242,7 @@ pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
     let roof = match wanted.is_empty() {
         true => None,
         false => Some(
-            Roof::measure(kernels.manager.pool(), rotation_bytes())
+            Roof::measure(manager.pool(), rotation_bytes())
                 .context("cannot allocate the buffer that measures the read bandwidth")?,
         ),
     };
@@ -250,19 +250,18 @@ pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
     for (m, weights) in wanted {
         for m in m.map_or(TYPICAL_ROWS.to_vec(), |m| vec![m]) {
             if let Some(roof) = &roof {
-                explanations.push(explain(kernels.manager, m, weights.clone(), roof)?);
+                explanations.push(explain(manager, m, weights.clone(), roof)?);
             }
         }
     }
-    let ManagerReport { threads, strict, kernels: list, cache_file, cache_problem, .. } =
-        kernels.manager.report();
+    let ManagerReport { threads, strict, kernels: list, cache_file, cache_problem, .. } = manager.report();
     let output = Output {
         cpu: Cpu { model: cpu::model(), physical_cores: cpu::physical_cores(), features: cpu::features() },
         threads,
         strict,
         config_file,
         kernels: list,
-        refused_plugins: kernels.refused,
+        refused_plugins,
         model,
         roof,
         explanations,

@@ -10,7 +10,6 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::args::{EngineArgs, positive, read_tokens};
-use crate::engine::Wishes;
 use crate::output;
 
 /// Write the logits of every position of a token sequence to a NumPy file
@@ -55,16 +54,15 @@ struct Output {
 
 pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
     let quantise_activations = !args.no_activation_quantisation;
-    let wishes = Wishes {
-        tokenizer: false,
-        quantise_activations,
-        max_rows: Some(args.chunk),
-        measured_context: Some(usize::MAX),
-    };
-    let engine = args.engine.load(&wishes)?;
-    let vocabulary = engine.checkpoint.config().vocab_size;
+    let engine = args.engine.open(|mut options| {
+        if !quantise_activations {
+            options = options.float_activations();
+        }
+        options.without_tokenizer().rows(args.chunk).measured_context(usize::MAX)
+    })?;
+    let vocabulary = engine.checkpoint().config().vocab_size;
     let tokens = read_tokens(&args.tokens_file, vocabulary)?;
-    let context = engine.settings.context;
+    let context = engine.settings().context;
     if tokens.len() > context {
         bail!(
             "{}: {} tokens do not fit into the context of {context}",
@@ -72,14 +70,14 @@ pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
             tokens.len()
         );
     }
-    let mut cache = engine.model.cache(context, engine.settings.kv_cache)?;
+    let mut cache = engine.model().cache(context, engine.settings().kv_cache)?;
     let sequence = cache.add_sequence(tokens.len());
     let shape = [tokens.len(), vocabulary];
     let bar = output::bar(tokens.len() as u64, "computing logits [{bar:30}] {pos}/{len}");
     output::write_file(&args.out, |out| {
         out.write_all(&npy_header(shape))?;
         let mut written = Ok(());
-        logits(&engine.model, &tokens, sequence, &mut cache, args.chunk, &mut |_, rows| {
+        logits(engine.model(), &tokens, sequence, &mut cache, args.chunk, &mut |_, rows| {
             if written.is_ok() {
                 written = rows.iter().try_for_each(|value| out.write_all(&value.to_le_bytes()));
                 bar.inc((rows.len() / vocabulary) as u64);
@@ -89,15 +87,13 @@ pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
     })?;
     bar.finish_and_clear();
     let output = Output {
-        model: engine.summary.clone(),
+        model: engine.summary().clone(),
         out: args.out,
         shape,
         quantised_activations: quantise_activations,
         execution: engine.execution(),
     };
-    if let Some(path) = &args.engine.receipt {
-        engine.write_receipt(path, "logits", &output, None)?;
-    }
+    args.engine.write_receipt(&engine, "logits", &output, || None)?;
     if args.json {
         return output::print_json(&output);
     }

@@ -12,6 +12,7 @@ use bitnet_burn_engine::checkpoint::LoadError;
 use bitnet_burn_engine::generate::GenerateError;
 use bitnet_burn_engine::load::ModelError;
 use bitnet_burn_engine::tokenizer::TokenizerError;
+use bitnet_burn_formats::FileError;
 use bitnet_burn_formats::files;
 use bitnet_burn_manager::ManagerError;
 use bitnet_burn_train::export::ExportError;
@@ -134,7 +135,7 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
 
 fn of_load(error: &LoadError) -> Option<&'static str> {
     match error {
-        LoadError::Io { error, .. } if error.kind() == ErrorKind::NotFound => {
+        LoadError::File(FileError::Io { error, .. }) if error.kind() == ErrorKind::NotFound => {
             Some("a model is a GGUF file or a directory with config.json and safetensors")
         }
         LoadError::NotTernary { .. } => Some("`bitnet inspect` shows the types of all tensors"),

@@ -13,7 +13,6 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::args::{EngineArgs, positive, read_tokens};
-use crate::engine::Wishes;
 use crate::output;
 
 /// Measure how well a model predicts a text (perplexity: exp of the mean negative log-likelihood of its tokens)
@@ -92,15 +91,17 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         None => None,
     };
     let wants_tokenizer = text.is_some() || documents.is_some();
-    let wishes = Wishes {
-        tokenizer: wants_tokenizer,
-        quantise_activations,
-        max_rows: Some(args.chunk),
-        measured_context: Some(DEFAULT_CONTEXT),
-    };
-    let engine = args.engine.load(&wishes)?;
-    let vocabulary = engine.checkpoint.config().vocab_size;
-    let context = engine.settings.context;
+    let engine = args.engine.open(|mut options| {
+        if !wants_tokenizer {
+            options = options.without_tokenizer();
+        }
+        if !quantise_activations {
+            options = options.float_activations();
+        }
+        options.rows(args.chunk).measured_context(DEFAULT_CONTEXT)
+    })?;
+    let vocabulary = engine.checkpoint().config().vocab_size;
+    let context = engine.settings().context;
     let stride = args.stride.unwrap_or(context);
     if context < 2 || stride > context {
         bail!(
@@ -108,7 +109,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         );
     }
     // The tokens to predict, and the width of their windows.
-    let (pieces, width) = match (&text, &documents, &engine.tokenizer, &args.tokens_file) {
+    let (pieces, width) = match (&text, &documents, engine.tokenizer(), &args.tokens_file) {
         (Some(text), _, Some(tokenizer), _) => (vec![tokenizer.encode(text, true)?], context),
         (_, Some(documents), Some(tokenizer), _) => {
             let encode = |text: &String| -> anyhow::Result<Vec<u32>> {
@@ -131,7 +132,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         );
     }
 
-    let mut cache = engine.model.cache(context, engine.settings.kv_cache)?;
+    let mut cache = engine.model().cache(context, engine.settings().kv_cache)?;
     let longest = pieces.iter().map(Vec::len).max().unwrap_or(0);
     let sequence = cache.add_sequence(context.min(longest));
     let windows: Vec<(&[u32], Window)> = pieces
@@ -147,7 +148,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         let mut problem = None;
         // The prediction after the last token is not used.
         let input = &tokens[window.start..window.end - 1];
-        logits(&engine.model, input, sequence, &mut cache, args.chunk, &mut |position, rows| {
+        logits(engine.model(), input, sequence, &mut cache, args.chunk, &mut |position, rows| {
             for (i, row) in rows.chunks_exact(vocabulary).enumerate() {
                 let target = window.start + position + i + 1;
                 if target >= window.first_scored {
@@ -170,7 +171,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
 
     let perplexity = sum.mean().exp();
     let output = Output {
-        model: engine.summary.clone(),
+        model: engine.summary().clone(),
         perplexity,
         perplexity_standard_error: perplexity * sum.standard_error(),
         mean_negative_log_likelihood: sum.mean(),
@@ -184,9 +185,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         tokens_per_s: computed as f64 / seconds,
         execution: engine.execution(),
     };
-    if let Some(path) = &args.engine.receipt {
-        engine.write_receipt(path, "perplexity", &output, None)?;
-    }
+    args.engine.write_receipt(&engine, "perplexity", &output, || None)?;
     if args.json {
         return output::print_json(&output);
     }

@@ -347,11 +347,10 @@ fn bench(args: BenchArgs) -> anyhow::Result<()> {
     config.force = None;
     config.plugins.path.clear();
     config.plugins.user_dir = None;
-    let kernels = kernel_args.configure_with(config)?;
-    if let Some(reason) = kernels.refused.first() {
+    let (manager, refused) = kernel_args.configure_with(config)?;
+    if let Some(reason) = refused.first() {
         bail!("{reason}");
     }
-    let manager = kernels.manager;
     let report = manager.report();
     let foreign: Vec<_> =
         report.kernels.iter().filter(|k| k.sha256.is_some()).map(|k| k.kernel.clone()).collect();

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use bitnet_burn::backends::manager::with_built_in_kernels;
 use bitnet_burn_engine::checkpoint::Checkpoint;
-use bitnet_burn_engine::generate::{GenerateOptions, generate, generate_text};
+use bitnet_burn_engine::generate::{GenerateOptions, Step};
 use bitnet_burn_engine::receipt::{
     Check, CheckOutcome, GenerationRecord, ModelRecord, Receipt, Sealed, TokensRecord,
 };
@@ -14,12 +14,11 @@ use bitnet_burn_engine::text::count;
 use bitnet_burn_manager::ManagerConfig;
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use std::ops::ControlFlow;
 
-use crate::args::{DeviceArg, EngineArgs, FileArgs, KernelArgs};
-use crate::engine::Wishes;
+use crate::args::{EngineArgs, FileArgs, KernelArgs};
 use crate::output::{self, columns};
 use crate::status::Status;
+use bitnet_burn_engine::device::DeviceSpec;
 
 /// Check a receipt that `run`, `bench`, `perplexity` or `logits` wrote with --receipt
 #[derive(Debug, Args)]
@@ -158,7 +157,7 @@ fn rerun(
     file: FileArgs,
     kernels: KernelArgs,
 ) -> anyhow::Result<TokensRecord> {
-    let device = match receipt.report.device.parse::<DeviceArg>() {
+    let device = match receipt.report.device.parse::<DeviceSpec>() {
         Ok(device) => device,
         Err(_) => {
             bail!("the receipt's device is {:?}, which this program does not have", receipt.report.device)
@@ -183,13 +182,10 @@ fn rerun(
     let by_text = !record.stop_strings.is_empty();
     // A chunk never has more rows than the prompt.
     let chunk = record.chunk.clamp(1, prompt.len().max(1));
-    let wishes = Wishes {
-        tokenizer: by_text,
-        quantise_activations: true,
-        max_rows: Some(chunk),
-        measured_context: None,
-    };
-    let engine = args.load(&wishes)?;
+    let engine = args.open(|options| {
+        let options = options.rows(chunk);
+        if by_text { options } else { options.without_tokenizer() }
+    })?;
     let options = GenerateOptions {
         max_new_tokens: record.max_new_tokens,
         chunk,
@@ -197,20 +193,18 @@ fn rerun(
         stop_tokens: record.stop_tokens.clone(),
         stop_strings: record.stop_strings.clone(),
     };
-    let mut cache = engine.model.cache(context, record.kv_cache)?;
+    let mut session = engine.session()?;
     if record.sliding_window {
-        cache = cache.sliding();
+        session = session.sliding();
     }
-    let sequence = cache.add_sequence(prompt.len().saturating_add(record.max_new_tokens));
-    let generation = match &engine.tokenizer {
-        Some(tokenizer) if by_text => {
-            let go_on = &mut |_: &str| ControlFlow::Continue(());
-            generate_text(&engine.model, tokenizer, prompt, sequence, &mut cache, &options, go_on)?
-        }
-        _ => {
-            let go_on = &mut |_: u32, _: &[f32]| ControlFlow::Continue(());
-            generate(&engine.model, prompt, sequence, &mut cache, &options, go_on)?
-        }
+    let generation = if by_text {
+        let mut text = session.generate_text(prompt, &options)?;
+        text.by_ref().try_for_each(|piece| piece.map(drop))?;
+        text.finish().generation
+    } else {
+        let mut tokens = session.generate_tokens(prompt, &options)?;
+        while !matches!(tokens.step()?, Step::Finished(_)) {}
+        tokens.into_generation()
     };
     Ok(TokensRecord::of(&generation))
 }

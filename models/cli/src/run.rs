@@ -2,12 +2,12 @@
 
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, Write as _};
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
+use bitnet_burn_engine::Engine;
 use bitnet_burn_engine::chat::{ChatTemplate, Message};
-use bitnet_burn_engine::generate::{GenerateOptions, generate, generate_text};
+use bitnet_burn_engine::generate::{GenerateOptions, Step};
 use bitnet_burn_engine::receipt::{GenerationRecord, TokensRecord};
 use bitnet_burn_engine::report::RunReport;
 use bitnet_burn_engine::sampling::SamplingConfig;
@@ -16,7 +16,6 @@ use clap::{ArgGroup, Args, CommandFactory as _};
 use serde::Serialize;
 
 use crate::args::{EngineArgs, positive, read_tokens};
-use crate::engine::{Engine, Wishes};
 use crate::output;
 
 /// Generate text behind a prompt
@@ -165,14 +164,14 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         .as_ref()
         .map(|path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display())))
         .transpose()?;
-    let wishes = Wishes {
-        tokenizer: args.tokens_file.is_none() || !args.print_ids,
-        quantise_activations: true,
-        max_rows: args.chunk,
-        measured_context: None,
-    };
-    let engine = args.engine.load(&wishes)?;
-    let context = engine.settings.context;
+    let by_ids = args.tokens_file.is_some() && args.print_ids;
+    let engine = args.engine.open(|mut options| {
+        if by_ids {
+            options = options.without_tokenizer();
+        }
+        if let Some(chunk) = args.chunk { options.rows(chunk) } else { options }
+    })?;
+    let context = engine.settings().context;
     let prompt = prompt(&args, &engine, template.as_deref())?;
     if prompt.len() > context && !args.sliding_window {
         bail!(
@@ -183,63 +182,74 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     }
     let options = GenerateOptions {
         max_new_tokens,
-        chunk: engine.settings.rows,
         sampling,
-        stop_tokens: if args.ignore_eos { Vec::new() } else { ends(&engine) },
+        stop_tokens: if args.ignore_eos { Vec::new() } else { engine.end_tokens() },
         stop_strings: args.stop.clone(),
+        ..engine.generate_options()
     };
-    let mut cache = engine.model.cache(context, engine.settings.kv_cache)?;
+    let mut session = engine.session()?;
     if args.preallocate {
-        engine.check_room(1, context).context("--preallocate")?;
-        cache = cache.preallocated();
+        session = session.preallocated().context("--preallocate")?;
     }
     if args.sliding_window {
-        cache = cache.sliding();
+        session = session.sliding();
     }
-    let sequence = cache.add_sequence(prompt.len().saturating_add(max_new_tokens));
 
     let mut stdout = io::stdout().lock();
-    let mut failed = None;
     let mut text = String::new();
-    let mut emit = |piece: &str| match stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush()) {
-        Ok(()) => ControlFlow::Continue(()),
-        Err(error) => {
-            failed = Some(error);
-            ControlFlow::Break(())
-        }
+    // On a pipe that is closed, the generation ends, and what was generated is reported.
+    let mut unwritten = None;
+    let mut write = |piece: &str| {
+        let written = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush());
+        unwritten = written.err();
+        unwritten.is_none()
     };
-    let generation = match &engine.tokenizer {
-        Some(tokenizer) if !args.print_ids => {
-            generate_text(&engine.model, tokenizer, &prompt, sequence, &mut cache, &options, &mut |piece| {
-                if args.json {
-                    text.push_str(piece);
-                    return ControlFlow::Continue(());
+    let generation = if engine.tokenizer().is_some() && !args.print_ids {
+        let mut pieces = session.generate_text(&prompt, &options)?;
+        let result = loop {
+            match pieces.next() {
+                None => break Ok(()),
+                Some(Err(error)) => break Err(error),
+                Some(Ok(piece)) if args.json => text.push_str(&piece),
+                Some(Ok(piece)) => {
+                    if !write(&piece) {
+                        break Ok(());
+                    }
                 }
-                emit(piece)
-            })
-        }
-        _ => {
-            let mut separator = "";
-            generate(&engine.model, &prompt, sequence, &mut cache, &options, &mut |token, _| {
-                let piece = format!("{separator}{token}");
-                separator = " ";
-                emit(&piece)
-            })
-        }
+            }
+        };
+        result.map(|()| pieces.finish().generation)
+    } else {
+        let mut tokens = session.generate_tokens(&prompt, &options)?;
+        let mut separator = "";
+        let result = loop {
+            match tokens.step() {
+                Err(error) => break Err(error.into()),
+                Ok(Step::Prompt { .. }) => {}
+                Ok(Step::Finished(_)) => break Ok(()),
+                Ok(Step::Token(token)) => {
+                    if !args.json && !write(&format!("{separator}{token}")) {
+                        tokens.cancel();
+                    }
+                    separator = " ";
+                }
+            }
+        };
+        result.map(|()| tokens.into_generation())
     };
     // What was generated before an error stays a line of its own.
-    if !args.json && emit("\n").is_break() {
-        let error = failed.unwrap_or_else(|| io::ErrorKind::BrokenPipe.into());
+    if !args.json && !write("\n") {
+        let error = unwritten.unwrap_or_else(|| io::ErrorKind::BrokenPipe.into());
         return Err(error).context("cannot write to stdout");
     }
     drop(stdout);
     let generation = generation?;
 
-    let mut report = RunReport::new(engine.summary.clone(), &generation, engine.execution());
-    report.load_seconds = Some(engine.load_seconds);
+    let mut report = RunReport::new(engine.summary().clone(), &generation, engine.execution());
+    report.load_seconds = Some(engine.load_time().as_secs_f64());
     report.seed = (options.sampling.temperature > 0.0).then_some(options.sampling.seed);
-    report.kv_cache_bytes = Some(cache.bytes());
-    report.execution.memory = engine.memory(cache.bytes(), options.chunk.min(prompt.len()));
+    report.kv_cache_bytes = Some(session.cache_bytes());
+    report.execution.memory = engine.memory(session.cache_bytes(), options.chunk.min(prompt.len()));
     // A sliding window looks back over no more than that.
     let at = (prompt.len() + generation.tokens.len() / 2).min(context);
     report.execution.prediction =
@@ -251,8 +261,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
             Ok(writeln!(out)?)
         })?;
     }
-    if let Some(path) = &args.engine.receipt {
-        let record = GenerationRecord {
+    args.engine.write_receipt(&engine, "run", &report, || {
+        Some(GenerationRecord {
             prompt_token_ids: prompt.clone(),
             max_new_tokens,
             sampling: options.sampling.clone(),
@@ -260,17 +270,16 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
             stop_strings: options.stop_strings.clone(),
             chunk: options.chunk,
             context,
-            kv_cache: engine.settings.kv_cache,
+            kv_cache: engine.settings().kv_cache,
             sliding_window: args.sliding_window,
             lm_head: args.engine.lm_head.into(),
             hidden_act: args.engine.file.hidden_act,
             pre: args.engine.file.pre.clone(),
             result: TokensRecord::of(&generation),
-        };
-        engine.write_receipt(path, "run", &report, Some(record))?;
-    }
+        })
+    })?;
     if args.json {
-        let text = engine.tokenizer.is_some().then_some(text.as_str());
+        let text = engine.tokenizer().is_some().then_some(text.as_str());
         let token_ids = &generation.tokens;
         output::print_json(&Output { text, prompt_token_ids: &prompt, token_ids, report: &report })?;
     } else if !args.quiet {
@@ -282,9 +291,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
 /// The prompt's tokens.
 fn prompt(args: &RunArgs, engine: &Engine, template: Option<&str>) -> anyhow::Result<Vec<u32>> {
     if let Some(path) = &args.tokens_file {
-        return read_tokens(path, engine.checkpoint.config().vocab_size);
+        return read_tokens(path, engine.checkpoint().config().vocab_size);
     }
-    let Some(tokenizer) = &engine.tokenizer else { bail!("a prompt needs a tokenizer") };
+    let Some(tokenizer) = engine.tokenizer() else { bail!("a prompt needs a tokenizer") };
     // Without one: from the beginning of a text.
     let prompt = args.prompt.as_deref().unwrap_or_default();
     if !(args.chat || args.system.is_some() || template.is_some()) {
@@ -298,10 +307,4 @@ fn prompt(args: &RunArgs, engine: &Engine, template: Option<&str>) -> anyhow::Re
     let messages: Vec<_> = system.chain([Message::new("user", prompt)]).collect();
     let text = template.render(&messages, &tokenizer.template_tokens(), true)?;
     Ok(tokenizer.encode(&text, false)?)
-}
-
-/// Tokens that end a text, by the tokenizer and by the model's configuration.
-fn ends(engine: &Engine) -> Vec<u32> {
-    let by_tokenizer = engine.tokenizer.iter().flat_map(|tokenizer| tokenizer.end_of_generation());
-    by_tokenizer.chain(&engine.checkpoint.config().eos_tokens).copied().collect()
 }

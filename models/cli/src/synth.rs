@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{GatedActivation, ModelConfig};
 use bitnet_burn_engine::synth;
 use bitnet_burn_engine::synth::SynthOptions;
 use bitnet_burn_engine::text::{human_bytes, human_seconds};
@@ -64,7 +64,7 @@ pub struct SynthArgs {
     rope_theta: Option<f64>,
     /// The feed-forward activation: relu2 or silu
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Sizes")]
-    hidden_act: Option<Activation>,
+    hidden_act: Option<GatedActivation>,
     /// Write an output head, instead of using the embedding as one
     #[arg(long, help_heading = "Sizes")]
     untied: bool,

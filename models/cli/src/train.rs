@@ -11,9 +11,10 @@ use bitnet_burn_train::{Corpus, Documents, Event, Outcome, TrainConfig, Trainer,
 use clap::Args;
 use serde::Serialize;
 
-use crate::args::{DeviceKind, positive};
+use crate::args::positive;
 use crate::output;
 use crate::status::Status;
+use bitnet_burn_engine::device::{DeviceKind, DeviceName};
 
 /// Train a BitNet on text
 ///
@@ -56,8 +57,8 @@ pub struct TrainArgs {
     #[arg(long)]
     float: bool,
     /// Where to train
-    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = DeviceKind::compiled())]
-    device: DeviceKind,
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceKind::compiled().into())]
+    device: DeviceName,
     /// Threads [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = positive)]
     threads: Option<usize>,
@@ -114,7 +115,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
             .build_global()
             .context("cannot start the threads")?;
     }
-    let device = args.device.open()?;
+    let device = args.device.open().map_err(crate::engine::device_error)?;
     let mut trainer = match &args.resume {
         Some(dir) => resume(dir, &args, &device)?,
         None => start(&args, &device)?,

@@ -6,12 +6,13 @@ use anyhow::{Context as _, bail};
 use burn::tensor::Device;
 use clap::Args;
 
-use crate::args::{DeviceKind, DeviceName, KernelArgs};
+use crate::args::KernelArgs;
 use crate::engine::config;
 #[cfg(feature = "remote")]
 use crate::output;
 #[cfg(feature = "remote")]
 use crate::status::Status;
+use bitnet_burn_engine::device::{DeviceKind, DeviceName};
 
 /// Serve a device of this machine to other machines (feature remote)
 ///

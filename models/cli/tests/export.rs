@@ -8,17 +8,18 @@ use std::process::{Command, Output};
 
 use bitnet_burn::CacheType;
 use bitnet_burn::names::{EMBEDDING, HEAD};
-use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn::{Row, names};
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions, TokenizerSource};
-use bitnet_burn_engine::gguf::{Array, GgufFile, GgufTypes, GgufWriter, TernaryType, Value};
+use bitnet_burn_engine::gguf::{GgufTypes, TernaryType, write_checkpoint};
 use bitnet_burn_engine::hf;
 use bitnet_burn_engine::hf::Style;
 use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_engine::synth::shape;
 use bitnet_burn_engine::tokenizer::Tokenizer;
 use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_formats::gguf::{Array, GgufFile, GgufWriter, Value};
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_train::export::{
     ExportError, ExportOptions, Progress, Summary, Target, export, newest_checkpoint,
@@ -117,7 +118,7 @@ fn bitnet_shape() -> ModelConfig {
 }
 
 fn llama_shape() -> ModelConfig {
-    ModelConfig { sub_norms: false, activation: Activation::Silu, ..bitnet_shape() }
+    ModelConfig { sub_norms: false, activation: GatedActivation::Silu, ..bitnet_shape() }
 }
 
 /// Codes, scales, norms, embedding and head, bit for bit.
@@ -185,7 +186,7 @@ fn every_way_round_keeps_every_bit() {
     for config in [
         bitnet_shape(),
         llama_shape(),
-        ModelConfig { tied_embeddings: false, activation: Activation::Silu, ..bitnet_shape() },
+        ModelConfig { tied_embeddings: false, activation: GatedActivation::Silu, ..bitnet_shape() },
         ModelConfig { sub_norms: false, tied_embeddings: false, rope_theta: 1e4, ..bitnet_shape() },
     ] {
         let dir = tempfile::tempdir().unwrap();
@@ -234,7 +235,7 @@ fn architectures_are_those_that_other_programs_compute() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source");
     let relu2_without = ModelConfig { sub_norms: false, ..bitnet_shape() };
-    let silu_with = ModelConfig { activation: Activation::Silu, ..bitnet_shape() };
+    let silu_with = ModelConfig { activation: GatedActivation::Silu, ..bitnet_shape() };
     for (config, i2_s, tq2_0, model_type) in [
         (bitnet_shape(), "bitnet-b1.58", "bitnet", "bitnet"),
         (silu_with, "bitnet", "bitnet", "bitnet"),
@@ -249,7 +250,7 @@ fn architectures_are_those_that_other_programs_compute() {
             let summary = converted(&source, &out.path().join("model"), target);
             assert_eq!(summary.architecture, expected);
             // I2_S with sub-norms is bitnet.cpp's, and a directory is transformers'.
-            let relu2 = config.activation == Activation::Relu2;
+            let relu2 = config.activation == GatedActivation::Relu2;
             let noted = matches!(target, Target::Gguf(_)) && relu2 && !(target == I2_S && config.sub_norms);
             assert_eq!(summary.notes.iter().any(|n| n.contains("llama.cpp")), noted, "{summary:?}");
         }
@@ -572,7 +573,7 @@ fn sentencepiece_goes_both_ways() {
     masters(&at("source"), &config);
     let source = open(&at("source"));
     let mut writer = GgufWriter::new();
-    writer.checkpoint(&source, GgufTypes::default()).unwrap();
+    write_checkpoint(&mut writer, source.config(), &source, GgufTypes::default()).unwrap();
     writer.set("tokenizer.ggml.model", "llama").unwrap();
     writer.set("tokenizer.ggml.tokens", Array::from_strings(tokens)).unwrap();
     writer.set("tokenizer.ggml.scores", Array::from_f32(scores)).unwrap();

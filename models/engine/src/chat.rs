@@ -21,6 +21,8 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior};
 
 use crate::tokenizer::Tokenizer;
 
+pub use crate::tokenizer::TemplateTokens;
+
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Message {
@@ -54,23 +56,6 @@ impl Object for Message {
     fn enumerate(self: &Arc<Self>) -> Enumerator {
         Enumerator::Str(&["role", "content"])
     }
-}
-
-/// The texts of the special tokens, as variables of the template; one that is `None` is undefined there.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
-pub struct TemplateTokens {
-    /// Begins a text.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bos_token: Option<String>,
-    /// Ends a text.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub eos_token: Option<String>,
-    /// Stands for what the vocabulary lacks.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub unk_token: Option<String>,
-    /// Fills up.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pad_token: Option<String>,
 }
 
 /// Why there is no text.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::load::DEFAULT_CHUNK;
 use crate::sampling::{Sampler, SamplingConfig, SamplingError, StopMatcher};
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::tokenizer::{DecodeStream, Tokenizer, TokenizerError};
 use bitnet_burn::{BitNet, ForwardError, Row};
 use bitnet_burn::{KvCache, SequenceId};
 
@@ -85,6 +85,8 @@ pub struct Generation {
     pub finish: Finish,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Tokens of the prompt that the cache had already.
+    pub cached_tokens: usize,
     /// Time until the last prompt token's logits were there.
     pub prefill: Duration,
     /// Time until the first new token was drawn, if one was.
@@ -149,6 +151,299 @@ fn values(tensor: Tensor<2>) -> Result<Vec<f32>, GenerateError> {
     data.try_to_vec::<f32>().map_err(|error| GenerateError::Device(format!("{error:?}")))
 }
 
+/// What a [`step`](Generator::step) did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A part of the prompt was computed: so many of its tokens are done.
+    Prompt {
+        /// Tokens in the cache.
+        done: usize,
+        /// Tokens of the prompt.
+        all: usize,
+    },
+    /// A token was drawn.
+    Token(u32),
+    /// The generation is over. All further steps say the same.
+    Finished(Finish),
+}
+
+/// Generates tokens step by step: each step is one forward pass, and the token that is drawn from its logits.
+///
+/// [`generate`] and [`generate_text`] call [`step`](Self::step) in a loop. An asynchronous caller awaits
+/// [`step_async`](Self::step_async) instead. To cancel, stop stepping, or say so by [`cancel`](Self::cancel).
+#[derive(Debug)]
+pub struct Generator<'a> {
+    model: &'a BitNet,
+    cache: &'a mut KvCache,
+    sequence: SequenceId,
+    options: &'a GenerateOptions,
+    sampler: Sampler,
+    /// The prompt and the tokens behind it.
+    history: Vec<u32>,
+    /// The logits that the last token was drawn from.
+    logits: Vec<f32>,
+    finished: Option<Finish>,
+    started: Instant,
+    clock: Instant,
+    generation: Generation,
+}
+
+/// What became of a forward pass.
+enum Pass {
+    /// No token is due yet.
+    Done(Step),
+    /// A token is drawn from these logits [1, vocabulary].
+    Logits(Tensor<2>),
+}
+
+impl<'a> Generator<'a> {
+    /// A generation behind `prompt`, of which the sequence's cache has the first tokens already (none, if it is new).
+    ///
+    /// # Errors
+    /// If nothing of the prompt is left to compute, or the sampling options are impossible.
+    pub fn new(
+        model: &'a BitNet,
+        prompt: &[u32],
+        sequence: SequenceId,
+        cache: &'a mut KvCache,
+        options: &'a GenerateOptions,
+    ) -> Result<Self, GenerateError> {
+        let cached = cache.length(sequence).map_err(ForwardError::from)?;
+        if cached >= prompt.len() {
+            return Err(GenerateError::EmptyPrompt);
+        }
+        let sampler = Sampler::new(options.sampling.clone())?;
+        let now = Instant::now();
+        Ok(Self {
+            model,
+            cache,
+            sequence,
+            options,
+            sampler,
+            history: prompt.to_vec(),
+            logits: Vec::new(),
+            finished: None,
+            started: now,
+            clock: now,
+            generation: Generation {
+                tokens: Vec::new(),
+                finish: Finish::Length,
+                prompt_tokens: prompt.len(),
+                cached_tokens: cached,
+                prefill: Duration::ZERO,
+                first_token: None,
+                steps: Vec::new(),
+            },
+        })
+    }
+
+    /// Computes one chunk of the prompt, or one token.
+    ///
+    /// # Errors
+    /// If the model or the sampler fails.
+    pub fn step(&mut self) -> Result<Step, GenerateError> {
+        match self.forward()? {
+            Pass::Done(step) => Ok(step),
+            Pass::Logits(logits) => self.draw(values(logits)?),
+        }
+    }
+
+    /// [`step`](Self::step), which awaits the logits instead of blocking the thread until the device has them.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub async fn step_async(&mut self) -> Result<Step, GenerateError> {
+        match self.forward()? {
+            Pass::Done(step) => Ok(step),
+            Pass::Logits(logits) => {
+                let device = |error: &dyn std::fmt::Debug| GenerateError::Device(format!("{error:?}"));
+                let data = logits.into_data_async().await.map_err(|error| device(&error))?;
+                self.draw(data.try_to_vec::<f32>().map_err(|error| device(&error))?)
+            }
+        }
+    }
+
+    fn forward(&mut self) -> Result<Pass, GenerateError> {
+        if let Some(finish) = self.finished {
+            return Ok(Pass::Done(Step::Finished(finish)));
+        }
+        let done = self.cache.length(self.sequence).map_err(ForwardError::from)?;
+        let prompt = self.generation.prompt_tokens;
+        let first = self.generation.tokens.is_empty();
+        if !first {
+            if self.generation.tokens.len() >= self.options.max_new_tokens {
+                return Ok(Pass::Done(self.finish(Finish::Length)));
+            }
+            if !self.cache.has_room(self.sequence).map_err(ForwardError::from)? {
+                return Ok(Pass::Done(self.finish(Finish::Context)));
+            }
+        }
+        let chunk = if first { rows_at_once(self.options.chunk, self.cache) } else { 1 };
+        let chunk = &self.history[done..(done + chunk).min(self.history.len())];
+        let rows = rows(chunk, self.sequence, done);
+        let logits = self.model.forward(&rows, &[rows.len() - 1], self.cache)?;
+        if done + rows.len() < self.history.len() {
+            return Ok(Pass::Done(Step::Prompt { done: done + rows.len(), all: prompt }));
+        }
+        Ok(Pass::Logits(logits))
+    }
+
+    fn draw(&mut self, logits: Vec<f32>) -> Result<Step, GenerateError> {
+        self.logits = logits;
+        let generation = &mut self.generation;
+        if generation.tokens.is_empty() {
+            generation.prefill = self.started.elapsed();
+        } else {
+            generation.steps.push(self.clock.elapsed());
+        }
+        self.clock = Instant::now();
+        if self.options.max_new_tokens == 0 {
+            return Ok(self.finish(Finish::Length));
+        }
+        let token = self.sampler.sample(&self.logits, &self.history)?;
+        generation.first_token.get_or_insert_with(|| self.started.elapsed());
+        if self.options.stop_tokens.contains(&token) {
+            return Ok(self.finish(Finish::StopToken));
+        }
+        generation.tokens.push(token);
+        self.history.push(token);
+        Ok(Step::Token(token))
+    }
+
+    fn finish(&mut self, finish: Finish) -> Step {
+        self.generation.finish = finish;
+        self.finished = Some(finish);
+        Step::Finished(finish)
+    }
+
+    /// The logits that the last token was drawn from.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Ends the generation. What was generated stays.
+    pub fn cancel(&mut self) {
+        if self.finished.is_none() {
+            self.finish(Finish::Cancelled);
+        }
+    }
+
+    /// What was generated so far.
+    pub fn generation(&self) -> &Generation {
+        &self.generation
+    }
+
+    /// What was generated.
+    pub fn into_generation(self) -> Generation {
+        self.generation
+    }
+}
+
+/// The text of a generation, as it becomes certain: never half a character, and never a part of what turns out to be a
+/// stop string. Special tokens are not shown.
+///
+/// It is an iterator over pieces of text. [`next_async`](Self::next_async) is for asynchronous callers.
+#[derive(Debug)]
+pub struct TextGenerator<'a> {
+    tokens: Generator<'a>,
+    decoder: DecodeStream<'a>,
+    stops: StopMatcher,
+    /// The end of the text was given, or an error.
+    over: bool,
+}
+
+impl<'a> TextGenerator<'a> {
+    /// The text of a generation; `prompt` is what that continues.
+    ///
+    /// # Errors
+    /// If a stop string is empty, or the prompt has a token that the tokenizer lacks.
+    pub fn new(
+        tokens: Generator<'a>,
+        tokenizer: &'a Tokenizer,
+        prompt: &[u32],
+    ) -> Result<Self, GenerateError> {
+        let decoder = tokenizer.decode_stream_after(prompt, true)?;
+        let stops = StopMatcher::new(&tokens.options.stop_strings)?;
+        Ok(Self { tokens, decoder, stops, over: false })
+    }
+
+    /// The text that a step makes certain, which may be none.
+    fn text_of(&mut self, step: &Step) -> Result<Option<String>, GenerateError> {
+        let (text, last) = match step {
+            Step::Prompt { .. } => return Ok(None),
+            Step::Token(token) => (self.decoder.push(*token)?, false),
+            Step::Finished(Finish::Cancelled | Finish::StopString) => {
+                self.over = true;
+                return Ok(None);
+            }
+            Step::Finished(_) => (self.decoder.flush()?, true),
+        };
+        self.over = last;
+        let mut shown = String::new();
+        if let Some(text) = text {
+            let output = self.stops.push(&text);
+            shown = output.text;
+            if output.stopped.is_some() {
+                self.tokens.finish(Finish::StopString);
+                self.over = true;
+            }
+        }
+        if last && self.stops.stopped().is_none() {
+            shown.push_str(&self.stops.flush());
+        }
+        Ok(Some(shown).filter(|text| !text.is_empty()))
+    }
+
+    /// The next piece of text; `None` at the end.
+    ///
+    /// # Errors
+    /// If the model or the sampler fails, or a token can't be decoded. Nothing follows then.
+    pub async fn next_async(&mut self) -> Option<Result<String, GenerateError>> {
+        while !self.over {
+            let step = self.tokens.step_async().await;
+            if let Some(text) = self.take(step) {
+                return Some(text);
+            }
+        }
+        None
+    }
+
+    fn take(&mut self, step: Result<Step, GenerateError>) -> Option<Result<String, GenerateError>> {
+        let text = step.and_then(|step| self.text_of(&step)).transpose();
+        self.over |= matches!(text, Some(Err(_)));
+        text
+    }
+
+    /// Ends the generation. What was generated stays.
+    pub fn cancel(&mut self) {
+        self.tokens.cancel();
+    }
+
+    /// What was generated so far.
+    pub fn generation(&self) -> &Generation {
+        self.tokens.generation()
+    }
+
+    /// What was generated.
+    pub fn into_generation(self) -> Generation {
+        self.tokens.into_generation()
+    }
+}
+
+impl Iterator for TextGenerator<'_> {
+    type Item = Result<String, GenerateError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while !self.over {
+            let step = self.tokens.step();
+            if let Some(text) = self.take(step) {
+                return Some(text);
+            }
+        }
+        None
+    }
+}
+
 /// Generates tokens behind a prompt. `on_token` sees each as it comes, with the logits that it was
 /// drawn from, and may end the generation.
 ///
@@ -162,49 +457,21 @@ pub fn generate(
     options: &GenerateOptions,
     on_token: &mut dyn FnMut(u32, &[f32]) -> ControlFlow<()>,
 ) -> Result<Generation, GenerateError> {
-    let mut sampler = Sampler::new(options.sampling.clone())?;
-    let started = Instant::now();
-    let mut logits = values(prefill(model, prompt, sequence, cache, options.chunk)?)?;
-    let mut result = Generation {
-        tokens: Vec::new(),
-        finish: Finish::Length,
-        prompt_tokens: prompt.len(),
-        prefill: started.elapsed(),
-        first_token: None,
-        steps: Vec::new(),
-    };
-    let mut history = prompt.to_vec();
-    let mut clock = Instant::now();
-    while result.tokens.len() < options.max_new_tokens {
-        let token = sampler.sample(&logits, &history)?;
-        result.first_token.get_or_insert_with(|| started.elapsed());
-        if options.stop_tokens.contains(&token) {
-            result.finish = Finish::StopToken;
-            break;
+    let mut generator = Generator::new(model, prompt, sequence, cache, options)?;
+    loop {
+        match generator.step()? {
+            Step::Prompt { .. } => {}
+            Step::Token(token) => {
+                if on_token(token, generator.logits()).is_break() {
+                    generator.cancel();
+                }
+            }
+            Step::Finished(_) => return Ok(generator.into_generation()),
         }
-        result.tokens.push(token);
-        history.push(token);
-        if on_token(token, &logits).is_break() {
-            result.finish = Finish::Cancelled;
-            break;
-        }
-        if result.tokens.len() == options.max_new_tokens {
-            break;
-        }
-        let position = cache.length(sequence).map_err(ForwardError::from)?;
-        if !cache.has_room(sequence).map_err(ForwardError::from)? {
-            result.finish = Finish::Context;
-            break;
-        }
-        logits = values(model.forward(&[Row { token, sequence, position }], &[0], cache)?)?;
-        result.steps.push(clock.elapsed());
-        clock = Instant::now();
     }
-    Ok(result)
 }
 
-/// [`generate`], with the text as it becomes certain: never half a character, and never a part of what
-/// turns out to be a stop string. Special tokens are not shown.
+/// [`generate`], with the text as a [`TextGenerator`] gives it.
 ///
 /// # Errors
 /// As [`generate`], and if a token can't be decoded.
@@ -217,45 +484,12 @@ pub fn generate_text(
     options: &GenerateOptions,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generation, GenerateError> {
-    let mut decoder = tokenizer.decode_stream_after(prompt, true)?;
-    let mut stops = StopMatcher::new(&options.stop_strings)?;
-    let mut problem = None;
-    let mut stopped = false;
-    let mut emit = |text: String, stops: &mut StopMatcher| {
-        let output = stops.push(&text);
-        let flow = if output.text.is_empty() { ControlFlow::Continue(()) } else { on_text(&output.text) };
-        (flow, output.stopped.is_some())
-    };
-    let mut generation =
-        generate(model, prompt, sequence, cache, options, &mut |token, _| match decoder.push(token) {
-            Ok(None) => ControlFlow::Continue(()),
-            Ok(Some(text)) => {
-                let (flow, stop) = emit(text, &mut stops);
-                stopped |= stop;
-                if stop { ControlFlow::Break(()) } else { flow }
-            }
-            Err(error) => {
-                problem = Some(error);
-                ControlFlow::Break(())
-            }
-        })?;
-    if let Some(error) = problem {
-        return Err(error.into());
+    let generator = Generator::new(model, prompt, sequence, cache, options)?;
+    let mut text = TextGenerator::new(generator, tokenizer, prompt)?;
+    while let Some(piece) = text.next() {
+        if on_text(&piece?).is_break() {
+            text.cancel();
+        }
     }
-    if stopped {
-        generation.finish = Finish::StopString;
-        return Ok(generation);
-    }
-    if let Some(tail) = decoder.flush()?
-        && emit(tail, &mut stops).1
-    {
-        generation.finish = Finish::StopString;
-        return Ok(generation);
-    }
-    let rest = stops.flush();
-    if !rest.is_empty() {
-        // Nothing follows that could be cancelled.
-        let _ = on_text(&rest);
-    }
-    Ok(generation)
+    Ok(text.into_generation())
 }

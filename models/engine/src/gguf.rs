@@ -1,31 +1,176 @@
-//! GGUF, the single-file format of llama.cpp and of BitNet's published models.
-//!
-//! Specification: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. All little-endian:
-//!
-//! ```text
-//! "GGUF"  u32 version  u64 n_tensors  u64 n_keys
-//! n_keys    x  string key, u32 value type, value
-//! n_tensors x  string name, u32 n_dims, n_dims x u64 (fastest first), u32 type, u64 offset
-//! padding to general.alignment (32 by default): the data section, which the offsets count from
-//! string = u64 length, bytes (UTF-8);  array = u32 element type, u64 count, elements
-//! ```
-//!
-//! [`GgufFile`] reads: cap, check, then view. Nothing is allocated by a number from the file that has not
-//! been compared with the file's size, and arrays stay where they are, in the memory map.
-//! [`GgufWriter`] writes, atomically and without holding the model in memory.
+//! Writing models as GGUF, with the names and keys that llama.cpp and bitnet.cpp know.
 
-mod file;
-pub(crate) mod model;
-mod types;
-mod value;
-mod writer;
+use crate::checkpoint::gguf::names::{LLAMA, gptj_rows};
+use crate::checkpoint::{Checkpoint, LoadError};
+use bitnet_burn::{GatedActivation, ModelConfig, Norm, Projection};
+use bitnet_burn_formats::gguf::GgufWriter;
+use bitnet_burn_formats::{DenseFormat, DenseTensor, TernaryTensor, WriteError};
+use std::io;
 
-pub(crate) use file::{FileMap, map_file};
-pub use file::{GgufFile, GgufTensor};
-pub use model::{norm_name, projection_name};
-pub use types::TensorType;
-pub use value::{Array, Value, ValueType};
-pub use writer::{GgufTypes, GgufWriteError, GgufWriter, TernaryType};
+pub use crate::checkpoint::gguf::names::{norm_name, projection_name};
+pub use bitnet_burn_formats::gguf::TernaryType;
 
-/// `general.alignment` of a file that has no such key.
-pub const DEFAULT_ALIGNMENT: u64 = 32;
+/// Why a model was not written as GGUF.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GgufWriteError {
+    /// The file can't be written.
+    #[error(transparent)]
+    File(#[from] WriteError),
+    /// The model to be written could not be read.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+}
+
+/// How the tensors of a model are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GgufTypes {
+    /// The projections.
+    pub ternary: TernaryType,
+    /// The embedding and the output head; `None`: as the checkpoint has them.
+    pub dense: Option<DenseFormat>,
+}
+
+/// The architecture under which llama.cpp's family computes a model. Those programs that know `bitnet-b1.58`
+/// are bitnet.cpp's, for I2_S; llama.cpp itself, which has the other two types, knows `bitnet` with a
+/// `hidden_act`. A model of squared ReLU without sub-norms is none of theirs, and must not pass for a Llama.
+fn architecture(config: &ModelConfig, ternary: TernaryType) -> &'static str {
+    match (config.activation, config.sub_norms, ternary) {
+        (GatedActivation::Silu, false, _) => LLAMA,
+        (GatedActivation::Relu2, true, TernaryType::I2_S) => "bitnet-b1.58",
+        _ => "bitnet",
+    }
+}
+
+/// Adds the keys of a configuration, so that a reader finds the same one. `hidden_act` states the
+/// activation, whatever the architecture.
+///
+/// The architecture is the one under which programs of llama.cpp's family compute the model: `llama` for
+/// SiLU without sub-norms; `bitnet-b1.58` for squared ReLU with sub-norms, as in the published models;
+/// else `bitnet`. In a `llama` file the rows of q and k are in another order: [`write_checkpoint`] sees to
+/// that.
+///
+/// # Errors
+/// [`WriteError::Duplicate`].
+pub fn write_config(writer: &mut GgufWriter<'_>, config: &ModelConfig) -> Result<(), WriteError> {
+    config_as(writer, architecture(config, TernaryType::I2_S), config)
+}
+
+fn config_as(
+    writer: &mut GgufWriter<'_>,
+    architecture: &str,
+    config: &ModelConfig,
+) -> Result<(), WriteError> {
+    writer.set("general.architecture", architecture)?;
+    if let Some(name) = &config.name {
+        writer.set("general.name", name.as_str())?;
+    }
+    let mut sizes = vec![
+        ("vocab_size", config.vocab_size),
+        ("context_length", config.context_length),
+        ("embedding_length", config.hidden_size),
+        ("block_count", config.n_layers),
+        ("feed_forward_length", config.intermediate_size),
+        ("rope.dimension_count", config.head_dim),
+        ("attention.head_count", config.n_heads),
+        ("attention.head_count_kv", config.n_kv_heads),
+    ];
+    if config.q_size() != config.hidden_size {
+        sizes
+            .extend([("attention.key_length", config.head_dim), ("attention.value_length", config.head_dim)]);
+    }
+    for (suffix, size) in sizes {
+        // As u32, which readers expect; what ModelConfig::validate lets through fits.
+        writer.set(format!("{architecture}.{suffix}"), u32::try_from(size).unwrap_or(u32::MAX))?;
+    }
+    writer.set(format!("{architecture}.attention.layer_norm_rms_epsilon"), config.rms_norm_eps)?;
+    writer.set(format!("{architecture}.rope.freq_base"), config.rope_theta as f32)?;
+    writer.set(format!("{architecture}.hidden_act"), config.activation.name())?;
+    let tokens = [
+        ("bos_token_id", config.bos_token),
+        ("eos_token_id", config.eos_tokens.first().copied()),
+        ("eot_token_id", config.eos_tokens.get(1).copied()),
+    ];
+    for (key, token) in tokens {
+        if let Some(token) = token {
+            writer.set(format!("tokenizer.ggml.{key}"), token)?;
+        }
+    }
+    Ok(())
+}
+
+/// Adds a whole model but its tokenizer: configuration, projections, norms as F32, embedding and head.
+/// Tensors are read and converted when their turn to be written comes.
+///
+/// TQ1_0 and TQ2_0 store their scale as f16: it is rounded to the nearest.
+///
+/// # Arguments
+/// - `config`: the checkpoint's, with the name and the tokens that the copy is to have
+///
+/// # Errors
+/// [`WriteError::Tensor`] where a type cannot hold a tensor: I2_S needs a K that is a multiple of 128,
+/// TQ1_0, TQ2_0 and Q6_K of 256, Q8_0 and Q4_0 of 32. [`GgufWriteError::Load`] where the embedding or the
+/// head can't be read.
+pub fn write_checkpoint<'a>(
+    writer: &mut GgufWriter<'a>,
+    config: &ModelConfig,
+    checkpoint: &'a Checkpoint,
+    types: GgufTypes,
+) -> Result<(), GgufWriteError> {
+    let architecture = architecture(config, types.ternary);
+    config_as(writer, architecture, config)?;
+    matrix(writer, "token_embd.weight", checkpoint.embedding()?, types.dense)?;
+    for layer in 0..config.n_layers {
+        for which in Norm::of_layer(layer, config.sub_norms) {
+            norm(writer, checkpoint, which)?;
+        }
+        for which in Projection::ALL {
+            let (n, k) = which.shape(config);
+            let reorder = matches!(which, Projection::Q | Projection::K) && architecture == LLAMA;
+            let head = reorder.then_some(config.head_dim);
+            let dims = [k as u64, n as u64];
+
+            writer.tensor(projection_name(layer, which), &dims, types.ternary, move |out| {
+                let tensor = checkpoint.checked_projection(layer, which).map_err(io::Error::other)?;
+                match head {
+                    Some(head) => {
+                        let codes = gptj_rows(&tensor.codes, n, head).into();
+                        types.ternary.write(&TernaryTensor { codes, ..tensor }, out)
+                    }
+                    None => types.ternary.write(&tensor, out),
+                }
+            })?;
+        }
+    }
+    norm(writer, checkpoint, Norm::Output)?;
+    if let Some(output) = checkpoint.output()? {
+        matrix(writer, "output.weight", output, types.dense)?;
+    }
+    Ok(())
+}
+
+/// Adds the embedding or the head, in another format if one is asked for.
+fn matrix(
+    writer: &mut GgufWriter<'_>,
+    name: &str,
+    tensor: DenseTensor,
+    format: Option<DenseFormat>,
+) -> Result<(), WriteError> {
+    match format.filter(|&format| format != tensor.format) {
+        None => writer.dense(name, tensor)?,
+        Some(format) => {
+            let dims = [tensor.k as u64, tensor.n as u64];
+            writer.tensor(name, &dims, format, move |out| tensor.write_as(format, out))?
+        }
+    };
+    Ok(())
+}
+
+fn norm<'a>(writer: &mut GgufWriter<'a>, checkpoint: &'a Checkpoint, which: Norm) -> Result<(), WriteError> {
+    let dims = [which.len(checkpoint.config()) as u64];
+    writer.tensor(norm_name(which), &dims, DenseFormat::F32, move |out| {
+        let weights = checkpoint.norm(which).map_err(io::Error::other)?;
+        weights.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
+    })?;
+    Ok(())
+}

@@ -1,6 +1,8 @@
 //! Opens BitNet checkpoints and generates text with them.
 //!
-//! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them.
+//! - [`Engine`] opens a model with everything that it needs; a [`Session`] generates with it.
+//! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them;
+//!   [`gguf`] and [`hf`] write them.
 //! - [`tokenizer`], [`chat`], [`sampling`] and [`generate`](mod@generate): prompts in, text out.
 //! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`report`] and [`receipt`]: what a run measured, and what it was made of.
@@ -8,12 +10,14 @@
 pub mod bench;
 pub mod chat;
 pub mod checkpoint;
+pub mod device;
 pub mod device_bench;
 #[cfg(feature = "default-model")]
 pub mod embedded;
-pub mod exact;
+mod engine;
 pub mod generate;
 pub mod gguf;
+mod head;
 pub mod hf;
 pub mod load;
 pub mod plan;
@@ -22,6 +26,16 @@ pub mod prepack;
 pub mod receipt;
 pub mod report;
 pub mod sampling;
+mod session;
 pub mod synth;
 pub mod text;
 pub mod tokenizer;
+
+pub use engine::{Engine, EngineError, EngineOptions, OpenEvent};
+pub use generate::GenerateOptions;
+pub use session::{Answer, Session, Text};
+
+// The example of the README runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -24,15 +24,14 @@ use std::time::UNIX_EPOCH;
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_formats::dense_tiles::{TILE_ROWS, tile, tiled_bytes};
 use bitnet_burn_formats::files;
-use bitnet_burn_formats::{DenseFormat, FormatError};
-use bitnet_burn_manager::{Choice, LayoutPolicy, ManagerError, Packed};
+use bitnet_burn_formats::{DenseFormat, FormatError, map_file};
+use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::checkpoint::{Checkpoint, Content, LoadError};
-use crate::gguf::map_file;
-use crate::load::HeadMode;
+use crate::head::HeadMode;
 use bitnet_burn::Projection;
 use bitnet_burn_formats::DenseTensor;
 
@@ -173,7 +172,7 @@ fn head_tensor(checkpoint: &Checkpoint) -> Result<DenseTensor, LoadError> {
 }
 
 /// What a choice keeps in such a file, if anything: the name of its layout.
-fn kept(choice: &Choice) -> Option<&str> {
+fn kept(choice: &CpuKernels) -> Option<&str> {
     choice.layout().filter(|_| choice.is_built_in())
 }
 
@@ -281,7 +280,7 @@ impl Prepacked {
             return Ok(None);
         }
         let unusable = |problem: String| PrepackError::Unusable { path: path.clone(), problem };
-        let (map, _) = map_file(&path)?;
+        let (map, _) = map_file(&path).map_err(LoadError::from)?;
         let table = table(&map).map_err(unusable)?;
         if table.model != origins {
             return Err(unusable("the model has changed since it was packed".into()));
@@ -352,7 +351,7 @@ impl Prepacked {
     }
 
     /// The packed weights of a projection and their scale, if they are in the layout that was chosen.
-    pub fn projection(&self, layer: usize, which: Projection, choice: &Choice) -> Option<(Bytes, f32)> {
+    pub fn projection(&self, layer: usize, which: Projection, choice: &CpuKernels) -> Option<(Bytes, f32)> {
         let found = self.get(&name(layer, which), kept(choice), choice.shape(), choice.weight_bytes());
         self.count(found)
     }

@@ -20,8 +20,8 @@ use crate::checkpoint::{Checkpoint, Content};
 use crate::generate::{Finish, Generation};
 use crate::load::HeadMode;
 use crate::sampling::SamplingConfig;
-use bitnet_burn::Activation;
 use bitnet_burn::CacheType;
+use bitnet_burn::GatedActivation;
 
 /// The version of the receipt format that this program writes and reads.
 pub const VERSION: u32 = 1;
@@ -195,7 +195,7 @@ pub struct GenerationRecord {
     pub lm_head: HeadMode,
     /// The feed-forward activation, if the user named it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub hidden_act: Option<Activation>,
+    pub hidden_act: Option<GatedActivation>,
     /// The pre-tokenizer, if the user named it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pre: Option<String>,

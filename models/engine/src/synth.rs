@@ -18,12 +18,13 @@ use std::cell::Cell;
 use std::io::{self, Write};
 use std::path::Path;
 
+use bitnet_burn_formats::WriteError;
 use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::gguf::{Array, GgufWriter, TensorType};
 use bitnet_burn_formats::random::SplitMix64;
-use half::{bf16, f16};
 
-use crate::gguf::{Array, GgufWriteError, GgufWriter, TensorType, norm_name, projection_name};
-use bitnet_burn::{Activation, ConfigError, ModelConfig};
+use crate::gguf::{norm_name, projection_name, write_config};
+use bitnet_burn::{ConfigError, GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 
 /// The names that [`shape`] knows.
@@ -45,7 +46,7 @@ pub fn shape(name: &str) -> Option<ModelConfig> {
         context_length: 4096,
         rope_theta: 500_000.0,
         rms_norm_eps: 1e-5,
-        activation: Activation::Relu2,
+        activation: GatedActivation::Relu2,
         sub_norms: true,
         tied_embeddings: true,
         bos_token: Some(128_000),
@@ -76,7 +77,7 @@ pub fn shape(name: &str) -> Option<ModelConfig> {
             architecture: "bitnet".into(),
             context_length: 2048,
             rope_theta: 10_000.0,
-            activation: Activation::Silu,
+            activation: GatedActivation::Silu,
             ..sized(1536, 4096, 24, [16, 16, 96], 32_002)
         },
         "small" => sized(768, 2048, 12, [12, 4, 64], 32_000),
@@ -119,7 +120,7 @@ pub enum SynthError {
     Vocabulary(usize),
     /// The file.
     #[error(transparent)]
-    Write(#[from] GgufWriteError),
+    Write(#[from] WriteError),
 }
 
 /// Writes a model; `progress` gets the bytes of the tensors written so far, and of all. Returns the size of
@@ -140,7 +141,7 @@ pub fn write(path: &Path, options: &SynthOptions, progress: &dyn Fn(u64, u64)) -
         progress(written.get(), total.get());
     };
     let mut writer = GgufWriter::new();
-    writer.config(config)?;
+    write_config(&mut writer, config)?;
     tokenizer(&mut writer, config)?;
     dense(&mut writer, "token_embd.weight", options, &advance)?;
     for layer in 0..config.n_layers {
@@ -179,18 +180,18 @@ fn dense<'a>(
     name: &str,
     options: &'a SynthOptions,
     advance: &'a dyn Fn(usize),
-) -> Result<(), GgufWriteError> {
+) -> Result<(), WriteError> {
     let (format, config) = (options.embedding, &options.config);
     let dims = [config.hidden_size as u64, config.vocab_size as u64];
     let deviation = 1.0 / (config.hidden_size as f32).sqrt();
     // The writer refuses a row that is no whole number of blocks.
     let row = format.row_bytes(config.hidden_size).unwrap_or(0);
     let mut random = options.random(name);
-    writer.tensor(name, &dims, format.into(), move |out| {
+    writer.tensor(name, &dims, format, move |out| {
         let mut bytes = Vec::with_capacity(row);
         for _ in 0..config.vocab_size {
             bytes.clear();
-            random_row(format, row, deviation, &mut random, &mut bytes);
+            format.random_row(row / format.block_bytes(), deviation, &mut random, &mut bytes);
             out.write_all(&bytes)?;
             advance(row);
         }
@@ -199,7 +200,7 @@ fn dense<'a>(
     Ok(())
 }
 
-fn norm(writer: &mut GgufWriter<'_>, which: Norm, options: &SynthOptions) -> Result<(), GgufWriteError> {
+fn norm(writer: &mut GgufWriter<'_>, which: Norm, options: &SynthOptions) -> Result<(), WriteError> {
     let name = norm_name(which);
     let mut random = options.random(&name);
     let weights = (0..which.len(&options.config)).map(|_| 0.75 + 0.5 * unit(&mut random)).collect();
@@ -209,7 +210,7 @@ fn norm(writer: &mut GgufWriter<'_>, which: Norm, options: &SynthOptions) -> Res
 
 /// A byte-level vocabulary without merges: a token for each byte, the three with a role, and for the rest
 /// words that can be told apart in the output.
-fn tokenizer(writer: &mut GgufWriter<'_>, config: &ModelConfig) -> Result<(), GgufWriteError> {
+fn tokenizer(writer: &mut GgufWriter<'_>, config: &ModelConfig) -> Result<(), WriteError> {
     const NORMAL: i32 = 1;
     const CONTROL: i32 = 3;
     let special = |id: usize| {
@@ -293,79 +294,9 @@ fn random_i2_s(
     out.write_all(&tail)
 }
 
-/// Appends one row of `bytes` bytes.
-fn random_row(format: DenseFormat, bytes: usize, deviation: f32, random: &mut SplitMix64, out: &mut Vec<u8>) {
-    let blocks = bytes / format.block_bytes();
-    // The deviation of uniform codes: sqrt((n^2 - 1) / 12) for n of them.
-    let d = |codes: f32, scale: f32, negative: bool| {
-        let d = f16::from_f32(deviation / (((codes * codes - 1.0) / 12.0).sqrt() * scale));
-        (if negative { -d } else { d }).to_le_bytes()
-    };
-    let negative = |random: &mut SplitMix64| random.next_u64() >> 63 == 1;
-    match format {
-        DenseFormat::F32 => {
-            for _ in 0..blocks {
-                out.extend((normal(random) * deviation).to_le_bytes());
-            }
-        }
-        DenseFormat::F16 => {
-            for _ in 0..blocks {
-                out.extend(f16::from_f32(normal(random) * deviation).to_le_bytes());
-            }
-        }
-        DenseFormat::BF16 => {
-            for _ in 0..blocks {
-                out.extend(bf16::from_f32(normal(random) * deviation).to_le_bytes());
-            }
-        }
-        DenseFormat::Q8_0 => {
-            for _ in 0..blocks {
-                out.extend(d(256.0, 1.0, negative(random)));
-                random_bytes(random, 32, out);
-            }
-        }
-        DenseFormat::Q4_0 => {
-            for _ in 0..blocks {
-                out.extend(d(16.0, 1.0, negative(random)));
-                random_bytes(random, 16, out);
-            }
-        }
-        DenseFormat::Q6_K => {
-            for _ in 0..blocks {
-                // 6-bit codes, then 16 scales of 8 to 15 with a sign, then d.
-                random_bytes(random, 192, out);
-                let (sizes, signs) = (random.next_u64(), random.next_u64());
-                for i in 0..16 {
-                    let size = 8 + (sizes >> (3 * i) & 7) as i8;
-                    out.push(if signs >> i & 1 == 1 { -size } else { size } as u8);
-                }
-                // The root mean square of 8 .. 15.
-                out.extend(d(64.0, 11.73, false));
-            }
-        }
-    }
-}
-
 /// Uniform in 0 .. 1.
 fn unit(random: &mut SplitMix64) -> f32 {
     (random.next_u64() >> 40) as f32 / (1u64 << 24) as f32
-}
-
-/// Close to normal, with mean 0 and variance 1: the sum of four uniform values (Irwin-Hall), of variance
-/// 4 / 12.
-fn normal(random: &mut SplitMix64) -> f32 {
-    let word = random.next_u64();
-    let sum: u32 = (0..4).map(|i| u32::from((word >> (16 * i)) as u16)).sum();
-    (sum as f32 / 65536.0 - 2.0) * 1.732_050_8
-}
-
-/// Appends `n` random bytes.
-fn random_bytes(random: &mut SplitMix64, n: usize, out: &mut Vec<u8>) {
-    let end = out.len() + n;
-    while out.len() < end {
-        let word = random.next_u64().to_le_bytes();
-        out.extend_from_slice(&word[..word.len().min(end - out.len())]);
-    }
 }
 
 /// FNV-1a of a tensor's name.
@@ -396,7 +327,7 @@ mod tests {
             let (k, deviation) = (1 << 16, 0.02f32);
             let bytes = format.row_bytes(k).unwrap();
             let mut row = Vec::new();
-            random_row(format, bytes, deviation, &mut random, &mut row);
+            format.random_row(bytes / format.block_bytes(), deviation, &mut random, &mut row);
             assert_eq!(row.len(), bytes);
             let mut values = vec![0.0; k];
             format.decode_row(&row, &mut values).unwrap();

@@ -5,10 +5,11 @@
 //! kept in `testdata/hostile/` for other programs to try; after a change, `BITNET_BLESS=1 cargo test` writes
 //! them anew.
 
-use bitnet_burn::Activation;
+use bitnet_burn::GatedActivation;
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_engine::checkpoint::{Checkpoint, LoadError, OpenOptions, TokenizerSource};
-use bitnet_burn_engine::gguf::GgufFile;
+use bitnet_burn_formats::FileError;
+use bitnet_burn_formats::gguf::GgufFile;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::io::{Seek, SeekFrom, Write};
@@ -258,12 +259,12 @@ impl Dir {
     }
 }
 
-fn parse(bytes: &[u8]) -> Result<GgufFile, LoadError> {
+fn parse(bytes: &[u8]) -> Result<GgufFile, FileError> {
     GgufFile::parse("hostile.gguf".into(), bytes.to_vec().into())
 }
 
 #[track_caller]
-fn assert_refused<T>(name: &str, result: Result<T, LoadError>, parts: &[&str]) {
+fn assert_refused<T, E: std::fmt::Display>(name: &str, result: Result<T, E>, parts: &[&str]) {
     let Err(error) = result else { panic!("{name}: accepted") };
     let text = error.to_string();
     for part in parts {
@@ -280,7 +281,7 @@ fn the_models_that_the_others_are_derived_from_are_good() {
     let config = checkpoint.config();
     assert_eq!(
         (config.activation, config.sub_norms, config.tied_embeddings),
-        (Activation::Relu2, true, true)
+        (GatedActivation::Relu2, true, true)
     );
     assert_eq!(config.eos_tokens, [2, 3]); // the second by its text
     let report = checkpoint.check().unwrap();
@@ -612,7 +613,7 @@ fn the_activation_is_never_guessed_where_guessing_goes_wrong() {
         Checkpoint::open(&dir.write(&raw.bytes()), &options)
             .map(|c| (c.config().activation, c.warnings().len()))
     };
-    let (relu2, silu) = (Activation::Relu2, Activation::Silu);
+    let (relu2, silu) = (GatedActivation::Relu2, GatedActivation::Silu);
     assert_eq!(act(&model(), None).unwrap(), (relu2, 0));
     let mut named_25 = model();
     *named_25.value("general.architecture") = string("bitnet-25"); // its keys stay those of bitnet-b1.58
@@ -662,7 +663,7 @@ fn what_community_files_leave_out_or_add_is_accepted() {
     // Keys of `bitnet` in a file of `bitnet-b1.58`.
     let mut raw = older_model();
     *raw.value("general.architecture") = string("bitnet-b1.58");
-    assert_eq!(dir.open(&raw).unwrap().config().activation, Activation::Relu2);
+    assert_eq!(dir.open(&raw).unwrap().config().activation, GatedActivation::Relu2);
     // No dimension count, no KV heads, sizes as arrays, a token -1, RoPE factors of 1, an unknown tensor.
     let raw = model()
         .without("bitnet-b1.58.rope.dimension_count")
@@ -700,7 +701,10 @@ fn what_community_files_leave_out_or_add_is_accepted() {
     raw.tensors.retain(|t| !t.name.ends_with(b"sub_norm.weight"));
     let checkpoint = dir.open_and_check(&raw).unwrap();
     assert!(!checkpoint.config().sub_norms);
-    assert!(matches!(checkpoint.norm(Norm::AttentionSub(0)), Err(LoadError::MissingTensor { .. })));
+    assert!(matches!(
+        checkpoint.norm(Norm::AttentionSub(0)),
+        Err(LoadError::File(FileError::MissingTensor { .. }))
+    ));
     assert!(matches!(
         checkpoint.norm(Norm::Attention(1)),
         Err(LoadError::NoSuchLayer { layer: 1, n_layers: 1, .. })

@@ -1,7 +1,7 @@
 //! Hugging Face directories that lie: configurations, indices and safetensors files, each refused with an
 //! error that says what is wrong, without a panic and without an allocation out of proportion.
 
-use bitnet_burn::Activation;
+use bitnet_burn::GatedActivation;
 use bitnet_burn::Projection;
 use bitnet_burn_engine::checkpoint::{Checkpoint, LoadError, OpenOptions, TokenizerSource};
 use proptest::prelude::{Just, Strategy, any};
@@ -178,7 +178,7 @@ fn configurations_of_all_versions_are_read() {
     assert_eq!((config.head_dim, config.rope_theta, config.eos_tokens.clone()), (4, 500_000.0, vec![2]));
     assert_eq!(
         (config.activation, config.sub_norms, config.tied_embeddings),
-        (Activation::Relu2, true, true)
+        (GatedActivation::Relu2, true, true)
     );
     assert_eq!(opened.checkpoint.warnings(), &[] as &[String]);
     let TokenizerSource::Hf { dir } = opened.checkpoint.tokenizer_source() else { panic!("a directory") };
@@ -221,9 +221,9 @@ fn configurations_of_all_versions_are_read() {
     let opened = llama.open().unwrap();
     assert!(!opened.checkpoint.config().sub_norms);
     // The option wins, and says so.
-    let options = OpenOptions { hidden_act: Some(Activation::Silu), ..Default::default() };
+    let options = OpenOptions { hidden_act: Some(GatedActivation::Silu), ..Default::default() };
     let opened = Model::packed().open_with(&options).unwrap();
-    assert_eq!(opened.checkpoint.config().activation, Activation::Silu);
+    assert_eq!(opened.checkpoint.config().activation, GatedActivation::Silu);
     assert!(opened.checkpoint.warnings()[0].contains("hidden_act"));
     assert!(Model::packed().without("hidden_act").open_with(&options).is_ok());
 }

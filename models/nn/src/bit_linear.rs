@@ -1,7 +1,7 @@
 //! The BitNet linear layer ("The Era of 1-bit LLMs", arXiv 2402.17764; quantisers as in arXiv
 //! 2504.12285, section 2).
 
-use bitnet_burn_backends::Kernels;
+use bitnet_burn_backends::MatrixKernels;
 use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
 use bitnet_burn_formats::canonical;
 use bitnet_burn_formats::quant;
@@ -77,7 +77,7 @@ pub struct PackedWeight {
     /// `[1]`: weight = code * scale.
     pub scale: Param<Tensor<1>>,
     #[module(skip)]
-    choice: Option<Kernels>,
+    choice: Option<MatrixKernels>,
 }
 
 impl BitLinearConfig {

@@ -8,7 +8,7 @@ use burn::tensor::{Device, Tensor};
 use super::{
     BitAttention, BitAttentionConfig, BitFeedForward, BitFeedForwardConfig, BitLinear, GatedActivation,
 };
-use crate::{Activation, Batch, ForwardError, History, ModelConfig, Norm, Projection};
+use crate::{Batch, ForwardError, History, ModelConfig, Norm, Projection};
 
 /// Configuration of a [`BitBlock`].
 #[derive(Config, Debug)]
@@ -55,10 +55,6 @@ impl BitBlock {
         };
         let attention =
             BitAttentionConfig::new(config.hidden_size, config.n_heads, config.n_kv_heads, config.head_dim);
-        let activation = match config.activation {
-            Activation::Relu2 => GatedActivation::Relu2,
-            Activation::Silu => GatedActivation::Silu,
-        };
         let projections = [
             linear(layer, Projection::Q)?,
             linear(layer, Projection::K)?,
@@ -72,7 +68,11 @@ impl BitBlock {
         ];
         Ok(Self {
             attention: attention.assemble(norm(Norm::Attention(layer))?, projections),
-            feed_forward: BitFeedForward::assemble(norm(Norm::FeedForward(layer))?, feed_forward, activation),
+            feed_forward: BitFeedForward::assemble(
+                norm(Norm::FeedForward(layer))?,
+                feed_forward,
+                config.activation,
+            ),
         })
     }
 

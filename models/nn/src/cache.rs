@@ -4,11 +4,12 @@ use bitnet_burn_backends::AttentionArgs;
 pub use bitnet_burn_backends::CacheType;
 use bitnet_burn_backends::devices;
 use bitnet_burn_backends::ops::{self, CacheLayer};
-use bitnet_burn_manager::memory::WeightArena;
+use bitnet_burn_manager::memory::PageArena;
 use burn::tensor::{Device, Tensor};
 
 /// What a cache can't do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum CacheError {
     /// The device has no such type.
     #[error("the device {device} does not support a KV cache of {}; use f32", .cache_type.name())]
@@ -162,7 +163,7 @@ impl KvCache {
         let expected = if self.preallocated { self.capacity } else { expected };
         let room = expected.max(FIRST_ROOM).min(self.capacity.max(1));
         // All layers of a sequence grow together, and end together.
-        let arena = if self.preallocated { WeightArena::committed() } else { WeightArena::default() };
+        let arena = if self.preallocated { PageArena::committed() } else { PageArena::default() };
         let empty = |device| self.empty(room, device, &arena);
         let layers = self.devices.iter().map(|device| Some((empty(device), empty(device)))).collect();
         self.insert(Slot { length: 0, forgotten: 0, room, layers })
@@ -177,7 +178,7 @@ impl KvCache {
         SequenceId(free)
     }
 
-    fn empty(&self, room: usize, device: &Device, arena: &WeightArena) -> CacheLayer {
+    fn empty(&self, room: usize, device: &Device, arena: &PageArena) -> CacheLayer {
         let shape = [self.n_kv_heads, room, self.head_dim];
         CacheLayer::zeros(self.cache_type, shape, device, arena)
     }
@@ -263,7 +264,7 @@ impl KvCache {
             return Ok(());
         }
         let new_room = needed.max(room * 2).min(self.capacity);
-        let arena = WeightArena::default();
+        let arena = PageArena::default();
         for layer in 0..self.devices.len() {
             let (k, v) = self.slot_mut(id)?.layers[layer].take().expect("no operation holds it");
             let grow = |old| self.empty(new_room, &self.devices[layer], &arena).with_positions(old, kept);
@@ -278,7 +279,7 @@ impl KvCache {
     fn forget(&mut self, id: SequenceId, at_least: usize) -> Result<(), CacheError> {
         let kept = self.kept(id)?;
         let count = at_least.next_multiple_of((self.capacity / 8).max(1)).min(kept);
-        let arena = WeightArena::default();
+        let arena = PageArena::default();
         for layer in 0..self.devices.len() {
             let (k, v) = self.slot_mut(id)?.layers[layer].take().expect("no operation holds it");
             let rest = |old: CacheLayer| {
@@ -315,7 +316,7 @@ impl KvCache {
         let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position };
         // Taken out, so that the operation is the only owner and writes in place.
         let caches = slot.layers[layer].take().expect("no operation holds it");
-        let (context, caches) = ops::attend(qkv, angles, caches, args);
+        let (context, caches) = ops::cached_attention(qkv, angles, caches, args);
         slot.layers[layer] = Some(caches);
         Ok(context)
     }

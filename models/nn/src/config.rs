@@ -3,48 +3,13 @@
 //! GGUF metadata and Hugging Face's `config.json` both become a [`ModelConfig`]; the model is built from
 //! it alone. Names are those of the Hugging Face configuration where the two differ.
 
-use bitnet_burn_backends::CacheType;
+use bitnet_burn_backends::{CacheType, GatedActivation};
 use serde::{Deserialize, Serialize};
-use std::fmt;
-
-/// The non-linearity of the gated feed-forward layer, `down(f(gate(x)) * up(x))`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Activation {
-    /// Squared ReLU, `max(x, 0)^2`: BitNet b1.58 2B-4T (arXiv 2504.12285).
-    Relu2,
-    /// `x * sigmoid(x)`: the older BitNet checkpoints and everything shaped like Llama.
-    Silu,
-}
-
-impl Activation {
-    /// The name in configuration files: `relu2` or `silu`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Relu2 => "relu2",
-            Self::Silu => "silu",
-        }
-    }
-
-    /// The activation of that name, or `None`. Spellings in use: `relu2`, `relu_squared`, `silu`, `swish`.
-    pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "relu2" | "relu_squared" => Some(Self::Relu2),
-            "silu" | "swish" => Some(Self::Silu),
-            _ => None,
-        }
-    }
-}
-
-impl fmt::Display for Activation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
 
 /// A field of a [`ModelConfig`] that no model can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{field}` {problem}")]
+#[non_exhaustive]
 pub struct ConfigError {
     /// The field of [`ModelConfig`].
     pub field: &'static str,
@@ -80,7 +45,7 @@ pub struct ModelConfig {
     /// Added to the mean square in every RMSNorm.
     pub rms_norm_eps: f32,
     /// Of the feed-forward layer.
-    pub activation: Activation,
+    pub activation: GatedActivation,
     /// Whether there is an RMSNorm before the attention's output projection and before the down projection.
     pub sub_norms: bool,
     /// Whether the output head is the embedding.
@@ -206,7 +171,7 @@ mod tests {
             context_length: 4096,
             rope_theta: 500_000.0,
             rms_norm_eps: 1e-5,
-            activation: Activation::Relu2,
+            activation: GatedActivation::Relu2,
             sub_norms: true,
             tied_embeddings: true,
             bos_token: Some(128_000),

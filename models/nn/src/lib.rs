@@ -27,7 +27,7 @@ pub use bit_linear::{BitLinear, BitLinearConfig, BitLinearWeight, PackedWeight};
 pub use block::{BitBlock, BitBlockConfig};
 pub use burn::nn::{RmsNorm, RmsNormConfig};
 pub use cache::{CacheError, CacheType, KvCache, SequenceId};
-pub use config::{Activation, ConfigError, ModelConfig};
+pub use config::{ConfigError, ModelConfig};
 pub use dense::{DenseMatrix, DenseMatrixError, DenseWeight};
 pub use feed_forward::{BitFeedForward, BitFeedForwardConfig};
 pub use model::{BitNet, ForwardError, rms_norm};
@@ -39,3 +39,8 @@ pub use bitnet_burn_backends as backends;
 pub use bitnet_burn_backends::GatedActivation;
 pub use bitnet_burn_formats as formats;
 pub use bitnet_burn_manager as manager;
+
+// The example of the README runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -27,6 +27,7 @@ use crate::{
 
 /// Why a forward pass failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ForwardError {
     /// The kernels.
     #[error(transparent)]

@@ -25,7 +25,7 @@ impl BitNet {
             let logits = self.forward(&rows, &[rows.len() - 1], &mut cache).map_err(words)?;
             devices::read(logits).map(|_| ())
         };
-        devices::quietly(compute)?
+        devices::catching_panics(compute)?
     }
 
     /// That the weights which are not in host memory are where they were sent: a device that had no room for them says so

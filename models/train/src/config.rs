@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{GatedActivation, ModelConfig};
 
 /// A training run. The defaults are those of the model that the program carries.
 ///
@@ -19,6 +19,7 @@ use bitnet_burn::{Activation, ModelConfig};
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct TrainConfig {
     /// Of the initial weights, the order of the text, and the choice of the validation set.
     pub seed: u64,
@@ -37,6 +38,7 @@ pub struct TrainConfig {
 /// The model to train. The size of the vocabulary is the tokenizer's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct ModelOptions {
     /// The model's name in exported files.
     pub name: String,
@@ -59,7 +61,7 @@ pub struct ModelOptions {
     /// Epsilon of the norms.
     pub rms_norm_eps: f32,
     /// Of the feed-forward layer: `relu2` or `silu`.
-    pub activation: Activation,
+    pub activation: GatedActivation,
     /// RMSNorm before the output and the down projections, as BitNet b1.58 2B-4T has it.
     pub sub_norms: bool,
     /// Whether the output head is the embedding.
@@ -82,7 +84,7 @@ impl Default for ModelOptions {
             context_length: 256,
             rope_theta: 10_000.0,
             rms_norm_eps: 1e-5,
-            activation: Activation::Relu2,
+            activation: GatedActivation::Relu2,
             sub_norms: true,
             tied_embeddings: true,
             ternary: true,
@@ -93,6 +95,7 @@ impl Default for ModelOptions {
 /// The tokenizer: a given one, or one trained on the text (byte-level BPE).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct TokenizerOptions {
     /// A `tokenizer.json` with an end-of-text token; empty: train one.
     pub file: PathBuf,
@@ -122,6 +125,7 @@ pub enum Documents {
 /// The text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct DataOptions {
     /// How plain text is cut into documents: `file`, `paragraph` or `line`.
     pub documents: Documents,
@@ -142,6 +146,7 @@ impl Default for DataOptions {
 /// decay is switched off.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct OptimizerOptions {
     /// The highest learning rate.
     pub learning_rate: f64,
@@ -182,6 +187,7 @@ impl Default for OptimizerOptions {
 /// Steps, evaluations and checkpoints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct RunOptions {
     /// Steps of the optimiser.
     pub steps: u64,
@@ -406,7 +412,7 @@ mod tests {
         config.set("optimizer.learning_rate = 0.001").unwrap();
         config.set("tokenizer.file=a/b.json").unwrap();
         config.set("run.steps=10").unwrap();
-        assert_eq!((config.model.activation, config.run.steps), (Activation::Silu, 10));
+        assert_eq!((config.model.activation, config.run.steps), (GatedActivation::Silu, 10));
         assert_eq!(TrainConfig::from_toml(&config.to_toml()).unwrap(), config);
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<TrainConfig>(&json).unwrap(), config);

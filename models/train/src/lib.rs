@@ -18,3 +18,8 @@ pub use metrics::{Curve, Metrics, Row as MetricsRow, plot};
 pub(crate) use store::has_checkpoints;
 pub use store::{checkpoints, config_of, is_run, newest};
 pub use trainer::*;
+
+// The example of the README runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -41,6 +41,7 @@ use crate::{Corpus, Dataset, Epoch, Metrics, MetricsRow, TrainConfig, Window};
 
 /// Why training did not start, or ended.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TrainError {
     /// The operating system refused.
     #[error("{}: cannot {action}: {error}", path.display())]

@@ -6,6 +6,7 @@
 //!
 //! * [`abi`]: the `#[repr(C)]` types. `include/bitnet_plugin.h` is the same contract for C.
 //! * [`canonical`]: the canonical weight layout (I2_S rows) that every kernel packs from.
+//! * [`features`]: the names of CPU features, and which of them this machine has.
 //! * [`sdk`]: a safe trait to implement, and the macros that turn it into a plugin:
 //!
 //! ```
@@ -47,4 +48,10 @@
 
 pub mod abi;
 pub mod canonical;
+pub mod features;
 pub mod sdk;
+
+// The example of the README runs with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,94 +1,27 @@
-//! SIMD kernels for ternary matrix multiplication on CPUs, as a bitnet-burn kernel plugin, and the
-//! activation quantisation that feeds them.
+//! SIMD on CPUs: kernels for ternary matrix multiplication, as a bitnet-burn kernel plugin, and plain functions for
+//! the rest of a network.
 //!
-//! [`PLUGIN`] is the descriptor: the host links this crate and registers it like any other plugin, or
-//! loads the same descriptor from the `cdylib` that `bitnet-burn-cpu-plugin` builds. These are the
-//! families of kernels:
+//! [`PLUGIN`] is the descriptor of the [`ternary`] kernels: the host links this crate and registers it like any other
+//! plugin, or loads the same descriptor from the `cdylib` that `bitnet-burn-cpu-plugin` builds. [`peak`] is the roof
+//! above their speed.
 //!
-//! | kernels | weights | idea |
-//! | --- | --- | --- |
-//! | `i2s-*` | canonical (I2_S) rows, read where they lie | GEMV one weight row after the other, GEMM in register blocks of up to 4 x 4 rows |
-//! | `t2-*` | the private packing `t2x32` ([`tile`]) | 32 weight rows at a time, one per 32-bit lane: no horizontal sums, one sequential stream |
-//! | `t5-*` | the private packing `t5x32` ([`trits`]) | the same with five weights a byte, where a byte permutation decodes them |
-//! | `tl1-*`, `tl2-*` | the private packings `tl1x32` and `tl2x32` (`lut`) | no products: two or three weights at a time are looked up in tables of the activations' sums |
+//! The functions work on slices, without Burn's types: [`attention`] over a KV cache, the dense layers
+//! ([`dense`]), [`rope`], [`gated`] activations, [`quantise`] (which is fused with RMSNorm), and what only
+//! [`training`] needs. Their caller lends them [`Threads`]. They are written once over the vectors of [`simd`],
+//! which has the instruction sets.
 //!
-//! All but the last multiply *unsigned* codes c = w + 1 in {0, 1, 2} by signed activations, which is what the
-//! byte dot-product instructions want, and subtract the activations' sum: dot = sum(c * x) - sum(x).
-//!
-//! # Layout of this crate
-//! `generic` holds the loops over tiles, written once; `arch` says, per instruction set, how one block
-//! is multiplied; [`quantise`], [`tile`], [`trits`] and `lut` are the data formats on both sides; [`peak`] is the roof
-//! above them. [`dense`] holds what is not ternary and no plugin's yet: the products of an output projection of
-//! 8, 6 or 4 bits.
+//! All of it asks [`bitnet_burn_plugin::features`] for the CPU's features, which respects the process's mask.
 
-mod arch;
+pub mod attention;
 pub mod dense;
-mod generic;
-#[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
-pub mod lut;
+pub mod gated;
 pub mod peak;
 pub mod quantise;
-pub mod tile;
-pub mod trits;
+pub mod rope;
+pub mod simd;
+pub mod ternary;
+mod threads;
+pub mod training;
 
-use std::ffi::CStr;
-
-/// The crate's version, as the descriptor wants it.
-const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
-    Ok(version) => version,
-    Err(_) => panic!("a version contains no NUL"),
-};
-
-#[cfg(target_arch = "x86_64")]
-bitnet_burn_plugin::plugin! {
-    /// The descriptor of this plugin.
-    pub static PLUGIN = {
-        name: c"cpu",
-        version: VERSION,
-        kernels: [
-            arch::x86_64::amx::Tiles,
-            arch::x86_64::amx::Trits,
-            arch::x86_64::avx512vbmi::Trits,
-            arch::x86_64::avx512vnni::Tiles,
-            arch::x86_64::avx512vnni::Rows,
-            arch::x86_64::avxvnni::Tiles,
-            arch::x86_64::avxvnni::Rows,
-            arch::x86_64::avx2::Tiles,
-            arch::x86_64::avx2::Rows,
-            arch::x86_64::avx2lut::Tables<2>,
-            arch::x86_64::avx2lut::Tables<3>,
-            arch::scalar::Tiles,
-            arch::scalar::Rows,
-        ],
-    };
-}
-
-#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-bitnet_burn_plugin::plugin! {
-    /// The descriptor of this plugin.
-    pub static PLUGIN = {
-        name: c"cpu",
-        version: VERSION,
-        kernels: [
-            arch::aarch64::i8mm::Tiles,
-            arch::aarch64::dotprod::Tiles,
-            arch::aarch64::dotprod::Rows,
-            arch::aarch64::neon::Tiles,
-            arch::aarch64::neon::Rows,
-            arch::aarch64::neonlut::Tables<2>,
-            arch::aarch64::neonlut::Tables<3>,
-            arch::scalar::Tiles,
-            arch::scalar::Rows,
-        ],
-    };
-}
-
-#[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little"))))]
-bitnet_burn_plugin::plugin! {
-    /// The descriptor of this plugin.
-    pub static PLUGIN = {
-        name: c"cpu",
-        version: VERSION,
-        kernels: [arch::scalar::Tiles, arch::scalar::Rows],
-    };
-}
+pub use ternary::PLUGIN;
+pub use threads::Threads;

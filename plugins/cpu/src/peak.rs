@@ -1,8 +1,7 @@
-//! What a core could do at most: multiply on registers alone, with the kernels' instruction; and read.
+//! The most that a core can do: multiply on registers alone, with the kernels' instruction; and read.
 //!
-//! No kernel of this crate gets to the first, since each also loads, unpacks and adds up, nor, with weights that
-//! come from memory, to the second. They are the roof that times are compared with, and a figure above it was not
-//! measured.
+//! Kernels stay below the first, since each also loads, unpacks and adds up. With weights in memory they stay below
+//! the second too. Times are compared with this roof; a figure above it is a mistake in the measurement.
 
 /// Multiplies int8 values and adds the products up for a while on this thread, with the widest instruction that
 /// the kernels of this crate would use here; returns how many multiply-adds that were. `None` where the crate
@@ -34,7 +33,13 @@ pub fn read(bytes: &[u8]) -> u64 {
 /// Independent sums: more than an instruction's latency times the units that execute it.
 #[cfg(target_arch = "x86_64")]
 fn run(rounds: u32, matrix_unit: bool) -> Option<u64> {
-    use std::arch::{asm, is_x86_feature_detected};
+    use std::arch::asm;
+
+    use bitnet_burn_plugin::features::{self, Features};
+
+    const AVX512_VNNI: Features = Features::of("avx512f,avx512vnni");
+    const AVX_VNNI: Features = Features::of("avxvnni");
+    const AVX2: Features = Features::of("avx2");
 
     // What the registers hold is zero, and does not matter to integers.
     macro_rules! spin {
@@ -72,15 +77,17 @@ fn run(rounds: u32, matrix_unit: bool) -> Option<u64> {
         };
     }
 
-    if let Some(per_round) = matrix_unit.then(|| crate::arch::x86_64::amx::multiply_adds(rounds)).flatten() {
+    if let Some(per_round) =
+        matrix_unit.then(|| crate::ternary::arch::x86_64::amx::multiply_adds(rounds)).flatten()
+    {
         Some(per_round)
-    } else if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
+    } else if features::has(AVX512_VNNI) {
         dot!("vpdpbusd", "zmm", [0 1 2 3 4 5 6 7 8 9 10 11]);
         Some(12 * 64)
-    } else if is_x86_feature_detected!("avxvnni") {
+    } else if features::has(AVX_VNNI) {
         dot!("{{vex}} vpdpbusd", "ymm", [0 1 2 3 4 5 6 7 8 9 10 11]);
         Some(12 * 32)
-    } else if is_x86_feature_detected!("avx2") {
+    } else if features::has(AVX2) {
         multiply_and_add!([0 7 1 8 2 9 3 10 4 11 5 12 6 13]);
         Some(7 * 32)
     } else {
@@ -90,7 +97,12 @@ fn run(rounds: u32, matrix_unit: bool) -> Option<u64> {
 
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 fn run(rounds: u32, _: bool) -> Option<u64> {
-    use std::arch::{asm, is_aarch64_feature_detected};
+    use std::arch::asm;
+
+    use bitnet_burn_plugin::features::{self, Features};
+
+    const I8MM: Features = Features::of("neon,i8mm");
+    const DOTPROD: Features = Features::of("neon,dotprod");
 
     macro_rules! spin {
         ($name:ident, $features:literal, $instruction:literal, $sums:literal, $operands:literal) => {
@@ -136,10 +148,10 @@ fn run(rounds: u32, _: bool) -> Option<u64> {
 
     // SAFETY: the features were detected.
     unsafe {
-        if is_aarch64_feature_detected!("i8mm") {
+        if features::has(I8MM) {
             matrix(rounds);
             Some(16 * 32)
-        } else if is_aarch64_feature_detected!("dotprod") {
+        } else if features::has(DOTPROD) {
             dot(rounds);
             Some(16 * 16)
         } else {

@@ -10,19 +10,21 @@
 //! and rounding the quotient and the product moves 127 by less than 127 * 2^-22, which is far from 127.5.
 //! A row with a NaN or an infinity gets q = 0, scale NaN and sum 0.
 //!
-//! RMSNorm is y = (x * r) * w with r = 1 / sqrt(mean(x^2) + eps). Its sum of squares runs in 16 lanes,
-//! lane l over the elements l, 16 + l, 32 + l, ... in this order with fused multiply-adds, and then over
-//! the lanes as a tree (l with l + 8, l + 4, l + 2, l + 1). So every CPU gets the same bits.
+//! RMSNorm is y = (x * r) * w with r = 1 / sqrt(mean(x^2) + eps). Its sum of squares is in the order of
+//! [`simd`](crate::simd), so every CPU gets the same bits.
 //!
-//! The loops are written once, so that compilers vectorise them, and compiled once per instruction set.
+//! The loops are written so that compilers vectorise them, and compiled once per instruction set.
 
-/// Lanes of the sum of squares.
-const LANES: usize = 16;
+use crate::simd::{Isa, Kernel, LANES, Level};
+use crate::threads::{Shared, Threads, run};
+
 /// The smallest absmax: a row of zeros has this scale.
 const MIN_ABSMAX: f32 = 1e-5;
 /// 1.5 * 2^23: adding it rounds a value of magnitude up to 2^22 to an integer, half to even, which is then
 /// in the low bits of the sum's representation.
 const ROUND: f32 = 12_582_912.0;
+/// Rows are shared out to threads from this many values on.
+const PARALLEL_FROM: usize = 1 << 15;
 
 /// Quantises rows of `k` values.
 ///
@@ -36,16 +38,7 @@ const ROUND: f32 = 12_582_912.0;
 /// If `stride` is smaller than `k`, or a slice has not the length that goes with the others (`q` may be
 /// longer).
 pub fn quantise_rows(x: &[f32], k: usize, q: &mut [i8], stride: usize, scale: &mut [f32], sum: &mut [i32]) {
-    let rows = Rows::new(x, k, q, stride, scale, sum);
-    #[cfg(target_arch = "x86_64")]
-    match x86_64::level() {
-        // SAFETY: the CPU has the features.
-        x86_64::Level::Avx512 => return unsafe { x86_64::quantise_avx512(rows) },
-        // SAFETY: the CPU has the features.
-        x86_64::Level::Avx2 => return unsafe { x86_64::quantise_avx2(rows) },
-        x86_64::Level::Baseline => {}
-    }
-    rows.quantise();
+    Level::best().run(Quantise(Rows::new(x, k, q, stride, scale, sum)));
 }
 
 /// RMSNorm over rows of `k` values, and quantisation of the result.
@@ -72,15 +65,54 @@ pub fn rms_norm_quantise_rows(
 ) {
     assert_eq!(norm_weight.len(), k, "norm weights for rows of another length");
     let rows = Rows::new(x, k, q, stride, scale, sum);
-    #[cfg(target_arch = "x86_64")]
-    match x86_64::level() {
-        // SAFETY: the CPU has the features.
-        x86_64::Level::Avx512 => return unsafe { x86_64::norm_quantise_avx512(rows, norm_weight, eps) },
-        // SAFETY: the CPU has the features.
-        x86_64::Level::Avx2 => return unsafe { x86_64::norm_quantise_avx2(rows, norm_weight, eps) },
-        x86_64::Level::Baseline => {}
+    Level::best().run(NormQuantise { rows, norm_weight, eps });
+}
+
+/// Where [`quantise_on`] writes M rows.
+#[derive(Debug)]
+pub struct Quantised<'a> {
+    /// Rows of `stride` int8 values; those behind the row's own become 0.
+    pub q: &'a mut [i8],
+    /// Values from row to row.
+    pub stride: usize,
+    /// M times absmax / 127.
+    pub scale: &'a mut [f32],
+    /// M sums of a row's int8 values.
+    pub sum: &'a mut [i32],
+}
+
+/// [`quantise_rows`], or [`rms_norm_quantise_rows`] with the weights and epsilon of `norm`, shared out to threads
+/// where that pays.
+///
+/// # Panics
+/// As those.
+pub fn quantise_on(
+    threads: &dyn Threads,
+    x: &[f32],
+    k: usize,
+    norm: Option<(&[f32], f32)>,
+    out: Quantised<'_>,
+) {
+    let Quantised { q, stride, scale, sum } = out;
+    let rows = |x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]| match norm {
+        None => quantise_rows(x, k, q, stride, scale, sum),
+        Some((weight, eps)) => rms_norm_quantise_rows(x, weight, eps, k, q, stride, scale, sum),
+    };
+    let m = scale.len();
+    let tasks = (threads.threads() * 4).min(m);
+    if x.len() < PARALLEL_FROM || tasks < 2 {
+        return rows(x, q, scale, sum);
     }
-    rows.norm_quantise::<BASELINE_FMA>(norm_weight, eps);
+    let (q, scale, sum) = (Shared::new(q), Shared::new(scale), Shared::new(sum));
+    run(threads, true, tasks, &|task| {
+        let (from, to) = (m * task / tasks, m * (task + 1) / tasks);
+        let count = to - from;
+        // SAFETY: the tasks' ranges of rows are disjoint.
+        let (q, scale, sum) = unsafe {
+            (q.part(from * stride, count * stride), scale.part(from, count), sum.part(from, count))
+        };
+        rows(&x[from * k..to * k], q, scale, sum);
+    });
 }
 
 /// RMSNorm over rows of `k` values: `y` = x / sqrt(mean(x^2) + `eps`) * `norm_weight`.
@@ -91,77 +123,7 @@ pub fn rms_norm_rows(x: &[f32], norm_weight: &[f32], eps: f32, k: usize, y: &mut
     assert_eq!(norm_weight.len(), k, "norm weights for rows of another length");
     assert_eq!(x.len(), y.len(), "a norm's result has the shape of its argument");
     assert!(x.len().checked_rem(k).unwrap_or(x.len()) == 0, "{} values are not rows of {k}", x.len());
-    #[cfg(target_arch = "x86_64")]
-    match x86_64::level() {
-        // SAFETY: the CPU has the features.
-        x86_64::Level::Avx512 => return unsafe { x86_64::norm_avx512(x, norm_weight, eps, y) },
-        // SAFETY: the CPU has the features.
-        x86_64::Level::Avx2 => return unsafe { x86_64::norm_avx2(x, norm_weight, eps, y) },
-        x86_64::Level::Baseline => {}
-    }
-    norm::<BASELINE_FMA>(x, norm_weight, eps, y);
-}
-
-/// Whether the target's baseline has a fused multiply-add instruction.
-const BASELINE_FMA: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
-
-/// The instantiations for instruction sets beyond the baseline.
-#[cfg(target_arch = "x86_64")]
-mod x86_64 {
-    use super::Rows;
-
-    /// What the CPU has.
-    #[derive(Clone, Copy)]
-    pub(super) enum Level {
-        /// What every x86-64 CPU has.
-        Baseline,
-        /// AVX2 and FMA.
-        Avx2,
-        /// AVX-512 F, BW and VL.
-        Avx512,
-    }
-
-    pub(super) fn level() -> Level {
-        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-        let avx512 = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl");
-        match (avx2, avx512) {
-            (true, true) => Level::Avx512,
-            (true, false) => Level::Avx2,
-            _ => Level::Baseline,
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
-    pub(super) fn quantise_avx512(rows: Rows) {
-        rows.quantise();
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) fn quantise_avx2(rows: Rows) {
-        rows.quantise();
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
-    pub(super) fn norm_quantise_avx512(rows: Rows, w: &[f32], eps: f32) {
-        rows.norm_quantise::<true>(w, eps);
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) fn norm_quantise_avx2(rows: Rows, w: &[f32], eps: f32) {
-        rows.norm_quantise::<true>(w, eps);
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
-    pub(super) fn norm_avx512(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
-        super::norm::<true>(x, w, eps, y);
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) fn norm_avx2(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
-        super::norm::<true>(x, w, eps, y);
-    }
+    Level::best().run(Norm { x, norm_weight, eps, y });
 }
 
 /// Checked arguments of a quantisation.
@@ -190,28 +152,69 @@ impl<'a> Rows<'a> {
         assert_eq!(sum.len(), m, "as many sums as scales");
         Self { x, k, q, stride, scale, sum }
     }
+}
+
+struct Quantise<'a>(Rows<'a>);
+
+impl Kernel for Quantise<'_> {
+    type Out = ();
 
     #[inline(always)]
-    fn quantise(self) {
-        let inputs = self.x.chunks_exact(self.k).zip(self.q.chunks_exact_mut(self.stride));
-        let outputs = self.scale.iter_mut().zip(self.sum);
-        for ((x, q), (scale, sum)) in inputs.zip(outputs) {
-            let (q, padding) = q.split_at_mut(self.k);
+    fn run<I: Isa>(self, _: I) {
+        let Rows { x, k, q, stride, scale, sum } = self.0;
+        let inputs = x.chunks_exact(k).zip(q.chunks_exact_mut(stride));
+        for ((x, q), (scale, sum)) in inputs.zip(scale.iter_mut().zip(sum)) {
+            let (q, padding) = q.split_at_mut(k);
             (*scale, *sum) = quantise_row(x.iter().copied(), q);
             padding.fill(0);
         }
     }
+}
+
+struct NormQuantise<'a> {
+    rows: Rows<'a>,
+    norm_weight: &'a [f32],
+    eps: f32,
+}
+
+impl Kernel for NormQuantise<'_> {
+    type Out = ();
 
     #[inline(always)]
-    fn norm_quantise<const FMA: bool>(self, w: &[f32], eps: f32) {
-        let inputs = self.x.chunks_exact(self.k).zip(self.q.chunks_exact_mut(self.stride));
-        let outputs = self.scale.iter_mut().zip(self.sum);
-        for ((x, q), (scale, sum)) in inputs.zip(outputs) {
-            let (q, padding) = q.split_at_mut(self.k);
-            let r = inverse_rms::<FMA>(x, eps);
+    fn run<I: Isa>(self, isa: I) {
+        let Rows { x, k, q, stride, scale, sum } = self.rows;
+        let inputs = x.chunks_exact(k).zip(q.chunks_exact_mut(stride));
+        for ((x, q), (scale, sum)) in inputs.zip(scale.iter_mut().zip(sum)) {
+            let (q, padding) = q.split_at_mut(k);
+            let r = inverse_rms(isa, x, self.eps);
             // Computed anew in each pass over the row: cheaper than keeping the result.
-            (*scale, *sum) = quantise_row(x.iter().zip(w).map(|(x, w)| (x * r) * w), q);
+            (*scale, *sum) = quantise_row(x.iter().zip(self.norm_weight).map(|(x, w)| (x * r) * w), q);
             padding.fill(0);
+        }
+    }
+}
+
+struct Norm<'a> {
+    x: &'a [f32],
+    norm_weight: &'a [f32],
+    eps: f32,
+    y: &'a mut [f32],
+}
+
+impl Kernel for Norm<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let (w, k) = (self.norm_weight, self.norm_weight.len());
+        if k == 0 {
+            return;
+        }
+        for (x, y) in self.x.chunks_exact(k).zip(self.y.chunks_exact_mut(k)) {
+            let r = inverse_rms(isa, x, self.eps);
+            for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                *y = (x * r) * w;
+            }
         }
     }
 }
@@ -242,16 +245,16 @@ fn quantise_row(x: impl Iterator<Item = f32> + Clone, q: &mut [i8]) -> (f32, i32
 
 /// 1 / sqrt(mean(x^2) + eps).
 #[inline(always)]
-fn inverse_rms<const FMA: bool>(x: &[f32], eps: f32) -> f32 {
+fn inverse_rms<I: Isa>(isa: I, x: &[f32], eps: f32) -> f32 {
     let mut sums = [0.0; LANES];
     let (chunks, tail) = x.as_chunks::<LANES>();
     for v in chunks {
         for l in 0..LANES {
-            sums[l] = add_square::<FMA>(v[l], sums[l]);
+            sums[l] = isa.fma1(v[l], v[l], sums[l]);
         }
     }
     for (sum, v) in sums.iter_mut().zip(tail) {
-        *sum = add_square::<FMA>(*v, *sum);
+        *sum = isa.fma1(*v, *v, *sum);
     }
     let mut width = LANES / 2;
     while width > 0 {
@@ -263,43 +266,10 @@ fn inverse_rms<const FMA: bool>(x: &[f32], eps: f32) -> f32 {
     1.0 / (sums[0] / x.len() as f32 + eps).sqrt()
 }
 
-/// x * x + sum, rounded once, for sum >= 0.
-#[inline(always)]
-fn add_square<const FMA: bool>(x: f32, sum: f32) -> f32 {
-    if FMA {
-        return x.mul_add(x, sum);
-    }
-    // Without the instruction: the square is exact in f64; the sum is rounded there to odd, that is, if it
-    // is inexact, to the neighbour with an odd last digit. Then the rounding to f32 is as if it were the
-    // only one (S. Boldo, G. Melquiond, Emulation of a FMA and correctly rounded sums, 2008).
-    let (square, sum) = (f64::from(x) * f64::from(x), f64::from(sum));
-    let total = square + sum;
-    // Knuth's TwoSum: the exact error of the addition.
-    let part = total - square;
-    let error = (square - (total - part)) + (sum - part);
-    let bits = total.to_bits();
-    // NaN compares false, so that infinity and NaN stay as they are.
-    let up = u64::from(error > 0.0 && bits & 1 == 0);
-    let down = u64::from(error < 0.0 && bits & 1 == 0);
-    f64::from_bits(bits + up - down) as f32
-}
-
-#[inline(always)]
-fn norm<const FMA: bool>(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
-    if w.is_empty() {
-        return;
-    }
-    for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
-        let r = inverse_rms::<FMA>(x, eps);
-        for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-            *y = (x * r) * w;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::threads::tests::Scoped;
 
     /// xorshift64*, enough for test data.
     struct Random(u64);
@@ -347,52 +317,6 @@ mod tests {
         x.iter().zip(w).map(|(x, w)| (x * r) * w).collect()
     }
 
-    type Quantise = fn(Rows);
-    type NormQuantise = fn(Rows, &[f32], f32);
-    type Norm = fn(&[f32], &[f32], f32, &mut [f32]);
-
-    /// Every instantiation that this machine can run, and what the public functions choose.
-    fn versions() -> Vec<(&'static str, Quantise, NormQuantise, Norm)> {
-        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut, reason = "there are no others"))]
-        let mut versions: Vec<(_, Quantise, NormQuantise, Norm)> = vec![
-            ("baseline", |r| r.quantise(), |r, w, e| r.norm_quantise::<false>(w, e), norm::<false>),
-            ("mul_add", |r| r.quantise(), |r, w, e| r.norm_quantise::<true>(w, e), norm::<true>),
-            (
-                "public",
-                |r| quantise_rows(r.x, r.k, r.q, r.stride, r.scale, r.sum),
-                |r, w, e| rms_norm_quantise_rows(r.x, w, e, r.k, r.q, r.stride, r.scale, r.sum),
-                |x, w, e, y| rms_norm_rows(x, w, e, w.len(), y),
-            ),
-        ];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let level = x86_64::level();
-            if !matches!(level, x86_64::Level::Baseline) {
-                versions.push((
-                    "avx2",
-                    // SAFETY: AVX2 and FMA were detected.
-                    |r| unsafe { x86_64::quantise_avx2(r) },
-                    // SAFETY: as above.
-                    |r, w, e| unsafe { x86_64::norm_quantise_avx2(r, w, e) },
-                    // SAFETY: as above.
-                    |x, w, e, y| unsafe { x86_64::norm_avx2(x, w, e, y) },
-                ));
-            }
-            if matches!(level, x86_64::Level::Avx512) {
-                versions.push((
-                    "avx512",
-                    // SAFETY: AVX-512 was detected.
-                    |r| unsafe { x86_64::quantise_avx512(r) },
-                    // SAFETY: as above.
-                    |r, w, e| unsafe { x86_64::norm_quantise_avx512(r, w, e) },
-                    // SAFETY: as above.
-                    |x, w, e, y| unsafe { x86_64::norm_avx512(x, w, e, y) },
-                ));
-            }
-        }
-        versions
-    }
-
     fn bits(values: &[f32]) -> Vec<u32> {
         // All NaNs are one: which one comes out is up to the CPU.
         values.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() }).collect()
@@ -415,25 +339,36 @@ mod tests {
             }
             normed.extend(norm);
         }
-        for (name, quantise, norm_quantise, norm) in versions() {
+        // The public functions, then every instruction set.
+        for level in [None].into_iter().chain(Level::available().map(Some)) {
             for (what, expected) in [("plain", &plain), ("fused", &fused)] {
                 // One byte more than needed, which must stay.
                 let mut q = vec![99i8; m * stride + 1];
                 let (mut scale, mut sum) = (vec![9.0; m], vec![9; m]);
-                let rows = Rows::new(x, k, &mut q, stride, &mut scale, &mut sum);
-                if what == "plain" {
-                    quantise(rows)
-                } else {
-                    norm_quantise(rows, w, eps)
+                match (level, what) {
+                    (None, "plain") => quantise_rows(x, k, &mut q, stride, &mut scale, &mut sum),
+                    (None, _) => {
+                        rms_norm_quantise_rows(x, w, eps, k, &mut q, stride, &mut scale, &mut sum);
+                    }
+                    (Some(level), _) => {
+                        let rows = Rows::new(x, k, &mut q, stride, &mut scale, &mut sum);
+                        match what {
+                            "plain" => level.run(Quantise(rows)),
+                            _ => level.run(NormQuantise { rows, norm_weight: w, eps }),
+                        }
+                    }
                 }
                 assert_eq!(q.pop(), Some(99));
-                assert_eq!(q, expected.0, "{name} {what} k {k}");
-                assert_eq!(bits(&scale), bits(&expected.1), "{name} {what} k {k}");
-                assert_eq!(sum, expected.2, "{name} {what} k {k}");
+                assert_eq!(q, expected.0, "{level:?} {what} k {k}");
+                assert_eq!(bits(&scale), bits(&expected.1), "{level:?} {what} k {k}");
+                assert_eq!(sum, expected.2, "{level:?} {what} k {k}");
             }
             let mut y = vec![9.0; x.len()];
-            norm(x, w, eps, &mut y);
-            assert_eq!(bits(&y), bits(&normed), "{name} norm k {k}");
+            match level {
+                None => rms_norm_rows(x, w, eps, k, &mut y),
+                Some(level) => level.run(Norm { x, norm_weight: w, eps, y: &mut y }),
+            }
+            assert_eq!(bits(&y), bits(&normed), "{level:?} norm k {k}");
         }
     }
 
@@ -485,24 +420,21 @@ mod tests {
     }
 
     #[test]
-    fn the_software_fused_multiply_add_is_one() {
-        let mut random = Random(3);
-        for i in 0..2_000_000u32 {
-            let x = f32::from_bits(random.next() as u32);
-            let sum = match i % 3 {
-                // Of a magnitude with the square, near ties, and anything.
-                0 => x * x * (random.value() + 1.0),
-                1 => f32::from_bits(
-                    ((x * x).to_bits() & 0xff80_0000).wrapping_sub((random.next() % 30) as u32 * 0x0080_0000)
-                        & 0x7fff_ffff,
-                ),
-                _ => f32::from_bits(random.next() as u32 & 0x7fff_ffff),
-            };
-            let (ours, theirs) = (add_square::<false>(x, sum), x.mul_add(x, sum));
-            assert!(
-                ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()),
-                "{x:e} {sum:e}"
-            );
+    fn threads_give_the_same_rows() {
+        let mut random = Random(11);
+        for (m, k) in [(1, 70), (2, 40_000), (37, 1000), (9, 4096usize)] {
+            let stride = k.next_multiple_of(64);
+            let x: Vec<f32> = (0..m * k).map(|_| random.value()).collect();
+            let w: Vec<f32> = (0..k).map(|_| random.value()).collect();
+            for norm in [None, Some((&w[..], 1e-5))] {
+                let [want, got @ ..] = [1, 2, 3].map(|threads| {
+                    let (mut q, mut scale, mut sum) = (vec![7; m * stride], vec![7.0; m], vec![7; m]);
+                    let out = Quantised { q: &mut q, stride, scale: &mut scale, sum: &mut sum };
+                    quantise_on(&Scoped(threads), &x, k, norm, out);
+                    (q, bits(&scale), sum)
+                });
+                assert!(got.iter().all(|got| *got == want), "{m} x {k}");
+            }
         }
     }
 }

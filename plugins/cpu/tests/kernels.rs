@@ -11,6 +11,7 @@ use bitnet_burn_plugin::abi::{
     STATUS_UNSUPPORTED, Signature, Tile, WORKSPACE_ALIGNMENT, Weights,
 };
 use bitnet_burn_plugin::canonical;
+use bitnet_burn_plugin::features::{self, Features};
 use proptest::prelude::*;
 
 /// Bytes at a given alignment and no better, with poison around them that must not be written, and whose
@@ -212,39 +213,10 @@ fn kernels() -> impl Iterator<Item = &'static Kernel> {
     (0..PLUGIN.kernel_count as usize).map(|i| unsafe { &**PLUGIN.kernels.add(i) })
 }
 
-fn detected(feature: &str) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    match feature {
-        "avx2" => return is_x86_feature_detected!("avx2"),
-        "avxvnni" => return is_x86_feature_detected!("avxvnni"),
-        "avx512f" => return is_x86_feature_detected!("avx512f"),
-        "avx512bw" => return is_x86_feature_detected!("avx512bw"),
-        "avx512vl" => return is_x86_feature_detected!("avx512vl"),
-        "avx512vnni" => return is_x86_feature_detected!("avx512vnni"),
-        "avx512vbmi" => return is_x86_feature_detected!("avx512vbmi"),
-        // Intel SDM, CPUID leaf 7. Linux lets every process use the tiles that asks (since 5.16).
-        "amx-tile" => return cfg!(target_os = "linux") && leaf_7_edx() & (1 << 24) != 0,
-        "amx-int8" => return cfg!(target_os = "linux") && leaf_7_edx() & (1 << 25) != 0,
-        _ => {}
-    }
-    #[cfg(target_arch = "aarch64")]
-    match feature {
-        "neon" => return std::arch::is_aarch64_feature_detected!("neon"),
-        "dotprod" => return std::arch::is_aarch64_feature_detected!("dotprod"),
-        "i8mm" => return std::arch::is_aarch64_feature_detected!("i8mm"),
-        _ => {}
-    }
-    panic!("the test does not know the feature {feature}")
-}
-
-#[cfg(target_arch = "x86_64")]
-fn leaf_7_edx() -> u32 {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
-    if __cpuid(0).eax >= 7 { __cpuid_count(7, 0).edx } else { 0 }
-}
-
+/// Whether the kernel has to run here. (Linux lets every process that asks use AMX's tiles, since 5.16.)
 fn runs_here(kernel: &Kernel) -> bool {
-    text(kernel.features).split(',').filter(|f| !f.is_empty()).all(detected)
+    let needed = Features::of(&text(kernel.features));
+    features::has(needed) && (cfg!(target_os = "linux") || !needed.contains(Features::of("amx-tile")))
 }
 
 /// Packs (in several ranges), and checks that unpacking gives the canonical bytes back.
@@ -491,9 +463,9 @@ fn kernels_for_other_cpus_refuse_to_run() {
 #[test]
 fn the_features_decide_which_kernels_run() {
     let mut expected = vec!["t2-neon", "i2s-neon", "tl1-neon", "tl2-neon", "t2-scalar", "i2s-scalar"];
-    if detected("dotprod") {
+    if features::has(Features::of("dotprod")) {
         expected.splice(0..0, ["t2-dotprod", "i2s-dotprod"]);
-        if detected("i8mm") {
+        if features::has(Features::of("i8mm")) {
             expected.insert(0, "t2-i8mm");
         }
     }

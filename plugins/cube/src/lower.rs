@@ -58,6 +58,7 @@ use cubecl_wgpu::WgslCompiler;
 
 /// Why a function has no text.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum LowerError {
     /// CubeCL does not compile it.
     #[error("{language}: {reason}")]

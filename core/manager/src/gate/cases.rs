@@ -113,7 +113,7 @@ impl Display for Case {
 /// Tries a kernel that is linked in, within this process: fewer shapes, and marks instead of walls.
 ///
 /// # Errors
-/// The first case that fails, in words.
+/// The first case that fails.
 pub(crate) fn check_in_process(kernel: &Kernel) -> Result<(), String> {
     let pool = Pool::new(1).map_err(|error| error.to_string())?;
     let cases = SHAPES[..QUICK].iter().map(|&(m, n, k)| Case {
@@ -208,7 +208,7 @@ pub(super) const POISON: f32 = f32::from_bits(0x7fc0_dead);
 pub(super) const SCALE: f32 = 0.037;
 
 impl Case {
-    /// What the matrices hold, in words.
+    /// What the matrices hold, for messages.
     pub(super) fn values(&self) -> &'static str {
         match self.values {
             Values::Random => "random values",
@@ -265,7 +265,7 @@ impl Case {
             .map_err(|error| format!("the gate has no memory for {name}: {error}"))
     }
 
-    /// An input between walls, which nobody may write.
+    /// A read-only input between walls.
     pub(super) fn input(&self, name: &'static str, bytes: &[u8], alignment: usize) -> Result<Walled, String> {
         let mut buffer = self.walled(name, bytes.len(), alignment)?;
         buffer.bytes_mut().copy_from_slice(bytes);
@@ -306,7 +306,7 @@ impl Case {
             return Err("workspace_size depends on more than m and k".into());
         }
         if size > crate::plugin::max_workspace(m, x.stride()) {
-            return Err(format!("it asks for a workspace of {size} bytes"));
+            return Err(KernelFailure::Workspace { bytes: size }.to_string());
         }
         let mut workspace = self.walled("the workspace", size, WORKSPACE_ALIGNMENT)?;
         // SAFETY: filled activations, and a workspace of the size that the kernel asked for.
@@ -458,7 +458,7 @@ pub(super) fn compare(
     Ok(())
 }
 
-/// Where two canonical matrices differ, in words.
+/// Where two canonical matrices differ.
 pub(crate) fn difference(got: &[u8], want: &[u8], k: usize) -> Option<String> {
     let at = got.iter().zip(want).position(|(got, want)| got != want)?;
     let row_bytes = canonical::row_bytes(k);

@@ -16,7 +16,7 @@ use crate::pool::Pool;
 /// Threads that compute at once.
 const THREADS: usize = 4;
 
-/// The helper's side of [`examine`](super::examine): `arguments` are those behind
+/// The helper's side of the gate's first stage: `arguments` are those behind
 /// [`CHILD_COMMAND`](super::CHILD_COMMAND). Loads and tries the plugin, and reports on stdout. Nothing
 /// else may run in this process: the plugin may end it at any time.
 ///
@@ -109,7 +109,7 @@ fn try_plugin(
     if others.is_empty() {
         return Ok(());
     }
-    // A driver starts threads, which from here on are nobody's fault.
+    // A driver starts threads: from here on, new threads are not counted against the plugin.
     out.say(&Event::Trying { what: "opening the GPU".into() });
     let device = open();
     let words = device.as_ref().map_or_else(Clone::clone, |device| device.name());
@@ -150,7 +150,7 @@ impl Reporter {
     fn say(&mut self, event: &Event) {
         let mut line = serde_json::to_vec(event).expect("an event is plain data");
         line.push(b'\n');
-        // In one write, so that a crash can't leave half a line. If the parent is gone, nobody needs it.
+        // In one write, so that a crash can't leave half a line. If the parent is gone, the line is not needed.
         let _ = self.0.write_all(&line);
     }
 }

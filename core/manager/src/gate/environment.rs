@@ -15,7 +15,7 @@ impl FloatControl {
         write(self.0);
     }
 
-    /// What has changed since, in words.
+    /// What has changed since.
     pub fn changed(self) -> Option<String> {
         let now = read();
         (now != self.0).then(|| {

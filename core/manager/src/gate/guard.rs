@@ -87,7 +87,7 @@ impl Walled {
     fn part(&self, range: &Range<usize>) -> &[u8] {
         debug_assert!(self.pages.start <= range.start && range.end <= self.pages.end);
         // SAFETY: within the readable pages of the map, which lives as long as `self`. Kernels write there
-        // only while a call that got the pointer runs, and nobody holds this reference then.
+        // only while a call that got the pointer runs, and no reference to it is held then.
         unsafe { std::slice::from_raw_parts(self.base.add(range.start), range.len()) }
     }
 
@@ -105,7 +105,7 @@ impl Walled {
         self.base.wrapping_add(self.payload.start)
     }
 
-    /// From now on nobody may write it.
+    /// From now on it is read-only.
     pub fn freeze(&mut self) -> std::io::Result<()> {
         self.frozen = Some(self.bytes().to_vec());
         match self.walls {
@@ -408,7 +408,7 @@ mod tests {
         let mut buffer = Walled::new("it", 100, 4, Place::Odd, Walls::Marks).unwrap();
         let payload = buffer.payload.clone();
         let base = buffer.base;
-        // SAFETY: all places below are in the pages that may be touched, and nobody holds a reference.
+        // SAFETY: all places below are in the pages that may be touched, and no reference to them is held.
         let set = |at: usize, byte: u8| unsafe { base.add(at).write(byte) };
         for (at, message) in [
             (payload.end, "it wrote 1 byte behind it"),

@@ -2,7 +2,7 @@
 //!
 //! No finite test proves a kernel right, so there are three stages:
 //!
-//! 1. [`examine`]: many cases (random and adversarial inputs over many shapes, every buffer between
+//! 1. Before use: many cases (random and adversarial inputs over many shapes, every buffer between
 //!    guard pages, several tilings, several threads), compared bit for bit with the reference, **in a
 //!    child process**: a crash, a hang or a stray write ends the child, and the plugin is refused. The
 //!    child is a helper program that calls [`child`]: `bitnet` itself, `bitnet-gate` of this package, or
@@ -37,7 +37,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::cases::{check_in_process, difference};
 pub use self::child::{child, child_with_gpu};
 
-/// Counts what the gate looks at: a verdict of another version is none.
+/// Changes with what the gate looks at. Verdicts of another version are ignored.
 pub const GATE_VERSION: u32 = 2;
 
 /// First argument of the helper program, before the library and the name that messages call it by.
@@ -46,7 +46,7 @@ pub const CHILD_COMMAND: &str = "gate-child";
 /// Why a helper without a GPU runtime did not try a kernel for one.
 pub(crate) const NO_GPU_RUNTIME: &str = "the gate's helper has no GPU runtime";
 
-/// The gate as a whole may take so many times as long as one case.
+/// The whole gate may take this many times as long as one case.
 const WHOLE: u32 = 12;
 
 /// What the child says, one JSON object a line.
@@ -191,6 +191,7 @@ pub enum Stage {
 
 /// The gate could not be run: this says nothing about the plugin.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum GateError {
     /// The helper can't be started.
     #[error("the gate's helper program {} can't be started: {source}", helper.display())]
@@ -226,7 +227,7 @@ pub(crate) fn host_abi() -> String {
 ///
 /// # Errors
 /// If the helper could not be run. What the plugin does wrong is in the report.
-pub fn examine(
+pub(crate) fn examine(
     helper: &Path,
     library: &Path,
     origin: &Path,
@@ -442,7 +443,7 @@ fn lines(pipe: impl Read, out: &Sender<Heard>) {
             _ => break,
         }
     }
-    // Nobody listens any more: fine.
+    // The listener may be gone.
     let _ = out.send(Heard::Closed);
 }
 
@@ -463,7 +464,7 @@ fn last_words(mut pipe: impl Read) -> String {
     words.join(" / ").chars().take(300).collect()
 }
 
-/// How a process ended, in words.
+/// How a process ended.
 fn end_of(status: ExitStatus, fault: Option<String>) -> String {
     #[cfg(unix)]
     if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&status) {

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::choice::Choice;
+use super::CpuKernels;
 use super::report::{Event, EventKind, Failure};
 use super::slot::Change;
 use super::{Entry, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Memory, Status, lock};
 
 /// Memory is short below this fraction of all there is.
 pub const LOW_MEMORY: u64 = 16;
-/// It is looked at so often, at most.
+/// The memory is looked at once in this time, at most.
 const MEMORY_EVERY: Duration = Duration::from_secs(1);
 
 /// What a caller tells the manager ([`KernelManager::adapt`]).
@@ -20,8 +20,8 @@ const MEMORY_EVERY: Duration = Duration::from_secs(1);
 pub enum Feedback {
     /// Compare the kernels in use with their rivals again.
     Retune,
-    /// So much was measured, and so much is wanted, in any unit of which more is better (tokens a second):
-    /// less than wanted is a reason to [`Retune`](Self::Retune).
+    /// A measured speed and the wanted one, in any unit of which more is better (tokens a second). Less than
+    /// wanted means [`Retune`](Self::Retune).
     Speed {
         /// What was measured.
         measured: f64,
@@ -130,16 +130,16 @@ impl KernelManager {
 
     /// A kernel failed: demoted, unless there is nothing else that may compute.
     /// Whether it was.
-    pub(super) fn demote(&self, choice: &Choice, m: usize, rank: usize, reason: String) -> bool {
-        let repacked = choice.packer.as_ref().is_some_and(|packer| packer.watch.is_some());
-        let keep_last = !self.config.strict.allows_reference() && !repacked;
+    pub(super) fn demote(&self, choice: &CpuKernels, m: usize, rank: usize, reason: String) -> bool {
+        let fallback_weights = choice.packer.as_ref().is_some_and(|packer| packer.watch.is_some());
+        let keep_last = !self.config.strict.allows_reference() && !fallback_weights;
         let change = choice.slot(m).failed(rank, reason, self.policy, keep_last);
         let demoted = change.is_some();
         self.record(choice, m, change.into_iter().collect());
         demoted
     }
 
-    fn record(&self, choice: &Choice, m: usize, changes: Vec<Change>) {
+    fn record(&self, choice: &CpuKernels, m: usize, changes: Vec<Change>) {
         let Some(ranking) = choice.slot(m).known() else { return };
         for Change { kind, rank, reason, slow, measured } in changes {
             let entry = &ranking.candidates[rank].entry;
@@ -265,7 +265,7 @@ impl KernelManager {
                 Ok(0)
             }
             Feedback::Misbehaved { kernel, reason } => {
-                if !self.entries().iter().any(|entry| super::names(&entry.kernel, &kernel)) {
+                if !self.entries().iter().any(|entry| super::registry::names(&entry.kernel, &kernel)) {
                     return Err(self.unknown_kernel(&kernel));
                 }
                 if self.policy == FallbackPolicy::Never {
@@ -276,7 +276,7 @@ impl KernelManager {
                     for (rows, slot) in choice.slots() {
                         let candidates = slot.known().map_or(&[][..], |ranking| &ranking.candidates);
                         for (rank, candidate) in candidates.iter().enumerate() {
-                            if super::names(&candidate.entry.kernel, &kernel) {
+                            if super::registry::names(&candidate.entry.kernel, &kernel) {
                                 count += usize::from(self.demote(&choice, rows, rank, reason.clone()));
                             }
                         }
@@ -287,8 +287,8 @@ impl KernelManager {
         }
     }
 
-    /// The choices that somebody holds.
-    fn in_use(&self) -> Vec<Arc<Choice>> {
+    /// The choices that callers hold.
+    fn in_use(&self) -> Vec<Arc<CpuKernels>> {
         let mut made = lock(&self.made);
         made.retain(|choice| choice.strong_count() > 0);
         made.iter().filter_map(std::sync::Weak::upgrade).collect()

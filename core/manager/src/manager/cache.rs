@@ -2,7 +2,7 @@
 //! other processes wrote meanwhile. Whatever is wrong with the file costs a new measurement, nothing
 //! else.
 //!
-//! Who writes locks the directory, so that nobody's results get lost between reading and replacing the file.
+//! A process locks the directory to write, so that no results get lost between reading and replacing the file.
 //! A process that waits in vain (or a system without such locks) writes nevertheless: then the last one wins,
 //! and what the other measured is measured again. A process that is killed leaves the old file, and an
 //! unfinished one that a later writer removes.
@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::tune::Measurement;
+use super::measurement::{Measurement, Source};
 use crate::cpu;
 use bitnet_burn_formats::files;
 
@@ -32,7 +32,7 @@ struct File {
     version: u32,
     cpu: String,
     features: Vec<String>,
-    /// By signature, in words.
+    /// By signature.
     measurements: BTreeMap<String, Vec<Measurement>>,
 }
 
@@ -43,7 +43,10 @@ pub(super) struct Cache {
     known: BTreeMap<String, Vec<Measurement>>,
     /// Signatures that are not in the file yet: all others are the file's, which other processes write too.
     unwritten: BTreeSet<String>,
-    /// What is wrong with the file, in words, once something was.
+    /// Signatures that this process has measured, and those that it has found in the file and used.
+    measured: BTreeSet<String>,
+    found: BTreeSet<String>,
+    /// What is wrong with the file, or was.
     pub problem: Option<String>,
 }
 
@@ -61,7 +64,7 @@ impl Cache {
                 (BTreeMap::new(), Some(problem))
             }
         };
-        Self { path: Some(path), known, unwritten: BTreeSet::new(), problem }
+        Self { path: Some(path), known, problem, ..Self::default() }
     }
 
     pub fn path(&self) -> Option<&Path> {
@@ -72,14 +75,35 @@ impl Cache {
         self.known.get(signature)
     }
 
-    /// Remembers a signature's measurements and writes the file, after a moment's wait if others write it.
+    /// What is known of a signature, if it will do, and where it comes from.
+    pub fn look_up(
+        &mut self,
+        signature: &str,
+        will_do: impl FnOnce(&[Measurement]) -> bool,
+    ) -> Option<(Vec<Measurement>, Source)> {
+        let known = self.known.get(signature).filter(|known| will_do(known))?.clone();
+        if self.measured.contains(signature) {
+            return Some((known, Source::Measured));
+        }
+        self.found.insert(signature.to_owned());
+        Some((known, Source::Cached))
+    }
+
+    /// Signatures that this process has measured, and those that it has found in the file.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.measured.len() as u64, self.found.len() as u64)
+    }
+
+    /// Keeps what this process has measured, and writes the file, after a moment's wait if others write it.
     pub fn insert(&mut self, signature: String, measurements: Vec<Measurement>) {
+        self.found.remove(&signature);
+        self.measured.insert(signature.clone());
         self.write(signature, measurements, LOCK_PATIENCE);
     }
 
-    /// [`insert`](Self::insert) within a call that somebody waits for: if others write the file, it is written with
+    /// Replaces measurements in the middle of a matmul: if others write the file, it is written with
     /// what comes next.
-    pub fn insert_in_passing(&mut self, signature: String, measurements: Vec<Measurement>) {
+    pub fn replace(&mut self, signature: String, measurements: Vec<Measurement>) {
         self.write(signature, measurements, Duration::ZERO);
     }
 
@@ -140,7 +164,7 @@ fn lock(path: &Path, patience: Duration) -> Lock {
     }
 }
 
-/// Removes what killed processes left: files so old that nobody, with the lock or without, is writing them.
+/// Removes what killed processes left: unfinished files that are too old to be in work.
 fn remove_leftovers(path: &Path) {
     let prefix = files::leftover_prefix(path);
     let Ok(entries) = std::fs::read_dir(files::directory(path)) else { return };

@@ -6,11 +6,16 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bitnet_burn_plugin::features::{self, Features, UnknownFeature};
 use serde::Serialize;
 
-use super::ManagerError;
 use super::probe::{Machine, Probe};
+use crate::error::ManagerError;
 use crate::store::{self, PluginConfig};
+use crate::strict::Strict;
+
+/// [`FallbackPolicy::Adaptive`] races when a kernel takes this many times longer than expected.
+pub(super) const DRIFT: f64 = 1.5;
 
 /// How a manager is set up.
 #[derive(Clone, Debug)]
@@ -23,7 +28,7 @@ pub struct ManagerConfig {
     pub strict: Strict,
     /// Use this kernel alone (`plugin/kernel`, or `kernel`), or those of this `plugin`.
     pub force: Option<String>,
-    /// CPU features to act as if the machine lacked them.
+    /// CPU features that no kernel of this manager may use, by their [`NAMES`](features::NAMES).
     pub masked_features: Vec<String>,
     /// Directory of the tuning results, and of the copies and verdicts of plugins; `None` keeps them in
     /// memory and in a temporary directory.
@@ -57,6 +62,14 @@ impl Default for ManagerConfig {
 }
 
 impl ManagerConfig {
+    /// The strict mode that `BITNET_STRICT_MODE` asks for.
+    ///
+    /// # Errors
+    /// If it says something else than it should.
+    pub fn strict_from_env() -> Result<Strict, ManagerError> {
+        Ok(parsed("BITNET_STRICT_MODE", |expected| expected)?.unwrap_or_default())
+    }
+
     /// The defaults, changed by `BITNET_THREADS`, `BITNET_PIN` (1 or 0), `BITNET_STRICT_MODE` (1, 0, or names of [`Strict`]),
     /// `BITNET_FALLBACK` (a [`FallbackPolicy`]), `BITNET_KERNEL`, `BITNET_CPU_MASK` (feature names, separated by commas), `BITNET_CACHE_DIR` (empty:
     /// keep nothing; unset: the user's cache directory), `BITNET_PLUGINS` (`off`, `on`, or `user`: also the
@@ -79,7 +92,7 @@ impl ManagerConfig {
                 }
             };
         }
-        config.strict = Strict::from_env()?;
+        config.strict = Self::strict_from_env()?;
         if let Some(fallback) = parsed("BITNET_FALLBACK", |expected| expected)? {
             config.fallback = fallback;
         }
@@ -87,6 +100,7 @@ impl ManagerConfig {
         if let Some(mask) = var("BITNET_CPU_MASK") {
             config.masked_features =
                 mask.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
+            config.mask()?;
         }
         config.cache_dir = match var("BITNET_CACHE_DIR") {
             Some(dir) => (!dir.is_empty()).then(|| dir.into()),
@@ -95,6 +109,19 @@ impl ManagerConfig {
         config.plugins = PluginConfig::from_env()
             .map_err(|(name, value, expected)| ManagerError::Config { name, value, expected })?;
         Ok(config)
+    }
+
+    /// [`masked_features`](Self::masked_features) as a set.
+    ///
+    /// # Errors
+    /// If one of the names is unknown.
+    pub fn mask(&self) -> Result<Features, ManagerError> {
+        self.masked_features.iter().try_fold(Features::NONE, |mask, name| match Features::named(name) {
+            Ok(feature) => Ok(mask.with(feature)),
+            Err(UnknownFeature(value)) => {
+                Err(ManagerError::Config { name: "BITNET_CPU_MASK", value, expected: features::NAMES_TEXT })
+            }
+        })
     }
 
     /// What happens when the kernel in use fails or becomes slow, strict mode considered.
@@ -149,7 +176,7 @@ pub enum FallbackPolicy {
     Never,
     /// Others take over from a kernel that fails.
     OnError,
-    /// Also from one that takes more than so many times (above 1) what is expected of it.
+    /// Also from one that takes more than this many times (above 1) the expected time.
     OnPerformanceThreshold(f64),
     /// Also from one that is no longer the fastest.
     #[default]
@@ -162,7 +189,7 @@ impl FallbackPolicy {
         match self {
             Self::Never | Self::OnError => None,
             Self::OnPerformanceThreshold(factor) => Some(factor),
-            Self::Adaptive => Some(super::slot::DRIFT),
+            Self::Adaptive => Some(DRIFT),
         }
     }
 }
@@ -205,105 +232,6 @@ impl Serialize for FallbackPolicy {
     }
 }
 
-/// Strict mode: what is an error, where the default is to go on with something slower or less certain.
-///
-/// It concerns the ternary matmuls. A backend that was asked for by name and computes them with operations
-/// of its own is no fallback.
-///
-/// As text (`BITNET_STRICT_MODE`), `1`, `true` or `all` is everything, `0`, `false` or nothing is nothing,
-/// and the fields' names, separated by commas (`no-fallback,gated-plugins`), are these.
-///
-/// ```
-/// use bitnet_burn_manager::Strict;
-///
-/// assert_eq!("1".parse(), Ok(Strict::ALL));
-/// let strict: Strict = "no-fallback, gated-plugins".parse()?;
-/// assert!(strict.no_fallback && strict.gated_plugins && !strict.quantised_kernels);
-/// assert_eq!(strict.to_string(), "no-fallback, gated-plugins");
-/// # Ok::<(), &'static str>(())
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Strict {
-    /// The kernel that was chosen computes: neither another one nor the reference takes over where it
-    /// fails, and a shape that no kernel computes is an error.
-    pub no_fallback: bool,
-    /// Integer arithmetic alone: the reference is an error, whether a kernel failed or there is none.
-    pub quantised_kernels: bool,
-    /// A plugin that the loading policy or the gate refuses is an error; without, it is left out.
-    pub gated_plugins: bool,
-    /// A measured figure above what the machine can do is an error. The manager reports none; this is for
-    /// the programs that do.
-    pub plausible_figures: bool,
-}
-
-impl Strict {
-    /// Everything is strict.
-    pub const ALL: Self =
-        Self { no_fallback: true, quantised_kernels: true, gated_plugins: true, plausible_figures: true };
-    /// Nothing is.
-    pub const NONE: Self =
-        Self { no_fallback: false, quantised_kernels: false, gated_plugins: false, plausible_figures: false };
-
-    /// Whether anything is strict.
-    pub fn any(self) -> bool {
-        self != Self::NONE
-    }
-
-    /// What `BITNET_STRICT_MODE` says.
-    ///
-    /// # Errors
-    /// If it says something else than it should.
-    pub fn from_env() -> Result<Self, ManagerError> {
-        Ok(parsed("BITNET_STRICT_MODE", |expected| expected)?.unwrap_or_default())
-    }
-
-    /// Whether the reference may compute.
-    pub(super) fn allows_reference(self) -> bool {
-        !self.no_fallback && !self.quantised_kernels
-    }
-
-    fn fields(&mut self) -> [(&'static str, &mut bool); 4] {
-        [
-            ("no-fallback", &mut self.no_fallback),
-            ("quantised-kernels", &mut self.quantised_kernels),
-            ("gated-plugins", &mut self.gated_plugins),
-            ("plausible-figures", &mut self.plausible_figures),
-        ]
-    }
-}
-
-/// The error says what is expected.
-impl FromStr for Strict {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.trim() {
-            "1" | "true" | "all" => return Ok(Self::ALL),
-            "" | "0" | "false" => return Ok(Self::NONE),
-            _ => {}
-        }
-        let mut strict = Self::NONE;
-        for name in text.split(',').map(str::trim) {
-            let mut fields = strict.fields().into_iter();
-            let (_, field) = fields.find(|(known, _)| *known == name).ok_or(
-                "1, 0, or some of no-fallback, quantised-kernels, gated-plugins and plausible-figures, \
-                 separated by commas",
-            )?;
-            *field = true;
-        }
-        Ok(strict)
-    }
-}
-
-/// The names of what is strict, or `off`.
-impl fmt::Display for Strict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut this = *self;
-        let names: Vec<_> = this.fields().into_iter().filter_map(|(name, on)| on.then_some(name)).collect();
-        f.write_str(if names.is_empty() { "off".to_owned() } else { names.join(", ") }.as_str())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,6 +245,18 @@ mod tests {
         for text in ["threshold", "threshold:", "threshold:1", "threshold:nan", "threshold:inf", "always"] {
             assert!(text.parse::<FallbackPolicy>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn masks_have_known_names() {
+        let config = |name: &str| ManagerConfig { masked_features: vec![name.into()], ..Default::default() };
+        // Of whichever architecture.
+        for name in ["avx2", "neon", "amx-tile"] {
+            assert_eq!(config(name).mask().unwrap(), Features::of(name));
+        }
+        let error = config("avx5").mask().unwrap_err().to_string();
+        assert!(error.contains("BITNET_CPU_MASK=avx5") && error.contains("avx512vnni"), "{error}");
+        assert!(super::super::KernelManager::new(config("avx5")).is_err());
     }
 
     #[test]

@@ -1,392 +1,20 @@
-//! Running kernels: the host owns the threads, the partitioning and every buffer.
+//! A matmul: which kernel computes each of its matrices, and what happens when one fails.
 
 use std::borrow::Cow;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
-
-use bitnet_burn_plugin::abi::{self, Output, Tile};
-use bitnet_burn_plugin::canonical;
-use smallvec::{SmallVec, smallvec};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::adapt::Turn;
-use super::choice::Repacked;
+use super::cpu_kernels::FallbackWeights;
+use super::parts::{Few, Part, run_parts};
 use super::report::Failure;
 use super::{
     Entry, Fallback, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Packed, REFERENCE,
     abi_weights, lock,
 };
-use crate::gate;
-use crate::memory::{Activations, AlignedBytes, WeightArena, WeightBuffer};
-use crate::plugin::{Kernel, KernelFailure, max_workspace};
-use crate::pool::Pool;
+use crate::memory::Activations;
+use crate::plugin::KernelFailure;
 use bitnet_burn_formats::reference;
-
-/// Bytes of activations that a tile walks over again and again: they should stay in the L2 cache.
-const ACTIVATION_BLOCK: usize = 480 << 10;
-/// A task should read at least so many bytes of weights, or the fork-join costs more than it wins.
-const MIN_TASK_BYTES: usize = 16 << 10;
-
-/// One for each matrix of a matmul: there are at most three in a model, so that nothing is allocated.
-type Few<T> = SmallVec<[T; 4]>;
-
-/// Workspaces, kept from call to call.
-#[derive(Debug, Default)]
-pub(super) struct Scratch(Mutex<Vec<AlignedBytes>>);
-
-impl Scratch {
-    fn take(&self, size: usize) -> AlignedBytes {
-        let mut free = lock(&self.0);
-        match free.iter().position(|buffer| buffer.len() >= size) {
-            Some(i) => free.swap_remove(i),
-            None => AlignedBytes::zeroed(size),
-        }
-    }
-
-    fn give_back(&self, buffer: AlignedBytes) {
-        let mut free = lock(&self.0);
-        if free.len() < 4 {
-            free.push(buffer);
-        }
-    }
-}
-
-/// One kernel on one matrix, writing columns `column..column + n` of the output.
-pub(super) struct Part<'a> {
-    pub kernel: &'a Kernel,
-    pub weights: abi::Weights,
-    pub column: usize,
-}
-
-/// The output of a matmul, shared by the tasks, which write disjoint tiles.
-#[derive(Clone, Copy)]
-struct SharedOutput(*mut f32);
-
-// SAFETY: the tasks write disjoint tiles of a buffer that outlives them (`run_parts`).
-unsafe impl Send for SharedOutput {}
-// SAFETY: as above.
-unsafe impl Sync for SharedOutput {}
-
-impl SharedOutput {
-    fn at(self, column: usize) -> *mut f32 {
-        self.0.wrapping_add(column)
-    }
-}
-
-/// Runs kernels over shared activations in one fork-join. Returns each part's failure, if it failed.
-///
-/// The caller has checked that `y` holds `x.m()` rows of `stride`, and that every part's columns are
-/// within the stride and disjoint from the others'.
-pub(super) fn run_parts(
-    pool: &Pool,
-    scratch: &Scratch,
-    parts: &[Part],
-    x: &Activations,
-    y: &mut [f32],
-    stride: usize,
-) -> Few<Option<KernelFailure>> {
-    let m = x.m();
-    let abi_x = x.as_abi();
-    let mut failures: Few<Option<KernelFailure>> = parts.iter().map(|_| None).collect();
-
-    // Parts of one kernel share its workspace.
-    let mut workspaces: Few<(&Kernel, AlignedBytes)> = Few::new();
-    let mut workspace_of: Few<usize> = smallvec![usize::MAX; parts.len()];
-    for (i, part) in parts.iter().enumerate() {
-        if let Some(known) = workspaces.iter().position(|(kernel, _)| std::ptr::eq(*kernel, part.kernel)) {
-            workspace_of[i] = known;
-            failures[i] = failures[..i]
-                .iter()
-                .zip(&parts[..i])
-                .find(|(_, other)| std::ptr::eq(other.kernel, part.kernel))
-                .and_then(|(failure, _)| failure.clone());
-            continue;
-        }
-        let signature = abi::Signature::ternary(m as u64, part.weights.n, abi_x.k, pool.threads() as u32);
-        let size = part.kernel.workspace_size(&signature);
-        if size > max_workspace(m, x.stride()) {
-            failures[i] = Some(KernelFailure {
-                status: abi::STATUS_INVALID_ARGUMENT,
-                message: format!("asks for a workspace of {size} bytes"),
-            });
-            continue;
-        }
-        let mut workspace = scratch.take(size);
-        // SAFETY: filled activations, and a workspace of the size that the kernel asked for.
-        failures[i] = unsafe { part.kernel.prepare(&abi_x, workspace.as_mut_ptr()) }.err();
-        workspace_of[i] = workspaces.len();
-        workspaces.push((part.kernel, workspace));
-    }
-
-    let grid = Grid::new(pool.threads(), parts, m, x.stride());
-    let output = SharedOutput(y.as_mut_ptr());
-    let first_failure: Few<AtomicU32> = parts.iter().map(|_| AtomicU32::new(0)).collect();
-    let messages: Mutex<Vec<(usize, KernelFailure)>> = Mutex::default();
-    let skip: Few<bool> = failures.iter().map(Option::is_some).collect();
-    pool.run(grid.tasks(), &|task| {
-        let (i, tile) = grid.tile(task);
-        if skip[i] || first_failure[i].load(Ordering::Relaxed) != 0 {
-            return;
-        }
-        let part = &parts[i];
-        let y = Output {
-            struct_size: size_of::<Output>() as u64,
-            y: output.at(part.column),
-            stride: stride as u64,
-        };
-        let workspace = workspaces[workspace_of[i]].1.as_ptr();
-        // SAFETY: the structs are filled and their buffers live until `pool.run` returns; the grid's
-        // tiles are disjoint and within [m, n] of the part, whose columns are its own.
-        if let Err(failure) = unsafe { part.kernel.run(&part.weights, &abi_x, workspace, &y, &tile) } {
-            first_failure[i].store(1, Ordering::Relaxed);
-            lock(&messages).push((i, failure));
-        }
-    });
-    for (i, failure) in messages.into_inner().unwrap_or_else(|e| e.into_inner()) {
-        failures[i].get_or_insert(failure);
-    }
-    for (_, workspace) in workspaces {
-        scratch.give_back(workspace);
-    }
-    failures
-}
-
-/// Cuts several matrices' outputs into tiles: decode into ranges of rows that are read as one stream
-/// each, prefill into blocks of activations that stay in cache.
-struct Grid {
-    m: usize,
-    m_block: usize,
-    /// Per part: rows of a tile, number of row ranges, output features, first task.
-    parts: Few<(usize, usize, usize, usize)>,
-    tasks: usize,
-}
-
-impl Grid {
-    fn new(threads: usize, parts: &[Part], m: usize, x_stride: usize) -> Self {
-        let m_block = (ACTIVATION_BLOCK / x_stride / 8 * 8).max(8).min(m.max(1));
-        let m_blocks = m.div_ceil(m_block);
-        let total: usize = parts.iter().map(|p| p.weights.n as usize * m_blocks).sum();
-        // Several ranges a thread even out what other programs take away; one thread needs none.
-        let wanted = if threads == 1 { 1 } else { threads * 4 };
-        let mut tasks = 0;
-        let parts = parts
-            .iter()
-            .map(|part| {
-                let (n, k) = (part.weights.n as usize, part.weights.k as usize);
-                let granule = part.kernel.row_granule();
-                let least = if m == 1 { MIN_TASK_BYTES / canonical::row_bytes(k).max(1) } else { 1 };
-                let rows = total
-                    .div_ceil(wanted)
-                    .max(least)
-                    .next_multiple_of(granule)
-                    .min(n.next_multiple_of(granule));
-                let ranges = n.div_ceil(rows);
-                let first = tasks;
-                tasks += ranges * m_blocks;
-                (rows, ranges, n, first)
-            })
-            .collect();
-        Self { m, m_block, parts, tasks }
-    }
-
-    fn tasks(&self) -> usize {
-        self.tasks
-    }
-
-    fn tile(&self, task: usize) -> (usize, Tile) {
-        let i = self.parts.iter().rposition(|part| part.3 <= task).expect("the first part begins at 0");
-        let (rows, ranges, n, first) = self.parts[i];
-        let (block, range) = ((task - first) / ranges, (task - first) % ranges);
-        let (n0, m0) = (range * rows, block * self.m_block);
-        let tile = Tile {
-            struct_size: size_of::<Tile>() as u64,
-            n0: n0 as u64,
-            n1: (n0 + rows).min(n) as u64,
-            m0: m0 as u64,
-            m1: (m0 + self.m_block).min(self.m) as u64,
-        };
-        (i, tile)
-    }
-}
-
-/// Bytes behind the packing of a plugin from a file: a checksum of the canonical weights.
-const CHECKSUM: usize = 8;
-
-/// Bytes of weights [n, k] as they are kept: in the kernel's packing, and, where that is a plugin's from a
-/// file, with the checksum of what was packed, so that what comes back is never silently something else.
-pub(super) fn stored_bytes(entry: &Entry, n: usize, k: usize) -> Option<usize> {
-    let size = entry.kernel.weight_bytes(n, k)?;
-    match entry.watch {
-        Some(_) if entry.kernel.layout().is_some() => Some(size.next_multiple_of(CHECKSUM) + CHECKSUM),
-        _ => Some(size),
-    }
-}
-
-/// Stored weights without the checksum.
-pub(super) fn own_bytes<'a>(entry: &Entry, n: usize, k: usize, stored: &'a [u8]) -> &'a [u8] {
-    match entry.watch.as_ref().and_then(|_| entry.kernel.weight_bytes(n, k)) {
-        Some(own) => &stored[..own],
-        None => stored,
-    }
-}
-
-/// A fast checksum against mistakes (not against malice): FNV-1a over words of 8 bytes.
-fn checksum(bytes: &[u8]) -> u64 {
-    let mut words = bytes.chunks_exact(8);
-    let step = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x100_0000_01b3).rotate_left(29);
-    let hash = (&mut words).fold(0xcbf2_9ce4_8422_2325, |hash, word| {
-        step(hash, u64::from_le_bytes(word.try_into().expect("8 bytes")))
-    });
-    words.remainder().iter().fold(hash, |hash, &byte| step(hash, u64::from(byte)))
-}
-
-/// Runs `work` on ranges of output features that begin at the kernel's granules, on all threads.
-fn by_granules(
-    kernel: &Kernel,
-    pool: &Pool,
-    n: usize,
-    work: &(dyn Fn(std::ops::Range<usize>) -> Result<(), KernelFailure> + Sync),
-) -> Result<(), KernelFailure> {
-    let granules = n.div_ceil(kernel.row_granule());
-    let tasks = (pool.threads() * 4).min(granules).max(1);
-    let failure: Mutex<Option<KernelFailure>> = Mutex::default();
-    pool.run(tasks, &|task| {
-        let bound = |i: usize| (granules * i / tasks * kernel.row_granule()).min(n);
-        let rows = bound(task)..bound(task + 1);
-        if rows.is_empty() {
-            return;
-        }
-        if let Err(error) = work(rows) {
-            lock(&failure).get_or_insert(error);
-        }
-    });
-    failure.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
-}
-
-/// Packs a matrix on all threads.
-pub(super) fn pack(
-    entry: &Entry,
-    pool: &Pool,
-    arena: &WeightArena,
-    n: usize,
-    k: usize,
-    weights: &[u8],
-) -> Result<WeightBuffer, ManagerError> {
-    let kernel = &entry.kernel;
-    let size = stored_bytes(entry, n, k).ok_or_else(|| {
-        ManagerError::Operands(format!("kernel {} can't pack weights [{n}, {k}]", kernel.id()))
-    })?;
-    let mut packed = arena
-        .allocate(size, kernel.weight_alignment())
-        .map_err(|source| ManagerError::System { what: "memory for packed weights", source })?;
-    let canonical = abi_weights(n, k, 1.0, weights);
-    let out = SharedBytes(packed.as_mut_slice().as_mut_ptr());
-    by_granules(kernel, pool, n, &|rows| {
-        // SAFETY: the buffer has the size and the alignment that the kernel asked for, and the ranges
-        // are disjoint and begin at granules.
-        unsafe { kernel.pack(&canonical, out.pointer(), rows) }
-    })
-    .map_err(|error| ManagerError::Pack {
-        kernel: kernel.id().into(),
-        n,
-        k,
-        reason: error.to_string(),
-    })?;
-    Ok(packed)
-}
-
-#[derive(Clone, Copy)]
-struct SharedBytes(*mut u8);
-
-// SAFETY: the tasks of `pack` write disjoint parts of a buffer that outlives them.
-unsafe impl Send for SharedBytes {}
-// SAFETY: as above.
-unsafe impl Sync for SharedBytes {}
-
-impl SharedBytes {
-    fn pointer(self) -> *mut u8 {
-        self.0
-    }
-}
-
-/// Compares what was packed with the canonical weights, and notes their checksum behind it: for plugins
-/// from files, once for each matrix.
-pub(super) fn seal(
-    entry: &Entry,
-    pool: &Pool,
-    (n, k): (usize, usize),
-    weights: &[u8],
-    packed: &mut WeightBuffer,
-) -> Result<(), ManagerError> {
-    let back = unpack_unsealed(entry, pool, n, k, packed.as_slice())?;
-    if let Some(place) = gate::difference(&back, weights, k) {
-        let reason = format!("unpack(pack(w)) differs from w {place}");
-        return Err(ManagerError::Pack { kernel: entry.kernel.id().into(), n, k, reason });
-    }
-    let (_, seal) = packed.as_mut_slice().split_last_chunk_mut().expect("room for the checksum");
-    *seal = checksum(weights).to_le_bytes();
-    Ok(())
-}
-
-/// The canonical weights of what [`pack`] packed and, for plugins from files, [`seal`] sealed.
-pub(super) fn unpack(
-    entry: &Entry,
-    pool: &Pool,
-    n: usize,
-    k: usize,
-    packed: &[u8],
-) -> Result<Vec<u8>, ManagerError> {
-    let canonical = unpack_unsealed(entry, pool, n, k, packed)?;
-    if entry.watch.is_some() && packed.last_chunk() != Some(&checksum(&canonical).to_le_bytes()) {
-        let reason = "what comes back is not what was packed".into();
-        return Err(ManagerError::Unpack { kernel: entry.kernel.id().into(), n, k, reason });
-    }
-    Ok(canonical)
-}
-
-fn unpack_unsealed(
-    entry: &Entry,
-    pool: &Pool,
-    n: usize,
-    k: usize,
-    packed: &[u8],
-) -> Result<Vec<u8>, ManagerError> {
-    let kernel = &entry.kernel;
-    let fail = |reason: String| ManagerError::Unpack { kernel: kernel.id().into(), n, k, reason };
-    let stored = stored_bytes(entry, n, k);
-    if stored != Some(packed.len()) {
-        return Err(fail(format!("they are {} bytes, not {stored:?}", packed.len())));
-    }
-    let mut canonical = vec![0; n * canonical::row_bytes(k)];
-    let weights = abi_weights(n, k, 1.0, own_bytes(entry, n, k, packed));
-    let out = SharedBytes(canonical.as_mut_ptr());
-    by_granules(kernel, pool, n, &|rows| {
-        // SAFETY: filled weights of the kernel's own size, room for all canonical rows, and disjoint
-        // ranges of them.
-        unsafe { kernel.unpack(&weights, out.pointer(), rows) }
-    })
-    .map_err(|error| fail(error.to_string()))?;
-    Ok(canonical)
-}
-
-/// One canonical row of what [`pack`] packed.
-pub(super) fn unpack_row(
-    entry: &Entry,
-    n: usize,
-    k: usize,
-    packed: &[u8],
-    row: usize,
-) -> Result<Vec<u8>, KernelFailure> {
-    let kernel = &entry.kernel;
-    let (granule, row_bytes) = (kernel.row_granule(), canonical::row_bytes(k));
-    let first = row / granule * granule;
-    let rows = first..(first + granule).min(n);
-    // The kernel counts from row 0: untouched pages of a fresh zeroed buffer cost nothing.
-    let mut canonical = vec![0; n * row_bytes];
-    let weights = abi_weights(n, k, 1.0, own_bytes(entry, n, k, packed));
-    // SAFETY: filled weights of the kernel's own size, and room for all canonical rows.
-    unsafe { kernel.unpack(&weights, canonical.as_mut_ptr(), rows) }?;
-    Ok(canonical[row * row_bytes..][..row_bytes].to_vec())
-}
 
 /// A job of a matmul that has not been computed yet.
 struct Pending<'a> {
@@ -436,7 +64,8 @@ impl KernelManager {
                 match (turn, failed.take()) {
                     (None, failed) => self.run_last(job, failed, x, y, stride)?,
                     (Some(turn), Some((from, failure))) => {
-                        self.record_fallback(&from, turn.entry.kernel.id(), job, m, &failure);
+                        let (to, (n, k)) = (turn.entry.kernel.id(), job.choice.shape());
+                        self.record_fallback(&from, to, (m, n, k), failure.to_string());
                     }
                     (Some(_), None) => {}
                 }
@@ -464,11 +93,11 @@ impl KernelManager {
                 };
                 let failure = failure.or_else(|| {
                     let call = turn.entry.count();
-                    let wrong = self.look((turn.rank, turn.entry), job, x, y, stride, call).err()?;
-                    Some(KernelFailure { status: abi::STATUS_OK, message: wrong })
+                    let reason = self.look((turn.rank, turn.entry), job, x, y, stride, call).err()?;
+                    Some(KernelFailure::WrongResult { reason })
                 });
                 let Some(failure) = failure else { continue };
-                let wrong = failure.status == abi::STATUS_OK;
+                let wrong = matches!(failure, KernelFailure::WrongResult { .. });
                 turn.entry.fail(if wrong { Failure::Wrong } else { Failure::Status });
                 if self.policy == FallbackPolicy::Never {
                     return Err(self.no_fallback(turn.entry, job.choice.shape(), m, failure.to_string()));
@@ -529,9 +158,8 @@ impl KernelManager {
         }
     }
 
-    /// What is left when no kernel of the ranking is. Weights in the packing of a plugin from a file are
-    /// packed anew, once, for the other kernels, which could not read that packing; for all others there is
-    /// the reference.
+    /// Fallback after all ranked kernels failed. Weights in the packing of a plugin from a file are packed anew,
+    /// once, for other kernels, which can't read that packing; other weights are computed by the reference.
     fn run_last(
         &self,
         job: &Job,
@@ -543,13 +171,13 @@ impl KernelManager {
         let (n, k) = job.choice.shape();
         let m = x.m();
         if let Some(packer) = job.choice.packer.as_ref().filter(|packer| packer.watch.is_some()) {
-            let repacked = self.repacked(job, packer)?;
-            let job = repacked.job(job);
+            let fallback_weights = self.fallback_weights(job, packer)?;
+            let job = fallback_weights.job(job);
             if let Some((from, failure)) = failed {
                 let candidates = &self.ranking(job.choice, m).candidates;
                 let to = job.choice.slot(m).first(|rank| candidates[rank].entry.ready());
                 let to = to.map_or(REFERENCE, |rank| candidates[rank].kernel());
-                self.record_fallback(&from, to, &job, m, &failure);
+                self.record_fallback(&from, to, (m, n, k), failure.to_string());
             }
             return self.matmul(&[job], x, y, stride);
         }
@@ -558,7 +186,9 @@ impl KernelManager {
                 return Err(self.no_fallback(&from, (n, k), m, failure.to_string()));
             }
             None if !self.config.strict.allows_reference() => return Err(self.no_kernel(m, n, k)),
-            Some((from, failure)) => self.record_fallback(&from, REFERENCE, job, m, &failure),
+            Some((from, failure)) => {
+                self.record_fallback(&from, REFERENCE, (m, n, k), failure.to_string());
+            }
             None => {}
         }
         let (weights, out) = (&self.canonical_weights(job)?, &mut y[job.column..]);
@@ -568,41 +198,45 @@ impl KernelManager {
     }
 
     /// The weights of a job in another packing than that of its choice, which a plugin from a file made.
-    fn repacked(&self, job: &Job, packer: &Entry) -> Result<Arc<Repacked>, ManagerError> {
+    fn fallback_weights(&self, job: &Job, packer: &Entry) -> Result<Arc<FallbackWeights>, ManagerError> {
         let (n, k) = job.choice.shape();
         // The seal says what was packed: the same bytes at any address, until the weights are dropped.
         let seal = *job.weights.last_chunk().ok_or_else(|| ManagerError::Operands("no weights".into()))?;
-        let mut known = lock(&job.choice.repacked);
-        if let Some(repacked) = known.get(&u64::from_le_bytes(seal)) {
-            return Ok(repacked.clone());
+        let mut known = lock(&job.choice.fallback_weights);
+        if let Some(fallback_weights) = known.get(&u64::from_le_bytes(seal)) {
+            return Ok(fallback_weights.clone());
         }
         // A plugin that is only taking a rest would be chosen again.
         let policy = if packer.ready() { LayoutPolicy::Canonical } else { LayoutPolicy::Any };
         let canonical = self.unpack(job.choice, job.weights)?;
-        let (choice, packed) = self.prepare(n, k, policy, &canonical)?;
+        let (choice, packed) = self.choose_and_pack(n, k, policy, &canonical)?;
         let canonical = if matches!(packed, Packed::Canonical) { canonical } else { Vec::new() };
-        let repacked = Arc::new(Repacked { choice, canonical, packed });
-        known.insert(u64::from_le_bytes(seal), repacked.clone());
+        let fallback_weights = Arc::new(FallbackWeights { choice, canonical, packed });
+        known.insert(u64::from_le_bytes(seal), fallback_weights.clone());
         // Whoever chooses next gets a choice without these, so that they go with the weights.
         lock(&self.choices).retain(|_, choice| !std::ptr::eq(&**choice, job.choice));
-        Ok(repacked)
+        Ok(fallback_weights)
     }
 
-    fn record_fallback(&self, from: &Entry, to: &str, job: &Job, m: usize, failure: &KernelFailure) {
-        let (n, k) = job.choice.shape();
+    /// Counts that a kernel failed at a shape and what took its place.
+    pub(super) fn record_fallback(
+        &self,
+        from: &Entry,
+        to: &str,
+        shape: (usize, usize, usize),
+        reason: String,
+    ) {
         let kernel = from.kernel.id();
         let mut fallbacks = lock(&self.fallbacks);
-        let same =
-            |f: &&mut Fallback| f.kernel == kernel && f.replacement == to && (f.shape.1, f.shape.2) == (n, k);
+        let same = |f: &&mut Fallback| {
+            f.kernel == kernel && f.replacement == to && (f.shape.1, f.shape.2) == (shape.1, shape.2)
+        };
         match fallbacks.iter_mut().find(same) {
             Some(known) => known.count += 1,
-            None => fallbacks.push(Fallback {
-                kernel: kernel.into(),
-                replacement: to.into(),
-                shape: (m, n, k),
-                reason: failure.to_string(),
-                count: 1,
-            }),
+            None => {
+                let (kernel, replacement) = (kernel.into(), to.into());
+                fallbacks.push(Fallback { kernel, replacement, shape, reason, count: 1 });
+            }
         }
     }
 }

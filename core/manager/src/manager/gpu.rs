@@ -1,24 +1,24 @@
-//! What the manager does for kernels that are GPU source: it knows them, packs for them, remembers how fast they
-//! were, and takes them out when they were wrong. Compiling, launching and timing them is up to whoever has the
-//! device (`bitnet-burn-backends`).
+//! Kernels that are GPU source: the manager lists them, packs for them, compares their results and quarantines those
+//! that were wrong. `bitnet-burn-backends`, which has the device, compiles, launches and times them, as a [`Contest`].
 
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use bitnet_burn_plugin::abi::Signature;
 use bitnet_burn_plugin::canonical;
 
 use super::report::{EventKind, Failure};
-use super::watch::{SAMPLE_EVERY, SAMPLE_ROWS};
+use super::tune_cpu::identity;
+use super::tuner::{Contest, Standings};
+use super::watch::{COMPARED_EVERY, COMPARED_FEATURES};
 use super::{
-    Choice, Entry, Fallback, FallbackPolicy, Job, KernelManager, ManagerError, Measurement, execute, lock,
-    names, tune,
+    CpuKernels, Entry, FallbackPolicy, Job, KernelManager, ManagerError, Measurement, packing,
+    registry::names,
 };
 use crate::gate::Stage;
 use crate::gpu::close;
-use crate::memory::{Activations, WeightBuffer};
+use crate::memory::{Activations, PageBuffer};
 use crate::plugin::{Kernel, Target};
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_formats::reference;
@@ -60,19 +60,19 @@ impl GpuKernel {
     /// Bytes of weights [n, k] as [`KernelManager::pack_for_gpu`] gives them; `None` if it can't pack them.
     pub fn weight_bytes(&self, n: usize, k: usize) -> Option<usize> {
         match self.0.kernel.layout() {
-            Some(_) => execute::stored_bytes(&self.0, n, k),
+            Some(_) => packing::stored_bytes(&self.0, n, k),
             None => canonical::matrix_bytes(n, k),
         }
     }
 
-    /// A measurement of it that has not been made yet, under the name that the cache has for this exact build.
-    pub fn measurement(&self) -> Measurement {
-        Measurement::none(&self.0)
+    /// What the cache calls it: this exact build.
+    pub fn identity(&self) -> String {
+        identity(&self.0)
     }
 
     /// Counts a call; whether its result is one of those that [`KernelManager::spot_check`] should see.
     pub fn count(&self) -> bool {
-        self.0.count() % SAMPLE_EVERY == SAMPLE_EVERY - 1
+        self.0.count() % COMPARED_EVERY == COMPARED_EVERY - 1
     }
 }
 
@@ -101,16 +101,8 @@ impl KernelManager {
         n: usize,
         k: usize,
         weights: &[u8],
-    ) -> Result<WeightBuffer, ManagerError> {
-        let entry = &kernel.0;
-        let sealed = execute::pack(entry, &self.pool, &self.arena, n, k, weights).and_then(|mut packed| {
-            execute::seal(entry, &self.pool, (n, k), weights, &mut packed)?;
-            Ok(packed)
-        });
-        if let Err(ManagerError::Pack { reason, .. } | ManagerError::Unpack { reason, .. }) = &sealed {
-            self.quarantine(entry, Stage::FirstUse, format!("weights [{n}, {k}]: {reason}"));
-        }
-        sealed
+    ) -> Result<PageBuffer, ManagerError> {
+        self.pack_sealed(&kernel.0, n, k, weights)
     }
 
     /// The canonical form of what [`pack_for_gpu`](Self::pack_for_gpu) packed.
@@ -124,7 +116,7 @@ impl KernelManager {
         k: usize,
         packed: &[u8],
     ) -> Result<Vec<u8>, ManagerError> {
-        execute::unpack(&kernel.0, &self.pool, n, k, packed)
+        packing::unpack(&kernel.0, &self.pool, n, k, packed)
     }
 
     /// Compares a GPU kernel's first result for an exact shape with that of a built-in kernel of the CPU (or of the
@@ -132,7 +124,7 @@ impl KernelManager {
     /// `weights` are canonical; the rows of `y` are n long.
     ///
     /// # Errors
-    /// If there is no trusted result, or it was wrong and nobody may take over.
+    /// If there is no trusted result, or the result was wrong and the policy forbids a fallback.
     pub fn check_first(
         &self,
         kernel: &GpuKernel,
@@ -141,7 +133,7 @@ impl KernelManager {
         y: &mut [f32],
     ) -> Result<(), ManagerError> {
         let (m, k) = (x.m(), x.k());
-        let choice = Choice::new(n, k, None);
+        let choice = CpuKernels::new(n, k, None);
         let mut trusted = vec![0f32; m * n];
         let by = self.run_trusted(&Job { choice: &choice, weights, scale, column: 0 }, x, &mut trusted, n)?;
         if let Some(i) = (0..m * n).find(|&i| !close(y[i], trusted[i])) {
@@ -161,7 +153,7 @@ impl KernelManager {
     /// quarantine, and the output must be computed again.
     ///
     /// # Errors
-    /// If they are wrong and nobody may take over.
+    /// If they are wrong and the policy forbids a fallback.
     pub fn spot_check(
         &self,
         kernel: &GpuKernel,
@@ -173,7 +165,7 @@ impl KernelManager {
         let mut random = SplitMix64::new(kernel.0.calls.load(Ordering::Relaxed));
         let row = random.below(m as u64) as usize;
         let q = &x.q()[row * x.stride()..][..k];
-        for _ in 0..SAMPLE_ROWS.min(n) {
+        for _ in 0..COMPARED_FEATURES.min(n) {
             let column = random.below(n as u64) as usize;
             let codes = &weights[column * row_bytes..][..row_bytes];
             let want = reference::row_sum_products(codes, q) as f32 * (scale * x.scale()[row]);
@@ -205,7 +197,7 @@ impl KernelManager {
     /// Counts and reports that a GPU kernel could not compute a shape, and the operation's default body does from now on.
     ///
     /// # Errors
-    /// If nobody may take over.
+    /// If the policy forbids a fallback.
     pub fn gpu_failed(
         &self,
         kernel: &GpuKernel,
@@ -227,36 +219,29 @@ impl KernelManager {
         if self.policy == FallbackPolicy::Never {
             return Err(self.no_fallback(&kernel.0, (shape.1, shape.2), shape.0, reason));
         }
-        let id = kernel.kernel().id();
-        let mut fallbacks = lock(&self.fallbacks);
-        let same = |f: &&mut Fallback| f.kernel == id && (f.shape.1, f.shape.2) == (shape.1, shape.2);
-        match fallbacks.iter_mut().find(same) {
-            Some(known) => known.count += 1,
-            None => {
-                let replacement = DEFAULT_BODY.into();
-                fallbacks.push(Fallback { kernel: id.into(), replacement, shape, reason, count: 1 });
-            }
-        }
+        self.record_fallback(&kernel.0, DEFAULT_BODY, shape, reason);
         Ok(())
     }
 
-    /// Measurements that were kept under a signature, if they are of exactly these kernels.
-    pub fn remembered(&self, signature: &str, kernels: &[GpuKernel]) -> Option<Vec<Measurement>> {
-        let known = lock(&self.tuner.cache).get(signature)?.clone();
-        let has = |kernel: &GpuKernel| known.iter().any(|m| m.kernel == tune::identity(&kernel.0));
-        kernels.iter().all(has).then_some(known)
+    /// The kernels of a contest for `m` rows, the fastest first; measured if that has not been done on this machine.
+    pub fn rank_in<C: Contest>(&self, contest: &C, m: usize) -> Standings<C::Kernel> {
+        self.tuner.rank(contest, m)
+    }
+
+    /// A kernel that packs the layout that the weights of a contest should have, by the rules of
+    /// [`choose`](Self::choose); `None` for the canonical one.
+    pub fn packer_in<C: Contest>(&self, contest: &C) -> Option<C::Kernel> {
+        self.tuner.packer(contest)
+    }
+
+    /// What was measured under a [signature](Contest::signature), on this machine.
+    pub fn measurements(&self, signature: &str) -> Option<Vec<Measurement>> {
+        self.tuner.measurements(signature)
     }
 
     /// Whether the budget for measurements leaves time for another one.
     pub fn may_tune(&self) -> bool {
-        self.tuner.spent.load(Ordering::Relaxed) < self.config.tune_budget.as_nanos() as u64
-    }
-
-    /// Keeps measurements under a signature, and counts what they took as spent.
-    pub fn remember(&self, signature: String, measurements: Vec<Measurement>, took: Duration) {
-        self.tuner.spent.fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
-        self.tuner.tuned.fetch_add(1, Ordering::Relaxed);
-        lock(&self.tuner.cache).insert(signature, measurements);
+        self.tuner.has_time()
     }
 }
 

@@ -18,7 +18,7 @@ pub trait Probe: std::fmt::Debug + Send + Sync {
     /// Time since any moment that stays the same; never less than before.
     fn now(&self) -> Duration;
 
-    /// The memory; `None` where nobody knows.
+    /// The memory; `None` where it is unknown.
     fn memory(&self) -> Option<Memory>;
 }
 

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::config::{FallbackPolicy, Strict};
+use super::config::FallbackPolicy;
+use crate::strict::Strict;
 
 /// Name under which reports count the scalar reference.
 pub const REFERENCE: &str = "reference";

@@ -3,7 +3,7 @@
 //!
 //! * The first result of a kernel for every exact (M, N, K) is compared, all of it, with that of a
 //!   built-in kernel (or of the reference, where there is none), whose result is returned.
-//! * After that, one call in [`SAMPLE_EVERY`] is compared with the reference in [`SAMPLE_ROWS`] places of
+//! * After that, one call in [`COMPARED_EVERY`] is compared with the reference in [`COMPARED_FEATURES`] places of
 //!   one row of activations. Which, follows from the number of the call: nothing is random, and nothing
 //!   asks a clock.
 //!
@@ -14,10 +14,10 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, RwLock};
 
-use bitnet_burn_plugin::abi::Signature;
 use bitnet_burn_plugin::canonical;
 
-use super::execute::{self, Part, run_parts};
+use super::packing;
+use super::parts::{Part, run_parts};
 use super::report::EventKind;
 use super::{Entry, Job, KernelManager, ManagerError, Status, abi_weights, lock};
 use crate::gate::{self, Refusal, Stage};
@@ -26,10 +26,10 @@ use crate::plugin::Origin;
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_formats::reference;
 
-/// One call in so many is compared: a prime, so that it falls on other layers every time.
-pub const SAMPLE_EVERY: u64 = 251;
+/// One call in this many is compared: a prime, so that it falls on other layers every time.
+pub(super) const COMPARED_EVERY: u64 = 251;
 /// Output features that are compared then.
-pub const SAMPLE_ROWS: usize = 8;
+pub(super) const COMPARED_FEATURES: usize = 8;
 
 /// The shapes (M, N, K) for which a kernel has computed what a built-in one has.
 #[derive(Debug, Default)]
@@ -50,7 +50,7 @@ impl KernelManager {
     /// the kernel before.
     ///
     /// # Errors
-    /// In words, if it is wrong; the plugin is in quarantine then, and the output must be computed again.
+    /// What is wrong with it. The plugin is in quarantine then, and the output must be computed again.
     pub(super) fn look(
         &self,
         (rank, entry): (usize, &Entry),
@@ -78,7 +78,7 @@ impl KernelManager {
         };
         let (stage, result) = if !known {
             (Stage::FirstUse, self.compare_all(job, x, &mut y[job.column..], stride))
-        } else if call % SAMPLE_EVERY == SAMPLE_EVERY - 1 {
+        } else if call % COMPARED_EVERY == COMPARED_EVERY - 1 {
             (Stage::InUse, self.compare_some(entry, job, x, &y[job.column..], stride, call))
         } else {
             return Ok(());
@@ -130,13 +130,13 @@ impl KernelManager {
         let m = random.next_u64() as usize % x.m();
         let q = &x.q()[m * x.stride()..][..k];
         let row_bytes = canonical::row_bytes(k);
-        for _ in 0..SAMPLE_ROWS.min(n) {
+        for _ in 0..COMPARED_FEATURES.min(n) {
             let row = random.next_u64() as usize % n;
             let unpacked;
             let codes = match job.choice.packer {
                 None => &job.weights[row * row_bytes..][..row_bytes],
                 Some(_) => {
-                    unpacked = execute::unpack_row(entry, n, k, job.weights, row)
+                    unpacked = packing::unpack_row(entry, n, k, job.weights, row)
                         .map_err(|failure| format!("unpack of row {row}: {failure}"))?;
                     &unpacked
                 }
@@ -164,7 +164,7 @@ impl KernelManager {
     ) -> Result<Option<Arc<Entry>>, ManagerError> {
         let (n, k) = job.choice.shape();
         let weights = &*self.canonical_weights(job)?;
-        let signature = Signature::ternary(x.m() as u64, n as u64, k as u64, self.pool.threads() as u32);
+        let signature = self.signature(x.m(), n, k);
         let address = weights.as_ptr() as usize;
         for entry in self.entries() {
             let kernel = &entry.kernel;

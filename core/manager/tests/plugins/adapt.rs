@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::support::*;
 use bitnet_burn_manager::plugin::Plugin;
 use bitnet_burn_manager::{
-    Choice, EventKind, FallbackPolicy, Feedback, Job, KernelManager, LayoutPolicy, ManagerConfig,
-    ManagerError, Memory, PROBATION_AFTER, Packed, Probe, RACE_TURNS, SAMPLE_EVERY, TRIAL_CALLS, WINDOW,
+    CpuKernels, EventKind, FallbackPolicy, Feedback, Job, KernelManager, LayoutPolicy, ManagerConfig,
+    ManagerError, Memory, PROBATION_AFTER, Packed, Probe, RACE_TURNS, TIMED_EVERY, TRIAL_CALLS, WINDOW,
 };
 use bitnet_burn_plugin::sdk::{
     ActivationsRef, KernelError, KernelResult, OutputTile, TernaryKernel, WeightsRef,
@@ -133,14 +133,14 @@ fn of_kind(manager: &KernelManager, kind: EventKind) -> u64 {
 /// Matmuls over one choice.
 struct Use {
     problem: Problem,
-    choice: Arc<Choice>,
+    choice: Arc<CpuKernels>,
     packed: Packed,
 }
 
 impl Use {
     fn new(manager: &KernelManager, m: usize) -> Self {
         let problem = Problem::new(m, 66, 32);
-        let (choice, packed) = manager.prepare(66, 32, LayoutPolicy::Any, &problem.weights).unwrap();
+        let (choice, packed) = manager.choose_and_pack(66, 32, LayoutPolicy::Any, &problem.weights).unwrap();
         Self { problem, choice, packed }
     }
 
@@ -160,7 +160,7 @@ impl Use {
 }
 
 /// A kernel that has become slow is found out within so many calls, the race included.
-const BOUND: u64 = SAMPLE_EVERY * (WINDOW as u64 + 1) + 4 * (RACE_TURNS as u64 + 1);
+const BOUND: u64 = TIMED_EVERY * (WINDOW as u64 + 1) + 4 * (RACE_TURNS as u64 + 1);
 
 paced!(ADAPTIVE);
 

@@ -9,7 +9,7 @@ use bitnet_burn_formats::reference;
 use bitnet_burn_manager::memory::Activations;
 use bitnet_burn_manager::plugin::Plugin;
 use bitnet_burn_manager::store::PluginConfig;
-use bitnet_burn_manager::{Choice, Job, KernelManager, LayoutPolicy, ManagerConfig, Packed};
+use bitnet_burn_manager::{CpuKernels, Job, KernelManager, LayoutPolicy, ManagerConfig, Packed};
 use bitnet_burn_plugin::sdk::{ActivationsRef, KernelResult, OutputTile, TernaryKernel, WeightsRef};
 
 pub fn package() -> &'static Path {
@@ -123,7 +123,7 @@ impl Problem {
     }
 
     /// Through a choice, and compared with the reference.
-    pub fn check(&self, manager: &KernelManager, choice: &Choice, packed: &Packed, what: &str) {
+    pub fn check(&self, manager: &KernelManager, choice: &CpuKernels, packed: &Packed, what: &str) {
         let (m, n, k) = self.shape;
         let (mut y, mut want) = (vec![f32::NAN; m * n], vec![0.0; m * n]);
         let weights = match packed {
@@ -142,7 +142,7 @@ impl Problem {
 /// A matmul through a manager is the reference's, bit for bit.
 pub fn check(manager: &KernelManager, m: usize, n: usize, k: usize, what: &str) {
     let problem = Problem::new(m, n, k);
-    let (choice, packed) = manager.prepare(n, k, LayoutPolicy::Any, &problem.weights).unwrap();
+    let (choice, packed) = manager.choose_and_pack(n, k, LayoutPolicy::Any, &problem.weights).unwrap();
     problem.check(manager, &choice, &packed, what);
 }
 

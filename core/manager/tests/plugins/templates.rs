@@ -11,7 +11,7 @@ use bitnet_burn_manager::plugin::Plugin;
 use bitnet_burn_manager::{LayoutPolicy, ManagerConfig, Source, Status};
 
 fn repository() -> PathBuf {
-    package().join("..").canonicalize().unwrap()
+    package().join("../..").canonicalize().unwrap()
 }
 
 fn write(path: &Path, content: &str) {
@@ -142,7 +142,8 @@ fn what_the_documentation_shows_builds_and_passes() {
         assert_eq!(manager.load_plugin(&library).unwrap()[0].status, Status::Ready);
     }
     for (n, k) in [(40, 300), (33, 128)] {
-        let (choice, _) = manager.prepare(n, k, LayoutPolicy::Any, &Problem::new(1, n, k).weights).unwrap();
+        let (choice, _) =
+            manager.choose_and_pack(n, k, LayoutPolicy::Any, &Problem::new(1, n, k).weights).unwrap();
         assert_eq!(choice.layout(), None);
         check(&manager, 2, n, k, "the examples of the documentation");
     }

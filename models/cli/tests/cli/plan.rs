@@ -121,7 +121,7 @@ fn a_run_follows_a_plan_and_says_what_was_predicted() {
 
     let refused = |more: &[&str]| place.error(&[&call[..], more].concat());
     assert!(refused(&["--gpu-layers", "99"]).contains("--gpu-layers 99: the model has 2 layers"));
-    assert!(refused(&["--device", "flex=1"]).contains("this places 1 layers, and the model has 2"));
+    assert!(refused(&["--device", "flex=1"]).contains("has places for 1 layers; the model has 2"));
     if bitnet_burn::backends::devices::runtimes().is_empty() {
         assert!(refused(&["--gpu-layers", "1"]).contains("--features wgpu"));
         assert!(refused(&["--device", "wgpu:0=1,flex"]).contains("--features wgpu"));

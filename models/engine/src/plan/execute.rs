@@ -78,7 +78,7 @@ impl PlacedModel {
                 return Ok(Ok(load_on(checkpoint, &devices, options, progress)?));
             }
             let load = || load_on(checkpoint, &devices, options, progress);
-            let loaded = match devices::quietly(load) {
+            let loaded = match devices::catching_panics(load) {
                 Ok(loaded) => loaded?,
                 Err(problem) => return failed(placement, problem),
             };

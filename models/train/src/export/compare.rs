@@ -1,7 +1,7 @@
 //! A copy against its source, tensor by tensor.
 
 use super::{Converted, ExportError, ExportOptions, Progress, RoundedScales, Summary, Target};
-use bitnet_burn::{Activation, ModelConfig};
+use bitnet_burn::{GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_engine::checkpoint::{Checkpoint, TokenizerSource};
 use bitnet_burn_engine::gguf::TernaryType;
@@ -118,7 +118,7 @@ fn configuration(
 /// What other programs make of the architecture, as far as it is known.
 fn shape_notes(config: &ModelConfig, target: Target, notes: &mut Vec<String>) {
     let Target::Gguf(types) = target else { return };
-    let relu2 = config.activation == Activation::Relu2;
+    let relu2 = config.activation == GatedActivation::Relu2;
     if config.sub_norms && !config.tied_embeddings {
         notes.push(
             "llama.cpp's BitNet has no output head of its own: it does not load this model, whose head is not \

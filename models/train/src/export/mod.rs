@@ -36,13 +36,13 @@ use crate::TrainError;
 use bitnet_burn::ModelConfig;
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_engine::checkpoint::{Checkpoint, LoadError, OpenOptions, TokenizerSource};
-use bitnet_burn_engine::gguf::{
-    Array, GgufFile, GgufTypes, GgufWriteError, GgufWriter, TensorType, TernaryType, Value,
-};
+use bitnet_burn_engine::gguf::{self, GgufTypes, GgufWriteError, TernaryType};
 use bitnet_burn_engine::hf;
 use bitnet_burn_engine::hf::{HfWriteError, Style};
 use bitnet_burn_engine::tokenizer::{TranslateError, translate};
+use bitnet_burn_formats::WriteError;
 use bitnet_burn_formats::dense::DenseFormat;
+use bitnet_burn_formats::gguf::{Array, GgufFile, GgufWriter, TensorType, Value};
 use place::{Kind, Place, io_error};
 use serde::Serialize;
 use std::io;
@@ -108,6 +108,7 @@ pub enum Progress {
 
 /// Why nothing was written.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ExportError {
     /// The operating system refused.
     #[error("{}: cannot {action}: {error}", path.display())]
@@ -181,7 +182,10 @@ pub enum ExportError {
     /// The source can't be read.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// The GGUF file can't be written.
+    /// A file can't be written.
+    #[error(transparent)]
+    File(#[from] WriteError),
+    /// The model can't be written as GGUF.
     #[error(transparent)]
     Gguf(#[from] GgufWriteError),
     /// The Hugging Face directory can't be written.
@@ -207,8 +211,8 @@ impl ExportError {
     /// The same, about the final place instead of the temporary one.
     fn instead_of(mut self, temporary: &Path, out: &Path) -> Self {
         if let Self::Io { path, .. }
-        | Self::Gguf(GgufWriteError::Io { path, .. })
-        | Self::Hf(HfWriteError::Io { path, .. }) = &mut self
+        | Self::File(WriteError::Io { path, .. })
+        | Self::Hf(HfWriteError::File(WriteError::Io { path, .. })) = &mut self
             && let Ok(rest) = path.strip_prefix(temporary)
         {
             *path = if rest.as_os_str().is_empty() { out.to_owned() } else { out.join(rest) };
@@ -446,7 +450,7 @@ fn write_gguf(
             // Everything that is no fact about the tensors, also what nothing here reads.
             let about_tensors =
                 ["architecture", "name", "type", "alignment", "file_type", "quantization_version"];
-            for (key, value) in GgufFile::open(&keys.path)?.metadata() {
+            for (key, value) in GgufFile::open(&keys.path).map_err(LoadError::from)?.metadata() {
                 let general = key.strip_prefix("general.").is_some_and(|k| !about_tensors.contains(&k));
                 let tokenizer = key.starts_with("tokenizer.") && key != "tokenizer.ggml.pre";
                 if general || (found && tokenizer) {
@@ -468,7 +472,7 @@ fn write_gguf(
         metadata.push(("tokenizer.ggml.model".into(), "no_vocab".into()));
     }
     let mut writer = GgufWriter::new();
-    writer.checkpoint_as(&config, checkpoint, types)?;
+    gguf::write_checkpoint(&mut writer, &config, checkpoint, types)?;
     writer.set("general.type", "model")?;
     // The numbers of llama.cpp (`llama_ftype`), and of bitnet.cpp for I2_S.
     let file_type = match types.ternary {
@@ -481,7 +485,7 @@ fn write_gguf(
     for (key, value) in metadata {
         match writer.set(key, value) {
             // The ids of tokens with a role come from the configuration.
-            Ok(_) | Err(GgufWriteError::Duplicate { .. }) => {}
+            Ok(_) | Err(WriteError::Duplicate { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }

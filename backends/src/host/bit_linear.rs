@@ -1,0 +1,129 @@
+//! The ternary linear layer, by the manager's kernels.
+
+use std::sync::Arc;
+
+use bitnet_burn_manager::{CpuKernels, Job, KernelManager, LayoutPolicy, ManagerError};
+use burn::backend::TensorMetadata;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::Shape;
+
+use super::{HostBackend, dims, quantise, with_activations};
+use crate::default;
+use crate::extension::{BitLinearArgs, InputNorm, MatrixKernels, TernaryWeight, WeightGroup};
+use crate::manager::{leave_error, manager};
+
+/// The kernels that were chosen for the matrices, or now are.
+fn choices(manager: &KernelManager, args: &BitLinearArgs) -> Result<Vec<Arc<CpuKernels>>, ManagerError> {
+    args.matrices
+        .iter()
+        .map(|matrix| match &matrix.choice {
+            Some(MatrixKernels::Host(choice)) => Ok(choice.clone()),
+            // Weights that were packed for a GPU are canonical when they come here (`ops::bit_linear`).
+            _ => manager.choose(matrix.n, args.k, LayoutPolicy::Canonical),
+        })
+        .collect()
+}
+
+pub(crate) fn bit_linear<B: HostBackend>(
+    x: FloatTensor<B>,
+    norm: InputNorm<B>,
+    weights: WeightGroup<B>,
+    args: BitLinearArgs,
+) -> FloatTensor<B> {
+    let [m, k] = dims(&x);
+    let weights = weights.into_vec();
+    let total = args.total_n();
+    let manager = manager();
+    let choices = match choices(manager, &args) {
+        Ok(choices) => choices,
+        Err(error) => return failed::<B>(error, m, total),
+    };
+    if !args.quantise {
+        // Float activations: a reference, in plain operations.
+        return match canonical_weights::<B>(manager, weights, &choices, args.k) {
+            Ok(weights) => default::bit_linear::<B>(x, norm, weights, &args),
+            Err(error) => failed::<B>(error, m, total),
+        };
+    }
+    let mut y = vec![0f32; m * total];
+    let words: Vec<_> = weights.iter().map(|w| B::words(&w.codes)).collect();
+    let mut column = 0;
+    let jobs: Vec<Job> = weights
+        .iter()
+        .zip(&words)
+        .zip(&choices)
+        .map(|((weight, words), choice)| {
+            let bytes: &[u8] = bytemuck::cast_slice(words);
+            let job = Job {
+                choice,
+                // Words are whole; a private packing may end within one.
+                weights: bytes.get(..choice.weight_bytes()).unwrap_or(bytes),
+                scale: B::floats(&weight.scale)[0],
+                column,
+            };
+            column += choice.shape().0;
+            job
+        })
+        .collect();
+    let result = with_activations(|activations| {
+        let values = B::floats(&x);
+        let weight = match &norm {
+            InputNorm::None => None,
+            InputNorm::Rms(weight) => Some(B::floats(weight)),
+        };
+        let norm = weight.as_deref().map(|weight| (weight, args.eps));
+        quantise(&values, k, norm, activations.resize(m, k));
+        manager.matmul(&jobs, activations, &mut y, total)
+    });
+    match result {
+        Ok(()) => B::tensor(y, Shape::new([m, total])),
+        Err(error) => failed::<B>(error, m, total),
+    }
+}
+
+/// Leaves the error for the caller, and NaN for whoever does not ask.
+fn failed<B: HostBackend>(error: ManagerError, m: usize, n: usize) -> FloatTensor<B> {
+    leave_error(error);
+    B::tensor(vec![f32::NAN; m * n], Shape::new([m, n]))
+}
+
+/// The weights with their codes in the canonical layout.
+fn canonical_weights<B: HostBackend>(
+    manager: &KernelManager,
+    weights: Vec<TernaryWeight<B>>,
+    choices: &[Arc<CpuKernels>],
+    k: usize,
+) -> Result<WeightGroup<B>, ManagerError> {
+    let mut canonical = Vec::with_capacity(weights.len());
+    for (weight, choice) in weights.into_iter().zip(choices) {
+        let TernaryWeight { codes, scale } = weight;
+        let codes = if choice.layout().is_none() {
+            codes
+        } else {
+            let n = choice.shape().0;
+            let words = B::words(&codes);
+            let bytes = manager.unpack(choice, &bytemuck::cast_slice(&words)[..choice.weight_bytes()])?;
+            let words: Vec<u32> =
+                bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let device = codes.device();
+            B::int_from_data(burn::tensor::TensorData::new(words, [n, k.div_ceil(128) * 8]), &device)
+        };
+        canonical.push(TernaryWeight { codes, scale });
+    }
+    Ok(WeightGroup::from_vec(canonical))
+}
+
+pub(crate) fn bit_linear_backward<B: HostBackend>(
+    dy: FloatTensor<B>,
+    weights: WeightGroup<B>,
+    args: BitLinearArgs,
+) -> FloatTensor<B> {
+    let manager = manager();
+    let m = dims(&dy)[0];
+    match choices(manager, &args)
+        .and_then(|choices| canonical_weights::<B>(manager, weights.into_vec(), &choices, args.k))
+    {
+        Ok(weights) => default::bit_linear_backward::<B>(dy, weights, &args),
+        Err(error) => failed::<B>(error, m, args.k),
+    }
+}

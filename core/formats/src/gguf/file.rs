@@ -1,0 +1,228 @@
+//! Reading: the header is parsed and checked as a whole when the file is opened; data is viewed.
+
+use super::header::{Cursor, GgufTensor};
+use super::types::I2_S_TAIL;
+use super::value::Value;
+use super::{DEFAULT_ALIGNMENT, TensorType};
+use crate::error::FileError;
+use crate::map::{FileMap, map_file};
+use bytes::Bytes;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// An open GGUF file.
+pub struct GgufFile {
+    path: PathBuf,
+    map: Bytes,
+    /// What `map` is a view of, if it is a file's.
+    file_map: Option<FileMap>,
+    version: u32,
+    alignment: u64,
+    data_start: usize,
+    metadata: Vec<(String, Value)>,
+    keys: HashMap<String, usize>,
+    tensors: Vec<GgufTensor>,
+    names: HashMap<String, usize>,
+}
+
+impl GgufFile {
+    /// Opens a file: maps it, and reads and checks its whole header.
+    ///
+    /// # Errors
+    /// [`FileError`] for whatever is wrong with it. No panic and no allocation larger than a small multiple
+    /// of the header is reachable from any content.
+    pub fn open(path: &Path) -> Result<Self, FileError> {
+        let (bytes, file_map) = map_file(path)?;
+        Ok(Self { file_map, ..Self::parse(path.to_owned(), bytes)? })
+    }
+
+    /// The map, where the file is on the disk.
+    pub fn file_map(&self) -> Option<&FileMap> {
+        self.file_map.as_ref()
+    }
+
+    /// All bytes of the file: a view of the memory map where it is on the disk.
+    pub fn contents(&self) -> &Bytes {
+        &self.map
+    }
+
+    /// Reads a file that is in memory already; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`GgufFile::open`].
+    pub fn parse(path: PathBuf, map: Bytes) -> Result<Self, FileError> {
+        let mut cursor = Cursor::new(&path, &map);
+        let (version, n_tensors, n_keys) = cursor.header()?;
+
+        let mut metadata = Vec::new();
+        let mut keys = HashMap::new();
+        for i in 0..n_keys {
+            let key = cursor.name(format_args!("the name of key {} of {n_keys}", i + 1))?;
+            let value = cursor.value(&key)?;
+            if keys.insert(key.clone(), metadata.len()).is_some() {
+                return Err(FileError::Duplicate { path, what: "key", name: key });
+            }
+            metadata.push((key, value));
+        }
+        let alignment = match keys.get("general.alignment").map(|&i| &metadata[i].1) {
+            None => DEFAULT_ALIGNMENT,
+            Some(value) => match value.as_u64() {
+                Some(v) if v.is_power_of_two() && v <= u64::from(u32::MAX) => v,
+                _ => {
+                    return Err(FileError::WrongValue {
+                        path,
+                        key: "general.alignment".into(),
+                        found: value.to_string(),
+                        expected: "a power of two".into(),
+                    });
+                }
+            },
+        };
+
+        let mut tensors = Vec::new();
+        let mut names = HashMap::new();
+        for i in 0..n_tensors {
+            let tensor = cursor.tensor(i, n_tensors)?;
+            if names.insert(tensor.name.clone(), tensors.len()).is_some() {
+                return Err(FileError::Duplicate { path, what: "tensor", name: tensor.name });
+            }
+            tensors.push(tensor);
+        }
+
+        // The header ends here; the data begins at the next multiple of the alignment. A file without
+        // tensors may end before that.
+        let data_start = (cursor.position() as u64).next_multiple_of(alignment).min(map.len() as u64);
+        let file = Self {
+            data_start: data_start as usize,
+            file_map: None,
+            path,
+            version,
+            alignment,
+            metadata,
+            keys,
+            tensors,
+            names,
+            map: map.clone(),
+        };
+        file.check_data()?;
+        Ok(file)
+    }
+
+    /// Checks that every tensor is aligned, lies within the file, and overlaps with no other.
+    fn check_data(&self) -> Result<(), FileError> {
+        let available = (self.map.len() - self.data_start) as u64;
+        for t in &self.tensors {
+            if !t.offset.is_multiple_of(self.alignment) {
+                return Err(FileError::Misaligned {
+                    path: self.path.clone(),
+                    tensor: t.name.clone(),
+                    offset: t.offset,
+                    alignment: self.alignment,
+                });
+            }
+            if t.offset.checked_add(t.bytes).is_none_or(|end| end > available) {
+                return Err(FileError::OutOfBounds {
+                    path: self.path.clone(),
+                    tensor: t.name.clone(),
+                    offset: t.offset,
+                    bytes: t.bytes,
+                    available,
+                });
+            }
+        }
+        let mut order: Vec<&GgufTensor> = self.tensors.iter().collect();
+        order.sort_by_key(|t| t.offset);
+        for pair in order.windows(2) {
+            let [first, second] = [pair[0], pair[1]];
+            let first_end = first.offset + first.bytes; // both within the file, as checked above
+            if second.offset < first_end {
+                return Err(FileError::Overlap {
+                    path: self.path.clone(),
+                    first: first.name.clone(),
+                    first_end,
+                    second: second.name.clone(),
+                    second_start: second.offset,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its version: 2 or 3.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// What tensors are aligned to: `general.alignment`.
+    pub fn alignment(&self) -> u64 {
+        self.alignment
+    }
+
+    /// All keys with their values, in the order of the file.
+    pub fn metadata(&self) -> &[(String, Value)] {
+        &self.metadata
+    }
+
+    /// The value of a key.
+    pub fn value(&self, key: &str) -> Option<&Value> {
+        self.keys.get(key).map(|&i| &self.metadata[i].1)
+    }
+
+    /// All tensors, in the order of the file.
+    pub fn tensors(&self) -> &[GgufTensor] {
+        &self.tensors
+    }
+
+    /// A tensor by name.
+    pub fn tensor(&self, name: &str) -> Option<&GgufTensor> {
+        self.names.get(name).map(|&i| &self.tensors[i])
+    }
+
+    /// A tensor's data: a view of the memory map, [`GgufTensor::bytes`] long.
+    ///
+    /// # Errors
+    /// [`FileError::MissingTensor`].
+    pub fn tensor_bytes(&self, name: &str) -> Result<Bytes, FileError> {
+        let missing = || FileError::MissingTensor {
+            path: self.path.clone(),
+            tensor: name.to_owned(),
+            help: String::new(),
+        };
+        let tensor = self.tensor(name).ok_or_else(missing)?;
+        let start = self.data_start + tensor.offset as usize; // within the file: checked when it was opened
+        Ok(self.map.slice(start..start + tensor.bytes as usize))
+    }
+
+    /// The codes (rows of the canonical layout) and the scale of an I2_S tensor; the codes are a view.
+    ///
+    /// # Errors
+    /// [`FileError::MissingTensor`], or [`FileError::UnsupportedTensorType`] for one of another type.
+    pub fn i2_s(&self, name: &str) -> Result<(Bytes, f32), FileError> {
+        let data = self.tensor_bytes(name)?;
+        let found = self.tensor(name).map(|t| t.tensor_type);
+        let (Some(TensorType::I2_S), Some(codes)) = (found, data.len().checked_sub(I2_S_TAIL as usize))
+        else {
+            return Err(FileError::UnsupportedTensorType {
+                path: self.path.clone(),
+                tensor: name.to_owned(),
+                found: found.map_or("absent", TensorType::name).to_owned(),
+                role: "a tensor read as I2_S",
+                supported: TensorType::I2_S.name().to_owned(),
+            });
+        };
+        let scale = f32::from_le_bytes([data[codes], data[codes + 1], data[codes + 2], data[codes + 3]]);
+        Ok((data.slice(..codes), scale))
+    }
+}
+
+impl std::fmt::Debug for GgufFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (keys, tensors) = (self.metadata.len(), self.tensors.len());
+        write!(f, "GgufFile({:?}, version {}, {keys} keys, {tensors} tensors)", self.path, self.version)
+    }
+}

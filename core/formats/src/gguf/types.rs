@@ -1,0 +1,156 @@
+//! Tensor types: their numbers, names and sizes.
+
+use crate::DenseFormat;
+use std::fmt;
+
+/// The tensor types that are read and written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(non_camel_case_types, reason = "the names of the format")]
+pub enum TensorType {
+    /// One of the dense formats.
+    Dense(DenseFormat),
+    /// Blocks of 256 ternary weights at 1.69 bits, f16 scale.
+    TQ1_0,
+    /// Blocks of 256 ternary weights at 2.06 bits, f16 scale.
+    TQ2_0,
+    /// BitNet's ternary format: blocks of 128 weights in 32 bytes, one f32 scale behind the tensor.
+    I2_S,
+}
+
+impl TensorType {
+    /// All of them.
+    pub fn all() -> impl Iterator<Item = Self> {
+        DenseFormat::ALL.into_iter().map(Self::Dense).chain([Self::TQ1_0, Self::TQ2_0, Self::I2_S])
+    }
+
+    /// (number, name, weights per block, bytes per block).
+    const fn facts(self) -> (u32, &'static str, u64, u64) {
+        match self {
+            Self::Dense(format) => {
+                let facts = format.facts();
+                (facts.gguf_type, facts.name, facts.block_len as u64, facts.block_bytes as u64)
+            }
+            Self::TQ1_0 => (34, "TQ1_0", 256, 54),
+            Self::TQ2_0 => (35, "TQ2_0", 256, 66),
+            Self::I2_S => (36, "I2_S", 128, 32),
+        }
+    }
+
+    /// The number in the file.
+    pub const fn id(self) -> u32 {
+        self.facts().0
+    }
+
+    /// The name, as llama.cpp spells it.
+    pub const fn name(self) -> &'static str {
+        self.facts().1
+    }
+
+    /// Weights per block: the columns of a tensor must be a multiple.
+    pub const fn block_size(self) -> u64 {
+        self.facts().2
+    }
+
+    /// Bytes of `n` elements in whole blocks, the scale behind an I2_S tensor included; `None` on overflow.
+    pub const fn bytes(self, n: u64) -> Option<u64> {
+        let (_, _, block, block_bytes) = self.facts();
+        match (n / block).checked_mul(block_bytes) {
+            Some(bytes) if matches!(self, Self::I2_S) => bytes.checked_add(I2_S_TAIL),
+            bytes => bytes,
+        }
+    }
+
+    /// The type with that number, if it is supported.
+    pub fn from_id(id: u32) -> Option<Self> {
+        Self::all().find(|t| t.id() == id)
+    }
+
+    /// `F32 (0), F16 (1), ...` in the order of the numbers, for messages.
+    pub fn supported() -> String {
+        let mut all: Vec<_> = Self::all().collect();
+        all.sort_by_key(|t| t.id());
+        let names: Vec<_> = all.iter().map(|t| format!("{} ({})", t.name(), t.id())).collect();
+        names.join(", ")
+    }
+
+    /// Name and number of any type that is in use somewhere, for messages.
+    pub fn describe(id: u32) -> String {
+        if let Some(known) = Self::from_id(id) {
+            return format!("{known} ({id})");
+        }
+        let name = match id {
+            3 => "Q4_1",
+            6 => "Q5_0",
+            7 => "Q5_1",
+            9 => "Q8_1",
+            10 => "Q2_K",
+            11 => "Q3_K",
+            12 => "Q4_K",
+            13 => "Q5_K",
+            15 => "Q8_K",
+            16 => "IQ2_XXS",
+            17 => "IQ2_XS",
+            18 => "IQ3_XXS",
+            19 => "IQ1_S",
+            20 => "IQ4_NL",
+            21 => "IQ3_S",
+            22 => "IQ2_S",
+            23 => "IQ4_XS",
+            24 => "I8",
+            25 => "I16",
+            26 => "I32",
+            27 => "I64",
+            28 => "F64",
+            29 => "IQ1_M",
+            37 => "I8_S of bitnet.cpp",
+            38 => "TL1 of bitnet.cpp",
+            39 => "TL2 of bitnet.cpp, or MXFP4",
+            134 => "IQ1_BN of ik_llama.cpp",
+            135 => "IQ2_BN of ik_llama.cpp",
+            _ => return format!("{id} (unknown)"),
+        };
+        format!("{name} ({id})")
+    }
+}
+
+impl From<DenseFormat> for TensorType {
+    fn from(format: DenseFormat) -> Self {
+        Self::Dense(format)
+    }
+}
+
+/// Bytes behind the codes of an I2_S tensor: the f32 scale, padded.
+pub(super) const I2_S_TAIL: u64 = 32;
+
+impl fmt::Display for TensorType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_those_of_the_formats() {
+        assert_eq!(TensorType::Dense(DenseFormat::F32).bytes(7), Some(28));
+        assert_eq!(TensorType::Dense(DenseFormat::Q8_0).bytes(64), Some(68));
+        assert_eq!(TensorType::Dense(DenseFormat::Q6_K).bytes(512), Some(420));
+        assert_eq!(TensorType::TQ1_0.bytes(256), Some(54));
+        assert_eq!(TensorType::TQ2_0.bytes(256), Some(66));
+        assert_eq!(TensorType::I2_S.bytes(2560 * 6912), Some(2560 * 6912 / 4 + 32));
+        assert_eq!(TensorType::Dense(DenseFormat::F32).bytes(u64::MAX), None);
+    }
+
+    #[test]
+    fn numbers_lead_back_to_types() {
+        for t in TensorType::all() {
+            assert_eq!(TensorType::from_id(t.id()), Some(t));
+            assert_eq!(TensorType::describe(t.id()), format!("{t} ({})", t.id()));
+        }
+        assert_eq!(TensorType::from_id(12), None);
+        assert_eq!(TensorType::describe(12), "Q4_K (12)");
+        assert_eq!(TensorType::describe(4711), "4711 (unknown)");
+    }
+}

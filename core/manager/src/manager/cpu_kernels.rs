@@ -1,0 +1,104 @@
+//! What was chosen for the weights of one shape.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use bitnet_burn_plugin::canonical;
+
+use super::slot::Slot;
+use super::{BUCKETS, Entry, Job, Packed, bucket, packing};
+
+/// Which kernels multiply by the weights of one shape, and in which layout the weights are kept.
+#[derive(Debug)]
+pub struct CpuKernels {
+    pub(super) n: usize,
+    pub(super) k: usize,
+    /// The private layout, with a kernel that packs it; `None` for canonical weights in place.
+    pub(super) packer: Option<Arc<Entry>>,
+    weight_bytes: usize,
+    /// Without what the manager keeps behind the packing.
+    own_bytes: usize,
+    slots: [Slot; BUCKETS.len()],
+    /// Weights whose packing is a quarantined plugin's, packed anew, by their checksum. They live as long as
+    /// the users of the weights, which hold this choice.
+    pub(super) fallback_weights: Mutex<HashMap<u64, Arc<FallbackWeights>>>,
+}
+
+/// Weights that were packed anew.
+#[derive(Debug)]
+pub(super) struct FallbackWeights {
+    pub choice: Arc<CpuKernels>,
+    /// The canonical bytes, where the choice reads those.
+    pub canonical: Vec<u8>,
+    pub packed: Packed,
+}
+
+impl FallbackWeights {
+    pub fn job<'a>(&'a self, of: &Job<'a>) -> Job<'a> {
+        let weights = match &self.packed {
+            Packed::Canonical => &self.canonical,
+            Packed::Private(buffer) => buffer.as_slice(),
+        };
+        Job { choice: &self.choice, weights, ..*of }
+    }
+}
+
+impl CpuKernels {
+    pub(super) fn new(n: usize, k: usize, packer: Option<Arc<Entry>>) -> Self {
+        let (weight_bytes, own_bytes) = match &packer {
+            Some(entry) => {
+                let stored = packing::stored_bytes(entry, n, k);
+                stored.zip(entry.kernel.weight_bytes(n, k)).expect("a candidate can pack the shape")
+            }
+            None => (n * canonical::row_bytes(k), n * canonical::row_bytes(k)),
+        };
+        Self {
+            n,
+            k,
+            packer,
+            weight_bytes,
+            own_bytes,
+            slots: Default::default(),
+            fallback_weights: Mutex::default(),
+        }
+    }
+
+    /// Output and input features.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.n, self.k)
+    }
+
+    /// Private layout (`plugin/layout`) that the weights are packed in, or `None` for canonical.
+    pub fn layout(&self) -> Option<&str> {
+        self.packer.as_ref().and_then(|entry| entry.kernel.layout())
+    }
+
+    /// Whether the weights are canonical or packed by a kernel that is linked in, whose packing needs no check.
+    pub fn is_built_in(&self) -> bool {
+        self.packer.as_ref().is_none_or(|entry| entry.watch.is_none())
+    }
+
+    /// Bytes of the weights in the chosen layout, with what the manager keeps behind them.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight_bytes
+    }
+
+    /// Whether a kernel reads the weights as they are.
+    pub(super) fn is_read_by(&self, entry: &Entry) -> bool {
+        entry.kernel.layout() == self.layout()
+            && entry.kernel.weight_bytes(self.n, self.k) == Some(self.own_bytes)
+    }
+
+    /// The part of stored weights that a kernel reads.
+    pub(super) fn own_bytes<'a>(&self, stored: &'a [u8]) -> &'a [u8] {
+        &stored[..self.own_bytes]
+    }
+
+    pub(super) fn slot(&self, m: usize) -> &Slot {
+        &self.slots[bucket(m)]
+    }
+
+    pub(super) fn slots(&self) -> impl Iterator<Item = (usize, &Slot)> {
+        BUCKETS.iter().map(|(_, rows)| *rows).zip(&self.slots)
+    }
+}

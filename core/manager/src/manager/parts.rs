@@ -1,0 +1,197 @@
+//! One fork-join over the kernels of a matmul: the host owns the threads, the partitioning and every buffer.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use bitnet_burn_plugin::abi::{self, Output, Tile};
+use bitnet_burn_plugin::canonical;
+use smallvec::{SmallVec, smallvec};
+
+use super::lock;
+use crate::memory::{Activations, AlignedBytes};
+use crate::plugin::{Kernel, KernelFailure, max_workspace};
+use crate::pool::Pool;
+
+/// Bytes of activations that a tile walks over again and again: they should stay in the L2 cache.
+const ACTIVATION_BLOCK: usize = 480 << 10;
+/// A task should read at least this many bytes of weights, or the fork-join costs more than it wins.
+const MIN_TASK_BYTES: usize = 16 << 10;
+
+/// One for each matrix of a matmul: there are at most three in a model, so that nothing is allocated.
+pub(super) type Few<T> = SmallVec<[T; 4]>;
+
+/// Workspaces, kept from call to call.
+#[derive(Debug, Default)]
+pub(super) struct Scratch(Mutex<Vec<AlignedBytes>>);
+
+impl Scratch {
+    fn take(&self, size: usize) -> AlignedBytes {
+        let mut free = lock(&self.0);
+        match free.iter().position(|buffer| buffer.len() >= size) {
+            Some(i) => free.swap_remove(i),
+            None => AlignedBytes::zeroed(size),
+        }
+    }
+
+    fn give_back(&self, buffer: AlignedBytes) {
+        let mut free = lock(&self.0);
+        if free.len() < 4 {
+            free.push(buffer);
+        }
+    }
+}
+
+/// One kernel on one matrix, writing columns `column..column + n` of the output.
+pub(super) struct Part<'a> {
+    pub kernel: &'a Kernel,
+    pub weights: abi::Weights,
+    pub column: usize,
+}
+
+/// The output of a matmul, shared by the tasks, which write disjoint tiles.
+#[derive(Clone, Copy)]
+struct SharedOutput(*mut f32);
+
+// SAFETY: the tasks write disjoint tiles of a buffer that outlives them (`run_parts`).
+unsafe impl Send for SharedOutput {}
+// SAFETY: as above.
+unsafe impl Sync for SharedOutput {}
+
+impl SharedOutput {
+    fn at(self, column: usize) -> *mut f32 {
+        self.0.wrapping_add(column)
+    }
+}
+
+/// Runs kernels over shared activations in one fork-join. Returns each part's failure, if it failed.
+///
+/// The caller has checked that `y` holds `x.m()` rows of `stride`, and that every part's columns are
+/// within the stride and disjoint from the others'.
+pub(super) fn run_parts(
+    pool: &Pool,
+    scratch: &Scratch,
+    parts: &[Part],
+    x: &Activations,
+    y: &mut [f32],
+    stride: usize,
+) -> Few<Option<KernelFailure>> {
+    let m = x.m();
+    let abi_x = x.as_abi();
+    let mut failures: Few<Option<KernelFailure>> = parts.iter().map(|_| None).collect();
+
+    // Parts of one kernel share its workspace.
+    let mut workspaces: Few<(&Kernel, AlignedBytes)> = Few::new();
+    let mut workspace_of: Few<usize> = smallvec![usize::MAX; parts.len()];
+    for (i, part) in parts.iter().enumerate() {
+        if let Some(known) = workspaces.iter().position(|(kernel, _)| std::ptr::eq(*kernel, part.kernel)) {
+            workspace_of[i] = known;
+            failures[i] = failures[..i]
+                .iter()
+                .zip(&parts[..i])
+                .find(|(_, other)| std::ptr::eq(other.kernel, part.kernel))
+                .and_then(|(failure, _)| failure.clone());
+            continue;
+        }
+        let signature = abi::Signature::ternary(m as u64, part.weights.n, abi_x.k, pool.threads() as u32);
+        let size = part.kernel.workspace_size(&signature);
+        if size > max_workspace(m, x.stride()) {
+            failures[i] = Some(KernelFailure::Workspace { bytes: size });
+            continue;
+        }
+        let mut workspace = scratch.take(size);
+        // SAFETY: filled activations, and a workspace of the size that the kernel asked for.
+        failures[i] = unsafe { part.kernel.prepare(&abi_x, workspace.as_mut_ptr()) }.err();
+        workspace_of[i] = workspaces.len();
+        workspaces.push((part.kernel, workspace));
+    }
+
+    let grid = Grid::new(pool.threads(), parts, m, x.stride());
+    let output = SharedOutput(y.as_mut_ptr());
+    let first_failure: Few<AtomicU32> = parts.iter().map(|_| AtomicU32::new(0)).collect();
+    let messages: Mutex<Vec<(usize, KernelFailure)>> = Mutex::default();
+    let skip: Few<bool> = failures.iter().map(Option::is_some).collect();
+    pool.run(grid.tasks(), &|task| {
+        let (i, tile) = grid.tile(task);
+        if skip[i] || first_failure[i].load(Ordering::Relaxed) != 0 {
+            return;
+        }
+        let part = &parts[i];
+        let y = Output {
+            struct_size: size_of::<Output>() as u64,
+            y: output.at(part.column),
+            stride: stride as u64,
+        };
+        let workspace = workspaces[workspace_of[i]].1.as_ptr();
+        // SAFETY: the structs are filled and their buffers live until `pool.run` returns; the grid's
+        // tiles are disjoint and within [m, n] of the part, whose columns are its own.
+        if let Err(failure) = unsafe { part.kernel.run(&part.weights, &abi_x, workspace, &y, &tile) } {
+            first_failure[i].store(1, Ordering::Relaxed);
+            lock(&messages).push((i, failure));
+        }
+    });
+    for (i, failure) in messages.into_inner().unwrap_or_else(|e| e.into_inner()) {
+        failures[i].get_or_insert(failure);
+    }
+    for (_, workspace) in workspaces {
+        scratch.give_back(workspace);
+    }
+    failures
+}
+
+/// Cuts several matrices' outputs into tiles: decode into ranges of rows that are read as one stream
+/// each, prefill into blocks of activations that stay in cache.
+struct Grid {
+    m: usize,
+    m_block: usize,
+    /// Per part: rows of a tile, number of row ranges, output features, first task.
+    parts: Few<(usize, usize, usize, usize)>,
+    tasks: usize,
+}
+
+impl Grid {
+    fn new(threads: usize, parts: &[Part], m: usize, x_stride: usize) -> Self {
+        let m_block = (ACTIVATION_BLOCK / x_stride / 8 * 8).max(8).min(m.max(1));
+        let m_blocks = m.div_ceil(m_block);
+        let total: usize = parts.iter().map(|p| p.weights.n as usize * m_blocks).sum();
+        // Several ranges a thread even out what other programs take away; one thread needs none.
+        let wanted = if threads == 1 { 1 } else { threads * 4 };
+        let mut tasks = 0;
+        let parts = parts
+            .iter()
+            .map(|part| {
+                let (n, k) = (part.weights.n as usize, part.weights.k as usize);
+                let granule = part.kernel.row_granule();
+                let least = if m == 1 { MIN_TASK_BYTES / canonical::row_bytes(k).max(1) } else { 1 };
+                let rows = total
+                    .div_ceil(wanted)
+                    .max(least)
+                    .next_multiple_of(granule)
+                    .min(n.next_multiple_of(granule));
+                let ranges = n.div_ceil(rows);
+                let first = tasks;
+                tasks += ranges * m_blocks;
+                (rows, ranges, n, first)
+            })
+            .collect();
+        Self { m, m_block, parts, tasks }
+    }
+
+    fn tasks(&self) -> usize {
+        self.tasks
+    }
+
+    fn tile(&self, task: usize) -> (usize, Tile) {
+        let i = self.parts.iter().rposition(|part| part.3 <= task).expect("the first part begins at 0");
+        let (rows, ranges, n, first) = self.parts[i];
+        let (block, range) = ((task - first) / ranges, (task - first) % ranges);
+        let (n0, m0) = (range * rows, block * self.m_block);
+        let tile = Tile {
+            struct_size: size_of::<Tile>() as u64,
+            n0: n0 as u64,
+            n1: (n0 + rows).min(n) as u64,
+            m0: m0 as u64,
+            m1: (m0 + self.m_block).min(self.m) as u64,
+        };
+        (i, tile)
+    }
+}

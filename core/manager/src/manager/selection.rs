@@ -1,0 +1,233 @@
+//! Selection: which kernels and which layout the weights of a shape get.
+
+use std::sync::Arc;
+
+use bitnet_burn_plugin::abi::Signature;
+use bitnet_burn_plugin::canonical;
+
+use super::registry::names;
+use super::tune_cpu::CpuContest;
+use super::{
+    BUCKETS, CpuKernels, Entry, FallbackPolicy, KernelManager, LayoutPolicy, ManagerError, Packed, Ranking,
+    Status, bucket, lock, packing,
+};
+use crate::gate;
+use crate::memory::PageBuffer;
+use crate::plugin::Target;
+
+impl KernelManager {
+    /// A kernel failed, and the policy forbids a fallback.
+    pub(super) fn no_fallback(
+        &self,
+        entry: &Entry,
+        (n, k): (usize, usize),
+        m: usize,
+        reason: String,
+    ) -> ManagerError {
+        let forbids = match self.policy {
+            FallbackPolicy::Never if self.config.strict.no_fallback => "strict mode (no-fallback)",
+            FallbackPolicy::Never => "the fallback policy (never)",
+            _ => "strict mode, with no other kernel left,",
+        };
+        ManagerError::NoFallback { kernel: entry.kernel.id().into(), m, n, k, reason, forbids }
+    }
+
+    /// Kernels that may compute this shape.
+    pub(super) fn candidates(&self, m: usize, n: usize, k: usize, policy: LayoutPolicy) -> Vec<Arc<Entry>> {
+        let signature = self.signature(m, n, k);
+        self.entries()
+            .into_iter()
+            .filter(|entry| {
+                self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name))
+                    && entry.kernel.target() == Target::Cpu
+                    && (policy == LayoutPolicy::Any || entry.kernel.layout().is_none())
+                    && entry.ready()
+                    && entry.kernel.supports(&signature)
+                    && entry.kernel.weight_bytes(n, k).is_some()
+            })
+            .collect()
+    }
+
+    pub(super) fn signature(&self, m: usize, n: usize, k: usize) -> Signature {
+        Signature::ternary(m as u64, n as u64, k as u64, self.pool.threads() as u32)
+    }
+
+    /// No kernel computes a shape, and strict mode forbids the reference: why, in a clause for each kernel,
+    /// and what would provide one.
+    pub(super) fn no_kernel(&self, m: usize, n: usize, k: usize) -> ManagerError {
+        let signature = self.signature(m, n, k);
+        let forced = |entry: &Entry| self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name));
+        let mut reasons = Vec::new();
+        let mut masked = false;
+        for entry in self.entries().iter().filter(|entry| forced(entry)) {
+            let why = match entry.status() {
+                Status::Unavailable(reason) => {
+                    masked |= entry.kernel.features().iter().any(|f| self.config.masked_features.contains(f));
+                    reason
+                }
+                Status::Rejected(reason) => format!("rejected: {reason}"),
+                Status::Quarantined(reason) => format!("quarantined: {reason}"),
+                Status::Ready if entry.kernel.gpu().is_some() => format!("is for {}", entry.kernel.target()),
+                Status::Ready if !entry.kernel.supports(&signature) => "does not support the shape".into(),
+                Status::Ready => "failed in use, or the weights are not aligned as it asks".into(),
+            };
+            reasons.push(format!("{}: {why}", entry.kernel.id()));
+        }
+        let kernels = match reasons.is_empty() {
+            true => "No kernel is registered.".into(),
+            false => format!("Kernels: {}.", reasons.join("; ")),
+        };
+        let help = match (&self.config.force, masked) {
+            (Some(name), _) => format!("Others than the forced kernel {name} may be able to"),
+            (None, true) => "The masked CPU features would provide one".into(),
+            (None, false) => "A plugin with a kernel for this shape would provide one".into(),
+        };
+        ManagerError::NoKernel { strict: self.config.strict, m, n, k, missing: format!("{kernels} {help}.") }
+    }
+
+    /// Chooses kernels for weights [n, k], measuring where that has not been done on this machine:
+    /// which layout decides the speed of decode (M = 1); within noise of each other, that of prefill
+    /// (M = 32); within noise again, the lower memory use. Noise is how much longer the median of the fastest
+    /// took than its fastest run, at least 5 % and at most 15 %. A layout that makes prefill more than 4 times
+    /// slower is out, however fast its decode. While [memory is low](Self::memory_is_low), the layout is the
+    /// canonical one, if there is a kernel for it.
+    ///
+    /// # Errors
+    /// In strict mode, if no kernel can compute the shape.
+    pub fn choose(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<Arc<CpuKernels>, ManagerError> {
+        let policy = match self.allowed_layouts(n, k, policy) {
+            // A kernel that is forced, or the only one for the shape, may read no canonical weights.
+            allowed if allowed != policy && self.candidates(1, n, k, allowed).is_empty() => policy,
+            allowed => allowed,
+        };
+        if let Some(choice) = lock(&self.choices).get(&(n, k, policy)) {
+            return Ok(choice.clone());
+        }
+        if n == 0 || k == 0 || k as u64 > 1 << 23 {
+            return Err(ManagerError::Operands(format!(
+                "weights [{n}, {k}]: both must be at least 1, and K at most 2^23"
+            )));
+        }
+        let choice = Arc::new(self.decide(n, k, policy)?);
+        let choice = lock(&self.choices).entry((n, k, policy)).or_insert(choice).clone();
+        let mut made = lock(&self.made);
+        if !made.iter().any(|known| std::ptr::eq(known.as_ptr(), &*choice)) {
+            made.retain(|known| known.strong_count() > 0);
+            made.push(Arc::downgrade(&choice));
+        }
+        Ok(choice)
+    }
+
+    fn decide(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<CpuKernels, ManagerError> {
+        let candidates = self.candidates(1, n, k, policy);
+        if candidates.is_empty() && !self.config.strict.allows_reference() {
+            return Err(self.no_kernel(1, n, k));
+        }
+        let packer = self.tuner.packer(&CpuContest { manager: self, n, k, policy });
+        Ok(CpuKernels::new(n, k, packer))
+    }
+
+    /// The ranking for `m` rows of a choice's shape, measured at the first use.
+    pub(super) fn ranking<'a>(&self, choice: &'a CpuKernels, m: usize) -> &'a Ranking {
+        choice.slot(m).ranking(self.policy, || {
+            let policy = if choice.packer.is_some() { LayoutPolicy::Any } else { LayoutPolicy::Canonical };
+            let mut ranking = self.rank(m, choice.n, choice.k, policy);
+            ranking.candidates.retain(|c| choice.is_read_by(&c.entry));
+            ranking
+        })
+    }
+
+    /// Measures whatever a choice may need for prompts of up to `m` rows, so that no call has to.
+    pub fn warm_up(&self, choice: &CpuKernels, m: usize) {
+        for (index, &(_, rows)) in BUCKETS.iter().enumerate() {
+            if index <= bucket(m) {
+                self.ranking(choice, rows);
+            }
+        }
+    }
+
+    /// Chooses kernels for weights [n, k] and packs canonical rows of them into the chosen layout. A plugin
+    /// from a file that packs wrongly is quarantined, and another layout chosen.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose) and [`pack`](Self::pack), for the kernels that are left.
+    pub fn choose_and_pack(
+        &self,
+        n: usize,
+        k: usize,
+        policy: LayoutPolicy,
+        weights: &[u8],
+    ) -> Result<(Arc<CpuKernels>, Packed), ManagerError> {
+        loop {
+            let choice = self.choose(n, k, policy)?;
+            if choice.packer.as_ref().is_some_and(|entry| !entry.ready()) {
+                lock(&self.choices).clear();
+                continue;
+            }
+            match self.pack(&choice, weights) {
+                Ok(packed) => return Ok((choice, packed)),
+                // Every turn takes a plugin out.
+                Err(_) if choice.packer.as_ref().is_some_and(|entry| !entry.ready()) => continue,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Packs canonical weights (rows of [`canonical::row_bytes`]) into the chosen layout, on all
+    /// threads. What a plugin from a file packs is unpacked again and compared; the plugin is quarantined
+    /// if it differs.
+    ///
+    /// # Errors
+    /// If the bytes do not fit the shape, memory is short, or the kernel fails.
+    pub fn pack(&self, choice: &CpuKernels, weights: &[u8]) -> Result<Packed, ManagerError> {
+        let (n, k) = choice.shape();
+        if Some(weights.len()) != canonical::matrix_bytes(n, k) {
+            return Err(ManagerError::Operands(format!(
+                "canonical weights [{n}, {k}] take {:?} bytes, not {}",
+                canonical::matrix_bytes(n, k),
+                weights.len()
+            )));
+        }
+        let Some(entry) = &choice.packer else { return Ok(Packed::Canonical) };
+        let packed = match entry.watch {
+            Some(_) => self.pack_sealed(entry, n, k, weights),
+            None => packing::pack(entry, &self.pool, &self.arena, n, k, weights),
+        };
+        packed.map(Packed::Private)
+    }
+
+    /// Packs weights with the kernel of a plugin from a file or of a GPU: what comes out is unpacked again and compared,
+    /// its checksum is kept behind it, and the plugin is quarantined if it differs.
+    pub(super) fn pack_sealed(
+        &self,
+        entry: &Entry,
+        n: usize,
+        k: usize,
+        weights: &[u8],
+    ) -> Result<PageBuffer, ManagerError> {
+        let sealed = packing::pack(entry, &self.pool, &self.arena, n, k, weights).and_then(|mut packed| {
+            packing::seal(entry, &self.pool, (n, k), weights, &mut packed)?;
+            Ok(packed)
+        });
+        if let Err(ManagerError::Pack { reason, .. } | ManagerError::Unpack { reason, .. }) = &sealed {
+            self.quarantine(entry, gate::Stage::FirstUse, format!("weights [{n}, {k}]: {reason}"));
+        }
+        sealed
+    }
+
+    /// The canonical form of weights that [`pack`](Self::pack) packed.
+    ///
+    /// # Errors
+    /// If the kernel can't.
+    pub fn unpack(&self, choice: &CpuKernels, weights: &[u8]) -> Result<Vec<u8>, ManagerError> {
+        match &choice.packer {
+            None => Ok(weights.to_vec()),
+            Some(entry) => packing::unpack(entry, &self.pool, choice.n, choice.k, weights),
+        }
+    }
+
+    /// Why: the candidates for `m` rows of [n, k], the fastest first, with their measurements.
+    pub fn explain(&self, m: usize, n: usize, k: usize) -> Ranking {
+        self.rank(m, n, k, LayoutPolicy::Any)
+    }
+}

@@ -1,0 +1,270 @@
+//! The CPU's kernels in the [tuner](super::tuner): rankings of them, and the inputs that they are measured on.
+
+use std::sync::{Arc, Mutex};
+
+use bitnet_burn_plugin::canonical;
+
+use super::parts::{Part, Scratch, run_parts};
+use super::tuner::{Contest, Inputs, Measurement, Source, Standings, Unfit};
+use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, abi_weights, lock, packing};
+use crate::cpu;
+use crate::gate::Stage;
+use crate::memory::{Activations, PageArena, PageBuffer};
+use bitnet_burn_formats::random::SplitMix64;
+use bitnet_burn_formats::reference;
+
+/// A kernel in a [`Ranking`].
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    pub(super) entry: Arc<Entry>,
+    /// How fast it was.
+    pub measurement: Measurement,
+}
+
+impl Candidate {
+    /// `plugin/kernel`.
+    pub fn kernel(&self) -> &str {
+        self.entry.kernel.id()
+    }
+
+    /// Layout of its weights: `plugin/layout`, or `None` for canonical.
+    pub fn layout(&self) -> Option<&str> {
+        self.entry.kernel.layout()
+    }
+}
+
+/// Kernels for one signature, the fastest first.
+#[derive(Clone, Debug)]
+pub struct Ranking {
+    /// Rows of activations that were measured.
+    pub rows: usize,
+    /// The kernels.
+    pub candidates: Vec<Candidate>,
+    /// Where the order comes from.
+    pub source: Source,
+}
+
+/// Bytes that the weights of a measurement of few rows rotate through: what the cache near a core does not
+/// hold. (A cache of many hundred megabytes, shared by a whole server, counts as memory.)
+pub fn rotation_bytes() -> usize {
+    cpu::last_level_cache().unwrap_or(32 << 20).clamp(8 << 20, 64 << 20) * 2
+}
+
+/// How the cache names a kernel: with the exact build that was measured.
+pub(super) fn identity(entry: &Entry) -> String {
+    let (_, name) = entry.kernel.id().split_once('/').expect("an id is plugin/kernel");
+    format!("{}/{name}", entry.kernel.plugin().identity())
+}
+
+/// The CPU's kernels for weights [n, k].
+pub(super) struct CpuContest<'a> {
+    pub manager: &'a KernelManager,
+    pub n: usize,
+    pub k: usize,
+    pub policy: LayoutPolicy,
+}
+
+impl Contest for CpuContest<'_> {
+    type Kernel = Arc<Entry>;
+
+    fn signature(&self, rows: usize) -> String {
+        let threads = self.manager.pool.threads();
+        format!("ternary m={rows} n={} k={} threads={threads}", self.n, self.k)
+    }
+
+    fn kernels(&self, rows: usize) -> Vec<Arc<Entry>> {
+        self.manager.candidates(rows, self.n, self.k, self.policy)
+    }
+
+    fn name(&self, entry: &Arc<Entry>) -> String {
+        identity(entry)
+    }
+
+    fn layout(&self, entry: &Arc<Entry>) -> Option<(String, usize)> {
+        let layout = entry.kernel.layout()?;
+        Some((layout.to_owned(), entry.kernel.weight_bytes(self.n, self.k).unwrap_or(0)))
+    }
+
+    /// Measuring few rows is cheap.
+    fn prunes(&self, rows: usize) -> bool {
+        rows > BUCKETS[2].1
+    }
+
+    fn ready(&self, entry: &Arc<Entry>) -> bool {
+        entry.ready()
+    }
+
+    fn reject(&self, entry: &Arc<Entry>, reason: String) {
+        entry.reject(reason);
+    }
+
+    fn inputs<'a>(&'a self, m: usize, entries: &'a [Arc<Entry>]) -> Box<dyn Inputs + 'a> {
+        let (n, k) = (self.n, self.k);
+        let mut random = SplitMix64::new((n * 31 + k) as u64);
+        let weights = random.weights(n, k);
+        let x = Activations::random(&mut random, m, k);
+        let expected = Sample::new(&weights, n, k, &x, &mut random);
+        // Decode finds its weights in memory, not in cache: rotate over copies that no cache holds.
+        let one = n * canonical::row_bytes(k);
+        let copies = if m <= 4 { (rotation_bytes() / one).clamp(1, 64) } else { 1 };
+        let (y, layouts) = (vec![0f32; m * n], Vec::new());
+        Box::new(CpuInputs { manager: self.manager, n, k, entries, weights, x, y, expected, copies, layouts })
+    }
+}
+
+/// Private layout of weights, if they have one, and their bytes.
+type Layout<'a> = (Option<&'a str>, Option<usize>);
+
+struct CpuInputs<'a> {
+    manager: &'a KernelManager,
+    n: usize,
+    k: usize,
+    entries: &'a [Arc<Entry>],
+    weights: Vec<u8>,
+    x: Activations,
+    y: Vec<f32>,
+    expected: Sample,
+    /// Copies of the weights in each layout.
+    copies: usize,
+    /// The weights by layout and size, or why they can't be packed.
+    layouts: Vec<(Layout<'a>, Result<Vec<PageBuffer>, String>)>,
+}
+
+impl Inputs for CpuInputs<'_> {
+    fn admit(&mut self, kernel: usize) -> Result<(), Unfit> {
+        let (entry, n, k) = (&self.entries[kernel], self.n, self.k);
+        let layout = self.layout(kernel);
+        if self.layouts.iter().all(|(known, _)| *known != layout) {
+            let packed = copies(self.manager, entry, n, k, &self.weights, self.copies);
+            self.layouts.push((layout, packed));
+        }
+        let (_, packed) = self.layouts.iter().find(|(known, _)| *known == layout).expect("packed above");
+        if let Err(reason) = packed {
+            return Err(Unfit { reason: reason.clone(), rejected: false });
+        }
+        self.y.fill(f32::NAN);
+        self.run_once(kernel, 0).and_then(|()| self.expected.compare(&self.y)).map_err(|reason| {
+            let reason = format!("[{}, {k}] x [{n}, {k}]ᵀ: {reason}", self.x.m());
+            match entry.watch {
+                // Its verdict knows, until it is forgotten.
+                Some(_) => self.manager.quarantine(entry, Stage::FirstUse, reason.clone()),
+                None => entry.reject(reason.clone()),
+            }
+            Unfit { reason, rejected: entry.watch.is_none() }
+        })
+    }
+
+    fn run(&mut self, kernel: usize, turn: usize) -> Result<u64, String> {
+        let probe = &self.manager.config.probe;
+        let started = probe.now();
+        self.run_once(kernel, turn)?;
+        Ok(probe.now().saturating_sub(started).as_nanos() as u64)
+    }
+}
+
+impl<'a> CpuInputs<'a> {
+    fn layout(&self, kernel: usize) -> Layout<'a> {
+        let kernel = &self.entries[kernel].kernel;
+        (kernel.layout(), kernel.weight_bytes(self.n, self.k))
+    }
+
+    fn run_once(&mut self, kernel: usize, turn: usize) -> Result<(), String> {
+        let (entry, n, k) = (&self.entries[kernel], self.n, self.k);
+        let layout = self.layout(kernel);
+        let packed = self.layouts.iter().find(|(known, _)| *known == layout);
+        let Some((_, Ok(buffers))) = packed else { return Err("its weights are not packed".into()) };
+        let bytes = buffers[turn % buffers.len()].as_slice();
+        let bytes = match entry.kernel.layout() {
+            Some(_) => packing::own_bytes(entry, n, k, bytes),
+            None => &bytes[MISALIGNED..],
+        };
+        let part = Part { kernel: &entry.kernel, weights: abi_weights(n, k, SCALE, bytes), column: 0 };
+        match run_parts(&self.manager.pool, &Scratch::default(), &[part], &self.x, &mut self.y, n).remove(0) {
+            None => Ok(()),
+            Some(failure) => Err(failure.to_string()),
+        }
+    }
+}
+
+/// A memory-mapped file aligns tensors to 32 bytes, so that vectors of 64 straddle cache lines: so do the canonical
+/// weights of a measurement.
+const MISALIGNED: usize = 32;
+
+fn copies(
+    manager: &KernelManager,
+    entry: &Entry,
+    n: usize,
+    k: usize,
+    weights: &[u8],
+    copies: usize,
+) -> Result<Vec<PageBuffer>, String> {
+    let arena = PageArena::default();
+    let first = if entry.kernel.layout().is_some() {
+        packing::pack(entry, &manager.pool, &arena, n, k, weights).map_err(|e| e.to_string())?
+    } else {
+        let mut buffer = arena.allocate(weights.len() + MISALIGNED, 64).map_err(|e| e.to_string())?;
+        buffer.as_mut_slice()[MISALIGNED..].copy_from_slice(weights);
+        buffer
+    };
+    let (size, alignment) = (first.as_slice().len(), entry.kernel.weight_alignment().max(64));
+    let rest = (1..copies).map(|_| arena.allocate(size, alignment));
+    let mut rest = rest.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+    let empty = Mutex::new(rest.iter_mut());
+    manager.pool.run(copies - 1, &|_| {
+        let buffer = lock(&empty).next();
+        if let Some(buffer) = buffer {
+            buffer.as_mut_slice().copy_from_slice(first.as_slice());
+        }
+    });
+    rest.insert(0, first);
+    Ok(rest)
+}
+
+impl KernelManager {
+    /// The candidates for `m` rows of [n, k], the fastest first; measured if that has not been done yet.
+    pub(super) fn rank(&self, m: usize, n: usize, k: usize, policy: LayoutPolicy) -> Ranking {
+        let Standings { rows, kernels, source } =
+            self.tuner.rank(&CpuContest { manager: self, n, k, policy }, m);
+        let candidates =
+            kernels.into_iter().map(|(entry, measurement)| Candidate { entry, measurement }).collect();
+        Ranking { rows, candidates, source }
+    }
+
+    /// Live calls have timed some of a ranking's kernels (by rank, nanoseconds on tuning's scale), and
+    /// another order came of it.
+    pub(super) fn remeasured(&self, n: usize, k: usize, ranking: &Ranking, times: &[(usize, u64)]) {
+        let contest = CpuContest { manager: self, n, k, policy: LayoutPolicy::Any };
+        let times = times.iter().map(|&(rank, time)| (identity(&ranking.candidates[rank].entry), time));
+        self.tuner.remeasured(&contest.signature(ranking.rows), times);
+    }
+}
+
+const SCALE: f32 = 0.021;
+
+/// Some of the outputs that the reference has for a shape.
+struct Sample(Vec<(usize, f32)>);
+
+impl Sample {
+    fn new(weights: &[u8], n: usize, k: usize, x: &Activations, random: &mut SplitMix64) -> Self {
+        let row = canonical::row_bytes(k);
+        let rows: Vec<usize> = (0..n.min(24))
+            .map(|i| if i < 2 { i * (n - 1) } else { random.next_u64() as usize % n })
+            .collect();
+        let mut sample = Vec::new();
+        for m in [0, x.m() / 2, x.m() - 1] {
+            for &r in &rows {
+                let sum =
+                    reference::row_sum_products(&weights[r * row..][..row], &x.q()[m * x.stride()..][..k]);
+                sample.push((m * n + r, sum as f32 * (SCALE * x.scale()[m])));
+            }
+        }
+        Self(sample)
+    }
+
+    fn compare(&self, y: &[f32]) -> Result<(), String> {
+        match self.0.iter().find(|(i, want)| y[*i].to_bits() != want.to_bits()) {
+            None => Ok(()),
+            Some((i, want)) => Err(format!("y[{i}] = {:e}, the reference has {want:e}", y[*i])),
+        }
+    }
+}

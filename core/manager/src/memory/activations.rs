@@ -1,0 +1,208 @@
+//! Quantised activations, and the aligned bytes that hold them.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ptr::NonNull;
+
+use bitnet_burn_formats::random::SplitMix64;
+use bitnet_burn_plugin::abi::{self, ACTIVATION_ALIGNMENT, ACTIVATION_SLACK};
+
+/// Zeroed bytes aligned for vector loads.
+#[derive(Debug)]
+pub(crate) struct AlignedBytes {
+    data: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: it owns its memory like a Vec.
+unsafe impl Send for AlignedBytes {}
+// SAFETY: as above.
+unsafe impl Sync for AlignedBytes {}
+
+const ALIGNMENT: usize = 64;
+
+impl AlignedBytes {
+    /// `size` zero bytes, aligned to 64.
+    ///
+    /// # Panics
+    /// If `size` exceeds `isize::MAX`; aborts if there is no memory.
+    pub fn zeroed(size: usize) -> Self {
+        if size == 0 {
+            return Self { data: NonNull::<u128>::dangling().cast(), size };
+        }
+        let layout = Self::layout(size);
+        // SAFETY: the layout's size is not zero.
+        let data = unsafe { alloc_zeroed(layout) };
+        let data = NonNull::new(data).unwrap_or_else(|| handle_alloc_error(layout));
+        Self { data, size }
+    }
+
+    fn layout(size: usize) -> Layout {
+        Layout::from_size_align(size, ALIGNMENT).expect("an allocation of more than isize::MAX bytes")
+    }
+}
+
+impl Drop for AlignedBytes {
+    fn drop(&mut self) {
+        if self.size != 0 {
+            // SAFETY: allocated in `zeroed` with this layout.
+            unsafe { dealloc(self.data.as_ptr(), Self::layout(self.size)) }
+        }
+    }
+}
+
+impl std::ops::Deref for AlignedBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `size` initialised bytes, or none at a dangling pointer.
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.size) }
+    }
+}
+
+impl std::ops::DerefMut for AlignedBytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `&mut self` is unique.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.size) }
+    }
+}
+
+/// Quantised activations in the form that kernels read: `m` rows of `k` int8 values, 64-byte aligned
+/// and zero-filled to a multiple of 64, with the scale (absmax / 127) and sum of each row.
+///
+/// The buffers are kept from call to call.
+#[derive(Debug)]
+pub struct Activations {
+    m: usize,
+    k: usize,
+    q: AlignedBytes,
+    scale: Vec<f32>,
+    sum: Vec<i32>,
+}
+
+impl Default for Activations {
+    fn default() -> Self {
+        Self { m: 0, k: 0, q: AlignedBytes::zeroed(0), scale: Vec::new(), sum: Vec::new() }
+    }
+}
+
+/// The parts of [`Activations`] that a quantiser writes.
+#[derive(Debug)]
+pub struct ActivationsMut<'a> {
+    /// Values; row m begins at m * `stride`. What lies between k and the stride must be zero.
+    pub q: &'a mut [i8],
+    /// Bytes from row to row.
+    pub stride: usize,
+    /// Row scales.
+    pub scale: &'a mut [f32],
+    /// Row sums.
+    pub sum: &'a mut [i32],
+}
+
+impl Activations {
+    /// Makes room for [m, k] and gives the parts to fill. What they hold before is unspecified.
+    pub fn resize(&mut self, m: usize, k: usize) -> ActivationsMut<'_> {
+        (self.m, self.k) = (m, k);
+        let stride = self.stride();
+        let size = m * stride + ACTIVATION_SLACK;
+        if self.q.len() < size {
+            self.q = AlignedBytes::zeroed(size);
+        }
+        self.scale.resize(m, 0.0);
+        self.sum.resize(m, 0);
+        // SAFETY: i8 and u8 have the same layout, and the borrow is handed on.
+        let q = unsafe { std::slice::from_raw_parts_mut(self.q.as_mut_ptr().cast::<i8>(), m * stride) };
+        ActivationsMut { q, stride, scale: &mut self.scale, sum: &mut self.sum }
+    }
+
+    /// Quantises rows of f32 with the scalar reference; kernels' users have faster ones.
+    pub fn from_rows(x: &[f32], k: usize) -> Self {
+        let mut activations = Self::default();
+        let m = x.len() / k;
+        let parts = activations.resize(m, k);
+        for (i, row) in x.chunks_exact(k).enumerate() {
+            let q = &mut parts.q[i * parts.stride..][..parts.stride];
+            q[k..].fill(0);
+            (parts.scale[i], parts.sum[i]) = bitnet_burn_formats::quant::absmax_row(row, &mut q[..k]);
+        }
+        activations
+    }
+
+    /// Activations [m, k] with values over the whole int8 range that the quantiser can produce.
+    pub(crate) fn random(random: &mut SplitMix64, m: usize, k: usize) -> Self {
+        let mut activations = Self::default();
+        let parts = activations.resize(m, k);
+        for i in 0..m {
+            let row = &mut parts.q[i * parts.stride..][..parts.stride];
+            row.fill(0);
+            for q in &mut row[..k] {
+                *q = ((random.next_u64() >> 32) as u32 % 255) as i8;
+                *q = if *q == -128 { 127 } else { *q };
+            }
+            parts.sum[i] = row.iter().map(|&q| i32::from(q)).sum();
+            parts.scale[i] = (random.next_u64() % 1000 + 1) as f32 / 4096.0;
+        }
+        activations
+    }
+
+    /// Rows.
+    pub fn m(&self) -> usize {
+        self.m
+    }
+
+    /// Values a row.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Bytes from row to row.
+    pub fn stride(&self) -> usize {
+        self.k.next_multiple_of(ACTIVATION_ALIGNMENT)
+    }
+
+    /// All rows, [`stride`](Self::stride) apart.
+    pub fn q(&self) -> &[i8] {
+        // SAFETY: i8 and u8 have the same layout; the buffer is at least this long.
+        unsafe { std::slice::from_raw_parts(self.q.as_ptr().cast::<i8>(), self.m * self.stride()) }
+    }
+
+    /// Row scales.
+    pub fn scale(&self) -> &[f32] {
+        &self.scale
+    }
+
+    /// Row sums.
+    pub fn sum(&self) -> &[i32] {
+        &self.sum
+    }
+
+    /// As kernels get it.
+    pub(crate) fn as_abi(&self) -> abi::Activations {
+        abi::Activations {
+            struct_size: size_of::<abi::Activations>() as u64,
+            m: self.m as u64,
+            k: self.k as u64,
+            stride: self.stride() as u64,
+            q: self.q.as_ptr().cast(),
+            scale: self.scale.as_ptr(),
+            sum: self.sum.as_ptr(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn activations_are_laid_out_as_kernels_expect() {
+        let x: Vec<f32> = (0..3 * 70).map(|i| i as f32 - 100.0).collect();
+        let a = Activations::from_rows(&x, 70);
+        assert_eq!((a.m(), a.k(), a.stride()), (3, 70, 128));
+        assert_eq!(a.q().as_ptr() as usize % 64, 0);
+        for m in 0..3 {
+            let row = &a.q()[m * 128..][..128];
+            assert!(row[70..].iter().all(|&v| v == 0));
+            assert_eq!(row[..70].iter().map(|&v| i32::from(v)).sum::<i32>(), a.sum()[m]);
+        }
+    }
+}

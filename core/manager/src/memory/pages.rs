@@ -1,0 +1,137 @@
+//! Buffers that lie in huge pages where the system has them: privately packed weights, and KV caches.
+//!
+//! Decode reads every weight once a token; with 4 KiB pages the page walks alone cost a third of the
+//! bandwidth. A single matrix is often smaller than a huge page, so buffers share large chunks that
+//! ask the system for huge pages.
+
+use std::sync::{Arc, Mutex};
+
+use bitnet_burn_plugin::abi;
+use memmap2::MmapMut;
+
+const CHUNK: usize = 64 << 20;
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Hands out page-backed buffers for packed weights, and for KV caches.
+#[derive(Debug, Default)]
+pub struct PageArena {
+    /// The chunk that is being filled, and how much of it is taken.
+    current: Mutex<Option<(Arc<Chunk>, usize)>>,
+    /// Whether buffers are written to, so that the system gives their memory now and not when they are used.
+    committed: bool,
+}
+
+#[derive(Debug)]
+struct Chunk {
+    map: MmapMut,
+    base: *mut u8,
+    size: usize,
+}
+
+// SAFETY: the pointer is into `map`, which the chunk owns; disjoint parts are handed out.
+unsafe impl Send for Chunk {}
+// SAFETY: as above.
+unsafe impl Sync for Chunk {}
+
+/// A part of a [`PageArena`] that belongs to its owner alone.
+#[derive(Debug)]
+pub struct PageBuffer {
+    chunk: Arc<Chunk>,
+    offset: usize,
+    size: usize,
+}
+
+impl PageArena {
+    /// Buffers of memory that the system has really given: it may promise more than it has, and keep the promise page by
+    /// page.
+    pub fn committed() -> Self {
+        Self { committed: true, ..Self::default() }
+    }
+
+    /// A zeroed buffer of `size` bytes, aligned to `alignment` (a power of two up to 4096).
+    ///
+    /// # Errors
+    /// If the system has no memory left.
+    pub fn allocate(&self, size: usize, alignment: usize) -> std::io::Result<PageBuffer> {
+        let mut buffer = self.reserve(size, alignment)?;
+        if self.committed {
+            buffer.as_mut_slice().fill(0);
+        }
+        Ok(buffer)
+    }
+
+    fn reserve(&self, size: usize, alignment: usize) -> std::io::Result<PageBuffer> {
+        debug_assert!(alignment.is_power_of_two() && alignment as u64 <= abi::MAX_WEIGHT_ALIGNMENT);
+        let mut current = self.current.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((chunk, used)) = &mut *current {
+            let offset = used.next_multiple_of(alignment);
+            if offset.checked_add(size).is_some_and(|end| end <= chunk.size) {
+                *used = offset + size;
+                return Ok(PageBuffer { chunk: chunk.clone(), offset, size });
+            }
+        }
+        let chunk = Arc::new(Chunk::new(size.max(CHUNK))?);
+        // A buffer that fills its own chunk leaves the shared one to the small ones.
+        if size < CHUNK {
+            *current = Some((chunk.clone(), size));
+        }
+        Ok(PageBuffer { chunk, offset: 0, size })
+    }
+}
+
+impl Chunk {
+    fn new(size: usize) -> std::io::Result<Self> {
+        let size = size.next_multiple_of(HUGE_PAGE);
+        let mut map = MmapMut::map_anon(size + HUGE_PAGE)?;
+        // Advice: a system without huge pages is slower, not wrong.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        let start = map.as_mut_ptr();
+        let base = start.wrapping_add(start.align_offset(HUGE_PAGE));
+        Ok(Self { map, base, size })
+    }
+}
+
+impl PageBuffer {
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        debug_assert!(self.offset + self.size <= self.chunk.size && self.chunk.size <= self.chunk.map.len());
+        // SAFETY: the range lies within the chunk's map, which lives as long as `self`, and no other
+        // buffer was given any of it.
+        unsafe { std::slice::from_raw_parts(self.chunk.base.add(self.offset), self.size) }
+    }
+
+    /// The bytes, to be filled.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as in `as_slice`; `&mut self` makes this the only reference.
+        unsafe { std::slice::from_raw_parts_mut(self.chunk.base.add(self.offset), self.size) }
+    }
+}
+
+impl AsRef<[u8]> for PageBuffer {
+    fn as_ref(&self) -> &[u8] {
+        self.as_slice()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_disjoint_and_zero() {
+        let arena = PageArena::default();
+        let mut buffers: Vec<_> = (1..40).map(|i| arena.allocate(i * 1000, 1 << (i % 13)).unwrap()).collect();
+        buffers.push(arena.allocate(CHUNK + 5, 64).unwrap());
+        for (i, buffer) in buffers.iter_mut().enumerate() {
+            assert!(buffer.as_slice().iter().all(|&b| b == 0));
+            buffer.as_mut_slice().fill(i as u8 + 1);
+        }
+        for (i, buffer) in buffers.iter().enumerate() {
+            assert!(buffer.as_slice().iter().all(|&b| b == i as u8 + 1));
+            if i < 39 {
+                assert_eq!(buffer.as_slice().as_ptr() as usize % (1 << ((i + 1) % 13)), 0);
+            }
+        }
+    }
+}

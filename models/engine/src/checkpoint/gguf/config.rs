@@ -1,0 +1,239 @@
+//! A model's configuration, from the keys of a GGUF file.
+
+use super::super::choices::{choose_activation, drop_foreign_tokens};
+use super::super::error::LoadError;
+use super::super::source::OpenOptions;
+use super::keys::{string, token, wrong_value};
+use super::names::LLAMA;
+use bitnet_burn::{GatedActivation, ModelConfig};
+use bitnet_burn_formats::FileError;
+use bitnet_burn_formats::gguf::{GgufFile, Value};
+use std::collections::HashSet;
+
+/// The architectures that are read.
+const ARCHITECTURES: [&str; 4] = ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA];
+const ARCHITECTURES_TEXT: &str = "bitnet-b1.58, bitnet-25, bitnet, llama (with ternary projections)";
+/// Keys are looked up under these names too.
+const PREFIXES: [&str; 3] = ["bitnet", "bitnet-b1.58", "bitnet-25"];
+/// Keys that state the activation; llama.cpp defines none for BitNet, converters have their own.
+const ACTIVATION_KEYS: [&str; 3] = ["hidden_act", "feed_forward.activation", "hidden_activation"];
+/// llama.cpp's, for a file without `rope.freq_base`.
+const DEFAULT_ROPE_THETA: f64 = 10_000.0;
+/// Control tokens that end a turn, whatever `eos_token_id` says; llama.cpp knows them by these texts too.
+const END_TOKENS: [&str; 6] =
+    ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"];
+
+/// The keys of a file, under its architecture's name or another of BitNet's.
+struct Keys<'a> {
+    file: &'a GgufFile,
+    architecture: &'a str,
+}
+
+impl<'a> Keys<'a> {
+    fn find(&self, suffix: &str) -> Option<(String, &'a Value)> {
+        std::iter::once(self.architecture).chain(PREFIXES).find_map(|prefix| {
+            let key = format!("{prefix}.{suffix}");
+            self.file.value(&key).map(|value| (key, value))
+        })
+    }
+
+    fn wrong(&self, key: String, value: &Value, expected: &str) -> LoadError {
+        wrong_value(self.file, key, value, expected)
+    }
+
+    fn missing(&self, suffix: &str) -> LoadError {
+        let others: Vec<_> =
+            PREFIXES.iter().filter(|&&p| p != self.architecture).map(|p| format!("{p}.{suffix}")).collect();
+        LoadError::MissingKey {
+            path: self.file.path().to_owned(),
+            key: format!("{}.{suffix}", self.architecture),
+            help: format!("; {} would do as well", others.join(" or ")),
+        }
+    }
+
+    /// A size. An array with a number for each layer will do if all are equal.
+    fn size(&self, suffix: &str) -> Result<Option<usize>, LoadError> {
+        let Some((key, value)) = self.find(suffix) else { return Ok(None) };
+        let number = match value {
+            Value::Array(items) => {
+                let numbers = items.to_i64().unwrap_or_default();
+                match numbers.first() {
+                    Some(first) if numbers.iter().all(|n| n == first) => u64::try_from(*first).ok(),
+                    _ => return Err(self.wrong(key, value, "one number for all layers")),
+                }
+            }
+            value => value.as_u64(),
+        };
+        match number.and_then(|n| usize::try_from(n).ok()) {
+            Some(number) => Ok(Some(number)),
+            None => Err(self.wrong(key, value, "a non-negative integer")),
+        }
+    }
+
+    fn required_size(&self, suffix: &str) -> Result<usize, LoadError> {
+        self.size(suffix)?.ok_or_else(|| self.missing(suffix))
+    }
+
+    fn float(&self, suffix: &str) -> Result<Option<f64>, LoadError> {
+        let Some((key, value)) = self.find(suffix) else { return Ok(None) };
+        value.as_f64().map(Some).ok_or_else(|| self.wrong(key, value, "a floating-point number"))
+    }
+}
+
+/// The configuration that the keys state.
+pub(super) fn config(
+    file: &GgufFile,
+    options: &OpenOptions,
+    warnings: &mut Vec<String>,
+) -> Result<ModelConfig, LoadError> {
+    let path = || file.path().to_owned();
+    let architecture = string(file, "general.architecture")?.ok_or_else(|| LoadError::MissingKey {
+        path: path(),
+        key: "general.architecture".into(),
+        help: format!("; supported: {ARCHITECTURES_TEXT}"),
+    })?;
+    if !ARCHITECTURES.contains(&architecture.as_str()) {
+        return Err(LoadError::Architecture {
+            path: path(),
+            found: architecture,
+            supported: ARCHITECTURES_TEXT,
+        });
+    }
+    if let Some(parts) = file.value("split.count").and_then(Value::as_u64).filter(|&n| n > 1) {
+        return Err(LoadError::Unsupported {
+            path: path(),
+            what: "split.count".into(),
+            found: parts.to_string(),
+            supported: "a model in one file (llama-gguf-split --merge makes one)".into(),
+        });
+    }
+    let keys = Keys { file, architecture: &architecture };
+
+    let hidden_size = keys.required_size("embedding_length")?;
+    let n_heads = keys.required_size("attention.head_count")?;
+    let head_dim = match keys.size("attention.key_length")? {
+        Some(key_length) => key_length,
+        None if n_heads > 0 && hidden_size.is_multiple_of(n_heads) => hidden_size / n_heads,
+        None => {
+            return Err(FileError::WrongValue {
+                path: path(),
+                key: format!("{architecture}.attention.head_count"),
+                found: n_heads.to_string(),
+                expected: format!("a divisor of the embedding length {hidden_size}"),
+            }
+            .into());
+        }
+    };
+    // Features that would change the result and that nothing here implements.
+    for (suffix, expected) in
+        [("attention.value_length", head_dim), ("rope.dimension_count", head_dim), ("expert_count", 0)]
+    {
+        if let Some(found) = keys.size(suffix)?.filter(|&found| found != expected) {
+            return Err(LoadError::Unsupported {
+                path: path(),
+                what: format!("{architecture}.{suffix}"),
+                found: found.to_string(),
+                supported: format!("{expected}"),
+            });
+        }
+    }
+    if let Some((key, value)) = keys.find("rope.scaling.type").filter(|(_, v)| v.as_str() != Some("none")) {
+        return Err(LoadError::Unsupported {
+            path: path(),
+            what: key,
+            found: value.to_string(),
+            supported: "none".into(),
+        });
+    }
+    let rope_theta = match keys.float("rope.freq_base")? {
+        Some(theta) => theta,
+        None => {
+            warnings.push(format!(
+                "key `{architecture}.rope.freq_base` is missing; {DEFAULT_ROPE_THETA} is used, as \
+                 llama.cpp does"
+            ));
+            DEFAULT_ROPE_THETA
+        }
+    };
+    let vocab_size = vocabulary(&keys, warnings)?;
+    let intermediate_size = keys.required_size("feed_forward_length")?;
+    let n_layers = keys.required_size("block_count")?;
+
+    let stated = ACTIVATION_KEYS.iter().find_map(|suffix| keys.find(suffix));
+    let stated = match &stated {
+        Some((key, value)) => Some((
+            key.as_str(),
+            value.as_str().ok_or_else(|| keys.wrong(key.clone(), value, "the name of an activation"))?,
+        )),
+        None => None,
+    };
+    let is_2b = (hidden_size, intermediate_size, n_layers, vocab_size) == (2560, 6912, 30, 128_256);
+    let activation = choose_activation(file.path(), options, stated, warnings, || match &*architecture {
+        "bitnet-b1.58" | "bitnet-25" => Ok(GatedActivation::Relu2),
+        _ if is_2b => Err(LoadError::UnknownActivation {
+            path: path(),
+            problem: format!(
+                "architecture `{architecture}` usually means SiLU, but this is the shape of BitNet b1.58 \
+                 2B-4T, which has squared ReLU, and no key `{architecture}.hidden_act` says which: pass \
+                 --hidden-act relu2 or --hidden-act silu"
+            ),
+        }),
+        _ => Ok(GatedActivation::Silu),
+    })?;
+
+    // All layers have both norms or none has; check_tensors names the one that is missing or too many.
+    let sub_norms = file.tensors().iter().any(|t| t.name.ends_with("_sub_norm.weight"));
+    let mut config = ModelConfig {
+        name: string(file, "general.name")?,
+        hidden_size,
+        intermediate_size,
+        n_layers,
+        n_heads,
+        n_kv_heads: keys.size("attention.head_count_kv")?.unwrap_or(n_heads),
+        head_dim,
+        vocab_size,
+        context_length: keys.required_size("context_length")?,
+        rope_theta,
+        rms_norm_eps: keys
+            .float("attention.layer_norm_rms_epsilon")?
+            .ok_or_else(|| keys.missing("attention.layer_norm_rms_epsilon"))? as f32,
+        activation,
+        sub_norms,
+        tied_embeddings: file.tensor("output.weight").is_none(),
+        bos_token: token(file, "tokenizer.ggml.bos_token_id")?,
+        eos_tokens: end_tokens(file)?,
+        architecture,
+    };
+    drop_foreign_tokens(&mut config, warnings);
+    Ok(config)
+}
+
+/// The key, else the rows of the embedding (which the tokens should agree with).
+fn vocabulary(keys: &Keys<'_>, warnings: &mut Vec<String>) -> Result<usize, LoadError> {
+    let tokens =
+        keys.file.value("tokenizer.ggml.tokens").and_then(Value::as_array).map(|tokens| tokens.len());
+    let rows = keys.file.tensor("token_embd.weight").and_then(|t| usize::try_from(t.matrix().0).ok());
+    let size = keys.size("vocab_size")?.or(rows).or(tokens).ok_or_else(|| keys.missing("vocab_size"))?;
+    if let Some(tokens) = tokens.filter(|&tokens| tokens != size) {
+        warnings.push(format!("the vocabulary is {size}, but `tokenizer.ggml.tokens` has {tokens} entries"));
+    }
+    Ok(size)
+}
+
+/// `eos_token_id`, `eot_token_id`, and the control tokens whose texts say that they end a turn.
+fn end_tokens(file: &GgufFile) -> Result<Vec<u32>, LoadError> {
+    const CONTROL: i64 = 3;
+    let stated = [token(file, "tokenizer.ggml.eos_token_id")?, token(file, "tokenizer.ggml.eot_token_id")?];
+    let mut end: Vec<u32> = stated.into_iter().flatten().collect();
+    let array = |key| file.value(key).and_then(Value::as_array);
+    if let (Some(tokens), Some(types)) = (array("tokenizer.ggml.tokens"), array("tokenizer.ggml.token_type"))
+    {
+        let controls = tokens.strings().zip(types.iter()).enumerate().filter(|(_, (text, kind))| {
+            text.starts_with('<') && END_TOKENS.contains(text) && kind.as_i64() == Some(CONTROL)
+        });
+        end.extend(controls.filter_map(|(id, _)| u32::try_from(id).ok()));
+    }
+    let mut seen = HashSet::new();
+    end.retain(|id| seen.insert(*id));
+    Ok(end)
+}

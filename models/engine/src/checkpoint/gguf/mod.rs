@@ -1,0 +1,281 @@
+//! BitNet models in GGUF: which keys make the configuration, which tensors the parts, and how each tensor
+//! type becomes ternary.
+//!
+//! Names and meanings are llama.cpp's (`llama-arch.cpp`, `LLM_ARCH_BITNET`) and bitnet.cpp's. Keys are
+//! looked up under the file's architecture first, then under the other names that BitNet has had, since
+//! community conversions mix them.
+
+mod config;
+mod keys;
+pub(crate) mod names;
+mod tokenizer;
+
+use super::error::LoadError;
+use super::source::{Content, OpenOptions, Source, TensorInfo};
+use super::tokenizer_source::TokenizerSource;
+use super::values::{aligned, aligned_view, checked_scale, floats, one_float};
+use bitnet_burn::{ModelConfig, Norm, Projection};
+use bitnet_burn_formats::gguf::{GgufFile, GgufTensor, TensorType};
+use bitnet_burn_formats::{
+    DenseFormat, DenseTensor, FileError, FileMap, TernaryTensor, ternary, tq1_0, tq2_0,
+};
+use bytes::Bytes;
+use config::config;
+use names::{LLAMA, neox_rows, norm_name, projection_name, projection_stem};
+use std::collections::HashSet;
+use tokenizer::{check_tokenizer, tokenizer};
+
+/// A GGUF file with a BitNet model in it.
+pub(crate) struct GgufModel {
+    file: GgufFile,
+    pre: Option<String>,
+    n_layers: usize,
+    /// The rows of a head, where q and k are in GPT-J's order.
+    gptj_head: Option<usize>,
+}
+
+impl GgufModel {
+    /// Derives the configuration, and checks that every tensor is there, in shape.
+    pub(crate) fn new(
+        file: GgufFile,
+        options: &OpenOptions,
+        warnings: &mut Vec<String>,
+    ) -> Result<(Self, ModelConfig), LoadError> {
+        let path = file.path();
+        let config = config(&file, options, warnings)?;
+        config.validate().map_err(|error| LoadError::Config { path: path.to_owned(), error })?;
+        let gptj_head = (config.architecture == LLAMA).then_some(config.head_dim);
+        let model = Self { file, pre: options.pre.clone(), n_layers: config.n_layers, gptj_head };
+        model.check_tensors(&config, warnings)?;
+        check_tokenizer(&model.file)?;
+        Ok((model, config))
+    }
+
+    /// Checks names, shapes and types of all tensors against the configuration.
+    fn check_tensors(&self, config: &ModelConfig, warnings: &mut Vec<String>) -> Result<(), LoadError> {
+        let mut used = HashSet::new();
+        for layer in 0..config.n_layers {
+            for norm in Norm::of_layer(layer, config.sub_norms) {
+                let tensor = self.dense_info(&norm_name(norm), "a norm")?;
+                self.check_shape(tensor, &[norm.len(config)])?;
+                used.insert(tensor.name.as_str());
+            }
+            for which in Projection::ALL {
+                let tensor = self.info(&projection_name(layer, which))?;
+                let (n, k) = which.shape(config);
+                self.check_shape(tensor, &[n, k])?;
+                used.insert(tensor.name.as_str());
+                if let Some(scale) = self.scale_tensor(layer, which)? {
+                    used.insert(scale.name.as_str());
+                }
+            }
+        }
+        let norm = self.dense_info(&norm_name(Norm::Output), "a norm")?;
+        self.check_shape(norm, &[config.hidden_size])?;
+        used.insert(norm.name.as_str());
+        let matrices = ["token_embd.weight", "output.weight"];
+        for name in &matrices[..if config.tied_embeddings { 1 } else { 2 }] {
+            let tensor = self.dense_info(name, "embedding and output head")?;
+            self.check_shape(tensor, &[config.vocab_size, config.hidden_size])?;
+            used.insert(tensor.name.as_str());
+        }
+
+        // A tensor that is there is there for a reason: one that belongs to a layer changes the result.
+        let unused: Vec<_> = self.file.tensors().iter().filter(|t| !used.contains(t.name.as_str())).collect();
+        for tensor in &unused {
+            let refuse = |problem: &str| LoadError::UnsupportedTensor {
+                path: self.file.path().to_owned(),
+                tensor: tensor.name.clone(),
+                problem: problem.to_owned(),
+            };
+            if tensor.name.starts_with("rope_f") {
+                let values = floats(self.file.path(), &self.dense(&tensor.name, "RoPE factors")?)?;
+                if values.iter().any(|&v| v != 1.0) {
+                    return Err(refuse(
+                        "its RoPE frequency factors are not 1, and scaled RoPE is not implemented",
+                    ));
+                }
+            } else if tensor.name.ends_with(".bias") {
+                return Err(refuse("BitNet projections have no bias"));
+            } else if tensor.name.starts_with("blk.") {
+                let problem =
+                    format!("it is none of the tensors of a BitNet model of {} layers", self.n_layers);
+                return Err(refuse(&problem));
+            } else {
+                warnings.push(format!("tensor `{}` is not used", tensor.name));
+            }
+        }
+        Ok(())
+    }
+
+    fn info(&self, name: &str) -> Result<&GgufTensor, LoadError> {
+        let missing = || FileError::MissingTensor {
+            path: self.file.path().to_owned(),
+            tensor: name.to_owned(),
+            help: String::new(),
+        };
+        Ok(self.file.tensor(name).ok_or_else(missing)?)
+    }
+
+    fn dense_info(&self, name: &str, role: &'static str) -> Result<&GgufTensor, LoadError> {
+        let tensor = self.info(name)?;
+        match tensor.tensor_type {
+            TensorType::Dense(_) => Ok(tensor),
+            _ => Err(self.wrong_type(tensor, role)),
+        }
+    }
+
+    fn wrong_type(&self, tensor: &GgufTensor, role: &'static str) -> LoadError {
+        let error = FileError::UnsupportedTensorType {
+            path: self.file.path().to_owned(),
+            tensor: tensor.name.clone(),
+            found: TensorType::describe(tensor.tensor_type.id()),
+            role,
+            supported: DenseFormat::names(),
+        };
+        error.into()
+    }
+
+    /// Compares a shape, rows first; further dimensions of 1 don't matter.
+    fn check_shape(&self, tensor: &GgufTensor, expected: &[usize]) -> Result<(), LoadError> {
+        let mut dims = tensor.dims.clone();
+        while dims.len() > expected.len() && dims.last() == Some(&1) {
+            dims.pop();
+        }
+        let expected: Vec<u64> = expected.iter().map(|&d| d as u64).collect();
+        if dims.iter().rev().eq(&expected) {
+            return Ok(());
+        }
+        Err(LoadError::WrongShape {
+            path: self.file.path().to_owned(),
+            tensor: tensor.name.clone(),
+            found: tensor.shape(),
+            expected,
+        })
+    }
+
+    fn dense(&self, name: &str, role: &'static str) -> Result<DenseTensor, LoadError> {
+        let tensor = self.info(name)?;
+        let TensorType::Dense(format) = tensor.tensor_type else {
+            return Err(self.wrong_type(tensor, role));
+        };
+        let (n, k) = tensor.matrix(); // both within the file's size, as every tensor's bytes are
+        let (n, k) = (n as usize, k as usize);
+        Ok(DenseTensor { name: name.to_owned(), n, k, format, data: self.file.tensor_bytes(name)? })
+    }
+
+    /// The tensor that holds a projection's separate scale, under any of the names in use.
+    fn scale_tensor(&self, layer: usize, which: Projection) -> Result<Option<&GgufTensor>, LoadError> {
+        let stem = projection_stem(layer, which);
+        let names = [".scale", ".weight_scale", ".weight.scale", "_scale", "_scale.weight", ".scale.weight"];
+        let mut found: Option<&GgufTensor> = None;
+        for tensor in names.iter().filter_map(|suffix| self.file.tensor(&format!("{stem}{suffix}"))) {
+            if let Some(first) = found {
+                return Err(LoadError::UnsupportedTensor {
+                    path: self.file.path().to_owned(),
+                    tensor: tensor.name.clone(),
+                    problem: format!("`{}` is a scale of the same projection; one is expected", first.name),
+                });
+            }
+            self.dense_info(&tensor.name, "a scale")?;
+            self.check_shape(tensor, &[1])?;
+            found = Some(tensor);
+        }
+        Ok(found)
+    }
+}
+
+impl Source for GgufModel {
+    fn maps(&self) -> Vec<&FileMap> {
+        self.file.file_map().into_iter().collect()
+    }
+
+    fn contents(&self) -> Vec<Content> {
+        let path = self.file.path().to_owned();
+        vec![match self.file.file_map() {
+            Some(_) => Content::File(path),
+            None => Content::Memory(path, self.file.contents().clone()),
+        }]
+    }
+
+    fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {
+        let name = projection_name(layer, which);
+        let tensor = self.info(&name)?;
+        let path = self.file.path();
+        let (n, k) = tensor.matrix();
+        let (n, k) = (n as usize, k as usize); // within the file's size
+        let stored_as = tensor.tensor_type.name();
+        let data = self.file.tensor_bytes(&name)?;
+        let decoded = match tensor.tensor_type {
+            TensorType::I2_S => {
+                let (codes, scale) = self.file.i2_s(&name)?;
+                Ok((aligned_view(codes), scale))
+            }
+            TensorType::TQ1_0 => tq1_0::to_canonical(&data, n, k).map(owned),
+            TensorType::TQ2_0 => tq2_0::to_canonical(&data, n, k).map(owned),
+            TensorType::Dense(format) => ternary::exact_from_dense(format, &data, n, k).map(owned),
+        };
+        let (codes, mut scale) = decoded.map_err(|e| LoadError::NotTernary {
+            path: path.to_owned(),
+            tensor: name.clone(),
+            stored_as,
+            problem: e.to_string(),
+        })?;
+        // llama.cpp multiplies the product by the separate scale, whatever the weights' own scale is; here
+        // the two become one.
+        if let Some(extra) = self.scale_tensor(layer, which)? {
+            let extra = self.dense(&extra.name, "a scale")?;
+            scale *= checked_scale(path, &extra.name, one_float(path, &extra)?)?;
+        }
+        let scale = checked_scale(path, &name, scale)?;
+        let codes = match (self.gptj_head, which) {
+            (Some(head), Projection::Q | Projection::K) => aligned(neox_rows(&codes, n, head)),
+            _ => codes,
+        };
+        Ok(TernaryTensor { name, n, k, scale, codes, stored_as })
+    }
+
+    fn master(&self, _: usize, _: Projection) -> Result<Option<DenseTensor>, LoadError> {
+        Ok(None)
+    }
+
+    fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError> {
+        self.dense(&norm_name(which), "a norm")
+    }
+
+    fn embedding(&self) -> Result<DenseTensor, LoadError> {
+        self.dense("token_embd.weight", "the embedding")
+    }
+
+    fn output(&self) -> Result<Option<DenseTensor>, LoadError> {
+        match self.file.tensor("output.weight") {
+            Some(_) => self.dense("output.weight", "the output head").map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn tokenizer_source(&self) -> TokenizerSource {
+        TokenizerSource::Gguf(Box::new(tokenizer(&self.file, self.pre.clone())))
+    }
+
+    fn tensors(&self) -> Vec<TensorInfo> {
+        let info = |t: &GgufTensor| TensorInfo {
+            name: t.name.clone(),
+            type_name: t.tensor_type.name().to_owned(),
+            shape: t.shape(),
+            bytes: t.bytes,
+        };
+        self.file.tensors().iter().map(info).collect()
+    }
+
+    fn metadata(&self) -> Vec<(String, String)> {
+        let version = ("GGUF.version".to_owned(), self.file.version().to_string());
+        let keys = self.file.metadata().iter().map(|(key, value)| (key.clone(), value.to_string()));
+        std::iter::once(version).chain(keys).collect()
+    }
+}
+
+/// Decoded codes in a buffer with the alignment that kernels want.
+fn owned((codes, scale): (Vec<u8>, f32)) -> (Bytes, f32) {
+    (aligned(codes), scale)
+}

@@ -1,0 +1,61 @@
+//! The names of a model's tensors in GGUF, and the order of their rows.
+//!
+//! Files of the architecture `llama` rotate neighbouring rows of a head (GPT-J's RoPE), those of BitNet and
+//! Hugging Face's of both rotate a row with the one half a head further (GPT-NeoX's): converters reorder
+//! the rows of q and k, and so do [`neox_rows`] and [`gptj_rows`].
+
+use bitnet_burn::{Norm, Projection};
+
+/// Llama's shape: no sub-norms, SiLU, and q and k in another order of rows.
+pub(crate) const LLAMA: &str = "llama";
+
+/// The name of a projection's tensor in GGUF.
+pub fn projection_name(layer: usize, which: Projection) -> String {
+    projection_stem(layer, which) + ".weight"
+}
+
+/// The name of a norm's tensor in GGUF.
+pub fn norm_name(which: Norm) -> String {
+    let (layer, part) = match which {
+        Norm::Attention(l) => (l, "attn_norm"),
+        Norm::AttentionSub(l) => (l, "attn_sub_norm"),
+        Norm::FeedForward(l) => (l, "ffn_norm"),
+        Norm::FeedForwardSub(l) => (l, "ffn_sub_norm"),
+        Norm::Output => return "output_norm.weight".to_owned(),
+    };
+    format!("blk.{layer}.{part}.weight")
+}
+
+pub(super) fn projection_stem(layer: usize, which: Projection) -> String {
+    let part = match which {
+        Projection::Q => "attn_q",
+        Projection::K => "attn_k",
+        Projection::V => "attn_v",
+        Projection::O => "attn_output",
+        Projection::Gate => "ffn_gate",
+        Projection::Up => "ffn_up",
+        Projection::Down => "ffn_down",
+    };
+    format!("blk.{layer}.{part}")
+}
+
+/// `n` rows of heads of `head` rows, from GPT-J's order (row 2i rotates with 2i + 1) to GPT-NeoX's (row i
+/// with i + head / 2).
+pub(super) fn neox_rows(rows: &[u8], n: usize, head: usize) -> Vec<u8> {
+    reordered(rows, n, head, |i| if i < head / 2 { 2 * i } else { 2 * (i - head / 2) + 1 })
+}
+
+/// The inverse of [`neox_rows`].
+pub(crate) fn gptj_rows(rows: &[u8], n: usize, head: usize) -> Vec<u8> {
+    reordered(rows, n, head, |i| i / 2 + i % 2 * (head / 2))
+}
+
+/// Row i of each head taken from its row `from(i)`.
+fn reordered(rows: &[u8], n: usize, head: usize, from: impl Fn(usize) -> usize) -> Vec<u8> {
+    let bytes = rows.len() / n;
+    let mut out = Vec::with_capacity(rows.len());
+    for rows in rows.chunks(head * bytes) {
+        (0..head).for_each(|i| out.extend_from_slice(&rows[from(i) * bytes..][..bytes]));
+    }
+    out
+}

@@ -1,0 +1,301 @@
+//! Hugging Face directories: `config.json`, and weights in one or several safetensors files.
+
+mod config;
+mod fields;
+mod style;
+
+pub use style::Style;
+
+use super::error::LoadError;
+use super::source::{Content, OpenOptions, Source, TensorInfo};
+use super::tokenizer_source::TokenizerSource;
+use super::values::{aligned, checked_scale, floats, one_float};
+use bitnet_burn::names::{EMBEDDING, HEAD, norm_name, projection_name, scale_name};
+use bitnet_burn::{ModelConfig, Norm, Projection};
+use bitnet_burn_formats::hf::unpack_to_canonical;
+use bitnet_burn_formats::quant::absmean_to_canonical;
+use bitnet_burn_formats::safetensors::{self, Dtype, SafeTensor, Shards};
+use bitnet_burn_formats::{DenseTensor, FileError, FileMap, FormatError, TernaryTensor, read_json};
+use config::config;
+use fields::Fields;
+use serde_json::Value;
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use style::style;
+
+/// What is read beside the tensors and their index, by the model or by its tokenizer.
+const COMPANIONS: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
+
+/// A Hugging Face directory with a BitNet model in it.
+pub(crate) struct HfModel {
+    dir: PathBuf,
+    json: Value,
+    tensors: BTreeMap<String, SafeTensor>,
+    maps: Vec<FileMap>,
+    /// The safetensors, and the index if there is one.
+    shards: Vec<PathBuf>,
+    style: Style,
+    config: ModelConfig,
+}
+
+impl HfModel {
+    /// Opens the directory, derives the configuration, and checks that every tensor is there, in shape.
+    pub(crate) fn open(
+        dir: &Path,
+        options: &OpenOptions,
+        warnings: &mut Vec<String>,
+    ) -> Result<(Self, ModelConfig), LoadError> {
+        let path = dir.join("config.json");
+        let json: Value = read_json(&path)?;
+        let fields = Fields { path: &path, json: &json };
+        fields.architecture()?;
+        let Shards { tensors, maps, files: shards } = safetensors::open_directory(dir)?;
+        let config = config(dir, fields, &tensors, options, warnings)?;
+        config.validate().map_err(|error| LoadError::Config { path: path.clone(), error })?;
+        let style = style(fields, &tensors, warnings)?;
+        let model = Self { dir: dir.to_owned(), json, tensors, maps, shards, style, config: config.clone() };
+        model.check_tensors(warnings)?;
+        Ok((model, config))
+    }
+
+    fn tensor(&self, name: &str) -> Result<&SafeTensor, LoadError> {
+        let missing = || FileError::MissingTensor {
+            path: self.dir.clone(),
+            tensor: name.to_owned(),
+            help: String::new(),
+        };
+        Ok(self.tensors.get(name).ok_or_else(missing)?)
+    }
+
+    fn check_shape(&self, name: &str, expected: &[usize]) -> Result<(), LoadError> {
+        let tensor = self.tensor(name)?;
+        if tensor.shape == expected {
+            return Ok(());
+        }
+        let widen = |shape: &[usize]| shape.iter().map(|&d| d as u64).collect();
+        Err(LoadError::WrongShape {
+            path: self.dir.clone(),
+            tensor: name.to_owned(),
+            found: widen(&tensor.shape),
+            expected: widen(expected),
+        })
+    }
+
+    fn wrong_type(&self, name: &str, found: Dtype, role: &'static str, supported: &str) -> LoadError {
+        let error = FileError::UnsupportedTensorType {
+            path: self.dir.clone(),
+            tensor: name.to_owned(),
+            found: format!("{found:?}"),
+            role,
+            supported: supported.to_owned(),
+        };
+        error.into()
+    }
+
+    /// A tensor of floats as rows of its last dimension.
+    fn dense(&self, name: &str, role: &'static str) -> Result<DenseTensor, LoadError> {
+        let tensor = self.tensor(name)?;
+        let format = safetensors::dense_format(tensor.dtype)
+            .ok_or_else(|| self.wrong_type(name, tensor.dtype, role, "F32, F16, BF16"))?;
+        let k = tensor.shape.last().copied().unwrap_or(1);
+        let n = tensor.shape.iter().rev().skip(1).product();
+        Ok(DenseTensor { name: name.to_owned(), n, k, format, data: tensor.data.clone() })
+    }
+
+    /// Checks names, shapes and types of all tensors against the configuration.
+    fn check_tensors(&self, warnings: &mut Vec<String>) -> Result<(), LoadError> {
+        let config = &self.config;
+        let mut used = HashSet::new();
+        for layer in 0..config.n_layers {
+            for norm in Norm::of_layer(layer, config.sub_norms) {
+                let name = norm_name(norm);
+                self.check_shape(&name, &[norm.len(config)])?;
+                self.dense(&name, "a norm")?;
+                used.insert(name);
+            }
+            for which in Projection::ALL {
+                let name = projection_name(layer, which);
+                let dtype = self.tensor(&name)?.dtype;
+                let (n, k) = which.shape(config);
+                if self.style == Style::Online {
+                    if dtype == Dtype::U8 {
+                        return Err(LoadError::Quantization {
+                            path: self.dir.join("config.json"),
+                            problem: format!(
+                                "quantization_mode is `online`, which needs float masters, but tensor \
+                                 `{name}` is packed (U8)"
+                            ),
+                        });
+                    }
+                    self.dense(&name, "a master")?;
+                    self.check_shape(&name, &[n, k])?;
+                } else {
+                    if dtype != Dtype::U8 {
+                        let role =
+                            "a packed projection (quantization_mode `offline`, or linear_class `bitlinear`)";
+                        return Err(self.wrong_type(&name, dtype, role, "U8"));
+                    }
+                    if !n.is_multiple_of(4) {
+                        return Err(LoadError::Unsupported {
+                            path: self.dir.clone(),
+                            what: format!("the number of rows of tensor `{name}`"),
+                            found: n.to_string(),
+                            supported: "packed matrices of a multiple of 4 rows".into(),
+                        });
+                    }
+                    self.check_shape(&name, &[n / 4, k])?;
+                    let scale = scale_name(layer, which);
+                    let shape = &self.tensor(&scale)?.shape;
+                    if shape.iter().any(|&d| d != 1) {
+                        self.check_shape(&scale, &[1])?;
+                    }
+                    self.dense(&scale, "a scale")?;
+                    used.insert(scale);
+                }
+                used.insert(name);
+            }
+        }
+        let norm = norm_name(Norm::Output);
+        self.check_shape(&norm, &[config.hidden_size])?;
+        self.dense(&norm, "a norm")?;
+        used.insert(norm);
+        if !config.tied_embeddings && !self.tensors.contains_key(HEAD) {
+            let missing = FileError::MissingTensor {
+                path: self.dir.clone(),
+                tensor: HEAD.into(),
+                help: "; `tie_word_embeddings` in config.json is false, or absent, which means false".into(),
+            };
+            return Err(missing.into());
+        }
+        for name in &[EMBEDDING, HEAD][..if config.tied_embeddings { 1 } else { 2 }] {
+            self.check_shape(name, &[config.vocab_size, config.hidden_size])?;
+            self.dense(name, "embedding and output head")?;
+            used.insert((*name).to_owned());
+        }
+
+        // A tensor that is there is there for a reason: one that belongs to a layer changes the result.
+        for name in self.tensors.keys().filter(|&name| !used.contains(name)) {
+            if name.ends_with("rotary_emb.inv_freq") {
+                continue; // what older versions saved although it follows from the configuration
+            }
+            let problem = if name.ends_with(".bias") {
+                "BitNet projections have no bias".to_owned()
+            } else if name.starts_with("model.layers.") {
+                format!("it is none of the tensors of a BitNet model of {} layers", config.n_layers)
+            } else {
+                warnings.push(format!("tensor `{name}` is not used"));
+                continue;
+            };
+            return Err(LoadError::UnsupportedTensor {
+                path: self.dir.clone(),
+                tensor: name.clone(),
+                problem,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Source for HfModel {
+    fn maps(&self) -> Vec<&FileMap> {
+        self.maps.iter().collect()
+    }
+
+    fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {
+        let name = projection_name(layer, which);
+        let tensor = self.tensor(&name)?;
+        let (n, k) = which.shape(&self.config);
+        let stored_as = match (self.style, tensor.dtype) {
+            (Style::PackedAuto, _) => "U8 packed (autobitlinear)",
+            (Style::PackedInverse, _) => "U8 packed (bitlinear)",
+            (Style::Online, Dtype::F16) => "F16 master (absmean)",
+            (Style::Online, Dtype::BF16) => "BF16 master (absmean)",
+            (Style::Online, _) => "F32 master (absmean)",
+        };
+        let not_ternary = |e: FormatError| LoadError::NotTernary {
+            path: self.dir.clone(),
+            tensor: name.clone(),
+            stored_as,
+            problem: e.to_string(),
+        };
+        let (codes, scale) = if self.style == Style::Online {
+            let values = floats(&self.dir, &self.dense(&name, "a master")?)?;
+            absmean_to_canonical(&values, n, k).map_err(not_ternary)?
+        } else {
+            let codes = unpack_to_canonical(&tensor.data, n, k).map_err(not_ternary)?;
+            let stored = self.dense(&scale_name(layer, which), "a scale")?;
+            let mut scale = one_float(&self.dir, &stored)?;
+            if self.style == Style::PackedInverse {
+                if scale == 0.0 {
+                    return Err(LoadError::InvalidScale {
+                        path: self.dir.clone(),
+                        tensor: stored.name,
+                        value: scale,
+                        help: " and not zero: linear_class `bitlinear` divides by it",
+                    });
+                }
+                scale = 1.0 / scale;
+            }
+            (codes, checked_scale(&self.dir, &stored.name, scale)?)
+        };
+        Ok(TernaryTensor { name, n, k, scale, codes: aligned(codes), stored_as })
+    }
+
+    fn master(&self, layer: usize, which: Projection) -> Result<Option<DenseTensor>, LoadError> {
+        let name = projection_name(layer, which);
+        if self.style == Style::Online { self.dense(&name, "a master").map(Some) } else { Ok(None) }
+    }
+
+    fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError> {
+        self.dense(&norm_name(which), "a norm")
+    }
+
+    fn embedding(&self) -> Result<DenseTensor, LoadError> {
+        self.dense(EMBEDDING, "the embedding")
+    }
+
+    fn output(&self) -> Result<Option<DenseTensor>, LoadError> {
+        self.dense(HEAD, "the output head").map(Some)
+    }
+
+    fn tokenizer_source(&self) -> TokenizerSource {
+        TokenizerSource::Hf { dir: self.dir.clone() }
+    }
+
+    fn contents(&self) -> Vec<Content> {
+        let beside = COMPANIONS.iter().map(|name| self.dir.join(name)).filter(|path| path.exists());
+        beside.chain(self.shards.iter().cloned()).map(Content::File).collect()
+    }
+
+    fn tensors(&self) -> Vec<TensorInfo> {
+        let info = |(name, t): (&String, &SafeTensor)| TensorInfo {
+            name: name.clone(),
+            type_name: format!("{:?}", t.dtype),
+            shape: t.shape.iter().map(|&d| d as u64).collect(),
+            bytes: t.data.len() as u64,
+        };
+        self.tensors.iter().map(info).collect()
+    }
+
+    fn metadata(&self) -> Vec<(String, String)> {
+        const SHOWN_CHARS: usize = 200;
+        let Some(object) = self.json.as_object() else { return Vec::new() };
+        let line = |(key, value): (&String, &Value)| {
+            let mut text = value.to_string();
+            if let Some((end, _)) = text.char_indices().nth(SHOWN_CHARS) {
+                let bytes = text.len();
+                text.truncate(end);
+                text += &format!("... ({bytes} bytes)");
+            }
+            (key.clone(), text)
+        };
+        object.iter().map(line).collect()
+    }
+}

@@ -1,0 +1,109 @@
+//! How the projections of a Hugging Face directory are stored.
+//!
+//! Projections come in three styles, told apart by `quantization_config` (transformers,
+//! `integrations/bitnet.py`):
+//!
+//! | `linear_class` | `quantization_mode` | weights | scale |
+//! | --- | --- | --- | --- |
+//! | `autobitlinear` | `online` | float masters [out, in] | their absmean |
+//! | `autobitlinear` | `offline` (or absent) | U8 [out/4, in] | `weight_scale` |
+//! | `bitlinear` (or absent) | any | U8 [out/4, in] | 1 / `weight_scale` |
+//!
+//! Without a `quantization_config` transformers itself would run the model unquantised, and packed
+//! weights don't say in which direction their scale goes (a factor of 5 where it is guessed wrong, which
+//! most norms hide). Such a directory is refused, with the lines to add to its `config.json`.
+
+use super::super::error::LoadError;
+use super::fields::Fields;
+use bitnet_burn::Projection;
+use bitnet_burn::names::{projection_module, projection_name};
+use bitnet_burn_formats::safetensors::{Dtype, SafeTensor};
+use std::collections::BTreeMap;
+
+/// How the projections are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// `autobitlinear`, `online`: float masters, to be quantised by absmean.
+    Online,
+    /// `autobitlinear`, `offline`: packed; the scale multiplies.
+    PackedAuto,
+    /// `bitlinear`: packed; the scale divides.
+    PackedInverse,
+}
+
+/// How the projections are stored, from `quantization_config`.
+pub(super) fn style(
+    fields: Fields<'_>,
+    tensors: &BTreeMap<String, SafeTensor>,
+    warnings: &mut Vec<String>,
+) -> Result<Style, LoadError> {
+    let refuse = |problem: String| LoadError::Quantization { path: fields.path.to_owned(), problem };
+    let Some(quantization) = fields.within("quantization_config") else {
+        let first = projection_name(0, Projection::Q);
+        let packed = tensors.get(&first).is_some_and(|t| t.dtype == Dtype::U8);
+        const AUTO: &str = r#"{"quant_method": "bitnet", "linear_class": "autobitlinear""#;
+        return Err(refuse(if packed {
+            format!(
+                "`quantization_config` is missing, so that nothing says in which direction the scales of the \
+                 packed weights (`{first}` is U8) go; add {AUTO}, \"quantization_mode\": \"offline\"}} if they \
+                 multiply, or {{\"quant_method\": \"bitnet\", \"linear_class\": \"bitlinear\"}} if they divide"
+            )
+        } else {
+            format!(
+                "`quantization_config` is missing: without it this is a model with plain float weights, which \
+                 transformers would run without any quantisation; if the weights are masters trained for \
+                 BitNet, add {AUTO}, \"quantization_mode\": \"online\"}}"
+            )
+        }));
+    };
+    match quantization.str("quant_method")? {
+        Some("bitnet") => {}
+        Some(other) => {
+            return Err(refuse(format!("`quant_method` is \"{other}\"; only \"bitnet\" is supported")));
+        }
+        None => return Err(quantization.missing("quantization_config.quant_method")),
+    }
+    if quantization.bool("use_rms_norm")? == Some(true) {
+        return Err(refuse(
+            "`use_rms_norm` (a norm inside every projection) is true; only false is supported".into(),
+        ));
+    }
+    if let Some(modules) = quantization.get("modules_to_not_convert") {
+        let expected = "a list of strings";
+        let list = modules
+            .as_array()
+            .ok_or_else(|| quantization.wrong("modules_to_not_convert", modules, expected))?;
+        for module in list {
+            let name = module
+                .as_str()
+                .ok_or_else(|| quantization.wrong("modules_to_not_convert", module, expected))?;
+            if Projection::ALL.iter().any(|&p| projection_module(0, p).contains(name))
+                || name.starts_with("model.layers.")
+            {
+                return Err(refuse(format!(
+                    "`modules_to_not_convert` has \"{name}\": models with projections that are not ternary are \
+                     not supported"
+                )));
+            }
+        }
+    }
+    let mode = quantization.str("quantization_mode")?;
+    if let Some(other) = mode.filter(|m| !matches!(*m, "online" | "offline")) {
+        return Err(refuse(format!("`quantization_mode` is \"{other}\"; supported: online, offline")));
+    }
+    match quantization.str("linear_class")? {
+        Some("autobitlinear") => Ok(if mode == Some("online") { Style::Online } else { Style::PackedAuto }),
+        None | Some("bitlinear") => {
+            if mode == Some("online") {
+                warnings.push(
+                    "`quantization_mode` is online, but linear_class `bitlinear` is always packed; read as such"
+                        .into(),
+                );
+            }
+            Ok(Style::PackedInverse)
+        }
+        Some(other) => {
+            Err(refuse(format!("`linear_class` is \"{other}\"; supported: autobitlinear, bitlinear")))
+        }
+    }
+}

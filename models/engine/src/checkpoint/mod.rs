@@ -1,0 +1,326 @@
+//! A model's files as the model sees them: a configuration, and tensors by the part that they play.
+//!
+//! [`Checkpoint::open`] takes a GGUF file or a Hugging Face directory. What differs between them (names,
+//! packings, the direction of a scale, masters or codes) is translated below this interface, and nothing
+//! above it knows about it: a projection is always a [`TernaryTensor`] in the canonical layout.
+//!
+//! Files are memory-mapped. **Changing or truncating a file while a checkpoint, or a tensor taken from
+//! one, is alive is undefined behaviour**: replace files by renaming a new one over the old name (which
+//! is what [`GgufWriter`](bitnet_burn_formats::gguf::GgufWriter) does).
+//!
+//! Files are not trusted. Every count, length and offset is checked against the size of the file before it
+//! is used or allocates anything, and whatever is wrong becomes a [`LoadError`] that names the file, the
+//! tensor or key, what was found and what would work.
+//!
+//! ```no_run
+//! use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+//! use bitnet_burn::Projection;
+//!
+//! let checkpoint = Checkpoint::open("model.gguf".as_ref(), &OpenOptions::default())?;
+//! println!("{} layers", checkpoint.config().n_layers);
+//! let q = checkpoint.projection(0, Projection::Q)?;
+//! println!("{}: [{}, {}], scale {}, stored as {}", q.name, q.n, q.k, q.scale, q.stored_as);
+//! # Ok::<(), bitnet_burn_engine::checkpoint::LoadError>(())
+//! ```
+
+mod choices;
+mod error;
+pub(crate) mod gguf;
+mod hf;
+mod source;
+#[cfg(test)]
+mod tests;
+mod tokenizer_source;
+mod values;
+
+pub use error::LoadError;
+pub use hf::Style;
+pub use source::{Content, OpenOptions, TensorInfo};
+pub use tokenizer_source::{GgufTokenizer, TokenizerSource};
+
+use bitnet_burn::{ModelConfig, Norm, Projection};
+use bitnet_burn_formats::gguf::GgufFile;
+use bitnet_burn_formats::{DenseTensor, FileError, FileMap, TernaryTensor, check_canonical, safetensors};
+use bytes::Bytes;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use gguf::GgufModel;
+use hf::HfModel;
+use source::Source;
+use values::{decode_finite, floats};
+
+/// What [`Checkpoint::check`] went through; getting one means that nothing was wrong.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// Tensors decoded.
+    pub tensors: usize,
+    /// Ternary weights, all of them -1, 0 or 1.
+    pub ternary_weights: u64,
+    /// Those that are zero.
+    pub zero_weights: u64,
+    /// Values of norms, embedding and head, all of them finite.
+    pub dense_values: u64,
+    /// Bytes of all tensors in the file.
+    pub bytes: u64,
+}
+
+/// A model's files, opened and checked against the model's shape.
+pub struct Checkpoint {
+    path: PathBuf,
+    config: ModelConfig,
+    warnings: Vec<String>,
+    source: Box<dyn Source>,
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { path, config, warnings, source: _ } = self;
+        f.debug_struct("Checkpoint")
+            .field("path", path)
+            .field("config", config)
+            .field("warnings", warnings)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Checkpoint {
+    /// Opens a GGUF file, a Hugging Face directory, or a directory with exactly one GGUF file.
+    ///
+    /// The files are mapped, their headers read, and every tensor that the model needs is checked to be
+    /// there with the right shape and a type that can be read. The weights are not touched.
+    ///
+    /// # Errors
+    /// [`LoadError`]
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, LoadError> {
+        let meta = std::fs::metadata(path).map_err(|error| FileError::Io {
+            path: path.to_owned(),
+            action: "open",
+            error,
+        })?;
+        let mut warnings = Vec::new();
+        let gguf = if meta.is_dir() { gguf_in_directory(path)? } else { Some(path.to_owned()) };
+        let (source, config): (Box<dyn Source>, _) = match gguf {
+            Some(file) => {
+                let (model, config) = GgufModel::new(GgufFile::open(&file)?, options, &mut warnings)?;
+                (Box::new(model), config)
+            }
+            None => {
+                let (model, config) = HfModel::open(path, options, &mut warnings)?;
+                (Box::new(model), config)
+            }
+        };
+        Ok(Self::opened(path, config, warnings, source))
+    }
+
+    /// A GGUF file that is in memory already; `name` stands for its path.
+    ///
+    /// # Errors
+    /// [`LoadError`]
+    pub fn from_gguf(name: &Path, bytes: Bytes, options: &OpenOptions) -> Result<Self, LoadError> {
+        let mut warnings = Vec::new();
+        let file = GgufFile::parse(name.to_owned(), bytes)?;
+        let (model, config) = GgufModel::new(file, options, &mut warnings)?;
+        Ok(Self::opened(name, config, warnings, Box::new(model)))
+    }
+
+    fn opened(path: &Path, config: ModelConfig, warnings: Vec<String>, source: Box<dyn Source>) -> Self {
+        for warning in &warnings {
+            tracing::warn!(path = %path.display(), "{warning}");
+        }
+        Self { path: path.to_owned(), config, warnings, source }
+    }
+
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What was odd about the files without being wrong, in sentences.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// A ternary matrix of a layer: [N, K] as [`Projection::shape`] says.
+    ///
+    /// # Errors
+    /// [`LoadError::NoSuchLayer`], [`LoadError::NotTernary`], [`LoadError::InvalidScale`].
+    pub fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {
+        self.check_layer(layer)?;
+        self.source.projection(layer, which)
+    }
+
+    /// The latent float weights [N, K] that a projection is quantised from, in row-major order, all finite;
+    /// `None` where the file holds ternary weights.
+    ///
+    /// # Errors
+    /// [`LoadError::NoSuchLayer`], [`LoadError::NotFinite`].
+    pub fn master(&self, layer: usize, which: Projection) -> Result<Option<Vec<f32>>, LoadError> {
+        self.check_layer(layer)?;
+        self.source.master(layer, which)?.map(|tensor| floats(&self.path, &tensor)).transpose()
+    }
+
+    /// The weights of an RMSNorm, all finite.
+    ///
+    /// # Errors
+    /// [`LoadError::NoSuchLayer`], [`LoadError::NotFinite`]; [`LoadError::MissingTensor`] for a sub-norm of
+    /// a model that has none.
+    pub fn norm(&self, which: Norm) -> Result<Vec<f32>, LoadError> {
+        if let Some(layer) = which.layer() {
+            self.check_layer(layer)?;
+        }
+        floats(&self.path, &self.source.norm(which)?)
+    }
+
+    /// The embedding, [vocabulary, hidden].
+    ///
+    /// # Errors
+    /// None after a successful [`open`](Self::open) that a caller could expect.
+    pub fn embedding(&self) -> Result<DenseTensor, LoadError> {
+        self.source.embedding()
+    }
+
+    /// The output head, [vocabulary, hidden], or `None` where the embedding serves as such.
+    ///
+    /// # Errors
+    /// As [`embedding`](Self::embedding).
+    pub fn output(&self) -> Result<Option<DenseTensor>, LoadError> {
+        if self.config.tied_embeddings { Ok(None) } else { self.source.output() }
+    }
+
+    /// Gives the memory of the mapped files back to the system. Everything stays readable: what is read
+    /// again comes from the file again.
+    pub fn release(&self) {
+        self.source.maps().into_iter().for_each(FileMap::release);
+    }
+
+    /// Says that single rows of a tensor are read from now on, not all of it: in huge pages each of them would
+    /// bring two megabytes along.
+    pub fn read_by_rows(&self, tensor: &DenseTensor) {
+        self.source.maps().into_iter().for_each(|map| map.read_by_parts(&tensor.data));
+    }
+
+    /// What the model is read from: the GGUF file, or the weights, configurations and tokenizer of a Hugging
+    /// Face directory, where they are there.
+    pub fn contents(&self) -> Vec<Content> {
+        self.source.contents()
+    }
+
+    /// Where to find the tokenizer.
+    pub fn tokenizer_source(&self) -> TokenizerSource {
+        self.source.tokenizer_source()
+    }
+
+    /// All tensors of the files, for display.
+    pub fn tensors(&self) -> Vec<TensorInfo> {
+        self.source.tensors()
+    }
+
+    /// All metadata of the files, printable, long values cut.
+    pub fn metadata(&self) -> Vec<(String, String)> {
+        self.source.metadata()
+    }
+
+    /// Reads everything: that all projections hold nothing but -1, 0 and 1, and that all other weights are
+    /// finite.
+    ///
+    /// # Errors
+    /// [`LoadError::NotTernary`], [`LoadError::NotFinite`] or [`LoadError::InvalidScale`] for the first
+    /// tensor that is wrong, in the order in which the model uses them.
+    pub fn check(&self) -> Result<CheckReport, LoadError> {
+        let mut report =
+            CheckReport { bytes: self.tensors().iter().map(|t| t.bytes).sum(), ..Default::default() };
+        let embedding = self.embedding()?;
+        report.dense_values += self.check_dense(&embedding)?;
+        report.tensors += 1;
+        for layer in 0..self.config.n_layers {
+            for norm in Norm::of_layer(layer, self.config.sub_norms) {
+                report.dense_values += self.norm(norm)?.len() as u64;
+                report.tensors += 1;
+            }
+            for which in Projection::ALL {
+                let tensor = self.checked_projection(layer, which)?;
+                report.ternary_weights += tensor.n as u64 * tensor.k as u64;
+                report.zero_weights += tensor.zeros();
+                report.tensors += 1;
+            }
+        }
+        report.dense_values += self.norm(Norm::Output)?.len() as u64;
+        report.tensors += 1;
+        if let Some(output) = self.output()? {
+            report.dense_values += self.check_dense(&output)?;
+            report.tensors += 1;
+        }
+        Ok(report)
+    }
+
+    /// A projection whose codes have all been looked at.
+    pub(crate) fn checked_projection(
+        &self,
+        layer: usize,
+        which: Projection,
+    ) -> Result<TernaryTensor, LoadError> {
+        let tensor = self.projection(layer, which)?;
+        match check_canonical(&tensor.codes, tensor.n, tensor.k) {
+            Ok(()) => Ok(tensor),
+            Err(error) => Err(LoadError::NotTernary {
+                path: self.path.clone(),
+                tensor: tensor.name,
+                stored_as: tensor.stored_as,
+                problem: error.to_string(),
+            }),
+        }
+    }
+
+    fn check_layer(&self, layer: usize) -> Result<(), LoadError> {
+        let n_layers = self.config.n_layers;
+        if layer < n_layers {
+            return Ok(());
+        }
+        Err(LoadError::NoSuchLayer { path: self.path.clone(), layer, n_layers })
+    }
+
+    /// Checks that all values are finite; says how many there are.
+    fn check_dense(&self, tensor: &DenseTensor) -> Result<u64, LoadError> {
+        let mut row = vec![0.0; tensor.k];
+        for n in 0..tensor.n {
+            decode_finite(&self.path, tensor, n, &mut row)?;
+        }
+        Ok(tensor.n as u64 * tensor.k as u64)
+    }
+}
+
+/// The GGUF file that a directory stands for, or `None` where it is a Hugging Face directory.
+fn gguf_in_directory(path: &Path) -> Result<Option<PathBuf>, LoadError> {
+    let io = |error| FileError::Io { path: path.to_owned(), action: "list", error };
+    let no_model = |problem| LoadError::from(FileError::NoModel { path: path.to_owned(), problem });
+    let has = |name| path.join(name).exists();
+    let config = has("config.json");
+    if config && (has(safetensors::SINGLE) || has(safetensors::INDEX)) {
+        return Ok(None);
+    }
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(io)? {
+        let file = entry.map_err(io)?.path();
+        if file.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+            files.push(file);
+        }
+    }
+    files.sort();
+    match &files[..] {
+        [file] => Ok(Some(file.clone())),
+        [] if config => Ok(None),
+        [] => Err(no_model("the directory has neither a config.json nor a GGUF file".into())),
+        several => {
+            let names: Vec<_> =
+                several.iter().filter_map(|f| f.file_name()).map(|n| n.to_string_lossy()).collect();
+            let names = names.join(", ");
+            Err(no_model(format!("the directory has several GGUF files ({names}): name one of them")))
+        }
+    }
+}

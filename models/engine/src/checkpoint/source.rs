@@ -1,0 +1,56 @@
+//! What a kind of file must answer, and what its answers are made of.
+
+use super::error::LoadError;
+use super::tokenizer_source::TokenizerSource;
+use bitnet_burn::{GatedActivation, Norm, Projection};
+use bitnet_burn_formats::{DenseTensor, FileMap, TernaryTensor};
+use bytes::Bytes;
+use std::path::PathBuf;
+
+/// What the caller knows better than the file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// The feed-forward activation, for files that don't state it (`--hidden-act`). Wins over the file,
+    /// with a warning where the two differ.
+    pub hidden_act: Option<GatedActivation>,
+    /// The pre-tokenizer of a GGUF vocabulary, for files without `tokenizer.ggml.pre` (`--pre`). Handed on
+    /// in [`GgufTokenizer::pre`].
+    pub pre: Option<String>,
+}
+
+/// A tensor of the file, for display.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its name.
+    pub name: String,
+    /// Its type's name.
+    pub type_name: String,
+    /// Its shape, rows first (a GGUF file lists the columns first).
+    pub shape: Vec<u64>,
+    /// Its size in the file.
+    pub bytes: u64,
+}
+
+/// A part of what a checkpoint is read from.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// A file.
+    File(PathBuf),
+    /// Bytes that were in memory from the start, and what stands for their path.
+    Memory(PathBuf, Bytes),
+}
+
+/// What a kind of file must answer. Names and rules are the implementation's.
+pub(crate) trait Source: Send + Sync {
+    fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError>;
+    fn master(&self, layer: usize, which: Projection) -> Result<Option<DenseTensor>, LoadError>;
+    fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError>;
+    fn embedding(&self) -> Result<DenseTensor, LoadError>;
+    fn output(&self) -> Result<Option<DenseTensor>, LoadError>;
+    fn tokenizer_source(&self) -> TokenizerSource;
+    fn contents(&self) -> Vec<Content>;
+    fn tensors(&self) -> Vec<TensorInfo>;
+    fn metadata(&self) -> Vec<(String, String)>;
+    /// The mapped files.
+    fn maps(&self) -> Vec<&FileMap>;
+}

@@ -1,0 +1,110 @@
+//! What can go wrong with an engine.
+
+use bitnet_burn::{CacheError, ForwardError};
+use bitnet_burn_backends::manager;
+
+use crate::chat::ChatError;
+use crate::checkpoint::LoadError;
+use crate::device::DeviceError;
+use crate::generate::GenerateError;
+use crate::load::{HeadMode, ModelError};
+use crate::plan::PlanError;
+use crate::plausible::FigureError;
+use crate::text::{count, human_bytes};
+use crate::tokenizer::TokenizerError;
+
+/// Why an engine did not open, or could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// The model's files.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The kernels.
+    #[error(transparent)]
+    Kernels(#[from] manager::SetupError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The plan.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The KV cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// The generation.
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    /// The chat template.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    /// A figure that can't be right.
+    #[error(transparent)]
+    Figure(#[from] FigureError),
+    /// Text for a model without a tokenizer.
+    #[error("the model has no tokenizer: give token ids instead of text")]
+    NoTokenizer,
+    /// A larger context than the model's.
+    #[error("a context of {asked} positions was asked for: the model was trained for {trained}")]
+    Context {
+        /// Positions asked for.
+        asked: usize,
+        /// Positions of the model.
+        trained: usize,
+    },
+    /// A prompt that does not fit.
+    #[error(
+        "the prompt has {tokens} tokens, the context {context}: shorten the prompt, or open with a larger context"
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Positions of the context.
+        context: usize,
+    },
+    /// An output projection with int8 activations in a model whose activations are floats.
+    #[error("the output projection can't quantise activations ({head:?}) where the others are not quantised")]
+    HeadOfFloats {
+        /// How the output projection was to be computed.
+        head: HeadMode,
+    },
+    /// Layers on a GPU that can't be there.
+    #[error("{layers} layers on the GPU: {problem}")]
+    GpuLayers {
+        /// Layers asked for.
+        layers: usize,
+        /// Why not.
+        problem: String,
+    },
+    /// A plan that can't be followed, in strict mode.
+    #[error("strict mode (no-fallback): the plan can't be followed")]
+    StrictPlan(#[source] DeviceError),
+    /// More sequences than there is memory for.
+    #[error(
+        "there is memory for {} of {positions} positions beside the model, of {} each, and {asked} were asked for: a KV \
+         cache of f16 or int8 takes less, and so do fewer positions",
+        count(*.room, "sequence"), human_bytes(*.bytes)
+    )]
+    NoRoom {
+        /// Sequences asked for.
+        asked: usize,
+        /// Sequences that there is memory for.
+        room: u64,
+        /// Positions of each.
+        positions: usize,
+        /// Bytes of each.
+        bytes: u64,
+    },
+}
+
+impl From<ForwardError> for EngineError {
+    fn from(error: ForwardError) -> Self {
+        GenerateError::from(error).into()
+    }
+}

@@ -1,0 +1,257 @@
+//! AVX2: `vpmaddubsw` and 16-bit sums, which are flushed to 32 bits before they can overflow.
+
+use std::arch::x86_64::*;
+
+use bitnet_burn_plugin::canonical::{BLOCK, BLOCK_BYTES};
+
+use super::kernels;
+use super::ymm::{ROW_PREFETCH, TILE_PREFETCH, first, groups, load_rows, split, totals};
+use crate::ternary::generic::{RowMicro, TileMicro, row_bytes};
+use crate::ternary::tile::{BLOCK_ROWS, STEP, STEP_BYTES};
+
+/// The products with `vpmaddubsw ymm`.
+struct Micro;
+
+kernels!(
+    Micro,
+    features: ["avx2"],
+    rows: c"i2s-avx2",
+    tiles: c"t2-avx2",
+    // `TileMicro::gemv` keeps sums that are 4 times too large, of every second weight: they reach
+    // 4 * 2 * 128 * K/2 in magnitude, -2^31 at K = 2^22.
+    tiles_max_k: 1 << 22,
+);
+
+/// Steps, or blocks, between flushes where each adds two products of codes up to 2 << 2 to a sum: two pairs
+/// of 8 * -128 are -4096, and eight times that is -2^15, just within range.
+const FLUSH_SCALED: usize = 8;
+/// The same where each adds four products of codes up to 2: four pairs of 2 * -128 are -2048.
+const FLUSH_PLAIN: usize = 16;
+
+impl TileMicro for Micro {
+    const MR: usize = 4;
+
+    #[inline(always)]
+    unsafe fn gemv(w: *const u8, steps: usize, x: *const i8) -> [i32; BLOCK_ROWS] {
+        // SAFETY: the caller promises the features, `steps` steps of 128 bytes at w and 16 activations for
+        // each at x; a prefetch may have any address.
+        unsafe {
+            // acc[.][0] for the codes at bits 0 and 4, acc[.][1] for those at 2 and 6, 4 times too large.
+            let masks = [_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c)];
+            let mut wide = [[_mm256_setzero_si256(); 2]; 4];
+            let mut start = 0;
+            while start < steps {
+                let end = steps.min(start + FLUSH_SCALED);
+                let mut acc = [[_mm256_setzero_si256(); 2]; 4];
+                for j in start..end {
+                    let w = w.add(j * STEP_BYTES);
+                    let x = x.add(j * STEP).cast::<i32>();
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH + 64).cast());
+                    let x = [
+                        _mm256_set1_epi32(x.read_unaligned()),
+                        _mm256_set1_epi32(x.add(1).read_unaligned()),
+                        _mm256_set1_epi32(x.add(2).read_unaligned()),
+                        _mm256_set1_epi32(x.add(3).read_unaligned()),
+                    ];
+                    for part in 0..4 {
+                        let v = _mm256_loadu_si256(w.add(32 * part).cast());
+                        let u = _mm256_srli_epi16::<4>(v);
+                        for i in 0..2 {
+                            dot(&mut acc[part][i], _mm256_and_si256(v, masks[i]), x[i]);
+                            dot(&mut acc[part][i], _mm256_and_si256(u, masks[i]), x[2 + i]);
+                        }
+                    }
+                }
+                for part in 0..4 {
+                    for i in 0..2 {
+                        flush(&mut wide[part][i], acc[part][i]);
+                    }
+                }
+                start = end;
+            }
+            let mut sums = [0; BLOCK_ROWS];
+            for part in 0..4 {
+                let sum = _mm256_add_epi32(wide[part][0], _mm256_srai_epi32::<2>(wide[part][1]));
+                _mm256_storeu_si256(sums[8 * part..].as_mut_ptr().cast(), sum);
+            }
+            sums
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn gemm<const M: usize>(w: *const u8, steps: usize, x: [*const i8; M]) -> [[i32; BLOCK_ROWS]; M] {
+        // SAFETY: as in `gemv`, for each of the rows.
+        unsafe {
+            let mask = _mm256_set1_epi8(3);
+            let mut sums = [[0; BLOCK_ROWS]; M];
+            for tile in 0..2 {
+                let mut wide = [[_mm256_setzero_si256(); 2]; M];
+                let mut start = 0;
+                while start < steps {
+                    let end = steps.min(start + FLUSH_PLAIN);
+                    let mut acc = [[_mm256_setzero_si256(); 2]; M];
+                    for j in start..end {
+                        let w = w.add(j * STEP_BYTES + 64 * tile);
+                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
+                        let mut v = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())];
+                        for t in 0..4 {
+                            let codes = [_mm256_and_si256(v[0], mask), _mm256_and_si256(v[1], mask)];
+                            for m in 0..M {
+                                let x = x[m].add(j * STEP + 4 * t).cast::<i32>().read_unaligned();
+                                let x = _mm256_set1_epi32(x);
+                                dot(&mut acc[m][0], codes[0], x);
+                                dot(&mut acc[m][1], codes[1], x);
+                            }
+                            v = [_mm256_srli_epi16::<2>(v[0]), _mm256_srli_epi16::<2>(v[1])];
+                        }
+                    }
+                    for m in 0..M {
+                        for half in 0..2 {
+                            flush(&mut wide[m][half], acc[m][half]);
+                        }
+                    }
+                    start = end;
+                }
+                for m in 0..M {
+                    for half in 0..2 {
+                        let out = sums[m][16 * tile + 8 * half..].as_mut_ptr();
+                        _mm256_storeu_si256(out.cast(), wide[m][half]);
+                    }
+                }
+            }
+            sums
+        }
+    }
+}
+
+impl RowMicro for Micro {
+    const MR: usize = 4;
+    const NR: usize = 2;
+    const GROUP: usize = 8;
+
+    #[inline(always)]
+    unsafe fn gemv<const N: usize>(w: *const u8, stride: usize, x: *const i8) -> [i32; N] {
+        // SAFETY: the caller promises the features and N rows of that many bytes at w.
+        unsafe {
+            let mut rows = [_mm256_setzero_si256(); 8];
+            for (r, row) in rows.iter_mut().enumerate().take(N) {
+                *row = row_sums(w.add(r * row_bytes(stride)), stride, x);
+            }
+            first(totals(rows))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn gemm<const M: usize, const N: usize>(
+        w: *const u8,
+        stride: usize,
+        x: [*const i8; M],
+    ) -> [[i32; N]; M] {
+        // SAFETY: the caller promises the features, N rows of stride.div_ceil(128) blocks at w and `stride`
+        // activations at each x: 128 for a whole block, 64 for a last half one.
+        unsafe {
+            let mask = _mm256_set1_epi8(3);
+            let blocks = stride.div_ceil(BLOCK);
+            let mut wide = [[_mm256_setzero_si256(); N]; M];
+            let mut start = 0;
+            while start < blocks {
+                let end = blocks.min(start + FLUSH_PLAIN);
+                let mut acc = [[_mm256_setzero_si256(); N]; M];
+                for b in start..end {
+                    let groups = groups(stride, b);
+                    let mut v = load_rows::<N>(w, stride, b);
+                    for g in (0..4).rev() {
+                        if g < groups {
+                            for m in 0..M {
+                                let x = _mm256_loadu_si256(x[m].add(b * BLOCK + 32 * g).cast());
+                                for r in 0..N {
+                                    dot(&mut acc[m][r], _mm256_and_si256(v[r], mask), x);
+                                }
+                            }
+                        }
+                        for v in &mut v {
+                            *v = _mm256_srli_epi16::<2>(*v);
+                        }
+                    }
+                }
+                for m in 0..M {
+                    for r in 0..N {
+                        flush(&mut wide[m][r], acc[m][r]);
+                    }
+                }
+                start = end;
+            }
+            split(wide)
+        }
+    }
+}
+
+/// The products of one row, in eight sums.
+///
+/// # Safety
+/// The CPU has AVX2; a row of stride.div_ceil(128) blocks can be read at `w`, and `stride` activations at `x`.
+#[inline(always)]
+unsafe fn row_sums(w: *const u8, stride: usize, x: *const i8) -> __m256i {
+    // SAFETY: the caller's promise: 128 activations for a whole block, 64 for a last half one; a prefetch
+    // may have any address.
+    unsafe {
+        let (blocks, half) = (stride / BLOCK, stride % BLOCK);
+        // acc[0] for the bits 0 and 4, acc[1] for 2 and 6, 4 times too large: at most
+        // 4 * 2 * 128 * 2^23/16 = 2^29 in a lane.
+        let masks = [_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c)];
+        let mut wide = [_mm256_setzero_si256(); 2];
+        let mut start = 0;
+        while start < blocks {
+            let end = blocks.min(start + FLUSH_SCALED);
+            let mut acc = [_mm256_setzero_si256(); 2];
+            for b in start..end {
+                let w = w.add(b * BLOCK_BYTES);
+                let x = x.add(b * BLOCK);
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(ROW_PREFETCH).cast());
+                let v = _mm256_loadu_si256(w.cast());
+                let u = _mm256_srli_epi16::<4>(v);
+                for i in 0..2 {
+                    // Bits 1..0 hold group 3, 3..2 group 2, 5..4 group 1, 7..6 group 0.
+                    let (low, high) = (x.add(32 * (3 - i)), x.add(32 * (1 - i)));
+                    dot(&mut acc[i], _mm256_and_si256(v, masks[i]), _mm256_loadu_si256(low.cast()));
+                    dot(&mut acc[i], _mm256_and_si256(u, masks[i]), _mm256_loadu_si256(high.cast()));
+                }
+            }
+            flush(&mut wide[0], acc[0]);
+            flush(&mut wide[1], acc[1]);
+            start = end;
+        }
+        if half != 0 {
+            let u = _mm256_srli_epi16::<4>(_mm256_loadu_si256(w.add(blocks * BLOCK_BYTES).cast()));
+            for i in 0..2 {
+                let mut acc = _mm256_setzero_si256();
+                let x = _mm256_loadu_si256(x.add(blocks * BLOCK + 32 * (1 - i)).cast());
+                dot(&mut acc, _mm256_and_si256(u, masks[i]), x);
+                flush(&mut wide[i], acc);
+            }
+        }
+        _mm256_add_epi32(wide[0], _mm256_srai_epi32::<2>(wide[1]))
+    }
+}
+
+/// Adds pairs of products to sixteen 16-bit sums. A pair is at most 2 * 3 << 2 * 128 in magnitude even for
+/// invalid codes, so that the instruction's own sum does not saturate.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn dot(acc: &mut __m256i, codes: __m256i, x: __m256i) {
+    // SAFETY: the caller's promise.
+    unsafe { *acc = _mm256_add_epi16(*acc, _mm256_maddubs_epi16(codes, x)) }
+}
+
+/// Adds pairs of 16-bit sums, the two of each 32-bit lane, to 32-bit sums.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn flush(wide: &mut __m256i, acc: __m256i) {
+    // SAFETY: the caller's promise.
+    unsafe { *wide = _mm256_add_epi32(*wide, _mm256_madd_epi16(acc, _mm256_set1_epi16(1))) }
+}

@@ -1,0 +1,421 @@
+//! The matmul loops over the two weight layouts, written once; an instruction set brings the inner
+//! products of one block ([`TileMicro`], [`RowMicro`]).
+//!
+//! Everything here is `#[inline(always)]`: it is compiled into the caller, the one function per
+//! instruction set that carries `#[target_feature]`, and so with that function's instructions.
+
+use std::array::from_fn;
+
+use bitnet_burn_plugin::abi::{ACTIVATION_ALIGNMENT, OPERATION_TERNARY_MATMUL, Signature};
+use bitnet_burn_plugin::canonical;
+use bitnet_burn_plugin::sdk::{ActivationsRef, KernelError, KernelResult, OutputTile, WeightsRef};
+
+use crate::ternary::tile::{self, BLOCK_ROWS, STEP_BYTES};
+
+/// Activation bytes that are used again for every weight block: most of a second-level cache of 1 MiB or
+/// half of it, with room for the weights that stream by.
+const ACTIVATION_BYTES: usize = 480 * 1024;
+
+/// Weights of a row up to which the ABI's i32 sums can't overflow.
+pub(crate) const MAX_K: u64 = 1 << 23;
+
+/// Whether the signature is a ternary matmul with at most `max_k` weights a row.
+pub(crate) fn supports(signature: &Signature, max_k: u64) -> bool {
+    signature.operation == OPERATION_TERNARY_MATMUL && (1..=max_k).contains(&signature.k)
+}
+
+/// Products of one block of a tiled layout with activation rows. All sums are of the *codes*: sum(c * x).
+///
+/// # Safety
+/// For both functions: the CPU has the implementation's features; `w` points to `steps` steps of
+/// [`tile::STEP_BYTES`] bytes; each `x` points to the activations of as many steps; all readable.
+pub(crate) trait TileMicro {
+    /// Activation rows that one call of [`gemm`](Self::gemm) takes at most; at most 8.
+    const MR: usize;
+
+    /// Sums of the 32 rows with one activation row.
+    #[allow(clippy::missing_safety_doc, reason = "on the trait")]
+    unsafe fn gemv(w: *const u8, steps: usize, x: *const i8) -> [i32; BLOCK_ROWS];
+
+    /// Sums of the 32 rows with `M` activation rows.
+    #[allow(clippy::missing_safety_doc, reason = "on the trait")]
+    #[inline(always)]
+    unsafe fn gemm<const M: usize>(w: *const u8, steps: usize, x: [*const i8; M]) -> [[i32; BLOCK_ROWS]; M] {
+        // SAFETY: the caller's promise, row by row.
+        x.map(|x| unsafe { Self::gemv(w, steps, x) })
+    }
+}
+
+/// Products of canonical rows with activation rows. All sums are of the *codes*: sum(c * x).
+///
+/// # Safety
+/// For both functions: the CPU has the implementation's features; `w` points to `N` canonical rows whose
+/// activations take `stride` bytes (a multiple of 64), each [`row_bytes`] long; each `x` points to `stride`
+/// activations, or to [`workspace_stride`](Self::workspace_stride) bytes that
+/// [`prepare_row`](Self::prepare_row) filled, where that is not 0; all readable. `M` and `N` are at most
+/// what the constants say.
+pub(crate) trait RowMicro {
+    /// Activation rows that one call of [`gemm`](Self::gemm) takes at most; at most 4.
+    const MR: usize;
+    /// Weight rows that one call of [`gemm`](Self::gemm) takes: 1, 2 or 4.
+    const NR: usize;
+    /// Weight rows that one call of [`gemv`](Self::gemv) takes: 1, 8 or 16.
+    const GROUP: usize;
+
+    /// Bytes of workspace for an activation row of `stride` bytes; 0 to read it as it is.
+    fn workspace_stride(_stride: usize) -> usize {
+        0
+    }
+
+    /// Fills a row's workspace from its activations.
+    fn prepare_row(_x: &[i8], _workspace: &mut [u8]) {}
+
+    /// Sums of `N` weight rows with one activation row. Goes through the rows one after the other: several
+    /// short streams at once would defeat the hardware's prefetching.
+    #[allow(clippy::missing_safety_doc, reason = "on the trait")]
+    unsafe fn gemv<const N: usize>(w: *const u8, stride: usize, x: *const i8) -> [i32; N];
+
+    /// Sums of `N` weight rows with each of `M` activation rows.
+    #[allow(clippy::missing_safety_doc, reason = "on the trait")]
+    #[inline(always)]
+    unsafe fn gemm<const M: usize, const N: usize>(
+        w: *const u8,
+        stride: usize,
+        x: [*const i8; M],
+    ) -> [[i32; N]; M] {
+        // SAFETY: the caller's promise, row by row.
+        x.map(|x| unsafe { Self::gemv(w, stride, x) })
+    }
+}
+
+/// Bytes of a canonical row whose activations take `stride` bytes: since that is k rounded up to a multiple
+/// of 64, it has as many blocks as k.
+#[inline(always)]
+pub(crate) const fn row_bytes(stride: usize) -> usize {
+    canonical::row_bytes(stride)
+}
+
+/// That activations, weights and output belong together: what every kernel's memory safety rests on.
+fn check(w: &WeightsRef, x: &ActivationsRef, y: &OutputTile) -> KernelResult {
+    let (ns, ms) = (y.rows_n(), y.rows_m());
+    if x.k() != w.k() || x.stride() != x.k().next_multiple_of(ACTIVATION_ALIGNMENT) {
+        return Err(KernelError::invalid(format!(
+            "activations of {} values with stride {} for weights of {}",
+            x.k(),
+            x.stride(),
+            w.k()
+        )));
+    }
+    if ns.end > w.n() || ms.end > x.m() {
+        return Err(KernelError::invalid(format!("a tile {ns:?} x {ms:?} outside {} x {}", w.n(), x.m())));
+    }
+    Ok(())
+}
+
+/// The arguments of a matmul with weights in a tiled layout, checked against each other.
+pub(crate) struct TileJob<'a> {
+    w: &'a WeightsRef<'a>,
+    pub(crate) x: &'a ActivationsRef<'a>,
+    pub(crate) y: &'a mut OutputTile,
+    /// Steps of a block.
+    pub(crate) steps: usize,
+    /// Bytes of a step.
+    step_bytes: usize,
+}
+
+impl<'a> TileJob<'a> {
+    /// Checks that the buffers have the sizes that the kernels go by, for blocks with `step` weights of a
+    /// row in a step, at most 64.
+    pub(crate) fn new(
+        w: &'a WeightsRef,
+        x: &'a ActivationsRef,
+        y: &'a mut OutputTile,
+        step: usize,
+    ) -> Result<Self, KernelError> {
+        Self::with_step_bytes(w, x, y, step, STEP_BYTES)
+    }
+
+    /// The same for layouts whose steps are not [`STEP_BYTES`] long.
+    pub(crate) fn with_step_bytes(
+        w: &'a WeightsRef,
+        x: &'a ActivationsRef,
+        y: &'a mut OutputTile,
+        step: usize,
+        step_bytes: usize,
+    ) -> Result<Self, KernelError> {
+        check(w, x, y)?;
+        let steps = w.k().div_ceil(step);
+        tile::check_range(w, &y.rows_n())?;
+        tile::check_packed(w, steps * step_bytes)?;
+        Ok(Self { w, x, y, steps, step_bytes })
+    }
+
+    /// The block of weight row `n`: `steps` steps.
+    #[inline(always)]
+    pub(crate) fn weights(&self, n: usize) -> *const u8 {
+        self.blocks(n, 1)
+    }
+
+    /// `count` blocks from that of weight row `n`, one behind the other.
+    #[inline(always)]
+    pub(crate) fn blocks(&self, n: usize, count: usize) -> *const u8 {
+        let bytes = self.steps * self.step_bytes;
+        self.w.data()[n / BLOCK_ROWS * bytes..][..count * bytes].as_ptr()
+    }
+
+    /// Computes the tile.
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`.
+    #[inline(always)]
+    pub(crate) unsafe fn run<K: TileMicro>(mut self) {
+        let (ns, ms) = (self.y.rows_n(), self.y.rows_m());
+        for chunk in chunks(ms, rows_in_cache(self.x.stride())) {
+            for n in ns.clone().step_by(BLOCK_ROWS) {
+                let mut m = chunk.start;
+                while m < chunk.end {
+                    let rows = (chunk.end - m).min(K::MR);
+                    // SAFETY: the caller's promise; (m, n) begins a block of the tile and has `rows` rows.
+                    unsafe {
+                        match rows {
+                            1 => self.block::<K, 1>(m, n),
+                            2 => self.block::<K, 2>(m, n),
+                            3 => self.block::<K, 3>(m, n),
+                            4 => self.block::<K, 4>(m, n),
+                            5 => self.block::<K, 5>(m, n),
+                            6 => self.block::<K, 6>(m, n),
+                            7 => self.block::<K, 7>(m, n),
+                            _ => self.block::<K, 8>(m, n),
+                        }
+                    }
+                    m += rows.min(8);
+                }
+            }
+        }
+    }
+
+    /// Computes y[m .. m + M, n .. n + 32], cut off at the tile's end.
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`.
+    #[inline(always)]
+    unsafe fn block<K: TileMicro, const M: usize>(&mut self, m: usize, n: usize) {
+        let (weights, steps) = (self.weights(n), self.steps);
+        let rows: [*const i8; M] = from_fn(|i| self.x.padded_row(m + i).as_ptr());
+        // SAFETY: a block has `steps` steps. Of the last one's activations, at most 64, those behind the k of
+        // a row are its padding (`check`), the next row's, or the slack behind the last row. Features: the
+        // caller.
+        let sums = unsafe {
+            if M == 1 { [K::gemv(weights, steps, rows[0]); M] } else { K::gemm::<M>(weights, steps, rows) }
+        };
+        self.store(m, n, &sums);
+    }
+
+    /// Stores y[m .. m + sums.len(), n .. n + 32], cut off at the tile's end, from sums of codes.
+    #[inline(always)]
+    pub(crate) fn store(&mut self, m: usize, n: usize, sums: &[[i32; BLOCK_ROWS]]) {
+        for (i, sums) in sums.iter().enumerate() {
+            self.store_row(m + i, n, sums, self.x.sum(m + i));
+        }
+    }
+
+    /// Stores y[m, n .. n + 32], cut off at the tile's end, from sums that are `offset` too large.
+    #[inline(always)]
+    pub(crate) fn store_row(&mut self, m: usize, n: usize, sums: &[i32; BLOCK_ROWS], offset: i32) {
+        let scale = self.w.scale() * self.x.scale(m);
+        let count = BLOCK_ROWS.min(self.y.rows_n().end - n);
+        let mut values = [0f32; BLOCK_ROWS];
+        for (value, sum) in values.iter_mut().zip(sums) {
+            *value = sum.wrapping_sub(offset) as f32 * scale;
+        }
+        let out = self.y.at(m, n);
+        // SAFETY: `at` checked (m, n); the elements n .. n + count follow it within the tile, which belongs
+        // to this call alone. The two cases differ in speed only.
+        unsafe {
+            match count {
+                BLOCK_ROWS => out.copy_from_nonoverlapping(values.as_ptr(), BLOCK_ROWS),
+                _ => out.copy_from_nonoverlapping(values.as_ptr(), count),
+            }
+        }
+    }
+}
+
+/// Bytes of workspace of a canonical kernel.
+pub(crate) fn workspace_size<K: RowMicro>(m: usize, k: usize) -> usize {
+    m.saturating_mul(K::workspace_stride(k.next_multiple_of(ACTIVATION_ALIGNMENT)))
+}
+
+/// Fills the workspace of a canonical kernel.
+#[inline(always)]
+pub(crate) fn prepare<K: RowMicro>(x: &ActivationsRef, workspace: &mut [u8]) -> KernelResult {
+    let stride = K::workspace_stride(x.stride());
+    if stride != 0 {
+        if workspace.len() < x.m() * stride {
+            return Err(KernelError::invalid(format!(
+                "a workspace of {} bytes is too small",
+                workspace.len()
+            )));
+        }
+        for (m, row) in workspace.chunks_exact_mut(stride).enumerate().take(x.m()) {
+            K::prepare_row(x.padded_row(m), row);
+        }
+    }
+    Ok(())
+}
+
+/// The arguments of a matmul with canonical weights, checked against each other.
+pub(crate) struct RowJob<'a> {
+    w: &'a WeightsRef<'a>,
+    x: &'a ActivationsRef<'a>,
+    workspace: &'a [u8],
+    y: &'a mut OutputTile,
+}
+
+impl<'a> RowJob<'a> {
+    /// Checks that the buffers have the sizes that the kernels go by.
+    pub(crate) fn new<K: RowMicro>(
+        w: &'a WeightsRef,
+        x: &'a ActivationsRef,
+        workspace: &'a [u8],
+        y: &'a mut OutputTile,
+    ) -> Result<Self, KernelError> {
+        check(w, x, y)?;
+        if canonical::matrix_bytes(w.n(), w.k()).is_none_or(|bytes| w.data().len() < bytes) {
+            return Err(KernelError::invalid(format!(
+                "{} bytes are too few for canonical weights",
+                w.data().len()
+            )));
+        }
+        if workspace.len() < workspace_size::<K>(x.m(), x.k()) {
+            return Err(KernelError::invalid(format!(
+                "a workspace of {} bytes is too small",
+                workspace.len()
+            )));
+        }
+        Ok(Self { w, x, workspace, y })
+    }
+
+    /// Computes the tile.
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`, for which the job was checked.
+    #[inline(always)]
+    pub(crate) unsafe fn run<K: RowMicro>(mut self) {
+        let (ns, ms) = (self.y.rows_n(), self.y.rows_m());
+        for chunk in chunks(ms, rows_in_cache(self.x.stride())) {
+            let group = if chunk.len() == 1 { K::GROUP } else { K::NR };
+            let mut n = ns.start;
+            while n < ns.end {
+                // Whole groups, then what is left row by row.
+                let count = if ns.end - n >= group { group } else { 1 };
+                let mut m = chunk.start;
+                while m < chunk.end {
+                    let rows = (chunk.end - m).min(K::MR);
+                    // SAFETY: the caller's promise; (m, n) begins `rows` by `count` elements of the tile.
+                    unsafe {
+                        match (chunk.len(), count) {
+                            (1, 16) => self.single::<K, 16>(m, n),
+                            (1, 8) => self.single::<K, 8>(m, n),
+                            (1, _) => self.single::<K, 1>(m, n),
+                            (_, 4) => self.several::<K, 4>(m, n, rows),
+                            (_, 2) => self.several::<K, 2>(m, n, rows),
+                            (_, _) => self.several::<K, 1>(m, n, rows),
+                        }
+                    }
+                    m += rows;
+                }
+                n += count;
+            }
+        }
+    }
+
+    /// Computes y[m, n .. n + N].
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`, for which the job was checked.
+    #[inline(always)]
+    unsafe fn single<K: RowMicro, const N: usize>(&mut self, m: usize, n: usize) {
+        let (weights, x) = (self.weights::<N>(n), self.activations::<K>(m));
+        // SAFETY: the two functions return what the micro-kernel reads. Features: the caller.
+        let sums = unsafe { K::gemv::<N>(weights, self.x.stride(), x) };
+        self.store(m, n, sums);
+    }
+
+    /// Computes y[m .. m + rows, n .. n + N].
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`, for which the job was checked.
+    #[inline(always)]
+    unsafe fn several<K: RowMicro, const N: usize>(&mut self, m: usize, n: usize, rows: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match rows {
+                1 => self.block::<K, 1, N>(m, n),
+                2 => self.block::<K, 2, N>(m, n),
+                3 => self.block::<K, 3, N>(m, n),
+                _ => self.block::<K, 4, N>(m, n),
+            }
+        }
+    }
+
+    /// Computes y[m .. m + M, n .. n + N].
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`, for which the job was checked.
+    #[inline(always)]
+    unsafe fn block<K: RowMicro, const M: usize, const N: usize>(&mut self, m: usize, n: usize) {
+        let weights = self.weights::<N>(n);
+        let x: [*const i8; M] = from_fn(|i| self.activations::<K>(m + i));
+        // SAFETY: the two functions return what the micro-kernel reads. Features: the caller.
+        let sums = unsafe { K::gemm::<M, N>(weights, self.x.stride(), x) };
+        for (i, sums) in sums.into_iter().enumerate() {
+            self.store(m + i, n, sums);
+        }
+    }
+
+    /// `N` weight rows from `n`.
+    #[inline(always)]
+    fn weights<const N: usize>(&self, n: usize) -> *const u8 {
+        let bytes = row_bytes(self.x.stride());
+        self.w.data()[n * bytes..][..N * bytes].as_ptr()
+    }
+
+    /// Activation row `m`, or what `prepare` made of it.
+    #[inline(always)]
+    fn activations<K: RowMicro>(&self, m: usize) -> *const i8 {
+        match K::workspace_stride(self.x.stride()) {
+            0 => self.x.padded_row(m).as_ptr(),
+            stride => self.workspace[m * stride..][..stride].as_ptr().cast(),
+        }
+    }
+
+    /// Stores y[m, n .. n + N] from sums of codes.
+    #[inline(always)]
+    fn store<const N: usize>(&mut self, m: usize, n: usize, sums: [i32; N]) {
+        assert!(n + N <= self.y.rows_n().end, "rows behind the tile's end");
+        let (offset, scale) = (self.x.sum(m), self.w.scale() * self.x.scale(m));
+        let mut values = [0f32; N];
+        for (value, sum) in values.iter_mut().zip(sums) {
+            *value = sum.wrapping_sub(offset) as f32 * scale;
+        }
+        let out = self.y.at(m, n);
+        // SAFETY: `at` checked (m, n), and the elements up to n + N follow it within the tile (asserted
+        // above), which belongs to this call alone.
+        unsafe { out.copy_from_nonoverlapping(values.as_ptr(), N) }
+    }
+}
+
+/// Activation rows of `stride` bytes that stay in cache together, a multiple of every micro-kernel's.
+pub(crate) fn rows_in_cache(stride: usize) -> usize {
+    (ACTIVATION_BYTES / stride.max(1)).next_multiple_of(8).max(8)
+}
+
+/// `range` in pieces of `length`.
+#[inline(always)]
+pub(crate) fn chunks(
+    range: std::ops::Range<usize>,
+    length: usize,
+) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let end = range.end;
+    range.step_by(length).map(move |start| start..end.min(start + length))
+}

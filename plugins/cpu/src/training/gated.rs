@@ -1,0 +1,59 @@
+//! Gradients of gated activations.
+
+use super::by_parts;
+use crate::gated::{Gate, Relu2, Silu};
+use crate::simd::{Isa, Kernel, Level};
+use crate::threads::Threads;
+
+/// The gradient of relu(gate)^2 * up: rows [gate, up] and dy to rows [d gate, d up].
+pub fn relu2_mul_backward(gate_up: &[f32], dy: &[f32], f: usize, out: &mut [f32], threads: &dyn Threads) {
+    gated_backward(gate_up, dy, f, out, threads, Relu2);
+}
+
+/// The gradient of silu(gate) * up.
+pub fn silu_mul_backward(gate_up: &[f32], dy: &[f32], f: usize, out: &mut [f32], threads: &dyn Threads) {
+    gated_backward(gate_up, dy, f, out, threads, Silu);
+}
+
+fn gated_backward(
+    gate_up: &[f32],
+    dy: &[f32],
+    f: usize,
+    out: &mut [f32],
+    threads: &dyn Threads,
+    gate: impl Gate,
+) {
+    assert!(gate_up.len() == out.len() && gate_up.len() == 2 * dy.len(), "gates and values for {}", dy.len());
+    by_parts(out, 2 * f, threads, &|first, out| {
+        let gate_up = &gate_up[2 * first * f..][..out.len()];
+        let dy = &dy[first * f..][..out.len() / 2];
+        Level::best().run(GatedBackward { gate_up, dy, f, out, gate });
+    });
+}
+
+struct GatedBackward<'a, G> {
+    gate_up: &'a [f32],
+    dy: &'a [f32],
+    f: usize,
+    out: &'a mut [f32],
+    gate: G,
+}
+
+impl<G: Gate> Kernel for GatedBackward<'_, G> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let f = self.f;
+        let rows = self.gate_up.chunks_exact(2 * f).zip(self.dy.chunks_exact(f));
+        for ((gate_up, dy), out) in rows.zip(self.out.chunks_exact_mut(2 * f)) {
+            let (g, u) = gate_up.split_at(f);
+            let (dg, du) = out.split_at_mut(f);
+            for ((((dg, du), &g), &u), &dy) in dg.iter_mut().zip(du).zip(g).zip(u).zip(dy) {
+                let (value, slope) = self.gate.value_and_slope(isa, g);
+                *dg = dy * u * slope;
+                *du = dy * value;
+            }
+        }
+    }
+}
