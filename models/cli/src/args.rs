@@ -12,14 +12,14 @@ use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::Strict;
 use clap::{Args, ValueEnum};
 
-/// Which files.
+/// The model's files.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// The model: a GGUF file, or a directory with config.json and safetensors [default: the built-in teller
-    /// of small stories]
+    /// The model: a GGUF file, or a directory with config.json and safetensors [default: the built-in story
+    /// model]
     #[arg(long, short, value_name = "PATH", help_heading = "Model")]
     pub model: Option<PathBuf>,
-    /// The feed-forward activation, for files that don't state it: relu2 or silu
+    /// The feed-forward activation, for files that don't name it: relu2 or silu
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Model")]
     pub hidden_act: Option<GatedActivation>,
     /// The pre-tokenizer, for GGUF files that don't name it (llama-bpe, gpt-2, qwen2 ...)
@@ -28,48 +28,48 @@ pub struct FileArgs {
 }
 
 impl FileArgs {
-    /// What the flags say about the file.
+    /// The flags as options for opening a checkpoint.
     pub fn options(&self) -> OpenOptions {
         OpenOptions { hidden_act: self.hidden_act, pre: self.pre.clone() }
     }
 
-    /// Opens the files; warnings have been logged.
+    /// Opens the files and logs their warnings.
     pub fn open(&self) -> anyhow::Result<Checkpoint> {
         match &self.model {
             Some(path) => Ok(Checkpoint::open(path, &self.options())?),
             #[cfg(feature = "default-model")]
             None => Ok(bitnet_burn_engine::embedded::checkpoint()?),
             #[cfg(not(feature = "default-model"))]
-            None => bail!("--model is missing, and this build carries no model (feature default-model)"),
+            None => bail!("--model is missing, and this build has no built-in model (feature default-model)"),
         }
     }
 }
 
-/// How many threads.
+/// The number of threads.
 #[derive(Debug, Args)]
 pub struct ThreadArgs {
-    /// Threads of the kernels [default: one per physical core]
+    /// Number of threads that run the kernels [default: one per physical core]
     #[arg(long, short, value_name = "N", value_parser = threads, help_heading = "Kernels")]
     pub threads: Option<usize>,
 }
 
-/// Which kernels.
+/// The choice of kernels.
 #[derive(Debug, Args)]
 pub struct KernelArgs {
     #[command(flatten)]
     pub threads: ThreadArgs,
-    /// Keep each thread of the kernels on a core of its own, and leave the first core to the main thread (Linux,
-    /// Windows, FreeBSD)
+    /// Pin each kernel thread to a core of its own, and leave the first core to the main thread (Linux, Windows,
+    /// FreeBSD)
     #[arg(long, help_heading = "Kernels")]
     pub pin: bool,
-    /// Use this kernel alone: `plugin/kernel` or `kernel` (see `bitnet kernels`), or all kernels of a `plugin`
+    /// Use only this kernel: `plugin/kernel` or `kernel` (see `bitnet kernels`); or only the kernels of a `plugin`
     #[arg(long, value_name = "NAME", help_heading = "Kernels")]
     pub kernel: Option<String>,
-    /// A kernel plugin, or a directory of them: runs their code; may be repeated
+    /// Load a kernel plugin, or all plugins of a directory. This runs their code. Can be repeated
     #[arg(long = "plugin", value_name = "PATH", help_heading = "Kernels")]
     pub plugins: Vec<PathBuf>,
-    /// Make errors of what else is slower or less certain: everything, or some of no-fallback,
-    /// quantised-kernels, gated-plugins and plausible-figures
+    /// Turn silent fallbacks into errors: all of them, or a list of no-fallback, quantised-kernels,
+    /// gated-plugins and plausible-figures, separated by commas
     #[arg(
         long,
         value_name = "NAMES",
@@ -81,35 +81,36 @@ pub struct KernelArgs {
     pub strict: Option<Strict>,
 }
 
-/// Which files, kernels and device, and how much memory for the context.
+/// The model, the kernels, the device and the context.
 #[derive(Debug, Args)]
 pub struct EngineArgs {
     #[command(flatten)]
     pub file: FileArgs,
     #[command(flatten)]
     pub kernels: KernelArgs,
-    /// Where the model computes: flex (the CPU), ndarray, wgpu, metal, cuda, rocm, each compiled in by the cargo feature
-    /// of its name; remote:HOST:PORT: the device of the `bitnet worker` there; auto: what `bitnet plan` chooses;
-    /// several, with the layers of each: wgpu:0=12,flex [default: the CPU]
+    /// The device that computes: flex (the CPU), ndarray, wgpu, metal, cuda or rocm, if the cargo feature of that name is
+    /// compiled in; remote:HOST:PORT for the device of a `bitnet worker`; auto for the choice of `bitnet plan`; or
+    /// several devices with their numbers of layers, such as wgpu:0=12,flex [default: the CPU]
     #[arg(long, value_name = "DEVICE", help_heading = "Kernels")]
     pub device: Option<DeviceSpec>,
-    /// So many layers on the GPU, the others on the CPU; all of them: embedding and output on the GPU, too
+    /// Number of layers on the GPU; the others are on the CPU. With all layers, the embedding and the output projection
+    /// are on the GPU, too
     #[arg(long, value_name = "N", help_heading = "Kernels")]
     pub gpu_layers: Option<usize>,
-    /// Positions of the KV cache [default: as many as the model was trained for]
+    /// Positions (tokens) of the KV cache [default: the length that the model was trained for]
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Model")]
     pub context: Option<usize>,
-    /// Type of the cached keys and values [default: f32; with --device auto, the most exact that fits]
+    /// Type of the keys and values in the KV cache [default: f32; with --device auto, the most exact type that fits]
     #[arg(long, value_enum, help_heading = "Model")]
     pub kv_cache: Option<KvCacheType>,
     /// How the output projection (lm_head) is computed
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
     pub lm_head: LmHead,
-    /// Pack the weights anew, whatever `bitnet prepack` wrote beside the model
+    /// Ignore the file that `bitnet prepack` wrote, and pack the weights while loading
     #[arg(long, help_heading = "Kernels")]
     pub no_prepacked: bool,
-    /// Write a receipt, which `bitnet receipt check` checks: model, machine, kernels and plugins with their
-    /// hashes, settings, prompt and figures. Reads the model's files once more
+    /// Write a receipt for `bitnet receipt check`: the model, the machine, kernels and plugins with their hashes, the
+    /// settings, the prompt and the report. Reads the model's files a second time
     #[arg(long, value_name = "FILE")]
     pub receipt: Option<PathBuf>,
 }
@@ -117,11 +118,11 @@ pub struct EngineArgs {
 /// Types of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum KvCacheType {
-    /// 4 bytes a value
+    /// 4 bytes per value: exactly as computed
     F32,
-    /// 2 bytes a value
+    /// 2 bytes per value: half of f32's memory
     F16,
-    /// 1 byte a value, and a scale for each position and head: a quarter of f32's memory
+    /// 1 byte per value, and a scale for each position and head: a quarter of f32's memory
     Int8,
 }
 
@@ -157,24 +158,25 @@ impl From<DenseType> for DenseFormat {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[allow(non_camel_case_types, reason = "the names are the field's")]
 pub enum LmHead {
-    /// The file's weights with f32 activations: what results are compared with
+    /// Weights as stored, f32 activations. Use this to compare results
     File,
-    /// The file's weights with int8 activations, rounded to 1/127 of a row's largest: logits move by about 1 % of their spread, and close calls between tokens can change. Faster for Q6_K and Q4_0 weights, possible for Q8_0 too, not for floats
+    /// Weights as stored, int8 activations. Changes logits by about 1 % of their spread, so close decisions between tokens
+    /// can change. For Q8_0, Q6_K and Q4_0 weights; faster for the last two
     Int8,
-    /// A copy of the weights as Q8_0, made while loading, with int8 activations: for files with an F16 or F32 head
+    /// A Q8_0 copy of the weights, made while loading, with int8 activations. For files with an F16 or F32 head
     #[value(name = "q8_0")]
     Q8_0,
-    /// The same as Q6_K: a fifth less to read, and a further approximation
+    /// The same with a Q6_K copy: smaller, faster and less exact
     #[value(name = "q6_k")]
     Q6_K,
-    /// The same as Q4_0: the fastest and the least exact
+    /// The same with a Q4_0 copy: the fastest and the least exact
     #[value(name = "q4_0")]
     Q4_0,
-    /// A copy of the weights as F32 with f32 activations
+    /// An F32 copy of the weights, with f32 activations
     F32,
-    /// A copy as F16 with f32 activations: 11 bits of each weight
+    /// An F16 copy of the weights, with f32 activations. Keeps 11 significant bits
     F16,
-    /// A copy as BF16 with f32 activations: 8 bits of each weight, and F32's range
+    /// A BF16 copy of the weights, with f32 activations. Keeps 8 significant bits and F32's range
     Bf16,
 }
 
@@ -229,7 +231,7 @@ impl From<KvCacheType> for CacheType {
 }
 
 pub fn activation(name: &str) -> Result<GatedActivation, String> {
-    GatedActivation::from_name(name).ok_or_else(|| "it is relu2 or silu".into())
+    GatedActivation::from_name(name).ok_or_else(|| "possible values: relu2, silu".into())
 }
 
 /// A number of at least 1.
@@ -242,23 +244,23 @@ pub fn positive(text: &str) -> Result<usize, String> {
 }
 
 fn threads(text: &str) -> Result<usize, String> {
-    positive(text).and_then(|n| if n <= 1024 { Ok(n) } else { Err("at most 1024 are possible".into()) })
+    positive(text).and_then(|n| if n <= 1024 { Ok(n) } else { Err("it must be at most 1024".into()) })
 }
 
-/// Token ids in a file, separated by commas or white space.
+/// Reads token ids from a file. They are separated by commas or white space.
 pub fn read_tokens(path: &Path, vocabulary: usize) -> anyhow::Result<Vec<u32>> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let text = std::str::from_utf8(&bytes)
         .ok()
-        .with_context(|| format!("{}: not text; token ids are expected", path.display()))?;
+        .with_context(|| format!("{}: the file is not text; expected token ids", path.display()))?;
     let tokens = parse_tokens(text, vocabulary).with_context(|| path.display().to_string())?;
     if tokens.is_empty() {
-        bail!("{}: there are no token ids in it", path.display());
+        bail!("{}: the file has no token ids", path.display());
     }
     Ok(tokens)
 }
 
-/// Token ids, separated by commas or white space.
+/// Parses token ids, separated by commas or white space.
 pub fn parse_tokens(text: &str, vocabulary: usize) -> anyhow::Result<Vec<u32>> {
     let separated = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|part| !part.is_empty());
     let id = |(i, part): (usize, &str)| match part.parse::<u32>() {

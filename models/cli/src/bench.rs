@@ -1,4 +1,4 @@
-//! `bitnet bench`: how fast a model runs here.
+//! `bitnet bench`: measures how fast a model runs on this machine.
 
 use anyhow::{Context as _, bail};
 use bitnet_burn::ModelConfig;
@@ -22,46 +22,45 @@ use crate::engine::{device_error, remember};
 use crate::output::{self, columns};
 use bitnet_burn_engine::device::DeviceSpec;
 
-/// Measure prefill and decode speed beside the memory's read bandwidth
+/// Measure prefill and decode speed, and the memory's read bandwidth
 ///
-/// A repetition is a fresh sequence: a prompt of -p random tokens, then -n tokens one by one (forward pass and
-/// logits, without sampling). One repetition before the first is not counted. Between them a read-only stream
-/// over a large buffer measures what the memory gives to the same threads: decoding has to read
-/// bytes_per_token for every token (ternary weights, output head, norms; the KV cache comes on top).
+/// Each repetition is a new sequence: a prompt of -p random tokens, then -n tokens one by one (forward pass and
+/// logits, without sampling). A warm-up repetition is not counted. Between the repetitions, the same threads read a
+/// large buffer, to measure the memory's bandwidth. Decoding reads bytes_per_token bytes for every token (ternary
+/// weights, output head, norms) and the KV cache.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct BenchArgs {
     #[command(flatten)]
     engine: EngineArgs,
-    /// Tokens of the prompt; 0 measures decode alone [default: 128; with --gpu-suite 512, and with
-    /// --quick 24]
+    /// Tokens of the prompt; 0 measures only decode [default: 128; 512 with --gpu-suite, 24 with --quick]
     #[arg(long, short, value_name = "N")]
     prompt: Option<usize>,
-    /// Tokens generated behind it; 0 measures prefill alone [default: 64; with --quick 4]
+    /// Tokens generated after the prompt; 0 measures only prefill [default: 64; 4 with --quick]
     #[arg(long, short = 'n', value_name = "N")]
     generate: Option<usize>,
-    /// How often [default: 5; with --quick 1]
+    /// Number of repetitions [default: 5; 1 with --quick]
     #[arg(long, short, value_name = "N", value_parser = positive)]
     repetitions: Option<usize>,
-    /// Measure decode at these context lengths, too, once each
+    /// Also measure decode at these context lengths, once each
     #[arg(long, value_name = "N,N,...", value_delimiter = ',')]
     contexts: Vec<usize>,
-    /// Measure decode of so many sequences at once, too, once each, all behind a prompt of their own
+    /// Also measure decode of these numbers of sequences at once, once each; every sequence has its own prompt
     #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = positive)]
     batches: Vec<usize>,
-    /// Take the memory of every sequence's KV cache for the whole --context at once, so that nothing grows while it is
-    /// measured
+    /// Allocate every sequence's KV cache for the whole --context at the start, so that it does not grow during the
+    /// measurement
     #[arg(long)]
     preallocate: bool,
-    /// Measure the GPU that --device names, too: how fast it reads, every kernel on every matrix of a layer (compared
-    /// with the CPU's results before it is timed), a layer's operations, quantising and packing. Batches are 1 to 64, as
-    /// far as there is room, where nothing else is said, and without --model the model is one of random weights in the shape of BitNet b1.58 2B-4T
+    /// Also measure the GPU that --device names: its read bandwidth, every kernel on every matrix of a layer (after a
+    /// comparison with the CPU's results), a layer's operations, quantising and packing. Without --batches, batches are 1
+    /// to 64, as far as memory allows. Without --model, the model has random weights in the shape of BitNet b1.58 2B-4T
     #[arg(long)]
     gpu_suite: bool,
-    /// The suite on small sizes, to see that it works
+    /// Use small sizes, to test that the suite works
     #[arg(long, requires = "gpu_suite")]
     quick: bool,
-    /// Rows of the prompt that are computed at once [default: 256; with --device auto, as planned]
+    /// Rows of the prompt that are computed at once [default: 256; with --device auto, the plan's]
     #[arg(long, value_name = "N", value_parser = positive)]
     chunk: Option<usize>,
     /// Seed of the random tokens
@@ -75,10 +74,10 @@ pub struct BenchArgs {
 const EXAMPLES: &str = "\
 Examples:
   bitnet bench -m model.gguf -p 128 -n 64 --threads 1 --repetitions 5
-  bitnet bench -m model.gguf -p 512 -n 0                        # prefill alone
+  bitnet bench -m model.gguf -p 512 -n 0                        # only prefill
   bitnet bench -m model.gguf --contexts 128,512,2048 --json | jq .decode_by_context
   bitnet bench -m model.gguf --batches 1,2,4,8,16               # sequences at once
-  bitnet bench --gpu-suite --device cuda --json > gpu.json      # all that a GPU is judged by";
+  bitnet bench --gpu-suite --device cuda --json > gpu.json      # everything about a GPU";
 
 #[derive(Serialize)]
 struct Output<'a> {
@@ -93,7 +92,7 @@ struct Output<'a> {
     execution: &'a Execution,
 }
 
-/// The GPU that the suite is for.
+/// The GPU that the suite measures.
 fn gpu(args: &BenchArgs) -> anyhow::Result<Device> {
     match &args.engine.device {
         Some(DeviceSpec::On(parts)) if args.engine.gpu_layers.is_none() => match &parts[..] {
@@ -102,13 +101,14 @@ fn gpu(args: &BenchArgs) -> anyhow::Result<Device> {
         },
         _ => {}
     }
-    bail!("--gpu-suite measures one GPU: name it, such as --device cuda or --device wgpu:0")
+    bail!("--gpu-suite measures one GPU: name it with --device, such as --device cuda or --device wgpu:0")
 }
 
-/// Random weights, where no model is named.
+/// Writes a model of random weights, for calls without --model.
 fn synthetic(shape: &str) -> anyhow::Result<TempDir> {
-    let dir = tempfile::tempdir().context("cannot make a directory for a model of random weights")?;
-    let config = synth::shape(shape).context("a shape of the program's own")?;
+    let dir =
+        tempfile::tempdir().context("cannot make a temporary directory for a model of random weights")?;
+    let config = synth::shape(shape).context("the shape is unknown")?;
     let options = SynthOptions { config, embedding: DenseFormat::Q6_K, seed: 0 };
     let bar = output::bar(0, "writing random weights [{bar:30}] {bytes}/{total_bytes}");
     synth::write(&dir.path().join(MODEL), &options, &|done, all| {
@@ -126,11 +126,13 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
         output::warning("this program was built without optimisation: add --release to the cargo command");
     }
     let gpu = args.gpu_suite.then(|| gpu(&args)).transpose()?;
-    // Kept until the end: what is mapped has to stay.
+    // Kept until the end, because its file is mapped.
     let mut random = None;
     if gpu.is_some() && args.engine.file.model.is_none() {
         if args.engine.receipt.is_some() {
-            bail!("--receipt without --model: random weights are gone when somebody wants to check them");
+            bail!(
+                "--receipt needs --model: the model of random weights is deleted at the end, so the receipt could not be checked"
+            );
         }
         let dir = synthetic(if args.quick { "tiny" } else { "2b-4t" })?;
         args.engine.file.model = Some(dir.path().join(MODEL));
@@ -162,7 +164,7 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     if args.preallocate || !options.batches.is_empty() {
         let whole = if args.preallocate { options.context } else { prompt.saturating_add(generate) };
         let positions = whole.clamp(1, options.context);
-        // Nobody asked for these.
+        // These are defaults, so those without room are left out.
         if args.batches.is_empty() {
             options.batches.retain(|&sequences| engine.check_room(sequences, positions).is_ok());
         }
@@ -178,7 +180,7 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    // What the model did, not the suite.
+    // Before the suite, so that the report covers the model alone.
     let mut execution = engine.execution();
     let suite = gpu.map(|gpu| {
         let options = if args.quick { DeviceBenchOptions::quick() } else { DeviceBenchOptions::default() };
@@ -226,12 +228,12 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     all_right(wrong)
 }
 
-/// That no kernel of the suite was wrong, or could not be run.
+/// An error if a kernel of the suite was wrong or could not run.
 fn all_right(wrong: usize) -> anyhow::Result<()> {
     match wrong {
         0 => Ok(()),
         _ => bail!(
-            "the suite has {} by shape that can't be timed, with the reasons",
+            "the suite could not time {} by shape; the table gives the reasons",
             count(wrong as u64, "kernel")
         ),
     }
@@ -279,8 +281,11 @@ fn text(model: &ModelSummary, load_seconds: f64, result: &BenchResult, execution
     ];
     if let Some(fraction) = result.decode_fraction_of_bandwidth {
         let cached = cpu::last_level_cache().is_some_and(|cache| result.bytes_per_token < cache as u64);
-        let cached = if cached { " (but the weights fit the cache)" } else { "" };
-        rows.push(row("decode", format!("{:.0} % of what the bandwidth allows{cached}", fraction * 100.0)));
+        let cached = if cached { " (but the weights fit into the cache)" } else { "" };
+        rows.push(row(
+            "decode",
+            format!("{:.0} % of the limit that the bandwidth sets{cached}", fraction * 100.0),
+        ));
     }
     rows.push(row("load", human_seconds(load_seconds)));
     rows.push(row("KV cache", human_bytes(result.kv_cache_bytes as u64)));

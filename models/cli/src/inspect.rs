@@ -1,4 +1,4 @@
-//! `bitnet inspect`: what is in a model's files, and what it will need.
+//! `bitnet inspect`: shows the content of a model's files, and the memory that the model needs.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::args::{FileArgs, KvCacheType, ThreadArgs, positive};
 use crate::output::{self, columns, print};
 
-/// Show what is in a model's files: configuration, metadata, tensors, sizes, and the memory it will need
+/// Show the content of a model's files: configuration, metadata and tensors, and the memory that the model needs
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct InspectArgs {
@@ -22,16 +22,16 @@ pub struct InspectArgs {
     file: FileArgs,
     #[command(flatten)]
     _threads: ThreadArgs,
-    /// Read the whole file: every ternary weight -1, 0 or 1, every other value finite
+    /// Read the whole file, and check that every ternary weight is -1, 0 or 1 and every other value is finite
     #[arg(long)]
     check: bool,
-    /// List every tensor, instead of one line for those of all layers
+    /// List every tensor, instead of one line for the same tensor in all layers
     #[arg(long)]
     tensors: bool,
-    /// Positions to compute the KV cache's size for [default: as many as the model was trained for]
+    /// Positions (tokens) to compute the size of the KV cache for [default: the length that the model was trained for]
     #[arg(long, value_name = "N", value_parser = positive)]
     context: Option<usize>,
-    /// Type of the cached keys and values
+    /// Type of the keys and values in the KV cache
     #[arg(long, value_enum, default_value_t = KvCacheType::F32)]
     kv_cache: KvCacheType,
     /// Print one JSON object, with every tensor
@@ -67,9 +67,9 @@ struct Parameters {
 /// Sizes that follow from the header.
 #[derive(Serialize)]
 struct Memory {
-    /// All tensors as the file stores them: mapped, and in memory as far as they are read.
+    /// All tensors in their stored format. They are mapped, and only what is read takes memory.
     tensor_bytes: u64,
-    /// The ternary weights at 2 bits: what a kernel with a layout of its own copies.
+    /// The ternary weights at 2 bits. Kernels with their own layout make a copy of this size.
     ternary_bytes: u64,
     kv_cache_type: &'static str,
     kv_cache_bytes_per_token: u64,
@@ -183,14 +183,14 @@ impl Report<'_> {
             row(
                 "  ternary at 2 bits",
                 format!(
-                    "{} (on top, if the fastest kernels have a layout of their own)",
+                    "{} (additional, if the fastest kernels have a layout of their own)",
                     human_bytes(m.ternary_bytes)
                 ),
             ),
             row(
                 "  KV cache",
                 format!(
-                    "{} at {} positions, {} a token ({})",
+                    "{} for {} positions, {} per token ({})",
                     human_bytes(m.kv_cache_bytes),
                     m.context,
                     human_bytes(m.kv_cache_bytes_per_token),
@@ -235,7 +235,7 @@ impl Report<'_> {
         text
     }
 
-    /// One row a tensor, or one for those that all layers have alike.
+    /// One row per tensor, or one row for the same tensor in all layers.
     fn tensor_rows(&self, all: bool) -> Vec<Vec<String>> {
         let mut rows: Vec<(String, &Tensor, usize)> = Vec::new();
         let mut known: BTreeMap<(String, &str, &[u64]), usize> = BTreeMap::new();

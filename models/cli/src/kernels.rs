@@ -1,4 +1,4 @@
-//! `bitnet kernels`: which kernels there are, and why which of them is used.
+//! `bitnet kernels`: lists the kernels, and explains which one is chosen.
 
 mod page;
 
@@ -25,10 +25,10 @@ use crate::output::{self, columns};
 
 /// List the kernels for ternary matmuls, and explain the choice for a shape
 ///
-/// A kernel is `ready` when this CPU has the features that it needs and its results were those of the exact
-/// reference. For --explain and --html, candidates are measured on the shapes (or remembered from the cache
-/// file), and compared with what the machine can do at most, measured at the same time: for a few rows, the
-/// memory's read bandwidth; for more, multiply-adds on registers alone.
+/// A kernel is `ready` if this CPU has the features that it needs, and if its results equal those of the exact
+/// reference. --explain and --html measure the candidates on the shapes, or take earlier measurements from the cache
+/// file. They compare them with the limits of the machine, measured at the same time: for up to 4 rows, the memory's
+/// read bandwidth; for more rows, multiply-adds on registers alone.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct KernelsArgs {
@@ -36,11 +36,11 @@ pub struct KernelsArgs {
     file: FileArgs,
     #[command(flatten)]
     kernels: KernelArgs,
-    /// Explain the choice for weights of N output and K input features, for M rows or for typical numbers of
-    /// rows; may be repeated; without a shape: for all shapes of the model
+    /// Explain the choice for weights with N output and K input features, for M rows or for typical numbers of rows.
+    /// Can be repeated. Without a shape: explain all shapes of the model
     #[arg(long, value_name = "[Mx]NxK", num_args = 0..=1)]
     explain: Option<Vec<Shape>>,
-    /// Write the explanations as a page for a browser: bar charts against the roofline, and a table
+    /// Write the explanations as an HTML page, with bar charts against the roofline and a table
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
     /// Print one JSON object
@@ -57,7 +57,7 @@ Examples:
   bitnet kernels --model model.gguf --html kernels.html
   bitnet kernels --plugin ./libmy_kernels.so";
 
-/// Rows that are explained where none are named: a token, and chunks of a prompt.
+/// Numbers of rows that are explained by default: a token, and chunks of a prompt.
 const TYPICAL_ROWS: [usize; 3] = [1, 32, 128];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +78,7 @@ impl FromStr for Shape {
             Ok(&[m, n, k]) => (Some(m), n, k),
             _ => return Err("a shape is NxK or MxNxK, such as 6912x2560".into()),
         };
-        // Measuring makes weights of this size.
+        // Measuring allocates weights of this size.
         if [n, k].contains(&0)
             || m == Some(0)
             || n.checked_mul(k).is_none_or(|size| size > 1 << 30)
@@ -97,13 +97,13 @@ struct Output {
     cpu: Cpu,
     threads: usize,
     strict: Strict,
-    /// The user's configuration, if there is one.
+    /// The user's configuration file, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     config_file: Option<PathBuf>,
     kernels: Vec<KernelReport>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     refused_plugins: Vec<String>,
-    /// Whose shapes are explained.
+    /// The model whose shapes are explained.
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -123,7 +123,7 @@ struct Cpu {
     features: &'static [&'static str],
 }
 
-/// Weights that are to be explained.
+/// The shape of weights to explain.
 #[derive(Clone, Debug, Serialize)]
 struct Weights {
     n: usize,
@@ -131,7 +131,7 @@ struct Weights {
     /// The projections of the model that have this shape.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     projections: Vec<&'static str>,
-    /// Matrices of the model that have it.
+    /// Number of matrices of the model that have this shape.
     #[serde(skip_serializing_if = "Option::is_none")]
     matrices: Option<usize>,
 }
@@ -142,14 +142,14 @@ struct Explanation {
     m: usize,
     #[serde(flatten)]
     weights: Weights,
-    /// Rows that were measured: they stand for numbers of rows nearby.
+    /// Number of rows that were measured. It stands for similar numbers of rows.
     rows_measured: usize,
     source: Source,
     /// The kernel that will compute.
     chosen: String,
-    /// Why it is that one.
+    /// The reason for this choice.
     reason: String,
-    /// The layout that the weights are kept in.
+    /// The layout of the weights in memory.
     layout: String,
     weight_bytes: usize,
     candidates: Vec<CandidateRow>,
@@ -170,27 +170,27 @@ struct CandidateRow {
     note: Option<String>,
 }
 
-/// What a time is worth.
+/// The speed that a time corresponds to.
 #[derive(Clone, Copy, Serialize)]
 struct Speed {
-    /// In 10^9 bytes of weights at 2 bits, or multiply-adds, a second.
+    /// In 10^9 a second: bytes of weights at 2 bits, or multiply-adds.
     g_per_s: f64,
-    /// As a fraction of what the machine can do.
+    /// As a fraction of the machine's limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     of_roof: Option<f64>,
 }
 
-/// What limits a matmul with so many rows.
+/// What limits the speed of a matmul.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Limit {
-    /// Reading the weights once.
+    /// The time to read the weights once.
     Memory,
-    /// The products.
+    /// The time to compute the products.
     MultiplyAdds,
 }
 
 impl Limit {
-    /// Up to 4 rows, candidates are timed on weights that come from memory.
+    /// The limit for a number of rows. Up to 4 rows, candidates are timed with weights that are read from memory.
     fn of(rows: usize) -> Self {
         if rows <= 4 { Self::Memory } else { Self::MultiplyAdds }
     }
@@ -224,7 +224,7 @@ pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
     let shapes = args.explain.unwrap_or_default();
     let (mut config, config_file) = crate::engine::config()?;
     if asked {
-        // Nobody waits for a model: time to measure all of it.
+        // No model is waiting to be loaded, so there is time to measure everything.
         config.tune_budget = Duration::from_secs(300);
     }
     let (manager, refused_plugins) = args.kernels.configure_with(config)?;
@@ -243,7 +243,7 @@ pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
         true => None,
         false => Some(
             Roof::measure(manager.pool(), rotation_bytes())
-                .context("no memory to measure the read bandwidth with")?,
+                .context("cannot allocate the buffer that measures the read bandwidth")?,
         ),
     };
     let mut explanations = Vec::new();
@@ -328,13 +328,15 @@ fn layout(name: Option<&str>) -> &str {
     name.unwrap_or("canonical")
 }
 
-/// Why the chosen kernel is that one, in a sentence.
+/// Why this kernel was chosen, as a sentence.
 fn reason(ranking: &Ranking, chosen: Option<&Candidate>) -> String {
-    let Some(chosen) = chosen else { return "no kernel can compute this; the reference does".into() };
+    let Some(chosen) = chosen else {
+        return "no kernel can compute this shape, so the reference does".into();
+    };
     let time = |c: &Candidate| c.measurement.median_ns;
     let Some(ns) = time(chosen) else {
         return match ranking.source {
-            Source::OnlyCandidate => "there is no other".into(),
+            Source::OnlyCandidate => "the only candidate".into(),
             _ => "not measured".into(),
         };
     };
@@ -342,7 +344,7 @@ fn reason(ranking: &Ranking, chosen: Option<&Candidate>) -> String {
     let mut others: Vec<_> = ranking.candidates.iter().filter(|c| c.kernel() != chosen.kernel()).collect();
     others.sort_by_key(|c| time(c).unwrap_or(u64::MAX));
     match others.first().and_then(|other| Some((other, time(other)?))) {
-        None => "the only one that was measured".into(),
+        None => "the only measured candidate".into(),
         Some((other, slower)) if slower >= ns => {
             format!(
                 "the fastest of {}: {} as fast as {}",
@@ -352,8 +354,9 @@ fn reason(ranking: &Ranking, chosen: Option<&Candidate>) -> String {
             )
         }
         Some((other, faster)) => format!(
-            "the fastest in the layout {}, which the speed for one row decides (and, within noise of 5 to 15 %, \
-             that for 32 rows and the memory use; layouts 4 times slower for 32 rows are out); {} in {} would be {} as fast here",
+            "the fastest in the layout {}. The layout is chosen by the speed for one row; within noise of 5 to 15 %, by \
+             the speed for 32 rows and the memory; layouts that are 4 times slower for 32 rows are excluded. {} in {} \
+             would be {} as fast here",
             layout(chosen.layout()),
             other.kernel(),
             layout(other.layout()),
@@ -362,7 +365,7 @@ fn reason(ranking: &Ranking, chosen: Option<&Candidate>) -> String {
     }
 }
 
-/// What the machine can do, in a line.
+/// The limits of the machine, in one line.
 fn roof_text(roof: &Roof) -> String {
     let mut text = format!("memory reads {:.1} GB/s", roof.read_gb_per_s);
     if let Some(peak) = roof.multiply_adds_g_per_s {
@@ -404,7 +407,7 @@ impl Output {
         }
         if let Some(roof) = &self.roof {
             text.push_str(&format!(
-                "at most: {} (weights count at 2 bits, also where a layout takes 1.6)\n",
+                "limits: {} (weights count as 2 bits in every layout)\n",
                 roof_text(roof)
             ));
         }
@@ -435,10 +438,10 @@ impl Explanation {
         match &self.source {
             Source::Measured => format!("measured now, with {rows}"),
             Source::Cached => format!("measured earlier, with {rows}"),
-            Source::OnlyCandidate => "not measured: there is nothing to compare".into(),
-            Source::Nearest(0) => "not measured: the time for that was spent".into(),
+            Source::OnlyCandidate => "not measured: there is only one candidate".into(),
+            Source::Nearest(0) => "not measured: the time budget was used up".into(),
             Source::Nearest(rows) => {
-                format!("taken from the measurement with {rows} rows: the time for more was spent")
+                format!("measured with {rows} rows instead: the time budget was used up")
             }
         }
     }

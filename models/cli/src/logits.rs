@@ -1,4 +1,4 @@
-//! `bitnet logits`: what cross-validation against other programs is done with.
+//! `bitnet logits`: writes logits to a file, to compare them with other programs.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ use crate::output;
 
 /// Write the logits of every position of a token sequence to a NumPy file
 ///
-/// The file is f32 [n, vocabulary], version 1.0, little-endian; row i has the logits behind token i.
+/// The file holds f32 [tokens, vocabulary] in NumPy format 1.0, little-endian. Row i has the logits after token i.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct LogitsArgs {
@@ -29,10 +29,10 @@ pub struct LogitsArgs {
     /// Rows that are computed at once
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 64)]
     chunk: usize,
-    /// Leave activations in floating point, for comparing with float references (slow)
+    /// Don't quantise activations, to compare with floating-point references (slow)
     #[arg(long)]
     no_activation_quantisation: bool,
-    /// Print one JSON object on what was done
+    /// Print a report as one JSON object
     #[arg(long)]
     json: bool,
 }
@@ -64,7 +64,11 @@ pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
     let tokens = read_tokens(&args.tokens_file, vocabulary)?;
     let context = engine.settings().context;
     if tokens.len() > context {
-        bail!("{}: {} tokens, and a context of {context}", args.tokens_file.display(), tokens.len());
+        bail!(
+            "{}: {} tokens do not fit into the context of {context}",
+            args.tokens_file.display(),
+            tokens.len()
+        );
     }
     let mut cache = engine.model().cache(context, engine.settings().kv_cache)?;
     let sequence = cache.add_sequence(tokens.len());

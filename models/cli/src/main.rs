@@ -1,4 +1,4 @@
-//! `bitnet`: run, look at, convert and measure BitNet models.
+//! `bitnet`: runs, inspects, converts and measures BitNet models.
 
 mod args;
 mod bench;
@@ -15,6 +15,7 @@ mod prepack;
 mod receipt;
 mod run;
 mod settings;
+mod status;
 mod synth;
 mod tokenize;
 mod train;
@@ -24,7 +25,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Run, look at, convert and measure BitNet (1.58-bit) models.
+use crate::status::Status;
+
+/// Run, inspect, convert and measure BitNet (1.58-bit) models.
 ///
 /// A model is a GGUF file or a Hugging Face directory (config.json with safetensors).
 #[derive(Debug, Parser)]
@@ -36,24 +39,26 @@ struct Cli {
 }
 
 const ENVIRONMENT: &str = "\
-Environment (a flag wins over its variable, a variable over the configuration file):
-  BITNET_THREADS      threads of the kernels (--threads); default: one per physical core
-  BITNET_KERNEL       use this kernel alone (--kernel)
-  BITNET_PLUGINS      off: no kernel plugin is loaded; user: the user's plugin directory too
-  BITNET_PLUGIN_PATH  kernel plugins: absolute files and directories, as in PATH (--plugin)
-  BITNET_PLUGIN_PINS  file of SHA-256 pins: no other plugin is loaded (`bitnet plugins trust`)
-  BITNET_CPU_MASK     CPU features to act as if the machine lacked them, separated by commas
-  BITNET_STRICT_MODE  what is an error: 1 for all, or some of no-fallback, quantised-kernels, gated-plugins
-                      and plausible-figures, separated by commas
-  BITNET_FALLBACK     when the kernel in use fails or becomes slow: never, on-error, threshold:1.5, adaptive
-  BITNET_CACHE_DIR    where measurements of kernels and verdicts on plugins are kept; empty: nowhere;
+Environment (a flag wins over its variable, and a variable wins over the configuration file):
+  BITNET_THREADS      number of threads that run the kernels (--threads); default: one per physical core
+  BITNET_PIN          1: pin each kernel thread to a core of its own (--pin)
+  BITNET_KERNEL       use only this kernel (--kernel)
+  BITNET_PLUGINS      off: load no kernel plugins; user: also load those in the user's plugin directory
+  BITNET_PLUGIN_PATH  kernel plugins: absolute files and directories, separated as in PATH (--plugin)
+  BITNET_PLUGIN_PINS  file of SHA-256 pins: refuse all other plugins (`bitnet plugins trust`)
+  BITNET_CPU_MASK     CPU features to ignore, separated by commas
+  BITNET_STRICT_MODE  turn silent fallbacks into errors (--strict): 1 for all, or a list of no-fallback,
+                      quantised-kernels, gated-plugins and plausible-figures, separated by commas
+  BITNET_FALLBACK     what to do if a kernel fails or becomes slow: never, on-error, threshold:1.5, adaptive
+  BITNET_CACHE_DIR    directory for measurements and for verdicts on plugins; empty: keep nothing;
                       default: the user's cache directory
   BITNET_REMOTE_TIMEOUT
-                      seconds that a worker (--device remote:HOST:PORT) may give no sign of life; default: 10
-  BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if there is one
-  RUST_LOG            what is logged on stderr, such as `info` or `bitnet_burn_manager=debug`; default: warn
+                      seconds without a sign of life until a worker (--device remote:HOST:PORT) is given up;
+                      default: 10
+  BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if it exists
+  RUST_LOG            the log messages on stderr, such as `info` or `bitnet_burn_manager=debug`; default: warn
 
-Exit status: 0 done, 1 error, 2 wrong usage; `receipt check` and `plan` have more.
+Exit status: 0 done, 1 error, 2 wrong usage. `plan`, `receipt check` and `train` have more.
 
 Examples:
   bitnet run --model model.gguf --prompt 'The capital of France is'
@@ -108,17 +113,17 @@ fn main() -> ExitCode {
         Command::Receipt(args) => return exit(receipt::run(args)),
         Command::GateChild(args) => args.run(),
     };
-    exit(result.map(|()| ExitCode::SUCCESS))
+    exit(result.map(|()| Status::Done.into()))
 }
 
 fn exit(result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
         Ok(code) => code,
-        // Whoever read our output has seen enough: `bitnet inspect ... | head`.
-        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        // The reader closed the pipe, as in `bitnet inspect ... | head`.
+        Err(error) if output::is_broken_pipe(&error) => Status::Done.into(),
         Err(error) => {
             output::print_error(&error);
-            ExitCode::FAILURE
+            Status::Error.into()
         }
     }
 }

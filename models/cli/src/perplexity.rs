@@ -1,4 +1,4 @@
-//! `bitnet perplexity`: how well a model predicts a text.
+//! `bitnet perplexity`: measures how well a model predicts a text.
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -15,38 +15,38 @@ use serde::Serialize;
 use crate::args::{EngineArgs, positive, read_tokens};
 use crate::output;
 
-/// Measure how well a model predicts a text: exp of the mean negative log-likelihood of its tokens
+/// Measure how well a model predicts a text (perplexity: exp of the mean negative log-likelihood of its tokens)
 ///
-/// The text is tokenised as a whole, with BOS in front where the model wants one, and cut into windows of
-/// --context tokens that begin --stride tokens apart. A window's first token is never predicted, and a token
-/// is counted in the first window that predicts it.
+/// The text is tokenised as a whole, with BOS in front if the model expects it, and cut into windows of --context
+/// tokens that begin --stride tokens apart. The first token of a window is not predicted. Each token counts once, in
+/// the first window that predicts it.
 ///
-/// With --documents, every document is tokenised on its own, between BOS and EOS, and cut into windows that
-/// predict --context tokens each: what `bitnet train` measures on its validation set.
+/// With --documents, every document is tokenised on its own, between BOS and EOS, and cut into windows that predict
+/// --context tokens each. `bitnet train` measures its validation set in the same way.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, group = clap::ArgGroup::new("input").required(true))]
 pub struct PerplexityArgs {
     #[command(flatten)]
     engine: EngineArgs,
-    /// The text; - reads stdin
+    /// The text file; - reads stdin
     #[arg(long, short, value_name = "FILE", group = "input")]
     file: Option<PathBuf>,
-    /// Token ids instead of text, separated by commas or white space
+    /// A file with token ids instead of text, separated by commas or white space
     #[arg(long, value_name = "FILE", group = "input")]
     tokens_file: Option<PathBuf>,
-    /// Documents: JSON Lines with a `text` in each (.jsonl), or any other file with one in every line
+    /// A file of documents: JSON Lines with the key `text` (.jsonl), or another file with one document per line
     #[arg(long, value_name = "FILE", group = "input", conflicts_with_all = ["stride", "max_tokens"])]
     documents: Option<PathBuf>,
-    /// Tokens from window to window [default: the context, so that windows don't overlap]
+    /// Tokens from the start of a window to the start of the next [default: the context, so windows don't overlap]
     #[arg(long, value_name = "N", value_parser = positive)]
     stride: Option<usize>,
-    /// Tokens of the text to look at, at most
+    /// Use at most this many tokens of the text
     #[arg(long, value_name = "N", value_parser = positive)]
     max_tokens: Option<usize>,
     /// Rows that are computed at once
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 64)]
     chunk: usize,
-    /// Leave activations in floating point, for comparing with float references (slow)
+    /// Don't quantise activations, to compare with floating-point references (slow)
     #[arg(long)]
     no_activation_quantisation: bool,
     /// Print one JSON object
@@ -55,7 +55,7 @@ pub struct PerplexityArgs {
 }
 
 const EXAMPLES: &str = "\
-The context is 512 tokens where --context does not say otherwise.
+The context is 512 tokens unless --context changes it.
 
 Examples:
   bitnet perplexity -m model.gguf -f wiki.test.raw
@@ -68,7 +68,7 @@ const DEFAULT_CONTEXT: usize = 512;
 struct Output {
     model: ModelSummary,
     perplexity: f64,
-    /// From the spread of the tokens' likelihoods, as if they were independent.
+    /// Computed from the variance of the tokens' likelihoods, as if tokens were independent.
     perplexity_standard_error: f64,
     mean_negative_log_likelihood: f64,
     tokens: usize,
@@ -104,9 +104,11 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
     let context = engine.settings().context;
     let stride = args.stride.unwrap_or(context);
     if context < 2 || stride > context {
-        bail!("--context {context} --stride {stride}: windows have at least 2 tokens, and leave none out");
+        bail!(
+            "--context {context} --stride {stride}: the context must be at least 2, and the stride at most the context"
+        );
     }
-    // What is predicted, and how it is cut.
+    // The tokens to predict, and the width of their windows.
     let (pieces, width) = match (&text, &documents, engine.tokenizer(), &args.tokens_file) {
         (Some(text), _, Some(tokenizer), _) => (vec![tokenizer.encode(text, true)?], context),
         (_, Some(documents), Some(tokenizer), _) => {
@@ -115,7 +117,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
                 tokens.extend(tokenizer.eos());
                 Ok(tokens)
             };
-            // A window's last token is predicted and not seen.
+            // The last token of a window is predicted and is not an input.
             (documents.documents().iter().map(encode).collect::<Result<_, _>>()?, context + 1)
         }
         (_, _, _, Some(path)) => (vec![read_tokens(path, vocabulary)?], context),
@@ -125,7 +127,9 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
     pieces.iter_mut().for_each(|tokens| tokens.truncate(args.max_tokens.unwrap_or(usize::MAX)));
     let count: usize = pieces.iter().map(Vec::len).sum();
     if pieces.iter().all(|tokens| tokens.len() < 2) {
-        bail!("the text has {count} token(s): at least 2 are needed, one to predict the other from");
+        bail!(
+            "the text has {count} token(s): at least 2 are needed, because each is predicted from those before it"
+        );
     }
 
     let mut cache = engine.model().cache(context, engine.settings().kv_cache)?;
@@ -142,7 +146,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
     for (tokens, window) in &windows {
         cache.truncate(sequence, 0)?;
         let mut problem = None;
-        // The last token predicts nothing that is counted here.
+        // The prediction after the last token is not used.
         let input = &tokens[window.start..window.end - 1];
         logits(engine.model(), input, sequence, &mut cache, args.chunk, &mut |position, rows| {
             for (i, row) in rows.chunks_exact(vocabulary).enumerate() {
@@ -156,7 +160,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
             }
         })?;
         if let Some(target) = problem {
-            bail!("the logits behind token {} are not finite: the model's output is not usable", target - 1);
+            bail!("the logits after token {} are not finite: the model's output is not usable", target - 1);
         }
         computed += input.len();
         bar.set_position(computed as u64);

@@ -1,4 +1,4 @@
-//! `bitnet plan`: where a model should run, and how fast it will be.
+//! `bitnet plan`: chooses where a model should run, and predicts its speed.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,12 +13,13 @@ use serde::Serialize;
 use crate::args::{FileArgs, KvCacheType, LmHead, ThreadArgs, positive};
 use crate::engine;
 use crate::output;
+use crate::status::Status;
 
-/// Say where a model should run on this machine, or on another one, how much memory it takes and how fast it will be
+/// Choose where a model should run, on this machine or on another one, and predict its memory and speed
 ///
-/// Reads the headers of the model's files alone. What the machine can do (memory bandwidth, multiply-adds, GPUs) is
-/// measured once, some seconds, and kept in the cache directory. `run`, `bench` and the others follow a plan with
-/// `--device auto`. Exit status 3: it does not fit.
+/// Reads only the headers of the model's files. The first call measures the machine (memory bandwidth, multiply-adds,
+/// GPUs), which takes some seconds, and keeps the result in the cache directory. Other commands follow a plan with
+/// `--device auto`. Exit status 3: the model does not fit.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct PlanArgs {
@@ -26,26 +27,27 @@ pub struct PlanArgs {
     file: FileArgs,
     #[command(flatten)]
     threads: ThreadArgs,
-    /// What matters
+    /// What the plan optimises
     #[arg(long, value_enum, default_value_t = StrategyName::Performance)]
     strategy: StrategyName,
-    /// Compute there: cpu, a GPU (wgpu:0, cuda:1), or the best GPU of a runtime (wgpu, metal, cuda, rocm)
+    /// The device: cpu, a GPU (wgpu:0, cuda:1), or the best GPU of a runtime (wgpu, metal, cuda, rocm)
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
-    /// So many layers on the GPU, the others on the CPU; all of them: embedding and output on the GPU, too
+    /// Number of layers on the GPU; the others are on the CPU. With all layers, the embedding and the output projection
+    /// are on the GPU, too
     #[arg(long, value_name = "N")]
     gpu_layers: Option<usize>,
-    /// Main memory that may be used: bytes, or with a unit (3GB, 1500MB, 2GiB) [default: what is available, less a
-    /// sixteenth of all]
+    /// Main memory that the model may use, in bytes or with a unit (3GB, 1500MB, 2GiB) [default: the available memory,
+    /// less a sixteenth of the total]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory: Option<u64>,
-    /// The part of a GPU's memory that may be used [default: 0.9]
-    #[arg(long, value_name = "PART")]
+    /// Fraction of a GPU's memory that the model may use [default: 0.9; 0.75 with the strategy balanced]
+    #[arg(long, value_name = "FRACTION")]
     gpu_memory_fraction: Option<f64>,
-    /// Positions of the KV cache [default: as many as the model was trained for and fit]
+    /// Positions (tokens) of the KV cache [default: the length that the model was trained for, if it fits]
     #[arg(long, value_name = "N", value_parser = positive)]
     context: Option<usize>,
-    /// Type of the cached keys and values [default: the most exact that fits]
+    /// Type of the keys and values in the KV cache [default: the most exact type that fits]
     #[arg(long, value_enum)]
     kv_cache: Option<KvCacheType>,
     /// Rows of the prompt that are computed at once
@@ -54,13 +56,13 @@ pub struct PlanArgs {
     /// How the output projection (lm_head) is computed
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File)]
     lm_head: LmHead,
-    /// Plan for the machine that this JSON file describes
+    /// Plan for the machine that this JSON file describes (see --print-machine)
     #[arg(long, value_name = "FILE", conflicts_with = "measure")]
     machine: Option<PathBuf>,
-    /// Print this machine's description, to plan with elsewhere, instead of a plan
+    /// Print a description of this machine for --machine, instead of a plan
     #[arg(long)]
     print_machine: bool,
-    /// What is measured: what was not measured before, everything, or nothing
+    /// What to measure on this machine
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = MeasureName::Missing)]
     measure: MeasureName,
     /// Print one JSON object
@@ -78,13 +80,13 @@ Examples:
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum StrategyName {
-    /// Speed, with all cores and almost all memory
+    /// The highest speed, with all cores and almost all memory
     Performance,
-    /// Few bytes: the smallest KV cache, few rows at once
+    /// The least memory: the smallest KV cache and few rows at once
     Memory,
-    /// One device alone, and no more threads than reach 90 % of the speed
+    /// A single device, and no more threads than needed for 90 % of the speed
     PowerEfficiency,
-    /// Speed, but a core and a quarter of the memory are left to other programs
+    /// High speed, but one core and a quarter of the memory stay free for other programs
     Balanced,
 }
 
@@ -101,8 +103,11 @@ impl From<StrategyName> for Strategy {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum MeasureName {
+    /// What was not measured before
     Missing,
+    /// Everything again
     Afresh,
+    /// Nothing
     Nothing,
 }
 
@@ -116,7 +121,7 @@ impl From<MeasureName> for Measure {
     }
 }
 
-/// Bytes: `1500000000`, `1.5GB`, `2GiB`.
+/// Parses a number of bytes: `1500000000`, `1.5GB`, `2GiB`.
 pub fn size(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -129,14 +134,16 @@ pub fn size(text: &str) -> Result<u64, String> {
         "kib" => 1 << 10,
         "mib" => 1 << 20,
         "gib" => 1 << 30,
-        unit => return Err(format!("{unit} is no unit of size; there are kB, MB, GB, KiB, MiB and GiB")),
+        unit => {
+            return Err(format!("{unit} is not a unit of size; possible are kB, MB, GB, KiB, MiB and GiB"));
+        }
     };
     let number: f64 = number.parse().map_err(|_| "a size is a number with a unit, such as 3GB".to_owned())?;
     let bytes = number * factor as f64;
     if (1.0..1e18).contains(&bytes) {
         Ok(bytes as u64)
     } else {
-        Err("it must be at least a byte, below 1e18".into())
+        Err("it must be at least 1 byte, and below 1e18 bytes".into())
     }
 }
 
@@ -153,15 +160,15 @@ pub fn run(args: PlanArgs) -> anyhow::Result<ExitCode> {
     let threads = args.threads.threads;
     if let Some(device) = args.device.as_deref().filter(|device| device.starts_with(devices::REMOTE)) {
         bail!(
-            "--device {device}: plans know this machine alone; what a worker computes is said with --device of the \
-             other subcommands, and `bitnet plan` there says what fits its machine"
+            "--device {device}: a plan covers only this machine. Run `bitnet plan` on the worker's machine, and name the \
+             worker with --device of other commands"
         );
     }
     let machine = match &args.machine {
         Some(path) => MachineProfile::read(path)?,
         None => {
             if cfg!(debug_assertions) && args.measure != MeasureName::Nothing {
-                output::warning("this program was built without optimisation: what it measures is too slow");
+                output::warning("this program was built without optimisation, so it measures too low speeds");
             }
             let cache_dir = engine::config()?.0.cache_dir;
             let machine = MachineProfile::detect(cache_dir.as_deref(), args.measure.into(), threads);
@@ -174,7 +181,7 @@ pub fn run(args: PlanArgs) -> anyhow::Result<ExitCode> {
     if args.print_machine {
         let json = serde_json::to_string_pretty(&machine).context("cannot write JSON")?;
         output::print(json)?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(Status::Done.into());
     }
     let checkpoint = args.file.open()?;
     let requirements = Requirements::of(&checkpoint, args.lm_head.into())?;
@@ -196,8 +203,9 @@ pub fn run(args: PlanArgs) -> anyhow::Result<ExitCode> {
     } else {
         output::print(plan.to_string().trim_end())?;
     }
-    // A careful plan for an unknown machine says nothing about what fits.
-    Ok(if plan.fits || plan.fallback { ExitCode::SUCCESS } else { ExitCode::from(3) })
+    // A careful plan for an unknown machine does not know what fits.
+    let status = if plan.fits || plan.fallback { Status::Done } else { Status::Mismatch };
+    Ok(status.into())
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! `bitnet plugins`: what is known of kernel plugins, and what they are worth.
+//! `bitnet plugins`: manages, checks and measures kernel plugins.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -45,15 +45,15 @@ enum Command {
     Forget(ForgetArgs),
 }
 
-/// Run the whole gate on a plugin, in a process of its own, and report
+/// Check a plugin with the whole gate, in a separate process, and print a report
 ///
-/// Exit status 0 if it passed, 1 if not: for the CI of a plugin's author. The verdict is kept, and replaces an
-/// earlier one, but does not lift a quarantine (`forget` does). Needs no pin.
+/// Exit status 0 if the plugin passed, 1 if it was refused. This suits the CI of a plugin's author. The verdict is kept
+/// and replaces an earlier one. It does not end a quarantine (`forget` does). The plugin needs no pin.
 #[derive(Debug, Args)]
 struct VerifyArgs {
-    /// The plugin
+    /// The plugin's file
     file: PathBuf,
-    /// How long one case may take; the whole gate may take twelve times as long
+    /// Time limit for one case, in seconds; the limit for the whole gate is twelve times as long
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     patience: u64,
     /// Print one JSON object
@@ -61,7 +61,7 @@ struct VerifyArgs {
     json: bool,
 }
 
-/// List the plugins that are known here, with their verdicts, and where plugins are loaded from
+/// List the plugins that were tried on this machine with their verdicts, and the places where plugins are loaded from
 #[derive(Debug, Args)]
 struct ListArgs {
     /// Print one JSON object
@@ -69,12 +69,12 @@ struct ListArgs {
     json: bool,
 }
 
-/// Measure a plugin's kernels against the built-in ones
+/// Compare the speed of a plugin's kernels with the built-in ones
 #[derive(Debug, Args)]
 struct BenchArgs {
-    /// The plugin
+    /// The plugin's file
     file: PathBuf,
-    /// Weights of N output and K input features, for M rows or for typical numbers of rows; may be repeated
+    /// Weights with N output and K input features, for M rows or for typical numbers of rows. Can be repeated
     /// [default: two projections of the 2B model]
     #[arg(long, value_name = "[Mx]NxK")]
     shape: Vec<Shape>,
@@ -85,28 +85,28 @@ struct BenchArgs {
     json: bool,
 }
 
-/// Pin a plugin's SHA-256: as long as there is a file of pins, plugins that are not in it are refused
+/// Pin a plugin's SHA-256 in the pins file. While this file exists, all plugins that are not in it are refused
 #[derive(Debug, Args)]
 struct TrustArgs {
-    /// The plugin
+    /// The plugin's file
     file: PathBuf,
 }
 
-/// Forget a plugin: its pin, its verdicts (a quarantine too), and the copy of its file
+/// Remove a plugin's pin, its verdicts (including a quarantine), and the copy of its file
 #[derive(Debug, Args)]
 struct ForgetArgs {
     /// The plugin's file, or at least 8 digits of its SHA-256
     plugin: String,
 }
 
-/// Try a kernel plugin in this process (what `bitnet` starts for the gate)
+/// Try a kernel plugin in this process. `bitnet` starts this for the gate
 #[derive(Debug, Args)]
 pub struct GateChildArgs {
     arguments: Vec<OsString>,
 }
 
 impl GateChildArgs {
-    /// Does not return: the process belongs to the plugin.
+    /// Does not return, because the plugin runs in this process.
     pub fn run(self) -> ! {
         std::process::exit(manager::gate_child(self.arguments.into_iter()))
     }
@@ -142,16 +142,16 @@ fn verify(args: VerifyArgs) -> anyhow::Result<()> {
     }
     match &report.refusal {
         None => Ok(()),
-        Some(refusal) => bail!("{}: the gate refuses it: {refusal}", args.file.display()),
+        Some(refusal) => bail!("{}: the gate refuses this plugin: {refusal}", args.file.display()),
     }
 }
 
-/// The gate's findings, for people.
+/// The gate's report as text.
 fn describe(report: &Report) -> String {
     let mut text = String::new();
     let name = match &report.plugin {
         Some(plugin) => format!("{} {}, ABI {}", plugin.name, plugin.version, plugin.abi),
-        None => "its descriptor was not read".into(),
+        None => "the descriptor was not read".into(),
     };
     // Writing to a string can't fail.
     let _ = writeln!(text, "{}: {name}\nsha256 {}", report.file.display(), report.sha256);
@@ -184,11 +184,11 @@ fn describe(report: &Report) -> String {
 
 #[derive(Serialize)]
 struct ListOutput {
-    /// The user's configuration, if there is one.
+    /// The user's configuration file, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     config_file: Option<PathBuf>,
     enabled: bool,
-    /// Files and directories of the environment or the configuration.
+    /// Files and directories from the environment or the configuration.
     path: Vec<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     user_dir: Option<PathBuf>,
@@ -222,7 +222,7 @@ impl ListOutput {
     fn text(&self) -> String {
         let mut text = String::new();
         if self.plugins.is_empty() {
-            text.push_str("No plugin has been tried here yet.\n");
+            text.push_str("No plugin has been tried on this machine yet.\n");
         } else {
             let mut rows = vec![
                 ["PLUGIN", "VERSION", "ABI", "SHA256", "PINNED", "VERDICT", "FILE"]
@@ -264,7 +264,7 @@ impl ListOutput {
             let _ = writeln!(text, "configuration: {}", file.display());
         }
         if !self.enabled {
-            text.push_str("plugins are switched off (BITNET_PLUGINS=off, or plugins = \"off\")\n");
+            text.push_str("plugins are off (BITNET_PLUGINS=off, or plugins = \"off\")\n");
         }
         for place in &self.path {
             let _ = writeln!(text, "loaded from: {} (BITNET_PLUGIN_PATH, or plugin_path)", place.display());
@@ -277,15 +277,15 @@ impl ListOutput {
                     dir.display()
                 );
             }
-            None => {
-                text.push_str("the user's plugin directory is not loaded from; BITNET_PLUGINS=user does\n")
-            }
+            None => text.push_str(
+                "not loaded from: the user's plugin directory (BITNET_PLUGINS=user changes that)\n",
+            ),
         }
         match &self.pins {
             Some(pins) => {
-                let _ = writeln!(text, "pins: {}: nothing else is loaded", pins.display());
+                let _ = writeln!(text, "pins: {} (other plugins are refused)", pins.display());
             }
-            None => text.push_str("pins: none; `bitnet plugins trust` begins a file of them\n"),
+            None => text.push_str("pins: none (`bitnet plugins trust` creates a pins file)\n"),
         }
         match &self.kept_in {
             Some(dir) => {
@@ -297,7 +297,7 @@ impl ListOutput {
     }
 }
 
-/// Rows that are measured where none are named: a token, and a chunk of a prompt.
+/// Numbers of rows that are measured by default: a token, and a chunk of a prompt.
 const TYPICAL_ROWS: [usize; 2] = [1, 32];
 
 #[derive(Serialize)]
@@ -310,7 +310,7 @@ struct BenchOutput {
 
 #[derive(Serialize)]
 struct BenchResult {
-    /// Rows that were measured: they stand for numbers of rows nearby.
+    /// Number of rows that were measured. It stands for similar numbers of rows.
     m: usize,
     n: usize,
     k: usize,
@@ -320,7 +320,7 @@ struct BenchResult {
     /// The fastest built-in kernel.
     #[serde(skip_serializing_if = "Option::is_none")]
     built_in: Option<Timed>,
-    /// How much faster the plugin's is: below 1, slower.
+    /// How many times faster the plugin's kernel is; below 1, it is slower.
     #[serde(skip_serializing_if = "Option::is_none")]
     speedup: Option<f64>,
 }
@@ -339,7 +339,7 @@ fn bench(args: BenchArgs) -> anyhow::Result<()> {
         plugins: vec![args.file.clone()],
         strict: None,
     };
-    // What is measured now should not come from an earlier start, nor stay behind.
+    // Use a temporary cache, so that no earlier measurement is used and this one is not kept.
     let cache = tempfile::tempdir().context("cannot make a temporary directory")?;
     let (mut config, _) = config()?;
     config.cache_dir = Some(cache.path().to_owned());
@@ -413,13 +413,13 @@ impl BenchOutput {
     }
 }
 
-/// Where pins are, or would be.
+/// The path of the pins file, which may not exist.
 fn pins_file(config: &ManagerConfig) -> anyhow::Result<PathBuf> {
     let file = config.plugins.pins.clone().or_else(store::default_pins);
-    file.context("there is no home directory for a file of pins; name one in BITNET_PLUGIN_PINS")
+    file.context("no home directory for the pins file; BITNET_PLUGIN_PINS names another file")
 }
 
-/// The pins, none if there is no file of them.
+/// Reads the pins; none if the file does not exist.
 fn pins(file: &Path) -> anyhow::Result<Vec<(String, String)>> {
     if file.exists() { Ok(store::read_pins(file)?) } else { Ok(Vec::new()) }
 }
@@ -436,7 +436,7 @@ fn trust(args: &TrustArgs) -> anyhow::Result<()> {
     }
     let others = bitnet_burn_engine::text::count(pins.len() as u64, "plugin");
     output::print(format_args!(
-        "{}  {}\n{others} pinned in {}; no others are loaded",
+        "{}  {}\n{others} pinned in {}; other plugins are refused",
         stored.sha256,
         stored.origin.display(),
         file.display()
@@ -464,13 +464,15 @@ fn forget(args: &ForgetArgs) -> anyhow::Result<()> {
             match &mut fits[..] {
                 [one] => std::mem::take(one),
                 [] => {
-                    bail!("no plugin is known whose SHA-256 begins with {digits}; see `bitnet plugins list`")
+                    bail!(
+                        "no known plugin has a SHA-256 that begins with {digits}; see `bitnet plugins list`"
+                    )
                 }
-                _ => bail!("{} plugins are known whose SHA-256 begins with {digits}", fits.len()),
+                _ => bail!("{} known plugins have a SHA-256 that begins with {digits}", fits.len()),
             }
         }
     };
-    let had = store.forget(&sha256).with_context(|| format!("cannot remove what is known of {sha256}"))?;
+    let had = store.forget(&sha256).with_context(|| format!("cannot remove the files of {sha256}"))?;
     let before = pins.len();
     pins.retain(|(pin, _)| *pin != sha256);
     if pins.len() < before {
@@ -478,11 +480,11 @@ fn forget(args: &ForgetArgs) -> anyhow::Result<()> {
         if pins.is_empty() {
             let file = file.display();
             output::warning(format_args!(
-                "no plugin is pinned in {file} now, so none is loaded; without that file, pins are not needed"
+                "{file} has no pins any more, so all plugins are refused; delete the file to load plugins without pins"
             ));
         }
     } else if !had {
-        bail!("nothing is known of the plugin with SHA-256 {sha256}");
+        bail!("no plugin with SHA-256 {sha256} is known");
     }
-    output::print(format_args!("forgotten: {sha256}"))
+    output::print(format_args!("removed: {sha256}"))
 }

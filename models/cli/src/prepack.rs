@@ -1,4 +1,4 @@
-//! `bitnet prepack`: weights in the layouts of this machine's kernels, kept beside the model.
+//! `bitnet prepack`: writes a model's weights in the layouts of this machine's kernels to a file.
 
 use std::time::Instant;
 
@@ -11,11 +11,11 @@ use crate::args::{FileArgs, KernelArgs, LmHead};
 use crate::engine::config;
 use crate::output;
 
-/// Pack a model's weights for this machine's kernels once, into a file beside it
+/// Pack a model's weights for this machine's kernels, and write them to a file next to the model
 ///
-/// Every later start maps PATH.prepacked (model.prepacked in a directory) instead of packing, as long as the
-/// model and the choice of kernels are what they were; what differs is packed in memory as before, and a warning
-/// says why. The file is as large as the model. Results are the same bits.
+/// Later starts map this file, PATH.prepacked (model.prepacked in a directory), and need not pack. If the model or the
+/// chosen kernels have changed, the weights are packed in memory as usual, and a warning gives the reason. The file is
+/// about as large as the model. Results stay the same, bit for bit.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct PrepackArgs {
@@ -23,7 +23,7 @@ pub struct PrepackArgs {
     file: FileArgs,
     #[command(flatten)]
     kernels: KernelArgs,
-    /// The output projection that later runs will ask for; `file` needs no packing
+    /// How later runs compute the output projection (lm_head); `file` needs no packing
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
     lm_head: LmHead,
     /// Print one JSON object
@@ -34,8 +34,8 @@ pub struct PrepackArgs {
 const EXAMPLES: &str = "\
 Examples:
   bitnet prepack -m model.gguf
-  bitnet prepack -m model.gguf --lm-head int8      # for runs with --lm-head int8, too
-  bitnet bench -m model.gguf                       # says how many matrices were mapped";
+  bitnet prepack -m model.gguf --lm-head int8      # also for runs with --lm-head int8
+  bitnet bench -m model.gguf                       # reports how many matrices were mapped";
 
 #[derive(Serialize)]
 struct Output<'a> {

@@ -1,4 +1,4 @@
-//! `bitnet receipt`: whether what a receipt says still holds.
+//! `bitnet receipt`: checks receipts.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use crate::args::{EngineArgs, FileArgs, KernelArgs};
 use crate::output::{self, columns};
+use crate::status::Status;
 use bitnet_burn_engine::device::DeviceSpec;
 
 /// Check a receipt that `run`, `bench`, `perplexity` or `logits` wrote with --receipt
@@ -39,21 +40,21 @@ enum Command {
     Check(CheckArgs),
 }
 
-/// Compare a receipt with the files at hand, and generate its tokens once more
+/// Compare a receipt with the files at hand
 ///
-/// Checked are the seal, the SHA-256 of the model's files and of the plugins that computed, and that the built-in
-/// kernels are in this build. With --rerun, the tokens of a `run`: they are the same bits on every CPU, with any
-/// kernels and threads.
+/// This checks the seal, the SHA-256 of the model's files and of the plugins that computed, and whether this build has
+/// the built-in kernels that computed. --rerun also generates the tokens of a `run` again. They are the same on every
+/// CPU, with all kernels and numbers of threads.
 ///
 /// Exit status: 0 everything agrees, 1 something could not be checked, 3 something differs.
 #[derive(Debug, Args)]
 struct CheckArgs {
-    /// The receipt
+    /// The receipt file
     file: PathBuf,
-    /// The model at hand: a GGUF file or a Hugging Face directory [default: the one that the receipt names]
+    /// The model at hand: a GGUF file or a Hugging Face directory [default: the model that the receipt names]
     #[arg(long, short, value_name = "PATH")]
     model: Option<PathBuf>,
-    /// Generate again, and compare the tokens (for receipts of `run`)
+    /// Generate the tokens again and compare them (only for receipts of `run`)
     #[arg(long)]
     rerun: bool,
     #[command(flatten)]
@@ -81,7 +82,7 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
     let receipt = &sealed.receipt;
     if args.rerun && receipt.generation.is_none() {
         bail!(
-            "--rerun: {} is a receipt of `{}`, which generated nothing",
+            "--rerun: {} is a receipt of `{}`, which generated no tokens",
             args.file.display(),
             receipt.program.command
         );
@@ -99,7 +100,9 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
     if let (true, Some(record)) = (args.rerun, &receipt.generation) {
         checks.push(match same_model {
             true => record.result.check(&rerun(receipt, record, file, args.kernels)?),
-            false => Check::unchecked("tokens", "not generated again: that takes the same model"),
+            false => {
+                Check::unchecked("tokens", "not generated again, because the model differs or is missing")
+            }
         });
     }
 
@@ -110,13 +113,14 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
         output::print(text(&args.file, receipt, &checks).trim_end())?;
     }
     Ok(match worst {
-        CheckOutcome::Agrees => ExitCode::SUCCESS,
-        CheckOutcome::Unchecked => ExitCode::FAILURE,
-        CheckOutcome::Differs => ExitCode::from(3),
-    })
+        CheckOutcome::Agrees => Status::Done,
+        CheckOutcome::Unchecked => Status::Error,
+        CheckOutcome::Differs => Status::Mismatch,
+    }
+    .into())
 }
 
-/// The model at hand.
+/// The files of the model at hand.
 fn file(args: &CheckArgs, sealed: &Sealed) -> FileArgs {
     let Receipt { model, generation, .. } = &sealed.receipt;
     let generation = generation.as_ref();
@@ -146,7 +150,7 @@ fn model(receipt: &Receipt, file: &FileArgs) -> Vec<Check> {
     }
 }
 
-/// Generates as the receipt says.
+/// Generates the tokens again, with the receipt's settings.
 fn rerun(
     receipt: &Receipt,
     record: &GenerationRecord,
@@ -156,7 +160,7 @@ fn rerun(
     let device = match receipt.report.device.parse::<DeviceSpec>() {
         Ok(device) => device,
         Err(_) => {
-            bail!("the receipt's device is {:?}, which this program does not know", receipt.report.device)
+            bail!("the receipt's device is {:?}, which this program does not have", receipt.report.device)
         }
     };
     let args = EngineArgs {
@@ -167,13 +171,13 @@ fn rerun(
         context: Some(record.context),
         kv_cache: Some(record.kv_cache.into()),
         lm_head: record.lm_head.into(),
-        // From the files that the receipt has hashes of.
+        // Use only the files whose hashes the receipt has.
         no_prepacked: true,
         receipt: None,
     };
     let (prompt, context) = (&record.prompt_token_ids, record.context);
     if prompt.len() > context && !record.sliding_window {
-        bail!("the receipt has a prompt of {} tokens, and a context of {context}", prompt.len());
+        bail!("the receipt's prompt of {} tokens does not fit into its context of {context}", prompt.len());
     }
     let by_text = !record.stop_strings.is_empty();
     // A chunk never has more rows than the prompt.
@@ -233,7 +237,7 @@ fn text(file: &Path, receipt: &Receipt, checks: &[Check]) -> String {
             }
         }
     }
-    // What a receipt says was written by others: it moves no cursor.
+    // Receipts come from others: control characters must not reach the terminal.
     text.push_str(&columns(&rows));
     text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
 }

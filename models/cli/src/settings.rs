@@ -1,7 +1,7 @@
-//! The user's configuration file, below the environment and the flags.
+//! The user's configuration file.
 //!
-//! Its keys are those of the environment in lower case and without `BITNET_`; a variable that is set wins over
-//! its key, and a flag over both.
+//! Its keys have the names of the environment variables, in lower case and without `BITNET_`. A variable that is set
+//! wins over its key, and a flag wins over both.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -12,48 +12,49 @@ use bitnet_burn_manager::store;
 use bitnet_burn_manager::{FallbackPolicy, Strict};
 use toml::{Table, Value};
 
-/// The variable that names another file; empty: none is read.
+/// The variable that names another file. If it is empty, no file is read.
 const VARIABLE: &str = "BITNET_CONFIG";
 
-/// A configuration file has some lines.
+/// The largest configuration file that is read.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// The manager's configuration from the environment and the user's file, and that file, if there is one.
+/// The manager's configuration from the environment and the user's file, and the path of this file, if there is one.
 pub fn manager() -> anyhow::Result<(ManagerConfig, Option<PathBuf>)> {
     let mut config = ManagerConfig::from_env()?;
     let Some(path) = file() else { return Ok((config, None)) };
     let bytes = store::read_trusted(&path, MAX_BYTES)
-        .with_context(|| format!("the configuration file {} is not read", path.display()))?;
+        .with_context(|| format!("cannot read the configuration file {}", path.display()))?;
     let settings = std::str::from_utf8(&bytes).map_err(anyhow::Error::from).and_then(ConfigFile::parse);
-    let settings = settings.with_context(|| format!("the configuration file {}", path.display()))?;
+    let settings =
+        settings.with_context(|| format!("cannot use the configuration file {}", path.display()))?;
     settings.apply(&mut config, &|variable| std::env::var_os(variable).is_some());
     Ok((config, Some(path)))
 }
 
-/// The file that is to be read: the one that is named, or the user's, if that is there.
+/// The file to read: the one that the variable names, or the user's, if it exists.
 fn file() -> Option<PathBuf> {
     match std::env::var_os(VARIABLE) {
         Some(named) => (!named.is_empty()).then(|| named.into()),
-        // One that is there and can't be read is an error, as it may hold what protects the user.
+        // A file that exists and can't be read is an error, because it may hold settings that protect the user.
         None => store::default_config().filter(|path| {
             !path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
         }),
     }
 }
 
-/// What the file says.
+/// The content of the file.
 #[derive(Debug, Default, PartialEq)]
 struct ConfigFile {
     plugins: Option<Plugins>,
     plugin_path: Option<Vec<PathBuf>>,
-    /// The inner one: the file of pins, `None` for no pins.
+    /// The inner option is the pins file; `None` means no pins.
     plugin_pins: Option<Option<PathBuf>>,
     threads: Option<usize>,
     pin: Option<bool>,
     kernel: Option<String>,
     strict_mode: Option<Strict>,
     fallback: Option<FallbackPolicy>,
-    /// The inner one: the directory, `None` for keeping nothing.
+    /// The inner option is the directory; `None` means that nothing is kept.
     cache_dir: Option<Option<PathBuf>>,
 }
 
@@ -112,13 +113,13 @@ impl ConfigFile {
                     let policy = value.as_str().ok_or_else(|| wrong(&"the name of a policy in a string"))?;
                     settings.fallback = Some(policy.parse().map_err(|expected: &str| wrong(&expected))?);
                 }
-                _ => bail!("there is no key `{key}` (= {value}); there are {KEYS}"),
+                _ => bail!("there is no key `{key}` (= {value}); the keys are {KEYS}"),
             }
         }
         Ok(settings)
     }
 
-    /// Changes what no variable of the environment says.
+    /// Applies the keys whose environment variables are not set.
     fn apply(self, config: &mut ManagerConfig, is_set: &dyn Fn(&str) -> bool) {
         fn set<T>(is_set: &dyn Fn(&str) -> bool, variable: &str, setting: Option<T>, apply: impl FnOnce(T)) {
             if let Some(value) = setting.filter(|_| !is_set(variable)) {
@@ -142,7 +143,7 @@ impl ConfigFile {
     }
 }
 
-/// An absolute path, or `None` where the text is empty.
+/// An absolute path, or `None` if the text is empty.
 fn place(value: &Value) -> Result<Option<PathBuf>, &'static str> {
     match value.as_str() {
         Some("") => Ok(None),
@@ -178,7 +179,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         for (text, expected) in [
-            ("thread = 2", "no key `thread` (= 2); there are plugins, plugin_path"),
+            ("thread = 2", "no key `thread` (= 2); the keys are plugins, plugin_path"),
             ("threads = 0", "threads = 0: expected a number from 1 to 1024"),
             ("pin = 1", "pin = 1: expected true or false"),
             ("threads = '2'", "threads = \"2\": expected a number"),

@@ -1,4 +1,4 @@
-//! `bitnet synth`: models of random weights.
+//! `bitnet synth`: writes models of random weights.
 
 use std::path::PathBuf;
 
@@ -14,50 +14,49 @@ use serde::Serialize;
 use crate::args::{DenseType, activation, positive};
 use crate::output;
 
-/// Write a GGUF model of random ternary weights, for measuring and trying things out
+/// Write a GGUF model of random ternary weights, for measurements and tests
 ///
-/// The file is like a published one in everything but its values: keys, names, types, sizes, and a byte-level
-/// tokenizer, so that every command works on it (and generates nonsense). Projections are I2_S, -1, 0 and 1
-/// equally often; their scales keep activations at a variance of 1. An embedding of Q8_0, Q6_K or Q4_0
-/// consists of random valid blocks instead of quantised floats: random in every row, and as costly to read as
-/// a real one. The same options and seed write the same bytes.
+/// The file has the keys, names, types and sizes of a published one, and a byte-level tokenizer. So every command works
+/// with it, and generated text is nonsense. Projections are I2_S, with as many -1 as 0 and 1; their scales keep the
+/// variance of activations at 1. A Q8_0, Q6_K or Q4_0 embedding has random valid blocks, which take as long to read as
+/// real ones. The same options and seed write the same bytes.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct SynthArgs {
-    /// A shape by name; the sizes below change it
+    /// A shape by name; the options under Sizes change it
     #[arg(long, value_name = "NAME", default_value = "tiny", value_parser = PossibleValuesParser::new(synth::SHAPES))]
     shape: String,
     /// The file to write [default: bitnet-SHAPE.gguf]
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Other seeds make other weights
+    /// Seed of the random weights
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Type of the embedding, and of the output head where that is not tied
+    /// Type of the embedding, and of the output head with --untied
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = DenseType::Q6_K)]
     embedding_type: DenseType,
-    /// Width of the residual stream; a multiple of 128, with a Q6_K embedding of 256
+    /// Width of the residual stream; a multiple of 128, or of 256 with a Q6_K embedding
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
     hidden_size: Option<usize>,
     /// Width of the feed-forward layer; a multiple of 128
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
     intermediate_size: Option<usize>,
-    /// Blocks
+    /// Number of layers
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
     layers: Option<usize>,
-    /// Query heads
+    /// Number of query heads
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
     heads: Option<usize>,
-    /// Key and value heads
+    /// Number of key-value heads
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
     kv_heads: Option<usize>,
-    /// Width of a head [default: the shape's, or hidden size / heads where one of these is given]
+    /// Width of a head [default: the shape's; with --hidden-size or --heads, hidden size / heads]
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
     head_dim: Option<usize>,
-    /// Tokens
+    /// Size of the vocabulary
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
     vocab_size: Option<usize>,
-    /// Positions that the model claims to be trained for
+    /// Context length in the header
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
     context_length: Option<usize>,
     /// Base of the RoPE frequencies
@@ -66,7 +65,7 @@ pub struct SynthArgs {
     /// The feed-forward activation: relu2 or silu
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Sizes")]
     hidden_act: Option<GatedActivation>,
-    /// An output head of its own instead of the embedding
+    /// Write an output head, instead of using the embedding as one
     #[arg(long, help_heading = "Sizes")]
     untied: bool,
     /// Print one JSON object

@@ -24,11 +24,10 @@ pub struct TokenizeArgs {
     /// Turn ids into text
     #[arg(long, short)]
     decode: bool,
-    /// Don't add the tokens that the model expects around a text (BOS); with --decode, don't write special
-    /// tokens
+    /// Don't add the tokens that the model expects around a text (BOS); with --decode, leave out special tokens
     #[arg(long)]
     no_special: bool,
-    /// Show each token's id with its text in the vocabulary
+    /// Show each token's id and its text in the vocabulary
     #[arg(long, conflicts_with_all = ["decode", "json"])]
     pieces: bool,
     /// Print one JSON object

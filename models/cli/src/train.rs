@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::args::positive;
 use crate::output;
+use crate::status::Status;
 use bitnet_burn_engine::device::{DeviceKind, DeviceName};
 
 /// Train a BitNet on text
@@ -124,7 +125,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let handled = ctrlc::set_handler(move || {
         if handler.swap(true, Ordering::Relaxed) {
             // Asked twice: now.
-            std::process::exit(130);
+            Status::Interrupted.exit();
         }
         eprintln!("\nstopping after this step, with a checkpoint; once more: at once, without");
     });
@@ -205,7 +206,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
             "stopped at step {done}; continue with: bitnet train --resume {}",
             dir.display()
         ));
-        std::process::exit(130);
+        Status::Interrupted.exit();
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `bitnet worker`: this machine's device for the layers of other machines' models.
+//! `bitnet worker`: serves a device to other machines, which place layers on it.
 
 use std::net::TcpListener;
 
@@ -10,22 +10,25 @@ use crate::args::KernelArgs;
 use crate::engine::config;
 #[cfg(feature = "remote")]
 use crate::output;
+#[cfg(feature = "remote")]
+use crate::status::Status;
 use bitnet_burn_engine::device::{DeviceKind, DeviceName};
 
 /// Serve a device of this machine to other machines (feature remote)
 ///
-/// `--device remote:HOST:PORT` of the other subcommands computes here then: weights come over when a model is loaded,
-/// rows of activations in every step; the KV cache of a layer is where the layer is. Prints one line with its address
-/// when it listens, and serves until it is asked to end (Ctrl-C, SIGTERM).
+/// Other machines use the device with `--device remote:HOST:PORT`. They send weights when a model is loaded, and rows of
+/// activations in every step. The KV cache of a layer is on the layer's device. The worker prints one line with its
+/// address when it listens, and serves until Ctrl-C or SIGTERM.
 ///
-/// The protocol has no authentication and no encryption: whoever reaches the address can compute here, and take all of
-/// the memory. Listen at addresses of trusted networks only; the default can be reached from this machine alone.
+/// The protocol has no authentication and no encryption. Everybody who can reach the address can compute on this machine
+/// and use all of its memory. Listen only on addresses of trusted networks. The default address can be reached from this
+/// machine only.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct WorkerArgs {
     #[command(flatten)]
     kernels: KernelArgs,
-    /// The address to listen at; port 0 takes a free one
+    /// The address to listen on; port 0 takes a free port
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7158")]
     listen: String,
     /// The device: flex (the CPU), ndarray, wgpu, wgpu:1, cuda ... [default: the CPU]
@@ -38,8 +41,8 @@ pub struct WorkerArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  bitnet worker                                            # for this machine, at port 7158
-  bitnet worker --listen 192.168.1.2:7158 --device wgpu:0  # for a network that is trusted
+  bitnet worker                                            # for this machine, on port 7158
+  bitnet worker --listen 192.168.1.2:7158 --device wgpu:0  # for a trusted network
   bitnet run -m model.gguf --device remote:192.168.1.2:7158=20,flex";
 
 pub fn run(args: WorkerArgs) -> anyhow::Result<()> {
@@ -48,9 +51,9 @@ pub fn run(args: WorkerArgs) -> anyhow::Result<()> {
     if name.kind == DeviceKind::Remote {
         bail!("--device {name}: a worker serves a device of its own machine");
     }
-    // Before the work of setting up: a wrong address should not wait for it.
+    // First of all, so that a wrong address fails at once.
     let listener = TcpListener::bind(&args.listen)
-        .with_context(|| format!("cannot listen at {}; an address is HOST:PORT", args.listen))?;
+        .with_context(|| format!("cannot listen on {}; an address is HOST:PORT", args.listen))?;
     args.kernels.configure_with(config()?.0)?;
     let device = name.open()?;
     serve(listener, &device, &name.to_string(), args.json)
@@ -58,7 +61,7 @@ pub fn run(args: WorkerArgs) -> anyhow::Result<()> {
 
 #[cfg(not(feature = "remote"))]
 fn serve(_: TcpListener, _: &Device, _: &str, _: bool) -> anyhow::Result<()> {
-    unreachable!("the feature was asked for first")
+    unreachable!("`run` checks the feature first")
 }
 
 #[cfg(feature = "remote")]
@@ -70,14 +73,14 @@ fn serve(listener: TcpListener, device: &Device, name: &str, json: bool) -> anyh
         version: &'static str,
     }
 
-    // Nothing is kept that an end could damage.
-    ctrlc::set_handler(|| std::process::exit(0)).context("cannot catch Ctrl-C")?;
+    // The worker keeps no state, so it can end at any time.
+    ctrlc::set_handler(|| Status::Done.exit()).context("cannot catch Ctrl-C")?;
     let worker = bitnet_burn::backends::remote::Worker::start(listener, device, name)?;
     let address = worker.address();
     if !address.ip().is_loopback() {
         output::warning(format_args!(
-            "{address} may be reached from other machines, without authentication or encryption: whoever reaches it \
-             can compute here"
+            "other machines may reach {address}, without authentication or encryption: everybody who can reach it can \
+             compute on this machine"
         ));
     }
     let version = env!("CARGO_PKG_VERSION");

@@ -1,9 +1,8 @@
-//! How fast a model runs, beside what the machine's memory allows.
+//! Measures how fast a model runs, and how fast the machine's memory allows.
 //!
-//! Decoding one sequence reads every weight once a token, so its bound is the memory's read bandwidth
-//! divided by the bytes of the weights. [`run`] measures both in turn in the same process: shared and
-//! throttled machines change their speed from minute to minute, and two figures from two runs say nothing
-//! about each other.
+//! Decoding one sequence reads every weight once per token, so its bound is the memory's read bandwidth
+//! divided by the bytes of the weights. [`run`] measures both in turn in the same process, because shared and
+//! throttled machines change their speed from minute to minute, and figures of two runs can't be compared.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,39 +24,37 @@ use bitnet_burn::{CacheType, KvCache, SequenceId};
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_formats::random::SplitMix64;
 
-/// Why nothing was measured.
+/// Why a measurement failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
-    /// There is nothing to do.
-    #[error(
-        "nothing to measure: neither prompt tokens, nor generated tokens, contexts or batches were asked for"
-    )]
+    /// The options ask for nothing.
+    #[error("nothing to measure: the options have no prompt tokens, generated tokens, contexts or batches")]
     Nothing,
     /// More tokens than the model has positions for.
-    #[error("{what} takes {needed} positions; the context has {context}")]
+    #[error("{what}: this takes {needed} positions, and the context has {context}")]
     Context {
-        /// What was asked for.
+        /// The measurement.
         what: String,
-        /// Positions that it takes.
+        /// Positions that it needs.
         needed: usize,
-        /// Positions that there are.
+        /// Positions of the context.
         context: usize,
     },
-    /// The model.
+    /// The model failed.
     #[error(transparent)]
     Generate(#[from] GenerateError),
-    /// The kernels.
+    /// A kernel failed.
     #[error(transparent)]
     Kernel(#[from] ManagerError),
-    /// No memory for the bandwidth's buffer.
-    #[error("no memory to measure the read bandwidth with: {0}")]
+    /// The buffer that measures the bandwidth can't be allocated.
+    #[error("cannot allocate the buffer that measures the read bandwidth: {0}")]
     Memory(#[from] std::io::Error),
 }
 
 /// A figure that was measured several times.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Spread {
-    /// The middle one, or the mean of the middle two.
+    /// The median. For an even number of samples, the mean of the middle two.
     pub median: f64,
     /// The smallest.
     pub min: f64,
@@ -66,7 +63,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Of these samples; `None` without any.
+    /// The spread of the samples; `None` without samples.
     pub fn of(samples: &[f64]) -> Option<Self> {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -77,18 +74,18 @@ impl Spread {
     }
 }
 
-/// What is measured.
+/// What [`run`] measures.
 #[derive(Clone, Debug)]
 pub struct BenchOptions {
     /// Tokens of the prompt; 0 measures no prefill.
     pub prompt_tokens: usize,
-    /// Tokens generated behind it; 0 measures no decode.
+    /// Tokens generated after it; 0 measures no decode.
     pub generated_tokens: usize,
-    /// How often.
+    /// Number of repetitions.
     pub repetitions: usize,
-    /// Further context lengths to measure decode at, once each.
+    /// Further context lengths at which decode is measured, once each.
     pub contexts: Vec<usize>,
-    /// Numbers of sequences to decode at once, once each, all behind a prompt of their own.
+    /// Numbers of sequences that are decoded at the same time, once each. Every sequence has a prompt of its own.
     pub batches: Vec<usize>,
     /// Rows of the prompt that are computed at once.
     pub chunk: usize,
@@ -96,7 +93,7 @@ pub struct BenchOptions {
     pub context: usize,
     /// Type of the KV cache.
     pub kv_cache: CacheType,
-    /// Whether every sequence takes the memory of the whole context at once.
+    /// Whether every sequence takes the memory of the whole context at the start.
     pub preallocate: bool,
     /// Seed of the random tokens.
     pub seed: u64,
@@ -124,45 +121,45 @@ impl Default for BenchOptions {
 pub struct DecodeAt {
     /// Positions in the KV cache before the first token.
     pub context: usize,
-    /// Tokens generated from there on.
+    /// Tokens generated after them.
     pub generated_tokens: usize,
     /// Tokens a second.
     pub decode_tokens_per_s: f64,
-    /// Seconds of the single tokens.
+    /// Seconds per token.
     pub token_seconds: Spread,
 }
 
-/// Decode of several sequences at once.
+/// Decode of several sequences at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct DecodeBatch {
-    /// Sequences.
+    /// Number of sequences.
     pub sequences: usize,
     /// Tokens generated for each.
     pub generated_tokens: usize,
-    /// Tokens a second, of all sequences together.
+    /// Tokens a second of all sequences together.
     pub decode_tokens_per_s: f64,
-    /// Seconds of the single steps, each a token for every sequence.
+    /// Seconds per step. A step makes one token for every sequence.
     pub step_seconds: Spread,
 }
 
-/// What a decode step has to read, by part, in bytes. The KV cache comes on top; it grows with the context.
+/// Bytes that a decode step reads, by part, without the KV cache, which grows with the context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct BytesPerToken {
     /// Ternary weights of all layers, in the layout that the chosen kernels read.
     pub ternary: u64,
-    /// The output head as it is stored: the embedding where that is tied.
+    /// The output head in its stored format. In tied models this is the embedding.
     pub head: u64,
     /// The weights of all norms.
     pub norms: u64,
-    /// One row of the embedding, where it is not the head.
+    /// One row of the embedding, if it is not the head.
     pub embedding_row: u64,
 }
 
 impl BytesPerToken {
-    /// Of a loaded model.
+    /// The bytes of a loaded model.
     ///
     /// # Errors
-    /// If no kernel may compute one of its shapes.
+    /// If no kernel can compute one of its shapes.
     pub fn of(model: &BitNet) -> Result<Self, ManagerError> {
         let config = model.config();
         let host_layers = model.layer_devices().iter().filter(|device| ops::is_host(device)).count() as u64;
@@ -192,20 +189,20 @@ impl BytesPerToken {
         Ok(Self { ternary, head, norms: norms as u64 * 4, embedding_row })
     }
 
-    /// All parts.
+    /// The sum of all parts.
     pub fn total(&self) -> u64 {
         self.ternary + self.head + self.norms + self.embedding_row
     }
 }
 
-/// What was measured.
+/// The results of [`run`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct BenchResult {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Tokens generated behind it.
+    /// Tokens generated after it.
     pub generated_tokens: usize,
-    /// How often.
+    /// Number of repetitions.
     pub repetitions: usize,
     /// Rows of the prompt that were computed at once.
     pub chunk: usize,
@@ -215,40 +212,39 @@ pub struct BenchResult {
     /// Generated tokens a second: forward pass and logits, without sampling.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_tokens_per_s: Option<Spread>,
-    /// Decode at the other context lengths.
+    /// Decode at further context lengths.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub decode_by_context: Vec<DecodeAt>,
-    /// Decode of several sequences at once.
+    /// Decode of several sequences at the same time.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub decode_by_batch: Vec<DecodeBatch>,
-    /// A read-only stream on the same threads, between the repetitions: 10^9 bytes a second.
+    /// Bandwidth of a read-only stream on the same threads, between the repetitions, in 10^9 bytes a second.
     pub read_bandwidth_gb_per_s: Spread,
-    /// Bytes of the buffer that it streams over.
+    /// Size of the stream's buffer in bytes.
     pub read_buffer_bytes: usize,
-    /// What a decode step has to read, without the KV cache.
+    /// Bytes that a decode step reads, without the KV cache.
     pub bytes_per_token: u64,
-    /// By part.
+    /// These bytes by part.
     pub bytes_per_token_parts: BytesPerToken,
-    /// Decode speed as a fraction of what the bandwidth allows: medians of tokens/s times bytes per token
-    /// over the bandwidth. Absent where other devices than the host compute.
+    /// Decode speed as a fraction of the bandwidth's limit: median tokens/s times bytes per token over the median
+    /// bandwidth. Absent if other devices than the host compute.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_fraction_of_bandwidth: Option<f64>,
     /// Bytes of the KV cache of a repetition.
     pub kv_cache_bytes: usize,
-    /// Most memory that the process had resident at once, mapped files included and the bandwidth's buffer
-    /// not: read before that is made, after a repetition, all contexts and all batches.
+    /// Peak of the process's resident memory, with mapped files and without the buffer of the bandwidth: it is
+    /// read after the warm-up, all contexts and all batches, before that buffer is made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_rss_bytes: Option<u64>,
 }
 
-/// What [`run`] has done: (steps, of so many).
+/// Receives the progress of [`run`]: the finished steps, and the number of all steps.
 pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
 
-/// Measures a model. Every repetition has a sequence of its own, of random tokens; one repetition before
-/// the first is not counted.
+/// Measures a model. Every repetition is a new sequence of random tokens. A warm-up repetition is not counted.
 ///
 /// # Errors
-/// If nothing is asked for, it doesn't fit the context, or the model fails.
+/// If the options ask for nothing, or for more than the context has, or if the model fails.
 pub fn run(
     model: &BitNet,
     options: &BenchOptions,
@@ -354,14 +350,14 @@ pub fn run(
     })
 }
 
-/// What repetitions share.
+/// State that repetitions share.
 struct Repetition<'a> {
     model: &'a BitNet,
     random: &'a mut SplitMix64,
     chunk: usize,
 }
 
-/// The times of one.
+/// The times of one repetition.
 struct Timed {
     prefill: Option<Duration>,
     steps: Vec<Duration>,
@@ -381,7 +377,7 @@ impl Repetition<'_> {
         self.random.below(self.model.config().vocab_size as u64) as u32
     }
 
-    /// So many sequences, each with a prompt, and then generated together.
+    /// Computes the prompt of each sequence, and then decodes all sequences together.
     fn run(
         &mut self,
         mut cache: KvCache,
@@ -413,23 +409,23 @@ impl Repetition<'_> {
     }
 }
 
-/// Waits for a tensor's values: devices compute behind the caller's back.
+/// Waits for a tensor's values, because devices compute asynchronously.
 fn wait(tensor: Tensor<2>) -> Result<(), GenerateError> {
     devices::read(tensor).map_err(GenerateError::Device)?;
     Ok(())
 }
 
-/// A buffer in huge pages, and a loop that only reads it.
+/// A buffer in huge pages, to measure the bandwidth of reading it.
 #[derive(Debug)]
 pub struct ReadStream {
     map: MmapMut,
 }
 
-/// Bytes of a task: large enough for the prefetcher, small enough to share out.
+/// Bytes per task: large enough for the prefetcher, small enough to spread over the threads.
 const PIECE: usize = 2 << 20;
 
 impl ReadStream {
-    /// Eight times the last-level cache, at least 256 MiB, or 512 MiB where the system does not tell the
+    /// Eight times the last-level cache, between 256 MiB and 4 GiB; 512 MiB if the system does not report the
     /// cache's size.
     pub fn default_bytes() -> usize {
         match cpu::last_level_cache() {
@@ -438,13 +434,13 @@ impl ReadStream {
         }
     }
 
-    /// A buffer of `bytes`, written once so that the system really gives the memory.
+    /// Allocates a buffer of `bytes` and writes it once, so that the system allocates the pages now.
     ///
     /// # Errors
-    /// If it does not.
+    /// If there is not enough memory.
     pub fn new(bytes: usize, pool: &Pool) -> std::io::Result<Self> {
         let mut map = MmapMut::map_anon(bytes.max(PIECE).next_multiple_of(PIECE))?;
-        // Advice: where there are no huge pages the figure is what 4 KiB pages allow.
+        // Only advice: without huge pages, this measures the bandwidth with 4 KiB pages.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         let pieces = map.len() / PIECE;
@@ -466,7 +462,7 @@ impl ReadStream {
         std::hint::black_box(peak::read(&self.map[piece * PIECE..(piece + 1) * PIECE]));
     }
 
-    /// Reads it once on the pool's threads: 10^9 bytes a second.
+    /// Reads the buffer once on the pool's threads. Returns 10^9 bytes a second.
     pub fn gb_per_s(&self, pool: &Pool) -> f64 {
         let clock = Instant::now();
         pool.run(self.pieces(), &|i| self.read(i));
@@ -474,22 +470,23 @@ impl ReadStream {
     }
 }
 
-/// What this machine can do at most, on the threads of a pool.
+/// The limits of this machine, with the threads of a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Roof {
-    /// A read-only stream: 10^9 bytes a second.
+    /// Bandwidth of a read-only stream, in 10^9 bytes a second.
     pub read_gb_per_s: f64,
-    /// int8 multiply-adds on registers alone, with the instruction that the built-in kernels use: 10^9 a
-    /// second. Absent where they have none.
+    /// int8 multiply-adds on registers alone, with the instruction that the built-in kernels use, in 10^9 a
+    /// second. Absent if they use none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub multiply_adds_g_per_s: Option<f64>,
 }
 
 impl Roof {
-    /// Measures both, the stream over `bytes` (as many as what is compared with it reads).
+    /// Measures both limits. The stream reads a buffer of `bytes`, which should be as large as the data of the
+    /// computation that is compared with it.
     ///
     /// # Errors
-    /// If there is no memory for the stream's buffer.
+    /// If there is not enough memory for the buffer.
     pub fn measure(pool: &Pool, bytes: usize) -> std::io::Result<Self> {
         let stream = ReadStream::new(bytes, pool)?;
         let read = undisturbed(pool, stream.pieces(), &|i| stream.read(i));
@@ -507,11 +504,11 @@ impl Roof {
     }
 }
 
-/// Rounds of products of 20 to 200 microseconds.
+/// Number of rounds of products, which take 20 to 200 microseconds together.
 const ROUNDS: u32 = 10_000;
 
-/// How often a nanosecond the pool does such a task, by what the quick tenth of them took: tasks are much
-/// shorter than the turns that the system gives to programs, so that those of other programs are left out.
+/// Tasks per nanosecond of the pool, computed from the fastest tenth of them. Tasks are much shorter than the
+/// scheduler's time slices, so the fastest ones were not interrupted by other programs.
 fn undisturbed(pool: &Pool, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> f64 {
     const PASSES: usize = 5;
     let times = Mutex::new(Vec::with_capacity(PASSES * tasks));
@@ -528,7 +525,7 @@ fn undisturbed(pool: &Pool, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> f64 
     pool.threads() as f64 / time as f64
 }
 
-/// Most memory that this process had resident at once, where the system tells (`VmHWM` on Linux).
+/// Peak of this process's resident memory in bytes; `None` if the system does not report it (Linux does).
 pub fn peak_rss_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

@@ -1,5 +1,5 @@
-//! What a GPU is judged by, beside a whole model's speed: how fast it reads its memory, and on the shapes of a model what
-//! every kernel takes and what a layer's operations take, with results compared before anything is timed.
+//! Measures a GPU in detail: its memory bandwidth and, for the shapes of a model, the time of every kernel and of every
+//! operation of a layer. Results are compared with the CPU's before anything is timed.
 
 use std::fmt;
 
@@ -17,14 +17,14 @@ use bitnet_burn::BitLinear;
 use bitnet_burn::ModelConfig;
 use bitnet_burn::Projection;
 
-/// What is measured.
+/// What [`run`] measures.
 #[derive(Clone, Debug)]
 pub struct DeviceBenchOptions {
-    /// Rows of activations: 1 is decode, many are a prompt.
+    /// Rows of activations: 1 stands for decode, many for a prompt.
     pub rows: Vec<usize>,
-    /// Bytes of the buffer that is read for the bandwidth: many times what caches hold.
+    /// Size in bytes of the buffer that measures the bandwidth: many times the size of the caches.
     pub read_bytes: u64,
-    /// How much is measured.
+    /// How long and how often things are measured.
     pub effort: Effort,
 }
 
@@ -36,14 +36,14 @@ impl Default for DeviceBenchOptions {
 }
 
 impl DeviceBenchOptions {
-    /// To see that it works: figures mean little.
+    /// Small sizes, to test that everything works. The figures mean little.
     pub fn quick() -> Self {
         let effort = Effort { repetitions: 2, seconds: 0.001, rotated_bytes: 1 << 20 };
         Self { rows: vec![1, 17], read_bytes: 8 << 20, effort }
     }
 }
 
-/// What one kernel takes for one matrix.
+/// The time of one kernel for one matrix.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct MatmulTime {
     /// Rows of activations.
@@ -54,42 +54,42 @@ pub struct MatmulTime {
     pub k: usize,
     /// `plugin/kernel`.
     pub kernel: String,
-    /// Bytes of the weights, as it reads them.
+    /// Bytes of the weights in the kernel's layout.
     pub weight_bytes: u64,
-    /// Seconds of a launch; absent where there is a problem.
+    /// Seconds per launch; absent if there is a problem.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<Spread>,
     /// Bytes of the weights over the median time, as a fraction of the read bandwidth.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fraction_of_bandwidth: Option<f64>,
-    /// 10^9 multiply-adds a second, by the median.
+    /// 10^9 multiply-adds a second, from the median time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub multiply_adds_g_per_s: Option<f64>,
-    /// Why it was not timed: it can't be run, or it is wrong.
+    /// Why it was not timed: it can't run, or its results are wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
 }
 
-/// What a layer's operation takes as models call it: quantisation, and the kernels that were chosen for its matrices.
+/// The time of a layer's operation as models call it: quantisation, and the chosen kernels of its matrices.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct OperationTime {
     /// The projections that share their activations: `q/k/v`, `o`, `gate/up`, `down`.
     pub projections: String,
     /// Rows of activations.
     pub m: usize,
-    /// Output features of each.
+    /// Output features of each projection.
     pub n: Vec<usize>,
     /// Input features.
     pub k: usize,
     /// Bytes of all weights in the canonical layout.
     pub weight_bytes: u64,
-    /// Seconds of a call.
+    /// Seconds per call.
     pub seconds: Spread,
     /// Bytes of the weights over the median time, as a fraction of the read bandwidth.
     pub fraction_of_bandwidth: f64,
 }
 
-/// Something that goes through so many elements a second.
+/// The speed of an operation in elements a second.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ElementRate {
     /// Rows.
@@ -100,26 +100,26 @@ pub struct ElementRate {
     pub elements_per_s: Spread,
 }
 
-/// What was measured.
+/// The results of [`run`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct DeviceBench {
-    /// 10^9 bytes a second that the device reads.
+    /// 10^9 bytes a second that the device reads from its memory.
     pub read_gb_per_s: f64,
-    /// Bytes of the buffer for that.
+    /// Size in bytes of the buffer that was read.
     pub read_buffer_bytes: u64,
-    /// Launches of kernels whose outputs were compared with the CPU's, and were right.
+    /// Number of kernel launches whose outputs equal the CPU's.
     pub kernels_right: usize,
-    /// Outputs that were compared with them.
+    /// Number of outputs that were compared.
     pub outputs_compared: u64,
     /// Each kernel on each matrix of a layer.
     pub matmuls: Vec<MatmulTime>,
     /// Each operation of a layer.
     pub operations: Vec<OperationTime>,
-    /// Activations to int8, on the device.
+    /// Quantising activations to int8 on the device.
     pub quantise: ElementRate,
-    /// Latent weights on the device to packed ones there: [`BitLinear::pack`], of which most is the host's work.
+    /// Packing latent weights on the device: [`BitLinear::pack`], where the host does most of the work.
     pub pack: ElementRate,
-    /// A whole model's decode speed as a fraction of what the bandwidth allows, where that was measured, too.
+    /// Decode speed of the whole model as a fraction of the bandwidth's limit, if it was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_fraction_of_bandwidth: Option<f64>,
 }
@@ -132,15 +132,15 @@ const OPERATIONS: [(&str, &[Projection]); 4] = [
     ("down", &[Projection::Down]),
 ];
 
-/// A call of [`run`] that could not be finished, in words.
+/// Why [`run`] failed.
 #[derive(Debug, thiserror::Error)]
-#[error("the device can't be measured: {0}")]
+#[error("cannot measure the device: {0}")]
 pub struct DeviceBenchError(String);
 
-/// Measures a GPU on the shapes of a model. Launches are timed many together, between two waits; medians count.
+/// Measures a GPU with the shapes of a model. Many launches are timed together, between two waits, and medians are used.
 ///
 /// # Errors
-/// If the device is no GPU, or fails.
+/// If the device is not a GPU, or fails.
 pub fn run(
     device: &Device,
     config: &ModelConfig,
@@ -197,7 +197,8 @@ pub fn run(
     let (rows, columns) = (options.rows.iter().copied().max().unwrap_or(1), config.hidden_size);
     let rate = |rows: usize, columns: usize, seconds: &[f64]| {
         let rates: Vec<f64> = seconds.iter().map(|seconds| (rows * columns) as f64 / seconds).collect();
-        let elements_per_s = Spread::of(&rates).ok_or_else(|| DeviceBenchError("it took no time".into()))?;
+        let elements_per_s =
+            Spread::of(&rates).ok_or_else(|| DeviceBenchError("the clock measured no time".into()))?;
         Ok(ElementRate { rows, columns, elements_per_s })
     };
     let seconds = measure::quantise(device, (rows, columns), effort).map_err(DeviceBenchError)?;
@@ -223,7 +224,7 @@ fn wait(device: &Device) -> Result<(), String> {
     device.sync().map_err(|error| error.to_string())
 }
 
-/// One operation, over as many copies of its weights as do not fit a cache.
+/// Measures one operation. It rotates through copies of its weights, so that no cache holds them.
 fn operation(
     device: &Device,
     name: &str,
@@ -232,7 +233,7 @@ fn operation(
     effort: &Effort,
     fraction: &dyn Fn(u64, f64) -> f64,
 ) -> Result<OperationTime, DeviceBenchError> {
-    let words = |error: &dyn fmt::Display| DeviceBenchError(error.to_string());
+    let error_of = |error: &dyn fmt::Display| DeviceBenchError(error.to_string());
     let k = shapes[0].1;
     let bytes: usize = shapes.iter().map(|&(n, k)| n * canonical::row_bytes(k)).sum();
     let copies = if m > 4 { 1 } else { (effort.rotated_bytes / bytes.max(1)).clamp(1, 64) };
@@ -242,7 +243,7 @@ fn operation(
             let matrix = |&(n, k): &(usize, usize)| {
                 TernaryMatrix::prepared(random.weights(n, k).into(), 0.021, n, k, device)
             };
-            shapes.iter().map(matrix).collect::<Result<_, _>>().map_err(|error| words(&error))
+            shapes.iter().map(matrix).collect::<Result<_, _>>().map_err(|error| error_of(&error))
         })
         .collect::<Result<_, _>>()?;
     let x = Tensor::<2>::random([m, k], Distribution::Uniform(-1.0, 1.0), device);
@@ -250,15 +251,15 @@ fn operation(
         let input = BitLinearInput { norm: None, quantise: true };
         ops::bit_linear(x.clone(), input, matrices[i % copies].clone())
     };
-    // Compiled, compared and chosen; what is wrong with it shows here.
-    call(0).map_err(|error| words(&error))?.try_into_data().map_err(|error| words(&error))?;
+    // The first call compiles, compares and chooses kernels, and reports their errors.
+    call(0).map_err(|error| error_of(&error))?.try_into_data().map_err(|error| error_of(&error))?;
     let mut failed = None;
     let timed = effort.time(|i| failed = failed.take().or(call(i).err()), || wait(device));
     if let Some(error) = failed {
-        return Err(words(&error));
+        return Err(error_of(&error));
     }
     let seconds = timed.map_err(DeviceBenchError)?;
-    let seconds = Spread::of(&seconds).ok_or_else(|| words(&"it took no time"))?;
+    let seconds = Spread::of(&seconds).ok_or_else(|| error_of(&"the clock measured no time"))?;
     Ok(OperationTime {
         projections: name.into(),
         m,
@@ -279,7 +280,7 @@ fn pack_seconds(device: &Device, n: usize, k: usize, effort: &Effort) -> Result<
         let layer = BitLinear::latent(Param::from_tensor(latent.clone()));
         failed = failed.take().or(layer.pack().err());
     };
-    // It waits by itself: the host packs.
+    // Packing waits for the device by itself, because the host packs.
     let once = Effort { seconds: 0.0, ..*effort };
     let timed = once.time(pack, || wait(device)).map_err(DeviceBenchError)?;
     match failed {
@@ -297,7 +298,7 @@ impl fmt::Display for DeviceBench {
         let (below, every) = if *kernels_right == all { ("", "all ") } else { (", see below", "") };
         writeln!(
             f,
-            "correctness  {kernels_right} of {kernels} by shape right{below}: {every}{sums} are those of the CPU"
+            "correctness  {kernels_right} of {kernels} by shape right{below}: {every}{sums} equal the CPU's"
         )?;
         for (label, rate) in [("quantise", self.quantise), ("pack", self.pack)] {
             let ElementRate { rows, columns, elements_per_s: Spread { median, min, max } } = rate;
@@ -305,7 +306,11 @@ impl fmt::Display for DeviceBench {
             writeln!(f, "{label:<11}  [{rows}, {columns}]: {median:.3} G elements/s ({min:.3}-{max:.3})")?;
         }
         if let Some(fraction) = self.decode_fraction_of_bandwidth {
-            writeln!(f, "decode       {:.1} % of what the device's bandwidth allows", fraction * 100.0)?;
+            writeln!(
+                f,
+                "decode       {:.1} % of the limit that the device's bandwidth sets",
+                fraction * 100.0
+            )?;
         }
         writeln!(
             f,
@@ -392,9 +397,9 @@ mod tests {
         let text = bench.to_string();
         for expected in [
             "device read  1000.0 GB/s, of 537 MB",
-            "correctness  1 of 2 kernels by shape right, see below: 640 sums are those of the CPU",
+            "correctness  1 of 2 kernels by shape right, see below: 640 sums equal the CPU's",
             "quantise     [512, 2560]: 2.000 G elements/s (1.000-4.000)",
-            "decode       25.0 % of what the device's bandwidth allows",
+            "decode       25.0 % of the limit that the device's bandwidth sets",
             "1.0 us (0.5-2.0)    409.6   50.0 %     2000.0",
             "   1    640 x 2560  a/wrong                no\n",
         ] {
@@ -402,7 +407,7 @@ mod tests {
         }
         bench.matmuls.pop();
         let text = bench.to_string();
-        assert!(text.contains("1 of 1 kernel by shape right: all 640 sums are those of the CPU"), "{text}");
+        assert!(text.contains("1 of 1 kernel by shape right: all 640 sums equal the CPU's"), "{text}");
     }
 
     #[test]

@@ -1,19 +1,19 @@
-//! Figures that can't be true.
+//! Refuses measured speeds that the machine can't reach.
 //!
-//! A mistake in a measurement (work that was skipped, a clock that was read too late) shows up as a figure that
-//! the machine can't reach. Two bounds need no knowledge of the kernels:
+//! A wrong measurement (skipped work, a clock that was read too late) can show a speed that the machine can't reach.
+//! Two bounds need no knowledge of the kernels:
 //!
-//! * **Decode.** A token reads all weights once, so that tokens a second times bytes a token is at most what the
-//!   machine reads. That is measured over a buffer of as many bytes, so that a cache that holds the weights holds
-//!   the buffer, too, whatever the system says of its size. Weights of less than [`SMALLEST`] have no bound: the
-//!   nearest caches feed a kernel's wide loads faster than a plain loop's.
-//! * **Prefill.** A token is multiplied by every ternary weight, so that tokens a second times weights is at most
-//!   what the registers multiply, with the widest instruction that built-in kernels use. Kernels of plugins may know
-//!   other ones, so this holds for built-in kernels alone.
+//! * **Decode.** A token reads all weights once, so tokens a second times bytes per token can't exceed the read
+//!   bandwidth. The bandwidth is measured with a buffer of as many bytes, so a cache that holds the weights holds the
+//!   buffer, too. Weights of less than [`SMALLEST`] bytes have no bound, because the first caches feed the wide loads of
+//!   a kernel faster than those of a plain loop.
+//! * **Prefill.** A token is multiplied by every ternary weight, so tokens a second times weights can't exceed the
+//!   multiply-adds on registers, with the widest instruction that built-in kernels use. Kernels of plugins may use other
+//!   instructions, so this bound exists for built-in kernels only.
 //!
-//! Both are taken from many short pieces of work, of which the quick ones count, so that other programs' turns
-//! don't lower the bound; what else differs from moment to moment (clock rates, the memory's other users) is what
-//! [`MARGIN`] is for. A figure has to be above that many times the bound to be refused: a true one never should be.
+//! Both bounds come from the fastest of many short pieces of work, so that other programs don't lower them. A speed is
+//! refused if it exceeds [`MARGIN`] times its bound. The margin covers changes of clock rates and of memory traffic, so
+//! that a correct speed is never refused.
 
 use std::io;
 
@@ -25,58 +25,60 @@ use crate::report::Execution;
 use crate::text::human_bytes;
 use bitnet_burn::BitNet;
 
-/// How many times the bound is still believed.
+/// Speeds up to this multiple of the bound are accepted.
 pub const MARGIN: f64 = 3.0;
 
-/// Bytes a token from which decode has a bound: more than the caches of a core hold.
+/// From this many bytes per token, decode has a bound. It is more than the caches of a core hold.
 pub const SMALLEST: u64 = 64 << 20;
 
-/// No cache holds more, so that no larger buffer is needed.
+/// Size limit of the buffer. No cache is larger.
 const LARGEST: u64 = 1 << 30;
 
-/// Why a figure is refused.
+/// Why a speed is refused.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error(
-    "strict mode (plausible-figures): {figure} of {value:.1} tokens/s can't be: {because}, so that {limit:.1} tokens/s \
-     are possible, and {MARGIN} times that is believed"
+    "strict mode (plausible-figures): {figure} of {value:.1} tokens/s is not plausible: {because}, so {limit:.1} tokens/s \
+     are possible, and at most {MARGIN} times as many are accepted"
 )]
 pub struct Implausible {
     /// `prefill` or `decode`.
     pub figure: &'static str,
-    /// What was measured.
+    /// The measured speed in tokens a second.
     pub value: f64,
-    /// What is possible.
+    /// The bound in tokens a second.
     pub limit: f64,
-    /// Why no more is.
+    /// The reason for the bound.
     pub because: String,
 }
 
-/// Bounds could not be measured, or a figure is beyond them.
+/// Why [`check`] failed.
 #[derive(Debug, thiserror::Error)]
 pub enum FigureError {
-    /// A figure can't be true.
+    /// A speed is not plausible.
     #[error(transparent)]
     Implausible(#[from] Implausible),
-    /// What a token reads is not known.
+    /// The bytes per token can't be computed.
     #[error(transparent)]
     Kernel(#[from] ManagerError),
-    /// No memory to measure with.
-    #[error("strict mode (plausible-figures): no memory to measure the read bandwidth with: {0}")]
+    /// The buffer that measures the bandwidth can't be allocated.
+    #[error(
+        "strict mode (plausible-figures): cannot allocate the buffer that measures the read bandwidth: {0}"
+    )]
     Memory(#[from] io::Error),
 }
 
-/// What a run was, as far as its bounds go.
+/// The work of a run that sets its bounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Work {
     /// Bytes that a decode step reads.
     pub bytes_per_token: u64,
-    /// Ternary weights, each of which a token is multiplied by.
+    /// Number of ternary weights. A token is multiplied by each of them.
     pub ternary_weights: u64,
-    /// Whether built-in kernels alone computed.
+    /// Whether only built-in kernels computed.
     pub built_in: bool,
 }
 
-/// The most tokens a second that a machine can have.
+/// The highest possible speeds of a machine, in tokens a second.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bounds {
     /// For decode, with the reason.
@@ -86,12 +88,13 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// Of this work under that roof, whose bandwidth was measured over as many bytes as a token reads.
+    /// The bounds of this work. The bandwidth of `roof` was measured with as many bytes as a token reads.
     pub fn new(work: Work, roof: &Roof) -> Self {
         let Work { bytes_per_token: bytes, ternary_weights: weights, built_in } = work;
         let decode = (bytes >= SMALLEST).then(|| {
             let read = roof.read_gb_per_s;
-            let because = format!("a token reads {}, and this machine {read:.1} GB/s", human_bytes(bytes));
+            let because =
+                format!("a token reads {}, and this machine reads {read:.1} GB/s", human_bytes(bytes));
             (read * 1e9 / bytes as f64, because)
         });
         let peak = roof.multiply_adds_g_per_s.filter(|_| built_in && weights > 0);
@@ -104,15 +107,15 @@ impl Bounds {
         Self { decode, prefill }
     }
 
-    /// That figures in tokens a second, where there are any, are within the bounds.
+    /// Checks measured speeds, in tokens a second, against the bounds.
     ///
     /// # Errors
-    /// For the first that is not.
+    /// For the first speed that is not plausible.
     pub fn check(&self, prefill: Option<f64>, decode: Option<f64>) -> Result<(), Implausible> {
         for (figure, value, bound) in [("prefill", prefill, &self.prefill), ("decode", decode, &self.decode)]
         {
             if let (Some(value), Some((limit, because))) = (value, bound)
-                // A figure that is no number is not within, either.
+                // NaN is refused, too.
                 && (value.is_nan() || value > limit * MARGIN)
             {
                 return Err(Implausible { figure, value, limit: *limit, because: because.clone() });
@@ -122,11 +125,11 @@ impl Bounds {
     }
 }
 
-/// Measures the bounds of a run on the host, right behind it, and checks its figures, in tokens a second. A
-/// device's own operations have no bounds here.
+/// Measures the bounds right after a run and checks its speeds, in tokens a second. Runs on other devices than the
+/// host have no bounds.
 ///
 /// # Errors
-/// If a figure can't be true, or the bounds can't be measured.
+/// If a speed is not plausible, or the bounds can't be measured.
 pub fn check(
     model: &BitNet,
     execution: &Execution,
@@ -163,9 +166,12 @@ mod tests {
         let decode = bounds.check(Some(200.0), Some(150.1)).unwrap_err();
         assert_eq!((decode.figure, decode.value, decode.limit), ("decode", 150.1, 50.0));
         let message = decode.to_string();
-        for part in
-            ["decode of 150.1 tokens/s can't be", "reads 800 MB", "40.0 GB/s", "50.0 tokens/s are possible"]
-        {
+        for part in [
+            "decode of 150.1 tokens/s is not plausible",
+            "reads 800 MB",
+            "40.0 GB/s",
+            "50.0 tokens/s are possible",
+        ] {
             assert!(message.contains(part), "{part}: {message}");
         }
         let prefill = bounds.check(Some(601.0), Some(50.0)).unwrap_err();
@@ -179,11 +185,11 @@ mod tests {
     #[test]
     fn where_nothing_is_known_nothing_is_refused() {
         let check = |work, roof: &Roof| Bounds::new(work, roof).check(Some(1e9), Some(1e9));
-        // Weights that near caches hold, and plugins' kernels.
+        // Weights that fit into the first caches, and kernels of plugins.
         let small = Work { bytes_per_token: SMALLEST - 1, built_in: false, ..WORK };
         assert_eq!(check(small, &ROOF), Ok(()));
         assert!(check(Work { bytes_per_token: SMALLEST, ..small }, &ROOF).is_err());
-        // No instruction whose peak is known: prefill has no bound, decode still has.
+        // Without a known peak, prefill has no bound, and decode has one.
         let portable = Roof { multiply_adds_g_per_s: None, ..ROOF };
         assert_eq!(check(Work { bytes_per_token: 1, ..WORK }, &portable), Ok(()));
         assert!(check(Work { bytes_per_token: 1, ..WORK }, &ROOF).is_err());

@@ -1,9 +1,9 @@
-//! Receipts: what a run was made of (model, machine, kernels, settings) and what it measured, in a file that
-//! can be checked later against the files at hand, and, for a generation, by generating once more.
+//! Receipts of runs: files that record the model, the machine, the kernels, the settings and the measurements.
+//! A receipt can be checked later against the files at hand and, for a generation, by generating again.
 //!
-//! A receipt is JSON whose last line but one is a seal: the SHA-256 of every byte before that line. No tool of
-//! ours is needed to recompute it: `head -n -2 receipt.json | sha256sum`. The seal finds edits and damage. It
-//! is no signature by a key: whoever edits a receipt on purpose can seal it again.
+//! A receipt is JSON. Its second to last line is a seal: the SHA-256 of every byte before that line. Standard tools
+//! can compute it: `head -n -2 receipt.json | sha256sum`. The seal finds damage and careless edits. It is not a
+//! signature: there is no key, and whoever edits a receipt on purpose can seal it again.
 
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
@@ -23,33 +23,33 @@ use crate::sampling::SamplingConfig;
 use bitnet_burn::CacheType;
 use bitnet_burn::GatedActivation;
 
-/// The version of the format that is written and read.
+/// The version of the receipt format that this program writes and reads.
 pub const VERSION: u32 = 1;
 
-/// A receipt has some kilobytes, and some more for a long prompt.
+/// The largest receipt that is read. Receipts usually have a few kilobytes, and more with a long prompt.
 const MAX_BYTES: u64 = 16 << 20;
 
 /// Why a receipt can't be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReceiptError {
-    /// The file.
+    /// The file can't be read.
     #[error("cannot read the receipt {}: {source}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// What is in it.
+    /// The file holds no valid receipt.
     #[error("{}: not a receipt of this program: {problem}", path.display())]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and where.
+        /// The mistake and its place.
         problem: String,
     },
-    /// A receipt of another time.
-    #[error("{}: a receipt of version {found}; this program reads version {VERSION}", path.display())]
+    /// The receipt has another version of the format.
+    #[error("{}: this is a receipt of version {found}, and this program reads version {VERSION}", path.display())]
     Version {
         /// The file.
         path: PathBuf,
@@ -64,12 +64,12 @@ pub enum ReceiptError {
 pub struct Program {
     /// Its version.
     pub version: String,
-    /// The revision of its source, where the build was told (`BITNET_REVISION`).
+    /// The revision of its source, if the build was given one (`BITNET_REVISION`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
-    /// What it did: `run`, `bench` ...
+    /// The subcommand: `run`, `bench` ...
     pub command: String,
-    /// Its command line behind the name of the program.
+    /// The command line after the name of the program.
     pub arguments: Vec<String>,
 }
 
@@ -83,16 +83,16 @@ pub struct Machine {
     pub architecture: String,
     /// The operating system with its version.
     pub os: String,
-    /// The processor's features that kernels may ask for.
+    /// CPU features that kernels may need.
     pub features: Vec<String>,
-    /// Cores that the process might use, hardware threads of one counted once.
+    /// Physical cores that the process may use.
     pub physical_cores: usize,
     /// Bytes of main memory.
     pub memory_bytes: u64,
 }
 
 impl Machine {
-    /// This one.
+    /// This machine.
     pub fn here() -> Self {
         let memory = sysinfo::MemoryRefreshKind::nothing().with_ram();
         let kind = sysinfo::RefreshKind::nothing().with_memory(memory);
@@ -137,7 +137,7 @@ impl FileRecord {
 /// Size and SHA-256 of a regular file.
 fn sha256_of_file(path: &Path) -> io::Result<(u64, String)> {
     let context = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-    // A device or a pipe has no end.
+    // A device or a pipe may never end.
     if !std::fs::metadata(path).map_err(context)?.is_file() {
         return Err(context(io::Error::other("not a regular file")));
     }
@@ -151,72 +151,72 @@ fn sha256_of_file(path: &Path) -> io::Result<(u64, String)> {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelRecord {
-    /// The file or directory, as it was named.
+    /// The path of the file or directory, as the user gave it.
     pub path: PathBuf,
-    /// Every file that it was read from.
+    /// Every file that the model was read from.
     pub files: Vec<FileRecord>,
 }
 
 impl ModelRecord {
-    /// Of an open checkpoint: reads all of its files, which takes as long as that takes.
+    /// The record of an open checkpoint. This reads all of its files to hash them.
     ///
     /// # Errors
-    /// If one can't be read.
+    /// If a file can't be read.
     pub fn of(checkpoint: &Checkpoint) -> io::Result<Self> {
         let files = checkpoint.contents().iter().map(FileRecord::of).collect::<io::Result<_>>()?;
         Ok(Self { path: checkpoint.path().to_owned(), files })
     }
 }
 
-/// What a generation was asked for, all that its tokens depend on beside the model; and its tokens' digest.
+/// The settings of a generation: with the model, they determine its tokens. Also the digest of these tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GenerationRecord {
     /// The prompt.
     pub prompt_token_ids: Vec<u32>,
-    /// Tokens to generate at most.
+    /// The largest number of tokens to generate.
     pub max_new_tokens: usize,
-    /// How they were drawn, with the seed.
+    /// How tokens were sampled, with the seed.
     pub sampling: SamplingConfig,
-    /// Tokens that end it.
+    /// Tokens that end the generation.
     pub stop_tokens: Vec<u32>,
-    /// Texts that end it.
+    /// Texts that end the generation.
     pub stop_strings: Vec<String>,
     /// Rows of the prompt that were computed at once.
     pub chunk: usize,
     /// Positions of the KV cache.
     pub context: usize,
-    /// Its type.
+    /// Type of the KV cache.
     pub kv_cache: CacheType,
-    /// Whether a context that was full forgot its oldest positions.
+    /// Whether a full context forgot its oldest positions.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub sliding_window: bool,
     /// How the output projection was computed.
     pub lm_head: HeadMode,
-    /// The feed-forward activation, where it was named beside the model.
+    /// The feed-forward activation, if the user named it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hidden_act: Option<GatedActivation>,
-    /// The pre-tokenizer, where it was named beside the model.
+    /// The pre-tokenizer, if the user named it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pre: Option<String>,
-    /// What came of it.
+    /// The generated tokens.
     pub result: TokensRecord,
 }
 
-/// The tokens of a generation.
+/// Number and digest of generated tokens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokensRecord {
-    /// How many.
+    /// Number of tokens.
     pub tokens: usize,
-    /// SHA-256 of their ids as decimal numbers with a space between, which is what `--print-ids` prints.
+    /// SHA-256 of their ids as decimal numbers separated by spaces, as `--print-ids` prints them.
     pub ids_sha256: String,
-    /// Why it ended.
+    /// Why the generation ended.
     pub finish: Finish,
 }
 
 impl TokensRecord {
-    /// Of a generation that has ended.
+    /// The record of a finished generation.
     pub fn of(generation: &Generation) -> Self {
         let ids: Vec<String> = generation.tokens.iter().map(u32::to_string).collect();
         Self {
@@ -236,17 +236,17 @@ pub struct KernelRecord {
     pub version: String,
     /// "built in", or the plugin's file.
     pub origin: String,
-    /// SHA-256 of that file.
+    /// SHA-256 of the file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
-    /// Matmuls that it computed.
+    /// Number of matmuls that it computed.
     pub calls: u64,
-    /// The rest of its report.
+    /// The rest of the kernel's report.
     #[serde(flatten)]
     pub rest: Map<String, Value>,
 }
 
-/// The report of the run: figures, settings, fallbacks.
+/// The report of the run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// `flex`, `ndarray`, `wgpu` ...
@@ -255,7 +255,7 @@ pub struct Figures {
     pub threads: usize,
     /// Kernels that computed.
     pub kernels: Vec<KernelRecord>,
-    /// Everything else that was reported.
+    /// The rest of the report.
     #[serde(flatten)]
     pub rest: Map<String, Value>,
 }
@@ -274,36 +274,36 @@ pub struct Receipt {
     pub machine: Machine,
     /// The model.
     pub model: ModelRecord,
-    /// What was generated, where something was.
+    /// The generation, if the command generated tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<GenerationRecord>,
-    /// What was measured.
+    /// The report of the run.
     pub report: Figures,
 }
 
-/// A receipt as it was read.
+/// A receipt that was read from a file.
 #[derive(Clone, Debug)]
 pub struct Sealed {
-    /// What it says.
+    /// The content.
     pub receipt: Receipt,
-    /// The seal that it bears.
+    /// The seal in the file.
     pub stated: String,
-    /// The seal that it should bear.
+    /// The seal computed from the file.
     pub computed: String,
     intact: bool,
 }
 
-/// What makes the last two lines of a sealed receipt.
+/// The last two lines of a sealed receipt.
 fn seal(sha256: &str) -> String {
     format!("  \"sha256\": \"{sha256}\"\n}}\n")
 }
 
 impl Receipt {
-    /// A receipt for a run of this process, now. `report` is the run's report, with an
-    /// [`Execution`](crate::report::Execution) in it.
+    /// Makes a receipt for a run of this process. `report` is the run's report and contains the fields of an
+    /// [`Execution`](crate::report::Execution).
     ///
     /// # Errors
-    /// If the model's files can't be read, or `report` lacks what every report has.
+    /// If the model's files can't be read, or `report` lacks these fields.
     pub fn new(
         command: &str,
         checkpoint: &Checkpoint,
@@ -329,10 +329,10 @@ impl Receipt {
         })
     }
 
-    /// The text of the file, sealed.
+    /// The sealed text of the file.
     ///
     /// # Errors
-    /// None that a receipt of [`Receipt::new`] has: JSON has no infinities, and neither have reports.
+    /// If a number is not finite, which can't be written as JSON. Receipts of [`Receipt::new`] have no such numbers.
     pub fn to_text(&self) -> Result<String, serde_json::Error> {
         let text = serde_json::to_string_pretty(self)?;
         let head = format!("{},\n", text.strip_suffix("\n}").unwrap_or(&text));
@@ -340,10 +340,10 @@ impl Receipt {
         Ok(head + &seal)
     }
 
-    /// Reads a receipt. That its seal is broken is no error yet: [`Sealed::check`] says so.
+    /// Reads a receipt. It does not check the seal; [`Sealed::check`] does.
     ///
     /// # Errors
-    /// If the file can't be read, or is no receipt of this version.
+    /// If the file can't be read, or is not a receipt of this version.
     pub fn read(path: &Path) -> Result<Sealed, ReceiptError> {
         let read = |source| ReceiptError::Read { path: path.to_owned(), source };
         let invalid = |problem: String| ReceiptError::Invalid { path: path.to_owned(), problem };
@@ -351,11 +351,11 @@ impl Receipt {
         let mut bytes = Vec::new();
         file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(read)?;
         if bytes.len() as u64 > MAX_BYTES {
-            return Err(invalid(format!("it has more than {MAX_BYTES} bytes")));
+            return Err(invalid(format!("the file has more than {MAX_BYTES} bytes")));
         }
-        let text = String::from_utf8(bytes).map_err(|_| invalid("it is not text".into()))?;
+        let text = String::from_utf8(bytes).map_err(|_| invalid("the file is not text".into()))?;
 
-        /// What versions have in common.
+        /// The field that all versions have.
         #[derive(Deserialize)]
         struct Common {
             bitnet_receipt: u64,
@@ -371,26 +371,26 @@ impl Receipt {
 
 impl Sealed {
     fn parse(text: &str) -> Result<Self, serde_json::Error> {
-        // With `flatten`, the parts could not refuse what they don't know.
+        // Not a struct with `flatten`, because that would accept unknown fields.
         let mut value: Map<String, Value> = serde_json::from_str(text)?;
         let missing = || serde::de::Error::missing_field("sha256");
         let Some(Value::String(stated)) = value.remove("sha256") else { return Err(missing()) };
         let receipt = serde_json::from_value(Value::Object(value))?;
         let head = text.rfind("  \"sha256\": ").map_or(text, |end| &text[..end]);
         let computed = files::sha256(head.as_bytes());
-        // Nothing may be hidden behind the seal, either.
+        // There must be nothing after the seal.
         let intact = text.strip_prefix(head).is_some_and(|tail| tail == seal(&computed));
         Ok(Self { receipt, stated, computed, intact })
     }
 
-    /// Whether the file is as it was written.
+    /// Checks whether the file is unchanged since it was written.
     pub fn check(&self) -> Check {
         let what = "seal".to_owned();
         match self.intact {
             true => Check { what, outcome: CheckOutcome::Agrees, expected: None, found: None },
             false if self.stated == self.computed => Check::differs(
                 what,
-                "the seal at the end, and nothing behind it",
+                "the seal at the end, and nothing after it",
                 "another layout: the receipt was changed after it was written",
             ),
             false => {
@@ -401,29 +401,29 @@ impl Sealed {
     }
 }
 
-/// What became of one check.
+/// The result of one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CheckOutcome {
-    /// It is as the receipt says.
+    /// The receipt is right.
     Agrees,
-    /// What it takes is not at hand.
+    /// Something that the check needs is missing.
     Unchecked,
-    /// It is not as the receipt says.
+    /// Something differs from the receipt.
     Differs,
 }
 
-/// One thing that a receipt says, compared with what is at hand.
+/// One part of a receipt, compared with the files or results at hand.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
     /// `seal`, `model NAME`, `plugin NAME`, `kernel NAME`, `tokens`.
     pub what: String,
-    /// Whether they agree.
+    /// The result.
     pub outcome: CheckOutcome,
-    /// What the receipt says, where they don't.
+    /// The value in the receipt, if something differs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected: Option<String>,
-    /// What there is, or why that is not known; what goes beyond the receipt, where they agree.
+    /// The value at hand; or why there is none; or, if both agree, a remark.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub found: Option<String>,
 }
@@ -438,14 +438,14 @@ impl Check {
         Self { what: what.into(), outcome: CheckOutcome::Differs, expected, found }
     }
 
-    /// Something that can't be compared here.
+    /// A part that can't be compared.
     pub fn unchecked(what: impl Into<String>, why: impl Into<String>) -> Self {
         Self { what: what.into(), outcome: CheckOutcome::Unchecked, expected: None, found: Some(why.into()) }
     }
 }
 
 impl Receipt {
-    /// Compares the model's files with those of a model at hand. A model in one file may have another name.
+    /// Compares the model's files with those of a model at hand. If the model is a single file, its name may differ.
     pub fn check_model(&self, at_hand: &ModelRecord) -> Vec<Check> {
         let show = |file: &FileRecord| format!("{} bytes, sha256 {}", file.bytes, file.sha256);
         let compare = |expected: &FileRecord, found: Option<&FileRecord>| {
@@ -469,8 +469,8 @@ impl Receipt {
         recorded.chain(new).collect()
     }
 
-    /// Compares the plugins whose kernels computed with files: those at hand, and those that the receipt
-    /// names. Nothing of them is loaded.
+    /// Compares the plugins whose kernels computed with the files at hand and with the files that the receipt
+    /// names. It only hashes the files and does not load them.
     pub fn check_plugins(&self, at_hand: &[PathBuf]) -> Vec<Check> {
         let mut plugins: Vec<(&str, &str, &str)> = Vec::new();
         for kernel in &self.report.kernels {
@@ -485,7 +485,7 @@ impl Receipt {
         let compare = |(name, origin, sha256): (&str, &str, &str)| {
             let what = format!("plugin {name}");
             let mut found = Vec::new();
-            // A receipt is a stranger's: it may have this program read a library, and nothing else.
+            // Receipts come from strangers. A receipt must not make this program read other files than libraries.
             let named = Some(Path::new(origin)).filter(|path| {
                 path.extension().is_some_and(|extension| extension == std::env::consts::DLL_EXTENSION)
             });
@@ -497,7 +497,10 @@ impl Receipt {
                 }
             }
             if found.is_empty() {
-                return Check::unchecked(what, format!("{origin} can't be read, and no other file is named"));
+                return Check::unchecked(
+                    what,
+                    format!("{origin} can't be read, and no other file was given"),
+                );
             }
             found.dedup();
             Check::differs(what, format!("sha256 {sha256}"), found.join("; "))
@@ -505,7 +508,7 @@ impl Receipt {
         plugins.into_iter().map(compare).collect()
     }
 
-    /// Whether the built-in kernels that computed are among those of this build.
+    /// Checks whether this build has the built-in kernels that computed.
     pub fn check_kernels(&self, here: &[KernelReport]) -> Vec<Check> {
         let built_in = self.report.kernels.iter().filter(|kernel| kernel.sha256.is_none());
         let compare = |expected: &KernelRecord| {
@@ -514,11 +517,13 @@ impl Receipt {
                 return Check::agrees(what);
             }
             match here.iter().find(|kernel| kernel.kernel == expected.kernel && kernel.sha256.is_none()) {
-                None => Check::differs(what, format!("version {}", expected.version), "none of this name"),
+                None => {
+                    Check::differs(what, format!("version {}", expected.version), "no kernel of this name")
+                }
                 Some(found) => {
                     let mut notes = Vec::new();
                     if found.version != expected.version {
-                        notes.push(format!("version {}, it was {}", found.version, expected.version));
+                        notes.push(format!("version {}, not {}", found.version, expected.version));
                     }
                     if let Status::Unavailable(reason) | Status::Rejected(reason) = &found.status {
                         notes.push(format!("not usable here: {reason}"));
@@ -532,7 +537,7 @@ impl Receipt {
 }
 
 impl TokensRecord {
-    /// Compares a generation with what it should have been.
+    /// Compares a new generation with this record.
     pub fn check(&self, found: &Self) -> Check {
         let show = |record: &Self| {
             let Self { tokens, ids_sha256, finish } = record;

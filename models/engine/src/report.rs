@@ -1,6 +1,6 @@
-//! What a run did, in figures: one type for people (a table), for machines (JSON) and for embedders.
+//! Reports of runs: one type that prints as a table for people, serialises to JSON, and can be used from Rust.
 //!
-//! Everything here was measured or counted; what was not measured is absent.
+//! Every value was measured or counted. A value that was not measured is absent.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -21,15 +21,15 @@ use crate::text::{count, human_bytes, human_seconds, line};
 pub struct ModelSummary {
     /// The file or directory.
     pub path: PathBuf,
-    /// What the file calls it.
+    /// The architecture that the file names.
     pub architecture: String,
-    /// Its name, where the file has one.
+    /// The model's name, if the file has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
 
 impl ModelSummary {
-    /// Of an open checkpoint.
+    /// The summary of an open checkpoint.
     pub fn of(checkpoint: &Checkpoint) -> Self {
         let config = checkpoint.config();
         Self {
@@ -40,17 +40,17 @@ impl ModelSummary {
     }
 }
 
-/// Seconds that single tokens took.
+/// Seconds per token, as percentiles.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Latency {
-    /// Half of the tokens took no longer.
+    /// The median.
     pub p50: f64,
-    /// 95 % of the tokens took no longer.
+    /// The 95th percentile.
     pub p95: f64,
 }
 
 impl Latency {
-    /// By nearest rank; `None` without a token.
+    /// The percentiles by nearest rank; `None` without steps.
     pub fn of(steps: &[Duration]) -> Option<Self> {
         let mut sorted = steps.to_vec();
         sorted.sort_unstable();
@@ -62,93 +62,93 @@ impl Latency {
     }
 }
 
-/// Measurements of kernels: made now, or remembered.
+/// Where the measurements of kernels come from.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Tuning {
-    /// Signatures (shape, rows, threads) measured in this run.
+    /// Number of signatures (shape, rows, threads) that were measured in this run.
     pub measured: u64,
-    /// Signatures whose measurements came from the cache file.
+    /// Number of signatures whose measurements came from the cache file.
     pub from_cache: u64,
-    /// Seconds that looking them up and measuring took while the model was loaded.
+    /// Seconds that looking up and measuring took while the model was loaded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
-    /// The cache file, if one is kept.
+    /// The cache file, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache_file: Option<PathBuf>,
-    /// What is wrong with the cache file, if something is.
+    /// The problem with the cache file, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache_problem: Option<String>,
 }
 
-/// What a GPU's runtime has of its memory: what no tensor has of what was taken is in the pools' gaps.
+/// Memory that a GPU's runtime took from the device.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct DeviceUsage {
     /// `wgpu:0` ...
     pub device: String,
-    /// Bytes.
+    /// The bytes.
     #[serde(flatten)]
     pub usage: Usage,
-    /// The part of what was taken that no tensor has, 0 to 1.
+    /// Fraction of the taken memory that no tensor uses, 0 to 1.
     pub fragmentation: f64,
 }
 
 impl DeviceUsage {
-    /// Of a device.
+    /// The usage of a device.
     pub fn new(device: &str, usage: Usage) -> Self {
         Self { device: device.to_owned(), usage, fragmentation: usage.fragmentation() }
     }
 }
 
-/// Which kernels computed, and whether any was replaced.
+/// Which devices and kernels computed, and what replaced them if they failed.
 #[derive(Clone, Debug, Serialize)]
 pub struct Execution {
-    /// `flex`, `ndarray`, `wgpu` ...; where there are several, with the layers on each: `wgpu:0=12,flex=18`.
+    /// `flex`, `ndarray`, `wgpu` ...; several devices with their numbers of layers: `wgpu:0=12,flex=18`.
     pub device: String,
-    /// Which layers ran where, if not all on one device.
+    /// Which layers ran on which device, if there were several devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub placement: Option<Placement>,
-    /// Why the devices are not those that were asked for, where they are not.
+    /// Why the devices differ from the requested ones, if they do.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub placement_notes: Vec<String>,
-    /// What memory was for on each device, by the shapes of what was computed with. Weights in host memory are in the
-    /// page cache as far as kernels read them where the file has them.
+    /// Memory of each device by purpose, computed from the shapes. Weights that kernels read directly from the mapped file
+    /// are in the page cache.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub memory: Vec<DeviceMemory>,
-    /// What the runtimes of GPUs had of their memory in the end.
+    /// Memory that the runtimes of GPUs had taken at the end.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub device_usage: Vec<DeviceUsage>,
-    /// Speed, beside what the plan promised, where the machine was measured.
+    /// Measured speed compared with the prediction, if the machine was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prediction: Option<PredictionOutcome>,
-    /// How the output projection was computed, where it was: `file (Q6_K, f32 activations)`.
+    /// How the output projection was computed, if it was: `file (Q6_K, f32 activations)`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lm_head: Option<String>,
-    /// Matrices that were packed before and mapped.
+    /// Number of matrices that were mapped from the file of packed weights.
     pub prepacked: usize,
-    /// Threads of the kernels.
+    /// Number of threads that ran the kernels.
     pub threads: usize,
-    /// Whether each stayed on a core of its own.
+    /// Whether each thread was pinned to a core of its own.
     pub pinned: bool,
-    /// What was an error instead of a fallback or a guess.
+    /// The checks of strict mode that were on.
     pub strict: Strict,
-    /// Kernels that computed, with their calls.
+    /// Kernels that computed, with their numbers of calls.
     pub kernels: Vec<KernelReport>,
-    /// Ternary matmuls that the reference computed.
+    /// Number of ternary matmuls that the reference computed.
     pub reference_calls: u64,
-    /// Kernels that failed, and what took over.
+    /// Kernels that failed, and the kernels that took over.
     pub fallbacks: Vec<Fallback>,
-    /// What else happened to kernels: demotions, races, quarantine, short memory ...
+    /// Other events of kernels: demotions, races, quarantine, short memory ...
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<Event>,
-    /// Where the choice of kernels comes from.
+    /// Where the measurements that chose the kernels come from.
     pub tuning: Tuning,
-    /// Plugins and kernels of plugins that were refused, with the reason.
+    /// Refused plugins and kernels of plugins, with the reasons.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub refused_plugins: Vec<String>,
 }
 
 impl Execution {
-    /// What happened between two reports of a manager.
+    /// Everything that happened between two reports of a manager.
     pub fn between(device: &str, before: &ManagerReport, after: &ManagerReport) -> Self {
         let since = |fallback: &Fallback| {
             let earlier = before.fallbacks.iter().find(|f| {
@@ -186,21 +186,21 @@ impl Execution {
     }
 }
 
-/// What a generation did.
+/// The report of a generation.
 #[derive(Clone, Debug, Serialize)]
 pub struct RunReport {
     /// The model.
     pub model: ModelSummary,
-    /// Tokens of the prompt.
+    /// Number of tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Tokens generated.
+    /// Number of generated tokens.
     pub generated_tokens: usize,
     /// Why it ended.
     pub finish: Finish,
-    /// The seed of the sampler, where one was used.
+    /// The seed of the sampler, if sampling was random.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// Seconds from opening the files to a model that is ready.
+    /// Seconds from opening the files until the model was ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub load_seconds: Option<f64>,
     /// Seconds for the prompt.
@@ -210,25 +210,25 @@ pub struct RunReport {
     /// Seconds from the start of the prompt to the first new token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_token_seconds: Option<f64>,
-    /// Tokens a second behind the first, which is the prompt's.
+    /// Tokens a second after the first one, which belongs to the prompt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_tokens_per_s: Option<f64>,
-    /// Seconds a token behind the first.
+    /// Seconds per token after the first one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_seconds: Option<Latency>,
     /// Bytes of the KV cache.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_cache_bytes: Option<usize>,
-    /// Most memory that the process had resident at once, mapped files included, where the system tells.
+    /// Peak of the process's resident memory, with mapped files; absent if the system does not report it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_rss_bytes: Option<u64>,
-    /// Which kernels computed.
+    /// Devices and kernels.
     #[serde(flatten)]
     pub execution: Execution,
 }
 
 impl RunReport {
-    /// Of a generation that has just ended.
+    /// The report of a generation that has just ended.
     pub fn new(model: ModelSummary, generation: &Generation, execution: Execution) -> Self {
         let decode: Duration = generation.steps.iter().sum();
         let prefill_seconds = generation.prefill.as_secs_f64();
@@ -310,12 +310,12 @@ impl fmt::Display for Execution {
         }
         let mut label = "kernels";
         if self.kernels.is_empty() {
-            line(f, label, "none of the manager's: the device's own operations computed")?;
+            line(f, label, "none: the device's own operations computed")?;
         }
         for kernel in &self.kernels {
             let calls = count(kernel.calls, "call");
             if kernel.kernel == REFERENCE {
-                line(f, label, format_args!("{REFERENCE} (slow: no kernel could compute), {calls}"))?;
+                line(f, label, format_args!("{REFERENCE} (slow, because no kernel could compute), {calls}"))?;
             } else {
                 let KernelReport { kernel: name, version, origin, layout, .. } = kernel;
                 line(f, label, format_args!("{name} {version} ({origin}; layout {layout}), {calls}"))?;
@@ -360,10 +360,10 @@ impl fmt::Display for RunReport {
         let name = self.model.name.as_ref().map(|name| format!(", {name}")).unwrap_or_default();
         line(f, "model", format_args!("{} ({}{name})", file(&self.model.path), self.model.architecture))?;
         let ended = match self.finish {
-            Finish::Length => "as many as asked for",
+            Finish::Length => "reached the requested number",
             Finish::StopToken => "ended by the model",
             Finish::StopString => "ended by a stop string",
-            Finish::Context => "ended by the context, which is full",
+            Finish::Context => "ended because the context is full",
             Finish::Cancelled => "cancelled",
         };
         let (prompt, generated) = (self.prompt_tokens, self.generated_tokens);

@@ -1,4 +1,4 @@
-//! The explanations as a page for a browser: one file, with nothing to fetch and no scripts.
+//! The explanations as an HTML page: one file without scripts, which needs no network.
 
 use std::fmt::Write as _;
 
@@ -17,7 +17,7 @@ pub fn html(output: &Output, roof: &Roof) -> String {
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n\
-         <header>\n<h1>{title}</h1>\n<p>{}, {}. At most: {}.</p>\n<p class=\"muted\">Measured by <code>bitnet kernels \
+         <header>\n<h1>{title}</h1>\n<p>{}, {}. Limits: {}.</p>\n<p class=\"muted\">Measured by <code>bitnet kernels \
          --html</code>, version {}.</p>\n</header>\n",
         escape(output.cpu.model),
         count(output.threads as u64, "thread"),
@@ -37,13 +37,13 @@ pub fn html(output: &Output, roof: &Roof) -> String {
 
 const LEGEND: &str = "\
 <p class=\"legend\"><span><i class=\"key chosen\"></i> chosen</span><span><i class=\"key\"></i> other candidates</span>\
-<span><i class=\"key roof\"></i> the roof: what this machine can do at most</span></p>
-<p class=\"muted\">Longer is faster. For one token, a matmul has to read all of its weights: the roof is how fast \
-memory is read. For many tokens it has to multiply: the roof is multiply-adds on registers alone, without a load. Bytes \
-count at 2 bits a weight.</p>
+<span><i class=\"key roof\"></i> the roof: the limit of this machine</span></p>
+<p class=\"muted\">Longer is faster. For one token, a matmul must read all of its weights, so the roof is the memory's \
+read bandwidth. For many tokens it must multiply, so the roof is multiply-adds on registers alone, without loads. Each \
+weight counts as 2 bits.</p>
 ";
 
-/// Explanations of the same weights, together.
+/// Groups the explanations by shape.
 fn shapes(explanations: &[Explanation]) -> Vec<Vec<&Explanation>> {
     let mut shapes: Vec<Vec<&Explanation>> = Vec::new();
     let shape = |e: &Explanation| (e.weights.n, e.weights.k);
@@ -115,7 +115,7 @@ fn push_chart(page: &mut String, explanation: &Explanation, roof: &Roof) {
     };
     let top = limit.roof(roof);
     let fastest = candidates.iter().filter_map(|c| Some(c.speed?.g_per_s)).fold(0.0, f64::max);
-    // Room behind the longest bar, so that the roof's line is never the frame's.
+    // Some room after the longest bar, so that the roof's line is inside the frame.
     let scale = fastest.max(top.unwrap_or(0.0)).max(f64::MIN_POSITIVE) * 1.04;
     let _ = writeln!(
         page,
@@ -144,8 +144,8 @@ fn push_chart(page: &mut String, explanation: &Explanation, roof: &Roof) {
     }
     if top.is_some_and(|top| fastest > top) {
         page.push_str(
-            "<p class=\"muted\">Beyond the roof: a cache held the weights, they are denser than 2 bits, or the machine \
-             was busier while the roof was measured.</p>\n",
+            "<p class=\"muted\">Faster than the roof: a cache held the weights, the layout uses less than 2 bits per weight, \
+             or the machine was busier while the roof was measured.</p>\n",
         );
     }
     page.push_str("</figure>\n");
@@ -207,7 +207,7 @@ fn push_table(page: &mut String, explanations: &[Explanation]) {
     page.push_str("</tbody>\n</table></div>\n</section>\n");
 }
 
-/// Three digits or so.
+/// A number with about three digits.
 fn number(value: f64) -> String {
     if value >= 99.95 { format!("{value:.0}") } else { format!("{value:.1}") }
 }
@@ -226,7 +226,7 @@ fn capitalised(text: &str) -> String {
     chars.next().map(|first| first.to_uppercase().chain(chars).collect()).unwrap_or_default()
 }
 
-/// Text as HTML: names come from files, plugins and the system.
+/// Escapes text for HTML, because names come from files, plugins and the system.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {

@@ -79,5 +79,5 @@ fn without_a_driver_the_cpu_computes_and_it_is_said() {
         }
     }
     let error = place.error(&["plan", "-m", "model.gguf", "--device", "cuda"]);
-    assert!(error.contains("the device cuda is not there; there are cpu"), "{error}");
+    assert!(error.contains("there is no device cuda; this machine has cpu"), "{error}");
 }

@@ -52,7 +52,7 @@ fn all_shapes_of_a_model_are_explained_against_the_roof() {
     }
     let text = place.ok(&["kernels", "-m", "model.gguf", "--threads", "1", "--explain"]);
     for part in
-        ["q, o: 4 matrices, [1, 256] x [256, 256]", "down: 2 matrices", "GB/s", "at most: memory reads"]
+        ["q, o: 4 matrices, [1, 256] x [256, 256]", "down: 2 matrices", "GB/s", "limits: memory reads"]
     {
         assert!(text.contains(part), "{part}: {text}");
     }

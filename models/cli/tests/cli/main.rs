@@ -2,6 +2,7 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+mod docs;
 #[cfg(feature = "wgpu")]
 mod gpu;
 mod kernels;
@@ -311,7 +312,7 @@ fn inspect_shows_and_checks() {
     assert_eq!(report["tensors"].as_array().unwrap().len(), 24);
     let text = place.ok(&["inspect", "-m", "model.gguf", "--kv-cache", "f16", "--context", "100"]);
     for part in
-        ["synthetic tiny", "blk.*.ffn_down.weight", "I2_S", "at 100 positions", "bitnet-b1.58.block_count"]
+        ["synthetic tiny", "blk.*.ffn_down.weight", "I2_S", "for 100 positions", "bitnet-b1.58.block_count"]
     {
         assert!(text.contains(part), "{part}: {text}");
     }
@@ -715,13 +716,13 @@ fn a_plugin_is_verified_listed_measured_pinned_and_forgotten() {
 
     let output = place.command(&["plugins", "forget", &hash[..8]]).output().unwrap();
     assert!(output.status.success());
-    assert!(String::from_utf8_lossy(&output.stderr).contains("no plugin is pinned"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("has no pins any more"));
     assert!(!place.ok(&["plugins", "list"]).contains(&hash[..16]));
     assert!(!listed(&kernels("good.so")), "the file of pins is there, and empty");
     std::fs::remove_dir_all(place.path("config")).unwrap();
     assert!(listed(&kernels("good.so")));
     place.ok(&["plugins", "forget", "bad.so"]);
-    assert!(place.error(&["plugins", "forget", "bad.so"]).contains("nothing is known"));
+    assert!(place.error(&["plugins", "forget", "bad.so"]).contains("no plugin with SHA-256"));
     assert!(place.error(&["plugins", "forget", "abc"]).contains("cannot read abc"));
     assert!(place.error(&["plugins", "forget", "0123456789"]).contains("see `bitnet plugins list`"));
     assert!(place.error(&["plugins", "verify", "missing.so"]).contains("missing.so"));
@@ -773,7 +774,7 @@ fn generation_goes_on_under_hostile_plugins_and_switches_work() {
     // Off is off.
     assert!(!kernels(&[absolute[0], ("BITNET_PLUGINS", "off")]).contains("example-c"));
     let output = run(&["--plugin", "plugins/good.so"], &[("BITNET_PLUGINS", "off")]);
-    assert!(String::from_utf8_lossy(&output.stderr).contains("plugins are switched off"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("plugins are off"));
     assert!(error(place.command(&["kernels"]).env("BITNET_PLUGINS", "maybe")).contains("off, on or user"));
     // The user's directory, when it is asked for.
     let user = place.path("data").join("bitnet-burn/plugins");

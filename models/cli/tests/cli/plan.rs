@@ -19,7 +19,7 @@ fn a_plan_is_told_in_words_and_in_json() {
     for expected in [
         "plan         the CPU alone (strategy performance)",
         "threads      16",
-        "16 threads on 16 physical cores",
+        "16 threads for 16 physical cores",
     ] {
         assert!(text.contains(expected), "{text}");
     }
@@ -35,7 +35,7 @@ fn a_plan_is_told_in_words_and_in_json() {
     let hybrid =
         place.ok(&["plan", "-m", "model.gguf", "--machine", &gpu, "--gpu-layers", "1", "--threads", "2"]);
     assert!(
-        hybrid.contains("layer 0 on wgpu:0") && hybrid.contains("1 layer on wgpu:0 as asked for"),
+        hybrid.contains("layer 0 on wgpu:0") && hybrid.contains("1 layer on wgpu:0, as requested"),
         "{hybrid}"
     );
 }
@@ -53,13 +53,13 @@ fn what_does_not_fit_has_an_exit_status_and_what_is_wrong_is_named() {
     };
     let (status, text) = with(&["--memory", "10kB"]);
     assert!(
-        status == Some(3) && text.contains("IT DOES NOT FIT") && text.contains("of the 10.0 kB"),
+        status == Some(3) && text.contains("IT DOES NOT FIT") && text.contains("the limit is 10.0 kB"),
         "{text}"
     );
     for (more, status, expected) in [
-        (&["--device", "cuda"][..], 1, "the device cuda is not there; there are cpu"),
-        (&["--gpu-layers", "1"], 1, "there is no GPU here"),
-        (&["--memory", "3 apples"], 2, "apples is no unit of size"),
+        (&["--device", "cuda"][..], 1, "there is no device cuda; this machine has cpu"),
+        (&["--gpu-layers", "1"], 1, "this build finds no usable GPU"),
+        (&["--memory", "3 apples"], 2, "apples is not a unit of size"),
         (&["--context", "100000"], 1, "the context is 100000"),
     ] {
         let (code, text) = with(more);
@@ -69,7 +69,7 @@ fn what_does_not_fit_has_an_exit_status_and_what_is_wrong_is_named() {
     let output = place.command(&["plan", "-m", "model.gguf", "--machine", "machine.json"]).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(
-        output.status.code() == Some(1) && text.contains("machine.json: not a machine's profile"),
+        output.status.code() == Some(1) && text.contains("machine.json: not a machine profile"),
         "{text}"
     );
 }

@@ -246,14 +246,17 @@ fn whatever_measures_writes_receipts() {
     }
     let (status, _, stderr) = place.check(&["r.json", "--rerun"]);
     assert_eq!(status, 1);
-    assert!(stderr.contains("a receipt of `logits`, which generated nothing"), "{stderr}");
+    assert!(stderr.contains("a receipt of `logits`, which generated no tokens"), "{stderr}");
     // A kernel that this build lacks.
     let mut receipt: Value = serde_json::from_str(&place.read("r.json")).unwrap();
     receipt["report"]["kernels"][0]["kernel"] = "cpu/of-tomorrow".into();
     place.write_sealed("tomorrow.json", receipt);
     let (status, stdout, _) = place.check(&["tomorrow.json"]);
     assert_eq!(status, 3);
-    assert!(stdout.contains("kernel cpu/of-tomorrow") && stdout.contains("none of this name"), "{stdout}");
+    assert!(
+        stdout.contains("kernel cpu/of-tomorrow") && stdout.contains("no kernel of this name"),
+        "{stdout}"
+    );
 }
 
 #[test]
@@ -280,7 +283,7 @@ fn hostile_receipts_are_errors() {
             "recursion limit",
         ),
         ("{}".into(), "missing field `bitnet_receipt`"),
-        (set("/bitnet_receipt", 2.into()), "version 2; this program reads version 1"),
+        (set("/bitnet_receipt", 2.into()), "version 2, and this program reads version 1"),
         (set("/bitnet_receipt", json!("1")), "invalid type: string"),
         (set("/unix_time", json!(-1)), "-1"),
         (set("/model", json!(7)), "invalid type"),

@@ -10,20 +10,20 @@ use super::{
 use crate::load::DEFAULT_CHUNK;
 use bitnet_burn::CacheType;
 
-/// Context that is worth more than speed.
+/// A context up to this length is more important than speed.
 pub const COMMON_CONTEXT: usize = 4096;
-/// Shorter ones are not planned unless asked for.
+/// The shortest context that a plan chooses.
 const LEAST_CONTEXT: usize = 256;
-/// Context where nobody knows how much memory there is.
+/// Context if the memory is unknown.
 const CAREFUL_CONTEXT: usize = 2048;
-/// Rows at once, where memory is short or unknown.
+/// Rows at once if memory is short or unknown.
 const FEW_ROWS: usize = 64;
-/// Where nothing else fits, or nothing but memory counts.
+/// Rows at once if nothing else fits, or for the strategy `memory`.
 const LEAST_ROWS: usize = 16;
-/// What drivers, displays and fragmentation leave of a GPU's memory.
+/// Fraction of a GPU's memory that drivers, displays and fragmentation leave.
 const GPU_FRACTION: f64 = 0.9;
 
-/// A combination, and what it comes to.
+/// A combination of placement and settings, with its memory and its speed.
 #[derive(Clone, Debug)]
 struct Candidate {
     placement: Placement,
@@ -50,7 +50,7 @@ impl Candidate {
     }
 }
 
-/// What candidates are made from.
+/// The inputs from which candidates are made.
 struct Room<'a> {
     model: &'a Requirements,
     machine: &'a MachineProfile,
@@ -59,7 +59,7 @@ struct Room<'a> {
 }
 
 impl Room<'_> {
-    /// What may be used of a device's memory.
+    /// Bytes of a device's memory that the model may use.
     fn budget(&self, device: &str) -> Option<u64> {
         if device != CPU {
             let gpu = self.machine.gpus.iter().find(|gpu| gpu.device == device)?;
@@ -83,7 +83,7 @@ impl Room<'_> {
         memory
     }
 
-    /// Whether a GPU has room for so many layers, and for embedding and output or not.
+    /// Whether `layers` layers fit on a GPU, with embedding and output projection if `dense`.
     fn holds(&self, gpu: &GpuProfile, layers: usize, dense: bool, settings: &RunSettings) -> bool {
         let largest = if dense { self.model.embedding.max(self.model.output) } else { 0 };
         let budget = self.budget(&gpu.device);
@@ -91,7 +91,7 @@ impl Room<'_> {
         memory.fits() && gpu.max_allocation_bytes.is_none_or(|limit| largest <= limit)
     }
 
-    /// As much as there is room for on GPUs, in their order; the rest on the CPU.
+    /// Fills the GPUs in their order with as many layers as fit; the rest goes to the CPU.
     fn filled(&self, gpus: &[&GpuProfile], settings: &RunSettings) -> Placement {
         let layers = self.model.layers;
         let mut parts: Vec<(String, usize)> = Vec::new();
@@ -116,7 +116,7 @@ impl Room<'_> {
     }
 }
 
-/// The largest count up to `limit` that holds, where fewer always do.
+/// The largest count up to `limit` for which `holds` is true. If it is true for a count, it is true for all smaller ones.
 fn most(limit: usize, holds: impl Fn(usize) -> bool) -> usize {
     let (mut low, mut high) = (0, limit);
     while low < high {
@@ -147,7 +147,7 @@ pub(super) fn choose(
         None if blind => vec![CacheType::F32],
         None => CACHE_TYPES.to_vec(),
     };
-    // Sets of GPUs, each filled before the CPU gets anything; the empty one is the CPU alone.
+    // Each set of GPUs is filled before the CPU gets anything. The empty set is the CPU alone.
     let mut sets: Vec<Vec<&GpuProfile>> = Vec::new();
     match chosen_gpu {
         Some(gpu) => sets.push(vec![gpu]),
@@ -178,7 +178,7 @@ pub(super) fn choose(
                 }
             }
         }
-        // The CPU alone is always one of them.
+        // This keeps at least one candidate: the CPU alone.
         if request.strategy == Strategy::PowerEfficiency && chosen_gpu.is_none() {
             candidates.retain(|candidate| candidate.devices() == 1);
         }
@@ -198,7 +198,7 @@ pub(super) fn choose(
         return Err(PlanError::Range {
             what: "the KV cache",
             found: request.kv_cache.unwrap_or_default().name().into(),
-            expected: format!("of a type that {gpu} computes with; f32 always is"),
+            expected: format!("a type that {gpu} supports, such as f32"),
         });
     };
     let best = best.clone();
@@ -274,8 +274,9 @@ fn check(model: &Requirements, machine: &MachineProfile, request: &PlanRequest) 
 }
 
 impl MachineProfile {
-    /// The GPU that a name means: `wgpu:1`, the best of `wgpu`, or without a name the best of all. Cards come before
-    /// what stands in for them, those that tell their memory before others, and then the fastest, as far as measured.
+    /// The GPU that a name means: `wgpu:1`, the best GPU of `wgpu`, or without a name the best of all. Real cards are
+    /// better than software GPUs, cards with known memory are better than others, and then the fastest measured one is
+    /// best.
     pub fn gpu(&self, device: Option<&str>) -> Option<&GpuProfile> {
         let meant = |gpu: &&GpuProfile| match device {
             Some(name) => gpu.device == name || gpu.device.split(':').next() == Some(name),
@@ -289,7 +290,7 @@ impl MachineProfile {
     }
 }
 
-/// The GPU that a request asks for.
+/// The GPU that a request names.
 fn asked_gpu<'a>(
     machine: &'a MachineProfile,
     request: &PlanRequest,
@@ -297,16 +298,16 @@ fn asked_gpu<'a>(
     let fail = |layers, problem: &str| Err(PlanError::GpuLayers { layers, problem: problem.into() });
     match (request.device.as_deref(), request.gpu_layers) {
         (None | Some(CPU), None | Some(0)) => Ok(None),
-        (Some(CPU), Some(layers)) => fail(layers, "the CPU was asked for, too"),
+        (Some(CPU), Some(layers)) => fail(layers, "the requested device is the CPU"),
         (Some(device), _) => Ok(machine.gpu(Some(device))),
         (None, Some(layers)) => match machine.gpu(None) {
             Some(gpu) => Ok(Some(gpu)),
-            None => fail(layers, "there is no GPU here that this build computes on"),
+            None => fail(layers, "this build finds no usable GPU on this machine"),
         },
     }
 }
 
-/// GPUs that are cards and whose memory is known, the fastest first, each card once.
+/// Real GPUs with known memory, the fastest first.
 fn cards(machine: &MachineProfile) -> Vec<&GpuProfile> {
     let mut cards: Vec<&GpuProfile> =
         machine.gpus.iter().filter(|gpu| !gpu.software && gpu.memory_bytes.is_some()).collect();
@@ -314,7 +315,7 @@ fn cards(machine: &MachineProfile) -> Vec<&GpuProfile> {
     cards
 }
 
-/// How many threads, and why.
+/// The number of threads, and the reason.
 fn threads(room: &Room<'_>) -> (usize, String) {
     if let Some(threads) = room.request.threads {
         return (threads, format!("{} as asked for", explain::threads(threads)));
@@ -322,23 +323,23 @@ fn threads(room: &Room<'_>) -> (usize, String) {
     let Some(cores) = room.machine.cpu.physical_cores else {
         return (
             1,
-            "the number of cores could not be found out: 1 thread, which is always right (--threads)".into(),
+            "the system does not report the number of cores: 1 thread (--threads sets another number)".into(),
         );
     };
     let all = || {
-        let (words, cores_words) =
+        let (threads, physical) =
             (explain::threads(cores), crate::text::count(cores as u64, "physical core"));
         (
             cores,
             format!(
-                "{words} on {cores_words}: a second hardware thread of a core shares its units and gains nothing"
+                "{threads} for {physical}: a second hardware thread per core would share its units and gain nothing"
             ),
         )
     };
     match room.request.strategy {
         Strategy::Balanced if cores > 2 => {
-            let (fewer, words) = (cores - 1, explain::threads(cores - 1));
-            (fewer, format!("{words}: one of {cores} physical cores is left to other programs"))
+            let (fewer, threads) = (cores - 1, explain::threads(cores - 1));
+            (fewer, format!("{threads}: one of {cores} physical cores stays free for other programs"))
         }
         Strategy::PowerEfficiency => {
             let speed = |threads: usize| {
@@ -355,10 +356,7 @@ fn threads(room: &Room<'_>) -> (usize, String) {
             match measured.filter(enough).min() {
                 Some(fewer) if fewer < cores => (
                     fewer,
-                    format!(
-                        "{}: no more are needed for 90 % of what {cores} decode",
-                        explain::threads(fewer)
-                    ),
+                    format!("{}: enough for 90 % of the decode speed of {cores}", explain::threads(fewer)),
                 ),
                 _ => all(),
             }
@@ -367,7 +365,7 @@ fn threads(room: &Room<'_>) -> (usize, String) {
     }
 }
 
-/// Contexts to try: what was asked for, or all that the model knows, its sixteenths and its halves.
+/// Contexts to try: the requested one, or the model's, with its sixteenths and its halves.
 fn contexts(trained: usize, asked: Option<usize>, blind: bool) -> Vec<usize> {
     match asked {
         Some(context) => vec![context],
@@ -385,7 +383,7 @@ fn contexts(trained: usize, asked: Option<usize>, blind: bool) -> Vec<usize> {
     }
 }
 
-/// The best that fits; else the smallest.
+/// The best candidate that fits; if none fits, the smallest.
 fn best(candidates: &[Candidate], strategy: Strategy) -> Option<&Candidate> {
     let mut fit: Vec<&Candidate> = candidates.iter().filter(|c| c.fits()).collect();
     if fit.is_empty() {
@@ -398,7 +396,7 @@ fn best(candidates: &[Candidate], strategy: Strategy) -> Option<&Candidate> {
         fit.retain(|c| c.settings.context == longest);
         return fit.into_iter().min_by_key(|c| c.total());
     }
-    // Where not all were measured, a card is taken to be faster than the CPU.
+    // If not all devices were measured, assume that a GPU is faster than the CPU.
     let measured = fit.iter().all(|c| c.prediction.is_some());
     let speed = |c: &Candidate| match &c.prediction {
         Some(prediction) if measured => prediction.decode_tokens_per_s,
@@ -417,39 +415,42 @@ fn best(candidates: &[Candidate], strategy: Strategy) -> Option<&Candidate> {
     })
 }
 
-/// Why this context, KV cache and these rows.
+/// The reasons for the KV cache, the context and the rows.
 fn why_settings(room: &Room<'_>, best: &Candidate, blind: bool) -> Vec<String> {
     let mut reasons = Vec::new();
     let RunSettings { context, kv_cache, rows, .. } = best.settings;
-    // What the next better one would take in the same place.
+    // Memory of the next better setting with the same placement.
     let instead = |settings: RunSettings| explain::over_budget(&room.memory(&best.placement, &settings));
-    let asked = |what: &str| format!("{what} as asked for");
+    let asked = |what: &str| format!("{what}, as requested");
     reasons.push(match (room.request.kv_cache, kv_cache) {
         (Some(kind), _) => asked(&format!("a KV cache of {}", kind.name())),
-        (None, CacheType::F32) => "a KV cache of f32, exactly as computed".into(),
+        (None, CacheType::F32) => "a KV cache of f32: keys and values exactly as computed".into(),
         (None, kind) if room.request.strategy == Strategy::Memory => {
-            format!("a KV cache of {}: the smallest that the device computes with", kind.name())
+            format!("a KV cache of {}: the smallest type that the device supports", kind.name())
         }
         (None, kind) => {
             let wider = if kind == CacheType::Int8 { CacheType::F16 } else { CacheType::F32 };
             let why = instead(RunSettings { kv_cache: wider, ..best.settings })
-                .unwrap_or_else(|| "fewer layers or positions would fit".into());
+                .unwrap_or_else(|| "fewer layers or positions fit".into());
             format!("a KV cache of {}: with {}, {why}", kind.name(), wider.name())
         }
     });
     reasons.push(match room.request.context {
         Some(context) => asked(&format!("a context of {context} positions")),
         None if context == room.model.context => {
-            format!("a context of {context} positions, all that the model was trained for")
+            format!("a context of {context} positions: the length that the model was trained for")
         }
         None if blind => {
-            format!("a context of {context} positions of {}, since memory is not known", room.model.context)
+            format!(
+                "a context of {context} positions of {}, because the memory is unknown",
+                room.model.context
+            )
         }
         None => {
             let why = instead(RunSettings { context: room.model.context, ..best.settings })
-                .unwrap_or_else(|| "more would push layers off the GPU".into());
+                .unwrap_or_else(|| "fewer layers fit on the GPU".into());
             format!(
-                "a context of {context} positions: with the {} that the model was trained for, {why}",
+                "a context of {context} positions: with {}, the length that the model was trained for, {why}",
                 room.model.context
             )
         }
@@ -457,16 +458,16 @@ fn why_settings(room: &Room<'_>, best: &Candidate, blind: bool) -> Vec<String> {
     if let Some(rows) = room.request.rows {
         reasons.push(asked(&format!("{rows} rows of a prompt at once")));
     } else if room.request.strategy == Strategy::Memory {
-        reasons.push(format!("{rows} rows of a prompt at once, for few activations"));
+        reasons.push(format!("{rows} rows of a prompt at once, to keep activations small"));
     } else if rows < DEFAULT_CHUNK && !blind {
         let why = instead(RunSettings { rows: DEFAULT_CHUNK, ..best.settings })
-            .unwrap_or_else(|| "fewer activations leave room for other things".into());
+            .unwrap_or_else(|| "activations would need more memory".into());
         reasons.push(format!("{rows} rows of a prompt at once: with {DEFAULT_CHUNK}, {why}"));
     }
     reasons
 }
 
-/// Sequences that fit beside each other; `None` where a budget is not known.
+/// Number of sequences that fit at the same time; `None` if a budget is unknown.
 fn room_for(memory: &[DeviceMemory]) -> Option<u64> {
     let of = |memory: &DeviceMemory| {
         let Some(left) = memory.budget?.checked_sub(memory.total()) else { return Some(0) };
@@ -475,7 +476,7 @@ fn room_for(memory: &[DeviceMemory]) -> Option<u64> {
     memory.iter().map(of).collect::<Option<Vec<_>>>()?.into_iter().min()
 }
 
-/// Sequences of the settings' context for which a placement has room; `None` where memory is not known.
+/// Number of sequences of the settings' context that fit at the same time; `None` if the memory is unknown.
 pub(super) fn sequences(
     model: &Requirements,
     machine: &MachineProfile,
@@ -486,7 +487,7 @@ pub(super) fn sequences(
     room_for(&room.memory(placement, settings))
 }
 
-/// The best of each other kind, and why it was not taken.
+/// The best candidate of every other combination of devices, and why it was not chosen.
 fn alternatives(candidates: &[Candidate], best: &Candidate) -> Vec<Alternative> {
     let name = |kind: PlacementKind| std::mem::discriminant(&kind);
     let key = |c: &Candidate| {
@@ -506,11 +507,11 @@ fn alternatives(candidates: &[Candidate], best: &Candidate) -> Vec<Alternative> 
         let why_not = match (other.fits(), decode, chosen) {
             (false, ..) => explain::too_much(&other.memory),
             (true, Some(other), Some(best)) if other < best => {
-                format!("{:.1} times slower in decode", best / other)
+                format!("decode is {:.1} times slower", best / other)
             }
             _ if other.settings.context < best.settings.context => "its context is shorter".into(),
             _ if other.precision() < best.precision() => "its KV cache is less exact".into(),
-            _ => "it is no better by the strategy".into(),
+            _ => "the strategy does not rank it higher".into(),
         };
         others.push(Alternative {
             placement: other.placement.clone(),

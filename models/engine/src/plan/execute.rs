@@ -1,4 +1,4 @@
-//! A plan carried out: layers on the devices of a placement, and fewer of them on a GPU that has no room.
+//! Carries out a plan: loads a model on the devices of a placement, with fewer layers on a GPU that fails.
 
 use bitnet_burn_backends::devices;
 use bitnet_burn_backends::manager::manager;
@@ -11,22 +11,22 @@ use crate::load::{LoadOptions, LoadProgress, Loaded, ModelDevices, ModelError, l
 use crate::text::count;
 use bitnet_burn::BitNet;
 
-/// A model that is where it fits.
+/// A model that is loaded on the devices where it fits.
 #[derive(Debug)]
 pub struct PlacedModel {
     /// The model.
     pub model: BitNet,
-    /// Matrices that were mapped from the file of packed weights beside the checkpoint.
+    /// Number of matrices that were mapped from the file of packed weights next to the checkpoint.
     pub prepacked: usize,
-    /// Where it is.
+    /// The placement that was used in the end.
     pub placement: Placement,
-    /// Why that is not what was asked for, in sentences, where it is not.
+    /// If this is not the requested placement: the reasons, as sentences.
     pub notes: Vec<String>,
 }
 
 impl Placement {
-    /// With half of the layers on each GPU, and those of workers, in the same order; the others, embedding and output on
-    /// the CPU.
+    /// The placement with half of the layers on each GPU, in the same order. Workers keep their layers. The rest, embedding
+    /// and output projection go to the CPU.
     pub fn with_fewer_on_gpus(&self) -> Self {
         let layers = |device: &str| match is_gpu(device) {
             true => self.layers_on(device) / 2,
@@ -40,10 +40,10 @@ impl Placement {
         Self::over(parts, CPU)
     }
 
-    /// The devices of a model's parts, each opened by its name.
+    /// The device of each part of a model, opened by its name.
     ///
     /// # Errors
-    /// Those of `open`.
+    /// The errors of `open`.
     pub fn devices_of<E>(&self, open: &mut dyn FnMut(&str) -> Result<Device, E>) -> Result<ModelDevices, E> {
         let dense = open(&self.dense)?;
         let mut layers = Vec::with_capacity(self.layers());
@@ -56,13 +56,13 @@ impl Placement {
 }
 
 impl PlacedModel {
-    /// Loads a model as a placement says. Where a GPU takes part, the largest forward pass of `settings` is tried out, as
-    /// GPUs say only then that they have no memory for it; one that fails gets half of its layers, and so on, down to
-    /// none.
+    /// Loads a model as the placement says. If a GPU takes part, this also tries the largest forward pass of `settings`,
+    /// because a GPU reports full memory only when the memory is used. A GPU that fails gets half of its layers, again
+    /// and again, down to none.
     ///
     /// # Errors
-    /// If a file or a kernel is wrong; `open`'s, for what it can't open; what a worker says against its layers; where strict
-    /// mode has `no-fallback`, what a GPU says against its layers.
+    /// If a file or a kernel is wrong, if `open` fails, if a worker fails, or, in strict mode `no-fallback`, if a GPU
+    /// fails.
     pub fn load<E: From<ModelError>>(
         checkpoint: &Checkpoint,
         placement: &Placement,
@@ -83,7 +83,8 @@ impl PlacedModel {
                 Err(problem) => return failed(placement, problem),
             };
             let RunSettings { rows, context, kv_cache, .. } = *settings;
-            // A type that the device lacks is no matter of memory: whoever makes the cache is told.
+            // The device lacks this cache type, which fewer layers can't change. The caller gets the error when it makes
+            // the cache.
             if loaded.model.cache(context, kv_cache).is_err() {
                 return Ok(Ok(loaded));
             }
@@ -101,13 +102,13 @@ impl PlacedModel {
     }
 }
 
-/// A device of this machine other than the CPU.
+/// Whether a device is a GPU of this machine.
 fn is_gpu(device: &str) -> bool {
     device != CPU && !device.starts_with(devices::REMOTE)
 }
 
-/// What a worker said, who is named in it, is told: who named one, wants to know. On GPUs there are fewer layers to be
-/// tried, as long as there are any.
+/// An error if a worker failed: if the message names one, or if no GPU takes part. Otherwise the message, so that fewer
+/// layers are tried on the GPUs.
 fn failed<T, E: From<ModelError>>(placement: &Placement, problem: String) -> Result<Result<T, String>, E> {
     let mut workers = placement.devices().filter(|device| device.starts_with(devices::REMOTE));
     let on_gpus = placement.devices().any(is_gpu);
@@ -117,7 +118,7 @@ fn failed<T, E: From<ModelError>>(placement: &Placement, problem: String) -> Res
     }
 }
 
-/// Attempts a placement, and with fewer layers on GPUs what fails there, unless that is `strict`ly an error.
+/// Attempts a placement, and after a failure the same with fewer layers on GPUs. If `strict`, a failure is an error.
 fn fall_back<T, E: From<ModelError>>(
     placement: &Placement,
     strict: bool,
@@ -133,7 +134,7 @@ fn fall_back<T, E: From<ModelError>>(
                     let gpus = placement.devices().filter(|device| is_gpu(device));
                     gpus.map(|gpu| placement.layers_on(gpu)).sum::<usize>()
                 };
-                // GPUs tell at length what they skipped afterwards.
+                // Drivers append long lists of operations that they skipped afterwards.
                 let words = problem.split_whitespace().collect::<Vec<_>>().join(" ");
                 let problem: String = words.chars().take(200).collect();
                 let layers = count(on_gpus(&placement) as u64, "layer");
@@ -141,7 +142,7 @@ fn fall_back<T, E: From<ModelError>>(
                     return Err(ModelError::Placement { layers, problem }.into());
                 }
                 notes.push(format!(
-                    "{layers} on GPUs failed ({problem}); now {} there, and the others on the CPU",
+                    "{layers} on GPUs failed ({problem}); now {} on GPUs, and the others on the CPU",
                     on_gpus(&fewer)
                 ));
                 placement = fewer;
@@ -171,9 +172,9 @@ mod tests {
         assert_eq!(placement, Placement::hybrid("wgpu:0", 3, 27));
         assert_eq!(
             notes[0],
-            "30 layers on GPUs failed (out of memory at ...); now 15 there, and the others on the CPU"
+            "30 layers on GPUs failed (out of memory at ...); now 15 on GPUs, and the others on the CPU"
         );
-        // A device that computes nothing at all leaves the CPU.
+        // If a device always fails, everything ends up on the CPU.
         let attempt = |placement: &Placement| {
             Ok::<_, ModelError>(if placement.kind() == PlacementKind::CpuOnly {
                 Ok(())
@@ -184,10 +185,10 @@ mod tests {
         let two = Placement::over([("wgpu:0".into(), 10), ("wgpu:1".into(), 20)], "wgpu:1");
         let (_, placement, notes) = fall_back(&two, false, attempt).unwrap();
         assert_eq!((placement, notes.len()), (Placement::cpu_only(30), 5));
-        // What is wrong with the files is wrong on every device.
+        // An error in the files is not retried.
         let wrong = || ModelError::Devices { found: 1, expected: 2 };
         assert!(fall_back::<(), _>(&start, false, |_| Err(wrong())).is_err());
-        // Strictly, the first problem is one.
+        // In strict mode, the first failure is an error.
         let error =
             fall_back::<(), ModelError>(&start, true, |_| Ok(Err("out of memory".into()))).unwrap_err();
         let text = error.to_string();
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_s_words_are_told_and_gpus_beside_it_get_fewer_layers() {
+    fn a_workers_failure_is_an_error_and_gpus_next_to_it_get_fewer_layers() {
         let over = |gpu| Placement::over([("remote:a:1".into(), 10), ("wgpu:0".into(), gpu)], CPU);
         let whose = |placement: &Placement, problem: &str| {
             failed::<(), ModelError>(placement, problem.into()).map_err(|error| error.to_string())

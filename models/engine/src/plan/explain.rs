@@ -1,4 +1,4 @@
-//! A plan in words.
+//! Plans as text: the reasons, and the table that `bitnet plan` prints.
 
 use std::fmt;
 
@@ -12,19 +12,20 @@ pub(super) fn threads(count: usize) -> String {
     crate::text::count(count as u64, "thread")
 }
 
-/// What is over its budget.
+/// The first device that needs more than its budget, as text.
 pub(super) fn over_budget(memory: &[DeviceMemory]) -> Option<String> {
     let over = memory.iter().find(|memory| !memory.fits())?;
     let budget = human_bytes(over.budget.unwrap_or(0));
-    Some(format!("{} would need {} of the {budget} that may be used", over.device, human_bytes(over.total())))
+    Some(format!("{} would need {}, and the limit is {budget}", over.device, human_bytes(over.total())))
 }
 
-/// That a plan does not fit, and what would help.
+/// States that a plan does not fit, and what would help.
 pub(super) fn too_much(memory: &[DeviceMemory]) -> String {
-    let what = over_budget(memory).unwrap_or_else(|| "it needs a larger buffer than the GPU gives".into());
+    let what = over_budget(memory).unwrap_or_else(|| "it needs a larger buffer than the GPU allows".into());
     let kv = memory.iter().filter(|memory| !memory.fits()).any(|memory| memory.kv_cache > memory.total() / 4);
-    let help = if kv { "a shorter --context, or more memory" } else { "more memory, or a smaller model" };
-    format!("it does not fit: {what}; what helps is {help}")
+    let help =
+        if kv { "use a shorter --context, or more memory" } else { "use more memory, or a smaller model" };
+    format!("it does not fit: {what}; {help}")
 }
 
 pub(super) fn not_measured(placement: &Placement, machine: &MachineProfile, threads: usize) -> String {
@@ -32,10 +33,10 @@ pub(super) fn not_measured(placement: &Placement, machine: &MachineProfile, thre
         CPU => machine.cpu_rate(threads).is_none(),
         gpu => machine.gpus.iter().any(|g| g.device == gpu && g.read_gb_per_s.is_none()),
     });
-    format!("no speed is predicted: how fast {} reads its memory was not measured", unknown.unwrap_or(CPU))
+    format!("no speed is predicted: the memory bandwidth of {} was not measured", unknown.unwrap_or(CPU))
 }
 
-/// That memory is not known, and what was chosen for it.
+/// States that the memory is unknown, and what the plan chose because of that.
 pub(super) fn careful(request: &PlanRequest, placement: &Placement) -> String {
     let on_cpu = request.device.is_none() && placement.kind() == PlacementKind::CpuOnly;
     let choices = [
@@ -45,23 +46,23 @@ pub(super) fn careful(request: &PlanRequest, placement: &Placement) -> String {
     ];
     let chosen: Vec<&str> = choices.into_iter().filter_map(|(chosen, what)| chosen.then_some(what)).collect();
     let what = match &chosen[..] {
-        [] => "whether what was asked for fits, will show".to_owned(),
-        chosen => format!("carefully, {}", chosen.join(", ")),
+        [] => "the requested settings may not fit".to_owned(),
+        chosen => format!("to be safe, {}", chosen.join(", ")),
     };
-    format!("how much memory there is could not be found out: {what} (--memory says how much may be used)")
+    format!("the system does not report its memory: {what} (--memory sets the limit)")
 }
 
-/// What a placement was chosen from.
+/// The GPUs among which the placement was chosen.
 pub(super) struct Decided<'a> {
-    /// Whether a GPU was asked for.
+    /// Whether the request names a GPU.
     pub gpu_asked: bool,
     /// GPUs that could have been chosen.
     pub considered: Vec<&'a str>,
-    /// Those of them that something was placed on.
+    /// GPUs that at least one candidate uses.
     pub compared: Vec<&'a str>,
 }
 
-/// Why these devices.
+/// The reasons for the devices.
 pub(super) fn placement(
     placement: &Placement,
     memory: &[DeviceMemory],
@@ -74,39 +75,39 @@ pub(super) fn placement(
     let of = |device: &str| memory.iter().find(|memory| memory.device == device);
     let fraction = |device: &str| match of(device) {
         Some(memory) => {
-            let budget = memory.budget.map_or("memory that is not known".into(), human_bytes);
-            format!("{} of the {budget} that may be used of {device}", human_bytes(memory.total()))
+            let budget = memory.budget.map_or("unknown".into(), human_bytes);
+            format!("{} on {device}, limit {budget}", human_bytes(memory.total()))
         }
         None => String::new(),
     };
     let first = placement.devices().next().unwrap_or(CPU);
-    let asked = if gpu_asked { ", as asked for" } else { "" };
+    let asked = if gpu_asked { ", as requested" } else { "" };
     match placement.kind() {
         PlacementKind::CpuOnly if request.device.as_deref() == Some(CPU) => {
-            reasons.push("the CPU, as asked for".into())
+            reasons.push("the CPU, as requested".into())
         }
         PlacementKind::CpuOnly if request.gpu_layers == Some(0) => {
-            reasons.push("the CPU: no layers on a GPU, as asked for".into());
+            reasons.push("the CPU: no layers on a GPU, as requested".into());
         }
         PlacementKind::CpuOnly if machine.gpus.is_empty() => {
-            reasons.push("the CPU: no GPU was found that this build computes on".into());
+            reasons.push("the CPU: this build finds no usable GPU on this machine".into());
         }
         PlacementKind::CpuOnly if decided.compared.is_empty() => {
-            reasons.push("the CPU: there was no GPU to compare it with".into());
+            reasons.push("the CPU: no GPU was a candidate".into());
         }
         PlacementKind::CpuOnly => {
-            reasons.push(format!("the CPU is better by the strategy than {}", decided.compared.join(", ")));
+            reasons.push(format!("the CPU: the strategy ranks it above {}", decided.compared.join(", ")));
         }
         PlacementKind::GpuOnly => {
             let what = placement.devices().map(fraction).collect::<Vec<_>>().join(", ");
-            reasons.push(format!("everything on GPU{asked}: it takes {what}"));
+            reasons.push(format!("everything on the GPU{asked}: {what}"));
         }
         PlacementKind::Hybrid { cpu_layers, gpu_layers } if request.gpu_layers.is_some() => {
             let layers = count(gpu_layers as u64, "layer");
-            reasons.push(format!("{layers} on {first} as asked for, {cpu_layers} on the CPU"));
+            reasons.push(format!("{layers} on {first}, as requested; {cpu_layers} on the CPU"));
         }
         PlacementKind::Hybrid { cpu_layers: 0, .. } => reasons.push(format!(
-            "all layers on {first}{asked} ({}); embedding and output, for which it has no room, on the CPU",
+            "all layers on {first}{asked} ({}); embedding and output do not fit there and are on the CPU",
             fraction(first)
         )),
         PlacementKind::Hybrid { cpu_layers, gpu_layers } => {
@@ -114,8 +115,8 @@ pub(super) fn placement(
             let gpus: Vec<String> =
                 placement.devices().filter(|&device| device != CPU).map(fraction).collect();
             reasons.push(format!(
-                "the model does not fit on GPU as a whole{asked}: the first {layers} do ({}), the other {cpu_layers}, \
-                 embedding and output are on the CPU",
+                "the whole model does not fit on the GPU{asked}: the first {layers} do ({}); the other {cpu_layers}, embedding \
+                 and output are on the CPU",
                 gpus.join(", ")
             ));
         }
@@ -125,32 +126,27 @@ pub(super) fn placement(
             if gpu.name.is_empty() { gpu.device.clone() } else { format!("{} ({})", gpu.device, gpu.name) };
         if placement.layers_on(&gpu.device) > 0 {
             if gpu.memory_bytes.is_none() {
-                reasons.push(format!(
-                    "{name} does not tell how much memory it has: whether that is enough, will show"
-                ));
+                reasons.push(format!("{name} does not report its memory, which may be too small"));
             }
             if gpu.software {
-                reasons.push(format!(
-                    "{name} is a program on the CPU, not a card: for tests, and slower than the CPU"
-                ));
+                reasons
+                    .push(format!("{name} is a software GPU, which is slower than the CPU: for tests only"));
             }
         } else if gpu.software {
-            reasons.push(format!(
-                "{name} is not used: it is a program on the CPU, not a card, and slower than the CPU"
-            ));
+            reasons.push(format!("{name} is not used: it is a software GPU, which is slower than the CPU"));
         } else if gpu.memory_bytes.is_none() && request.device.is_none() {
             reasons.push(format!(
-                "{name} is not used: its driver does not tell how much memory it has (--device {} uses it, or a --machine \
-                 file that says it)",
+                "{name} is not used: its driver does not report its memory (use --device {}, or a --machine file with \
+                 memory_bytes)",
                 gpu.device
             ));
         } else if decided.considered.contains(&&*gpu.device) && !decided.compared.contains(&&*gpu.device) {
             let why = match request.kv_cache.filter(|&kind| !gpu.holds(kind)) {
-                Some(kind) => format!("it does not compute with a KV cache of {}", kind.name()),
+                Some(kind) => format!("it does not support a KV cache of {}", kind.name()),
                 None if request.strategy == Strategy::PowerEfficiency => {
-                    "it has no room for the whole model".into()
+                    "the whole model does not fit".into()
                 }
-                None => "it has no room for a layer".into(),
+                None => "not even one layer fits".into(),
             };
             reasons.push(format!("{name} is not used: {why}"));
         }
@@ -159,14 +155,14 @@ pub(super) fn placement(
 }
 
 impl Tier {
-    /// In words.
+    /// Its name and its range, for people.
     pub fn describe(self) -> &'static str {
         match self {
             Self::Fast => "fast (20 tokens a second or more)",
             Self::Interactive => "interactive (5 tokens a second or more: as fast as people read)",
             Self::Slow => "slow (less than 5 tokens a second)",
             Self::Offline => "offline (less than a token a second)",
-            Self::Unknown => "unknown (nothing was measured)",
+            Self::Unknown => "unknown (a device was not measured)",
         }
     }
 }
@@ -181,7 +177,7 @@ impl fmt::Display for Prediction {
         }
         f.write_str(match self.basis {
             Basis::Roofline => " (roofline of the measured bandwidth and peak)",
-            Basis::Calibrated => " (roofline, and what earlier runs here reached of it)",
+            Basis::Calibrated => " (roofline, times the part of it that `bitnet bench` reached here)",
         })
     }
 }
@@ -221,9 +217,7 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let fits = match (self.fits, self.fallback) {
             (true, false) => "",
-            (true, true) | (false, true) => {
-                "; a careful one, since not all of the machine could be looked at"
-            }
+            (true, true) | (false, true) => "; careful, because the machine's memory or cores are unknown",
             (false, false) => "; IT DOES NOT FIT",
         };
         line(f, "plan", format_args!("{} (strategy {}){fits}", self.kind, self.strategy.name()))?;
@@ -233,7 +227,7 @@ impl fmt::Display for Plan {
         line(f, "KV cache", format_args!("{}, {} positions", settings.kv_cache.name(), settings.context))?;
         line(f, "batch", format_args!("{} of a prompt at once", count(settings.rows as u64, "row")))?;
         if let Some(sequences) = self.sequences.filter(|&sequences| sequences < 1 << 32) {
-            line(f, "sequences", format_args!("{sequences} of that context have room"))?;
+            line(f, "sequences", format_args!("{sequences} with this context fit"))?;
         }
         let mut label = "memory";
         for memory in &self.memory {

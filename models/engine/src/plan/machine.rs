@@ -1,4 +1,4 @@
-//! What a machine is and can do, as plain data: this one's, or another one's that somebody wrote down.
+//! Profiles of machines as plain data: hardware and measured speed, of this machine or read from a file.
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -20,13 +20,13 @@ use bitnet_burn::CacheType;
 pub struct MachineProfile {
     /// The processor.
     pub cpu: CpuProfile,
-    /// Main memory; absent where the system does not tell.
+    /// Main memory; absent if the system does not report it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryProfile>,
-    /// GPUs, and what stands in for them.
+    /// GPUs, including software GPUs.
     #[serde(default)]
     pub gpus: Vec<GpuProfile>,
-    /// What could not be found out, in sentences.
+    /// What could not be determined, as sentences.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<String>,
 }
@@ -38,7 +38,7 @@ pub struct CpuProfile {
     /// Its name.
     #[serde(default)]
     pub model: String,
-    /// Cores that this process may use, hardware threads of one counted once; absent where the system does not tell.
+    /// Physical cores that this process may use; absent if the system does not report them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub physical_cores: Option<usize>,
     /// Hardware threads that this process may use.
@@ -47,29 +47,29 @@ pub struct CpuProfile {
     /// The caches of the first core.
     #[serde(default)]
     pub caches: Vec<Cache>,
-    /// What kernels may ask for.
+    /// CPU features that kernels may need.
     #[serde(default)]
     pub features: Vec<String>,
-    /// What was measured, by numbers of threads.
+    /// Measured speed, by number of threads.
     #[serde(default)]
     pub rates: Vec<CpuRate>,
 }
 
-/// What so many threads do at most ([`Roof`]), in 10^9 a second, and what models have reached of it.
+/// The measured limits of a number of threads ([`Roof`]), in 10^9 a second, and the parts of them that models reached.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CpuRate {
-    /// Threads.
+    /// Number of threads.
     pub threads: usize,
-    /// Bytes that a read-only stream gets from memory.
+    /// Bytes that a read-only stream reads from memory.
     pub read_gb_per_s: f64,
-    /// int8 multiply-adds on registers alone; absent where the built-in kernels have no instruction for them.
+    /// int8 multiply-adds on registers alone; absent if the built-in kernels have no instruction for them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub multiply_adds_g_per_s: Option<f64>,
-    /// What the last measured run reached of the predicted decode speed; absent before there was one.
+    /// Fraction of the predicted decode speed that the last `bench` reached; absent before the first one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decode_efficiency: Option<f64>,
-    /// The same for prefill.
+    /// Fraction of the predicted prefill speed that the last `bench` reached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefill_efficiency: Option<f64>,
 }
@@ -78,73 +78,73 @@ pub struct CpuRate {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryProfile {
-    /// All that this process might have: the machine's, or its control group's.
+    /// Total memory: the machine's, or the limit of this process's control group.
     pub total_bytes: u64,
-    /// What it can have now without that others are swapped out.
+    /// Memory that this process can get now without swapping.
     pub available_bytes: u64,
 }
 
-/// A GPU, or what stands in for one.
+/// A GPU, or a software GPU.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GpuProfile {
-    /// What `--device` takes: `wgpu:0`, `metal:0`, `cuda:1`, `rocm:0`.
+    /// Its name for `--device`: `wgpu:0`, `metal:0`, `cuda:1`, `rocm:0`.
     pub device: String,
-    /// As its driver names it.
+    /// Its name in the driver.
     #[serde(default)]
     pub name: String,
-    /// Whether no card computes, but a program on the CPU (lavapipe and the like).
+    /// Whether it is a software GPU: a program that computes on the CPU, such as lavapipe.
     #[serde(default)]
     pub software: bool,
-    /// Its memory; absent where the driver does not tell.
+    /// Its memory; absent if the driver does not report it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<u64>,
-    /// The largest buffer that can be had at once, where there is a limit.
+    /// The largest buffer that can be allocated; absent if there is no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_allocation_bytes: Option<u64>,
-    /// What its kernels may use.
+    /// Features that kernels may use.
     #[serde(default)]
     pub features: Vec<String>,
-    /// Types that it computes with: `f32`, `f16`, `i8` ...
+    /// Types that it can compute with: `f32`, `f16`, `i8` ...
     #[serde(default)]
     pub precisions: Vec<String>,
-    /// 10^9 bytes a second that it reads from its memory; absent where that was not measured.
+    /// 10^9 bytes a second that it reads from its memory; absent if not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub read_gb_per_s: Option<f64>,
-    /// 10^9 f32 multiply-adds a second; absent where that was not measured.
+    /// 10^9 f32 multiply-adds a second; absent if not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub multiply_adds_g_per_s: Option<f64>,
 }
 
-/// Why a machine's profile can't be used.
+/// Why a machine profile can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ProfileError {
-    /// It can't be read.
-    #[error("{}: cannot read the machine's profile: {error}", path.display())]
+    /// The file can't be read.
+    #[error("{}: cannot read the machine profile: {error}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The system's error.
         error: std::io::Error,
     },
-    /// It is no profile.
-    #[error("{}: not a machine's profile (`bitnet plan --print-machine` prints one): {problem}", path.display())]
+    /// The file holds no valid profile.
+    #[error("{}: not a machine profile (`bitnet plan --print-machine` prints one): {problem}", path.display())]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The mistake.
         problem: String,
     },
 }
 
-/// A profile is some thousand bytes.
+/// The largest profile that is read. Profiles usually have a few thousand bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
 impl MachineProfile {
-    /// A profile that was written down.
+    /// Reads a profile from a JSON file.
     ///
     /// # Errors
-    /// If the file is not there, or holds something else, or values that no machine has.
+    /// If the file can't be read, or holds no profile, or holds impossible values.
     pub fn read(path: &Path) -> Result<Self, ProfileError> {
         let invalid = |problem: String| ProfileError::Invalid { path: path.to_owned(), problem };
         let text = read_text(path).map_err(|error| ProfileError::Read { path: path.to_owned(), error })?;
@@ -153,13 +153,13 @@ impl MachineProfile {
         Ok(profile)
     }
 
-    /// That the values are those of a machine.
+    /// Checks that the values are possible.
     fn validate(&self) -> Result<(), String> {
         let cores = [self.cpu.physical_cores, self.cpu.logical_cores];
         let threads = self.cpu.rates.iter().map(|rate| Some(rate.threads));
         for count in cores.into_iter().chain(threads).flatten() {
             if !(1..=1 << 16).contains(&count) {
-                return Err(format!("{count} cores or threads; it must be between 1 and 65536"));
+                return Err(format!("{count} cores or threads; the number must be between 1 and 65536"));
             }
         }
         let of_cpu = self.cpu.rates.iter().flat_map(|rate| {
@@ -171,37 +171,40 @@ impl MachineProfile {
         let of_gpus = self.gpus.iter().flat_map(|gpu| [gpu.read_gb_per_s, gpu.multiply_adds_g_per_s]);
         for rate in of_cpu.chain(of_gpus).flatten() {
             if !(rate > 0.0 && rate < 1e12) {
-                return Err(format!("a rate of {rate}; it must be above 0 and below 1e12"));
+                return Err(format!("a rate of {rate}; rates must be above 0 and below 1e12"));
             }
         }
         for (i, gpu) in self.gpus.iter().enumerate() {
             if gpu.device.is_empty() || gpu.device == CPU {
-                return Err(format!("GPU {i} has the device {:?}; it is named like wgpu:0", gpu.device));
+                return Err(format!(
+                    "GPU {i} has the device {:?}; a device has a name such as wgpu:0",
+                    gpu.device
+                ));
             }
             if self.gpus[..i].iter().any(|other| other.device == gpu.device) {
                 return Err(format!("two GPUs have the device {:?}", gpu.device));
             }
         }
         match self.memory {
-            Some(MemoryProfile { total_bytes, available_bytes }) if available_bytes > total_bytes => {
-                Err(format!("{available_bytes} bytes of memory available of {total_bytes}"))
-            }
+            Some(MemoryProfile { total_bytes, available_bytes }) if available_bytes > total_bytes => Err(
+                format!("{available_bytes} bytes of memory are available, but the total is {total_bytes}"),
+            ),
             _ => Ok(()),
         }
     }
 
-    /// This machine. What was measured before is taken from `cache_dir`; without `measure`, what was not, stays
-    /// unknown. Threads to measure are one, half of the cores and all of them, and those asked for.
+    /// Profiles this machine. Earlier measurements come from `cache_dir`; `measure` says what is measured now. The numbers
+    /// of threads to measure are 1, half of the cores, all cores, and `threads`.
     pub fn detect(cache_dir: Option<&Path>, measure: Measure, threads: Option<usize>) -> Self {
         let logical_cores = std::thread::available_parallelism().ok().map(usize::from);
         let mut problems = Vec::new();
         let physical_cores = logical_cores.map(|_| cpu::physical_cores());
         if physical_cores.is_none() {
-            problems.push("the system does not tell the number of cores".to_owned());
+            problems.push("the system does not report the number of cores".to_owned());
         }
         let memory = memory();
         if memory.is_none() {
-            problems.push("the system does not tell how much memory there is".to_owned());
+            problems.push("the system does not report its memory".to_owned());
         }
         let mut known = match measure {
             Measure::Afresh => Measurements::default(),
@@ -218,9 +221,9 @@ impl MachineProfile {
                 if known.rates.iter().all(|rate| rate.threads != threads) {
                     match measured(threads, memory) {
                         Ok(rate) => known.rates.push(rate),
-                        Err(error) => {
-                            problems.push(format!("no memory to measure the bandwidth with: {error}"))
-                        }
+                        Err(error) => problems.push(format!(
+                            "cannot allocate the buffer that measures the memory bandwidth: {error}"
+                        )),
                     }
                     changed = true;
                 }
@@ -231,19 +234,19 @@ impl MachineProfile {
         if known.gpus.is_none() && measure != Measure::Nothing {
             let (found, failed) = devices::gpus();
             gpus = Some(found.into_iter().map(gpu_profile).collect());
-            // What could not be asked may answer the next time.
+            // Keep the list only if every runtime answered: a runtime that failed may answer next time.
             if failed.is_empty() {
                 known.gpus.clone_from(&gpus);
                 changed = true;
             }
             problems.extend(failed);
         }
-        // Nothing that stays: a driver may be installed.
+        // Not kept, because a driver may be installed later.
         if measure != Measure::Nothing {
             problems.extend(devices::missing());
         }
         if changed && let Err(error) = known.write(cache_dir) {
-            problems.push(format!("what was measured can't be kept: {error}"));
+            problems.push(format!("cannot keep the measurements: {error}"));
         }
         Self {
             cpu: CpuProfile {
@@ -260,7 +263,7 @@ impl MachineProfile {
         }
     }
 
-    /// Remembers what runs on the CPU reached of what was predicted, for later plans.
+    /// Keeps the fractions of the predicted speeds that a run on the CPU reached, for later plans.
     ///
     /// # Errors
     /// If the file can't be written.
@@ -278,7 +281,7 @@ impl MachineProfile {
         known.write(cache_dir)
     }
 
-    /// The same without what earlier runs reached: for the roofline alone.
+    /// The same profile without the fractions that earlier runs reached: for the plain roofline.
     pub fn without_efficiency(&self) -> Self {
         let mut machine = self.clone();
         for rate in &mut machine.cpu.rates {
@@ -287,13 +290,13 @@ impl MachineProfile {
         machine
     }
 
-    /// Bytes of main memory below which the kernel manager calls it low.
+    /// Bytes of main memory that stay free. Below that, the kernel manager regards memory as short.
     pub fn memory_reserve(&self) -> u64 {
         self.memory.map_or(0, |memory| memory.total_bytes / LOW_MEMORY)
     }
 
-    /// What threads can do: measured for so many, else scaled down from the next larger number, or that of the
-    /// largest.
+    /// The limits of a number of threads: as measured for that number, or scaled down from the next larger measured
+    /// number, or the limits of the largest measured number.
     pub fn cpu_rate(&self, threads: usize) -> Option<CpuRate> {
         let rates = &self.cpu.rates;
         let more = rates.iter().filter(|rate| rate.threads >= threads).min_by_key(|rate| rate.threads);
@@ -313,16 +316,16 @@ impl MachineProfile {
 }
 
 impl GpuProfile {
-    /// Whether it can hold a KV cache of a type. (Codes of int8 are kept four in a word.)
+    /// Whether it can hold a KV cache of this type. (Four int8 codes share a 32-bit word, so every GPU can hold int8.)
     pub fn holds(&self, cache_type: CacheType) -> bool {
         cache_type != CacheType::F16 || self.precisions.iter().any(|precision| precision == "f16")
     }
 }
 
-/// What is measured where it is not known.
+/// What [`MachineProfile::detect`] measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
-    /// Nothing: for an answer at once.
+    /// Nothing, so that the answer comes at once.
     Nothing,
     /// What was not measured before.
     Missing,
@@ -330,27 +333,27 @@ pub enum Measure {
     Afresh,
 }
 
-/// Main memory as the system, or the control group, has it now.
+/// The current main memory of the system or of the control group.
 fn memory() -> Option<MemoryProfile> {
     let kind = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
     let system = sysinfo::System::new_with_specifics(kind);
     let (total, available) = (system.total_memory(), system.available_memory());
-    // sysinfo asserts that there is memory before it asks for a control group's.
+    // Without memory, sysinfo's query of the control group would panic.
     (total > 0).then(|| {
         let group = system.cgroup_limits().filter(|group| group.total_memory > 0);
         within(total, available, group.map(|group| (group.total_memory, group.rss)))
     })
 }
 
-/// The machine's memory within a control group's limit, of which the group's processes hold so many bytes. What the
-/// group has in the page cache counts as its use, but is given back when it is needed: a model that was read is there.
+/// The machine's memory within a control group: `group` is its limit and the bytes that its processes hold. The group's
+/// page cache, where mapped models are, counts as available, because the system frees it when needed.
 fn within(total: u64, available: u64, group: Option<(u64, u64)>) -> MemoryProfile {
     let (limit, held) = group.unwrap_or((u64::MAX, 0));
     let total_bytes = total.min(limit);
     MemoryProfile { total_bytes, available_bytes: available.min(limit.saturating_sub(held)).min(total_bytes) }
 }
 
-/// As large a buffer as tells memory from caches, and an eighth of what is available at most.
+/// Size of the buffer that measures bandwidth: larger than the caches, and at most an eighth of the available memory.
 fn stream_bytes(memory: Option<MemoryProfile>) -> usize {
     let eighth = memory.map_or(1 << 28, |memory| memory.available_bytes / 8);
     ReadStream::default_bytes().min(1 << 30).min(usize::try_from(eighth).unwrap_or(usize::MAX))
@@ -368,7 +371,7 @@ fn measured(threads: usize, memory: Option<MemoryProfile>) -> std::io::Result<Cp
 }
 
 fn gpu_profile(gpu: devices::GpuInfo) -> GpuProfile {
-    // What is no card is never chosen for its speed.
+    // A software GPU is never chosen for its speed.
     let (read, multiply) = if gpu.software { (None, None) } else { devices::peak(&gpu.device) };
     GpuProfile {
         device: gpu.id,
@@ -383,21 +386,21 @@ fn gpu_profile(gpu: devices::GpuInfo) -> GpuProfile {
     }
 }
 
-/// What was measured on this machine, with this build's runtimes. Processes that write at once: the last one wins, and
-/// what the other one measured is measured again.
+/// The measurements of this machine, with this build's runtimes. If two processes write at the same time, the last one
+/// wins, and the other one's measurements are made again later.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Measurements {
     rates: Vec<CpuRate>,
-    /// `None` before they were looked for.
+    /// `None` before the first search.
     gpus: Option<Vec<GpuProfile>>,
 }
 
-/// In the file's name, so that another version's is not read.
+/// Version of the file format. It is part of the file's name, so that other versions are ignored.
 const VERSION: u32 = 1;
 
 impl Measurements {
-    /// What measurements depend on: processor, its features, runtimes, and which drivers of GPUs are asked for.
+    /// Digest of everything that the measurements depend on: processor, features, runtimes, and the choice of GPU drivers.
     fn key() -> String {
         let drivers =
             ["VK_ICD_FILENAMES", "VK_DRIVER_FILES", "CUDA_VISIBLE_DEVICES", "CUBECL_WGPU_DEFAULT_DEVICE"]
@@ -418,14 +421,14 @@ impl Measurements {
         Some(cache_dir?.join(format!("machine-v{VERSION}-{}.json", Self::key())))
     }
 
-    /// What is wrong with the file costs a new measurement, and nothing else.
+    /// Reads the file. A damaged file is ignored with a warning, and its measurements are made again.
     fn read(cache_dir: Option<&Path>) -> Option<Self> {
         let path = Self::path(cache_dir)?;
         let text = match read_text(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "ignoring what was measured on this machine");
+                tracing::warn!(path = %path.display(), %error, "ignoring the damaged measurements of this machine");
                 return None;
             }
         };
@@ -438,7 +441,7 @@ impl Measurements {
             });
         known
             .inspect_err(|problem| {
-                tracing::warn!(path = %path.display(), problem, "ignoring what was measured on this machine");
+                tracing::warn!(path = %path.display(), problem, "ignoring the damaged measurements of this machine");
             })
             .ok()
     }
@@ -457,7 +460,7 @@ fn read_text(path: &Path) -> std::io::Result<String> {
     let mut text = String::new();
     std::fs::File::open(path)?.take(MAX_BYTES + 1).read_to_string(&mut text)?;
     if text.len() as u64 > MAX_BYTES {
-        return Err(std::io::Error::other(format!("it is longer than {MAX_BYTES} bytes")));
+        return Err(std::io::Error::other(format!("the file is longer than {MAX_BYTES} bytes")));
     }
     Ok(text)
 }

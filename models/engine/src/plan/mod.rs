@@ -2,12 +2,12 @@
 //!
 //! A [`MachineProfile`] and the [`Requirements`] of a model's headers, both plain data, give a [`Plan`]: which layers on
 //! which device, threads, context, type of the KV cache, rows at once, with the memory that each device needs, a
-//! predicted speed and the reasons in words. Nothing is tried out, so a plan for another machine is made the same way.
+//! predicted speed and the reasons as sentences. Nothing is tried out, so a plan for another machine is made the same way.
 //!
-//! How one is chosen: every sensible combination of devices, KV cache, context and rows is a candidate. Those that don't
-//! fit the memory are out. Of the others, the [`Strategy`] takes the fastest by [`Prediction`]; of those about as fast the
-//! one with the longer context, then with the more exact KV cache. So precision is given up when memory asks for it, and
-//! context when precision was not enough.
+//! Every sensible combination of devices, KV cache, context and rows is a candidate. Candidates that don't fit into memory
+//! are dropped. Of the others, the [`Strategy`] takes the fastest by [`Prediction`]; among about equally fast ones it takes
+//! the longest context, then the most exact KV cache. So when memory is short, the KV cache becomes less exact first, and
+//! the context becomes shorter second.
 //!
 //! ```no_run
 //! use bitnet_burn_engine::load::HeadMode;
@@ -47,23 +47,23 @@ pub use bitnet_burn_manager::cpu::Cache;
 /// The name of host memory and the CPU in placements.
 pub const CPU: &str = "cpu";
 
-/// What a plan is to be good at.
+/// What a plan optimises.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Strategy {
-    /// Speed, with all cores and almost all memory.
+    /// The highest speed, with all cores and almost all memory.
     #[default]
     Performance,
-    /// Few bytes: the smallest KV cache, few rows at once.
+    /// The least memory: the smallest KV cache and few rows at once.
     Memory,
-    /// One device alone, and no more threads than reach 90 % of the speed.
+    /// A single device, and no more threads than needed for 90 % of the speed.
     PowerEfficiency,
-    /// Speed, but a core and a quarter of the memory are left to other programs.
+    /// High speed, but one core and a quarter of the memory stay free for other programs.
     Balanced,
 }
 
 impl Strategy {
-    /// All of them.
+    /// All strategies.
     pub const ALL: [Self; 4] = [Self::Performance, Self::Memory, Self::PowerEfficiency, Self::Balanced];
 
     /// Its name: `performance`, `memory`, `power-efficiency`, `balanced`.
@@ -77,124 +77,124 @@ impl Strategy {
     }
 }
 
-/// What is fixed beforehand; what is `None` is planned.
+/// What the caller fixes. The plan chooses every value that is `None`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PlanRequest {
-    /// What matters.
+    /// What the plan optimises.
     pub strategy: Strategy,
-    /// Compute there: `cpu`, a GPU (`wgpu:0`), or the best GPU of a runtime (`wgpu`).
+    /// The device: `cpu`, a GPU (`wgpu:0`), or the best GPU of a runtime (`wgpu`).
     pub device: Option<String>,
-    /// So many layers on the GPU; all of them: embedding and output, too.
+    /// Number of layers on the GPU. With all layers, the embedding and the output projection are on the GPU, too.
     pub gpu_layers: Option<usize>,
-    /// Threads of the kernels.
+    /// Number of threads that run the kernels.
     pub threads: Option<usize>,
-    /// Bytes of main memory that may be used.
+    /// Bytes of main memory that the model may use.
     pub memory: Option<u64>,
-    /// The part of a GPU's memory that may be used, above 0 and at most 1.
+    /// Fraction of a GPU's memory that the model may use, above 0 and at most 1.
     pub gpu_memory_fraction: Option<f64>,
     /// Positions of the KV cache.
     pub context: Option<usize>,
     /// Type of the KV cache.
     pub kv_cache: Option<CacheType>,
-    /// Rows of a prompt at once.
+    /// Rows of a prompt that are computed at once.
     pub rows: Option<usize>,
 }
 
-/// PlanRequest that can't be met on a machine, whatever the plan.
+/// Why no plan can satisfy a [`PlanRequest`] on a machine.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PlanError {
-    /// The device is not there.
-    #[error("the device {device} is not there; there are {there}")]
+    /// The machine lacks the requested device.
+    #[error("there is no device {device}; this machine has {there}")]
     NoDevice {
-        /// What was asked for.
+        /// The requested device.
         device: String,
-        /// What there is.
+        /// The devices that the machine has.
         there: String,
     },
-    /// Layers for a GPU, and the CPU asked for or no GPU there.
-    #[error("{layers} layers on a GPU were asked for, and {problem}")]
+    /// The requested number of layers can't be on a GPU.
+    #[error("cannot place {layers} layers on a GPU: {problem}")]
     GpuLayers {
-        /// What was asked for.
+        /// The requested number of layers.
         layers: usize,
-        /// Why not.
+        /// The reason.
         problem: String,
     },
-    /// A number out of its range.
+    /// A value is out of its range.
     #[error("{what} is {found}; it must be {expected}")]
     Range {
-        /// The wish.
+        /// The name of the value.
         what: &'static str,
-        /// Its value.
+        /// The requested value.
         found: String,
-        /// What is possible.
+        /// The possible values.
         expected: String,
     },
 }
 
-/// What a model is run with.
+/// The settings that a model runs with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct RunSettings {
-    /// Threads of the kernels.
+    /// Number of threads that run the kernels.
     pub threads: usize,
     /// Positions of the KV cache.
     pub context: usize,
-    /// Its type.
+    /// Type of the KV cache.
     pub kv_cache: CacheType,
-    /// Rows of a prompt at once.
+    /// Rows of a prompt that are computed at once.
     pub rows: usize,
 }
 
-/// What a device's memory is for, in bytes.
+/// Memory that a device needs, by purpose, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DeviceMemory {
     /// `cpu`, or a GPU.
     pub device: String,
-    /// Ternary weights, norms, embedding and output. On the CPU they are in the page cache as far as kernels read
-    /// them where the file has them.
+    /// Ternary weights, norms, embedding and output projection. On the CPU, weights that kernels read directly from the
+    /// mapped file are in the page cache.
     pub weights: u64,
     /// The KV cache of one sequence that fills the context.
     pub kv_cache: u64,
-    /// Activations of the rows of a forward pass.
+    /// Activations of all rows of a forward pass.
     pub activations: u64,
-    /// What operations need beside their operands.
+    /// Temporary memory of the operations.
     pub workspace: u64,
-    /// What may be used; absent where nobody knows, or it does not matter any more.
+    /// The limit; absent if it is unknown, or if the model runs already.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub budget: Option<u64>,
 }
 
 impl DeviceMemory {
-    /// All of it.
+    /// The sum of all purposes.
     pub fn total(&self) -> u64 {
         [self.weights, self.kv_cache, self.activations, self.workspace]
             .into_iter()
             .fold(0, u64::saturating_add)
     }
 
-    /// Whether the budget, if there is one, is kept.
+    /// Whether the sum is within the budget. True without a budget.
     pub fn fits(&self) -> bool {
         self.budget.is_none_or(|budget| self.total() <= budget)
     }
 }
 
-/// How it feels.
+/// Speed class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Tier {
-    /// Much faster than people read: at least 20 tokens a second.
+    /// At least 20 tokens a second: much faster than people read.
     Fast,
-    /// As fast as people read: at least 5.
+    /// At least 5 tokens a second: as fast as people read.
     Interactive,
-    /// For who can wait: at least 1.
+    /// At least 1 token a second.
     Slow,
-    /// For a night.
+    /// Less than 1 token a second. For work that runs overnight.
     Offline,
-    /// Nothing was measured that it could be told from.
+    /// Unknown, because a device was not measured.
     Unknown,
 }
 
 impl Tier {
-    /// Of a predicted speed in tokens a second.
+    /// The class of a predicted decode speed in tokens a second.
     pub fn of(decode: Option<f64>) -> Self {
         match decode {
             None => Self::Unknown,
@@ -206,60 +206,60 @@ impl Tier {
     }
 }
 
-/// Another way, and why it was not taken.
+/// Another placement, and why the plan did not choose it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Alternative {
-    /// Its placement.
+    /// The placement.
     pub placement: Placement,
-    /// Type of its KV cache.
+    /// Type of the KV cache.
     pub kv_cache: CacheType,
-    /// Its context.
+    /// Positions of the KV cache.
     pub context: usize,
-    /// What it would give.
+    /// Predicted decode speed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_tokens_per_s: Option<f64>,
-    /// Why not.
+    /// Why the plan did not choose it.
     pub why_not: String,
 }
 
 /// Where and how to run a model on a machine.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Plan {
-    /// What it was to be good at.
+    /// What the plan optimises.
     pub strategy: Strategy,
-    /// Whether the model fits the memory. A plan that does not is the smallest that could be made.
+    /// Whether the model fits into memory. If not, this is the plan that needs the least memory.
     pub fits: bool,
-    /// Whether it is the careful one for a machine that could not be looked at.
+    /// Whether this is the careful plan for a machine whose memory or cores are unknown.
     pub fallback: bool,
-    /// Which layers where.
+    /// Which layers are on which device.
     pub placement: Placement,
-    /// The same in a word.
+    /// What kinds of devices the placement uses.
     pub kind: PlacementKind,
     /// Threads, context, KV cache and rows.
     #[serde(flatten)]
     pub settings: RunSettings,
-    /// The part of a GPU's memory that may be used.
+    /// Fraction of a GPU's memory that the model may use.
     pub gpu_memory_fraction: f64,
-    /// Sequences of that context that fit beside each other; absent where memory is not known.
+    /// Number of sequences with this context that fit at the same time; absent if the memory is unknown.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sequences: Option<u64>,
-    /// What each device's memory is for.
+    /// Memory that each device needs.
     pub memory: Vec<DeviceMemory>,
-    /// How fast it will be; absent where a device was not measured.
+    /// Predicted speed; absent if a device was not measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prediction: Option<Prediction>,
-    /// The same in a word.
+    /// Speed class of the prediction.
     pub tier: Tier,
-    /// Why it is this one, in sentences.
+    /// The reasons for this plan, as sentences.
     pub reasons: Vec<String>,
-    /// Other ways.
+    /// Placements that the plan did not choose.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub alternatives: Vec<Alternative>,
 }
 
 impl Placement {
-    /// Sequences of the settings' context that its devices have memory for beside each other; `None` where nobody knows
-    /// how much there is.
+    /// Number of sequences of the settings' context for which its devices have memory at the same time; `None` if the
+    /// memory is unknown.
     pub fn sequences(
         &self,
         model: &Requirements,
@@ -271,11 +271,11 @@ impl Placement {
 }
 
 impl Plan {
-    /// The best one for a model on a machine. Where nothing fits, or the machine could not be looked at, it says so
+    /// Plans a model on a machine. If nothing fits, or the machine's memory or cores are unknown, the plan says so
     /// ([`fits`](Self::fits), [`fallback`](Self::fallback), [`reasons`](Self::reasons)).
     ///
     /// # Errors
-    /// If a wish names what is not there, or can't be.
+    /// If the request names a device that the machine lacks, or a value that is out of its range.
     pub fn new(
         model: &Requirements,
         machine: &MachineProfile,

@@ -1,4 +1,4 @@
-//! Which layers are computed where.
+//! Which device computes which layers.
 
 use std::fmt;
 use std::ops::Range;
@@ -17,17 +17,17 @@ pub struct Stage {
     pub layers: Range<usize>,
 }
 
-/// An ordered list of devices and their layers. Rows pass from device to device at the seams only; the KV cache of a
-/// layer lies where the layer does.
+/// An ordered list of devices and their layers. Rows move between devices only where the device changes. The KV cache of
+/// a layer is on the layer's device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
-    /// In the order of the layers: each begins where the one before ends, and none is empty.
+    /// In the order of the layers. Each stage begins where the previous one ends, and has at least one layer.
     pub stages: Vec<Stage>,
-    /// Where the embedding, the last norm and the output projection are.
+    /// The device of the embedding, the last norm and the output projection.
     pub dense: String,
 }
 
-/// What a placement uses.
+/// What kinds of devices a placement uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PlacementKind {
@@ -45,7 +45,7 @@ pub enum PlacementKind {
 }
 
 impl Placement {
-    /// Everything in host memory.
+    /// Everything on the CPU.
     pub fn cpu_only(layers: usize) -> Self {
         Self::over([(CPU.to_owned(), layers)], CPU)
     }
@@ -55,12 +55,12 @@ impl Placement {
         Self::over([(gpu.to_owned(), layers)], gpu)
     }
 
-    /// The first layers on a GPU; the others, embedding and output in host memory.
+    /// The first layers on a GPU; the others, embedding and output projection on the CPU.
     pub fn hybrid(gpu: &str, gpu_layers: usize, cpu_layers: usize) -> Self {
         Self::over([(gpu.to_owned(), gpu_layers), (CPU.to_owned(), cpu_layers)], CPU)
     }
 
-    /// So many layers on each device, in this order. Devices without layers are left out.
+    /// Each device with its number of layers, in this order. Devices without layers are left out.
     pub fn over(parts: impl IntoIterator<Item = (String, usize)>, dense: &str) -> Self {
         let mut stages: Vec<Stage> = Vec::new();
         let mut next = 0usize;
@@ -74,12 +74,12 @@ impl Placement {
         Self { stages, dense: dense.to_owned() }
     }
 
-    /// Layers in all.
+    /// Number of all layers.
     pub fn layers(&self) -> usize {
         self.stages.last().map_or(0, |stage| stage.layers.end)
     }
 
-    /// Layers on a device.
+    /// Number of layers on a device.
     pub fn layers_on(&self, device: &str) -> usize {
         self.stages.iter().filter(|stage| stage.device == device).map(|stage| stage.layers.len()).sum()
     }
@@ -93,7 +93,7 @@ impl Placement {
             .map(|(_, device)| device)
     }
 
-    /// What it uses.
+    /// What kinds of devices it uses.
     pub fn kind(&self) -> PlacementKind {
         let cpu_layers = self.layers_on(CPU);
         match (self.devices().any(|device| device == CPU), self.devices().any(|device| device != CPU)) {
@@ -149,7 +149,7 @@ mod tests {
         assert_eq!(Placement::hybrid("wgpu:0", 0, 8), Placement::cpu_only(8));
         assert_eq!(Placement::cpu_only(8).kind(), PlacementKind::CpuOnly);
         assert_eq!(Placement::gpu_only("cuda:0", 8).kind(), PlacementKind::GpuOnly);
-        // All layers on the GPU, and the rest on the CPU, is another placement than everything on the GPU.
+        // All layers on the GPU with embedding and output on the CPU differs from everything on the GPU.
         assert_eq!(
             Placement::hybrid("wgpu:0", 8, 0).kind(),
             PlacementKind::Hybrid { cpu_layers: 0, gpu_layers: 8 }

@@ -1,11 +1,11 @@
-//! How fast a placement will be: a roofline ("Roofline", Williams, Waterman, Patterson, CACM 2009) with the measured
+//! Predicts the speed of a placement: a roofline ("Roofline", Williams, Waterman, Patterson, CACM 2009) with the measured
 //! bandwidth and peak of each device.
 //!
-//! Decoding a token reads, on each device in turn, the weights of its layers and the KV cache of what was before;
-//! where the output is computed, the output projection. A prompt's chunk takes the longer of reading the weights once and
-//! multiplying every row by every weight. What comes on top (norms, softmax, launches, moving rows between devices) is
-//! left out, so this is a bound; what runs on the CPU reached of it here before ([`CpuRate`](super::CpuRate)) scales it
-//! down to what is to be expected.
+//! Decoding a token reads, on each device in turn, the weights of its layers, the KV cache of earlier tokens and, on one
+//! device, the output projection. A chunk of a prompt takes the longer of two times: reading the weights once, or
+//! multiplying every row by every weight. Norms, softmax, launches and transfers between devices are left out, so the
+//! result is a bound. For the CPU it is scaled down by the fraction that an earlier `bench` reached
+//! ([`CpuRate`](super::CpuRate)).
 
 use serde::Serialize;
 
@@ -14,37 +14,37 @@ use super::placement::Placement;
 use super::requirements::Requirements;
 use super::{CPU, RunSettings};
 
-/// What a plan promises.
+/// Predicted speed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Prediction {
-    /// Tokens a second behind an empty history.
+    /// Decoded tokens a second with an empty KV cache.
     pub decode_tokens_per_s: f64,
-    /// Tokens a second where the context is full.
+    /// Decoded tokens a second with a full KV cache.
     pub decode_tokens_per_s_at_full_context: f64,
-    /// Tokens of a prompt a second; absent where a device's peak is not known.
+    /// Tokens of a prompt a second; absent if the peak of a device is unknown.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_tokens_per_s: Option<f64>,
-    /// What the figures stand on.
+    /// How the figures were computed.
     pub basis: Basis,
 }
 
-/// What a prediction stands on.
+/// How a prediction was computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Basis {
-    /// The roofline alone: no more than this.
+    /// From the roofline alone: an upper bound.
     Roofline,
-    /// The roofline, times what earlier runs on this machine reached of it.
+    /// The roofline times the fraction that earlier runs on this machine reached.
     Calibrated,
 }
 
-/// 10^9 a second.
+/// Bytes and multiply-adds of a device, in 10^9 a second.
 struct Rate {
     read: f64,
     multiply: Option<f64>,
 }
 
-/// Seconds of parts that follow each other.
+/// Seconds per token, summed over the stages of a placement.
 #[derive(Default)]
 struct Seconds {
     decode: f64,
@@ -52,7 +52,7 @@ struct Seconds {
 }
 
 impl Prediction {
-    /// Of a placement; `None` where a device that it needs was not measured.
+    /// Predicts a placement; `None` if one of its devices was not measured.
     pub fn of(
         model: &Requirements,
         machine: &MachineProfile,
@@ -74,7 +74,7 @@ impl Prediction {
         })
     }
 
-    /// Tokens a second behind so many positions, between the two that are known: the time of a token grows with each.
+    /// Decoded tokens a second after `context` of `full` positions. The time per token grows linearly with the context.
     pub fn decode_at(&self, context: usize, full: usize) -> f64 {
         let (empty, last) = (1.0 / self.decode_tokens_per_s, 1.0 / self.decode_tokens_per_s_at_full_context);
         let part = context as f64 / full.max(1) as f64;
@@ -82,7 +82,7 @@ impl Prediction {
     }
 }
 
-/// Seconds of a token behind `context` positions, and of one of a prompt.
+/// Seconds per decoded token after `context` positions, and per token of a prompt.
 fn seconds(
     model: &Requirements,
     machine: &MachineProfile,
@@ -116,29 +116,29 @@ fn rate(machine: &MachineProfile, device: &str, threads: usize) -> Option<Rate> 
     Some(Rate { read: gpu.read_gb_per_s?, multiply: gpu.multiply_adds_g_per_s })
 }
 
-/// What a prediction came to.
+/// A predicted and a measured speed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Comparison {
-    /// Tokens a second that were predicted.
+    /// Predicted tokens a second.
     pub predicted: f64,
-    /// Tokens a second that were measured.
+    /// Measured tokens a second.
     pub measured: f64,
-    /// The second over the first.
+    /// Measured over predicted.
     pub ratio: f64,
 }
 
 impl Comparison {
-    /// Of two figures that are numbers above zero.
+    /// Compares two speeds; `None` unless the ratio is a finite number above zero.
     pub fn of(predicted: f64, measured: f64) -> Option<Self> {
         let ratio = measured / predicted;
         (ratio.is_finite() && ratio > 0.0).then_some(Self { predicted, measured, ratio })
     }
 }
 
-/// A run's speed beside what was predicted for it.
+/// The measured speed of a run, compared with the prediction.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct PredictionOutcome {
-    /// What the prediction stood on.
+    /// How the prediction was computed.
     pub basis: Basis,
     /// Decode.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -149,7 +149,8 @@ pub struct PredictionOutcome {
 }
 
 impl PredictionOutcome {
-    /// Of measured figures, decode behind `at` positions of a context of `full` on the average.
+    /// Compares measured tokens a second with a prediction. Decode was measured after `at` positions of a context of `full`,
+    /// on average.
     pub fn of(
         prediction: &Prediction,
         (at, full): (usize, usize),

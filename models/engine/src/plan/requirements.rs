@@ -1,4 +1,4 @@
-//! What a model needs, by the headers of its files: nothing here reads a weight.
+//! What a model needs, computed from the headers of its files. Nothing here reads a weight.
 
 use bitnet_burn_formats::canonical;
 use serde::Serialize;
@@ -11,25 +11,24 @@ use bitnet_burn::CacheType;
 use bitnet_burn::ModelConfig;
 use bitnet_burn::{Norm, Projection};
 
-/// What a model needs, in bytes where nothing else is said.
+/// What a model needs. All sizes are in bytes unless stated otherwise.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Requirements {
-    /// Blocks.
+    /// Number of layers.
     pub layers: usize,
-    /// Positions that it was trained for.
+    /// Positions that the model was trained for.
     pub context: usize,
-    /// The ternary weights of one layer at 2 bits, as the canonical layout has them. Layouts of kernels take as much, or
-    /// less.
+    /// The ternary weights of one layer in the canonical layout, at 2 bits each. Kernels' own layouts take as much or less.
     pub layer_ternary: u64,
     /// The norms of one layer.
     pub layer_norms: u64,
-    /// Ternary weights of one layer: a token is multiplied by each.
+    /// Number of ternary weights of one layer. A token is multiplied by each of them.
     pub layer_weights: u64,
-    /// The embedding as stored.
+    /// The embedding in its stored format.
     pub embedding: u64,
-    /// The output projection as it is computed with, where that is no part of the embedding.
+    /// The output projection in the format that is computed with; 0 if it shares the embedding's memory.
     pub output: u64,
-    /// What a token reads of the output projection.
+    /// Bytes of the output projection that each token reads.
     pub head_read: u64,
     /// The last norm.
     pub last_norm: u64,
@@ -37,33 +36,33 @@ pub struct Requirements {
     pub hidden: u64,
     /// Size of the vocabulary.
     pub vocabulary: u64,
-    /// Bytes that a position takes in the KV cache of one layer, by type: f32, f16, int8.
+    /// Bytes of a position in the KV cache of one layer, by type: f32, f16, int8.
     pub kv_per_position: [u64; 3],
-    /// f32 values of a row that are alive at once within a layer: see [`activations`](Self::activations).
+    /// Number of f32 values of a row that a layer needs at the same time: see [`activations`](Self::activations).
     row_values: u64,
-    /// The widest input of a matmul.
+    /// Width of the widest matmul input.
     widest: u64,
     heads: u64,
     query_values: u64,
 }
 
-/// Where something is computed, as far as memory goes.
+/// Classes of devices whose operations need different workspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceClass {
-    /// In host memory, by kernels that need little beside their operands; with so many threads.
+    /// The host, with this number of threads.
     Host(usize),
-    /// On a GPU, by kernels that keep little else, too.
+    /// A GPU.
     Gpu,
 }
 
 impl DeviceClass {
-    /// What computes on a device of a placement.
+    /// The class of a device of a placement.
     pub fn of(device: &str, threads: usize) -> Self {
         if device == CPU { Self::Host(threads) } else { Self::Gpu }
     }
 }
 
-/// Blocks of a prompt's rows that a device works on at once, and over which attention looks back.
+/// Size of a forward pass: its rows, and the positions that attention looks back over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ForwardSize {
     /// Rows at once.
@@ -76,10 +75,10 @@ pub struct ForwardSize {
 pub(super) const CACHE_TYPES: [CacheType; 3] = [CacheType::F32, CacheType::F16, CacheType::Int8];
 
 impl Requirements {
-    /// Of a model whose output projection is computed in this way.
+    /// The requirements of a checkpoint whose output projection is computed as `head` says.
     ///
     /// # Errors
-    /// If a tensor is not there.
+    /// If a tensor is missing.
     pub fn of(checkpoint: &Checkpoint, head: HeadMode) -> Result<Self, LoadError> {
         let embedding = checkpoint.embedding()?;
         let output = checkpoint.output()?;
@@ -89,7 +88,7 @@ impl Requirements {
             true => stored.data.len() as u64,
             false => format.row_bytes(stored.k).unwrap_or(usize::MAX).saturating_mul(stored.n) as u64,
         };
-        // int8 products in host memory are of a copy in tiles, whatever its format.
+        // On the host, int8 products need a copy in tiles, in any format.
         let own = output.is_some() || format != stored.format || head.int8_format(stored).is_some();
         let sizes = DenseBytes {
             embedding: embedding.data.len() as u64,
@@ -99,7 +98,7 @@ impl Requirements {
         Ok(Self::with(checkpoint.config(), sizes))
     }
 
-    /// Of a model that only its shape is known of, with matrices of so many bytes.
+    /// The requirements of a model of this shape, with embedding and output matrices of these sizes.
     pub fn with(config: &ModelConfig, dense: DenseBytes) -> Self {
         let shapes = Projection::ALL.map(|which| which.shape(config));
         let sum = |of: &dyn Fn(usize, usize) -> u64| {
@@ -109,8 +108,8 @@ impl Requirements {
         let [hidden, inter, q, kv] =
             [config.hidden_size, config.intermediate_size, config.q_size(), config.kv_size()]
                 .map(|v| v as u64);
-        // The stream twice (a block's input and its sum), and the larger of what attention and feed-forward hold:
-        // queries, keys and values with their rotated copies and the heads' output; gate and up with their product.
+        // The residual stream twice (a block's input and its sum), plus the larger of attention (queries, keys and values,
+        // their rotated copies, the heads' output) and feed-forward (gate, up and their product).
         let attention = 3 * q + 3 * kv;
         let feed_forward = 3 * inter;
         Self {
@@ -134,23 +133,23 @@ impl Requirements {
         }
     }
 
-    /// Weights of so many layers.
+    /// Bytes of the weights of `layers` layers.
     pub fn layer_bytes(&self, layers: usize) -> u64 {
         (self.layer_ternary.saturating_add(self.layer_norms)).saturating_mul(layers as u64)
     }
 
-    /// Embedding, last norm and output projection.
+    /// Bytes of embedding, last norm and output projection.
     pub fn dense_bytes(&self) -> u64 {
         self.embedding.saturating_add(self.output).saturating_add(self.last_norm)
     }
 
-    /// The KV cache of so many positions in so many layers.
+    /// Bytes of the KV cache of `positions` positions in `layers` layers.
     pub fn kv_bytes(&self, kind: CacheType, positions: usize, layers: usize) -> u64 {
         let index = CACHE_TYPES.iter().position(|&known| known == kind).expect("all types are listed");
         self.kv_per_position[index].saturating_mul(positions as u64).saturating_mul(layers as u64)
     }
 
-    /// What each device of a placement needs.
+    /// The memory that each device of a placement needs.
     pub fn memory(&self, placement: &Placement, settings: &RunSettings) -> Vec<DeviceMemory> {
         let of = |device: &str| {
             self.memory_of(device, placement.layers_on(device), placement.dense == device, settings)
@@ -158,7 +157,7 @@ impl Requirements {
         placement.devices().map(of).collect()
     }
 
-    /// What so many layers, and embedding and output or not, take on a device. There is no budget in it.
+    /// The memory that `layers` layers need on a device, with embedding and output projection if `dense`. Without budget.
     pub(super) fn memory_of(
         &self,
         device: &str,
@@ -178,16 +177,16 @@ impl Requirements {
         }
     }
 
-    /// f32 activations of the rows of a forward pass, and the logits of one row where the output is computed there.
+    /// Bytes of the f32 activations of a forward pass, and of one row of logits if the device computes the output.
     pub fn activations(&self, rows: usize, with_output: bool) -> u64 {
         let logits = if with_output { self.vocabulary * 4 } else { 0 };
         self.row_values.saturating_mul(4).saturating_mul(rows as u64).saturating_add(logits)
     }
 
-    /// What operations need beside their operands: int8 activations; scores of attention, of which a host's kernels keep
-    /// a tile a thread; on a GPU turned queries and context, and for up to 16 rows what every 64 positions leave for the
-    /// context until they are joined. (The logits of more than 32 rows at once, which `perplexity` computes, decode the
-    /// output projection to f32 on a GPU.)
+    /// Bytes that operations need for a short time. These are int8 activations; on the host, attention scores for each
+    /// thread; on a GPU, transposed queries and attention outputs and, for up to 16 rows, partial results of every 64
+    /// positions. (Not counted: if `perplexity` computes the logits of more than 32 rows at once on a GPU, it decodes the
+    /// output projection to f32.)
     pub fn workspace(&self, place: DeviceClass, load: ForwardSize) -> u64 {
         let [rows, context] = [load.rows as u64, load.context as u64];
         let quantised = self.widest.saturating_mul(rows);
@@ -206,14 +205,14 @@ impl Requirements {
     }
 }
 
-/// Bytes of the matrices that are not ternary.
+/// Sizes of the matrices that are not ternary, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DenseBytes {
     /// The embedding.
     pub embedding: u64,
-    /// The output projection, where that is no part of the embedding.
+    /// The output projection; 0 if it shares the embedding's memory.
     pub output: u64,
-    /// What a token reads for its logits.
+    /// Bytes that a token reads to compute its logits.
     pub head_read: u64,
 }
 
@@ -245,7 +244,7 @@ mod tests {
         let embedding = checkpoint.embedding().unwrap();
         assert_eq!((file.embedding, file.output), (embedding.data.len() as u64, 0));
         assert_eq!(file.head_read, file.embedding);
-        // A copy in another format comes on top, and is what a token reads.
+        // A copy in another format needs memory of its own, and tokens read the copy.
         let requantised = Requirements::of(&checkpoint, HeadMode::Requantised(DenseFormat::F32)).unwrap();
         assert_eq!(requantised.output, (embedding.n * embedding.k * 4) as u64);
         assert_eq!(requantised.head_read, requantised.output);

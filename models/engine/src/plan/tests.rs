@@ -1,4 +1,4 @@
-//! Plans for machines that are simulated: the profiles in `testdata/machines` say what they would measure.
+//! Plans for simulated machines, whose measurements are in the profiles in `testdata/machines`.
 
 use std::path::Path;
 
@@ -60,7 +60,7 @@ fn because(plan: &Plan, words: &str) {
     assert!(plan.reasons.iter().any(|reason| reason.contains(words)), "{words:?} is not in\n{plan}");
 }
 
-/// With so much memory left.
+/// The machine with this much available memory.
 fn with_available(mut machine: MachineProfile, available_bytes: u64) -> MachineProfile {
     machine.memory = Some(MemoryProfile { available_bytes, ..machine.memory.unwrap() });
     machine
@@ -76,9 +76,9 @@ fn a_laptop_gives_up_precision_and_then_context_as_its_memory_shrinks() {
         (CacheType::F32, 4096, 256)
     );
     assert!(whole.fits && !whole.fallback);
-    because(&whole, "no GPU was found");
+    because(&whole, "no usable GPU");
     because(&whole, "2 physical cores");
-    because(&whole, "f32, exactly as computed");
+    because(&whole, "f32: keys and values exactly as computed");
     let reserve = laptop.memory_reserve();
     let beside = whole.memory[0].total() - whole.memory[0].kv_cache;
     let mut seen = Vec::new();
@@ -90,9 +90,10 @@ fn a_laptop_gives_up_precision_and_then_context_as_its_memory_shrinks() {
         match settings {
             (CacheType::F32, 4096) => {}
             (kind, 4096) => because(&plan, &format!("a KV cache of {}: with ", kind.name())),
-            (_, _) => {
-                because(&plan, "positions: with the 4096 that the model was trained for, cpu would need")
-            }
+            (_, _) => because(
+                &plan,
+                "positions: with 4096, the length that the model was trained for, cpu would need",
+            ),
         }
         if seen.last() != Some(&settings) {
             seen.push(settings);
@@ -110,8 +111,8 @@ fn what_does_not_fit_at_all_is_said() {
     let plan = plan(&two_b(), &machine);
     assert!(!plan.fits && plan.sequences.is_none());
     because(&plan, "it does not fit: cpu would need");
-    because(&plan, "what helps is more memory, or a smaller model");
-    // The smallest that there is.
+    because(&plan, "use more memory, or a smaller model");
+    // The smallest plan.
     assert_eq!(
         (plan.settings.kv_cache, plan.settings.context, plan.settings.rows),
         (CacheType::Int8, 256, 16)
@@ -123,7 +124,7 @@ fn a_desktop_without_gpu_computes_on_its_physical_cores() {
     let plan = plan(&two_b(), &machine("desktop-16-cores"));
     assert_eq!((plan.kind, plan.settings.threads, plan.tier), (PlacementKind::CpuOnly, 16, Tier::Fast));
     assert_eq!((plan.settings.kv_cache, plan.settings.context), (CacheType::F32, 4096));
-    because(&plan, "16 threads on 16 physical cores");
+    because(&plan, "16 threads for 16 physical cores");
     // The roofline: 65 * 10^9 bytes a second over the bytes of a token.
     let bytes = 2_084_044_800 / 4 + 30 * (3 * 2560 + 6912) * 4 + 128_256 * 2560 * 2;
     let prediction = plan.prediction.unwrap();
@@ -159,10 +160,10 @@ fn a_7b_model_on_an_8_gb_gpu_goes_by_its_bytes() {
         + model.workspace(DeviceClass::Gpu, load);
     let with = |kind| (beside + model.kv_bytes(kind, 4096, 32)) as f64;
     let all = (8u64 << 30) as f64;
-    // All of it has room, and so have exact keys and values.
+    // The whole model fits with exact keys and values.
     assert!(with(CacheType::F32) < all * 0.9);
     assert_eq!(plan(&model, &machine).settings.kv_cache, CacheType::F32);
-    // With a budget in between they are too much, with 256 rows at once and 4096 positions, and f16 is not.
+    // With a budget in between, f32 does not fit with 256 rows at once and 4096 positions, and f16 does.
     let fraction = (with(CacheType::F32) + with(CacheType::F16)) / 2.0 / all;
     let of_it = PlanRequest { gpu_memory_fraction: Some(fraction), ..PlanRequest::default() };
     let plan = Plan::new(&model, &machine, &of_it).unwrap();
@@ -170,10 +171,10 @@ fn a_7b_model_on_an_8_gb_gpu_goes_by_its_bytes() {
         (plan.kind, plan.settings.kv_cache, plan.settings.context),
         (PlacementKind::GpuOnly, CacheType::F16, 4096)
     );
-    because(&plan, "everything on GPU: it takes");
+    because(&plan, "everything on the GPU: ");
     because(&plan, "a KV cache of f16: with f32, wgpu:0 would need");
     assert!(plan.alternatives.iter().any(|other| other.placement.kind() == PlacementKind::CpuOnly), "{plan}");
-    // Asked for f32, the cache decides how much of the model the GPU holds.
+    // With f32 requested, the size of the cache decides how many layers fit on the GPU.
     let request =
         PlanRequest { kv_cache: Some(CacheType::F32), rows: Some(256), context: Some(4096), ..of_it };
     let exact = Plan::new(&model, &machine, &request).unwrap();
@@ -187,8 +188,8 @@ fn what_an_8_gb_gpu_has_no_room_for_is_on_the_cpu() {
     let PlacementKind::Hybrid { cpu_layers, gpu_layers } = plan.kind else { panic!("{plan}") };
     assert!(plan.fits && gpu_layers > 0 && cpu_layers + gpu_layers == 80, "{plan}");
     assert_eq!((plan.placement.stages[0].device.as_str(), plan.placement.dense.as_str()), ("wgpu:0", CPU));
-    because(&plan, "the model does not fit on GPU as a whole");
-    // One layer more would be too much.
+    because(&plan, "the whole model does not fit on the GPU");
+    // One more layer does not fit.
     let request = PlanRequest {
         gpu_layers: Some(gpu_layers + 1),
         context: Some(plan.settings.context),
@@ -207,7 +208,7 @@ fn two_gpus_share_what_is_too_much_for_one() {
     let one = plan(&needs(&seventy_b()), &machine("gpu-8gb"));
     assert!(two.placement.layers_on(CPU) < one.placement.layers_on(CPU), "{two}");
     assert!(two.placement.layers_on("wgpu:0") > 0 && two.placement.layers_on("wgpu:1") > 0, "{two}");
-    // What fits one has no seam.
+    // A model that fits on one GPU is not split.
     assert_eq!(plan(&two_b(), &machine("two-gpus-8gb")).placement.devices().count(), 1);
 }
 
@@ -218,7 +219,7 @@ fn an_80_gb_gpu_takes_everything() {
         assert_eq!((plan.kind, plan.settings.kv_cache), (PlacementKind::GpuOnly, CacheType::F32), "{plan}");
         assert_eq!((plan.settings.context, plan.settings.rows), (4096, 256));
         assert!(plan.fits && plan.placement.dense == "cuda:0");
-        because(&plan, "everything on GPU");
+        because(&plan, "everything on the GPU");
     }
 }
 
@@ -229,7 +230,7 @@ fn a_buffer_that_the_gpu_does_not_give_stays_on_the_cpu() {
     let plan = plan(&two_b(), &machine);
     // The embedding, in f16, has 0.66 GB.
     assert_eq!(plan.kind, PlacementKind::Hybrid { cpu_layers: 0, gpu_layers: 30 });
-    because(&plan, "embedding and output, for which it has no room, on the CPU");
+    because(&plan, "embedding and output do not fit there and are on the CPU");
 }
 
 #[test]
@@ -239,14 +240,14 @@ fn a_program_that_acts_as_a_gpu_is_never_preferred() {
         let request = PlanRequest { strategy, ..PlanRequest::default() };
         let plan = Plan::new(&two_b(), &machine, &request).unwrap();
         assert_eq!(plan.kind, PlacementKind::CpuOnly);
-        because(&plan, "it is a program on the CPU, not a card");
+        because(&plan, "it is a software GPU");
     }
-    // Only whoever asks gets it.
+    // It is used only on request.
     let request = PlanRequest { device: Some("wgpu".into()), ..PlanRequest::default() };
     let plan = Plan::new(&two_b(), &machine, &request).unwrap();
     assert_eq!((plan.kind, plan.tier), (PlacementKind::GpuOnly, Tier::Unknown));
     because(&plan, "slower than the CPU");
-    because(&plan, "no speed is predicted: how fast wgpu:0 reads its memory was not measured");
+    because(&plan, "no speed is predicted: the memory bandwidth of wgpu:0 was not measured");
 }
 
 #[test]
@@ -255,16 +256,16 @@ fn a_gpu_whose_memory_is_not_known_is_for_whoever_asks() {
     machine.gpus[0].memory_bytes = None;
     let plan = plan(&two_b(), &machine);
     assert_eq!(plan.kind, PlacementKind::CpuOnly);
-    because(&plan, "its driver does not tell how much memory it has");
-    because(&plan, "the CPU: there was no GPU to compare it with");
+    because(&plan, "its driver does not report its memory");
+    because(&plan, "the CPU: no GPU was a candidate");
     let request = PlanRequest { device: Some("wgpu:0".into()), ..PlanRequest::default() };
     let asked = Plan::new(&two_b(), &machine, &request).unwrap();
     assert_eq!(asked.kind, PlacementKind::GpuOnly);
-    because(&asked, "whether that is enough, will show");
+    because(&asked, "does not report its memory, which may be too small");
 }
 
 #[test]
-fn a_machine_that_can_not_be_looked_at_gets_the_careful_plan() {
+fn an_unknown_machine_gets_the_careful_plan() {
     let unknown = machine("unknown");
     let plan = plan(&two_b(), &unknown);
     assert!(plan.fallback && !plan.fits && plan.prediction.is_none() && plan.tier == Tier::Unknown);
@@ -272,9 +273,9 @@ fn a_machine_that_can_not_be_looked_at_gets_the_careful_plan() {
     assert_eq!((plan.settings.context, plan.settings.kv_cache), (2048, CacheType::F32));
     because(
         &plan,
-        "could not be found out: carefully, the CPU alone, a short context, few rows at once (--memory",
+        "does not report its memory: to be safe, the CPU alone, a short context, few rows at once (--memory",
     );
-    // What was asked for is nobody's care.
+    // Requested settings are not replaced by careful ones.
     let asked = PlanRequest {
         device: Some(CPU.into()),
         context: Some(4096),
@@ -283,9 +284,9 @@ fn a_machine_that_can_not_be_looked_at_gets_the_careful_plan() {
         ..PlanRequest::default()
     };
     let asked = Plan::new(&two_b(), &unknown, &asked).unwrap();
-    because(&asked, "could not be found out: whether what was asked for fits, will show (--memory");
-    because(&plan, "the number of cores could not be found out");
-    // What somebody knows, need not be found out.
+    because(&asked, "does not report its memory: the requested settings may not fit (--memory");
+    because(&plan, "the system does not report the number of cores");
+    // Requested values replace unknown ones.
     let request = PlanRequest { threads: Some(4), memory: Some(3_000_000_000), ..PlanRequest::default() };
     let told = Plan::new(&two_b(), &unknown, &request).unwrap();
     assert!(
@@ -305,28 +306,28 @@ fn strategies_differ_in_what_an_expert_would() {
     // Half of the cores have 60 of 65 GB/s.
     let power = of(Strategy::PowerEfficiency);
     assert_eq!(power.settings.threads, 8);
-    because(&power, "no more are needed for 90 %");
+    because(&power, "enough for 90 % of the decode speed of 16");
     let balanced = of(Strategy::Balanced);
     assert_eq!(balanced.settings.threads, 15);
     assert_eq!(
         balanced.memory[0].budget.unwrap(),
         of(Strategy::Performance).memory[0].budget.unwrap() / 4 * 3
     );
-    // One device is kept awake, not two.
+    // A single device is used.
     let request = PlanRequest { strategy: Strategy::PowerEfficiency, ..PlanRequest::default() };
     let plan = Plan::new(&needs(&seventy_b()), &machine("gpu-8gb"), &request).unwrap();
     assert_eq!(plan.kind, PlacementKind::CpuOnly, "{plan}");
 }
 
 #[test]
-fn wishes_are_met_or_refused() {
+fn requests_are_met_or_refused() {
     let (model, gpu) = (two_b(), machine("gpu-8gb"));
     let with = |request: PlanRequest| Plan::new(&model, &gpu, &request);
     let none = PlanRequest::default;
     let plan = with(PlanRequest { gpu_layers: Some(10), threads: Some(3), ..none() }).unwrap();
     assert_eq!(plan.kind, PlacementKind::Hybrid { cpu_layers: 20, gpu_layers: 10 });
     assert_eq!(plan.settings.threads, 3);
-    because(&plan, "10 layers on wgpu:0 as asked for, 20 on the CPU");
+    because(&plan, "10 layers on wgpu:0, as requested; 20 on the CPU");
     assert_eq!(with(PlanRequest { gpu_layers: Some(30), ..none() }).unwrap().kind, PlacementKind::GpuOnly);
     assert_eq!(with(PlanRequest { gpu_layers: Some(0), ..none() }).unwrap().kind, PlacementKind::CpuOnly);
     assert_eq!(
@@ -341,15 +342,12 @@ fn wishes_are_met_or_refused() {
     for (request, expected) in [
         (
             PlanRequest { device: Some("cuda:0".into()), ..none() },
-            "cuda:0 is not there; there are cpu, wgpu:0",
+            "there is no device cuda:0; this machine has cpu, wgpu:0",
         ),
-        (
-            PlanRequest { gpu_layers: Some(31), ..none() },
-            "31 layers on a GPU were asked for, and the model has 30",
-        ),
+        (PlanRequest { gpu_layers: Some(31), ..none() }, "cannot place 31 layers on a GPU: the model has 30"),
         (
             PlanRequest { gpu_layers: Some(3), device: Some(CPU.into()), ..none() },
-            "the CPU was asked for, too",
+            "the requested device is the CPU",
         ),
         (PlanRequest { context: Some(5000), ..none() }, "the context is 5000; it must be between 1 and 4096"),
         (PlanRequest { gpu_memory_fraction: Some(f64::NAN), ..none() }, "must be above 0 and at most 1"),
@@ -362,11 +360,11 @@ fn wishes_are_met_or_refused() {
     without_f16.gpus[0].precisions.retain(|precision| precision != "f16");
     let on_gpu = |kind| PlanRequest { device: Some("wgpu".into()), kv_cache: Some(kind), ..none() };
     let error = Plan::new(&model, &without_f16, &on_gpu(CacheType::F16)).unwrap_err().to_string();
-    assert!(error.contains("of a type that wgpu:0"), "{error}");
-    // Four in a word, which every GPU has.
+    assert!(error.contains("a type that wgpu:0 supports"), "{error}");
+    // Four int8 codes share a 32-bit word, which every GPU has.
     assert!(Plan::new(&model, &without_f16, &on_gpu(CacheType::Int8)).unwrap().fits);
     let nothing = Plan::new(&model, &machine("laptop-4gb"), &PlanRequest { gpu_layers: Some(1), ..none() });
-    assert!(nothing.unwrap_err().to_string().contains("there is no GPU here"));
+    assert!(nothing.unwrap_err().to_string().contains("this build finds no usable GPU"));
 }
 
 #[test]
