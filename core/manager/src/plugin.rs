@@ -88,6 +88,15 @@ pub enum PluginError {
         /// The file.
         path: PathBuf,
     },
+    /// The host is linked statically. A library would bring a second C library, in which threads and panics crash.
+    #[error(
+        "plugin {}: this program is linked statically and loads no plugins; build it without \
+         `-C target-feature=+crt-static`", path.display()
+    )]
+    StaticHost {
+        /// The file.
+        path: PathBuf,
+    },
     /// Others could have put the file there.
     #[error("plugin {}: {reason}", path.display())]
     Policy {
