@@ -249,11 +249,14 @@ impl PluginStore {
     /// Reads a file, if the policy allows it, and keeps a copy.
     ///
     /// # Errors
-    /// If plugins are switched off, the file can't be read, everybody may write it, or it is not pinned
-    /// while pins are in force; or if a copy can't be kept.
+    /// If plugins are switched off, the program is linked statically, the file can't be read, everybody may
+    /// write it, or it is not pinned while pins are in force; or if a copy can't be kept.
     pub fn admit(&self, path: &Path) -> Result<Stored, PluginError> {
         if !self.config.enabled {
             return Err(PluginError::Off { path: path.to_owned() });
+        }
+        if cfg!(all(unix, target_feature = "crt-static")) {
+            return Err(PluginError::StaticHost { path: path.to_owned() });
         }
         let read = |source| PluginError::Read { path: path.to_owned(), source };
         let origin = path.canonicalize().map_err(read)?;

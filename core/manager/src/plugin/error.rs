@@ -10,6 +10,15 @@ use crate::gate::{GateError, Refusal, Stage};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PluginError {
+    /// The host is linked statically. A library would bring a second C library, in which threads and panics crash.
+    #[error(
+        "plugin {}: this program is linked statically and loads no plugins; build it without \
+         `-C target-feature=+crt-static`", path.display()
+    )]
+    StaticHost {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file can't be read.
     #[error("plugin {}: {source}", path.display())]
     Read {
