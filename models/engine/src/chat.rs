@@ -100,7 +100,7 @@ pub enum ChatError {
 /// A parsed chat template.
 ///
 /// ```
-/// # use bitnet_burn::chat::{ChatTemplate, Message, TemplateTokens};
+/// # use bitnet_burn_engine::chat::{ChatTemplate, Message, TemplateTokens};
 /// let template = ChatTemplate::new("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")?;
 /// let text = template.render(&[Message::new("user", "Hi")], &TemplateTokens::default(), true)?;
 /// assert_eq!(text, "user: Hi\n");

@@ -143,7 +143,7 @@ fn by_rank(a: &Candidate, b: &Candidate) -> Ordering {
 /// Its buffers are kept between calls: after the first call nothing is allocated.
 ///
 /// ```
-/// # use bitnet_burn::sampling::{Sampler, SamplingConfig};
+/// # use bitnet_burn_engine::sampling::{Sampler, SamplingConfig};
 /// let config = SamplingConfig { temperature: 0.7, top_p: 0.9, seed: 1, ..Default::default() };
 /// let mut sampler = Sampler::new(config)?;
 /// let token = sampler.sample(&[0.5, 3.0, -1.0, 2.5], &[])?;

@@ -49,7 +49,7 @@ const END_OF_GENERATION: [&str; 10] = [
 /// A tokenizer; see the [module](self).
 ///
 /// ```no_run
-/// # use bitnet_burn::{checkpoint::TokenizerSource, tokenizer::Tokenizer};
+/// # use bitnet_burn_engine::{checkpoint::TokenizerSource, tokenizer::Tokenizer};
 /// let source = TokenizerSource::Hf { dir: "models/bitnet-b1.58-2B-4T".into() };
 /// let tokenizer = Tokenizer::from_source(&source, 128_256)?;
 /// let ids = tokenizer.encode("Hello, world!", true)?;
