@@ -774,7 +774,7 @@ fn generation_goes_on_under_hostile_plugins_and_switches_work() {
     // Off is off.
     assert!(!kernels(&[absolute[0], ("BITNET_PLUGINS", "off")]).contains("example-c"));
     let output = run(&["--plugin", "plugins/good.so"], &[("BITNET_PLUGINS", "off")]);
-    assert!(String::from_utf8_lossy(&output.stderr).contains("plugins are off"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("plugins are switched off"));
     assert!(error(place.command(&["kernels"]).env("BITNET_PLUGINS", "maybe")).contains("off, on or user"));
     // The user's directory, when it is asked for.
     let user = place.path("data").join("bitnet-burn/plugins");
