@@ -168,7 +168,7 @@ impl Checkpoint {
     /// The weights of an RMSNorm, all finite.
     ///
     /// # Errors
-    /// [`LoadError::NoSuchLayer`], [`LoadError::NotFinite`]; [`LoadError::MissingTensor`] for a sub-norm of
+    /// [`LoadError::NoSuchLayer`], [`LoadError::NotFinite`]; [`FileError::MissingTensor`] for a sub-norm of
     /// a model that has none.
     pub fn norm(&self, which: Norm) -> Result<Vec<f32>, LoadError> {
         if let Some(layer) = which.layer() {
