@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use bitnet_burn::BitNet;
 use bitnet_burn::backends::manager;
 use bitnet_burn::{BitLinear, BitLinearWeight, CacheType};
 use bitnet_burn_engine::checkpoint::Checkpoint;

@@ -109,7 +109,7 @@ impl EngineArgs {
             EngineError::Load(error) => error.into(),
             EngineError::Model(error) => error.into(),
             EngineError::Tokenizer(error) => error.into(),
-            EngineError::Kernels(error) => error.into(),
+            EngineError::Kernels(error) => (*error).into(),
             EngineError::Plan(error) => error.into(),
             EngineError::Device(error) => device_error(error),
             EngineError::StrictPlan(error) => {

@@ -5,8 +5,9 @@
 //!
 //! # #[cfg(feature = "default-model")] {
 //! let engine = Engine::options().open_built_in()?;
+//! let options = GenerateOptions { max_new_tokens: 8, ..engine.generate_options() };
 //! let mut session = engine.session()?;
-//! let mut text = session.generate("There was", &GenerateOptions { max_new_tokens: 8, ..engine.generate_options() })?;
+//! let mut text = session.generate("There was", &options)?;
 //! for piece in &mut text {
 //!     print!("{}", piece?);
 //! }

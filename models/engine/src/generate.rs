@@ -189,6 +189,7 @@ pub struct Generator<'a> {
 }
 
 /// What became of a forward pass.
+#[allow(clippy::large_enum_variant, reason = "it lives for one call")]
 enum Pass {
     /// No token is due yet.
     Done(Step),

@@ -28,7 +28,7 @@ pub enum EngineError {
     Tokenizer(#[from] TokenizerError),
     /// The kernels.
     #[error(transparent)]
-    Kernels(#[from] manager::SetupError),
+    Kernels(Box<manager::SetupError>),
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -106,5 +106,11 @@ pub enum EngineError {
 impl From<ForwardError> for EngineError {
     fn from(error: ForwardError) -> Self {
         GenerateError::from(error).into()
+    }
+}
+
+impl From<manager::SetupError> for EngineError {
+    fn from(error: manager::SetupError) -> Self {
+        Self::Kernels(Box::new(error))
     }
 }

@@ -237,6 +237,7 @@ mod tests {
         assert_eq!(needs.dense_bytes(), embedding + 2560 * 4);
     }
 
+    #[cfg(feature = "default-model")]
     #[test]
     fn headers_are_enough() {
         let checkpoint = crate::embedded::checkpoint().unwrap();
