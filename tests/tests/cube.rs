@@ -4,7 +4,6 @@
 
 use std::ffi::CString;
 
-use bitnet_burn::BitNet;
 use bitnet_burn::CacheType;
 use bitnet_burn::backends::manager;
 use bitnet_burn_engine::checkpoint::Checkpoint;

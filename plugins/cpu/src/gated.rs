@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn gates_agree_and_are_accurate() {
         let mut rng = Rng(2);
-        let pools = [1, 2, 3].map(|threads| Scoped(threads));
+        let pools = [1, 2, 3].map(Scoped);
         for (rows, f) in [(1, 1), (3, 37), (2, 6912), (40, 6912)] {
             let scale = [0.1, 1.0, 30.0, 100.0];
             let gate_up: Vec<f32> =

@@ -98,7 +98,7 @@ fn close_to_double_precision() {
 
 #[test]
 fn instruction_sets_threads_and_chunks_agree() {
-    let pools = [1, 2, 3].map(|threads| Scoped(threads));
+    let pools = [1, 2, 3].map(Scoped);
     for (i, (heads, kv_heads, head_dim, positions)) in SHAPES.into_iter().enumerate() {
         let case = Case::new(i as u64 + 50, heads, kv_heads, head_dim, positions);
         let want = bits(&case.run(Level::best(), 0..positions, &pools[0]));
@@ -124,7 +124,7 @@ fn instruction_sets_threads_and_chunks_agree() {
 /// A cache and the f32 cache of its values give the same bits, by one call, by threads and in chunks.
 fn same_as_its_values(case: &Case, k: CacheRef, v: CacheRef, what: &str) {
     let positions = case.shape.capacity - 9;
-    let pools = [1, 3].map(|threads| Scoped(threads));
+    let pools = [1, 3].map(Scoped);
     let want = bits(&case.run(Level::best(), 0..positions, &pools[0]));
     for level in Level::available() {
         assert!(bits(&case.run_with(level, 0..positions, &pools[1], k, v)) == want, "{what}, {level:?}");

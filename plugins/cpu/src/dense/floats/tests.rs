@@ -40,7 +40,7 @@ fn specification(format: DenseFormat, w: &[u8], n: usize, k: usize, x: &[f32], m
 #[test]
 fn every_instruction_set_and_thread_count_computes_the_specification() {
     let mut rng = Rng(3);
-    let pools = [1, 2, 3].map(|threads| Scoped(threads));
+    let pools = [1, 2, 3].map(Scoped);
     for format in DenseFormat::ALL {
         let ks: &[usize] = match format.block_len() {
             1 => &[1, 5, 16, 63, 64, 100, 320],

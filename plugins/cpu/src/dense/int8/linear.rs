@@ -255,7 +255,7 @@ mod tests {
     #[test]
     fn every_instruction_set_and_thread_count_computes_the_specification() {
         let mut rng = Rng(31);
-        let pools = [1, 2, 3].map(|threads| Scoped(threads));
+        let pools = [1, 2, 3].map(Scoped);
         for format in TiledFormat::ALL {
             let ks: &[usize] = match format.block_len() {
                 32 => &[32, 64, 96, 128, 160, 224, 320, 2560],
@@ -324,7 +324,7 @@ mod tests {
     #[test]
     fn several_tasks_agree_with_one() {
         let mut rng = Rng(34);
-        let pools = [1, 2, 3].map(|threads| Scoped(threads));
+        let pools = [1, 2, 3].map(Scoped);
         for format in TiledFormat::ALL {
             let k = 1024;
             let n = 3 * TASK_BYTES / format.rows().row_bytes(k).unwrap() + 5;
