@@ -11,6 +11,11 @@
 
 mod client;
 mod link;
+// Without a backend of this machine, a worker refuses every device.
+#[cfg_attr(
+    not(any(feature = "flex", feature = "ndarray", feature = "cube")),
+    allow(dead_code, unreachable_code, unused_imports, unused_variables)
+)]
 mod worker;
 
 use burn::backend::{DispatchDevice, RemoteDevice};

@@ -85,7 +85,7 @@ impl Worker {
         };
         let server = RemoteServer::new([device.clone()]).with_authorizer(authorizer);
         let name = name.to_owned();
-        let server = match device.as_dispatch() {
+        let server: RemoteServer = match device.as_dispatch() {
             #[cfg(feature = "flex")]
             DispatchDevice::Flex(_) => server.with_custom_ops(operations::<burn::backend::Flex>(name)),
             #[cfg(feature = "ndarray")]
