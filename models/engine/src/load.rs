@@ -70,7 +70,7 @@ pub struct LoadOptions {
     pub max_rows: usize,
     /// How the output projection (lm_head) is computed.
     pub head: HeadMode,
-    /// Whether weights that were [packed before](bitnet_burn_engine::prepack) are taken from the file beside the model.
+    /// Whether weights that were [packed before](crate::prepack) are taken from the file beside the model.
     pub prepacked: bool,
 }
 

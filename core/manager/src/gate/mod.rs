@@ -16,7 +16,7 @@
 //! ([`child_with_gpu`]): a text can hang a device or, since it is compiled without bounds checks, crash a driver
 //! that runs in the process, too.
 //!
-//! The second and third are the [manager](crate::manager)'s. All three find mistakes, not malice: a
+//! The second and third are the [manager](crate::KernelManager)'s. All three find mistakes, not malice: a
 //! plugin is native code, and runs with the rights of the program.
 
 mod cases;

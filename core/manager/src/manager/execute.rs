@@ -39,7 +39,7 @@ impl KernelManager {
     /// y[m, column + i] = activations of row m times row i of each job's weights, in one fork-join.
     ///
     /// What happens when a kernel fails or becomes slow is the [policy](super::FallbackPolicy)'s; it is counted
-    /// and reported, and strict mode may refuse it. Kernels of plugins from files are watched ([`gate`],
+    /// and reported, and strict mode may refuse it. Kernels of plugins from files are watched ([`gate`](crate::gate),
     /// stages 2 and 3).
     ///
     /// # Errors

@@ -100,7 +100,7 @@ pub struct Job<'a> {
     pub column: usize,
 }
 
-/// Registers, checks, tunes, selects and runs kernels. See the [module](self).
+/// Registers, checks, tunes, selects and runs kernels. See the [crate](crate).
 #[derive(Debug)]
 pub struct KernelManager {
     config: ManagerConfig,

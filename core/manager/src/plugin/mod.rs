@@ -87,7 +87,7 @@ impl std::fmt::Display for Target {
     }
 }
 
-/// The text of a kernel for a GPU. [`abi::Gpu`] says which buffers it gets.
+/// The text of a kernel for a GPU. [`Gpu`](bitnet_burn_plugin::abi::Gpu) says which buffers it gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuSource {
     /// The text.

@@ -14,7 +14,7 @@ pub struct OpenOptions {
     /// with a warning where the two differ.
     pub hidden_act: Option<GatedActivation>,
     /// The pre-tokenizer of a GGUF vocabulary, for files without `tokenizer.ggml.pre` (`--pre`). Handed on
-    /// in [`GgufTokenizer::pre`].
+    /// in `GgufTokenizer::pre`.
     pub pre: Option<String>,
 }
 

@@ -443,7 +443,7 @@ const HARD: [&str; 30] = [
 /// Tokens whose own texts are tried too, at most.
 const TRIED_TOKENS: usize = 20_000;
 
-/// What two tokenizers of one model disagree on: ids of [hard texts](HARD), of every token's text, and of
+/// What two tokenizers of one model disagree on: ids of hard texts, of every token's text, and of
 /// the tokens with a role between words, each with and without the tokens at the ends; and the texts of
 /// these ids. `None` if there is nothing.
 pub fn disagreement(a: &Tokenizer, b: &Tokenizer) -> Result<Option<String>, TokenizerError> {

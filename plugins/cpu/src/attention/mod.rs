@@ -1,6 +1,6 @@
 //! Causal attention with grouped queries over a KV cache, and writing to the cache.
 //!
-//! out[r, h] = sum over positions p <= first + r of softmax(scale * q[r, h] . k[p]) v[p], where query head h
+//! `out[r, h]` = sum over positions p <= first + r of `softmax(scale * q[r, h] . k[p]) v[p]`, where query head h
 //! reads kv head h / (heads / kv heads).
 //!
 //! # Order of computation
