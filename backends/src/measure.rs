@@ -3,7 +3,6 @@
 
 use burn::tensor::Device;
 
-
 pub use crate::effort::{Effort, KernelTime};
 
 /// All kernels that the process's [manager](crate::manager::manager) has for a ternary multiplication on a GPU. Each is
