@@ -1,6 +1,5 @@
 //! The tokenizer inside a GGUF file: the `tokenizer.ggml.*` keys.
 
-use std::collections::HashMap;
 
 use tokenizers::AddedToken;
 use tokenizers::decoders::byte_level::ByteLevel;
@@ -9,45 +8,13 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use super::decode::{Decoder, Kind, Malformed, Pieces, byte_token};
 use super::pre::PreTokenizer;
 use super::spm::SentencePiece;
+use super::vocabulary::{Type, ids_by_text};
 use super::{END_OF_GENERATION, VocabularyError as Error};
 use super::{Encoder, Ends, Special, Tokenizer, VocabularyError, guarded, pre, size_warning};
 use crate::checkpoint::GgufTokenizer;
 
 /// The size of LLaMA 3's vocabulary, which BitNet b1.58 2B-4T shares: some of its files name no pre-tokenizer.
 const LLAMA3_TOKENS: usize = 128_256;
-
-/// `tokenizer.ggml.token_type`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Type {
-    Normal,
-    Unknown,
-    Control,
-    UserDefined,
-    Byte,
-}
-
-impl Type {
-    pub(super) fn new(number: i32) -> Self {
-        match number {
-            2 => Self::Unknown,
-            3 => Self::Control,
-            4 => Self::UserDefined,
-            6 => Self::Byte,
-            // 1 is normal; 0 (undefined) and 5 (unused) are encoded like that.
-            _ => Self::Normal,
-        }
-    }
-
-    /// Recognised in a text before anything else is done to it.
-    pub(super) fn is_recognised(self) -> bool {
-        matches!(self, Self::Unknown | Self::Control | Self::UserDefined)
-    }
-
-    /// Left out of a text on request.
-    pub(super) fn is_special(self) -> bool {
-        matches!(self, Self::Unknown | Self::Control)
-    }
-}
 
 pub(super) fn build(keys: &GgufTokenizer, vocab_size: usize) -> Result<Tokenizer, VocabularyError> {
     if keys.is_empty() {
@@ -243,17 +210,4 @@ fn sentencepiece_pieces(tokens: &[String], types: &[Type], strip_space: bool) ->
 /// The kind of a token that is written as it stands in the vocabulary.
 fn written(kind: Type) -> Kind {
     if kind.is_special() { Kind::Special } else { Kind::Normal }
-}
-
-/// Texts to ids, where each text must be there once only. Empty ones are left out.
-pub(super) fn ids_by_text<'a>(
-    tokens: impl Iterator<Item = (u32, &'a String)>,
-) -> Result<HashMap<String, u32>, VocabularyError> {
-    let mut ids = HashMap::new();
-    for (id, token) in tokens.filter(|(_, token)| !token.is_empty()) {
-        if let Some(first) = ids.insert(token.clone(), id) {
-            return Err(Error::Duplicate { token: token.clone(), first, second: id });
-        }
-    }
-    Ok(ids)
 }

@@ -19,6 +19,7 @@ mod hf;
 mod pre;
 mod spm;
 pub mod translate;
+mod vocabulary;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;

@@ -13,7 +13,7 @@ use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
 use super::decode::byte_token;
-use super::gguf::{Type, ids_by_text};
+use super::vocabulary::{Type, ids_by_text};
 use super::{TokenizerError, VocabularyError};
 
 /// What stands for a space in the vocabulary.

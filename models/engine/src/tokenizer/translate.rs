@@ -18,8 +18,8 @@ use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::{NormalizedString, Normalizer as _};
 
 use super::decode::byte_token;
-use super::gguf::Type;
 use super::spm::SPACE;
+use super::vocabulary::Type;
 use super::{Encoder, Ends, Tokenizer, TokenizerError, guarded, pre};
 use crate::checkpoint::{GgufTokenizer, TokenizerSource};
 use bitnet_burn::ModelConfig;
