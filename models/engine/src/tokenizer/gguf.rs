@@ -8,7 +8,7 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use super::decode::{Decoder, Kind, Malformed, Pieces, byte_token};
 use super::pre::PreTokenizer;
 use super::spm::SentencePiece;
-use super::vocabulary::{Type, ids_by_text};
+use super::vocabulary::Type;
 use super::{END_OF_GENERATION, VocabularyError as Error};
 use super::{Encoder, Ends, Special, Tokenizer, VocabularyError, guarded, pre, size_warning};
 use crate::checkpoint::GgufTokenizer;
