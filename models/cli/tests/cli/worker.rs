@@ -73,7 +73,7 @@ fn what_a_worker_can_t_do_is_said() {
     let place = Place::new();
     let mut worker = Worker::start(&place, &[]);
     let (device, address) = (worker.device(), worker.said["address"].as_str().unwrap().to_owned());
-    assert!(place.error(&["worker", "--listen", &address]).contains(&format!("cannot listen at {address}")));
+    assert!(place.error(&["worker", "--listen", &address]).contains(&format!("cannot listen on {address}")));
     assert!(place.error(&["worker", "--listen", "7158"]).contains("HOST:PORT"));
     assert!(place.error(&["worker", "--device", &device]).contains("a device of its own machine"));
     assert!(place.error(&["plan", "-m", "model.gguf", "--device", &device]).contains("this machine alone"));
