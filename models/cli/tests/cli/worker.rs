@@ -76,7 +76,7 @@ fn what_a_worker_can_t_do_is_said() {
     assert!(place.error(&["worker", "--listen", &address]).contains(&format!("cannot listen on {address}")));
     assert!(place.error(&["worker", "--listen", "7158"]).contains("HOST:PORT"));
     assert!(place.error(&["worker", "--device", &device]).contains("a device of its own machine"));
-    assert!(place.error(&["plan", "-m", "model.gguf", "--device", &device]).contains("this machine alone"));
+    assert!(place.error(&["plan", "-m", "model.gguf", "--device", &device]).contains("only this machine"));
     let run = ["run", "-m", "model.gguf", "-p", "Hello", "--device", &device];
     let late = place.command(&run).env("BITNET_REMOTE_TIMEOUT", "soon").output().unwrap();
     assert!(String::from_utf8(late.stderr).unwrap().contains("BITNET_REMOTE_TIMEOUT=soon: expected seconds"));
