@@ -1,6 +1,5 @@
 //! The tokenizer inside a GGUF file: the `tokenizer.ggml.*` keys.
 
-
 use tokenizers::AddedToken;
 use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::models::bpe::{BPE, Vocab};
