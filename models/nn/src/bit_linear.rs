@@ -287,7 +287,8 @@ pub(crate) fn side_by_side(
     quantise: bool,
     layers: &[&BitLinear],
 ) -> Result<Tensor<2>, ManagerError> {
-    let packed = layers.iter().filter(|layer| layer.matrix().is_some()).count();
+    // Without building the matrices: this runs for every layer and token.
+    let packed = layers.iter().filter(|layer| matches!(layer.weight, BitLinearWeight::Packed(_))).count();
     let alike = packed == 0 || packed == layers.len();
     if alike && layers.iter().all(|layer| layer.norm.is_none()) {
         return fused(x, Some(norm), quantise, layers);
