@@ -13,8 +13,11 @@ mod manager;
 pub mod memory;
 pub mod plugin;
 pub mod pool;
+mod process;
 pub mod store;
 mod strict;
+mod variables;
 
 pub use manager::*;
+pub use process::take_stdout;
 pub use strict::Strict;

@@ -12,6 +12,7 @@ use crate::cpu;
 use crate::gpu::GpuDevice;
 use crate::plugin::{Kernel, Plugin, Target};
 use crate::pool::Pool;
+use crate::process::take_stdout;
 
 /// Threads that compute at once.
 const THREADS: usize = 4;
@@ -156,35 +157,26 @@ impl Reporter {
 }
 
 /// Takes stdout away from the plugin, and makes this process end quietly when it has to.
-#[cfg(unix)]
 fn own_output() -> std::io::Result<File> {
-    use std::os::fd::{AsRawFd as _, FromRawFd as _};
+    let out = take_stdout()?;
+    #[cfg(unix)]
+    {
+        use std::os::fd::AsRawFd as _;
 
-    let check = |result: libc::c_int| match result {
-        -1 => Err(std::io::Error::last_os_error()),
-        value => Ok(value),
-    };
-    // SAFETY: system calls on descriptors of this process; the duplicate belongs to the file from here on.
-    let out = unsafe {
-        let out = File::from_raw_fd(check(libc::fcntl(libc::STDOUT_FILENO, libc::F_DUPFD_CLOEXEC, 3))?);
-        // What the plugin prints goes where it does no harm.
-        check(libc::dup2(libc::STDERR_FILENO, libc::STDOUT_FILENO))?;
-        // No core dumps: crashing is what this process is for.
-        let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        check(libc::setrlimit(libc::RLIMIT_CORE, &raw const limit))?;
-        // Ends with the parent.
-        #[cfg(target_os = "linux")]
-        check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
-        out
-    };
-    super::guard::faults::install(out.as_raw_fd())?;
+        let check = |result: libc::c_int| match result {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        };
+        // SAFETY: system calls that concern this process alone.
+        unsafe {
+            // No core dumps: crashing is what this process is for.
+            let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            check(libc::setrlimit(libc::RLIMIT_CORE, &raw const limit))?;
+            // Ends with the parent.
+            #[cfg(target_os = "linux")]
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+        }
+        super::guard::faults::install(out.as_raw_fd())?;
+    }
     Ok(out)
-}
-
-#[cfg(not(unix))]
-fn own_output() -> std::io::Result<File> {
-    use std::os::windows::io::{AsHandle as _, OwnedHandle};
-
-    let handle: OwnedHandle = std::io::stdout().as_handle().try_clone_to_owned()?;
-    Ok(File::from(handle))
 }

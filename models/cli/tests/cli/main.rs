@@ -3,6 +3,7 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod docs;
+mod files;
 #[cfg(feature = "wgpu")]
 mod gpu;
 mod kernels;
@@ -434,7 +435,22 @@ fn errors_say_what_is_wrong() {
     assert!(place.error(&["synth", "--intermediate-size", "100", "--out", "x"]).contains("multiple of 128"));
     assert!(place.error(&["synth", "--vocab-size", "9", "--out", "x"]).contains("too small"));
     assert!(!place.path("x").exists());
-    assert!(error(place.command(&["kernels"]).env("BITNET_THREADS", "many")).contains("BITNET_THREADS=many"));
+    for (name, value, expected) in [
+        ("BITNET_THREADS", "many", "a number of threads"),
+        ("BITNET_THREADS", "1025", "at most 1024"),
+        ("BITNET_PLUGINS", "maybe", "off, on or user"),
+    ] {
+        let error = error(place.command(&["kernels"]).env(name, value));
+        assert!(error.contains(&format!("{name}={value}")) && error.contains(expected), "{error}");
+    }
+    #[cfg(unix)]
+    for name in ["BITNET_STRICT_MODE", "BITNET_PLUGINS", "BITNET_KERNEL", "BITNET_THREADS", "BITNET_FALLBACK"]
+    {
+        use std::os::unix::ffi::OsStrExt as _;
+        let value = std::ffi::OsStr::from_bytes(b"1\xff");
+        let error = error(place.command(&["kernels"]).env(name, value));
+        assert!(error.contains(name) && error.contains("UTF-8"), "{error}");
+    }
 
     // An empty prompt is BOS alone; the context's end is no error.
     let report = place.json(&["run", "-m", "model.gguf", "-p", "", "-n", "1", "--json"]);
