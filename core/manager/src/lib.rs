@@ -7,6 +7,7 @@
 
 pub mod cpu;
 mod error;
+mod float;
 pub mod gate;
 pub mod gpu;
 mod manager;
@@ -15,6 +16,7 @@ pub mod plugin;
 pub mod pool;
 pub mod store;
 mod strict;
+mod temporary;
 
 pub use manager::*;
 pub use strict::Strict;

@@ -21,11 +21,11 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tempfile::TempDir;
 
 use crate::cpu;
 use crate::gate::{self, GATE_VERSION, Report, Stage};
 use crate::plugin::PluginError;
+use crate::temporary::Temporary;
 use bitnet_burn_formats::files;
 
 /// Where plugins come from, and how they are checked.
@@ -211,7 +211,7 @@ pub struct Known {
 pub struct PluginStore {
     config: PluginConfig,
     root: Option<PathBuf>,
-    temporary: OnceLock<TempDir>,
+    temporary: OnceLock<Temporary>,
 }
 
 const VERDICT_VERSION: u32 = 1;
@@ -231,7 +231,7 @@ struct Verdict {
 
 impl PluginStore {
     /// A store in `plugins/` of the cache directory, or, without one, in a temporary directory that goes
-    /// with this value.
+    /// with this value, or with the process.
     pub fn new(config: PluginConfig, cache_dir: Option<&Path>) -> Self {
         Self { config, root: cache_dir.map(|dir| dir.join("plugins")), temporary: OnceLock::new() }
     }
@@ -289,7 +289,7 @@ impl PluginStore {
         let temporary = match self.temporary.get() {
             Some(dir) => dir,
             None => {
-                let dir = tempfile::Builder::new().prefix("bitnet-plugins-").tempdir()?;
+                let dir = Temporary::new("bitnet-plugins-")?;
                 self.temporary.get_or_init(|| dir)
             }
         };
