@@ -7,6 +7,7 @@
 
 pub mod cpu;
 mod error;
+mod float;
 pub mod gate;
 pub mod gpu;
 mod manager;
@@ -16,6 +17,7 @@ pub mod pool;
 mod process;
 pub mod store;
 mod strict;
+mod temporary;
 mod variables;
 
 pub use manager::*;

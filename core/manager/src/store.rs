@@ -21,12 +21,12 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tempfile::TempDir;
 
 use crate::cpu;
 use crate::error::ManagerError;
 use crate::gate::{self, GATE_VERSION, Report, Stage};
 use crate::plugin::PluginError;
+use crate::temporary::Temporary;
 use crate::variables::var;
 use bitnet_burn_formats::files;
 
@@ -214,7 +214,7 @@ pub struct Known {
 pub struct PluginStore {
     config: PluginConfig,
     root: Option<PathBuf>,
-    temporary: OnceLock<TempDir>,
+    temporary: OnceLock<Temporary>,
 }
 
 const VERDICT_VERSION: u32 = 1;
@@ -234,7 +234,7 @@ struct Verdict {
 
 impl PluginStore {
     /// A store in `plugins/` of the cache directory, or, without one, in a temporary directory that goes
-    /// with this value.
+    /// with this value, or with the process.
     pub fn new(config: PluginConfig, cache_dir: Option<&Path>) -> Self {
         Self { config, root: cache_dir.map(|dir| dir.join("plugins")), temporary: OnceLock::new() }
     }
@@ -292,7 +292,7 @@ impl PluginStore {
         let temporary = match self.temporary.get() {
             Some(dir) => dir,
             None => {
-                let dir = tempfile::Builder::new().prefix("bitnet-plugins-").tempdir()?;
+                let dir = Temporary::new("bitnet-plugins-")?;
                 self.temporary.get_or_init(|| dir)
             }
         };

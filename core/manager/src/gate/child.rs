@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::environment::{self, FloatControl};
+use super::environment;
 use super::{Event, GATE_VERSION, NO_GPU_RUNTIME, cases, gpu, host_abi};
 use crate::cpu;
 use crate::gpu::GpuDevice;
@@ -75,16 +75,13 @@ fn try_plugin(
     out: &mut Reporter,
 ) -> Result<(), String> {
     let pool = Pool::new(THREADS).map_err(|error| format!("the gate has no threads: {error}"))?;
-    let (float, threads) = (FloatControl::of_this_thread(), environment::threads());
+    let threads = environment::threads();
     out.say(&Event::Trying { what: "loading it".into() });
     let plugin = Plugin::load_as(&library, &origin).map_err(|error| {
         // Its source says what the loader said; and the parent names the file itself.
         let text = error.to_string();
         text.strip_prefix(&format!("plugin {}: ", origin.display())).map(str::to_owned).unwrap_or(text)
     })?;
-    if let Some(changed) = float.changed() {
-        return Err(changed);
-    }
     if let Some(more) = environment::more_threads_than(threads) {
         return Err(format!("it started {more} threads when it was loaded"));
     }
@@ -93,8 +90,16 @@ fn try_plugin(
         version: plugin.version().into(),
         abi: plugin.abi(),
     });
+    let mut kernels = Arc::new(plugin).kernels();
+    kernels.retain(|kernel| {
+        let unknown = kernel.unknown();
+        if let Some(reason) = &unknown {
+            out.say(&Event::Unavailable { kernel: kernel.id().into(), reason: reason.clone() });
+        }
+        unknown.is_none()
+    });
     let (for_cpu, others): (Vec<Kernel>, Vec<Kernel>) =
-        Arc::new(plugin).kernels().into_iter().partition(|kernel| kernel.target() == Target::Cpu);
+        kernels.into_iter().partition(|kernel| kernel.target() == Target::Cpu);
     for kernel in for_cpu {
         let id = kernel.id();
         if let Some(missing) = cpu::lacking(kernel.features(), &[]) {

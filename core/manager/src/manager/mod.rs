@@ -25,6 +25,7 @@ mod selection;
 mod slot;
 mod tune_cpu;
 mod tuner;
+mod walls;
 mod watch;
 
 use std::collections::HashMap;
