@@ -21,5 +21,5 @@ mod temporary;
 mod variables;
 
 pub use manager::*;
-pub use process::take_stdout;
+pub use process::{expect_exit, guard_process, take_stdout};
 pub use strict::Strict;

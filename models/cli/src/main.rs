@@ -95,9 +95,10 @@ fn main() -> ExitCode {
     bitnet_burn_formats::outlive_truncation();
     let cli = Cli::parse();
     output::start_logging();
-    // The gate's child takes it for itself.
+    // The gate's child does both in its own way.
     if !matches!(cli.command, Command::GateChild(_)) {
         output::take_stdout();
+        bitnet_burn_manager::guard_process();
     }
     let result = match cli.command {
         Command::Run(args) => run::run(args),

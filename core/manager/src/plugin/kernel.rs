@@ -11,6 +11,7 @@ use bitnet_burn_plugin::abi::{
 
 use super::{Declared, GpuSource, Plugin, Target, shown};
 use crate::float::FloatControl;
+use crate::process::{Call, within};
 
 /// Bytes of workspace that a kernel may ask for, for `m` rows of activations `stride` bytes apart.
 pub(crate) fn max_workspace(m: usize, stride: usize) -> usize {
@@ -44,7 +45,8 @@ fn check_packed_size(n: usize, k: usize, size: u64) -> Result<Option<usize>, Ker
 /// A kernel of a checked plugin, callable without `unsafe`.
 #[derive(Debug)]
 pub struct Kernel {
-    id: String,
+    /// As long as the process, as the plugin's code is: a signal handler may show it.
+    id: &'static str,
     layout: Option<String>,
     features: Vec<String>,
     gpu: Option<Arc<GpuSource>>,
@@ -118,19 +120,19 @@ fn status_name(status: Status) -> &'static str {
 }
 
 /// What a function of a plugin returns, if it leaves the floating-point environment as it was.
-fn kept<T>(f: impl FnOnce() -> T) -> Result<T, KernelFailure> {
-    FloatControl::kept_by(f).map_err(|reason| KernelFailure::Forbidden { reason })
+fn kept<T>(call: Call, f: impl FnOnce() -> T) -> Result<T, KernelFailure> {
+    FloatControl::kept_by(|| within(call, f)).map_err(|reason| KernelFailure::Forbidden { reason })
 }
 
 /// Calls `f` with a message buffer and turns its status into a result.
-fn call(f: impl FnOnce(*const Message) -> Status) -> Result<(), KernelFailure> {
+fn call(call: Call, f: impl FnOnce(*const Message) -> Status) -> Result<(), KernelFailure> {
     let mut buffer = [0 as c_char; 256];
     let message = Message {
         struct_size: size_of::<Message>() as u64,
         text: buffer.as_mut_ptr(),
         capacity: buffer.len() as u64,
     };
-    let status = kept(|| f(&raw const message))?;
+    let status = kept(call, || f(&raw const message))?;
     if status == STATUS_OK {
         return Ok(());
     }
@@ -143,7 +145,7 @@ fn call(f: impl FnOnce(*const Message) -> Status) -> Result<(), KernelFailure> {
 impl Kernel {
     pub(super) fn new(plugin: &Arc<Plugin>, declared: &Declared) -> Self {
         Self {
-            id: format!("{}/{}", plugin.name, declared.name),
+            id: format!("{}/{}", plugin.name, declared.name).leak(),
             layout: declared.layout.as_ref().map(|layout| format!("{}/{layout}", plugin.name)),
             features: declared.features.clone(),
             gpu: declared.gpu.clone(),
@@ -154,8 +156,12 @@ impl Kernel {
     }
 
     /// `plugin/kernel`.
-    pub fn id(&self) -> &str {
-        &self.id
+    pub fn id(&self) -> &'static str {
+        self.id
+    }
+
+    fn call(&self, function: &'static str, shape: [usize; 3]) -> Call {
+        Call { kernel: self.id, function, shape }
     }
 
     /// Where it runs.
@@ -229,8 +235,9 @@ impl Kernel {
     pub(crate) fn claims(&self, signature: &Signature) -> Result<bool, KernelFailure> {
         // A kernel that this host does not know need not have the function.
         let Some(supports) = self.raw.supports else { return Ok(false) };
+        let call = self.call("supports", [signature.m as usize, signature.n as usize, signature.k as usize]);
         // SAFETY: a filled signature (ABI).
-        kept(|| unsafe { supports(signature) } == 1)
+        kept(call, || unsafe { supports(signature) } == 1)
     }
 
     /// Bytes of its packing of an [n, k] matrix, of the canonical layout if it has none of its own;
@@ -251,7 +258,8 @@ impl Kernel {
         let mut sizes = self.sizes.lock().unwrap_or_else(|e| e.into_inner());
         let known = sizes.entry((n, k)).or_insert_with(|| {
             // SAFETY: takes two numbers (ABI).
-            let size = kept(|| unsafe { packed_size(n as u64, k as u64) })?;
+            let size =
+                kept(self.call("packed_size", [0, n, k]), || unsafe { packed_size(n as u64, k as u64) })?;
             check_packed_size(n, k, size)
         });
         known.clone()
@@ -270,8 +278,9 @@ impl Kernel {
         rows: std::ops::Range<usize>,
     ) -> Result<(), KernelFailure> {
         let pack = self.raw.pack.expect("checked with the layout");
+        let at = self.call("pack", [0, canonical.n as usize, canonical.k as usize]);
         // SAFETY: the caller's promise, and filled weights.
-        call(|message| unsafe { pack(canonical, packed, rows.start as u64, rows.end as u64, message) })
+        call(at, |message| unsafe { pack(canonical, packed, rows.start as u64, rows.end as u64, message) })
     }
 
     /// Unpacks rows `rows` to the canonical layout. Concurrent calls take disjoint ranges that begin at
@@ -287,8 +296,9 @@ impl Kernel {
         rows: std::ops::Range<usize>,
     ) -> Result<(), KernelFailure> {
         let unpack = self.raw.unpack.expect("checked with the layout");
+        let at = self.call("unpack", [0, packed.n as usize, packed.k as usize]);
         // SAFETY: the caller's promise.
-        call(|message| unsafe { unpack(packed, canonical, rows.start as u64, rows.end as u64, message) })
+        call(at, |message| unsafe { unpack(packed, canonical, rows.start as u64, rows.end as u64, message) })
     }
 
     /// Bytes of workspace that it asks for.
@@ -297,8 +307,10 @@ impl Kernel {
     /// If it did something forbidden.
     pub(crate) fn workspace_size(&self, signature: &Signature) -> Result<usize, KernelFailure> {
         let Some(size) = self.raw.workspace_size else { return Ok(0) };
+        let call =
+            self.call("workspace_size", [signature.m as usize, signature.n as usize, signature.k as usize]);
         // SAFETY: a filled signature (ABI).
-        kept(|| unsafe { size(signature) } as usize)
+        kept(call, || unsafe { size(signature) } as usize)
     }
 
     /// # Safety
@@ -310,8 +322,11 @@ impl Kernel {
     ) -> Result<(), KernelFailure> {
         match self.raw.prepare {
             None => Ok(()),
-            // SAFETY: the caller's promise.
-            Some(prepare) => call(|message| unsafe { prepare(x, workspace, message) }),
+            Some(prepare) => {
+                let at = self.call("prepare", [x.m as usize, 0, x.k as usize]);
+                // SAFETY: the caller's promise.
+                call(at, |message| unsafe { prepare(x, workspace, message) })
+            }
         }
     }
 
@@ -327,8 +342,9 @@ impl Kernel {
         tile: &abi::Tile,
     ) -> Result<(), KernelFailure> {
         let run = self.raw.run.expect("checked: it is for the CPU");
+        let at = self.call("run", [x.m as usize, weights.n as usize, weights.k as usize]);
         // SAFETY: the caller's promise.
-        call(|message| unsafe { run(weights, x, workspace, y, tile, message) })
+        call(at, |message| unsafe { run(weights, x, workspace, y, tile, message) })
     }
 }
 
@@ -339,7 +355,8 @@ mod tests {
     #[test]
     fn messages_are_cut_and_failures_speak() {
         let say = |bytes: &[u8], status| {
-            call(|message| {
+            let at = Call { kernel: "test", function: "run", shape: [0; 3] };
+            call(at, |message| {
                 // SAFETY: `call` passes a filled message.
                 let message = unsafe { &*message };
                 for (i, &byte) in bytes.iter().enumerate().take(message.capacity as usize) {
