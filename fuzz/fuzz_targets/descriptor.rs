@@ -182,7 +182,9 @@ fuzz_target!(|data: &[u8]| {
     match unsafe { Plugin::from_descriptor(descriptor, Origin::BuiltIn) } {
         Err(error) => assert!(error.to_string().contains("built in")),
         Ok(plugin) => {
-            assert!((1..64).contains(&plugin.name().len()) && (1..64).contains(&plugin.version().len()));
+            assert!((1..64).contains(&plugin.name().len()));
+            let version = plugin.version();
+            assert!((1..64).contains(&version.chars().count()) && !version.contains(char::is_control));
             assert!(plugin.identity().starts_with(plugin.name()));
             assert!(plugin.abi().starts_with(&format!("{}.", abi::ABI_MAJOR)));
         }

@@ -17,6 +17,24 @@ pub enum FileError {
         /// The system's answer.
         error: io::Error,
     },
+    /// The file was truncated while it was mapped.
+    #[error(
+        "{}: the file became shorter while it was in use, and what was computed since is wrong; restore it and start \
+         again", path.display()
+    )]
+    Shrank {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file is not the one that was opened.
+    #[error(
+        "{}: the file was replaced or changed while it was in use: it is not the one that computed; run again",
+        path.display()
+    )]
+    Replaced {
+        /// The file.
+        path: PathBuf,
+    },
     /// The path leads to nothing that can be opened as a model.
     #[error(
         "{}: {problem}; a model is a GGUF file, or a directory with config.json and model.safetensors",

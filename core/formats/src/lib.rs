@@ -44,7 +44,7 @@ pub use dense::DenseFormat;
 pub use error::{FileError, WriteError};
 pub use exact::Progress;
 pub use json::read_json;
-pub use map::{FileMap, map_file};
+pub use map::{FileMap, any_truncated, map_file, outlive_truncation};
 pub use tensor::{DenseTensor, TernaryTensor};
 
 use canonical::{Row, ZERO_BYTE};

@@ -29,9 +29,13 @@ impl SplitMix64 {
     }
 
     /// Canonical weights [n, k], uniform over -1, 0, 1.
+    ///
+    /// # Panics
+    /// If k is 0, or the bytes exceed what a machine can address.
     pub fn weights(&mut self, n: usize, k: usize) -> Vec<u8> {
         let row = canonical::row_bytes(k);
-        let mut bytes = vec![canonical::ZERO_BYTE; n * row];
+        let size = canonical::matrix_bytes(n, k).expect("weights that a machine can address");
+        let mut bytes = vec![canonical::ZERO_BYTE; size];
         let mut codes = vec![0i8; k];
         for out in bytes.chunks_exact_mut(row) {
             for chunk in codes.chunks_mut(16) {

@@ -62,6 +62,20 @@ pub fn matmul(
     y_stride: usize,
 ) {
     let row_bytes = canonical::row_bytes(k);
+    // All places are within the slices, so that none is computed beyond what a usize holds.
+    let fits = |len: usize, rows: usize, stride: usize, width: usize| match rows.checked_sub(1) {
+        None => true,
+        Some(last) => {
+            last.checked_mul(stride).and_then(|from| from.checked_add(width)).is_some_and(|end| end <= len)
+        }
+    };
+    assert!(
+        fits(canonical.len(), n, row_bytes, row_bytes),
+        "weights [{n}, {k}] in {} bytes",
+        canonical.len()
+    );
+    assert!(fits(q.len(), m, q_stride, k), "{m} rows of {k} activations, {q_stride} apart, in {}", q.len());
+    assert!(fits(y.len(), m, y_stride, n), "{m} rows of {n} results, {y_stride} apart, in {}", y.len());
     let mut weights = vec![0i8; k];
     for n in 0..n {
         canonical::unpack_row(&canonical[n * row_bytes..][..row_bytes], &mut weights);
@@ -106,6 +120,19 @@ mod tests {
         let mut y = [0.0];
         matmul(&row, 1, MAX_K, 1.0, &q, MAX_K, &[1.0], 1, &mut y, 1);
         assert_eq!(y, [(1 << 30) as f32]);
+    }
+
+    #[test]
+    fn strides_that_wrap_around_are_refused() {
+        let weights = [canonical::ZERO_BYTE; 32];
+        for (q_stride, y_stride) in [(1 << 63, 1), (2, 1 << 63), (usize::MAX, 1), (2, usize::MAX)] {
+            // Three rows: twice the stride is 0 or -2.
+            let result = std::panic::catch_unwind(|| {
+                matmul(&weights, 1, 2, 1.0, &[0; 6], q_stride, &[1.0; 3], 3, &mut [0.0; 3], y_stride);
+            });
+            let panic = *result.unwrap_err().downcast::<String>().unwrap();
+            assert!(panic.starts_with("3 rows of"), "{panic}");
+        }
     }
 
     proptest! {

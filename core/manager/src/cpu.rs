@@ -11,8 +11,8 @@ pub fn features() -> &'static [&'static str] {
     FEATURES.get_or_init(|| features::detected().names().collect())
 }
 
-/// The features that a kernel needs and may not use here, in a phrase: the machine lacks them, or the manager or
-/// the process masks them.
+/// The features that a kernel needs and may not use here, in a phrase: the machine lacks them, the manager or the
+/// process masks them, or their names are unknown.
 pub(crate) fn lacking(needed: &[String], masked: &[String]) -> Option<String> {
     let missing: Vec<_> = needed
         .iter()
@@ -20,11 +20,11 @@ pub(crate) fn lacking(needed: &[String], masked: &[String]) -> Option<String> {
             if masked.contains(name) {
                 return Some(format!("{name} (masked)"));
             }
-            let detected = Features::named(name).ok().filter(|&it| features::detected().contains(it));
-            match detected {
-                None => Some(name.clone()),
-                Some(feature) if !features::has(feature) => Some(format!("{name} (masked)")),
-                Some(_) => None,
+            match Features::named(name) {
+                Err(_) => Some(format!("{name} (unknown name; the host knows {})", features::NAMES_TEXT)),
+                Ok(feature) if !features::detected().contains(feature) => Some(name.clone()),
+                Ok(feature) if !features::has(feature) => Some(format!("{name} (masked)")),
+                Ok(_) => None,
             }
         })
         .collect();

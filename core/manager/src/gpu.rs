@@ -75,8 +75,14 @@ impl GpuOperands {
 }
 
 /// The parameters that a kernel gets.
+///
+/// # Panics
+/// If one is beyond 32 bits, which a kernel counts in.
 pub fn params(m: usize, n: usize, k: usize, y_stride: usize, y_column: usize) -> [u32; 8] {
-    [m as u32, n as u32, k as u32, x_stride(k) as u32, y_stride as u32, y_column as u32, 0, 0]
+    [m, n, k, x_stride(k), y_stride, y_column, 0, 0].map(|value| {
+        u32::try_from(value)
+            .unwrap_or_else(|_| panic!("{value} exceeds the 32 bits that a kernel of a GPU counts in"))
+    })
 }
 
 /// Words from one row of activations to the next.

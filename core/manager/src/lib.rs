@@ -7,14 +7,19 @@
 
 pub mod cpu;
 mod error;
+mod float;
 pub mod gate;
 pub mod gpu;
 mod manager;
 pub mod memory;
 pub mod plugin;
 pub mod pool;
+mod process;
 pub mod store;
 mod strict;
+mod temporary;
+mod variables;
 
 pub use manager::*;
+pub use process::{expect_exit, guard_process, take_stdout};
 pub use strict::Strict;

@@ -145,9 +145,10 @@ impl Pool {
         }
         let _turn = self.caller.lock().unwrap_or_else(|e| e.into_inner());
         let shared = &*self.shared;
-        // SAFETY: this only lengthens the lifetime. No worker is inside after this function returns:
-        // it waits for the count to reach zero with the job closed, which a panic can't skip
-        // (`drain` catches panics).
+        // SAFETY: this only lengthens the lifetime. No worker is inside after this function returns or unwinds: it
+        // waits for the count to reach zero with the job closed. Nothing between here and there unwinds: the only
+        // foreign code is the task, whose panics `drain` catches, and their payloads, which `drain` does not drop;
+        // locking and waking do not panic.
         let task: Task<'static> = unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) };
         // SAFETY: this thread holds `caller`, and the state is closed and empty since the last job.
         unsafe { *shared.job.get() = (task, tasks) };
@@ -168,7 +169,8 @@ impl Pool {
             }
             std::hint::spin_loop();
         }
-        if let Some(payload) = shared.panic.lock().unwrap_or_else(|e| e.into_inner()).take() {
+        let payload = shared.panic.lock().unwrap_or_else(|e| e.into_inner()).take();
+        if let Some(payload) = payload {
             resume_unwind(payload);
         }
     }
@@ -213,7 +215,13 @@ impl Shared {
         }));
         INSIDE.set(false);
         if let Err(payload) = outcome {
-            self.panic.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(payload);
+            let mut first = self.panic.lock().unwrap_or_else(|e| e.into_inner());
+            match &*first {
+                None => *first = Some(payload),
+                // The caller gets one. Dropping another would run its code, which may panic again, while other threads
+                // are still inside.
+                Some(_) => std::mem::forget(payload),
+            }
         }
     }
 
@@ -344,5 +352,56 @@ mod tests {
             ran.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(ran.into_inner(), 8);
+    }
+
+    /// Panics when it is dropped, unless that is while a panic unwinds.
+    struct Bomb;
+
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            if !std::thread::panicking() {
+                panic!("the payload's drop");
+            }
+        }
+    }
+
+    #[test]
+    fn a_second_payload_whose_drop_panics_does_not_end_the_job_while_a_worker_is_inside() {
+        let pool = Pool::new(3).unwrap();
+        let (inside, panicked, done) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicBool::new(false));
+        let caller = std::thread::current().id();
+        let slow = AtomicBool::new(false);
+        let caught = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(3, &|_| {
+                inside.fetch_add(1, Ordering::SeqCst);
+                // All three threads are in.
+                while inside.load(Ordering::SeqCst) < 3 {
+                    std::thread::yield_now();
+                }
+                let is_caller = std::thread::current().id() == caller;
+                if !is_caller && !slow.swap(true, Ordering::SeqCst) {
+                    // Until both others have panicked, and a moment longer, in which `run` could return.
+                    while panicked.load(Ordering::SeqCst) < 2 {
+                        std::thread::yield_now();
+                    }
+                    std::thread::sleep(Duration::from_millis(200));
+                    done.store(true, Ordering::SeqCst);
+                    return;
+                }
+                // The caller's payload is the second one.
+                while is_caller && panicked.load(Ordering::SeqCst) < 1 {
+                    std::thread::yield_now();
+                }
+                if is_caller {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                panicked.fetch_add(1, Ordering::SeqCst);
+                std::panic::panic_any(Bomb);
+            });
+        }));
+        assert!(done.load(Ordering::SeqCst), "run returned while a worker was inside");
+        let payload = caught.unwrap_err();
+        assert!(payload.is::<Bomb>());
+        std::mem::forget(payload);
     }
 }

@@ -21,11 +21,13 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tempfile::TempDir;
 
 use crate::cpu;
+use crate::error::ManagerError;
 use crate::gate::{self, GATE_VERSION, Report, Stage};
 use crate::plugin::PluginError;
+use crate::temporary::Temporary;
+use crate::variables::var;
 use bitnet_burn_formats::files;
 
 /// Where plugins come from, and how they are checked.
@@ -69,14 +71,16 @@ impl PluginConfig {
     /// empty: none; unset: the user's, if there is one).
     ///
     /// # Errors
-    /// The variable, its value, and what it should hold.
-    pub(crate) fn from_env() -> Result<Self, (&'static str, String, &'static str)> {
+    /// If a variable holds something else than it should.
+    pub(crate) fn from_env() -> Result<Self, ManagerError> {
         let mut config = Self::default();
-        match std::env::var("BITNET_PLUGINS").unwrap_or_default().as_str() {
+        let wrong =
+            |name, value: &str, expected| ManagerError::Config { name, value: value.into(), expected };
+        match var("BITNET_PLUGINS")?.unwrap_or_default().as_str() {
             "" | "on" | "1" => {}
             "off" | "0" => config.enabled = false,
             "user" => config.user_dir = default_user_dir(),
-            other => return Err(("BITNET_PLUGINS", other.into(), "off, on or user")),
+            other => return Err(wrong("BITNET_PLUGINS", other, "off, on or user")),
         }
         let path = std::env::var_os("BITNET_PLUGIN_PATH").unwrap_or_default();
         for entry in std::env::split_paths(&path) {
@@ -85,10 +89,9 @@ impl PluginConfig {
                 continue;
             }
             if entry.is_relative() {
-                let value = path.to_string_lossy().into_owned();
-                return Err((
+                return Err(wrong(
                     "BITNET_PLUGIN_PATH",
-                    value,
+                    &path.to_string_lossy(),
                     "absolute paths: plugins never depend on the working directory",
                 ));
             }
@@ -211,7 +214,7 @@ pub struct Known {
 pub struct PluginStore {
     config: PluginConfig,
     root: Option<PathBuf>,
-    temporary: OnceLock<TempDir>,
+    temporary: OnceLock<Temporary>,
 }
 
 const VERDICT_VERSION: u32 = 1;
@@ -231,7 +234,7 @@ struct Verdict {
 
 impl PluginStore {
     /// A store in `plugins/` of the cache directory, or, without one, in a temporary directory that goes
-    /// with this value.
+    /// with this value, or with the process.
     pub fn new(config: PluginConfig, cache_dir: Option<&Path>) -> Self {
         Self { config, root: cache_dir.map(|dir| dir.join("plugins")), temporary: OnceLock::new() }
     }
@@ -289,7 +292,7 @@ impl PluginStore {
         let temporary = match self.temporary.get() {
             Some(dir) => dir,
             None => {
-                let dir = tempfile::Builder::new().prefix("bitnet-plugins-").tempdir()?;
+                let dir = Temporary::new("bitnet-plugins-")?;
                 self.temporary.get_or_init(|| dir)
             }
         };

@@ -8,6 +8,12 @@
 #ifndef NAME
 #define NAME "gpu"
 #endif
+#ifndef OPERATION
+#define OPERATION BITNET_OPERATION_TERNARY_MATMUL
+#endif
+#ifndef VERSION
+#define VERSION "1.0.0"
+#endif
 #ifndef TARGET
 #define TARGET BITNET_TARGET_WGSL
 #endif
@@ -146,7 +152,7 @@ static const bitnet_kernel_t on_gpu = {
     .struct_size = sizeof on_gpu,
     .name = "text",
     .features = FEATURES,
-    .operation = BITNET_OPERATION_TERNARY_MATMUL,
+    .operation = OPERATION,
     .target = TARGET,
     .weight_alignment = 4,
     .row_granule = 1,
@@ -169,7 +175,7 @@ static const bitnet_plugin_t plugin = {
     .abi_major = BITNET_ABI_MAJOR,
     .abi_minor = BITNET_ABI_MINOR,
     .name = NAME,
-    .version = "1.0.0",
+    .version = VERSION,
     .kernels = kernels,
     .kernel_count = sizeof kernels / sizeof *kernels,
 };

@@ -1,6 +1,6 @@
 /* A plugin in plain C: one portable kernel, and, by macros, every way to get it wrong.
  *
- * IN_RUN, IN_PREPARE, IN_PACK, IN_UNPACK and ON_LOAD are statements that the kernel's functions, or a constructor of
+ * IN_RUN, IN_PREPARE, IN_PACK, IN_UNPACK, IN_SUPPORTS and ON_LOAD are statements that the kernel's functions, or a constructor of
  * the library, also execute. */
 #define _GNU_SOURCE
 #include "bitnet_plugin.h"
@@ -82,6 +82,9 @@ __attribute__((constructor)) static void on_load(void) { ON_LOAD; }
 #endif
 
 static int32_t supports(const bitnet_signature_t *s) {
+#ifdef IN_SUPPORTS
+    IN_SUPPORTS;
+#endif
 #ifdef SUPPORTS_NOTHING
     (void)s;
     return 0;

@@ -9,7 +9,7 @@ use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::device::DeviceSpec;
 use bitnet_burn_engine::load::HeadMode;
 use bitnet_burn_formats::DenseFormat;
-use bitnet_burn_manager::Strict;
+use bitnet_burn_manager::{MAX_THREADS, Strict};
 use clap::{Args, ValueEnum};
 
 /// The model's files.
@@ -244,7 +244,8 @@ pub fn positive(text: &str) -> Result<usize, String> {
 }
 
 fn threads(text: &str) -> Result<usize, String> {
-    positive(text).and_then(|n| if n <= 1024 { Ok(n) } else { Err("it must be at most 1024".into()) })
+    let at_most = || format!("it must be at most {MAX_THREADS}");
+    positive(text).and_then(|n| if n <= MAX_THREADS { Ok(n) } else { Err(at_most()) })
 }
 
 /// Reads token ids from a file. They are separated by commas or white space.

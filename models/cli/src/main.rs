@@ -92,8 +92,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    bitnet_burn_formats::outlive_truncation();
     let cli = Cli::parse();
     output::start_logging();
+    // The gate's child does both in its own way.
+    if !matches!(cli.command, Command::GateChild(_)) {
+        output::take_stdout();
+        bitnet_burn_manager::guard_process();
+    }
     let result = match cli.command {
         Command::Run(args) => run::run(args),
         Command::Inspect(args) => inspect::run(args),
@@ -118,6 +124,8 @@ fn main() -> ExitCode {
 
 fn exit(result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
+        // A line on stderr has named the file.
+        Ok(_) if bitnet_burn_formats::any_truncated() => Status::Error.into(),
         Ok(code) => code,
         // The reader closed the pipe, as in `bitnet inspect ... | head`.
         Err(error) if output::is_broken_pipe(&error) => Status::Done.into(),

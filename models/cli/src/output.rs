@@ -2,8 +2,10 @@
 
 use bitnet_burn::DenseMatrixError;
 use std::fmt::Display;
+use std::fs::File;
 use std::io::{self, ErrorKind, IsTerminal as _, Write};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use anyhow::Context as _;
 use bitnet_burn::ForwardError;
@@ -44,9 +46,28 @@ pub fn warning(message: impl Display) {
     note(format_args!("warning: {message}"));
 }
 
+/// Stdout, which nothing else in the process writes to: a plugin's print does not get into our output.
+static STDOUT: OnceLock<File> = OnceLock::new();
+
+/// Takes stdout. To be called once, after the command line was read: clap writes help itself.
+pub fn take_stdout() {
+    // Without a stdout, writing to it says so.
+    if let Ok(own) = bitnet_burn_manager::take_stdout() {
+        let _ = STDOUT.set(own);
+    }
+}
+
+/// Writes to stdout, at once.
+pub fn write(text: &str) -> io::Result<()> {
+    match STDOUT.get() {
+        Some(mut own) => own.write_all(text.as_bytes()),
+        None => io::stdout().lock().write_all(text.as_bytes()),
+    }
+}
+
 /// A line on stdout.
 pub fn print(message: impl Display) -> anyhow::Result<()> {
-    writeln!(io::stdout().lock(), "{message}").context("cannot write to stdout")
+    write(&format!("{message}\n")).context("cannot write to stdout")
 }
 
 /// A line of JSON on stdout.

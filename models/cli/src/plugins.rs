@@ -47,8 +47,8 @@ enum Command {
 
 /// Check a plugin with the whole gate, in a separate process, and print a report
 ///
-/// Exit status 0 if the plugin passed, 1 if it was refused. This suits the CI of a plugin's author. The verdict is kept
-/// and replaces an earlier one. It does not end a quarantine (`forget` does). The plugin needs no pin.
+/// Exit status 0 if the plugin passed, 1 if it was refused or if this machine could try none of its kernels. This suits
+/// the CI of a plugin's author. The verdict is kept and replaces an earlier one. It does not end a quarantine (`forget` does). The plugin needs no pin.
 #[derive(Debug, Args)]
 struct VerifyArgs {
     /// The plugin's file
@@ -140,9 +140,11 @@ fn verify(args: VerifyArgs) -> anyhow::Result<()> {
     } else {
         output::print(describe(&report).trim_end())?;
     }
+    let file = args.file.display();
     match &report.refusal {
-        None => Ok(()),
-        Some(refusal) => bail!("{}: the gate refuses this plugin: {refusal}", args.file.display()),
+        Some(refusal) => bail!("{file}: the gate refuses this plugin: {refusal}"),
+        None if report.passed() => Ok(()),
+        None => bail!("{file}: the gate tried no kernel of this plugin on this machine; the report says why"),
     }
 }
 
@@ -170,7 +172,14 @@ fn describe(report: &Report) -> String {
         })
         .collect();
     text.push_str(&columns(&rows));
-    let verdict = if report.passed() { "passed" } else { "refused" };
+    for warning in &report.warnings {
+        let _ = writeln!(text, "warning: {warning}");
+    }
+    let verdict = match &report.refusal {
+        Some(_) => "refused",
+        None if report.passed() => "passed",
+        None => "not tried",
+    };
     let _ = writeln!(
         text,
         "{verdict} by gate {} for ABI {} in {:.1} s, on {}",
@@ -234,6 +243,7 @@ impl ListOutput {
                 let or_dash = |text: Option<&String>| text.map_or("-".to_owned(), String::clone);
                 let verdict = match report {
                     None => "none for this machine and gate".into(),
+                    Some(report @ Report { refusal: None, .. }) if !report.passed() => "not tried".into(),
                     Some(Report { refusal: None, kernels, .. }) => {
                         format!("passed, {} cases", kernels.iter().map(|k| k.cases).sum::<u64>())
                     }

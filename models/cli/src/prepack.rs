@@ -60,12 +60,11 @@ pub fn run(args: PrepackArgs) -> anyhow::Result<()> {
     }
     let layouts: Vec<String> =
         summary.layouts.iter().map(|(layout, count)| format!("{count} x {layout}")).collect();
-    println!(
+    output::print(format_args!(
         "{}: {} in {}\n{}",
         summary.path.display(),
         human_bytes(summary.bytes),
         human_seconds(seconds),
         layouts.join(", ")
-    );
-    Ok(())
+    ))
 }

@@ -195,13 +195,11 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         session = session.sliding();
     }
 
-    let mut stdout = io::stdout().lock();
     let mut text = String::new();
     // On a pipe that is closed, the generation ends, and what was generated is reported.
     let mut unwritten = None;
     let mut write = |piece: &str| {
-        let written = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush());
-        unwritten = written.err();
+        unwritten = output::write(piece).err();
         unwritten.is_none()
     };
     let generation = if engine.tokenizer().is_some() && !args.print_ids {
@@ -242,7 +240,6 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         let error = unwritten.unwrap_or_else(|| io::ErrorKind::BrokenPipe.into());
         return Err(error).context("cannot write to stdout");
     }
-    drop(stdout);
     let generation = generation?;
 
     let mut report = RunReport::new(engine.summary().clone(), &generation, engine.execution());

@@ -7,9 +7,9 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail};
-use bitnet_burn_manager::ManagerConfig;
 use bitnet_burn_manager::store;
 use bitnet_burn_manager::{FallbackPolicy, Strict};
+use bitnet_burn_manager::{MAX_THREADS, ManagerConfig};
 use toml::{Table, Value};
 
 /// The variable that names another file. If it is empty, no file is read.
@@ -94,7 +94,7 @@ impl ConfigFile {
                 "pin" => settings.pin = Some(value.as_bool().ok_or_else(|| wrong(&"true or false"))?),
                 "threads" => {
                     let threads = value.as_integer().and_then(|n| usize::try_from(n).ok());
-                    let threads = threads.filter(|n| (1..=1024).contains(n));
+                    let threads = threads.filter(|n| (1..=MAX_THREADS).contains(n));
                     settings.threads = Some(threads.ok_or_else(|| wrong(&"a number from 1 to 1024"))?);
                 }
                 "kernel" => {

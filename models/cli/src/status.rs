@@ -18,6 +18,8 @@ pub enum Status {
 impl Status {
     /// Ends the process now.
     pub fn exit(self) -> ! {
+        // Other threads may compute meanwhile.
+        bitnet_burn_manager::expect_exit();
         std::process::exit(self as i32)
     }
 }

@@ -306,12 +306,24 @@ fn bad_input_is_named_and_leaves_nothing() {
     std::fs::write(&tokenizer, original).unwrap();
     // Damaged checkpoints.
     let checkpoint = dir.path("run/checkpoints/step-00000005");
-    for file in ["model.safetensors", "optimizer.bpk", "training.json"] {
+    for file in ["model.safetensors", "optimizer.bpk", "training.json", "tokenizer.json"] {
         let path = checkpoint.join(file);
         let original = std::fs::read(&path).unwrap();
-        std::fs::write(&path, &original[..original.len() / 2]).unwrap();
-        refuse(&mut resume(), &[file]);
+        // One bit of a weight or of the optimiser's state is enough.
+        let mut flipped = original.clone();
+        flipped[original.len() - 100] ^= 1;
+        for damaged in [&original[..original.len() / 2], &flipped] {
+            std::fs::write(&path, damaged).unwrap();
+            refuse(&mut resume(), &[file, "damaged", "SHA256SUMS"]);
+        }
         std::fs::write(&path, original).unwrap();
     }
+    let sums = checkpoint.join("SHA256SUMS");
+    let original = std::fs::read_to_string(&sums).unwrap();
+    for damaged in [original.replacen('a', "b", 1), original.lines().skip(3).collect(), String::new()] {
+        std::fs::write(&sums, damaged).unwrap();
+        refuse(&mut resume(), &["SHA256SUMS"]);
+    }
+    std::fs::write(&sums, original).unwrap();
     succeed(&mut resume());
 }

@@ -4,9 +4,11 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use bitnet_burn_backends::devices;
+use bitnet_burn_formats::FileError;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::Checkpoint;
 use crate::load::DEFAULT_CHUNK;
 use crate::sampling::{Sampler, SamplingConfig, SamplingError, StopMatcher};
 use crate::tokenizer::{DecodeStream, Tokenizer, TokenizerError};
@@ -25,6 +27,9 @@ pub enum GenerateError {
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A file of the model was truncated while it computed.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// There is nothing to continue.
     #[error("the prompt has no tokens, so there is nothing to continue; give a prompt, or a BOS token")]
     EmptyPrompt,
@@ -174,6 +179,8 @@ pub enum Step {
 #[derive(Debug)]
 pub struct Generator<'a> {
     model: &'a BitNet,
+    /// What the model's weights are in, if its files are mapped.
+    checkpoint: Option<&'a Checkpoint>,
     cache: &'a mut KvCache,
     sequence: SequenceId,
     options: &'a GenerateOptions,
@@ -217,6 +224,7 @@ impl<'a> Generator<'a> {
         let now = Instant::now();
         Ok(Self {
             model,
+            checkpoint: None,
             cache,
             sequence,
             options,
@@ -236,6 +244,12 @@ impl<'a> Generator<'a> {
                 steps: Vec::new(),
             },
         })
+    }
+
+    /// Ends with an error if one of these files turns out to be truncated.
+    pub fn reading(mut self, checkpoint: &'a Checkpoint) -> Self {
+        self.checkpoint = Some(checkpoint);
+        self
     }
 
     /// Computes one chunk of the prompt, or one token.
@@ -290,6 +304,9 @@ impl<'a> Generator<'a> {
     }
 
     fn draw(&mut self, logits: Vec<f32>) -> Result<Step, GenerateError> {
+        if let Some(checkpoint) = self.checkpoint {
+            checkpoint.intact()?;
+        }
         self.logits = logits;
         let generation = &mut self.generation;
         if generation.tokens.is_empty() {

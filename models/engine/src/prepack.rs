@@ -143,20 +143,19 @@ pub fn path_of(model: &Path) -> PathBuf {
     name.into()
 }
 
-/// The weights files of a model, as they are now.
+/// The files of a model, as they were opened.
 fn origins(checkpoint: &Checkpoint) -> Result<Vec<Origin>, PrepackError> {
     let mut origins = Vec::new();
     for content in checkpoint.contents() {
-        let path = match content {
-            Content::File(path) => path,
+        let (path, identity) = match content {
+            Content::File(path, identity) => (path, identity),
             Content::Memory(path, _) => return Err(PrepackError::InMemory(path)),
         };
-        let fail = |source| PrepackError::Io { path: path.clone(), source };
-        let meta = std::fs::metadata(&path).map_err(fail)?;
-        let modified = meta.modified().map_err(fail)?.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let modified =
+            identity.modified().and_then(|at| at.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
         origins.push(Origin {
             name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-            bytes: meta.len(),
+            bytes: identity.bytes(),
             modified: modified.as_nanos() as u64,
         });
     }
@@ -238,6 +237,7 @@ pub fn write(
         if table.tensors.is_empty() {
             return Err(PrepackError::Nothing(checkpoint.path().to_owned()));
         }
+        checkpoint.intact().map_err(LoadError::from)?;
         let text = serde_json::to_vec(&table).map_err(io::Error::from)?;
         out.write_all(&text)?;
         out.write_all(&xxh3_64(&text).to_le_bytes())?;
@@ -280,7 +280,7 @@ impl Prepacked {
             return Ok(None);
         }
         let unusable = |problem: String| PrepackError::Unusable { path: path.clone(), problem };
-        let (map, _) = map_file(&path).map_err(LoadError::from)?;
+        let (map, file_map) = map_file(&path).map_err(LoadError::from)?;
         let table = table(&map).map_err(unusable)?;
         if table.model != origins {
             return Err(unusable("the model has changed since it was packed".into()));
@@ -292,6 +292,9 @@ impl Prepacked {
             PrepackError::Kernel(error) => unusable(error.to_string()),
             error => error,
         })?;
+        if let Some(file_map) = file_map {
+            checkpoint.keep_prepacked(file_map);
+        }
         Ok(Some(this))
     }
 

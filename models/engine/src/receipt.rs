@@ -14,7 +14,6 @@ use bitnet_burn_manager::cpu;
 use bitnet_burn_manager::{KernelReport, REFERENCE, Status};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use sha2::{Digest as _, Sha256};
 
 use crate::checkpoint::{Checkpoint, Content};
 use crate::generate::{Finish, Generation};
@@ -126,25 +125,14 @@ impl FileRecord {
             Content::Memory(path, bytes) => {
                 Ok(Self { name: name(path), bytes: bytes.len() as u64, sha256: files::sha256(bytes) })
             }
-            Content::File(path) => {
-                let (bytes, sha256) = sha256_of_file(path)?;
+            Content::File(path, identity) => {
+                let (bytes, sha256) = files::sha256_of_file(path)?;
+                // What computed is what was opened. After the hashing: what it read is the same, then.
+                identity.check(path).map_err(io::Error::other)?;
                 Ok(Self { name: name(path), bytes, sha256 })
             }
         }
     }
-}
-
-/// Size and SHA-256 of a regular file.
-fn sha256_of_file(path: &Path) -> io::Result<(u64, String)> {
-    let context = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-    // A device or a pipe may never end.
-    if !std::fs::metadata(path).map_err(context)?.is_file() {
-        return Err(context(io::Error::other("not a regular file")));
-    }
-    let mut file = std::fs::File::open(path).map_err(context)?;
-    let mut hash = Sha256::new();
-    let bytes = io::copy(&mut file, &mut hash).map_err(context)?;
-    Ok((bytes, files::hex(&hash.finalize())))
 }
 
 /// The model that ran.
@@ -161,7 +149,7 @@ impl ModelRecord {
     /// The record of an open checkpoint. This reads all of its files to hash them.
     ///
     /// # Errors
-    /// If a file can't be read.
+    /// If a file can't be read, or is not the one that was opened any more.
     pub fn of(checkpoint: &Checkpoint) -> io::Result<Self> {
         let files = checkpoint.contents().iter().map(FileRecord::of).collect::<io::Result<_>>()?;
         Ok(Self { path: checkpoint.path().to_owned(), files })
@@ -490,7 +478,7 @@ impl Receipt {
                 path.extension().is_some_and(|extension| extension == std::env::consts::DLL_EXTENSION)
             });
             for path in at_hand.iter().map(PathBuf::as_path).chain(named) {
-                match sha256_of_file(path) {
+                match files::sha256_of_file(path) {
                     Ok((_, hash)) if hash == sha256 => return Check::agrees(what),
                     Ok((_, hash)) => found.push(format!("{} with sha256 {hash}", path.display())),
                     Err(_) => {}

@@ -137,6 +137,7 @@ impl Session {
         let Self { engine, cache, tokens, .. } = self;
         let tokenizer = engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
         let generator = Generator::new(engine.model(), prompt, sequence, cache, options)?;
+        let generator = generator.reading(engine.checkpoint());
         let text = TextGenerator::new(generator, tokenizer, prompt)?;
         Ok(Text { engine, tokens, text })
     }
@@ -151,7 +152,8 @@ impl Session {
         options: &'s GenerateOptions,
     ) -> Result<Generator<'s>, EngineError> {
         let sequence = self.resume(prompt, options)?;
-        Ok(Generator::new(self.engine.model(), prompt, sequence, &mut self.cache, options)?)
+        let generator = Generator::new(self.engine.model(), prompt, sequence, &mut self.cache, options)?;
+        Ok(generator.reading(self.engine.checkpoint()))
     }
 
     /// A sequence whose cache holds the longest beginning of `prompt` that is at hand.

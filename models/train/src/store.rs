@@ -24,6 +24,9 @@ const VALIDATION: &str = "validation.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 const OPTIMIZER: &str = "optimizer.bpk";
 const STATE: &str = "training.json";
+const MODEL: &str = "model.safetensors";
+/// As `sha256sum` writes and checks it.
+const CHECKSUMS: &str = "SHA256SUMS";
 const UNFINISHED: &str = ".step-";
 
 /// Whether a run has begun in a directory.
@@ -119,6 +122,7 @@ const VERSION: u32 = 1;
 
 impl State {
     pub fn read(checkpoint: &Path) -> Result<Self, TrainError> {
+        check_sums(checkpoint)?;
         let path = checkpoint.join(STATE);
         let bytes = std::fs::read(&path).map_err(TrainError::io(&path, "read"))?;
         let wrong = |problem: String| TrainError::Checkpoint { path: path.clone(), problem };
@@ -162,7 +166,7 @@ pub(super) struct Parameters {
 
 /// Reads the float masters of a checkpoint.
 pub(super) fn parameters(checkpoint: &Path) -> Result<Parameters, TrainError> {
-    let path = checkpoint.join("model.safetensors");
+    let path = checkpoint.join(MODEL);
     let bytes = std::fs::read(&path).map_err(TrainError::io(&path, "read"))?;
     let wrong = |problem: String| TrainError::Checkpoint { path: path.clone(), problem };
     let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(error.to_string()))?;
@@ -237,7 +241,8 @@ pub(super) fn write(
     hf::write_bytes(&at.join(OPTIMIZER), &record)?;
     let state = State { version: VERSION, step, text_sha256: data.sha256.clone(), config: config.clone() };
     hf::write_json(&at.join(STATE), &json!(state))?;
-    sync_directory(at)?;
+    hf::write_bytes(&at.join(CHECKSUMS), sums(at)?.as_bytes())?;
+    files::sync_directory(at).map_err(TrainError::io(at, "flush to the disk"))?;
     #[cfg(unix)]
     {
         // As any new directory: temporary ones are for their owner alone.
@@ -247,7 +252,7 @@ pub(super) fn write(
     std::fs::rename(at, &path).map_err(TrainError::io(&path, "rename the finished checkpoint"))?;
     // Renamed: nothing is left to remove.
     let _ = temporary.keep();
-    sync_directory(&parent)?;
+    files::sync_directory(&parent).map_err(TrainError::io(&parent, "flush to the disk"))?;
     let mut old = checkpoints(dir)?;
     old.truncate(old.len().saturating_sub(config.run.keep));
     for (_, path) in old {
@@ -258,6 +263,35 @@ pub(super) fn write(
         removed.map_err(TrainError::io(&path, "remove the old checkpoint"))?;
     }
     Ok(path)
+}
+
+/// The checksums of a checkpoint's files but [`CHECKSUMS`], by name.
+fn sums(checkpoint: &Path) -> Result<String, TrainError> {
+    let mut lines = Vec::new();
+    for (name, path) in entries(checkpoint)?.into_iter().filter(|(name, _)| name != CHECKSUMS) {
+        let (_, sum) = files::sha256_of_file(&path).map_err(TrainError::io(&path, "read"))?;
+        lines.push((name, sum));
+    }
+    lines.sort();
+    Ok(lines.iter().map(|(name, sum)| format!("{sum}  {name}\n")).collect())
+}
+
+/// Compares the files of a checkpoint with their checksums.
+fn check_sums(checkpoint: &Path) -> Result<(), TrainError> {
+    let path = checkpoint.join(CHECKSUMS);
+    let stated = std::fs::read_to_string(&path).map_err(TrainError::io(&path, "read"))?;
+    let found = sums(checkpoint)?;
+    let name = |line: &str| line.split_once("  ").map_or(line, |(_, name)| name).to_owned();
+    let differs = stated.lines().find(|line| !found.lines().any(|found| found == *line)).map(name);
+    let unstated = || {
+        let stated: Vec<_> = stated.lines().map(name).collect();
+        [STATE, OPTIMIZER, MODEL].map(str::to_owned).into_iter().find(|name| !stated.contains(name))
+    };
+    let Some(name) = differs.or_else(unstated) else { return Ok(()) };
+    let problem = format!(
+        "it is damaged or missing: its checksum is not that in {CHECKSUMS}; resume from an older one"
+    );
+    Err(TrainError::Checkpoint { path: checkpoint.join(name), problem })
 }
 
 /// A float twin is no BitNet: nothing must load it as one.
@@ -274,12 +308,4 @@ fn plain(config: &Path) -> Result<(), TrainError> {
 /// Writes a file as a whole or not at all.
 pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     files::replace(path, |out| out.write_all(bytes)).map_err(TrainError::io(path, "write"))
-}
-
-/// So that a new name outlives a loss of power.
-fn sync_directory(path: &Path) -> Result<(), TrainError> {
-    if cfg!(unix) {
-        File::open(path).and_then(|dir| dir.sync_all()).map_err(TrainError::io(path, "flush to the disk"))?;
-    }
-    Ok(())
 }

@@ -244,7 +244,7 @@ pub struct Kernel {
     pub row_granule: u64,
     /// Whether it can compute this: 1 or 0. Must not depend on `threads` or `m` for packing.
     pub supports: Option<unsafe extern "C" fn(*const Signature) -> i32>,
-    /// Bytes of packed weights for an [n, k] matrix; 0 if it can't pack it.
+    /// Bytes of packed weights for an [n, k] matrix, at least n * k * log2(3) / 8; 0 if it can't pack it.
     pub packed_size: Option<unsafe extern "C" fn(n: u64, k: u64) -> u64>,
     /// Packs rows `n0..n1` of canonical weights. Writes only what belongs to those rows (padding
     /// behind row n belongs to the last range), and all of it that `run` or `unpack` will read: the buffer

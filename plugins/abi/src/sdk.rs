@@ -201,7 +201,8 @@ impl<'a> WeightsRef<'a> {
     /// If the bytes are fewer than the canonical layout needs.
     pub fn canonical_row(&self, n: usize) -> canonical::Row<'a> {
         let bytes = canonical::row_bytes(self.k);
-        canonical::Row(&self.data[n * bytes..(n + 1) * bytes])
+        let from = n.checked_mul(bytes).expect("a row that a machine can address");
+        canonical::Row(&self.data[from..][..bytes])
     }
 
     /// The same as the C ABI passes it.

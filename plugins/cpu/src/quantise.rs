@@ -103,6 +103,8 @@ pub fn quantise_on(
     if x.len() < PARALLEL_FROM || tasks < 2 {
         return rows(x, q, scale, sum);
     }
+    // Before the parts of the tasks are taken from them.
+    check_rows(x, k, q, stride, scale, sum);
     let (q, scale, sum) = (Shared::new(q), Shared::new(scale), Shared::new(sum));
     run(threads, true, tasks, &|task| {
         let (from, to) = (m * task / tasks, m * (task + 1) / tasks);
@@ -126,6 +128,15 @@ pub fn rms_norm_rows(x: &[f32], norm_weight: &[f32], eps: f32, k: usize, y: &mut
     Level::best().run(Norm { x, norm_weight, eps, y });
 }
 
+/// Panics if the arguments of a quantisation do not fit together.
+fn check_rows(x: &[f32], k: usize, q: &[i8], stride: usize, scale: &[f32], sum: &[i32]) {
+    let m = scale.len();
+    assert!(k >= 1 && stride >= k, "rows of {k} values with a stride of {stride}");
+    assert_eq!(Some(x.len()), m.checked_mul(k), "{} values are not {m} rows of {k}", x.len());
+    assert!(m.checked_mul(stride).is_some_and(|n| n <= q.len()), "too few int8 values for {m} rows");
+    assert_eq!(sum.len(), m, "as many sums as scales");
+}
+
 /// Checked arguments of a quantisation.
 struct Rows<'a> {
     x: &'a [f32],
@@ -145,11 +156,7 @@ impl<'a> Rows<'a> {
         scale: &'a mut [f32],
         sum: &'a mut [i32],
     ) -> Self {
-        let m = scale.len();
-        assert!(k >= 1 && stride >= k, "rows of {k} values with a stride of {stride}");
-        assert_eq!(Some(x.len()), m.checked_mul(k), "{} values are not {m} rows of {k}", x.len());
-        assert!(m.checked_mul(stride).is_some_and(|n| n <= q.len()), "too few int8 values for {m} rows");
-        assert_eq!(sum.len(), m, "as many sums as scales");
+        check_rows(x, k, q, stride, scale, sum);
         Self { x, k, q, stride, scale, sum }
     }
 }

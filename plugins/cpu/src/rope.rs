@@ -25,11 +25,13 @@ pub fn rope(
     out: &mut [f32],
     out_stride: usize,
 ) {
-    let (width, half) = (n_heads * head_dim, head_dim / 2);
+    let half = head_dim / 2;
+    let width = n_heads.checked_mul(head_dim).expect("a row that a machine can address");
     assert!(head_dim.is_multiple_of(2), "pairs of elements in a head of {head_dim}");
     assert!(rows_fit(x.len(), rows, width, x_stride), "{rows} rows of {width} in {}", x.len());
     assert!(rows_fit(out.len(), rows, width, out_stride), "{rows} rows of {width} in {}", out.len());
-    assert!(cos.len() >= rows * half && sin.len() >= rows * half, "cosines and sines of {rows} rows");
+    let turns = rows.checked_mul(half).is_some_and(|turns| turns <= cos.len().min(sin.len()));
+    assert!(turns, "cosines and sines of {rows} rows");
     if half == 0 {
         return;
     }

@@ -5,6 +5,7 @@ use super::value::encode_str;
 use super::{DEFAULT_ALIGNMENT, TensorType, Value};
 use crate::error::WriteError;
 use crate::exact::{Exact, Progress};
+use crate::files;
 use crate::{DenseFormat, DenseTensor, TernaryTensor};
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -163,42 +164,24 @@ impl<'a> GgufWriter<'a> {
 
     /// [`write`](Self::write), saying how far it is.
     pub fn write_with(self, path: &Path, progress: &mut Progress<'_>) -> Result<(), WriteError> {
-        let fail = |action: String| {
-            let path = path.to_owned();
-            move |error| WriteError::Io { path, action, error }
-        };
-        let directory = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let header = self.header();
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".gguf-").suffix(".part");
-        // The mode of any new file: temporary files are for their owner alone otherwise.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let temporary =
-            builder.tempfile_in(directory).map_err(fail("create a temporary file beside it".into()))?;
-
-        let mut out = BufWriter::with_capacity(1 << 20, temporary.as_file());
-        out.write_all(&header).map_err(fail("write the header".into()))?;
-        for t in self.tensors {
-            Exact::write(&mut out, t.bytes, &mut |n| progress(n), t.produce)
-                .and_then(|()| out.write_all(&[0; 32][..(padded(t.bytes) - t.bytes) as usize]))
-                .map_err(fail(format!("write tensor `{}`", t.name)))?;
+        struct Failure(String, io::Error);
+        impl From<io::Error> for Failure {
+            fn from(error: io::Error) -> Self {
+                Self("write".into(), error)
+            }
         }
-        out.flush().map_err(fail("write".into()))?;
-        drop(out);
-        temporary.as_file().sync_all().map_err(fail("flush to the disk".into()))?;
-        temporary
-            .persist(path)
-            .map_err(|e| e.error)
-            .map_err(fail("rename the complete file to its name".into()))?;
-        // The name, too, should survive a power cut. Where directories can't be opened or flushed (Windows,
-        // some network file systems) the file is complete all the same.
-        #[cfg(unix)]
-        let _ = std::fs::File::open(directory).and_then(|d| d.sync_all());
-        Ok(())
+        let header = self.header();
+        files::replace(path, |out| {
+            let mut out = BufWriter::with_capacity(1 << 20, out);
+            out.write_all(&header)?;
+            for t in self.tensors {
+                Exact::write(&mut out, t.bytes, &mut |n| progress(n), t.produce)
+                    .and_then(|()| out.write_all(&[0; 32][..(padded(t.bytes) - t.bytes) as usize]))
+                    .map_err(|error| Failure(format!("write tensor `{}`", t.name), error))?;
+            }
+            Ok(out.flush()?)
+        })
+        .map_err(|Failure(action, error)| WriteError::Io { path: path.to_owned(), action, error })
     }
 
     /// Everything before the data section, padded.

@@ -2,6 +2,7 @@
 
 use super::{INDEX, SINGLE};
 use crate::error::FileError;
+use crate::files::{FileIdentity, identity_of};
 use crate::json::{MAX_JSON_BYTES, read_json};
 use crate::map::{FileMap, map_file};
 use bytes::Bytes;
@@ -36,7 +37,7 @@ pub struct Shards {
     /// What the tensors are views of.
     pub maps: Vec<FileMap>,
     /// The files, and the index before them where there is one.
-    pub files: Vec<PathBuf>,
+    pub files: Vec<(PathBuf, FileIdentity)>,
 }
 
 /// Maps all weights of a directory: [`SINGLE`], or the files that [`INDEX`] names.
@@ -57,9 +58,10 @@ pub fn open_directory(dir: &Path) -> Result<Shards, FileError> {
             ),
         });
     }
+    let identity = identity_of(&index_path)?;
     let index: Index = read_json(&index_path)?;
     let shards: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
-    let mut all = Shards { files: vec![index_path.clone()], ..Shards::default() };
+    let mut all = Shards { files: vec![(index_path.clone(), identity)], ..Shards::default() };
     let mut shard_of = BTreeMap::new();
     for shard in shards {
         if !is_plain_file_name(shard) {
@@ -154,5 +156,7 @@ pub fn open_file(path: &Path) -> Result<Shards, FileError> {
         let data = map.slice(data_start + start..data_start + end);
         tensors.insert(name, SafeTensor { dtype: info.dtype, shape: info.shape.clone(), data });
     }
-    Ok(Shards { tensors, maps: file_map.into_iter().collect(), files: vec![path.to_owned()] })
+    // An empty file has no header, so there is a map.
+    let files = file_map.iter().map(|map| (path.to_owned(), map.identity().clone())).collect();
+    Ok(Shards { tensors, maps: file_map.into_iter().collect(), files })
 }

@@ -6,12 +6,13 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::environment::{self, FloatControl};
+use super::environment;
 use super::{Event, GATE_VERSION, NO_GPU_RUNTIME, cases, gpu, host_abi};
 use crate::cpu;
 use crate::gpu::GpuDevice;
 use crate::plugin::{Kernel, Plugin, Target};
 use crate::pool::Pool;
+use crate::process::take_stdout;
 
 /// Threads that compute at once.
 const THREADS: usize = 4;
@@ -74,16 +75,13 @@ fn try_plugin(
     out: &mut Reporter,
 ) -> Result<(), String> {
     let pool = Pool::new(THREADS).map_err(|error| format!("the gate has no threads: {error}"))?;
-    let (float, threads) = (FloatControl::of_this_thread(), environment::threads());
+    let threads = environment::threads();
     out.say(&Event::Trying { what: "loading it".into() });
     let plugin = Plugin::load_as(&library, &origin).map_err(|error| {
         // Its source says what the loader said; and the parent names the file itself.
         let text = error.to_string();
         text.strip_prefix(&format!("plugin {}: ", origin.display())).map(str::to_owned).unwrap_or(text)
     })?;
-    if let Some(changed) = float.changed() {
-        return Err(changed);
-    }
     if let Some(more) = environment::more_threads_than(threads) {
         return Err(format!("it started {more} threads when it was loaded"));
     }
@@ -92,8 +90,16 @@ fn try_plugin(
         version: plugin.version().into(),
         abi: plugin.abi(),
     });
+    let mut kernels = Arc::new(plugin).kernels();
+    kernels.retain(|kernel| {
+        let unknown = kernel.unknown();
+        if let Some(reason) = &unknown {
+            out.say(&Event::Unavailable { kernel: kernel.id().into(), reason: reason.clone() });
+        }
+        unknown.is_none()
+    });
     let (for_cpu, others): (Vec<Kernel>, Vec<Kernel>) =
-        Arc::new(plugin).kernels().into_iter().partition(|kernel| kernel.target() == Target::Cpu);
+        kernels.into_iter().partition(|kernel| kernel.target() == Target::Cpu);
     for kernel in for_cpu {
         let id = kernel.id();
         if let Some(missing) = cpu::lacking(kernel.features(), &[]) {
@@ -156,35 +162,26 @@ impl Reporter {
 }
 
 /// Takes stdout away from the plugin, and makes this process end quietly when it has to.
-#[cfg(unix)]
 fn own_output() -> std::io::Result<File> {
-    use std::os::fd::{AsRawFd as _, FromRawFd as _};
+    let out = take_stdout()?;
+    #[cfg(unix)]
+    {
+        use std::os::fd::AsRawFd as _;
 
-    let check = |result: libc::c_int| match result {
-        -1 => Err(std::io::Error::last_os_error()),
-        value => Ok(value),
-    };
-    // SAFETY: system calls on descriptors of this process; the duplicate belongs to the file from here on.
-    let out = unsafe {
-        let out = File::from_raw_fd(check(libc::fcntl(libc::STDOUT_FILENO, libc::F_DUPFD_CLOEXEC, 3))?);
-        // What the plugin prints goes where it does no harm.
-        check(libc::dup2(libc::STDERR_FILENO, libc::STDOUT_FILENO))?;
-        // No core dumps: crashing is what this process is for.
-        let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        check(libc::setrlimit(libc::RLIMIT_CORE, &raw const limit))?;
-        // Ends with the parent.
-        #[cfg(target_os = "linux")]
-        check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
-        out
-    };
-    super::guard::faults::install(out.as_raw_fd())?;
+        let check = |result: libc::c_int| match result {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        };
+        // SAFETY: system calls that concern this process alone.
+        unsafe {
+            // No core dumps: crashing is what this process is for.
+            let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            check(libc::setrlimit(libc::RLIMIT_CORE, &raw const limit))?;
+            // Ends with the parent.
+            #[cfg(target_os = "linux")]
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+        }
+        super::guard::faults::install(out.as_raw_fd())?;
+    }
     Ok(out)
-}
-
-#[cfg(not(unix))]
-fn own_output() -> std::io::Result<File> {
-    use std::os::windows::io::{AsHandle as _, OwnedHandle};
-
-    let handle: OwnedHandle = std::io::stdout().as_handle().try_clone_to_owned()?;
-    Ok(File::from(handle))
 }

@@ -4,7 +4,6 @@
 use bitnet_burn_plugin::abi::{CANONICAL_ALIGNMENT, Signature};
 
 use super::cases::{self, Case, POISON, SCALE};
-use super::environment::FloatControl;
 use crate::gpu::{GpuDevice, GpuOperands, close};
 use crate::memory::Activations;
 use crate::plugin::Kernel;
@@ -27,24 +26,19 @@ pub(super) fn check(
     device: &dyn GpuDevice,
     announce: &mut dyn FnMut(&dyn std::fmt::Display),
 ) -> Result<u64, String> {
-    let float = FloatControl::of_this_thread();
     let mut random = SplitMix64::new(0x6b17);
     let (mut tried, mut offered) = (0, 0);
     for case in cases::of_gpus() {
         offered += 1;
         let (m, n, k) = case.shape();
-        if !kernel.supports(&Signature::ternary(m as u64, n as u64, k as u64, 1)) {
+        let signature = Signature::ternary(m as u64, n as u64, k as u64, 1);
+        if !kernel.claims(&signature).map_err(|failure| failure.to_string())? {
             continue;
         }
         tried += 1;
         announce(&format_args!("[{m}, {k}] x [{n}, {k}]ᵀ, {}, on {}", case.values(), device.name()));
         let (weights, mut x) = case.inputs(&mut random);
-        let packed = case.weights(kernel, &weights);
-        if let Some(changed) = float.changed() {
-            float.restore();
-            return Err(changed);
-        }
-        let packed = packed?;
+        let packed = case.weights(kernel, &weights)?;
         // What a row that is not finite makes of a device's arithmetic is left open.
         for scale in x.resize(m, k).scale {
             *scale = if scale.is_finite() { *scale } else { 1.0 };

@@ -8,7 +8,7 @@ use memmap2::MmapMut;
 
 /// Where the payload lies within its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(crate) enum Place {
     /// Its last byte (up to its alignment) is the page's last.
     End,
     /// Its first byte is the page's first.
@@ -24,10 +24,12 @@ pub(crate) enum Walls {
     Pages,
     /// They are marked, and looked at afterwards.
     Marks,
+    /// So are a page in front of the buffer and this many bytes behind it. Touching what is beyond ends the process.
+    Far(usize),
 }
 
 /// A buffer between walls.
-pub(super) struct Walled {
+pub(crate) struct Walled {
     /// Owns the pages. They are reached through `base` alone: no reference may cover the walls.
     map: MmapMut,
     base: *mut u8,
@@ -57,23 +59,29 @@ impl Walled {
         walls: Walls,
     ) -> std::io::Result<Self> {
         let page = page_size();
-        let inner = (size + 2 * alignment).max(1).next_multiple_of(page);
+        let (before, behind) = match walls {
+            Walls::Far(behind) => (page, behind),
+            Walls::Pages | Walls::Marks => (0, 0),
+        };
+        let inner = (before + size + 2 * alignment + behind).max(1).next_multiple_of(page);
         let mut map = MmapMut::map_anon(inner + 2 * page)?;
         let pages = page..page + inner;
         let start = match place {
-            Place::End => (pages.end - size) / alignment * alignment,
-            Place::Start => pages.start,
-            Place::Odd => pages.start + alignment,
+            Place::End => (pages.end - behind - size) / alignment * alignment,
+            Place::Start => pages.start + before,
+            Place::Odd => pages.start + before + alignment,
         };
-        for i in pages.clone() {
-            map[i] = mark(i);
+        for (byte, i) in map[pages.clone()].iter_mut().zip(pages.clone()) {
+            *byte = mark(i);
         }
         let base = map.as_mut_ptr();
         let mut buffer =
             Self { map, base, pages, payload: start..start + size, name, walls, frozen: None, slot: None };
-        if walls == Walls::Pages {
+        if walls != Walls::Marks {
             buffer.protect(0..page, Access::None)?;
             buffer.protect(page + inner..inner + 2 * page, Access::None)?;
+        }
+        if walls == Walls::Pages {
             buffer.slot = faults::watch(&buffer);
         }
         Ok(buffer)
@@ -110,7 +118,7 @@ impl Walled {
         self.frozen = Some(self.bytes().to_vec());
         match self.walls {
             Walls::Pages => self.protect(self.pages.clone(), Access::Read),
-            Walls::Marks => Ok(()),
+            Walls::Marks | Walls::Far(_) => Ok(()),
         }
     }
 
@@ -388,7 +396,7 @@ mod tests {
 
     #[test]
     fn a_buffer_lies_where_it_should_and_notices_strangers() {
-        for walls in [Walls::Marks, Walls::Pages] {
+        for walls in [Walls::Marks, Walls::Pages, Walls::Far(100_000)] {
             for place in [Place::End, Place::Start, Place::Odd] {
                 for (size, alignment) in [(0, 4), (1, 1), (100, 4), (4096, 64), (5000, 4096)] {
                     let mut buffer = Walled::new("it", size, alignment, place, walls).unwrap();
@@ -396,7 +404,11 @@ mod tests {
                     if place == Place::Odd && alignment < 4096 {
                         assert_ne!((buffer.as_ptr() as usize) % (2 * alignment), 0);
                     }
-                    assert!(place != Place::End || buffer.pages.end - buffer.payload.end < alignment);
+                    let behind = if let Walls::Far(behind) = walls { behind } else { 0 };
+                    assert!(
+                        place != Place::End || buffer.pages.end - buffer.payload.end < alignment + behind
+                    );
+                    assert!(buffer.pages.end - buffer.payload.end >= behind);
                     buffer.bytes_mut().fill(7);
                     buffer.check().unwrap();
                     buffer.freeze().unwrap();

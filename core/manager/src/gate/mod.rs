@@ -36,9 +36,11 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::cases::{check_in_process, difference};
 pub use self::child::{child, child_with_gpu};
+pub(crate) use self::guard::{Place, Walled, Walls};
+use crate::plugin::{shared_statics, shown};
 
 /// Changes with what the gate looks at. Verdicts of another version are ignored.
-pub const GATE_VERSION: u32 = 2;
+pub const GATE_VERSION: u32 = 3;
 
 /// First argument of the helper program, before the library and the name that messages call it by.
 pub const CHILD_COMMAND: &str = "gate-child";
@@ -102,14 +104,18 @@ pub struct Report {
     /// Why the plugin is refused; `None` if it passed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refusal: Option<Refusal>,
+    /// What is no reason to refuse the plugin, and its author should know.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
     /// How long it took.
     pub seconds: f64,
 }
 
 impl Report {
-    /// Whether the plugin may be used.
+    /// Whether a kernel was tried on this machine, and all that were tried are right. A plugin of which nothing could be
+    /// tried is not refused, but it has not passed either.
     pub fn passed(&self) -> bool {
-        self.refusal.is_none()
+        self.refusal.is_none() && self.kernels.iter().any(|kernel| kernel.unavailable.is_none())
     }
 
     /// Whether kernels for GPUs were tried on another GPU than this one, or on none, where `helper` may have it.
@@ -245,6 +251,7 @@ pub(crate) fn examine(
         helper: identity(helper),
         kernels: Vec::new(),
         refusal: None,
+        warnings: std::fs::read(library).ok().and_then(|bytes| shared_statics(&bytes)).into_iter().collect(),
         seconds: 0.0,
     };
     let mut command = Command::new(helper);
@@ -307,8 +314,13 @@ impl<'a> Conversation<'a> {
         let protocol = |reason: String| GateError::Protocol { helper: self.helper.to_owned(), reason };
         let mut greeted = false;
         let (mut trying, mut fault, mut done) = (None, None, false);
+        // Whatever arrives may be the plugin's words.
         let refuse = |trying: Option<String>, reason: String| {
-            Ok(Some(Refusal { stage: Stage::Before, trying, reason }))
+            Ok(Some(Refusal {
+                stage: Stage::Before,
+                trying: trying.as_deref().map(shown),
+                reason: shown(&reason),
+            }))
         };
         loop {
             let left = (patience * WHOLE).saturating_sub(started.elapsed()).min(patience);
@@ -331,14 +343,16 @@ impl<'a> Conversation<'a> {
                         }
                         Event::Trying { what } => trying = Some(what),
                         Event::Plugin { name, version, abi } => {
+                            let [name, version, abi] = [name, version, abi].map(|text| shown(&text));
                             report.plugin = Some(Description { name, version, abi });
                         }
-                        Event::Gpu { words } => report.gpu = Some(words),
+                        Event::Gpu { words } => report.gpu = Some(shown(&words)),
                         Event::Kernel { kernel, cases, device } => {
+                            let (kernel, device) = (shown(&kernel), device.as_deref().map(shown));
                             report.kernels.push(KernelResult { kernel, cases, device, unavailable: None });
                         }
                         Event::Unavailable { kernel, reason } => {
-                            let unavailable = Some(reason);
+                            let (kernel, unavailable) = (shown(&kernel), Some(shown(&reason)));
                             report.kernels.push(KernelResult { kernel, cases: 0, device: None, unavailable });
                         }
                         Event::Wrong { reason } => return refuse(trying, reason),

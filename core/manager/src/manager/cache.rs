@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File as Handle;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -23,8 +23,6 @@ const VERSION: u32 = 1;
 const MAX_BYTES: u64 = 16 << 20;
 /// How long a process waits for others that write.
 const LOCK_PATIENCE: Duration = Duration::from_millis(200);
-/// No process takes so long to write the file.
-const LEFTOVER_AGE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -112,10 +110,8 @@ impl Cache {
         let Some(path) = self.path.clone() else { return };
         self.unwritten.insert(signature);
         let lock = lock(&path, patience);
-        match lock {
-            Lock::Held(_) => remove_leftovers(&path),
-            Lock::Others if patience.is_zero() => return,
-            Lock::Others | Lock::None => {}
+        if matches!(lock, Lock::Others) && patience.is_zero() {
+            return;
         }
         // Another process may have written since: what it has stays.
         let mut merged = read(&path).unwrap_or_default();
@@ -160,21 +156,6 @@ fn lock(path: &Path, patience: Duration) -> Lock {
             }
             Err(std::fs::TryLockError::WouldBlock) => return Lock::Others,
             Err(std::fs::TryLockError::Error(_)) => return Lock::None,
-        }
-    }
-}
-
-/// Removes what killed processes left: unfinished files that are too old to be in work.
-fn remove_leftovers(path: &Path) {
-    let prefix = files::leftover_prefix(path);
-    let Ok(entries) = std::fs::read_dir(files::directory(path)) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let modified = || entry.metadata().ok()?.modified().ok();
-        let old = || modified().is_some_and(|at| at < SystemTime::now() - LEFTOVER_AGE);
-        if name.to_string_lossy().strip_prefix(&prefix).is_some_and(|rest| rest.ends_with(".part")) && old() {
-            // Whatever keeps it from being removed, keeps nothing else from working.
-            let _ = std::fs::remove_file(entry.path());
         }
     }
 }

@@ -13,9 +13,13 @@ use super::probe::{Machine, Probe};
 use crate::error::ManagerError;
 use crate::store::{self, PluginConfig};
 use crate::strict::Strict;
+use crate::variables::{parsed, var};
 
 /// [`FallbackPolicy::Adaptive`] races when a kernel takes this many times longer than expected.
 pub(super) const DRIFT: f64 = 1.5;
+
+/// The most threads that a user may ask for.
+pub const MAX_THREADS: usize = 1024;
 
 /// How a manager is set up.
 #[derive(Clone, Debug)]
@@ -79,7 +83,15 @@ impl ManagerConfig {
     /// If a variable holds something else than it should.
     pub fn from_env() -> Result<Self, ManagerError> {
         let mut config = Self::default();
-        if let Some(threads) = parsed("BITNET_THREADS", |_| "a number of threads")? {
+        let expected = "a number of threads, at most 1024";
+        if let Some(threads) = parsed("BITNET_THREADS", |_| expected)? {
+            if threads > MAX_THREADS {
+                return Err(ManagerError::Config {
+                    name: "BITNET_THREADS",
+                    value: threads.to_string(),
+                    expected,
+                });
+            }
             config.threads = threads;
         }
         if let Some(pin) = parsed("BITNET_PIN", |_: std::num::ParseIntError| "0 or 1")? {
@@ -96,18 +108,17 @@ impl ManagerConfig {
         if let Some(fallback) = parsed("BITNET_FALLBACK", |expected| expected)? {
             config.fallback = fallback;
         }
-        config.force = var("BITNET_KERNEL").filter(|name| !name.is_empty());
-        if let Some(mask) = var("BITNET_CPU_MASK") {
+        config.force = var("BITNET_KERNEL")?.filter(|name| !name.is_empty());
+        if let Some(mask) = var("BITNET_CPU_MASK")? {
             config.masked_features =
                 mask.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
             config.mask()?;
         }
-        config.cache_dir = match var("BITNET_CACHE_DIR") {
+        config.cache_dir = match std::env::var_os("BITNET_CACHE_DIR") {
             Some(dir) => (!dir.is_empty()).then(|| dir.into()),
             None => store::default_cache_dir(),
         };
-        config.plugins = PluginConfig::from_env()
-            .map_err(|(name, value, expected)| ManagerError::Config { name, value, expected })?;
+        config.plugins = PluginConfig::from_env()?;
         Ok(config)
     }
 
@@ -127,22 +138,6 @@ impl ManagerConfig {
     /// What happens when the kernel in use fails or becomes slow, strict mode considered.
     pub(super) fn policy(&self) -> FallbackPolicy {
         if self.strict.no_fallback { FallbackPolicy::Never } else { self.fallback }
-    }
-}
-
-fn var(name: &'static str) -> Option<String> {
-    std::env::var(name).ok()
-}
-
-/// What a variable holds, if it is set.
-fn parsed<T: FromStr>(
-    name: &'static str,
-    expected: impl FnOnce(T::Err) -> &'static str,
-) -> Result<Option<T>, ManagerError> {
-    let Some(value) = var(name) else { return Ok(None) };
-    match value.parse() {
-        Ok(parsed) => Ok(Some(parsed)),
-        Err(error) => Err(ManagerError::Config { name, value, expected: expected(error) }),
     }
 }
 

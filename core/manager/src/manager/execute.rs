@@ -12,6 +12,7 @@ use super::{
     Entry, Fallback, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Packed, REFERENCE,
     abi_weights, lock,
 };
+use crate::gate::Stage;
 use crate::memory::Activations;
 use crate::plugin::KernelFailure;
 use bitnet_burn_formats::reference;
@@ -59,9 +60,10 @@ impl KernelManager {
         let start = |job| Pending { job, tried: 0, failed: None, turn: None };
         let mut pending: Few<Pending> = jobs.iter().map(start).collect();
         while !pending.is_empty() {
-            for Pending { job, tried, failed, turn } in &mut pending {
+            for pending in &mut pending {
+                let Pending { job, tried, failed, turn } = pending;
                 *turn = self.select(job, m, *tried)?;
-                match (turn, failed.take()) {
+                match (&turn, failed.take()) {
                     (None, failed) => self.run_last(job, failed, x, y, stride)?,
                     (Some(turn), Some((from, failure))) => {
                         let (to, (n, k)) = (turn.entry.kernel.id(), job.choice.shape());
@@ -69,8 +71,13 @@ impl KernelManager {
                     }
                     (Some(_), None) => {}
                 }
+                if let Some(turn) = turn
+                    && let Err(failure) = self.first_use(job, turn, x)
+                {
+                    self.failed(pending, m, Stage::FirstUse, failure)?;
+                }
             }
-            pending.retain(|pending| pending.turn.is_some());
+            pending.retain(|pending| pending.turn.is_some() || pending.failed.is_some());
             let together: Few<Part> = pending.iter().filter_map(|pending| pending.part(false)).collect();
             let mut failures = match together.is_empty() {
                 true => Few::new(),
@@ -78,7 +85,7 @@ impl KernelManager {
             }
             .into_iter();
             for pending in &mut pending {
-                let (job, turn) = (pending.job, pending.turn.expect("the others have been computed"));
+                let (job, Some(turn)) = (pending.job, pending.turn) else { continue };
                 let failure = match (turn.timed, pending.part(true)) {
                     (Some(call), Some(part)) => {
                         // By itself, so that the time is this kernel's alone.
@@ -96,20 +103,41 @@ impl KernelManager {
                     let reason = self.look((turn.rank, turn.entry), job, x, y, stride, call).err()?;
                     Some(KernelFailure::WrongResult { reason })
                 });
-                let Some(failure) = failure else { continue };
-                let wrong = matches!(failure, KernelFailure::WrongResult { .. });
-                turn.entry.fail(if wrong { Failure::Wrong } else { Failure::Status });
-                if self.policy == FallbackPolicy::Never {
-                    return Err(self.no_fallback(turn.entry, job.choice.shape(), m, failure.to_string()));
+                if let Some(failure) = failure {
+                    self.failed(pending, m, Stage::InUse, failure)?;
                 }
-                if !wrong {
-                    self.demote(job.choice, m, turn.rank, failure.to_string());
-                }
-                pending.tried |= 1 << turn.rank;
-                pending.failed = Some((turn.entry.clone(), failure));
             }
             pending.retain(|pending| pending.failed.is_some());
         }
+        Ok(())
+    }
+
+    /// Notes that the kernel whose turn it was has failed, and what that means for later calls.
+    ///
+    /// # Errors
+    /// If the policy forbids a fallback.
+    fn failed(
+        &self,
+        pending: &mut Pending,
+        m: usize,
+        stage: Stage,
+        failure: KernelFailure,
+    ) -> Result<(), ManagerError> {
+        let (choice, turn) = (pending.job.choice, pending.turn.take().expect("it was a kernel's turn"));
+        let fault = failure.is_fault();
+        turn.entry.fail(if fault { Failure::Wrong } else { Failure::Status });
+        if let KernelFailure::Forbidden { reason } = &failure {
+            let (n, k) = choice.shape();
+            self.condemn(turn.entry, stage, format!("[{m}, {k}] x [{n}, {k}]ᵀ: {reason}"));
+        }
+        if self.policy == FallbackPolicy::Never {
+            return Err(self.no_fallback(turn.entry, choice.shape(), m, failure.to_string()));
+        }
+        if !fault {
+            self.demote(choice, m, turn.rank, failure.to_string());
+        }
+        pending.tried |= 1 << turn.rank;
+        pending.failed = Some((turn.entry.clone(), failure));
         Ok(())
     }
 
@@ -121,7 +149,8 @@ impl KernelManager {
         stride: usize,
     ) -> Result<(), ManagerError> {
         let fail = |message: String| Err(ManagerError::Operands(message));
-        let columns = |job: &Job| (job.column, job.column + job.choice.n);
+        // One that ends behind all columns that there are exceeds any output.
+        let columns = |job: &Job| (job.column, job.column.saturating_add(job.choice.n));
         let mut end = 0;
         for (i, job) in jobs.iter().enumerate() {
             let (n, k) = job.choice.shape();
@@ -144,7 +173,9 @@ impl KernelManager {
             }
             end = end.max(to);
         }
-        if x.m() > 0 && y.len() < (x.m() - 1) * stride + end {
+        let rows = x.m().saturating_sub(1);
+        let needed = rows.checked_mul(stride).and_then(|before| before.checked_add(end));
+        if x.m() > 0 && needed.is_none_or(|needed| y.len() < needed) {
             return fail(format!("an output of {} elements can't hold {} rows of {stride}", y.len(), x.m()));
         }
         Ok(())
@@ -237,6 +268,33 @@ impl KernelManager {
                 let (kernel, replacement) = (kernel.into(), to.into());
                 fallbacks.push(Fallback { kernel, replacement, shape, reason, count: 1 });
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manager::ManagerConfig;
+
+    #[test]
+    fn operands_whose_sizes_wrap_around_are_refused_and_nothing_is_written() {
+        let manager = KernelManager::new(ManagerConfig { threads: 1, ..ManagerConfig::default() }).unwrap();
+        let choice = manager.choose(64, 128, LayoutPolicy::Canonical).unwrap();
+        let (weights, x) = (vec![0xaa; 64 * 32], Activations::from_rows(&[1.0; 9 * 128], 128));
+        let mut y = vec![7.0; 9 * 64];
+        // The columns would begin in front of `y`; the ninth row would be its first; all rows would be one.
+        for (column, stride) in [(usize::MAX - 15, 64), (0, 1 << 61), (0, 1 << 63), (1 << 63, usize::MAX)] {
+            let job = Job { choice: &choice, weights: &weights, scale: 1.0, column };
+            let error = manager.matmul(&[job, job], &x, &mut y, stride).unwrap_err();
+            assert!(matches!(error, ManagerError::Operands(_)), "{error}");
+            let error = manager.matmul(&[job], &x, &mut y, stride).unwrap_err();
+            assert!(matches!(error, ManagerError::Operands(_)), "{error}");
+        }
+        assert!(y.iter().all(|&y| y == 7.0));
+        for (n, k) in [(usize::MAX, 128), (1 << 60, 1 << 12), (1 << 63, 1), (1, usize::MAX), (0, 1)] {
+            let error = manager.choose(n, k, LayoutPolicy::Any).unwrap_err();
+            assert!(matches!(error, ManagerError::Operands(_)), "{error}");
         }
     }
 }

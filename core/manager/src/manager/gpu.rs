@@ -86,8 +86,9 @@ impl KernelManager {
                 && entry.kernel.target() == target
                 && force.as_ref().is_none_or(|name| names(&entry.kernel, name))
         };
-        let kernels = self.entries().into_iter().filter(|entry| may(entry)).map(GpuKernel);
-        kernels.filter(|kernel| kernel.supports(m, n, k) && kernel.weight_bytes(n, k).is_some()).collect()
+        let signature = Signature::ternary(m as u64, n as u64, k as u64, 1);
+        let kernels = self.entries().into_iter().filter(|entry| may(entry) && self.claims(entry, &signature));
+        kernels.map(GpuKernel).collect()
     }
 
     /// Canonical weights [n, k] in a kernel's private layout, with the checksum of what was packed. What comes out is

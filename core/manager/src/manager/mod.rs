@@ -25,6 +25,7 @@ mod selection;
 mod slot;
 mod tune_cpu;
 mod tuner;
+mod walls;
 mod watch;
 
 use std::collections::HashMap;
@@ -34,7 +35,7 @@ use std::sync::{Arc, Mutex, RwLock, Weak};
 use bitnet_burn_plugin::abi;
 
 pub use self::adapt::{Feedback, LOW_MEMORY};
-pub use self::config::{FallbackPolicy, ManagerConfig};
+pub use self::config::{FallbackPolicy, MAX_THREADS, ManagerConfig};
 pub use self::cpu_kernels::CpuKernels;
 pub use self::gpu::{DEFAULT_BODY, GpuKernel};
 pub use self::measurement::{Measurement, Source};

@@ -42,7 +42,7 @@ fn checksum(bytes: &[u8]) -> u64 {
 }
 
 /// Runs `work` on ranges of output features that begin at the kernel's granules, on all threads.
-fn by_granules(
+pub(super) fn by_granules(
     kernel: &Kernel,
     pool: &Pool,
     n: usize,
@@ -96,8 +96,9 @@ pub(super) fn pack(
     Ok(packed)
 }
 
+/// A buffer that tasks write disjoint parts of.
 #[derive(Clone, Copy)]
-struct SharedBytes(*mut u8);
+pub(super) struct SharedBytes(pub *mut u8);
 
 // SAFETY: the tasks of `pack` write disjoint parts of a buffer that outlives them.
 unsafe impl Send for SharedBytes {}
@@ -105,7 +106,7 @@ unsafe impl Send for SharedBytes {}
 unsafe impl Sync for SharedBytes {}
 
 impl SharedBytes {
-    fn pointer(self) -> *mut u8 {
+    pub fn pointer(self) -> *mut u8 {
         self.0
     }
 }

@@ -93,7 +93,13 @@ pub(super) fn run_parts(
             continue;
         }
         let signature = abi::Signature::ternary(m as u64, part.weights.n, abi_x.k, pool.threads() as u32);
-        let size = part.kernel.workspace_size(&signature);
+        let size = match part.kernel.workspace_size(&signature) {
+            Ok(size) => size,
+            Err(failure) => {
+                failures[i] = Some(failure);
+                continue;
+            }
+        };
         if size > max_workspace(m, x.stride()) {
             failures[i] = Some(KernelFailure::Workspace { bytes: size });
             continue;
@@ -105,8 +111,33 @@ pub(super) fn run_parts(
         workspaces.push((part.kernel, workspace));
     }
 
-    let grid = Grid::new(pool.threads(), parts, m, x.stride());
-    let output = SharedOutput(y.as_mut_ptr());
+    // SAFETY: filled activations; a part that has not failed has a workspace, which `prepare` filled; the caller has
+    // checked the output.
+    unsafe {
+        let workspace = |i: usize| workspaces[workspace_of[i]].1.as_ptr();
+        run_tiles(pool, parts, &abi_x, workspace, (y.as_mut_ptr(), stride), &mut failures);
+    }
+    for (_, workspace) in workspaces {
+        scratch.give_back(workspace);
+    }
+    failures
+}
+
+/// Runs the kernels of the parts that have not failed, tile by tile on all threads, and notes failures.
+///
+/// # Safety
+/// `x` and its buffers are filled. `workspace` gives the workspace of a part, which `prepare` filled. The output, a
+/// pointer and the elements from row to row, has `x.m` rows; the parts' columns are within them and disjoint.
+pub(super) unsafe fn run_tiles(
+    pool: &Pool,
+    parts: &[Part],
+    x: &abi::Activations,
+    workspace: impl Fn(usize) -> *const u8 + Sync,
+    (y, stride): (*mut f32, usize),
+    failures: &mut Few<Option<KernelFailure>>,
+) {
+    let grid = Grid::new(pool.threads(), parts, x.m as usize, x.stride as usize);
+    let output = SharedOutput(y);
     let first_failure: Few<AtomicU32> = parts.iter().map(|_| AtomicU32::new(0)).collect();
     let messages: Mutex<Vec<(usize, KernelFailure)>> = Mutex::default();
     let skip: Few<bool> = failures.iter().map(Option::is_some).collect();
@@ -121,10 +152,9 @@ pub(super) fn run_parts(
             y: output.at(part.column),
             stride: stride as u64,
         };
-        let workspace = workspaces[workspace_of[i]].1.as_ptr();
-        // SAFETY: the structs are filled and their buffers live until `pool.run` returns; the grid's
-        // tiles are disjoint and within [m, n] of the part, whose columns are its own.
-        if let Err(failure) = unsafe { part.kernel.run(&part.weights, &abi_x, workspace, &y, &tile) } {
+        // SAFETY: the structs are filled and their buffers live until `pool.run` returns (the caller's promise); the
+        // grid's tiles are disjoint and within [m, n] of the part, whose columns are its own.
+        if let Err(failure) = unsafe { part.kernel.run(&part.weights, x, workspace(i), &y, &tile) } {
             first_failure[i].store(1, Ordering::Relaxed);
             lock(&messages).push((i, failure));
         }
@@ -132,10 +162,6 @@ pub(super) fn run_parts(
     for (i, failure) in messages.into_inner().unwrap_or_else(|e| e.into_inner()) {
         failures[i].get_or_insert(failure);
     }
-    for (_, workspace) in workspaces {
-        scratch.give_back(workspace);
-    }
-    failures
 }
 
 /// Cuts several matrices' outputs into tiles: decode into ranges of rows that are read as one stream

@@ -4,8 +4,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
+use bitnet_burn_plugin::abi::Signature;
+
 use super::report::{self, Failures};
-use super::{KernelManager, KernelReport, ManagerError, Status, lock, watch};
+use super::{KernelManager, KernelReport, ManagerError, Status, lock, walls, watch};
 use crate::cpu;
 use crate::gate;
 use crate::plugin::{Kernel, Origin, Plugin, PluginError, Target};
@@ -24,6 +26,8 @@ pub(crate) struct Entry {
     pub(super) failures: [AtomicU64; 3],
     /// For kernels from files, and for GPUs: what was compared in use.
     pub(super) watch: Option<watch::Watch>,
+    /// For kernels from files: the shapes at which they were tried between walls.
+    pub(super) tried: walls::Tried,
 }
 
 impl Entry {
@@ -140,6 +144,9 @@ impl KernelManager {
         let report = gate::examine(helper, &stored.library, &stored.origin, &stored.sha256, config.patience)
             .map_err(|source| PluginError::Gate { path: path.to_owned(), source })?;
         tracing::info!(plugin = %path.display(), passed = report.passed(), seconds = report.seconds, "gate");
+        for warning in &report.warnings {
+            tracing::warn!(plugin = %path.display(), "{warning}");
+        }
         self.store.remember(&report);
         Ok(report)
     }
@@ -168,12 +175,10 @@ impl KernelManager {
         let mut reports = Vec::new();
         for kernel in plugin.kernels() {
             let lacking = match kernel.target() {
+                _ if let Some(unknown) = kernel.unknown() => Some(unknown),
                 Target::CubeCl if foreign => Some("only kernels that are linked in can be CubeCL's".into()),
                 Target::Cpu => cpu::lacking(kernel.features(), &self.config.masked_features),
-                Target::Wgsl | Target::Cuda | Target::CubeCl => None,
-                Target::Unknown(_) => {
-                    Some(format!("it is for {}, which this host does not know", kernel.target()))
-                }
+                Target::Wgsl | Target::Cuda | Target::CubeCl | Target::Unknown(_) => None,
             };
             let status = match lacking {
                 Some(reason) => Status::Unavailable(reason),
@@ -187,12 +192,34 @@ impl KernelManager {
                 calls: AtomicU64::new(0),
                 failures: Default::default(),
                 watch: watched.then(watch::Watch::default),
+                tried: walls::Tried::default(),
             });
             reports.push(report(&entry));
             self.entries.write().unwrap_or_else(|e| e.into_inner()).push(entry);
         }
         lock(&self.choices).clear();
         Ok(reports)
+    }
+
+    /// Whether a kernel claims to compute this, and to hold the weights. If it does something forbidden while it is
+    /// asked, it is taken out of use.
+    pub(super) fn claims(&self, entry: &Entry, signature: &Signature) -> bool {
+        let kernel = &entry.kernel;
+        let answer = kernel.claims(signature).and_then(|claims| {
+            Ok(claims && kernel.packed_bytes(signature.n as usize, signature.k as usize)?.is_some())
+        });
+        answer.unwrap_or_else(|failure| {
+            self.condemn(entry, gate::Stage::FirstUse, failure.to_string());
+            false
+        })
+    }
+
+    /// Takes a kernel out of use that is wrong, or did what none may; one from a file with its whole plugin.
+    pub(super) fn condemn(&self, entry: &Entry, stage: gate::Stage, reason: String) {
+        match entry.watch {
+            Some(_) => self.quarantine(entry, stage, reason),
+            None => entry.reject(reason),
+        }
     }
 
     /// Checks that the forced kernel, if there is one, exists.

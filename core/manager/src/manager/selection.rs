@@ -42,8 +42,7 @@ impl KernelManager {
                     && entry.kernel.target() == Target::Cpu
                     && (policy == LayoutPolicy::Any || entry.kernel.layout().is_none())
                     && entry.ready()
-                    && entry.kernel.supports(&signature)
-                    && entry.kernel.weight_bytes(n, k).is_some()
+                    && self.claims(entry, &signature)
             })
             .collect()
     }
@@ -103,9 +102,10 @@ impl KernelManager {
         if let Some(choice) = lock(&self.choices).get(&(n, k, policy)) {
             return Ok(choice.clone());
         }
-        if n == 0 || k == 0 || k as u64 > 1 << 23 {
+        let bytes = canonical::matrix_bytes(n, k).filter(|&bytes| isize::try_from(bytes).is_ok());
+        if n == 0 || k == 0 || k as u64 > 1 << 23 || bytes.is_none() {
             return Err(ManagerError::Operands(format!(
-                "weights [{n}, {k}]: both must be at least 1, and K at most 2^23"
+                "weights [{n}, {k}]: both must be at least 1, K at most 2^23, and the bytes must be addressable"
             )));
         }
         let choice = Arc::new(self.decide(n, k, policy)?);
@@ -205,6 +205,7 @@ impl KernelManager {
         k: usize,
         weights: &[u8],
     ) -> Result<PageBuffer, ManagerError> {
+        self.pack_between_walls(entry, n, k, weights)?;
         let sealed = packing::pack(entry, &self.pool, &self.arena, n, k, weights).and_then(|mut packed| {
             packing::seal(entry, &self.pool, (n, k), weights, &mut packed)?;
             Ok(packed)

@@ -144,13 +144,16 @@ impl Inputs for CpuInputs<'_> {
             return Err(Unfit { reason: reason.clone(), rejected: false });
         }
         self.y.fill(f32::NAN);
-        self.run_once(kernel, 0).and_then(|()| self.expected.compare(&self.y)).map_err(|reason| {
+        let between_walls = || {
+            let part = self.part(kernel, 0)?;
+            let tried = self.manager.run_between_walls(entry, &part, &self.x);
+            tried.map_err(|failure| failure.to_string())
+        };
+        let right = between_walls().and_then(|()| self.run_once(kernel, 0));
+        right.and_then(|()| self.expected.compare(&self.y)).map_err(|reason| {
             let reason = format!("[{}, {k}] x [{n}, {k}]ᵀ: {reason}", self.x.m());
-            match entry.watch {
-                // Its verdict knows, until it is forgotten.
-                Some(_) => self.manager.quarantine(entry, Stage::FirstUse, reason.clone()),
-                None => entry.reject(reason.clone()),
-            }
+            // If it is from a file, its verdict knows, until it is forgotten.
+            self.manager.condemn(entry, Stage::FirstUse, reason.clone());
             Unfit { reason, rejected: entry.watch.is_none() }
         })
     }
@@ -169,7 +172,8 @@ impl<'a> CpuInputs<'a> {
         (kernel.layout(), kernel.weight_bytes(self.n, self.k))
     }
 
-    fn run_once(&mut self, kernel: usize, turn: usize) -> Result<(), String> {
+    /// A kernel on one of the copies of its weights.
+    fn part(&self, kernel: usize, turn: usize) -> Result<Part<'_>, String> {
         let (entry, n, k) = (&self.entries[kernel], self.n, self.k);
         let layout = self.layout(kernel);
         let packed = self.layouts.iter().find(|(known, _)| *known == layout);
@@ -179,8 +183,17 @@ impl<'a> CpuInputs<'a> {
             Some(_) => packing::own_bytes(entry, n, k, bytes),
             None => &bytes[MISALIGNED..],
         };
-        let part = Part { kernel: &entry.kernel, weights: abi_weights(n, k, SCALE, bytes), column: 0 };
-        match run_parts(&self.manager.pool, &Scratch::default(), &[part], &self.x, &mut self.y, n).remove(0) {
+        Ok(Part { kernel: &entry.kernel, weights: abi_weights(n, k, SCALE, bytes), column: 0 })
+    }
+
+    fn run_once(&mut self, kernel: usize, turn: usize) -> Result<(), String> {
+        let mut y = std::mem::take(&mut self.y);
+        let failure = self.part(kernel, turn).map(|part| {
+            let (pool, scratch) = (&self.manager.pool, Scratch::default());
+            run_parts(pool, &scratch, &[part], &self.x, &mut y, self.n).remove(0)
+        });
+        self.y = y;
+        match failure? {
             None => Ok(()),
             Some(failure) => Err(failure.to_string()),
         }
@@ -201,6 +214,7 @@ fn copies(
 ) -> Result<Vec<PageBuffer>, String> {
     let arena = PageArena::default();
     let first = if entry.kernel.layout().is_some() {
+        manager.pack_between_walls(entry, n, k, weights).map_err(|e| e.to_string())?;
         packing::pack(entry, &manager.pool, &arena, n, k, weights).map_err(|e| e.to_string())?
     } else {
         let mut buffer = arena.allocate(weights.len() + MISALIGNED, 64).map_err(|e| e.to_string())?;

@@ -217,6 +217,7 @@ impl KernelManager {
                 helper: String::new(),
                 kernels: Vec::new(),
                 refusal,
+                warnings: Vec::new(),
                 seconds: 0.0,
             },
         };

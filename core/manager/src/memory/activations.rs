@@ -100,15 +100,24 @@ pub struct ActivationsMut<'a> {
 
 impl Activations {
     /// Makes room for [m, k] and gives the parts to fill. What they hold before is unspecified.
+    ///
+    /// # Panics
+    /// If m rows of k values, each filled up to a multiple of 64, take more bytes than a machine can address.
     pub fn resize(&mut self, m: usize, k: usize) -> ActivationsMut<'_> {
-        (self.m, self.k) = (m, k);
-        let stride = self.stride();
-        let size = m * stride + ACTIVATION_SLACK;
+        let size = k.checked_next_multiple_of(ACTIVATION_ALIGNMENT).and_then(|stride| {
+            let size = m.checked_mul(stride)?.checked_add(ACTIVATION_SLACK)?;
+            isize::try_from(size).ok().map(|_| size)
+        });
+        let size = size.unwrap_or_else(|| panic!("activations [{m}, {k}] exceed the memory of any machine"));
+        // Without rows until there is room for them: allocating may panic, too.
+        (self.m, self.k) = (0, k);
         if self.q.len() < size {
             self.q = AlignedBytes::zeroed(size);
         }
         self.scale.resize(m, 0.0);
         self.sum.resize(m, 0);
+        self.m = m;
+        let stride = self.stride();
         // SAFETY: i8 and u8 have the same layout, and the borrow is handed on.
         let q = unsafe { std::slice::from_raw_parts_mut(self.q.as_mut_ptr().cast::<i8>(), m * stride) };
         ActivationsMut { q, stride, scale: &mut self.scale, sum: &mut self.sum }
@@ -192,6 +201,21 @@ impl Activations {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_that_no_machine_has_are_refused_and_leave_nothing_behind() {
+        let mut activations = Activations::from_rows(&[1.0; 6], 3);
+        for (m, k) in
+            [(16, 1 << 60), (1 << 60, 16), (1, usize::MAX), (usize::MAX, 1), (1, 1 << 63), (3, 1 << 62)]
+        {
+            let resized = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                activations.resize(m, k);
+            }));
+            let panic = *resized.unwrap_err().downcast::<String>().unwrap();
+            assert_eq!(panic, format!("activations [{m}, {k}] exceed the memory of any machine"));
+            assert_eq!((activations.m(), activations.k(), activations.q().len()), (2, 3, 128));
+        }
+    }
 
     #[test]
     fn activations_are_laid_out_as_kernels_expect() {

@@ -4,9 +4,9 @@
 //! bandwidth. A single matrix is often smaller than a huge page, so buffers share large chunks that
 //! ask the system for huge pages.
 
+use std::io::{Error, ErrorKind};
 use std::sync::{Arc, Mutex};
 
-use bitnet_burn_plugin::abi;
 use memmap2::MmapMut;
 
 const CHUNK: usize = 64 << 20;
@@ -48,10 +48,10 @@ impl PageArena {
         Self { committed: true, ..Self::default() }
     }
 
-    /// A zeroed buffer of `size` bytes, aligned to `alignment` (a power of two up to 4096).
+    /// A zeroed buffer of `size` bytes, aligned to `alignment` (a power of two up to 2 MiB).
     ///
     /// # Errors
-    /// If the system has no memory left.
+    /// If the system has no memory left, the size is none that a machine can have, or the alignment is not possible.
     pub fn allocate(&self, size: usize, alignment: usize) -> std::io::Result<PageBuffer> {
         let mut buffer = self.reserve(size, alignment)?;
         if self.committed {
@@ -61,7 +61,11 @@ impl PageArena {
     }
 
     fn reserve(&self, size: usize, alignment: usize) -> std::io::Result<PageBuffer> {
-        debug_assert!(alignment.is_power_of_two() && alignment as u64 <= abi::MAX_WEIGHT_ALIGNMENT);
+        if !alignment.is_power_of_two() || alignment > HUGE_PAGE {
+            let problem =
+                format!("an alignment of {alignment}; powers of two up to {HUGE_PAGE} are possible");
+            return Err(Error::new(ErrorKind::InvalidInput, problem));
+        }
         let mut current = self.current.lock().unwrap_or_else(|e| e.into_inner());
         if let Some((chunk, used)) = &mut *current {
             let offset = used.next_multiple_of(alignment);
@@ -81,8 +85,16 @@ impl PageArena {
 
 impl Chunk {
     fn new(size: usize) -> std::io::Result<Self> {
-        let size = size.next_multiple_of(HUGE_PAGE);
-        let mut map = MmapMut::map_anon(size + HUGE_PAGE)?;
+        // With a page more, so that there is an aligned beginning.
+        let sizes = size
+            .checked_next_multiple_of(HUGE_PAGE)
+            .and_then(|size| Some((size, size.checked_add(HUGE_PAGE)?)))
+            .filter(|&(_, mapped)| isize::try_from(mapped).is_ok());
+        let Some((size, mapped)) = sizes else {
+            let problem = format!("{size} bytes exceed the memory of any machine");
+            return Err(Error::new(ErrorKind::OutOfMemory, problem));
+        };
+        let mut map = MmapMut::map_anon(mapped)?;
         // Advice: a system without huge pages is slower, not wrong.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
@@ -117,6 +129,23 @@ impl AsRef<[u8]> for PageBuffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_that_no_machine_has_are_errors() {
+        let arena = PageArena::default();
+        for size in [usize::MAX, usize::MAX - 100, usize::MAX - HUGE_PAGE, isize::MAX as usize, 1 << 62] {
+            arena.allocate(size, 64).unwrap_err();
+        }
+        for alignment in [0, 3, 2 * HUGE_PAGE, 1 << 63] {
+            let error = arena.allocate(100, alignment).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+        }
+        // The chunk that small buffers share is as it was.
+        let first = arena.allocate(100, 64).unwrap();
+        arena.allocate(usize::MAX - 100, 64).unwrap_err();
+        let second = arena.allocate(100, 64).unwrap();
+        assert_eq!(second.as_slice().as_ptr() as usize, first.as_slice().as_ptr() as usize + 128);
+    }
 
     #[test]
     fn buffers_are_aligned_disjoint_and_zero() {

@@ -4,11 +4,11 @@ use std::ffi::c_char;
 use std::sync::Arc;
 
 use bitnet_burn_plugin::abi::{
-    ABI_MAJOR, ABI_MINOR, Gpu as RawGpu, KERNEL_SIZE_1_0, Kernel as RawKernel, MAX_WEIGHT_ALIGNMENT,
+    ABI_MAJOR, Gpu as RawGpu, KERNEL_SIZE_1_0, Kernel as RawKernel, MAX_WEIGHT_ALIGNMENT,
     OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, TARGET_CPU, TARGET_CUBECL, TARGET_CUDA, TARGET_WGSL,
 };
 
-use super::{Declared, GpuSource, Origin, Plugin, PluginError};
+use super::{Declared, GpuSource, Origin, Plugin, PluginError, shown};
 
 impl Plugin {
     /// Checks a descriptor.
@@ -42,6 +42,7 @@ impl Plugin {
         let raw = unsafe { &*descriptor };
         let name = name(raw.name, "the plugin's name").map_err(&invalid)?;
         let version = text(raw.version, 63)
+            .map(|version| shown(&version))
             .filter(|v| !v.is_empty())
             .ok_or_else(|| invalid("the plugin has no version".into()))?;
         if raw.kernels.is_null() || !raw.kernels.is_aligned() || !(1..=256).contains(&raw.kernel_count) {
@@ -110,13 +111,6 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, 
         false => text(kernel.features, 255)
             .ok_or_else(|| format!("the features of kernel `{name}` are no text of at most 255 bytes"))?,
     };
-    if kernel.operation != OPERATION_TERNARY_MATMUL {
-        return Err(format!(
-            "kernel `{name}` has operation {}; ABI {ABI_MAJOR}.{ABI_MINOR} knows operation \
-             {OPERATION_TERNARY_MATMUL} (ternary matmul)",
-            kernel.operation
-        ));
-    }
     if !kernel.weight_alignment.is_power_of_two() || kernel.weight_alignment > MAX_WEIGHT_ALIGNMENT {
         return Err(format!(
             "kernel `{name}` asks for weights aligned to {}; it must be a power of two up to \
@@ -130,7 +124,9 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, 
             kernel.row_granule
         ));
     }
-    if kernel.supports.is_none() || (kernel.target == TARGET_CPU && kernel.run.is_none()) {
+    // What a later version computes may take other functions, and the host calls none of them.
+    let known = kernel.operation == OPERATION_TERNARY_MATMUL;
+    if known && (kernel.supports.is_none() || (kernel.target == TARGET_CPU && kernel.run.is_none())) {
         return Err(format!("kernel `{name}` lacks `supports` or `run`"));
     }
     if kernel.workspace_size.is_none() && kernel.prepare.is_some() {
@@ -138,9 +134,12 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, 
     }
     let gpu = match kernel.target {
         // SAFETY: null, or valid (the caller's promise).
-        TARGET_WGSL | TARGET_CUDA | TARGET_CUBECL => Some(Arc::new(unsafe { check_gpu(&name, kernel.gpu) }?)),
+        TARGET_WGSL | TARGET_CUDA | TARGET_CUBECL if known => {
+            Some(Arc::new(unsafe { check_gpu(&name, kernel.gpu) }?))
+        }
         _ => None,
     };
+    let features = shown(&features);
     let features = features.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
     Ok(Declared { name, layout, features, gpu, raw: kernel })
 }
@@ -345,14 +344,17 @@ mod tests {
                     prop_assert!(version.0 == ABI_MAJOR && count.is_none() && !null_kernel);
                     prop_assert!(alphabet(name) && alphabet(kernel_name) && (layout.is_none() || alphabet(layout)));
                     prop_assert!(sizes[0] >= size_of::<RawPlugin>() as u64 && sizes[1] >= KERNEL_SIZE_1_0 as u64);
-                    prop_assert!(has_supports && (layout.is_none() || (has_pack && has_size)));
+                    prop_assert!(layout.is_none() || (has_pack && has_size));
                     let kernel = &Arc::new(plugin).kernels()[0];
                     // Without a text it is for no GPU that this host knows.
                     prop_assert!(kernel.gpu().is_none() && !matches!(kernel.target(), Target::Wgsl | Target::Cuda));
-                    prop_assert!(has_pack || kernel.target() != Target::Cpu);
+                    prop_assert!(has_pack || kernel.target() != Target::Cpu || numbers[0] as u32 != OPERATION_TERNARY_MATMUL);
                     prop_assert!(kernel.weight_alignment().is_power_of_two() && kernel.weight_alignment() <= 4096);
                     prop_assert!((1..=4096).contains(&kernel.row_granule()));
-                    prop_assert!(kernel.supports(&Signature::ternary(1, 1, 1, 1)));
+                    // What this host does not know is never called.
+                    let known = numbers[0] as u32 == OPERATION_TERNARY_MATMUL;
+                    prop_assert!(known || kernel.unknown().is_some());
+                    prop_assert!(!known || kernel.supports(&Signature::ternary(1, 1, 1, 1)));
                 }
             }
         }

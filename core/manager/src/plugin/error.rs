@@ -28,12 +28,23 @@ pub enum PluginError {
         source: std::io::Error,
     },
     /// The file is no library that this system can load.
-    #[error("plugin {}: not a loadable library: {source}", path.display())]
+    #[error(
+        "plugin {}: not a loadable library: {reason} (a copy of the file is loaded: what it needs must be linked in, \
+         or be a library of the system)", path.display()
+    )]
     Load {
         /// The file.
         path: PathBuf,
         /// What the loader said.
-        source: libloading::Error,
+        reason: String,
+    },
+    /// The library did something forbidden while it was loaded.
+    #[error("plugin {}: {reason} when it was loaded", path.display())]
+    Loading {
+        /// The file.
+        path: PathBuf,
+        /// What it did.
+        reason: String,
     },
     /// The library does not export the entry point.
     #[error(

@@ -5,28 +5,55 @@ use std::ffi::{CStr, c_char};
 use std::sync::{Arc, Mutex};
 
 use bitnet_burn_plugin::abi::{
-    self, Kernel as RawKernel, Message, STATUS_OK, Signature, Status, TARGET_CPU, TARGET_CUBECL, TARGET_CUDA,
-    TARGET_WGSL,
+    self, ABI_MAJOR, ABI_MINOR, Kernel as RawKernel, Message, OPERATION_TERNARY_MATMUL, STATUS_OK, Signature,
+    Status, TARGET_CPU, TARGET_CUBECL, TARGET_CUDA, TARGET_WGSL,
 };
 
-use super::{Declared, GpuSource, Plugin, Target};
+use super::{Declared, GpuSource, Plugin, Target, shown};
+use crate::float::FloatControl;
+use crate::process::{Call, within};
 
 /// Bytes of workspace that a kernel may ask for, for `m` rows of activations `stride` bytes apart.
 pub(crate) fn max_workspace(m: usize, stride: usize) -> usize {
     64 * (m + 64) * (stride + 4096)
 }
 
+/// What a kernel says of the size of its packing, as far as it is possible: 0 is `None`.
+///
+/// # Errors
+/// If that many bytes can't hold the weights (log2(3) bits each), or are absurdly many.
+fn check_packed_size(n: usize, k: usize, size: u64) -> Result<Option<usize>, KernelFailure> {
+    if size == 0 {
+        return Ok(None);
+    }
+    let weights = n as u128 * k as u128;
+    // log2(3) = 1.58496...
+    let least = weights.saturating_mul(158_496).div_ceil(800_000);
+    // More than 16 bits a weight, plus padding, is no packing but a mistake.
+    let most = (n as u128 + 4096).saturating_mul(k as u128 + 4096).saturating_mul(2);
+    match usize::try_from(size) {
+        Ok(bytes) if (least..=most).contains(&u128::from(size)) => Ok(Some(bytes)),
+        _ => Err(KernelFailure::Forbidden {
+            reason: format!(
+                "its packed_size of [{n}, {k}] is {size} bytes; ternary weights take at least {least}, and more than {most} \
+                 are absurd"
+            ),
+        }),
+    }
+}
+
 /// A kernel of a checked plugin, callable without `unsafe`.
 #[derive(Debug)]
 pub struct Kernel {
-    id: String,
+    /// As long as the process, as the plugin's code is: a signal handler may show it.
+    id: &'static str,
     layout: Option<String>,
     features: Vec<String>,
     gpu: Option<Arc<GpuSource>>,
     plugin: Arc<Plugin>,
     raw: RawKernel,
     /// What it has said of the size of its packing, by [n, k].
-    sizes: Mutex<HashMap<(usize, usize), Option<usize>>>,
+    sizes: Mutex<HashMap<(usize, usize), Result<Option<usize>, KernelFailure>>>,
 }
 
 /// Why a kernel's result is not used.
@@ -49,6 +76,19 @@ pub(crate) enum KernelFailure {
         /// Which output differs, and how.
         reason: String,
     },
+    /// The kernel did what none may: it changed the floating-point environment, wrote beside its buffers, or names
+    /// an impossible size.
+    Forbidden {
+        /// What it did.
+        reason: String,
+    },
+}
+
+impl KernelFailure {
+    /// Whether nothing that this kernel does can be trusted any more.
+    pub fn is_fault(&self) -> bool {
+        matches!(self, Self::WrongResult { .. } | Self::Forbidden { .. })
+    }
 }
 
 impl std::error::Error for KernelFailure {}
@@ -64,6 +104,7 @@ impl std::fmt::Display for KernelFailure {
             }
             Self::Workspace { bytes } => write!(f, "it asks for a workspace of {bytes} bytes"),
             Self::WrongResult { reason } => write!(f, "wrong result: {reason}"),
+            Self::Forbidden { reason } => f.write_str(reason),
         }
     }
 }
@@ -78,28 +119,33 @@ fn status_name(status: Status) -> &'static str {
     }
 }
 
+/// What a function of a plugin returns, if it leaves the floating-point environment as it was.
+fn kept<T>(call: Call, f: impl FnOnce() -> T) -> Result<T, KernelFailure> {
+    FloatControl::kept_by(|| within(call, f)).map_err(|reason| KernelFailure::Forbidden { reason })
+}
+
 /// Calls `f` with a message buffer and turns its status into a result.
-fn call(f: impl FnOnce(*const Message) -> Status) -> Result<(), KernelFailure> {
+fn call(call: Call, f: impl FnOnce(*const Message) -> Status) -> Result<(), KernelFailure> {
     let mut buffer = [0 as c_char; 256];
     let message = Message {
         struct_size: size_of::<Message>() as u64,
         text: buffer.as_mut_ptr(),
         capacity: buffer.len() as u64,
     };
-    let status = f(&raw const message);
+    let status = kept(call, || f(&raw const message))?;
     if status == STATUS_OK {
         return Ok(());
     }
     buffer[buffer.len() - 1] = 0;
     // SAFETY: the last byte is NUL.
-    let message = unsafe { CStr::from_ptr(buffer.as_ptr()) }.to_string_lossy().into_owned();
-    Err(KernelFailure::Status { status, message })
+    let message = unsafe { CStr::from_ptr(buffer.as_ptr()) }.to_string_lossy();
+    Err(KernelFailure::Status { status, message: shown(&message) })
 }
 
 impl Kernel {
     pub(super) fn new(plugin: &Arc<Plugin>, declared: &Declared) -> Self {
         Self {
-            id: format!("{}/{}", plugin.name, declared.name),
+            id: format!("{}/{}", plugin.name, declared.name).leak(),
             layout: declared.layout.as_ref().map(|layout| format!("{}/{layout}", plugin.name)),
             features: declared.features.clone(),
             gpu: declared.gpu.clone(),
@@ -110,8 +156,12 @@ impl Kernel {
     }
 
     /// `plugin/kernel`.
-    pub fn id(&self) -> &str {
-        &self.id
+    pub fn id(&self) -> &'static str {
+        self.id
+    }
+
+    fn call(&self, function: &'static str, shape: [usize; 3]) -> Call {
+        Call { kernel: self.id, function, shape }
     }
 
     /// Where it runs.
@@ -158,28 +208,61 @@ impl Kernel {
         }
     }
 
+    /// Why this host can use it nowhere: it is for a target, or computes an operation, of a later minor version.
+    pub fn unknown(&self) -> Option<String> {
+        if self.raw.operation != OPERATION_TERNARY_MATMUL {
+            return Some(format!(
+                "it computes operation {}, which this host does not know (ABI {ABI_MAJOR}.{ABI_MINOR} has operation \
+                 {OPERATION_TERNARY_MATMUL}, ternary matmul)",
+                self.raw.operation
+            ));
+        }
+        match self.target() {
+            target @ Target::Unknown(_) => Some(format!("it is for {target}, which this host does not know")),
+            _ => None,
+        }
+    }
+
     /// Whether it claims this.
     pub fn supports(&self, signature: &Signature) -> bool {
-        let supports = self.raw.supports.expect("checked");
+        self.claims(signature).unwrap_or(false)
+    }
+
+    /// [`supports`](Self::supports).
+    ///
+    /// # Errors
+    /// If it did something forbidden.
+    pub(crate) fn claims(&self, signature: &Signature) -> Result<bool, KernelFailure> {
+        // A kernel that this host does not know need not have the function.
+        let Some(supports) = self.raw.supports else { return Ok(false) };
+        let call = self.call("supports", [signature.m as usize, signature.n as usize, signature.k as usize]);
         // SAFETY: a filled signature (ABI).
-        unsafe { supports(signature) == 1 }
+        kept(call, || unsafe { supports(signature) } == 1)
     }
 
     /// Bytes of its packing of an [n, k] matrix, of the canonical layout if it has none of its own;
     /// `None` if it can't pack it.
     pub fn weight_bytes(&self, n: usize, k: usize) -> Option<usize> {
+        self.packed_bytes(n, k).ok().flatten()
+    }
+
+    /// [`weight_bytes`](Self::weight_bytes).
+    ///
+    /// # Errors
+    /// If the size is impossible, or it did something forbidden.
+    pub(crate) fn packed_bytes(&self, n: usize, k: usize) -> Result<Option<usize>, KernelFailure> {
         let Some(packed_size) = self.raw.packed_size else {
-            return bitnet_burn_plugin::canonical::matrix_bytes(n, k);
+            return Ok(bitnet_burn_plugin::canonical::matrix_bytes(n, k));
         };
         // Asked once: buffers are sized, filled and read by the same answer.
         let mut sizes = self.sizes.lock().unwrap_or_else(|e| e.into_inner());
-        // SAFETY: takes two numbers (ABI).
-        *sizes.entry((n, k)).or_insert_with(|| match unsafe { packed_size(n as u64, k as u64) } {
-            0 => None,
-            // More than 16 bits a weight, plus padding, is no packing but a mistake.
-            size if size > (n as u64 + 4096) * (k as u64 + 4096) * 2 => None,
-            size => usize::try_from(size).ok(),
-        })
+        let known = sizes.entry((n, k)).or_insert_with(|| {
+            // SAFETY: takes two numbers (ABI).
+            let size =
+                kept(self.call("packed_size", [0, n, k]), || unsafe { packed_size(n as u64, k as u64) })?;
+            check_packed_size(n, k, size)
+        });
+        known.clone()
     }
 
     /// Packs rows `rows` of a canonical matrix. Concurrent calls take disjoint ranges that begin at
@@ -195,8 +278,9 @@ impl Kernel {
         rows: std::ops::Range<usize>,
     ) -> Result<(), KernelFailure> {
         let pack = self.raw.pack.expect("checked with the layout");
+        let at = self.call("pack", [0, canonical.n as usize, canonical.k as usize]);
         // SAFETY: the caller's promise, and filled weights.
-        call(|message| unsafe { pack(canonical, packed, rows.start as u64, rows.end as u64, message) })
+        call(at, |message| unsafe { pack(canonical, packed, rows.start as u64, rows.end as u64, message) })
     }
 
     /// Unpacks rows `rows` to the canonical layout. Concurrent calls take disjoint ranges that begin at
@@ -212,13 +296,21 @@ impl Kernel {
         rows: std::ops::Range<usize>,
     ) -> Result<(), KernelFailure> {
         let unpack = self.raw.unpack.expect("checked with the layout");
+        let at = self.call("unpack", [0, packed.n as usize, packed.k as usize]);
         // SAFETY: the caller's promise.
-        call(|message| unsafe { unpack(packed, canonical, rows.start as u64, rows.end as u64, message) })
+        call(at, |message| unsafe { unpack(packed, canonical, rows.start as u64, rows.end as u64, message) })
     }
 
-    pub(crate) fn workspace_size(&self, signature: &Signature) -> usize {
+    /// Bytes of workspace that it asks for.
+    ///
+    /// # Errors
+    /// If it did something forbidden.
+    pub(crate) fn workspace_size(&self, signature: &Signature) -> Result<usize, KernelFailure> {
+        let Some(size) = self.raw.workspace_size else { return Ok(0) };
+        let call =
+            self.call("workspace_size", [signature.m as usize, signature.n as usize, signature.k as usize]);
         // SAFETY: a filled signature (ABI).
-        self.raw.workspace_size.map_or(0, |size| unsafe { size(signature) } as usize)
+        kept(call, || unsafe { size(signature) } as usize)
     }
 
     /// # Safety
@@ -230,8 +322,11 @@ impl Kernel {
     ) -> Result<(), KernelFailure> {
         match self.raw.prepare {
             None => Ok(()),
-            // SAFETY: the caller's promise.
-            Some(prepare) => call(|message| unsafe { prepare(x, workspace, message) }),
+            Some(prepare) => {
+                let at = self.call("prepare", [x.m as usize, 0, x.k as usize]);
+                // SAFETY: the caller's promise.
+                call(at, |message| unsafe { prepare(x, workspace, message) })
+            }
         }
     }
 
@@ -247,8 +342,9 @@ impl Kernel {
         tile: &abi::Tile,
     ) -> Result<(), KernelFailure> {
         let run = self.raw.run.expect("checked: it is for the CPU");
+        let at = self.call("run", [x.m as usize, weights.n as usize, weights.k as usize]);
         // SAFETY: the caller's promise.
-        call(|message| unsafe { run(weights, x, workspace, y, tile, message) })
+        call(at, |message| unsafe { run(weights, x, workspace, y, tile, message) })
     }
 }
 
@@ -259,7 +355,8 @@ mod tests {
     #[test]
     fn messages_are_cut_and_failures_speak() {
         let say = |bytes: &[u8], status| {
-            call(|message| {
+            let at = Call { kernel: "test", function: "run", shape: [0; 3] };
+            call(at, |message| {
                 // SAFETY: `call` passes a filled message.
                 let message = unsafe { &*message };
                 for (i, &byte) in bytes.iter().enumerate().take(message.capacity as usize) {
@@ -275,5 +372,30 @@ mod tests {
         // Without a NUL, and no text at all.
         let KernelFailure::Status { message, .. } = say(&[0xff; 400], 1).unwrap_err() else { unreachable!() };
         assert_eq!(message.chars().count(), 255);
+        // On one line.
+        let text = say(b"no luck\nkernel other passed\x1b[2J\0", 3).unwrap_err().to_string();
+        assert_eq!(text, "status 3 (failed): no luck kernel other passed\u{fffd}[2J");
+    }
+
+    #[test]
+    fn sizes_that_cannot_hold_the_weights_are_faults() {
+        // 8 * 100 weights, 1.585 bits each: 158.5 bytes.
+        assert_eq!(check_packed_size(8, 100, 159), Ok(Some(159)));
+        assert_eq!(check_packed_size(8, 100, 0), Ok(None));
+        let most = (8 + 4096) * (100 + 4096) * 2;
+        assert_eq!(check_packed_size(8, 100, most), Ok(Some(most as usize)));
+        for size in [1, 158, most + 1, u64::MAX] {
+            let failure = check_packed_size(8, 100, size).unwrap_err();
+            assert!(
+                failure.is_fault() && failure.to_string().contains(&format!("is {size} bytes")),
+                "{failure}"
+            );
+        }
+        // The densest packing that there is: five weights a byte.
+        assert_eq!(
+            check_packed_size(1 << 20, 1 << 20, (1u64 << 40).div_ceil(5)),
+            Ok(Some((1usize << 40).div_ceil(5)))
+        );
+        assert!(check_packed_size(usize::MAX, usize::MAX, u64::MAX).is_err());
     }
 }

@@ -2,17 +2,22 @@
 //! before it was checked.
 
 mod descriptor;
+mod elf;
 mod error;
 mod kernel;
+mod text;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bitnet_burn_plugin::abi::{ENTRY_SYMBOL, EntryFn, Kernel as RawKernel, Plugin as RawPlugin};
 
+pub(crate) use self::elf::shared_statics;
 pub use self::error::PluginError;
 pub use self::kernel::Kernel;
 pub(crate) use self::kernel::{KernelFailure, max_workspace};
+pub(crate) use self::text::shown;
+use crate::float::FloatControl;
 use bitnet_burn_formats::files;
 
 /// Where a plugin came from.
@@ -128,17 +133,20 @@ impl Plugin {
         let bytes = std::fs::read(library).map_err(|source| PluginError::Read { path: path(), source })?;
         let sha256 = files::sha256(&bytes);
         drop(bytes);
-        // SAFETY: loading runs foreign code; the caller decided to (documented above).
-        let library = unsafe { libloading::Library::new(library) }
-            .map_err(|source| PluginError::Load { path: path(), source })?;
-        // SAFETY: the symbol has this type in every plugin (ABI).
-        let entry = unsafe { library.get::<EntryFn>(ENTRY_SYMBOL.as_bytes()) }
-            .map(|symbol| *symbol)
-            .map_err(|_| PluginError::NoEntry { path: path() })?;
-        // SAFETY: the entry point takes nothing and returns the descriptor (ABI).
-        let descriptor = unsafe { entry() };
-        // The descriptor lives in the library, and other libraries may have been told about it.
-        std::mem::forget(library);
+        let loaded = FloatControl::kept_by(|| {
+            let library = open(library)
+                .map_err(|error| PluginError::Load { path: path(), reason: shown(&loaders_words(&error)) })?;
+            // SAFETY: the symbol has this type in every plugin (ABI).
+            let entry = unsafe { library.get::<EntryFn>(ENTRY_SYMBOL.as_bytes()) }
+                .map(|symbol| *symbol)
+                .map_err(|_| PluginError::NoEntry { path: path() })?;
+            // SAFETY: the entry point takes nothing and returns the descriptor (ABI).
+            let descriptor = unsafe { entry() };
+            // The descriptor lives in the library, and other libraries may have been told about it.
+            std::mem::forget(library);
+            Ok(descriptor)
+        });
+        let descriptor = loaded.map_err(|reason| PluginError::Loading { path: path(), reason })??;
         // SAFETY: what the library returned; `from_descriptor` reads it step by step.
         unsafe { Self::from_descriptor(descriptor, Origin::File { path: path(), sha256 }) }
     }
@@ -174,4 +182,27 @@ impl Plugin {
     pub(crate) fn kernels(self: &Arc<Self>) -> Vec<Kernel> {
         self.kernels.iter().map(|declared| Kernel::new(self, declared)).collect()
     }
+}
+
+/// Loads a library, and binds all functions that it needs now: one that is missing must be an error here, and not end the
+/// process when it is called.
+fn open(library: &Path) -> Result<libloading::Library, libloading::Error> {
+    #[cfg(unix)]
+    {
+        use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+
+        // SAFETY: loading runs foreign code; the caller decided to (`Plugin::load_as`).
+        unsafe { Library::open(Some(library), RTLD_NOW | RTLD_LOCAL) }.map(Into::into)
+    }
+    // Windows binds when it loads.
+    #[cfg(not(unix))]
+    // SAFETY: as above.
+    unsafe {
+        libloading::Library::new(library)
+    }
+}
+
+/// What the system's loader said: the error of `libloading` has it in its source.
+fn loaders_words(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }

@@ -47,6 +47,11 @@ fn without_a_gpu_the_kernels_for_the_cpu_are_left() {
         ("cuda", &["NAME=\"cuda\"", "TARGET=BITNET_TARGET_CUDA"], "it is for cuda, and the gate's helper"),
         // What a later minor version may know.
         ("later", &["NAME=\"later\"", "TARGET=9"], "it is for target 9, which this host does not know"),
+        (
+            "fused",
+            &["NAME=\"fused\"", "OPERATION=2", "TARGET=BITNET_TARGET_CPU"],
+            "it computes operation 2, which this host does not know (ABI 1.1 has operation 1, ternary matmul)",
+        ),
     ] {
         let reports = manager.load_plugin(&build_gpu(dir.path(), name, defines)).unwrap();
         assert_eq!((reports[0].target.as_str(), &reports[0].status), ("cpu", &Status::Ready), "{name}");

@@ -84,6 +84,16 @@ const HOSTILE: &[(&str, &[&str], &[&str])] = &[
     ),
     ("rounding", &["IN_RUN=fesetround(FE_TOWARDZERO)"], &["it changed the floating-point environment"]),
     (
+        "rounds_in_supports",
+        &["IN_SUPPORTS=fesetround(FE_UPWARD)"],
+        &["it changed the floating-point environment"],
+    ),
+    (
+        "rounds_in_packed_size",
+        &["PRIVATE", "PACKED=fesetround(FE_UPWARD) + n * k"],
+        &["it changed the floating-point environment"],
+    ),
+    (
         "loads_rounding",
         &["ON_LOAD=fesetround(FE_UPWARD)"],
         &["loading it: it changed the floating-point environment"],
@@ -115,7 +125,28 @@ const HOSTILE: &[(&str, &[&str], &[&str])] = &[
         &["PRIVATE", "WORKSPACE=1ull << 60"],
         &["it asks for a workspace of 1152921504606846976 bytes"],
     ),
-    ("packed_huge", &["PRIVATE", "PACKED=1ull << 60"], &["its packed_size of [1, 1] is 0 or absurd"]),
+    (
+        "workspace_wide",
+        // Right for small matrices.
+        &["PRIVATE", "WORKSPACE=s->m * s->k > 300000 ? 64 : s->m * s->k"],
+        &["[4, 100003] x [3, 100003]ᵀ", "behind the workspace; it crashed with signal 11"],
+    ),
+    (
+        "packed_huge",
+        &["PRIVATE", "PACKED=1ull << 60"],
+        &["its packed_size of [1, 1] is 1152921504606846976 bytes"],
+    ),
+    ("packed_nothing", &["PRIVATE", "PACKED=0"], &["its packed_size of [1, 1] is 0"]),
+    (
+        "packed_tall",
+        &["PRIVATE", "PACKED=n > 640 ? n * k / 2 : n * k"],
+        &["[1, 36] x [49157, 36]ᵀ", "behind the packed weights"],
+    ),
+    (
+        "packed_small",
+        &["PRIVATE", "PACKED=n > 640 ? 64 : n * k"],
+        &["its packed_size of [49157, 36] is 64 bytes; ternary weights take at least 350604"],
+    ),
     ("unpack", &["PRIVATE", "WRONG_UNPACK"], &["unpack(pack(w)) differs from w at row 0, column 30"]),
     ("nothing", &["SUPPORTS_NOTHING"], &["it supports none of the"]),
     ("fails", &["FAIL_AT_N=100"], &["x [100, 784]ᵀ", "status 3 (failed): out of luck"]),
@@ -207,7 +238,7 @@ fn exceptions_do_not_get_out_and_libraries_that_are_none_are_refused() {
 }
 
 /// A plugin that passes the first stage, the only one until [`add_built_in`].
-fn in_use(dir: &Path, name: &str, defines: &[&str]) -> (KernelManager, PathBuf) {
+pub fn in_use(dir: &Path, name: &str, defines: &[&str]) -> (KernelManager, PathBuf) {
     let path = build(dir, name, defines);
     let manager = manager(&dir.join("cache"));
     let reports = manager.load_plugin(&path).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -215,7 +246,7 @@ fn in_use(dir: &Path, name: &str, defines: &[&str]) -> (KernelManager, PathBuf) 
     (manager, path)
 }
 
-fn quarantined(manager: &KernelManager, path: &Path, stage: Stage, reason: &str) {
+pub fn quarantined(manager: &KernelManager, path: &Path, stage: Stage, reason: &str) {
     let report = manager.report();
     let kernel = report.kernels.iter().find(|k| k.kernel == "example/plain").unwrap();
     let Status::Quarantined(text) = &kernel.status else { panic!("{kernel:?}") };

@@ -4,6 +4,7 @@
 #![cfg(all(unix, not(target_feature = "crt-static")))]
 
 mod adapt;
+mod beyond;
 mod gpu;
 mod hostile;
 mod policy;

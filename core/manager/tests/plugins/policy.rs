@@ -54,14 +54,96 @@ fn a_plugin_in_c_is_checked_and_used() {
         let verdict = manager.store().verdict(&sha256).unwrap();
         assert!(verdict.passed() && verdict.kernels[0].cases > 100, "{verdict:?}");
     }
-    // A feature that no machine has is no fault.
-    let path = build(dir.path(), "feature", &["FEATURES=\"avx2048\""]);
-    let reports = manager(dir.path()).load_plugin(&path).unwrap();
-    assert_eq!(reports[0].status, Status::Unavailable("needs avx2048".into()));
+}
+
+#[test]
+fn a_plugin_of_which_nothing_could_be_tried_has_not_passed() {
+    if !has_compiler() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for (name, define, reason) in [
+        // A name that this host does not know: one that a later version may know, or a mistake.
+        ("unknown", "FEATURES=\"avx2048\"", "needs avx2048 (unknown name; the host knows sse2, "),
+        ("operation", "OPERATION=7", "it computes operation 7, which this host does not know"),
+    ] {
+        let path = build(dir.path(), name, &[define]);
+        let manager = manager(&dir.path().join(name));
+        let report = manager.verify_plugin(&path).unwrap();
+        let unavailable = report.kernels[0].unavailable.as_ref().unwrap();
+        assert!(unavailable.contains(reason), "{unavailable}");
+        assert!(!report.passed() && report.refusal.is_none(), "{report:?}");
+        // That is no fault: it is loaded, and not used.
+        let reports = manager.load_plugin(&path).unwrap();
+        assert_eq!(reports[0].status, Status::Unavailable(unavailable.clone()));
+        check(&manager, 2, 33, 129, name);
+        assert_eq!(manager.report().kernels[0].calls, 0);
+    }
+}
+
+#[test]
+fn the_documentation_lists_all_names_of_features_and_no_others() {
+    let page = std::fs::read_to_string(package().join("../../docs/plugins.md")).unwrap();
+    let (_, section) = page.split_once("### Names of CPU features\n").expect("the section");
+    let (table, _) = section.split_once("\n#").expect("the next section");
+    let names: Vec<&str> = table.split('`').skip(1).step_by(2).collect();
+    assert_eq!(names, bitnet_burn_plugin::features::NAMES);
+}
+
+#[test]
+fn what_a_plugin_says_stays_on_its_line() {
+    if !has_compiler() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let manager = manager(&dir.path().join("cache"));
+    let forged = "VERSION=\"1.0\\033[31mRED\\033]0;title\\007\\nline2 passed: all\"";
+    let plain = "1.0\u{fffd}[31mRED\u{fffd}]0;title\u{fffd} line2 passed: all";
+    let path = build(dir.path(), "version", &[forged, "FEATURES=\"avx\\n2048\""]);
+    let report = manager.verify_plugin(&path).unwrap();
+    assert_eq!(report.plugin.as_ref().unwrap().version, plain);
+    let loaded = manager.load_plugin(&path).unwrap();
+    assert_eq!((loaded[0].version.as_str(), &loaded[0].features[..]), (plain, &["avx 2048".to_owned()][..]));
+    // A message of a kernel; what it prints on stderr before it crashes; what the loader repeats.
+    let says = "IN_RUN=say(message, \"bad\\nkernel x: passed\\033[2J\"); return BITNET_FAILED";
+    let prints = "IN_RUN=fputs(\"words\\033[2J\\n\", stderr); abort()";
+    for (name, define) in [("says", says), ("prints", prints)] {
+        let text = manager.load_plugin(&build(dir.path(), name, &[define])).unwrap_err().to_string();
+        assert!(text.contains("\u{fffd}[2J") && !text.contains(|c: char| c.is_control()), "{text:?}");
+    }
+}
+
+#[test]
+fn statics_that_plugins_would_share_are_warned_of() {
+    let cxx = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+    if !cfg!(target_os = "linux") || !has_compiler() || Command::new(&cxx).arg("--version").output().is_err()
+    {
+        assert!(std::env::var_os("CI").is_none(), "no C++ compiler in CI");
+        return eprintln!("SKIPPED: a plugin with an inline function's static (no C++ compiler `{cxx}`)");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("shared.cpp");
+    let code = "inline int &counter() { static int count; return count; }\n\
+                extern \"C\" void shared() { counter()++; }\n";
+    std::fs::write(&source, code).unwrap();
+    for (name, flag, warned) in [("unique", "-fgnu-unique", true), ("own", "-fno-gnu-unique", false)] {
+        let object = dir.path().join(format!("{name}.o"));
+        run(Command::new(&cxx).args(["-c", "-fPIC", flag, "-o"]).arg(&object).arg(&source));
+        let flags = ["-DEXTERNAL=shared", "-DIN_RUN=shared()", object.to_str().unwrap()];
+        let path = build_with(&package().join("../../plugins/abi/include"), dir.path(), name, &flags);
+        let report = manager(&dir.path().join("cache")).verify_plugin(&path).unwrap();
+        assert!(report.passed());
+        let text = report.warnings.join("\n");
+        assert_eq!(
+            text.contains("_ZZ7countervE5count") && text.contains("-fno-gnu-unique"),
+            warned,
+            "{text}"
+        );
+    }
 }
 
 /// Macros of testdata/plugin.c, and what the refusal must say.
-const BROKEN: [(&str, &[&str], &str); 22] = [
+const BROKEN: [(&str, &[&str], &str); 21] = [
     ("major", &["MAJOR=9"], "built for ABI 9.1, and this host speaks ABI 1.1"),
     ("old", &["MAJOR=0"], "built for ABI 0.1, and this host speaks ABI 1.1"),
     ("symbol", &["NO_SYMBOL"], "it does not export `bitnet_plugin`"),
@@ -82,7 +164,6 @@ const BROKEN: [(&str, &[&str], &str); 22] = [
     ),
     ("granule", &["GRANULE=0"], "kernel `plain` has a row granule of 0"),
     ("alignment", &["ALIGNMENT=48"], "kernel `plain` asks for weights aligned to 48"),
-    ("operation", &["OPERATION=7"], "kernel `plain` has operation 7"),
     ("size", &["KERNEL_SIZE=8"], "struct_size of kernel 0 is 8"),
     ("plugin_size", &["PLUGIN_SIZE=16"], "struct_size of the plugin is 16"),
     ("huge", &["PLUGIN_SIZE=0xffffffffff"], "struct_size of the plugin is 1099511627775"),
@@ -286,6 +367,36 @@ fn without_a_place_to_keep_copies_a_plugin_is_tried_every_time() {
         assert_eq!(manager.load_plugin(&path).unwrap()[0].status, Status::Ready);
         check(&manager, 2, 33, 129, "from a temporary copy");
     }
+}
+
+const ROLE: &str = "BITNET_TEST_PLUGIN";
+
+/// Not a test by itself: loads a plugin as a program does, with a manager that lives as long as the process.
+#[test]
+fn child() {
+    let Some(path) = std::env::var_os(ROLE) else { return };
+    let config = ManagerConfig { cache_dir: None, ..config(Path::new("/nonexistent")) };
+    let manager = Box::leak(Box::new(KernelManager::new(config).unwrap()));
+    assert_eq!(manager.load_plugin(Path::new(&path)).unwrap()[0].status, Status::Ready);
+    assert_eq!(std::fs::read_dir(std::env::temp_dir()).unwrap().count(), 1, "the temporary copy");
+}
+
+#[test]
+fn a_temporary_place_goes_with_the_process() {
+    if !has_compiler() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = build(dir.path(), "plain", &[]);
+    let place = dir.path().join("place");
+    std::fs::create_dir(&place).unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["policy::child", "--exact", "--nocapture", "--test-threads=1"]);
+    let output = command.env(ROLE, &path).env("TMPDIR", &place).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "{output:?}");
+    let left: Vec<_> = std::fs::read_dir(&place).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 fn policy(cache: &Path, change: impl FnOnce(&mut PluginConfig)) -> KernelManager {

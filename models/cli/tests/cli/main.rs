@@ -3,6 +3,7 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod docs;
+mod files;
 #[cfg(feature = "wgpu")]
 mod gpu;
 mod kernels;
@@ -434,7 +435,22 @@ fn errors_say_what_is_wrong() {
     assert!(place.error(&["synth", "--intermediate-size", "100", "--out", "x"]).contains("multiple of 128"));
     assert!(place.error(&["synth", "--vocab-size", "9", "--out", "x"]).contains("too small"));
     assert!(!place.path("x").exists());
-    assert!(error(place.command(&["kernels"]).env("BITNET_THREADS", "many")).contains("BITNET_THREADS=many"));
+    for (name, value, expected) in [
+        ("BITNET_THREADS", "many", "a number of threads"),
+        ("BITNET_THREADS", "1025", "at most 1024"),
+        ("BITNET_PLUGINS", "maybe", "off, on or user"),
+    ] {
+        let error = error(place.command(&["kernels"]).env(name, value));
+        assert!(error.contains(&format!("{name}={value}")) && error.contains(expected), "{error}");
+    }
+    #[cfg(unix)]
+    for name in ["BITNET_STRICT_MODE", "BITNET_PLUGINS", "BITNET_KERNEL", "BITNET_THREADS", "BITNET_FALLBACK"]
+    {
+        use std::os::unix::ffi::OsStrExt as _;
+        let value = std::ffi::OsStr::from_bytes(b"1\xff");
+        let error = error(place.command(&["kernels"]).env(name, value));
+        assert!(error.contains(name) && error.contains("UTF-8"), "{error}");
+    }
 
     // An empty prompt is BOS alone; the context's end is no error.
     let report = place.json(&["run", "-m", "model.gguf", "-p", "", "-n", "1", "--json"]);
@@ -659,7 +675,7 @@ fn a_plugin_is_verified_listed_measured_pinned_and_forgotten() {
         return;
     }
     let text = place.ok(&["plugins", "verify", "good.so"]);
-    for part in ["example-c 0.1.0, ABI 1.1", "example-c/portable", "cases passed", "passed by gate 2"] {
+    for part in ["example-c 0.1.0, ABI 1.1", "example-c/portable", "cases passed", "passed by gate "] {
         assert!(text.contains(part), "{text}");
     }
     let good = place.json(&["plugins", "verify", "--json", "good.so"]);
@@ -726,6 +742,17 @@ fn a_plugin_is_verified_listed_measured_pinned_and_forgotten() {
     assert!(place.error(&["plugins", "forget", "abc"]).contains("cannot read abc"));
     assert!(place.error(&["plugins", "forget", "0123456789"]).contains("see `bitnet plugins list`"));
     assert!(place.error(&["plugins", "verify", "missing.so"]).contains("missing.so"));
+
+    // A name that is no feature's: nothing was tried, so nothing has passed.
+    assert!(plugin(&place, "feature.so", BROKEN, &["-DFEATURES=\"avx2,lzcnt\""]));
+    let output = place.command(&["plugins", "verify", "feature.so"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        text.contains("lzcnt (unknown name; the host knows") && text.contains("not tried by gate"),
+        "{text}"
+    );
+    assert!(String::from_utf8_lossy(&output.stderr).contains("tried no kernel of this plugin"));
 }
 
 #[test]

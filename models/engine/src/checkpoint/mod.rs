@@ -71,11 +71,13 @@ pub struct Checkpoint {
     config: ModelConfig,
     warnings: Vec<String>,
     source: Box<dyn Source>,
+    /// The map of its packed weights, if there is one.
+    prepacked: OnceLock<FileMap>,
 }
 
 impl fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { path, config, warnings, source: _ } = self;
+        let Self { path, config, warnings, source: _, prepacked: _ } = self;
         f.debug_struct("Checkpoint")
             .field("path", path)
             .field("config", config)
@@ -197,6 +199,21 @@ impl Checkpoint {
     /// again comes from the file again.
     pub fn release(&self) {
         self.source.maps().into_iter().for_each(FileMap::release);
+    }
+
+    /// That no part of a mapped file was missing when it was read. (A program must
+    /// [outlive](bitnet_burn_formats::outlive_truncation) that first.)
+    ///
+    /// # Errors
+    /// [`FileError::Shrank`].
+    pub fn intact(&self) -> Result<(), FileError> {
+        self.source.maps().into_iter().chain(self.prepacked.get()).try_for_each(FileMap::intact)
+    }
+
+    /// What lies beside the model and is mapped with it.
+    pub(crate) fn keep_prepacked(&self, map: FileMap) {
+        // Whoever opens the same file twice has it in view by the first map.
+        let _ = self.prepacked.set(map);
     }
 
     /// Says that single rows of a tensor are read from now on, not all of it: in huge pages each of them would

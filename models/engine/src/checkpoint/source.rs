@@ -3,6 +3,7 @@
 use super::error::LoadError;
 use super::tokenizer_source::TokenizerSource;
 use bitnet_burn::{GatedActivation, Norm, Projection};
+use bitnet_burn_formats::files::FileIdentity;
 use bitnet_burn_formats::{DenseTensor, FileMap, TernaryTensor};
 use bytes::Bytes;
 use std::path::PathBuf;
@@ -34,8 +35,8 @@ pub struct TensorInfo {
 /// A part of what a checkpoint is read from.
 #[derive(Clone, Debug)]
 pub enum Content {
-    /// A file.
-    File(PathBuf),
+    /// A file, and which one was opened there.
+    File(PathBuf, FileIdentity),
     /// Bytes that were in memory from the start, and what stands for their path.
     Memory(PathBuf, Bytes),
 }

@@ -404,7 +404,9 @@ impl Measurements {
     fn key() -> String {
         let drivers =
             ["VK_ICD_FILENAMES", "VK_DRIVER_FILES", "CUDA_VISIBLE_DEVICES", "CUBECL_WGPU_DEFAULT_DEVICE"]
-                .map(|variable| std::env::var(variable).unwrap_or_default());
+                .map(|variable| {
+                    std::env::var_os(variable).unwrap_or_default().to_string_lossy().into_owned()
+                });
         let cards = std::fs::read_dir("/sys/class/drm").map_or(0, Iterator::count);
         let parts = [
             cpu::model().to_owned(),

@@ -368,6 +368,7 @@ pub fn export(
         Kind::Directory => files_of(&path)?,
     };
     summary.bytes = summary.files.iter().map(|(_, bytes)| bytes).sum();
+    checkpoint.intact().map_err(LoadError::from)?;
     place.commit()?;
     Ok(summary)
 }

@@ -4,7 +4,8 @@ use super::ExportError;
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
-use tempfile::TempDir;
+
+use bitnet_burn_formats::files::{self, UnfinishedDirectory};
 
 /// What is to be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,17 +21,15 @@ pub(super) struct Place {
     kind: Kind,
     overwrite: bool,
     /// On the same file system, since it is in the same directory.
-    temporary: TempDir,
+    temporary: UnfinishedDirectory,
 }
 
 impl Place {
     /// Checks that the model may be written to `out`, and makes the directory beside it.
     pub(super) fn new(source: &Path, out: &Path, kind: Kind, overwrite: bool) -> Result<Self, ExportError> {
         check(source, out, kind, overwrite)?;
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".bitnet-").suffix(".part");
-        let temporary =
-            builder.tempdir_in(parent(out)).map_err(io_error(out, "create a directory beside it"))?;
+        let temporary = UnfinishedDirectory::new(files::directory(out))
+            .map_err(io_error(out, "create a directory beside it"))?;
         let place = Self { out: out.to_owned(), kind, overwrite, temporary };
         if kind == Kind::Directory {
             std::fs::create_dir(place.path()).map_err(io_error(out, "create a directory beside it"))?;
@@ -48,7 +47,7 @@ impl Place {
         let (from, out) = (self.path(), &self.out);
         let old = self.temporary.path().join(".old");
         match self.kind {
-            Kind::File if self.overwrite => std::fs::rename(&from, out),
+            Kind::File if self.overwrite => files::move_to(&from, out),
             Kind::File => {
                 let from = tempfile::TempPath::try_from_path(from)
                     .map_err(io_error(out, "find what was written"))?;
@@ -61,10 +60,7 @@ impl Place {
             Kind::Directory => std::fs::rename(&from, out),
         }
         .map_err(io_error(out, "move what was written to its name"))?;
-        // The name, too, should survive a power cut. Where directories can't be opened or flushed (Windows,
-        // some network file systems) the model is complete all the same.
-        #[cfg(unix)]
-        let _ = std::fs::File::open(parent(out)).and_then(|d| d.sync_all());
+        let _ = files::sync_directory(files::directory(out));
         Ok(())
     }
 }
@@ -115,13 +111,6 @@ fn is_models(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
     let known = ["config.json", "generation_config.json", "model.safetensors.index.json"];
     known.contains(&&*name) || super::TOKENIZER_FILES.contains(&&*name) || name.ends_with(".safetensors")
-}
-
-fn parent(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
 }
 
 pub(super) fn io_error(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> ExportError {

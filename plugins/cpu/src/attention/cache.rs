@@ -24,16 +24,16 @@ pub enum CacheRef<'a> {
 impl CacheRef<'_> {
     /// Panics if it is of another size than `shape`.
     pub(super) fn check(&self, shape: Shape) {
-        let positions = shape.n_kv_heads * shape.capacity;
-        let (len, positions) = match self {
-            Self::F32(c) => (c.len(), positions),
-            Self::F16(c) => (c.len(), positions),
+        let (positions, size) = shape.cache();
+        let len = match self {
+            Self::F32(c) => c.len(),
+            Self::F16(c) => c.len(),
             Self::Int8 { codes, scale } => {
                 assert_eq!(scale.len(), positions, "scales of the cache");
-                (codes.len(), positions)
+                codes.len()
             }
         };
-        assert_eq!(len, positions * shape.head_dim, "elements of the cache");
+        assert_eq!(len, size, "elements of the cache");
     }
 }
 

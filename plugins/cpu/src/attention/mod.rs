@@ -71,6 +71,28 @@ pub struct Shape {
     pub scale: f32,
 }
 
+impl Shape {
+    /// Positions of all heads of a cache, and its elements.
+    ///
+    /// # Panics
+    /// If they are more than a machine can address.
+    fn cache(self) -> (usize, usize) {
+        let positions = self.n_kv_heads.checked_mul(self.capacity);
+        let size = positions.and_then(|positions| positions.checked_mul(self.head_dim));
+        positions.zip(size).unwrap_or_else(|| panic!("a cache of {self:?} exceeds the memory of any machine"))
+    }
+
+    /// Elements of a row of `heads` heads.
+    ///
+    /// # Panics
+    /// If they are more than a machine can address.
+    fn width(self, heads: usize) -> usize {
+        let width = heads.checked_mul(self.head_dim);
+        width
+            .unwrap_or_else(|| panic!("a row of {heads} heads of {self:?} exceeds the memory of any machine"))
+    }
+}
+
 /// Writes `rows` rows of keys or values to the positions from `position` on.
 ///
 /// # Arguments
@@ -82,8 +104,9 @@ pub struct Shape {
 pub fn append(cache: CacheMut, shape: Shape, position: usize, rows: usize, x: &[f32], x_stride: usize) {
     let Shape { n_kv_heads, head_dim, capacity, .. } = shape;
     assert!(rows <= capacity && position <= capacity - rows, "{position}+{rows} positions of {capacity}");
-    assert!(rows_fit(x.len(), rows, n_kv_heads * head_dim, x_stride), "{rows} rows in {} elements", x.len());
-    let size = n_kv_heads * capacity * head_dim;
+    let width = shape.width(n_kv_heads);
+    assert!(rows_fit(x.len(), rows, width, x_stride), "{rows} rows in {} elements", x.len());
+    let (positions, size) = shape.cache();
     let pieces = (0..rows).flat_map(|r| (0..n_kv_heads).map(move |h| (r, h))).map(|(r, h)| {
         let from = (h * capacity + position + r) * head_dim;
         (from..from + head_dim, &x[r * x_stride + h * head_dim..][..head_dim])
@@ -98,7 +121,7 @@ pub fn append(cache: CacheMut, shape: Shape, position: usize, rows: usize, x: &[
             pieces.for_each(|(to, x)| cache[to].convert_from_f32_slice(x));
         }
         CacheMut::Int8 { codes, scale } => {
-            assert_eq!((codes.len(), scale.len()), (size, n_kv_heads * capacity), "elements of the cache");
+            assert_eq!((codes.len(), scale.len()), (size, positions), "elements of the cache");
             pieces.for_each(|(to, x)| {
                 let scale = &mut scale[to.start / head_dim..][..1];
                 quantise_rows(x, head_dim, &mut codes[to], head_dim, scale, &mut [0]);
@@ -171,7 +194,7 @@ fn attention_at(
     );
     keys.check(shape);
     values.check(shape);
-    let width = n_heads * head_dim;
+    let width = shape.width(n_heads);
     assert!(rows_fit(q.len(), rows, width, q_stride), "{rows} rows of queries in {}", q.len());
     assert!(rows_fit(out.len(), rows, width, out_stride), "{rows} rows of results in {}", out.len());
     let call = Call { q, q_stride, rows, shape, first_position, out_stride };

@@ -9,7 +9,7 @@ use crate::threads::Threads;
 /// # Panics
 /// If a target is not below `n`, or the slices' lengths do not fit.
 pub fn cross_entropy(logits: &[f32], targets: &[u32], n: usize, out: &mut [f32], threads: &dyn Threads) {
-    assert!(logits.len() == targets.len() * n && out.len() == targets.len(), "rows of {n}");
+    assert!(Some(logits.len()) == targets.len().checked_mul(n) && out.len() == targets.len(), "rows of {n}");
     assert!(targets.iter().all(|&t| (t as usize) < n), "a target beyond {n}");
     by_parts(out, 1, threads, &|first, out| {
         let logits = &logits[first * n..][..out.len() * n];
@@ -50,7 +50,9 @@ pub fn cross_entropy_backward(
     threads: &dyn Threads,
 ) {
     assert!(
-        logits.len() == targets.len() * n && out.len() == logits.len() && d.len() == targets.len(),
+        Some(logits.len()) == targets.len().checked_mul(n)
+            && out.len() == logits.len()
+            && d.len() == targets.len(),
         "rows of {n}"
     );
     assert!(targets.iter().all(|&t| (t as usize) < n), "a target beyond {n}");

@@ -6,11 +6,17 @@ use crate::simd::{Isa, Kernel, Level};
 use crate::threads::Threads;
 
 /// The gradient of relu(gate)^2 * up: rows [gate, up] and dy to rows [d gate, d up].
+///
+/// # Panics
+/// If the slices' lengths do not fit, or `dy` is no whole number of rows of `f`.
 pub fn relu2_mul_backward(gate_up: &[f32], dy: &[f32], f: usize, out: &mut [f32], threads: &dyn Threads) {
     gated_backward(gate_up, dy, f, out, threads, Relu2);
 }
 
 /// The gradient of silu(gate) * up.
+///
+/// # Panics
+/// As [`relu2_mul_backward`].
 pub fn silu_mul_backward(gate_up: &[f32], dy: &[f32], f: usize, out: &mut [f32], threads: &dyn Threads) {
     gated_backward(gate_up, dy, f, out, threads, Silu);
 }
@@ -24,6 +30,10 @@ fn gated_backward(
     gate: impl Gate,
 ) {
     assert!(gate_up.len() == out.len() && gate_up.len() == 2 * dy.len(), "gates and values for {}", dy.len());
+    if dy.is_empty() {
+        return;
+    }
+    assert!(f > 0 && dy.len().is_multiple_of(f), "{} gradients are no rows of {f}", dy.len());
     by_parts(out, 2 * f, threads, &|first, out| {
         let gate_up = &gate_up[2 * first * f..][..out.len()];
         let dy = &dy[first * f..][..out.len() / 2];

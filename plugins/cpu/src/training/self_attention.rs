@@ -28,6 +28,27 @@ impl Shape {
         (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
     }
 
+    /// Whole sequences in `qkv`.
+    ///
+    /// # Panics
+    /// If the numbers do not fit together, or with `qkv` and the angles' cosines and sines.
+    fn sequences(&self, qkv: &[f32], cos: &[f32], sin: &[f32]) -> usize {
+        let Self { n_heads, n_kv_heads, head_dim: d, length } = *self;
+        assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads}");
+        assert!(n_heads > 0 && d > 0 && d.is_multiple_of(2), "{n_heads} heads of {d} elements");
+        let row = n_kv_heads
+            .checked_mul(2)
+            .and_then(|kv| kv.checked_add(n_heads))
+            .and_then(|all| all.checked_mul(d));
+        let sequence = row.and_then(|row| row.checked_mul(length)).filter(|&values| values > 0);
+        let whole = sequence.filter(|&values| qkv.len().is_multiple_of(values));
+        let whole = whole.unwrap_or_else(|| panic!("{} values are no sequences of {length} rows", qkv.len()));
+        // Fewer than the values of a row, which can be addressed.
+        let angles = length * (d / 2);
+        assert!(cos.len() >= angles && sin.len() >= angles, "cosines and sines of {length} rows");
+        qkv.len() / whole
+    }
+
     fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
@@ -186,8 +207,8 @@ pub fn self_attention(
     threads: &dyn Threads,
 ) {
     let Shape { n_heads, n_kv_heads, head_dim: d, length } = shape;
+    let sequences = shape.sequences(qkv, cos, sin);
     let (width, out_width, group) = (shape.width(), n_heads * d, shape.group());
-    let sequences = qkv.len() / (width * length);
     assert!(out.len() == sequences * length * out_width, "{sequences} sequences of {length}");
     let out = Shared::new(out);
     run(threads, true, sequences * n_kv_heads, &|task| {
@@ -227,8 +248,8 @@ pub fn self_attention_backward(
     threads: &dyn Threads,
 ) {
     let Shape { n_heads, n_kv_heads, head_dim: d, length } = shape;
+    let sequences = shape.sequences(qkv, cos, sin);
     let (width, dy_width, group, half) = (shape.width(), n_heads * d, shape.group(), d / 2);
-    let sequences = qkv.len() / (width * length);
     assert!(out.len() == qkv.len() && dy.len() == sequences * length * dy_width, "{sequences} of {length}");
     // Turning by the opposite angle is the gradient of turning.
     let back: Vec<f32> = sin.iter().map(|s| -s).collect();

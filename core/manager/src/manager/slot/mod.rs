@@ -63,6 +63,8 @@ pub(super) struct Slot {
     due: AtomicU64,
     /// The rank and the exact number of rows that were looked at last and known already (`watch`).
     pub watched: AtomicU64,
+    /// The rank and the exact number of rows that were tried last and known already (`walls`).
+    pub walled: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -74,6 +76,7 @@ impl Default for Slot {
             calls: AtomicU64::new(0),
             due: AtomicU64::new(u64::MAX),
             watched: AtomicU64::new(0),
+            walled: AtomicU64::new(0),
             state: Mutex::default(),
         }
     }

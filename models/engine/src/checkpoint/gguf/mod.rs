@@ -193,7 +193,7 @@ impl Source for GgufModel {
     fn contents(&self) -> Vec<Content> {
         let path = self.file.path().to_owned();
         vec![match self.file.file_map() {
-            Some(_) => Content::File(path),
+            Some(map) => Content::File(path, map.identity().clone()),
             None => Content::Memory(path, self.file.contents().clone()),
         }]
     }

@@ -39,8 +39,8 @@ pub(crate) struct HfModel {
     json: Value,
     tensors: BTreeMap<String, SafeTensor>,
     maps: Vec<FileMap>,
-    /// The safetensors, and the index if there is one.
-    shards: Vec<PathBuf>,
+    /// The configurations and the tokenizer that are there, the safetensors, and the index if there is one.
+    files: Vec<(PathBuf, FileIdentity)>,
     style: Style,
     config: ModelConfig,
 }
@@ -53,14 +53,21 @@ impl HfModel {
         warnings: &mut Vec<String>,
     ) -> Result<(Self, ModelConfig), LoadError> {
         let path = dir.join("config.json");
+        // Before they are read: what is read later and differs is found.
+        let companion = |name: &&str| {
+            let path = dir.join(name);
+            identity_of(&path).ok().map(|identity| (path, identity))
+        };
+        let mut files: Vec<_> = COMPANIONS.iter().filter_map(companion).collect();
         let json: Value = read_json(&path)?;
         let fields = Fields { path: &path, json: &json };
         fields.architecture()?;
         let Shards { tensors, maps, files: shards } = safetensors::open_directory(dir)?;
+        files.extend(shards);
         let config = config(dir, fields, &tensors, options, warnings)?;
         config.validate().map_err(|error| LoadError::Config { path: path.clone(), error })?;
         let style = style(fields, &tensors, warnings)?;
-        let model = Self { dir: dir.to_owned(), json, tensors, maps, shards, style, config: config.clone() };
+        let model = Self { dir: dir.to_owned(), json, tensors, maps, files, style, config: config.clone() };
         model.check_tensors(warnings)?;
         Ok((model, config))
     }
@@ -270,8 +277,7 @@ impl Source for HfModel {
     }
 
     fn contents(&self) -> Vec<Content> {
-        let beside = COMPANIONS.iter().map(|name| self.dir.join(name)).filter(|path| path.exists());
-        beside.chain(self.shards.iter().cloned()).map(Content::File).collect()
+        self.files.iter().map(|(path, identity)| Content::File(path.clone(), identity.clone())).collect()
     }
 
     fn tensors(&self) -> Vec<TensorInfo> {

@@ -1,0 +1,78 @@
+//! Files that are written, and files that change while they are read.
+
+use std::io::Read as _;
+use std::process::{Child, Stdio};
+
+use super::Place;
+
+#[cfg(unix)]
+#[test]
+fn links_are_followed_and_pipes_are_written_into() {
+    use std::os::unix::fs::{FileTypeExt as _, symlink};
+    let place = Place::new();
+    std::fs::create_dir(place.path("elsewhere")).unwrap();
+    for (name, args) in [
+        ("model", &["convert", "model.gguf", "--to", "gguf", "--force", "--out", "link-model"][..]),
+        ("synth", &["synth", "--shape", "tiny", "--out", "link-synth"]),
+        ("logits", &["logits", "-m", "model.gguf", "--tokens-file", "ids.txt", "--out", "link-logits"]),
+        ("receipt", &["run", "-m", "model.gguf", "-p", "Hi", "-n", "2", "--receipt", "link-receipt"]),
+        ("report", &["run", "-m", "model.gguf", "-p", "Hi", "-n", "2", "--report", "link-report"]),
+    ] {
+        let (file, link, pipe) =
+            (format!("elsewhere/{name}"), format!("link-{name}"), format!("pipe-{name}"));
+        place.write(&file, "");
+        symlink(&file, place.path(&link)).unwrap();
+        place.ok(args);
+        assert!(place.path(&link).is_symlink(), "{name}");
+        let written = std::fs::read(place.path(&file)).unwrap();
+        assert!(!written.is_empty(), "{name}");
+
+        let path = place.path(&pipe);
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let reader = std::thread::spawn({
+            let path = path.clone();
+            move || std::fs::read(path).unwrap().len()
+        });
+        let args: Vec<&str> = args.iter().map(|arg| if *arg == link { pipe.as_str() } else { arg }).collect();
+        place.ok(&args);
+        // Times and rates have more or fewer digits.
+        assert!(reader.join().unwrap().abs_diff(written.len()) < 100, "{name}");
+        assert!(std::fs::metadata(&path).unwrap().file_type().is_fifo(), "{name}");
+    }
+}
+
+/// A generation that has begun and will go on for a while.
+fn running(place: &Place, more: &[&str]) -> Child {
+    let call = ["run", "-q", "-m", "model.gguf", "--tokens-file", "ids.txt", "--print-ids", "--ignore-eos"];
+    let mut command = place.command(&[&call[..], &["--sliding-window"], more].concat());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // The first token is there.
+    child.stdout.as_mut().unwrap().read_exact(&mut [0; 4]).unwrap();
+    child
+}
+
+#[test]
+fn a_receipt_is_not_written_for_a_model_that_was_replaced() {
+    let place = Place::new();
+    place.ok(&["synth", "--shape", "tiny", "--seed", "8", "--out", "other.gguf"]);
+    let child = running(&place, &["-n", "2000", "--receipt", "r.json"]);
+    std::fs::rename(place.path("other.gguf"), place.path("model.gguf")).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("model.gguf") && stderr.contains("was replaced or changed"), "{stderr}");
+    assert!(!place.path("r.json").exists());
+}
+
+#[cfg(any(target_os = "linux", target_os = "macos"))]
+#[test]
+fn a_model_that_is_truncated_while_it_computes_is_named() {
+    let place = Place::new();
+    let child = running(&place, &["-n", "100000000"]);
+    let file = std::fs::File::options().write(true).open(place.path("model.gguf")).unwrap();
+    file.set_len(2000).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("model.gguf") && stderr.contains("became shorter"), "{stderr}");
+}
