@@ -1,7 +1,7 @@
 //! `bitnet run`: a prompt in, tokens out.
 
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
-use std::io::{self, Write as _};
+use std::io;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};

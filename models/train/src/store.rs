@@ -4,7 +4,6 @@
 //! `step-*` directories are complete whenever the process or the machine stops.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use bitnet_burn_formats::files;

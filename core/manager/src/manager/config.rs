@@ -84,7 +84,7 @@ impl ManagerConfig {
     pub fn from_env() -> Result<Self, ManagerError> {
         let mut config = Self::default();
         let expected = "a number of threads, at most 1024";
-        if let Some(threads) = parsed("BITNET_THREADS", |_| expected)? {
+        if let Some(threads) = parsed::<usize>("BITNET_THREADS", |_| expected)? {
             if threads > MAX_THREADS {
                 return Err(ManagerError::Config {
                     name: "BITNET_THREADS",

@@ -44,6 +44,7 @@ use bitnet_burn_formats::{DenseTensor, FileError, FileMap, TernaryTensor, check_
 use bytes::Bytes;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use gguf::GgufModel;
 use hf::HfModel;
@@ -130,7 +131,7 @@ impl Checkpoint {
         for warning in &warnings {
             tracing::warn!(path = %path.display(), "{warning}");
         }
-        Self { path: path.to_owned(), config, warnings, source }
+        Self { path: path.to_owned(), config, warnings, source, prepacked: OnceLock::new() }
     }
 
     /// What was opened.

@@ -12,6 +12,7 @@ use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, checked_scale, floats, one_float};
 use bitnet_burn::names::{EMBEDDING, HEAD, norm_name, projection_name, scale_name};
 use bitnet_burn::{ModelConfig, Norm, Projection};
+use bitnet_burn_formats::files::{FileIdentity, identity_of};
 use bitnet_burn_formats::hf::unpack_to_canonical;
 use bitnet_burn_formats::quant::absmean_to_canonical;
 use bitnet_burn_formats::safetensors::{self, Dtype, SafeTensor, Shards};
