@@ -9,3 +9,4 @@ mod hostile;
 mod policy;
 mod support;
 mod templates;
+mod watched;
