@@ -140,6 +140,11 @@ pub fn manager() -> &'static KernelManager {
     })
 }
 
+/// [`KernelManager::results_in_doubt`] of the process's manager; 0 if there is none yet.
+pub fn results_in_doubt() -> u64 {
+    MANAGER.get().map_or(0, KernelManager::results_in_doubt)
+}
+
 thread_local! {
     /// The first error of an operation on this thread since the last [`take_error`]. Burn's
     /// operations return tensors, not results.

@@ -9,7 +9,7 @@ use bitnet_burn_cube::rows;
 use bitnet_burn_formats::canonical;
 use bitnet_burn_manager::gpu::{activations, le_words, params};
 use bitnet_burn_manager::memory::Activations;
-use bitnet_burn_manager::{GpuKernel, KernelManager, ManagerError};
+use bitnet_burn_manager::{GpuKernel, KernelManager, ManagerError, checksum};
 use burn::backend::TensorMetadata;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::cubecl::client::Client;
@@ -153,7 +153,13 @@ pub(super) fn with_kernels(
     weights: Vec<TernaryWeight<B>>,
     args: &BitLinearArgs,
 ) -> Result<CubeTensor, ManagerError> {
-    let (m, _) = input.shape();
+    let (m, k) = input.shape();
+    for matrix in &args.matrices {
+        if let Some(kernel) = gpu(matrix).and_then(|gpu| gpu.damaged.get()) {
+            let kernel = kernel.clone();
+            return Err(ManagerError::Damaged { kernel, what: "its weights", n: matrix.n, k });
+        }
+    }
     let weights: Vec<_> = weights
         .into_iter()
         .map(|TernaryWeight { codes, scale }| TernaryWeight::<B> {
@@ -177,7 +183,7 @@ pub(super) fn with_kernels(
         return one_by_one(manager, &input, weights, &kernels, args);
     }
     let (y, quantised) = run(&input, &parts);
-    let due: Vec<bool> = parts.iter().map(|part| part.kernel.count()).collect();
+    let due: Vec<bool> = parts.iter().map(|part| part.kernel.count(manager)).collect();
     if due.contains(&true) && !spot_check(manager, &due, &parts, &weights, &quantised, &y, args)? {
         return one_by_one(manager, &input, weights, &kernels, args);
     }
@@ -201,10 +207,11 @@ fn one_by_one(
                 Part { kernel, weights: &weight.codes.handle, scale: &weight.scale.handle, n: matrix.n };
             let scale = scale(&weight)?;
             let codes = canonical_bytes(manager, gpu, &weight)?;
+            gpu.checksum.get_or_init(|| checksum(&codes));
             match run_checked(manager, input, &part, (&codes, scale))? {
                 Ok(y) => {
                     if kernel.ready() {
-                        kernel.count();
+                        kernel.count_compared();
                         gpu.choice.learn(kernel, m);
                     }
                     output = Some(upload(&input.x.client, &input.x.device, &y, m));
@@ -301,7 +308,15 @@ fn spot_check(
         if let (true, Some(gpu)) = (due, gpu(matrix)) {
             let own: Vec<f32> =
                 values.chunks_exact(total).flat_map(|row| &row[column..][..part.n]).copied().collect();
-            let codes = canonical_bytes(manager, gpu, weight)?;
+            let codes = match canonical_bytes(manager, gpu, weight) {
+                Ok(codes) if *gpu.checksum.get_or_init(|| checksum(&codes)) == checksum(&codes) => codes,
+                // The private layout has a checksum of its own.
+                Ok(_) | Err(ManagerError::Unpack { .. }) => {
+                    gpu.damaged.get_or_init(|| part.kernel.kernel().id().to_owned());
+                    return Err(manager.wrote_into_weights(part.kernel, (matrix.n, x.k())));
+                }
+                Err(error) => return Err(error),
+            };
             right &= manager.spot_check(part.kernel, (part.n, &codes, scale(weight)?), &x, &own)?;
         }
         column += part.n;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use bitnet_burn_formats::canonical;
 use bitnet_burn_manager::plugin::Target;
-use bitnet_burn_manager::{BUCKETS, GpuKernel, KernelManager, ManagerError, Packed, bucket};
+use bitnet_burn_manager::{BUCKETS, GpuKernel, KernelManager, ManagerError, Packed, bucket, checksum};
 use burn_cubecl::CubeDevice;
 use burn_cubecl::cubecl::client::Client;
 use burn_cubecl::tensor::CubeTensor;
@@ -39,9 +39,18 @@ pub struct GpuMatrix {
     pub(super) choice: Arc<GpuKernels>,
     /// The weights' canonical words, once something needs them that does not read the private layout.
     pub(super) canonical: OnceLock<CubeTensor>,
+    /// Checksum of the canonical weights, taken before a kernel computed with them.
+    pub(super) checksum: OnceLock<u64>,
+    /// The kernel that wrote into the weights: nothing may compute with them.
+    pub(super) damaged: OnceLock<String>,
 }
 
 impl GpuMatrix {
+    fn new(choice: Arc<GpuKernels>) -> Self {
+        let (canonical, checksum, damaged) = Default::default();
+        Self { choice, canonical, checksum, damaged }
+    }
+
     /// Private layout (`plugin/layout`) that the weights are packed in, or `None` for canonical.
     pub fn layout(&self) -> Option<&str> {
         self.choice.packer.as_ref().and_then(|kernel| kernel.kernel().layout())
@@ -91,7 +100,9 @@ pub(crate) fn choose_and_pack(
                 Err(error) => return Err(error),
             },
         };
-        return Ok(Some((GpuMatrix { choice, canonical: OnceLock::new() }, packed)));
+        let matrix = GpuMatrix::new(choice);
+        matrix.checksum.get_or_init(|| checksum(weights));
+        return Ok(Some((matrix, packed)));
     }
 }
 
@@ -133,7 +144,7 @@ pub(super) fn canonical(
     k: usize,
 ) -> Option<GpuMatrix> {
     let choice = choose(manager, device, (n, k), true)?;
-    Some(GpuMatrix { choice, canonical: OnceLock::new() })
+    Some(GpuMatrix::new(choice))
 }
 
 /// The kernels that can compute m rows of [n, k] on the device.

@@ -60,6 +60,34 @@ pub enum ManagerError {
         /// What forbids it.
         forbids: &'static str,
     },
+    /// A kernel wrote where it may only read: what it wrote over is lost.
+    #[error(
+        "kernel {kernel} wrote into {what} in a ternary matmul with weights [{n}, {k}]. Its plugin is in quarantine. \
+         What it read can't be restored: load the model again"
+    )]
+    Damaged {
+        /// The kernel.
+        kernel: String,
+        /// "its weights", which nothing computes with any more, or "the activations".
+        what: &'static str,
+        /// Output features.
+        n: usize,
+        /// Input features.
+        k: usize,
+    },
+    /// Strict mode, and a plugin was wrong in use after callers had got results of it that nothing compared.
+    #[error(
+        "strict mode (gated-plugins): kernel {kernel} was wrong ({reason}), and {unchecked} earlier results of its plugin \
+         were not compared and may be wrong, too: compute them again. The plugin is in quarantine"
+    )]
+    Doubtful {
+        /// The kernel.
+        kernel: String,
+        /// What was wrong.
+        reason: String,
+        /// Matmuls of all kernels of the plugin.
+        unchecked: u64,
+    },
     /// Operands that do not fit together.
     #[error("ternary matmul: {0}")]
     Operands(String),

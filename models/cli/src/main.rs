@@ -23,6 +23,7 @@ mod worker;
 
 use std::process::ExitCode;
 
+use bitnet_burn::backends::manager::results_in_doubt;
 use clap::{Parser, Subcommand};
 
 use crate::status::Status;
@@ -123,9 +124,17 @@ fn main() -> ExitCode {
 }
 
 fn exit(result: anyhow::Result<ExitCode>) -> ExitCode {
+    let in_doubt = results_in_doubt();
     match result {
         // A line on stderr has named the file.
         Ok(_) if bitnet_burn_formats::any_truncated() => Status::Error.into(),
+        Ok(_) if in_doubt > 0 => {
+            output::warning(format_args!(
+                "a plugin turned out to be wrong, and {in_doubt} results that it gave before were not compared: what is \
+                 above may be wrong. Run the command again: the plugin is in quarantine"
+            ));
+            Status::Doubt.into()
+        }
         Ok(code) => code,
         // The reader closed the pipe, as in `bitnet inspect ... | head`.
         Err(error) if output::is_broken_pipe(&error) => Status::Done.into(),

@@ -11,6 +11,8 @@ pub enum Status {
     Error = 1,
     /// `plan`: the model does not fit. `receipt check`: something differs from the receipt.
     Mismatch = 3,
+    /// Done, but results of a plugin are in doubt.
+    Doubt = 4,
     /// A signal stopped training.
     Interrupted = 130,
 }
@@ -48,7 +50,8 @@ mod tests {
         let cells = rows.flat_map(|row| row.split('|').nth(1).unwrap().split(','));
         let listed: BTreeSet<i32> = cells.map(|status| status.trim().parse().unwrap()).collect();
         let usage = crate::Cli::try_parse_from(["bitnet", "--no-such-flag"]).unwrap_err().exit_code();
-        let own = [Status::Done, Status::Error, Status::Mismatch, Status::Interrupted].map(|s| s as i32);
+        let own = [Status::Done, Status::Error, Status::Mismatch, Status::Doubt, Status::Interrupted];
+        let own = own.map(|status| status as i32);
         assert_eq!(listed, own.into_iter().chain([usage]).collect());
     }
 }

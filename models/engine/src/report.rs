@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bitnet_burn_backends::devices::Usage;
-use bitnet_burn_manager::{Event, Fallback, KernelReport, ManagerReport, REFERENCE, Strict};
+use bitnet_burn_manager::{Doubt, Event, Fallback, KernelReport, ManagerReport, REFERENCE, Strict};
 use serde::Serialize;
 
 use crate::bench::peak_rss_bytes;
@@ -140,6 +140,12 @@ pub struct Execution {
     /// Other events of kernels: demotions, races, quarantine, short memory ...
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<Event>,
+    /// Results of plugins that were found wrong later, and that nothing had compared: any of them may be wrong.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub doubts: Vec<Doubt>,
+    /// Seed of the places where results of plugins were compared, if plugins computed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub comparison_seed: Option<u64>,
     /// Where the measurements that chose the kernels come from.
     pub tuning: Tuning,
     /// Refused plugins and kernels of plugins, with the reasons.
@@ -158,6 +164,8 @@ impl Execution {
             let count = fallback.count.saturating_sub(earlier.map_or(0, |f| f.count));
             (count > 0).then(|| Fallback { count, ..fallback.clone() })
         };
+        let kernels = after.used_since(before);
+        let plugins = kernels.iter().any(|kernel| kernel.sha256.is_some());
         Self {
             device: device.to_owned(),
             placement: None,
@@ -170,10 +178,12 @@ impl Execution {
             threads: after.threads,
             pinned: after.pinned,
             strict: after.strict,
-            kernels: after.used_since(before),
+            kernels,
             reference_calls: after.reference_calls - before.reference_calls,
             fallbacks: after.fallbacks.iter().filter_map(since).collect(),
             events: after.events_since(before),
+            doubts: after.doubts_since(before),
+            comparison_seed: plugins.then_some(after.seed),
             tuning: Tuning {
                 measured: after.tuned - before.tuned,
                 from_cache: after.cached - before.cached,
@@ -345,6 +355,15 @@ impl fmt::Display for Execution {
             let shape = shape.map_or(String::new(), |(m, n, k)| format!(", [{m}, {k}] x [{n}, {k}]ᵀ"));
             line(f, label, format_args!("{kernel}{kind}, {count} x{shape}: {reason}"))?;
             label = "";
+        }
+        let mut label = "in doubt";
+        for Doubt { kernel, unchecked, since_call } in &self.doubts {
+            let results = count(*unchecked, "result");
+            line(f, label, format_args!("{results} of {kernel}, from its call {since_call} on"))?;
+            label = "";
+        }
+        if let Some(seed) = self.comparison_seed {
+            line(f, "comparisons", format_args!("seed {seed}"))?;
         }
         let mut label = "refused";
         for refused in &self.refused_plugins {

@@ -19,6 +19,36 @@ pub struct Session {
     messages: Vec<Message>,
     template: Option<ChatTemplate>,
     sliding: bool,
+    certain: Certain,
+}
+
+/// Which positions of the cache hold no result of a plugin that nothing compared. They stay when results come into doubt.
+#[derive(Clone, Copy, Debug, Default)]
+struct Certain {
+    /// Positions from the first one on.
+    positions: usize,
+    /// All that the cache held when the manager's counts were these: unchecked results, and those in doubt.
+    held: usize,
+    unchecked: u64,
+    in_doubt: u64,
+}
+
+impl Certain {
+    /// Of `length` positions that the cache holds, those that may be kept, now that the counts are these.
+    fn keep(&mut self, length: usize, (unchecked, in_doubt): (u64, u64)) -> usize {
+        if unchecked == self.unchecked && self.positions == self.held {
+            self.positions = length;
+        }
+        let kept = if in_doubt == self.in_doubt { length } else { self.positions.min(length) };
+        (self.unchecked, self.in_doubt) = (unchecked, in_doubt);
+        kept
+    }
+
+    /// The cache was cut to `length` positions.
+    fn cut(&mut self, length: usize) {
+        self.positions = self.positions.min(length);
+        self.held = length;
+    }
 }
 
 impl Session {
@@ -31,6 +61,7 @@ impl Session {
             messages: Vec::new(),
             template: None,
             sliding: false,
+            certain: Certain::default(),
         }
     }
 
@@ -156,7 +187,7 @@ impl Session {
         Ok(generator.reading(self.engine.checkpoint()))
     }
 
-    /// A sequence whose cache holds the longest beginning of `prompt` that is at hand.
+    /// A sequence whose cache holds the longest beginning of `prompt` that is at hand and not in doubt.
     fn resume(&mut self, prompt: &[u32], options: &GenerateOptions) -> Result<SequenceId, EngineError> {
         let context = self.cache.capacity();
         if prompt.is_empty() {
@@ -166,17 +197,24 @@ impl Session {
             return Err(EngineError::PromptTooLong { tokens: prompt.len(), context });
         }
         let held = std::mem::take(&mut self.tokens);
+        let manager = self.engine.manager();
+        let counts = (manager.unchecked_results(), manager.results_in_doubt());
         if let Some(sequence) = self.sequence {
             // A generation that was dropped may have appended less than it drew.
             let length = self.cache.length(sequence)?.min(held.len());
-            let common = held[..length].iter().zip(prompt).take_while(|(a, b)| a == b).count();
+            let kept = self.certain.keep(length, counts);
+            let common = held[..kept].iter().zip(prompt).take_while(|(a, b)| a == b).count();
             // The last token is computed again: its logits are needed.
-            if self.cache.truncate(sequence, common.min(prompt.len() - 1)).is_ok() {
+            let common = common.min(prompt.len() - 1);
+            if self.cache.truncate(sequence, common).is_ok() {
+                self.certain.cut(common);
                 self.tokens = prompt.to_vec();
                 return Ok(sequence);
             }
             self.cache.remove(sequence)?;
         }
+        self.certain.keep(0, counts);
+        self.certain.cut(0);
         let sequence = self.cache.add_sequence(prompt.len().saturating_add(options.max_new_tokens));
         self.sequence = Some(sequence);
         self.tokens = prompt.to_vec();
@@ -244,5 +282,33 @@ impl Drop for Text<'_> {
     /// The cache holds the generated tokens, too: the next prompt may continue them.
     fn drop(&mut self) {
         self.tokens.extend_from_slice(&self.text.generation().tokens);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Certain;
+
+    #[test]
+    fn what_was_computed_without_unchecked_results_survives_a_doubt() {
+        let mut certain = Certain::default();
+        // 10 positions of compared results, 5 of unchecked ones, 5 of compared ones again.
+        assert_eq!(certain.keep(0, (0, 0)), 0);
+        certain.cut(0);
+        assert_eq!(certain.keep(10, (0, 0)), 10);
+        certain.cut(10);
+        assert_eq!(certain.keep(15, (7, 0)), 15);
+        certain.cut(15);
+        assert_eq!(certain.keep(20, (7, 0)), 20, "nothing is in doubt");
+        certain.cut(20);
+        assert_eq!(certain.keep(22, (7, 7)), 10);
+        certain.cut(10);
+        // All that is left is certain, and so is what kernels that are linked in add.
+        assert_eq!(certain.keep(30, (7, 7)), 30);
+        certain.cut(30);
+        assert_eq!(certain.keep(30, (8, 9)), 30);
+        // A shorter prompt.
+        certain.cut(4);
+        assert_eq!((certain.positions, certain.held), (4, 4));
     }
 }

@@ -89,7 +89,7 @@ typedef struct bitnet_weights {
     uint64_t k;
     const uint8_t *data; /* aligned to weight_alignment, canonical ones to 4 bytes */
     uint64_t size;       /* readable bytes at data */
-    float scale;         /* weight = code * scale */
+    float scale;         /* weight = code * scale; each matrix has its own, which may be negative or subnormal */
     uint32_t reserved;   /* 0 */
 } bitnet_weights_t;
 

@@ -124,7 +124,8 @@ pub struct Weights {
     pub data: *const u8,
     /// Readable bytes at `data`.
     pub size: u64,
-    /// The tensor's scale: weight = code * scale.
+    /// The tensor's scale: weight = code * scale. Each matrix has its own, also among matrices of one shape; it may be
+    /// negative or subnormal.
     pub scale: f32,
     /// Zero.
     pub reserved: u32,

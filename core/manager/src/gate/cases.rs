@@ -203,9 +203,17 @@ fn signature(case: &Case, pool: &Pool) -> Signature {
 /// A quiet NaN that no arithmetic produces: what outputs hold before.
 pub(super) const POISON: f32 = f32::from_bits(0x7fc0_dead);
 
-pub(super) const SCALE: f32 = 0.037;
-
 impl Case {
+    /// The weights' scale. A shape is tried with several, one after the other: common, subnormal, negative and large.
+    pub(super) fn scale(&self) -> f32 {
+        match (self.values, self.tiling) {
+            (Values::Random, Tiling::Whole) => 0.037,
+            (Values::Extreme, Tiling::Finest) => 1e-40,
+            (Values::Random, _) => -1.375,
+            (Values::Extreme, _) => 3e4,
+        }
+    }
+
     /// What the matrices hold, for messages.
     pub(super) fn values(&self) -> &'static str {
         match self.values {
@@ -274,8 +282,9 @@ impl Case {
     fn run(&self, kernel: &Kernel, pool: &Pool, random: &mut SplitMix64) -> Result<(), String> {
         let Self { m, n, k, .. } = *self;
         let (weights, x) = self.inputs(random);
+        let weight_scale = self.scale();
         let mut expected = vec![0f32; m * n];
-        reference::matmul(&weights, n, k, SCALE, x.q(), x.stride(), x.scale(), m, &mut expected, n);
+        reference::matmul(&weights, n, k, weight_scale, x.q(), x.stride(), x.scale(), m, &mut expected, n);
 
         let canonical = self.input("the canonical weights", &weights, CANONICAL_ALIGNMENT)?;
         let packed = match kernel.layout() {
@@ -327,7 +336,7 @@ impl Case {
             y: y.as_mut_ptr().cast::<f32>().wrapping_add(column),
             stride: stride as u64,
         });
-        let abi_weights = crate::manager::abi_weights(n, k, SCALE, packed.bytes());
+        let abi_weights = crate::manager::abi_weights(n, k, weight_scale, packed.bytes());
         let prepared = workspace.bytes();
         let tiles = self.tiles(kernel.row_granule());
         let failure: Mutex<Option<String>> = Mutex::default();

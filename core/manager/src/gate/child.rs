@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::environment;
-use super::{Event, GATE_VERSION, NO_GPU_RUNTIME, cases, gpu, host_abi};
+use super::{Event, GATE_VERSION, NO_GPU_RUNTIME, cases, declared, gpu, host_abi};
 use crate::cpu;
 use crate::gpu::GpuDevice;
 use crate::plugin::{Kernel, Plugin, Target};
@@ -94,7 +94,8 @@ fn try_plugin(
     kernels.retain(|kernel| {
         let unknown = kernel.unknown();
         if let Some(reason) = &unknown {
-            out.say(&Event::Unavailable { kernel: kernel.id().into(), reason: reason.clone() });
+            let reason = reason.clone();
+            out.say(&Event::Unavailable { kernel: kernel.id().into(), declared: declared(kernel), reason });
         }
         unknown.is_none()
     });
@@ -103,14 +104,14 @@ fn try_plugin(
     for kernel in for_cpu {
         let id = kernel.id();
         if let Some(missing) = cpu::lacking(kernel.features(), &[]) {
-            out.say(&Event::Unavailable { kernel: id.into(), reason: missing });
+            out.say(&Event::Unavailable { kernel: id.into(), declared: declared(&kernel), reason: missing });
             continue;
         }
         out.say(&Event::Trying { what: format!("kernel {id}") });
         let cases = cases::check(&kernel, &pool, cases::all(), &mut |case| {
             out.say(&Event::Trying { what: format!("kernel {id}, {case}") });
         })?;
-        out.say(&Event::Kernel { kernel: id.into(), cases, device: None });
+        out.say(&Event::Kernel { kernel: id.into(), declared: declared(&kernel), cases, device: None });
     }
     if others.is_empty() {
         return Ok(());
@@ -127,24 +128,29 @@ fn try_plugin(
             Ok(device) => {
                 let reason =
                     format!("it is for {}, and {} takes {}", kernel.target(), device.name(), device.target());
-                out.say(&Event::Unavailable { kernel: id.into(), reason });
+                out.say(&Event::Unavailable { kernel: id.into(), declared: declared(&kernel), reason });
                 continue;
             }
             Err(reason) => {
                 let reason = format!("it is for {}, and {reason}", kernel.target());
-                out.say(&Event::Unavailable { kernel: id.into(), reason });
+                out.say(&Event::Unavailable { kernel: id.into(), declared: declared(&kernel), reason });
                 continue;
             }
         };
         if let Some(missing) = device.lacking(&kernel) {
-            out.say(&Event::Unavailable { kernel: id.into(), reason: missing });
+            out.say(&Event::Unavailable { kernel: id.into(), declared: declared(&kernel), reason: missing });
             continue;
         }
         out.say(&Event::Trying { what: format!("kernel {id}") });
         let cases = gpu::check(&kernel, &**device, &mut |case| {
             out.say(&Event::Trying { what: format!("kernel {id}, {case}") });
         })?;
-        out.say(&Event::Kernel { kernel: id.into(), cases, device: Some(device.name()) });
+        out.say(&Event::Kernel {
+            kernel: id.into(),
+            declared: declared(&kernel),
+            cases,
+            device: Some(device.name()),
+        });
     }
     Ok(())
 }

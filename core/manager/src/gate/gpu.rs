@@ -3,7 +3,7 @@
 
 use bitnet_burn_plugin::abi::{CANONICAL_ALIGNMENT, Signature};
 
-use super::cases::{self, Case, POISON, SCALE};
+use super::cases::{self, Case, POISON};
 use crate::gpu::{GpuDevice, GpuOperands, close};
 use crate::memory::Activations;
 use crate::plugin::Kernel;
@@ -43,7 +43,7 @@ pub(super) fn check(
         for scale in x.resize(m, k).scale {
             *scale = if scale.is_finite() { *scale } else { 1.0 };
         }
-        run(kernel, device, (&packed, &weights, SCALE), (n, &x), close)?;
+        run(kernel, device, (&packed, &weights, case.scale()), (n, &x), close)?;
         x.resize(m, k).scale.fill(1.0);
         run(kernel, device, (&packed, &weights, 1.0), (n, &x), |got, want| got == want)?;
     }

@@ -8,7 +8,7 @@
 //!    child is a helper program that calls [`child`]: `bitnet` itself, `bitnet-gate` of this package, or
 //!    one of the embedder's own; never the embedding program. The verdict is kept
 //!    ([`PluginStore`](crate::store::PluginStore)).
-//! 2. In use, the first result for every exact (M, N, K) is compared with a built-in kernel's, and the
+//! 2. In use, the first result for every exact (M, N, K), and for every matrix, is compared with a built-in kernel's, and the
 //!    built-in kernel's is returned.
 //! 3. After that, one call in many is compared with the reference in random places.
 //!
@@ -31,13 +31,14 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
+use bitnet_burn_formats::files;
 use bitnet_burn_plugin::abi::{ABI_MAJOR, ABI_MINOR};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::cases::{check_in_process, difference};
 pub use self::child::{child, child_with_gpu};
 pub(crate) use self::guard::{Place, Walled, Walls};
-use crate::plugin::{shared_statics, shown};
+use crate::plugin::{Kernel, shared_statics, shown};
 
 /// Changes with what the gate looks at. Verdicts of another version are ignored.
 pub const GATE_VERSION: u32 = 3;
@@ -64,6 +65,7 @@ enum Event {
     /// All cases of a kernel went well.
     Kernel {
         kernel: String,
+        declared: String,
         cases: u64,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         device: Option<String>,
@@ -71,7 +73,7 @@ enum Event {
     /// The GPU that the others are tried on, or why there is none.
     Gpu { words: String },
     /// A kernel that this machine, or this helper, can't run.
-    Unavailable { kernel: String, reason: String },
+    Unavailable { kernel: String, declared: String, reason: String },
     /// What was tried went wrong.
     Wrong { reason: String },
     /// Where the access was that will now end the process.
@@ -152,6 +154,8 @@ pub struct Description {
 pub struct KernelResult {
     /// `plugin/kernel`.
     pub kernel: String,
+    /// What the plugin declared of it. A kernel that is declared in another way is not the one that was tried.
+    pub declared: String,
     /// Cases that went well.
     pub cases: u64,
     /// The GPU that it was tried on, if it is for one.
@@ -215,6 +219,22 @@ pub enum GateError {
         /// What it said.
         reason: String,
     },
+}
+
+/// What a plugin declares of a kernel, as far as it is data: layout, target, features, alignment, granule, and the hash of
+/// a GPU's text.
+pub(crate) fn declared(kernel: &Kernel) -> String {
+    let text = kernel.gpu().map_or(String::new(), |gpu| files::sha256(format!("{gpu:?}").as_ref()));
+    format!(
+        "{} {} [{}] aligned to {}, granule {} {text}",
+        kernel.layout().unwrap_or("canonical"),
+        kernel.target(),
+        kernel.features().join(","),
+        kernel.weight_alignment(),
+        kernel.row_granule(),
+    )
+    .trim_end()
+    .to_owned()
 }
 
 /// The ABI of this host, as reports name it.
@@ -347,13 +367,27 @@ impl<'a> Conversation<'a> {
                             report.plugin = Some(Description { name, version, abi });
                         }
                         Event::Gpu { words } => report.gpu = Some(shown(&words)),
-                        Event::Kernel { kernel, cases, device } => {
+                        Event::Kernel { kernel, declared, cases, device } => {
                             let (kernel, device) = (shown(&kernel), device.as_deref().map(shown));
-                            report.kernels.push(KernelResult { kernel, cases, device, unavailable: None });
+                            let unavailable = None;
+                            report.kernels.push(KernelResult {
+                                kernel,
+                                declared,
+                                cases,
+                                device,
+                                unavailable,
+                            });
                         }
-                        Event::Unavailable { kernel, reason } => {
+                        Event::Unavailable { kernel, declared, reason } => {
                             let (kernel, unavailable) = (shown(&kernel), Some(shown(&reason)));
-                            report.kernels.push(KernelResult { kernel, cases: 0, device: None, unavailable });
+                            let (cases, device) = (0, None);
+                            report.kernels.push(KernelResult {
+                                kernel,
+                                declared,
+                                cases,
+                                device,
+                                unavailable,
+                            });
                         }
                         Event::Wrong { reason } => return refuse(trying, reason),
                         Event::Fault { what } => fault = Some(what),

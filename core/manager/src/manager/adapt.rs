@@ -9,6 +9,7 @@ use super::CpuKernels;
 use super::report::{Event, EventKind, Failure};
 use super::slot::Change;
 use super::{Entry, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Memory, Status, lock};
+use crate::memory::Activations;
 
 /// Memory is short below this fraction of all there is.
 pub const LOW_MEMORY: u64 = 16;
@@ -83,6 +84,9 @@ impl KernelManager {
             |rank: usize| address.is_multiple_of(ranking.candidates[rank].entry.kernel.weight_alignment());
         let usable =
             |rank: usize| tried & 1 << rank == 0 && ranking.candidates[rank].entry.ready() && readable(rank);
+        if slot.left() {
+            return Ok(None);
+        }
         let turn = |rank: usize, timed| Turn { rank, entry: &ranking.candidates[rank].entry, timed };
         if self.policy == FallbackPolicy::Never {
             let Some(rank) = slot.first(readable) else { return Ok(None) };
@@ -114,7 +118,15 @@ impl KernelManager {
     }
 
     /// What a call that was to be timed took.
-    pub(super) fn timed(&self, job: &Job, m: usize, turn: Turn, call: u64, (from, to): (Duration, Duration)) {
+    pub(super) fn timed(
+        &self,
+        job: &Job,
+        x: &Activations,
+        turn: Turn,
+        call: u64,
+        (from, to): (Duration, Duration),
+    ) {
+        let m = x.m();
         let ranking = self.ranking(job.choice, m);
         let address = job.weights.as_ptr() as usize;
         let usable = |rank: usize| {
@@ -123,7 +135,12 @@ impl KernelManager {
         };
         let mut changes = Vec::new();
         let elapsed = to.saturating_sub(from);
-        job.choice.slot(m).timed(turn.rank, (call, m), (elapsed, to), self.policy, usable, &mut changes);
+        let slot = job.choice.slot(m);
+        let slow = slot.timed(turn.rank, (call, m), (elapsed, to), self.policy, usable, &mut changes);
+        if slow.is_some_and(|slow| self.repack(job, x, slow)) {
+            // There was something faster, after all.
+            changes.retain(|change| !matches!(change.kind, EventKind::Throttled | EventKind::Retuned));
+        }
         self.record(job.choice, m, changes);
         self.look_at_memory(to);
     }

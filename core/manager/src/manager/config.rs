@@ -44,6 +44,9 @@ pub struct ManagerConfig {
     pub tune_budget: Duration,
     /// What happens when the kernel in use fails or becomes slow.
     pub fallback: FallbackPolicy,
+    /// Seed of the places where results of plugins from files are compared. `None`: another one for every manager; its
+    /// report has it.
+    pub seed: Option<u64>,
     /// The clock, and the look at the memory: the machine's, or a test's.
     pub probe: Arc<dyn Probe>,
 }
@@ -60,6 +63,7 @@ impl Default for ManagerConfig {
             plugins: PluginConfig::default(),
             tune_budget: Duration::from_secs(10),
             fallback: FallbackPolicy::default(),
+            seed: None,
             probe: Arc::new(Machine),
         }
     }

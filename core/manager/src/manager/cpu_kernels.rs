@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use bitnet_burn_plugin::canonical;
 
+use super::matrices::Matrices;
 use super::slot::Slot;
-use super::{BUCKETS, Entry, Job, Packed, bucket, packing};
+use super::{BUCKETS, Entry, Job, Packed, bucket, lock, packing};
 
 /// Which kernels multiply by the weights of one shape, and in which layout the weights are kept.
 #[derive(Debug)]
@@ -19,9 +20,11 @@ pub struct CpuKernels {
     /// Without what the manager keeps behind the packing.
     own_bytes: usize,
     slots: [Slot; BUCKETS.len()],
-    /// Weights whose packing is a quarantined plugin's, packed anew, by their checksum. They live as long as
-    /// the users of the weights, which hold this choice.
+    /// Weights whose packing is that of a plugin that is in quarantine or became slow, packed anew, by their
+    /// checksum. They live as long as the users of the weights, which hold this choice.
     pub(super) fallback_weights: Mutex<HashMap<u64, Arc<FallbackWeights>>>,
+    /// What kernels from files compute with.
+    pub(super) matrices: Matrices,
 }
 
 /// Weights that were packed anew.
@@ -31,6 +34,12 @@ pub(super) struct FallbackWeights {
     /// The canonical bytes, where the choice reads those.
     pub canonical: Vec<u8>,
     pub packed: Packed,
+}
+
+/// The name of weights that a plugin from a file packed: their checksum, which is the same at any address. They have
+/// one at their end.
+pub(super) fn seal_of(weights: &[u8]) -> Option<u64> {
+    weights.last_chunk().map(|seal| u64::from_le_bytes(*seal))
 }
 
 impl FallbackWeights {
@@ -60,6 +69,7 @@ impl CpuKernels {
             own_bytes,
             slots: Default::default(),
             fallback_weights: Mutex::default(),
+            matrices: Matrices::default(),
         }
     }
 
@@ -92,6 +102,12 @@ impl CpuKernels {
     /// The part of stored weights that a kernel reads.
     pub(super) fn own_bytes<'a>(&self, stored: &'a [u8]) -> &'a [u8] {
         &stored[..self.own_bytes]
+    }
+
+    /// Drops weights that were packed anew.
+    pub(super) fn forget_fallback_weights(&self, stored: &[u8]) {
+        let mut known = lock(&self.fallback_weights);
+        seal_of(stored).and_then(|seal| known.remove(&seal));
     }
 
     pub(super) fn slot(&self, m: usize) -> &Slot {

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::adapt::Turn;
-use super::cpu_kernels::FallbackWeights;
+use super::cpu_kernels::{FallbackWeights, seal_of};
 use super::parts::{Few, Part, run_parts};
 use super::report::Failure;
+use super::watch::{Fault, Look};
 use super::{
     Entry, Fallback, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Packed, REFERENCE,
     abi_weights, lock,
@@ -24,6 +25,8 @@ struct Pending<'a> {
     tried: u16,
     failed: Option<(Arc<Entry>, KernelFailure)>,
     turn: Option<Turn<'a>>,
+    /// What is to be compared afterwards.
+    look: Look,
 }
 
 impl<'a> Pending<'a> {
@@ -57,13 +60,13 @@ impl KernelManager {
         if m == 0 {
             return Ok(());
         }
-        let start = |job| Pending { job, tried: 0, failed: None, turn: None };
+        let start = |job| Pending { job, tried: 0, failed: None, turn: None, look: Look::Trusted };
         let mut pending: Few<Pending> = jobs.iter().map(start).collect();
         while !pending.is_empty() {
             for pending in &mut pending {
-                let Pending { job, tried, failed, turn } = pending;
+                let Pending { job, tried, failed, turn, look } = pending;
                 *turn = self.select(job, m, *tried)?;
-                match (&turn, failed.take()) {
+                match (turn.as_ref(), failed.take()) {
                     (None, failed) => self.run_last(job, failed, x, y, stride)?,
                     (Some(turn), Some((from, failure))) => {
                         let (to, (n, k)) = (turn.entry.kernel.id(), job.choice.shape());
@@ -71,10 +74,11 @@ impl KernelManager {
                     }
                     (Some(_), None) => {}
                 }
-                if let Some(turn) = turn
-                    && let Err(failure) = self.first_use(job, turn, x)
-                {
-                    self.failed(pending, m, Stage::FirstUse, failure)?;
+                if let Some(turn) = turn {
+                    match self.first_use(job, turn, x) {
+                        Ok(()) => *look = self.before(turn, job, x),
+                        Err(failure) => self.failed(pending, m, Stage::FirstUse, failure)?,
+                    }
                 }
             }
             pending.retain(|pending| pending.turn.is_some() || pending.failed.is_some());
@@ -92,20 +96,22 @@ impl KernelManager {
                         let from = self.config.probe.now();
                         let failure = run_parts(&self.pool, &self.scratch, &[part], x, y, stride).remove(0);
                         if failure.is_none() {
-                            self.timed(job, m, turn, call, (from, self.config.probe.now()));
+                            self.timed(job, x, turn, call, (from, self.config.probe.now()));
                         }
                         failure
                     }
                     _ => failures.next().expect("one for each part"),
                 };
-                let failure = failure.or_else(|| {
-                    let call = turn.entry.count();
-                    let reason = self.look((turn.rank, turn.entry), job, x, y, stride, call).err()?;
-                    Some(KernelFailure::WrongResult { reason })
-                });
-                if let Some(failure) = failure {
-                    self.failed(pending, m, Stage::InUse, failure)?;
-                }
+                let look = std::mem::replace(&mut pending.look, Look::Trusted);
+                let failure = match failure {
+                    Some(failure) => failure,
+                    None => match self.look(look, turn.entry, job, x, (y, stride), turn.entry.count()) {
+                        Ok(()) => continue,
+                        Err(Fault::Wrong(reason)) => KernelFailure::WrongResult { reason },
+                        Err(Fault::Error(error)) => return Err(error),
+                    },
+                };
+                self.failed(pending, m, Stage::InUse, failure)?;
             }
             pending.retain(|pending| pending.failed.is_some());
         }
@@ -129,6 +135,9 @@ impl KernelManager {
         if let KernelFailure::Forbidden { reason } = &failure {
             let (n, k) = choice.shape();
             self.condemn(turn.entry, stage, format!("[{m}, {k}] x [{n}, {k}]ᵀ: {reason}"));
+        }
+        if fault {
+            self.forbid_doubt(turn.entry, &failure)?;
         }
         if self.policy == FallbackPolicy::Never {
             return Err(self.no_fallback(turn.entry, choice.shape(), m, failure.to_string()));
@@ -164,6 +173,14 @@ impl KernelManager {
                     job.choice.layout().unwrap_or("canonical"),
                     job.weights.len()
                 ));
+            }
+            if let Some(kernel) = job.choice.matrices.damaged() {
+                return Err(ManagerError::Damaged {
+                    kernel: kernel.clone(),
+                    what: super::watch::WEIGHTS,
+                    n,
+                    k,
+                });
             }
             let (from, to) = columns(job);
             let overlaps = |other: &Job| columns(other).0 < to && from < columns(other).1;
@@ -205,9 +222,8 @@ impl KernelManager {
             let fallback_weights = self.fallback_weights(job, packer)?;
             let job = fallback_weights.job(job);
             if let Some((from, failure)) = failed {
-                let candidates = &self.ranking(job.choice, m).candidates;
-                let to = job.choice.slot(m).first(|rank| candidates[rank].entry.ready());
-                let to = to.map_or(REFERENCE, |rank| candidates[rank].kernel());
+                let to = self.first_ready(job.choice, m);
+                let to = to.as_ref().map_or(REFERENCE, |entry| entry.kernel.id());
                 self.record_fallback(&from, to, (m, n, k), failure.to_string());
             }
             return self.matmul(&[job], x, y, stride);
@@ -229,21 +245,24 @@ impl KernelManager {
     }
 
     /// The weights of a job in another packing than that of its choice, which a plugin from a file made.
-    fn fallback_weights(&self, job: &Job, packer: &Entry) -> Result<Arc<FallbackWeights>, ManagerError> {
+    pub(super) fn fallback_weights(
+        &self,
+        job: &Job,
+        packer: &Entry,
+    ) -> Result<Arc<FallbackWeights>, ManagerError> {
         let (n, k) = job.choice.shape();
-        // The seal says what was packed: the same bytes at any address, until the weights are dropped.
-        let seal = *job.weights.last_chunk().ok_or_else(|| ManagerError::Operands("no weights".into()))?;
+        let seal = seal_of(job.weights).ok_or_else(|| ManagerError::Operands("no weights".into()))?;
         let mut known = lock(&job.choice.fallback_weights);
-        if let Some(fallback_weights) = known.get(&u64::from_le_bytes(seal)) {
+        if let Some(fallback_weights) = known.get(&seal) {
             return Ok(fallback_weights.clone());
         }
-        // A plugin that is only taking a rest would be chosen again.
-        let policy = if packer.ready() { LayoutPolicy::Canonical } else { LayoutPolicy::Any };
+        // A plugin that only takes a rest, or became slow, would be chosen again.
+        let policy = if packer.ready() { LayoutPolicy::BuiltIn } else { LayoutPolicy::Any };
         let canonical = self.unpack(job.choice, job.weights)?;
         let (choice, packed) = self.choose_and_pack(n, k, policy, &canonical)?;
         let canonical = if matches!(packed, Packed::Canonical) { canonical } else { Vec::new() };
         let fallback_weights = Arc::new(FallbackWeights { choice, canonical, packed });
-        known.insert(u64::from_le_bytes(seal), fallback_weights.clone());
+        known.insert(seal, fallback_weights.clone());
         // Whoever chooses next gets a choice without these, so that they go with the weights.
         lock(&self.choices).retain(|_, choice| !std::ptr::eq(&**choice, job.choice));
         Ok(fallback_weights)

@@ -11,7 +11,7 @@ use bitnet_burn_plugin::canonical;
 use super::report::{EventKind, Failure};
 use super::tune_cpu::identity;
 use super::tuner::{Contest, Standings};
-use super::watch::{COMPARED_EVERY, COMPARED_FEATURES};
+use super::watch::WEIGHTS;
 use super::{
     CpuKernels, Entry, FallbackPolicy, Job, KernelManager, ManagerError, Measurement, packing,
     registry::names,
@@ -70,11 +70,24 @@ impl GpuKernel {
         identity(&self.0)
     }
 
-    /// Counts a call; whether its result is one of those that [`KernelManager::spot_check`] should see.
-    pub fn count(&self) -> bool {
-        self.0.count() % COMPARED_EVERY == COMPARED_EVERY - 1
+    /// Counts a call whose result is used without having been compared in full; whether it is one of those that
+    /// [`KernelManager::spot_check`] should see.
+    pub fn count(&self, manager: &KernelManager) -> bool {
+        let call = self.0.count();
+        self.0.watch.as_ref().is_some_and(|watch| {
+            watch.unchecked(call);
+            watch.is_due(call, manager.seed)
+        })
+    }
+
+    /// Counts a call whose result was compared in full ([`KernelManager::check_first`]).
+    pub fn count_compared(&self) {
+        self.0.count();
     }
 }
+
+/// Outputs of a spot check.
+const COMPARED_FEATURES: usize = 8;
 
 impl KernelManager {
     /// The kernels that may compute [m, k] x [n, k]ᵀ on a GPU of this language: the forced one alone, if one is
@@ -163,7 +176,7 @@ impl KernelManager {
         y: &[f32],
     ) -> Result<bool, ManagerError> {
         let (m, k, row_bytes) = (x.m(), x.k(), canonical::row_bytes(x.k()));
-        let mut random = SplitMix64::new(kernel.0.calls.load(Ordering::Relaxed));
+        let mut random = SplitMix64::new(self.seed ^ kernel.0.calls.load(Ordering::Relaxed));
         let row = random.below(m as u64) as usize;
         let q = &x.q()[row * x.stride()..][..k];
         for _ in 0..COMPARED_FEATURES.min(n) {
@@ -192,7 +205,14 @@ impl KernelManager {
         shape: (usize, usize, usize),
     ) -> Result<(), ManagerError> {
         self.quarantine(&kernel.0, stage, reason.to_owned());
+        self.forbid_doubt(&kernel.0, &reason)?;
         self.give_way(kernel, Failure::Wrong, shape, format!("wrong result: {reason}"))
+    }
+
+    /// Quarantines the plugin of a GPU kernel after whose calls the weights [n, k] were not what they had been; the error
+    /// that says so.
+    pub fn wrote_into_weights(&self, kernel: &GpuKernel, (n, k): (usize, usize)) -> ManagerError {
+        self.damaged(&kernel.0, WEIGHTS, (n, k))
     }
 
     /// Counts and reports that a GPU kernel could not compute a shape, and the operation's default body does from now on.

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Plugins from files pass the [gate] before their kernels are candidates, and are watched
-//! while they compute: the first result for each exact shape, and one in many after that, is compared with
-//! what it should be. A mismatch quarantines the plugin.
+//! while they compute: the first result for each exact shape and for each matrix, and one in many after that, is
+//! compared with what it should be. A mismatch quarantines the plugin.
 
 mod adapt;
 mod cache;
@@ -15,11 +15,13 @@ mod config;
 mod cpu_kernels;
 mod execute;
 mod gpu;
+mod matrices;
 mod measurement;
 mod packing;
 mod parts;
 mod probe;
 mod registry;
+mod repack;
 mod report;
 mod selection;
 mod slot;
@@ -29,6 +31,7 @@ mod walls;
 mod watch;
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
 
@@ -39,10 +42,11 @@ pub use self::config::{FallbackPolicy, MAX_THREADS, ManagerConfig};
 pub use self::cpu_kernels::CpuKernels;
 pub use self::gpu::{DEFAULT_BODY, GpuKernel};
 pub use self::measurement::{Measurement, Source};
+pub use self::packing::checksum;
 pub use self::probe::{Machine, Memory, Probe};
 pub(crate) use self::registry::Entry;
 pub use self::report::{
-    Event, EventKind, Failures, Fallback, KernelReport, ManagerReport, REFERENCE, Status,
+    Doubt, Event, EventKind, Failures, Fallback, KernelReport, ManagerReport, REFERENCE, Status,
 };
 pub use self::slot::{PROBATION_AFTER, RACE_TURNS, TIMED_EVERY, TRIAL_CALLS, WINDOW};
 pub use self::tune_cpu::{Candidate, Ranking, rotation_bytes};
@@ -77,6 +81,8 @@ pub enum LayoutPolicy {
     Any,
     /// Read canonical weights where they lie.
     Canonical,
+    /// Whatever is the fastest, but no packing of a plugin from a file.
+    BuiltIn,
 }
 
 /// Packed weights as [`KernelManager::pack`] returns them.
@@ -107,6 +113,8 @@ pub struct KernelManager {
     config: ManagerConfig,
     pool: Pool,
     arena: PageArena,
+    /// What plugins from files packed.
+    sealed: PageArena,
     plugins: Mutex<Vec<Arc<Plugin>>>,
     entries: RwLock<Vec<Arc<Entry>>>,
     choices: Mutex<HashMap<(usize, usize, LayoutPolicy), Arc<CpuKernels>>>,
@@ -120,6 +128,12 @@ pub struct KernelManager {
     reference_calls: AtomicU64,
     fallbacks: Mutex<Vec<Fallback>>,
     scratch: parts::Scratch,
+    /// Where results of plugins from files are compared follows from this.
+    seed: u64,
+    /// How often kernels were chosen for weights.
+    loads: AtomicU64,
+    doubts: Mutex<Vec<Doubt>>,
+    in_doubt: AtomicU64,
 }
 
 impl KernelManager {
@@ -136,9 +150,12 @@ impl KernelManager {
             tuner: tuner::Tuner::new(&config),
             policy: config.policy(),
             store: PluginStore::new(config.plugins.clone(), config.cache_dir.as_deref()),
+            // The standard library's hash maps get their seeds from the system.
+            seed: config.seed.unwrap_or_else(|| RandomState::new().hash_one(0)),
             config,
             pool,
             arena: PageArena::default(),
+            sealed: PageArena::default(),
             plugins: Mutex::default(),
             entries: RwLock::default(),
             choices: Mutex::default(),
@@ -148,6 +165,9 @@ impl KernelManager {
             reference_calls: AtomicU64::new(0),
             fallbacks: Mutex::default(),
             scratch: parts::Scratch::default(),
+            loads: AtomicU64::new(0),
+            doubts: Mutex::default(),
+            in_doubt: AtomicU64::new(0),
         })
     }
 
@@ -182,6 +202,8 @@ impl KernelManager {
             reference_calls: self.reference_calls.load(Ordering::Relaxed),
             fallbacks: lock(&self.fallbacks).clone(),
             fallback_policy: self.policy,
+            seed: self.seed,
+            doubts: lock(&self.doubts).clone(),
             events: lock(&self.events).clone(),
         }
     }

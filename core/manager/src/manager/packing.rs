@@ -32,7 +32,7 @@ pub(super) fn own_bytes<'a>(entry: &Entry, n: usize, k: usize, stored: &'a [u8])
 }
 
 /// A fast checksum against mistakes (not against malice): FNV-1a over words of 8 bytes.
-fn checksum(bytes: &[u8]) -> u64 {
+pub fn checksum(bytes: &[u8]) -> u64 {
     let mut words = bytes.chunks_exact(8);
     let step = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x100_0000_01b3).rotate_left(29);
     let hash = (&mut words).fold(0xcbf2_9ce4_8422_2325, |hash, word| {
@@ -77,9 +77,13 @@ pub(super) fn pack(
     let size = stored_bytes(entry, n, k).ok_or_else(|| {
         ManagerError::Operands(format!("kernel {} can't pack weights [{n}, {k}]", kernel.id()))
     })?;
-    let mut packed = arena
-        .allocate(size, kernel.weight_alignment())
-        .map_err(|source| ManagerError::System { what: "memory for packed weights", source })?;
+    let packed = match entry.watch {
+        // It is going to be sealed.
+        Some(_) => arena.allocate_pages(size),
+        None => arena.allocate(size, kernel.weight_alignment()),
+    };
+    let mut packed =
+        packed.map_err(|source| ManagerError::System { what: "memory for packed weights", source })?;
     let canonical = abi_weights(n, k, 1.0, weights);
     let out = SharedBytes(packed.as_mut_slice().as_mut_ptr());
     by_granules(kernel, pool, n, &|rows| {
@@ -169,24 +173,4 @@ fn unpack_unsealed(
     })
     .map_err(|error| fail(error.to_string()))?;
     Ok(canonical)
-}
-
-/// One canonical row of what [`pack`] packed.
-pub(super) fn unpack_row(
-    entry: &Entry,
-    n: usize,
-    k: usize,
-    packed: &[u8],
-    row: usize,
-) -> Result<Vec<u8>, KernelFailure> {
-    let kernel = &entry.kernel;
-    let (granule, row_bytes) = (kernel.row_granule(), canonical::row_bytes(k));
-    let first = row / granule * granule;
-    let rows = first..(first + granule).min(n);
-    // The kernel counts from row 0: untouched pages of a fresh zeroed buffer cost nothing.
-    let mut canonical = vec![0; n * row_bytes];
-    let weights = abi_weights(n, k, 1.0, own_bytes(entry, n, k, packed));
-    // SAFETY: filled weights of the kernel's own size, and room for all canonical rows.
-    unsafe { kernel.unpack(&weights, canonical.as_mut_ptr(), rows) }?;
-    Ok(canonical[row * row_bytes..][..row_bytes].to_vec())
 }

@@ -114,9 +114,15 @@ impl KernelManager {
         }
         self.enter(Plugin::load_as(&stored.library, &stored.origin)?, &|kernel| {
             // A kernel for a GPU can be used where the gate had one to try it on.
-            let result = verdict.kernels.iter().find(|result| result.kernel == kernel.id());
-            match (result.and_then(|result| result.unavailable.as_ref()), &elsewhere) {
-                _ if kernel.gpu().is_none() => Status::Ready,
+            let tried = verdict.kernels.iter().find(|result| result.kernel == kernel.id());
+            let Some(tried) = tried.filter(|tried| tried.declared == gate::declared(kernel)) else {
+                return Status::Rejected(
+                    "the gate has not tried it: what the plugin declares here is not what it declared there"
+                        .into(),
+                );
+            };
+            match (&tried.unavailable, &elsewhere) {
+                (None, _) if kernel.gpu().is_none() => Status::Ready,
                 (Some(reason), _) => Status::Unavailable(reason.clone()),
                 (None, Some(gpu)) => Status::Unavailable(format!(
                     "it was tried on {}, and this is {gpu}",

@@ -105,6 +105,18 @@ pub struct Fallback {
     pub count: u64,
 }
 
+/// Results of a plugin that was quarantined in use, which callers had got before and which nothing had compared: any of
+/// them may be wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Doubt {
+    /// `plugin/kernel`.
+    pub kernel: String,
+    /// How many matmuls.
+    pub unchecked: u64,
+    /// The first of them, by the kernel's count of its calls, from 1.
+    pub since_call: u64,
+}
+
 /// A kernel as reports show it.
 #[derive(Clone, Debug, Serialize)]
 pub struct KernelReport {
@@ -157,6 +169,10 @@ pub struct ManagerReport {
     pub fallbacks: Vec<Fallback>,
     /// What happens when a kernel fails or becomes slow, strict mode considered.
     pub fallback_policy: FallbackPolicy,
+    /// Seed of the places where results of plugins from files are compared.
+    pub seed: u64,
+    /// Results that are in doubt.
+    pub doubts: Vec<Doubt>,
     /// What changed while kernels computed, in the order in which each thing happened first.
     pub events: Vec<Event>,
 }
@@ -194,6 +210,12 @@ impl ManagerReport {
             (count > 0).then(|| Event { count, ..event.clone() })
         };
         self.events.iter().filter_map(since).collect()
+    }
+
+    /// The results that came into doubt since `earlier`.
+    pub fn doubts_since(&self, earlier: &Self) -> Vec<Doubt> {
+        // Nothing is taken back.
+        self.doubts.get(earlier.doubts.len()..).unwrap_or_default().to_vec()
     }
 
     /// The kernels that computed something since `earlier`, with their calls since then.

@@ -1,6 +1,7 @@
 //! Selection: which kernels and which layout the weights of a shape get.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bitnet_burn_plugin::abi::Signature;
 use bitnet_burn_plugin::canonical;
@@ -40,7 +41,11 @@ impl KernelManager {
             .filter(|entry| {
                 self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name))
                     && entry.kernel.target() == Target::Cpu
-                    && (policy == LayoutPolicy::Any || entry.kernel.layout().is_none())
+                    && match policy {
+                        LayoutPolicy::Any => true,
+                        LayoutPolicy::Canonical => entry.kernel.layout().is_none(),
+                        LayoutPolicy::BuiltIn => entry.kernel.layout().is_none() || entry.watch.is_none(),
+                    }
                     && entry.ready()
                     && self.claims(entry, &signature)
             })
@@ -94,6 +99,7 @@ impl KernelManager {
     /// # Errors
     /// In strict mode, if no kernel can compute the shape.
     pub fn choose(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<Arc<CpuKernels>, ManagerError> {
+        self.loads.fetch_add(1, Ordering::Relaxed);
         let policy = match self.allowed_layouts(n, k, policy) {
             // A kernel that is forced, or the only one for the shape, may read no canonical weights.
             allowed if allowed != policy && self.candidates(1, n, k, allowed).is_empty() => policy,
@@ -206,8 +212,11 @@ impl KernelManager {
         weights: &[u8],
     ) -> Result<PageBuffer, ManagerError> {
         self.pack_between_walls(entry, n, k, weights)?;
-        let sealed = packing::pack(entry, &self.pool, &self.arena, n, k, weights).and_then(|mut packed| {
+        // What goes to a GPU is not read here again.
+        let arena = if entry.kernel.gpu().is_some() { &self.arena } else { &self.sealed };
+        let sealed = packing::pack(entry, &self.pool, arena, n, k, weights).and_then(|mut packed| {
             packing::seal(entry, &self.pool, (n, k), weights, &mut packed)?;
+            arena.seal(&mut packed);
             Ok(packed)
         });
         if let Err(ManagerError::Pack { reason, .. } | ManagerError::Unpack { reason, .. }) = &sealed {

@@ -174,6 +174,11 @@ impl Activations {
         unsafe { std::slice::from_raw_parts(self.q.as_ptr().cast::<i8>(), self.m * self.stride()) }
     }
 
+    /// [`q`](Self::q) as bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.q[..self.m * self.stride()]
+    }
+
     /// Row scales.
     pub fn scale(&self) -> &[f32] {
         &self.scale

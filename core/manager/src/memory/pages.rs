@@ -5,6 +5,7 @@
 //! ask the system for huge pages.
 
 use std::io::{Error, ErrorKind};
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use memmap2::MmapMut;
@@ -13,12 +14,17 @@ const CHUNK: usize = 64 << 20;
 const HUGE_PAGE: usize = 2 << 20;
 
 /// Hands out page-backed buffers for packed weights, and for KV caches.
+///
+/// A [sealed](Self::seal) buffer becomes read-only at the next [`protect`](Self::protect), not at once: each border
+/// between pages that may be written and pages that may not costs a huge page.
 #[derive(Debug, Default)]
 pub struct PageArena {
     /// The chunk that is being filled, and how much of it is taken.
     current: Mutex<Option<(Arc<Chunk>, usize)>>,
     /// Whether buffers are written to, so that the system gives their memory now and not when they are used.
     committed: bool,
+    /// Sealed parts of chunks that are not read-only yet.
+    sealed: Mutex<Vec<(Arc<Chunk>, Range<usize>)>>,
 }
 
 #[derive(Debug)]
@@ -39,6 +45,8 @@ pub struct PageBuffer {
     chunk: Arc<Chunk>,
     offset: usize,
     size: usize,
+    /// Nobody writes it any more.
+    sealed: bool,
 }
 
 impl PageArena {
@@ -60,6 +68,45 @@ impl PageArena {
         Ok(buffer)
     }
 
+    /// `size` bytes that begin at a page, for a buffer that is to be sealed: no other buffer lies in its pages.
+    ///
+    /// # Errors
+    /// If the system has no memory left.
+    pub(crate) fn allocate_pages(&self, size: usize) -> std::io::Result<PageBuffer> {
+        let page = page_size();
+        let mut buffer = self.allocate(size.next_multiple_of(page), page.min(HUGE_PAGE))?;
+        buffer.size = size;
+        Ok(buffer)
+    }
+
+    /// Ends the writing of a buffer that [`allocate_pages`](Self::allocate_pages) gave.
+    pub(crate) fn seal(&self, buffer: &mut PageBuffer) {
+        buffer.sealed = true;
+        let range = buffer.offset..(buffer.offset + buffer.size).next_multiple_of(page_size());
+        self.sealed.lock().unwrap_or_else(|e| e.into_inner()).push((buffer.chunk.clone(), range));
+    }
+
+    /// Makes the pages of all sealed buffers read-only: a write into them ends the process where it happens, with
+    /// SIGSEGV. Elsewhere than on Unix, pages stay as they are.
+    ///
+    /// # Errors
+    /// If the system can't.
+    pub(crate) fn protect(&self) -> std::io::Result<()> {
+        let mut sealed = self.sealed.lock().unwrap_or_else(|e| e.into_inner());
+        // In order, so that neighbours become one range.
+        sealed.sort_by_key(|(chunk, range)| (chunk.base as usize, range.start));
+        let mut ranges: Vec<(Arc<Chunk>, Range<usize>)> = Vec::new();
+        for (chunk, range) in sealed.drain(..) {
+            match ranges.last_mut() {
+                Some((last, end)) if Arc::ptr_eq(last, &chunk) && end.end == range.start => {
+                    end.end = range.end
+                }
+                _ => ranges.push((chunk, range)),
+            }
+        }
+        ranges.into_iter().try_for_each(|(chunk, range)| chunk.protect(range))
+    }
+
     fn reserve(&self, size: usize, alignment: usize) -> std::io::Result<PageBuffer> {
         if !alignment.is_power_of_two() || alignment > HUGE_PAGE {
             let problem =
@@ -71,7 +118,7 @@ impl PageArena {
             let offset = used.next_multiple_of(alignment);
             if offset.checked_add(size).is_some_and(|end| end <= chunk.size) {
                 *used = offset + size;
-                return Ok(PageBuffer { chunk: chunk.clone(), offset, size });
+                return Ok(PageBuffer { chunk: chunk.clone(), offset, size, sealed: false });
             }
         }
         let chunk = Arc::new(Chunk::new(size.max(CHUNK))?);
@@ -79,7 +126,7 @@ impl PageArena {
         if size < CHUNK {
             *current = Some((chunk.clone(), size));
         }
-        Ok(PageBuffer { chunk, offset: 0, size })
+        Ok(PageBuffer { chunk, offset: 0, size, sealed: false })
     }
 }
 
@@ -102,6 +149,32 @@ impl Chunk {
         let base = start.wrapping_add(start.align_offset(HUGE_PAGE));
         Ok(Self { map, base, size })
     }
+
+    #[cfg(unix)]
+    fn protect(&self, range: Range<usize>) -> std::io::Result<()> {
+        debug_assert!(range.end <= self.size && range.start.is_multiple_of(page_size()));
+        // SAFETY: whole pages of this chunk's map, and no `&mut` to them is left: whoever seals a buffer gives that up.
+        match unsafe { libc::mprotect(self.base.add(range.start).cast(), range.len(), libc::PROT_READ) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn protect(&self, _: Range<usize>) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(unix)]
+fn page_size() -> usize {
+    // SAFETY: only asks.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
+#[cfg(not(unix))]
+fn page_size() -> usize {
+    4096
 }
 
 impl PageBuffer {
@@ -114,7 +187,11 @@ impl PageBuffer {
     }
 
     /// The bytes, to be filled.
+    ///
+    /// # Panics
+    /// If they are packed weights that are sealed.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        assert!(!self.sealed, "sealed weights are not written");
         // SAFETY: as in `as_slice`; `&mut self` makes this the only reference.
         unsafe { std::slice::from_raw_parts_mut(self.chunk.base.add(self.offset), self.size) }
     }
@@ -162,5 +239,27 @@ mod tests {
                 assert_eq!(buffer.as_slice().as_ptr() as usize % (1 << ((i + 1) % 13)), 0);
             }
         }
+    }
+
+    #[test]
+    fn sealed_buffers_keep_their_bytes_and_their_neighbours_stay_writable() {
+        let arena = PageArena::default();
+        let mut buffers: Vec<_> = [1, 5000, CHUNK, 70_000].map(|s| arena.allocate_pages(s).unwrap()).into();
+        for (i, buffer) in buffers.iter_mut().enumerate() {
+            buffer.as_mut_slice().fill(i as u8 + 1);
+            if i != 1 {
+                arena.seal(buffer);
+            }
+        }
+        arena.protect().unwrap();
+        buffers[1].as_mut_slice().fill(9);
+        let mut later = arena.allocate_pages(10).unwrap();
+        later.as_mut_slice().fill(7);
+        arena.seal(&mut later);
+        arena.protect().unwrap();
+        for (buffer, byte) in buffers.iter().chain([&later]).zip([1, 9, 3, 4, 7]) {
+            assert!(buffer.as_slice().iter().all(|&b| b == byte));
+        }
+        assert!(std::panic::catch_unwind(move || later.as_mut_slice()[0] = 1).is_err());
     }
 }

@@ -510,6 +510,41 @@ fn a_plugin_that_starts_to_fail_falls_back_and_is_promoted_when_it_recovers() {
 }
 
 #[test]
+fn a_packing_whose_kernels_became_slow_is_left_where_that_pays() {
+    if !has_compiler() {
+        return;
+    }
+    // The others take 10 us.
+    for (name, now_takes, pays) in [("a_little", 13_000, false), ("much", 4_000_000, true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let slow =
+            format!("IN_RUN=if (tile->n0 == 0 && w->n == 66) tick(TIMES(calls) < 1000 ? 8000 : {now_takes})");
+        let (path, clock) = build_with_clock(dir.path(), name, &["PRIVATE", "GRANULE=66", &slow]);
+        let manager = with_clock(dir.path(), &path, &clock);
+        let (one, other) = (Use::new(&manager, 1), Use::new(&manager, 1));
+        assert_eq!(one.choice.layout(), Some("example/bytes"));
+        assert_eq!(one.by(&manager), "example/plain");
+        one.calls(&manager, 1000 + BOUND);
+        let fastest = if pays { "paced/a" } else { "example/plain" };
+        let kind = if pays { EventKind::Retuned } else { EventKind::Throttled };
+        assert_eq!(events(&manager), [(kind, fastest.into(), 1)]);
+        assert_eq!((one.by(&manager).as_str(), other.by(&manager).as_str()), (fastest, fastest));
+        let report = manager.report();
+        assert_eq!((report.reference_calls, report.fallbacks.len()), (0, 0), "nothing failed");
+        if pays {
+            let reason = &report.events[0].reason;
+            let expected = "10.0 us for paced/a (canonical), now that example/plain takes 4000.0 us, 500.0 times what was \
+                            expected: weights are packed anew";
+            assert_eq!(reason, expected);
+            // New weights are not packed for it, in the next process neither.
+            assert_eq!(Use::new(&manager, 1).choice.layout(), None);
+            let next = with_clock(dir.path(), &path, &clock);
+            assert_eq!((Use::new(&next, 1).choice.layout(), next.report().tuned), (None, 0));
+        }
+    }
+}
+
+#[test]
 fn after_a_quarantine_weights_in_the_plugins_packing_are_packed_anew_once() {
     if !has_compiler() {
         return;

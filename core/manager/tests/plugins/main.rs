@@ -10,3 +10,4 @@ mod hostile;
 mod policy;
 mod support;
 mod templates;
+mod watched;

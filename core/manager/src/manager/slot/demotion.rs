@@ -7,7 +7,7 @@ use super::super::config::FallbackPolicy;
 use super::super::lock;
 use super::super::report::EventKind;
 use super::figures::{median, microseconds};
-use super::{Change, PROBATION_AFTER, Slot, State};
+use super::{Change, PROBATION_AFTER, Slot, Slowdown, State};
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Demotion {
@@ -61,7 +61,8 @@ impl Slot {
         changes: &mut Vec<Change>,
     ) {
         let figure = state.figure(head, key, None);
-        let current = median(&figure.recent).unwrap_or(figure.expected);
+        let (current, expected) = (median(&figure.recent).unwrap_or(figure.expected), figure.expected);
+        state.slowdown = Some(Slowdown { rank: head, time: current, expected });
         let reason = format!(
             "{}, {drift:.1} times what was expected, and there is nothing faster",
             microseconds(current)
@@ -108,6 +109,7 @@ impl Slot {
                 state.expect(rank, key, last);
             }
         }
+        state.slowdown = Some(Slowdown { rank: head, time: current, expected: current / drift });
         state.expect(head, key, current);
         let time = |rank: &usize| state.kernels[*rank].figure(key).map_or(f64::INFINITY, |f| f.expected);
         let mut by_speed = Vec::from_iter(self.order.ranks());

@@ -34,17 +34,17 @@ pub(super) fn key(m: usize) -> u64 {
 }
 
 /// A call's time as figures keep it.
-pub(super) fn scaled(elapsed: Duration, m: usize) -> f64 {
+pub(in crate::manager) fn scaled(elapsed: Duration, m: usize) -> f64 {
     elapsed.as_nanos() as f64 / if key(m) == 0 { m.next_multiple_of(ROW_BLOCK) as f64 } else { 1.0 }
 }
 
-pub(super) fn median(times: &[f64]) -> Option<f64> {
+pub(in crate::manager) fn median(times: &[f64]) -> Option<f64> {
     let mut sorted = times.to_vec();
     sorted.sort_unstable_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied()
 }
 
-pub(super) fn microseconds(ns: f64) -> String {
+pub(in crate::manager) fn microseconds(ns: f64) -> String {
     format!("{:.1} us", ns / 1e3)
 }
 

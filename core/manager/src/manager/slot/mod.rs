@@ -14,6 +14,8 @@
 //! * **Race.** The kernel in use and its best rivals take turns in the next calls; results are the same bits,
 //!   so callers do not notice. Another one wins only if it is [`CLEAR_WIN`] times as fast; what all took is expected
 //!   from then on; and the next race has to wait, longer each time.
+//! * **Slowdown.** Where no kernel of the layout is as fast as expected, that is told: the weights may be packed anew for
+//!   others, and the slot is left then.
 //! * **Probation.** A demoted kernel computes [`TRIAL_CALLS`] calls once [`PROBATION_AFTER`] calls have gone by,
 //!   twice as many with each demotion. If all go well, it is back at its place.
 
@@ -24,12 +26,13 @@ mod race;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use self::demotion::Demotion;
-use self::figures::{Standing, key, microseconds, scaled};
+use self::figures::{Standing, key};
+pub(super) use self::figures::{median, microseconds, scaled};
 use self::order::{Order, RANKS};
 use self::race::{Race, Why};
 use super::config::FallbackPolicy;
@@ -61,6 +64,8 @@ pub(super) struct Slot {
     calls: AtomicU64,
     /// The number of the next call that takes the lock: to be timed, or to try a demoted kernel again.
     due: AtomicU64,
+    /// The weights are in another layout by now, and none of these kernels is asked.
+    left: AtomicBool,
     /// The rank and the exact number of rows that were looked at last and known already (`watch`).
     pub watched: AtomicU64,
     /// The rank and the exact number of rows that were tried last and known already (`walls`).
@@ -75,6 +80,7 @@ impl Default for Slot {
             order: Order::default(),
             calls: AtomicU64::new(0),
             due: AtomicU64::new(u64::MAX),
+            left: AtomicBool::new(false),
             watched: AtomicU64::new(0),
             walled: AtomicU64::new(0),
             state: Mutex::default(),
@@ -94,6 +100,25 @@ struct State {
     /// No race before this, unless a caller asks.
     rest_until: Duration,
     pause: Duration,
+    /// What was found last and not told yet.
+    slowdown: Option<Slowdown>,
+}
+
+/// All kernels that read a layout are slow.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Slowdown {
+    /// The fastest of them.
+    pub rank: usize,
+    /// What it takes, and what was expected of the kernel in use: nanoseconds, [`scaled`].
+    pub time: f64,
+    pub expected: f64,
+}
+
+impl Slowdown {
+    /// How many times slower than expected.
+    pub fn factor(&self) -> f64 {
+        self.time / self.expected
+    }
 }
 
 /// Something to report.
@@ -152,6 +177,16 @@ impl Slot {
     /// The ranking, if there has been a call.
     pub fn known(&self) -> Option<&Ranking> {
         self.ranking.get()
+    }
+
+    /// None of the kernels is asked any more.
+    pub fn leave(&self) {
+        self.left.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether that was said.
+    pub fn left(&self) -> bool {
+        self.left.load(Ordering::Relaxed)
     }
 
     /// Counts a call: its number, and whether it is due.
@@ -238,8 +273,21 @@ impl Slot {
         trial.or(head.filter(|_| policy.factor().is_some()))
     }
 
-    /// What a call that [`attend`](Self::attend) gave out took.
+    /// What a call that [`attend`](Self::attend) gave out took. Says so if it turns out that all kernels are slow.
     pub fn timed(
+        &self,
+        rank: usize,
+        call: (u64, usize),
+        times: (Duration, Duration),
+        policy: FallbackPolicy,
+        usable: impl Fn(usize) -> bool,
+        changes: &mut Vec<Change>,
+    ) -> Option<Slowdown> {
+        self.take_time(rank, call, times, policy, usable, changes);
+        lock(&self.state).slowdown.take()
+    }
+
+    fn take_time(
         &self,
         rank: usize,
         (call, m): (u64, usize),

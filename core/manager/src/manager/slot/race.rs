@@ -3,10 +3,11 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::super::config::DRIFT;
 use super::super::report::EventKind;
 use super::super::{Ranking, lock};
 use super::figures::{median, microseconds};
-use super::{Change, LONGEST_PAUSE, RACE_TURNS, Slot, State};
+use super::{Change, LONGEST_PAUSE, RACE_TURNS, Slot, Slowdown, State};
 
 /// Kernels that race against the one in use, at most.
 const RIVALS: usize = 3;
@@ -120,6 +121,10 @@ impl Slot {
             let ratios: Vec<f64> = others.filter_map(|&(rank, time)| ratio(state, rank, time)).collect();
             !ratios.is_empty() && ratios.iter().all(|&ratio| ratio >= threshold)
         });
+        if let (Why::Drift(_), Some(slower)) = (why, slower) {
+            let slowdown = Slowdown { rank: winner, time: of_winner, expected: of_head / slower };
+            state.slowdown = Some(slowdown).filter(|slowdown| slowdown.factor() > DRIFT);
+        }
         if winner != head {
             let was = slower.map_or(String::new(), |s| format!(", {s:.1} times what was expected"));
             let reason = format!(
