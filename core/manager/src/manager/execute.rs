@@ -24,12 +24,14 @@ struct Pending<'a> {
     tried: u16,
     failed: Option<(Arc<Entry>, KernelFailure)>,
     turn: Option<Turn<'a>>,
+    /// The result is there: the kernel's first use of the shape made it.
+    computed: bool,
 }
 
 impl<'a> Pending<'a> {
     /// What its turn is to run, if that is to be timed or not.
     fn part(&self, timed: bool) -> Option<Part<'a>> {
-        let turn = self.turn.filter(|turn| turn.timed.is_some() == timed)?;
+        let turn = self.turn.filter(|turn| !self.computed && turn.timed.is_some() == timed)?;
         let (n, k) = self.job.choice.shape();
         let weights = abi_weights(n, k, self.job.scale, self.job.choice.own_bytes(self.job.weights));
         Some(Part { kernel: &turn.entry.kernel, weights, column: self.job.column })
@@ -57,11 +59,11 @@ impl KernelManager {
         if m == 0 {
             return Ok(());
         }
-        let start = |job| Pending { job, tried: 0, failed: None, turn: None };
+        let start = |job| Pending { job, tried: 0, failed: None, turn: None, computed: false };
         let mut pending: Few<Pending> = jobs.iter().map(start).collect();
         while !pending.is_empty() {
             for pending in &mut pending {
-                let Pending { job, tried, failed, turn } = pending;
+                let Pending { job, tried, failed, turn, computed } = pending;
                 *turn = self.select(job, m, *tried)?;
                 match (&turn, failed.take()) {
                     (None, failed) => self.run_last(job, failed, x, y, stride)?,
@@ -71,10 +73,10 @@ impl KernelManager {
                     }
                     (Some(_), None) => {}
                 }
-                if let Some(turn) = turn
-                    && let Err(failure) = self.first_use(job, turn, x)
-                {
-                    self.failed(pending, m, Stage::FirstUse, failure)?;
+                let Some(turn) = turn else { continue };
+                match self.first_use(job, turn, x, y, stride) {
+                    Ok(is_result) => *computed = is_result,
+                    Err(failure) => self.failed(pending, m, Stage::FirstUse, failure)?,
                 }
             }
             pending.retain(|pending| pending.turn.is_some() || pending.failed.is_some());
@@ -87,6 +89,7 @@ impl KernelManager {
             for pending in &mut pending {
                 let (job, Some(turn)) = (pending.job, pending.turn) else { continue };
                 let failure = match (turn.timed, pending.part(true)) {
+                    _ if pending.computed => None,
                     (Some(call), Some(part)) => {
                         // By itself, so that the time is this kernel's alone.
                         let from = self.config.probe.now();
