@@ -27,12 +27,14 @@ struct Pending<'a> {
     turn: Option<Turn<'a>>,
     /// What is to be compared afterwards.
     look: Look,
+    /// The result is there: the kernel's first use of the shape made it.
+    computed: bool,
 }
 
 impl<'a> Pending<'a> {
     /// What its turn is to run, if that is to be timed or not.
     fn part(&self, timed: bool) -> Option<Part<'a>> {
-        let turn = self.turn.filter(|turn| turn.timed.is_some() == timed)?;
+        let turn = self.turn.filter(|turn| !self.computed && turn.timed.is_some() == timed)?;
         let (n, k) = self.job.choice.shape();
         let weights = abi_weights(n, k, self.job.scale, self.job.choice.own_bytes(self.job.weights));
         Some(Part { kernel: &turn.entry.kernel, weights, column: self.job.column })
@@ -60,11 +62,12 @@ impl KernelManager {
         if m == 0 {
             return Ok(());
         }
-        let start = |job| Pending { job, tried: 0, failed: None, turn: None, look: Look::Trusted };
+        let start =
+            |job| Pending { job, tried: 0, failed: None, turn: None, look: Look::Trusted, computed: false };
         let mut pending: Few<Pending> = jobs.iter().map(start).collect();
         while !pending.is_empty() {
             for pending in &mut pending {
-                let Pending { job, tried, failed, turn, look } = pending;
+                let Pending { job, tried, failed, turn, look, computed } = pending;
                 *turn = self.select(job, m, *tried)?;
                 match (turn.as_ref(), failed.take()) {
                     (None, failed) => self.run_last(job, failed, x, y, stride)?,
@@ -74,11 +77,13 @@ impl KernelManager {
                     }
                     (Some(_), None) => {}
                 }
-                if let Some(turn) = turn {
-                    match self.first_use(job, turn, x) {
-                        Ok(()) => *look = self.before(turn, job, x),
-                        Err(failure) => self.failed(pending, m, Stage::FirstUse, failure)?,
+                let Some(turn) = turn else { continue };
+                match self.first_use(job, turn, x, y, stride) {
+                    Ok(is_result) => {
+                        *computed = is_result;
+                        *look = self.before(turn, job, x);
                     }
+                    Err(failure) => self.failed(pending, m, Stage::FirstUse, failure)?,
                 }
             }
             pending.retain(|pending| pending.turn.is_some() || pending.failed.is_some());
@@ -91,6 +96,7 @@ impl KernelManager {
             for pending in &mut pending {
                 let (job, Some(turn)) = (pending.job, pending.turn) else { continue };
                 let failure = match (turn.timed, pending.part(true)) {
+                    _ if pending.computed => None,
                     (Some(call), Some(part)) => {
                         // By itself, so that the time is this kernel's alone.
                         let from = self.config.probe.now();

@@ -1,9 +1,9 @@
 //! The first use of each shape by a kernel of a plugin from a file, between walls: the gate tries some shapes, and a
 //! size that is wrong for others would damage the memory behind a buffer.
 //!
-//! The kernel packs, unpacks or multiplies once with buffers of their own, behind which lie marked bytes and then pages
-//! that end the process when they are touched. What comes out is dropped; if a mark has changed, the plugin is in
-//! quarantine before it gets buffers that others use.
+//! The kernel packs, unpacks or multiplies with buffers of its own, behind which lie marked bytes and then pages that end
+//! the process when they are touched. If a mark has changed, the plugin is in quarantine before it gets buffers that
+//! others use. Otherwise a product is copied to where it belongs; a packing is made again.
 
 use std::collections::HashSet;
 use std::sync::{RwLock, atomic::Ordering};
@@ -78,27 +78,42 @@ fn check<'a>(buffers: impl IntoIterator<Item = &'a Walled>) -> Result<(), Troubl
 }
 
 impl KernelManager {
-    /// Before a kernel of a plugin from a file computes a job: if the shape is new to it, it is tried between walls.
+    /// If the shape is new to a kernel of a plugin from a file, it computes the job between walls: whether it did, and
+    /// the result is in `y`.
     ///
     /// # Errors
     /// If it fails there.
-    pub(super) fn first_use(&self, job: &Job, turn: &Turn, x: &Activations) -> Result<(), KernelFailure> {
+    pub(super) fn first_use(
+        &self,
+        job: &Job,
+        turn: &Turn,
+        x: &Activations,
+        y: &mut [f32],
+        stride: usize,
+    ) -> Result<bool, KernelFailure> {
         if turn.entry.watch.is_none() {
-            return Ok(());
+            return Ok(false);
         }
         // The same again, most of the time. (No rank and no rows at all are a choice's zero.)
         let (memo, this) = (&job.choice.slot(x.m()).walled, (turn.rank as u64) << 56 | x.m() as u64);
         if memo.load(Ordering::Relaxed) == this {
-            return Ok(());
+            return Ok(false);
         }
         let (n, k) = job.choice.shape();
         let weights = abi_weights(n, k, job.scale, job.choice.own_bytes(job.weights));
-        self.run_between_walls(turn.entry, &Part { kernel: &turn.entry.kernel, weights, column: 0 }, x)?;
+        let part = Part { kernel: &turn.entry.kernel, weights, column: 0 };
+        let result = self.run_between_walls(turn.entry, &part, x)?;
         memo.store(this, Ordering::Relaxed);
-        Ok(())
+        let Some(result) = result else { return Ok(false) };
+        for (m, row) in result.bytes().chunks_exact(4 * n).enumerate() {
+            let out = y[job.column + m * stride..][..n].iter_mut();
+            out.zip(row.as_chunks().0).for_each(|(y, bytes)| *y = f32::from_ne_bytes(*bytes));
+        }
+        Ok(true)
     }
 
-    /// Runs a kernel of a plugin from a file between walls, unless it was for this exact shape.
+    /// Runs a kernel of a plugin from a file between walls, unless it was for this exact shape: the output, m rows of
+    /// n floats.
     ///
     /// # Errors
     /// If it fails, or writes beside its buffers.
@@ -107,20 +122,25 @@ impl KernelManager {
         entry: &Entry,
         part: &Part,
         x: &Activations,
-    ) -> Result<(), KernelFailure> {
+    ) -> Result<Option<Walled>, KernelFailure> {
         let shape = (Some(x.m()), part.weights.n as usize, x.k());
         if entry.watch.is_none() || entry.tried.knows(shape) {
-            return Ok(());
+            return Ok(None);
         }
         match self.try_run(part, x) {
-            Ok(()) => entry.tried.learn(shape),
-            Err(Trouble::Kernel(failure)) => return Err(failure),
-            Err(Trouble::System(error)) => no_walls(entry, &error),
+            Ok(result) => {
+                entry.tried.learn(shape);
+                Ok(Some(result))
+            }
+            Err(Trouble::Kernel(failure)) => Err(failure),
+            Err(Trouble::System(error)) => {
+                no_walls(entry, &error);
+                Ok(None)
+            }
         }
-        Ok(())
     }
 
-    fn try_run(&self, part: &Part, x: &Activations) -> Result<(), Trouble> {
+    fn try_run(&self, part: &Part, x: &Activations) -> Result<Walled, Trouble> {
         let (m, n) = (x.m(), part.weights.n as usize);
         let slack = [0; ACTIVATION_SLACK];
         let rows = x.q().iter().map(|&q| q as u8).chain(slack);
@@ -164,7 +184,7 @@ impl KernelManager {
             )
         };
         check([&q, &scale, &sum, &workspace, &y])?;
-        failures.remove(0).map_or(Ok(()), |failure| Err(failure.into()))
+        failures.remove(0).map_or(Ok(y), |failure| Err(failure.into()))
     }
 
     /// Packs and unpacks canonical weights with a kernel of a plugin from a file between walls, unless it was for this

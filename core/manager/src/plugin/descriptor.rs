@@ -133,8 +133,8 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, 
         return Err(format!("kernel `{name}` prepares a workspace but has no workspace_size"));
     }
     let gpu = match kernel.target {
-        // SAFETY: null, or valid (the caller's promise).
         TARGET_WGSL | TARGET_CUDA | TARGET_CUBECL if known => {
+            // SAFETY: null, or valid (the caller's promise).
             Some(Arc::new(unsafe { check_gpu(&name, kernel.gpu) }?))
         }
         _ => None,

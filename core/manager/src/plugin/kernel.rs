@@ -18,11 +18,14 @@ pub(crate) fn max_workspace(m: usize, stride: usize) -> usize {
     64 * (m + 64) * (stride + 4096)
 }
 
+/// Bytes of a packing, none if the kernel can't pack the shape, or what was wrong with the answer.
+type PackedBytes = Result<Option<usize>, KernelFailure>;
+
 /// What a kernel says of the size of its packing, as far as it is possible: 0 is `None`.
 ///
 /// # Errors
 /// If that many bytes can't hold the weights (log2(3) bits each), or are absurdly many.
-fn check_packed_size(n: usize, k: usize, size: u64) -> Result<Option<usize>, KernelFailure> {
+fn check_packed_size(n: usize, k: usize, size: u64) -> PackedBytes {
     if size == 0 {
         return Ok(None);
     }
@@ -53,7 +56,7 @@ pub struct Kernel {
     plugin: Arc<Plugin>,
     raw: RawKernel,
     /// What it has said of the size of its packing, by [n, k].
-    sizes: Mutex<HashMap<(usize, usize), Result<Option<usize>, KernelFailure>>>,
+    sizes: Mutex<HashMap<(usize, usize), PackedBytes>>,
 }
 
 /// Why a kernel's result is not used.
@@ -250,7 +253,7 @@ impl Kernel {
     ///
     /// # Errors
     /// If the size is impossible, or it did something forbidden.
-    pub(crate) fn packed_bytes(&self, n: usize, k: usize) -> Result<Option<usize>, KernelFailure> {
+    pub(crate) fn packed_bytes(&self, n: usize, k: usize) -> PackedBytes {
         let Some(packed_size) = self.raw.packed_size else {
             return Ok(bitnet_burn_plugin::canonical::matrix_bytes(n, k));
         };

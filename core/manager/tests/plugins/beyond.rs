@@ -137,8 +137,14 @@ fn what_is_wrong_for_other_shapes_than_the_gates_is_found_before_it_does_harm() 
             // What was packed before lies beside it in memory.
             good.check(&manager, &weights, name);
         }
-        assert_eq!(manager.report().kernels[0].calls, calls, "{name}: it computes no more");
-        quarantined(&manager, &path, Stage::FirstUse, reason);
+        let report = manager.report();
+        assert_eq!(report.kernels[0].calls, calls, "{name}: it computes no more");
+        let Status::Quarantined(text) = &report.kernels[0].status else { panic!("{name}: {report:?}") };
+        assert!(text.contains(reason), "{name}: {text:?} should say {reason:?}");
+        // Later processes know.
+        let known = manager.store().admit(&path).unwrap();
+        let refusal = manager.store().verdict(&known.sha256).unwrap().refusal.unwrap();
+        assert_eq!(refusal.stage, Stage::FirstUse, "{name}: {refusal}");
     }
 }
 

@@ -302,11 +302,13 @@ fn a_kernel_that_writes_into_the_activations_is_an_error_at_once() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let wrong = "IN_RUN=if (w->n == 66) ((int8_t *)x->q)[3] ^= 1";
+    // After the first use, which has activations of its own between walls.
+    let wrong = "IN_RUN=if (w->n == 66 && TIMES(calls) >= 1) ((int8_t *)x->q)[3] ^= 1";
     let path = build(dir.path(), "activations", &[wrong]);
     let manager = with_plugin(&path, |_| ());
     let this = Use::new(&manager, Problem::new(1, 66, 256), 0.37);
     add_built_in(&manager);
+    assert!(!this.call(&manager).unwrap());
     let error = this.call(&manager).unwrap_err().to_string();
     assert!(error.contains("example/plain wrote into the activations"), "{error}");
     assert_eq!((quarantine(&manager).0, manager.results_in_doubt()), (Stage::InUse, 0));
