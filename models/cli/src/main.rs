@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod engine;
 mod export;
+mod habits;
 mod inspect;
 mod kernels;
 mod logits;
@@ -23,7 +24,7 @@ mod worker;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::status::Status;
 
@@ -92,7 +93,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = parse();
     output::start_logging();
     let result = match cli.command {
         Command::Run(args) => run::run(args),
@@ -116,6 +117,17 @@ fn main() -> ExitCode {
     exit(result.map(|()| Status::Done.into()))
 }
 
+/// The command line; ends the program where it asks for help or is wrong.
+fn parse() -> Cli {
+    let mut command = habits::with_negative_numbers(Cli::command());
+    let matches = command.try_get_matches_from_mut(std::env::args_os());
+    let parsed = matches.and_then(|m| Cli::from_arg_matches(&m).map_err(|error| error.format(&mut command)));
+    parsed.unwrap_or_else(|error| {
+        let arguments: Vec<_> = std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect();
+        habits::explain(error, &arguments).exit()
+    })
+}
+
 fn exit(result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
         Ok(code) => code,
@@ -134,6 +146,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        super::Cli::command().debug_assert();
+        super::habits::with_negative_numbers(super::Cli::command()).debug_assert();
     }
 }
