@@ -14,7 +14,7 @@ use bitnet_burn_train::export::{ExportOptions, Target, export};
 
 #[test]
 fn a_golden_model_in_another_format_gives_the_same_logits_bit_for_bit() {
-    let gguf = |ternary| Target::Gguf(GgufTypes { ternary, dense: None });
+    let gguf = |ternary| Target::Gguf(GgufTypes { ternary, ..GgufTypes::default() });
     let hf = |style| Target::Hf { style, dense: None };
     let targets = [
         ("I2_S", gguf(TernaryType::I2_S)),

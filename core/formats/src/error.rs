@@ -171,8 +171,8 @@ pub enum FileError {
         /// The name in it.
         shard: String,
     },
-    /// A tensor whose type is unknown: not even its size can be told.
-    #[error("{}: tensor `{tensor}` has type {found}; supported: {supported}", path.display())]
+    /// A tensor whose type is not read: not even its size is known.
+    #[error("{}: tensor `{tensor}` has type {found}; supported: {supported}{help}", path.display())]
     UnknownTensorType {
         /// The file.
         path: PathBuf,
@@ -182,6 +182,10 @@ pub enum FileError {
         found: String,
         /// The types that can be read.
         supported: String,
+        /// What to do about it; begins with punctuation, or is empty.
+        help: &'static str,
+        /// `general.architecture` of the file: it may be what matters more than the type.
+        architecture: Option<String>,
     },
     /// A known type that cannot play this part.
     #[error("{}: tensor `{tensor}` is {found}; {role} must be one of {supported}", path.display())]
@@ -262,7 +266,7 @@ pub enum FileError {
         path: PathBuf,
         /// The tensor.
         tensor: String,
-        /// What it is for; begins with punctuation, or is empty.
+        /// What it is for, or what is there instead; begins with punctuation, or is empty.
         help: String,
     },
 }

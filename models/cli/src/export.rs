@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use bitnet_burn::GatedActivation;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn_engine::gguf::{GgufTypes, TernaryType};
+use bitnet_burn_engine::gguf::{Architecture, GgufTypes, TernaryType};
 use bitnet_burn_engine::hf::Style;
 use bitnet_burn_engine::text::{human_bytes, human_seconds};
 use bitnet_burn_train::export;
@@ -63,6 +63,7 @@ const CONVERT_EXAMPLES: &str = "\
 Examples:
   bitnet convert Falcon-E-1B/ --to gguf                      # Falcon-E-1B-i2_s.gguf
   bitnet convert model.gguf --to gguf --ternary tq2_0 --embedding q6_k --out model-tq2_0.gguf
+  bitnet convert model.gguf --to gguf --architecture bitnet --out model-bitnet.gguf
   bitnet convert model.gguf --to hf --embedding bf16 --out model-hf";
 
 /// What is written, and where.
@@ -80,6 +81,9 @@ struct OutputArgs {
     /// Hugging Face: how ternary weights are stored [default: packed]
     #[arg(long, value_enum, value_name = "STYLE")]
     style: Option<HfStyle>,
+    /// GGUF: the architecture that the file names [default: the one under which most programs compute the model]
+    #[arg(long, value_enum, value_name = "NAME")]
+    architecture: Option<GgufArchitecture>,
     /// Type of the embedding, and of the output head where that is not tied [default: as in the source]
     #[arg(long, value_enum, value_name = "TYPE")]
     embedding: Option<DenseType>,
@@ -123,6 +127,27 @@ enum Ternary {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum GgufArchitecture {
+    /// Squared ReLU with sub-norms, in bitnet.cpp before July 2026 and in ik_llama.cpp
+    #[value(name = "bitnet-b1.58")]
+    BitnetB158,
+    /// SiLU with sub-norms, in all programs of llama.cpp's family
+    Bitnet,
+    /// SiLU without sub-norms
+    Llama,
+}
+
+impl From<GgufArchitecture> for Architecture {
+    fn from(architecture: GgufArchitecture) -> Self {
+        match architecture {
+            GgufArchitecture::BitnetB158 => Self::BitnetB158,
+            GgufArchitecture::Bitnet => Self::Bitnet,
+            GgufArchitecture::Llama => Self::Llama,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum HfStyle {
     /// 2 bits a weight (autobitlinear, offline)
     Packed,
@@ -142,7 +167,11 @@ impl OutputArgs {
                     Ternary::TQ2_0 => TernaryType::TQ2_0,
                     Ternary::TQ1_0 => TernaryType::TQ1_0,
                 };
-                Target::Gguf(GgufTypes { ternary, dense })
+                let architecture = self.architecture.map(Into::into);
+                Target::Gguf(GgufTypes { ternary, dense, architecture })
+            }
+            (Format::Hf, None, _) if self.architecture.is_some() => {
+                usage("--architecture is for --to gguf; a Hugging Face directory has model_type\n")
             }
             (Format::Hf, None, style) => {
                 let style = match style.unwrap_or(HfStyle::Packed) {
@@ -264,6 +293,9 @@ fn text(summary: &Summary, source: &Path, seconds: f64) -> String {
     text.push_str(&columns(&rows));
     for note in &s.notes {
         text.push_str(&format!("  note: {note}\n"));
+    }
+    for warning in &s.warnings {
+        text.push_str(&format!("  warning: {warning}\n"));
     }
     text
 }

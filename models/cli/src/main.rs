@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod engine;
 mod export;
+mod habits;
 mod inspect;
 mod kernels;
 mod logits;
@@ -24,7 +25,7 @@ mod worker;
 use std::process::ExitCode;
 
 use bitnet_burn::backends::manager::results_in_doubt;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::status::Status;
 
@@ -94,7 +95,7 @@ enum Command {
 
 fn main() -> ExitCode {
     bitnet_burn_formats::outlive_truncation();
-    let cli = Cli::parse();
+    let cli = parse();
     output::start_logging();
     // The gate's child does both in its own way.
     if !matches!(cli.command, Command::GateChild(_)) {
@@ -121,6 +122,17 @@ fn main() -> ExitCode {
         Command::GateChild(args) => args.run(),
     };
     exit(result.map(|()| Status::Done.into()))
+}
+
+/// The command line; ends the program where it asks for help or is wrong.
+fn parse() -> Cli {
+    let mut command = habits::with_negative_numbers(Cli::command());
+    let matches = command.try_get_matches_from_mut(std::env::args_os());
+    let parsed = matches.and_then(|m| Cli::from_arg_matches(&m).map_err(|error| error.format(&mut command)));
+    parsed.unwrap_or_else(|error| {
+        let arguments: Vec<_> = std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect();
+        habits::explain(error, &arguments).exit()
+    })
 }
 
 fn exit(result: anyhow::Result<ExitCode>) -> ExitCode {
@@ -151,6 +163,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        super::Cli::command().debug_assert();
+        super::habits::with_negative_numbers(super::Cli::command()).debug_assert();
     }
 }

@@ -13,7 +13,7 @@ use bitnet_burn::backends::manager::SetupError;
 use bitnet_burn_engine::checkpoint::LoadError;
 use bitnet_burn_engine::generate::GenerateError;
 use bitnet_burn_engine::load::ModelError;
-use bitnet_burn_engine::tokenizer::TokenizerError;
+use bitnet_burn_engine::tokenizer::{TokenizerError, VocabularyError};
 use bitnet_burn_formats::FileError;
 use bitnet_burn_formats::files;
 use bitnet_burn_manager::ManagerError;
@@ -137,10 +137,12 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
     if let Some(SetupError::Manager(error)) = cause.downcast_ref() {
         return of_manager(error);
     }
-    if let Some(TokenizerError::Invalid { .. }) = cause.downcast_ref() {
-        return Some(
-            "--tokens-file takes token ids instead of text; with --print-ids no tokenizer is needed",
-        );
+    if let Some(TokenizerError::Invalid { problem, .. }) = cause.downcast_ref() {
+        return match problem {
+            // They say what to do themselves.
+            VocabularyError::MissingPre { .. } | VocabularyError::UnknownPre { .. } => None,
+            _ => Some("`bitnet run --tokens-file FILE --print-ids` needs no tokenizer"),
+        };
     }
     if let Some(error) = cause.downcast_ref::<ExportError>() {
         return match error {

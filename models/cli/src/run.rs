@@ -96,19 +96,19 @@ struct SamplingArgs {
     #[arg(long, conflicts_with = "temperature")]
     greedy: bool,
     /// Divides the logits; 0 is greedy
-    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    #[arg(long, value_name = "T")]
     temperature: Option<f32>,
     /// Draw from the K most likely tokens only
     #[arg(long, value_name = "K", requires = "temperature")]
     top_k: Option<usize>,
     /// Draw from the most likely tokens that make up this probability
-    #[arg(long, value_name = "P", requires = "temperature", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P", requires = "temperature")]
     top_p: Option<f32>,
     /// Draw from tokens that have at least this fraction of the most likely one's probability
-    #[arg(long, value_name = "P", requires = "temperature", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P", requires = "temperature")]
     min_p: Option<f32>,
     /// Makes tokens that occurred less likely; 1 is off
-    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    #[arg(long, value_name = "R")]
     repeat_penalty: Option<f32>,
     /// How many of the last tokens the penalty looks at; 0 is all of them
     #[arg(long, value_name = "N", requires = "repeat_penalty")]

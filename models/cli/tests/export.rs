@@ -12,7 +12,7 @@ use bitnet_burn::{GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn::{Row, names};
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions, TokenizerSource};
-use bitnet_burn_engine::gguf::{GgufTypes, TernaryType, write_checkpoint};
+use bitnet_burn_engine::gguf::{Architecture, GgufTypes, TernaryType, write_checkpoint};
 use bitnet_burn_engine::hf;
 use bitnet_burn_engine::hf::Style;
 use bitnet_burn_engine::load::LoadOptions;
@@ -34,14 +34,14 @@ use tokenizers::{AddedToken, TokenizerBuilder};
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/testdata/golden");
 
 fn gguf(ternary: TernaryType) -> Target {
-    Target::Gguf(GgufTypes { ternary, dense: None })
+    Target::Gguf(GgufTypes { ternary, ..GgufTypes::default() })
 }
 
 fn hf(style: Style) -> Target {
     Target::Hf { style, dense: None }
 }
 
-const I2_S: Target = Target::Gguf(GgufTypes { ternary: TernaryType::I2_S, dense: None });
+const I2_S: Target = Target::Gguf(GgufTypes { ternary: TernaryType::I2_S, dense: None, architecture: None });
 
 fn open(path: &Path) -> Checkpoint {
     Checkpoint::open(path, &OpenOptions::default()).unwrap()
@@ -236,25 +236,36 @@ fn architectures_are_those_that_other_programs_compute() {
     let source = dir.path().join("source");
     let relu2_without = ModelConfig { sub_norms: false, ..bitnet_shape() };
     let silu_with = ModelConfig { activation: GatedActivation::Silu, ..bitnet_shape() };
-    for (config, i2_s, tq2_0, model_type) in [
-        (bitnet_shape(), "bitnet-b1.58", "bitnet", "bitnet"),
-        (silu_with, "bitnet", "bitnet", "bitnet"),
-        (llama_shape(), "llama", "llama", "llama"),
-        (relu2_without, "bitnet", "bitnet", "llama"),
+    for (config, architecture, model_type) in [
+        (bitnet_shape(), "bitnet-b1.58", "bitnet"),
+        (silu_with, "bitnet", "bitnet"),
+        (llama_shape(), "llama", "llama"),
+        (relu2_without, "bitnet-b1.58", "llama"),
     ] {
         masters(&source, &config);
-        for (target, expected) in
-            [(I2_S, i2_s), (gguf(TernaryType::TQ2_0), tq2_0), (hf(Style::PackedAuto), model_type)]
-        {
+        for (target, expected) in [
+            (I2_S, architecture),
+            (gguf(TernaryType::TQ2_0), architecture),
+            (hf(Style::PackedAuto), model_type),
+        ] {
             let out = tempfile::tempdir_in(dir.path()).unwrap();
             let summary = converted(&source, &out.path().join("model"), target);
             assert_eq!(summary.architecture, expected);
-            // I2_S with sub-norms is bitnet.cpp's, and a directory is transformers'.
-            let relu2 = config.activation == GatedActivation::Relu2;
-            let noted = matches!(target, Target::Gguf(_)) && relu2 && !(target == I2_S && config.sub_norms);
-            assert_eq!(summary.notes.iter().any(|n| n.contains("llama.cpp")), noted, "{summary:?}");
+            // There is no program that does not read squared ReLU as SiLU, or refuse it, somewhere.
+            let warned = matches!(target, Target::Gguf(_)) && config.activation == GatedActivation::Relu2;
+            assert_eq!(!summary.warnings.is_empty(), warned, "{summary:?}");
         }
     }
+    // Another one, where asked for. It states its activation, so the copy is the same model here.
+    let named =
+        |architecture| Target::Gguf(GgufTypes { architecture: Some(architecture), ..GgufTypes::default() });
+    masters(&source, &bitnet_shape());
+    let out = dir.path().join("bitnet.gguf");
+    let summary = converted(&source, &out, named(Architecture::Bitnet));
+    assert_eq!((&*summary.architecture, open(&out).config().activation), ("bitnet", GatedActivation::Relu2));
+    assert!(summary.warnings[0].contains("SiLU where this model has squared ReLU"), "{summary:?}");
+    let llama = refused(&source, &dir.path().join("x"), named(Architecture::Llama));
+    assert!(llama.contains("`llama` has no sub-norms") && llama.contains("`bitnet-b1.58`"), "{llama}");
 }
 
 /// llama.cpp rotates the rows 2i and 2i + 1 of a head in a `llama` file, Hugging Face the rows i and
@@ -364,7 +375,11 @@ fn an_embedding_in_another_type_is_measured() {
         (DenseFormat::Q4_0, 0.07 / 7.0),
     ] {
         let out = at(&format!("{}.gguf", dense.name()));
-        let target = Target::Gguf(GgufTypes { ternary: TernaryType::I2_S, dense: Some(dense) });
+        let target = Target::Gguf(GgufTypes {
+            ternary: TernaryType::I2_S,
+            dense: Some(dense),
+            ..GgufTypes::default()
+        });
         let summary = converted(&at("source"), &out, target);
         let copy = open(&out);
         assert_eq!((copy.embedding().unwrap().format, summary.embedding), (dense, dense.name()));
@@ -416,7 +431,11 @@ fn the_golden_models_go_both_ways() {
     // An independent writer's file, with a tokenizer, and back: the same tensors, byte for byte.
     let file = golden("gguf/tiny_a-i2_s.gguf");
     assert!(converted(&file, &at("tiny"), hf(Style::PackedAuto)).is_exact());
-    let f16 = Target::Gguf(GgufTypes { ternary: TernaryType::I2_S, dense: Some(DenseFormat::F16) });
+    let f16 = Target::Gguf(GgufTypes {
+        ternary: TernaryType::I2_S,
+        dense: Some(DenseFormat::F16),
+        ..GgufTypes::default()
+    });
     assert!(converted(&at("tiny"), &at("tiny.gguf"), f16).is_exact());
     let [a, b] = [&file, &at("tiny.gguf")].map(|path| GgufFile::open(path).unwrap());
     for tensor in a.tensors() {
@@ -696,10 +715,18 @@ fn what_a_format_cannot_hold_is_refused_with_what_can() {
 
     let odd = ModelConfig { intermediate_size: 770, ..bitnet_shape() };
     masters(&at("odd"), &odd);
-    says(refused(&at("odd"), &at("x"), hf(Style::PackedAuto)), &["770", "multiple of 4"]);
+    // None of the two sends to the other, which would refuse it too.
+    for target in [hf(Style::PackedAuto), I2_S] {
+        says(refused(&at("odd"), &at("x"), target), &["770", "multiple of", "neither", "--style master"]);
+    }
+    assert!(converted(&at("odd"), &at("odd-master"), hf(Style::Online)).is_exact());
     let wide = ModelConfig { hidden_size: 128, n_heads: 2, n_kv_heads: 1, ..bitnet_shape() };
     masters(&at("wide"), &wide);
-    let q6 = Target::Gguf(GgufTypes { ternary: TernaryType::I2_S, dense: Some(DenseFormat::Q6_K) });
+    let q6 = Target::Gguf(GgufTypes {
+        ternary: TernaryType::I2_S,
+        dense: Some(DenseFormat::Q6_K),
+        ..GgufTypes::default()
+    });
     says(refused(&at("wide"), &at("x"), q6), &["embedding", "Q6_K", "256", "Q8_0"]);
     assert!(!at("x").exists());
 }
@@ -852,6 +879,10 @@ fn the_program_says_what_it_wrote() {
     let said = text(&["convert", "model", "--to", "gguf"]);
     assert!(said.starts_with("model-i2_s.gguf: ") && said.contains("architecture bitnet-b1.58"), "{said}");
     assert!(said.contains("as in the source") && !said.contains("rounded"), "{said}");
+    assert!(
+        said.contains("warning: under architecture `bitnet-b1.58`, bitnet.cpp since July 2026"),
+        "{said}"
+    );
     let said =
         text(&["convert", "model-i2_s.gguf", "--to", "gguf", "--ternary", "tq1_0", "--embedding", "q8_0"]);
     assert!(said.starts_with("model-i2_s-tq1_0.gguf: ") && said.contains("14 rounded, since"), "{said}");
@@ -896,6 +927,12 @@ fn the_program_helps_where_it_refuses() {
     );
     says(&["convert", "model", "--to", "gguf", "--style", "packed"], 2, &["--ternary"]);
     says(&["convert", "model", "--to", "hf", "--ternary", "i2_s"], 2, &["--style"]);
+    says(&["convert", "model", "--to", "hf", "--architecture", "bitnet"], 2, &["--to gguf", "model_type"]);
+    says(
+        &["convert", "model", "--to", "gguf", "--architecture", "llama"],
+        1,
+        &["no sub-norms", "bitnet-b1.58"],
+    );
     says(&["convert", "model"], 2, &["--to"]);
     says(&["convert", "nowhere", "--to", "gguf"], 1, &["nowhere", "config.json and safetensors"]);
     says(&["convert", "model", "--to", "hf", "--out", "model", "--force"], 1, &["is the source"]);

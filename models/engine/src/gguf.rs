@@ -1,14 +1,17 @@
 //! Writing models as GGUF, with the names and keys that llama.cpp and bitnet.cpp know.
 
-use crate::checkpoint::gguf::names::{LLAMA, gptj_rows};
+mod readers;
+
+use crate::checkpoint::gguf::names::gptj_rows;
 use crate::checkpoint::{Checkpoint, LoadError};
-use bitnet_burn::{GatedActivation, ModelConfig, Norm, Projection};
+use bitnet_burn::{ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::GgufWriter;
 use bitnet_burn_formats::{DenseFormat, DenseTensor, TernaryTensor, WriteError};
 use std::io;
 
 pub use crate::checkpoint::gguf::names::{norm_name, projection_name};
 pub use bitnet_burn_formats::gguf::TernaryType;
+pub use readers::Architecture;
 
 /// Why a model was not written as GGUF.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +23,16 @@ pub enum GgufWriteError {
     /// The model to be written could not be read.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// An architecture under which no program computes the model.
+    #[error("architecture `{asked}` {problem}; `{instead}` is the one for this model")]
+    Architecture {
+        /// The architecture that was asked for.
+        asked: &'static str,
+        /// Why not.
+        problem: &'static str,
+        /// The one that would have been chosen.
+        instead: &'static str,
+    },
 }
 
 /// How the tensors of a model are stored.
@@ -29,31 +42,32 @@ pub struct GgufTypes {
     pub ternary: TernaryType,
     /// The embedding and the output head; `None`: as the checkpoint has them.
     pub dense: Option<DenseFormat>,
+    /// The architecture that the file names; `None`: the one under which most programs compute the model.
+    pub architecture: Option<Architecture>,
 }
 
-/// The architecture under which llama.cpp's family computes a model. Those programs that know `bitnet-b1.58`
-/// are bitnet.cpp's, for I2_S; llama.cpp itself, which has the other two types, knows `bitnet` with a
-/// `hidden_act`. A model of squared ReLU without sub-norms is none of theirs, and must not pass for a Llama.
-fn architecture(config: &ModelConfig, ternary: TernaryType) -> &'static str {
-    match (config.activation, config.sub_norms, ternary) {
-        (GatedActivation::Silu, false, _) => LLAMA,
-        (GatedActivation::Relu2, true, TernaryType::I2_S) => "bitnet-b1.58",
-        _ => "bitnet",
+impl GgufTypes {
+    /// What other programs get wrong about a model that is written like this, in sentences. No program says so
+    /// itself.
+    pub fn warnings(&self, config: &ModelConfig) -> Vec<String> {
+        readers::warnings(config, self.ternary, self.architecture(config))
+    }
+
+    fn architecture(&self, config: &ModelConfig) -> Architecture {
+        self.architecture.unwrap_or_else(|| Architecture::of(config, self.ternary))
     }
 }
 
 /// Adds the keys of a configuration, so that a reader finds the same one. `hidden_act` states the
 /// activation, whatever the architecture.
 ///
-/// The architecture is the one under which programs of llama.cpp's family compute the model: `llama` for
-/// SiLU without sub-norms; `bitnet-b1.58` for squared ReLU with sub-norms, as in the published models;
-/// else `bitnet`. In a `llama` file the rows of q and k are in another order: [`write_checkpoint`] sees to
-/// that.
+/// The architecture is [`Architecture::of`] the model. In a `llama` file the rows of q and k are in another
+/// order: [`write_checkpoint`] sees to that.
 ///
 /// # Errors
 /// [`WriteError::Duplicate`].
 pub fn write_config(writer: &mut GgufWriter<'_>, config: &ModelConfig) -> Result<(), WriteError> {
-    config_as(writer, architecture(config, TernaryType::I2_S), config)
+    config_as(writer, Architecture::of(config, TernaryType::I2_S).name(), config)
 }
 
 fn config_as(
@@ -110,15 +124,19 @@ fn config_as(
 /// # Errors
 /// [`WriteError::Tensor`] where a type cannot hold a tensor: I2_S needs a K that is a multiple of 128,
 /// TQ1_0, TQ2_0 and Q6_K of 256, Q8_0 and Q4_0 of 32. [`GgufWriteError::Load`] where the embedding or the
-/// head can't be read.
+/// head can't be read. [`GgufWriteError::Architecture`] for `llama` and a model that is none.
 pub fn write_checkpoint<'a>(
     writer: &mut GgufWriter<'a>,
     config: &ModelConfig,
     checkpoint: &'a Checkpoint,
     types: GgufTypes,
 ) -> Result<(), GgufWriteError> {
-    let architecture = architecture(config, types.ternary);
-    config_as(writer, architecture, config)?;
+    let architecture = types.architecture(config);
+    if let Some(problem) = architecture.problem(config) {
+        let instead = Architecture::of(config, types.ternary).name();
+        return Err(GgufWriteError::Architecture { asked: architecture.name(), problem, instead });
+    }
+    config_as(writer, architecture.name(), config)?;
     matrix(writer, "token_embd.weight", checkpoint.embedding()?, types.dense)?;
     for layer in 0..config.n_layers {
         for which in Norm::of_layer(layer, config.sub_norms) {
@@ -126,7 +144,8 @@ pub fn write_checkpoint<'a>(
         }
         for which in Projection::ALL {
             let (n, k) = which.shape(config);
-            let reorder = matches!(which, Projection::Q | Projection::K) && architecture == LLAMA;
+            let reorder =
+                matches!(which, Projection::Q | Projection::K) && architecture == Architecture::Llama;
             let head = reorder.then_some(config.head_dim);
             let dims = [k as u64, n as u64];
 

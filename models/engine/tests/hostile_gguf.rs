@@ -6,14 +6,17 @@
 //! them anew.
 
 use bitnet_burn::GatedActivation;
-use bitnet_burn::{Norm, Projection};
-use bitnet_burn_engine::checkpoint::{Checkpoint, LoadError, OpenOptions, TokenizerSource};
-use bitnet_burn_formats::FileError;
+use bitnet_burn::Projection;
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions, TokenizerSource};
 use bitnet_burn_formats::gguf::GgufFile;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::io::{Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+#[path = "support/gguf.rs"]
+mod gguf;
+use gguf::*;
 
 /// Counts what each thread allocates.
 struct Counting;
@@ -47,230 +50,12 @@ fn allocated<T>(f: impl FnOnce() -> T) -> (T, usize) {
     (result, ALLOCATED.with(Cell::get) - before)
 }
 
-const U32: u32 = 4;
-const F32: u32 = 6;
-const BOOL: u32 = 7;
-const STRING: u32 = 8;
-const ARRAY: u32 = 9;
-
-fn string(text: impl AsRef<[u8]>) -> Vec<u8> {
-    let text = text.as_ref();
-    [&(text.len() as u64).to_le_bytes(), text].concat()
-}
-
-fn array(element: u32, len: u64, items: &[u8]) -> Vec<u8> {
-    [&element.to_le_bytes()[..], &len.to_le_bytes(), items].concat()
-}
-
-#[derive(Clone)]
-struct RawTensor {
-    name: Vec<u8>,
-    dims: Vec<u64>,
-    kind: u32,
-    /// Instead of the one that follows from the order.
-    offset: Option<u64>,
-    data: Vec<u8>,
-}
-
-/// A file, every part of which can be made wrong.
-#[derive(Clone)]
-struct Raw {
-    magic: [u8; 4],
-    version: u32,
-    n_tensors: Option<u64>,
-    n_keys: Option<u64>,
-    keys: Vec<(Vec<u8>, u32, Vec<u8>)>,
-    tensors: Vec<RawTensor>,
-    alignment: usize,
-}
-
-impl Raw {
-    fn new() -> Self {
-        let (n_tensors, n_keys, keys, tensors) = (None, None, Vec::new(), Vec::new());
-        Self { magic: *b"GGUF", version: 3, n_tensors, n_keys, keys, tensors, alignment: 32 }
-    }
-
-    fn key(mut self, key: &str, kind: u32, value: impl AsRef<[u8]>) -> Self {
-        self.keys.push((key.into(), kind, value.as_ref().to_vec()));
-        self
-    }
-
-    fn tensor(mut self, name: &str, dims: &[u64], kind: u32, data: Vec<u8>) -> Self {
-        let name = name.into();
-        self.tensors.push(RawTensor { name, dims: dims.to_vec(), kind, offset: None, data });
-        self
-    }
-
-    fn value(&mut self, key: &str) -> &mut Vec<u8> {
-        let found = self.keys.iter_mut().find(|(k, ..)| k == key.as_bytes());
-        &mut found.unwrap_or_else(|| panic!("no key {key}")).2
-    }
-
-    fn without(mut self, key: &str) -> Self {
-        self.keys.retain(|(k, ..)| k != key.as_bytes());
-        self
-    }
-
-    fn tensor_mut(&mut self, name: &str) -> &mut RawTensor {
-        let found = self.tensors.iter_mut().find(|t| t.name == name.as_bytes());
-        found.unwrap_or_else(|| panic!("no tensor {name}"))
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        self.header_and_bytes().1
-    }
-
-    /// The length of the header without padding, and the whole file.
-    fn header_and_bytes(&self) -> (usize, Vec<u8>) {
-        let mut out = self.magic.to_vec();
-        out.extend(self.version.to_le_bytes());
-        out.extend(self.n_tensors.unwrap_or(self.tensors.len() as u64).to_le_bytes());
-        out.extend(self.n_keys.unwrap_or(self.keys.len() as u64).to_le_bytes());
-        for (key, kind, value) in &self.keys {
-            out.extend(string(key));
-            out.extend(kind.to_le_bytes());
-            out.extend(value);
-        }
-        let mut offset = 0;
-        for t in &self.tensors {
-            out.extend(string(&t.name));
-            out.extend((t.dims.len() as u32).to_le_bytes());
-            t.dims.iter().for_each(|d| out.extend(d.to_le_bytes()));
-            out.extend(t.kind.to_le_bytes());
-            out.extend(t.offset.unwrap_or(offset as u64).to_le_bytes());
-            offset += t.data.len().next_multiple_of(self.alignment);
-        }
-        let header = out.len();
-        // No padding behind the last tensor, so that cutting off a single byte hurts.
-        for t in &self.tensors {
-            out.resize(out.len().next_multiple_of(self.alignment), 0);
-            out.extend(&t.data);
-        }
-        (header, out)
-    }
-}
-
-fn f32s(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
-}
-
-/// `n` weights as I2_S: the codes 0, 1, 2, 0, 1, ... and a scale of 0.5.
-fn i2_s(n: u64) -> Vec<u8> {
-    let mut data: Vec<u8> = (0..n as usize / 4).map(|i| [0b00_01_10_00u8, 0b01_10_00_01][i % 2]).collect();
-    data.extend(0.5f32.to_le_bytes());
-    data.resize(data.len() + 28, 0);
-    data
-}
-
 /// The smallest file that can be opened.
 fn tiny() -> Raw {
     Raw::new()
         .key("general.architecture", STRING, string("bitnet"))
         .tensor("a", &[4, 2], 0, f32s(&[0.0; 8]))
         .tensor("b", &[8], 1, vec![0; 16])
-}
-
-/// A whole model: hidden 128, FFN 128, one layer, two heads, one KV head, vocabulary 4.
-fn model() -> Raw {
-    let arch = "bitnet-b1.58";
-    let mut raw = Raw::new().key("general.architecture", STRING, string(arch));
-    for (key, value) in [
-        ("context_length", 64u32),
-        ("embedding_length", 128),
-        ("block_count", 1),
-        ("feed_forward_length", 128),
-        ("rope.dimension_count", 64),
-        ("attention.head_count", 2),
-        ("attention.head_count_kv", 1),
-        ("vocab_size", 4),
-    ] {
-        raw = raw.key(&format!("{arch}.{key}"), U32, value.to_le_bytes());
-    }
-    raw = raw
-        .key(&format!("{arch}.attention.layer_norm_rms_epsilon"), F32, 1e-5f32.to_le_bytes())
-        .key(&format!("{arch}.rope.freq_base"), F32, 500_000f32.to_le_bytes())
-        .key("tokenizer.ggml.model", STRING, string("gpt2"))
-        .key("tokenizer.ggml.pre", STRING, string("llama-bpe"))
-        .key(
-            "tokenizer.ggml.tokens",
-            ARRAY,
-            array(STRING, 4, &["a", "ß", "c", "<|eot_id|>"].map(string).concat()),
-        )
-        .key("tokenizer.ggml.token_type", ARRAY, array(5, 4, &[1i32, 1, 3, 3].map(i32::to_le_bytes).concat()))
-        .key("tokenizer.ggml.scores", ARRAY, array(F32, 4, &f32s(&[0.0; 4])))
-        .key("tokenizer.ggml.merges", ARRAY, array(STRING, 1, &string("a ß")))
-        .key("tokenizer.ggml.bos_token_id", U32, 1u32.to_le_bytes())
-        .key("tokenizer.ggml.eos_token_id", U32, 2u32.to_le_bytes())
-        .key("tokenizer.ggml.add_bos_token", BOOL, [1])
-        .tensor("token_embd.weight", &[128, 4], 1, vec![0x11; 1024])
-        .tensor("output_norm.weight", &[128], 0, f32s(&[1.0; 128]));
-    for norm in ["attn_norm", "attn_sub_norm", "ffn_norm", "ffn_sub_norm"] {
-        raw = raw.tensor(&format!("blk.0.{norm}.weight"), &[128], 0, f32s(&[1.0; 128]));
-    }
-    for (part, n) in [
-        ("attn_q", 128),
-        ("attn_k", 64),
-        ("attn_v", 64),
-        ("attn_output", 128),
-        ("ffn_gate", 128),
-        ("ffn_up", 128),
-        ("ffn_down", 128),
-    ] {
-        raw = raw.tensor(&format!("blk.0.{part}.weight"), &[128, n], 36, i2_s(128 * n));
-    }
-    raw
-}
-
-/// The same under architecture `bitnet`, with two keys of our own choice left out.
-fn older_model() -> Raw {
-    let mut raw = model();
-    for (key, ..) in &mut raw.keys {
-        let text = String::from_utf8(key.clone()).unwrap();
-        *key = text.replace("bitnet-b1.58.", "bitnet.").into_bytes();
-    }
-    *raw.value("general.architecture") = string("bitnet");
-    raw
-}
-
-/// A directory for files, each under a new name: those before may still be mapped.
-struct Dir(tempfile::TempDir, Cell<usize>);
-
-impl Dir {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap(), Cell::new(0))
-    }
-
-    fn write(&self, bytes: &[u8]) -> PathBuf {
-        self.1.set(self.1.get() + 1);
-        let path = self.0.path().join(format!("{}.gguf", self.1.get()));
-        std::fs::write(&path, bytes).unwrap();
-        path
-    }
-
-    fn open(&self, raw: &Raw) -> Result<Checkpoint, LoadError> {
-        Checkpoint::open(&self.write(&raw.bytes()), &OpenOptions::default())
-    }
-
-    /// Opens it and, if that works, reads everything.
-    fn open_and_check(&self, raw: &Raw) -> Result<Checkpoint, LoadError> {
-        let checkpoint = self.open(raw)?;
-        checkpoint.check()?;
-        Ok(checkpoint)
-    }
-}
-
-fn parse(bytes: &[u8]) -> Result<GgufFile, FileError> {
-    GgufFile::parse("hostile.gguf".into(), bytes.to_vec().into())
-}
-
-#[track_caller]
-fn assert_refused<T, E: std::fmt::Display>(name: &str, result: Result<T, E>, parts: &[&str]) {
-    let Err(error) = result else { panic!("{name}: accepted") };
-    let text = error.to_string();
-    for part in parts {
-        assert!(text.contains(part), "{name}: {text:?} does not say {part:?}");
-    }
-    assert!(text.contains(".gguf"), "{name}: {text:?} does not name the file");
 }
 
 #[test]
@@ -380,6 +165,8 @@ fn corpus() -> Vec<(&'static str, Vec<u8>, Vec<&'static str>)> {
     add("elements_overflow", change(&|r| r.tensors[0].dims = vec![1 << 32, 1 << 32]), &["`a`", "overflows"]);
     add("bytes_overflow", change(&|r| r.tensors[0].dims = vec![1 << 62]), &["`a`", "overflows"]);
     add("type_q4_k", change(&|r| r.tensors[0].kind = 12), &["`a`", "Q4_K (12)", "I2_S (36)", "Q6_K (14)"]);
+    let ik = ["`a`", "IQ2_BN_R4 of ik_llama.cpp (335)", "only ik_llama.cpp reads"];
+    add("type_iq2_bn_r4", change(&|r| r.tensors[0].kind = 335), &ik);
     add("type_4711", change(&|r| r.tensors[0].kind = 4711), &["`a`", "4711 (unknown)"]);
     add(
         "i2_s_k_64",
@@ -455,6 +242,7 @@ fn models_that_contradict_themselves_are_refused() {
     };
     let drop = |name: &str| change(&|r| r.tensors.retain(|t| t.name != name.as_bytes()));
     let extra = |name: &str, values: &[f32]| model().tensor(name, &[values.len() as u64], 0, f32s(values));
+    let rename = |from: &str, to: &str| change(&|r| r.tensor_mut(from).name = to.into());
     let retype = |name: &str, kind: u32, data: Vec<u8>| {
         change(&|r| {
             let tensor = r.tensor_mut(name);
@@ -474,6 +262,20 @@ fn models_that_contradict_themselves_are_refused() {
             &["`mamba`", "bitnet-b1.58, bitnet-25, bitnet"],
         ),
         ("a shard", model().key("split.count", U32, 2u32.to_le_bytes()), &["split.count", "merge"]),
+        (
+            "a shard of another architecture",
+            change(&|r| *r.value("general.architecture") = string("mamba")).key(
+                "split.count",
+                U32,
+                2u32.to_le_bytes(),
+            ),
+            &["architecture `mamba`"],
+        ),
+        (
+            "a shard behind the first",
+            tiny().without("general.architecture").key("split.count", U32, 2u32.to_le_bytes()),
+            &["split.count", "merge"],
+        ),
         ("no width", model().without("bitnet-b1.58.embedding_length"), &["bitnet-b1.58.embedding_length"]),
         (
             "no eps",
@@ -493,10 +295,38 @@ fn models_that_contradict_themselves_are_refused() {
         ("odd kv heads", key("attention.head_count_kv", 3), &["n_kv_heads", "3"]),
         ("other rope", key("rope.dimension_count", 32), &["rope.dimension_count", "32", "64"]),
         (
-            "scaled rope",
-            model().key("bitnet-b1.58.rope.scaling.type", STRING, string("yarn")),
-            &["rope.scaling.type", "yarn", "none"],
+            "yarn without a factor",
+            rope(&[("rope.scaling.type", "yarn")]),
+            &["rope.scaling.factor", "missing"],
         ),
+        (
+            "yarn",
+            rope(&[("rope.scaling.type", "yarn"), ("rope.scaling.factor", "4")]),
+            &["bitnet-b1.58.rope.scaling.factor is 4", "supported: 1"],
+        ),
+        (
+            "yarn with another amplitude",
+            rope(&[
+                ("rope.scaling.type", "yarn"),
+                ("rope.scaling.factor", "1"),
+                ("rope.scaling.yarn_attn_factor", "1.2"),
+            ]),
+            &["yarn_attn_factor is 1.2"],
+        ),
+        (
+            "linear",
+            rope(&[("rope.scaling.type", "linear"), ("rope.scaling.factor", "2")]),
+            &["rope.scaling.factor is 2", "supported: 1"],
+        ),
+        // llama.cpp scales by these without a type, too.
+        ("a factor alone", rope(&[("rope.scaling.factor", "2")]), &["rope.scaling.factor is 2"]),
+        ("an older factor alone", rope(&[("rope.scale_linear", "8")]), &["rope.scale_linear is 8"]),
+        (
+            "an amplitude alone",
+            rope(&[("rope.scaling.type", "none"), ("rope.scaling.attn_factor", "0.5")]),
+            &["rope.scaling.attn_factor is 0.5"],
+        ),
+        ("longrope", rope(&[("rope.scaling.type", "longrope")]), &["rope.scaling.type", "longrope", "none"]),
         (
             "experts",
             model().key("bitnet-b1.58.expert_count", U32, 8u32.to_le_bytes()),
@@ -528,6 +358,11 @@ fn models_that_contradict_themselves_are_refused() {
         ),
         ("no embedding", drop("token_embd.weight"), &["token_embd.weight", "missing"]),
         ("no projection", drop("blk.0.ffn_up.weight"), &["blk.0.ffn_up.weight", "missing"]),
+        (
+            "a fused projection",
+            rename("blk.0.attn_q.weight", "blk.0.attn_qkv.weight"),
+            &["`blk.0.attn_q.weight` is missing", "`blk.0.attn_qkv.weight` is there", "split its rows"],
+        ),
         ("half the sub-norms", drop("blk.0.ffn_sub_norm.weight"), &["blk.0.ffn_sub_norm.weight", "missing"]),
         ("a bias", extra("blk.0.attn_q.bias", &[0.0; 128]), &["blk.0.attn_q.bias", "no bias"]),
         ("an unknown norm", extra("blk.0.attn_q_norm.weight", &[1.0; 64]), &["blk.0.attn_q_norm.weight"]),
@@ -603,204 +438,6 @@ fn models_that_contradict_themselves_are_refused() {
     for (name, raw, parts) in cases {
         assert_refused(name, dir.open_and_check(&raw), parts);
     }
-}
-
-#[test]
-fn the_activation_is_never_guessed_where_guessing_goes_wrong() {
-    let dir = Dir::new();
-    let act = |raw: &Raw, hidden_act| {
-        let options = OpenOptions { hidden_act, ..Default::default() };
-        Checkpoint::open(&dir.write(&raw.bytes()), &options)
-            .map(|c| (c.config().activation, c.warnings().len()))
-    };
-    let (relu2, silu) = (GatedActivation::Relu2, GatedActivation::Silu);
-    assert_eq!(act(&model(), None).unwrap(), (relu2, 0));
-    let mut named_25 = model();
-    *named_25.value("general.architecture") = string("bitnet-25"); // its keys stay those of bitnet-b1.58
-    assert_eq!(act(&named_25, None).unwrap(), (relu2, 0));
-    assert_eq!(act(&older_model(), None).unwrap(), (silu, 0));
-    assert_eq!(act(&older_model(), Some(relu2)).unwrap(), (relu2, 1));
-    assert_eq!(act(&older_model(), Some(silu)).unwrap(), (silu, 0));
-    for key in ["bitnet.hidden_act", "bitnet.feed_forward.activation", "bitnet-b1.58.hidden_act"] {
-        let stated = older_model().key(key, STRING, string("relu2"));
-        assert_eq!(act(&stated, None).unwrap(), (relu2, 0), "{key}");
-        assert_eq!(act(&stated, Some(silu)).unwrap(), (silu, 1), "{key}");
-    }
-
-    // The shape of 2B-4T decides by its keys, before any tensor is looked at.
-    let mut shape = older_model();
-    for (key, value) in [
-        ("embedding_length", 2560u32),
-        ("feed_forward_length", 6912),
-        ("block_count", 30),
-        ("vocab_size", 128_256),
-        ("attention.head_count", 20),
-        ("attention.head_count_kv", 5),
-        ("rope.dimension_count", 128),
-    ] {
-        *shape.value(&format!("bitnet.{key}")) = value.to_le_bytes().to_vec();
-    }
-    assert_refused(
-        "2B-4T as bitnet",
-        act(&shape, None),
-        &["2B-4T", "--hidden-act relu2", "--hidden-act silu"],
-    );
-    for chosen in
-        [act(&shape, Some(relu2)), act(&shape.clone().key("bitnet.hidden_act", STRING, string("silu")), None)]
-    {
-        assert_refused("2B-4T, chosen", chosen, &["blk.0.attn_norm.weight"]);
-    }
-}
-
-#[test]
-fn what_community_files_leave_out_or_add_is_accepted() {
-    let dir = Dir::new();
-    // No vocab_size: the embedding's rows. No freq_base: llama.cpp's default, with a warning.
-    let raw = model().without("bitnet-b1.58.vocab_size").without("bitnet-b1.58.rope.freq_base");
-    let checkpoint = dir.open_and_check(&raw).unwrap();
-    assert_eq!((checkpoint.config().vocab_size, checkpoint.config().rope_theta), (4, 10_000.0));
-    assert!(checkpoint.warnings()[0].contains("rope.freq_base"), "{:?}", checkpoint.warnings());
-    // Keys of `bitnet` in a file of `bitnet-b1.58`.
-    let mut raw = older_model();
-    *raw.value("general.architecture") = string("bitnet-b1.58");
-    assert_eq!(dir.open(&raw).unwrap().config().activation, GatedActivation::Relu2);
-    // No dimension count, no KV heads, sizes as arrays, a token -1, RoPE factors of 1, an unknown tensor.
-    let raw = model()
-        .without("bitnet-b1.58.rope.dimension_count")
-        .without("bitnet-b1.58.feed_forward_length")
-        .without("tokenizer.ggml.bos_token_id")
-        .key("bitnet-b1.58.feed_forward_length", ARRAY, array(U32, 1, &128u32.to_le_bytes()))
-        .key("tokenizer.ggml.bos_token_id", 5, (-1i32).to_le_bytes())
-        .tensor("rope_freqs.weight", &[2], 0, f32s(&[1.0, 1.0]))
-        .tensor("something.else", &[1], 0, f32s(&[1.0]));
-    let checkpoint = dir.open_and_check(&raw).unwrap();
-    assert_eq!((checkpoint.config().intermediate_size, checkpoint.config().bos_token), (128, None));
-    assert!(
-        checkpoint.warnings().iter().any(|w| w.contains("something.else")),
-        "{:?}",
-        checkpoint.warnings()
-    );
-    // Special tokens beyond the vocabulary.
-    let mut raw = model();
-    *raw.value("tokenizer.ggml.eos_token_id") = 4u32.to_le_bytes().to_vec();
-    let checkpoint = dir.open(&raw).unwrap();
-    assert_eq!(checkpoint.config().eos_tokens, [3]);
-    assert!(checkpoint.warnings()[0].contains("token 4"), "{:?}", checkpoint.warnings());
-    // A separate scale multiplies.
-    for name in ["blk.0.attn_q.scale", "blk.0.attn_q.weight_scale", "blk.0.attn_q_scale"] {
-        let checkpoint = dir.open_and_check(&model().tensor(name, &[1], 0, f32s(&[3.0]))).unwrap();
-        assert_eq!(checkpoint.projection(0, Projection::Q).unwrap().scale, 1.5, "{name}");
-        assert_eq!(checkpoint.projection(0, Projection::K).unwrap().scale, 0.5, "{name}");
-    }
-    // A separate head.
-    let checkpoint =
-        dir.open_and_check(&model().tensor("output.weight", &[128, 4], 1, vec![0; 1024])).unwrap();
-    assert!(!checkpoint.config().tied_embeddings && checkpoint.output().unwrap().is_some());
-    // Without sub-norms.
-    let mut raw = model();
-    raw.tensors.retain(|t| !t.name.ends_with(b"sub_norm.weight"));
-    let checkpoint = dir.open_and_check(&raw).unwrap();
-    assert!(!checkpoint.config().sub_norms);
-    assert!(matches!(
-        checkpoint.norm(Norm::AttentionSub(0)),
-        Err(LoadError::File(FileError::MissingTensor { .. }))
-    ));
-    assert!(matches!(
-        checkpoint.norm(Norm::Attention(1)),
-        Err(LoadError::NoSuchLayer { layer: 1, n_layers: 1, .. })
-    ));
-    assert!(matches!(checkpoint.projection(9, Projection::Q), Err(LoadError::NoSuchLayer { .. })));
-}
-
-/// One matrix in every type that can hold it: the same codes, and scales that the type can hold.
-#[test]
-fn types_can_be_mixed() {
-    let dir = Dir::new();
-    let mut raw = model();
-    // Widths of 256, for the sake of TQ1_0 and TQ2_0.
-    for (key, value) in
-        [("embedding_length", 256u32), ("rope.dimension_count", 128), ("feed_forward_length", 256)]
-    {
-        *raw.value(&format!("bitnet-b1.58.{key}")) = value.to_le_bytes().to_vec();
-    }
-    for t in &mut raw.tensors {
-        let name = String::from_utf8(t.name.clone()).unwrap();
-        (t.dims, t.data) = match (&name[..], t.kind) {
-            ("token_embd.weight", _) => (vec![256, 4], vec![0x11; 2048]),
-            (_, 0) => (vec![256], f32s(&[1.0; 256])),
-            (name, _) if name.contains("attn_k") || name.contains("attn_v") => {
-                (vec![256, 128], i2_s(256 * 128))
-            }
-            _ => (vec![256, 256], i2_s(256 * 256)),
-        };
-    }
-    let reference = dir.open_and_check(&raw).unwrap();
-    let parts = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
-    let values: Vec<(Projection, Vec<f32>)> = Projection::ALL
-        .iter()
-        .map(|&which| {
-            use bitnet_burn_formats::canonical::{Row, row_bytes};
-            let t = reference.projection(0, which).unwrap();
-            let weight =
-                |i: usize| f32::from(Row(&t.codes[i / t.k * row_bytes(t.k)..]).weight(i % t.k)) * t.scale;
-            (which, (0..t.n * t.k).map(weight).collect())
-        })
-        .collect();
-    let f16 = |v: f32| [0, if v == 0.0 { 0 } else { 0x38 | if v < 0.0 { 0x80 } else { 0 } }]; // 0.5 is 0x3800
-    let blocks =
-        |v: &[f32], of: usize, f: &dyn Fn(&[f32]) -> Vec<u8>| v.chunks(of).flat_map(f).collect::<Vec<u8>>();
-    let encoded: [(u32, Vec<u8>); 6] = [
-        (0, f32s(&values[0].1)),
-        (1, values[1].1.iter().flat_map(|&v| f16(v)).collect()),
-        (30, values[2].1.iter().flat_map(|v| v.to_le_bytes()[2..].to_vec()).collect()),
-        // Q4_0: d = 0.5 / 8 = 0x2c00 with the sign of -max; +s is code 15 where d > 0, -s code 0.
-        (
-            2,
-            blocks(&values[3].1, 32, &|v| {
-                let q = |x: f32| {
-                    if x > 0.0 {
-                        15u8
-                    } else if x < 0.0 {
-                        0
-                    } else {
-                        8
-                    }
-                };
-                [0, 0x2c].into_iter().chain((0..16).map(|i| q(v[i]) | q(v[16 + i]) << 4)).collect()
-            }),
-        ),
-        // TQ2_0.
-        (
-            35,
-            blocks(&values[4].1, 256, &|v| {
-                let code = |i: usize| (v[i] * 2.0 + 1.0) as u8;
-                let byte =
-                    |b: usize| (0..4).map(|g| code(b / 32 * 128 + 32 * g + b % 32) << (2 * g)).sum::<u8>();
-                (0..64).map(byte).chain([0, 0x38]).collect()
-            }),
-        ),
-        // Q8_0: codes -1, 0, 1 with d = 0.5; any d would do that all blocks share.
-        (
-            8,
-            blocks(&values[5].1, 32, &|v| {
-                [0, 0x38].into_iter().chain(v.iter().map(|x| (x * 2.0) as i8 as u8)).collect()
-            }),
-        ),
-    ];
-    for ((kind, data), part) in encoded.into_iter().zip(parts) {
-        let tensor = raw.tensor_mut(&format!("blk.0.{part}.weight"));
-        (tensor.kind, tensor.data) = (kind, data);
-    }
-    let mixed = dir.open_and_check(&raw).unwrap();
-    for which in Projection::ALL {
-        let (a, b) = (reference.projection(0, which).unwrap(), mixed.projection(0, which).unwrap());
-        assert_eq!(a.scale, b.scale, "{which:?} {}", b.stored_as);
-        assert!(a.codes == b.codes, "{which:?} {}", b.stored_as);
-        assert!(b.codes.as_ptr().addr().is_multiple_of(32), "{which:?}");
-    }
-    assert_eq!(mixed.check().unwrap().zero_weights, reference.check().unwrap().zero_weights);
-    let stored: Vec<_> = Projection::ALL.map(|which| mixed.projection(0, which).unwrap().stored_as).into();
-    assert_eq!(stored, ["F32", "F16", "BF16", "Q4_0", "TQ2_0", "Q8_0", "I2_S"]);
 }
 
 #[test]

@@ -3,152 +3,14 @@
 
 use bitnet_burn::GatedActivation;
 use bitnet_burn::Projection;
-use bitnet_burn_engine::checkpoint::{Checkpoint, LoadError, OpenOptions, TokenizerSource};
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions, TokenizerSource};
 use proptest::prelude::{Just, Strategy, any};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
-/// (name, dtype, shape, data) in the order of the file.
-type Tensor = (String, &'static str, Vec<usize>, Vec<u8>);
-
-fn f32s(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
-}
-
-fn safetensors(tensors: &[Tensor]) -> Vec<u8> {
-    let mut header = Map::new();
-    let mut data = Vec::new();
-    for (name, dtype, shape, bytes) in tensors {
-        let offsets = [data.len(), data.len() + bytes.len()];
-        header.insert(name.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}));
-        data.extend(bytes);
-    }
-    with_header(&Value::Object(header).to_string(), &data)
-}
-
-fn with_header(header: &str, data: &[u8]) -> Vec<u8> {
-    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
-}
-
-/// Hidden 8, FFN 12, one layer, two heads, one KV head, vocabulary 4.
-struct Model {
-    config: Value,
-    tensors: Vec<Tensor>,
-}
-
-fn shapes() -> Vec<(String, usize, usize)> {
-    [
-        ("self_attn.q_proj", 8, 8),
-        ("self_attn.k_proj", 4, 8),
-        ("self_attn.v_proj", 4, 8),
-        ("self_attn.o_proj", 8, 8),
-        ("mlp.gate_proj", 12, 8),
-        ("mlp.up_proj", 12, 8),
-        ("mlp.down_proj", 8, 12),
-    ]
-    .map(|(part, n, k)| (format!("model.layers.0.{part}.weight"), n, k))
-    .into()
-}
-
-impl Model {
-    fn new(quantization: Value) -> Self {
-        let config = json!({
-            "model_type": "bitnet", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 4, "max_position_embeddings": 32,
-            "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "relu2", "tie_word_embeddings": true,
-            "bos_token_id": 1, "eos_token_id": 2, "quantization_config": quantization,
-        });
-        let mut tensors: Vec<Tensor> = vec![
-            ("model.embed_tokens.weight".into(), "F32", vec![4, 8], f32s(&[0.5; 32])),
-            ("model.norm.weight".into(), "F32", vec![8], f32s(&[1.0; 8])),
-        ];
-        for (part, n) in [
-            ("input_layernorm", 8),
-            ("post_attention_layernorm", 8),
-            ("self_attn.attn_sub_norm", 8),
-            ("mlp.ffn_sub_norm", 12),
-        ] {
-            tensors.push((format!("model.layers.0.{part}.weight"), "F32", vec![n], f32s(&vec![1.0; n])));
-        }
-        Self { config, tensors }
-    }
-
-    fn packed() -> Self {
-        let mut model = Self::new(json!({"quant_method": "bitnet", "linear_class": "autobitlinear"}));
-        for (name, n, k) in shapes() {
-            model.tensors.push((format!("{name}_scale"), "F32", vec![1], f32s(&[0.5])));
-            model.tensors.push((name, "U8", vec![n / 4, k], vec![0b10_01_00_01; n / 4 * k]));
-        }
-        model
-    }
-
-    fn online() -> Self {
-        let quantization =
-            json!({"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"});
-        let mut model = Self::new(quantization);
-        for (name, n, k) in shapes() {
-            let values: Vec<f32> = (0..n * k).map(|i| [0.3, -0.9, 0.0][i % 3]).collect();
-            model.tensors.push((name, "F32", vec![n, k], f32s(&values)));
-        }
-        model
-    }
-
-    fn set(mut self, key: &str, value: Value) -> Self {
-        match key.split_once('/') {
-            Some((outer, inner)) => self.config[outer][inner] = value,
-            None => self.config[key] = value,
-        }
-        self
-    }
-
-    fn without(mut self, key: &str) -> Self {
-        self.config.as_object_mut().unwrap().remove(key);
-        self
-    }
-
-    fn tensor(mut self, name: &str, dtype: &'static str, shape: &[usize], data: Vec<u8>) -> Self {
-        self.tensors.retain(|t| t.0 != name);
-        self.tensors.push((name.into(), dtype, shape.to_vec(), data));
-        self
-    }
-
-    fn drop(mut self, name: &str) -> Self {
-        self.tensors.retain(|t| t.0 != name);
-        self
-    }
-
-    fn write(&self, dir: &Path) {
-        std::fs::write(dir.join("config.json"), self.config.to_string()).unwrap();
-        std::fs::write(dir.join("model.safetensors"), safetensors(&self.tensors)).unwrap();
-    }
-
-    fn open(&self) -> Result<Opened, LoadError> {
-        self.open_with(&OpenOptions::default())
-    }
-
-    fn open_with(&self, options: &OpenOptions) -> Result<Opened, LoadError> {
-        let dir = tempfile::tempdir().unwrap();
-        self.write(dir.path());
-        let checkpoint = Checkpoint::open(dir.path(), options)?;
-        checkpoint.check()?;
-        Ok(Opened { checkpoint, _dir: dir })
-    }
-}
-
-/// A checkpoint, and its directory for as long.
-struct Opened {
-    checkpoint: Checkpoint,
-    _dir: tempfile::TempDir,
-}
-
-#[track_caller]
-fn assert_refused<T>(name: &str, result: Result<T, LoadError>, parts: &[&str]) {
-    let Err(error) = result else { panic!("{name}: accepted") };
-    let text = error.to_string();
-    for part in parts {
-        assert!(text.contains(part), "{name}: {text:?} does not say {part:?}");
-    }
-}
+#[path = "support/hf.rs"]
+mod hf;
+use hf::*;
 
 #[test]
 fn the_styles_mean_what_the_table_says() {
@@ -264,8 +126,27 @@ fn configurations_that_lie_are_refused() {
         ),
         ("other activation", p().set("hidden_act", json!("gelu")), &["gelu", "relu2, silu"]),
         ("a bias", p().set("attention_bias", json!(true)), &["attention_bias", "true"]),
-        ("scaled rope", p().set("rope_scaling", json!({"rope_type": "llama3"})), &["rope_scaling", "llama3"]),
-        ("scaled rope, old", p().set("rope_scaling", json!({"type": "linear"})), &["rope_scaling", "linear"]),
+        (
+            "llama3, no factor",
+            p().set("rope_scaling", json!({"rope_type": "llama3"})),
+            &["rope_scaling.factor"],
+        ),
+        ("linear, no factor", p().set("rope_scaling", json!({"type": "linear"})), &["rope_scaling.factor"]),
+        (
+            "linear",
+            p().set("rope_scaling", json!({"type": "linear", "factor": 2.0})),
+            &["`rope_scaling.factor` is 2.0", "supported: 1"],
+        ),
+        (
+            "yarn with another amplitude",
+            p().set("rope_scaling", json!({"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.1})),
+            &["`rope_scaling.attention_factor` is 1.1"],
+        ),
+        (
+            "dynamic",
+            p().set("rope_scaling", json!({"rope_type": "dynamic", "factor": 1.0})),
+            &["`rope_scaling.rope_type` is \"dynamic\"", "linear, yarn or llama3 with a factor of 1"],
+        ),
         ("partial rope", p().set("partial_rotary_factor", json!(0.5)), &["partial_rotary_factor", "0.5"]),
         (
             "tie as text",
@@ -355,6 +236,11 @@ fn tensors_that_lie_are_refused() {
             &["q_norm"],
         ),
         (
+            "a master with a scale",
+            Model::online().tensor(SCALE, "F32", &[1], f32s(&[1.0])),
+            &[SCALE, "float master"],
+        ),
+        (
             "an infinite master",
             Model::online().tensor(NAME, "F32", &[12, 8], f32s(&masters)),
             &[NAME, "row 2, column 1", "inf"],
@@ -392,7 +278,16 @@ fn directories_that_are_no_model_say_so() {
     for name in ["a.gguf", "b.gguf"] {
         std::fs::write(dir.path().join(name), "GGUF").unwrap();
     }
-    assert_refused("two files", open(dir.path()), &["a.gguf, b.gguf"]);
+    assert_refused("two files", open(dir.path()), &["a.gguf, b.gguf", "name one of them"]);
+    for name in ["a", "b"] {
+        let part = format!("m-0000{}-of-00002.gguf", if name == "a" { 1 } else { 2 });
+        std::fs::rename(dir.path().join(format!("{name}.gguf")), dir.path().join(part)).unwrap();
+    }
+    assert_refused("two parts", open(dir.path()), &["m-00001-of-00002.gguf", "llama-gguf-split --merge"]);
+    for (name, part) in [("a", 1), ("b", 2)] {
+        let part = dir.path().join(format!("m-0000{part}-of-00002.gguf"));
+        std::fs::rename(part, dir.path().join(format!("{name}.gguf"))).unwrap();
+    }
     std::fs::remove_file(dir.path().join("b.gguf")).unwrap();
     assert_refused("one file, and that truncated", open(dir.path()), &["a.gguf", "truncated"]);
     std::fs::remove_file(dir.path().join("a.gguf")).unwrap();

@@ -81,12 +81,32 @@ impl GgufFile {
 
         let mut tensors = Vec::new();
         let mut names = HashMap::new();
+        let mut unread = None;
         for i in 0..n_tensors {
-            let tensor = cursor.tensor(i, n_tensors)?;
+            let tensor = match cursor.tensor(i, n_tensors) {
+                Ok(tensor) => tensor,
+                Err(FileError::UnknownTensorType { path, tensor, found, supported, help, .. }) => {
+                    let value = keys.get("general.architecture").map(|&i| &metadata[i].1);
+                    let architecture = value.and_then(Value::as_str).map(str::to_owned);
+                    let of_layer = tensor.starts_with("blk.");
+                    let error =
+                        FileError::UnknownTensorType { path, tensor, found, supported, help, architecture };
+                    // One of a layer says more about the model than the embedding's, which often comes first.
+                    if of_layer {
+                        return Err(error);
+                    }
+                    unread = unread.or(Some(error));
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             if names.insert(tensor.name.clone(), tensors.len()).is_some() {
                 return Err(FileError::Duplicate { path, what: "tensor", name: tensor.name });
             }
             tensors.push(tensor);
+        }
+        if let Some(error) = unread {
+            return Err(error);
         }
 
         // The header ends here; the data begins at the next multiple of the alignment. A file without

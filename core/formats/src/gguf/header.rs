@@ -1,7 +1,7 @@
 //! The header: counts, keys and tensors, each checked against the size of the file before it is believed.
 
 use super::value::decode;
-use super::{TensorType, Value, ValueType};
+use super::{TensorType, Value, ValueType, others};
 use crate::error::FileError;
 use bytes::Bytes;
 use std::path::Path;
@@ -285,9 +285,11 @@ impl<'a> Cursor<'a> {
         let Some(tensor_type) = TensorType::from_id(type_id) else {
             return Err(FileError::UnknownTensorType {
                 path: self.path.to_owned(),
-                tensor: name,
                 found: TensorType::describe(type_id),
                 supported: TensorType::supported(),
+                help: others::help(type_id, &name),
+                tensor: name,
+                architecture: None,
             });
         };
         let elements = dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d));

@@ -16,6 +16,7 @@
 
 mod file;
 mod header;
+mod others;
 mod ternary;
 mod types;
 mod value;

@@ -1,5 +1,6 @@
 //! Tensor types: their numbers, names and sizes.
 
+use super::others;
 use crate::DenseFormat;
 use std::fmt;
 
@@ -78,38 +79,10 @@ impl TensorType {
         if let Some(known) = Self::from_id(id) {
             return format!("{known} ({id})");
         }
-        let name = match id {
-            3 => "Q4_1",
-            6 => "Q5_0",
-            7 => "Q5_1",
-            9 => "Q8_1",
-            10 => "Q2_K",
-            11 => "Q3_K",
-            12 => "Q4_K",
-            13 => "Q5_K",
-            15 => "Q8_K",
-            16 => "IQ2_XXS",
-            17 => "IQ2_XS",
-            18 => "IQ3_XXS",
-            19 => "IQ1_S",
-            20 => "IQ4_NL",
-            21 => "IQ3_S",
-            22 => "IQ2_S",
-            23 => "IQ4_XS",
-            24 => "I8",
-            25 => "I16",
-            26 => "I32",
-            27 => "I64",
-            28 => "F64",
-            29 => "IQ1_M",
-            37 => "I8_S of bitnet.cpp",
-            38 => "TL1 of bitnet.cpp",
-            39 => "TL2 of bitnet.cpp, or MXFP4",
-            134 => "IQ1_BN of ik_llama.cpp",
-            135 => "IQ2_BN of ik_llama.cpp",
-            _ => return format!("{id} (unknown)"),
-        };
-        format!("{name} ({id})")
+        match others::name(id) {
+            Some(name) => format!("{name} ({id})"),
+            None => format!("{id} (unknown)"),
+        }
     }
 }
 

@@ -524,6 +524,49 @@ fn wrong_usage_is_exit_code_2() {
     assert!(place.ok(&["--help"]).contains("BITNET_STRICT_MODE"));
 }
 
+/// What people who come from llama.cpp type: each is refused as wrong usage, with what to write instead.
+#[test]
+fn habits_of_llama_cpp_are_answered() {
+    let place = Place::empty();
+    for (more, parts) in [
+        (&["--seed", "-1"][..], &["invalid value '-1' for '--seed", "leave --seed out"][..]),
+        (&["-n", "-1"], &["invalid value '-1' for '--max-new-tokens", "-n 100000"]),
+        (&["-n", "-2"], &["invalid value '-2'", "-n 100000"]),
+        (&["--max-new-tokens=-1"], &["invalid value '-1'", "-n 100000"]),
+        (&["-t", "-1"], &["invalid value '-1' for '--threads", "leave --threads out"]),
+        (&["--gpu-layers", "-1"], &["invalid value '-1' for '--gpu-layers", "--device"]),
+        (&["--chunk", "-4"], &["invalid value '-4' for '--chunk"]),
+        (&["-ngl", "99"], &["llama.cpp's `-ngl` is here: --gpu-layers"]),
+        (&["--n-gpu-layers", "99"], &["llama.cpp's `--n-gpu-layers` is here: --gpu-layers"]),
+        (&["-c", "4096"], &["llama.cpp's `-c` is here: --context"]),
+        (&["--ctx-size=4096"], &["llama.cpp's `--ctx-size` is here: --context"]),
+        (&["-cnv"], &["llama.cpp's `-cnv` is here: --chat"]),
+        (&["-tb", "4", "--temp", "0.7"], &["llama.cpp's `-tb` is here: --threads"]),
+        (&["--temp", "0.7"], &["llama.cpp's `--temp` is here: --temperature"]),
+        (&["-fa", "on"], &["llama.cpp's `-fa` is here: nothing"]),
+        (&["-no-cnv"], &["llama.cpp's `-no-cnv` is here: nothing"]),
+    ] {
+        let args = [&["run", "-m", "x", "-p", "y"][..], more].concat();
+        let Output { status, stderr, .. } = place.command(&args).output().unwrap();
+        let stderr = String::from_utf8(stderr).unwrap();
+        assert_eq!(status.code(), Some(2), "{more:?}: {stderr}");
+        for part in parts {
+            assert!(stderr.contains(part), "{more:?}: {stderr:?} does not say {part:?}");
+        }
+        assert_eq!(
+            stderr.contains("tip: "),
+            parts.iter().any(|p| !p.starts_with("invalid value")),
+            "{stderr}"
+        );
+    }
+    // A flag that is nobody's stays what it was.
+    let stderr = place.command(&["run", "-m", "x", "-p", "y", "--nonsense"]).output().unwrap().stderr;
+    assert!(!String::from_utf8(stderr).unwrap().contains("llama.cpp"));
+    // Numbers below zero reach the parsers of other commands, too.
+    let stderr = place.command(&["bench", "-p", "-1"]).output().unwrap().stderr;
+    assert!(String::from_utf8(stderr).unwrap().contains("invalid value '-1'"));
+}
+
 #[test]
 fn nobody_minds_a_reader_that_has_seen_enough() {
     let place = Place::new();

@@ -27,6 +27,7 @@ mod choices;
 mod error;
 pub(crate) mod gguf;
 mod hf;
+mod missing;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -36,6 +37,7 @@ mod values;
 pub use error::LoadError;
 pub use hf::Style;
 pub use source::{Content, OpenOptions, TensorInfo};
+pub(crate) use tokenizer_source::{END_OF_GENERATION, end_of_generation};
 pub use tokenizer_source::{GgufTokenizer, TokenizerSource};
 
 use bitnet_burn::{ModelConfig, Norm, Projection};
@@ -105,7 +107,8 @@ impl Checkpoint {
         let gguf = if meta.is_dir() { gguf_in_directory(path)? } else { Some(path.to_owned()) };
         let (source, config): (Box<dyn Source>, _) = match gguf {
             Some(file) => {
-                let (model, config) = GgufModel::new(GgufFile::open(&file)?, options, &mut warnings)?;
+                let file = GgufFile::open(&file).map_err(gguf::what_matters)?;
+                let (model, config) = GgufModel::new(file, options, &mut warnings)?;
                 (Box::new(model), config)
             }
             None => {
@@ -122,7 +125,7 @@ impl Checkpoint {
     /// [`LoadError`]
     pub fn from_gguf(name: &Path, bytes: Bytes, options: &OpenOptions) -> Result<Self, LoadError> {
         let mut warnings = Vec::new();
-        let file = GgufFile::parse(name.to_owned(), bytes)?;
+        let file = GgufFile::parse(name.to_owned(), bytes).map_err(gguf::what_matters)?;
         let (model, config) = GgufModel::new(file, options, &mut warnings)?;
         Ok(Self::opened(name, config, warnings, Box::new(model)))
     }
@@ -337,8 +340,24 @@ fn gguf_in_directory(path: &Path) -> Result<Option<PathBuf>, LoadError> {
         several => {
             let names: Vec<_> =
                 several.iter().filter_map(|f| f.file_name()).map(|n| n.to_string_lossy()).collect();
+            let parts = names.iter().all(|name| is_part(name));
             let names = names.join(", ");
-            Err(no_model(format!("the directory has several GGUF files ({names}): name one of them")))
+            Err(no_model(if parts {
+                format!(
+                    "the directory has a GGUF file in parts ({names}): join them (llama-gguf-split --merge)"
+                )
+            } else {
+                format!("the directory has several GGUF files ({names}): name one of them")
+            }))
         }
     }
+}
+
+/// Whether a file's name ends as those of llama-gguf-split do: `-00001-of-00003.gguf`.
+fn is_part(name: &str) -> bool {
+    let number = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
+    let ends = name.strip_suffix(".gguf").and_then(|stem| stem.rsplit_once("-of-"));
+    ends.is_some_and(|(before, of)| {
+        number(of) && before.rsplit_once('-').is_some_and(|(_, part)| number(part))
+    })
 }

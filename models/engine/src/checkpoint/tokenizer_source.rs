@@ -2,6 +2,33 @@
 
 use std::path::PathBuf;
 
+/// Tokens that end a turn or a text in the vocabularies of published models, the end of a turn first.
+/// llama.cpp knows them by these texts too, because files often name only one of theirs.
+pub(crate) const END_OF_GENERATION: [&str; 15] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+    "[EOS]",
+    "<eos>",
+    "</s>",
+];
+
+/// The place of a token's text among those that end a turn or a text; `None` for all others.
+pub(crate) fn end_of_generation(text: &str) -> Option<usize> {
+    // Asked of every token of a vocabulary.
+    let is_possible = matches!(text.as_bytes().first(), Some(b'<' | b'[' | b'_'));
+    END_OF_GENERATION.iter().position(|end| is_possible && *end == text)
+}
+
 /// Where the tokenizer is; reading it is the tokenizer's business.
 #[derive(Clone, Debug)]
 pub enum TokenizerSource {
@@ -54,6 +81,8 @@ pub struct GgufTokenizer {
     pub remove_extra_whitespaces: Option<bool>,
     /// `tokenizer.chat_template`: Jinja.
     pub chat_template: Option<String>,
+    /// `tokenizer.huggingface.json`: the model's own `tokenizer.json`.
+    pub tokenizer_json: Option<String>,
 }
 
 impl GgufTokenizer {

@@ -81,7 +81,7 @@ pub enum VocabularyError {
     /// The pre-tokenizer is not named and can't be told.
     #[error(
         "tokenizer.ggml.pre is missing, and a vocabulary of {tokens} tokens doesn't tell which pre-tokenizer \
-         it was made with: name it with --pre, one of {}",
+         it was made with: --pre names it, one of {}",
         pre::names()
     )]
     MissingPre {
@@ -89,10 +89,19 @@ pub enum VocabularyError {
         tokens: usize,
     },
     /// A pre-tokenizer that isn't supported.
-    #[error("the pre-tokenizer (tokenizer.ggml.pre or --pre) is {pre:?}; supported are {}", pre::names())]
+    #[error(
+        "the pre-tokenizer (tokenizer.ggml.pre or --pre) is {pre:?}; supported are {}; {}",
+        pre::names(),
+        match same {
+            Some(name) => format!("the file's tokenizer.huggingface.json has the expressions of {name}: pass --pre {name}"),
+            None => "--pre names the one with the expressions of the model's tokenizer.json".into(),
+        }
+    )]
     UnknownPre {
         /// Its name.
         pre: String,
+        /// The one that does the same, where the file tells.
+        same: Option<&'static str>,
     },
     /// An array has another length than the vocabulary.
     #[error("{key} has {found} entries for {tokens} tokens")]

@@ -4,13 +4,13 @@ use tokenizers::AddedToken;
 use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::models::bpe::{BPE, Vocab};
 
+use super::VocabularyError as Error;
 use super::decode::{Decoder, Kind, Malformed, Pieces, byte_token};
 use super::pre::PreTokenizer;
 use super::spm::SentencePiece;
-use super::vocabulary::Type;
-use super::{END_OF_GENERATION, VocabularyError as Error};
-use super::{Encoder, Ends, Special, Tokenizer, VocabularyError, guarded, pre, size_warning};
-use crate::checkpoint::GgufTokenizer;
+use super::vocabulary::{Type, types};
+use super::{Encoder, Ends, Special, Tokenizer, VocabularyError, guarded, pre, size_warning, translate};
+use crate::checkpoint::{GgufTokenizer, end_of_generation};
 
 /// The size of LLaMA 3's vocabulary, which BitNet b1.58 2B-4T shares: some of its files name no pre-tokenizer.
 const LLAMA3_TOKENS: usize = 128_256;
@@ -31,8 +31,7 @@ pub(super) fn build(keys: &GgufTokenizer, vocab_size: usize) -> Result<Tokenizer
             return Err(Error::Length { key, found, tokens: tokens.len() });
         }
     }
-    let types: Vec<Type> =
-        (0..tokens.len()).map(|id| Type::new(keys.token_types.get(id).copied().unwrap_or(1))).collect();
+    let types = types(keys);
     for (id, token) in tokens.iter().enumerate() {
         if types[id] == Type::Byte && byte_token(token).is_none() {
             return Err(Error::Byte { id, token: token.clone() });
@@ -73,18 +72,14 @@ pub(super) fn build(keys: &GgufTokenizer, vocab_size: usize) -> Result<Tokenizer
 
     let bos = end(keys.add_bos, add_bos, special.bos, "tokenizer.ggml.add_bos_token", "bos_token_id")?;
     let eos = end(keys.add_eos, false, special.eos, "tokenizer.ggml.add_eos_token", "eos_token_id")?;
-    let by_name = tokens
-        .iter()
-        .zip(&types)
-        .enumerate()
-        .filter(|(_, (token, kind))| kind.is_recognised() && END_OF_GENERATION.contains(&token.as_str()));
-    let mut end_of_generation: Vec<u32> = by_name.map(|(id, _)| id as u32).collect();
+    let by_name = (0u32..).zip(tokens).filter(|(_, token)| end_of_generation(token).is_some());
+    let mut end_of_generation: Vec<u32> = by_name.map(|(id, _)| id).collect();
     end_of_generation.extend(special.eos.into_iter().chain(eot));
     end_of_generation.retain(|&id| (id as usize) < vocab_size);
     end_of_generation.sort_unstable();
     end_of_generation.dedup();
 
-    Ok(Tokenizer {
+    let mut tokenizer = Tokenizer {
         encoder,
         decoder: Decoder::Pieces(pieces),
         vocab_size,
@@ -93,6 +88,51 @@ pub(super) fn build(keys: &GgufTokenizer, vocab_size: usize) -> Result<Tokenizer
         end_of_generation,
         chat_template: keys.chat_template.clone(),
         warnings,
+    };
+    let warnings = [by_text(keys, &types), markers(keys, &types, &tokenizer)];
+    tokenizer.warnings.extend(warnings.into_iter().flatten());
+    Ok(tokenizer)
+}
+
+/// A warning about tokens that are taken as control tokens although the file says otherwise.
+fn by_text(keys: &GgufTokenizer, types: &[Type]) -> Option<String> {
+    let stated = |id: usize| Type::new(keys.token_types.get(id).copied().unwrap_or(1));
+    let differs = |id: &usize| types[*id] != stated(*id);
+    let found: Vec<_> = (0..types.len()).filter(differs).map(|id| format!("`{}`", keys.tokens[id])).collect();
+    (!found.is_empty()).then(|| {
+        format!(
+            "{} not of type control in tokenizer.ggml.token_type; taken as such by the text: generation ends there",
+            if found.len() == 1 { format!("{} is", found[0]) } else { format!("{} are", found.join(", ")) }
+        )
+    })
+}
+
+/// A warning about tokens that the chat template writes, and that a text with them is not encoded to: the
+/// model was trained on the tokens, not on the pieces that their texts are cut into.
+fn markers(keys: &GgufTokenizer, types: &[Type], tokenizer: &Tokenizer) -> Option<String> {
+    let template = keys.chat_template.as_deref()?;
+    let is_marker = |token: &str| match token.as_bytes() {
+        [b'<', .., b'>'] | [b'[', .., b']'] => template.contains(token),
+        _ => false,
+    };
+    let by_role = [("bos_token", keys.bos), ("eos_token", keys.eos)];
+    let has_role =
+        |id: usize| by_role.iter().any(|(name, of)| *of == Some(id as u32) && template.contains(name));
+    let is_lost = |id: usize, token: &str| {
+        let ids = tokenizer.encode(token, false);
+        ids.is_ok_and(|ids| !ids.iter().any(|&other| other as usize == id))
+    };
+    let lost: Vec<_> = (keys.tokens.iter().enumerate())
+        .filter(|&(id, token)| !types[id].is_recognised() && (has_role(id) || is_marker(token)))
+        .filter(|&(id, token)| is_lost(id, token))
+        .map(|(_, token)| format!("`{token}`"))
+        .collect();
+    (!lost.is_empty()).then(|| {
+        format!(
+            "the chat template writes {}, which tokenizer.ggml.token_type has as ordinary text: the model gets \
+             several tokens for each instead of the one that it was trained on",
+            lost.join(", ")
+        )
     })
 }
 
@@ -126,7 +166,14 @@ fn pre_tokenizer(
         }
         _ => return Err(Error::MissingPre { tokens }),
     };
-    pre::find(name).ok_or_else(|| Error::UnknownPre { pre: name.to_owned() })
+    pre::find(name).ok_or_else(|| Error::UnknownPre { pre: name.to_owned(), same: same_as_json(keys) })
+}
+
+/// The pre-tokenizer with the expressions of the model's own `tokenizer.json`, where the file has it.
+fn same_as_json(keys: &GgufTokenizer) -> Option<&'static str> {
+    let json: serde_json::Value = serde_json::from_str(keys.tokenizer_json.as_deref()?).ok()?;
+    let patterns = translate::patterns(&json["pre_tokenizer"])?;
+    pre::with_patterns(&patterns, json["model"]["ignore_merges"] == true)
 }
 
 fn byte_level_bpe(

@@ -9,7 +9,8 @@ use tokenizers::decoders::DecoderWrapper;
 
 use super::decode::{Decoder, Kind, Malformed, Pieces, byte_token};
 use super::spm::SPACE;
-use super::{END_OF_GENERATION, Encoder, Ends, Special, Tokenizer, VocabularyError, guarded, size_warning};
+use super::{Encoder, Ends, Special, Tokenizer, VocabularyError, guarded, size_warning};
+use crate::checkpoint::END_OF_GENERATION;
 
 pub(super) fn build(dir: &Path, vocab_size: usize) -> Result<Tokenizer, VocabularyError> {
     let Some(json) = read(dir, "tokenizer.json")? else {

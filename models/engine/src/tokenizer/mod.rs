@@ -31,22 +31,6 @@ pub use translate::TranslateError;
 use crate::checkpoint::TokenizerSource;
 use decode::Decoder;
 
-/// Tokens that end a turn or a text in the vocabularies of published models. Where a vocabulary has one of
-/// them as a special token, generation ends there, whether or not the file names it (llama.cpp does the same,
-/// because files often name only one of theirs).
-const END_OF_GENERATION: [&str; 10] = [
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<EOT>",
-    "<eos>",
-    "</s>",
-];
-
 /// A tokenizer; see the [module](self).
 ///
 /// ```no_run
@@ -231,7 +215,8 @@ impl Tokenizer {
         self.special.eos
     }
 
-    /// All tokens at which generation ends, ascending: the end of text, of a turn, of a message.
+    /// All tokens at which generation ends, ascending: the end of text, of a turn, of a message. Where a
+    /// vocabulary has a well-known one of them, generation ends there, whether or not the file names it.
     pub fn end_of_generation(&self) -> &[u32] {
         &self.end_of_generation
     }

@@ -397,7 +397,7 @@ fn what_is_wrong_with_gguf_keys_is_said() {
     let missing = edit(|k| k.pre = None);
     assert!(matches!(missing, E::MissingPre { tokens: 320 }) && missing.to_string().contains("--pre"));
     let unknown = edit(|k| k.pre = Some("no-such".into()));
-    assert!(matches!(&unknown, E::UnknownPre { pre: name } if name == "no-such"));
+    assert!(matches!(&unknown, E::UnknownPre { pre: name, same: None } if name == "no-such"));
     assert!(unknown.to_string().contains("llama-bpe") && unknown.to_string().contains("qwen2"));
     let message = gguf(GgufTokenizer { pre: None, ..keys_a() }).unwrap_err().to_string();
     assert!(message.starts_with("the tokenizer in a.gguf: "), "{message}");
@@ -410,6 +410,86 @@ fn what_is_wrong_with_gguf_keys_is_said() {
     assert!(matches!(spm(|k| k.scores.clear()), E::Missing("tokenizer.ggml.scores")));
     assert!(matches!(spm(|k| k.scores[300] = f32::NAN), E::Score { id: 300, .. }));
     assert!(matches!(spm(|k| k.tokens[301] = k.tokens[300].clone()), E::Duplicate { .. }));
+}
+
+/// The name that Falcon-E's own files and bitnet.cpp's converter write.
+#[test]
+fn falcon_e_is_llama_bpe() {
+    let [_, llama] = tokenizers_a();
+    let falcon = gguf(GgufTokenizer { pre: Some("falcon_e".into()), ..keys_a() }).unwrap();
+    assert_eq!(falcon.encode("Hello", true).unwrap(), [312, 39, 68, 75, 75, 78]);
+    for golden in goldens_a()["encode"].as_array().unwrap() {
+        let text: String = get(golden, "text");
+        assert_eq!(falcon.encode(&text, true).unwrap(), llama.encode(&text, true).unwrap(), "{text:?}");
+    }
+}
+
+#[test]
+fn an_unknown_pre_tokenizer_is_told_by_the_models_own_file() {
+    let file = json(Path::new(TOKENIZER_A).join("tokenizer.json")).to_string();
+    let mut keys = GgufTokenizer { pre: Some("new".into()), tokenizer_json: Some(file), ..keys_a() };
+    let error = problem(keys.clone());
+    assert!(matches!(&error, VocabularyError::UnknownPre { same: Some("llama-bpe"), .. }));
+    assert!(error.to_string().ends_with("pass --pre llama-bpe"), "{error}");
+    // Who does that has the tokens.
+    keys.pre = Some("llama-bpe".into());
+    assert_eq!(gguf(keys.clone()).unwrap().encode("Hello", true).unwrap(), [312, 39, 68, 75, 75, 78]);
+    keys.pre = Some("new".into());
+    for other in ["", "{", "{}", r#"{"pre_tokenizer": {"type": "Whitespace"}}"#] {
+        keys.tokenizer_json = Some(other.into());
+        let error = problem(keys.clone());
+        assert!(matches!(&error, VocabularyError::UnknownPre { same: None, .. }), "{other}: {error}");
+    }
+}
+
+/// Files of converters that do not know the added tokens, or that write no types at all.
+#[test]
+fn control_tokens_of_type_normal_are_recognised_or_named() {
+    let chat = "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>";
+    let [_, right] = tokenizers_a();
+    let expected = right.encode(chat, false).unwrap();
+    assert_eq!((expected[0], expected.last()), (316, Some(&319)));
+
+    let mut keys = keys_a();
+    for id in [316, 317, 319] {
+        keys.token_types[id] = 1;
+    }
+    let tokenizer = gguf(keys.clone()).unwrap();
+    // The end of a turn is known by its text, as in llama.cpp ...
+    assert_eq!(tokenizer.end_of_generation(), [313, 318, 319]);
+    let ids = tokenizer.encode(chat, false).unwrap();
+    assert_eq!(ids.last(), Some(&319));
+    assert_eq!(tokenizer.decode(&[64, 319], true).unwrap(), "a");
+    // ... the others are not, and the template has them.
+    assert_ne!(ids[0], 316);
+    let [by_text, markers] = tokenizer.warnings() else { panic!("{:?}", tokenizer.warnings()) };
+    assert!(by_text.starts_with("`<|eot_id|>` is not of type control"), "{by_text}");
+    assert!(markers.contains("writes `<|start_header_id|>`, `<|end_header_id|>`, which"), "{markers}");
+
+    keys.token_types.clear();
+    let tokenizer = gguf(keys.clone()).unwrap();
+    assert_eq!(tokenizer.end_of_generation(), [313, 318, 319]);
+    let [by_text, markers] = tokenizer.warnings() else { panic!("{:?}", tokenizer.warnings()) };
+    assert!(by_text.contains("`<|end_of_text|>`, `<|eom_id|>`, `<|eot_id|>` are not"), "{by_text}");
+    // The template writes its `bos_token`, too.
+    for marker in ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"] {
+        assert!(markers.contains(&format!("`{marker}`")), "{markers}");
+    }
+    // The copy in the other kind of file cuts the same text into the same tokens.
+    let config = crate::synth::shape("tiny").unwrap();
+    let config = bitnet_burn::ModelConfig { vocab_size: 320, ..config };
+    let files = translate::to_hf(&keys, &config).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), files.tokenizer).unwrap();
+    std::fs::write(dir.path().join("tokenizer_config.json"), files.config.to_string()).unwrap();
+    let copy = open(TokenizerSource::Hf { dir: dir.path().into() }, 320).unwrap();
+    assert_eq!(translate::disagreement(&tokenizer, &copy).unwrap(), None);
+
+    // Without a template nothing is written that could be lost, and what merges make whole is not.
+    keys.chat_template = None;
+    assert_eq!(gguf(keys.clone()).unwrap().warnings().len(), 1);
+    keys.chat_template = Some("{{ messages[0]['content'] }}[]<>".into());
+    assert_eq!(gguf(keys).unwrap().warnings().len(), 1);
 }
 
 #[test]

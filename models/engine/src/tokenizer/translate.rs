@@ -19,7 +19,7 @@ use tokenizers::{NormalizedString, Normalizer as _};
 
 use super::decode::byte_token;
 use super::spm::SPACE;
-use super::vocabulary::Type;
+use super::vocabulary::{Type, types};
 use super::{Encoder, Ends, Tokenizer, TokenizerError, guarded, pre};
 use crate::checkpoint::{GgufTokenizer, TokenizerSource};
 use bitnet_burn::ModelConfig;
@@ -218,7 +218,7 @@ fn ends(tokenizer: &Tokenizer) -> Result<(Option<u32>, Option<u32>), TokenizerEr
 }
 
 /// The expressions of a pre-tokenizer that cuts by expressions and ends in `ByteLevel`.
-fn patterns(json: &Value) -> Option<Vec<String>> {
+pub(super) fn patterns(json: &Value) -> Option<Vec<String>> {
     let alone = std::slice::from_ref(json);
     let steps = if json["type"] == "Sequence" { json["pretokenizers"].as_array()? } else { alone };
     let (last, steps) = steps.split_last()?;
@@ -341,8 +341,7 @@ fn post_processor(tokenizer: &Tokenizer, bos: Option<u32>, eos: Option<u32>) -> 
 /// `tokenizer.json` of a SentencePiece vocabulary, as transformers makes it: any two tokens that make a
 /// third are a merge, the one with the highest score first.
 fn sentencepiece_json(keys: &GgufTokenizer, unk: Option<u32>) -> Value {
-    let types: Vec<Type> =
-        (0..keys.tokens.len()).map(|id| Type::new(keys.token_types.get(id).copied().unwrap_or(1))).collect();
+    let types = types(keys);
     let joinable: HashMap<&str, usize> = (keys.tokens.iter().enumerate())
         .filter(|(id, token)| types[*id] == Type::Normal && !token.is_empty())
         .map(|(id, token)| (token.as_str(), id))

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::VocabularyError as Error;
+use crate::checkpoint::{GgufTokenizer, end_of_generation};
 
 /// `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +36,17 @@ impl Type {
     pub(super) fn is_special(self) -> bool {
         matches!(self, Self::Unknown | Self::Control)
     }
+}
+
+/// The types of all tokens by id. Tokens that are known to end a turn are control tokens whatever the file
+/// says, as in llama.cpp.
+pub(super) fn types(keys: &GgufTokenizer) -> Vec<Type> {
+    let stated = |id: usize| Type::new(keys.token_types.get(id).copied().unwrap_or(1));
+    let of = |(id, token): (usize, &String)| match stated(id) {
+        Type::Normal if end_of_generation(token).is_some() => Type::Control,
+        kind => kind,
+    };
+    keys.tokens.iter().enumerate().map(of).collect()
 }
 
 /// Texts to ids, where each text must be there once only. Empty ones are left out.

@@ -9,6 +9,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN35 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+MINICPM5 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 LEAD, TAIL = r"[^\r\n\p{L}\p{N}]?", r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -16,13 +18,16 @@ TEKKEN = rf"{LEAD}{UPPER}*{LOWER}+|{LEAD}{UPPER}+{LOWER}*|\p{{N}}|{TAIL}"
 GPT4O = rf"{LEAD}{UPPER}*{LOWER}+{CONTRACTION}|{LEAD}{UPPER}+{LOWER}*{CONTRACTION}|\p{{N}}{{1,3}}|{TAIL}"
 
 
-def split(pattern):
-    return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+def split(*patterns):
+    cuts = [Split(Regex(pattern), "isolated") for pattern in patterns]
+    return Sequence([*cuts, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 PRE = {
     "llama-bpe": split(LLAMA3),
     "qwen2": split(QWEN2),
+    "qwen35": split(QWEN35),
+    "minicpm5": split(r"\p{N}{1,3}", MINICPM5),
     "tekken": split(TEKKEN),
     "gpt-4o": split(GPT4O),
     "gpt-2": ByteLevel(add_prefix_space=False, use_regex=True),
@@ -53,6 +58,7 @@ TEXTS = [
     "a",
     "ǅ ǈ titlecase ʰ modifier ª º",
     "x² + y² = z² (a≠b) ∑∫ €5 £6",
+    "spaces before numbers:  12   3456",
 ]
 
 goldens = {

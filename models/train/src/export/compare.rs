@@ -1,7 +1,7 @@
 //! A copy against its source, tensor by tensor.
 
 use super::{Converted, ExportError, ExportOptions, Progress, RoundedScales, Summary, Target};
-use bitnet_burn::{GatedActivation, ModelConfig};
+use bitnet_burn::ModelConfig;
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_engine::checkpoint::{Checkpoint, TokenizerSource};
 use bitnet_burn_engine::gguf::TernaryType;
@@ -24,11 +24,10 @@ pub(super) fn compare(
     let config = source.config();
     configuration(config, copy.config(), &mut summary.notes)?;
     summary.architecture = copy.config().architecture.clone();
-    summary.format = match options.target {
-        Target::Gguf(_) => "GGUF",
-        Target::Hf { .. } => "Hugging Face",
+    (summary.format, summary.warnings) = match options.target {
+        Target::Gguf(types) => ("GGUF", types.warnings(config)),
+        Target::Hf { .. } => ("Hugging Face", Vec::new()),
     };
-    shape_notes(config, options.target, &mut summary.notes);
     summary.notes.extend(copy.warnings().iter().cloned());
 
     let total = config.ternary_parameters() / 4 + config.dense_parameters();
@@ -113,30 +112,6 @@ fn configuration(
         notes.push(format!("the tokens {lost:?}, which end a text, have no key in a GGUF file"));
     }
     Ok(())
-}
-
-/// What other programs make of the architecture, as far as it is known.
-fn shape_notes(config: &ModelConfig, target: Target, notes: &mut Vec<String>) {
-    let Target::Gguf(types) = target else { return };
-    let relu2 = config.activation == GatedActivation::Relu2;
-    if config.sub_norms && !config.tied_embeddings {
-        notes.push(
-            "llama.cpp's BitNet has no output head of its own: it does not load this model, whose head is not \
-             tied to the embedding"
-                .into(),
-        );
-    } else if config.sub_norms && relu2 && types.ternary != TernaryType::I2_S {
-        notes.push(
-            "llama.cpp computes this model's squared ReLU only in versions that read the key \
-             `bitnet.hidden_act`; others compute SiLU, and raise no error"
-                .into(),
-        );
-    } else if !config.sub_norms && relu2 {
-        notes.push(
-            "llama.cpp has no architecture with squared ReLU and without sub-norms: it does not load this model"
-                .into(),
-        );
-    }
 }
 
 fn norm(

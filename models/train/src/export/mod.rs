@@ -249,6 +249,8 @@ pub struct Summary {
     pub scales: Option<RoundedScales>,
     /// What else is not as in the source, in sentences.
     pub notes: Vec<String>,
+    /// What other programs get wrong about the file, in sentences.
+    pub warnings: Vec<String>,
 }
 
 impl Summary {
@@ -391,11 +393,13 @@ fn check_target(checkpoint: &Checkpoint, target: Target) -> Result<(), ExportErr
             };
             let all = projections();
             if let Some((tensor, n, k)) = all.iter().find(|(_, _, k)| !k.is_multiple_of(of)).cloned() {
-                let instead = if all.iter().all(|(_, _, k)| k.is_multiple_of(128)) {
+                let instead = if fits_i2_s(&all) {
                     "I2_S needs 128 only"
-                } else {
+                } else if fits_packed(&all) {
                     "GGUF has no ternary type for that: write a Hugging Face directory, whose packed style has \
                      no such limit"
+                } else {
+                    NO_TYPE
                 };
                 let format = tensor_type.name();
                 return Err(ExportError::Shape { tensor, n, k, format, dimension: "K", of, instead });
@@ -410,8 +414,13 @@ fn check_target(checkpoint: &Checkpoint, target: Target) -> Result<(), ExportErr
             dense
         }
         Target::Hf { dense, .. } => {
-            if let Some((tensor, n, k)) = projections().into_iter().find(|(_, n, _)| !n.is_multiple_of(4)) {
-                let instead = "four rows go into a byte there: write a GGUF file, which has no such limit";
+            let all = projections();
+            if let Some((tensor, n, k)) = all.iter().find(|(_, n, _)| !n.is_multiple_of(4)).cloned() {
+                let instead = if fits_i2_s(&all) {
+                    "four rows go into a byte there: write a GGUF file, which has no such limit"
+                } else {
+                    NO_TYPE
+                };
                 let format = "packed uint8";
                 return Err(ExportError::Shape { tensor, n, k, format, dimension: "N", of: 4, instead });
             }
@@ -429,6 +438,21 @@ fn check_target(checkpoint: &Checkpoint, target: Target) -> Result<(), ExportErr
         return Err(ExportError::Shape { tensor, n, k, format, dimension: "K", of, instead });
     }
     Ok(())
+}
+
+/// What to do with a model that fits no packed format.
+const NO_TYPE: &str = "neither GGUF's ternary types nor the packed style hold this model; only --style master, \
+                       from float masters, does";
+
+/// A matrix's name, N and K.
+type Shape = (String, usize, usize);
+
+fn fits_i2_s(shapes: &[Shape]) -> bool {
+    shapes.iter().all(|(_, _, k)| k.is_multiple_of(128))
+}
+
+fn fits_packed(shapes: &[Shape]) -> bool {
+    shapes.iter().all(|(_, n, _)| n.is_multiple_of(4))
 }
 
 /// Gets the bytes of a write and the size of the whole.

@@ -3,12 +3,15 @@
 use super::super::choices::{choose_activation, drop_foreign_tokens};
 use super::super::error::LoadError;
 use super::super::source::OpenOptions;
+use super::super::tokenizer_source::end_of_generation;
 use super::keys::{string, token, wrong_value};
 use super::names::LLAMA;
+use super::rope::check_scaling;
 use bitnet_burn::{GatedActivation, ModelConfig};
 use bitnet_burn_formats::FileError;
 use bitnet_burn_formats::gguf::{GgufFile, Value};
 use std::collections::HashSet;
+use std::path::Path;
 
 /// The architectures that are read.
 const ARCHITECTURES: [&str; 4] = ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA];
@@ -19,18 +22,15 @@ const PREFIXES: [&str; 3] = ["bitnet", "bitnet-b1.58", "bitnet-25"];
 const ACTIVATION_KEYS: [&str; 3] = ["hidden_act", "feed_forward.activation", "hidden_activation"];
 /// llama.cpp's, for a file without `rope.freq_base`.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
-/// Control tokens that end a turn, whatever `eos_token_id` says; llama.cpp knows them by these texts too.
-const END_TOKENS: [&str; 6] =
-    ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"];
 
 /// The keys of a file, under its architecture's name or another of BitNet's.
-struct Keys<'a> {
-    file: &'a GgufFile,
+pub(super) struct Keys<'a> {
+    pub(super) file: &'a GgufFile,
     architecture: &'a str,
 }
 
 impl<'a> Keys<'a> {
-    fn find(&self, suffix: &str) -> Option<(String, &'a Value)> {
+    pub(super) fn find(&self, suffix: &str) -> Option<(String, &'a Value)> {
         std::iter::once(self.architecture).chain(PREFIXES).find_map(|prefix| {
             let key = format!("{prefix}.{suffix}");
             self.file.value(&key).map(|value| (key, value))
@@ -41,7 +41,7 @@ impl<'a> Keys<'a> {
         wrong_value(self.file, key, value, expected)
     }
 
-    fn missing(&self, suffix: &str) -> LoadError {
+    pub(super) fn missing(&self, suffix: &str) -> LoadError {
         let others: Vec<_> =
             PREFIXES.iter().filter(|&&p| p != self.architecture).map(|p| format!("{p}.{suffix}")).collect();
         LoadError::MissingKey {
@@ -74,10 +74,30 @@ impl<'a> Keys<'a> {
         self.size(suffix)?.ok_or_else(|| self.missing(suffix))
     }
 
-    fn float(&self, suffix: &str) -> Result<Option<f64>, LoadError> {
+    pub(super) fn float(&self, suffix: &str) -> Result<Option<f64>, LoadError> {
         let Some((key, value)) = self.find(suffix) else { return Ok(None) };
         value.as_f64().map(Some).ok_or_else(|| self.wrong(key, value, "a floating-point number"))
     }
+}
+
+/// An architecture that is not read.
+fn check_architecture(path: &Path, architecture: &str) -> Result<(), LoadError> {
+    if ARCHITECTURES.contains(&architecture) {
+        return Ok(());
+    }
+    let (path, found) = (path.to_owned(), architecture.to_owned());
+    Err(LoadError::Architecture { path, found, supported: ARCHITECTURES_TEXT })
+}
+
+/// The error that matters where a file could not be parsed: tensors of a type that is not read are to be
+/// expected in a file of an architecture that is not read.
+pub(crate) fn what_matters(error: FileError) -> LoadError {
+    if let FileError::UnknownTensorType { path, architecture: Some(architecture), .. } = &error
+        && let Err(error) = check_architecture(path, architecture)
+    {
+        return error;
+    }
+    error.into()
 }
 
 /// The configuration that the keys state.
@@ -87,18 +107,11 @@ pub(super) fn config(
     warnings: &mut Vec<String>,
 ) -> Result<ModelConfig, LoadError> {
     let path = || file.path().to_owned();
-    let architecture = string(file, "general.architecture")?.ok_or_else(|| LoadError::MissingKey {
-        path: path(),
-        key: "general.architecture".into(),
-        help: format!("; supported: {ARCHITECTURES_TEXT}"),
-    })?;
-    if !ARCHITECTURES.contains(&architecture.as_str()) {
-        return Err(LoadError::Architecture {
-            path: path(),
-            found: architecture,
-            supported: ARCHITECTURES_TEXT,
-        });
+    let architecture = string(file, "general.architecture")?;
+    if let Some(architecture) = &architecture {
+        check_architecture(file.path(), architecture)?;
     }
+    // Parts of a file but the first have no other keys.
     if let Some(parts) = file.value("split.count").and_then(Value::as_u64).filter(|&n| n > 1) {
         return Err(LoadError::Unsupported {
             path: path(),
@@ -107,6 +120,11 @@ pub(super) fn config(
             supported: "a model in one file (llama-gguf-split --merge makes one)".into(),
         });
     }
+    let architecture = architecture.ok_or_else(|| LoadError::MissingKey {
+        path: path(),
+        key: "general.architecture".into(),
+        help: format!("; supported: {ARCHITECTURES_TEXT}"),
+    })?;
     let keys = Keys { file, architecture: &architecture };
 
     let hidden_size = keys.required_size("embedding_length")?;
@@ -137,14 +155,7 @@ pub(super) fn config(
             });
         }
     }
-    if let Some((key, value)) = keys.find("rope.scaling.type").filter(|(_, v)| v.as_str() != Some("none")) {
-        return Err(LoadError::Unsupported {
-            path: path(),
-            what: key,
-            found: value.to_string(),
-            supported: "none".into(),
-        });
-    }
+    check_scaling(&keys)?;
     let rope_theta = match keys.float("rope.freq_base")? {
         Some(theta) => theta,
         None => {
@@ -220,18 +231,16 @@ fn vocabulary(keys: &Keys<'_>, warnings: &mut Vec<String>) -> Result<usize, Load
     Ok(size)
 }
 
-/// `eos_token_id`, `eot_token_id`, and the control tokens whose texts say that they end a turn.
+/// `eos_token_id`, `eot_token_id`, and the tokens whose texts say that they end a turn, in that order.
 fn end_tokens(file: &GgufFile) -> Result<Vec<u32>, LoadError> {
-    const CONTROL: i64 = 3;
     let stated = [token(file, "tokenizer.ggml.eos_token_id")?, token(file, "tokenizer.ggml.eot_token_id")?];
     let mut end: Vec<u32> = stated.into_iter().flatten().collect();
-    let array = |key| file.value(key).and_then(Value::as_array);
-    if let (Some(tokens), Some(types)) = (array("tokenizer.ggml.tokens"), array("tokenizer.ggml.token_type"))
-    {
-        let controls = tokens.strings().zip(types.iter()).enumerate().filter(|(_, (text, kind))| {
-            text.starts_with('<') && END_TOKENS.contains(text) && kind.as_i64() == Some(CONTROL)
-        });
-        end.extend(controls.filter_map(|(id, _)| u32::try_from(id).ok()));
+    if let Some(tokens) = file.value("tokenizer.ggml.tokens").and_then(Value::as_array) {
+        let by_text = (0u32..).zip(tokens.strings());
+        let by_text = by_text.filter_map(|(id, text)| Some((end_of_generation(text)?, id)));
+        let mut by_text: Vec<_> = by_text.collect();
+        by_text.sort_unstable();
+        end.extend(by_text.into_iter().map(|(_, id)| id));
     }
     let mut seen = HashSet::new();
     end.retain(|id| seen.insert(*id));

@@ -8,9 +8,11 @@
 mod config;
 mod keys;
 pub(crate) mod names;
+mod rope;
 mod tokenizer;
 
 use super::error::LoadError;
+use super::missing::instead;
 use super::source::{Content, OpenOptions, Source, TensorInfo};
 use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, aligned_view, checked_scale, floats, one_float};
@@ -21,6 +23,7 @@ use bitnet_burn_formats::{
 };
 use bytes::Bytes;
 use config::config;
+pub(super) use config::what_matters;
 use names::{LLAMA, neox_rows, norm_name, projection_name, projection_stem};
 use std::collections::HashSet;
 use tokenizer::{check_tokenizer, tokenizer};
@@ -112,7 +115,7 @@ impl GgufModel {
         let missing = || FileError::MissingTensor {
             path: self.file.path().to_owned(),
             tensor: name.to_owned(),
-            help: String::new(),
+            help: instead(name, self.file.tensors().iter().map(|t| t.name.as_str())),
         };
         Ok(self.file.tensor(name).ok_or_else(missing)?)
     }

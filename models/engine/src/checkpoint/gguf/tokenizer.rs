@@ -5,8 +5,8 @@ use super::super::tokenizer_source::GgufTokenizer;
 use super::keys::{string, token, wrong_value};
 use bitnet_burn_formats::gguf::{GgufFile, Value, ValueType};
 
-const TOKENIZER_STRINGS: [&str; 3] =
-    ["tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"];
+const TOKENIZER_STRINGS: [&str; 4] =
+    ["tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template", "tokenizer.huggingface.json"];
 const TOKENIZER_BOOLS: [&str; 4] = [
     "tokenizer.ggml.add_bos_token",
     "tokenizer.ggml.add_eos_token",
@@ -71,7 +71,7 @@ pub(super) fn tokenizer(file: &GgufFile, pre: Option<String>) -> GgufTokenizer {
     let flag = |key| file.value(key).and_then(Value::as_bool);
     let array = |key| file.value(key).and_then(Value::as_array);
     let strings = |key| array(key).map(|a| a.strings().map(str::to_owned).collect()).unwrap_or_default();
-    let [model, file_pre, chat_template] = TOKENIZER_STRINGS.map(text);
+    let [model, file_pre, chat_template, tokenizer_json] = TOKENIZER_STRINGS.map(text);
     let [add_bos, add_eos, add_space_prefix, remove_extra_whitespaces] = TOKENIZER_BOOLS.map(flag);
     let [bos, eos, eot, unk, pad, sep] = TOKENIZER_IDS.map(id);
     let types = array("tokenizer.ggml.token_type").and_then(|a| a.to_i64()).unwrap_or_default();
@@ -95,5 +95,6 @@ pub(super) fn tokenizer(file: &GgufFile, pre: Option<String>) -> GgufTokenizer {
         add_space_prefix,
         remove_extra_whitespaces,
         chat_template,
+        tokenizer_json,
     }
 }

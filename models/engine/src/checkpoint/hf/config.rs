@@ -4,6 +4,7 @@ use super::super::choices::{choose_activation, drop_foreign_tokens};
 use super::super::error::LoadError;
 use super::super::source::OpenOptions;
 use super::fields::Fields;
+use super::names::is_sub_norm;
 use bitnet_burn::ModelConfig;
 use bitnet_burn_formats::read_json;
 use bitnet_burn_formats::safetensors::SafeTensor;
@@ -66,7 +67,7 @@ pub(super) fn config(
         rope_theta,
         rms_norm_eps: fields.float("rms_norm_eps")?.ok_or_else(|| fields.missing("rms_norm_eps"))? as f32,
         activation,
-        sub_norms: tensors.keys().any(|name| name.ends_with("_sub_norm.weight")),
+        sub_norms: tensors.keys().any(|name| is_sub_norm(name)),
         // transformers' default; the configurations of tied models say so.
         tied_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(false),
         bos_token: tokens("bos_token_id")?.first().copied(),
@@ -76,7 +77,7 @@ pub(super) fn config(
     Ok(config)
 }
 
-/// The base of RoPE: `rope_theta`, since version 5 in `rope_parameters`. Scaled variants are refused.
+/// The base of RoPE: `rope_theta`, since version 5 in `rope_parameters`.
 fn rope_theta(fields: Fields<'_>, architecture: &str, warnings: &mut Vec<String>) -> Result<f64, LoadError> {
     let mut theta = fields.float("rope_theta")?;
     for key in ["rope_scaling", "rope_parameters"] {
@@ -84,11 +85,7 @@ fn rope_theta(fields: Fields<'_>, architecture: &str, warnings: &mut Vec<String>
         if !rope.json.is_object() {
             return Err(fields.wrong(key, rope.json, "an object"));
         }
-        for kind in ["rope_type", "type"] {
-            if let Some(value) = rope.get(kind).filter(|v| v.as_str() != Some("default")) {
-                return Err(fields.unsupported(&format!("{key}.{kind}"), value, "\"default\""));
-            }
-        }
+        check_scaling(key, rope)?;
         if let Some(value) = rope.get("partial_rotary_factor").filter(|v| v.as_f64() != Some(1.0)) {
             return Err(fields.unsupported(&format!("{key}.partial_rotary_factor"), value, "1.0"));
         }
@@ -110,4 +107,37 @@ fn rope_theta(fields: Fields<'_>, architecture: &str, warnings: &mut Vec<String>
         warnings.push(format!("`rope_theta` is missing; {default} is used, as transformers does"));
         default
     }))
+}
+
+/// Refuses RoPE that is scaled. Types that leave every angle as it is with a factor of 1 are accepted with it.
+fn check_scaling(key: &str, rope: Fields<'_>) -> Result<(), LoadError> {
+    let Some(stated) = ["rope_type", "type"].into_iter().find(|kind| rope.get(kind).is_some()) else {
+        return Ok(());
+    };
+    let kind = rope.str(stated)?.unwrap_or_default();
+    let refuse = |field: &str, found: &Value, supported: &str| {
+        Err(rope.unsupported(&format!("{key}.{field}"), found, supported))
+    };
+    match kind {
+        "default" => return Ok(()),
+        "linear" | "yarn" | "llama3" => {}
+        other => {
+            return refuse(
+                stated,
+                &Value::from(other),
+                "default, and linear, yarn or llama3 with a factor of 1",
+            );
+        }
+    }
+    if rope.get("factor").is_none() {
+        return Err(rope.missing(&format!("{key}.factor")));
+    }
+    // What yarn multiplies cosine and sine by follows from the factor, unless the others say otherwise.
+    let yarn = &["factor", "attention_factor", "mscale", "mscale_all_dim"][..];
+    for field in if kind == "yarn" { yarn } else { &yarn[..1] } {
+        if let Some(value) = rope.get(field).filter(|v| v.as_f64() != Some(1.0)) {
+            return refuse(field, value, "1, which leaves RoPE as it is");
+        }
+    }
+    Ok(())
 }

@@ -5,7 +5,7 @@ use bitnet_burn_formats::FileError;
 use serde_json::Value;
 use std::path::Path;
 
-const MODEL_TYPES: &str = "bitnet, llama (with a BitNet quantization_config)";
+const MODEL_TYPES: &str = "bitnet, llama (with a BitNet quantization_config, or 1bitLLM's weight_bits)";
 
 /// The fields of a configuration file, or of an object in it.
 #[derive(Clone, Copy)]

@@ -2,11 +2,13 @@
 
 mod config;
 mod fields;
+mod names;
 mod style;
 
 pub use style::Style;
 
 use super::error::LoadError;
+use super::missing::instead;
 use super::source::{Content, OpenOptions, Source, TensorInfo};
 use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, checked_scale, floats, one_float};
@@ -19,6 +21,7 @@ use bitnet_burn_formats::safetensors::{self, Dtype, SafeTensor, Shards};
 use bitnet_burn_formats::{DenseTensor, FileError, FileMap, FormatError, TernaryTensor, read_json};
 use config::config;
 use fields::Fields;
+use names::older_name;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -67,19 +70,16 @@ impl HfModel {
         files.extend(shards);
         let config = config(dir, fields, &tensors, options, warnings)?;
         config.validate().map_err(|error| LoadError::Config { path: path.clone(), error })?;
+        // Names first: who adds what `style` asks for is not to be refused for a tensor then.
+        check_names(dir, &tensors, &config, warnings)?;
         let style = style(fields, &tensors, warnings)?;
         let model = Self { dir: dir.to_owned(), json, tensors, maps, files, style, config: config.clone() };
-        model.check_tensors(warnings)?;
+        model.check_tensors()?;
         Ok((model, config))
     }
 
     fn tensor(&self, name: &str) -> Result<&SafeTensor, LoadError> {
-        let missing = || FileError::MissingTensor {
-            path: self.dir.clone(),
-            tensor: name.to_owned(),
-            help: String::new(),
-        };
-        Ok(self.tensors.get(name).ok_or_else(missing)?)
+        find(&self.dir, &self.tensors, name).map(|(_, tensor)| tensor)
     }
 
     fn check_shape(&self, name: &str, expected: &[usize]) -> Result<(), LoadError> {
@@ -117,98 +117,137 @@ impl HfModel {
         Ok(DenseTensor { name: name.to_owned(), n, k, format, data: tensor.data.clone() })
     }
 
-    /// Checks names, shapes and types of all tensors against the configuration.
-    fn check_tensors(&self, warnings: &mut Vec<String>) -> Result<(), LoadError> {
+    /// Checks shapes and types of all tensors against the configuration.
+    fn check_tensors(&self) -> Result<(), LoadError> {
         let config = &self.config;
-        let mut used = HashSet::new();
         for layer in 0..config.n_layers {
             for norm in Norm::of_layer(layer, config.sub_norms) {
                 let name = norm_name(norm);
                 self.check_shape(&name, &[norm.len(config)])?;
                 self.dense(&name, "a norm")?;
-                used.insert(name);
             }
             for which in Projection::ALL {
-                let name = projection_name(layer, which);
-                let dtype = self.tensor(&name)?.dtype;
-                let (n, k) = which.shape(config);
-                if self.style == Style::Online {
-                    if dtype == Dtype::U8 {
-                        return Err(LoadError::Quantization {
-                            path: self.dir.join("config.json"),
-                            problem: format!(
-                                "quantization_mode is `online`, which needs float masters, but tensor \
-                                 `{name}` is packed (U8)"
-                            ),
-                        });
-                    }
-                    self.dense(&name, "a master")?;
-                    self.check_shape(&name, &[n, k])?;
-                } else {
-                    if dtype != Dtype::U8 {
-                        let role =
-                            "a packed projection (quantization_mode `offline`, or linear_class `bitlinear`)";
-                        return Err(self.wrong_type(&name, dtype, role, "U8"));
-                    }
-                    if !n.is_multiple_of(4) {
-                        return Err(LoadError::Unsupported {
-                            path: self.dir.clone(),
-                            what: format!("the number of rows of tensor `{name}`"),
-                            found: n.to_string(),
-                            supported: "packed matrices of a multiple of 4 rows".into(),
-                        });
-                    }
-                    self.check_shape(&name, &[n / 4, k])?;
-                    let scale = scale_name(layer, which);
-                    let shape = &self.tensor(&scale)?.shape;
-                    if shape.iter().any(|&d| d != 1) {
-                        self.check_shape(&scale, &[1])?;
-                    }
-                    self.dense(&scale, "a scale")?;
-                    used.insert(scale);
-                }
-                used.insert(name);
+                self.check_projection(layer, which)?;
             }
         }
         let norm = norm_name(Norm::Output);
         self.check_shape(&norm, &[config.hidden_size])?;
         self.dense(&norm, "a norm")?;
-        used.insert(norm);
-        if !config.tied_embeddings && !self.tensors.contains_key(HEAD) {
-            let missing = FileError::MissingTensor {
-                path: self.dir.clone(),
-                tensor: HEAD.into(),
-                help: "; `tie_word_embeddings` in config.json is false, or absent, which means false".into(),
-            };
-            return Err(missing.into());
-        }
-        for name in &[EMBEDDING, HEAD][..if config.tied_embeddings { 1 } else { 2 }] {
+        for name in matrices(config) {
             self.check_shape(name, &[config.vocab_size, config.hidden_size])?;
             self.dense(name, "embedding and output head")?;
-            used.insert((*name).to_owned());
-        }
-
-        // A tensor that is there is there for a reason: one that belongs to a layer changes the result.
-        for name in self.tensors.keys().filter(|&name| !used.contains(name)) {
-            if name.ends_with("rotary_emb.inv_freq") {
-                continue; // what older versions saved although it follows from the configuration
-            }
-            let problem = if name.ends_with(".bias") {
-                "BitNet projections have no bias".to_owned()
-            } else if name.starts_with("model.layers.") {
-                format!("it is none of the tensors of a BitNet model of {} layers", config.n_layers)
-            } else {
-                warnings.push(format!("tensor `{name}` is not used"));
-                continue;
-            };
-            return Err(LoadError::UnsupportedTensor {
-                path: self.dir.clone(),
-                tensor: name.clone(),
-                problem,
-            });
         }
         Ok(())
     }
+
+    fn check_projection(&self, layer: usize, which: Projection) -> Result<(), LoadError> {
+        let name = projection_name(layer, which);
+        let dtype = self.tensor(&name)?.dtype;
+        let (n, k) = which.shape(&self.config);
+        if self.style == Style::Online {
+            if dtype == Dtype::U8 {
+                return Err(LoadError::Quantization {
+                    path: self.dir.join("config.json"),
+                    problem: format!(
+                        "quantization_mode is `online`, which needs float masters, but tensor `{name}` is packed \
+                         (U8)"
+                    ),
+                });
+            }
+            let scale = scale_name(layer, which);
+            if self.tensors.contains_key(&scale) {
+                return Err(LoadError::UnsupportedTensor {
+                    path: self.dir.clone(),
+                    tensor: scale,
+                    problem: format!("`{name}` is a float master, whose scale is its absmean"),
+                });
+            }
+            self.dense(&name, "a master")?;
+            return self.check_shape(&name, &[n, k]);
+        }
+        if dtype != Dtype::U8 {
+            let role = "a packed projection (quantization_mode `offline`, or linear_class `bitlinear`)";
+            return Err(self.wrong_type(&name, dtype, role, "U8"));
+        }
+        if !n.is_multiple_of(4) {
+            return Err(LoadError::Unsupported {
+                path: self.dir.clone(),
+                what: format!("the number of rows of tensor `{name}`"),
+                found: n.to_string(),
+                supported: "packed matrices of a multiple of 4 rows".into(),
+            });
+        }
+        self.check_shape(&name, &[n / 4, k])?;
+        let scale = scale_name(layer, which);
+        let shape = &self.tensor(&scale)?.shape;
+        if shape.iter().any(|&d| d != 1) {
+            self.check_shape(&scale, &[1])?;
+        }
+        self.dense(&scale, "a scale").map(drop)
+    }
+}
+
+/// A tensor, and the name that it has in the files.
+fn find<'a>(
+    dir: &Path,
+    tensors: &'a BTreeMap<String, SafeTensor>,
+    name: &str,
+) -> Result<(&'a String, &'a SafeTensor), LoadError> {
+    let found = tensors.get_key_value(name).or_else(|| tensors.get_key_value(&older_name(name)?));
+    let missing = || {
+        let help = match name {
+            HEAD => "; `tie_word_embeddings` in config.json is false, or absent, which means false".into(),
+            _ => instead(name, tensors.keys().map(String::as_str)),
+        };
+        FileError::MissingTensor { path: dir.to_owned(), tensor: name.to_owned(), help }
+    };
+    Ok(found.ok_or_else(missing)?)
+}
+
+/// The names of the embedding and of the output head, where there is one.
+fn matrices(config: &ModelConfig) -> &'static [&'static str] {
+    if config.tied_embeddings { &[EMBEDDING] } else { &[EMBEDDING, HEAD] }
+}
+
+/// Checks that every tensor of the model is there, and no other that would change the result. Scales of
+/// packed projections may be there.
+fn check_names(
+    dir: &Path,
+    tensors: &BTreeMap<String, SafeTensor>,
+    config: &ModelConfig,
+    warnings: &mut Vec<String>,
+) -> Result<(), LoadError> {
+    let mut used = HashSet::new();
+    for layer in 0..config.n_layers {
+        let norms = Norm::of_layer(layer, config.sub_norms);
+        let projections = Projection::ALL.map(|which| projection_name(layer, which));
+        for name in norms.into_iter().map(norm_name).chain(projections) {
+            used.insert(find(dir, tensors, &name)?.0);
+        }
+        let scales = Projection::ALL.map(|which| scale_name(layer, which));
+        used.extend(scales.iter().filter_map(|name| tensors.get_key_value(name)).map(|(name, _)| name));
+    }
+    used.insert(find(dir, tensors, &norm_name(Norm::Output))?.0);
+    for name in matrices(config) {
+        used.insert(find(dir, tensors, name)?.0);
+    }
+
+    // A tensor that is there is there for a reason: one that belongs to a layer changes the result.
+    for name in tensors.keys().filter(|name| !used.contains(name)) {
+        if name.ends_with("rotary_emb.inv_freq") {
+            continue; // what older versions saved although it follows from the configuration
+        }
+        let problem = if name.ends_with(".bias") {
+            "BitNet projections have no bias".to_owned()
+        } else if name.starts_with("model.layers.") {
+            format!("it is none of the tensors of a BitNet model of {} layers", config.n_layers)
+        } else {
+            warnings.push(format!("tensor `{name}` is not used"));
+            continue;
+        };
+        return Err(LoadError::UnsupportedTensor { path: dir.to_owned(), tensor: name.clone(), problem });
+    }
+    Ok(())
 }
 
 impl Source for HfModel {

@@ -9,7 +9,9 @@
 //! | `autobitlinear` | `offline` (or absent) | U8 [out/4, in] | `weight_scale` |
 //! | `bitlinear` (or absent) | any | U8 [out/4, in] | 1 / `weight_scale` |
 //!
-//! Without a `quantization_config` transformers itself would run the model unquantised, and packed
+//! 1bitLLM's configurations have `weight_bits` and `input_bits` instead, and float masters.
+//!
+//! Without any of these transformers itself would run the model unquantised, and packed
 //! weights don't say in which direction their scale goes (a factor of 5 where it is guessed wrong, which
 //! most norms hide). Such a directory is refused, with the lines to add to its `config.json`.
 
@@ -31,6 +33,19 @@ pub enum Style {
     PackedInverse,
 }
 
+/// 1bitLLM's configurations: float masters, for one kind of quantisation.
+fn of_bits(fields: Fields<'_>, tensors: &BTreeMap<String, SafeTensor>) -> Result<Option<Style>, LoadError> {
+    for (key, expected) in [("weight_bits", 1), ("input_bits", 8)] {
+        match fields.size(key)? {
+            None => return Ok(None),
+            Some(bits) if bits == expected => {}
+            Some(bits) => return Err(fields.unsupported(key, &bits.into(), &expected.to_string())),
+        }
+    }
+    let packed = tensors.get(&projection_name(0, Projection::Q)).is_some_and(|t| t.dtype == Dtype::U8);
+    Ok((!packed).then_some(Style::Online))
+}
+
 /// How the projections are stored, from `quantization_config`.
 pub(super) fn style(
     fields: Fields<'_>,
@@ -39,6 +54,9 @@ pub(super) fn style(
 ) -> Result<Style, LoadError> {
     let refuse = |problem: String| LoadError::Quantization { path: fields.path.to_owned(), problem };
     let Some(quantization) = fields.within("quantization_config") else {
+        if let Some(style) = of_bits(fields, tensors)? {
+            return Ok(style);
+        }
         let first = projection_name(0, Projection::Q);
         let packed = tensors.get(&first).is_some_and(|t| t.dtype == Dtype::U8);
         const AUTO: &str = r#"{"quant_method": "bitnet", "linear_class": "autobitlinear""#;

@@ -1,0 +1,225 @@
+//! What other programs compute for a model, by the architecture that its GGUF file names.
+//!
+//! None of them reads which activation a BitNet model has: the architecture decides. Read in their sources
+//! in November 2026 (llama.cpp: `src/models/bitnet.cpp`; ik_llama.cpp: `build_bitnet.cpp`), and measured in
+//! microsoft/BitNet#588: under `bitnet`, squared ReLU becomes SiLU, the text gets worse, and there is no error.
+
+use super::TernaryType;
+use crate::checkpoint::gguf::names::LLAMA;
+use bitnet_burn::{GatedActivation, ModelConfig};
+use std::cmp::Reverse;
+
+/// An architecture that a GGUF file can name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Architecture {
+    /// `bitnet-b1.58`: sub-norms; squared ReLU where nothing else is stated.
+    BitnetB158,
+    /// `bitnet`: sub-norms; SiLU where nothing else is stated.
+    Bitnet,
+    /// `llama`: no sub-norms, SiLU, and rows of q and k in an order of their own.
+    Llama,
+}
+
+impl Architecture {
+    const ALL: [Self; 3] = [Self::BitnetB158, Self::Bitnet, Self::Llama];
+
+    /// Its name in the file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::BitnetB158 => "bitnet-b1.58",
+            Self::Bitnet => "bitnet",
+            Self::Llama => LLAMA,
+        }
+    }
+
+    /// The one under which the fewest programs compute the model wrongly, and of these the one under which the
+    /// most compute it rightly.
+    pub fn of(config: &ModelConfig, ternary: TernaryType) -> Self {
+        let possible = Self::ALL.into_iter().filter(|architecture| architecture.problem(config).is_none());
+        let rank = |architecture: &Self| {
+            let count = |fate: Fate| {
+                READERS.iter().filter(|reader| reader.fate(config, ternary, *architecture) == fate).count()
+            };
+            (count(Fate::Wrong), Reverse(count(Fate::Right)))
+        };
+        // The first of equals; `bitnet-b1.58` is never impossible.
+        possible.min_by_key(rank).unwrap_or(Self::BitnetB158)
+    }
+
+    /// Why a model can't be written under it.
+    pub(super) fn problem(self, config: &ModelConfig) -> Option<&'static str> {
+        match self {
+            Self::Llama if config.sub_norms => Some("has no sub-norms, and this model has"),
+            Self::Llama if config.activation != GatedActivation::Silu => {
+                Some("means SiLU, and this model has another activation")
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What becomes of a model in a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// It is computed.
+    Right,
+    /// The program refuses the file.
+    Refused,
+    /// Another function is computed, without an error.
+    Wrong,
+}
+
+/// A program that reads GGUF files.
+struct Reader {
+    name: &'static str,
+    /// The activation under `bitnet-b1.58`; `None`: it does not know the name.
+    b158: Option<GatedActivation>,
+    /// Whether it reads an output head of its own under `bitnet-b1.58`. Under `bitnet`, none does.
+    b158_head: bool,
+    /// The ternary types.
+    types: &'static [TernaryType],
+}
+
+const READERS: [Reader; 4] = [
+    Reader {
+        name: "llama.cpp",
+        b158: None,
+        b158_head: false,
+        types: &[TernaryType::TQ1_0, TernaryType::TQ2_0],
+    },
+    Reader {
+        name: "bitnet.cpp before July 2026",
+        b158: Some(GatedActivation::Relu2),
+        b158_head: true,
+        types: &[TernaryType::I2_S, TernaryType::TQ1_0, TernaryType::TQ2_0],
+    },
+    Reader {
+        name: "bitnet.cpp since July 2026",
+        b158: Some(GatedActivation::Silu),
+        b158_head: false,
+        types: &[TernaryType::I2_S, TernaryType::TQ1_0, TernaryType::TQ2_0],
+    },
+    // Computes with I2_S only after its llama-quantize has made IQ2_BN of it.
+    Reader {
+        name: "ik_llama.cpp",
+        b158: Some(GatedActivation::Relu2),
+        b158_head: true,
+        types: &[TernaryType::I2_S],
+    },
+];
+
+impl Reader {
+    fn fate(&self, config: &ModelConfig, ternary: TernaryType, architecture: Architecture) -> Fate {
+        if !self.types.contains(&ternary) {
+            return Fate::Refused;
+        }
+        let (activation, sub_norms, head) = match architecture {
+            Architecture::BitnetB158 => (self.b158, true, self.b158_head),
+            Architecture::Bitnet => (Some(GatedActivation::Silu), true, false),
+            Architecture::Llama => (Some(GatedActivation::Silu), false, true),
+        };
+        // Tensors that are missing or too many are an error everywhere.
+        let fits = sub_norms == config.sub_norms && (head || config.tied_embeddings);
+        match activation {
+            Some(activation) if fits && activation == config.activation => Fate::Right,
+            Some(_) if fits => Fate::Wrong,
+            _ => Fate::Refused,
+        }
+    }
+}
+
+/// What to know about a file under this architecture: which programs compute another function, and whether
+/// none computes the right one.
+pub(super) fn warnings(
+    config: &ModelConfig,
+    ternary: TernaryType,
+    architecture: Architecture,
+) -> Vec<String> {
+    let with = |fate: Fate| -> Vec<&str> {
+        let has = |reader: &&Reader| reader.fate(config, ternary, architecture) == fate;
+        READERS.iter().filter(has).map(|reader| reader.name).collect()
+    };
+    let (name, right, wrong) = (architecture.name(), with(Fate::Right), with(Fate::Wrong));
+    let mut warnings = Vec::new();
+    if !wrong.is_empty() {
+        let (own, other) = match config.activation {
+            GatedActivation::Relu2 => ("squared ReLU", "SiLU"),
+            GatedActivation::Silu => ("SiLU", "squared ReLU"),
+        };
+        warnings.push(format!(
+            "under architecture `{name}`, {} computes {other} where this model has {own}: wrong text, and no error",
+            wrong.join(" and ")
+        ));
+        let best = Architecture::of(config, ternary);
+        if best != architecture {
+            warnings.push(format!("architecture `{}` is computed rightly by more programs", best.name()));
+        }
+    }
+    warnings.push(match right[..] {
+        [] => "no other program that is known computes this model".into(),
+        _ if wrong.is_empty() => return warnings,
+        _ => format!("{} computes it rightly", right.join(" and ")),
+    });
+    warnings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::synth::shape;
+    use GatedActivation::{Relu2, Silu};
+    use TernaryType::{I2_S, TQ2_0};
+
+    fn model(activation: GatedActivation, sub_norms: bool, tied_embeddings: bool) -> ModelConfig {
+        ModelConfig { activation, sub_norms, tied_embeddings, ..shape("tiny").unwrap() }
+    }
+
+    /// What each program makes of each kind of model, under the architecture that is chosen: r(ight),
+    /// w(rong) or - (refused), in the order of `READERS`.
+    #[test]
+    fn the_architecture_is_the_one_that_most_programs_compute() {
+        for (config, ternary, architecture, fates) in [
+            (model(Relu2, true, true), I2_S, "bitnet-b1.58", "-rwr"),
+            (model(Relu2, true, true), TQ2_0, "bitnet-b1.58", "-rw-"),
+            (model(Relu2, true, false), I2_S, "bitnet-b1.58", "-r-r"),
+            (model(Silu, true, true), I2_S, "bitnet", "-rrr"),
+            (model(Silu, true, true), TQ2_0, "bitnet", "rrr-"),
+            (model(Silu, true, false), I2_S, "bitnet", "----"),
+            (model(Silu, false, true), I2_S, "llama", "-rrr"),
+            (model(Silu, false, false), TQ2_0, "llama", "rrr-"),
+            (model(Relu2, false, true), I2_S, "bitnet-b1.58", "----"),
+        ] {
+            let chosen = Architecture::of(&config, ternary);
+            assert_eq!(chosen.name(), architecture, "{config:?}");
+            let letter = |reader: &Reader| match reader.fate(&config, ternary, chosen) {
+                Fate::Right => 'r',
+                Fate::Wrong => 'w',
+                Fate::Refused => '-',
+            };
+            assert_eq!(READERS.iter().map(letter).collect::<String>(), fates, "{config:?} {ternary:?}");
+            // Whoever gets it wrong is named, and so it is if nobody gets it right.
+            let said = warnings(&config, ternary, chosen).join("; ");
+            for (reader, fate) in READERS.iter().zip(fates.chars()) {
+                assert!(fate != 'w' || said.contains(reader.name), "{said}");
+            }
+            assert_eq!(said.contains("no other program"), !fates.contains('r'), "{said}");
+            assert_eq!(said.is_empty(), fates.contains('r') && !fates.contains('w'), "{said}");
+        }
+    }
+
+    #[test]
+    fn another_architecture_says_who_computes_it_wrongly() {
+        let relu2 = model(Relu2, true, true);
+        let said = warnings(&relu2, I2_S, Architecture::Bitnet).join("; ");
+        for part in
+            ["bitnet.cpp before July 2026", "SiLU where this model has squared ReLU", "`bitnet-b1.58`"]
+        {
+            assert!(said.contains(part), "{said}");
+        }
+        let silu = warnings(&model(Silu, true, true), I2_S, Architecture::BitnetB158).join("; ");
+        assert!(silu.contains("squared ReLU where this model has SiLU"), "{silu}");
+        assert!(Architecture::Llama.problem(&relu2).is_some());
+        assert!(Architecture::Llama.problem(&model(Relu2, false, true)).is_some());
+        assert!(Architecture::Llama.problem(&model(Silu, false, true)).is_none());
+    }
+}

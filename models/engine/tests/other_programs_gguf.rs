@@ -1,0 +1,265 @@
+//! GGUF files as other programs write them: what is read although keys or types differ, and which error comes
+//! first where it is not.
+
+use bitnet_burn::{GatedActivation, Norm, Projection};
+use bitnet_burn_engine::checkpoint::{Checkpoint, LoadError, OpenOptions};
+use bitnet_burn_formats::FileError;
+
+#[path = "support/gguf.rs"]
+mod gguf;
+use gguf::*;
+
+/// Converters write `linear` with the factor 1 into every file of some models.
+#[test]
+fn keys_that_change_nothing_are_accepted() {
+    let dir = Dir::new();
+    let plain = dir.open_and_check(&model()).unwrap();
+    for keys in [
+        &[("rope.scaling.type", "none")][..],
+        &[("rope.scaling.type", "linear"), ("rope.scaling.factor", "1")],
+        &[("rope.scaling.type", "linear"), ("rope.scaling.factor", "0")],
+        &[("rope.scaling.type", "linear")],
+        &[("rope.scaling.factor", "1"), ("rope.scaling.attn_factor", "1")],
+        &[("rope.scale_linear", "1")],
+        &[("rope.scaling.type", "yarn"), ("rope.scaling.factor", "1"), ("rope.scaling.yarn_beta_fast", "16")],
+        // llama.cpp ignores the factor then.
+        &[("rope.scaling.type", "none"), ("rope.scaling.factor", "4")],
+    ] {
+        let checkpoint = dir.open_and_check(&rope(keys)).unwrap();
+        assert_eq!(checkpoint.config(), plain.config(), "{keys:?}");
+        assert_eq!(checkpoint.warnings(), &[] as &[String], "{keys:?}");
+    }
+}
+
+/// Of several faults the one is named that no other program's file would mend.
+#[test]
+fn the_error_that_matters_comes_first() {
+    let dir = Dir::new();
+    let with = |architecture: &str, types: &[(&str, u32)]| {
+        let mut raw = model();
+        *raw.value("general.architecture") = string(architecture);
+        for (name, kind) in types {
+            raw.tensor_mut(name).kind = *kind;
+        }
+        raw
+    };
+    // Ternary-Bonsai: Qwen 3 in Q2_0.
+    let bonsai = with("qwen3", &[("blk.0.attn_q.weight", 42)]);
+    assert_refused("bonsai", dir.open(&bonsai), &["architecture `qwen3` is not supported", "bitnet-b1.58"]);
+    let bytes = bonsai.bytes().into();
+    let from_memory = Checkpoint::from_gguf("bonsai.gguf".as_ref(), bytes, &OpenOptions::default());
+    assert_refused("bonsai in memory", from_memory, &["architecture `qwen3`"]);
+    assert_refused("bonsai, parsed", parse(&bonsai.bytes()), &["blk.0.attn_q.weight", "Q2_0 (42)"]);
+    // What `llama-quantize` makes of a ternary file, and of any other.
+    let embedding = ("token_embd.weight", 12);
+    let ternary = with("bitnet-b1.58", &[embedding]);
+    let parts = ["token_embd.weight", "Q4_K (12)", "--token-embedding-type q6_k"];
+    assert_refused("a ternary file", dir.open(&ternary), &parts);
+    let others = with("bitnet-b1.58", &[embedding, ("blk.0.ffn_up.weight", 14), ("blk.0.attn_q.weight", 12)]);
+    let parts = ["blk.0.attn_q.weight", "Q4_K (12)", "only models with ternary projections"];
+    assert_refused("no ternary file", dir.open(&others), &parts);
+}
+
+#[test]
+fn the_activation_is_never_guessed_where_guessing_goes_wrong() {
+    let dir = Dir::new();
+    let act = |raw: &Raw, hidden_act| {
+        let options = OpenOptions { hidden_act, ..Default::default() };
+        Checkpoint::open(&dir.write(&raw.bytes()), &options)
+            .map(|c| (c.config().activation, c.warnings().len()))
+    };
+    let (relu2, silu) = (GatedActivation::Relu2, GatedActivation::Silu);
+    assert_eq!(act(&model(), None).unwrap(), (relu2, 0));
+    let mut named_25 = model();
+    *named_25.value("general.architecture") = string("bitnet-25"); // its keys stay those of bitnet-b1.58
+    assert_eq!(act(&named_25, None).unwrap(), (relu2, 0));
+    assert_eq!(act(&older_model(), None).unwrap(), (silu, 0));
+    assert_eq!(act(&older_model(), Some(relu2)).unwrap(), (relu2, 1));
+    assert_eq!(act(&older_model(), Some(silu)).unwrap(), (silu, 0));
+    for key in ["bitnet.hidden_act", "bitnet.feed_forward.activation", "bitnet-b1.58.hidden_act"] {
+        let stated = older_model().key(key, STRING, string("relu2"));
+        assert_eq!(act(&stated, None).unwrap(), (relu2, 0), "{key}");
+        assert_eq!(act(&stated, Some(silu)).unwrap(), (silu, 1), "{key}");
+    }
+
+    // The shape of 2B-4T decides by its keys, before any tensor is looked at.
+    let mut shape = older_model();
+    for (key, value) in [
+        ("embedding_length", 2560u32),
+        ("feed_forward_length", 6912),
+        ("block_count", 30),
+        ("vocab_size", 128_256),
+        ("attention.head_count", 20),
+        ("attention.head_count_kv", 5),
+        ("rope.dimension_count", 128),
+    ] {
+        *shape.value(&format!("bitnet.{key}")) = value.to_le_bytes().to_vec();
+    }
+    assert_refused(
+        "2B-4T as bitnet",
+        act(&shape, None),
+        &["2B-4T", "--hidden-act relu2", "--hidden-act silu"],
+    );
+    for chosen in
+        [act(&shape, Some(relu2)), act(&shape.clone().key("bitnet.hidden_act", STRING, string("silu")), None)]
+    {
+        assert_refused("2B-4T, chosen", chosen, &["blk.0.attn_norm.weight"]);
+    }
+}
+
+#[test]
+fn what_community_files_leave_out_or_add_is_accepted() {
+    let dir = Dir::new();
+    // No vocab_size: the embedding's rows. No freq_base: llama.cpp's default, with a warning.
+    let raw = model().without("bitnet-b1.58.vocab_size").without("bitnet-b1.58.rope.freq_base");
+    let checkpoint = dir.open_and_check(&raw).unwrap();
+    assert_eq!((checkpoint.config().vocab_size, checkpoint.config().rope_theta), (4, 10_000.0));
+    assert!(checkpoint.warnings()[0].contains("rope.freq_base"), "{:?}", checkpoint.warnings());
+    // Keys of `bitnet` in a file of `bitnet-b1.58`.
+    let mut raw = older_model();
+    *raw.value("general.architecture") = string("bitnet-b1.58");
+    assert_eq!(dir.open(&raw).unwrap().config().activation, GatedActivation::Relu2);
+    // No dimension count, no KV heads, sizes as arrays, a token -1, RoPE factors of 1, an unknown tensor.
+    let raw = model()
+        .without("bitnet-b1.58.rope.dimension_count")
+        .without("bitnet-b1.58.feed_forward_length")
+        .without("tokenizer.ggml.bos_token_id")
+        .key("bitnet-b1.58.feed_forward_length", ARRAY, array(U32, 1, &128u32.to_le_bytes()))
+        .key("tokenizer.ggml.bos_token_id", 5, (-1i32).to_le_bytes())
+        .tensor("rope_freqs.weight", &[2], 0, f32s(&[1.0, 1.0]))
+        .tensor("something.else", &[1], 0, f32s(&[1.0]));
+    let checkpoint = dir.open_and_check(&raw).unwrap();
+    assert_eq!((checkpoint.config().intermediate_size, checkpoint.config().bos_token), (128, None));
+    assert!(
+        checkpoint.warnings().iter().any(|w| w.contains("something.else")),
+        "{:?}",
+        checkpoint.warnings()
+    );
+    // Special tokens beyond the vocabulary.
+    let mut raw = model();
+    *raw.value("tokenizer.ggml.eos_token_id") = 4u32.to_le_bytes().to_vec();
+    let checkpoint = dir.open(&raw).unwrap();
+    assert_eq!(checkpoint.config().eos_tokens, [3]);
+    assert!(checkpoint.warnings()[0].contains("token 4"), "{:?}", checkpoint.warnings());
+    // Without types, or with wrong ones, the end of a turn is known by its text.
+    let mut normal = model();
+    *normal.value("tokenizer.ggml.token_type") = array(5, 4, &[1i32; 4].map(i32::to_le_bytes).concat());
+    for raw in [normal, model().without("tokenizer.ggml.token_type")] {
+        assert_eq!(dir.open(&raw).unwrap().config().eos_tokens, [2, 3]);
+    }
+    // A separate scale multiplies.
+    for name in ["blk.0.attn_q.scale", "blk.0.attn_q.weight_scale", "blk.0.attn_q_scale"] {
+        let checkpoint = dir.open_and_check(&model().tensor(name, &[1], 0, f32s(&[3.0]))).unwrap();
+        assert_eq!(checkpoint.projection(0, Projection::Q).unwrap().scale, 1.5, "{name}");
+        assert_eq!(checkpoint.projection(0, Projection::K).unwrap().scale, 0.5, "{name}");
+    }
+    // A separate head.
+    let checkpoint =
+        dir.open_and_check(&model().tensor("output.weight", &[128, 4], 1, vec![0; 1024])).unwrap();
+    assert!(!checkpoint.config().tied_embeddings && checkpoint.output().unwrap().is_some());
+    // Without sub-norms.
+    let mut raw = model();
+    raw.tensors.retain(|t| !t.name.ends_with(b"sub_norm.weight"));
+    let checkpoint = dir.open_and_check(&raw).unwrap();
+    assert!(!checkpoint.config().sub_norms);
+    assert!(matches!(
+        checkpoint.norm(Norm::AttentionSub(0)),
+        Err(LoadError::File(FileError::MissingTensor { .. }))
+    ));
+    assert!(matches!(
+        checkpoint.norm(Norm::Attention(1)),
+        Err(LoadError::NoSuchLayer { layer: 1, n_layers: 1, .. })
+    ));
+    assert!(matches!(checkpoint.projection(9, Projection::Q), Err(LoadError::NoSuchLayer { .. })));
+}
+
+/// One matrix in every type that can hold it: the same codes, and scales that the type can hold.
+#[test]
+fn types_can_be_mixed() {
+    let dir = Dir::new();
+    let mut raw = model();
+    // Widths of 256, for the sake of TQ1_0 and TQ2_0.
+    for (key, value) in
+        [("embedding_length", 256u32), ("rope.dimension_count", 128), ("feed_forward_length", 256)]
+    {
+        *raw.value(&format!("bitnet-b1.58.{key}")) = value.to_le_bytes().to_vec();
+    }
+    for t in &mut raw.tensors {
+        let name = String::from_utf8(t.name.clone()).unwrap();
+        (t.dims, t.data) = match (&name[..], t.kind) {
+            ("token_embd.weight", _) => (vec![256, 4], vec![0x11; 2048]),
+            (_, 0) => (vec![256], f32s(&[1.0; 256])),
+            (name, _) if name.contains("attn_k") || name.contains("attn_v") => {
+                (vec![256, 128], i2_s(256 * 128))
+            }
+            _ => (vec![256, 256], i2_s(256 * 256)),
+        };
+    }
+    let reference = dir.open_and_check(&raw).unwrap();
+    let parts = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+    let values: Vec<(Projection, Vec<f32>)> = Projection::ALL
+        .iter()
+        .map(|&which| {
+            use bitnet_burn_formats::canonical::{Row, row_bytes};
+            let t = reference.projection(0, which).unwrap();
+            let weight =
+                |i: usize| f32::from(Row(&t.codes[i / t.k * row_bytes(t.k)..]).weight(i % t.k)) * t.scale;
+            (which, (0..t.n * t.k).map(weight).collect())
+        })
+        .collect();
+    let f16 = |v: f32| [0, if v == 0.0 { 0 } else { 0x38 | if v < 0.0 { 0x80 } else { 0 } }]; // 0.5 is 0x3800
+    let blocks =
+        |v: &[f32], of: usize, f: &dyn Fn(&[f32]) -> Vec<u8>| v.chunks(of).flat_map(f).collect::<Vec<u8>>();
+    let encoded: [(u32, Vec<u8>); 6] = [
+        (0, f32s(&values[0].1)),
+        (1, values[1].1.iter().flat_map(|&v| f16(v)).collect()),
+        (30, values[2].1.iter().flat_map(|v| v.to_le_bytes()[2..].to_vec()).collect()),
+        // Q4_0: d = 0.5 / 8 = 0x2c00 with the sign of -max; +s is code 15 where d > 0, -s code 0.
+        (
+            2,
+            blocks(&values[3].1, 32, &|v| {
+                let q = |x: f32| {
+                    if x > 0.0 {
+                        15u8
+                    } else if x < 0.0 {
+                        0
+                    } else {
+                        8
+                    }
+                };
+                [0, 0x2c].into_iter().chain((0..16).map(|i| q(v[i]) | q(v[16 + i]) << 4)).collect()
+            }),
+        ),
+        // TQ2_0.
+        (
+            35,
+            blocks(&values[4].1, 256, &|v| {
+                let code = |i: usize| (v[i] * 2.0 + 1.0) as u8;
+                let byte =
+                    |b: usize| (0..4).map(|g| code(b / 32 * 128 + 32 * g + b % 32) << (2 * g)).sum::<u8>();
+                (0..64).map(byte).chain([0, 0x38]).collect()
+            }),
+        ),
+        // Q8_0: codes -1, 0, 1 with d = 0.5; any d would do that all blocks share.
+        (
+            8,
+            blocks(&values[5].1, 32, &|v| {
+                [0, 0x38].into_iter().chain(v.iter().map(|x| (x * 2.0) as i8 as u8)).collect()
+            }),
+        ),
+    ];
+    for ((kind, data), part) in encoded.into_iter().zip(parts) {
+        let tensor = raw.tensor_mut(&format!("blk.0.{part}.weight"));
+        (tensor.kind, tensor.data) = (kind, data);
+    }
+    let mixed = dir.open_and_check(&raw).unwrap();
+    for which in Projection::ALL {
+        let (a, b) = (reference.projection(0, which).unwrap(), mixed.projection(0, which).unwrap());
+        assert_eq!(a.scale, b.scale, "{which:?} {}", b.stored_as);
+        assert!(a.codes == b.codes, "{which:?} {}", b.stored_as);
+        assert!(b.codes.as_ptr().addr().is_multiple_of(32), "{which:?}");
+    }
+    assert_eq!(mixed.check().unwrap().zero_weights, reference.check().unwrap().zero_weights);
+    let stored: Vec<_> = Projection::ALL.map(|which| mixed.projection(0, which).unwrap().stored_as).into();
+    assert_eq!(stored, ["F32", "F16", "BF16", "Q4_0", "TQ2_0", "Q8_0", "I2_S"]);
+}
