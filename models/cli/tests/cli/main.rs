@@ -8,6 +8,7 @@ mod files;
 mod gpu;
 mod kernels;
 mod plan;
+mod process;
 mod receipt;
 #[cfg(feature = "remote")]
 mod worker;

@@ -1,0 +1,45 @@
+//! Plugins that print, crash or end the process while they are in use.
+
+use std::process::Output;
+
+use super::{BROKEN, Place, json, plugin};
+
+/// A run with a plugin whose kernel also does this from its 21st call of a matrix of the model on.
+fn run(place: &Place, what: &str) -> Option<Output> {
+    let define = format!("-DIN_RUN=if (w->n == 640 && TIMES(calls) >= 20) {{ {what} }}");
+    if !plugin(place, "bad.so", BROKEN, &[&define]) {
+        return None;
+    }
+    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "50", "--ignore-eos", "--json", "--threads", "1"];
+    let more = ["--plugin", "bad.so", "--kernel", "example/plain"];
+    Some(place.command(&[&call[..], &more].concat()).output().unwrap())
+}
+
+#[cfg(unix)]
+#[test]
+fn what_a_plugin_prints_is_not_in_the_output() {
+    let place = Place::new();
+    let Some(output) = run(&place, "printf(\"not from the model\\n\");") else { return };
+    assert!(output.status.success());
+    let report = json(std::str::from_utf8(&output.stdout).unwrap());
+    assert_eq!(report["generated_tokens"], 50);
+    assert!(String::from_utf8(output.stderr).unwrap().contains("not from the model"));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_kernel_that_ends_the_process_is_named() {
+    let place = Place::new();
+    for (what, status, word) in [
+        ("exit(0);", Some(1), "exit"),
+        ("*(volatile int *)8 = 1;", None, "crashed (signal 11)"),
+        ("abort();", None, "crashed (signal 6)"),
+    ] {
+        let Some(output) = run(&place, what) else { return };
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), status, "{what}: {stderr}");
+        assert!(stderr.contains("kernel example/plain, function run (m = "), "{what}: {stderr}");
+        assert!(stderr.contains(", n = 640, k = 256)") && stderr.contains(word), "{what}: {stderr}");
+        assert_eq!(output.stdout, b"", "{what}");
+    }
+}
