@@ -346,7 +346,7 @@ impl<'a> Conversation<'a> {
                             let [name, version, abi] = [name, version, abi].map(|text| shown(&text));
                             report.plugin = Some(Description { name, version, abi });
                         }
-                        Event::Gpu { words } => report.gpu = Some(shown(&words)),
+                        Event::Gpu { words } => report.gpu = Some(words),
                         Event::Kernel { kernel, cases, device } => {
                             let (kernel, device) = (shown(&kernel), device.as_deref().map(shown));
                             report.kernels.push(KernelResult { kernel, cases, device, unavailable: None });
