@@ -366,7 +366,8 @@ impl<'a> Conversation<'a> {
                             let [name, version, abi] = [name, version, abi].map(|text| shown(&text));
                             report.plugin = Some(Description { name, version, abi });
                         }
-                        Event::Gpu { words } => report.gpu = Some(shown(&words)),
+                        // As it is: it is compared with the device in use.
+                        Event::Gpu { words } => report.gpu = Some(words),
                         Event::Kernel { kernel, declared, cases, device } => {
                             let (kernel, device) = (shown(&kernel), device.as_deref().map(shown));
                             let unavailable = None;
