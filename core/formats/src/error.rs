@@ -1,5 +1,6 @@
 //! What can be wrong with the files that hold a model, and with the writing of them.
 
+use crate::gguf::TensorType;
 use std::io;
 use std::path::PathBuf;
 
@@ -172,7 +173,9 @@ pub enum FileError {
         shard: String,
     },
     /// A tensor whose type is not read: not even its size is known.
-    #[error("{}: tensor `{tensor}` has type {found}; supported: {supported}{help}", path.display())]
+    #[error(
+        "{}: tensor `{tensor}` has type {found}; supported: {}{help}", path.display(), TensorType::supported()
+    )]
     UnknownTensorType {
         /// The file.
         path: PathBuf,
@@ -180,8 +183,6 @@ pub enum FileError {
         tensor: String,
         /// Its type, as name and number.
         found: String,
-        /// The types that can be read.
-        supported: String,
         /// What to do about it; begins with punctuation, or is empty.
         help: &'static str,
         /// `general.architecture` of the file: it may be what matters more than the type.

@@ -85,12 +85,11 @@ impl GgufFile {
         for i in 0..n_tensors {
             let tensor = match cursor.tensor(i, n_tensors) {
                 Ok(tensor) => tensor,
-                Err(FileError::UnknownTensorType { path, tensor, found, supported, help, .. }) => {
+                Err(FileError::UnknownTensorType { path, tensor, found, help, .. }) => {
                     let value = keys.get("general.architecture").map(|&i| &metadata[i].1);
                     let architecture = value.and_then(Value::as_str).map(str::to_owned);
                     let of_layer = tensor.starts_with("blk.");
-                    let error =
-                        FileError::UnknownTensorType { path, tensor, found, supported, help, architecture };
+                    let error = FileError::UnknownTensorType { path, tensor, found, help, architecture };
                     // One of a layer says more about the model than the embedding's, which often comes first.
                     if of_layer {
                         return Err(error);

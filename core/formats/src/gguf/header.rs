@@ -286,7 +286,6 @@ impl<'a> Cursor<'a> {
             return Err(FileError::UnknownTensorType {
                 path: self.path.to_owned(),
                 found: TensorType::describe(type_id),
-                supported: TensorType::supported(),
                 help: others::help(type_id, &name),
                 tensor: name,
                 architecture: None,
