@@ -297,8 +297,11 @@ fn prompt(args: &RunArgs, engine: &Engine, template: Option<&str>) -> anyhow::Re
         return Ok(tokenizer.encode(prompt, true)?);
     }
     let template = match template {
-        Some(source) => ChatTemplate::new(source)?,
-        None => ChatTemplate::of(tokenizer)?,
+        Some(source) => {
+            let file = args.chat_template.iter().map(|path| path.display().to_string()).collect::<String>();
+            ChatTemplate::named(file, source)?
+        }
+        None => engine.chat_template()?,
     };
     let system = args.system.iter().map(|text| Message::new("system", text));
     let messages: Vec<_> = system.chain([Message::new("user", prompt)]).collect();

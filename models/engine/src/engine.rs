@@ -30,7 +30,7 @@ use serde::Serialize;
 
 pub use self::error::EngineError;
 pub use self::open::{EngineOptions, OpenEvent};
-use crate::chat::ChatTemplate;
+use crate::chat::{ChatError, ChatTemplate};
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceSpec;
 use crate::generate::GenerateOptions;
@@ -132,7 +132,10 @@ impl Engine {
     /// # Errors
     /// If there is none, or it is not valid.
     pub fn chat_template(&self) -> Result<ChatTemplate, EngineError> {
-        Ok(ChatTemplate::of(self.tokenizer().ok_or(EngineError::NoTokenizer)?)?)
+        let tokenizer = self.tokenizer().ok_or(EngineError::NoTokenizer)?;
+        let source = tokenizer.chat_template().ok_or(ChatError::NoTemplate)?;
+        let name = format!("the chat template of {}", self.checkpoint().path().display());
+        Ok(ChatTemplate::named(name, source)?)
     }
 
     /// The model.

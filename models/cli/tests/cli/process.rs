@@ -10,7 +10,8 @@ fn run(place: &Place, what: &str) -> Option<Output> {
     if !plugin(place, "bad.so", BROKEN, &[&define]) {
         return None;
     }
-    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "50", "--ignore-eos", "--json", "--threads", "1"];
+    let call =
+        ["run", "-m", "model.gguf", "-p", "Hello", "-n", "50", "--ignore-eos", "--json", "--threads", "1"];
     let more = ["--plugin", "bad.so", "--kernel", "example/plain"];
     Some(place.command(&[&call[..], &more].concat()).output().unwrap())
 }
