@@ -186,7 +186,7 @@ pub enum FileError {
         /// What to do about it; begins with punctuation, or is empty.
         help: &'static str,
         /// `general.architecture` of the file: it may be what matters more than the type.
-        architecture: Option<String>,
+        architecture: Option<Box<str>>,
     },
     /// A known type that cannot play this part.
     #[error("{}: tensor `{tensor}` is {found}; {role} must be one of {supported}", path.display())]

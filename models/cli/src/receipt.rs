@@ -199,7 +199,9 @@ fn rerun(
     }
     let generation = if by_text {
         let mut text = session.generate_text(prompt, &options)?;
-        text.by_ref().try_for_each(|piece| piece.map(drop))?;
+        for piece in text.by_ref() {
+            piece?;
+        }
         text.finish().generation
     } else {
         let mut tokens = session.generate_tokens(prompt, &options)?;

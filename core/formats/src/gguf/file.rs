@@ -87,7 +87,7 @@ impl GgufFile {
                 Ok(tensor) => tensor,
                 Err(FileError::UnknownTensorType { path, tensor, found, help, .. }) => {
                     let value = keys.get("general.architecture").map(|&i| &metadata[i].1);
-                    let architecture = value.and_then(Value::as_str).map(str::to_owned);
+                    let architecture = value.and_then(Value::as_str).map(Into::into);
                     let of_layer = tensor.starts_with("blk.");
                     let error = FileError::UnknownTensorType { path, tensor, found, help, architecture };
                     // One of a layer says more about the model than the embedding's, which often comes first.

@@ -4,9 +4,9 @@ use std::process::Output;
 
 use super::{BROKEN, Place, json, plugin};
 
-/// A run with a plugin whose kernel also does this from its 21st call of a matrix of the model on.
+/// A run with a plugin whose kernel also does this from its 21st call of a shape of the model on, which the gate does not try.
 fn run(place: &Place, what: &str) -> Option<Output> {
-    let define = format!("-DIN_RUN=if (w->n == 640 && TIMES(calls) >= 20) {{ {what} }}");
+    let define = format!("-DIN_RUN=if (w->n == 640 && w->k == 256 && TIMES(calls) >= 20) {{ {what} }}");
     if !plugin(place, "bad.so", BROKEN, &[&define]) {
         return None;
     }
