@@ -15,7 +15,7 @@ const HUGE_PAGE: usize = 2 << 20;
 
 /// Hands out page-backed buffers for packed weights, and for KV caches.
 ///
-/// A [sealed](Self::seal) buffer becomes read-only at the next [`protect`](Self::protect), not at once: each border
+/// A sealed buffer becomes read-only at the next `protect`, not at once: each border
 /// between pages that may be written and pages that may not costs a huge page.
 #[derive(Debug, Default)]
 pub struct PageArena {
