@@ -12,6 +12,7 @@ use bitnet_burn_plugin::canonical;
 
 use super::environment;
 use super::guard::{Place, Walled, Walls};
+use crate::float::FloatControl;
 use crate::memory::Activations;
 use crate::plugin::{Kernel, KernelFailure};
 use crate::pool::Pool;
@@ -130,7 +131,8 @@ pub(crate) fn check_in_process(kernel: &Kernel) -> Result<(), String> {
         walls: Walls::Marks,
     });
     let mut last = None;
-    check(kernel, &pool, cases, &mut |case| last = Some(*case)).map(|_| ()).map_err(|reason| match last {
+    let checked = FloatControl::kept_by(|| check(kernel, &pool, cases, &mut |case| last = Some(*case)));
+    checked.and_then(|result| result).map(|_| ()).map_err(|reason| match last {
         Some(case) => format!("{case}: {reason}"),
         None => reason,
     })

@@ -9,7 +9,7 @@ use bitnet_burn_plugin::abi::{
     Status, TARGET_CPU, TARGET_CUBECL, TARGET_CUDA, TARGET_WGSL,
 };
 
-use super::{Declared, GpuSource, Plugin, Target, shown};
+use super::{Declared, GpuSource, Origin, Plugin, Target, shown};
 use crate::float::FloatControl;
 use crate::process::{Call, within};
 
@@ -50,6 +50,8 @@ fn check_packed_size(n: usize, k: usize, size: u64) -> PackedBytes {
 pub struct Kernel {
     /// As long as the process, as the plugin's code is: a signal handler may show it.
     id: &'static str,
+    /// Whether its plugin came from a file.
+    from_file: bool,
     layout: Option<String>,
     features: Vec<String>,
     gpu: Option<Arc<GpuSource>>,
@@ -122,13 +124,15 @@ fn status_name(status: Status) -> &'static str {
     }
 }
 
-/// What a function of a plugin returns, if it leaves the floating-point environment as it was.
-fn kept<T>(call: Call, f: impl FnOnce() -> T) -> Result<T, KernelFailure> {
+/// What a function of a plugin returns, if it leaves the floating-point environment as it was. `None`: of one that is
+/// linked into the program, which was checked when it was registered.
+fn kept<T>(call: Option<Call>, f: impl FnOnce() -> T) -> Result<T, KernelFailure> {
+    let Some(call) = call else { return Ok(f()) };
     FloatControl::kept_by(|| within(call, f)).map_err(|reason| KernelFailure::Forbidden { reason })
 }
 
 /// Calls `f` with a message buffer and turns its status into a result.
-fn call(call: Call, f: impl FnOnce(*const Message) -> Status) -> Result<(), KernelFailure> {
+fn call(call: Option<Call>, f: impl FnOnce(*const Message) -> Status) -> Result<(), KernelFailure> {
     let mut buffer = [0 as c_char; 256];
     let message = Message {
         struct_size: size_of::<Message>() as u64,
@@ -149,6 +153,7 @@ impl Kernel {
     pub(super) fn new(plugin: &Arc<Plugin>, declared: &Declared) -> Self {
         Self {
             id: format!("{}/{}", plugin.name, declared.name).leak(),
+            from_file: matches!(plugin.origin, Origin::File { .. }),
             layout: declared.layout.as_ref().map(|layout| format!("{}/{layout}", plugin.name)),
             features: declared.features.clone(),
             gpu: declared.gpu.clone(),
@@ -163,8 +168,10 @@ impl Kernel {
         self.id
     }
 
-    fn call(&self, function: &'static str, shape: [usize; 3]) -> Call {
-        Call { kernel: self.id, function, shape }
+    /// How a call is entered and watched, if this is not a kernel of the program's own: thousands of its calls make a
+    /// token.
+    fn call(&self, function: &'static str, shape: [usize; 3]) -> Option<Call> {
+        self.from_file.then_some(Call { kernel: self.id, function, shape })
     }
 
     /// Where it runs.
@@ -358,7 +365,7 @@ mod tests {
     #[test]
     fn messages_are_cut_and_failures_speak() {
         let say = |bytes: &[u8], status| {
-            let at = Call { kernel: "test", function: "run", shape: [0; 3] };
+            let at = Some(Call { kernel: "test", function: "run", shape: [0; 3] });
             call(at, |message| {
                 // SAFETY: `call` passes a filled message.
                 let message = unsafe { &*message };
