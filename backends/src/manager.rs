@@ -140,7 +140,7 @@ pub fn manager() -> &'static KernelManager {
     })
 }
 
-/// [`KernelManager::results_in_doubt`] of the process's manager; 0 if there is none yet.
+/// [`KernelManager::results_in_doubt`] of the process's manager; 0 before it is set up.
 pub fn results_in_doubt() -> u64 {
     MANAGER.get().map_or(0, KernelManager::results_in_doubt)
 }

@@ -64,7 +64,7 @@ mod at_exit {
         let Ok(directories) = DIRECTORIES.try_lock() else { return };
         for (process, dir) in directories.iter() {
             if *process == std::process::id() {
-                // Nobody is left to hear of an error.
+                // The process ends: an error could not be reported.
                 let _ = std::fs::remove_dir_all(dir);
             }
         }

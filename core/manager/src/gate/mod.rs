@@ -370,25 +370,14 @@ impl<'a> Conversation<'a> {
                         Event::Gpu { words } => report.gpu = Some(words),
                         Event::Kernel { kernel, declared, cases, device } => {
                             let (kernel, device) = (shown(&kernel), device.as_deref().map(shown));
-                            let unavailable = None;
-                            report.kernels.push(KernelResult {
-                                kernel,
-                                declared,
-                                cases,
-                                device,
-                                unavailable,
-                            });
+                            let tried = KernelResult { kernel, declared, cases, device, unavailable: None };
+                            report.kernels.push(tried);
                         }
                         Event::Unavailable { kernel, declared, reason } => {
                             let (kernel, unavailable) = (shown(&kernel), Some(shown(&reason)));
-                            let (cases, device) = (0, None);
-                            report.kernels.push(KernelResult {
-                                kernel,
-                                declared,
-                                cases,
-                                device,
-                                unavailable,
-                            });
+                            let untried =
+                                KernelResult { kernel, declared, cases: 0, device: None, unavailable };
+                            report.kernels.push(untried);
                         }
                         Event::Wrong { reason } => return refuse(trying, reason),
                         Event::Fault { what } => fault = Some(what),

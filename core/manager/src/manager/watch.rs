@@ -5,7 +5,7 @@
 //!   built-in kernel (or of the reference, where there is none), whose result is returned.
 //! * After that, calls 2, 3, 5, 9, 17 ... of each matrix are compared, and from then on one in [`COMPARED_EVERY`](super::matrices::COMPARED_EVERY) at
 //!   least: one row of activations, all its outputs ([`matrices`](super::matrices) says how). Which call and which row
-//!   follow from the manager's seed, which is another one in every process.
+//!   follow from the manager's seed, which differs from process to process.
 //! * Where a result is compared, what the kernel read is compared, too: it may not have changed.
 //!
 //! A mismatch quarantines the plugin with all its kernels, for this process and, through its verdict, for

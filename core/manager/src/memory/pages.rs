@@ -45,7 +45,7 @@ pub struct PageBuffer {
     chunk: Arc<Chunk>,
     offset: usize,
     size: usize,
-    /// Nobody writes it any more.
+    /// It is not written to any more.
     sealed: bool,
 }
 
@@ -59,7 +59,7 @@ impl PageArena {
     /// A zeroed buffer of `size` bytes, aligned to `alignment` (a power of two up to 2 MiB).
     ///
     /// # Errors
-    /// If the system has no memory left, the size is none that a machine can have, or the alignment is not possible.
+    /// If the system has no memory left, the size is larger than any machine's memory, or the alignment is not possible.
     pub fn allocate(&self, size: usize, alignment: usize) -> std::io::Result<PageBuffer> {
         let mut buffer = self.reserve(size, alignment)?;
         if self.committed {

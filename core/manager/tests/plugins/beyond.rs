@@ -184,7 +184,7 @@ fn a_rounding_mode_that_changes_late_does_not_outlive_the_call() {
     }
 }
 
-/// The library of the C source with a function that it needs and nobody has.
+/// The library of the C source with a function that it needs and that does not exist.
 fn incomplete(dir: &Path, name: &str, flags: &[&str]) -> std::path::PathBuf {
     // Lazily bound, whatever the compiler's default is: the gate does not come to the call.
     let flags =
