@@ -189,7 +189,7 @@ fn check_layers(dir: &Path, device: &Device, trace: &dyn Fn(&str) -> Golden) {
     let t = trace("embed").shape[0];
     let positions: Vec<usize> = (0..t).collect();
     let rotary = RotaryEncodingConfig::new(config.head_dim).with_theta(config.rope_theta).init();
-    let angles = rotary.angles(&positions, device);
+    let angles = rotary.angles(&positions, positions.len(), device);
     let add =
         |a: &Golden, b: &Golden| -> Vec<f32> { a.values.iter().zip(&b.values).map(|(a, b)| a + b).collect() };
 

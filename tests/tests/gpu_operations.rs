@@ -78,7 +78,7 @@ impl<'a> Sequence<'a> {
         let m = qkv.len() / width;
         let positions: Vec<usize> = (position..position + m).collect();
         let rotary = RotaryEncodingConfig::new(head_dim).with_theta(500_000.0).init();
-        let angles = rotary.angles(&positions, self.device);
+        let angles = rotary.angles(&positions, positions.len(), self.device);
         let qkv = tensor(qkv, [m, width], self.device);
         let (context, caches) = ops::cached_attention(qkv, angles, self.caches.take().unwrap(), self.args);
         self.caches = Some(caches);

@@ -74,7 +74,7 @@ fn masters(dir: &Path, config: &ModelConfig) {
         tensors.push(tensor(HEAD.into(), matrix));
     }
     for layer in 0..config.n_layers {
-        for norm in Norm::of_layer(layer, config.sub_norms) {
+        for norm in Norm::of_layer(layer, config) {
             tensors.push(tensor(names::norm_name(norm), vec![norm.len(config)]));
         }
         for which in Projection::ALL {
@@ -125,7 +125,7 @@ fn llama_shape() -> ModelConfig {
 #[track_caller]
 fn assert_same_weights(a: &Checkpoint, b: &Checkpoint) {
     let config = a.config();
-    let layers = (0..config.n_layers).flat_map(|layer| Norm::of_layer(layer, config.sub_norms));
+    let layers = (0..config.n_layers).flat_map(|layer| Norm::of_layer(layer, config));
     for norm in layers.chain([Norm::Output]) {
         assert_eq!(a.norm(norm).unwrap(), b.norm(norm).unwrap(), "{norm:?}");
     }

@@ -183,8 +183,7 @@ impl BytesPerToken {
                 (head_row * head_rows, embedding_row)
             }
         };
-        let of_layer =
-            |layer| Norm::of_layer(layer, config.sub_norms).map(|norm| norm.len(config)).sum::<usize>();
+        let of_layer = |layer| Norm::of_layer(layer, config).map(|norm| norm.len(config)).sum::<usize>();
         let norms = (0..config.n_layers).map(of_layer).sum::<usize>() + Norm::Output.len(config);
         Ok(Self { ternary, head, norms: norms as u64 * 4, embedding_row })
     }

@@ -139,7 +139,7 @@ pub fn write_checkpoint<'a>(
     config_as(writer, architecture.name(), config)?;
     matrix(writer, "token_embd.weight", checkpoint.embedding()?, types.dense)?;
     for layer in 0..config.n_layers {
-        for which in Norm::of_layer(layer, config.sub_norms) {
+        for which in Norm::of_layer(layer, config) {
             norm(writer, checkpoint, which)?;
         }
         for which in Projection::ALL {

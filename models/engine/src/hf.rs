@@ -72,7 +72,7 @@ fn io_error(path: &Path, action: &str) -> impl FnOnce(io::Error) -> WriteError {
 ///         matrix(names::projection_name(layer, which), n, k)
 ///     }));
 /// }
-/// let layers = (0..config.n_layers).flat_map(|layer| Norm::of_layer(layer, config.sub_norms));
+/// let layers = (0..config.n_layers).flat_map(|layer| Norm::of_layer(layer, config));
 /// tensors.extend(layers.chain([Norm::Output]).map(|norm| {
 ///     let n = norm.len(&config);
 ///     (names::norm_name(norm), vec![n], vec![1.0; n])
@@ -153,7 +153,7 @@ pub fn write_checkpoint(
         matrix(HEAD, output)?;
     }
     for layer in 0..config.n_layers {
-        for which in Norm::of_layer(layer, config.sub_norms) {
+        for which in Norm::of_layer(layer, config) {
             norm(&mut writer, checkpoint, which, dense, dtype)?;
         }
         for which in Projection::ALL {
@@ -247,7 +247,7 @@ fn tensor_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     }
     let norm = |which: Norm| (norm_name(which), vec![which.len(config)]);
     for layer in 0..config.n_layers {
-        shapes.extend(Norm::of_layer(layer, config.sub_norms).map(norm));
+        shapes.extend(Norm::of_layer(layer, config).map(norm));
         shapes.extend(Projection::ALL.map(|which| {
             let (n, k) = which.shape(config);
             (projection_name(layer, which), vec![n, k])

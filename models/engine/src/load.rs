@@ -9,9 +9,10 @@ use bitnet_burn_backends::ops::{self, TernaryMatrix};
 use bitnet_burn_backends::{MatrixKernels, devices};
 use bitnet_burn_formats::DenseTensor;
 use bitnet_burn_manager::{LayoutPolicy, ManagerError};
-use burn::tensor::Device;
+use burn::module::{Param, ParamId};
+use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::checkpoint::{Checkpoint, LoadError};
+use crate::checkpoint::{Checkpoint, LoadError, Weights};
 pub use crate::head::HeadMode;
 use crate::prepack::Prepacked;
 
@@ -131,7 +132,8 @@ pub fn load_on(
     if devices.layers.len() != config.n_layers {
         return Err(ModelError::Devices { found: devices.layers.len(), expected: config.n_layers });
     }
-    if devices.layers.iter().any(ops::is_host) && options.quantise_activations {
+    let ternary = checkpoint.dense_bytes(0, Projection::Q).is_none();
+    if devices.layers.iter().any(ops::is_host) && options.quantise_activations && ternary {
         choose_kernels(&config, options.max_rows, progress)?;
     }
     let device = &devices.dense;
@@ -140,14 +142,14 @@ pub fn load_on(
         Ok(rms_norm(checkpoint.norm(which)?, config.rms_norm_eps, device))
     };
     let host = devices.layers.iter().chain([device]).any(ops::is_host);
-    let prepacked = match options.prepacked && options.quantise_activations && host {
+    let prepacked = match options.prepacked && options.quantise_activations && host && ternary {
         true => Prepacked::beside(checkpoint).unwrap_or_else(|error| {
             tracing::warn!("packed weights are not used: {error}");
             None
         }),
         false => None,
     };
-    let linear = |layer: usize, which: Projection| -> Result<BitLinear, ModelError> {
+    let weights = |layer: usize, which: Projection| -> Result<BitLinear, ModelError> {
         let device = &devices.layers[layer];
         if let Some(prepacked) = prepacked.as_ref().filter(|_| ops::is_host(device)) {
             let (n, k) = which.shape(&config);
@@ -157,13 +159,25 @@ pub fn load_on(
                 return Ok(BitLinear::from_matrix(matrix));
             }
         }
-        let t = checkpoint.projection(layer, which)?;
-        let matrix = if options.quantise_activations {
-            TernaryMatrix::prepared(t.codes, t.scale, t.n, t.k, device)?
-        } else {
-            TernaryMatrix::canonical(t.codes, t.scale, t.n, t.k, device)
-        };
-        Ok(BitLinear::from_matrix(matrix))
+        Ok(match checkpoint.weights(layer, which)? {
+            Weights::Ternary(t) if options.quantise_activations => {
+                BitLinear::from_matrix(TernaryMatrix::prepared(t.codes, t.scale, t.n, t.k, device)?)
+            }
+            Weights::Ternary(t) => {
+                BitLinear::from_matrix(TernaryMatrix::canonical(t.codes, t.scale, t.n, t.k, device))
+            }
+            Weights::Dense(tensor) => BitLinear::dense(DenseMatrix::new(tensor, device)),
+        })
+    };
+    let linear = |layer: usize, which: Projection| -> Result<BitLinear, ModelError> {
+        let linear = weights(layer, which)?;
+        if !which.has_bias(&config) {
+            return Ok(linear);
+        }
+        let bias = checkpoint.bias(layer, which)?;
+        let bias = TensorData::new(bias, [linear.d_output()]);
+        let bias = Tensor::<1>::from_data(bias, &devices.layers[layer]);
+        Ok(linear.with_bias(Param::initialized(ParamId::new(), bias)))
     };
     // The head first: while it is copied its pages of the file take memory, too.
     let embedding = checkpoint.embedding()?;

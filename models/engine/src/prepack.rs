@@ -30,7 +30,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::checkpoint::{Checkpoint, Content, LoadError};
+use crate::checkpoint::{Checkpoint, Content, LoadError, Weights};
 use crate::head::HeadMode;
 use bitnet_burn::Projection;
 use bitnet_burn_formats::DenseTensor;
@@ -209,9 +209,12 @@ pub fn write(
             for (i, which) in Projection::ALL.into_iter().enumerate() {
                 progress(layer * Projection::ALL.len() + i, all);
                 let (n, k) = which.shape(config);
+                if checkpoint.dense_bytes(layer, which).is_some() {
+                    continue;
+                }
                 let choice = manager().choose(n, k, LayoutPolicy::Any)?;
                 let Some(layout) = kept(&choice) else { continue };
-                let tensor = checkpoint.projection(layer, which)?;
+                let Weights::Ternary(tensor) = checkpoint.weights(layer, which)? else { continue };
                 let Packed::Private(packed) = manager().pack(&choice, &tensor.codes)? else { continue };
                 let (name, layout) = (name(layer, which), layout.to_owned());
                 let entry =
@@ -325,7 +328,9 @@ impl Prepacked {
             else {
                 continue;
             };
-            let tensor = checkpoint.projection(0, which)?;
+            let Weights::Ternary(tensor) = checkpoint.weights(0, which)? else {
+                return Err(unusable(&name(0, which)));
+            };
             if manager().unpack(&choice, &packed)? != *tensor.codes || scale != tensor.scale {
                 return Err(unusable(&name(0, which)));
             }

@@ -24,7 +24,7 @@ use bitnet_burn_formats::gguf::{Array, GgufWriter, TensorType};
 use bitnet_burn_formats::random::SplitMix64;
 
 use crate::gguf::{norm_name, projection_name, write_config};
-use bitnet_burn::{ConfigError, GatedActivation, ModelConfig};
+use bitnet_burn::{ConfigError, DecoderOptions, GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 
 /// The names that [`shape`] knows.
@@ -51,6 +51,7 @@ pub fn shape(name: &str) -> Option<ModelConfig> {
         tied_embeddings: true,
         bos_token: Some(128_000),
         eos_tokens: vec![128_001, 128_009],
+        options: DecoderOptions::default(),
     };
     let sized = |hidden_size,
                  intermediate_size,
@@ -145,7 +146,7 @@ pub fn write(path: &Path, options: &SynthOptions, progress: &dyn Fn(u64, u64)) -
     tokenizer(&mut writer, config)?;
     dense(&mut writer, "token_embd.weight", options, &advance)?;
     for layer in 0..config.n_layers {
-        for which in Norm::of_layer(layer, config.sub_norms) {
+        for which in Norm::of_layer(layer, config) {
             norm(&mut writer, which, options)?;
         }
         for which in Projection::ALL {

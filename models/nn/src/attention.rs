@@ -1,5 +1,7 @@
 //! Grouped-query attention with BitLinear projections.
 
+use std::ops::Range;
+
 use bitnet_burn_backends::SelfAttentionArgs;
 use bitnet_burn_backends::ops;
 use burn::config::Config;
@@ -24,6 +26,9 @@ pub struct BitAttentionConfig {
     /// Whether the heads' output passes an RMSNorm before the output projection.
     #[config(default = true)]
     pub sub_norm: bool,
+    /// Whether every query and key head passes an RMSNorm before RoPE (Qwen3).
+    #[config(default = false)]
+    pub qk_norms: bool,
     /// Epsilon of the norms.
     #[config(default = 1e-5)]
     pub eps: f64,
@@ -44,6 +49,10 @@ pub struct BitAttention {
     pub v_proj: BitLinear,
     /// Output; its norm is `attn_sub_norm`.
     pub o_proj: BitLinear,
+    /// Norm of every query head, before RoPE.
+    pub q_norm: Option<RmsNorm>,
+    /// Norm of every key head, before RoPE.
+    pub k_norm: Option<RmsNorm>,
     n_heads: usize,
     n_kv_heads: usize,
     head_dim: usize,
@@ -63,13 +72,23 @@ impl BitAttentionConfig {
                 .with_norm_eps(self.eps)
                 .init(device),
         ];
-        self.assemble(RmsNormConfig::new(self.hidden_size).with_epsilon(self.eps).init(device), projections)
+        let norm = |size| RmsNormConfig::new(size).with_epsilon(self.eps).init(device);
+        let qk_norms = self.qk_norms.then(|| [norm(self.head_dim), norm(self.head_dim)]);
+        self.assemble(norm(self.hidden_size), qk_norms, projections)
     }
 
-    /// A layer of given parts: q, k, v and o (with its norm).
-    pub fn assemble(&self, input_norm: RmsNorm, projections: [BitLinear; 4]) -> BitAttention {
+    /// A layer of given parts: the norms of queries and keys where they have some; q, k, v and o (with its norm).
+    pub fn assemble(
+        &self,
+        input_norm: RmsNorm,
+        qk_norms: Option<[RmsNorm; 2]>,
+        projections: [BitLinear; 4],
+    ) -> BitAttention {
         let [q_proj, k_proj, v_proj, o_proj] = projections;
+        let [q_norm, k_norm] = qk_norms.map_or([None, None], |norms| norms.map(Some));
         BitAttention {
+            q_norm,
+            k_norm,
             input_norm,
             q_proj,
             k_proj,
@@ -99,6 +118,7 @@ impl BitAttention {
     ) -> Result<Tensor<2>, ForwardError> {
         let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
         let qkv = side_by_side(x, norm, batch.quantise, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
+        let qkv = self.normed(qkv);
         let context = match history {
             History::Cache(cache) => self.attend(qkv, layer, batch, cache)?,
             History::None { length } => {
@@ -112,6 +132,28 @@ impl BitAttention {
             }
         };
         Ok(self.o_proj.forward_rows(context, batch.quantise)?)
+    }
+
+    /// qkv with the norms of queries and keys applied to every head.
+    fn normed(&self, qkv: Tensor<2>) -> Tensor<2> {
+        let (None, None) = (&self.q_norm, &self.k_norm) else {
+            let d = self.head_dim;
+            let [m, width] = qkv.dims();
+            let (keys, values) = (self.n_heads * d, (self.n_heads + self.n_kv_heads) * d);
+            let part = |columns: Range<usize>, norm: Option<&RmsNorm>| {
+                let (part, size) = (qkv.clone().slice([0..m, columns.clone()]), columns.len());
+                let Some(norm) = norm else { return part };
+                let heads = part.reshape([m * size / d, d]);
+                ops::rms_norm(heads, norm.gamma.val(), norm.epsilon as f32).reshape([m, size])
+            };
+            let parts = [
+                part(0..keys, self.q_norm.as_ref()),
+                part(keys..values, self.k_norm.as_ref()),
+                part(values..width, None),
+            ];
+            return Tensor::cat(parts.into(), 1);
+        };
+        qkv
     }
 
     /// Attention of every sequence's rows over what its cache holds, and themselves.

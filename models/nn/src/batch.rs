@@ -36,6 +36,8 @@ pub struct Batch {
     pub(crate) sequences: Vec<SequenceRows>,
     /// The rows' positions; without a cache, one sequence's.
     positions: Vec<usize>,
+    /// Positions that a sequence can have.
+    context: usize,
     /// Their cosines and sines, on the device of the layer that computes.
     pub(crate) angles: (Tensor<2>, Tensor<2>),
     /// Whether activations are quantised.
@@ -60,12 +62,13 @@ impl Batch {
         device: &Device,
     ) -> Self {
         let positions: Vec<usize> = (0..length).collect();
-        Self { sequences: Vec::new(), angles: rotary.angles(&positions, device), positions, quantise }
+        let angles = rotary.angles(&positions, length, device);
+        Self { sequences: Vec::new(), context: length, angles, positions, quantise }
     }
 
     /// Computes the angles on another device.
     pub(crate) fn move_to(&mut self, rotary: &RotaryEncoding, device: &Device) {
-        self.angles = rotary.angles(&self.positions, device);
+        self.angles = rotary.angles(&self.positions, self.context, device);
     }
 
     /// Rows that continue the sequences of a cache: checks them, makes room in the cache, and computes their angles.
@@ -109,6 +112,8 @@ impl Batch {
             cache.reserve(sequence.id, sequence.rows.len())?;
         }
         let positions: Vec<usize> = rows.iter().map(|row| row.position).collect();
-        Ok(Self { sequences, angles: rotary.angles(&positions, device), positions, quantise })
+        let context = cache.capacity();
+        let angles = rotary.angles(&positions, context, device);
+        Ok(Self { sequences, context, angles, positions, quantise })
     }
 }

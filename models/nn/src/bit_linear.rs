@@ -1,6 +1,8 @@
 //! The BitNet linear layer ("The Era of 1-bit LLMs", arXiv 2402.17764; quantisers as in arXiv
 //! 2504.12285, section 2).
 
+use std::mem::discriminant;
+
 use bitnet_burn_backends::MatrixKernels;
 use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
 use bitnet_burn_formats::canonical;
@@ -11,6 +13,8 @@ use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay,
 use burn::nn::{Linear, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use bytes::Bytes;
+
+use crate::DenseMatrix;
 
 /// Configuration of a [`BitLinear`].
 #[derive(Config, Debug)]
@@ -35,8 +39,8 @@ pub struct BitLinearConfig {
 
 /// A linear layer with ternary weights and int8 activations: y = quantise(norm(x)) * Wᵀ (+ bias).
 ///
-/// It has two states, see [`BitLinearWeight`]: in *training* the weights are latent floats that every
-/// forward pass ternarises; [`pack`](Self::pack) freezes them into 2 bits each.
+/// [`BitLinearWeight`] is its state: in *training* the weights are latent floats that every forward pass ternarises;
+/// [`pack`](Self::pack) freezes them into 2 bits each. A model's layers that are not ternary are *dense*.
 ///
 /// - Weights: s = max(mean |W|, 1e-5), W ~ s * clamp(round(W / s), -1, 1).
 /// - Activations, by rows: a = max(max |x|, 1e-5), x ~ (a / 127) * clamp(round(x * 127 / a), -128, 127).
@@ -66,6 +70,9 @@ pub enum BitLinearWeight {
     Latent(Param<Tensor<2>>),
     /// Frozen: 2 bits a weight.
     Packed(PackedWeight),
+    /// Frozen weights of any format, multiplied by float activations: for layers that are not ternary, or that were
+    /// trained without quantised activations.
+    Dense(DenseMatrix),
 }
 
 /// Frozen ternary weights.
@@ -113,6 +120,12 @@ impl BitLinear {
         Self { weight: BitLinearWeight::Packed(weight), bias: None, norm: None, d_input: k, d_output: n }
     }
 
+    /// A layer that is not ternary, without norm and bias.
+    pub fn dense(matrix: DenseMatrix) -> Self {
+        let (n, k) = (matrix.args().n, matrix.args().k);
+        Self { weight: BitLinearWeight::Dense(matrix), bias: None, norm: None, d_input: k, d_output: n }
+    }
+
     /// A layer in the training state with the weights and the bias of a `Linear`, for quantisation-aware
     /// fine-tuning. (Burn keeps a `Linear`'s weight as [d_input, d_output]; it is transposed.)
     pub fn from_linear(linear: Linear) -> Self {
@@ -126,6 +139,11 @@ impl BitLinear {
     /// The same layer with a norm before quantisation.
     pub fn with_norm(self, norm: RmsNorm) -> Self {
         Self { norm: Some(norm), ..self }
+    }
+
+    /// The same layer with a bias `[d_output]`.
+    pub fn with_bias(self, bias: Param<Tensor<1>>) -> Self {
+        Self { bias: Some(bias), ..self }
     }
 
     /// Input features.
@@ -174,10 +192,10 @@ impl BitLinear {
         self.norm.as_ref().map(|norm| (norm.gamma.val(), norm.epsilon as f32))
     }
 
-    /// The packed matrix, for operations over several layers; `None` in the training state.
+    /// The packed matrix, for operations over several layers; `None` in the other states.
     pub fn matrix(&self) -> Option<TernaryMatrix> {
         match &self.weight {
-            BitLinearWeight::Latent(_) => None,
+            BitLinearWeight::Latent(_) | BitLinearWeight::Dense(_) => None,
             BitLinearWeight::Packed(weight) => Some(TernaryMatrix {
                 codes: weight.codes.val(),
                 scale: weight.scale.val(),
@@ -190,7 +208,7 @@ impl BitLinear {
 
     /// The layer with packed weights in the canonical layout, which every machine and device reads: for
     /// saving it, or before it moves to another device. (A private packing that has moved is unpacked at
-    /// every call.) A layer in the training state stays as it is.
+    /// every call.) A layer in another state stays as it is.
     ///
     /// # Errors
     /// If the kernel that packed the weights can't unpack them.
@@ -206,7 +224,7 @@ impl BitLinear {
 
     /// The layer with its weights frozen: exactly the codes and the scale that the training state's
     /// forward pass computes with. On a device in host memory they are packed for the kernels that
-    /// are the fastest on this machine. A packed layer stays as it is.
+    /// are the fastest on this machine. A layer in another state stays as it is.
     ///
     /// # Errors
     /// If no kernel may compute the layer (in strict mode), or memory is short.
@@ -240,7 +258,7 @@ impl BitLinear {
     /// The layer in the training state, to train it further: latent weights of which the forward pass
     /// makes exactly the codes and the scale that were packed. What the weights were before packing is
     /// gone: all that share a code share a magnitude (but for one, which makes the mean exact). A layer in
-    /// the training state stays as it is.
+    /// another state stays as it is.
     ///
     /// # Errors
     /// If the kernel that packed the weights can't unpack them.
@@ -288,8 +306,8 @@ pub(crate) fn side_by_side(
     layers: &[&BitLinear],
 ) -> Result<Tensor<2>, ManagerError> {
     // Without building the matrices: this runs for every layer and token.
-    let packed = layers.iter().filter(|layer| matches!(layer.weight, BitLinearWeight::Packed(_))).count();
-    let alike = packed == 0 || packed == layers.len();
+    let state = |layer: &&BitLinear| discriminant(&layer.weight);
+    let alike = layers.iter().all(|layer| state(layer) == state(&layers[0]));
     if alike && layers.iter().all(|layer| layer.norm.is_none()) {
         return fused(x, Some(norm), quantise, layers);
     }
@@ -313,7 +331,15 @@ fn fused(
                 Some((gamma, eps)) => ops::rms_norm(x, gamma, eps),
                 None => x,
             };
-            latent_linears(x, quantise, layers)
+            let dense = |layer: &&BitLinear| match &layer.weight {
+                BitLinearWeight::Dense(matrix) => Some(matrix.forward(x.clone())),
+                _ => None,
+            };
+            match layers.iter().map(dense).collect::<Option<Vec<_>>>() {
+                Some(mut outputs) if outputs.len() == 1 => outputs.remove(0),
+                Some(outputs) => Tensor::cat(outputs, 1),
+                None => latent_linears(x, quantise, layers),
+            }
         }
     };
     if layers.iter().all(|layer| layer.bias.is_none()) {
@@ -331,14 +357,16 @@ fn fused(
 /// quantisers make of input and weights; without `quantise` of these as they are, the float twin.
 ///
 /// # Panics
-/// If a layer is packed: those of one model are all in the same state.
+/// If a layer is frozen: the layers are all in the same state.
 fn latent_linears(x: Tensor<2>, quantise: bool, layers: &[&BitLinear]) -> Tensor<2> {
     let mut weights: Vec<Tensor<2>> = layers
         .iter()
         .map(|layer| match &layer.weight {
             BitLinearWeight::Latent(weight) if quantise => ops::ternarise(weight.val()),
             BitLinearWeight::Latent(weight) => weight.val(),
-            BitLinearWeight::Packed(_) => panic!("a packed layer beside one in the training state"),
+            BitLinearWeight::Packed(_) | BitLinearWeight::Dense(_) => {
+                panic!("a frozen layer beside one in the training state")
+            }
         })
         .collect();
     let weight = if weights.len() == 1 { weights.remove(0) } else { Tensor::cat(weights, 0) };
@@ -358,6 +386,7 @@ impl ModuleDisplay for BitLinear {
                 None => "packed",
                 Some(_) => "packed for this machine",
             },
+            BitLinearWeight::Dense(_) => "dense",
         };
         content
             .add("d_input", &self.d_input)

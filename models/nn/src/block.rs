@@ -26,6 +26,9 @@ pub struct BitBlock {
     pub attention: BitAttention,
     /// The feed-forward network, with its input norm.
     pub feed_forward: BitFeedForward,
+    /// Both contributions are multiplied by this.
+    #[module(skip)]
+    residual_scale: f32,
 }
 
 impl BitBlockConfig {
@@ -34,13 +37,14 @@ impl BitBlockConfig {
         BitBlock {
             attention: self.attention.init(device),
             feed_forward: self.feed_forward.init(activation, device),
+            residual_scale: 1.0,
         }
     }
 }
 
 impl BitBlock {
-    /// Block `layer` of a model, of given parts: `norm` and `linear` are asked for the norms and the ternary layers that the
-    /// configuration names.
+    /// Block `layer` of a model, of given parts: `norm` and `linear` are asked for the norms and the projections (with
+    /// their biases) that the configuration names.
     ///
     /// # Errors
     /// Those of `norm` and `linear`.
@@ -55,6 +59,10 @@ impl BitBlock {
         };
         let attention =
             BitAttentionConfig::new(config.hidden_size, config.n_heads, config.n_kv_heads, config.head_dim);
+        let qk_norms = match config.options.qk_norms {
+            true => Some([norm(Norm::Query(layer))?, norm(Norm::Key(layer))?]),
+            false => None,
+        };
         let projections = [
             linear(layer, Projection::Q)?,
             linear(layer, Projection::K)?,
@@ -67,16 +75,17 @@ impl BitBlock {
             with_norm(linear(layer, Projection::Down)?, Norm::FeedForwardSub(layer))?,
         ];
         Ok(Self {
-            attention: attention.assemble(norm(Norm::Attention(layer))?, projections),
+            attention: attention.assemble(norm(Norm::Attention(layer))?, qk_norms, projections),
             feed_forward: BitFeedForward::assemble(
                 norm(Norm::FeedForward(layer))?,
                 feed_forward,
                 config.activation,
             ),
+            residual_scale: config.options.residual_scale,
         })
     }
 
-    /// The ternary layers, in the order of [`Projection::ALL`](crate::Projection::ALL).
+    /// The projections, in the order of [`Projection::ALL`](crate::Projection::ALL).
     pub fn projections(&self) -> [&BitLinear; 7] {
         let (a, f) = (&self.attention, &self.feed_forward);
         [&a.q_proj, &a.k_proj, &a.v_proj, &a.o_proj, &f.gate_proj, &f.up_proj, &f.down_proj]
@@ -112,7 +121,8 @@ impl BitBlock {
         batch: &Batch,
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
-        let x = x.clone() + self.attention.forward(x, layer, batch, history)?;
-        Ok(x.clone() + self.feed_forward.forward(x, batch.quantise)?)
+        let scaled = |y: Tensor<2>| if self.residual_scale == 1.0 { y } else { y * self.residual_scale };
+        let x = x.clone() + scaled(self.attention.forward(x, layer, batch, history)?);
+        Ok(x.clone() + scaled(self.feed_forward.forward(x, batch.quantise)?))
     }
 }

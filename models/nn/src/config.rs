@@ -1,10 +1,12 @@
-//! The shape of a BitNet model: one configuration for every kind of file.
+//! The shape of a model: one configuration for every kind of file.
 //!
 //! GGUF metadata and Hugging Face's `config.json` both become a [`ModelConfig`]; the model is built from
 //! it alone. Names are those of the Hugging Face configuration where the two differ.
 
 use bitnet_burn_backends::{CacheType, GatedActivation};
 use serde::{Deserialize, Serialize};
+
+use crate::RopeScaling;
 
 /// A field of a [`ModelConfig`] that no model can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -54,6 +56,50 @@ pub struct ModelConfig {
     pub bos_token: Option<u32>,
     /// The tokens that end one.
     pub eos_tokens: Vec<u32>,
+    /// What it has that BitNet has not.
+    #[serde(default, skip_serializing_if = "DecoderOptions::is_default")]
+    pub options: DecoderOptions,
+}
+
+/// What a decoder may have that BitNet has not. The default is BitNet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DecoderOptions {
+    /// Whether every query and key head passes an RMSNorm before RoPE (Qwen3).
+    pub qk_norms: bool,
+    /// Whether the projections of queries, keys and values have biases (Qwen2).
+    pub qkv_bias: bool,
+    /// Whether the attention's output projection has a bias.
+    pub output_bias: bool,
+    /// How RoPE's frequencies are scaled.
+    pub rope_scaling: Option<RopeScaling>,
+    /// The embedding is multiplied by this (MiniCPM).
+    pub embedding_scale: f32,
+    /// What attention and feed-forward add to the residual stream is multiplied by this (MiniCPM).
+    pub residual_scale: f32,
+    /// The logits are divided by this (MiniCPM).
+    pub logit_divisor: f32,
+}
+
+impl Default for DecoderOptions {
+    fn default() -> Self {
+        Self {
+            qk_norms: false,
+            qkv_bias: false,
+            output_bias: false,
+            rope_scaling: None,
+            embedding_scale: 1.0,
+            residual_scale: 1.0,
+            logit_divisor: 1.0,
+        }
+    }
+}
+
+impl DecoderOptions {
+    /// Whether the decoder is BitNet's.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Largest value accepted in each field: far above any model, low enough that no product overflows.
@@ -109,6 +155,20 @@ impl ModelConfig {
         }
         if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
             return err("rms_norm_eps", format!("is {:e}; it must lie between 0 and 1", self.rms_norm_eps));
+        }
+        let DecoderOptions { rope_scaling, embedding_scale, residual_scale, logit_divisor, .. } =
+            &self.options;
+        if let Some(problem) = rope_scaling.as_ref().and_then(|scaling| scaling.problem(self.head_dim)) {
+            return err("options.rope_scaling", problem);
+        }
+        for (field, value) in [
+            ("options.embedding_scale", embedding_scale),
+            ("options.residual_scale", residual_scale),
+            ("options.logit_divisor", logit_divisor),
+        ] {
+            if !(value.is_finite() && *value > 0.0) {
+                return err(field, format!("is {value}; it must be finite and positive"));
+            }
         }
         if let Some(bos) = self.bos_token.filter(|&t| t as usize >= self.vocab_size) {
             return err("bos_token", format!("is {bos}, outside the vocabulary of {}", self.vocab_size));
@@ -176,6 +236,7 @@ mod tests {
             tied_embeddings: true,
             bos_token: Some(128_000),
             eos_tokens: vec![128_001, 128_009],
+            options: DecoderOptions::default(),
         }
     }
 
@@ -230,6 +291,13 @@ mod tests {
             ("rms_norm_eps", |c| c.rms_norm_eps = -1e-5),
             ("bos_token", |c| c.bos_token = Some(128_256)),
             ("eos_tokens", |c| c.eos_tokens.push(u32::MAX)),
+            ("options.embedding_scale", |c| c.options.embedding_scale = f32::INFINITY),
+            ("options.residual_scale", |c| c.options.residual_scale = 0.0),
+            ("options.logit_divisor", |c| c.options.logit_divisor = f32::NAN),
+            ("options.rope_scaling", |c| c.options.rope_scaling = Some(RopeScaling::Linear { factor: 0.0 })),
+            ("options.rope_scaling", |c| {
+                c.options.rope_scaling = Some(RopeScaling::Divisors { divisors: vec![1.0; 63] });
+            }),
         ];
         for (field, change) in changes {
             let mut config = bitnet_2b();

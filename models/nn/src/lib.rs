@@ -27,12 +27,12 @@ pub use bit_linear::{BitLinear, BitLinearConfig, BitLinearWeight, PackedWeight};
 pub use block::{BitBlock, BitBlockConfig};
 pub use burn::nn::{RmsNorm, RmsNormConfig};
 pub use cache::{CacheError, CacheType, KvCache, SequenceId};
-pub use config::{ConfigError, ModelConfig};
+pub use config::{ConfigError, DecoderOptions, ModelConfig};
 pub use dense::{DenseMatrix, DenseMatrixError, DenseWeight};
 pub use feed_forward::{BitFeedForward, BitFeedForwardConfig};
 pub use model::{BitNet, ForwardError, rms_norm};
 pub use parts::{Norm, Projection};
-pub use rotary::{RotaryEncoding, RotaryEncodingConfig};
+pub use rotary::{RopeScaling, RotaryEncoding, RotaryEncodingConfig};
 pub use trainable::ValuesOf;
 
 pub use bitnet_burn_backends as backends;

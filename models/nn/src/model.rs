@@ -1,5 +1,5 @@
-//! BitNet b1.58 ("BitNet b1.58 2B4T Technical Report", arXiv 2504.12285): the whole model, from rows
-//! of tokens to logits.
+//! A decoder of BitLinear layers, from rows of tokens to logits: BitNet b1.58 ("BitNet b1.58 2B4T Technical Report",
+//! arXiv 2504.12285), and with [`DecoderOptions`](crate::DecoderOptions) the models of its kin.
 //!
 //! ```text
 //! x = embedding[token]
@@ -85,7 +85,10 @@ impl BitNet {
         norm: RmsNorm,
         output: Option<DenseMatrix>,
     ) -> Self {
-        let rotary = RotaryEncodingConfig::new(config.head_dim).with_theta(config.rope_theta).init();
+        let rotary = RotaryEncodingConfig::new(config.head_dim)
+            .with_theta(config.rope_theta)
+            .with_scaling(config.options.rope_scaling.clone())
+            .init();
         Self { embedding, blocks, norm, output, rotary, config, quantise }
     }
 
@@ -177,6 +180,9 @@ impl BitNet {
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
         let mut x = self.embedding.rows(tokens);
+        if self.config.options.embedding_scale != 1.0 {
+            x = x * self.config.options.embedding_scale;
+        }
         let mut here = self.device();
         for (i, block) in self.blocks.iter().enumerate() {
             let device = block.device();
@@ -198,7 +204,11 @@ impl BitNet {
             x
         };
         let x = ops::rms_norm(x, self.norm.gamma.val(), self.norm.epsilon as f32);
-        Ok(self.head().forward(x))
+        let logits = self.head().forward(x);
+        Ok(match self.config.options.logit_divisor {
+            1.0 => logits,
+            divisor => logits / divisor,
+        })
     }
 
     fn check_tokens(&self, mut tokens: impl Iterator<Item = u32>) -> Result<(), ForwardError> {

@@ -26,6 +26,11 @@ pub fn projection_name(layer: usize, which: Projection) -> String {
     projection_module(layer, which) + ".weight"
 }
 
+/// The name of a projection's bias.
+pub fn bias_name(layer: usize, which: Projection) -> String {
+    projection_module(layer, which) + ".bias"
+}
+
 /// The name of a packed projection's scale.
 pub fn scale_name(layer: usize, which: Projection) -> String {
     projection_module(layer, which) + ".weight_scale"
@@ -35,6 +40,8 @@ pub fn scale_name(layer: usize, which: Projection) -> String {
 pub fn norm_name(which: Norm) -> String {
     let (layer, part) = match which {
         Norm::Attention(l) => (l, "input_layernorm"),
+        Norm::Query(l) => (l, "self_attn.q_norm"),
+        Norm::Key(l) => (l, "self_attn.k_norm"),
         Norm::AttentionSub(l) => (l, "self_attn.attn_sub_norm"),
         Norm::FeedForward(l) => (l, "post_attention_layernorm"),
         Norm::FeedForwardSub(l) => (l, "mlp.ffn_sub_norm"),

@@ -2,7 +2,7 @@
 
 use crate::ModelConfig;
 
-/// The seven ternary matrices of a layer.
+/// The seven matrices of a layer, ternary in most models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Projection {
     /// Queries, [n_heads * head_dim, hidden].
@@ -48,6 +48,15 @@ impl Projection {
             Self::Down => (config.hidden_size, config.intermediate_size),
         }
     }
+
+    /// Whether the layer adds a bias to the output.
+    pub fn has_bias(self, config: &ModelConfig) -> bool {
+        match self {
+            Self::Q | Self::K | Self::V => config.options.qkv_bias,
+            Self::O => config.options.output_bias,
+            Self::Gate | Self::Up | Self::Down => false,
+        }
+    }
 }
 
 /// The RMSNorm weights; numbers are layers.
@@ -55,6 +64,10 @@ impl Projection {
 pub enum Norm {
     /// Before q, k and v: `[hidden]`.
     Attention(usize),
+    /// Of every query head, before RoPE: `[head_dim]`. Only with `qk_norms`.
+    Query(usize),
+    /// Of every key head, before RoPE: `[head_dim]`. Only with `qk_norms`.
+    Key(usize),
     /// Between attention and its output projection: [n_heads * head_dim]. Only with `sub_norms`.
     AttentionSub(usize),
     /// Before gate and up: `[hidden]`.
@@ -70,6 +83,7 @@ impl Norm {
     pub fn len(self, config: &ModelConfig) -> usize {
         match self {
             Self::Attention(_) | Self::FeedForward(_) | Self::Output => config.hidden_size,
+            Self::Query(_) | Self::Key(_) => config.head_dim,
             Self::AttentionSub(_) => config.q_size(),
             Self::FeedForwardSub(_) => config.intermediate_size,
         }
@@ -78,17 +92,23 @@ impl Norm {
     /// The layer, or `None` for the last norm.
     pub fn layer(self) -> Option<usize> {
         match self {
-            Self::Attention(l) | Self::AttentionSub(l) | Self::FeedForward(l) | Self::FeedForwardSub(l) => {
-                Some(l)
-            }
+            Self::Attention(l)
+            | Self::Query(l)
+            | Self::Key(l)
+            | Self::AttentionSub(l)
+            | Self::FeedForward(l)
+            | Self::FeedForwardSub(l) => Some(l),
             Self::Output => None,
         }
     }
 
     /// The norms of a layer, in the order in which they are used.
-    pub fn of_layer(layer: usize, sub_norms: bool) -> impl Iterator<Item = Self> {
+    pub fn of_layer(layer: usize, config: &ModelConfig) -> impl Iterator<Item = Self> + use<> {
+        let (sub_norms, qk_norms) = (config.sub_norms, config.options.qk_norms);
         let all = [
             (true, Self::Attention(layer)),
+            (qk_norms, Self::Query(layer)),
+            (qk_norms, Self::Key(layer)),
             (sub_norms, Self::AttentionSub(layer)),
             (true, Self::FeedForward(layer)),
             (sub_norms, Self::FeedForwardSub(layer)),

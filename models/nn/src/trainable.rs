@@ -69,7 +69,7 @@ impl BitNet {
     /// name, shape and values.
     ///
     /// # Panics
-    /// If a layer is packed, or the values can't be read back from their device.
+    /// If a layer is frozen, or the values can't be read back from their device.
     pub fn parameters(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
         let mut parameters = Vec::new();
         let mut add = |name: String, data: TensorData| {
@@ -87,11 +87,15 @@ impl BitNet {
                     BitLinearWeight::Latent(weight) => {
                         add(names::projection_name(i, which), weight.val().into_data());
                     }
-                    BitLinearWeight::Packed(_) => panic!("a packed layer has no parameters"),
+                    BitLinearWeight::Packed(_) | BitLinearWeight::Dense(_) => {
+                        panic!("a frozen layer has no parameters")
+                    }
                 }
             }
             for (which, norm) in [
                 (Norm::Attention(i), Some(&attention.input_norm)),
+                (Norm::Query(i), attention.q_norm.as_ref()),
+                (Norm::Key(i), attention.k_norm.as_ref()),
                 (Norm::AttentionSub(i), attention.o_proj.norm.as_ref()),
                 (Norm::FeedForward(i), Some(&feed_forward.input_norm)),
                 (Norm::FeedForwardSub(i), feed_forward.down_proj.norm.as_ref()),

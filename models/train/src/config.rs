@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use bitnet_burn::{GatedActivation, ModelConfig};
+use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
 
 /// A training run. The defaults are those of the model that the program carries.
 ///
@@ -310,6 +310,7 @@ impl TrainConfig {
             tied_embeddings: m.tied_embeddings,
             bos_token: Some(end_of_text),
             eos_tokens: vec![end_of_text],
+            options: DecoderOptions::default(),
         }
     }
 

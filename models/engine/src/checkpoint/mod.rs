@@ -36,7 +36,7 @@ mod values;
 
 pub use error::LoadError;
 pub use hf::Style;
-pub use source::{Content, OpenOptions, TensorInfo};
+pub use source::{Content, OpenOptions, TensorInfo, Weights};
 pub(crate) use tokenizer_source::{END_OF_GENERATION, end_of_generation};
 pub use tokenizer_source::{GgufTokenizer, TokenizerSource};
 
@@ -62,7 +62,7 @@ pub struct CheckReport {
     pub ternary_weights: u64,
     /// Those that are zero.
     pub zero_weights: u64,
-    /// Values of norms, embedding and head, all of them finite.
+    /// Values of norms, embedding, head and projections that are not ternary, all of them finite.
     pub dense_values: u64,
     /// Bytes of all tensors in the file.
     pub bytes: u64,
@@ -152,13 +152,43 @@ impl Checkpoint {
         &self.warnings
     }
 
-    /// A ternary matrix of a layer: [N, K] as [`Projection::shape`] says.
+    /// A matrix of a layer: [N, K] as [`Projection::shape`] says.
     ///
     /// # Errors
     /// [`LoadError::NoSuchLayer`], [`LoadError::NotTernary`], [`LoadError::InvalidScale`].
-    pub fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {
+    pub fn weights(&self, layer: usize, which: Projection) -> Result<Weights, LoadError> {
         self.check_layer(layer)?;
-        self.source.projection(layer, which)
+        self.source.weights(layer, which)
+    }
+
+    /// [`weights`](Self::weights) that are ternary with one scale.
+    ///
+    /// # Errors
+    /// As there, and [`LoadError::NotTernary`] for those that are not.
+    pub fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {
+        match self.weights(layer, which)? {
+            Weights::Ternary(tensor) => Ok(tensor),
+            Weights::Dense(tensor) => Err(LoadError::NotTernary {
+                path: self.path.clone(),
+                tensor: tensor.name,
+                stored_as: tensor.format.name(),
+                problem: "it is computed with float activations".into(),
+            }),
+        }
+    }
+
+    /// The size of a projection's weights, where the header says that they are [dense](Weights::Dense).
+    pub fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64> {
+        self.source.dense_bytes(layer, which)
+    }
+
+    /// The bias of a projection that [has one](Projection::has_bias), all finite.
+    ///
+    /// # Errors
+    /// [`LoadError::NoSuchLayer`], [`LoadError::NotFinite`]; [`FileError::MissingTensor`] for a projection without.
+    pub fn bias(&self, layer: usize, which: Projection) -> Result<Vec<f32>, LoadError> {
+        self.check_layer(layer)?;
+        floats(&self.path, &self.source.bias(layer, which)?)
     }
 
     /// The latent float weights [N, K] that a projection is quantised from, in row-major order, all finite;
@@ -260,15 +290,24 @@ impl Checkpoint {
         report.dense_values += self.check_dense(&embedding)?;
         report.tensors += 1;
         for layer in 0..self.config.n_layers {
-            for norm in Norm::of_layer(layer, self.config.sub_norms) {
+            for norm in Norm::of_layer(layer, &self.config) {
                 report.dense_values += self.norm(norm)?.len() as u64;
                 report.tensors += 1;
             }
             for which in Projection::ALL {
-                let tensor = self.checked_projection(layer, which)?;
-                report.ternary_weights += tensor.n as u64 * tensor.k as u64;
-                report.zero_weights += tensor.zeros();
+                match self.weights(layer, which)? {
+                    Weights::Ternary(tensor) => {
+                        self.check_codes(&tensor)?;
+                        report.ternary_weights += tensor.n as u64 * tensor.k as u64;
+                        report.zero_weights += tensor.zeros();
+                    }
+                    Weights::Dense(tensor) => report.dense_values += self.check_dense(&tensor)?,
+                }
                 report.tensors += 1;
+                if which.has_bias(&self.config) {
+                    report.dense_values += self.bias(layer, which)?.len() as u64;
+                    report.tensors += 1;
+                }
             }
         }
         report.dense_values += self.norm(Norm::Output)?.len() as u64;
@@ -287,15 +326,17 @@ impl Checkpoint {
         which: Projection,
     ) -> Result<TernaryTensor, LoadError> {
         let tensor = self.projection(layer, which)?;
-        match check_canonical(&tensor.codes, tensor.n, tensor.k) {
-            Ok(()) => Ok(tensor),
-            Err(error) => Err(LoadError::NotTernary {
-                path: self.path.clone(),
-                tensor: tensor.name,
-                stored_as: tensor.stored_as,
-                problem: error.to_string(),
-            }),
-        }
+        self.check_codes(&tensor)?;
+        Ok(tensor)
+    }
+
+    fn check_codes(&self, tensor: &TernaryTensor) -> Result<(), LoadError> {
+        check_canonical(&tensor.codes, tensor.n, tensor.k).map_err(|error| LoadError::NotTernary {
+            path: self.path.clone(),
+            tensor: tensor.name.clone(),
+            stored_as: tensor.stored_as,
+            problem: error.to_string(),
+        })
     }
 
     fn check_layer(&self, layer: usize) -> Result<(), LoadError> {

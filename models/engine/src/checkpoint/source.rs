@@ -19,6 +19,15 @@ pub struct OpenOptions {
     pub pre: Option<String>,
 }
 
+/// The weights of a projection.
+#[derive(Clone, Debug)]
+pub enum Weights {
+    /// Ternary with one scale, for int8 activations.
+    Ternary(TernaryTensor),
+    /// Anything else, for float activations.
+    Dense(DenseTensor),
+}
+
 /// A tensor of the file, for display.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
@@ -43,7 +52,11 @@ pub enum Content {
 
 /// What a kind of file must answer. Names and rules are the implementation's.
 pub(crate) trait Source: Send + Sync {
-    fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError>;
+    fn weights(&self, layer: usize, which: Projection) -> Result<Weights, LoadError>;
+    /// The size of weights of which the header says that they are [`Weights::Dense`].
+    fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64>;
+    /// Of a projection that [has one](Projection::has_bias).
+    fn bias(&self, layer: usize, which: Projection) -> Result<DenseTensor, LoadError>;
     fn master(&self, layer: usize, which: Projection) -> Result<Option<DenseTensor>, LoadError>;
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError>;
     fn embedding(&self) -> Result<DenseTensor, LoadError>;

@@ -43,7 +43,7 @@ fn assert_equal_ternary(a: &Checkpoint, b: &Checkpoint, tolerance: f32) {
 
 fn assert_equal_dense(a: &Checkpoint, b: &Checkpoint) {
     let n_layers = a.config().n_layers;
-    for norm in (0..n_layers).flat_map(|l| Norm::of_layer(l, a.config().sub_norms)).chain([Norm::Output]) {
+    for norm in (0..n_layers).flat_map(|l| Norm::of_layer(l, a.config())).chain([Norm::Output]) {
         assert_eq!(a.norm(norm).unwrap(), b.norm(norm).unwrap(), "{norm:?}");
     }
     let matrices = |c: &Checkpoint| {

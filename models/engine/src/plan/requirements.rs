@@ -18,8 +18,9 @@ pub struct Requirements {
     pub layers: usize,
     /// Positions that the model was trained for.
     pub context: usize,
-    /// The ternary weights of one layer in the canonical layout, at 2 bits each. Kernels' own layouts take as much or less.
-    pub layer_ternary: u64,
+    /// The projections of one layer: ternary weights in the canonical layout, at 2 bits each (kernels' own layouts take
+    /// as much or less), others as the file has them.
+    pub layer_projections: u64,
     /// The norms of one layer.
     pub layer_norms: u64,
     /// Number of ternary weights of one layer. A token is multiplied by each of them.
@@ -95,7 +96,12 @@ impl Requirements {
             output: if own { head_read } else { 0 },
             head_read,
         };
-        Ok(Self::with(checkpoint.config(), sizes))
+        let mut requirements = Self::with(checkpoint.config(), sizes);
+        let dense = Projection::ALL.map(|which| checkpoint.dense_bytes(0, which));
+        if let Some(bytes) = dense.into_iter().sum::<Option<u64>>() {
+            requirements.layer_projections = bytes;
+        }
+        Ok(requirements)
     }
 
     /// The requirements of a model of this shape, with embedding and output matrices of these sizes.
@@ -104,7 +110,7 @@ impl Requirements {
         let sum = |of: &dyn Fn(usize, usize) -> u64| {
             shapes.iter().map(|&(n, k)| of(n, k)).fold(0, u64::saturating_add)
         };
-        let norms = Norm::of_layer(0, config.sub_norms).map(|norm| norm.len(config) as u64 * 4).sum();
+        let norms = Norm::of_layer(0, config).map(|norm| norm.len(config) as u64 * 4).sum();
         let [hidden, inter, q, kv] =
             [config.hidden_size, config.intermediate_size, config.q_size(), config.kv_size()]
                 .map(|v| v as u64);
@@ -115,7 +121,7 @@ impl Requirements {
         Self {
             layers: config.n_layers,
             context: config.context_length,
-            layer_ternary: sum(&|n, k| (n as u64).saturating_mul(canonical::row_bytes(k) as u64)),
+            layer_projections: sum(&|n, k| (n as u64).saturating_mul(canonical::row_bytes(k) as u64)),
             layer_norms: norms,
             layer_weights: sum(&|n, k| (n as u64).saturating_mul(k as u64)),
             embedding: dense.embedding,
@@ -135,7 +141,7 @@ impl Requirements {
 
     /// Bytes of the weights of `layers` layers.
     pub fn layer_bytes(&self, layers: usize) -> u64 {
-        (self.layer_ternary.saturating_add(self.layer_norms)).saturating_mul(layers as u64)
+        (self.layer_projections.saturating_add(self.layer_norms)).saturating_mul(layers as u64)
     }
 
     /// Bytes of embedding, last norm and output projection.
@@ -228,7 +234,7 @@ mod tests {
         let dense = DenseBytes { embedding, output: 0, head_read: embedding };
         let needs = Requirements::with(&shape("2b-4t").unwrap(), dense);
         assert_eq!(needs.layer_weights * 30, 2_084_044_800);
-        assert_eq!(needs.layer_ternary * 30, 2_084_044_800 / 4);
+        assert_eq!(needs.layer_projections * 30, 2_084_044_800 / 4);
         assert_eq!(needs.layer_norms, (2560 + 2560 + 2560 + 6912) * 4);
         for kind in CACHE_TYPES {
             let bytes = shape("2b-4t").unwrap().kv_bytes_per_token(kind) as u64;

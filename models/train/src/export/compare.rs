@@ -48,7 +48,7 @@ pub(super) fn compare(
         _ => return Err(differs("output head", "one of them is tied to the embedding")),
     }
     for layer in 0..config.n_layers {
-        let norms = Norm::of_layer(layer, config.sub_norms);
+        let norms = Norm::of_layer(layer, config);
         norms.into_iter().try_for_each(|which| norm(source, copy, which, options.target, summary))?;
         for which in Projection::ALL {
             // The source's codes have been looked at while they were written.

@@ -155,6 +155,17 @@ pub enum ExportError {
         /// How it holds its projections.
         stored_as: &'static str,
     },
+    /// The writers do not know models of this kind.
+    #[error(
+        "{}: models of the architecture `{architecture}` with projections of several scales, norms of queries and \
+         keys, biases, scaled RoPE or factors can't be written yet; they can be run", path.display()
+    )]
+    Architecture {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Its architecture.
+        architecture: String,
+    },
     /// A type can't hold a tensor of this shape.
     #[error(
         "tensor `{tensor}` of [{n}, {k}] can't be written as {format}, which needs {dimension} to be a multiple \
@@ -378,6 +389,10 @@ pub fn export(
 /// Refuses what no writer could do, before anything is written.
 fn check_target(checkpoint: &Checkpoint, target: Target) -> Result<(), ExportError> {
     let config = checkpoint.config();
+    if !config.options.is_default() || checkpoint.dense_bytes(0, Projection::Q).is_some() {
+        let (path, architecture) = (checkpoint.path().to_owned(), config.architecture.clone());
+        return Err(ExportError::Architecture { path, architecture });
+    }
     let projections = || {
         Projection::ALL.map(|which| {
             let (n, k) = which.shape(config);
@@ -598,7 +613,7 @@ fn exact_dense(checkpoint: &Checkpoint, style: Style) -> Result<DenseFormat, Loa
     if style == Style::Online || stored.block_len() > 1 || head != stored {
         return Ok(DenseFormat::F32);
     }
-    let layers = (0..config.n_layers).flat_map(|layer| Norm::of_layer(layer, config.sub_norms));
+    let layers = (0..config.n_layers).flat_map(|layer| Norm::of_layer(layer, config));
     for which in layers.chain([Norm::Output]) {
         let weights = checkpoint.norm(which)?;
         if compare::rounded(&weights, stored).is_none_or(|rounded| rounded != weights) {

@@ -5,17 +5,17 @@ use super::super::error::LoadError;
 use super::super::source::OpenOptions;
 use super::super::tokenizer_source::end_of_generation;
 use super::keys::{string, token, wrong_value};
-use super::names::LLAMA;
-use super::rope::check_scaling;
-use bitnet_burn::{GatedActivation, ModelConfig};
+use super::names::{LLAMA, MINICPM, QWEN2, QWEN3};
+use super::rope::scaling;
+use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
 use bitnet_burn_formats::FileError;
 use bitnet_burn_formats::gguf::{GgufFile, Value};
 use std::collections::HashSet;
 use std::path::Path;
 
 /// The architectures that are read.
-const ARCHITECTURES: [&str; 4] = ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA];
-const ARCHITECTURES_TEXT: &str = "bitnet-b1.58, bitnet-25, bitnet, llama (with ternary projections)";
+const ARCHITECTURES: [&str; 7] = ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA, MINICPM, QWEN2, QWEN3];
+const ARCHITECTURES_TEXT: &str = "bitnet-b1.58, bitnet-25, bitnet, llama, minicpm, qwen2, qwen3";
 /// Keys are looked up under these names too.
 const PREFIXES: [&str; 3] = ["bitnet", "bitnet-b1.58", "bitnet-25"];
 /// Keys that state the activation; llama.cpp defines none for BitNet, converters have their own.
@@ -52,7 +52,7 @@ impl<'a> Keys<'a> {
     }
 
     /// A size. An array with a number for each layer will do if all are equal.
-    fn size(&self, suffix: &str) -> Result<Option<usize>, LoadError> {
+    pub(super) fn size(&self, suffix: &str) -> Result<Option<usize>, LoadError> {
         let Some((key, value)) = self.find(suffix) else { return Ok(None) };
         let number = match value {
             Value::Array(items) => {
@@ -155,7 +155,6 @@ pub(super) fn config(
             });
         }
     }
-    check_scaling(&keys)?;
     let rope_theta = match keys.float("rope.freq_base")? {
         Some(theta) => theta,
         None => {
@@ -194,7 +193,30 @@ pub(super) fn config(
 
     // All layers have both norms or none has; check_tensors names the one that is missing or too many.
     let sub_norms = file.tensors().iter().any(|t| t.name.ends_with("_sub_norm.weight"));
+    let context_length = keys.required_size("context_length")?;
+    // Windows that hold the whole context change nothing.
+    if let Some(window) = keys.size("attention.sliding_window")?.filter(|&w| w != 0 && w < context_length) {
+        return Err(LoadError::Unsupported {
+            path: path(),
+            what: format!("{architecture}.attention.sliding_window"),
+            found: window.to_string(),
+            supported: format!("0, and windows of at least the context of {context_length}"),
+        });
+    }
+    let has = |name: &str| file.tensor(name).is_some();
+    let biased = !architecture.starts_with("bitnet");
+    let mut options = DecoderOptions {
+        qk_norms: architecture == QWEN3,
+        qkv_bias: architecture == QWEN2 || biased && has("blk.0.attn_q.bias"),
+        output_bias: biased && has("blk.0.attn_output.bias"),
+        rope_scaling: scaling(&keys, context_length, warnings)?,
+        ..DecoderOptions::default()
+    };
+    if architecture == MINICPM {
+        scales_of_minicpm(&keys, (n_layers, hidden_size), &mut options, warnings)?;
+    }
     let mut config = ModelConfig {
+        options,
         name: string(file, "general.name")?,
         hidden_size,
         intermediate_size,
@@ -203,7 +225,7 @@ pub(super) fn config(
         n_kv_heads: keys.size("attention.head_count_kv")?.unwrap_or(n_heads),
         head_dim,
         vocab_size,
-        context_length: keys.required_size("context_length")?,
+        context_length,
         rope_theta,
         rms_norm_eps: keys
             .float("attention.layer_norm_rms_epsilon")?
@@ -217,6 +239,30 @@ pub(super) fn config(
     };
     drop_foreign_tokens(&mut config, warnings);
     Ok(config)
+}
+
+/// MiniCPM's factors; MiniCPM's own, where the file has none.
+fn scales_of_minicpm(
+    keys: &Keys<'_>,
+    (n_layers, hidden_size): (usize, usize),
+    options: &mut DecoderOptions,
+    warnings: &mut Vec<String>,
+) -> Result<(), LoadError> {
+    let DecoderOptions { embedding_scale, residual_scale, logit_divisor, .. } = options;
+    for (key, value, default) in [
+        ("embedding_scale", embedding_scale, 12.0),
+        ("residual_scale", residual_scale, 1.4 / (n_layers as f64).sqrt()),
+        ("logit_scale", logit_divisor, hidden_size as f64 / 256.0),
+    ] {
+        *value = match keys.float(key)? {
+            Some(stated) => stated as f32,
+            None => {
+                warnings.push(format!("key `{MINICPM}.{key}` is missing; {default} is used, as in MiniCPM"));
+                default as f32
+            }
+        };
+    }
+    Ok(())
 }
 
 /// The key, else the rows of the embedding (which the tokens should agree with).

@@ -1,7 +1,7 @@
-//! BitNet models in GGUF: which keys make the configuration, which tensors the parts, and how each tensor
-//! type becomes ternary.
+//! Models in GGUF: which keys make the configuration, which tensors the parts, and how each tensor type becomes
+//! ternary.
 //!
-//! Names and meanings are llama.cpp's (`llama-arch.cpp`, `LLM_ARCH_BITNET`) and bitnet.cpp's. Keys are
+//! Names and meanings are llama.cpp's (`llama-arch.cpp`) and bitnet.cpp's. Keys are
 //! looked up under the file's architecture first, then under the other names that BitNet has had, since
 //! community conversions mix them.
 
@@ -13,9 +13,9 @@ mod tokenizer;
 
 use super::error::LoadError;
 use super::missing::instead;
-use super::source::{Content, OpenOptions, Source, TensorInfo};
+use super::source::{Content, OpenOptions, Source, TensorInfo, Weights};
 use super::tokenizer_source::TokenizerSource;
-use super::values::{aligned, aligned_view, checked_scale, floats, one_float};
+use super::values::{aligned, aligned_view, checked_scale, one_float};
 use bitnet_burn::{ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::{GgufFile, GgufTensor, TensorType};
 use bitnet_burn_formats::{
@@ -24,17 +24,21 @@ use bitnet_burn_formats::{
 use bytes::Bytes;
 use config::config;
 pub(super) use config::what_matters;
-use names::{LLAMA, neox_rows, norm_name, projection_name, projection_stem};
+use names::{LLAMA, bias_name, is_gptj, neox_rows, norm_name, projection_name, projection_stem};
 use std::collections::HashSet;
 use tokenizer::{check_tokenizer, tokenizer};
 
-/// A GGUF file with a BitNet model in it.
+/// A GGUF file with a model in it.
 pub(crate) struct GgufModel {
     file: GgufFile,
     pre: Option<String>,
     n_layers: usize,
     /// The rows of a head, where q and k are in GPT-J's order.
     gptj_head: Option<usize>,
+    /// Whether the architecture is one of BitNet's, whose projections must be ternary.
+    is_bitnet: bool,
+    /// Whether ternary weights in any type mean that activations are quantised to int8. (I2_S always means that.)
+    int8_rows: bool,
 }
 
 impl GgufModel {
@@ -47,8 +51,15 @@ impl GgufModel {
         let path = file.path();
         let config = config(&file, options, warnings)?;
         config.validate().map_err(|error| LoadError::Config { path: path.to_owned(), error })?;
-        let gptj_head = (config.architecture == LLAMA).then_some(config.head_dim);
-        let model = Self { file, pre: options.pre.clone(), n_layers: config.n_layers, gptj_head };
+        let is_bitnet = config.architecture.starts_with("bitnet");
+        let model = Self {
+            pre: options.pre.clone(),
+            n_layers: config.n_layers,
+            gptj_head: is_gptj(&config.architecture).then_some(config.head_dim),
+            is_bitnet,
+            int8_rows: is_bitnet || config.architecture == LLAMA,
+            file,
+        };
         model.check_tensors(&config, warnings)?;
         check_tokenizer(&model.file)?;
         Ok((model, config))
@@ -58,7 +69,7 @@ impl GgufModel {
     fn check_tensors(&self, config: &ModelConfig, warnings: &mut Vec<String>) -> Result<(), LoadError> {
         let mut used = HashSet::new();
         for layer in 0..config.n_layers {
-            for norm in Norm::of_layer(layer, config.sub_norms) {
+            for norm in Norm::of_layer(layer, config) {
                 let tensor = self.dense_info(&norm_name(norm), "a norm")?;
                 self.check_shape(tensor, &[norm.len(config)])?;
                 used.insert(tensor.name.as_str());
@@ -70,6 +81,11 @@ impl GgufModel {
                 used.insert(tensor.name.as_str());
                 if let Some(scale) = self.scale_tensor(layer, which)? {
                     used.insert(scale.name.as_str());
+                }
+                if which.has_bias(config) {
+                    let bias = self.dense_info(&bias_name(layer, which), "a bias")?;
+                    self.check_shape(bias, &[n])?;
+                    used.insert(bias.name.as_str());
                 }
             }
         }
@@ -83,6 +99,7 @@ impl GgufModel {
             used.insert(tensor.name.as_str());
         }
 
+        used.extend(rope::TENSORS);
         // A tensor that is there is there for a reason: one that belongs to a layer changes the result.
         let unused: Vec<_> = self.file.tensors().iter().filter(|t| !used.contains(t.name.as_str())).collect();
         for tensor in &unused {
@@ -91,18 +108,11 @@ impl GgufModel {
                 tensor: tensor.name.clone(),
                 problem: problem.to_owned(),
             };
-            if tensor.name.starts_with("rope_f") {
-                let values = floats(self.file.path(), &self.dense(&tensor.name, "RoPE factors")?)?;
-                if values.iter().any(|&v| v != 1.0) {
-                    return Err(refuse(
-                        "its RoPE frequency factors are not 1, and scaled RoPE is not implemented",
-                    ));
-                }
-            } else if tensor.name.ends_with(".bias") {
-                return Err(refuse("BitNet projections have no bias"));
+            if tensor.name.ends_with(".bias") {
+                return Err(refuse(&format!("this projection has no bias in `{}`", config.architecture)));
             } else if tensor.name.starts_with("blk.") {
-                let problem =
-                    format!("it is none of the tensors of a BitNet model of {} layers", self.n_layers);
+                let (name, layers) = (&config.architecture, self.n_layers);
+                let problem = format!("a model `{name}` of {layers} layers has no such tensor");
                 return Err(refuse(&problem));
             } else {
                 warnings.push(format!("tensor `{}` is not used", tensor.name));
@@ -159,12 +169,25 @@ impl GgufModel {
 
     fn dense(&self, name: &str, role: &'static str) -> Result<DenseTensor, LoadError> {
         let tensor = self.info(name)?;
-        let TensorType::Dense(format) = tensor.tensor_type else {
-            return Err(self.wrong_type(tensor, role));
+        match dense(&self.file, tensor)? {
+            Some(tensor) => Ok(tensor),
+            None => Err(self.wrong_type(tensor, role)),
+        }
+    }
+
+    /// What is not ternary with one scale, in the order of rows that the model has.
+    fn dense_projection(&self, tensor: &GgufTensor, which: Projection) -> Result<Weights, LoadError> {
+        let tensor = self.dense(&tensor.name, "a projection")?;
+        let data = match self.permuted(which) {
+            Some(head) => Bytes::from_owner(neox_rows(&tensor.data, tensor.n, head)),
+            None => tensor.data,
         };
-        let (n, k) = tensor.matrix(); // both within the file's size, as every tensor's bytes are
-        let (n, k) = (n as usize, k as usize);
-        Ok(DenseTensor { name: name.to_owned(), n, k, format, data: self.file.tensor_bytes(name)? })
+        Ok(Weights::Dense(DenseTensor { data, ..tensor }))
+    }
+
+    /// The rows of a head, where those of this projection are in GPT-J's order.
+    fn permuted(&self, which: Projection) -> Option<usize> {
+        self.gptj_head.filter(|_| matches!(which, Projection::Q | Projection::K))
     }
 
     /// The tensor that holds a projection's separate scale, under any of the names in use.
@@ -201,13 +224,16 @@ impl Source for GgufModel {
         }]
     }
 
-    fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {
+    fn weights(&self, layer: usize, which: Projection) -> Result<Weights, LoadError> {
         let name = projection_name(layer, which);
         let tensor = self.info(&name)?;
         let path = self.file.path();
         let (n, k) = tensor.matrix();
         let (n, k) = (n as usize, k as usize); // within the file's size
         let stored_as = tensor.tensor_type.name();
+        if !self.int8_rows && tensor.tensor_type != TensorType::I2_S {
+            return self.dense_projection(tensor, which);
+        }
         let data = self.file.tensor_bytes(&name)?;
         let decoded = match tensor.tensor_type {
             TensorType::I2_S => {
@@ -218,12 +244,16 @@ impl Source for GgufModel {
             TensorType::TQ2_0 => tq2_0::to_canonical(&data, n, k).map(owned),
             TensorType::Dense(format) => ternary::exact_from_dense(format, &data, n, k).map(owned),
         };
-        let (codes, mut scale) = decoded.map_err(|e| LoadError::NotTernary {
-            path: path.to_owned(),
-            tensor: name.clone(),
-            stored_as,
-            problem: e.to_string(),
-        })?;
+        let (codes, mut scale) = match decoded {
+            Ok(decoded) => decoded,
+            Err(_) if !self.is_bitnet && self.scale_tensor(layer, which)?.is_none() => {
+                return self.dense_projection(tensor, which);
+            }
+            Err(error) => {
+                let (path, tensor, problem) = (path.to_owned(), name, error.to_string());
+                return Err(LoadError::NotTernary { path, tensor, stored_as, problem });
+            }
+        };
         // llama.cpp multiplies the product by the separate scale, whatever the weights' own scale is; here
         // the two become one.
         if let Some(extra) = self.scale_tensor(layer, which)? {
@@ -231,11 +261,23 @@ impl Source for GgufModel {
             scale *= checked_scale(path, &extra.name, one_float(path, &extra)?)?;
         }
         let scale = checked_scale(path, &name, scale)?;
-        let codes = match (self.gptj_head, which) {
-            (Some(head), Projection::Q | Projection::K) => aligned(neox_rows(&codes, n, head)),
-            _ => codes,
+        let codes = match self.permuted(which) {
+            Some(head) => aligned(neox_rows(&codes, n, head)),
+            None => codes,
         };
-        Ok(TernaryTensor { name, n, k, scale, codes, stored_as })
+        Ok(Weights::Ternary(TernaryTensor { name, n, k, scale, codes, stored_as }))
+    }
+
+    fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64> {
+        let tensor = self.info(&projection_name(layer, which)).ok()?;
+        (!self.int8_rows && tensor.tensor_type != TensorType::I2_S).then_some(tensor.bytes)
+    }
+
+    fn bias(&self, layer: usize, which: Projection) -> Result<DenseTensor, LoadError> {
+        let bias = self.dense(&bias_name(layer, which), "a bias")?;
+        let Some(head) = self.permuted(which) else { return Ok(bias) };
+        let data = Bytes::from_owner(neox_rows(&bias.data, bias.k, head));
+        Ok(DenseTensor { data, ..bias })
     }
 
     fn master(&self, _: usize, _: Projection) -> Result<Option<DenseTensor>, LoadError> {
@@ -276,6 +318,14 @@ impl Source for GgufModel {
         let keys = self.file.metadata().iter().map(|(key, value)| (key.clone(), value.to_string()));
         std::iter::once(version).chain(keys).collect()
     }
+}
+
+/// A tensor of a file, if it has a dense type.
+fn dense(file: &GgufFile, tensor: &GgufTensor) -> Result<Option<DenseTensor>, LoadError> {
+    let TensorType::Dense(format) = tensor.tensor_type else { return Ok(None) };
+    let (n, k) = tensor.matrix(); // both within the file's size, as every tensor's bytes are
+    let (name, n, k) = (tensor.name.clone(), n as usize, k as usize);
+    Ok(Some(DenseTensor { data: file.tensor_bytes(&name)?, name, n, k, format }))
 }
 
 /// Decoded codes in a buffer with the alignment that kernels want.

@@ -1,23 +1,41 @@
 //! The names of a model's tensors in GGUF, and the order of their rows.
 //!
-//! Files of the architecture `llama` rotate neighbouring rows of a head (GPT-J's RoPE), those of BitNet and
-//! Hugging Face's of both rotate a row with the one half a head further (GPT-NeoX's): converters reorder
+//! Files of the architectures `llama` and `minicpm` rotate neighbouring rows of a head (GPT-J's RoPE), all others and
+//! Hugging Face's rotate a row with the one half a head further (GPT-NeoX's): converters reorder
 //! the rows of q and k, and so do [`neox_rows`] and [`gptj_rows`].
 
 use bitnet_burn::{Norm, Projection};
 
 /// Llama's shape: no sub-norms, SiLU, and q and k in another order of rows.
 pub(crate) const LLAMA: &str = "llama";
+/// Llama's shape with biases of q, k and v, and q and k in their own order.
+pub(super) const QWEN2: &str = "qwen2";
+/// Llama's shape with norms of query and key heads, and q and k in their own order.
+pub(super) const QWEN3: &str = "qwen3";
+/// Llama's shape with factors of embedding, residuals and logits; q and k in Llama's order.
+pub(super) const MINICPM: &str = "minicpm";
+
+/// Whether files of an architecture rotate neighbouring rows of a head.
+pub(super) fn is_gptj(architecture: &str) -> bool {
+    matches!(architecture, LLAMA | MINICPM)
+}
 
 /// The name of a projection's tensor in GGUF.
 pub fn projection_name(layer: usize, which: Projection) -> String {
     projection_stem(layer, which) + ".weight"
 }
 
+/// The name of a projection's bias in GGUF.
+pub(super) fn bias_name(layer: usize, which: Projection) -> String {
+    projection_stem(layer, which) + ".bias"
+}
+
 /// The name of a norm's tensor in GGUF.
 pub fn norm_name(which: Norm) -> String {
     let (layer, part) = match which {
         Norm::Attention(l) => (l, "attn_norm"),
+        Norm::Query(l) => (l, "attn_q_norm"),
+        Norm::Key(l) => (l, "attn_k_norm"),
         Norm::AttentionSub(l) => (l, "attn_sub_norm"),
         Norm::FeedForward(l) => (l, "ffn_norm"),
         Norm::FeedForwardSub(l) => (l, "ffn_sub_norm"),

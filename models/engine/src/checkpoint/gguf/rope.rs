@@ -1,54 +1,136 @@
-//! The keys of scaled RoPE, by what they do: those that leave every angle as it is are accepted.
+//! RoPE's scaling, from keys and tensors.
 //!
-//! llama.cpp's and bitnet.cpp's converters write `linear` with the factor 1 into every file of 1bitLLM's
-//! models. The formulas are llama.cpp's (`rope_yarn`): with the factor f, an angle is divided by f (`linear`),
-//! or mixed with what it is divided by f (`yarn`), and cosine and sine are multiplied by
-//! `attn_factor` (1 + 0.1 ln f).
+//! The keys are llama.cpp's. Values that leave every angle as it is are no scaling: converters write `linear` with the
+//! factor 1 into every file of 1bitLLM's models. YaRN is computed as in transformers. llama.cpp ignores
+//! `yarn_beta_fast`, `yarn_beta_slow` and `yarn_attn_factor` for most architectures; where they say something else
+//! than its defaults, that is a warning.
 
 use super::super::error::LoadError;
+use super::super::values::floats;
 use super::config::Keys;
+use super::dense;
+use bitnet_burn::RopeScaling;
+use bitnet_burn_formats::FileError;
 
+/// The divisors of the frequencies, and LongRoPE's two sets of them.
+pub(super) const TENSORS: [&str; 3] =
+    ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
 /// Where the factor is; the second is llama.cpp's older name. 0 stands for 1.
 const FACTORS: [&str; 2] = ["rope.scaling.factor", "rope.scale_linear"];
+/// transformers' and llama.cpp's defaults of YaRN.
+const BETAS: (f64, f64) = (32.0, 1.0);
 
-/// Refuses keys that scale RoPE.
-pub(super) fn check_scaling(keys: &Keys<'_>) -> Result<(), LoadError> {
+/// The values of one of [`TENSORS`].
+fn divisors(keys: &Keys<'_>, name: &str) -> Result<Option<Vec<f32>>, LoadError> {
+    let Some(tensor) = keys.file.tensor(name) else { return Ok(None) };
+    let Some(tensor) = dense(keys.file, tensor)? else { return Ok(None) };
+    floats(keys.file.path(), &tensor).map(Some)
+}
+
+/// How RoPE's frequencies are scaled.
+pub(super) fn scaling(
+    keys: &Keys<'_>,
+    context_length: usize,
+    warnings: &mut Vec<String>,
+) -> Result<Option<RopeScaling>, LoadError> {
     let unsupported = |key: String, found: String, supported: &str| LoadError::Unsupported {
         path: keys.file.path().to_owned(),
         what: key,
         found,
         supported: supported.into(),
     };
-    let neutral = |suffix: &str, values: &[f64], supported: &str| match keys.float(suffix)? {
-        Some(found) if !values.contains(&found) => {
-            let key = keys.find(suffix).map_or_else(|| suffix.to_owned(), |(key, _)| key);
-            Err(unsupported(key, found.to_string(), supported))
-        }
-        found => Ok(found.is_some()),
-    };
-    const ONE: &str = "1, which leaves RoPE as it is";
     let stated = keys.find("rope.scaling.type");
     // A file without a type is scaled linearly if it has a factor.
     let kind = stated.as_ref().map_or("linear", |(_, kind)| kind.as_str().unwrap_or_default());
-    match (kind, stated) {
-        ("linear" | "yarn" | "none", _) | (_, None) => {}
-        (_, Some((key, kind))) => {
-            return Err(unsupported(key, kind.to_string(), "none, and linear or yarn with a factor of 1"));
-        }
-    }
-    neutral("rope.scaling.attn_factor", &[1.0], ONE)?;
-    if kind == "none" {
-        return Ok(());
-    }
-    let mut has_factor = false;
+    let mut factor = None;
     for suffix in FACTORS {
-        has_factor |= neutral(suffix, &[0.0, 1.0], ONE)?;
-    }
-    if kind == "yarn" {
-        neutral("rope.scaling.yarn_attn_factor", &[1.0], ONE)?;
-        if !has_factor {
-            return Err(keys.missing(FACTORS[0]));
+        let Some(found) = keys.float(suffix)?.filter(|_| kind != "none") else { continue };
+        let found = if found == 0.0 { 1.0 } else { found };
+        if factor.is_some_and(|factor| factor != found) {
+            let problem = format!("{found}, and another key says {}", factor.unwrap_or_default());
+            return Err(unsupported(format!("`{suffix}`"), problem, "one factor"));
         }
+        factor = Some(found);
     }
-    Ok(())
+    let attention = keys.float("rope.scaling.attn_factor")?;
+    let frequencies = divisors(keys, TENSORS[0])?.filter(|divisors| divisors.iter().any(|&d| d != 1.0));
+    let original = keys.size("rope.scaling.original_context_length")?.filter(|&original| original > 0);
+    let scaling = match (kind, stated) {
+        ("none", _) => None,
+        ("linear", _) | (_, None) => {
+            factor.filter(|&factor| factor != 1.0).map(|factor| RopeScaling::Linear { factor })
+        }
+        ("yarn", _) => {
+            let factor = factor.ok_or_else(|| keys.missing(FACTORS[0]))?;
+            yarn(keys, factor, original.unwrap_or(context_length), attention, warnings)?
+        }
+        ("longrope", _) => {
+            let [short, long] = [TENSORS[1], TENSORS[2]].map(|name| divisors(keys, name));
+            let missing = |tensor: &str| FileError::MissingTensor {
+                path: keys.file.path().to_owned(),
+                tensor: tensor.to_owned(),
+                help: "; `rope.scaling.type` is longrope".into(),
+            };
+            let original = original.unwrap_or(context_length);
+            Some(RopeScaling::LongRope {
+                short: short?.ok_or_else(|| missing(TENSORS[1]))?,
+                long: long?.ok_or_else(|| missing(TENSORS[2]))?,
+                original,
+                attention_factor: attention
+                    .unwrap_or_else(|| RopeScaling::long_rope_attention_factor(context_length, original)),
+            })
+        }
+        (_, Some((key, kind))) => {
+            return Err(unsupported(key, kind.to_string(), "none, linear, yarn, longrope"));
+        }
+    };
+    if let Some(attention) = attention.filter(|&a| a != 1.0 && matches!(kind, "linear" | "none")) {
+        let key = "`rope.scaling.attn_factor`".into();
+        return Err(unsupported(key, attention.to_string(), "1, or with yarn or longrope"));
+    }
+    match (scaling, frequencies) {
+        (scaling, None) => Ok(scaling),
+        (None, Some(divisors)) => Ok(Some(RopeScaling::Divisors { divisors })),
+        (Some(_), Some(_)) => Err(LoadError::UnsupportedTensor {
+            path: keys.file.path().to_owned(),
+            tensor: TENSORS[0].into(),
+            problem: format!("`rope.scaling.type` is {kind}: one way of scaling is supported, not both"),
+        }),
+    }
+}
+
+fn yarn(
+    keys: &Keys<'_>,
+    factor: f64,
+    original: usize,
+    attention: Option<f64>,
+    warnings: &mut Vec<String>,
+) -> Result<Option<RopeScaling>, LoadError> {
+    let logarithm = keys.float("rope.scaling.yarn_log_multiplier")?.filter(|&m| m != 0.0);
+    if let Some(found) = logarithm {
+        return Err(LoadError::Unsupported {
+            path: keys.file.path().to_owned(),
+            what: "`rope.scaling.yarn_log_multiplier`".into(),
+            found: found.to_string(),
+            supported: "0".into(),
+        });
+    }
+    let default = RopeScaling::yarn_attention_factor(factor);
+    let mut ignored = |suffix: &str, default: f64| -> Result<f64, LoadError> {
+        let key = format!("rope.scaling.yarn_{suffix}");
+        let Some(found) = keys.float(&key)? else { return Ok(default) };
+        if (found - default).abs() > 1e-6 * default {
+            warnings.push(format!(
+                "`{key}` is {found} and is used, as in transformers; llama.cpp computes with {default}"
+            ));
+        }
+        Ok(found)
+    };
+    let (beta_fast, beta_slow) = (ignored("beta_fast", BETAS.0)?, ignored("beta_slow", BETAS.1)?);
+    let attention_factor = ignored("attn_factor", default)? * attention.unwrap_or(1.0);
+    if factor == 1.0 && attention_factor == 1.0 {
+        return Ok(None);
+    }
+    let truncate = true;
+    Ok(Some(RopeScaling::Yarn { factor, original, beta_fast, beta_slow, truncate, attention_factor }))
 }

@@ -5,7 +5,9 @@ use bitnet_burn_formats::FileError;
 use serde_json::Value;
 use std::path::Path;
 
-const MODEL_TYPES: &str = "bitnet, llama (with a BitNet quantization_config, or 1bitLLM's weight_bits)";
+/// The models that are read.
+const MODEL_TYPES: [&str; 5] = ["bitnet", "llama", "minicpm", "qwen2", "qwen3"];
+const MODEL_TYPES_TEXT: &str = "bitnet, llama, minicpm, qwen2, qwen3";
 
 /// The fields of a configuration file, or of an object in it.
 #[derive(Clone, Copy)]
@@ -77,6 +79,13 @@ impl<'a> Fields<'a> {
         self.read(key, "a string", Value::as_str)
     }
 
+    /// A list of numbers.
+    pub(super) fn floats(&self, key: &str) -> Result<Option<Vec<f32>>, LoadError> {
+        self.read(key, "a list of numbers", |value| {
+            value.as_array()?.iter().map(|v| v.as_f64().map(|v| v as f32)).collect()
+        })
+    }
+
     /// A token, or several: both occur.
     pub(super) fn tokens(&self, key: &str) -> Result<Option<Vec<u32>>, LoadError> {
         let id = |v: &Value| u32::try_from(v.as_u64()?).ok();
@@ -93,11 +102,11 @@ impl<'a> Fields<'a> {
             return Err(FileError::Json { path: self.path.to_owned(), problem }.into());
         }
         match self.str("model_type")? {
-            Some(known @ ("bitnet" | "llama")) => Ok(known),
+            Some(known) if MODEL_TYPES.contains(&known) => Ok(known),
             Some(other) => Err(LoadError::Architecture {
                 path: self.path.to_owned(),
                 found: other.to_owned(),
-                supported: MODEL_TYPES,
+                supported: MODEL_TYPES_TEXT,
             }),
             None => Err(self.missing("model_type")),
         }

@@ -9,10 +9,10 @@ pub use style::Style;
 
 use super::error::LoadError;
 use super::missing::instead;
-use super::source::{Content, OpenOptions, Source, TensorInfo};
+use super::source::{Content, OpenOptions, Source, TensorInfo, Weights};
 use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, checked_scale, floats, one_float};
-use bitnet_burn::names::{EMBEDDING, HEAD, norm_name, projection_name, scale_name};
+use bitnet_burn::names::{EMBEDDING, HEAD, bias_name, norm_name, projection_name, scale_name};
 use bitnet_burn::{ModelConfig, Norm, Projection};
 use bitnet_burn_formats::files::{FileIdentity, identity_of};
 use bitnet_burn_formats::hf::unpack_to_canonical;
@@ -37,7 +37,7 @@ const COMPANIONS: [&str; 6] = [
     "chat_template.jinja",
 ];
 
-/// A Hugging Face directory with a BitNet model in it.
+/// A Hugging Face directory with a model in it.
 pub(crate) struct HfModel {
     dir: PathBuf,
     json: Value,
@@ -45,7 +45,8 @@ pub(crate) struct HfModel {
     maps: Vec<FileMap>,
     /// The configurations and the tokenizer that are there, the safetensors, and the index if there is one.
     files: Vec<(PathBuf, FileIdentity)>,
-    style: Style,
+    /// `None`: floats that are computed as they are, with float activations.
+    style: Option<Style>,
     config: ModelConfig,
 }
 
@@ -121,7 +122,7 @@ impl HfModel {
     fn check_tensors(&self) -> Result<(), LoadError> {
         let config = &self.config;
         for layer in 0..config.n_layers {
-            for norm in Norm::of_layer(layer, config.sub_norms) {
+            for norm in Norm::of_layer(layer, config) {
                 let name = norm_name(norm);
                 self.check_shape(&name, &[norm.len(config)])?;
                 self.dense(&name, "a norm")?;
@@ -144,7 +145,16 @@ impl HfModel {
         let name = projection_name(layer, which);
         let dtype = self.tensor(&name)?.dtype;
         let (n, k) = which.shape(&self.config);
-        if self.style == Style::Online {
+        if which.has_bias(&self.config) {
+            let bias = bias_name(layer, which);
+            self.check_shape(&bias, &[n])?;
+            self.dense(&bias, "a bias")?;
+        }
+        if self.style.is_none() {
+            self.dense(&name, "a projection without quantization_config")?;
+            return self.check_shape(&name, &[n, k]);
+        }
+        if self.style == Some(Style::Online) {
             if dtype == Dtype::U8 {
                 return Err(LoadError::Quantization {
                     path: self.dir.join("config.json"),
@@ -219,13 +229,16 @@ fn check_names(
 ) -> Result<(), LoadError> {
     let mut used = HashSet::new();
     for layer in 0..config.n_layers {
-        let norms = Norm::of_layer(layer, config.sub_norms);
+        let norms = Norm::of_layer(layer, config);
         let projections = Projection::ALL.map(|which| projection_name(layer, which));
         for name in norms.into_iter().map(norm_name).chain(projections) {
             used.insert(find(dir, tensors, &name)?.0);
         }
         let scales = Projection::ALL.map(|which| scale_name(layer, which));
         used.extend(scales.iter().filter_map(|name| tensors.get_key_value(name)).map(|(name, _)| name));
+        for which in Projection::ALL.into_iter().filter(|which| which.has_bias(config)) {
+            used.insert(find(dir, tensors, &bias_name(layer, which))?.0);
+        }
     }
     used.insert(find(dir, tensors, &norm_name(Norm::Output))?.0);
     for name in matrices(config) {
@@ -238,9 +251,9 @@ fn check_names(
             continue; // what older versions saved although it follows from the configuration
         }
         let problem = if name.ends_with(".bias") {
-            "BitNet projections have no bias".to_owned()
+            format!("this projection has no bias in `{}`", config.architecture)
         } else if name.starts_with("model.layers.") {
-            format!("it is none of the tensors of a BitNet model of {} layers", config.n_layers)
+            format!("a model `{}` of {} layers has no such tensor", config.architecture, config.n_layers)
         } else {
             warnings.push(format!("tensor `{name}` is not used"));
             continue;
@@ -255,11 +268,14 @@ impl Source for HfModel {
         self.maps.iter().collect()
     }
 
-    fn projection(&self, layer: usize, which: Projection) -> Result<TernaryTensor, LoadError> {
+    fn weights(&self, layer: usize, which: Projection) -> Result<Weights, LoadError> {
         let name = projection_name(layer, which);
+        let Some(style) = self.style else {
+            return self.dense(&name, "a projection without quantization_config").map(Weights::Dense);
+        };
         let tensor = self.tensor(&name)?;
         let (n, k) = which.shape(&self.config);
-        let stored_as = match (self.style, tensor.dtype) {
+        let stored_as = match (style, tensor.dtype) {
             (Style::PackedAuto, _) => "U8 packed (autobitlinear)",
             (Style::PackedInverse, _) => "U8 packed (bitlinear)",
             (Style::Online, Dtype::F16) => "F16 master (absmean)",
@@ -272,14 +288,14 @@ impl Source for HfModel {
             stored_as,
             problem: e.to_string(),
         };
-        let (codes, scale) = if self.style == Style::Online {
+        let (codes, scale) = if style == Style::Online {
             let values = floats(&self.dir, &self.dense(&name, "a master")?)?;
             absmean_to_canonical(&values, n, k).map_err(not_ternary)?
         } else {
             let codes = unpack_to_canonical(&tensor.data, n, k).map_err(not_ternary)?;
             let stored = self.dense(&scale_name(layer, which), "a scale")?;
             let mut scale = one_float(&self.dir, &stored)?;
-            if self.style == Style::PackedInverse {
+            if style == Style::PackedInverse {
                 if scale == 0.0 {
                     return Err(LoadError::InvalidScale {
                         path: self.dir.clone(),
@@ -292,12 +308,21 @@ impl Source for HfModel {
             }
             (codes, checked_scale(&self.dir, &stored.name, scale)?)
         };
-        Ok(TernaryTensor { name, n, k, scale, codes: aligned(codes), stored_as })
+        Ok(Weights::Ternary(TernaryTensor { name, n, k, scale, codes: aligned(codes), stored_as }))
+    }
+
+    fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64> {
+        let tensor = self.tensor(&projection_name(layer, which)).ok().filter(|_| self.style.is_none())?;
+        Some(tensor.data.len() as u64)
+    }
+
+    fn bias(&self, layer: usize, which: Projection) -> Result<DenseTensor, LoadError> {
+        self.dense(&bias_name(layer, which), "a bias")
     }
 
     fn master(&self, layer: usize, which: Projection) -> Result<Option<DenseTensor>, LoadError> {
         let name = projection_name(layer, which);
-        if self.style == Style::Online { self.dense(&name, "a master").map(Some) } else { Ok(None) }
+        if self.style == Some(Style::Online) { self.dense(&name, "a master").map(Some) } else { Ok(None) }
     }
 
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError> {

@@ -11,9 +11,10 @@
 //!
 //! 1bitLLM's configurations have `weight_bits` and `input_bits` instead, and float masters.
 //!
-//! Without any of these transformers itself would run the model unquantised, and packed
-//! weights don't say in which direction their scale goes (a factor of 5 where it is guessed wrong, which
-//! most norms hide). Such a directory is refused, with the lines to add to its `config.json`.
+//! Without any of these, float weights are computed as they are, as transformers does. Packed weights don't say
+//! in which direction their scale goes then (a factor of 5 where it is guessed wrong, which most norms hide), and a
+//! model of type `bitnet` is never meant to be computed as it is: such a directory is refused, with the lines to add to
+//! its `config.json`.
 
 use super::super::error::LoadError;
 use super::fields::Fields;
@@ -46,19 +47,22 @@ fn of_bits(fields: Fields<'_>, tensors: &BTreeMap<String, SafeTensor>) -> Result
     Ok((!packed).then_some(Style::Online))
 }
 
-/// How the projections are stored, from `quantization_config`.
+/// How the projections are stored, from `quantization_config`; `None` for floats that are computed as they are.
 pub(super) fn style(
     fields: Fields<'_>,
     tensors: &BTreeMap<String, SafeTensor>,
     warnings: &mut Vec<String>,
-) -> Result<Style, LoadError> {
+) -> Result<Option<Style>, LoadError> {
     let refuse = |problem: String| LoadError::Quantization { path: fields.path.to_owned(), problem };
     let Some(quantization) = fields.within("quantization_config") else {
         if let Some(style) = of_bits(fields, tensors)? {
-            return Ok(style);
+            return Ok(Some(style));
         }
         let first = projection_name(0, Projection::Q);
         let packed = tensors.get(&first).is_some_and(|t| t.dtype == Dtype::U8);
+        if !packed && fields.architecture()? != "bitnet" {
+            return Ok(None);
+        }
         const AUTO: &str = r#"{"quant_method": "bitnet", "linear_class": "autobitlinear""#;
         return Err(refuse(if packed {
             format!(
@@ -110,7 +114,8 @@ pub(super) fn style(
         return Err(refuse(format!("`quantization_mode` is \"{other}\"; supported: online, offline")));
     }
     match quantization.str("linear_class")? {
-        Some("autobitlinear") => Ok(if mode == Some("online") { Style::Online } else { Style::PackedAuto }),
+        Some("autobitlinear") if mode == Some("online") => Ok(Some(Style::Online)),
+        Some("autobitlinear") => Ok(Some(Style::PackedAuto)),
         None | Some("bitlinear") => {
             if mode == Some("online") {
                 warnings.push(
@@ -118,7 +123,7 @@ pub(super) fn style(
                         .into(),
                 );
             }
-            Ok(Style::PackedInverse)
+            Ok(Some(Style::PackedInverse))
         }
         Some(other) => {
             Err(refuse(format!("`linear_class` is \"{other}\"; supported: autobitlinear, bitlinear")))

@@ -1,0 +1,117 @@
+//! Models that are not BitNet's: ternary by group, row or shard, other architectures. Against transformers and llama.cpp,
+//! with the goldens of `golden/2026`.
+
+use std::path::{Path, PathBuf};
+
+use bitnet_burn::{BitNet, CacheType, Row};
+use bitnet_burn_engine::load::LoadOptions;
+use bitnet_burn_tests::*;
+use burn::tensor::Device;
+
+/// With float activations, against float activations: the goldens' README.
+const TOLERANCE: f32 = 1e-4;
+
+/// A model, its goldens, and whether it declares int8 activations.
+struct Set {
+    name: &'static str,
+    int8: bool,
+}
+
+const fn float(name: &'static str) -> Set {
+    Set { name, int8: false }
+}
+
+/// What is read.
+const HF: [Set; 12] = [
+    float("llama-attn-bias"),
+    float("llama-rope-linear"),
+    float("llama-rope-llama3"),
+    float("llama-rope-yarn"),
+    float("llama-row"),
+    float("llama-tensor"),
+    float("minicpm-longrope"),
+    float("qwen2-qkv-bias"),
+    float("qwen3-g128-tied"),
+    float("qwen3-g64-untied"),
+    float("trilm-shards"),
+    Set { name: "falcon-e-like", int8: true },
+];
+
+/// What is refused, and a word of the reason.
+const REFUSED: [(&str, &str); 3] =
+    [("maple-small", "maple"), ("qwen35-gdn", "qwen3_5"), ("qwen3moe-row", "qwen3_moe")];
+
+fn golden() -> Option<PathBuf> {
+    golden_dir("models of other architectures").map(|dir| dir.join("2026"))
+}
+
+/// The logits that a set's oracle has for `ids`, and ours, compared for the three prompts.
+fn compare(model: &BitNet, name: &str, goldens: &Path, int8: bool) {
+    let goldens = read_goldens(goldens);
+    for n in [1, 16, 64] {
+        let Some(golden) = goldens.get(&format!("seq{n}.logits")) else { continue };
+        let ids = goldens[&format!("seq{n}.input_ids")].ids();
+        let logits = all_logits(model, &ids, 256, CacheType::F32);
+        let difference = max_difference(&logits, &golden.values);
+        println!("{name} seq{n}: {difference:.1e}");
+        // int8 activations: beyond a rounding that flips, logits differ by a few percent.
+        let tolerance = if int8 { 0.5 } else { TOLERANCE };
+        assert!(difference < tolerance, "{name} seq{n}: {difference:e}");
+        // Chunks change nothing, and neither does what else is in the batch.
+        for chunk in [1, 5] {
+            let chunked = all_logits(model, &ids, chunk, CacheType::F32);
+            assert!(chunked == logits, "{name} seq{n}: chunks of {chunk} rows give other bits");
+        }
+        beside_another(model, name, &ids, &logits);
+        greedy(model, name, &ids, &goldens[&format!("seq{n}.gen_ids")].ids());
+    }
+}
+
+/// The same rows in a batch with another sequence: the same bits.
+fn beside_another(model: &BitNet, name: &str, ids: &[u32], logits: &[f32]) {
+    let mut cache = model.cache(2 * ids.len(), CacheType::F32).unwrap();
+    let [other, sequence] = [cache.add_sequence(0), cache.add_sequence(0)];
+    let mut rows: Vec<Row> =
+        (0..3).map(|position| Row { token: 7, sequence: other, position }).take(ids.len()).collect();
+    let before = rows.len();
+    rows.extend((0..).zip(ids).map(|(position, &token)| Row { token, sequence, position }));
+    let wanted: Vec<usize> = (before..rows.len()).collect();
+    let batch = model.forward(&rows, &wanted, &mut cache).unwrap().into_data().try_to_vec::<f32>().unwrap();
+    assert!(batch == logits, "{name}: other bits beside another sequence");
+}
+
+/// All margins of the goldens are wide.
+fn greedy(model: &BitNet, name: &str, ids: &[u32], expected: &[u32]) {
+    let mut all = ids.to_vec();
+    all.extend(&expected[..expected.len() - 1]);
+    let logits = all_logits(model, &all, 256, CacheType::F32);
+    let vocabulary = logits.len() / all.len();
+    let argmax = |row: &[f32]| (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as u32;
+    let tokens: Vec<u32> = logits.chunks(vocabulary).skip(ids.len() - 1).map(argmax).collect();
+    assert_eq!(tokens, expected, "{name}");
+}
+
+#[test]
+fn hugging_face_directories_compute_what_transformers_computes() {
+    let Some(golden) = golden() else { return };
+    let device = Device::flex();
+    setup();
+    for Set { name, int8 } in HF {
+        let dir = golden.join("hf").join(name);
+        let model = load(&dir, &device, &LoadOptions::default());
+        compare(&model, name, &dir.join("goldens.safetensors"), int8);
+    }
+}
+
+#[test]
+fn what_is_not_known_is_refused_by_its_name() {
+    let Some(golden) = golden() else { return };
+    for (name, word) in REFUSED {
+        let opened = bitnet_burn_engine::checkpoint::Checkpoint::open(
+            &golden.join("hf").join(name),
+            &bitnet_burn_engine::checkpoint::OpenOptions::default(),
+        );
+        let error = opened.unwrap_err().to_string();
+        assert!(error.contains(word), "{name}: {error}");
+    }
+}
