@@ -25,6 +25,7 @@
 use super::dense::{Q4_0_BYTES, QK, q4_0_codes};
 use super::{
     DenseFormat, FormatError, SharedScale, canonical, canonical_bytes, check_length, check_values, f16_at,
+    tq1_0, tq2_0,
 };
 
 /// Canonical rows and the scale s of [n, k] values, all of which are -s, 0 or s.
@@ -55,7 +56,7 @@ pub fn exact_from_f32_rows(values: &[f32], n: usize, k: usize) -> Result<(Vec<u8
 
 /// Canonical rows and the scale s of an [n, k] tensor of any dense format.
 ///
-/// Q4_0 is read by signs as the [module](self) describes. Every other format must decode to nothing
+/// Q4_0 is read by signs as the [module](self) describes, and TQ1_0 and TQ2_0 by their [codes](tq1_0). Every other format must decode to nothing
 /// but -s, 0 and s, as in [`exact_from_f32_rows`].
 ///
 /// # Errors
@@ -76,8 +77,11 @@ pub fn exact_from_dense(
     let row_bytes = format.checked_row_bytes(k)?;
     let expected = n.checked_mul(row_bytes).ok_or(FormatError::TooLarge { format: name, n, k })?;
     check_length(name, n, k, "bytes", expected, data.len())?;
-    if format == DenseFormat::Q4_0 {
-        return q4_0_signs(data, size, k);
+    match format {
+        DenseFormat::Q4_0 => return q4_0_signs(data, size, k),
+        DenseFormat::TQ1_0 => return tq1_0::to_canonical(data, n, k),
+        DenseFormat::TQ2_0 => return tq2_0::to_canonical(data, n, k),
+        _ => {}
     }
     let mut reader = Reader::new(size, k);
     let mut values = vec![0.0; k];

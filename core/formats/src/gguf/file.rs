@@ -4,6 +4,7 @@ use super::header::{Cursor, GgufTensor};
 use super::types::I2_S_TAIL;
 use super::value::Value;
 use super::{DEFAULT_ALIGNMENT, TensorType};
+use crate::DenseFormat;
 use crate::error::FileError;
 use crate::map::{FileMap, map_file};
 use bytes::Bytes;
@@ -130,6 +131,12 @@ impl GgufFile {
     /// Checks that every tensor is aligned, lies within the file, and overlaps with no other.
     fn check_data(&self) -> Result<(), FileError> {
         let available = (self.map.len() - self.data_start) as u64;
+        let mut order: Vec<&GgufTensor> = self.tensors.iter().collect();
+        order.sort_by_key(|t| t.offset);
+        for (i, t) in order.iter().enumerate() {
+            let end = order.get(i + 1).map_or(available, |next| next.offset.min(available));
+            self.check_groups(t, end.saturating_sub(t.offset))?;
+        }
         for t in &self.tensors {
             if !t.offset.is_multiple_of(self.alignment) {
                 return Err(FileError::Misaligned {
@@ -149,8 +156,6 @@ impl GgufFile {
                 });
             }
         }
-        let mut order: Vec<&GgufTensor> = self.tensors.iter().collect();
-        order.sort_by_key(|t| t.offset);
         for pair in order.windows(2) {
             let [first, second] = [pair[0], pair[1]];
             let first_end = first.offset + first.bytes; // both within the file, as checked above
@@ -163,6 +168,27 @@ impl GgufFile {
                     second_start: second.offset,
                 });
             }
+        }
+        Ok(())
+    }
+
+    /// Refuses a tensor of type Q2_0 that has the bytes of PQ2_0. (Where it is so small that alignment hides the
+    /// difference, a larger one of the file shows it.)
+    fn check_groups(&self, t: &GgufTensor, found: u64) -> Result<(), FileError> {
+        const GROUPS: TensorType = TensorType::Dense(DenseFormat::PQ2_0);
+        if t.tensor_type != TensorType::Dense(DenseFormat::Q2_0) || found >= t.bytes {
+            return Ok(());
+        }
+        let weights = t.dims.iter().product(); // which did not overflow when the size was computed
+        let whole = t.dims.first().is_some_and(|k| k.is_multiple_of(GROUPS.block_size()));
+        let Some(bytes) = GROUPS.bytes(weights).filter(|_| whole) else { return Ok(()) };
+        if (bytes..bytes.saturating_add(self.alignment)).contains(&found) {
+            return Err(FileError::GroupsOf128 {
+                path: self.path.clone(),
+                tensor: t.name.clone(),
+                bytes: t.bytes,
+                found,
+            });
         }
         Ok(())
     }
@@ -243,5 +269,57 @@ impl std::fmt::Debug for GgufFile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (keys, tensors) = (self.metadata.len(), self.tensors.len());
         write!(f, "GgufFile({:?}, version {}, {keys} keys, {tensors} tensors)", self.path, self.version)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::GgufWriter;
+
+    /// A file of two matrices of `format`, where the tensors' type is then replaced by `id`.
+    fn renamed(format: DenseFormat, id: u32) -> Vec<u8> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.gguf");
+        let mut writer = GgufWriter::new();
+        let size = format.row_bytes(256).unwrap() * 320;
+        for name in ["token_embd.weight", "output.weight"] {
+            writer.tensor(name, &[256, 320], format, move |out| out.write_all(&vec![0x55; size])).unwrap();
+        }
+        writer.write(&path).unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        for name in ["token_embd.weight", "output.weight"] {
+            let at = bytes.windows(name.len()).position(|part| part == name.as_bytes()).unwrap();
+            // The name, the number of dimensions, and two of them.
+            let at = at + name.len() + 4 + 16;
+            assert_eq!(bytes[at..at + 4], TensorType::from(format).id().to_le_bytes());
+            bytes[at..at + 4].copy_from_slice(&id.to_le_bytes());
+        }
+        bytes
+    }
+
+    fn parse(bytes: Vec<u8>) -> Result<GgufFile, FileError> {
+        GgufFile::parse("a.gguf".into(), bytes.into())
+    }
+
+    #[test]
+    fn groups_of_128_under_the_number_of_q2_0_are_refused_by_name() {
+        for (format, id) in [(DenseFormat::Q2_0, 42), (DenseFormat::PQ2_0, 142)] {
+            assert!(parse(renamed(format, id)).is_ok());
+        }
+        let legacy = renamed(DenseFormat::PQ2_0, 42);
+        let error = parse(legacy.clone()).unwrap_err();
+        // 34 bytes for 128 weights, where 36 are due.
+        assert!(
+            matches!(&error, FileError::GroupsOf128 { tensor, bytes: 23_040, found: 21_760, .. }
+                if tensor == "token_embd.weight"),
+            "{error}"
+        );
+        assert!(error.to_string().contains("PQ2_0 (142)"), "{error}");
+        // A file that was cut off is just that.
+        let cut = renamed(DenseFormat::Q2_0, 42);
+        let cut = cut[..cut.len() - 1000].to_vec();
+        assert!(matches!(parse(cut), Err(FileError::OutOfBounds { .. })));
+        assert!(matches!(parse(legacy[..legacy.len() - 1000].to_vec()), Err(FileError::GroupsOf128 { .. })));
     }
 }
