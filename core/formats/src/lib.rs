@@ -180,7 +180,7 @@ pub enum FormatError {
         column: usize,
         /// The value.
         value: f32,
-        /// s: the magnitude of the first non-zero value of the tensor.
+        /// s: the magnitude of the first non-zero value of the tensor, or of the group.
         scale: f32,
     },
     /// A NaN or an infinity where only finite values make sense.
@@ -256,9 +256,15 @@ pub(crate) fn canonical_bytes(format: &'static str, n: usize, k: usize) -> Resul
 
 impl FormatError {
     /// The same of row `n` of a matrix, where it was found in a row by itself.
-    fn in_row(mut self, n: usize) -> Self {
-        if let Self::NotFinite { row, .. } = &mut self {
+    fn in_row(self, n: usize) -> Self {
+        self.moved(n, 0)
+    }
+
+    /// The same of row `n` of a matrix, where it was found in a part of a row that begins with column `k`.
+    fn moved(mut self, n: usize, k: usize) -> Self {
+        if let Self::NotFinite { row, column, .. } | Self::NotTernary { row, column, .. } = &mut self {
             *row = n;
+            *column += k;
         }
         self
     }
