@@ -260,6 +260,14 @@ pub enum FileError {
         /// The bytes up to the next tensor, or to the end of the file.
         found: u64,
     },
+    /// A GGUF file in parts of which one is missing or does not belong to the others.
+    #[error("{}: {problem}", path.display())]
+    Part {
+        /// The part, or the file that asks for it.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// Two tensors share bytes.
     #[error(
         "{}: tensors `{first}` (ends at {first_end}) and `{second}` (begins at {second_start}) overlap",

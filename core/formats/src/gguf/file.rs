@@ -11,7 +11,7 @@ use bytes::Bytes;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// An open GGUF file.
+/// An open GGUF file, with all its parts where it has several.
 pub struct GgufFile {
     path: PathBuf,
     map: Bytes,
@@ -24,25 +24,54 @@ pub struct GgufFile {
     keys: HashMap<String, usize>,
     tensors: Vec<GgufTensor>,
     names: HashMap<String, usize>,
+    /// The other parts of a file in parts, in their order. Their tensors stand behind those of this one.
+    others: Vec<GgufFile>,
 }
 
 impl GgufFile {
-    /// Opens a file: maps it, and reads and checks its whole header.
+    /// Opens a file: maps it, and reads and checks its whole header. A file in parts (`-00001-of-00003.gguf`) is
+    /// opened by its first part.
     ///
     /// # Errors
     /// [`FileError`] for whatever is wrong with it. No panic and no allocation larger than a small multiple
     /// of the header is reachable from any content.
     pub fn open(path: &Path) -> Result<Self, FileError> {
-        let (bytes, file_map) = map_file(path)?;
-        Ok(Self { file_map, ..Self::parse(path.to_owned(), bytes)? })
+        let mut file = Self::map(path)?;
+        file.open_parts()?;
+        Ok(file)
     }
 
-    /// The map, where the file is on the disk.
+    /// One file, whatever it is a part of.
+    pub(super) fn map(path: &Path) -> Result<Self, FileError> {
+        let (bytes, file_map) = map_file(path)?;
+        Ok(Self { file_map, ..Self::parse_one(path.to_owned(), bytes)? })
+    }
+
+    /// Takes the other parts' tensors in; their names must be new.
+    pub(super) fn add_part(&mut self, part: Self) -> Result<(), FileError> {
+        for tensor in &part.tensors {
+            if self.names.insert(tensor.name.clone(), self.tensors.len()).is_some() {
+                let (path, name) = (part.path.clone(), tensor.name.clone());
+                return Err(FileError::Duplicate { path, what: "tensor", name });
+            }
+            self.tensors.push(tensor.clone());
+        }
+        self.others.push(part);
+        Ok(())
+    }
+
+    /// This file, and the other parts of a file in parts, in their order.
+    pub fn parts(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(&self.others)
+    }
+
+    /// The map, where the file is on the disk. Each of the [`parts`](Self::parts) has its own.
     pub fn file_map(&self) -> Option<&FileMap> {
         self.file_map.as_ref()
     }
 
-    /// All bytes of the file: a view of the memory map where it is on the disk.
+    /// All bytes of the file: a view of the memory map where it is on the disk. Each of the [`parts`](Self::parts)
+    /// has its own.
     pub fn contents(&self) -> &Bytes {
         &self.map
     }
@@ -52,6 +81,12 @@ impl GgufFile {
     /// # Errors
     /// As [`GgufFile::open`].
     pub fn parse(path: PathBuf, map: Bytes) -> Result<Self, FileError> {
+        let file = Self::parse_one(path, map)?;
+        file.refuse_parts()?;
+        Ok(file)
+    }
+
+    fn parse_one(path: PathBuf, map: Bytes) -> Result<Self, FileError> {
         let mut cursor = Cursor::new(&path, &map);
         let (version, n_tensors, n_keys) = cursor.header()?;
 
@@ -122,6 +157,7 @@ impl GgufFile {
             keys,
             tensors,
             names,
+            others: Vec::new(),
             map: map.clone(),
         };
         file.check_data()?;
@@ -218,7 +254,7 @@ impl GgufFile {
         self.keys.get(key).map(|&i| &self.metadata[i].1)
     }
 
-    /// All tensors, in the order of the file.
+    /// All tensors, in the order of the file and of its parts.
     pub fn tensors(&self) -> &[GgufTensor] {
         &self.tensors
     }
@@ -238,6 +274,9 @@ impl GgufFile {
             tensor: name.to_owned(),
             help: String::new(),
         };
+        if let Some(part) = self.others.iter().find(|part| part.names.contains_key(name)) {
+            return part.tensor_bytes(name);
+        }
         let tensor = self.tensor(name).ok_or_else(missing)?;
         let start = self.data_start + tensor.offset as usize; // within the file: checked when it was opened
         Ok(self.map.slice(start..start + tensor.bytes as usize))
