@@ -2,7 +2,8 @@
 //! in the format that their file stores.
 //!
 //! The weights are exactly the f32 values of [`DenseFormat::decode_row`]; they are decoded in registers, a
-//! few rows at a time (and with many rows of activations, once for a block of them). With one row the layer
+//! few rows at a time (and with many rows of activations, once for a block of them; rows of formats whose decoding is
+//! long, always as a whole). With one row the layer
 //! runs at the speed of memory, so what counts is that the weights are asked for early and in order: a tile
 //! of four adjacent rows is one contiguous run of bytes, and while one tile is computed the next is
 //! prefetched, at the same pace. Several rows are needed for their independent chains of multiply-adds: one
