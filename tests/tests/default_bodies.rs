@@ -127,9 +127,11 @@ fn every_dense_format_decodes_the_same() {
     let mut random = Random(4);
     for format in DenseFormat::ALL {
         // Whole blocks; with rows that are whole words, and (34 and 18 bytes, 3 x 2 bytes) that are not.
-        let shapes: &[(usize, usize)] = match format {
-            DenseFormat::Q6_K => &[(3, 256), (8, 512)],
-            DenseFormat::Q8_0 | DenseFormat::Q4_0 => &[(3, 32), (7, 96), (8, 256)],
+        let shapes: &[(usize, usize)] = match format.block_len() {
+            256 => &[(3, 256), (8, 512)],
+            128 => &[(3, 128), (8, 384)],
+            64 => &[(3, 64), (7, 192)],
+            32 => &[(3, 32), (7, 96), (8, 256)],
             _ => &[(5, 3), (8, 256)],
         };
         for &(n, k) in shapes {

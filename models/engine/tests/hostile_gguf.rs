@@ -164,7 +164,7 @@ fn corpus() -> Vec<(&'static str, Vec<u8>, Vec<&'static str>)> {
     add("zero_dimension", change(&|r| r.tensors[0].dims[1] = 0), &["`a`", "[4, 0]", "zero"]);
     add("elements_overflow", change(&|r| r.tensors[0].dims = vec![1 << 32, 1 << 32]), &["`a`", "overflows"]);
     add("bytes_overflow", change(&|r| r.tensors[0].dims = vec![1 << 62]), &["`a`", "overflows"]);
-    add("type_q4_k", change(&|r| r.tensors[0].kind = 12), &["`a`", "Q4_K (12)", "I2_S (36)", "Q6_K (14)"]);
+    add("type_q2_k", change(&|r| r.tensors[0].kind = 10), &["`a`", "Q2_K (10)", "I2_S (36)", "Q6_K (14)"]);
     let ik = ["`a`", "IQ2_BN_R4 of ik_llama.cpp (335)", "only ik_llama.cpp reads"];
     add("type_iq2_bn_r4", change(&|r| r.tensors[0].kind = 335), &ik);
     add("type_4711", change(&|r| r.tensors[0].kind = 4711), &["`a`", "4711 (unknown)"]);

@@ -283,7 +283,7 @@ fn directories_that_are_no_model_say_so() {
         let part = format!("m-0000{}-of-00002.gguf", if name == "a" { 1 } else { 2 });
         std::fs::rename(dir.path().join(format!("{name}.gguf")), dir.path().join(part)).unwrap();
     }
-    assert_refused("two parts", open(dir.path()), &["m-00001-of-00002.gguf", "llama-gguf-split --merge"]);
+    assert_refused("two parts", open(dir.path()), &["m-00001-of-00002.gguf", "truncated"]);
     for (name, part) in [("a", 1), ("b", 2)] {
         let part = dir.path().join(format!("m-0000{part}-of-00002.gguf"));
         std::fs::rename(part, dir.path().join(format!("{name}.gguf"))).unwrap();

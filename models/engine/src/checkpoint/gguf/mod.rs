@@ -213,15 +213,18 @@ impl GgufModel {
 
 impl Source for GgufModel {
     fn maps(&self) -> Vec<&FileMap> {
-        self.file.file_map().into_iter().collect()
+        self.file.parts().filter_map(|part| part.file_map()).collect()
     }
 
     fn contents(&self) -> Vec<Content> {
-        let path = self.file.path().to_owned();
-        vec![match self.file.file_map() {
-            Some(map) => Content::File(path, map.identity().clone()),
-            None => Content::Memory(path, self.file.contents().clone()),
-        }]
+        let content = |part: &GgufFile| {
+            let path = part.path().to_owned();
+            match part.file_map() {
+                Some(map) => Content::File(path, map.identity().clone()),
+                None => Content::Memory(path, part.contents().clone()),
+            }
+        };
+        self.file.parts().map(content).collect()
     }
 
     fn weights(&self, layer: usize, which: Projection) -> Result<Weights, LoadError> {
