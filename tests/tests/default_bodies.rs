@@ -59,7 +59,10 @@ fn rms_norm_rope_and_gated_activations_agree() {
         let positions: Vec<usize> = (0..m).map(|i| 3 * i + 5).collect();
         let rotary = RotaryEncodingConfig::new(d).with_theta(500_000.0).init();
         agree("rope", 1e-6, &|device| {
-            rotary.apply(tensor(&x, [m, heads * d], device), &rotary.angles(&positions, positions.len(), device))
+            rotary.apply(
+                tensor(&x, [m, heads * d], device),
+                &rotary.angles(&positions, positions.len(), device),
+            )
         });
     }
     for (m, f) in [(1, 8), (9, 123)] {

@@ -43,13 +43,13 @@ fn the_error_that_matters_comes_first() {
         }
         raw
     };
-    // Bonsai of one bit: Qwen 3 in Q1_0.
-    let bonsai = with("qwen3", &[("blk.0.attn_q.weight", 41)]);
-    assert_refused("bonsai", dir.open(&bonsai), &["architecture `qwen3` is not supported", "bitnet-b1.58"]);
-    let bytes = bonsai.bytes().into();
-    let from_memory = Checkpoint::from_gguf("bonsai.gguf".as_ref(), bytes, &OpenOptions::default());
-    assert_refused("bonsai in memory", from_memory, &["architecture `qwen3`"]);
-    assert_refused("bonsai, parsed", parse(&bonsai.bytes()), &["blk.0.attn_q.weight", "Q1_0 (41)"]);
+    // A model of an architecture that is not read, in a type that is not read.
+    let other = with("mamba", &[("blk.0.attn_q.weight", 41)]);
+    assert_refused("another", dir.open(&other), &["architecture `mamba` is not supported", "bitnet-b1.58"]);
+    let bytes = other.bytes().into();
+    let from_memory = Checkpoint::from_gguf("other.gguf".as_ref(), bytes, &OpenOptions::default());
+    assert_refused("another in memory", from_memory, &["architecture `mamba`"]);
+    assert_refused("another, parsed", parse(&other.bytes()), &["blk.0.attn_q.weight", "Q1_0 (41)"]);
     // What `llama-quantize` makes of a ternary file, and of any other.
     let embedding = ("token_embd.weight", 10);
     let ternary = with("bitnet-b1.58", &[embedding]);
