@@ -118,6 +118,9 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
             ModelError::Head(DenseMatrixError::Int8 { .. }) => {
                 Some("--lm-head file computes with weights of any type, --lm-head q8_0 with a copy of them")
             }
+            ModelError::Dense { .. } => {
+                Some("BITNET_STRICT_MODE=no-fallback,gated-plugins,plausible-figures allows f32 activations")
+            }
             ModelError::Head(_) => Some("--lm-head file computes with weights of any type"),
             ModelError::Placement { .. } => {
                 Some("--gpu-layers says how many, or --context and --chunk leave the GPU more room")

@@ -19,11 +19,12 @@
 mod error;
 mod open;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bitnet_burn::{BitNet, KvCache};
+use bitnet_burn::{BitBlock, BitLinearWeight, BitNet, KvCache};
 use bitnet_burn_backends::devices;
 use bitnet_burn_manager::{KernelManager, ManagerReport};
 use serde::Serialize;
@@ -179,6 +180,7 @@ impl Engine {
         let mut execution =
             Execution::between(&inner.device.to_string(), &inner.before, &inner.manager.report());
         execution.lm_head = Some(inner.model.head().description());
+        execution.dense_projections = dense_projections(&inner.model);
         execution.prepacked = inner.prepacked;
         execution.tuning.seconds = inner.tuning.map(|time| time.as_secs_f64());
         execution.refused_plugins.clone_from(&inner.refused);
@@ -295,4 +297,15 @@ impl Engine {
     ) -> std::io::Result<Receipt> {
         Receipt::new(command, self.checkpoint(), report, generation)
     }
+}
+/// The projections that are computed with f32 activations, by format: `196 x Q2_0`.
+fn dense_projections(model: &BitNet) -> Option<String> {
+    let mut formats: BTreeMap<&str, usize> = BTreeMap::new();
+    for layer in model.blocks.iter().flat_map(BitBlock::projections) {
+        if let BitLinearWeight::Dense(matrix) = &layer.weight {
+            *formats.entry(matrix.args().format.name()).or_default() += 1;
+        }
+    }
+    let formats: Vec<_> = formats.iter().map(|(format, count)| format!("{count} x {format}")).collect();
+    (!formats.is_empty()).then(|| formats.join(", "))
 }

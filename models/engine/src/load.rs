@@ -7,7 +7,7 @@ use bitnet_burn::{
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops::{self, TernaryMatrix};
 use bitnet_burn_backends::{MatrixKernels, devices};
-use bitnet_burn_formats::DenseTensor;
+use bitnet_burn_formats::{DenseFormat, DenseTensor};
 use bitnet_burn_manager::{LayoutPolicy, ManagerError};
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -40,6 +40,17 @@ pub enum ModelError {
         layers: String,
         /// What a GPU said.
         problem: String,
+    },
+    /// A projection that strict mode does not let be computed with f32 activations.
+    #[error(
+        "strict mode (quantised-kernels): {tensor} ({}) would be computed with f32 activations, since it is not ternary \
+         with one scale", format.name()
+    )]
+    Dense {
+        /// Its tensor.
+        tensor: String,
+        /// Its format.
+        format: DenseFormat,
     },
     /// A worker that layers were to be on failed.
     #[error("the model can't be where it was to be: {problem}")]
@@ -165,6 +176,11 @@ pub fn load_on(
             }
             Weights::Ternary(t) => {
                 BitLinear::from_matrix(TernaryMatrix::canonical(t.codes, t.scale, t.n, t.k, device))
+            }
+            Weights::Dense(DenseTensor { name, format, .. })
+                if manager().config().strict.quantised_kernels =>
+            {
+                return Err(ModelError::Dense { tensor: name, format });
             }
             Weights::Dense(tensor) => BitLinear::dense(DenseMatrix::new(tensor, device)),
         })

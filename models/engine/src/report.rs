@@ -123,6 +123,10 @@ pub struct Execution {
     /// How the output projection was computed, if it was: `file (Q6_K, f32 activations)`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lm_head: Option<String>,
+    /// Projections that were computed with f32 activations: those that are not ternary with one scale. Their number
+    /// by format, `196 x Q2_0`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dense_projections: Option<String>,
     /// Number of matrices that were mapped from the file of packed weights.
     pub prepacked: usize,
     /// Number of threads that ran the kernels.
@@ -174,6 +178,7 @@ impl Execution {
             device_usage: Vec::new(),
             prediction: None,
             lm_head: None,
+            dense_projections: None,
             prepacked: 0,
             threads: after.threads,
             pinned: after.pinned,
@@ -334,6 +339,9 @@ impl fmt::Display for Execution {
         }
         if let Some(lm_head) = &self.lm_head {
             line(f, "lm_head", lm_head)?;
+        }
+        if let Some(dense) = &self.dense_projections {
+            line(f, "f32 activations", format_args!("projections: {dense}"))?;
         }
         if self.prepacked > 0 {
             line(f, "prepacked", format_args!("{} matrices, mapped", self.prepacked))?;

@@ -273,7 +273,7 @@ fn models_that_contradict_themselves_are_refused() {
                 U32,
                 2u32.to_le_bytes(),
             ),
-            &["architecture `mamba`"],
+            &["first part", "-00001-of-00002.gguf"],
         ),
         (
             "a shard behind the first",
