@@ -18,8 +18,7 @@ use std::cell::Cell;
 use bitnet_burn_formats::DenseFormat;
 
 use self::decode::{
-    BF16, Decoded, Decoder, F16, F32, IQ4_NL, PQ2_0, PTQ1_0, Q2_0, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6K,
-    Q8_0, TQ1_0, TQ2_0, decode_row,
+    BF16, ByRow, Decoded, Decoder, F16, F32, PQ2_0, Q2_0, Q4_0, Q6K, Q8_0, TQ2_0, decode_row,
 };
 use crate::simd::{Isa, Kernel, LANES, Level};
 use crate::threads::{Shared, Threads, rows_fit, run};
@@ -140,17 +139,17 @@ impl Kernel for Range<'_> {
             DenseFormat::Q8_0 => self.decoded_by::<I, Q8_0, 2>(isa),
             DenseFormat::Q6_K => self.decoded_by::<I, Q6K, 8>(isa),
             DenseFormat::Q4_0 => self.decoded_by::<I, Q4_0, 2>(isa),
-            DenseFormat::Q4_1 => self.decoded_by::<I, Q4_1, 2>(isa),
-            DenseFormat::Q5_0 => self.decoded_by::<I, Q5_0, 2>(isa),
-            DenseFormat::Q5_1 => self.decoded_by::<I, Q5_1, 2>(isa),
-            DenseFormat::Q4_K => self.decoded_by::<I, Q4_K, 16>(isa),
-            DenseFormat::Q5_K => self.decoded_by::<I, Q5_K, 16>(isa),
-            DenseFormat::IQ4_NL => self.decoded_by::<I, IQ4_NL, 2>(isa),
             DenseFormat::Q2_0 => self.decoded_by::<I, Q2_0, 4>(isa),
             DenseFormat::PQ2_0 => self.decoded_by::<I, PQ2_0, 4>(isa),
-            DenseFormat::PTQ1_0 => self.decoded_by::<I, PTQ1_0, 8>(isa),
-            DenseFormat::TQ1_0 => self.decoded_by::<I, TQ1_0, 16>(isa),
             DenseFormat::TQ2_0 => self.decoded_by::<I, TQ2_0, 8>(isa),
+            DenseFormat::Q4_1
+            | DenseFormat::Q5_0
+            | DenseFormat::Q5_1
+            | DenseFormat::Q4_K
+            | DenseFormat::Q5_K
+            | DenseFormat::IQ4_NL
+            | DenseFormat::PTQ1_0
+            | DenseFormat::TQ1_0 => self.decoded_by::<I, ByRow, 2>(isa),
         }
     }
 }
@@ -197,6 +196,11 @@ impl Range<'_> {
                     continue;
                 }
                 for (r, w) in w.into_iter().enumerate() {
+                    if D::ROW_FIRST {
+                        let row = &mut scratch[r * self.k..][..self.k];
+                        self.format.decode_row(w, row).expect("a row of the format's length");
+                        continue;
+                    }
                     let next = next.map(|next| next.wrapping_add(r * self.row_bytes));
                     decode_row::<I, D, V>(isa, w, &mut scratch[r * self.k..][..self.k], next);
                 }

@@ -145,17 +145,6 @@ impl Isa for Avx2 {
         })
     }
     #[inline(always)]
-    fn ternary_digits(self, v: &[u8; 16], powers: &[u16; 16], d: [__m256; 2]) -> [__m256; 2] {
-        by_token!({
-            let digits = digits(v, powers);
-            let table = multiples(d[0]);
-            [
-                _mm256_permutevar_ps(table, _mm256_cvtepu16_epi32(_mm256_castsi256_si128(digits))),
-                _mm256_permutevar_ps(table, _mm256_cvtepu16_epi32(_mm256_extracti128_si256::<1>(digits))),
-            ]
-        })
-    }
-    #[inline(always)]
     fn store(self, v: [__m256; 2], to: &mut [f32; 16]) {
         by_token!({
             _mm256_storeu_ps(to.as_mut_ptr(), v[0]);

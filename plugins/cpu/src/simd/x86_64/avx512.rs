@@ -141,10 +141,6 @@ impl Isa for Avx512 {
         })
     }
     #[inline(always)]
-    fn ternary_digits(self, v: &[u8; 16], powers: &[u16; 16], d: __m512) -> __m512 {
-        by_token!(_mm512_permutevar_ps(multiples(d), _mm512_cvtepu16_epi32(digits(v, powers))))
-    }
-    #[inline(always)]
     fn store(self, v: __m512, to: &mut [f32; 16]) {
         by_token!(_mm512_storeu_ps(to.as_mut_ptr(), v))
     }
