@@ -114,6 +114,7 @@ pub fn replace<E: From<io::Error>>(
         write(&mut out)?;
         return Ok(out.flush()?);
     }
+    #[cfg_attr(not(unix), expect(unused_mut, reason = "permissions are Unix's"))]
     let mut builder = unfinished();
     // Temporary files are for their owner alone otherwise.
     #[cfg(unix)]

@@ -17,6 +17,7 @@ use std::sync::Arc;
 pub struct FileMap(Arc<Inner>);
 
 struct Inner {
+    #[cfg_attr(not(any(target_os = "linux", target_os = "macos")), expect(dead_code, reason = "no signals"))]
     path: PathBuf,
     identity: FileIdentity,
     /// Before the map: what refers to it must go first.

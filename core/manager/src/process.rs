@@ -6,11 +6,11 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{self, Cursor, Write as _};
+use std::io;
 use std::ptr::null_mut;
+use std::sync::Once;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Once, OnceLock};
 use std::time::Duration;
 
 /// Takes stdout away from everything else in the process: what is returned writes to it, and what plugins print goes to
@@ -222,6 +222,9 @@ fn end(status: i32) -> ! {
 
 #[cfg(unix)]
 mod unix {
+    use std::io::{Cursor, Write as _};
+    use std::sync::OnceLock;
+
     use super::*;
 
     const SIGNALS: [libc::c_int; 4] = [libc::SIGSEGV, libc::SIGILL, libc::SIGFPE, libc::SIGABRT];

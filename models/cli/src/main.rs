@@ -93,7 +93,22 @@ enum Command {
     GateChild(plugins::GateChildArgs),
 }
 
+/// The stack of all that the program does. The main thread's own may be too small: `ulimit -s`, or Windows' 1 MiB.
+const STACK: usize = 8 << 20;
+
 fn main() -> ExitCode {
+    let thread = std::thread::Builder::new().name("main".into()).stack_size(STACK).spawn(program);
+    match thread {
+        // (A panic has been told, and has this status in all Rust programs.)
+        Ok(thread) => thread.join().unwrap_or(ExitCode::from(101)),
+        Err(error) => {
+            output::print_error(&anyhow::Error::new(error).context("the system gives the program no thread"));
+            Status::Error.into()
+        }
+    }
+}
+
+fn program() -> ExitCode {
     bitnet_burn_formats::outlive_truncation();
     let cli = parse();
     output::start_logging();

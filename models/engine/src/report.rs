@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bitnet_burn_backends::devices::Usage;
-use bitnet_burn_manager::{Doubt, Event, Fallback, KernelReport, ManagerReport, REFERENCE, Strict};
+use bitnet_burn_manager::{
+    Doubt, Event, Fallback, KernelReport, ManagerReport, REFERENCE, Strict, peak_memory,
+};
 use serde::Serialize;
 
-use crate::bench::peak_rss_bytes;
 use crate::checkpoint::Checkpoint;
 use crate::generate::{Finish, Generation};
 use crate::plan::{DeviceMemory, Placement, PredictionOutcome};
@@ -261,7 +262,7 @@ impl RunReport {
                 .then(|| generation.steps.len() as f64 / decode.as_secs_f64()),
             token_seconds: Latency::of(&generation.steps),
             kv_cache_bytes: None,
-            peak_rss_bytes: peak_rss_bytes(),
+            peak_rss_bytes: peak_memory(),
             execution,
         }
     }

@@ -38,7 +38,8 @@ macro_rules! vocabulary {
             })*
             // Stable Rust can't ask for AMX: CPUID leaf 7 (Intel SDM, volume 2). Kernels also have to ask the
             // operating system whether this process may use the tiles.
-            let leaves = std::arch::x86_64::__cpuid(0).eax;
+            // Miri does not know the instruction.
+            let leaves = if cfg!(miri) { 0 } else { std::arch::x86_64::__cpuid(0).eax };
             let bits = if leaves >= 7 { std::arch::x86_64::__cpuid_count(7, 0).edx } else { 0 };
             $(if bits & (1 << $amx_bit) != 0 {
                 found = found.with(const { Features::of($amx) });

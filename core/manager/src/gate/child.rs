@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::environment;
-use super::{Event, GATE_VERSION, NO_GPU_RUNTIME, cases, declared, gpu, host_abi};
+use super::{Event, GATE_VERSION, GPU_FOLLOWS, NO_GPU_RUNTIME, cases, declared, gpu, host_abi};
 use crate::cpu;
 use crate::gpu::GpuDevice;
 use crate::plugin::{Kernel, Plugin, Target};
@@ -118,6 +118,7 @@ fn try_plugin(
     }
     // A driver starts threads: from here on, new threads are not counted against the plugin.
     out.say(&Event::Trying { what: "opening the GPU".into() });
+    eprint!("{GPU_FOLLOWS}");
     let device = open();
     let words = device.as_ref().map_or_else(Clone::clone, |device| device.name());
     out.say(&Event::Gpu { words });

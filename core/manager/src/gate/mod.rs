@@ -41,13 +41,16 @@ pub(crate) use self::guard::{Place, Walled, Walls};
 use crate::plugin::{Kernel, shared_statics, shown};
 
 /// Changes with what the gate looks at. Verdicts of another version are ignored.
-pub const GATE_VERSION: u32 = 3;
+pub const GATE_VERSION: u32 = 4;
 
 /// First argument of the helper program, before the library and the name that messages call it by.
 pub const CHILD_COMMAND: &str = "gate-child";
 
 /// Why a helper without a GPU runtime did not try a kernel for one.
 pub(crate) const NO_GPU_RUNTIME: &str = "the gate's helper has no GPU runtime";
+
+/// The line on stderr behind which a GPU's driver may print, too.
+const GPU_FOLLOWS: &str = "the gate opens the GPU\n";
 
 /// The whole gate may take this many times as long as one case.
 const WHOLE: u32 = 12;
@@ -299,7 +302,15 @@ struct Conversation<'a> {
     reaped: bool,
     helper: &'a Path,
     heard: std::sync::mpsc::Receiver<Heard>,
-    words: std::sync::mpsc::Receiver<String>,
+    words: std::sync::mpsc::Receiver<Words>,
+}
+
+/// The last words on stderr, where stdout ends, too.
+#[derive(Default)]
+struct Words {
+    /// The plugin's own: before a GPU was opened.
+    plugin: String,
+    all: String,
 }
 
 impl Drop for Conversation<'_> {
@@ -406,6 +417,10 @@ impl<'a> Conversation<'a> {
             return Err(protocol(format!("it ended with {status}{}", self.said())));
         }
         if done && status.success() {
+            let printed = self.words().plugin;
+            if !printed.is_empty() {
+                report.warnings.push(format!("it prints to stdout or stderr: {}", shown(&printed)));
+            }
             return Ok(None);
         }
         let end = end_of(status, fault);
@@ -458,10 +473,15 @@ impl<'a> Conversation<'a> {
     }
 
     /// What it left on stderr.
+    fn words(&self) -> Words {
+        self.words.recv_timeout(Duration::from_millis(500)).unwrap_or_default()
+    }
+
+    /// The same for a message.
     fn said(&self) -> String {
-        match self.words.recv_timeout(Duration::from_millis(500)) {
-            Ok(words) if !words.is_empty() => format!("; it said: {words}"),
-            _ => String::new(),
+        match self.words().all {
+            words if words.is_empty() => words,
+            words => format!("; it said: {words}"),
         }
     }
 }
@@ -485,18 +505,29 @@ fn lines(pipe: impl Read, out: &Sender<Heard>) {
     let _ = out.send(Heard::Closed);
 }
 
-/// The last line or two of a text, on one line.
-fn last_words(mut pipe: impl Read) -> String {
-    let (mut tail, mut chunk) = (Vec::new(), [0; 4096]);
+/// The last words of a pipe.
+fn last_words(mut pipe: impl Read) -> Words {
+    let (mut tail, mut plugin, mut chunk) = (Vec::new(), None, [0; 4096]);
     while let Ok(count) = pipe.read(&mut chunk) {
         if count == 0 {
             break;
         }
         tail.extend_from_slice(&chunk[..count]);
+        let marker = GPU_FOLLOWS.as_bytes();
+        if let Some(at) = tail.windows(marker.len()).position(|part| part == marker) {
+            plugin.get_or_insert_with(|| last_lines(&tail[..at]));
+            tail.drain(at..at + marker.len());
+        }
         let excess = tail.len().saturating_sub(2048);
         tail.drain(..excess);
     }
-    let text = String::from_utf8_lossy(&tail);
+    let all = last_lines(&tail);
+    Words { plugin: plugin.unwrap_or_else(|| all.clone()), all }
+}
+
+/// The last line or two of a text, on one line.
+fn last_lines(text: &[u8]) -> String {
+    let text = String::from_utf8_lossy(text);
     let mut words: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     words.drain(..words.len().saturating_sub(3));
     words.join(" / ").chars().take(300).collect()

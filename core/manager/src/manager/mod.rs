@@ -43,7 +43,7 @@ pub use self::cpu_kernels::CpuKernels;
 pub use self::gpu::{DEFAULT_BODY, GpuKernel};
 pub use self::measurement::{Measurement, Source};
 pub use self::packing::checksum;
-pub use self::probe::{Machine, Memory, Probe};
+pub use self::probe::{Machine, Memory, Probe, peak_memory};
 pub(crate) use self::registry::Entry;
 pub use self::report::{
     Doubt, Event, EventKind, Failures, Fallback, KernelReport, ManagerReport, REFERENCE, Status,

@@ -114,6 +114,28 @@ fn what_a_plugin_says_stays_on_its_line() {
 }
 
 #[test]
+fn a_plugin_that_prints_passes_with_a_warning() {
+    if !has_compiler() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let manager = manager(&dir.path().join("cache"));
+    for (name, define, warnings) in [
+        ("out", "ON_LOAD=puts(\"from stdout\")", &["from stdout"][..]),
+        ("err", "ON_LOAD=fputs(\"from\\033 stderr\\n\", stderr)", &["from\u{fffd} stderr"]),
+        ("silent", "ON_LOAD=(void)0", &[]),
+    ] {
+        let report = manager.verify_plugin(&build(dir.path(), name, &[define])).unwrap();
+        assert!(report.passed(), "{name}: {report:?}");
+        let warnings: Vec<_> =
+            warnings.iter().map(|words| format!("it prints to stdout or stderr: {words}")).collect();
+        assert_eq!(report.warnings, warnings, "{name}");
+        // The verdict that is kept has it, too.
+        assert_eq!(manager.store().verdict(&report.sha256).unwrap().warnings, warnings, "{name}");
+    }
+}
+
+#[test]
 fn statics_that_plugins_would_share_are_warned_of() {
     let cxx = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     if !cfg!(target_os = "linux") || !has_compiler() || Command::new(&cxx).arg("--version").output().is_err()

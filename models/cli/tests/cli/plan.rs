@@ -150,3 +150,21 @@ fn memory_is_taken_at_once_and_sequences_without_room_are_refused() {
         "{error}"
     );
 }
+
+#[test]
+fn thousands_of_gpus_are_refused_at_once_and_hundreds_are_planned() {
+    let place = Place::new();
+    let gpus = |count: usize| {
+        let gpu =
+            |i| serde_json::json!({"device": format!("cuda:{i}"), "memory_bytes": 8_000_000_000u64 + i});
+        let memory = serde_json::json!({"total_bytes": 1u64 << 33, "available_bytes": 1u64 << 32});
+        let gpus: Vec<_> = (0..count as u64).map(gpu).collect();
+        serde_json::json!({"cpu": {"physical_cores": 4}, "memory": memory, "gpus": gpus}).to_string()
+    };
+    place.write("many.json", gpus(256));
+    place.write("too-many.json", gpus(10_000));
+    let plan = |machine| ["plan", "-m", "model.gguf", "--machine", machine];
+    assert!(place.ok(&plan("many.json")).contains("cuda:255"));
+    let error = place.error(&plan("too-many.json"));
+    assert!(error.contains("too-many.json") && error.contains("10000 GPUs; at most 256"), "{error}");
+}

@@ -1,8 +1,11 @@
 //! Plugins that print, crash or end the process while they are in use.
 
-use std::process::Output;
+use std::process::{Command, Output};
 
 use super::{BROKEN, Place, json, plugin};
+
+#[cfg(unix)]
+const RUN: [&str; 8] = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "4", "--ignore-eos"];
 
 /// A run with a plugin whose kernel also does this from its 21st call of a shape of the model on, which the gate does not try.
 fn run(place: &Place, what: &str) -> Option<Output> {
@@ -42,5 +45,24 @@ fn a_kernel_that_ends_the_process_is_named() {
         assert!(stderr.contains("kernel example/plain, function run (m = "), "{what}: {stderr}");
         assert!(stderr.contains(", n = 640, k = 256)") && stderr.contains(word), "{what}: {stderr}");
         assert_eq!(output.stdout, b"", "{what}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_small_stack_is_enough() {
+    let place = Place::new();
+    for args in [&["--help"][..], &["plan", "-m", "model.gguf", "--measure", "nothing"], &RUN] {
+        // The limit holds for the arguments and the environment, too.
+        let output = Command::new("/bin/sh")
+            .args(["-c", "ulimit -s 64 && exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_bitnet")])
+            .args(args)
+            .env_clear()
+            .envs([("BITNET_CACHE_DIR", place.path("cache")), ("BITNET_CONFIG", "".into())])
+            .current_dir(place.path(""))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_ne!(output.stdout, b"", "{args:?}");
     }
 }

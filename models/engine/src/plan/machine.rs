@@ -137,6 +137,9 @@ pub enum ProfileError {
     },
 }
 
+/// The most GPUs of a profile. A plan compares them all, and no machine has more.
+const MAX_GPUS: usize = 256;
+
 /// The largest profile that is read. Profiles usually have a few thousand bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
@@ -173,6 +176,9 @@ impl MachineProfile {
             if !(rate > 0.0 && rate < 1e12) {
                 return Err(format!("a rate of {rate}; rates must be above 0 and below 1e12"));
             }
+        }
+        if self.gpus.len() > MAX_GPUS {
+            return Err(format!("{} GPUs; at most {MAX_GPUS} are possible", self.gpus.len()));
         }
         for (i, gpu) in self.gpus.iter().enumerate() {
             if gpu.device.is_empty() || gpu.device == CPU {
@@ -515,6 +521,26 @@ mod tests {
         let path = dir.path().join("machine.json");
         std::fs::write(&path, serde_json::to_string_pretty(&profile).unwrap()).unwrap();
         assert_eq!(MachineProfile::read(&path).unwrap(), profile);
+    }
+
+    #[test]
+    fn many_gpus_are_planned_and_too_many_refused_at_once() {
+        let gpus = |count| {
+            (0..count)
+                .map(|i| GpuProfile {
+                    device: format!("wgpu:{i}"),
+                    memory_bytes: Some(1 << 33),
+                    ..GpuProfile::default()
+                })
+                .collect()
+        };
+        let machine = |count| MachineProfile { gpus: gpus(count), ..MachineProfile::default() };
+        assert_eq!(machine(MAX_GPUS).validate(), Ok(()));
+        let clock = std::time::Instant::now();
+        let error = machine(1_000_000).validate().unwrap_err();
+        assert_eq!(error, "1000000 GPUs; at most 256 are possible");
+        // Comparing each with each would take minutes.
+        assert!(clock.elapsed() < std::time::Duration::from_secs(20));
     }
 
     #[test]
