@@ -298,6 +298,44 @@ fn clients_that_leave_within_a_request_leave_nothing() {
     honest(worker.address());
 }
 
+/// Whatever it asked for is computed first, so nobody gets more by coming again and again.
+#[test]
+fn a_session_counts_until_what_it_asked_for_is_computed() {
+    let process = Process::start_with(1 << 20, 1);
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_client_process", "--ignored", "--nocapture"])
+        .env(ROLE, process.address.to_string())
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(child.success(), "{child}");
+    // It is gone, and what it asked for is not.
+    assert_eq!(Client::try_proven(process.address).err(), Some(FULL));
+    let began = Instant::now();
+    while Client::try_proven(process.address).is_err() {
+        assert!(began.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+#[ignore = "the process that other tests start"]
+fn a_client_process() {
+    let Some(address) = std::env::var(ROLE).ok().and_then(|text| text.parse().ok()) else { return };
+    let device = honest(address);
+    let x = Tensor::<2>::ones([200, 200], &device);
+    let began = Instant::now();
+    devices::read(x.clone().matmul(x.clone())).unwrap();
+    // Three seconds of work, and so many small operations that it is sent.
+    let times = 3.0 / began.elapsed().as_secs_f64();
+    let y = (0..times as usize + 1).fold(x.clone(), |y, _| y.matmul(x.clone()));
+    let z: Vec<_> = (0..1000).map(|_| Tensor::<1>::ones([1], &device)).collect();
+    std::thread::sleep(Duration::from_millis(300));
+    // Nothing is dropped, and so nothing waited for.
+    std::mem::forget((y, z));
+    std::process::exit(0);
+}
+
 #[test]
 fn clients_and_workers_of_another_version_are_refused() {
     let worker = start(|_| ());
@@ -432,9 +470,13 @@ const ROLE: &str = "BITNET_TEST_WORKER";
 
 impl Process {
     fn start(mebibytes: u64) -> Self {
+        Self::start_with(mebibytes, Limits::default().sessions)
+    }
+
+    fn start_with(mebibytes: u64, sessions: usize) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "a_worker_process", "--ignored", "--nocapture"]);
-        command.env(ROLE, mebibytes.to_string()).stdin(Stdio::null()).stdout(Stdio::piped());
+        command.env(ROLE, format!("{mebibytes} {sessions}")).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let address = lines.find_map(|line| Some(line.unwrap().split_once("WORKER ")?.1.to_owned()));
@@ -453,12 +495,14 @@ impl Drop for Process {
 #[test]
 #[ignore = "the process that other tests start"]
 fn a_worker_process() {
-    let Some(mebibytes) = std::env::var(ROLE).ok().and_then(|text| text.parse::<u64>().ok()) else { return };
+    let Ok(role) = std::env::var(ROLE) else { return };
+    let Some((mebibytes, sessions)) = role.split_once(' ') else { return };
+    let (mebibytes, sessions) = (mebibytes.parse::<u64>().unwrap(), sessions.parse().unwrap());
     #[cfg(target_os = "linux")]
     let memory = Some(memory() + (mebibytes << 20));
     #[cfg(not(target_os = "linux"))]
     let memory = Some(mebibytes << 20);
-    let worker = start(|limits| limits.memory = memory);
+    let worker = start(|limits| (limits.memory, limits.sessions) = (memory, sessions));
     println!("WORKER {}", worker.address());
     panic!("{}", worker.wait());
 }
@@ -512,6 +556,22 @@ fn sessions_that_take_too_much_memory_end() {
         std::thread::sleep(Duration::from_millis(20));
     };
     computes(&next);
+}
+
+/// What docs/devices.md says of one operation: the worker ends, and not the machine.
+#[cfg(target_os = "linux")]
+#[test]
+fn one_operation_that_takes_too_much_memory_ends_the_worker() {
+    let mut process = Process::start(128);
+    let greedy = honest(process.address);
+    // 4 GiB.
+    let error = devices::read(Tensor::<1>::ones([1 << 30], &greedy).slice([0..1])).unwrap_err();
+    assert!(error.contains(&process.address.to_string()), "{error}");
+    let began = Instant::now();
+    while process.child.try_wait().unwrap().is_none() {
+        assert!(began.elapsed() < PATIENCE, "it goes on");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[cfg(target_os = "linux")]
