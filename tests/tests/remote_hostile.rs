@@ -132,7 +132,7 @@ impl Client {
     }
 
     /// Reads until the worker closes the connection.
-    fn is_closed(mut self) {
+    fn reads_the_end(mut self) {
         let (began, mut bytes) = (Instant::now(), [0; 4096]);
         while matches!(self.stream.read(&mut bytes), Ok(n) if n > 0) {
             assert!(began.elapsed() < PATIENCE, "it goes on and on");
@@ -164,12 +164,12 @@ fn garbage_opens_no_session() {
         let mut client = Client::proven(worker.address());
         client.record(garbage).unwrap();
         let _ = client.stream.shutdown(std::net::Shutdown::Write);
-        client.is_closed();
+        client.reads_the_end();
         let mut client = Client::proven(worker.address());
         client.upgrade();
         client.record(&frame(garbage.len() as u64)).unwrap();
         client.record(garbage).unwrap();
-        client.is_closed();
+        client.reads_the_end();
     }
     honest(worker.address());
 }
@@ -188,13 +188,13 @@ fn lengths_that_are_never_sent_take_no_memory() {
     for length in [u32::MAX, (1 << 16) + 1] {
         let mut client = Client::proven(worker.address());
         client.stream.write_all(&length.to_le_bytes()).unwrap();
-        client.is_closed();
+        client.reads_the_end();
     }
     for length in [u64::MAX, 1 << 62, (1 << 30) + 1] {
         let mut client = Client::proven(worker.address());
         client.upgrade();
         client.record(&frame(length)).unwrap();
-        client.is_closed();
+        client.reads_the_end();
     }
     // As much as Burn takes, in as many sessions as there are but one: promised and not sent.
     #[cfg(target_os = "linux")]
@@ -227,7 +227,7 @@ fn slow_clients_lose_their_connection() {
                         break;
                     }
                 }
-                client.is_closed();
+                client.reads_the_end();
             })
         })
         .collect();
@@ -249,8 +249,8 @@ fn sessions_without_a_sign_of_life_end_and_idle_ones_do_not() {
     let silent = Client::proven(worker.address());
     let mut within_a_record = Client::proven(worker.address());
     within_a_record.stream.write_all(&[9, 0, 0, 0, b'G']).unwrap();
-    silent.is_closed();
-    within_a_record.is_closed();
+    silent.reads_the_end();
+    within_a_record.reads_the_end();
     assert!(began.elapsed() >= limit, "{:?}", began.elapsed());
     std::thread::sleep(limit / 2);
     computes(&device);
@@ -345,7 +345,7 @@ fn clients_and_workers_of_another_version_are_refused() {
     hello[VERSION][..20].copy_from_slice(b"bitnet-burn 0.0.0, x");
     let proof = hmac(SECRET, &[b"client", &client.greeting, &hello]);
     assert_eq!(client.answer(&hello, &proof).0, OTHER_VERSION);
-    client.is_closed();
+    client.reads_the_end();
     let mut greeting = Client::connect(worker.address()).greeting;
     greeting[VERSION].copy_from_slice(&hello[VERSION]);
     let error = opened(impostor(greeting, |_| panic!("it is not answered")));
@@ -388,7 +388,7 @@ fn both_sides_need_the_same_secret() {
         let mut proof = hmac(SECRET, &[b"client", &client.greeting, &hello]);
         proof[bit / 8] ^= 1 << (bit % 8);
         assert_eq!(client.answer(&hello, &proof), (WRONG_SECRET, [0; PROOF]));
-        client.is_closed();
+        client.reads_the_end();
     }
     honest(worker.address());
     // A worker without a secret can't have it stolen, or pretend to know it.
@@ -442,7 +442,7 @@ fn proofs_can_t_be_used_again_or_sent_back() {
         assert_eq!(again.answer(&hello, proof), (WRONG_SECRET, [0; PROOF]));
     }
     client.record(&[&hello[..], &proof].concat()).unwrap();
-    client.is_closed();
+    client.reads_the_end();
     // A worker that sends the client's proof back, that sends an old one of the true worker, and that says yes only.
     let greeting = Client::connect(worker.address()).greeting;
     let welcome = |proof: &[u8]| [&[WELCOME], proof].concat();
@@ -540,7 +540,7 @@ fn sessions_that_take_too_much_memory_end() {
     let error = loop {
         let more = Tensor::<1>::ones([1 << 21], &greedy);
         kept.push(more.clone());
-        match devices::read(more.slice([0..1])) {
+        match devices::read(more.narrow(0, 0, 1)) {
             Ok(_) => assert!(kept.len() < 200, "{} MiB", kept.len() * 8),
             Err(error) => break error,
         }
@@ -565,7 +565,7 @@ fn one_operation_that_takes_too_much_memory_ends_the_worker() {
     let mut process = Process::start(128);
     let greedy = honest(process.address);
     // 4 GiB.
-    let error = devices::read(Tensor::<1>::ones([1 << 30], &greedy).slice([0..1])).unwrap_err();
+    let error = devices::read(Tensor::<1>::ones([1 << 30], &greedy).narrow(0, 0, 1)).unwrap_err();
     assert!(error.contains(&process.address.to_string()), "{error}");
     let began = Instant::now();
     while process.child.try_wait().unwrap().is_none() {
