@@ -6,10 +6,12 @@
 //! them); everything else goes over in Burn's operations, one by one. Operations are not answered, so what goes
 //! wrong shows where a tensor is read: [`devices::read`](crate::devices::read).
 //!
-//! The protocol has neither authentication nor encryption, and a client may use all memory of a worker: both belong
-//! into a network that is trusted.
+//! Burn's server can be reached through a `gate` only, which asks for a `handshake`, and a client's end of that is
+//! `link`. Nothing is encrypted, and a client that knows the secret is trusted: see docs/devices.md.
 
 mod client;
+mod gate;
+mod handshake;
 mod link;
 // Without a backend of this machine, a worker refuses every device.
 #[cfg_attr(
@@ -18,17 +20,28 @@ mod link;
 )]
 mod worker;
 
+use std::time::Duration;
+
 use burn::backend::{DispatchDevice, RemoteDevice};
 use burn::tensor::Device;
 
+pub use gate::Limits;
+pub use handshake::Secret;
 pub(crate) use link::{address, read};
-pub use link::{computes_in_host_memory, open, open_within};
+pub use link::{computes_in_host_memory, open, open_within, use_secret};
 pub use worker::{Worker, WorkerError};
 
-/// What both sides have to agree on: the operations below and their arguments belong to a version. It travels as the
-/// credential of a session.
+/// What both sides have to agree on: the operations below and their arguments belong to a version.
 fn version() -> String {
     format!("bitnet-burn {}, operations 2", env!("CARGO_PKG_VERSION"))
+}
+
+/// The most bytes of a record between a client and a worker.
+const RECORD: usize = 1 << 16;
+
+/// How often one side gives the other a sign of life, which waits for it for so long.
+fn beat(timeout: Duration) -> Duration {
+    (timeout / 5).clamp(Duration::from_millis(10), Duration::from_secs(1))
 }
 
 /// The operations' names.

@@ -10,12 +10,13 @@ use bitnet_burn_formats::{DenseFormat, canonical};
 use burn::backend::ir::{BackendIr, CustomOpIr, HandleContainer, ScalarIr, TensorIr};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{DispatchDevice, TensorMetadata};
-use burn::server::{AuthorizationRequest, CustomOpRegistry, RemoteServer, WebSocketTransport};
+use burn::server::{AuthorizationRequest, ClientId, CustomOpRegistry, RemoteServer, WebSocketTransport};
 use burn::tensor::{DType, Device, TensorData, try_read_sync};
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 
-use super::{TEXT, name, version};
+use super::gate::{self, Gate, Limits};
+use super::{Secret, TEXT, name};
 use crate::devices::{LARGEST_REMOTE, catching_panics};
 use crate::extension::{
     AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend,
@@ -33,9 +34,19 @@ pub enum WorkerError {
     /// Burn refuses the device.
     #[error("a worker can't serve this device: {0}")]
     Device(String),
+    /// Other machines can reach it, and it has no secret.
+    #[error(
+        "{0} can be reached from other machines, so the worker needs a secret that its clients know: --secret-file F, \
+         or {name} (openssl rand -hex 32 makes one)",
+        name = Secret::VARIABLE
+    )]
+    NoSecret(SocketAddr),
     /// Serving ended.
     #[error("the worker stopped serving: {0}")]
     Stopped(String),
+    /// The process had more memory than [`Limits::memory`].
+    #[error("the worker stopped serving: {0}")]
+    Memory(String),
 }
 
 /// A device that is served; no longer when this is dropped, which ends all sessions.
@@ -54,34 +65,54 @@ pub enum WorkerError {
 #[derive(Debug)]
 pub struct Worker {
     address: SocketAddr,
-    /// `None` when it is dropped.
-    runtime: Option<Runtime>,
+    /// The gate's, and Burn's; `None` when it is dropped.
+    runtimes: Option<[Runtime; 2]>,
     serving: JoinHandle<WorkerError>,
 }
 
+fn runtime(threads: usize, name: &str) -> Result<Runtime, WorkerError> {
+    let mut builder = Builder::new_multi_thread();
+    builder.worker_threads(threads).thread_name(name).enable_all().build().map_err(WorkerError::Start)
+}
+
 impl Worker {
-    /// Serves a device to whoever connects to the listener. `name` is what clients are told of the device.
+    /// Serves a device to this machine's programs, with a listener at a loopback address. `name` is what clients are told
+    /// of the device.
     ///
     /// # Errors
     /// If the system or Burn refuses.
     pub fn start(listener: TcpListener, device: &Device, name: &str) -> Result<Self, WorkerError> {
+        Self::start_with(listener, device, name, None, Limits::default())
+    }
+
+    /// Serves a device to whoever connects to the listener and proves that it knows the secret.
+    ///
+    /// # Errors
+    /// If the system or Burn refuses, or the address is not a loopback address and there is no secret.
+    pub fn start_with(
+        listener: TcpListener,
+        device: &Device,
+        name: &str,
+        secret: Option<&Secret>,
+        limits: Limits,
+    ) -> Result<Self, WorkerError> {
         let address = listener.local_addr().map_err(WorkerError::Start)?;
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(2)
-            .thread_name("bitnet-worker")
-            .enable_all()
-            .build()
-            .map_err(WorkerError::Start)?;
+        if secret.is_none() && !address.ip().is_loopback() {
+            return Err(WorkerError::NoSecret(address));
+        }
+        let [outer, inner] = [runtime(1, "bitnet-gate")?, runtime(2, "bitnet-worker")?];
+        let burns = gate::loopback().map_err(WorkerError::Start)?;
+        let gate = Gate::new(secret, limits, burns.local_addr().map_err(WorkerError::Start)?);
         let device = device.clone().without_autodiff();
-        let expected = version();
+        let sessions = gate.clone();
+        // Whatever else reaches Burn's server came past the gate.
         let authorizer = move |request: AuthorizationRequest<'_>| {
-            let found = request.credential.as_bytes();
-            if found == expected.as_bytes() {
-                return Ok(());
-            }
-            let found: String = String::from_utf8_lossy(found).chars().take(80).collect();
-            tracing::warn!(client = %request.client, %found, %expected, "a client of another version was refused");
-            Err("another version".to_owned())
+            let known = match request.client {
+                ClientId::WebSocket(address) => sessions.let_in(address, request.credential.as_bytes()),
+                #[allow(unreachable_patterns, reason = "with Burn's other transport")]
+                _ => false,
+            };
+            if known { Ok(()) } else { Err("it did not come through the gate".to_owned()) }
         };
         let server = RemoteServer::new([device.clone()]).with_authorizer(authorizer);
         let name = name.to_owned();
@@ -96,13 +127,25 @@ impl Worker {
             _ => return Err(WorkerError::Device("it is none of this machine's".into())),
         };
         let serving = {
-            let _entered = runtime.enter();
-            server.serve_async(WebSocketTransport::from_listener(listener))
+            let _entered = inner.enter();
+            inner.spawn(server.serve_async(WebSocketTransport::from_listener(burns)))
         };
-        let serving = runtime.spawn(async move {
-            WorkerError::Stopped(serving.await.err().map_or_else(String::new, |error| error.to_string()))
+        listener.set_nonblocking(true).map_err(WorkerError::Start)?;
+        let listener = {
+            let _entered = outer.enter();
+            tokio::net::TcpListener::from_std(listener).map_err(WorkerError::Start)?
+        };
+        outer.spawn(gate.clone().serve(listener));
+        let serving = outer.spawn(async move {
+            tokio::select! {
+                ended = serving => WorkerError::Stopped(match ended {
+                    Ok(ended) => ended.err().map_or_else(String::new, |error| error.to_string()),
+                    Err(error) => error.to_string(),
+                }),
+                problem = gate.watch_memory() => WorkerError::Memory(problem),
+            }
         });
-        Ok(Self { address, runtime: Some(runtime), serving })
+        Ok(Self { address, runtimes: Some([outer, inner]), serving })
     }
 
     /// Where it listens.
@@ -113,18 +156,18 @@ impl Worker {
     /// Waits for the end of serving, which comes with an error only.
     pub fn wait(mut self) -> WorkerError {
         let serving = &mut self.serving;
-        let ended = self.runtime.as_ref().map(|runtime| runtime.block_on(serving));
+        let ended = self.runtimes.as_ref().map(|[outer, _]| outer.block_on(serving));
         match ended {
             Some(Ok(error)) => error,
             Some(Err(error)) => WorkerError::Stopped(error.to_string()),
-            None => unreachable!("it has a runtime until it is dropped"),
+            None => unreachable!("it has runtimes until it is dropped"),
         }
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
+        for runtime in self.runtimes.take().into_iter().flatten() {
             runtime.shutdown_background();
         }
     }

@@ -93,6 +93,8 @@ pub struct EngineArgs {
     /// several devices with their numbers of layers, such as wgpu:0=12,flex [default: the CPU]
     #[arg(long, value_name = "DEVICE", help_heading = "Kernels")]
     pub device: Option<DeviceSpec>,
+    #[command(flatten)]
+    pub secret: SecretArgs,
     /// Number of layers on the GPU; the others are on the CPU. With all layers, the embedding and the output projection
     /// are on the GPU, too
     #[arg(long, value_name = "N", help_heading = "Kernels")]
@@ -113,6 +115,14 @@ pub struct EngineArgs {
     /// settings, the prompt and the report. Reads the model's files a second time
     #[arg(long, value_name = "FILE")]
     pub receipt: Option<PathBuf>,
+}
+
+/// The secret of workers and their clients.
+#[derive(Debug, Default, Args)]
+pub struct SecretArgs {
+    /// The file with the secret that a `bitnet worker` and its clients share; only its owner may read it
+    #[arg(long, value_name = "FILE", help_heading = "Kernels")]
+    pub secret_file: Option<PathBuf>,
 }
 
 /// Types of the KV cache.

@@ -5,7 +5,9 @@ use std::time::Instant;
 
 use anyhow::{Context as _, anyhow};
 use bitnet_burn::backends::manager;
-use bitnet_burn_engine::device::DeviceError;
+#[cfg(feature = "remote")]
+use bitnet_burn::backends::remote;
+use bitnet_burn_engine::device::{DeviceError, DeviceKind};
 use bitnet_burn_engine::load::LoadProgress;
 use bitnet_burn_engine::receipt::GenerationRecord;
 use bitnet_burn_engine::report::Execution;
@@ -14,7 +16,7 @@ use bitnet_burn_manager::{KernelManager, ManagerConfig};
 use clap::ValueEnum as _;
 use serde::Serialize;
 
-use crate::args::{EngineArgs, KernelArgs, LmHead};
+use crate::args::{EngineArgs, KernelArgs, LmHead, SecretArgs};
 use crate::{output, settings};
 
 /// The configuration below the flags, with this program as the gate's helper, and the file that it comes from
@@ -58,6 +60,29 @@ impl KernelArgs {
     }
 }
 
+impl SecretArgs {
+    /// The secret in the file, or in its variable.
+    #[cfg(feature = "remote")]
+    pub fn read(&self) -> anyhow::Result<Option<remote::Secret>> {
+        match &self.secret_file {
+            Some(path) => {
+                remote::Secret::read(path).map(Some).map_err(|problem| anyhow!("--secret-file {problem}"))
+            }
+            None => remote::Secret::from_environment().map_err(|problem| anyhow!("{problem}")),
+        }
+    }
+
+    /// Sets the secret for all workers that this process opens.
+    pub fn use_for_workers(&self) -> anyhow::Result<()> {
+        if self.secret_file.is_some() {
+            DeviceKind::Remote.compiled_in().context("--secret-file")?;
+            #[cfg(feature = "remote")]
+            self.read()?.into_iter().for_each(remote::use_secret);
+        }
+        Ok(())
+    }
+}
+
 impl EngineArgs {
     /// Opens the engine that the flags describe; `set` has the last word on the options. A progress bar shows how far
     /// loading is.
@@ -65,6 +90,7 @@ impl EngineArgs {
         let started = Instant::now();
         let checkpoint = self.file.open()?;
         let opening = started.elapsed();
+        self.secret.use_for_workers()?;
         let (config, _) = config()?;
         let mut options = Engine::options()
             .file(self.file.options())

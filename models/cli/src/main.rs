@@ -57,6 +57,8 @@ Environment (a flag wins over its variable, and a variable wins over the configu
   BITNET_REMOTE_TIMEOUT
                       seconds without a sign of life until a worker (--device remote:HOST:PORT) is given up;
                       default: 10
+  BITNET_WORKER_SECRET
+                      the secret that a worker and its clients share (--secret-file)
   BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if it exists
   RUST_LOG            the log messages on stderr, such as `info` or `bitnet_burn_manager=debug`; default: warn
 

@@ -15,7 +15,7 @@ use bitnet_burn_manager::ManagerConfig;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use crate::args::{EngineArgs, FileArgs, KernelArgs};
+use crate::args::{EngineArgs, FileArgs, KernelArgs, SecretArgs};
 use crate::output::{self, columns};
 use crate::status::Status;
 use bitnet_burn_engine::device::DeviceSpec;
@@ -59,6 +59,8 @@ struct CheckArgs {
     rerun: bool,
     #[command(flatten)]
     kernels: KernelArgs,
+    #[command(flatten)]
+    secret: SecretArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -99,7 +101,7 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
     drop(built_in);
     if let (true, Some(record)) = (args.rerun, &receipt.generation) {
         checks.push(match same_model {
-            true => record.result.check(&rerun(receipt, record, file, args.kernels)?),
+            true => record.result.check(&rerun(receipt, record, file, args.kernels, args.secret)?),
             false => {
                 Check::unchecked("tokens", "not generated again, because the model differs or is missing")
             }
@@ -156,6 +158,7 @@ fn rerun(
     record: &GenerationRecord,
     file: FileArgs,
     kernels: KernelArgs,
+    secret: SecretArgs,
 ) -> anyhow::Result<TokensRecord> {
     let device = match receipt.report.device.parse::<DeviceSpec>() {
         Ok(device) => device,
@@ -174,6 +177,7 @@ fn rerun(
         // Use only the files whose hashes the receipt has.
         no_prepacked: true,
         receipt: None,
+        secret,
     };
     let (prompt, context) = (&record.prompt_token_ids, record.context);
     if prompt.len() > context && !record.sliding_window {

@@ -57,6 +57,7 @@ impl Place {
             "BITNET_FALLBACK",
             "BITNET_CONFIG",
             "BITNET_REMOTE_TIMEOUT",
+            "BITNET_WORKER_SECRET",
             "RUST_LOG",
         ] {
             command.env_remove(variable);

@@ -66,3 +66,34 @@ fn a_small_stack_is_enough() {
         assert_ne!(output.stdout, b"", "{args:?}");
     }
 }
+
+#[test]
+fn results_in_doubt_end_with_status_4() {
+    let place = Place::new();
+    // Wrong from its 100th call on, when not every call is compared any more.
+    let define = "-DIN_RUN=if (w->n == 640 && w->k == 256 && TIMES(calls) >= 100) y->y[tile->m0 * y->stride + tile->n0] += 1";
+    if !plugin(&place, "late.so", BROKEN, &[define]) {
+        return;
+    }
+    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "120", "--ignore-eos", "--greedy", "--json"];
+    let more = ["--threads", "1", "--plugin", "late.so", "--kernel", "example/plain"];
+    let output = place.command(&[&call[..], &more].concat()).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(4), "{stderr}");
+    assert!(
+        stderr.contains("a plugin turned out to be wrong") && stderr.contains("may be wrong"),
+        "{stderr}"
+    );
+    let report = json(std::str::from_utf8(&output.stdout).unwrap());
+    let doubts = report["doubts"].as_array().unwrap();
+    assert_eq!((doubts.len(), &doubts[0]["kernel"]), (1, &"example/plain".into()), "{report}");
+    let unchecked = doubts[0]["unchecked"].as_u64().unwrap();
+    assert!(unchecked > 0 && stderr.contains(&format!("{unchecked} results")), "{stderr}");
+    assert_eq!(report["generated_tokens"], 120, "it goes on with another kernel");
+    // The plugin is in quarantine, so the same command is certain now.
+    let again = place.command(&[&call[..], &["--plugin", "late.so"]].concat()).output().unwrap();
+    let stderr = String::from_utf8(again.stderr).unwrap();
+    assert!(again.status.success() && stderr.contains("plugin late.so: quarantined"), "{stderr}");
+    let (again, plain) = (json(std::str::from_utf8(&again.stdout).unwrap()), place.json(&call));
+    assert!(again["token_ids"] == plain["token_ids"] && again["doubts"].is_null(), "{again}");
+}

@@ -15,7 +15,9 @@ struct Worker {
 
 impl Worker {
     fn start(place: &Place, more: &[&str]) -> Self {
-        let mut command = place.command(&[&["worker", "--listen", "127.0.0.1:0", "--json"], more].concat());
+        // With a secret, for all machines.
+        let listen = if more.contains(&"--secret-file") { "0.0.0.0:0" } else { "127.0.0.1:0" };
+        let mut command = place.command(&[&["worker", "--listen", listen, "--json"], more].concat());
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -89,5 +91,48 @@ fn what_a_worker_can_t_do_is_said() {
         assert!(!log.contains("panicked"), "{log}");
         let error = place.error(&run);
         assert!(error.contains(&device) && error.contains("no worker answers there"), "{error}");
+    }
+}
+
+#[test]
+fn other_machines_need_the_secret() {
+    let place = Place::new();
+    let error = place.error(&["worker", "--listen", "0.0.0.0:0"]);
+    assert!(
+        error.contains("can be reached from other machines") && error.contains("--secret-file F"),
+        "{error}"
+    );
+    let text = "a secret of this test, and long enough";
+    place.write("secret", text);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        let set = |mode| {
+            std::fs::set_permissions(place.path("secret"), std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        set(0o644);
+        let error = place.error(&["worker", "--listen", "0.0.0.0:0", "--secret-file", "secret"]);
+        assert!(
+            error.contains("--secret-file secret: other users may read") && error.contains("chmod 600"),
+            "{error}"
+        );
+        set(0o600);
+    }
+    let mut listening = Worker::start(&place, &["--secret-file", "secret"]);
+    listening.said["address"] =
+        listening.said["address"].as_str().unwrap().replace("0.0.0.0", "127.0.0.1").into();
+    let device = listening.device();
+    let call =
+        ["run", "-m", "model.gguf", "-p", "Hello", "-n", "4", "--greedy", "--json", "--device", &device];
+    let by_file = place.json(&[&call[..], &["--secret-file", "secret"]].concat());
+    let by_variable = crate::ok(place.command(&call).env("BITNET_WORKER_SECRET", text));
+    assert_eq!(crate::json(&by_variable)["token_ids"], by_file["token_ids"]);
+    assert!(place.error(&call).contains("the worker there needs a secret: --secret-file F"));
+    for (value, problem) in [
+        ("another secret of this test", "the worker there has another secret"),
+        ("short", "BITNET_WORKER_SECRET: the secret has 5 bytes"),
+    ] {
+        let error = crate::error(place.command(&call).env("BITNET_WORKER_SECRET", value));
+        assert!(error.contains(problem), "{error}");
     }
 }

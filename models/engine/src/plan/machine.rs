@@ -208,7 +208,7 @@ impl MachineProfile {
         if physical_cores.is_none() {
             problems.push("the system does not report the number of cores".to_owned());
         }
-        let memory = memory();
+        let memory = MemoryProfile::detect();
         if memory.is_none() {
             problems.push("the system does not report its memory".to_owned());
         }
@@ -339,16 +339,19 @@ pub enum Measure {
     Afresh,
 }
 
-/// The current main memory of the system or of the control group.
-fn memory() -> Option<MemoryProfile> {
-    let kind = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
-    let system = sysinfo::System::new_with_specifics(kind);
-    let (total, available) = (system.total_memory(), system.available_memory());
-    // Without memory, sysinfo's query of the control group would panic.
-    (total > 0).then(|| {
-        let group = system.cgroup_limits().filter(|group| group.total_memory > 0);
-        within(total, available, group.map(|group| (group.total_memory, group.rss)))
-    })
+impl MemoryProfile {
+    /// The current main memory of the system or of the control group.
+    pub fn detect() -> Option<Self> {
+        let kind =
+            sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
+        let system = sysinfo::System::new_with_specifics(kind);
+        let (total, available) = (system.total_memory(), system.available_memory());
+        // Without memory, sysinfo's query of the control group would panic.
+        (total > 0).then(|| {
+            let group = system.cgroup_limits().filter(|group| group.total_memory > 0);
+            within(total, available, group.map(|group| (group.total_memory, group.rss)))
+        })
+    }
 }
 
 /// The machine's memory within a control group: `group` is its limit and the bytes that its processes hold. The group's

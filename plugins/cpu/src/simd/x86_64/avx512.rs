@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use bitnet_burn_plugin::features::{self, Features};
 use half::f16;
 
-use super::{Avx2, by_token, digits, prefetch, sum8};
+use super::{Avx2, by_token, prefetch, sum8};
 use crate::simd::{Isa, Kernel};
 
 /// Proof that the CPU has AVX-512 F, BW, VL, DQ.
