@@ -41,7 +41,7 @@ pub(crate) use self::guard::{Place, Walled, Walls};
 use crate::plugin::{Kernel, shared_statics, shown};
 
 /// Changes with what the gate looks at. Verdicts of another version are ignored.
-pub const GATE_VERSION: u32 = 3;
+pub const GATE_VERSION: u32 = 4;
 
 /// First argument of the helper program, before the library and the name that messages call it by.
 pub const CHILD_COMMAND: &str = "gate-child";
