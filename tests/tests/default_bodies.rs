@@ -59,7 +59,10 @@ fn rms_norm_rope_and_gated_activations_agree() {
         let positions: Vec<usize> = (0..m).map(|i| 3 * i + 5).collect();
         let rotary = RotaryEncodingConfig::new(d).with_theta(500_000.0).init();
         agree("rope", 1e-6, &|device| {
-            rotary.apply(tensor(&x, [m, heads * d], device), &rotary.angles(&positions, positions.len(), device))
+            rotary.apply(
+                tensor(&x, [m, heads * d], device),
+                &rotary.angles(&positions, positions.len(), device),
+            )
         });
     }
     for (m, f) in [(1, 8), (9, 123)] {
@@ -127,9 +130,11 @@ fn every_dense_format_decodes_the_same() {
     let mut random = Random(4);
     for format in DenseFormat::ALL {
         // Whole blocks; with rows that are whole words, and (34 and 18 bytes, 3 x 2 bytes) that are not.
-        let shapes: &[(usize, usize)] = match format {
-            DenseFormat::Q6_K => &[(3, 256), (8, 512)],
-            DenseFormat::Q8_0 | DenseFormat::Q4_0 => &[(3, 32), (7, 96), (8, 256)],
+        let shapes: &[(usize, usize)] = match format.block_len() {
+            256 => &[(3, 256), (8, 512)],
+            128 => &[(3, 128), (8, 384)],
+            64 => &[(3, 64), (7, 192)],
+            32 => &[(3, 32), (7, 96), (8, 256)],
             _ => &[(5, 3), (8, 256)],
         };
         for &(n, k) in shapes {

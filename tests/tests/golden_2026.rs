@@ -1,7 +1,8 @@
 //! Models that are not BitNet's: ternary by group, row or shard, other architectures. Against transformers and llama.cpp,
 //! with the goldens of `golden/2026`.
 
-use std::path::{Path, PathBuf};
+use std::collections::HashMap;
+use std::path::PathBuf;
 
 use bitnet_burn::{BitNet, CacheType, Row};
 use bitnet_burn_engine::load::LoadOptions;
@@ -37,19 +38,47 @@ const HF: [Set; 12] = [
     Set { name: "falcon-e-like", int8: true },
 ];
 
+/// GGUF files, and the Hugging Face directory whose goldens hold where the file's have none (64 tokens).
+const GGUF: [(&str, Option<&str>); 17] = [
+    ("falcon-e-like-q2_0", None),
+    ("llama-attn-bias-pq2_0", Some("llama-attn-bias")),
+    ("llama-attn-bias-q2_0", Some("llama-attn-bias")),
+    ("llama-rope-linear-q2_0", Some("llama-rope-linear")),
+    ("llama-rope-llama3-q2_0", Some("llama-rope-llama3")),
+    ("llama-rope-yarn-q2_0", Some("llama-rope-yarn")),
+    ("llama-row-tq1_0-q6_k", None),
+    ("llama-row-tq2_0", None),
+    ("llama-tensor-q2_0", None),
+    ("minicpm-longrope-q2_0", None),
+    ("qwen2-qkv-bias-q2_0", None),
+    ("qwen3-g128-pq2_0", Some("qwen3-g128-tied")),
+    ("qwen3-g128-ptq1_0", Some("qwen3-g128-tied")),
+    ("qwen3-g128-q2_0", Some("qwen3-g128-tied")),
+    ("qwen3-g128-q2_0-q6_k", None),
+    ("qwen3-g64-q2_0", Some("qwen3-g64-untied")),
+    ("qwen3-g64-q2_0-f16-q8_0", None),
+];
+
 /// What is refused, and a word of the reason.
-const REFUSED: [(&str, &str); 3] =
-    [("maple-small", "maple"), ("qwen35-gdn", "qwen3_5"), ("qwen3moe-row", "qwen3_moe")];
+const REFUSED: [(&str, &str); 8] = [
+    ("hf/maple-small", "maple"),
+    ("hf/qwen35-gdn", "qwen3_5"),
+    ("hf/qwen3moe-row", "qwen3_moe"),
+    ("gguf/maple-small-q2_0.gguf", "`maple`"),
+    ("gguf/qwen35-gdn-q2_0.gguf", "`qwen35`"),
+    ("gguf/qwen3moe-row-q2_0.gguf", "`qwen3moe`"),
+    ("gguf/qwen3-hadamard-pq2_0.gguf", "prism.hadamard"),
+    ("gguf/legacy-type42.gguf", "128"),
+];
 
 fn golden() -> Option<PathBuf> {
     golden_dir("models of other architectures").map(|dir| dir.join("2026"))
 }
 
 /// The logits that a set's oracle has for `ids`, and ours, compared for the three prompts.
-fn compare(model: &BitNet, name: &str, goldens: &Path, int8: bool) {
-    let goldens = read_goldens(goldens);
+fn compare(model: &BitNet, name: &str, goldens: &HashMap<String, Golden>, int8: bool) {
     for n in [1, 16, 64] {
-        let Some(golden) = goldens.get(&format!("seq{n}.logits")) else { continue };
+        let golden = goldens.get(&format!("seq{n}.logits")).unwrap_or_else(|| panic!("{name}: seq{n}"));
         let ids = goldens[&format!("seq{n}.input_ids")].ids();
         let logits = all_logits(model, &ids, 256, CacheType::F32);
         let difference = max_difference(&logits, &golden.values);
@@ -63,7 +92,10 @@ fn compare(model: &BitNet, name: &str, goldens: &Path, int8: bool) {
             assert!(chunked == logits, "{name} seq{n}: chunks of {chunk} rows give other bits");
         }
         beside_another(model, name, &ids, &logits);
-        greedy(model, name, &ids, &goldens[&format!("seq{n}.gen_ids")].ids());
+        // (falcon-e-like in GGUF has no generations.)
+        if let Some(expected) = goldens.get(&format!("seq{n}.gen_ids")) {
+            greedy(model, name, &ids, &expected.ids());
+        }
     }
 }
 
@@ -99,8 +131,43 @@ fn hugging_face_directories_compute_what_transformers_computes() {
     for Set { name, int8 } in HF {
         let dir = golden.join("hf").join(name);
         let model = load(&dir, &device, &LoadOptions::default());
-        compare(&model, name, &dir.join("goldens.safetensors"), int8);
+        compare(&model, name, &read_goldens(&dir.join("goldens.safetensors")), int8);
     }
+}
+
+#[test]
+fn gguf_files_compute_what_transformers_computes() {
+    let Some(golden) = golden() else { return };
+    setup();
+    for (name, directory) in GGUF {
+        let file = golden.join(format!("gguf/{name}.gguf"));
+        let model = load(&file, &Device::flex(), &LoadOptions::default());
+        let mut goldens = read_goldens(&golden.join(format!("gguf/{name}.goldens.safetensors")));
+        if let Some(directory) = directory {
+            let more = read_goldens(&golden.join("hf").join(directory).join("goldens.safetensors"));
+            more.into_iter().for_each(|(name, golden)| _ = goldens.entry(name).or_insert(golden));
+        }
+        compare(&model, name, &goldens, false);
+        // llama.cpp quantises activations: a distance of a few percent.
+        let theirs = &goldens.get("seq16.llama_cpp").map(|golden| golden.values.clone());
+        let ids = goldens["seq16.input_ids"].ids();
+        if let Some(theirs) = theirs {
+            let rms = relative_rms(&all_logits(&model, &ids, 256, CacheType::F32), theirs);
+            println!("{name} seq16: {:.1} % from llama.cpp", rms * 100.0);
+            assert!(rms < 0.1, "{name}: {rms}");
+        }
+        if let Some(theirs) = goldens.get("seq16.llama_cpp_f32") {
+            let ours = all_logits(&model, &ids, 256, CacheType::F32);
+            let difference = max_difference(&ours, &theirs.values);
+            assert!(difference < 2e-4, "{name}: {difference:e} from llama.cpp with float activations");
+        }
+    }
+}
+
+fn relative_rms(a: &[f32], b: &[f32]) -> f64 {
+    let square = |v: f64| v * v;
+    let error: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(a - b))).sum();
+    (error / b.iter().map(|&b| square(f64::from(b))).sum::<f64>()).sqrt()
 }
 
 #[test]
@@ -108,7 +175,7 @@ fn what_is_not_known_is_refused_by_its_name() {
     let Some(golden) = golden() else { return };
     for (name, word) in REFUSED {
         let opened = bitnet_burn_engine::checkpoint::Checkpoint::open(
-            &golden.join("hf").join(name),
+            &golden.join(name),
             &bitnet_burn_engine::checkpoint::OpenOptions::default(),
         );
         let error = opened.unwrap_err().to_string();

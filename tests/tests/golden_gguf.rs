@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use bitnet_burn::CacheType;
-use bitnet_burn::{GatedActivation, ModelConfig};
+use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::gguf::{norm_name, projection_name, write_config};
@@ -161,6 +161,7 @@ fn older_bitnet(seed: u64) -> (ModelConfig, Reference, Vec<(String, TernaryTenso
         tied_embeddings: true,
         bos_token: None,
         eos_tokens: vec![],
+        options: DecoderOptions::default(),
     };
     let mut tensors = Vec::new();
     let layers = (0..config.n_layers).map(|layer| {
@@ -245,7 +246,7 @@ fn architecture_bitnet_is_silu() {
             .unwrap();
         writer.vector("output_norm.weight", floats(&reference.norm)).unwrap();
         for (i, layer) in reference.layers.iter().enumerate() {
-            for (which, norm) in Norm::of_layer(i, true).zip(&layer.norms) {
+            for (which, norm) in Norm::of_layer(i, &config).zip(&layer.norms) {
                 writer.vector(norm_name(which), floats(norm)).unwrap();
             }
         }
@@ -279,7 +280,7 @@ fn mixed(path: &Path, format: DenseFormat, mix: bool) -> Vec<f64> {
         TensorType::I2_S,
     ];
     for layer in 0..config.n_layers {
-        for norm in Norm::of_layer(layer, true) {
+        for norm in Norm::of_layer(layer, config) {
             writer.vector(norm_name(norm), checkpoint.norm(norm).unwrap()).unwrap();
         }
         for (i, which) in Projection::ALL.into_iter().enumerate() {

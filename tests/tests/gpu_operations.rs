@@ -245,9 +245,11 @@ fn dense_matrices_of_every_format_are_those_of_the_host() {
     let mut random = Random(6);
     for format in DenseFormat::ALL {
         // Rows that are whole words, and rows (of 34, 18 and 210 bytes) that are not; K of no whole unit.
-        let shapes: &[(usize, usize)] = match format {
-            DenseFormat::Q6_K => &[(3, 256), (21, 512)],
-            DenseFormat::Q8_0 | DenseFormat::Q4_0 => &[(3, 32), (7, 96), (40, 256)],
+        let shapes: &[(usize, usize)] = match format.block_len() {
+            256 => &[(3, 256), (21, 512)],
+            128 => &[(3, 128), (8, 384)],
+            64 => &[(3, 64), (7, 192)],
+            32 => &[(3, 32), (7, 96), (40, 256)],
             _ => &[(5, 3), (8, 256), (13, 40)],
         };
         for &(n, k) in shapes {

@@ -1,6 +1,7 @@
 //! Dense layers in the format of their file, and embeddings.
 
 use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_formats::dense::IQ4_NL_NUMBERS;
 use bitnet_burn_formats::dense_tiles::untile;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
@@ -78,6 +79,7 @@ fn decode<B: Backend>(words: IntTensor<B>, args: &DenseArgs) -> FloatTensor<B> {
         let shifted = if shift == 0 { tensor } else { B::bitwise_right_shift_scalar(tensor, shift.into()) };
         B::bitwise_and_scalar(shifted, ((1i64 << width) - 1).into())
     };
+    let device = words.device();
     let words = flat::<B>(words);
     let count = dims(&words)[0];
     let float = |tensor: IntTensor<B>| B::int_into_float(tensor, FloatDType::F32);
@@ -99,14 +101,81 @@ fn decode<B: Backend>(words: IntTensor<B>, args: &DenseArgs) -> FloatTensor<B> {
     let signed = |tensor: IntTensor<B>| {
         B::float_sub_scalar(float(B::bitwise_xor_scalar(tensor, 128i64.into())), 128f32.into())
     };
+    let float_half = |at: usize| from_bits::<B>(half(at), 5, 10);
+    // The low nibbles of 16 bytes, then the high ones; and with a fifth bit each from four bytes before them.
+    let nibbles =
+        |at: usize| B::int_cat(vec![bits(part(at, at + 16), 0, 4), bits(part(at, at + 16), 4, 4)], 1);
+    let fives = |at: usize| {
+        let high = B::int_reshape(part(at, at + 4), Shape::new([blocks, 4, 1]));
+        let high = B::int_cat((0..8).map(|i| bits(high.clone(), i, 1)).collect(), 2);
+        let high = B::int_reshape(high, Shape::new([blocks, 32]));
+        B::bitwise_or(nibbles(at + 4), B::bitwise_left_shift_scalar(high, 4i64.into()))
+    };
     let values = match format {
         DenseFormat::F32 => unreachable!("returned above"),
         DenseFormat::F16 => from_bits::<B>(half(0), 5, 10),
         DenseFormat::BF16 => from_bits::<B>(half(0), 8, 7),
         DenseFormat::Q8_0 => B::float_mul(signed(part(2, 34)), from_bits::<B>(half(0), 5, 10)),
-        DenseFormat::Q4_0 => {
-            let nibbles = B::int_cat(vec![bits(part(2, 18), 0, 4), bits(part(2, 18), 4, 4)], 1);
-            B::float_mul(B::float_sub_scalar(float(nibbles), 8f32.into()), from_bits::<B>(half(0), 5, 10))
+        DenseFormat::Q4_0 => B::float_mul(B::float_sub_scalar(float(nibbles(2)), 8f32.into()), float_half(0)),
+        DenseFormat::IQ4_NL => {
+            let codes = B::int_reshape(nibbles(2), Shape::new([blocks * 32]));
+            let numbers = IQ4_NL_NUMBERS.map(f32::from).to_vec();
+            let table = B::float_from_data(TensorData::new(numbers, [16]), &device);
+            let numbers = B::float_select(table, 0, B::int_cast(codes, IntDType::I32));
+            B::float_mul(B::float_reshape(numbers, Shape::new([blocks, 32])), float_half(0))
+        }
+        DenseFormat::Q4_1 => B::float_add(B::float_mul(float(nibbles(4)), float_half(0)), float_half(2)),
+        DenseFormat::Q5_0 => B::float_mul(B::float_sub_scalar(float(fives(2)), 16f32.into()), float_half(0)),
+        DenseFormat::Q5_1 => B::float_add(B::float_mul(float(fives(4)), float_half(0)), float_half(2)),
+        DenseFormat::Q4_K | DenseFormat::Q5_K => {
+            // d, dmin [0, 4), scales and mins [4, 16), Q5_K's high bits, the low bits; eight parts of 32 weights.
+            let low = if format == DenseFormat::Q5_K { 48 } else { 16 };
+            let codes = (0..8).map(|p| {
+                let from = low + 32 * (p / 2);
+                let codes = bits(part(from, from + 32), 4 * (p as i64 % 2), 4);
+                if format == DenseFormat::Q4_K {
+                    return codes;
+                }
+                let fifth = bits(part(16, 48), p as i64, 1);
+                B::bitwise_or(codes, B::bitwise_left_shift_scalar(fifth, 4i64.into()))
+            });
+            let q = B::int_reshape(B::int_cat(codes.collect(), 1), Shape::new([blocks, 8, 32]));
+            // The first four of each are the low six bits of four bytes, the others nibbles and the bits above those.
+            let sixes = |at: usize, nibble: i64| {
+                let above = B::bitwise_left_shift_scalar(bits(part(at, at + 4), 6, 2), 4i64.into());
+                let others = B::bitwise_or(bits(part(12, 16), nibble, 4), above);
+                float(B::int_cat(vec![bits(part(at, at + 4), 0, 6), others], 1))
+            };
+            let each = |scales: FloatTensor<B>| B::float_reshape(scales, Shape::new([blocks, 8, 1]));
+            let scale = each(B::float_mul(sixes(4, 0), float_half(0)));
+            let least = each(B::float_mul(sixes(8, 4), float_half(2)));
+            B::float_sub(B::float_mul(float(q), scale), least)
+        }
+        DenseFormat::Q2_0 | DenseFormat::PQ2_0 => {
+            let codes = part(2, block);
+            let codes = B::int_reshape(codes, Shape::new([blocks, block - 2, 1]));
+            let codes = B::int_cat((0..4).map(|i| bits(codes.clone(), 2 * i, 2)).collect(), 2);
+            let codes = B::int_reshape(codes, Shape::new([blocks, format.block_len()]));
+            B::float_mul(B::float_sub_scalar(float(codes), 1f32.into()), float_half(0))
+        }
+        DenseFormat::TQ2_0 => {
+            let quarters = (0..2).flat_map(|h| (0..4).map(move |q| (h, q)));
+            let codes = quarters.map(|(h, q)| bits(part(32 * h, 32 * h + 32), 2 * q, 2)).collect();
+            B::float_mul(B::float_sub_scalar(float(B::int_cat(codes, 1)), 1f32.into()), float_half(64))
+        }
+        DenseFormat::TQ1_0 | DenseFormat::PTQ1_0 => {
+            // Digit i of a byte is the integer part of 3 * frac(byte / 256 * 3^i).
+            let digits = |from: usize, to: usize, count: u32| {
+                (0..count).map(move |i| {
+                    let fraction = bits(B::int_mul_scalar(part(from, to), 3i64.pow(i).into()), 0, 8);
+                    bits(B::int_mul_scalar(fraction, 3i64.into()), 8, 2)
+                })
+            };
+            // The bytes of five digits in two runs, and those of four.
+            let runs = if format == DenseFormat::TQ1_0 { [0, 32, 48, 52] } else { [0, 16, 24, 26] };
+            let [a, b, c, d] = runs;
+            let codes = digits(a, b, 5).chain(digits(b, c, 5)).chain(digits(c, d, 4)).collect();
+            B::float_mul(B::float_sub_scalar(float(B::int_cat(codes, 1)), 1f32.into()), float_half(d))
         }
         DenseFormat::Q6_K => {
             // ql [0, 128), qh [128, 192), scales [192, 208), d [208, 210); two halves of 128 weights.

@@ -25,6 +25,17 @@ fn matrix(args: &DenseArgs) -> Option<Matrix> {
         DenseFormat::Q8_0 => Format::Q8_0,
         DenseFormat::Q6_K => Format::Q6K,
         DenseFormat::Q4_0 => Format::Q4_0,
+        DenseFormat::Q4_1 => Format::Q4_1,
+        DenseFormat::Q5_0 => Format::Q5_0,
+        DenseFormat::Q5_1 => Format::Q5_1,
+        DenseFormat::Q4_K => Format::Q4K,
+        DenseFormat::Q5_K => Format::Q5K,
+        DenseFormat::IQ4_NL => Format::Iq4Nl,
+        DenseFormat::Q2_0 => Format::Q2_0,
+        DenseFormat::PQ2_0 => Format::Pq2_0,
+        DenseFormat::PTQ1_0 => Format::Ptq1_0,
+        DenseFormat::TQ1_0 => Format::Tq1_0,
+        DenseFormat::TQ2_0 => Format::Tq2_0,
     };
     Some(Matrix { format, n: args.n, k: args.k }).filter(|matrix| matrix.supported() && !args.tiled)
 }

@@ -55,13 +55,13 @@ impl TiledFormat {
     /// Every one of them.
     pub const ALL: [Self; 3] = [Self::Q8_0, Self::Q6_K, Self::Q4_0];
 
-    /// The tiles of a format; `None` if it holds floats.
+    /// The tiles of a format, if it has them.
     pub const fn of(format: DenseFormat) -> Option<Self> {
         match format {
             DenseFormat::Q8_0 => Some(Self::Q8_0),
             DenseFormat::Q6_K => Some(Self::Q6_K),
             DenseFormat::Q4_0 => Some(Self::Q4_0),
-            DenseFormat::F32 | DenseFormat::F16 | DenseFormat::BF16 => None,
+            _ => None,
         }
     }
 

@@ -243,6 +243,31 @@ pub enum FileError {
         /// Size of the data section.
         available: u64,
     },
+    /// A tensor of type Q2_0 with 34 bytes for 128 weights, which is PQ2_0: Prism ML's first files have that layout
+    /// under Q2_0's number.
+    #[error(
+        "{}: tensor `{tensor}` has type Q2_0 (42), which takes {bytes} bytes, but the file has {found} there, as the \
+         earlier layout of Prism ML with groups of 128 takes. That layout's own type is PQ2_0 (142): download the \
+         model again from its publisher, or convert it again", path.display()
+    )]
+    GroupsOf128 {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The bytes that Q2_0 takes.
+        bytes: u64,
+        /// The bytes up to the next tensor, or to the end of the file.
+        found: u64,
+    },
+    /// A GGUF file in parts of which one is missing or does not belong to the others.
+    #[error("{}: {problem}", path.display())]
+    Part {
+        /// The part, or the file that asks for it.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// Two tensors share bytes.
     #[error(
         "{}: tensors `{first}` (ends at {first_end}) and `{second}` (begins at {second_start}) overlap",

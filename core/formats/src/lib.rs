@@ -7,9 +7,9 @@
 //! | module | holds |
 //! | --- | --- |
 //! | [`hf`] | Hugging Face's packed uint8 |
-//! | [`tq2_0`], [`tq1_0`] | llama.cpp's ternary block formats |
-//! | [`dense`] | F32, F16, BF16, Q8_0, Q6_K, Q4_0: embedding, lm_head, norms |
-//! | [`dense_tiles`] | the last three of them as kernels read them, 16 rows side by side |
+//! | [`tq2_0`], [`tq1_0`] | llama.cpp's ternary blocks of 256, as tensors with one scale; [`dense`] has them too, with a scale for each block |
+//! | [`dense`] | what decodes to any values: floats, blocks of integers, blocks of ternary weights |
+//! | [`dense_tiles`] | Q8_0, Q6_K and Q4_0 as kernels read them, 16 rows side by side |
 //! | [`ternary`] | reading a dense tensor that holds ternary values |
 //! | [`scales`] | the scales of matrices that have many |
 //!
@@ -68,8 +68,8 @@ pub enum FormatError {
         /// Weights in a row.
         k: usize,
     },
-    /// A format of floats, where one of integers and scales is wanted.
-    #[error("{format} holds floats, which have no tiles; Q8_0, Q6_K and Q4_0 have")]
+    /// A format without tiles, where one with them is wanted.
+    #[error("{format} has no tiles; Q8_0, Q6_K and Q4_0 have")]
     NoTiles {
         /// The format's name.
         format: &'static str,
@@ -183,7 +183,7 @@ pub enum FormatError {
         column: usize,
         /// The value.
         value: f32,
-        /// s: the magnitude of the first non-zero value of the tensor.
+        /// s: the magnitude of the first non-zero value of the tensor, or of the group.
         scale: f32,
     },
     /// A NaN or an infinity where only finite values make sense.
@@ -259,9 +259,15 @@ pub(crate) fn canonical_bytes(format: &'static str, n: usize, k: usize) -> Resul
 
 impl FormatError {
     /// The same of row `n` of a matrix, where it was found in a row by itself.
-    fn in_row(mut self, n: usize) -> Self {
-        if let Self::NotFinite { row, .. } = &mut self {
+    fn in_row(self, n: usize) -> Self {
+        self.moved(n, 0)
+    }
+
+    /// The same of row `n` of a matrix, where it was found in a part of a row that begins with column `k`.
+    fn moved(mut self, n: usize, k: usize) -> Self {
+        if let Self::NotFinite { row, column, .. } | Self::NotTernary { row, column, .. } = &mut self {
             *row = n;
+            *column += k;
         }
         self
     }
@@ -338,22 +344,22 @@ impl SharedScale {
     }
 }
 
-/// What TQ1_0 and TQ2_0 have in common: 256 weights and one f16 scale a block of `BYTES` bytes.
-struct TernaryBlocks<const BYTES: usize> {
+/// A format of blocks of ternary weights: `LEN` of them and one f16 scale in `BYTES` bytes.
+pub(crate) struct TernaryBlocks<const LEN: usize, const BYTES: usize> {
     format: &'static str,
     /// Writes the weights of a block and returns its scale. Code 3 comes out as weight 2.
-    decode: fn(&[u8; BYTES], &mut [i8; 256]) -> f32,
+    decode: fn(&[u8; BYTES], &mut [i8; LEN]) -> f32,
     /// Writes a block from weights that are -1, 0 or 1.
-    encode: fn(&[i8; 256], f16, &mut [u8; BYTES]),
+    encode: fn(&[i8; LEN], f16, &mut [u8; BYTES]),
 }
 
-impl<const BYTES: usize> TernaryBlocks<BYTES> {
+impl<const LEN: usize, const BYTES: usize> TernaryBlocks<LEN, BYTES> {
     fn bytes(&self, n: usize, k: usize) -> Result<usize, FormatError> {
         let format = self.format;
-        if !k.is_multiple_of(256) {
-            return Err(FormatError::NotAMultiple { format, dimension: "K", value: k, of: 256 });
+        if !k.is_multiple_of(LEN) {
+            return Err(FormatError::NotAMultiple { format, dimension: "K", value: k, of: LEN });
         }
-        n.checked_mul(k / 256).and_then(|blocks| blocks.checked_mul(BYTES)).ok_or(FormatError::TooLarge {
+        n.checked_mul(k / LEN).and_then(|blocks| blocks.checked_mul(BYTES)).ok_or(FormatError::TooLarge {
             format,
             n,
             k,
@@ -367,7 +373,7 @@ impl<const BYTES: usize> TernaryBlocks<BYTES> {
         let mut rows = vec![0; size];
         let mut weights = vec![0; k];
         let mut scale = SharedScale::new(format);
-        let blocks_in_row = k / 256;
+        let blocks_in_row = k / LEN;
         let (blocks, _) = data.as_chunks::<BYTES>();
         let rows_of_blocks = blocks.chunks_exact(blocks_in_row);
         for (row, (blocks, out)) in
@@ -381,7 +387,7 @@ impl<const BYTES: usize> TernaryBlocks<BYTES> {
                     bad |= w > 1;
                 }
                 if bad {
-                    let column = b * 256 + weights.iter().position(|&w| w > 1).unwrap_or(0);
+                    let column = b * LEN + weights.iter().position(|&w| w > 1).unwrap_or(0);
                     return Err(FormatError::InvalidCode { format, row, column });
                 }
                 scale.add(row * blocks_in_row + b, d, !any)?;
@@ -406,7 +412,7 @@ impl<const BYTES: usize> TernaryBlocks<BYTES> {
         }
         let mut weights = vec![0; k];
         let (blocks, _) = data.as_chunks_mut::<BYTES>();
-        for (row, blocks) in rows.chunks_exact(canonical::row_bytes(k)).zip(blocks.chunks_exact_mut(k / 256))
+        for (row, blocks) in rows.chunks_exact(canonical::row_bytes(k)).zip(blocks.chunks_exact_mut(k / LEN))
         {
             canonical::unpack_row(row, &mut weights);
             for (block, weights) in blocks.iter_mut().zip(weights.as_chunks().0) {

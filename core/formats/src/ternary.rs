@@ -25,6 +25,7 @@
 use super::dense::{Q4_0_BYTES, QK, q4_0_codes};
 use super::{
     DenseFormat, FormatError, SharedScale, canonical, canonical_bytes, check_length, check_values, f16_at,
+    tq1_0, tq2_0,
 };
 
 /// Canonical rows and the scale s of [n, k] values, all of which are -s, 0 or s.
@@ -53,9 +54,90 @@ pub fn exact_from_f32_rows(values: &[f32], n: usize, k: usize) -> Result<(Vec<u8
     Ok(reader.finish())
 }
 
+/// Canonical rows and the scales [n, ceil(k / group)] of [n, k] values: in each group of `group` consecutive values
+/// of a row, all are -s, 0 or s with a scale s of their own.
+///
+/// s is the magnitude of the first non-zero value of the group; a group of zeros has the scale 0. A `group` of k
+/// gives a scale for each row. The last group of a row may be shorter.
+///
+/// ```
+/// use bitnet_burn_formats::{canonical::Row, ternary};
+///
+/// let (rows, scales) = ternary::scales_of(&[0.5, 0.0, -0.25, 0.25], 1, 4, 2)?;
+/// assert_eq!(scales, [0.5, 0.25]);
+/// assert_eq!([0, 1, 2, 3].map(|k| Row(&rows).weight(k)), [1, 0, -1, 1]);
+/// # Ok::<(), bitnet_burn_formats::FormatError>(())
+/// ```
+///
+/// # Errors
+/// [`FormatError::Empty`] (also for a `group` of 0), [`TooLarge`](FormatError::TooLarge),
+/// [`Length`](FormatError::Length); [`NotTernary`](FormatError::NotTernary) with row, column and value of the first
+/// offender and the scale of its group, or [`NotFinite`](FormatError::NotFinite) where the first non-zero value of a
+/// group is a NaN or infinite.
+pub fn scales_of(
+    values: &[f32],
+    n: usize,
+    k: usize,
+    group: usize,
+) -> Result<(Vec<u8>, Vec<f32>), FormatError> {
+    let size = check_values("F32", n, k, values.len())?;
+    if group == 0 {
+        return Err(FormatError::Empty { format: "F32", n, k: group });
+    }
+    let mut rows = vec![0; size];
+    let mut scales = Vec::with_capacity(n * k.div_ceil(group)); // no more than there are values
+    let mut weights = vec![0i8; k];
+    for (row, (values, out)) in
+        values.chunks_exact(k).zip(rows.chunks_exact_mut(canonical::row_bytes(k))).enumerate()
+    {
+        let groups = values.chunks(group).zip(weights.chunks_mut(group));
+        for (index, (values, weights)) in groups.enumerate() {
+            let mut scale = 0.0;
+            weights_of(values, &mut scale, weights).map_err(|error| error.moved(row, index * group))?;
+            scales.push(scale);
+        }
+        canonical::pack_row(&weights, out);
+    }
+    Ok((rows, scales))
+}
+
+/// Which values of a ternary tensor share a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Grouping {
+    /// All of the tensor.
+    Tensor,
+    /// Those of a row.
+    Row,
+    /// So many consecutive ones of a row.
+    Group(usize),
+}
+
+/// The coarsest grouping with which [`scales_of`] holds: the tensor, a row, or groups of 256, 128, 64 or 32. `None`
+/// if none of them does, or `values` is not [n, k].
+pub fn find_group(values: &[f32], n: usize, k: usize) -> Option<Grouping> {
+    check_values("F32", n, k, values.len()).ok()?;
+    let mut weights = vec![0; k];
+    let mut holds = |group: usize, shared: bool| {
+        let mut scale = 0.0;
+        values.chunks_exact(k).flat_map(|row| row.chunks(group)).all(|values| {
+            if !shared {
+                scale = 0.0;
+            }
+            weights_of(values, &mut scale, &mut weights[..values.len()]).is_ok()
+        })
+    };
+    if holds(k, true) {
+        return Some(Grouping::Tensor);
+    }
+    if holds(k, false) {
+        return Some(Grouping::Row);
+    }
+    [256, 128, 64, 32].into_iter().find(|&group| group < k && holds(group, false)).map(Grouping::Group)
+}
+
 /// Canonical rows and the scale s of an [n, k] tensor of any dense format.
 ///
-/// Q4_0 is read by signs as the [module](self) describes. Every other format must decode to nothing
+/// Q4_0 is read by signs as the [module](self) describes, and TQ1_0 and TQ2_0 by their [codes](tq1_0). Every other format must decode to nothing
 /// but -s, 0 and s, as in [`exact_from_f32_rows`].
 ///
 /// # Errors
@@ -76,8 +158,11 @@ pub fn exact_from_dense(
     let row_bytes = format.checked_row_bytes(k)?;
     let expected = n.checked_mul(row_bytes).ok_or(FormatError::TooLarge { format: name, n, k })?;
     check_length(name, n, k, "bytes", expected, data.len())?;
-    if format == DenseFormat::Q4_0 {
-        return q4_0_signs(data, size, k);
+    match format {
+        DenseFormat::Q4_0 => return q4_0_signs(data, size, k),
+        DenseFormat::TQ1_0 => return tq1_0::to_canonical(data, n, k),
+        DenseFormat::TQ2_0 => return tq2_0::to_canonical(data, n, k),
+        _ => {}
     }
     let mut reader = Reader::new(size, k);
     let mut values = vec![0.0; k];
@@ -129,31 +214,7 @@ impl Reader {
 
     fn row(&mut self, values: &[f32]) -> Result<(), FormatError> {
         let row = self.next_row;
-        if self.scale == 0.0
-            && let Some(column) = values.iter().position(|&v| v != 0.0)
-        {
-            let value = values[column];
-            if !value.is_finite() {
-                return Err(FormatError::NotFinite { row, column, value });
-            }
-            self.scale = value.abs();
-        }
-        let s = self.scale;
-        // Without a branch, so that it runs in vectors; the culprit is looked for when there is one.
-        let mut good = true;
-        for (w, &v) in self.weights.iter_mut().zip(values) {
-            *w = i8::from(v == s) - i8::from(v == -s);
-            good &= v.abs() == s || v == 0.0;
-        }
-        if s == 0.0 {
-            // A row of zeros before the first non-zero value: both comparisons held.
-            self.weights.fill(0);
-        }
-        if !good {
-            let culprit = |v: &f32| !(v.abs() == s || *v == 0.0);
-            let column = values.iter().position(culprit).unwrap_or(0);
-            return Err(FormatError::NotTernary { row, column, value: values[column], scale: s });
-        }
+        weights_of(values, &mut self.scale, &mut self.weights).map_err(|error| error.moved(row, 0))?;
         let row_bytes = canonical::row_bytes(values.len());
         canonical::pack_row(&self.weights, &mut self.rows[row * row_bytes..][..row_bytes]);
         self.next_row += 1;
@@ -165,8 +226,40 @@ impl Reader {
     }
 }
 
+/// The weights of values that share a scale: the given one, or the magnitude of the first non-zero value if that is
+/// zero. Errors are those of row 0.
+fn weights_of(values: &[f32], scale: &mut f32, weights: &mut [i8]) -> Result<(), FormatError> {
+    if *scale == 0.0
+        && let Some(column) = values.iter().position(|&v| v != 0.0)
+    {
+        let value = values[column];
+        if !value.is_finite() {
+            return Err(FormatError::NotFinite { row: 0, column, value });
+        }
+        *scale = value.abs();
+    }
+    let s = *scale;
+    // Without a branch, so that it runs in vectors; the culprit is looked for when there is one.
+    let mut good = true;
+    for (w, &v) in weights.iter_mut().zip(values) {
+        *w = i8::from(v == s) - i8::from(v == -s);
+        good &= v.abs() == s || v == 0.0;
+    }
+    if s == 0.0 {
+        // Zeros before the first non-zero value: both comparisons held.
+        weights.fill(0);
+    }
+    if !good {
+        let culprit = |v: &f32| !(v.abs() == s || *v == 0.0);
+        let column = values.iter().position(culprit).unwrap_or(0);
+        return Err(FormatError::NotTernary { row: 0, column, value: values[column], scale: s });
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::canonical::Row;
     use super::super::testing::{canonical_rows, f16_scale, floats, matrix};
     use super::*;
     use half::f16;
@@ -219,6 +312,64 @@ mod tests {
     }
 
     #[test]
+    fn groups_have_scales_of_their_own() {
+        let (n, k) = (3, 300);
+        let mut values = vec![0.0; n * k];
+        for (i, v) in values.iter_mut().enumerate() {
+            let (row, column) = (i / k, i % k);
+            let scale = (1 + row * 10 + column / 64) as f32;
+            *v = [scale, 0.0, -scale, -0.0][i % 4];
+        }
+        values[k..][64..128].fill(0.0); // a group of zeros
+        let (rows, scales) = scales_of(&values, n, k, 64).unwrap();
+        assert_eq!(
+            scales,
+            [1.0, 2.0, 3.0, 4.0, 5.0, 11.0, 0.0, 13.0, 14.0, 15.0, 21.0, 22.0, 23.0, 24.0, 25.0]
+        );
+        for (i, &v) in values.iter().enumerate() {
+            let weight = Row(&rows[i / k * canonical::row_bytes(k)..]).weight(i % k);
+            assert_eq!(f32::from(weight) * scales[i / k * 5 + i % k / 64], v);
+        }
+        assert_eq!(
+            scales_of(&values, n, k, 128),
+            Err(FormatError::NotTernary { row: 0, column: 64, value: 2.0, scale: 1.0 })
+        );
+        assert_eq!(find_group(&values, n, k), Some(Grouping::Group(64)));
+        values[2 * k + 130] = f32::NAN;
+        assert!(matches!(
+            scales_of(&values, n, k, 64),
+            Err(FormatError::NotTernary { row: 2, column: 130, scale: 23.0, .. })
+        ));
+        assert_eq!(find_group(&values, n, k), None);
+        values[2 * k + 128] = f32::INFINITY;
+        assert!(matches!(
+            scales_of(&values, n, k, 64),
+            Err(FormatError::NotFinite { row: 2, column: 128, .. })
+        ));
+        assert!(matches!(scales_of(&values, n, k, 0), Err(FormatError::Empty { .. })));
+        assert!(matches!(scales_of(&values, n, k + 1, 64), Err(FormatError::Length { .. })));
+        assert_eq!(find_group(&values, n, k + 1), None);
+    }
+
+    #[test]
+    fn the_coarsest_grouping_is_found() {
+        let (n, k) = (4, 512);
+        let of = |scale: &dyn Fn(usize, usize) -> usize| {
+            let value = |i: usize| scale(i / k, i % k) as f32 * [1.0, 0.0, -1.0][i % 3];
+            find_group(&(0..n * k).map(value).collect::<Vec<_>>(), n, k)
+        };
+        assert_eq!(of(&|_, _| 0), Some(Grouping::Tensor));
+        assert_eq!(of(&|_, _| 1), Some(Grouping::Tensor));
+        // Rows of zeros have any scale.
+        assert_eq!(of(&|row, _| row % 2), Some(Grouping::Tensor));
+        assert_eq!(of(&|row, _| row), Some(Grouping::Row));
+        for group in [256, 128, 64, 32] {
+            assert_eq!(of(&|row, column| 1 + row + column / group), Some(Grouping::Group(group)));
+        }
+        assert_eq!(of(&|row, column| 1 + row + column / 16), None);
+    }
+
+    #[test]
     fn a_tensor_of_zeros_has_the_scale_zero() {
         for format in DenseFormat::ALL {
             let data = encode(format, &[0.0; 512]);
@@ -262,6 +413,32 @@ mod tests {
     }
 
     proptest! {
+        /// With groups of any size, and for a whole row as for a tensor of one row.
+        #[test]
+        fn groups_agree_with_tensors_of_one_row(
+            (n, k, weights) in matrix(1, 3, 1, 200), group in 1usize..250, seed in any::<u64>(),
+        ) {
+            let mut random = crate::random::SplitMix64::new(seed);
+            let groups = k.div_ceil(group);
+            let scales: Vec<f32> = (0..n * groups).map(|_| (1 + random.below(3)) as f32).collect();
+            let scale = |i: usize| scales[i / k * groups + i % k / group];
+            let values: Vec<f32> = weights.iter().enumerate().map(|(i, &w)| f32::from(w) * scale(i)).collect();
+            let (rows, found) = scales_of(&values, n, k, group).unwrap();
+            prop_assert_eq!(rows, canonical_rows(&weights, k));
+            for (i, (found, scale)) in found.iter().zip(&scales).enumerate() {
+                let from = i / groups * k + i % groups * group;
+                let to = (from + group).min((i / groups + 1) * k);
+                let zero = weights[from..to].iter().all(|&w| w == 0);
+                prop_assert_eq!(*found, if zero { 0.0 } else { *scale });
+            }
+            let whole: Result<Vec<_>, _> = values.chunks(k).map(|row| exact_from_f32_rows(row, 1, k)).collect();
+            let by_row = scales_of(&values, n, k, k);
+            prop_assert_eq!(by_row.is_ok(), whole.is_ok());
+            if let (Ok((_, scales)), Ok(whole)) = (by_row, whole) {
+                prop_assert_eq!(scales, whole.into_iter().map(|(_, scale)| scale).collect::<Vec<_>>());
+            }
+        }
+
         #[test]
         fn every_dense_format_gives_back_what_it_can_hold(
             (n, k, weights) in matrix(1, 4, 32, 320), scale in f16_scale(),

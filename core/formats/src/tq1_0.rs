@@ -17,6 +17,7 @@
 //! [`tq2_0`](super::tq2_0).
 
 use super::{FormatError, TernaryBlocks, f16_at};
+use crate::dense::facts::Facts;
 use half::f16;
 
 /// Weights in a block.
@@ -24,10 +25,26 @@ pub const BLOCK: usize = 256;
 /// Bytes in a block.
 pub const BLOCK_BYTES: usize = 54;
 
-const TQ1_0: TernaryBlocks<BLOCK_BYTES> = TernaryBlocks { format: "TQ1_0", decode, encode };
+const TQ1_0: TernaryBlocks<BLOCK, BLOCK_BYTES> = TernaryBlocks { format: "TQ1_0", decode, encode };
 
-/// The three parts of a block: (first byte, bytes, digits a byte, first weight).
-const PARTS: [(usize, usize, usize, usize); 3] = [(0, 32, 5, 0), (32, 16, 5, 160), (48, 4, 4, 240)];
+/// As a dense format, with a scale for each block.
+pub(crate) const FACTS: Facts = Facts {
+    name: "TQ1_0",
+    gguf_type: 34,
+    dtype: None,
+    block_len: BLOCK,
+    block_bytes: BLOCK_BYTES,
+    decode: |row, out| TQ1_0.decode_values(row, out),
+    encode: |x, row| TQ1_0.encode_values(x, row),
+    random: |deviation, random, out| TQ1_0.random(deviation, random, out),
+};
+
+/// A part of a block in base 3: (first byte, bytes, digits a byte, first weight). Its byte i holds the weights
+/// first + i, first + bytes + i, ..., one a digit.
+pub(crate) type Part = (usize, usize, usize, usize);
+
+/// The three parts of a block.
+const PARTS: [Part; 3] = [(0, 32, 5, 0), (32, 16, 5, 160), (48, 4, 4, 240)];
 
 /// Canonical rows and the scale of the [n, k] tensor in `data`.
 ///
@@ -55,8 +72,21 @@ pub fn from_canonical(rows: &[u8], n: usize, k: usize, scale: f32) -> Result<Vec
     TQ1_0.write(rows, n, k, scale)
 }
 
+#[inline(always)]
 fn decode(block: &[u8; BLOCK_BYTES], weights: &mut [i8; BLOCK]) -> f32 {
-    for (first, bytes, digits, weight) in PARTS {
+    decode_digits(&PARTS, block, weights);
+    f16_at(block, 52)
+}
+
+fn encode(weights: &[i8; BLOCK], d: f16, block: &mut [u8; BLOCK_BYTES]) {
+    encode_digits(&PARTS, weights, block);
+    [block[52], block[53]] = d.to_le_bytes();
+}
+
+/// The weights of the parts of a block in base 3.
+#[inline(always)]
+pub(crate) fn decode_digits(parts: &[Part; 3], block: &[u8], weights: &mut [i8]) {
+    for &(first, bytes, digits, weight) in parts {
         let mut power = 1u8;
         for digit in 0..digits {
             for i in 0..bytes {
@@ -66,11 +96,11 @@ fn decode(block: &[u8; BLOCK_BYTES], weights: &mut [i8; BLOCK]) -> f32 {
             power = power.wrapping_mul(3);
         }
     }
-    f16_at(block, 52)
 }
 
-fn encode(weights: &[i8; BLOCK], d: f16, block: &mut [u8; BLOCK_BYTES]) {
-    for (first, bytes, digits, weight) in PARTS {
+/// The inverse of [`decode_digits`], of weights that are -1, 0 or 1.
+pub(crate) fn encode_digits(parts: &[Part; 3], weights: &[i8], block: &mut [u8]) {
+    for &(first, bytes, digits, weight) in parts {
         for i in 0..bytes {
             let digit = |digit: usize| {
                 if digit < digits { (weights[weight + digit * bytes + i] + 1) as u16 } else { 0 }
@@ -79,7 +109,6 @@ fn encode(weights: &[i8; BLOCK], d: f16, block: &mut [u8; BLOCK_BYTES]) {
             block[first + i] = (value * 256).div_ceil(243) as u8;
         }
     }
-    [block[52], block[53]] = d.to_le_bytes();
 }
 
 #[cfg(test)]

@@ -6,10 +6,11 @@
 //! | 64..66 | d: a weight's value is (code - 1) * d |
 //!
 //! (ggml, `ggml-common.h`: `block_tq2_0`; `ggml-quants.c`: `quantize_row_tq2_0_ref`.) It is a block
-//! format, so a file may give every block a scale of its own; a BitNet tensor has one scale, and
-//! only such tensors are read here.
+//! format, so a file may give every block a scale of its own. A BitNet tensor has one scale, and only such
+//! tensors are read here; [`DenseFormat::TQ2_0`](crate::DenseFormat::TQ2_0) reads the others.
 
 use super::{FormatError, TernaryBlocks, f16_at};
+use crate::dense::facts::Facts;
 use half::f16;
 
 /// Weights in a block.
@@ -17,7 +18,19 @@ pub const BLOCK: usize = 256;
 /// Bytes in a block.
 pub const BLOCK_BYTES: usize = 66;
 
-const TQ2_0: TernaryBlocks<BLOCK_BYTES> = TernaryBlocks { format: "TQ2_0", decode, encode };
+const TQ2_0: TernaryBlocks<BLOCK, BLOCK_BYTES> = TernaryBlocks { format: "TQ2_0", decode, encode };
+
+/// As a dense format, with a scale for each block.
+pub(crate) const FACTS: Facts = Facts {
+    name: "TQ2_0",
+    gguf_type: 35,
+    dtype: None,
+    block_len: BLOCK,
+    block_bytes: BLOCK_BYTES,
+    decode: |row, out| TQ2_0.decode_values(row, out),
+    encode: |x, row| TQ2_0.encode_values(x, row),
+    random: |deviation, random, out| TQ2_0.random(deviation, random, out),
+};
 
 /// Canonical rows and the scale of the [n, k] tensor in `data`.
 ///
@@ -48,6 +61,7 @@ pub fn from_canonical(rows: &[u8], n: usize, k: usize, scale: f32) -> Result<Vec
     TQ2_0.write(rows, n, k, scale)
 }
 
+#[inline(always)]
 fn decode(block: &[u8; BLOCK_BYTES], weights: &mut [i8; BLOCK]) -> f32 {
     for group in 0..2 {
         for pair in 0..4 {

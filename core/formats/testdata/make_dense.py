@@ -59,3 +59,20 @@ w[0, 0], w[0, 32] = s, -s
 write("ternary.input.f32.bin", w)
 for name, qtype in [("tq1_0", T.TQ1_0), ("tq2_0", T.TQ2_0), ("q4_0", T.Q4_0)]:
     write(f"ternary.{name}.bin", quantize(w, qtype))
+
+# The other types that gguf can encode, of the same values.
+for name, qtype in [("q4_1", T.Q4_1), ("q5_0", T.Q5_0), ("q5_1", T.Q5_1)]:
+    golden(name, qtype, quantize(x, qtype).view(np.uint8))
+
+# Those that it can only decode: random bytes with finite scales, which stand at the given bytes.
+scales = np.array([0.01, -0.02, 1.0, 5e-7, 600, -0.0], dtype="<f2")
+for name, qtype, size, halves in [
+    ("q4_k", T.Q4_K, 144, [0, 2]),
+    ("q5_k", T.Q5_K, 176, [0, 2]),
+    ("iq4_nl", T.IQ4_NL, 18, [0]),
+    ("tq2_0", T.TQ2_0, 66, [64]),
+]:
+    blocks = rng.integers(0, 256, (6, size), dtype=np.uint8)
+    for n, at in enumerate(halves):
+        blocks[:, at : at + 2] = np.roll(scales, n).view(np.uint8).reshape(-1, 2)
+    golden(name, qtype, blocks)

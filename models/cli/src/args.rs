@@ -195,9 +195,11 @@ impl From<LmHead> for HeadMode {
     }
 }
 
-impl From<HeadMode> for LmHead {
-    fn from(mode: HeadMode) -> Self {
-        match mode {
+impl TryFrom<HeadMode> for LmHead {
+    type Error = anyhow::Error;
+
+    fn try_from(mode: HeadMode) -> anyhow::Result<Self> {
+        Ok(match mode {
             HeadMode::File => Self::File,
             HeadMode::Int8 => Self::Int8,
             HeadMode::Requantised(DenseFormat::Q8_0) => Self::Q8_0,
@@ -206,7 +208,10 @@ impl From<HeadMode> for LmHead {
             HeadMode::Requantised(DenseFormat::F32) => Self::F32,
             HeadMode::Requantised(DenseFormat::F16) => Self::F16,
             HeadMode::Requantised(DenseFormat::BF16) => Self::Bf16,
-        }
+            HeadMode::Requantised(other) => {
+                anyhow::bail!("the output projection can't be copied as {} here", other.name())
+            }
+        })
     }
 }
 

@@ -170,7 +170,7 @@ fn rerun(
         gpu_layers: None,
         context: Some(record.context),
         kv_cache: Some(record.kv_cache.into()),
-        lm_head: record.lm_head.into(),
+        lm_head: record.lm_head.try_into()?,
         // Use only the files whose hashes the receipt has.
         no_prepacked: true,
         receipt: None,

@@ -164,7 +164,7 @@ fn corpus() -> Vec<(&'static str, Vec<u8>, Vec<&'static str>)> {
     add("zero_dimension", change(&|r| r.tensors[0].dims[1] = 0), &["`a`", "[4, 0]", "zero"]);
     add("elements_overflow", change(&|r| r.tensors[0].dims = vec![1 << 32, 1 << 32]), &["`a`", "overflows"]);
     add("bytes_overflow", change(&|r| r.tensors[0].dims = vec![1 << 62]), &["`a`", "overflows"]);
-    add("type_q4_k", change(&|r| r.tensors[0].kind = 12), &["`a`", "Q4_K (12)", "I2_S (36)", "Q6_K (14)"]);
+    add("type_q2_k", change(&|r| r.tensors[0].kind = 10), &["`a`", "Q2_K (10)", "I2_S (36)", "Q6_K (14)"]);
     let ik = ["`a`", "IQ2_BN_R4 of ik_llama.cpp (335)", "only ik_llama.cpp reads"];
     add("type_iq2_bn_r4", change(&|r| r.tensors[0].kind = 335), &ik);
     add("type_4711", change(&|r| r.tensors[0].kind = 4711), &["`a`", "4711 (unknown)"]);
@@ -261,7 +261,11 @@ fn models_that_contradict_themselves_are_refused() {
             change(&|r| *r.value("general.architecture") = string("mamba")),
             &["`mamba`", "bitnet-b1.58, bitnet-25, bitnet"],
         ),
-        ("a shard", model().key("split.count", U32, 2u32.to_le_bytes()), &["split.count", "merge"]),
+        (
+            "a shard",
+            model().key("split.count", U32, 2u32.to_le_bytes()),
+            &["first part", "-00001-of-00002.gguf"],
+        ),
         (
             "a shard of another architecture",
             change(&|r| *r.value("general.architecture") = string("mamba")).key(
@@ -300,33 +304,44 @@ fn models_that_contradict_themselves_are_refused() {
             &["rope.scaling.factor", "missing"],
         ),
         (
-            "yarn",
-            rope(&[("rope.scaling.type", "yarn"), ("rope.scaling.factor", "4")]),
-            &["bitnet-b1.58.rope.scaling.factor is 4", "supported: 1"],
+            "yarn with a negative factor",
+            rope(&[("rope.scaling.type", "yarn"), ("rope.scaling.factor", "-4")]),
+            &["rope_scaling", "factor of -4"],
         ),
         (
-            "yarn with another amplitude",
+            "yarn without amplitude",
             rope(&[
                 ("rope.scaling.type", "yarn"),
-                ("rope.scaling.factor", "1"),
-                ("rope.scaling.yarn_attn_factor", "1.2"),
+                ("rope.scaling.factor", "2"),
+                ("rope.scaling.yarn_attn_factor", "0"),
             ]),
-            &["yarn_attn_factor is 1.2"],
+            &["rope_scaling", "attention_factor of 0"],
         ),
         (
-            "linear",
-            rope(&[("rope.scaling.type", "linear"), ("rope.scaling.factor", "2")]),
-            &["rope.scaling.factor is 2", "supported: 1"],
+            "two factors",
+            rope(&[("rope.scaling.factor", "2"), ("rope.scale_linear", "8")]),
+            &["rope.scale_linear", "8", "2", "one factor"],
         ),
-        // llama.cpp scales by these without a type, too.
-        ("a factor alone", rope(&[("rope.scaling.factor", "2")]), &["rope.scaling.factor is 2"]),
-        ("an older factor alone", rope(&[("rope.scale_linear", "8")]), &["rope.scale_linear is 8"]),
+        (
+            "linear by nothing",
+            rope(&[("rope.scaling.type", "linear"), ("rope.scaling.factor", "nan")]),
+            &["rope_scaling", "factor of NaN"],
+        ),
+        (
+            "a kind of scaling",
+            rope(&[("rope.scaling.type", "magic")]),
+            &["rope.scaling.type", "magic", "yarn"],
+        ),
         (
             "an amplitude alone",
             rope(&[("rope.scaling.type", "none"), ("rope.scaling.attn_factor", "0.5")]),
             &["rope.scaling.attn_factor is 0.5"],
         ),
-        ("longrope", rope(&[("rope.scaling.type", "longrope")]), &["rope.scaling.type", "longrope", "none"]),
+        (
+            "longrope without factors",
+            rope(&[("rope.scaling.type", "longrope")]),
+            &["rope_factors_short.weight", "missing", "longrope"],
+        ),
         (
             "experts",
             model().key("bitnet-b1.58.expert_count", U32, 8u32.to_le_bytes()),
@@ -367,7 +382,16 @@ fn models_that_contradict_themselves_are_refused() {
         ("a bias", extra("blk.0.attn_q.bias", &[0.0; 128]), &["blk.0.attn_q.bias", "no bias"]),
         ("an unknown norm", extra("blk.0.attn_q_norm.weight", &[1.0; 64]), &["blk.0.attn_q_norm.weight"]),
         ("a layer too many", extra("blk.1.attn_norm.weight", &[1.0; 128]), &["blk.1.attn_norm.weight"]),
-        ("scaled frequencies", extra("rope_freqs.weight", &[1.0, 2.0]), &["rope_freqs.weight", "not 1"]),
+        (
+            "two frequencies",
+            extra("rope_freqs.weight", &[1.0, 2.0]),
+            &["rope_scaling", "2 divisors", "have 32"],
+        ),
+        (
+            "frequencies of 0",
+            extra("rope_freqs.weight", &[0.0; 32]),
+            &["rope_scaling", "0 among", "positive"],
+        ),
         (
             "two scales for one",
             extra("blk.0.attn_q.scale", &[1.0, 1.0]),

@@ -96,7 +96,7 @@ fn configurations_that_lie_are_refused() {
     let q = |key: &str, value: Value| Model::packed().set(&format!("quantization_config/{key}"), value);
     let cases: Vec<(&str, Model, &[&str])> = vec![
         ("no model type", p().without("model_type"), &["model_type", "config.json"]),
-        ("other model type", p().set("model_type", json!("qwen3")), &["`qwen3`", "bitnet, llama"]),
+        ("other model type", p().set("model_type", json!("mamba")), &["`mamba`", "bitnet, llama"]),
         ("no width", p().without("hidden_size"), &["hidden_size", "missing"]),
         ("a negative width", p().set("hidden_size", json!(-8)), &["hidden_size", "-8", "non-negative"]),
         (
@@ -133,19 +133,39 @@ fn configurations_that_lie_are_refused() {
         ),
         ("linear, no factor", p().set("rope_scaling", json!({"type": "linear"})), &["rope_scaling.factor"]),
         (
-            "linear",
-            p().set("rope_scaling", json!({"type": "linear", "factor": 2.0})),
-            &["`rope_scaling.factor` is 2.0", "supported: 1"],
+            "linear by less than nothing",
+            p().set("rope_scaling", json!({"type": "linear", "factor": -2.0})),
+            &["rope_scaling", "factor of -2"],
         ),
         (
-            "yarn with another amplitude",
-            p().set("rope_scaling", json!({"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.1})),
-            &["`rope_scaling.attention_factor` is 1.1"],
+            "yarn with another scale",
+            p().set("rope_scaling", json!({"rope_type": "yarn", "factor": 2.0, "mscale": 1.1})),
+            &["`rope_scaling.mscale` is 1.1"],
         ),
+        (
+            "llama3, factors swapped",
+            p().set(
+                "rope_scaling",
+                json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}),
+            ),
+            &["low_freq_factor 4", "smaller"],
+        ),
+        (
+            "longrope, too few factors",
+            p().set("rope_scaling", json!({"type": "longrope", "short_factor": [1], "long_factor": [1, 2]})),
+            &["1 short factors", "have 2"],
+        ),
+        (
+            "two kinds of rope",
+            p().set("rope_scaling", json!({"type": "linear", "factor": 2}))
+                .set("rope_parameters", json!({"rope_type": "linear", "factor": 4})),
+            &["rope_parameters", "rope_scaling"],
+        ),
+        ("windows", p().set("use_sliding_window", json!(true)), &["use_sliding_window", "true"]),
         (
             "dynamic",
             p().set("rope_scaling", json!({"rope_type": "dynamic", "factor": 1.0})),
-            &["`rope_scaling.rope_type` is \"dynamic\"", "linear, yarn or llama3 with a factor of 1"],
+            &["`rope_scaling.rope_type` is \"dynamic\"", "default, linear, llama3, yarn, longrope"],
         ),
         ("partial rope", p().set("partial_rotary_factor", json!(0.5)), &["partial_rotary_factor", "0.5"]),
         (
@@ -283,7 +303,7 @@ fn directories_that_are_no_model_say_so() {
         let part = format!("m-0000{}-of-00002.gguf", if name == "a" { 1 } else { 2 });
         std::fs::rename(dir.path().join(format!("{name}.gguf")), dir.path().join(part)).unwrap();
     }
-    assert_refused("two parts", open(dir.path()), &["m-00001-of-00002.gguf", "llama-gguf-split --merge"]);
+    assert_refused("two parts", open(dir.path()), &["m-00001-of-00002.gguf", "truncated"]);
     for (name, part) in [("a", 1), ("b", 2)] {
         let part = dir.path().join(format!("m-0000{part}-of-00002.gguf"));
         std::fs::rename(part, dir.path().join(format!("{name}.gguf"))).unwrap();

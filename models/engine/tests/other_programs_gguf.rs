@@ -43,20 +43,20 @@ fn the_error_that_matters_comes_first() {
         }
         raw
     };
-    // Ternary-Bonsai: Qwen 3 in Q2_0.
-    let bonsai = with("qwen3", &[("blk.0.attn_q.weight", 42)]);
-    assert_refused("bonsai", dir.open(&bonsai), &["architecture `qwen3` is not supported", "bitnet-b1.58"]);
-    let bytes = bonsai.bytes().into();
-    let from_memory = Checkpoint::from_gguf("bonsai.gguf".as_ref(), bytes, &OpenOptions::default());
-    assert_refused("bonsai in memory", from_memory, &["architecture `qwen3`"]);
-    assert_refused("bonsai, parsed", parse(&bonsai.bytes()), &["blk.0.attn_q.weight", "Q2_0 (42)"]);
+    // A model of an architecture that is not read, in a type that is not read.
+    let other = with("mamba", &[("blk.0.attn_q.weight", 41)]);
+    assert_refused("another", dir.open(&other), &["architecture `mamba` is not supported", "bitnet-b1.58"]);
+    let bytes = other.bytes().into();
+    let from_memory = Checkpoint::from_gguf("other.gguf".as_ref(), bytes, &OpenOptions::default());
+    assert_refused("another in memory", from_memory, &["architecture `mamba`"]);
+    assert_refused("another, parsed", parse(&other.bytes()), &["blk.0.attn_q.weight", "Q1_0 (41)"]);
     // What `llama-quantize` makes of a ternary file, and of any other.
-    let embedding = ("token_embd.weight", 12);
+    let embedding = ("token_embd.weight", 10);
     let ternary = with("bitnet-b1.58", &[embedding]);
-    let parts = ["token_embd.weight", "Q4_K (12)", "--token-embedding-type q6_k"];
+    let parts = ["token_embd.weight", "Q2_K (10)", "--token-embedding-type q6_k"];
     assert_refused("a ternary file", dir.open(&ternary), &parts);
-    let others = with("bitnet-b1.58", &[embedding, ("blk.0.ffn_up.weight", 14), ("blk.0.attn_q.weight", 12)]);
-    let parts = ["blk.0.attn_q.weight", "Q4_K (12)", "only models with ternary projections"];
+    let others = with("bitnet-b1.58", &[embedding, ("blk.0.ffn_up.weight", 14), ("blk.0.attn_q.weight", 10)]);
+    let parts = ["blk.0.attn_q.weight", "Q2_K (10)", "only models with ternary projections"];
     assert_refused("no ternary file", dir.open(&others), &parts);
 }
 

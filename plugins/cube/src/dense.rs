@@ -1,8 +1,8 @@
 //! Dense matrices in the formats of model files, as the embedding and the output projection have them: rows looked up,
 //! and products with few rows of activations, decoded on the way.
 //!
-//! A row is read in units of 8 weights, which in every format of blocks share a scale. Blocks of 34, 18 and 210 bytes
-//! begin anywhere, so words are put together of two.
+//! A row is read in units of 8 weights, which in every format of blocks share a scale. Blocks begin at any even byte, so
+//! words are put together of two.
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
@@ -26,6 +26,29 @@ pub enum Format {
     Q6K,
     /// Blocks of 32: a half d, 16 bytes of which the lower four bits are the first 16 weights; d * (q - 8).
     Q4_0,
+    /// Blocks of 32: halves d and m, 16 bytes as those of Q4_0; d * q + m.
+    Q4_1,
+    /// Blocks of 32: a half d, a word of fifth bits, 16 bytes as those of Q4_0; d * (q - 16).
+    Q5_0,
+    /// Blocks of 32: halves d and m, a word of fifth bits, 16 bytes as those of Q4_0; d * q + m.
+    Q5_1,
+    /// Blocks of 256: halves d and dmin, 12 bytes of 6-bit scales and mins, 128 bytes of four bits; d * scale * q -
+    /// dmin * min.
+    Q4K,
+    /// The same with 32 bytes of fifth bits before the four bits.
+    Q5K,
+    /// Blocks of 32 as those of Q4_0; d * one of 16 numbers.
+    Iq4Nl,
+    /// Ternary, blocks of 64: a half d, 2 bits a weight in order; d * (q - 1).
+    Q2_0,
+    /// Ternary, blocks of 128: the same.
+    Pq2_0,
+    /// Ternary, blocks of 128: bytes of five base-3 digits, 16 and 8, two of four, a half d; d * (digit - 1).
+    Ptq1_0,
+    /// Ternary, blocks of 256: bytes of five base-3 digits, 32 and 16, four of four, a half d; d * (digit - 1).
+    Tq1_0,
+    /// Ternary, blocks of 256: two halves of 32 bytes with 2 bits of four weights, a half d; d * (q - 1).
+    Tq2_0,
 }
 
 impl Format {
@@ -36,13 +59,59 @@ impl Format {
             Self::F16 | Self::Bf16 => (1, 2),
             Self::Q8_0 => (32, 34),
             Self::Q6K => (256, 210),
-            Self::Q4_0 => (32, 18),
+            Self::Q4_0 | Self::Iq4Nl => (32, 18),
+            Self::Q4_1 => (32, 20),
+            Self::Q5_0 => (32, 22),
+            Self::Q5_1 => (32, 24),
+            Self::Q4K => (256, 144),
+            Self::Q5K => (256, 176),
+            Self::Q2_0 => (64, 18),
+            Self::Pq2_0 => (128, 34),
+            Self::Ptq1_0 => (128, 28),
+            Self::Tq1_0 => (256, 54),
+            Self::Tq2_0 => (256, 66),
         }
     }
+
+    /// Every one of them.
+    pub const ALL: [Self; 17] = [
+        Self::F32,
+        Self::F16,
+        Self::Bf16,
+        Self::Q8_0,
+        Self::Q6K,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Iq4Nl,
+        Self::Q2_0,
+        Self::Pq2_0,
+        Self::Ptq1_0,
+        Self::Tq1_0,
+        Self::Tq2_0,
+    ];
 
     /// Whether it holds floats, without blocks.
     pub(crate) const fn is_float(self) -> bool {
         self.block().0 == 1
+    }
+
+    /// Whether its blocks have a minimum beside the scale.
+    pub(crate) const fn has_minimum(self) -> bool {
+        matches!(self, Self::Q4_1 | Self::Q5_1 | Self::Q4K | Self::Q5K)
+    }
+
+    /// Whether it can be multiplied by int8 activations: weights are integers times a scale.
+    pub const fn has_int8(self) -> bool {
+        !self.is_float() && !self.has_minimum()
+    }
+
+    /// Whether it holds weights in base 3.
+    const fn is_base3(self) -> bool {
+        matches!(self, Self::Ptq1_0 | Self::Tq1_0)
     }
 }
 
@@ -130,31 +199,161 @@ fn signed(byte: u32) -> i32 {
     (i32::reinterpret(byte << 24u32)) >> 24i32
 }
 
-/// Eight weights of a row of blocks: int8, four a word, and their scale.
+/// Eight weights of a row of blocks: int8, four a word, their scale, and what is added to the products with it.
 #[derive(CubeType)]
 struct Eight {
     low: u32,
     high: u32,
     scale: f32,
+    minimum: f32,
+}
+
+/// Four bits, which are to be the lowest, as the fifth bits of four bytes.
+#[cube]
+fn fifths(bits: u32) -> u32 {
+    (bits & 1u32) << 4u32 | (bits & 2u32) << 11u32 | (bits & 4u32) << 18u32 | (bits & 8u32) << 25u32
+}
+
+/// Four 2-bit codes of a byte as four bytes.
+#[cube]
+fn pairs(byte: u32) -> u32 {
+    byte & 3u32 | (byte & 12u32) << 6u32 | (byte & 48u32) << 12u32 | (byte & 192u32) << 18u32
+}
+
+/// Digit `n` of a byte in base 3: what 3 times the fraction of byte / 256 * 3^n has above the point.
+#[cube]
+fn digit(byte: u32, n: u32) -> u32 {
+    let nine = select(n >= 2u32, 9u32, 1u32);
+    let eighty_one = select(n >= 4u32, 9u32, 1u32);
+    let three = select(n % 2u32 == 1u32, 3u32, 1u32);
+    (byte * nine * eighty_one * three & 0xffu32) * 3u32 >> 8u32
+}
+
+/// Base-3 weight `e` of a block of 128 or 256: TQ1_0's order, or with everything halved PTQ1_0's.
+#[cube]
+fn digit_of(words: &[u32], block: u32, e: u32, #[comptime] format: Format) -> u32 {
+    let run = comptime!(if matches!(format, Format::Tq1_0) { 32u32 } else { 16u32 });
+    let half = comptime!(run / 2u32);
+    let last = comptime!(run / 8u32);
+    // The weights up to 5 runs, those up to 5 halves behind them, and the others.
+    let second = comptime!(5u32 * run);
+    let third = comptime!(second + 5u32 * half);
+    let in_second = e - second.min(e);
+    let in_third = e - third.min(e);
+    let at = select(e < second, e % run, run + in_second % half);
+    let at = select(e < third, at, run + half + in_third % last);
+    let n = select(e < second, e / run, in_second / half);
+    let n = select(e < third, n, in_third / last);
+    digit(byte_at(words, block + at), n)
+}
+
+/// What a code of IQ4_NL stands for, as a byte.
+#[cube]
+fn number(code: u32) -> u32 {
+    // -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
+    let low = select(code & 4u32 == 0u32, 0xbfad_9881u32, 0xf6ea_ddcfu32);
+    let high = select(code & 4u32 == 0u32, 0x2619_0d01u32, 0x7159_4535u32);
+    select(code & 8u32 == 0u32, low, high) >> (code & 3u32) * 8u32 & 0xffu32
+}
+
+/// [`number`] of four codes, one a byte.
+#[cube]
+fn numbers(codes: u32) -> u32 {
+    number(codes & 15u32)
+        | number(codes >> 8u32 & 15u32) << 8u32
+        | number(codes >> 16u32 & 15u32) << 16u32
+        | number(codes >> 24u32 & 15u32) << 24u32
 }
 
 #[cube]
 fn eight(words: &[u32], row: u32, unit: u32, #[comptime] format: Format) -> Eight {
+    let bytes = comptime!(format.block().1 as u32);
+    let units = comptime!(format.block().0 as u32 / 8u32);
+    let block = row + unit / units * bytes;
+    let unit = unit % units;
     if comptime!(format == Format::Q8_0) {
-        let block = row + unit / 4u32 * 34u32;
-        let at = block + 2u32 + unit % 4u32 * 8u32;
-        Eight { low: word_at(words, at), high: word_at(words, at + 4u32), scale: half_at(words, block) }
-    } else if comptime!(format == Format::Q4_0) {
-        let block = row + unit / 4u32 * 18u32;
-        let at = block + 2u32 + unit % 2u32 * 8u32;
-        let shift = unit % 4u32 / 2u32 * 4u32;
-        let low = (word_at(words, at) >> shift) & 0x0f0f_0f0fu32;
-        let high = (word_at(words, at + 4u32) >> shift) & 0x0f0f_0f0fu32;
-        Eight { low: less(low, 8u32), high: less(high, 8u32), scale: half_at(words, block) }
-    } else {
+        let at = block + 2u32 + unit * 8u32;
+        let low = word_at(words, at);
+        let high = word_at(words, at + 4u32);
+        Eight { low, high, scale: half_at(words, block), minimum: 0.0f32 }
+    } else if comptime!(units == 4u32) {
+        // Blocks of 32 with four bits: the halves of bytes, and perhaps a minimum and fifth bits before them.
+        let fifth = comptime!(matches!(format, Format::Q5_0 | Format::Q5_1));
+        let bits_at = comptime!(if format.has_minimum() { 4u32 } else { 2u32 });
+        let codes_at = comptime!(if fifth { bits_at + 4u32 } else { bits_at });
+        let at = block + codes_at + unit % 2u32 * 8u32;
+        let shift = unit / 2u32 * 4u32;
+        let mut low = (word_at(words, at) >> shift) & 0x0f0f_0f0fu32;
+        let mut high = (word_at(words, at + 4u32) >> shift) & 0x0f0f_0f0fu32;
+        if comptime!(fifth) {
+            let bits = byte_at(words, block + bits_at + unit);
+            low |= fifths(bits);
+            high |= fifths(bits >> 4u32);
+        }
+        if comptime!(format == Format::Q4_0) {
+            low = less(low, 8u32);
+            high = less(high, 8u32);
+        } else if comptime!(format == Format::Q5_0) {
+            low = less(low, 16u32);
+            high = less(high, 16u32);
+        } else if comptime!(format == Format::Iq4Nl) {
+            low = numbers(low);
+            high = numbers(high);
+        }
+        let mut minimum = 0.0f32;
+        if comptime!(format.has_minimum()) {
+            minimum = half_at(words, block + 2u32);
+        }
+        Eight { low, high, scale: half_at(words, block), minimum }
+    } else if comptime!(format.has_minimum()) {
+        // Q4_K and Q5_K: parts of 32, two of them in 32 bytes.
+        let part = unit / 4u32;
+        let i = unit % 4u32 * 8u32;
+        let fifth = comptime!(format == Format::Q5K);
+        let codes_at = comptime!(if fifth { 48u32 } else { 16u32 });
+        let at = block + codes_at + part / 2u32 * 32u32 + i;
+        let shift = part % 2u32 * 4u32;
+        let mut low = (word_at(words, at) >> shift) & 0x0f0f_0f0fu32;
+        let mut high = (word_at(words, at + 4u32) >> shift) & 0x0f0f_0f0fu32;
+        if comptime!(fifth) {
+            low |= ((word_at(words, block + 16u32 + i) >> part) & 0x0101_0101u32) << 4u32;
+            high |= ((word_at(words, block + 20u32 + i) >> part) & 0x0101_0101u32) << 4u32;
+        }
+        // 6 bits of the scale and of the minimum: in bytes of their own, or in nibbles and above those bytes' 6 bits.
+        let j = part % 4u32;
+        let a = byte_at(words, block + 4u32 + j);
+        let b = byte_at(words, block + 8u32 + j);
+        let c = byte_at(words, block + 12u32 + j);
+        let scale = select(part < 4u32, a & 63u32, c & 15u32 | a >> 6u32 << 4u32);
+        let least = select(part < 4u32, b & 63u32, c >> 4u32 | b >> 6u32 << 4u32);
+        let scale = half_at(words, block) * f32::cast_from(scale);
+        let minimum = -(half_at(words, block + 2u32) * f32::cast_from(least));
+        Eight { low, high, scale, minimum }
+    } else if comptime!(matches!(format, Format::Q2_0 | Format::Pq2_0)) {
+        let at = block + 2u32 + unit * 2u32;
+        let low = less(pairs(byte_at(words, at)), 1u32);
+        let high = less(pairs(byte_at(words, at + 1u32)), 1u32);
+        Eight { low, high, scale: half_at(words, block), minimum: 0.0f32 }
+    } else if comptime!(format == Format::Tq2_0) {
         // Two halves of four quarters of 32.
-        let block = row + unit / 32u32 * 210u32;
-        let part = unit % 32u32 / 16u32;
+        let at = block + unit / 16u32 * 32u32 + unit % 4u32 * 8u32;
+        let shift = unit % 16u32 / 4u32 * 2u32;
+        let low = less((word_at(words, at) >> shift) & 0x0303_0303u32, 1u32);
+        let high = less((word_at(words, at + 4u32) >> shift) & 0x0303_0303u32, 1u32);
+        Eight { low, high, scale: half_at(words, block + 64u32), minimum: 0.0f32 }
+    } else if comptime!(format.is_base3()) {
+        let mut low = 0u32;
+        let mut high = 0u32;
+        #[unroll]
+        for i in 0..4u32 {
+            low |= digit_of(words, block, unit * 8u32 + i, format) << (i * 8u32);
+            high |= digit_of(words, block, unit * 8u32 + 4u32 + i, format) << (i * 8u32);
+        }
+        let scale = half_at(words, block + comptime!(bytes - 2u32));
+        Eight { low: less(low, 1u32), high: less(high, 1u32), scale, minimum: 0.0f32 }
+    } else {
+        // Q6_K: two halves of four quarters of 32.
+        let part = unit / 16u32;
         let quarter = unit % 16u32 / 4u32;
         let i = unit % 4u32 * 8u32;
         let at_low = block + 64u32 * part + 32u32 * (quarter % 2u32) + i;
@@ -167,7 +366,7 @@ fn eight(words: &[u32], row: u32, unit: u32, #[comptime] format: Format) -> Eigh
             | ((word_at(words, at_high + 4u32) >> shift_high) & 0x0303_0303u32) << 4u32;
         let scale = signed(byte_at(words, block + 192u32 + 8u32 * part + 2u32 * quarter + i / 16u32));
         let scale = f32::cast_from(scale) * half_at(words, block + 208u32);
-        Eight { low: less(low, 32u32), high: less(high, 32u32), scale }
+        Eight { low: less(low, 32u32), high: less(high, 32u32), scale, minimum: 0.0f32 }
     }
 }
 
@@ -198,8 +397,14 @@ fn decoded(words: &[u32], row: u32, unit: u32, #[comptime] format: Format) -> Ar
         for i in 0..4u32 {
             let low = signed((eight.low >> (i * 8)) & 0xffu32);
             let high = signed((eight.high >> (i * 8)) & 0xffu32);
-            values[i as usize] = f32::cast_from(low) * eight.scale;
-            values[(i + 4) as usize] = f32::cast_from(high) * eight.scale;
+            if comptime!(format.has_minimum()) {
+                // The products are exact, so that one rounding is left, fused or not.
+                values[i as usize] = f32::cast_from(low) * eight.scale + eight.minimum;
+                values[(i + 4) as usize] = f32::cast_from(high) * eight.scale + eight.minimum;
+            } else {
+                values[i as usize] = f32::cast_from(low) * eight.scale;
+                values[(i + 4) as usize] = f32::cast_from(high) * eight.scale;
+            }
         }
     }
     values
@@ -334,7 +539,7 @@ pub enum Activations {
 /// [parameters](Matrix::params) for m.
 ///
 /// # Panics
-/// If floats are to be multiplied by int8.
+/// If the format can't be multiplied by int8.
 pub unsafe fn linear(
     client: &Client,
     matrix: &Matrix,
@@ -349,7 +554,7 @@ pub unsafe fn linear(
         Activations::F32(x) => (x.clone(), x, false),
         Activations::Int8(words, rows) => (words, rows, true),
     };
-    assert!(!(int8 && matrix.format.is_float()), "floats times int8");
+    assert!(!int8 || matrix.format.has_int8(), "{:?} times int8", matrix.format);
     let x_words = if int8 { words_of_row(matrix.k) } else { matrix.k };
     let tile = tile(m);
     // SAFETY: the handles hold as many elements as is said, and the kernel stays within them: features below n, rows

@@ -204,10 +204,10 @@ pub fn operations() -> Vec<(String, crate::Texts)> {
     for gate in [Gate::Relu2, Gate::Silu] {
         operation!(row, rows::gated_rows::GatedRows[gate_up, y, params] gate);
     }
-    for format in [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q6K, Format::Q4_0] {
+    for format in Format::ALL {
         for tile in [1u32, 2, 4] {
             let threads = [dense::LANES, dense::GROUPS, 1];
-            for int8 in [false, true].into_iter().filter(|int8| !(*int8 && format.is_float())) {
+            for int8 in [false, true].into_iter().filter(|int8| !*int8 || format.has_int8()) {
                 operation!(
                     threads, dense::dense_gemv::DenseGemv[words, x, rows, y, params] format, int8, tile
                 );

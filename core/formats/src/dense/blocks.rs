@@ -4,7 +4,7 @@ use crate::FormatError;
 use crate::random::SplitMix64;
 use half::f16;
 
-/// Weights in a Q8_0 or Q4_0 block.
+/// Weights in a block of Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 and IQ4_NL.
 pub const QK: usize = 32;
 
 #[inline(always)]
@@ -45,6 +45,16 @@ pub(super) fn inverse(d: f32) -> f32 {
 /// The value of the largest magnitude, with its sign; the first of several.
 pub(super) fn signed_max(x: &[f32]) -> f32 {
     x.iter().fold(0.0f32, |max, &v| if v.abs() > max.abs() { v } else { max })
+}
+
+/// The least and the largest of finite values.
+pub(super) fn range(x: &[f32]) -> (f32, f32) {
+    x.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(min, max), &v| (min.min(v), max.max(v)))
+}
+
+/// The one of two scales that f16 is likelier not to hold.
+pub(super) fn larger(a: f32, b: f32) -> f32 {
+    if b.abs() > a.abs() { b } else { a }
 }
 
 /// The scale with which `codes` equally likely codes, times `scale`, have this standard deviation.

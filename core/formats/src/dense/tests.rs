@@ -58,22 +58,68 @@ macro_rules! golden {
     };
 }
 
+/// Bytes of another program, and its values for them.
 #[test]
-fn gguf_py_goldens() {
+fn goldens_decode_to_their_bits() {
     for (format, (bytes, values)) in [
         (DenseFormat::F16, golden!("f16")),
         (DenseFormat::BF16, golden!("bf16")),
         (DenseFormat::Q8_0, golden!("q8_0")),
         (DenseFormat::Q4_0, golden!("q4_0")),
+        (DenseFormat::Q4_1, golden!("q4_1")),
+        (DenseFormat::Q5_0, golden!("q5_0")),
+        (DenseFormat::Q5_1, golden!("q5_1")),
+        (DenseFormat::Q4_K, golden!("q4_k")),
+        (DenseFormat::Q5_K, golden!("q5_k")),
         (DenseFormat::Q6_K, golden!("q6_k")),
+        (DenseFormat::IQ4_NL, golden!("iq4_nl")),
+        (DenseFormat::Q2_0, golden!("q2_0")),
+        (DenseFormat::PQ2_0, golden!("pq2_0")),
+        (DenseFormat::PTQ1_0, golden!("ptq1_0")),
+        (DenseFormat::TQ1_0, golden!("tq1_0")),
+        (DenseFormat::TQ2_0, golden!("tq2_0")),
     ] {
+        println!("{}", format.name());
         assert_bits(&decode(format, bytes), &values);
-        if format != DenseFormat::Q6_K {
-            assert_eq!(encode(format, &floats(INPUT)), bytes, "{}", format.name());
-        }
     }
     assert_bits(&decode(DenseFormat::F32, INPUT), &floats(INPUT));
+}
+
+/// Values of another program, and its bytes for them.
+#[test]
+fn goldens_encode_to_their_bytes() {
+    for (format, (bytes, _)) in [
+        (DenseFormat::F16, golden!("f16")),
+        (DenseFormat::BF16, golden!("bf16")),
+        (DenseFormat::Q8_0, golden!("q8_0")),
+        (DenseFormat::Q4_0, golden!("q4_0")),
+        (DenseFormat::Q4_1, golden!("q4_1")),
+        (DenseFormat::Q5_0, golden!("q5_0")),
+        (DenseFormat::Q5_1, golden!("q5_1")),
+    ] {
+        assert_eq!(encode(format, &floats(INPUT)), bytes, "{}", format.name());
+    }
     assert_eq!(encode(DenseFormat::F32, &floats(INPUT)), INPUT);
+
+    let ternary = floats(include_bytes!("../../testdata/dense/ternary.input.f32.bin"));
+    macro_rules! ternary {
+        ($name:literal) => {
+            &include_bytes!(concat!("../../testdata/dense/ternary.", $name, ".bin"))[..]
+        };
+    }
+    for (format, bytes) in [
+        (DenseFormat::Q4_0, ternary!("q4_0")),
+        (DenseFormat::Q2_0, ternary!("q2_0")),
+        (DenseFormat::PQ2_0, ternary!("pq2_0")),
+        (DenseFormat::PTQ1_0, ternary!("ptq1_0")),
+        (DenseFormat::TQ1_0, ternary!("tq1_0")),
+        (DenseFormat::TQ2_0, ternary!("tq2_0")),
+    ] {
+        assert_eq!(encode(format, &ternary), bytes, "{}", format.name());
+        if format != DenseFormat::Q4_0 {
+            assert_eq!(decode(format, bytes), ternary, "{}", format.name());
+        }
+    }
 }
 
 #[test]
@@ -100,7 +146,7 @@ fn row_bytes_refuses_parts_of_blocks_and_overflow() {
 
 #[test]
 fn what_a_block_cannot_hold_is_refused() {
-    for format in [DenseFormat::Q8_0, DenseFormat::Q4_0, DenseFormat::Q6_K] {
+    for format in DenseFormat::ALL.into_iter().filter(|format| format.block_len() > 1) {
         let mut x = vec![1.0; 512];
         let mut row = vec![0; format.row_bytes(512).unwrap()];
         x[300] = f32::NEG_INFINITY;
@@ -110,10 +156,14 @@ fn what_a_block_cannot_hold_is_refused() {
         );
         x[300] = 1e30;
         let block = 300 / format.block_len();
-        assert!(matches!(
-            format.encode_row(&x, &mut row),
-            Err(FormatError::ScaleOverflow { block: b, .. }) if b == block
-        ));
+        assert!(
+            matches!(
+                format.encode_row(&x, &mut row),
+                Err(FormatError::ScaleOverflow { block: b, .. }) if b == block
+            ),
+            "{}",
+            format.name()
+        );
         // Less than f16 resolves is zero.
         assert_eq!(decode(format, &encode(format, &[1e-12; 256])), [0.0; 256]);
     }
@@ -128,8 +178,20 @@ fn errors_are_as_small_as_the_formats_allow() {
         (state >> 40) as f32 / (1u64 << 24) as f32
     };
     let x: Vec<f32> = (0..4096).map(|_| (0..12).map(|_| uniform()).sum::<f32>() - 6.0).collect();
-    for (format, limit) in [(DenseFormat::Q8_0, 0.006), (DenseFormat::Q6_K, 0.025), (DenseFormat::Q4_0, 0.1)]
-    {
+    for (format, limit) in [
+        (DenseFormat::Q8_0, 0.006),
+        (DenseFormat::Q6_K, 0.025),
+        (DenseFormat::Q5_0, 0.05),
+        (DenseFormat::Q5_1, 0.045),
+        (DenseFormat::Q5_K, 0.045),
+        (DenseFormat::Q4_0, 0.1),
+        (DenseFormat::Q4_1, 0.09),
+        (DenseFormat::Q4_K, 0.09),
+        (DenseFormat::IQ4_NL, 0.1),
+        // Ternary: of normal values much is lost.
+        (DenseFormat::Q2_0, 1.0),
+        (DenseFormat::TQ1_0, 1.0),
+    ] {
         let back = decode(format, &encode(format, &x));
         let squares: f32 = x.iter().zip(&back).map(|(a, b)| (a - b) * (a - b)).sum();
         let rms = (squares / x.len() as f32).sqrt();
@@ -144,7 +206,22 @@ proptest! {
     ) {
         let x: Vec<f32> = x.iter().map(|v| v * 2f32.powi(exponent)).collect();
         for (format, steps) in
-            [(DenseFormat::Q8_0, 200.0), (DenseFormat::Q6_K, 16.0), (DenseFormat::Q4_0, 6.0)]
+            [
+                (DenseFormat::Q8_0, 200.0),
+                (DenseFormat::Q6_K, 16.0),
+                (DenseFormat::Q5_0, 12.0),
+                (DenseFormat::Q5_1, 28.0),
+                (DenseFormat::Q5_K, 20.0),
+                (DenseFormat::Q4_0, 6.0),
+                (DenseFormat::Q4_1, 14.0),
+                (DenseFormat::Q4_K, 12.0),
+                (DenseFormat::IQ4_NL, 8.0),
+                (DenseFormat::Q2_0, 1.9),
+                (DenseFormat::PQ2_0, 1.9),
+                (DenseFormat::PTQ1_0, 1.9),
+                (DenseFormat::TQ1_0, 1.9),
+                (DenseFormat::TQ2_0, 1.9),
+            ]
         {
             let back = decode(format, &encode(format, &x));
             for (x, back) in x.chunks(format.block_len()).zip(back.chunks(format.block_len())) {
@@ -154,6 +231,21 @@ proptest! {
                     prop_assert!((v - b).abs() <= max / steps + 4096.0 * 2f32.powi(-25));
                 }
             }
+        }
+    }
+
+    /// Ternary values with a scale for each group survive, whatever the scales.
+    #[test]
+    fn ternary_groups_round_trip(
+        weights in proptest::collection::vec(-1i8..=1, 512),
+        scales in proptest::collection::vec(1u16..0x7c00, 8),
+    ) {
+        for format in [
+            DenseFormat::Q2_0, DenseFormat::PQ2_0, DenseFormat::PTQ1_0, DenseFormat::TQ1_0, DenseFormat::TQ2_0,
+        ] {
+            let scale = |i: usize| half::f16::from_bits(scales[i / format.block_len()]).to_f32();
+            let x: Vec<f32> = weights.iter().enumerate().map(|(i, &w)| f32::from(w) * scale(i)).collect();
+            prop_assert_eq!(&decode(format, &encode(format, &x)), &x, "{}", format.name());
         }
     }
 

@@ -4,13 +4,14 @@ use super::header::{Cursor, GgufTensor};
 use super::types::I2_S_TAIL;
 use super::value::Value;
 use super::{DEFAULT_ALIGNMENT, TensorType};
+use crate::DenseFormat;
 use crate::error::FileError;
 use crate::map::{FileMap, map_file};
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// An open GGUF file.
+/// An open GGUF file, with all its parts where it has several.
 pub struct GgufFile {
     path: PathBuf,
     map: Bytes,
@@ -23,25 +24,54 @@ pub struct GgufFile {
     keys: HashMap<String, usize>,
     tensors: Vec<GgufTensor>,
     names: HashMap<String, usize>,
+    /// The other parts of a file in parts, in their order. Their tensors stand behind those of this one.
+    others: Vec<GgufFile>,
 }
 
 impl GgufFile {
-    /// Opens a file: maps it, and reads and checks its whole header.
+    /// Opens a file: maps it, and reads and checks its whole header. A file in parts (`-00001-of-00003.gguf`) is
+    /// opened by its first part.
     ///
     /// # Errors
     /// [`FileError`] for whatever is wrong with it. No panic and no allocation larger than a small multiple
     /// of the header is reachable from any content.
     pub fn open(path: &Path) -> Result<Self, FileError> {
-        let (bytes, file_map) = map_file(path)?;
-        Ok(Self { file_map, ..Self::parse(path.to_owned(), bytes)? })
+        let mut file = Self::map(path)?;
+        file.open_parts()?;
+        Ok(file)
     }
 
-    /// The map, where the file is on the disk.
+    /// One file, whatever it is a part of.
+    pub(super) fn map(path: &Path) -> Result<Self, FileError> {
+        let (bytes, file_map) = map_file(path)?;
+        Ok(Self { file_map, ..Self::parse_one(path.to_owned(), bytes)? })
+    }
+
+    /// Takes the other parts' tensors in; their names must be new.
+    pub(super) fn add_part(&mut self, part: Self) -> Result<(), FileError> {
+        for tensor in &part.tensors {
+            if self.names.insert(tensor.name.clone(), self.tensors.len()).is_some() {
+                let (path, name) = (part.path.clone(), tensor.name.clone());
+                return Err(FileError::Duplicate { path, what: "tensor", name });
+            }
+            self.tensors.push(tensor.clone());
+        }
+        self.others.push(part);
+        Ok(())
+    }
+
+    /// This file, and the other parts of a file in parts, in their order.
+    pub fn parts(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(&self.others)
+    }
+
+    /// The map, where the file is on the disk. Each of the [`parts`](Self::parts) has its own.
     pub fn file_map(&self) -> Option<&FileMap> {
         self.file_map.as_ref()
     }
 
-    /// All bytes of the file: a view of the memory map where it is on the disk.
+    /// All bytes of the file: a view of the memory map where it is on the disk. Each of the [`parts`](Self::parts)
+    /// has its own.
     pub fn contents(&self) -> &Bytes {
         &self.map
     }
@@ -51,6 +81,12 @@ impl GgufFile {
     /// # Errors
     /// As [`GgufFile::open`].
     pub fn parse(path: PathBuf, map: Bytes) -> Result<Self, FileError> {
+        let file = Self::parse_one(path, map)?;
+        file.refuse_parts()?;
+        Ok(file)
+    }
+
+    fn parse_one(path: PathBuf, map: Bytes) -> Result<Self, FileError> {
         let mut cursor = Cursor::new(&path, &map);
         let (version, n_tensors, n_keys) = cursor.header()?;
 
@@ -121,6 +157,7 @@ impl GgufFile {
             keys,
             tensors,
             names,
+            others: Vec::new(),
             map: map.clone(),
         };
         file.check_data()?;
@@ -130,6 +167,12 @@ impl GgufFile {
     /// Checks that every tensor is aligned, lies within the file, and overlaps with no other.
     fn check_data(&self) -> Result<(), FileError> {
         let available = (self.map.len() - self.data_start) as u64;
+        let mut order: Vec<&GgufTensor> = self.tensors.iter().collect();
+        order.sort_by_key(|t| t.offset);
+        for (i, t) in order.iter().enumerate() {
+            let end = order.get(i + 1).map_or(available, |next| next.offset.min(available));
+            self.check_groups(t, end.saturating_sub(t.offset))?;
+        }
         for t in &self.tensors {
             if !t.offset.is_multiple_of(self.alignment) {
                 return Err(FileError::Misaligned {
@@ -149,8 +192,6 @@ impl GgufFile {
                 });
             }
         }
-        let mut order: Vec<&GgufTensor> = self.tensors.iter().collect();
-        order.sort_by_key(|t| t.offset);
         for pair in order.windows(2) {
             let [first, second] = [pair[0], pair[1]];
             let first_end = first.offset + first.bytes; // both within the file, as checked above
@@ -163,6 +204,27 @@ impl GgufFile {
                     second_start: second.offset,
                 });
             }
+        }
+        Ok(())
+    }
+
+    /// Refuses a tensor of type Q2_0 that has the bytes of PQ2_0. (Where it is so small that alignment hides the
+    /// difference, a larger one of the file shows it.)
+    fn check_groups(&self, t: &GgufTensor, found: u64) -> Result<(), FileError> {
+        const GROUPS: TensorType = TensorType::Dense(DenseFormat::PQ2_0);
+        if t.tensor_type != TensorType::Dense(DenseFormat::Q2_0) || found >= t.bytes {
+            return Ok(());
+        }
+        let weights = t.dims.iter().product(); // which did not overflow when the size was computed
+        let whole = t.dims.first().is_some_and(|k| k.is_multiple_of(GROUPS.block_size()));
+        let Some(bytes) = GROUPS.bytes(weights).filter(|_| whole) else { return Ok(()) };
+        if (bytes..bytes.saturating_add(self.alignment)).contains(&found) {
+            return Err(FileError::GroupsOf128 {
+                path: self.path.clone(),
+                tensor: t.name.clone(),
+                bytes: t.bytes,
+                found,
+            });
         }
         Ok(())
     }
@@ -192,7 +254,7 @@ impl GgufFile {
         self.keys.get(key).map(|&i| &self.metadata[i].1)
     }
 
-    /// All tensors, in the order of the file.
+    /// All tensors, in the order of the file and of its parts.
     pub fn tensors(&self) -> &[GgufTensor] {
         &self.tensors
     }
@@ -212,6 +274,9 @@ impl GgufFile {
             tensor: name.to_owned(),
             help: String::new(),
         };
+        if let Some(part) = self.others.iter().find(|part| part.names.contains_key(name)) {
+            return part.tensor_bytes(name);
+        }
         let tensor = self.tensor(name).ok_or_else(missing)?;
         let start = self.data_start + tensor.offset as usize; // within the file: checked when it was opened
         Ok(self.map.slice(start..start + tensor.bytes as usize))
@@ -243,5 +308,57 @@ impl std::fmt::Debug for GgufFile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (keys, tensors) = (self.metadata.len(), self.tensors.len());
         write!(f, "GgufFile({:?}, version {}, {keys} keys, {tensors} tensors)", self.path, self.version)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::GgufWriter;
+
+    /// A file of two matrices of `format`, where the tensors' type is then replaced by `id`.
+    fn renamed(format: DenseFormat, id: u32) -> Vec<u8> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.gguf");
+        let mut writer = GgufWriter::new();
+        let size = format.row_bytes(256).unwrap() * 320;
+        for name in ["token_embd.weight", "output.weight"] {
+            writer.tensor(name, &[256, 320], format, move |out| out.write_all(&vec![0x55; size])).unwrap();
+        }
+        writer.write(&path).unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        for name in ["token_embd.weight", "output.weight"] {
+            let at = bytes.windows(name.len()).position(|part| part == name.as_bytes()).unwrap();
+            // The name, the number of dimensions, and two of them.
+            let at = at + name.len() + 4 + 16;
+            assert_eq!(bytes[at..at + 4], TensorType::from(format).id().to_le_bytes());
+            bytes[at..at + 4].copy_from_slice(&id.to_le_bytes());
+        }
+        bytes
+    }
+
+    fn parse(bytes: Vec<u8>) -> Result<GgufFile, FileError> {
+        GgufFile::parse("a.gguf".into(), bytes.into())
+    }
+
+    #[test]
+    fn groups_of_128_under_the_number_of_q2_0_are_refused_by_name() {
+        for (format, id) in [(DenseFormat::Q2_0, 42), (DenseFormat::PQ2_0, 142)] {
+            assert!(parse(renamed(format, id)).is_ok());
+        }
+        let legacy = renamed(DenseFormat::PQ2_0, 42);
+        let error = parse(legacy.clone()).unwrap_err();
+        // 34 bytes for 128 weights, where 36 are due.
+        assert!(
+            matches!(&error, FileError::GroupsOf128 { tensor, bytes: 23_040, found: 21_760, .. }
+                if tensor == "token_embd.weight"),
+            "{error}"
+        );
+        assert!(error.to_string().contains("PQ2_0 (142)"), "{error}");
+        // A file that was cut off is just that.
+        let cut = renamed(DenseFormat::Q2_0, 42);
+        let cut = cut[..cut.len() - 1000].to_vec();
+        assert!(matches!(parse(cut), Err(FileError::OutOfBounds { .. })));
+        assert!(matches!(parse(legacy[..legacy.len() - 1000].to_vec()), Err(FileError::GroupsOf128 { .. })));
     }
 }

@@ -17,6 +17,7 @@
 mod file;
 mod header;
 mod others;
+mod parts;
 mod ternary;
 mod types;
 mod value;
@@ -24,6 +25,7 @@ mod writer;
 
 pub use file::GgufFile;
 pub use header::GgufTensor;
+pub use parts::{first_part, part_of};
 pub use ternary::TernaryType;
 pub use types::TensorType;
 pub use value::{Array, Value, ValueType};

@@ -1,21 +1,15 @@
 //! Tensor types that other programs write and nothing here reads: their names, and what to do about them.
 
 /// Types of llama.cpp (`ggml.h`).
-const LLAMA_CPP: [(u32, &str); 30] = [
-    (3, "Q4_1"),
-    (6, "Q5_0"),
-    (7, "Q5_1"),
+const LLAMA_CPP: [(u32, &str); 23] = [
     (9, "Q8_1"),
     (10, "Q2_K"),
     (11, "Q3_K"),
-    (12, "Q4_K"),
-    (13, "Q5_K"),
     (15, "Q8_K"),
     (16, "IQ2_XXS"),
     (17, "IQ2_XS"),
     (18, "IQ3_XXS"),
     (19, "IQ1_S"),
-    (20, "IQ4_NL"),
     (21, "IQ3_S"),
     (22, "IQ2_S"),
     (23, "IQ4_XS"),
@@ -31,14 +25,10 @@ const LLAMA_CPP: [(u32, &str); 30] = [
     (39, "TL2 of bitnet.cpp, or MXFP4"),
     (40, "NVFP4"),
     (41, "Q1_0"),
-    (42, "Q2_0"),
 ];
 
 /// Types of bitnet.cpp, in the order of one machine's kernels.
 const BITNET_CPP: [(u32, &str); 2] = [(37, "I8_S of bitnet.cpp"), (38, "TL1 of bitnet.cpp")];
-
-/// Types of Prism ML's llama.cpp.
-const PRISM: [(u32, &str); 2] = [(142, "PQ2_0 of Prism ML"), (143, "PTQ1_0 of Prism ML")];
 
 /// Ternary types of ik_llama.cpp, and others that stand beside them in its files. `_R4` and `_R8` have the
 /// rows interleaved by four and eight.
@@ -75,18 +65,18 @@ fn find(types: &[(u32, &'static str)], id: u32) -> Option<&'static str> {
 
 /// The name of a type that is not read, with its program where that is not llama.cpp.
 pub(super) fn name(id: u32) -> Option<&'static str> {
-    [&LLAMA_CPP[..], &BITNET_CPP, &PRISM, &IK_LLAMA_CPP].into_iter().find_map(|types| find(types, id))
+    [&LLAMA_CPP[..], &BITNET_CPP, &IK_LLAMA_CPP].into_iter().find_map(|types| find(types, id))
 }
 
 /// What to do about a tensor of this type and name; begins with punctuation, or is empty.
 pub(super) fn help(id: u32, tensor: &str) -> &'static str {
     match id {
         // The quantisations that llama-quantize chooses for the embedding or the head of a ternary file.
-        3 | 6 | 7 | 10..=13 | 20 | 23 if matches!(tensor, "token_embd.weight" | "output.weight") => {
+        10 | 11 | 23 if matches!(tensor, "token_embd.weight" | "output.weight") => {
             "; llama-quantize gives embedding and output head such a type unless it is told another: make the \
              file again with --token-embedding-type q6_k --output-tensor-type q6_k"
         }
-        3 | 6 | 7 | 10..=13 | 16..=23 | 29 => "; only models with ternary projections are read",
+        10 | 11 | 16..=23 | 29 => "; only models with ternary projections are read",
         37..=39 => {
             "; bitnet.cpp orders such weights for the kernels of one machine: make the file again as i2_s"
         }
@@ -104,7 +94,7 @@ mod tests {
 
     #[test]
     fn numbers_are_unique_and_of_no_type_that_is_read() {
-        let all: Vec<_> = [&LLAMA_CPP[..], &BITNET_CPP, &PRISM, &IK_LLAMA_CPP].concat();
+        let all: Vec<_> = [&LLAMA_CPP[..], &BITNET_CPP, &IK_LLAMA_CPP].concat();
         for (i, (id, name)) in all.iter().enumerate() {
             assert!(all[..i].iter().all(|(other, named)| other != id && named != name), "{name} ({id})");
             assert_eq!(TensorType::from_id(*id), None, "{name}");
@@ -115,13 +105,12 @@ mod tests {
     fn what_ternary_files_of_others_hold_is_named() {
         let (embedding, projection) = ("token_embd.weight", "blk.0.attn_q.weight");
         for (id, tensor, name, advice) in [
-            (12, embedding, "Q4_K (12)", "--token-embedding-type q6_k"),
-            (13, "output.weight", "Q5_K (13)", "--token-embedding-type q6_k"),
-            (20, embedding, "IQ4_NL (20)", "--token-embedding-type q6_k"),
-            (12, projection, "Q4_K (12)", "ternary projections"),
+            (10, embedding, "Q2_K (10)", "--token-embedding-type q6_k"),
+            (11, "output.weight", "Q3_K (11)", "--token-embedding-type q6_k"),
+            (23, embedding, "IQ4_XS (23)", "--token-embedding-type q6_k"),
+            (10, projection, "Q2_K (10)", "ternary projections"),
             (38, projection, "TL1 of bitnet.cpp (38)", "i2_s"),
-            (42, projection, "Q2_0 (42)", ""),
-            (143, projection, "PTQ1_0 of Prism ML (143)", ""),
+            (41, projection, "Q1_0 (41)", ""),
             (135, projection, "IQ2_BN of ik_llama.cpp (135)", "made from"),
             (335, projection, "IQ2_BN_R4 of ik_llama.cpp (335)", "made from"),
             (398, projection, "Q8_KV_R8 of ik_llama.cpp (398)", "made from"),

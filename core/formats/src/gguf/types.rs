@@ -10,18 +10,19 @@ use std::fmt;
 pub enum TensorType {
     /// One of the dense formats.
     Dense(DenseFormat),
-    /// Blocks of 256 ternary weights at 1.69 bits, f16 scale.
-    TQ1_0,
-    /// Blocks of 256 ternary weights at 2.06 bits, f16 scale.
-    TQ2_0,
     /// BitNet's ternary format: blocks of 128 weights in 32 bytes, one f32 scale behind the tensor.
     I2_S,
 }
 
 impl TensorType {
+    /// Blocks of 256 ternary weights at 1.69 bits, f16 scale.
+    pub const TQ1_0: Self = Self::Dense(DenseFormat::TQ1_0);
+    /// Blocks of 256 ternary weights at 2.06 bits, f16 scale.
+    pub const TQ2_0: Self = Self::Dense(DenseFormat::TQ2_0);
+
     /// All of them.
     pub fn all() -> impl Iterator<Item = Self> {
-        DenseFormat::ALL.into_iter().map(Self::Dense).chain([Self::TQ1_0, Self::TQ2_0, Self::I2_S])
+        DenseFormat::ALL.into_iter().map(Self::Dense).chain([Self::I2_S])
     }
 
     /// (number, name, weights per block, bytes per block).
@@ -31,8 +32,6 @@ impl TensorType {
                 let facts = format.facts();
                 (facts.gguf_type, facts.name, facts.block_len as u64, facts.block_bytes as u64)
             }
-            Self::TQ1_0 => (34, "TQ1_0", 256, 54),
-            Self::TQ2_0 => (35, "TQ2_0", 256, 66),
             Self::I2_S => (36, "I2_S", 128, 32),
         }
     }
@@ -112,6 +111,10 @@ mod tests {
         assert_eq!(TensorType::Dense(DenseFormat::Q6_K).bytes(512), Some(420));
         assert_eq!(TensorType::TQ1_0.bytes(256), Some(54));
         assert_eq!(TensorType::TQ2_0.bytes(256), Some(66));
+        assert_eq!(TensorType::Dense(DenseFormat::Q2_0).bytes(256), Some(72));
+        assert_eq!(TensorType::Dense(DenseFormat::PQ2_0).bytes(256), Some(68));
+        assert_eq!(TensorType::Dense(DenseFormat::PTQ1_0).bytes(256), Some(56));
+        assert_eq!(TensorType::Dense(DenseFormat::Q5_K).bytes(256), Some(176));
         assert_eq!(TensorType::I2_S.bytes(2560 * 6912), Some(2560 * 6912 / 4 + 32));
         assert_eq!(TensorType::Dense(DenseFormat::F32).bytes(u64::MAX), None);
     }
@@ -122,8 +125,8 @@ mod tests {
             assert_eq!(TensorType::from_id(t.id()), Some(t));
             assert_eq!(TensorType::describe(t.id()), format!("{t} ({})", t.id()));
         }
-        assert_eq!(TensorType::from_id(12), None);
-        assert_eq!(TensorType::describe(12), "Q4_K (12)");
+        assert_eq!(TensorType::from_id(10), None);
+        assert_eq!(TensorType::describe(10), "Q2_K (10)");
         assert_eq!(TensorType::describe(4711), "4711 (unknown)");
     }
 }

@@ -378,27 +378,13 @@ fn gguf_in_directory(path: &Path) -> Result<Option<PathBuf>, LoadError> {
         [file] => Ok(Some(file.clone())),
         [] if config => Ok(None),
         [] => Err(no_model("the directory has neither a config.json nor a GGUF file".into())),
-        several => {
-            let names: Vec<_> =
-                several.iter().filter_map(|f| f.file_name()).map(|n| n.to_string_lossy()).collect();
-            let parts = names.iter().all(|name| is_part(name));
-            let names = names.join(", ");
-            Err(no_model(if parts {
-                format!(
-                    "the directory has a GGUF file in parts ({names}): join them (llama-gguf-split --merge)"
-                )
-            } else {
-                format!("the directory has several GGUF files ({names}): name one of them")
-            }))
-        }
+        several => match bitnet_burn_formats::gguf::first_part(several) {
+            Some(first) => Ok(Some(first.clone())),
+            None => {
+                let names = several.iter().filter_map(|f| f.file_name()).map(|n| n.to_string_lossy());
+                let names = names.collect::<Vec<_>>().join(", ");
+                Err(no_model(format!("the directory has several GGUF files ({names}): name one of them")))
+            }
+        },
     }
-}
-
-/// Whether a file's name ends as those of llama-gguf-split do: `-00001-of-00003.gguf`.
-fn is_part(name: &str) -> bool {
-    let number = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
-    let ends = name.strip_suffix(".gguf").and_then(|stem| stem.rsplit_once("-of-"));
-    ends.is_some_and(|(before, of)| {
-        number(of) && before.rsplit_once('-').is_some_and(|(_, part)| number(part))
-    })
 }

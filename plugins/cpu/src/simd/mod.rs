@@ -67,6 +67,14 @@ pub(crate) trait Isa: Copy + Send + Sync {
     /// `high`, those of `b` with bits 2..4, the high nibbles of `a` with bits 4..6, those of `b` with bits
     /// 6..8.
     fn sixes(self, a: &[u8; 16], b: &[u8; 16], high: &[u8; 16]) -> [Self::F; 4];
+    /// Sixteen ternary weights times `d`: `d` times each 2-bit code less 1, four codes a byte, the lowest first.
+    fn ternary_pairs(self, v: &[u8; 4], d: Self::F) -> Self::F;
+    /// Four times sixteen ternary weights times `d`: `d` times the bits 0..2 of each byte less 1, then those of the
+    /// bits 2..4, 4..6 and 6..8.
+    fn ternary_quarters(self, v: &[u8; 16], d: Self::F) -> [Self::F; 4];
+    /// Sixteen ternary weights times `d`: `d` times a base-3 digit of each byte less 1, as
+    /// [`tq1_0`](bitnet_burn_formats::tq1_0) describes them. A digit is given by 256 * 3^i.
+    fn ternary_digits(self, v: &[u8; 16], powers: &[u16; 16], d: Self::F) -> Self::F;
     /// Writes sixteen values.
     fn store(self, v: Self::F, to: &mut [f32; 16]);
 

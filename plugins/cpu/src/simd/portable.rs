@@ -98,6 +98,22 @@ impl Isa for Portable {
         ]
     }
     #[inline(always)]
+    fn ternary_pairs(self, v: &[u8; 4], d: [f32; 16]) -> [f32; 16] {
+        let word = u32::from_le_bytes(*v);
+        lanes(|l| ((word >> (2 * l) & 3) as i32 - 1) as f32 * d[l])
+    }
+    #[inline(always)]
+    fn ternary_quarters(self, v: &[u8; 16], d: [f32; 16]) -> [[f32; 16]; 4] {
+        [0, 2, 4, 6].map(|shift| lanes(|l| f32::from((v[l] >> shift & 3) as i8 - 1) * d[l]))
+    }
+    #[inline(always)]
+    fn ternary_digits(self, v: &[u8; 16], powers: &[u16; 16], d: [f32; 16]) -> [f32; 16] {
+        lanes(|l| {
+            let fraction = u16::from(v[l]).wrapping_mul(powers[l]);
+            f32::from(((u32::from(fraction) * 3) >> 16) as i8 - 1) * d[l]
+        })
+    }
+    #[inline(always)]
     fn store(self, v: [f32; 16], to: &mut [f32; 16]) {
         *to = v;
     }

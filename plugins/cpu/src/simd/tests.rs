@@ -121,6 +121,16 @@ impl Kernel for Everything<'_> {
         v.extend([isa.f16_bytes(pair), isa.bf16_bytes(pair), isa.i8_bytes(&b[0])]);
         v.extend(isa.nibbles(&b[0]));
         v.extend(isa.sixes(&b[0], &b[1], &b[2]));
+        for d in [0x3555, 0xb001, 0x8000] {
+            let d = isa.splat_f16(d);
+            v.push(isa.ternary_pairs(b[0].first_chunk().unwrap(), d));
+            v.extend(isa.ternary_quarters(&b[0], d));
+            v.push(isa.ternary_digits(
+                &b[0],
+                &[256, 768, 2304, 6912, 20736, 256, 768, 2304, 6912, 20736, 256, 768, 2304, 6912, 20736, 256],
+                d,
+            ));
+        }
         let (x, y, z) = (isa.load(&f[0]), isa.load(&f[1]), isa.load(&f[2]));
         v.extend([isa.add(x, y), isa.mul(x, y), isa.fma(x, y, z), isa.load_first(&f[0][..5])]);
         for n in 0..=16 {

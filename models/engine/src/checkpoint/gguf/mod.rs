@@ -185,6 +185,16 @@ impl GgufModel {
         Ok(Weights::Dense(DenseTensor { data, ..tensor }))
     }
 
+    /// Whether projections of a type are computed with float activations, whatever they hold. Q2_0 and Prism ML's formats
+    /// are those of models that were trained so.
+    fn is_dense(&self, tensor_type: TensorType) -> bool {
+        let by_group = matches!(
+            tensor_type,
+            TensorType::Dense(DenseFormat::Q2_0 | DenseFormat::PQ2_0 | DenseFormat::PTQ1_0)
+        );
+        !self.is_bitnet && by_group || !self.int8_rows && tensor_type != TensorType::I2_S
+    }
+
     /// The rows of a head, where those of this projection are in GPT-J's order.
     fn permuted(&self, which: Projection) -> Option<usize> {
         self.gptj_head.filter(|_| matches!(which, Projection::Q | Projection::K))
@@ -213,15 +223,18 @@ impl GgufModel {
 
 impl Source for GgufModel {
     fn maps(&self) -> Vec<&FileMap> {
-        self.file.file_map().into_iter().collect()
+        self.file.parts().filter_map(|part| part.file_map()).collect()
     }
 
     fn contents(&self) -> Vec<Content> {
-        let path = self.file.path().to_owned();
-        vec![match self.file.file_map() {
-            Some(map) => Content::File(path, map.identity().clone()),
-            None => Content::Memory(path, self.file.contents().clone()),
-        }]
+        let content = |part: &GgufFile| {
+            let path = part.path().to_owned();
+            match part.file_map() {
+                Some(map) => Content::File(path, map.identity().clone()),
+                None => Content::Memory(path, part.contents().clone()),
+            }
+        };
+        self.file.parts().map(content).collect()
     }
 
     fn weights(&self, layer: usize, which: Projection) -> Result<Weights, LoadError> {
@@ -231,7 +244,7 @@ impl Source for GgufModel {
         let (n, k) = tensor.matrix();
         let (n, k) = (n as usize, k as usize); // within the file's size
         let stored_as = tensor.tensor_type.name();
-        if !self.int8_rows && tensor.tensor_type != TensorType::I2_S {
+        if self.is_dense(tensor.tensor_type) {
             return self.dense_projection(tensor, which);
         }
         let data = self.file.tensor_bytes(&name)?;
@@ -270,7 +283,7 @@ impl Source for GgufModel {
 
     fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64> {
         let tensor = self.info(&projection_name(layer, which)).ok()?;
-        (!self.int8_rows && tensor.tensor_type != TensorType::I2_S).then_some(tensor.bytes)
+        self.is_dense(tensor.tensor_type).then_some(tensor.bytes)
     }
 
     fn bias(&self, layer: usize, which: Projection) -> Result<DenseTensor, LoadError> {

@@ -115,22 +115,24 @@ fn yarn(
             supported: "0".into(),
         });
     }
-    let default = RopeScaling::yarn_attention_factor(factor);
-    let mut ignored = |suffix: &str, default: f64| -> Result<f64, LoadError> {
+    let mut ignored = Vec::new();
+    let mut stated = |suffix: &str, default: f64| -> Result<f64, LoadError> {
         let key = format!("rope.scaling.yarn_{suffix}");
         let Some(found) = keys.float(&key)? else { return Ok(default) };
         if (found - default).abs() > 1e-6 * default {
-            warnings.push(format!(
+            ignored.push(format!(
                 "`{key}` is {found} and is used, as in transformers; llama.cpp computes with {default}"
             ));
         }
         Ok(found)
     };
-    let (beta_fast, beta_slow) = (ignored("beta_fast", BETAS.0)?, ignored("beta_slow", BETAS.1)?);
-    let attention_factor = ignored("attn_factor", default)? * attention.unwrap_or(1.0);
+    let (beta_fast, beta_slow) = (stated("beta_fast", BETAS.0)?, stated("beta_slow", BETAS.1)?);
+    let attention_factor =
+        stated("attn_factor", RopeScaling::yarn_attention_factor(factor))? * attention.unwrap_or(1.0);
     if factor == 1.0 && attention_factor == 1.0 {
         return Ok(None);
     }
+    warnings.append(&mut ignored);
     let truncate = true;
     Ok(Some(RopeScaling::Yarn { factor, original, beta_fast, beta_slow, truncate, attention_factor }))
 }

@@ -1,6 +1,11 @@
 //! How the weights of each format become vectors of f32.
 
-use bitnet_burn_formats::dense::{Q4_0_BYTES, Q6_K_BYTES, Q8_0_BYTES, QK, QK_K};
+use bitnet_burn_formats::dense::{
+    IQ4_NL_BYTES, PQ2_0_BYTES, PTQ1_0_BYTES, Q2_0_BYTES, Q4_0_BYTES, Q4_1_BYTES, Q4_K_BYTES, Q5_0_BYTES,
+    Q5_1_BYTES, Q5_K_BYTES, Q6_K_BYTES, Q8_0_BYTES, QK, QK_K, iq4_nl_block, q4_1_block, q4_k_block,
+    q5_0_block, q5_1_block, q5_k_block,
+};
+use bitnet_burn_formats::{tq1_0, tq2_0};
 
 use crate::simd::{Isa, LANES};
 
@@ -14,6 +19,9 @@ pub(super) trait Decoder<const V: usize> {
     const PARTS: usize = 1;
     /// Whether a part takes too many registers for a tile with several activations.
     const DECODED_ONCE: bool = false;
+    /// Whether rows are always decoded as a whole before they are multiplied: for formats that would make a tile's
+    /// code long.
+    const ROW_FIRST: bool = false;
 
     /// The vectors of one part of a step.
     fn decode<I: Isa>(isa: I, step: &[Self::Unit], part: usize) -> [I::F; V];
@@ -201,6 +209,176 @@ impl Decoder<8> for Q6K {
             for (j, &q) in sixes.iter().enumerate() {
                 v[2 * j + i] = isa.mul(isa.splat(scales[8 * part + 2 * j + i]), q);
             }
+        }
+        v
+    }
+}
+
+/// Formats whose blocks are decoded by the function of the formats' crate, compiled for this instruction set.
+macro_rules! by_block {
+    ($($format:ident: $vectors:literal of $len:expr, $bytes:expr, $block:path;)*) => {
+        $(
+            #[allow(non_camel_case_types)]
+            pub(super) struct $format;
+
+            impl Decoder<$vectors> for $format {
+                type Unit = u8;
+                const LEN: usize = $len;
+                const UNITS: usize = $bytes;
+                const ROW_FIRST: bool = true;
+
+                #[inline(always)]
+                fn decode<I: Isa>(isa: I, step: &[u8], _part: usize) -> [I::F; $vectors] {
+                    let mut values = [0.0; $len];
+                    $block(bytes(step, 0), &mut values);
+                    let mut v = [isa.splat(0.0); $vectors];
+                    for (v, values) in v.iter_mut().zip(values.as_chunks().0) {
+                        *v = isa.load(values);
+                    }
+                    v
+                }
+            }
+        )*
+    };
+}
+
+by_block! {
+    Q4_1: 2 of QK, Q4_1_BYTES, q4_1_block;
+    Q5_0: 2 of QK, Q5_0_BYTES, q5_0_block;
+    Q5_1: 2 of QK, Q5_1_BYTES, q5_1_block;
+    IQ4_NL: 2 of QK, IQ4_NL_BYTES, iq4_nl_block;
+    Q4_K: 16 of QK_K, Q4_K_BYTES, q4_k_block;
+    Q5_K: 16 of QK_K, Q5_K_BYTES, q5_k_block;
+}
+
+/// The factors of the five digits of bytes in base 3: 256 * 3^i.
+const POWERS: [u16; 5] = [256, 3 * 256, 9 * 256, 27 * 256, 81 * 256];
+
+#[allow(non_camel_case_types)]
+pub(super) struct Q2_0;
+
+#[allow(non_camel_case_types)]
+pub(super) struct PQ2_0;
+
+#[allow(non_camel_case_types)]
+pub(super) struct PTQ1_0;
+
+#[allow(non_camel_case_types)]
+pub(super) struct TQ1_0;
+
+#[allow(non_camel_case_types)]
+pub(super) struct TQ2_0;
+
+impl Decoder<4> for Q2_0 {
+    type Unit = u8;
+    const LEN: usize = 64;
+    const UNITS: usize = Q2_0_BYTES;
+
+    #[inline(always)]
+    fn decode<I: Isa>(isa: I, block: &[u8], _part: usize) -> [I::F; 4] {
+        pairs(isa, block, 2)
+    }
+}
+
+impl Decoder<4> for PQ2_0 {
+    type Unit = u8;
+    const LEN: usize = 128;
+    const UNITS: usize = PQ2_0_BYTES;
+    const PARTS: usize = 2;
+
+    #[inline(always)]
+    fn decode<I: Isa>(isa: I, block: &[u8], part: usize) -> [I::F; 4] {
+        pairs(isa, block, 2 + 16 * part)
+    }
+}
+
+/// 64 weights in 2 bits each from byte `at` on, of a block that begins with its scale.
+#[inline(always)]
+fn pairs<I: Isa>(isa: I, block: &[u8], at: usize) -> [I::F; 4] {
+    let d = isa.splat_f16(u16::from_le_bytes(*bytes(block, 0)));
+    let mut v = [d; 4];
+    for (i, v) in v.iter_mut().enumerate() {
+        *v = isa.ternary_pairs(bytes(block, at + 4 * i), d);
+    }
+    v
+}
+
+impl Decoder<8> for TQ2_0 {
+    type Unit = u8;
+    const LEN: usize = tq2_0::BLOCK;
+    const UNITS: usize = tq2_0::BLOCK_BYTES;
+    const PARTS: usize = 2;
+
+    /// A half of the block: byte i of 32 holds its weights i, 32+i, 64+i and 96+i.
+    #[inline(always)]
+    fn decode<I: Isa>(isa: I, block: &[u8], part: usize) -> [I::F; 8] {
+        let d = isa.splat_f16(u16::from_le_bytes(*bytes(block, 64)));
+        let mut v = [d; 8];
+        for i in 0..2 {
+            let quarters = isa.ternary_quarters(bytes(block, 32 * part + 16 * i), d);
+            for (j, quarter) in quarters.into_iter().enumerate() {
+                v[2 * j + i] = quarter;
+            }
+        }
+        v
+    }
+}
+
+impl Decoder<16> for TQ1_0 {
+    type Unit = u8;
+    const LEN: usize = tq1_0::BLOCK;
+    const UNITS: usize = tq1_0::BLOCK_BYTES;
+    const ROW_FIRST: bool = true;
+
+    /// Five digits of 32 bytes, five of 16, and four of the last four bytes.
+    #[inline(always)]
+    fn decode<I: Isa>(isa: I, block: &[u8], _part: usize) -> [I::F; 16] {
+        let d = isa.splat_f16(u16::from_le_bytes(*bytes(block, 52)));
+        let mut v = [d; 16];
+        for (digit, power) in POWERS.into_iter().enumerate() {
+            let powers = [power; 16];
+            v[2 * digit] = isa.ternary_digits(bytes(block, 0), &powers, d);
+            v[2 * digit + 1] = isa.ternary_digits(bytes(block, 16), &powers, d);
+            v[10 + digit] = isa.ternary_digits(bytes(block, 32), &powers, d);
+        }
+        let mut last = [0; 16];
+        let mut powers = [0; 16];
+        for i in 0..16 {
+            last[i] = block[48 + i % 4];
+            powers[i] = POWERS[i / 4];
+        }
+        v[15] = isa.ternary_digits(&last, &powers, d);
+        v
+    }
+}
+
+impl Decoder<8> for PTQ1_0 {
+    type Unit = u8;
+    const LEN: usize = 128;
+    const UNITS: usize = PTQ1_0_BYTES;
+    const ROW_FIRST: bool = true;
+
+    /// Five digits of 16 bytes, five of 8, and four of the last two bytes.
+    #[inline(always)]
+    fn decode<I: Isa>(isa: I, block: &[u8], _part: usize) -> [I::F; 8] {
+        let d = isa.splat_f16(u16::from_le_bytes(*bytes(block, 26)));
+        let mut v = [d; 8];
+        for (v, &power) in v.iter_mut().zip(&POWERS) {
+            *v = isa.ternary_digits(bytes(block, 0), &[power; 16], d);
+        }
+        let mut last = [0; 48];
+        let mut powers = [0; 48];
+        for i in 0..40 {
+            last[i] = block[16 + i % 8];
+            powers[i] = POWERS[i / 8];
+        }
+        for i in 0..8 {
+            last[40 + i] = block[24 + i % 2];
+            powers[40 + i] = POWERS[i / 2];
+        }
+        for i in 0..3 {
+            let (at, power) = (&last.as_chunks::<16>().0[i], &powers.as_chunks::<16>().0[i]);
+            v[5 + i] = isa.ternary_digits(at, power, d);
         }
         v
     }

@@ -2,7 +2,8 @@
 //! in the format that their file stores.
 //!
 //! The weights are exactly the f32 values of [`DenseFormat::decode_row`]; they are decoded in registers, a
-//! few rows at a time (and with many rows of activations, once for a block of them). With one row the layer
+//! few rows at a time (and with many rows of activations, once for a block of them; rows of formats whose decoding is
+//! long, always as a whole). With one row the layer
 //! runs at the speed of memory, so what counts is that the weights are asked for early and in order: a tile
 //! of four adjacent rows is one contiguous run of bytes, and while one tile is computed the next is
 //! prefetched, at the same pace. Several rows are needed for their independent chains of multiply-adds: one
@@ -16,7 +17,10 @@ use std::cell::Cell;
 
 use bitnet_burn_formats::DenseFormat;
 
-use self::decode::{BF16, Decoded, Decoder, F16, F32, Q4_0, Q6K, Q8_0, decode_row};
+use self::decode::{
+    BF16, Decoded, Decoder, F16, F32, IQ4_NL, PQ2_0, PTQ1_0, Q2_0, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6K,
+    Q8_0, TQ1_0, TQ2_0, decode_row,
+};
 use crate::simd::{Isa, Kernel, LANES, Level};
 use crate::threads::{Shared, Threads, rows_fit, run};
 
@@ -136,6 +140,17 @@ impl Kernel for Range<'_> {
             DenseFormat::Q8_0 => self.decoded_by::<I, Q8_0, 2>(isa),
             DenseFormat::Q6_K => self.decoded_by::<I, Q6K, 8>(isa),
             DenseFormat::Q4_0 => self.decoded_by::<I, Q4_0, 2>(isa),
+            DenseFormat::Q4_1 => self.decoded_by::<I, Q4_1, 2>(isa),
+            DenseFormat::Q5_0 => self.decoded_by::<I, Q5_0, 2>(isa),
+            DenseFormat::Q5_1 => self.decoded_by::<I, Q5_1, 2>(isa),
+            DenseFormat::Q4_K => self.decoded_by::<I, Q4_K, 16>(isa),
+            DenseFormat::Q5_K => self.decoded_by::<I, Q5_K, 16>(isa),
+            DenseFormat::IQ4_NL => self.decoded_by::<I, IQ4_NL, 2>(isa),
+            DenseFormat::Q2_0 => self.decoded_by::<I, Q2_0, 4>(isa),
+            DenseFormat::PQ2_0 => self.decoded_by::<I, PQ2_0, 4>(isa),
+            DenseFormat::PTQ1_0 => self.decoded_by::<I, PTQ1_0, 8>(isa),
+            DenseFormat::TQ1_0 => self.decoded_by::<I, TQ1_0, 16>(isa),
+            DenseFormat::TQ2_0 => self.decoded_by::<I, TQ2_0, 8>(isa),
         }
     }
 }
@@ -158,7 +173,7 @@ impl Range<'_> {
         isa: I,
     ) {
         // With more activations than a tile, weights are decoded once for a block of them.
-        let blocked = C > 1 && (D::DECODED_ONCE || self.m > C);
+        let blocked = D::ROW_FIRST || C > 1 && (D::DECODED_ONCE || self.m > C);
         let mut scratch = if blocked { SCRATCH.take() } else { Vec::new() };
         if blocked && scratch.len() < R * self.k {
             scratch.resize(R * self.k, 0.0);
@@ -174,7 +189,9 @@ impl Range<'_> {
                 // Only the first pass over the rows finds them in memory. (The address may lie behind the
                 // weights.)
                 let next = (from == 0).then(|| w[0].as_ptr().wrapping_add(R * self.row_bytes));
-                if !blocked {
+                if D::ROW_FIRST {
+                    // Decoded below. (A constant by itself, for which no tile is compiled.)
+                } else if !blocked {
                     let sums = tile::<I, D, V, R, C>(isa, w, self.activations(from), self.k, next);
                     self.write(n, from, sums);
                     continue;

@@ -45,6 +45,8 @@ fn every_instruction_set_and_thread_count_computes_the_specification() {
         let ks: &[usize] = match format.block_len() {
             1 => &[1, 5, 16, 63, 64, 100, 320],
             32 => &[32, 96, 320],
+            64 => &[64, 192, 320],
+            128 => &[128, 384],
             _ => &[256, 768],
         };
         for &k in ks {
@@ -114,20 +116,39 @@ fn special_values_of_blocks() {
     // Extreme scales and codes, negative scales, subnormal halves: arbitrary bytes with a finite d.
     let mut rng = Rng(6);
     let pool = Scoped(1);
-    for (format, d_at) in [(DenseFormat::Q8_0, 0), (DenseFormat::Q4_0, 0), (DenseFormat::Q6_K, 208)] {
+    for (format, scales_at) in [
+        (DenseFormat::Q8_0, &[0][..]),
+        (DenseFormat::Q4_0, &[0]),
+        (DenseFormat::Q4_1, &[0, 2]),
+        (DenseFormat::Q5_0, &[0]),
+        (DenseFormat::Q5_1, &[0, 2]),
+        (DenseFormat::Q4_K, &[0, 2]),
+        (DenseFormat::Q5_K, &[0, 2]),
+        (DenseFormat::Q6_K, &[208]),
+        (DenseFormat::IQ4_NL, &[0]),
+        (DenseFormat::Q2_0, &[0]),
+        (DenseFormat::PQ2_0, &[0]),
+        (DenseFormat::PTQ1_0, &[26]),
+        (DenseFormat::TQ1_0, &[52]),
+        (DenseFormat::TQ2_0, &[64]),
+    ] {
         let (n, k) = (16, 512);
         let mut w = rng.bytes(n * format.row_bytes(k).unwrap());
         for block in w.chunks_mut(format.block_bytes()) {
-            if block[d_at + 1] & 0x7c == 0x7c {
-                block[d_at + 1] &= 0x83;
+            for at in scales_at {
+                if block[at + 1] & 0x7c == 0x7c {
+                    block[at + 1] &= 0x83;
+                }
             }
         }
-        let x = rng.f32s(k);
-        let want = specification(format, &w, n, k, &x, 1);
-        for level in Level::available() {
-            let mut y = vec![0.0; n];
-            linear_at(level, format, &w, n, k, &x, 1, &mut y, n, &pool);
-            assert_eq!(bits(&y), bits(&want), "{} {level:?}", format.name());
+        for m in [1, 5] {
+            let x = rng.f32s(m * k);
+            let want = specification(format, &w, n, k, &x, m);
+            for level in Level::available() {
+                let mut y = vec![0.0; m * n];
+                linear_at(level, format, &w, n, k, &x, m, &mut y, n, &pool);
+                assert_eq!(bits(&y), bits(&want), "{} {level:?}", format.name());
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use bitnet_burn_plugin::features::{self, Features};
 use half::f16;
 
-use super::{by_token, prefetch, sum8};
+use super::{by_token, digits, prefetch, sum8};
 use crate::simd::{Isa, Kernel};
 
 /// Proof that the CPU has AVX2, FMA and F16C.
@@ -119,6 +119,43 @@ impl Isa for Avx2 {
         })
     }
     #[inline(always)]
+    fn ternary_pairs(self, v: &[u8; 4], d: [__m256; 2]) -> [__m256; 2] {
+        by_token!({
+            let word = _mm256_set1_epi32(i32::from_le_bytes(*v));
+            let shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+            let table = multiples(d[0]);
+            // Chooses by the lowest two bits.
+            [
+                _mm256_permutevar_ps(table, _mm256_srlv_epi32(word, shifts)),
+                _mm256_permutevar_ps(table, _mm256_srlv_epi32(_mm256_srli_epi32::<16>(word), shifts)),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn ternary_quarters(self, v: &[u8; 16], d: [__m256; 2]) -> [[__m256; 2]; 4] {
+        by_token!({
+            let wide = halves!(|h| _mm256_cvtepu8_epi32(_mm_loadl_epi64(v.as_ptr().add(8 * h).cast())));
+            let table = multiples(d[0]);
+            [
+                halves!(|h| _mm256_permutevar_ps(table, wide[h])),
+                halves!(|h| _mm256_permutevar_ps(table, _mm256_srli_epi32::<2>(wide[h]))),
+                halves!(|h| _mm256_permutevar_ps(table, _mm256_srli_epi32::<4>(wide[h]))),
+                halves!(|h| _mm256_permutevar_ps(table, _mm256_srli_epi32::<6>(wide[h]))),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn ternary_digits(self, v: &[u8; 16], powers: &[u16; 16], d: [__m256; 2]) -> [__m256; 2] {
+        by_token!({
+            let digits = digits(v, powers);
+            let table = multiples(d[0]);
+            [
+                _mm256_permutevar_ps(table, _mm256_cvtepu16_epi32(_mm256_castsi256_si128(digits))),
+                _mm256_permutevar_ps(table, _mm256_cvtepu16_epi32(_mm256_extracti128_si256::<1>(digits))),
+            ]
+        })
+    }
+    #[inline(always)]
     fn store(self, v: [__m256; 2], to: &mut [f32; 16]) {
         by_token!({
             _mm256_storeu_ps(to.as_mut_ptr(), v[0]);
@@ -206,6 +243,13 @@ fn sums8(v: [__m256; 8]) -> __m256 {
         );
     }
     _mm256_add_ps(_mm256_shuffle_ps::<0x88>(t[0], t[1]), _mm256_shuffle_ps::<0xdd>(t[0], t[1]))
+}
+
+/// -d, 0, d and 2d in each four lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn multiples(d: __m256) -> __m256 {
+    _mm256_mul_ps(_mm256_setr_ps(-1.0, 0.0, 1.0, 2.0, -1.0, 0.0, 1.0, 2.0), d)
 }
 
 /// Sixteen 6-bit values less 32 from their parts. (Not a closure, which would not have the instructions.)

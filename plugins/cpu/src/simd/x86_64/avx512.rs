@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use bitnet_burn_plugin::features::{self, Features};
 use half::f16;
 
-use super::{Avx2, by_token, prefetch, sum8};
+use super::{Avx2, by_token, digits, prefetch, sum8};
 use crate::simd::{Isa, Kernel};
 
 /// Proof that the CPU has AVX-512 F, BW, VL, DQ.
@@ -119,6 +119,32 @@ impl Isa for Avx512 {
         })
     }
     #[inline(always)]
+    fn ternary_pairs(self, v: &[u8; 4], d: __m512) -> __m512 {
+        by_token!({
+            let shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let codes = _mm512_srlv_epi32(_mm512_set1_epi32(i32::from_le_bytes(*v)), shifts);
+            // Chooses by the lowest two bits.
+            _mm512_permutevar_ps(multiples(d), codes)
+        })
+    }
+    #[inline(always)]
+    fn ternary_quarters(self, v: &[u8; 16], d: __m512) -> [__m512; 4] {
+        by_token!({
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(v.as_ptr().cast()));
+            let table = multiples(d);
+            [
+                _mm512_permutevar_ps(table, bytes),
+                _mm512_permutevar_ps(table, _mm512_srli_epi32::<2>(bytes)),
+                _mm512_permutevar_ps(table, _mm512_srli_epi32::<4>(bytes)),
+                _mm512_permutevar_ps(table, _mm512_srli_epi32::<6>(bytes)),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn ternary_digits(self, v: &[u8; 16], powers: &[u16; 16], d: __m512) -> __m512 {
+        by_token!(_mm512_permutevar_ps(multiples(d), _mm512_cvtepu16_epi32(digits(v, powers))))
+    }
+    #[inline(always)]
     fn store(self, v: __m512, to: &mut [f32; 16]) {
         by_token!(_mm512_storeu_ps(to.as_mut_ptr(), v))
     }
@@ -211,4 +237,11 @@ impl Isa for Avx512 {
     fn prefetch(self, p: *const u8) {
         prefetch(p)
     }
+}
+
+/// -d, 0, d and 2d in each four lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn multiples(d: __m512) -> __m512 {
+    _mm512_mul_ps(_mm512_broadcast_f32x4(_mm_setr_ps(-1.0, 0.0, 1.0, 2.0)), d)
 }

@@ -38,3 +38,15 @@ fn sum8(v: __m256) -> f32 {
     let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
     _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
 }
+
+/// The base-3 digits of [`Isa::ternary_digits`](super::Isa::ternary_digits).
+#[inline]
+#[target_feature(enable = "avx2")]
+fn digits(v: &[u8; 16], powers: &[u16; 16]) -> __m256i {
+    // SAFETY: unaligned loads of the arrays' sizes.
+    let (bytes, powers) =
+        unsafe { (_mm_loadu_si128(v.as_ptr().cast()), _mm256_loadu_si256(powers.as_ptr().cast())) };
+    // The fraction of byte / 256 * 3^i as 16 bits. The digit is the integer part of three times that.
+    let fractions = _mm256_mullo_epi16(_mm256_cvtepu8_epi16(bytes), powers);
+    _mm256_mulhi_epu16(fractions, _mm256_set1_epi16(3))
+}

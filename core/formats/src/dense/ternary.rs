@@ -1,0 +1,46 @@
+//! Blocks of ternary weights as values: a scale d for each block, and weights times d.
+
+use super::blocks::{each_block, encode_blocks, inverse, random_scale, signed_max};
+use crate::random::SplitMix64;
+use crate::{FormatError, TernaryBlocks};
+use half::f16;
+
+impl<const LEN: usize, const BYTES: usize> TernaryBlocks<LEN, BYTES> {
+    /// The values of a row of blocks.
+    pub(crate) fn decode_values(&self, row: &[u8], out: &mut [f32]) {
+        each_block(row, out, |block, out: &mut [f32; LEN]| {
+            let mut weights = [0; LEN];
+            let d = (self.decode)(block, &mut weights);
+            for (value, w) in out.iter_mut().zip(weights) {
+                *value = f32::from(w) * d;
+            }
+        });
+    }
+
+    /// As ggml: d = max|x|, and x / d rounded half away from zero.
+    pub(crate) fn encode_values(&self, x: &[f32], row: &mut [u8]) -> Result<(), FormatError> {
+        encode_blocks(self.format, x, row, |x: &[f32; LEN], block| {
+            let d = signed_max(x).abs();
+            let id = inverse(d);
+            // No more than 1 but where d is so small that 1 / d overflows.
+            let weights = x.map(|v| (v * id).round().clamp(-1.0, 1.0) as i8);
+            (self.encode)(&weights, f16::from_f32(d), block);
+            d
+        })
+    }
+
+    /// Appends a block of random weights.
+    pub(crate) fn random(&self, deviation: f32, random: &mut SplitMix64, out: &mut Vec<u8>) {
+        let mut weights = [0; LEN];
+        for chunk in weights.chunks_mut(32) {
+            let mut word = random.next_u64();
+            for w in chunk {
+                *w = (word % 3) as i8 - 1;
+                word /= 3;
+            }
+        }
+        let mut block = [0; BYTES];
+        (self.encode)(&weights, random_scale(deviation, 3.0, 1.0), &mut block);
+        out.extend(block);
+    }
+}
