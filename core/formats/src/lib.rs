@@ -11,6 +11,7 @@
 //! | [`dense`] | what decodes to any values: floats, blocks of integers, blocks of ternary weights |
 //! | [`dense_tiles`] | Q8_0, Q6_K and Q4_0 as kernels read them, 16 rows side by side |
 //! | [`ternary`] | reading a dense tensor that holds ternary values |
+//! | [`scales`] | the scales of matrices that have many |
 //!
 //! Two modules read and write the files that hold such tensors, [`gguf`] and [`safetensors`]; what a model is
 //! they don't know.
@@ -34,6 +35,7 @@ pub mod quant;
 pub mod random;
 pub mod reference;
 pub mod safetensors;
+pub mod scales;
 mod tensor;
 pub mod ternary;
 pub mod tq1_0;
@@ -45,6 +47,7 @@ pub use error::{FileError, WriteError};
 pub use exact::Progress;
 pub use json::read_json;
 pub use map::{FileMap, any_truncated, map_file, outlive_truncation};
+pub use scales::Scales;
 pub use tensor::{DenseTensor, TernaryTensor};
 
 use canonical::{Row, ZERO_BYTE};

@@ -9,7 +9,9 @@
 //! each row of activations: an exact i32 sum, then two f32 products in this order, not fused.
 #![forbid(unsafe_code)]
 
+use bitnet_burn_plugin::abi::SCALE_ROWS;
 use bitnet_burn_plugin::canonical;
+use bitnet_burn_plugin::sdk::{Scales, groups};
 
 /// The largest K whose sums can't overflow: 128 * 2^23 < 2^31.
 pub const MAX_K: usize = 1 << 23;
@@ -87,6 +89,67 @@ pub fn matmul(
     }
 }
 
+/// int8 activations with a scale for each group of a row's values.
+#[derive(Clone, Copy, Debug)]
+pub struct ScaledActivations<'a> {
+    /// Rows.
+    pub m: usize,
+    /// The values; row i begins at `i * stride`.
+    pub q: &'a [i8],
+    /// Values from row to row.
+    pub stride: usize,
+    /// Values that share a scale; 0 for the whole row.
+    pub group: usize,
+    /// The scales, [m, groups].
+    pub scale: &'a [f32],
+}
+
+/// y [m, n] of activations [m, k] and weights [n, k] with many scales, as
+/// [`OPERATION_SCALED_TERNARY_MATMUL`](bitnet_burn_plugin::abi::OPERATION_SCALED_TERNARY_MATMUL) defines it.
+///
+/// # Arguments
+/// * `canonical`: n canonical rows without the code 3
+/// * `k`: up to [`MAX_K`]
+/// * `y`: the outputs; row i begins at `i * y_stride`. What lies between the rows is left alone
+///
+/// # Panics
+/// If a slice is too short for the shape and the strides, or a group of weights is not a whole number of groups of
+/// activations.
+pub fn scaled_matmul(
+    canonical: &[u8],
+    (n, k): (usize, usize),
+    scales: Scales<'_>,
+    x: ScaledActivations<'_>,
+    y: &mut [f32],
+    y_stride: usize,
+) {
+    let whole = |group: usize| if group == 0 { k } else { group };
+    let (weight_group, group) = (whole(scales.group()), whole(x.group));
+    assert!(weight_group == k || weight_group.is_multiple_of(group), "groups of {weight_group} and {group}");
+    let (weight_groups, activation_groups) = (groups(k, scales.group()), groups(k, x.group));
+    let mut weights = vec![0i8; k];
+    for n in 0..n {
+        let row = &canonical[n * canonical::row_bytes(k)..][..canonical::row_bytes(k)];
+        canonical::unpack_row(row, &mut weights);
+        for m in 0..x.m {
+            let q = &x.q[m * x.stride..][..k];
+            let mut total = 0f32;
+            for g in 0..weight_groups {
+                let mut part = 0f32;
+                let end = k.min((g + 1) * weight_group);
+                for from in (g * weight_group..end).step_by(group) {
+                    let terms = q[from..end.min(from + group)].iter().zip(&weights[from..]);
+                    let sum: i32 = terms.map(|(&q, &w)| i32::from(q) * i32::from(w)).sum();
+                    part = (sum as f32).mul_add(x.scale[m * activation_groups + from / group], part);
+                }
+                let block = n / SCALE_ROWS * SCALE_ROWS;
+                total = scales.block(block, g, weight_groups)[n % SCALE_ROWS].mul_add(part, total);
+            }
+            y[m * y_stride + n] = total;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -109,6 +172,25 @@ mod tests {
         // The multiplying convention with the activations' scale at 1: the same product, to the bit or next to it.
         for (y, expected) in y.iter().zip(flat("y_autobitlinear_offline")) {
             assert!((f64::from(*y) - expected).abs() <= 1e-5, "{y} {expected}");
+        }
+    }
+
+    #[test]
+    fn scaled_products_by_hand() {
+        // Two rows of 96 weights in groups of 64 and 32, activations in groups of 32.
+        let codes: Vec<i8> = (0..2 * 96).map(|i| [1, 0, -1][(i / 2 + i / 96) % 3]).collect();
+        let q: Vec<i8> = (0..96).map(|i| (i * 5 % 23) as i8 - 11).collect();
+        let scales = crate::Scales::from_rows(&[0.5, -0.25, 3.0, 0.0], 2, 96, 64).unwrap();
+        let a = [0.1, 0.7, 1e-3];
+        let x = ScaledActivations { m: 1, q: &q, stride: 96, group: 32, scale: &a };
+        let mut y = [0.0; 2];
+        scaled_matmul(&canonical_rows(&codes, 96), (2, 96), scales.as_sdk(), x, &mut y, 2);
+        let sum = |n: usize, g: usize| -> f32 {
+            (32 * g..32 * (g + 1)).map(|k| i32::from(q[k]) * i32::from(codes[n * 96 + k])).sum::<i32>() as f32
+        };
+        for (n, [first, second]) in [[0.5f32, -0.25], [3.0, 0.0]].into_iter().enumerate() {
+            let t = sum(n, 1).mul_add(a[1], sum(n, 0) * a[0]);
+            assert_eq!(y[n], second.mul_add(sum(n, 2) * a[2], first * t));
         }
     }
 

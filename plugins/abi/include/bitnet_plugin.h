@@ -1,4 +1,4 @@
-/* The C ABI of bitnet-burn's kernels, version 1.1.
+/* The C ABI of bitnet-burn's kernels, version 1.2.
  *
  * A plugin is a shared library that exports one function,
  *
@@ -33,9 +33,16 @@ extern "C" {
 #endif
 
 #define BITNET_ABI_MAJOR 1u
-#define BITNET_ABI_MINOR 1u
+#define BITNET_ABI_MINOR 2u
 
 #define BITNET_OPERATION_TERNARY_MATMUL 1u
+/* Since 1.2: scales of groups of weights (G) and of activations (g); each G is a whole number of g.
+ *     t[m, n, G] = sum over the g in G, ascending, from 0: fmaf((float)(exact int32 sum over k in g of q * c), a[m, g], .)
+ *     y[m, n]    = sum over the G of row n, ascending, from 0: fmaf(s[n, G], t[m, n, G], .) */
+#define BITNET_OPERATION_SCALED_TERNARY_MATMUL 2u
+#define BITNET_SCALE_ROWS 32
+#define BITNET_SCALE_F32 0u
+#define BITNET_SCALE_F16 1u
 #define BITNET_TARGET_CPU 1u
 #define BITNET_TARGET_WGSL 2u /* since 1.1: text in bitnet_kernel_t.gpu */
 #define BITNET_TARGET_CUDA 3u /* since 1.1: the same in CUDA C++ */
@@ -69,6 +76,11 @@ typedef struct bitnet_signature {
     uint64_t m;         /* rows of activations (tokens), >= 1 */
     uint64_t n;         /* output features, >= 1 */
     uint64_t k;         /* input features, 1 .. 2^23 */
+    /* Since 1.2; 0 with BITNET_OPERATION_TERNARY_MATMUL. */
+    uint64_t weight_group;     /* as bitnet_weights_t.group */
+    uint64_t activation_group; /* as bitnet_activations_t.group */
+    uint32_t scale_format;     /* as bitnet_weights_t.scale_format */
+    uint32_t reserved;         /* 0 */
 } bitnet_signature_t;
 
 /* Quantised activations, filled by the host. */
@@ -80,6 +92,10 @@ typedef struct bitnet_activations {
     const int8_t *q;    /* row 0, 64-byte aligned; bytes k..stride of a row are zero */
     const float *scale; /* m row scales: absmax / 127 */
     const int32_t *sum; /* m sums over the k values of the row */
+    /* Since 1.2. */
+    uint64_t group;           /* values that share a scale, a multiple of 32; 0: the whole row */
+    const float *group_scale; /* [m, ceil(k / group)]; scale where group is 0 */
+    const int32_t *group_sum; /* likewise */
 } bitnet_activations_t;
 
 /* Weights [n, k], canonical or in the kernel's own packing. */
@@ -90,7 +106,12 @@ typedef struct bitnet_weights {
     const uint8_t *data; /* aligned to weight_alignment, canonical ones to 4 bytes */
     uint64_t size;       /* readable bytes at data */
     float scale;         /* weight = code * scale; each matrix has its own, which may be negative or subnormal */
-    uint32_t reserved;   /* 0 */
+    /* Since 1.2; the scales only with BITNET_OPERATION_SCALED_TERNARY_MATMUL, and not for pack and unpack. */
+    uint32_t scale_format; /* BITNET_SCALE_* */
+    uint64_t group;        /* weights of a row that share a scale, a multiple of 32; 0: the whole row */
+    /* That of row n and group G, of `groups` in a row, is number (n / 32 * groups + G) * 32 + n % 32. Those of rows
+     * behind n are zero; all are finite. Aligned as their type asks. */
+    const void *scales;
 } bitnet_weights_t;
 
 /* y[m, n] goes to y[m * stride + n]. */

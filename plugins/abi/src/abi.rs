@@ -1,4 +1,4 @@
-//! The C ABI, version 1.1. `include/bitnet_plugin.h` declares the same types for C; a test compiles
+//! The C ABI, version 1.2. `include/bitnet_plugin.h` declares the same types for C; a test compiles
 //! it and compares every size and offset.
 //!
 //! # Compatibility
@@ -23,7 +23,7 @@ use std::ffi::c_char;
 /// Major version: a plugin of another major version is refused.
 pub const ABI_MAJOR: u32 = 1;
 /// Minor version: counts the compatible additions to the major version.
-pub const ABI_MINOR: u32 = 1;
+pub const ABI_MINOR: u32 = 2;
 
 /// Name of the function that a plugin exports: [`EntryFn`].
 pub const ENTRY_SYMBOL: &str = "bitnet_plugin";
@@ -33,6 +33,25 @@ pub type EntryFn = unsafe extern "C" fn() -> *const Plugin;
 
 /// [`Kernel::operation`]: y = ternary weights times int8 activations.
 pub const OPERATION_TERNARY_MATMUL: u32 = 1;
+
+/// [`Kernel::operation`]: the same with many scales, of groups of weights and of groups of activations (since 1.2).
+///
+/// ```text
+/// t[m, n, G] = sum over the groups g in G, ascending, from 0: fma((f32)(sum over k in g of q[m, k] * c[n, k]), a[m, g], .)
+/// y[m, n]    = sum over the groups G of row n, ascending, from 0: fma(s[n, G], t[m, n, G], .)
+/// ```
+///
+/// G are the groups of weights that share a scale s, and g those of activations that share a scale a
+/// ([`Weights::group`], [`Activations::group`]): each G is a whole number of g. The inner sum is an exact i32, which is
+/// rounded to the nearest f32. `fma(x, y, .)` adds x * y to what is there, with one rounding.
+pub const OPERATION_SCALED_TERNARY_MATMUL: u32 = 2;
+
+/// Rows whose scales lie side by side: see [`Weights::scales`].
+pub const SCALE_ROWS: usize = 32;
+/// [`Weights::scale_format`]: f32.
+pub const SCALE_F32: u32 = 0;
+/// [`Weights::scale_format`]: IEEE half precision.
+pub const SCALE_F16: u32 = 1;
 
 /// [`Kernel::target`]: runs on the host's CPU, through function pointers.
 pub const TARGET_CPU: u32 = 1;
@@ -87,6 +106,14 @@ pub struct Signature {
     pub n: u64,
     /// Input features, at least 1 and at most 2^23 (so that i32 sums can't overflow).
     pub k: u64,
+    /// Since 1.2, as [`Weights::group`]; 0 with [`OPERATION_TERNARY_MATMUL`].
+    pub weight_group: u64,
+    /// Since 1.2, as [`Activations::group`]; 0 with [`OPERATION_TERNARY_MATMUL`].
+    pub activation_group: u64,
+    /// Since 1.2, as [`Weights::scale_format`].
+    pub scale_format: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// Quantised activations: `m` rows of `k` int8 values, with what absmax quantisation found.
@@ -108,6 +135,13 @@ pub struct Activations {
     pub scale: *const f32,
     /// `m` sums over the row's `k` values.
     pub sum: *const i32,
+    /// Since 1.2. Values that share a scale: a multiple of 32, or 0 for the whole row. The last group of a row may be
+    /// shorter. With [`OPERATION_TERNARY_MATMUL`], 0.
+    pub group: u64,
+    /// Since 1.2. The groups' scales: `[m, ceil(k / group)]`, or `scale` itself where `group` is 0.
+    pub group_scale: *const f32,
+    /// Since 1.2. The groups' sums, likewise.
+    pub group_sum: *const i32,
 }
 
 /// A ternary weight matrix [n, k], in the canonical layout or in the kernel's own.
@@ -125,10 +159,18 @@ pub struct Weights {
     /// Readable bytes at `data`.
     pub size: u64,
     /// The tensor's scale: weight = code * scale. Each matrix has its own, also among matrices of one shape; it may be
-    /// negative or subnormal.
+    /// negative or subnormal. With [`OPERATION_SCALED_TERNARY_MATMUL`], 0.
     pub scale: f32,
-    /// Zero.
-    pub reserved: u32,
+    /// Since 1.2: `SCALE_*`, the type of `scales`. (0 before.)
+    pub scale_format: u32,
+    /// Since 1.2. Weights of a row that share a scale: a multiple of 32, or 0 for the whole row. The last group of a row
+    /// may be shorter.
+    pub group: u64,
+    /// Since 1.2, for [`OPERATION_SCALED_TERNARY_MATMUL`], else null, and null for `pack` and `unpack`: scales are not
+    /// packed. They lie in blocks of [`SCALE_ROWS`] rows: that of row n and group G is number
+    /// `(n / 32 * groups + G) * 32 + n % 32`, with `groups` to a row; those of rows behind n are zero. All are finite; they
+    /// may be negative, zero or subnormal. Aligned as their type asks.
+    pub scales: *const u8,
 }
 
 /// Where the results go: y[m, n] is at `y[m * stride + n]`.
@@ -341,6 +383,17 @@ unsafe impl Send for Plugin {}
 impl Signature {
     /// A ternary matmul [m, k] x [n, k]ᵀ on `threads` threads.
     pub const fn ternary(m: u64, n: u64, k: u64, threads: u32) -> Self {
-        Self { struct_size: size_of::<Self>() as u64, operation: OPERATION_TERNARY_MATMUL, threads, m, n, k }
+        Self {
+            struct_size: size_of::<Self>() as u64,
+            operation: OPERATION_TERNARY_MATMUL,
+            threads,
+            m,
+            n,
+            k,
+            weight_group: 0,
+            activation_group: 0,
+            scale_format: SCALE_F32,
+            reserved: 0,
+        }
     }
 }

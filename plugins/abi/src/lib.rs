@@ -44,7 +44,8 @@
 //! y[m, n] = (f32)(sum_k q[m, k] * c[n, k]) * (s * a[m])
 //! ```
 //!
-//! with an exact i32 sum, and two separate f32 products (no fused multiply-add).
+//! with an exact i32 sum, and two separate f32 products (no fused multiply-add). Weights with many scales are
+//! [another operation](abi::OPERATION_SCALED_TERNARY_MATMUL).
 
 pub mod abi;
 pub mod canonical;

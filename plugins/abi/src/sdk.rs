@@ -53,6 +53,8 @@ pub trait TernaryKernel: Send + Sync + 'static {
     const ROW_GRANULE: usize = 1;
     /// Alignment of the private packing in bytes.
     const WEIGHT_ALIGNMENT: usize = 64;
+    /// `OPERATION_*`: what it computes.
+    const OPERATION: u32 = abi::OPERATION_TERNARY_MATMUL;
 
     /// Whether it can compute this.
     fn supports(_signature: &Signature) -> bool {
@@ -167,12 +169,93 @@ pub struct WeightsRef<'a> {
     k: usize,
     scale: f32,
     data: &'a [u8],
+    scales: Scales<'a>,
+}
+
+/// The scales of [`OPERATION_SCALED_TERNARY_MATMUL`](abi::OPERATION_SCALED_TERNARY_MATMUL), laid out as
+/// [`Weights::scales`] says.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scales<'a> {
+    /// None: one scale for all, [`WeightsRef::scale`].
+    None,
+    /// f32.
+    F32 {
+        /// Weights of a row that share a scale; 0 for the whole row.
+        group: usize,
+        /// The scales.
+        values: &'a [f32],
+    },
+    /// The bits of IEEE half precision.
+    F16 {
+        /// As above.
+        group: usize,
+        /// The scales.
+        values: &'a [u16],
+    },
+}
+
+/// Groups in a row of `k` values; a `group` of 0 is the whole row.
+pub const fn groups(k: usize, group: usize) -> usize {
+    if group == 0 { 1 } else { k.div_ceil(group) }
+}
+
+/// Number of scales of an [n, k] matrix with the padding of the last block of rows, or `None` where that overflows.
+pub const fn scale_count(n: usize, k: usize, group: usize) -> Option<usize> {
+    match n.checked_next_multiple_of(abi::SCALE_ROWS) {
+        Some(rows) => rows.checked_mul(groups(k, group)),
+        None => None,
+    }
+}
+
+/// The value of a finite half-precision number, exactly.
+#[inline(always)]
+pub const fn f16_value(bits: u16) -> f32 {
+    // The exponent's bias differs by 112; the product puts it right, also for subnormal numbers.
+    let magnitude = f32::from_bits((bits as u32 & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+    f32::from_bits(magnitude.to_bits() | (bits as u32 & 0x8000) << 16)
+}
+
+impl Scales<'_> {
+    /// Weights of a row that share a scale; 0 for the whole row.
+    pub fn group(&self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::F32 { group, .. } | Self::F16 { group, .. } => *group,
+        }
+    }
+
+    /// The scales of the block of [`SCALE_ROWS`](abi::SCALE_ROWS) rows that begins at row n0, of group `g` of `groups`.
+    ///
+    /// # Panics
+    /// If there are no such scales.
+    #[inline(always)]
+    pub fn block(&self, n0: usize, g: usize, groups: usize) -> [f32; abi::SCALE_ROWS] {
+        let at = (n0 / abi::SCALE_ROWS * groups + g) * abi::SCALE_ROWS;
+        match self {
+            Self::None => panic!("a matrix with one scale has no blocks of them"),
+            Self::F32 { values, .. } => *values[at..].first_chunk().expect("a whole block"),
+            Self::F16 { values, .. } => {
+                let bits: &[u16; abi::SCALE_ROWS] = values[at..].first_chunk().expect("a whole block");
+                bits.map(f16_value)
+            }
+        }
+    }
 }
 
 impl<'a> WeightsRef<'a> {
     /// A view of packed bytes.
     pub fn new(n: usize, k: usize, scale: f32, data: &'a [u8]) -> Self {
-        Self { n, k, scale, data }
+        Self { n, k, scale, data, scales: Scales::None }
+    }
+
+    /// The same with many scales.
+    pub fn with_scales(self, scales: Scales<'a>) -> Self {
+        Self { scales, ..self }
+    }
+
+    /// The scales of groups.
+    pub fn scales(&self) -> Scales<'a> {
+        self.scales
     }
 
     /// Output features.
@@ -214,7 +297,16 @@ impl<'a> WeightsRef<'a> {
             data: self.data.as_ptr(),
             size: self.data.len() as u64,
             scale: self.scale,
-            reserved: 0,
+            scale_format: match self.scales {
+                Scales::F16 { .. } => abi::SCALE_F16,
+                _ => abi::SCALE_F32,
+            },
+            group: self.scales.group() as u64,
+            scales: match self.scales {
+                Scales::None => std::ptr::null(),
+                Scales::F32 { values, .. } => values.as_ptr().cast(),
+                Scales::F16 { values, .. } => values.as_ptr().cast(),
+            },
         }
     }
 
@@ -223,7 +315,18 @@ impl<'a> WeightsRef<'a> {
     unsafe fn from_abi(raw: &Weights) -> Self {
         // SAFETY: the caller's promise.
         let data = unsafe { std::slice::from_raw_parts(raw.data, raw.size as usize) };
-        Self { n: raw.n as usize, k: raw.k as usize, scale: raw.scale, data }
+        let (n, k, group) = (raw.n as usize, raw.k as usize, raw.group as usize);
+        let count = scale_count(n, k, group).unwrap_or(0);
+        let scales = if raw.scales.is_null() {
+            Scales::None
+        } else if raw.scale_format == abi::SCALE_F16 {
+            // SAFETY: that many scales of this type, aligned (ABI); the caller promises the lifetime.
+            Scales::F16 { group, values: unsafe { std::slice::from_raw_parts(raw.scales.cast(), count) } }
+        } else {
+            // SAFETY: as above.
+            Scales::F32 { group, values: unsafe { std::slice::from_raw_parts(raw.scales.cast(), count) } }
+        };
+        Self { n, k, scale: raw.scale, data, scales }
     }
 }
 
@@ -236,15 +339,24 @@ pub struct ActivationsRef<'a> {
     q: &'a [i8],
     scale: &'a [f32],
     sum: &'a [i32],
+    group: usize,
+    group_scale: &'a [f32],
+    group_sum: &'a [i32],
 }
 
 impl<'a> ActivationsRef<'a> {
     /// # Safety
     /// `raw` is filled as [`Activations`] says, and its buffers outlive `'a`.
     pub unsafe fn from_abi(raw: &Activations) -> Self {
-        let (m, stride) = (raw.m as usize, raw.stride as usize);
+        let (m, stride, group) = (raw.m as usize, raw.stride as usize, raw.group as usize);
+        // Without them (a host of an older version), a row is one group.
+        let (group_scale, group_sum) = match raw.group_scale.is_null() {
+            true => (raw.scale, raw.sum),
+            false => (raw.group_scale, raw.group_sum),
+        };
+        let count = m * groups(raw.k as usize, group);
         // SAFETY: m rows of stride bytes and the slack behind them are readable (ABI), as are m scales
-        // and m sums; the caller promises the lifetime.
+        // and m sums, and as many of the groups; the caller promises the lifetime.
         unsafe {
             Self {
                 m,
@@ -253,6 +365,9 @@ impl<'a> ActivationsRef<'a> {
                 q: std::slice::from_raw_parts(raw.q, m * stride),
                 scale: std::slice::from_raw_parts(raw.scale, m),
                 sum: std::slice::from_raw_parts(raw.sum, m),
+                group,
+                group_scale: std::slice::from_raw_parts(group_scale, count),
+                group_sum: std::slice::from_raw_parts(group_sum, count),
             }
         }
     }
@@ -296,6 +411,23 @@ impl<'a> ActivationsRef<'a> {
     /// Sum of row `m`'s values.
     pub fn sum(&self, m: usize) -> i32 {
         self.sum[m]
+    }
+
+    /// Values that share a scale; 0 for the whole row.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// The scales of row `m`'s groups.
+    pub fn group_scales(&self, m: usize) -> &'a [f32] {
+        let count = groups(self.k, self.group);
+        &self.group_scale[m * count..][..count]
+    }
+
+    /// The sums of row `m`'s groups.
+    pub fn group_sums(&self, m: usize) -> &'a [i32] {
+        let count = groups(self.k, self.group);
+        &self.group_sum[m * count..][..count]
     }
 }
 
@@ -422,6 +554,7 @@ pub const fn kernel<K: TernaryKernel>() -> Kernel {
     let private = K::LAYOUT.is_some();
     Kernel {
         features: K::FEATURES.as_ptr(),
+        operation: K::OPERATION,
         weight_alignment: if private { K::WEIGHT_ALIGNMENT as u64 } else { abi::CANONICAL_ALIGNMENT as u64 },
         workspace_size: Some(workspace_size::<K>),
         prepare: Some(prepare::<K>),
@@ -456,10 +589,25 @@ pub const fn gpu_kernel<K: GpuKernel>() -> Kernel {
     }
 }
 
+/// A struct of the host's, whose first field is its size: fields that an older host does not have are zero.
+///
+/// # Safety
+/// `T` is one of the ABI's structs, which may be zero, and the host has filled it.
+unsafe fn read<T: Copy>(from: *const T) -> T {
+    let mut copy = std::mem::MaybeUninit::<T>::zeroed();
+    // SAFETY: every struct begins with its size in bytes; no more than that is read, and no more than there is room for
+    // written. Zero is a value of every field (the caller's promise).
+    unsafe {
+        let size = (from.cast::<u64>().read() as usize).min(size_of::<T>());
+        std::ptr::copy_nonoverlapping(from.cast::<u8>(), copy.as_mut_ptr().cast::<u8>(), size);
+        copy.assume_init()
+    }
+}
+
 unsafe extern "C" fn supports<P: Packing>(signature: *const Signature) -> i32 {
     // SAFETY: the host passes a filled signature.
-    let signature = unsafe { &*signature };
-    catch_unwind(|| P::supports(signature)).unwrap_or(false).into()
+    let signature = unsafe { read(signature) };
+    catch_unwind(|| P::supports(&signature)).unwrap_or(false).into()
 }
 
 fn private_size<P: Packing>(n: usize, k: usize) -> Option<usize> {
@@ -479,7 +627,7 @@ unsafe extern "C" fn pack<P: Packing>(
 ) -> Status {
     guarded(message, || {
         // SAFETY: the host passes filled weights.
-        let w = unsafe { WeightsRef::from_abi(&*canonical) };
+        let w = unsafe { WeightsRef::from_abi(&read(canonical)) };
         let granule_bytes = P::granule_bytes(w.k());
         let (n0, n1) = (n0 as usize, n1 as usize);
         let (first, end) = (n0 / P::ROW_GRANULE, n1.div_ceil(P::ROW_GRANULE));
@@ -501,7 +649,7 @@ unsafe extern "C" fn unpack<P: Packing>(
 ) -> Status {
     guarded(message, || {
         // SAFETY: the host passes filled weights.
-        let w = unsafe { WeightsRef::from_abi(&*packed) };
+        let w = unsafe { WeightsRef::from_abi(&read(packed)) };
         let row = canonical::row_bytes(w.k());
         let (n0, n1) = (n0 as usize, n1 as usize);
         // SAFETY: canonical rows n0..n1 lie within the host's buffer and belong to this call alone.
@@ -512,7 +660,7 @@ unsafe extern "C" fn unpack<P: Packing>(
 
 unsafe extern "C" fn workspace_size<K: TernaryKernel>(signature: *const Signature) -> u64 {
     // SAFETY: the host passes a filled signature.
-    let signature = unsafe { &*signature };
+    let signature = unsafe { read(signature) };
     catch_unwind(|| K::workspace_size(signature.m as usize, signature.k as usize) as u64).unwrap_or(0)
 }
 
@@ -523,7 +671,7 @@ unsafe extern "C" fn prepare<K: TernaryKernel>(
 ) -> Status {
     guarded(message, || {
         // SAFETY: the host passes filled activations.
-        let raw = unsafe { &*x };
+        let raw = unsafe { read(x) };
         let size = K::workspace_size(raw.m as usize, raw.k as usize);
         let workspace = match size {
             0 => &mut [][..],
@@ -531,7 +679,7 @@ unsafe extern "C" fn prepare<K: TernaryKernel>(
             _ => unsafe { std::slice::from_raw_parts_mut(workspace, size) },
         };
         // SAFETY: the host's activations live during the call.
-        let x = unsafe { ActivationsRef::from_abi(raw) };
+        let x = unsafe { ActivationsRef::from_abi(&raw) };
         K::prepare(&x, workspace)
     })
 }
@@ -548,7 +696,7 @@ unsafe extern "C" fn run<K: TernaryKernel>(
         // SAFETY: the host passes filled structs whose buffers live during the call, and gives the
         // tile to this call alone.
         let (raw, weights, mut tile) =
-            unsafe { (&*x, WeightsRef::from_abi(&*weights), OutputTile::from_abi(&*y, &*tile)) };
+            unsafe { (read(x), WeightsRef::from_abi(&read(weights)), OutputTile::from_abi(&*y, &*tile)) };
         let size = K::workspace_size(raw.m as usize, raw.k as usize);
         let workspace = match size {
             0 => &[][..],
@@ -556,7 +704,7 @@ unsafe extern "C" fn run<K: TernaryKernel>(
             _ => unsafe { std::slice::from_raw_parts(workspace, size) },
         };
         // SAFETY: the host's activations live during the call.
-        let x = unsafe { ActivationsRef::from_abi(raw) };
+        let x = unsafe { ActivationsRef::from_abi(&raw) };
         K::run(&weights, &x, workspace, &mut tile)
     })
 }

@@ -6,12 +6,15 @@ use std::ffi::{CStr, c_char};
 use std::ops::{Deref, DerefMut};
 
 use bitnet_burn_cpu::PLUGIN;
+use bitnet_burn_formats::reference::{ScaledActivations, scaled_matmul};
 use bitnet_burn_plugin::abi::{
-    ACTIVATION_SLACK, Activations, CANONICAL_ALIGNMENT, Kernel, Message, Output, STATUS_OK,
-    STATUS_UNSUPPORTED, Signature, Tile, WORKSPACE_ALIGNMENT, Weights,
+    ACTIVATION_SLACK, Activations, CANONICAL_ALIGNMENT, Kernel, Message, OPERATION_SCALED_TERNARY_MATMUL,
+    OPERATION_TERNARY_MATMUL, Output, SCALE_F32, STATUS_INVALID_ARGUMENT, STATUS_OK, STATUS_UNSUPPORTED,
+    Signature, Tile, WORKSPACE_ALIGNMENT, Weights,
 };
 use bitnet_burn_plugin::canonical;
 use bitnet_burn_plugin::features::{self, Features};
+use bitnet_burn_plugin::sdk::{self, Scales, f16_value, groups, scale_count};
 use proptest::prelude::*;
 
 /// Bytes at a given alignment and no better, with poison around them that must not be written, and whose
@@ -183,7 +186,9 @@ impl Case {
             data: data.as_ptr(),
             size: data.len() as u64,
             scale: self.weight_scale,
-            reserved: 0,
+            scale_format: SCALE_F32,
+            group: 0,
+            scales: std::ptr::null(),
         }
     }
 
@@ -196,6 +201,9 @@ impl Case {
             q: self.q.as_ptr().cast(),
             scale: self.scale.as_ptr(),
             sum: self.sum.as_ptr(),
+            group: 0,
+            group_scale: self.scale.as_ptr(),
+            group_sum: self.sum.as_ptr(),
         }
     }
 }
@@ -323,9 +331,14 @@ fn check(case: &Case, kernel: &Kernel, random: &mut Random) {
 fn check_all(m: usize, n: usize, k: usize, values: Values, seed: u64) {
     let case = Case::new(m, n, k, values, seed);
     let mut random = Random::new(seed + 1);
-    for kernel in kernels().filter(|kernel| runs_here(kernel)) {
+    for kernel in unscaled() {
         check(&case, kernel, &mut random);
     }
+}
+
+/// The kernels for one scale that run here.
+fn unscaled() -> impl Iterator<Item = &'static Kernel> {
+    kernels().filter(|kernel| runs_here(kernel) && kernel.operation == OPERATION_TERNARY_MATMUL)
 }
 
 #[test]
@@ -403,7 +416,7 @@ fn many_activation_rows_in_several_cache_chunks() {
 #[test]
 fn the_largest_claimed_depth() {
     let mut random = Random::new(1);
-    for kernel in kernels().filter(|kernel| runs_here(kernel)) {
+    for kernel in unscaled() {
         let claimed = (0..=23).map(|e| 1usize << e).rfind(|&k| {
             let signature = Signature::ternary(1, 2, k as u64, 1);
             // SAFETY: a filled signature.
@@ -428,7 +441,7 @@ fn a_scale_of_nan_reaches_every_result() {
     case.scale[1] = f32::NAN;
     case.expected[40..80].fill(f32::NAN);
     let mut random = Random::new(1);
-    for kernel in kernels().filter(|kernel| runs_here(kernel)) {
+    for kernel in unscaled() {
         check(&case, kernel, &mut random);
     }
 }
@@ -517,5 +530,206 @@ proptest! {
     #[test]
     fn any_shape(m in 1usize..=20, n in 1usize..100, k in 1usize..1000, seed in any::<u32>(), extreme in any::<bool>()) {
         check_all(m, n, k, if extreme { Values::Extreme } else { Values::Random }, seed.into());
+    }
+}
+
+/// A case with many scales: groups of weights and of activations, 0 for whole rows; f16 scales or f32.
+#[derive(Clone, Copy, Debug)]
+struct Groups {
+    weights: usize,
+    activations: usize,
+    half: bool,
+}
+
+/// Scales of every kind: common, negative, tiny, subnormal and zero. `half`: what f16 holds.
+fn some_scale(random: &mut Random, half: bool) -> f32 {
+    let value = (random.below(2000) as f32 - 1000.0) / 4096.0;
+    match random.below(8) {
+        0 => 0.0,
+        1 if half => f16_value(1 + random.below(50) as u16),
+        1 => 1e-41 * value,
+        2 => value * f32::EPSILON,
+        _ => value,
+    }
+}
+
+/// Runs every kernel for many scales on a case, in random tiles, and compares every bit with the reference.
+fn check_scaled(m: usize, n: usize, k: usize, of: Groups, values: Values, seed: u64) {
+    let case = Case::new(m, n, k, values, seed);
+    let mut random = Random::new(seed ^ 77);
+    let signature = Signature {
+        operation: OPERATION_SCALED_TERNARY_MATMUL,
+        weight_group: of.weights as u64,
+        activation_group: of.activations as u64,
+        scale_format: of.half.into(),
+        ..case.signature()
+    };
+    let (rows, count) = (groups(k, of.activations), scale_count(n, k, of.weights).unwrap());
+    let group_scale: Vec<f32> = (0..m * rows).map(|_| (1 + random.below(1000)) as f32 * 0.000_37).collect();
+    let group = if of.activations == 0 { k } else { of.activations };
+    let group_sum: Vec<i32> = (0..m)
+        .flat_map(|m| case.q[m * case.stride..][..k].chunks(group))
+        .map(|group| group.iter().map(|&q| i32::from(q as i8)).sum())
+        .collect();
+    let half: Vec<u16> =
+        (0..count).map(|_| random.below(0x7c00) as u16 | (random.below(2) as u16) << 15).collect();
+    let full: Vec<f32> = (0..count).map(|_| some_scale(&mut random, of.half)).collect();
+    let scales = match of.half {
+        true => Scales::F16 { group: of.weights, values: &half },
+        false => Scales::F32 { group: of.weights, values: &full },
+    };
+    let q: Vec<i8> = case.q.iter().map(|&q| q as i8).collect();
+    let x = ScaledActivations { m, q: &q, stride: case.stride, group: of.activations, scale: &group_scale };
+    let mut expected = vec![0f32; m * n];
+    scaled_matmul(&case.weights, (n, k), scales, x, &mut expected, n);
+
+    let activations = Activations {
+        group: of.activations as u64,
+        group_scale: group_scale.as_ptr(),
+        group_sum: group_sum.as_ptr(),
+        ..case.activations()
+    };
+    let mut tried = 0;
+    for kernel in kernels().filter(|k| runs_here(k) && k.operation == OPERATION_SCALED_TERNARY_MATMUL) {
+        let name = text(kernel.name);
+        // SAFETY: called as the ABI says, here and below.
+        assert_eq!(unsafe { kernel.supports.unwrap()(&signature) }, 1, "{name} {of:?}");
+        tried += 1;
+        let private = packed(&case, kernel, &mut random);
+        let bytes: &[u8] = private.as_deref().unwrap_or(&case.weights);
+        let weights = sdk::WeightsRef::new(n, k, 0.0, bytes).with_scales(scales).as_abi();
+        let mut y = Buffer::new(4 * m * n, 4);
+        let output =
+            Output { struct_size: size_of::<Output>() as u64, y: y.as_mut_ptr().cast(), stride: n as u64 };
+        for (n0, n1) in partition(n, kernel.row_granule as usize, &mut random) {
+            for (m0, m1) in partition(m, 1, &mut random) {
+                let [n0, n1, m0, m1] = [n0, n1, m0, m1].map(|at| at as u64);
+                let tile = Tile { struct_size: size_of::<Tile>() as u64, n0, n1, m0, m1 };
+                // SAFETY: as above; tiles run one after the other.
+                let status = unsafe {
+                    kernel.run.unwrap()(
+                        &weights,
+                        &activations,
+                        std::ptr::null(),
+                        &output,
+                        &tile,
+                        std::ptr::null(),
+                    )
+                };
+                assert_eq!(status, STATUS_OK, "{name} [{m}, {n}, {k}] {of:?}");
+            }
+        }
+        for (i, (got, want)) in y.chunks_exact(4).zip(&expected).enumerate() {
+            let got = f32::from_ne_bytes(got.try_into().unwrap());
+            let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
+            assert!(same, "{name} [{m}, {n}, {k}] {of:?} at {i}: {got:e}, not {want:e}");
+        }
+    }
+    assert!(tried >= 2);
+}
+
+/// Every pair of groups that kernels know.
+fn all_groups() -> impl Iterator<Item = Groups> {
+    let pairs = [
+        (0, 0),
+        (0, 32),
+        (0, 64),
+        (0, 128),
+        (0, 256),
+        (32, 32),
+        (64, 32),
+        (64, 64),
+        (128, 32),
+        (128, 64),
+        (128, 128),
+        (256, 32),
+        (256, 64),
+        (256, 128),
+        (256, 256),
+    ];
+    pairs
+        .into_iter()
+        .flat_map(|(weights, activations)| [false, true].map(|half| Groups { weights, activations, half }))
+}
+
+#[test]
+fn many_scales() {
+    for (i, of) in all_groups().enumerate() {
+        for (m, n, k) in
+            [(1, 33, 256), (1, 64, 1000), (3, 5, 100), (5, 70, 640), (9, 31, 513), (1, 1, 1), (2, 40, 2560)]
+        {
+            check_scaled(m, n, k, of, Values::Random, i as u64);
+        }
+    }
+}
+
+#[test]
+fn many_scales_with_every_number_of_activation_rows() {
+    for m in (1..=17).chain([31, 33, 96]) {
+        check_scaled(
+            m,
+            37,
+            300,
+            Groups { weights: 128, activations: 32, half: true },
+            Values::Random,
+            m as u64,
+        );
+        check_scaled(
+            m,
+            37,
+            256,
+            Groups { weights: 0, activations: 128, half: false },
+            Values::Random,
+            m as u64,
+        );
+    }
+}
+
+#[test]
+fn many_scales_of_extreme_values() {
+    for of in all_groups() {
+        for (x, w) in [(127, 1), (-128, 1), (-128, -1), (127, 0)] {
+            check_scaled(2, 33, 1024, of, Values::Constant(x, w), 5);
+        }
+        check_scaled(4, 40, 1536, of, Values::Extreme, 7);
+    }
+    // A sum that f32 rounds.
+    let of = Groups { weights: 0, activations: 0, half: false };
+    check_scaled(1, 2, 1 << 19, of, Values::Extreme, 9);
+}
+
+#[test]
+fn groups_that_do_not_fit_are_refused() {
+    let case = Case::new(1, 32, 256, Values::Random, 1);
+    let full = vec![1.0; 32 * 16];
+    for (weights, activations) in [(128, 0), (32, 64), (96, 64), (48, 16), (128, 48)] {
+        for kernel in kernels().filter(|k| k.operation == OPERATION_SCALED_TERNARY_MATMUL && runs_here(k)) {
+            let signature = Signature {
+                operation: OPERATION_SCALED_TERNARY_MATMUL,
+                weight_group: weights as u64,
+                activation_group: activations as u64,
+                ..case.signature()
+            };
+            // SAFETY: a filled signature.
+            assert_eq!(unsafe { kernel.supports.unwrap()(&signature) }, 0, "{weights} {activations}");
+            let private = packed(&case, kernel, &mut Random::new(1));
+            let bytes: &[u8] = private.as_deref().unwrap_or(&case.weights);
+            let scales = Scales::F32 { group: weights, values: &full };
+            let w = sdk::WeightsRef::new(32, 256, 0.0, bytes).with_scales(scales).as_abi();
+            let (scale, sum) = ([1.0; 16], [0; 16]);
+            let x = Activations {
+                group: activations as u64,
+                group_scale: scale.as_ptr(),
+                group_sum: sum.as_ptr(),
+                ..case.activations()
+            };
+            let mut y = [0f32; 32];
+            let y = Output { struct_size: size_of::<Output>() as u64, y: y.as_mut_ptr(), stride: 32 };
+            let tile = Tile { struct_size: size_of::<Tile>() as u64, n0: 0, n1: 32, m0: 0, m1: 1 };
+            // SAFETY: filled structs with buffers of their sizes.
+            let status =
+                unsafe { kernel.run.unwrap()(&w, &x, std::ptr::null(), &y, &tile, std::ptr::null()) };
+            assert_eq!(status, STATUS_INVALID_ARGUMENT, "{weights} {activations}");
+        }
     }
 }

@@ -5,10 +5,10 @@ use std::fmt::{Display, Formatter};
 use std::sync::Mutex;
 
 use bitnet_burn_plugin::abi::{
-    self, ACTIVATION_ALIGNMENT, ACTIVATION_SLACK, CANONICAL_ALIGNMENT, Output, Signature, Tile,
-    WORKSPACE_ALIGNMENT,
+    self, ACTIVATION_ALIGNMENT, ACTIVATION_SLACK, CANONICAL_ALIGNMENT, OPERATION_SCALED_TERNARY_MATMUL,
+    Output, SCALE_ROWS, Signature, Tile, WORKSPACE_ALIGNMENT,
 };
-use bitnet_burn_plugin::canonical;
+use bitnet_burn_plugin::{canonical, sdk};
 
 use super::environment;
 use super::guard::{Place, Walled, Walls};
@@ -85,6 +85,28 @@ enum Values {
     Extreme,
 }
 
+/// The groups that share a scale, of weights and of activations (0: whole rows), and whether the weights' scales are f16.
+type Groups = (usize, usize, bool);
+
+/// The groups that kernels for many scales are tried on, in turn.
+const GROUPS: [(usize, usize); 15] = [
+    (128, 128),
+    (0, 0),
+    (128, 32),
+    (64, 64),
+    (0, 32),
+    (64, 32),
+    (256, 256),
+    (0, 128),
+    (128, 64),
+    (32, 32),
+    (0, 64),
+    (256, 32),
+    (0, 256),
+    (256, 64),
+    (256, 128),
+];
+
 /// One case.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Case {
@@ -93,6 +115,8 @@ pub(super) struct Case {
     k: usize,
     tiling: Tiling,
     values: Values,
+    /// `None`: one scale for all weights, and one for each row of activations.
+    groups: Option<Groups>,
     place: Place,
     walls: Walls,
 }
@@ -111,7 +135,17 @@ impl Display for Case {
             Place::Start => "buffers that begin where memory begins",
             Place::Odd => "buffers aligned no better than promised",
         };
-        write!(f, "[{m}, {k}] x [{n}, {k}]ᵀ, {values}, {tiling}, {place}")
+        write!(f, "[{m}, {k}] x [{n}, {k}]ᵀ, {values}, {tiling}, {place}")?;
+        match self.groups {
+            None => Ok(()),
+            Some((weights, activations, half)) => {
+                let format = if half { "f16" } else { "f32" };
+                write!(
+                    f,
+                    ", {format} scales of groups of {weights} weights and of {activations} activations (0: a row)"
+                )
+            }
+        }
     }
 }
 
@@ -127,6 +161,7 @@ pub(crate) fn check_in_process(kernel: &Kernel) -> Result<(), String> {
         k,
         tiling: Tiling::Threads,
         values: Values::Random,
+        groups: None,
         place: Place::Odd,
         walls: Walls::Marks,
     });
@@ -150,6 +185,7 @@ pub(super) fn of_gpus() -> impl Iterator<Item = Case> {
             k,
             tiling: Tiling::Whole,
             values,
+            groups: None,
             place,
             walls: Walls::Pages,
         })
@@ -165,7 +201,8 @@ pub(super) fn all() -> impl Iterator<Item = Case> {
         (Place::End, Tiling::Threads, Values::Extreme),
     ];
     SHAPES.iter().flat_map(move |&(m, n, k)| {
-        ways.map(|(place, tiling, values)| Case { m, n, k, tiling, values, place, walls: Walls::Pages })
+        let (groups, walls) = (None, Walls::Pages);
+        ways.map(|(place, tiling, values)| Case { m, n, k, tiling, values, groups, place, walls })
     })
 }
 
@@ -184,9 +221,7 @@ pub(super) fn check(
     let (mut tried, mut offered) = (0, 0);
     for case in cases {
         offered += 1;
-        if !kernel.claims(&signature(&case, pool)).map_err(|failure| failure.to_string())? {
-            continue;
-        }
+        let Some(case) = claimed(kernel, case, offered, pool)? else { continue };
         tried += 1;
         announce(&case);
         case.run(kernel, pool, &mut random)?;
@@ -200,8 +235,45 @@ pub(super) fn check(
     Ok(tried)
 }
 
+/// A case that the kernel claims: for kernels with many scales, with the next groups that it knows.
+fn claimed(kernel: &Kernel, case: Case, turn: u64, pool: &Pool) -> Result<Option<Case>, String> {
+    let claims = |case: &Case| kernel.claims(&signature(case, pool)).map_err(|failure| failure.to_string());
+    if kernel.operation() != OPERATION_SCALED_TERNARY_MATMUL {
+        return Ok(claims(&case)?.then_some(case));
+    }
+    for i in 0..2 * GROUPS.len() {
+        // Whole turns of the groups differ in the scales' type.
+        let at = turn as usize + i;
+        let (weights, activations) = GROUPS[at % GROUPS.len()];
+        let case = Case { groups: Some((weights, activations, at / GROUPS.len() % 2 == 1)), ..case };
+        if claims(&case)? {
+            return Ok(Some(case));
+        }
+    }
+    Ok(None)
+}
+
 fn signature(case: &Case, pool: &Pool) -> Signature {
-    Signature::ternary(case.m as u64, case.n as u64, case.k as u64, pool.threads() as u32)
+    let plain = Signature::ternary(case.m as u64, case.n as u64, case.k as u64, pool.threads() as u32);
+    match case.groups {
+        None => plain,
+        Some((weights, activations, half)) => Signature {
+            operation: OPERATION_SCALED_TERNARY_MATMUL,
+            weight_group: weights as u64,
+            activation_group: activations as u64,
+            scale_format: if half { abi::SCALE_F16 } else { abi::SCALE_F32 },
+            ..plain
+        },
+    }
+}
+
+/// What a case with many scales has beside [`Case::inputs`], and the outputs.
+struct Scaled {
+    /// f32, or the bits of f16.
+    scales: Vec<u8>,
+    group_scale: Vec<f32>,
+    group_sum: Vec<i32>,
+    expected: Vec<f32>,
 }
 
 /// A quiet NaN that no arithmetic produces: what outputs hold before.
@@ -270,6 +342,49 @@ impl Case {
         (weights, x)
     }
 
+    /// Scales of every kind: common, negative, large, tiny, subnormal and zero; and what the reference computes with them.
+    fn scaled(&self, groups: Groups, weights: &[u8], x: &Activations, random: &mut SplitMix64) -> Scaled {
+        let (Self { m, n, k, .. }, (weight_group, group, half)) = (*self, groups);
+        let count = sdk::scale_count(n, k, weight_group).expect("a case's shape");
+        let mut bits = Vec::with_capacity(count);
+        let mut full = Vec::with_capacity(count);
+        for i in 0..count {
+            // Rows behind n have zeros.
+            let row = i / SCALE_ROWS / sdk::groups(k, weight_group) * SCALE_ROWS + i % SCALE_ROWS;
+            let any = random.next_u64();
+            let magnitude = match (self.values, any >> 60) {
+                _ if row >= n => 0,
+                (_, 0) => 0,
+                (Values::Extreme, 1..4) => any as u16 % 0x400,
+                (Values::Extreme, _) => any as u16 % 0x7c00,
+                // From 2^-9 to 2^-1.
+                (Values::Random, _) => 0x1800 + any as u16 % 0x2000,
+            };
+            bits.push(magnitude | (any >> 32) as u16 & if row < n { 0x8000 } else { 0 });
+            let wide = if half || any >> 40 & 7 > 0 { 1.0 } else { 1e-33 };
+            full.push(sdk::f16_value(bits[i]) * wide * if half { 1.0 } else { 1.000_123 });
+        }
+        let scales = match half {
+            true => sdk::Scales::F16 { group: weight_group, values: &bits },
+            false => sdk::Scales::F32 { group: weight_group, values: &full },
+        };
+        let (length, groups) = (if group == 0 { k } else { group }, sdk::groups(k, group));
+        let group_sum = x.q().chunks_exact(x.stride()).flat_map(|row| row[..k].chunks(length));
+        let group_sum: Vec<i32> = group_sum.map(|group| group.iter().map(|&q| i32::from(q)).sum()).collect();
+        // The scales of rows, some of which are not finite, times some of the groups.
+        let factor = |i: usize| if groups == 1 { 1.0 } else { [1.0, 0.25, 3.0, 0.001][i % 4] };
+        let group_scale: Vec<f32> = (0..m * groups).map(|i| x.scale()[i / groups] * factor(i)).collect();
+        let activations =
+            reference::ScaledActivations { m, q: x.q(), stride: x.stride(), group, scale: &group_scale };
+        let mut expected = vec![0f32; m * n];
+        reference::scaled_matmul(weights, (n, k), scales, activations, &mut expected, n);
+        let scales = match half {
+            true => bits.iter().flat_map(|bits| bits.to_ne_bytes()).collect(),
+            false => bytes_of_floats(&full),
+        };
+        Scaled { scales, group_scale, group_sum, expected }
+    }
+
     fn walled(&self, name: &'static str, size: usize, alignment: usize) -> Result<Walled, String> {
         Walled::new(name, size, alignment, self.place, self.walls)
             .map_err(|error| format!("the gate has no memory for {name}: {error}"))
@@ -288,7 +403,14 @@ impl Case {
         let (weights, x) = self.inputs(random);
         let weight_scale = self.scale();
         let mut expected = vec![0f32; m * n];
-        reference::matmul(&weights, n, k, weight_scale, x.q(), x.stride(), x.scale(), m, &mut expected, n);
+        let scaled = self.groups.map(|groups| self.scaled(groups, &weights, &x, random));
+        match &scaled {
+            Some(scaled) => expected.clone_from(&scaled.expected),
+            None => {
+                let (q, y) = (x.q(), &mut expected);
+                reference::matmul(&weights, n, k, weight_scale, q, x.stride(), x.scale(), m, y, n);
+            }
+        }
 
         let canonical = self.input("the canonical weights", &weights, CANONICAL_ALIGNMENT)?;
         let packed = match kernel.layout() {
@@ -304,12 +426,24 @@ impl Case {
         let scale = self.input("the rows' scales", &bytes_of_floats(x.scale()), 4)?;
         let sums: Vec<u8> = x.sum().iter().flat_map(|sum| sum.to_ne_bytes()).collect();
         let sum = self.input("the rows' sums", &sums, 4)?;
-        let abi_x = abi::Activations {
+        let mut abi_x = abi::Activations {
             q: q.as_ptr().cast(),
             scale: scale.as_ptr().cast(),
             sum: sum.as_ptr().cast(),
+            group_scale: scale.as_ptr().cast(),
+            group_sum: sum.as_ptr().cast(),
             ..x.as_abi()
         };
+        let mut of_groups = Vec::new();
+        if let (Some(scaled), Some((_, group, _))) = (&scaled, self.groups) {
+            let group_scale = self.input("the groups' scales", &bytes_of_floats(&scaled.group_scale), 4)?;
+            let sums: Vec<u8> = scaled.group_sum.iter().flat_map(|sum| sum.to_ne_bytes()).collect();
+            let group_sum = self.input("the groups' sums", &sums, 4)?;
+            abi_x.group = group as u64;
+            abi_x.group_scale = group_scale.as_ptr().cast();
+            abi_x.group_sum = group_sum.as_ptr().cast();
+            of_groups.extend([group_scale, group_sum, self.input("the weights' scales", &scaled.scales, 4)?]);
+        }
 
         let workspace_size = |signature| {
             kernel.workspace_size(&signature).map_err(|failure: KernelFailure| failure.to_string())
@@ -340,7 +474,13 @@ impl Case {
             y: y.as_mut_ptr().cast::<f32>().wrapping_add(column),
             stride: stride as u64,
         });
-        let abi_weights = crate::manager::abi_weights(n, k, weight_scale, packed.bytes());
+        let mut abi_weights = crate::manager::abi_weights(n, k, weight_scale, packed.bytes());
+        if let (Some((group, _, half)), Some(scales)) = (self.groups, of_groups.last()) {
+            abi_weights.scale = 0.0;
+            abi_weights.scale_format = if half { abi::SCALE_F16 } else { abi::SCALE_F32 };
+            abi_weights.group = group as u64;
+            abi_weights.scales = scales.as_ptr();
+        }
         let prepared = workspace.bytes();
         let tiles = self.tiles(kernel.row_granule());
         let failure: Mutex<Option<String>> = Mutex::default();
@@ -361,7 +501,7 @@ impl Case {
         if let Some(reason) = failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
             return Err(reason);
         }
-        for buffer in [&packed, &q, &scale, &sum, &workspace, &y] {
+        for buffer in [&packed, &q, &scale, &sum, &workspace, &y].into_iter().chain(&of_groups) {
             buffer.check()?;
         }
         let values: Vec<f32> =

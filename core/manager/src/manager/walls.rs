@@ -153,6 +153,8 @@ impl KernelManager {
             q: q.as_ptr().cast(),
             scale: scale.as_ptr().cast(),
             sum: sum.as_ptr().cast(),
+            group_scale: scale.as_ptr().cast(),
+            group_sum: sum.as_ptr().cast(),
             ..x.as_abi()
         };
         let signature = Signature::ternary(m as u64, n as u64, abi_x.k, self.pool.threads() as u32);

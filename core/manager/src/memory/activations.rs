@@ -199,6 +199,9 @@ impl Activations {
             q: self.q.as_ptr().cast(),
             scale: self.scale.as_ptr(),
             sum: self.sum.as_ptr(),
+            group: 0,
+            group_scale: self.scale.as_ptr(),
+            group_sum: self.sum.as_ptr(),
         }
     }
 }

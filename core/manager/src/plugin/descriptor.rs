@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use bitnet_burn_plugin::abi::{
     ABI_MAJOR, Gpu as RawGpu, KERNEL_SIZE_1_0, Kernel as RawKernel, MAX_WEIGHT_ALIGNMENT,
-    OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, TARGET_CPU, TARGET_CUBECL, TARGET_CUDA, TARGET_WGSL,
+    OPERATION_SCALED_TERNARY_MATMUL, OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, TARGET_CPU,
+    TARGET_CUBECL, TARGET_CUDA, TARGET_WGSL,
 };
 
 use super::{Declared, GpuSource, Origin, Plugin, PluginError, shown};
@@ -125,7 +126,7 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, 
         ));
     }
     // What a later version computes may take other functions, and the host calls none of them.
-    let known = kernel.operation == OPERATION_TERNARY_MATMUL;
+    let known = matches!(kernel.operation, OPERATION_TERNARY_MATMUL | OPERATION_SCALED_TERNARY_MATMUL);
     if known && (kernel.supports.is_none() || (kernel.target == TARGET_CPU && kernel.run.is_none())) {
         return Err(format!("kernel `{name}` lacks `supports` or `run`"));
     }
@@ -353,7 +354,8 @@ mod tests {
                     prop_assert!((1..=4096).contains(&kernel.row_granule()));
                     // What this host does not know is never called.
                     let known = numbers[0] as u32 == OPERATION_TERNARY_MATMUL;
-                    prop_assert!(known || kernel.unknown().is_some());
+                    let scaled = numbers[0] as u32 == OPERATION_SCALED_TERNARY_MATMUL;
+                    prop_assert!(known || scaled || kernel.unknown().is_some());
                     prop_assert!(!known || kernel.supports(&Signature::ternary(1, 1, 1, 1)));
                 }
             }

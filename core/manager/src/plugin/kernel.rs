@@ -5,8 +5,9 @@ use std::ffi::{CStr, c_char};
 use std::sync::{Arc, Mutex};
 
 use bitnet_burn_plugin::abi::{
-    self, ABI_MAJOR, ABI_MINOR, Kernel as RawKernel, Message, OPERATION_TERNARY_MATMUL, STATUS_OK, Signature,
-    Status, TARGET_CPU, TARGET_CUBECL, TARGET_CUDA, TARGET_WGSL,
+    self, ABI_MAJOR, ABI_MINOR, Kernel as RawKernel, Message, OPERATION_SCALED_TERNARY_MATMUL,
+    OPERATION_TERNARY_MATMUL, STATUS_OK, Signature, Status, TARGET_CPU, TARGET_CUBECL, TARGET_CUDA,
+    TARGET_WGSL,
 };
 
 use super::{Declared, GpuSource, Origin, Plugin, Target, shown};
@@ -220,17 +221,32 @@ impl Kernel {
 
     /// Why this host can use it nowhere: it is for a target, or computes an operation, of a later minor version.
     pub fn unknown(&self) -> Option<String> {
-        if self.raw.operation != OPERATION_TERNARY_MATMUL {
-            return Some(format!(
-                "it computes operation {}, which this host does not know (ABI {ABI_MAJOR}.{ABI_MINOR} has operation \
-                 {OPERATION_TERNARY_MATMUL}, ternary matmul)",
-                self.raw.operation
-            ));
+        let target = self.target();
+        match self.raw.operation {
+            OPERATION_TERNARY_MATMUL => {}
+            OPERATION_SCALED_TERNARY_MATMUL if matches!(target, Target::Cpu | Target::Unknown(_)) => {}
+            OPERATION_SCALED_TERNARY_MATMUL => {
+                return Some(format!(
+                    "it multiplies with many scales on {target}; this host does that on the CPU alone"
+                ));
+            }
+            operation => {
+                return Some(format!(
+                    "it computes operation {operation}, which this host does not know (ABI {ABI_MAJOR}.{ABI_MINOR} has \
+                     {OPERATION_TERNARY_MATMUL}, ternary matmul, and {OPERATION_SCALED_TERNARY_MATMUL}, ternary matmul \
+                     with many scales)"
+                ));
+            }
         }
-        match self.target() {
+        match target {
             target @ Target::Unknown(_) => Some(format!("it is for {target}, which this host does not know")),
             _ => None,
         }
+    }
+
+    /// `OPERATION_*`: what it computes.
+    pub fn operation(&self) -> u32 {
+        self.raw.operation
     }
 
     /// Whether it claims this.
@@ -245,6 +261,9 @@ impl Kernel {
     pub(crate) fn claims(&self, signature: &Signature) -> Result<bool, KernelFailure> {
         // A kernel that this host does not know need not have the function.
         let Some(supports) = self.raw.supports else { return Ok(false) };
+        if self.raw.operation != signature.operation {
+            return Ok(false);
+        }
         let call = self.call("supports", [signature.m as usize, signature.n as usize, signature.k as usize]);
         // SAFETY: a filled signature (ABI).
         kept(call, || unsafe { supports(signature) } == 1)

@@ -49,8 +49,9 @@ fn without_a_gpu_the_kernels_for_the_cpu_are_left() {
         ("later", &["NAME=\"later\"", "TARGET=9"], "it is for target 9, which this host does not know"),
         (
             "fused",
-            &["NAME=\"fused\"", "OPERATION=2", "TARGET=BITNET_TARGET_CPU"],
-            "it computes operation 2, which this host does not know (ABI 1.1 has operation 1, ternary matmul)",
+            &["NAME=\"fused\"", "OPERATION=3", "TARGET=BITNET_TARGET_CPU"],
+            "it computes operation 3, which this host does not know (ABI 1.2 has 1, ternary matmul, and 2, ternary matmul with \
+             many scales)",
         ),
     ] {
         let reports = manager.load_plugin(&build_gpu(dir.path(), name, defines)).unwrap();

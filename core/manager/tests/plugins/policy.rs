@@ -582,9 +582,11 @@ macro_rules! layout {
 }
 
 layout! {
-    Signature = "signature" { struct_size, operation, threads, m, n, k }
-    Activations = "activations" { struct_size, m, k, stride, q, scale, sum }
-    Weights = "weights" { struct_size, n, k, data, size, scale, reserved }
+    Signature = "signature" {
+        struct_size, operation, threads, m, n, k, weight_group, activation_group, scale_format, reserved
+    }
+    Activations = "activations" { struct_size, m, k, stride, q, scale, sum, group, group_scale, group_sum }
+    Weights = "weights" { struct_size, n, k, data, size, scale, scale_format, group, scales }
     Output = "output" { struct_size, y, stride }
     Tile = "tile" { struct_size, n0, n1, m0, m1 }
     Message = "message" { struct_size, text, capacity }
@@ -621,6 +623,10 @@ fn the_c_header_lays_every_struct_out_as_rust_does() {
         ("BITNET_ABI_MAJOR", u64::from(abi::ABI_MAJOR)),
         ("BITNET_ABI_MINOR", u64::from(abi::ABI_MINOR)),
         ("BITNET_OPERATION_TERNARY_MATMUL", u64::from(abi::OPERATION_TERNARY_MATMUL)),
+        ("BITNET_OPERATION_SCALED_TERNARY_MATMUL", u64::from(abi::OPERATION_SCALED_TERNARY_MATMUL)),
+        ("BITNET_SCALE_ROWS", abi::SCALE_ROWS as u64),
+        ("BITNET_SCALE_F32", u64::from(abi::SCALE_F32)),
+        ("BITNET_SCALE_F16", u64::from(abi::SCALE_F16)),
         ("BITNET_TARGET_CPU", u64::from(abi::TARGET_CPU)),
         ("BITNET_TARGET_WGSL", u64::from(abi::TARGET_WGSL)),
         ("BITNET_TARGET_CUDA", u64::from(abi::TARGET_CUDA)),

@@ -6,9 +6,13 @@
 
 use std::array::from_fn;
 
-use bitnet_burn_plugin::abi::{ACTIVATION_ALIGNMENT, OPERATION_TERNARY_MATMUL, Signature};
+use bitnet_burn_plugin::abi::{
+    ACTIVATION_ALIGNMENT, OPERATION_SCALED_TERNARY_MATMUL, OPERATION_TERNARY_MATMUL, SCALE_ROWS, Signature,
+};
 use bitnet_burn_plugin::canonical;
-use bitnet_burn_plugin::sdk::{ActivationsRef, KernelError, KernelResult, OutputTile, WeightsRef};
+use bitnet_burn_plugin::sdk::{
+    ActivationsRef, KernelError, KernelResult, OutputTile, Scales, WeightsRef, groups,
+};
 
 use crate::ternary::tile::{self, BLOCK_ROWS, STEP_BYTES};
 
@@ -22,6 +26,59 @@ pub(crate) const MAX_K: u64 = 1 << 23;
 /// Whether the signature is a ternary matmul with at most `max_k` weights a row.
 pub(crate) fn supports(signature: &Signature, max_k: u64) -> bool {
     signature.operation == OPERATION_TERNARY_MATMUL && (1..=max_k).contains(&signature.k)
+}
+
+/// Whether the signature is a ternary matmul with many scales, of groups that this crate's kernels know.
+pub(crate) fn supports_scaled(signature: &Signature) -> bool {
+    let Signature { operation, k, weight_group, activation_group, .. } = *signature;
+    operation == OPERATION_SCALED_TERNARY_MATMUL
+        && (1..=MAX_K).contains(&k)
+        && fits(weight_group as usize, activation_group as usize)
+}
+
+/// Whether groups of activations are whole steps, and those of weights whole groups of activations.
+fn fits(weight_group: usize, activation_group: usize) -> bool {
+    match (weight_group, activation_group) {
+        (0, 0) => true,
+        (_, 0) => false,
+        (weights, activations) => activations.is_multiple_of(32) && weights.is_multiple_of(activations),
+    }
+}
+
+/// The groups of a matmul with many scales.
+#[derive(Clone, Copy)]
+struct Groups<'a> {
+    scales: Scales<'a>,
+    /// Groups of weights in a row.
+    weights: usize,
+    /// Values that share a scale of activations.
+    activation_group: usize,
+    /// Groups of activations in a row, and in a group of weights.
+    activations: usize,
+    per_weights: usize,
+}
+
+impl<'a> Groups<'a> {
+    /// Checks that scales and groups fit together.
+    fn new(w: &WeightsRef<'a>, x: &ActivationsRef) -> Result<Self, KernelError> {
+        let (scales, k) = (w.scales(), w.k());
+        if scales == Scales::None || !fits(scales.group(), x.group()) {
+            return Err(KernelError::invalid(format!(
+                "scales of groups of {} weights for groups of {} activations",
+                scales.group(),
+                x.group()
+            )));
+        }
+        let activations = groups(k, x.group());
+        let activation_group = if x.group() == 0 { k } else { x.group() };
+        let per_weights = if scales.group() == 0 { activations } else { scales.group() / activation_group };
+        Ok(Self { scales, weights: groups(k, scales.group()), activation_group, activations, per_weights })
+    }
+
+    /// The groups of activations in group `g` of the weights.
+    fn within(&self, g: usize) -> std::ops::Range<usize> {
+        g * self.per_weights..self.activations.min((g + 1) * self.per_weights)
+    }
 }
 
 /// Products of one block of a tiled layout with activation rows. All sums are of the *codes*: sum(c * x).
@@ -209,6 +266,89 @@ impl<'a> TileJob<'a> {
             if M == 1 { [K::gemv(weights, steps, rows[0]); M] } else { K::gemm::<M>(weights, steps, rows) }
         };
         self.store(m, n, &sums);
+    }
+
+    /// Computes the tile with many scales. The layout has [`STEP`](tile::STEP) weights of a row in a step.
+    ///
+    /// # Errors
+    /// If scales and groups do not fit.
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`.
+    #[inline(always)]
+    pub(crate) unsafe fn run_scaled<K: TileMicro>(mut self) -> KernelResult {
+        let groups = Groups::new(self.w, self.x)?;
+        let (ns, ms) = (self.y.rows_n(), self.y.rows_m());
+        for chunk in chunks(ms, rows_in_cache(self.x.stride())) {
+            for n in ns.clone().step_by(BLOCK_ROWS) {
+                let mut m = chunk.start;
+                while m < chunk.end {
+                    let rows = (chunk.end - m).min(K::MR);
+                    // SAFETY: the caller's promise; (m, n) begins a block of the tile and has `rows` rows.
+                    unsafe {
+                        match rows {
+                            1 => self.scaled_block::<K, 1>(m, n, groups),
+                            2 => self.scaled_block::<K, 2>(m, n, groups),
+                            3 => self.scaled_block::<K, 3>(m, n, groups),
+                            4 => self.scaled_block::<K, 4>(m, n, groups),
+                            5 => self.scaled_block::<K, 5>(m, n, groups),
+                            6 => self.scaled_block::<K, 6>(m, n, groups),
+                            7 => self.scaled_block::<K, 7>(m, n, groups),
+                            _ => self.scaled_block::<K, 8>(m, n, groups),
+                        }
+                    }
+                    m += rows.min(8);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Computes y[m .. m + M, n .. n + 32] with many scales, cut off at the tile's end.
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`.
+    #[inline(always)]
+    unsafe fn scaled_block<K: TileMicro, const M: usize>(&mut self, m: usize, n: usize, groups: Groups) {
+        const { assert!(BLOCK_ROWS == SCALE_ROWS) }
+        let (weights, k, group) = (self.weights(n), self.w.k(), groups.activation_group);
+        let rows: [*const i8; M] = from_fn(|i| self.x.padded_row(m + i).as_ptr());
+        let (a, s): ([&[f32]; M], [&[i32]; M]) =
+            (from_fn(|i| self.x.group_scales(m + i)), from_fn(|i| self.x.group_sums(m + i)));
+        let mut y = [[0f32; BLOCK_ROWS]; M];
+        for g in 0..groups.weights {
+            let mut t = [[0f32; BLOCK_ROWS]; M];
+            for part in groups.within(g) {
+                let from = part * group;
+                let steps = group.min(k - from).div_ceil(tile::STEP);
+                // SAFETY: a block has k.div_ceil(STEP) steps, and `from` begins one, since groups but the last are whole
+                // steps (`fits`). Of the last step's activations those behind the k of a row are its padding (`check`),
+                // the next row's, or the slack behind the last row. Features: the caller.
+                let sums = unsafe {
+                    let (w, x) = (weights.add(from / tile::STEP * STEP_BYTES), rows.map(|x| x.add(from)));
+                    if M == 1 { [K::gemv(w, steps, x[0]); M] } else { K::gemm::<M>(w, steps, x) }
+                };
+                for i in 0..M {
+                    let (a, s) = (a[i][part], s[i][part]);
+                    for (t, sum) in t[i].iter_mut().zip(sums[i]) {
+                        *t = (sum.wrapping_sub(s) as f32).mul_add(a, *t);
+                    }
+                }
+            }
+            let scales = groups.scales.block(n, g, groups.weights);
+            for i in 0..M {
+                for r in 0..BLOCK_ROWS {
+                    y[i][r] = scales[r].mul_add(t[i][r], y[i][r]);
+                }
+            }
+        }
+        let count = BLOCK_ROWS.min(self.y.rows_n().end - n);
+        for (i, values) in y.iter().enumerate() {
+            let out = self.y.at(m + i, n);
+            // SAFETY: `at` checked (m, n); the elements n .. n + count follow it within the tile, which belongs to this
+            // call alone.
+            unsafe { out.copy_from_nonoverlapping(values.as_ptr(), count) }
+        }
     }
 
     /// Stores y[m .. m + sums.len(), n .. n + 32], cut off at the tile's end, from sums of codes.
@@ -403,6 +543,36 @@ impl<'a> RowJob<'a> {
         // above), which belongs to this call alone.
         unsafe { out.copy_from_nonoverlapping(values.as_ptr(), N) }
     }
+}
+
+/// Computes a tile of a matmul with many scales from canonical weights, one output after the other.
+pub(crate) fn scaled_rows(w: &WeightsRef, x: &ActivationsRef, y: &mut OutputTile) -> KernelResult {
+    check(w, x, y)?;
+    tile::check_canonical(w)?;
+    let (groups, k) = (Groups::new(w, x)?, w.k());
+    let mut weights = vec![0i8; k];
+    for n in y.rows_n() {
+        canonical::unpack_row(w.canonical_row(n).0, &mut weights);
+        for m in y.rows_m() {
+            let (q, a) = (x.row(m), x.group_scales(m));
+            let mut total = 0f32;
+            for g in 0..groups.weights {
+                let mut t = 0f32;
+                for part in groups.within(g) {
+                    let from = part * groups.activation_group;
+                    let to = k.min(from + groups.activation_group);
+                    let products = q[from..to].iter().zip(&weights[from..to]);
+                    let sum: i32 = products.map(|(&q, &w)| i32::from(q) * i32::from(w)).sum();
+                    t = (sum as f32).mul_add(a[part], t);
+                }
+                let block = n / SCALE_ROWS * SCALE_ROWS;
+                total = groups.scales.block(block, g, groups.weights)[n % SCALE_ROWS].mul_add(t, total);
+            }
+            // SAFETY: the element belongs to the tile (`at` checks that), which nobody else accesses.
+            unsafe { *y.at(m, n) = total }
+        }
+    }
+    Ok(())
 }
 
 /// Activation rows of `stride` bytes that stay in cache together, a multiple of every micro-kernel's.

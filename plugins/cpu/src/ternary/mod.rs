@@ -5,6 +5,7 @@
 //! | `i2s-*` | canonical (I2_S) rows, read where they lie | GEMV one weight row after the other, GEMM in register blocks of up to 4 x 4 rows |
 //! | `t2-*` | the private packing `t2x32` ([`tile`]) | 32 weight rows at a time, one per 32-bit lane: no horizontal sums, one sequential stream |
 //! | `t5-*` | the private packing `t5x32` ([`trits`]) | the same with five weights a byte, where a byte permutation decodes them |
+//! | `t2-*-scaled`, `i2s-scalar-scaled` | the same | a scale for each row or group of weights, and of activations |
 //! | `tl1-*`, `tl2-*` | the private packings `tl1x32` and `tl2x32` (`lut`) | no products: two or three weights at a time are looked up in tables of the activations' sums |
 //!
 //! All but the last multiply *unsigned* codes c = w + 1 in {0, 1, 2} by signed activations, which is what the
@@ -48,6 +49,11 @@ bitnet_burn_plugin::plugin! {
             arch::x86_64::avx2lut::Tables<3>,
             arch::scalar::Tiles,
             arch::scalar::Rows,
+            arch::x86_64::avx512vnni::ScaledTiles,
+            arch::x86_64::avxvnni::ScaledTiles,
+            arch::x86_64::avx2::ScaledTiles,
+            arch::scalar::ScaledTiles,
+            arch::scalar::ScaledRows,
         ],
     };
 }
@@ -68,6 +74,11 @@ bitnet_burn_plugin::plugin! {
             arch::aarch64::neonlut::Tables<3>,
             arch::scalar::Tiles,
             arch::scalar::Rows,
+            arch::aarch64::i8mm::ScaledTiles,
+            arch::aarch64::dotprod::ScaledTiles,
+            arch::aarch64::neon::ScaledTiles,
+            arch::scalar::ScaledTiles,
+            arch::scalar::ScaledRows,
         ],
     };
 }
@@ -78,6 +89,6 @@ bitnet_burn_plugin::plugin! {
     pub static PLUGIN = {
         name: c"cpu",
         version: VERSION,
-        kernels: [arch::scalar::Tiles, arch::scalar::Rows],
+        kernels: [arch::scalar::Tiles, arch::scalar::Rows, arch::scalar::ScaledTiles, arch::scalar::ScaledRows],
     };
 }

@@ -5,7 +5,7 @@ use std::ffi::CStr;
 use std::ops::Range;
 use std::slice::from_raw_parts;
 
-use bitnet_burn_plugin::abi::Signature;
+use bitnet_burn_plugin::abi::{OPERATION_SCALED_TERNARY_MATMUL, Signature};
 use bitnet_burn_plugin::canonical::{BLOCK, BLOCK_BYTES};
 use bitnet_burn_plugin::sdk::{ActivationsRef, KernelResult, OutputTile, TernaryKernel, WeightsRef};
 
@@ -161,5 +161,53 @@ impl TernaryKernel for Tiles {
         // SAFETY: portable code needs no features.
         unsafe { job.run::<Scalar>() };
         Ok(())
+    }
+}
+
+/// `i2s-scalar-scaled`: canonical rows with many scales, any CPU.
+pub(crate) struct ScaledRows;
+
+impl TernaryKernel for ScaledRows {
+    const NAME: &'static CStr = c"i2s-scalar-scaled";
+    const OPERATION: u32 = OPERATION_SCALED_TERNARY_MATMUL;
+
+    fn supports(signature: &Signature) -> bool {
+        generic::supports_scaled(signature)
+    }
+
+    fn run(w: &WeightsRef, x: &ActivationsRef, _workspace: &[u8], y: &mut OutputTile) -> KernelResult {
+        generic::scaled_rows(w, x, y)
+    }
+}
+
+/// `t2-scalar-scaled`: tiles with many scales, any CPU.
+pub(crate) struct ScaledTiles;
+
+impl TernaryKernel for ScaledTiles {
+    const NAME: &'static CStr = c"t2-scalar-scaled";
+    const LAYOUT: Option<&'static CStr> = Some(tile::LAYOUT);
+    const ROW_GRANULE: usize = BLOCK_ROWS;
+    const OPERATION: u32 = OPERATION_SCALED_TERNARY_MATMUL;
+
+    fn supports(signature: &Signature) -> bool {
+        generic::supports_scaled(signature)
+    }
+
+    fn granule_bytes(k: usize) -> usize {
+        tile::block_bytes(k)
+    }
+
+    fn pack(canonical: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
+        tile::pack(canonical, rows, out)
+    }
+
+    fn unpack(packed: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
+        tile::unpack(packed, rows, out)
+    }
+
+    fn run(w: &WeightsRef, x: &ActivationsRef, _workspace: &[u8], y: &mut OutputTile) -> KernelResult {
+        let job = TileJob::new(w, x, y, tile::STEP)?;
+        // SAFETY: portable code needs no features.
+        unsafe { job.run_scaled::<Scalar>() }
     }
 }

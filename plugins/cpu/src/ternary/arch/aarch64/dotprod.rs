@@ -18,6 +18,7 @@ kernels!(
     features: ["neon", "dotprod"],
     rows: c"i2s-dotprod",
     tiles: c"t2-dotprod",
+    scaled: c"t2-dotprod-scaled",
     tiles_max_k: TILES_MAX_K,
 );
 

@@ -18,6 +18,7 @@ kernels!(
     Micro,
     features: ["neon", "dotprod", "i8mm"],
     tiles: c"t2-i8mm",
+    scaled: c"t2-i8mm-scaled",
     tiles_max_k: TILES_MAX_K,
 );
 

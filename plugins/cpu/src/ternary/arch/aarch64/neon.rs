@@ -19,6 +19,7 @@ kernels!(
     features: ["neon"],
     rows: c"i2s-neon",
     tiles: c"t2-neon",
+    scaled: c"t2-neon-scaled",
     tiles_max_k: MAX_K,
 );
 

@@ -16,6 +16,7 @@ kernels!(
     features: ["avx512f", "avx512bw", "avx512vl", "avx512vnni"],
     rows: c"i2s-avx512vnni",
     tiles: c"t2-avx512vnni",
+    scaled: c"t2-avx512vnni-scaled",
     // `TileMicro::gemv` keeps sums that are 64 times too large, of every fourth weight: they reach
     // 64 * 2 * 128 * K/4 in magnitude, -2^31 at K = 2^19.
     tiles_max_k: 1 << 19,

@@ -17,6 +17,7 @@ kernels!(
     features: ["avx2", "avxvnni"],
     rows: c"i2s-avxvnni",
     tiles: c"t2-avxvnni",
+    scaled: c"t2-avxvnni-scaled",
     // `TileMicro::gemv` keeps sums that are 4 times too large, of every second weight: they reach
     // 4 * 2 * 128 * K/2 in magnitude, -2^31 at K = 2^22.
     tiles_max_k: 1 << 22,

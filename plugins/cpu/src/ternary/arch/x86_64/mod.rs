@@ -8,18 +8,34 @@ pub(crate) mod avx512vnni;
 pub(crate) mod avxvnni;
 mod ymm;
 
-/// Declares the two kernels of an instruction set: `Rows` for canonical weights and `Tiles` for `t2x32`.
+/// Declares the kernels of an instruction set: `Rows` for canonical weights, `Tiles` for `t2x32`, and `ScaledTiles` for
+/// the same with many scales, which takes `fma`, too.
 ///
 /// The host calls a kernel only on a CPU that has its features; the kernels ask once more (a cached
 /// look-up), so that calling one elsewhere is an error and not undefined behaviour.
 macro_rules! kernels {
-    ($micro:ty, features: [$first:tt $(, $rest:tt)*], rows: $rows:literal, tiles: $tiles:literal, tiles_max_k: $max_k:expr $(,)?) => {
+    ($micro:ty, features: [$first:tt $(, $rest:tt)*], rows: $rows:literal, tiles: $tiles:literal, scaled: $scaled:literal, tiles_max_k: $max_k:expr $(,)?) => {
         /// The features in the ABI's spelling.
         const FEATURES: &std::ffi::CStr =
             match std::ffi::CStr::from_bytes_with_nul(concat!($first $(, ",", $rest)*, "\0").as_bytes()) {
                 Ok(features) => features,
                 Err(_) => panic!("a list of features contains no NUL"),
             };
+
+        /// The same with `fma`.
+        const FEATURES_FMA: &std::ffi::CStr =
+            match std::ffi::CStr::from_bytes_with_nul(concat!($first $(, ",", $rest)*, ",fma\0").as_bytes()) {
+                Ok(features) => features,
+                Err(_) => panic!("a list of features contains no NUL"),
+            };
+
+        fn check_features_fma() -> bitnet_burn_plugin::sdk::KernelResult {
+            const FMA: bitnet_burn_plugin::features::Features = bitnet_burn_plugin::features::Features::of("fma");
+            if bitnet_burn_plugin::features::has(FMA) {
+                return check_features();
+            }
+            Err(bitnet_burn_plugin::sdk::KernelError::unsupported("this CPU lacks fma"))
+        }
 
         fn check_features() -> bitnet_burn_plugin::sdk::KernelResult {
             const NEEDED: bitnet_burn_plugin::features::Features =
@@ -125,6 +141,62 @@ macro_rules! kernels {
                 // SAFETY: the features were detected.
                 unsafe { run(job) };
                 Ok(())
+            }
+        }
+
+        /// 32-row blocks of the layout `t2x32`, with many scales.
+        pub(crate) struct ScaledTiles;
+
+        impl bitnet_burn_plugin::sdk::TernaryKernel for ScaledTiles {
+            const NAME: &'static std::ffi::CStr = $scaled;
+            const LAYOUT: Option<&'static std::ffi::CStr> = Some($crate::ternary::tile::LAYOUT);
+            const FEATURES: &'static std::ffi::CStr = FEATURES_FMA;
+            const ROW_GRANULE: usize = $crate::ternary::tile::BLOCK_ROWS;
+            const OPERATION: u32 = bitnet_burn_plugin::abi::OPERATION_SCALED_TERNARY_MATMUL;
+
+            fn supports(signature: &bitnet_burn_plugin::abi::Signature) -> bool {
+                signature.k <= $max_k && $crate::ternary::generic::supports_scaled(signature)
+            }
+
+            fn granule_bytes(k: usize) -> usize {
+                $crate::ternary::tile::block_bytes(k)
+            }
+
+            fn pack(
+                canonical: &bitnet_burn_plugin::sdk::WeightsRef,
+                rows: std::ops::Range<usize>,
+                out: &mut [u8],
+            ) -> bitnet_burn_plugin::sdk::KernelResult {
+                $crate::ternary::tile::pack(canonical, rows, out)
+            }
+
+            fn unpack(
+                packed: &bitnet_burn_plugin::sdk::WeightsRef,
+                rows: std::ops::Range<usize>,
+                out: &mut [u8],
+            ) -> bitnet_burn_plugin::sdk::KernelResult {
+                $crate::ternary::tile::unpack(packed, rows, out)
+            }
+
+            fn run(
+                w: &bitnet_burn_plugin::sdk::WeightsRef,
+                x: &bitnet_burn_plugin::sdk::ActivationsRef,
+                _workspace: &[u8],
+                y: &mut bitnet_burn_plugin::sdk::OutputTile,
+            ) -> bitnet_burn_plugin::sdk::KernelResult {
+                #[target_feature(enable = $first)]
+                $(#[target_feature(enable = $rest)])*
+                #[target_feature(enable = "fma")]
+                fn run(
+                    job: $crate::ternary::generic::TileJob,
+                ) -> bitnet_burn_plugin::sdk::KernelResult {
+                    // SAFETY: this function's features are the micro-kernel's.
+                    unsafe { job.run_scaled::<$micro>() }
+                }
+                check_features_fma()?;
+                let job = $crate::ternary::generic::TileJob::new(w, x, y, $crate::ternary::tile::STEP)?;
+                // SAFETY: the features were detected.
+                unsafe { run(job) }
             }
         }
     };
