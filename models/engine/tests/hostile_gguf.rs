@@ -278,7 +278,7 @@ fn models_that_contradict_themselves_are_refused() {
         (
             "a shard behind the first",
             tiny().without("general.architecture").key("split.count", U32, 2u32.to_le_bytes()),
-            &["split.count", "merge"],
+            &["first part", "-00001-of-00002.gguf"],
         ),
         ("no width", model().without("bitnet-b1.58.embedding_length"), &["bitnet-b1.58.embedding_length"]),
         (

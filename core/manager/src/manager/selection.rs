@@ -72,6 +72,9 @@ impl KernelManager {
                 Status::Rejected(reason) => format!("rejected: {reason}"),
                 Status::Quarantined(reason) => format!("quarantined: {reason}"),
                 Status::Ready if entry.kernel.gpu().is_some() => format!("is for {}", entry.kernel.target()),
+                Status::Ready if entry.kernel.operation() != signature.operation => {
+                    "is for weights with many scales".into()
+                }
                 Status::Ready if !entry.kernel.supports(&signature) => "does not support the shape".into(),
                 Status::Ready => "failed in use, or the weights are not aligned as it asks".into(),
             };

@@ -14,7 +14,7 @@ const INVALID: &[(&str, &[&str], &str)] = &[
     ("no_entry", &["ENTRY=NULL"], "the entry point of kernel `text` is no identifier of 1 to 127 characters"),
     ("entry", &["ENTRY=\"plain; drop\""], "the entry point of kernel `text` is no identifier"),
     ("empty_entry", &["ENTRY=\"\""], "the entry point of kernel `text` is no identifier"),
-    ("small", &["GPU_SIZE=16"], "struct_size of the GPU part of kernel `text` is 16, ABI 1.1 has 48"),
+    ("small", &["GPU_SIZE=16"], "struct_size of the GPU part of kernel `text` is 16, ABI 1.2 has 48"),
     ("huge", &["GPU_SIZE=1ull << 40"], "struct_size of the GPU part of kernel `text` is 1099511627776"),
     ("group", &["GROUP={64, 64, 1}"], "workgroups of 64 x 64 x 1 threads; 1 to 1024 are possible"),
     ("overflow", &["GROUP={1u << 31, 2, 1}"], "workgroups of 2147483648 x 2 x 1 threads"),
@@ -66,7 +66,7 @@ fn without_a_gpu_the_kernels_for_the_cpu_are_left() {
     // The verdict says what was not tried.
     let sha256 = report.kernels[1].sha256.clone().unwrap();
     let verdict = manager.store().verdict(&sha256).unwrap();
-    assert!(verdict.passed() && verdict.gate == gate::GATE_VERSION && verdict.plugin.unwrap().abi == "1.1");
+    assert!(verdict.passed() && verdict.gate == gate::GATE_VERSION && verdict.plugin.unwrap().abi == "1.2");
     assert!(verdict.kernels[0].cases > 0 && verdict.kernels[0].device.is_none());
     assert!(verdict.kernels[1].unavailable.as_ref().unwrap().contains("no GPU runtime"));
     assert!(verdict.gpu.unwrap().contains("no GPU runtime"));

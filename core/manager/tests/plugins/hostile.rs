@@ -20,6 +20,8 @@ const HOSTILE: &[(&str, &[&str], &[&str])] = &[
     // 16 bits are enough for most sums, and not for all.
     ("overflow", &["SUM=int16_t"], &["extreme values", "the reference has "]),
     ("left_out", &["LEAVE_OUT"], &["the reference has "]),
+    // It multiplies by one scale, and claims to know many.
+    ("one_scale", &["OPERATION=2"], &["scales of groups of 128 weights", "the reference has "]),
     (
         "segv",
         &["IN_RUN=*(volatile int *)(8 * w->n) = 1"],
@@ -150,7 +152,7 @@ const HOSTILE: &[(&str, &[&str], &[&str])] = &[
     ("unpack", &["PRIVATE", "WRONG_UNPACK"], &["unpack(pack(w)) differs from w at row 0, column 30"]),
     ("nothing", &["SUPPORTS_NOTHING"], &["it supports none of the"]),
     ("fails", &["FAIL_AT_N=100"], &["x [100, 784]ᵀ", "status 3 (failed): out of luck"]),
-    ("major", &["MAJOR=9"], &["loading it: built for ABI 9.1, and this host speaks ABI 1."]),
+    ("major", &["MAJOR=9"], &["loading it: built for ABI 9.2, and this host speaks ABI 1."]),
     (
         "null",
         &["NULL_DESCRIPTOR"],
@@ -420,7 +422,7 @@ fn newer_and_older_minor_versions_are_accepted() {
     let (manager, path) = in_use(dir.path(), "newer", &["NEWER"]);
     check(&manager, 2, 33, 129, "a newer plugin");
     let report = manager.store().verdict(&manager.store().admit(&path).unwrap().sha256).unwrap();
-    assert_eq!(report.plugin.unwrap().abi, "1.8");
+    assert_eq!(report.plugin.unwrap().abi, "1.9");
     // And one built with the header of version 1.0 as it was published.
     for (name, flags) in [("frozen", &[][..]), ("frozen_private", &["-DPRIVATE", "-DGRANULE=8"])] {
         let path = build_with(&package().join("testdata/abi-1.0"), dir.path(), name, flags);

@@ -166,8 +166,8 @@ fn statics_that_plugins_would_share_are_warned_of() {
 
 /// Macros of testdata/plugin.c, and what the refusal must say.
 const BROKEN: [(&str, &[&str], &str); 21] = [
-    ("major", &["MAJOR=9"], "built for ABI 9.1, and this host speaks ABI 1.1"),
-    ("old", &["MAJOR=0"], "built for ABI 0.1, and this host speaks ABI 1.1"),
+    ("major", &["MAJOR=9"], "built for ABI 9.2, and this host speaks ABI 1.2"),
+    ("old", &["MAJOR=0"], "built for ABI 0.2, and this host speaks ABI 1.2"),
     ("symbol", &["NO_SYMBOL"], "it does not export `bitnet_plugin`"),
     ("descriptor", &["NULL_DESCRIPTOR"], "the entry point returned no descriptor"),
     ("name", &["NAME=NULL"], "the plugin's name is not 1 to 63 of"),
@@ -252,7 +252,8 @@ fn the_built_in_kernels_pass_the_gate_and_work_the_same_from_their_library() {
     assert_eq!(statuses(&all), statuses(&built_in));
     let ready: Vec<_> = reports.into_iter().filter(|r| r.status == Status::Ready).map(|r| r.kernel).collect();
     assert!(ready.len() >= 2, "{ready:?}");
-    for kernel in ready {
+    // (Those for many scales are tried by the gate alone.)
+    for kernel in ready.into_iter().filter(|kernel| !kernel.ends_with("-scaled")) {
         let config = ManagerConfig { force: Some(kernel.clone()), strict: Strict::ALL, ..config(dir.path()) };
         let manager = KernelManager::new(config).unwrap();
         manager.load_plugin(path).unwrap();

@@ -720,7 +720,7 @@ fn a_plugin_is_verified_listed_measured_pinned_and_forgotten() {
         return;
     }
     let text = place.ok(&["plugins", "verify", "good.so"]);
-    for part in ["example-c 0.1.0, ABI 1.1", "example-c/portable", "cases passed", "passed by gate "] {
+    for part in ["example-c 0.1.0, ABI 1.2", "example-c/portable", "cases passed", "passed by gate "] {
         assert!(text.contains(part), "{text}");
     }
     let good = place.json(&["plugins", "verify", "--json", "good.so"]);
