@@ -25,8 +25,9 @@ fn built_in(config: ManagerConfig) -> KernelManager {
 }
 
 fn ready(manager: &KernelManager) -> Vec<String> {
-    let kernels = manager.report().kernels;
-    kernels.into_iter().filter(|k| k.status == Status::Ready && k.target == "cpu").map(|k| k.kernel).collect()
+    let kernels = manager.report().kernels.into_iter();
+    let ready = kernels.filter(|k| k.status == Status::Ready && k.target == "cpu" && !k.many_scales);
+    ready.map(|k| k.kernel).collect()
 }
 
 /// A manager for every kernel of this machine, forced, with 1, 2 and 3 threads.

@@ -108,7 +108,7 @@ static int32_t supports(const bitnet_signature_t *s) {
     (void)s;
     return 0;
 #else
-    return s->operation == BITNET_OPERATION_TERNARY_MATMUL;
+    return s->operation == OPERATION;
 #endif
 }
 

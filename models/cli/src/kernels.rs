@@ -380,6 +380,7 @@ impl Output {
         let mut rows = vec![["KERNEL", "VERSION", "LAYOUT", "ORIGIN", "NEEDS", "STATUS"].map(cell).to_vec()];
         for kernel in &self.kernels {
             let status = match &kernel.status {
+                Status::Ready if kernel.many_scales => "ready, for many scales".into(),
                 Status::Ready => "ready".into(),
                 Status::Unavailable(reason) => format!("unavailable: {reason}"),
                 Status::Rejected(reason) => format!("rejected: {reason}"),

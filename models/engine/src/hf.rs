@@ -72,7 +72,7 @@ fn io_error(path: &Path, action: &str) -> impl FnOnce(io::Error) -> WriteError {
 ///         matrix(names::projection_name(layer, which), n, k)
 ///     }));
 /// }
-/// let layers = (0..config.n_layers).flat_map(|layer| Norm::of_layer(layer, config));
+/// let layers = (0..config.n_layers).flat_map(|layer| Norm::of_layer(layer, &config));
 /// tensors.extend(layers.chain([Norm::Output]).map(|norm| {
 ///     let n = norm.len(&config);
 ///     (names::norm_name(norm), vec![n], vec![1.0; n])

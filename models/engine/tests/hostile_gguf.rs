@@ -335,7 +335,7 @@ fn models_that_contradict_themselves_are_refused() {
         (
             "an amplitude alone",
             rope(&[("rope.scaling.type", "none"), ("rope.scaling.attn_factor", "0.5")]),
-            &["rope.scaling.attn_factor is 0.5"],
+            &["rope.scaling.attn_factor", "0.5"],
         ),
         (
             "longrope without factors",

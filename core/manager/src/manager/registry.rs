@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
-use bitnet_burn_plugin::abi::Signature;
+use bitnet_burn_plugin::abi::{OPERATION_SCALED_TERNARY_MATMUL, Signature};
 
 use super::report::{self, Failures};
 use super::{KernelManager, KernelReport, ManagerError, Status, lock, walls, watch};
@@ -270,6 +270,7 @@ pub(super) fn report(entry: &Entry) -> KernelReport {
         },
         target: entry.kernel.target().to_string(),
         layout: entry.kernel.layout().unwrap_or("canonical").into(),
+        many_scales: entry.kernel.operation() == OPERATION_SCALED_TERNARY_MATMUL,
         features: entry.kernel.features().to_vec(),
         status: entry.status(),
         calls: entry.calls.load(Ordering::Relaxed),

@@ -133,6 +133,8 @@ pub struct KernelReport {
     pub target: String,
     /// Layout of its weights.
     pub layout: String,
+    /// Whether it is for weights with many scales; others are for one scale.
+    pub many_scales: bool,
     /// Features of the CPU, or of the GPU, that it needs.
     pub features: Vec<String>,
     /// Whether it may compute.
@@ -236,6 +238,7 @@ impl ManagerReport {
                 sha256: None,
                 target: crate::plugin::Target::Cpu.to_string(),
                 layout: "canonical".into(),
+                many_scales: false,
                 features: Vec::new(),
                 status: Status::Ready,
                 calls: reference,
