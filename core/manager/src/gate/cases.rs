@@ -140,9 +140,15 @@ impl Display for Case {
             None => Ok(()),
             Some((weights, activations, half)) => {
                 let format = if half { "f16" } else { "f32" };
+                let of = |group: usize| match group {
+                    0 => "row".to_owned(),
+                    group => format!("{group} values"),
+                };
                 write!(
                     f,
-                    ", {format} scales of groups of {weights} weights and of {activations} activations (0: a row)"
+                    ", {format} scales by {} of weights and {} of activations",
+                    of(weights),
+                    of(activations)
                 )
             }
         }

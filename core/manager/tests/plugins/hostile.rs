@@ -21,7 +21,11 @@ const HOSTILE: &[(&str, &[&str], &[&str])] = &[
     ("overflow", &["SUM=int16_t"], &["extreme values", "the reference has "]),
     ("left_out", &["LEAVE_OUT"], &["the reference has "]),
     // It multiplies by one scale, and claims to know many.
-    ("one_scale", &["OPERATION=2"], &["scales of groups of 128 weights", "the reference has "]),
+    (
+        "one_scale",
+        &["OPERATION=2"],
+        &["f32 scales by row of weights and row of activations", "the reference has "],
+    ),
     (
         "segv",
         &["IN_RUN=*(volatile int *)(8 * w->n) = 1"],

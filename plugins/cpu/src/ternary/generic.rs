@@ -231,21 +231,23 @@ impl<'a> TileJob<'a> {
             for n in ns.clone().step_by(BLOCK_ROWS) {
                 let mut m = chunk.start;
                 while m < chunk.end {
-                    let rows = (chunk.end - m).min(K::MR);
+                    let rows = (chunk.end - m).min(K::MR).min(8);
                     // SAFETY: the caller's promise; (m, n) begins a block of the tile and has `rows` rows.
                     unsafe {
                         match rows {
-                            1 => self.block::<K, 1>(m, n),
-                            2 => self.block::<K, 2>(m, n),
-                            3 => self.block::<K, 3>(m, n),
-                            4 => self.block::<K, 4>(m, n),
-                            5 => self.block::<K, 5>(m, n),
-                            6 => self.block::<K, 6>(m, n),
-                            7 => self.block::<K, 7>(m, n),
-                            _ => self.block::<K, 8>(m, n),
+                            // (Numbers of rows that it does not take are not compiled.)
+                            1 if K::MR >= 1 => self.block::<K, 1>(m, n),
+                            2 if K::MR >= 2 => self.block::<K, 2>(m, n),
+                            3 if K::MR >= 3 => self.block::<K, 3>(m, n),
+                            4 if K::MR >= 4 => self.block::<K, 4>(m, n),
+                            5 if K::MR >= 5 => self.block::<K, 5>(m, n),
+                            6 if K::MR >= 6 => self.block::<K, 6>(m, n),
+                            7 if K::MR >= 7 => self.block::<K, 7>(m, n),
+                            _ if K::MR >= 8 => self.block::<K, 8>(m, n),
+                            _ => unreachable!("at most MR rows"),
                         }
                     }
-                    m += rows.min(8);
+                    m += rows;
                 }
             }
         }
@@ -283,21 +285,23 @@ impl<'a> TileJob<'a> {
             for n in ns.clone().step_by(BLOCK_ROWS) {
                 let mut m = chunk.start;
                 while m < chunk.end {
-                    let rows = (chunk.end - m).min(K::MR);
+                    let rows = (chunk.end - m).min(K::MR).min(8);
                     // SAFETY: the caller's promise; (m, n) begins a block of the tile and has `rows` rows.
                     unsafe {
                         match rows {
-                            1 => self.scaled_block::<K, 1>(m, n, groups),
-                            2 => self.scaled_block::<K, 2>(m, n, groups),
-                            3 => self.scaled_block::<K, 3>(m, n, groups),
-                            4 => self.scaled_block::<K, 4>(m, n, groups),
-                            5 => self.scaled_block::<K, 5>(m, n, groups),
-                            6 => self.scaled_block::<K, 6>(m, n, groups),
-                            7 => self.scaled_block::<K, 7>(m, n, groups),
-                            _ => self.scaled_block::<K, 8>(m, n, groups),
+                            // (Numbers of rows that it does not take are not compiled.)
+                            1 if K::MR >= 1 => self.scaled_block::<K, 1>(m, n, groups),
+                            2 if K::MR >= 2 => self.scaled_block::<K, 2>(m, n, groups),
+                            3 if K::MR >= 3 => self.scaled_block::<K, 3>(m, n, groups),
+                            4 if K::MR >= 4 => self.scaled_block::<K, 4>(m, n, groups),
+                            5 if K::MR >= 5 => self.scaled_block::<K, 5>(m, n, groups),
+                            6 if K::MR >= 6 => self.scaled_block::<K, 6>(m, n, groups),
+                            7 if K::MR >= 7 => self.scaled_block::<K, 7>(m, n, groups),
+                            _ if K::MR >= 8 => self.scaled_block::<K, 8>(m, n, groups),
+                            _ => unreachable!("at most MR rows"),
                         }
                     }
-                    m += rows.min(8);
+                    m += rows;
                 }
             }
         }
@@ -450,7 +454,7 @@ impl<'a> RowJob<'a> {
                 let count = if ns.end - n >= group { group } else { 1 };
                 let mut m = chunk.start;
                 while m < chunk.end {
-                    let rows = (chunk.end - m).min(K::MR);
+                    let rows = (chunk.end - m).min(K::MR).min(8);
                     // SAFETY: the caller's promise; (m, n) begins `rows` by `count` elements of the tile.
                     unsafe {
                         match (chunk.len(), count) {
