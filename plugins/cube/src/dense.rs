@@ -226,7 +226,7 @@ fn digit(byte: u32, n: u32) -> u32 {
     let nine = select(n >= 2u32, 9u32, 1u32);
     let eighty_one = select(n >= 4u32, 9u32, 1u32);
     let three = select(n % 2u32 == 1u32, 3u32, 1u32);
-    (byte * nine * eighty_one * three & 0xffu32) * 3u32 >> 8u32
+    (((byte * nine * eighty_one * three) & 0xffu32) * 3u32) >> 8u32
 }
 
 /// Base-3 weight `e` of a block of 128 or 256: TQ1_0's order, or with everything halved PTQ1_0's.
@@ -253,7 +253,7 @@ fn number(code: u32) -> u32 {
     // -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
     let low = select(code & 4u32 == 0u32, 0xbfad_9881u32, 0xf6ea_ddcfu32);
     let high = select(code & 4u32 == 0u32, 0x2619_0d01u32, 0x7159_4535u32);
-    select(code & 8u32 == 0u32, low, high) >> (code & 3u32) * 8u32 & 0xffu32
+    (select(code & 8u32 == 0u32, low, high) >> ((code & 3u32) * 8u32)) & 0xffu32
 }
 
 /// [`number`] of four codes, one a byte.

@@ -23,16 +23,22 @@ const ACTIVATION_BYTES: usize = 480 * 1024;
 /// Weights of a row up to which the ABI's i32 sums can't overflow.
 pub(crate) const MAX_K: u64 = 1 << 23;
 
-/// Whether the signature is a ternary matmul with at most `max_k` weights a row.
+/// The operation of kernels for one scale, or for many.
+pub(crate) const fn operation(many_scales: bool) -> u32 {
+    if many_scales { OPERATION_SCALED_TERNARY_MATMUL } else { OPERATION_TERNARY_MATMUL }
+}
+
+/// Whether the signature is a ternary matmul with one scale and at most `max_k` weights a row.
 pub(crate) fn supports(signature: &Signature, max_k: u64) -> bool {
     signature.operation == OPERATION_TERNARY_MATMUL && (1..=max_k).contains(&signature.k)
 }
 
-/// Whether the signature is a ternary matmul with many scales, of groups that this crate's kernels know.
-pub(crate) fn supports_scaled(signature: &Signature) -> bool {
+/// Whether the signature is a ternary matmul with many scales, of groups that this crate's kernels know, and at most
+/// `max_k` weights a row.
+pub(crate) fn supports_scaled(signature: &Signature, max_k: u64) -> bool {
     let Signature { operation, k, weight_group, activation_group, .. } = *signature;
     operation == OPERATION_SCALED_TERNARY_MATMUL
-        && (1..=MAX_K).contains(&k)
+        && (1..=max_k).contains(&k)
         && fits(weight_group as usize, activation_group as usize)
 }
 

@@ -132,16 +132,20 @@ impl TernaryKernel for Rows {
     }
 }
 
-/// `t2-scalar`: tiles, any CPU.
-pub(crate) struct Tiles;
+/// `t2-scalar`, `t2-scalar-scaled`: tiles, with one scale or with many, any CPU.
+pub(crate) struct Tiles<const MANY_SCALES: bool>;
 
-impl TernaryKernel for Tiles {
-    const NAME: &'static CStr = c"t2-scalar";
+impl<const MANY_SCALES: bool> TernaryKernel for Tiles<MANY_SCALES> {
+    const NAME: &'static CStr = if MANY_SCALES { c"t2-scalar-scaled" } else { c"t2-scalar" };
     const LAYOUT: Option<&'static CStr> = Some(tile::LAYOUT);
     const ROW_GRANULE: usize = BLOCK_ROWS;
+    const OPERATION: u32 = generic::operation(MANY_SCALES);
 
     fn supports(signature: &Signature) -> bool {
-        generic::supports(signature, MAX_K)
+        match MANY_SCALES {
+            true => generic::supports_scaled(signature, MAX_K),
+            false => generic::supports(signature, MAX_K),
+        }
     }
 
     fn granule_bytes(k: usize) -> usize {
@@ -158,7 +162,11 @@ impl TernaryKernel for Tiles {
 
     fn run(w: &WeightsRef, x: &ActivationsRef, _workspace: &[u8], y: &mut OutputTile) -> KernelResult {
         let job = TileJob::new(w, x, y, tile::STEP)?;
-        // SAFETY: portable code needs no features.
+        if MANY_SCALES {
+            // SAFETY: portable code needs no features.
+            return unsafe { job.run_scaled::<Scalar>() };
+        }
+        // SAFETY: as above.
         unsafe { job.run::<Scalar>() };
         Ok(())
     }
@@ -172,42 +180,10 @@ impl TernaryKernel for ScaledRows {
     const OPERATION: u32 = OPERATION_SCALED_TERNARY_MATMUL;
 
     fn supports(signature: &Signature) -> bool {
-        generic::supports_scaled(signature)
+        generic::supports_scaled(signature, MAX_K)
     }
 
     fn run(w: &WeightsRef, x: &ActivationsRef, _workspace: &[u8], y: &mut OutputTile) -> KernelResult {
         generic::scaled_rows(w, x, y)
-    }
-}
-
-/// `t2-scalar-scaled`: tiles with many scales, any CPU.
-pub(crate) struct ScaledTiles;
-
-impl TernaryKernel for ScaledTiles {
-    const NAME: &'static CStr = c"t2-scalar-scaled";
-    const LAYOUT: Option<&'static CStr> = Some(tile::LAYOUT);
-    const ROW_GRANULE: usize = BLOCK_ROWS;
-    const OPERATION: u32 = OPERATION_SCALED_TERNARY_MATMUL;
-
-    fn supports(signature: &Signature) -> bool {
-        generic::supports_scaled(signature)
-    }
-
-    fn granule_bytes(k: usize) -> usize {
-        tile::block_bytes(k)
-    }
-
-    fn pack(canonical: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
-        tile::pack(canonical, rows, out)
-    }
-
-    fn unpack(packed: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
-        tile::unpack(packed, rows, out)
-    }
-
-    fn run(w: &WeightsRef, x: &ActivationsRef, _workspace: &[u8], y: &mut OutputTile) -> KernelResult {
-        let job = TileJob::new(w, x, y, tile::STEP)?;
-        // SAFETY: portable code needs no features.
-        unsafe { job.run_scaled::<Scalar>() }
     }
 }

@@ -26,8 +26,8 @@ macro_rules! unroll {
 }
 use unroll;
 
-/// Declares the kernels of an instruction set: `Tiles` for `t2x32`, `ScaledTiles` for the same with many scales, and,
-/// where there is a name for it, `Rows` for canonical weights.
+/// Declares the kernels of an instruction set: `Tiles` for `t2x32`, with one scale or with many, and, where there is a name
+/// for it, `Rows` for canonical weights.
 ///
 /// The host calls a kernel only on a CPU that has its features; the kernels ask once more (a cached
 /// look-up), so that calling one elsewhere is an error and not undefined behaviour.
@@ -94,72 +94,22 @@ macro_rules! kernels {
             }
         }
     };
-    (@scaled $micro:ty, [$($feature:tt),+], $scaled:literal, $max_k:expr) => {        /// 32-row blocks of the layout `t2x32`, with many scales.
-        pub(crate) struct ScaledTiles;
+    (@tiles $micro:ty, [$($feature:tt),+], $tiles:literal, $scaled:literal, $max_k:expr) => {
+        /// 32-row blocks of the layout `t2x32`, with one scale or with many.
+        pub(crate) struct Tiles<const MANY_SCALES: bool>;
 
-        impl bitnet_burn_plugin::sdk::TernaryKernel for ScaledTiles {
-            const NAME: &'static std::ffi::CStr = $scaled;
+        impl<const MANY_SCALES: bool> bitnet_burn_plugin::sdk::TernaryKernel for Tiles<MANY_SCALES> {
+            const NAME: &'static std::ffi::CStr = if MANY_SCALES { $scaled } else { $tiles };
+            const OPERATION: u32 = $crate::ternary::generic::operation(MANY_SCALES);
             const LAYOUT: Option<&'static std::ffi::CStr> = Some($crate::ternary::tile::LAYOUT);
             const FEATURES: &'static std::ffi::CStr = FEATURES;
             const ROW_GRANULE: usize = $crate::ternary::tile::BLOCK_ROWS;
-            const OPERATION: u32 = bitnet_burn_plugin::abi::OPERATION_SCALED_TERNARY_MATMUL;
 
             fn supports(signature: &bitnet_burn_plugin::abi::Signature) -> bool {
-                signature.k <= $max_k && $crate::ternary::generic::supports_scaled(signature)
-            }
-
-            fn granule_bytes(k: usize) -> usize {
-                $crate::ternary::tile::block_bytes(k)
-            }
-
-            fn pack(
-                canonical: &bitnet_burn_plugin::sdk::WeightsRef,
-                rows: std::ops::Range<usize>,
-                out: &mut [u8],
-            ) -> bitnet_burn_plugin::sdk::KernelResult {
-                $crate::ternary::tile::pack(canonical, rows, out)
-            }
-
-            fn unpack(
-                packed: &bitnet_burn_plugin::sdk::WeightsRef,
-                rows: std::ops::Range<usize>,
-                out: &mut [u8],
-            ) -> bitnet_burn_plugin::sdk::KernelResult {
-                $crate::ternary::tile::unpack(packed, rows, out)
-            }
-
-            fn run(
-                w: &bitnet_burn_plugin::sdk::WeightsRef,
-                x: &bitnet_burn_plugin::sdk::ActivationsRef,
-                _workspace: &[u8],
-                y: &mut bitnet_burn_plugin::sdk::OutputTile,
-            ) -> bitnet_burn_plugin::sdk::KernelResult {
-                $(#[target_feature(enable = $feature)])+
-                fn run(
-                    job: $crate::ternary::generic::TileJob,
-                ) -> bitnet_burn_plugin::sdk::KernelResult {
-                    // SAFETY: this function's features are the micro-kernel's.
-                    unsafe { job.run_scaled::<$micro>() }
+                match MANY_SCALES {
+                    true => $crate::ternary::generic::supports_scaled(signature, $max_k),
+                    false => $crate::ternary::generic::supports(signature, $max_k),
                 }
-                check_features()?;
-                let job = $crate::ternary::generic::TileJob::new(w, x, y, $crate::ternary::tile::STEP)?;
-                // SAFETY: the features were detected.
-                unsafe { run(job) }
-            }
-        }
-    };
-    (@tiles $micro:ty, [$($feature:tt),+], $name:literal, $max_k:expr) => {
-        /// 32-row blocks of the layout `t2x32`.
-        pub(crate) struct Tiles;
-
-        impl bitnet_burn_plugin::sdk::TernaryKernel for Tiles {
-            const NAME: &'static std::ffi::CStr = $name;
-            const LAYOUT: Option<&'static std::ffi::CStr> = Some($crate::ternary::tile::LAYOUT);
-            const FEATURES: &'static std::ffi::CStr = FEATURES;
-            const ROW_GRANULE: usize = $crate::ternary::tile::BLOCK_ROWS;
-
-            fn supports(signature: &bitnet_burn_plugin::abi::Signature) -> bool {
-                $crate::ternary::generic::supports(signature, $max_k)
             }
 
             fn granule_bytes(k: usize) -> usize {
@@ -193,9 +143,20 @@ macro_rules! kernels {
                     // SAFETY: this function's features are the micro-kernel's.
                     unsafe { job.run::<$micro>() }
                 }
+                $(#[target_feature(enable = $feature)])+
+                fn run_scaled(
+                    job: $crate::ternary::generic::TileJob,
+                ) -> bitnet_burn_plugin::sdk::KernelResult {
+                    // SAFETY: as above.
+                    unsafe { job.run_scaled::<$micro>() }
+                }
                 check_features()?;
                 let job = $crate::ternary::generic::TileJob::new(w, x, y, $crate::ternary::tile::STEP)?;
-                // SAFETY: the features were detected.
+                if MANY_SCALES {
+                    // SAFETY: the features were detected.
+                    return unsafe { run_scaled(job) };
+                }
+                // SAFETY: as above.
                 unsafe { run(job) };
                 Ok(())
             }
@@ -211,8 +172,7 @@ macro_rules! kernels {
     ) => {
         kernels!(@features $features);
         $(kernels!(@rows $micro, $features, $rows);)?
-        kernels!(@tiles $micro, $features, $tiles, $max_k);
-        kernels!(@scaled $micro, $features, $scaled, $max_k);
+        kernels!(@tiles $micro, $features, $tiles, $scaled, $max_k);
     };
 }
 use kernels;

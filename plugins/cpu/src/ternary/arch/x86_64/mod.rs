@@ -8,8 +8,8 @@ pub(crate) mod avx512vnni;
 pub(crate) mod avxvnni;
 mod ymm;
 
-/// Declares the kernels of an instruction set: `Rows` for canonical weights, `Tiles` for `t2x32`, and `ScaledTiles` for
-/// the same with many scales, which takes `fma`, too.
+/// Declares the kernels of an instruction set: `Rows` for canonical weights, and `Tiles` for `t2x32`, with one scale or with
+/// many, which takes `fma`, too.
 ///
 /// The host calls a kernel only on a CPU that has its features; the kernels ask once more (a cached
 /// look-up), so that calling one elsewhere is an error and not undefined behaviour.
@@ -29,22 +29,15 @@ macro_rules! kernels {
                 Err(_) => panic!("a list of features contains no NUL"),
             };
 
-        fn check_features_fma() -> bitnet_burn_plugin::sdk::KernelResult {
-            const FMA: bitnet_burn_plugin::features::Features = bitnet_burn_plugin::features::Features::of("fma");
-            if bitnet_burn_plugin::features::has(FMA) {
-                return check_features();
-            }
-            Err(bitnet_burn_plugin::sdk::KernelError::unsupported("this CPU lacks fma"))
-        }
-
-        fn check_features() -> bitnet_burn_plugin::sdk::KernelResult {
-            const NEEDED: bitnet_burn_plugin::features::Features =
-                bitnet_burn_plugin::features::Features::of(concat!($first $(, ",", $rest)*));
-            if bitnet_burn_plugin::features::has(NEEDED) {
+        fn check_features(fma: bool) -> bitnet_burn_plugin::sdk::KernelResult {
+            use bitnet_burn_plugin::features::{Features, has};
+            const NEEDED: Features = Features::of(concat!($first $(, ",", $rest)*));
+            const FMA: Features = Features::of("fma");
+            if has(NEEDED) && (!fma || has(FMA)) {
                 return Ok(());
             }
             Err(bitnet_burn_plugin::sdk::KernelError::unsupported(concat!(
-                "this CPU lacks one of ", $first $(, ", ", $rest)*
+                "this CPU lacks one of ", $first $(, ", ", $rest)*, ", or fma"
             )))
         }
 
@@ -83,7 +76,7 @@ macro_rules! kernels {
                     // for it below.
                     unsafe { job.run::<$micro>() }
                 }
-                check_features()?;
+                check_features(false)?;
                 let job = $crate::ternary::generic::RowJob::new::<$micro>(w, x, workspace, y)?;
                 // SAFETY: the features were detected.
                 unsafe { run(job) };
@@ -91,17 +84,21 @@ macro_rules! kernels {
             }
         }
 
-        /// 32-row blocks of the layout `t2x32`.
-        pub(crate) struct Tiles;
+        /// 32-row blocks of the layout `t2x32`, with one scale or with many.
+        pub(crate) struct Tiles<const MANY_SCALES: bool>;
 
-        impl bitnet_burn_plugin::sdk::TernaryKernel for Tiles {
-            const NAME: &'static std::ffi::CStr = $tiles;
+        impl<const MANY_SCALES: bool> bitnet_burn_plugin::sdk::TernaryKernel for Tiles<MANY_SCALES> {
+            const NAME: &'static std::ffi::CStr = if MANY_SCALES { $scaled } else { $tiles };
             const LAYOUT: Option<&'static std::ffi::CStr> = Some($crate::ternary::tile::LAYOUT);
-            const FEATURES: &'static std::ffi::CStr = FEATURES;
+            const FEATURES: &'static std::ffi::CStr = if MANY_SCALES { FEATURES_FMA } else { FEATURES };
             const ROW_GRANULE: usize = $crate::ternary::tile::BLOCK_ROWS;
+            const OPERATION: u32 = $crate::ternary::generic::operation(MANY_SCALES);
 
             fn supports(signature: &bitnet_burn_plugin::abi::Signature) -> bool {
-                $crate::ternary::generic::supports(signature, $max_k)
+                match MANY_SCALES {
+                    true => $crate::ternary::generic::supports_scaled(signature, $max_k),
+                    false => $crate::ternary::generic::supports(signature, $max_k),
+                }
             }
 
             fn granule_bytes(k: usize) -> usize {
@@ -136,67 +133,24 @@ macro_rules! kernels {
                     // SAFETY: this function's features are the micro-kernel's.
                     unsafe { job.run::<$micro>() }
                 }
-                check_features()?;
-                let job = $crate::ternary::generic::TileJob::new(w, x, y, $crate::ternary::tile::STEP)?;
-                // SAFETY: the features were detected.
-                unsafe { run(job) };
-                Ok(())
-            }
-        }
-
-        /// 32-row blocks of the layout `t2x32`, with many scales.
-        pub(crate) struct ScaledTiles;
-
-        impl bitnet_burn_plugin::sdk::TernaryKernel for ScaledTiles {
-            const NAME: &'static std::ffi::CStr = $scaled;
-            const LAYOUT: Option<&'static std::ffi::CStr> = Some($crate::ternary::tile::LAYOUT);
-            const FEATURES: &'static std::ffi::CStr = FEATURES_FMA;
-            const ROW_GRANULE: usize = $crate::ternary::tile::BLOCK_ROWS;
-            const OPERATION: u32 = bitnet_burn_plugin::abi::OPERATION_SCALED_TERNARY_MATMUL;
-
-            fn supports(signature: &bitnet_burn_plugin::abi::Signature) -> bool {
-                signature.k <= $max_k && $crate::ternary::generic::supports_scaled(signature)
-            }
-
-            fn granule_bytes(k: usize) -> usize {
-                $crate::ternary::tile::block_bytes(k)
-            }
-
-            fn pack(
-                canonical: &bitnet_burn_plugin::sdk::WeightsRef,
-                rows: std::ops::Range<usize>,
-                out: &mut [u8],
-            ) -> bitnet_burn_plugin::sdk::KernelResult {
-                $crate::ternary::tile::pack(canonical, rows, out)
-            }
-
-            fn unpack(
-                packed: &bitnet_burn_plugin::sdk::WeightsRef,
-                rows: std::ops::Range<usize>,
-                out: &mut [u8],
-            ) -> bitnet_burn_plugin::sdk::KernelResult {
-                $crate::ternary::tile::unpack(packed, rows, out)
-            }
-
-            fn run(
-                w: &bitnet_burn_plugin::sdk::WeightsRef,
-                x: &bitnet_burn_plugin::sdk::ActivationsRef,
-                _workspace: &[u8],
-                y: &mut bitnet_burn_plugin::sdk::OutputTile,
-            ) -> bitnet_burn_plugin::sdk::KernelResult {
                 #[target_feature(enable = $first)]
                 $(#[target_feature(enable = $rest)])*
                 #[target_feature(enable = "fma")]
-                fn run(
+                fn run_scaled(
                     job: $crate::ternary::generic::TileJob,
                 ) -> bitnet_burn_plugin::sdk::KernelResult {
-                    // SAFETY: this function's features are the micro-kernel's.
+                    // SAFETY: as above.
                     unsafe { job.run_scaled::<$micro>() }
                 }
-                check_features_fma()?;
+                check_features(MANY_SCALES)?;
                 let job = $crate::ternary::generic::TileJob::new(w, x, y, $crate::ternary::tile::STEP)?;
-                // SAFETY: the features were detected.
-                unsafe { run(job) }
+                if MANY_SCALES {
+                    // SAFETY: the features were detected.
+                    return unsafe { run_scaled(job) };
+                }
+                // SAFETY: as above.
+                unsafe { run(job) };
+                Ok(())
             }
         }
     };
