@@ -482,8 +482,13 @@ fn the_features_decide_which_kernels_run() {
             expected.insert(0, "t2-i8mm");
         }
     }
-    let names: Vec<String> = kernels().filter(|kernel| runs_here(kernel)).map(|k| text(k.name)).collect();
+    let names: Vec<String> = unscaled().map(|k| text(k.name)).collect();
     assert_eq!(names, expected);
+    // Each that reads tiles does so with many scales, too.
+    let twins = expected.iter().filter(|name| name.starts_with("t2-")).map(|name| format!("{name}-scaled"));
+    let scaled = kernels().filter(|k| runs_here(k) && k.operation == OPERATION_SCALED_TERNARY_MATMUL);
+    let scaled: Vec<String> = scaled.map(|k| text(k.name)).collect();
+    assert_eq!(scaled, twins.chain(["i2s-scalar-scaled".into()]).collect::<Vec<_>>());
 }
 
 #[test]
