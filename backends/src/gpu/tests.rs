@@ -10,7 +10,9 @@ use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_manager::gpu::{GpuOperands, close};
 use bitnet_burn_manager::memory::Activations;
 use bitnet_burn_manager::plugin::{Plugin, Target};
-use bitnet_burn_manager::{KernelManager, KernelReport, ManagerConfig, ManagerReport, Packed, Status};
+use bitnet_burn_manager::{
+    KernelManager, KernelReport, ManagerConfig, ManagerError, ManagerReport, Packed, Status,
+};
 use bitnet_burn_plugin::abi::{Plugin as RawPlugin, Signature};
 use bitnet_burn_plugin::sdk::{GpuKernel, KernelResult, Language, WeightsRef, source};
 
