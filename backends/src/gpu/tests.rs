@@ -10,7 +10,9 @@ use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_manager::gpu::{GpuOperands, close};
 use bitnet_burn_manager::memory::Activations;
 use bitnet_burn_manager::plugin::{Plugin, Target};
-use bitnet_burn_manager::{KernelManager, KernelReport, ManagerConfig, ManagerReport, Packed, Status};
+use bitnet_burn_manager::{
+    KernelManager, KernelReport, ManagerConfig, ManagerError, ManagerReport, Packed, Status,
+};
 use bitnet_burn_plugin::abi::{Plugin as RawPlugin, Signature};
 use bitnet_burn_plugin::sdk::{GpuKernel, KernelResult, Language, WeightsRef, source};
 
@@ -83,6 +85,11 @@ kernel!(Plain, c"plain", canonical_text!(""));
 kernel!(WrongForSix, c"wrong-for-six", canonical_text!("if (p[0] == 6u && n == p[1] - 1u) { sum += 1; }"));
 // Whoever counts calls on a device does so in memory that outlives them: here, what the weights' scale was.
 kernel!(WrongForLargeScales, c"wrong-for-large-scales", canonical_text!("if (s[0] > 100.0) { sum += 1; }"));
+kernel!(
+    WritesWeights,
+    c"writes-weights",
+    canonical_text!("if (s[0] > 100.0 && m == 0u && n == 0u) { w[0] = 0x55555555u; }")
+);
 kernel!(NoText, c"no-text", source("no shader at all\0"));
 kernel!(
     Bytes,
@@ -156,7 +163,9 @@ bitnet_burn_plugin::plugin! {
         name: c"test",
         version: c"1.2.3",
         kernels: [],
-        gpu_kernels: [Plain, WrongForSix, WrongForLargeScales, NoText, Bytes, BytesWrongForSix, PacksWrongly],
+        gpu_kernels: [
+            Plain, WrongForSix, WrongForLargeScales, WritesWeights, NoText, Bytes, BytesWrongForSix, PacksWrongly,
+        ],
     };
 }
 
@@ -444,6 +453,30 @@ fn a_kernel_that_becomes_wrong_is_found_by_the_samples() {
         "{fallback:?}"
     );
     wrong.check(2, 1);
+}
+
+#[test]
+fn weights_that_a_text_wrote_into_are_found_and_not_used_again() {
+    let manager = forced("writes-weights");
+    Problem::new(manager, 128, &[16], 0.5).check(2, 1);
+    // The same shape, for which it is known; weights that it writes into.
+    let problem = Problem::new(manager, 128, &[16], 512.0);
+    let x = tensor(&[1.0; 256], [2, 128], DType::F32);
+    let call = || body::with_kernels(manager, input(&x), problem.weights(), &problem.args);
+    let mut calls = 0;
+    let error = loop {
+        match call() {
+            Ok(_) => calls += 1,
+            Err(error) => break error,
+        }
+        assert!(calls < 300, "not found");
+    };
+    let damaged = |error: &ManagerError| matches!(error, ManagerError::Damaged { what: "its weights", .. });
+    assert!(damaged(&error), "{error}");
+    let status = kernel(&manager.report(), "test/writes-weights").status;
+    assert!(matches!(status, Status::Quarantined(_)), "{status:?}");
+    assert!(manager.results_in_doubt() >= calls, "{calls} results were used before");
+    assert!(damaged(&call().unwrap_err()));
 }
 
 #[test]

@@ -4,6 +4,7 @@
 #![cfg(all(unix, not(target_feature = "crt-static")))]
 
 mod adapt;
+mod attacks;
 mod beyond;
 mod gpu;
 mod hostile;

@@ -49,6 +49,17 @@ pub fn build_gpu(dir: &Path, name: &str, defines: &[&str]) -> PathBuf {
     build_source("gpu.c", &package().join("../../plugins/abi/include"), dir, name, &flags)
 }
 
+/// A plugin of a collection outside of the repository, which includes `base.c` beside it.
+pub fn build_foreign(source: &Path, dir: &Path, flags: &[&str]) -> PathBuf {
+    let name = source.file_stem().unwrap().to_str().unwrap();
+    let path = dir.join(format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX));
+    let mut command = Command::new(compiler());
+    command.args(["-std=gnu11", "-O3", "-w", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden"]);
+    command.args(flags).arg("-I").arg(package().join("../../plugins/abi/include")).arg(source);
+    run(command.args(["-lm", "-lpthread", "-o"]).arg(&path));
+    path
+}
+
 fn build_source(source: &str, include: &Path, dir: &Path, name: &str, flags: &[&str]) -> PathBuf {
     let path = dir.join(format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX));
     let mut command = Command::new(compiler());

@@ -25,7 +25,7 @@ fn with_plugin(path: &Path, change: impl FnOnce(&mut ManagerConfig)) -> KernelMa
 }
 
 /// A matrix in use.
-struct Use {
+pub(crate) struct Use {
     problem: Problem,
     scale: f32,
     choice: Arc<CpuKernels>,
@@ -34,7 +34,7 @@ struct Use {
 
 impl Use {
     /// To be made before the built-in kernels are there, so that the plugin is chosen.
-    fn new(manager: &KernelManager, problem: Problem, scale: f32) -> Self {
+    pub(crate) fn new(manager: &KernelManager, problem: Problem, scale: f32) -> Self {
         let (_, n, k) = problem.shape;
         let (choice, packed) = manager.choose_and_pack(n, k, LayoutPolicy::Any, &problem.weights).unwrap();
         manager.warm_up(&choice, 1);
@@ -42,7 +42,7 @@ impl Use {
     }
 
     /// What the manager has for a call, and whether that is wrong.
-    fn call(&self, manager: &KernelManager) -> Result<bool, ManagerError> {
+    pub(crate) fn call(&self, manager: &KernelManager) -> Result<bool, ManagerError> {
         let Problem { weights, x, shape: (m, n, k) } = &self.problem;
         let (mut y, mut want) = (vec![f32::NAN; m * n], vec![0.0; m * n]);
         let bytes = match &self.packed {
