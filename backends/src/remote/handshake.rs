@@ -154,7 +154,7 @@ impl Greeting {
         begin.starts_with(&MAGIC)
     }
 
-    /// The worker's version, if it is another one.
+    /// The worker's version, if it differs from ours.
     pub(super) fn other_version(&self) -> Option<String> {
         other_version(&self.0)
     }

@@ -106,7 +106,7 @@ struct Handshake<'a> {
 }
 
 impl Handshake<'_> {
-    /// Reads so many bytes within what is left of the time.
+    /// Fills the buffer within the time that is left.
     fn read<const N: usize>(&mut self) -> Result<[u8; N], String> {
         let (mut bytes, mut read) = ([0; N], 0);
         while read < N {

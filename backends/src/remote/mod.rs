@@ -6,8 +6,8 @@
 //! them); everything else goes over in Burn's operations, one by one. Operations are not answered, so what goes
 //! wrong shows where a tensor is read: [`devices::read`](crate::devices::read).
 //!
-//! Burn's server can be reached through a `gate` only, which asks for a `handshake`, and a client's end of that is
-//! `link`. Nothing is encrypted, and a client that knows the secret is trusted: see docs/devices.md.
+//! Only a `gate` leads to Burn's server; it asks for a `handshake`. `link` is a client's end of that.
+//! Nothing is encrypted, and a client that knows the secret is trusted: see docs/devices.md.
 
 mod client;
 mod gate;

@@ -108,7 +108,7 @@ pub enum Grouping {
     Tensor,
     /// Those of a row.
     Row,
-    /// So many consecutive ones of a row.
+    /// This many consecutive weights of a row.
     Group(usize),
 }
 

@@ -31,6 +31,35 @@ fn keys_that_change_nothing_are_accepted() {
     }
 }
 
+/// As `llama-gguf-split` writes them: keys and some tensors in the first part, the other tensors in the second.
+#[test]
+fn a_model_in_parts_is_the_model_in_one_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, number) = (model(), |key: &str, value: u32| (key.to_owned(), value.to_le_bytes()));
+    let split = |mut raw: Raw, part: u32| {
+        for (key, value) in [number("split.no", part), number("split.count", 2)] {
+            raw = raw.key(&key, U32, value);
+        }
+        let (key, count) = number("split.tensors.count", whole.tensors.len() as u32);
+        raw.key(&key, U32, count)
+    };
+    let (mut first, mut second) = (split(whole.clone(), 0), split(Raw::new(), 1));
+    second.tensors = first.tensors.split_off(whole.tensors.len() / 2);
+    let path = |part: u32| dir.path().join(format!("m-{part:05}-of-00002.gguf"));
+    std::fs::write(path(1), first.bytes()).unwrap();
+    std::fs::write(path(2), second.bytes()).unwrap();
+    let one = Dir::new().open_and_check(&whole).unwrap();
+    for opened in [path(1), dir.path().to_owned()] {
+        let parts = Checkpoint::open(&opened, &OpenOptions::default()).unwrap();
+        assert_eq!((parts.config(), parts.check().unwrap()), (one.config(), one.check().unwrap()));
+        for which in Projection::ALL {
+            let [a, b] = [&one, &parts].map(|c| c.projection(0, which).unwrap());
+            assert_eq!((a.codes, a.scale), (b.codes, b.scale));
+        }
+        assert_eq!(parts.contents().len(), 2);
+    }
+}
+
 /// Of several faults the one is named that no other program's file would mend.
 #[test]
 fn the_error_that_matters_comes_first() {

@@ -181,7 +181,7 @@ impl RotaryEncodingConfig {
                 truncate,
                 attention_factor,
             }) => {
-                // The pair that rotates so many times within the original context.
+                // The pair that makes this number of rotations within the original context.
                 let pair = |rotations: f64| {
                     let log = (*original as f64 / (rotations * 2.0 * PI)).ln();
                     self.head_dim as f64 * log / (2.0 * self.theta.ln())

@@ -578,7 +578,7 @@ pub(crate) fn scaled_rows(w: &WeightsRef, x: &ActivationsRef, y: &mut OutputTile
                 let block = n / SCALE_ROWS * SCALE_ROWS;
                 total = groups.scales.block(block, g, groups.weights)[n % SCALE_ROWS].mul_add(t, total);
             }
-            // SAFETY: the element belongs to the tile (`at` checks that), which nobody else accesses.
+            // SAFETY: the element belongs to the tile (`at` checks that), which only this call accesses.
             unsafe { *y.at(m, n) = total }
         }
     }

@@ -111,15 +111,6 @@ pub(super) fn config(
     if let Some(architecture) = &architecture {
         check_architecture(file.path(), architecture)?;
     }
-    // Parts of a file but the first have no other keys.
-    if let Some(parts) = file.value("split.count").and_then(Value::as_u64).filter(|&n| n > 1) {
-        return Err(LoadError::Unsupported {
-            path: path(),
-            what: "split.count".into(),
-            found: parts.to_string(),
-            supported: "a model in one file (llama-gguf-split --merge makes one)".into(),
-        });
-    }
     let architecture = architecture.ok_or_else(|| LoadError::MissingKey {
         path: path(),
         key: "general.architecture".into(),
