@@ -4,13 +4,14 @@
 use std::sync::Arc;
 
 use bitnet_burn_formats::dense::requantise;
-use bitnet_burn_formats::{DenseFormat, FormatError, canonical, dense_tiles};
+use bitnet_burn_formats::{DenseFormat, FormatError, ScaleValues, Scales, canonical, dense_tiles};
 use bitnet_burn_manager::memory::PageArena;
-use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed};
+use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed, ScaleKind, WeightShape};
+use bitnet_burn_plugin::sdk::f16_value;
 use burn::backend::Dispatch;
 #[cfg(any(feature = "flex", feature = "ndarray", feature = "cube"))]
 use burn::backend::DispatchDevice;
-use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{AllocationProperty, Bytes, DType, Device, Int, Tensor, TensorData, f16};
 
 use crate::devices;
 use crate::extension::{
@@ -25,15 +26,64 @@ pub struct TernaryMatrix {
     /// U32 words: canonical rows [N, ceil(K / 128) * 8], or one row [1, words] of a kernel's private
     /// packing.
     pub codes: Tensor<2, Int>,
-    /// `[1]`: weight = code * scale.
+    /// weight = code * scale: `[1]`, or many in blocks of 32 rows, as [`Scales`] has them.
     pub scale: Tensor<1>,
     /// Output features.
     pub n: usize,
     /// Input features.
     pub k: usize,
+    /// Which weights share a scale, and which activations do.
+    pub scales: ScaleKind,
     /// The chosen kernels; `None` for canonical codes on a device that has no kernels, or whose
     /// kernels are chosen at the first use.
     pub choice: Option<MatrixKernels>,
+}
+
+/// The scale of a ternary matrix, or its scales.
+#[derive(Clone, Debug)]
+pub enum MatrixScale {
+    /// One, for activations with a scale for each row.
+    One(f32),
+    /// Those of groups.
+    Groups {
+        /// The scales.
+        scales: Scales,
+        /// Activations that share a scale: a multiple of 32 that divides the weights' group, or 0 for the whole row, where
+        /// that is the weights' group, too.
+        activations: usize,
+    },
+}
+
+impl From<f32> for MatrixScale {
+    fn from(scale: f32) -> Self {
+        Self::One(scale)
+    }
+}
+
+impl MatrixScale {
+    /// As a tensor, with its kind there: a device without f16 has f32.
+    fn on(self, device: &Device) -> (Tensor<1>, ScaleKind) {
+        let (Scales { group: weights, values }, activations) = match self {
+            Self::One(scale) => return (Tensor::from_floats([scale], device), ScaleKind::One),
+            Self::Groups { scales, activations } => (scales, activations),
+        };
+        let (data, half) = match values {
+            ScaleValues::F16(bits) if is_host(device) && device.supports_dtype(DType::F16) => {
+                let count = bits.len();
+                (TensorData::new(bits.into_iter().map(f16::from_bits).collect(), [count]), true)
+            }
+            ScaleValues::F16(bits) => {
+                let count = bits.len();
+                (TensorData::new(bits.into_iter().map(f16_value).collect(), [count]), false)
+            }
+            ScaleValues::F32(values) => {
+                let count = values.len();
+                (TensorData::new(values, [count]), false)
+            }
+        };
+        let dtype = if half { DType::F16 } else { DType::F32 };
+        (Tensor::from_data(data, (device, dtype)), ScaleKind::Groups { weights, activations, half })
+    }
 }
 
 /// Bytes as a tensor of U32 words, without a copy where they are aligned and whole words.
@@ -103,15 +153,26 @@ impl TernaryMatrix {
     ///
     /// # Panics
     /// If the bytes are not [N, K] in the canonical layout.
-    pub fn canonical(codes: bytes::Bytes, scale: f32, n: usize, k: usize, device: &Device) -> Self {
+    pub fn canonical(
+        codes: bytes::Bytes,
+        scale: impl Into<MatrixScale>,
+        n: usize,
+        k: usize,
+        device: &Device,
+    ) -> Self {
+        Self::canonical_of(codes, scale.into().on(device), n, k, device)
+    }
+
+    fn canonical_of(
+        codes: bytes::Bytes,
+        (scale, scales): (Tensor<1>, ScaleKind),
+        n: usize,
+        k: usize,
+        device: &Device,
+    ) -> Self {
         assert_eq!(Some(codes.len()), canonical::matrix_bytes(n, k), "canonical codes of [{n}, {k}]");
-        Self {
-            codes: words(codes, [n, canonical::row_bytes(k) / 4], device),
-            scale: Tensor::from_floats([scale], device),
-            n,
-            k,
-            choice: None,
-        }
+        let codes = words(codes, [n, canonical::row_bytes(k) / 4], device);
+        Self { codes, scale, n, k, scales, choice: None }
     }
 
     /// Canonical codes in the layout that the fastest kernels for the device read; canonical where there are
@@ -121,7 +182,7 @@ impl TernaryMatrix {
     /// If no kernel may compute the shape, or it can't be packed.
     pub fn prepared(
         codes: bytes::Bytes,
-        scale: f32,
+        scale: impl Into<MatrixScale>,
         n: usize,
         k: usize,
         device: &Device,
@@ -136,23 +197,27 @@ impl TernaryMatrix {
     pub fn prepared_in(
         policy: LayoutPolicy,
         codes: bytes::Bytes,
-        scale: f32,
+        scale: impl Into<MatrixScale>,
         n: usize,
         k: usize,
         device: &Device,
     ) -> Result<Self, ManagerError> {
+        let (scale, scales) = scale.into().on(device);
         let (choice, packed) = if is_host(device) {
-            let (choice, packed) = manager().choose_and_pack(n, k, policy, &codes)?;
+            let (choice, packed) = manager().choose_and_pack(WeightShape { n, k, scales }, policy, &codes)?;
             (MatrixKernels::Host(choice), packed)
         } else {
-            match on_gpu(&codes, n, k, device)? {
+            // (The kernels of GPUs are for one scale.)
+            let one = scales == ScaleKind::One;
+            match if one { on_gpu(&codes, n, k, device)? } else { None } {
                 Some(prepared) => prepared,
-                None => return Ok(Self::canonical(codes, scale, n, k, device)),
+                None => return Ok(Self::canonical_of(codes, (scale, scales), n, k, device)),
             }
         };
+        let scale = (scale, scales);
         match packed {
             Packed::Canonical => {
-                Ok(Self { choice: Some(choice), ..Self::canonical(codes, scale, n, k, device) })
+                Ok(Self { choice: Some(choice), ..Self::canonical_of(codes, scale, n, k, device) })
             }
             Packed::Private(buffer) => {
                 Ok(Self::packed(choice, bytes::Bytes::from_owner(buffer), scale, (n, k), device))
@@ -163,22 +228,28 @@ impl TernaryMatrix {
     fn packed(
         choice: MatrixKernels,
         packed: bytes::Bytes,
-        scale: f32,
+        (scale, scales): (Tensor<1>, ScaleKind),
         (n, k): (usize, usize),
         device: &Device,
     ) -> Self {
         let count = packed.len().div_ceil(4);
         let codes = words(packed, [1, count], device);
-        Self { codes, scale: Tensor::from_floats([scale], device), n, k, choice: Some(choice) }
+        Self { codes, scale, n, k, scales, choice: Some(choice) }
     }
 
     /// Weights that were packed before as `choice` says, on a device in host memory.
     ///
     /// # Panics
-    /// If they have another size than the choice's.
-    pub fn prepacked(choice: Arc<CpuKernels>, packed: bytes::Bytes, scale: f32, device: &Device) -> Self {
+    /// If they have another size or other scales than the choice's.
+    pub fn prepacked(
+        choice: Arc<CpuKernels>,
+        packed: bytes::Bytes,
+        scale: impl Into<MatrixScale>,
+        device: &Device,
+    ) -> Self {
         assert_eq!(packed.len(), choice.weight_bytes(), "bytes of packed weights");
-        let shape = choice.shape();
+        let (shape, scale) = (choice.shape(), scale.into().on(device));
+        assert_eq!(scale.1, choice.weight_shape().scales, "the scales that the kernels were chosen for");
         Self::packed(MatrixKernels::Host(choice), packed, scale, shape, device)
     }
 
@@ -219,7 +290,7 @@ impl TernaryMatrix {
     }
 
     fn matrix(&self) -> Matrix {
-        Matrix { n: self.n, choice: self.choice.clone() }
+        Matrix { n: self.n, scales: self.scales, choice: self.choice.clone() }
     }
 
     fn into_weight(self) -> TernaryWeight<Dispatch> {
@@ -232,7 +303,7 @@ impl TernaryMatrix {
 pub struct BitLinearInput {
     /// Weight `[K]` and epsilon of an RMSNorm before quantisation.
     pub norm: Option<(Tensor<1>, f32)>,
-    /// Whether activations are quantised to int8, as BitNet defines.
+    /// Whether activations are quantised to int8, by rows as BitNet defines, or by the groups that the matrices ask for.
     pub quantise: bool,
 }
 
@@ -245,7 +316,7 @@ pub struct BitLinearInput {
 /// In strict mode, if no kernel may compute it.
 ///
 /// # Panics
-/// If the shapes do not fit, or there are not one to three matrices.
+/// If the shapes or the groups of activations do not fit, or there are not one to three matrices.
 pub fn bit_linear(
     x: Tensor<2>,
     input: BitLinearInput,
@@ -254,6 +325,8 @@ pub fn bit_linear(
     let [_, k] = x.dims();
     for matrix in &matrices {
         assert_eq!(matrix.k, k, "an input of {k} features for weights [{}, {}]", matrix.n, matrix.k);
+        let group = |matrix: &TernaryMatrix| matrix.scales.activation_group();
+        assert_eq!(group(matrix), group(&matrices[0]), "matrices over one input share its groups");
     }
     let (norm, eps) = match input.norm {
         None => (InputNorm::None, 0.0),

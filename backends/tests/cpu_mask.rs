@@ -12,6 +12,7 @@ use bitnet_burn_backends::{
 };
 use bitnet_burn_formats::dense_tiles::{tile, tiled_bytes};
 use bitnet_burn_formats::{DenseFormat, canonical};
+use bitnet_burn_manager::ScaleKind;
 use burn::backend::Flex;
 use burn::backend::ops::{FloatTensorOps, IntTensorOps};
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -88,7 +89,7 @@ fn everything() -> u64 {
     }
     for m in [1, 7] {
         let weight = TernaryWeight { codes: words(rows.clone()), scale: floats(vec![0.3], &[1]) };
-        let matrices = vec![Matrix { n, choice: None }];
+        let matrices = vec![Matrix { n, scales: ScaleKind::One, choice: None }];
         let args = BitLinearArgs { k, matrices, eps: 1e-5, quantise: true };
         let norm = InputNorm::Rms(random(6, &[k]));
         hash.add(Flex::bit_linear(random(7, &[m, k]), norm, WeightGroup::One(weight), args));

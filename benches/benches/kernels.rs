@@ -66,7 +66,7 @@ impl Candidate {
     fn time(&self, weights: &[PageBuffer], x: &Activations, y: &mut [f32], n: usize) -> f64 {
         let clock = Instant::now();
         for weights in weights {
-            let job = Job { choice: &self.choice, weights: weights.as_slice(), scale: 1.0, column: 0 };
+            let job = Job { choice: &self.choice, weights: weights.as_slice(), scale: 1.0.into(), column: 0 };
             self.manager.matmul(&[job], x, black_box(y), n).expect("computes");
         }
         clock.elapsed().as_secs_f64() / weights.len() as f64
@@ -136,7 +136,7 @@ fn measure(shape: &str, n: usize, k: usize, names: &[String], rounds: usize, poo
     let mut candidates = Vec::new();
     for name in names {
         let manager = manager(Some(name.clone()));
-        let Ok(choice) = manager.choose(n, k, LayoutPolicy::Any) else { continue };
+        let Ok(choice) = manager.choose((n, k), LayoutPolicy::Any) else { continue };
         let layout = choice.layout().unwrap_or("i2_s").to_owned();
         let candidate = Candidate { name: name.clone(), manager, choice, layout, times: HashMap::new() };
         layouts.entry(candidate.layout.clone()).or_insert_with(|| copies(&candidate, &rows, &arena));

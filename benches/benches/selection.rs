@@ -88,13 +88,13 @@ fn selection(criterion: &mut Criterion) {
         let manager = KernelManager::new(config).expect("one thread");
         manager.register(Plugin::built_in(&PLUGIN).expect("a descriptor")).expect("registers");
         let (n, k) = (1, 128);
-        let choice = manager.choose(n, k, LayoutPolicy::Any).expect("a kernel");
+        let choice = manager.choose((n, k), LayoutPolicy::Any).expect("a kernel");
         manager.warm_up(&choice, 1);
         let weights = vec![canonical::ZERO_BYTE; n * canonical::row_bytes(k)];
         let x = Activations::from_rows(&vec![1.0; k], k);
         for count in [1, 3] {
             let jobs: Vec<Job> = (0..count)
-                .map(|column| Job { choice: &choice, weights: &weights, scale: 1.0, column })
+                .map(|column| Job { choice: &choice, weights: &weights, scale: 1.0.into(), column })
                 .collect();
             let mut y = vec![0.0; count];
             group.bench_function(format!("{policy}/matrices={count}"), |bencher| {

@@ -169,7 +169,7 @@ fn every_dense_format_decodes_the_same() {
 
 /// Codes and scale of a packed layer, whatever its packing.
 fn codes_of(layer: &BitLinear) -> (Vec<i8>, f32) {
-    let TernaryMatrix { codes, scale, n, k, choice } = layer.matrix().expect("packed");
+    let TernaryMatrix { codes, scale, n, k, choice, .. } = layer.matrix().expect("packed");
     let words: Vec<u32> = codes.into_data().try_to_vec().unwrap();
     let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
     if let Some(MatrixKernels::Host(choice)) = choice {

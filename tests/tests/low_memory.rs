@@ -36,7 +36,7 @@ fn prefer_packing(config: &ManagerConfig, checkpoint: &Checkpoint) {
     let manager = manager::with_built_in_kernels(config).unwrap();
     for which in Projection::ALL {
         let matrix = checkpoint.projection(0, which).unwrap();
-        let choice = manager.choose(matrix.n, matrix.k, LayoutPolicy::Any).unwrap();
+        let choice = manager.choose((matrix.n, matrix.k), LayoutPolicy::Any).unwrap();
         manager.warm_up(&choice, 64);
     }
     let file = manager.report().cache_file.unwrap();

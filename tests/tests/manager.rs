@@ -105,7 +105,7 @@ fn check(manager: &KernelManager, what: &str, m: usize, ns: &[usize], k: usize, 
             _ => random.ternary(n * k),
         };
         let canonical = canonical_rows(&weights, k);
-        let choice = manager.choose(n, k, LayoutPolicy::Any).unwrap();
+        let choice = manager.choose((n, k), LayoutPolicy::Any).unwrap();
         let bytes = packed(manager, &choice, &canonical);
         assert_eq!(bytes.len(), choice.weight_bytes(), "{what} [{n}, {k}]");
         assert!(
@@ -125,7 +125,7 @@ fn check(manager: &KernelManager, what: &str, m: usize, ns: &[usize], k: usize, 
         .map(|(choice, (weights, scale, column))| Job {
             choice,
             weights: weights.bytes(),
-            scale: *scale,
+            scale: (*scale).into(),
             column: *column,
         })
         .collect();
@@ -181,10 +181,10 @@ fn rows_that_are_not_finite_become_nan_alone() {
         x[400 + 3] = f32::INFINITY;
         let x = Activations::from_rows(&x, 200);
         let canonical = canonical_rows(&Random(4).ternary(5 * 200), 200);
-        let choice = manager.choose(5, 200, LayoutPolicy::Any).unwrap();
+        let choice = manager.choose((5, 200), LayoutPolicy::Any).unwrap();
         let weights = Aligned::new(&choice, &packed(manager, &choice, &canonical));
         let mut y = vec![0.0; 15];
-        let job = Job { choice: &choice, weights: weights.bytes(), scale: 1.0, column: 0 };
+        let job = Job { choice: &choice, weights: weights.bytes(), scale: 1.0.into(), column: 0 };
         manager.matmul(&[job], &x, &mut y, 5).unwrap();
         assert!(y[..5].iter().all(|v| v.is_finite()), "{what}");
         assert!(y[5..].iter().all(|v| v.is_nan()), "{what}: {y:?}");
@@ -200,10 +200,10 @@ fn start(dir: &Path, threads: usize) -> (KernelManager, Vec<Vec<String>>) {
         ..ManagerConfig::default()
     };
     let manager = built_in(config);
-    let choice = manager.choose(96, 256, LayoutPolicy::Any).unwrap();
+    let choice = manager.choose((96, 256), LayoutPolicy::Any).unwrap();
     manager.warm_up(&choice, 8);
     let order = [1, 3, 8]
-        .map(|m| manager.explain(m, 96, 256).candidates.iter().map(|c| c.kernel().to_owned()).collect());
+        .map(|m| manager.explain(m, (96, 256)).candidates.iter().map(|c| c.kernel().to_owned()).collect());
     (manager, order.to_vec())
 }
 
@@ -221,7 +221,7 @@ fn the_second_start_tunes_nothing_and_a_lost_cache_only_costs_tuning() {
     assert!(report.tuned == 0 && report.cached > 0, "{report:?}");
     assert_eq!(order, same);
     let layouts =
-        [&first, &second].map(|m| m.choose(96, 256, LayoutPolicy::Any).unwrap().layout().map(str::to_owned));
+        [&first, &second].map(|m| m.choose((96, 256), LayoutPolicy::Any).unwrap().layout().map(str::to_owned));
     assert_eq!(layouts[0], layouts[1]);
 
     // Other threads are another machine.
@@ -248,7 +248,7 @@ fn the_second_start_tunes_nothing_and_a_lost_cache_only_costs_tuning() {
 #[test]
 fn explain_lists_the_candidates_with_their_medians() {
     let manager = built_in(ManagerConfig { tune_budget: Duration::from_secs(60), ..quiet() });
-    let ranking = manager.explain(1, 64, 256);
+    let ranking = manager.explain(1, (64, 256));
     assert_eq!((ranking.rows, &ranking.source), (1, &Source::Measured));
     let mut names: Vec<_> = ranking.candidates.iter().map(|c| c.kernel().to_owned()).collect();
     let medians: Vec<_> =
@@ -266,7 +266,7 @@ fn explain_lists_the_candidates_with_their_medians() {
     all.sort();
     assert_eq!(names, all, "every kernel of this machine is a candidate");
     // What was not measured in time says so.
-    let ranking = built_in(quiet()).explain(1, 64, 256);
+    let ranking = built_in(quiet()).explain(1, (64, 256));
     assert_eq!((ranking.source, ranking.candidates.len()), (Source::Nearest(0), all.len()));
 }
 
@@ -299,10 +299,10 @@ fn a_kernel_can_be_forced_by_its_short_name_and_an_unknown_one_is_an_error() {
     let force = |name: &str| built_in(ManagerConfig { force: Some(name.into()), ..quiet() });
     force("t2-scalar").validate().unwrap();
     force("cpu/t2-scalar").validate().unwrap();
-    let ranking = force("t2-scalar").explain(1, 32, 128);
+    let ranking = force("t2-scalar").explain(1, (32, 128));
     assert_eq!((ranking.candidates.len(), ranking.source), (1, Source::OnlyCandidate));
     // All kernels of a plugin.
-    let ranking = force("cpu").explain(1, 32, 128);
+    let ranking = force("cpu").explain(1, (32, 128));
     assert_eq!(ranking.candidates.len(), ready(&built_in(quiet())).len());
     let error = force("fastest").validate().unwrap_err().to_string();
     assert!(error.contains("no kernel is named `fastest`; there are: cpu/"), "{error}");
@@ -317,7 +317,7 @@ fn strict_mode_names_what_is_missing_and_otherwise_the_reference_computes() {
     let config = ManagerConfig { force: Some(simd.kernel.clone()), masked_features: features, ..quiet() };
     let strict = built_in(ManagerConfig { strict: Strict::ALL, ..config.clone() });
     strict.validate().unwrap();
-    let error = strict.choose(64, 128, LayoutPolicy::Any).unwrap_err();
+    let error = strict.choose((64, 128), LayoutPolicy::Any).unwrap_err();
     assert!(matches!(error, ManagerError::NoKernel { .. }));
     let text = error.to_string();
     for part in ["strict mode", "[64, 128]", &simd.kernel, "(masked)"] {
@@ -331,7 +331,7 @@ fn strict_mode_names_what_is_missing_and_otherwise_the_reference_computes() {
     assert_eq!((used.len(), used[0].kernel.as_str()), (1, "reference"));
 
     let empty = KernelManager::new(ManagerConfig { strict: Strict::ALL, ..quiet() }).unwrap();
-    let error = empty.choose(1, 1, LayoutPolicy::Any).unwrap_err().to_string();
+    let error = empty.choose((1, 1), LayoutPolicy::Any).unwrap_err().to_string();
     assert!(error.contains("No kernel is registered"), "{error}");
 }
 
@@ -340,16 +340,16 @@ fn operands_that_do_not_fit_are_errors() {
     let manager = built_in(quiet());
     for (n, k) in [(0, 128), (128, 0), (1, (1 << 23) + 1)] {
         assert!(
-            matches!(manager.choose(n, k, LayoutPolicy::Any), Err(ManagerError::Operands(_))),
+            matches!(manager.choose((n, k), LayoutPolicy::Any), Err(ManagerError::Operands(_))),
             "[{n}, {k}]"
         );
     }
-    let choice = manager.choose(8, 128, LayoutPolicy::Canonical).unwrap();
+    let choice = manager.choose((8, 128), LayoutPolicy::Canonical).unwrap();
     assert_eq!(choice.layout(), None);
     assert!(manager.pack(&choice, &[0; 100]).is_err());
     let weights = Aligned::new(&choice, &canonical_rows(&[1; 8 * 128], 128));
     let x = Activations::from_rows(&[1.0; 256], 128);
-    let job = |column: usize| Job { choice: &choice, weights: weights.bytes(), scale: 1.0, column };
+    let job = |column: usize| Job { choice: &choice, weights: weights.bytes(), scale: 1.0.into(), column };
     let mut y = [0.0; 40];
     let mut fails = |jobs: &[Job], x: &Activations, length: usize, stride: usize, what: &str| {
         let error = manager.matmul(jobs, x, &mut y[..length], stride).unwrap_err().to_string();

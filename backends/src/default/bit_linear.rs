@@ -1,11 +1,16 @@
 //! The ternary linear layer.
 
+use std::ops::Range;
+
 use burn::backend::Backend;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{FloatDType, Shape};
 
+use bitnet_burn_manager::ScaleKind;
+use bitnet_burn_plugin::abi::SCALE_ROWS;
+
 use super::{concat, dims, quantise, rms_norm, slice};
-use crate::extension::{BitLinearArgs, InputNorm, TernaryWeight, WeightGroup};
+use crate::extension::{BitLinearArgs, InputNorm, Matrix, TernaryWeight, WeightGroup};
 
 pub(crate) fn bit_linear<B: Backend>(
     x: FloatTensor<B>,
@@ -17,29 +22,83 @@ pub(crate) fn bit_linear<B: Backend>(
         InputNorm::None => x,
         InputNorm::Rms(weight) => rms_norm::<B>(x, weight, args.eps),
     };
+    if !args.quantise {
+        let product = |(weight, matrix)| float_product::<B>(x.clone(), weight, matrix, args.k, B::float_transpose);
+        return concat::<B>(weights.into_vec().into_iter().zip(&args.matrices).map(product).collect());
+    }
     // Products of int8 and -1, 0, 1 are whole numbers, and so are their sums: exact in f32 below 2^24,
     // whatever the order of a backend's matmul.
-    let (x, row_scale) = if args.quantise {
-        let (q, scale) = quantise::<B>(x);
-        (q, Some(scale))
-    } else {
-        (x, None)
-    };
-    let outputs = weights
-        .into_vec()
-        .into_iter()
-        .zip(&args.matrices)
-        .map(|(weight, matrix)| {
-            let codes = codes::<B>(weight.codes, matrix.n, args.k);
-            let sums = B::float_matmul(x.clone(), B::float_transpose(codes));
+    let group = args.activation_group();
+    let x = columns(args.k, group).map(|part| quantise::<B>(columns_of::<B>(&x, part))).collect::<Vec<_>>();
+    let output = |(weight, matrix): (TernaryWeight<B>, &Matrix)| {
+        let codes = codes::<B>(weight.codes, matrix.n, args.k);
+        let ScaleKind::Groups { weights, .. } = matrix.scales else {
+            let [(q, a)] = &x[..] else { panic!("one scale for each row of activations") };
+            let sums = B::float_matmul(q.clone(), B::float_transpose(codes));
             let scale = B::float_reshape(weight.scale, Shape::new([1, 1]));
-            match &row_scale {
-                Some(a) => B::float_mul(sums, B::float_mul(a.clone(), scale)),
-                None => B::float_mul(sums, scale),
-            }
-        })
-        .collect();
-    concat::<B>(outputs)
+            return B::float_mul(sums, B::float_mul(a.clone(), scale));
+        };
+        let scales = by_rows::<B>(weight.scale, matrix.n);
+        let mut parts = columns(args.k, group).zip(&x);
+        let terms = columns(args.k, weights).enumerate().map(|(g, columns)| {
+            let within = parts.by_ref().take(if group == 0 { 1 } else { columns.len().div_ceil(group) });
+            let sums = within.map(|(part, (q, a))| {
+                let codes = columns_of::<B>(&codes, part);
+                B::float_mul(B::float_matmul(q.clone(), B::float_transpose(codes)), a.clone())
+            });
+            let scale = B::float_transpose(columns_of::<B>(&scales, g..g + 1));
+            B::float_mul(sums.reduce(B::float_add).expect("a group has columns"), scale)
+        });
+        terms.reduce(B::float_add).expect("a row has groups")
+    };
+    concat::<B>(weights.into_vec().into_iter().zip(&args.matrices).map(output).collect())
+}
+
+/// The columns of each group of a row.
+fn columns(k: usize, group: usize) -> impl Iterator<Item = Range<usize>> {
+    let group = if group == 0 { k } else { group };
+    (0..k).step_by(group).map(move |from| from..k.min(from + group))
+}
+
+/// Columns of a matrix.
+fn columns_of<B: Backend>(x: &FloatTensor<B>, columns: Range<usize>) -> FloatTensor<B> {
+    let [rows, width] = dims(x)[..] else { panic!("a matrix") };
+    if columns == (0..width) {
+        return x.clone();
+    }
+    B::float_slice(x.clone(), &slice(&[0..rows, columns]))
+}
+
+/// Scales in blocks of 32 rows as [n, groups] in f32.
+fn by_rows<B: Backend>(scales: FloatTensor<B>, n: usize) -> FloatTensor<B> {
+    let (count, blocks) = (dims(&scales)[0], n.div_ceil(SCALE_ROWS));
+    let groups = count / (blocks * SCALE_ROWS);
+    let scales = B::float_cast(scales, FloatDType::F32);
+    let scales = B::float_reshape(scales, Shape::new([blocks, groups, SCALE_ROWS]));
+    let scales = B::float_swap_dims(scales, 1, 2);
+    let scales = B::float_reshape(scales, Shape::new([blocks * SCALE_ROWS, groups]));
+    B::float_slice(scales, &slice(&[0..n, 0..groups]))
+}
+
+/// x times the weights [n, k], turned by `turn`.
+fn float_product<B: Backend>(
+    x: FloatTensor<B>,
+    weight: TernaryWeight<B>,
+    matrix: &Matrix,
+    k: usize,
+    turn: impl Fn(FloatTensor<B>) -> FloatTensor<B>,
+) -> FloatTensor<B> {
+    let (n, codes) = (matrix.n, codes::<B>(weight.codes, matrix.n, k));
+    let ScaleKind::Groups { weights, .. } = matrix.scales else {
+        let scale = B::float_reshape(weight.scale, Shape::new([1, 1]));
+        return B::float_mul(B::float_matmul(x, turn(codes)), scale);
+    };
+    let scales = by_rows::<B>(weight.scale, n);
+    let (groups, group) = (dims(&scales)[1], if weights == 0 { k } else { weights });
+    let scales = B::float_expand(B::float_reshape(scales, Shape::new([n, groups, 1])), Shape::new([n, groups, group]));
+    let scales = B::float_reshape(scales, Shape::new([n, groups * group]));
+    let weights = B::float_mul(codes, B::float_slice(scales, &slice(&[0..n, 0..k])));
+    B::float_matmul(x, turn(weights))
 }
 
 pub(crate) fn bit_linear_backward<B: Backend>(
@@ -47,21 +106,13 @@ pub(crate) fn bit_linear_backward<B: Backend>(
     weights: WeightGroup<B>,
     args: &BitLinearArgs,
 ) -> FloatTensor<B> {
-    let m = dims(&dy)[0];
     let mut from = 0;
-    let mut sum: Option<FloatTensor<B>> = None;
-    for (weight, matrix) in weights.into_vec().into_iter().zip(&args.matrices) {
-        let TernaryWeight { codes: words, scale } = weight;
-        let part = B::float_slice(dy.clone(), &slice(&[0..m, from..from + matrix.n]));
+    let parts = weights.into_vec().into_iter().zip(&args.matrices).map(|(weight, matrix)| {
+        let part = columns_of::<B>(&dy, from..from + matrix.n);
         from += matrix.n;
-        let dx = B::float_matmul(part, codes::<B>(words, matrix.n, args.k));
-        let dx = B::float_mul(dx, B::float_reshape(scale, Shape::new([1, 1])));
-        sum = Some(match sum {
-            None => dx,
-            Some(sum) => B::float_add(sum, dx),
-        });
-    }
-    sum.expect("WeightGroup holds one to three matrices")
+        float_product::<B>(part, weight, matrix, args.k, |weights| weights)
+    });
+    parts.reduce(B::float_add).expect("WeightGroup holds one to three matrices")
 }
 
 /// The weights -1, 0, 1 as floats [n, k] from canonical words [n, ceil(k / 128) * 8].

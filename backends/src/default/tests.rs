@@ -3,6 +3,7 @@
 
 use bitnet_burn_formats::dense_tiles::tile;
 use bitnet_burn_formats::quant;
+use bitnet_burn_manager::ScaleKind;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend};
 use burn::tensor::TensorData;
@@ -90,7 +91,7 @@ fn bit_linear_is_the_same<B: TernaryBackend>() {
         let norm: Vec<f32> = (0..k).map(|i| 0.5 + (i % 7) as f32 / 7.0).collect();
         let args = |quantise| BitLinearArgs {
             k,
-            matrices: ns.iter().map(|&n| Matrix { n, choice: None }).collect(),
+            matrices: ns.iter().map(|&n| Matrix { n, scales: ScaleKind::One, choice: None }).collect(),
             eps: 1e-5,
             quantise,
         };
@@ -370,7 +371,7 @@ fn ties_are_rounded_to_even<B: TernaryBackend>() {
         let codes = B::int_from_data(TensorData::new(words, [1, 8]), &Default::default());
         let weights = WeightGroup::One(TernaryWeight { codes, scale: floats::<B>(vec![one], &[1]) });
         let args =
-            BitLinearArgs { k: 65, matrices: vec![Matrix { n: 1, choice: None }], eps: 0.0, quantise: true };
+            BitLinearArgs { k: 65, matrices: vec![Matrix { n: 1, scales: ScaleKind::One, choice: None }], eps: 0.0, quantise: true };
         let got = values::<B>(bit_linear::<B>(floats::<B>(x, &[1, 65]), InputNorm::None, weights, &args))[0];
         let want = q.iter().map(|&q| i32::from(q)).sum::<i32>() as f32 * scale;
         assert!((got - want).abs() <= want.abs() * 1e-6, "a = {a}: {got} and {want}");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_formats::dense_tiles::{TiledFormat, tiled_bytes};
-use bitnet_burn_manager::CpuKernels;
+use bitnet_burn_manager::{CpuKernels, ScaleKind};
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 pub struct Matrix {
     /// Output features.
     pub n: usize,
+    /// Which weights share a scale, and which activations do. All matrices of an operation share their activations.
+    pub scales: ScaleKind,
     /// The chosen kernels, which also say how the codes are laid out; `None`: canonical, and chosen at
     /// the first use.
     pub choice: Option<MatrixKernels>,
@@ -49,7 +51,7 @@ pub struct BitLinearArgs {
     pub matrices: Vec<Matrix>,
     /// Epsilon of the RMSNorm.
     pub eps: f32,
-    /// Whether activations are quantised to int8 (BitNet does; a float reference does not).
+    /// Whether activations are quantised to int8, by the groups that the matrices ask for. (A float reference does not.)
     pub quantise: bool,
 }
 
@@ -57,6 +59,11 @@ impl BitLinearArgs {
     /// Output features of all matrices.
     pub fn total_n(&self) -> usize {
         self.matrices.iter().map(|m| m.n).sum()
+    }
+
+    /// Activations of a row that share a scale; 0 for the whole row.
+    pub fn activation_group(&self) -> usize {
+        self.matrices.first().map_or(0, |matrix| matrix.scales.activation_group())
     }
 }
 

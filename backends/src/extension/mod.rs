@@ -59,6 +59,11 @@ pub trait TernaryBackend: burn::backend::Backend {
     /// q = clamp(round_half_even(x * (127 / a)), -128, 127):
     /// y[m, n] = (f32)(sum_k q[m, k] * code[n, k]) * (scale * (a / 127)).
     ///
+    /// Where matrices have [scales of groups](bitnet_burn_manager::ScaleKind), q and a are those of groups of a row's values,
+    /// and y is what [`OPERATION_SCALED_TERNARY_MATMUL`](bitnet_burn_plugin::abi::OPERATION_SCALED_TERNARY_MATMUL) defines:
+    /// bodies for host memory compute it to the bit. The default body rounds each product and sum of the groups' exact sums;
+    /// it is off by at most G * 2^-23 times the sum of the magnitudes of the G terms.
+    ///
     /// # Shapes
     /// x [M, K]; the output is [M, sum of N].
     #[fusion(dtype = x, shape = by_rows(x, args.total_n()))]

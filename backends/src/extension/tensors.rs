@@ -10,7 +10,8 @@ use burn::tensor::Shape;
 pub struct TernaryWeight<B: burn::backend::Backend> {
     /// U32 words: canonical rows [N, ceil(K / 128) * 8], or a kernel's private packing.
     pub codes: IntTensor<B>,
-    /// `[1]`: weight = code * scale.
+    /// weight = code * scale: `[1]`, or many in blocks of 32 rows, as
+    /// [`Weights::scales`](bitnet_burn_plugin::abi::Weights::scales) has them.
     pub scale: FloatTensor<B>,
 }
 

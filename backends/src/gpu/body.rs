@@ -9,7 +9,7 @@ use bitnet_burn_cube::rows;
 use bitnet_burn_formats::canonical;
 use bitnet_burn_manager::gpu::{activations, le_words, params};
 use bitnet_burn_manager::memory::Activations;
-use bitnet_burn_manager::{GpuKernel, KernelManager, ManagerError, checksum};
+use bitnet_burn_manager::{GpuKernel, KernelManager, ManagerError, ScaleKind, checksum};
 use burn::backend::TensorMetadata;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::cubecl::client::Client;
@@ -98,11 +98,13 @@ pub(crate) fn bit_linear(
     let m = x.shape()[0];
     let (client, device) = (x.client.clone(), x.device.clone());
     let k = args.k;
-    for matrix in args.matrices.iter_mut().filter(|matrix| args.quantise && matrix.choice.is_none()) {
+    // The kernels of GPUs are for one scale.
+    let one = |matrix: &Matrix| matrix.scales == ScaleKind::One;
+    for matrix in args.matrices.iter_mut().filter(|m| args.quantise && m.choice.is_none() && one(m)) {
         let chosen = choice::canonical(manager(), &device, matrix.n, k);
         matrix.choice = chosen.map(|matrix| MatrixKernels::Gpu(Arc::new(matrix)));
     }
-    let chosen = args.matrices.iter().any(|matrix| gpu(matrix).is_some());
+    let chosen = args.matrices.iter().all(one) && args.matrices.iter().any(|matrix| gpu(matrix).is_some());
     // A launch has 2^16 - 1 workgroups for rows at most, and kernels number values with 32 bits.
     let fits = m.saturating_mul(args.k.max(args.total_n())) <= u32::MAX as usize;
     let rows = (1..1 << 16).contains(&m) && fits;

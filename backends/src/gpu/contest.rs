@@ -6,6 +6,7 @@ use bitnet_burn_formats::canonical;
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_manager::memory::PageBuffer;
 use bitnet_burn_manager::{Contest, DEFAULT_BODY, Inputs, KernelManager, Unfit};
+use bitnet_burn_manager::ScaleKind;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::cubecl::server::Handle;
 use burn_cubecl::tensor::CubeTensor;
@@ -187,7 +188,7 @@ impl GpuInputs<'_> {
                     DType::U32,
                 );
                 let weight = TernaryWeight::<CubeBackend> { codes, scale: self.scale.clone() };
-                let matrices = vec![Matrix { n, choice: None }];
+                let matrices = vec![Matrix { n, scales: ScaleKind::One, choice: None }];
                 let args = BitLinearArgs { k, matrices, eps: 0.0, quantise: true };
                 default::bit_linear(self.input.x().clone(), InputNorm::None, WeightGroup::One(weight), &args)
             }

@@ -16,6 +16,7 @@ use bitnet_burn_manager::{
 use bitnet_burn_plugin::abi::{Plugin as RawPlugin, Signature};
 use bitnet_burn_plugin::sdk::{GpuKernel, KernelResult, Language, WeightsRef, source};
 
+use bitnet_burn_manager::ScaleKind;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -238,7 +239,7 @@ impl Problem {
                 let words = bitnet_burn_manager::gpu::le_words(bytes);
                 weights.push(tensor(&words, [*n, words.len() / n], DType::U32));
             }
-            chosen.push(Matrix { n: *n, choice: choice.map(|matrix| MatrixKernels::Gpu(Arc::new(matrix))) });
+            chosen.push(Matrix { n: *n, scales: ScaleKind::One, choice: choice.map(|matrix| MatrixKernels::Gpu(Arc::new(matrix))) });
         }
         let scales = tensor(&[scale], [1, 1], DType::F32);
         let weights = weights.into_iter().map(|codes| (codes, scales.clone())).collect();

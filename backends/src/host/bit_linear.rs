@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bitnet_burn_manager::{CpuKernels, Job, KernelManager, LayoutPolicy, ManagerError};
+use bitnet_burn_manager::{CpuKernels, Job, KernelManager, LayoutPolicy, ManagerError, WeightShape};
 use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
@@ -19,7 +19,10 @@ fn choices(manager: &KernelManager, args: &BitLinearArgs) -> Result<Vec<Arc<CpuK
         .map(|matrix| match &matrix.choice {
             Some(MatrixKernels::Host(choice)) => Ok(choice.clone()),
             // Weights that were packed for a GPU are canonical when they come here (`ops::bit_linear`).
-            _ => manager.choose(matrix.n, args.k, LayoutPolicy::Canonical),
+            _ => manager.choose(
+                WeightShape { n: matrix.n, k: args.k, scales: matrix.scales },
+                LayoutPolicy::Canonical,
+            ),
         })
         .collect()
 }
@@ -47,18 +50,19 @@ pub(crate) fn bit_linear<B: HostBackend>(
     }
     let mut y = vec![0f32; m * total];
     let words: Vec<_> = weights.iter().map(|w| B::words(&w.codes)).collect();
+    let scales: Vec<_> = weights.iter().map(|w| B::scales(&w.scale)).collect();
     let mut column = 0;
-    let jobs: Vec<Job> = weights
+    let jobs: Vec<Job> = scales
         .iter()
         .zip(&words)
         .zip(&choices)
-        .map(|((weight, words), choice)| {
+        .map(|((scales, words), choice)| {
             let bytes: &[u8] = bytemuck::cast_slice(words);
             let job = Job {
                 choice,
                 // Words are whole; a private packing may end within one.
                 weights: bytes.get(..choice.weight_bytes()).unwrap_or(bytes),
-                scale: B::floats(&weight.scale)[0],
+                scale: scales.of(choice.weight_shape().scales),
                 column,
             };
             column += choice.shape().0;
@@ -72,7 +76,7 @@ pub(crate) fn bit_linear<B: HostBackend>(
             InputNorm::Rms(weight) => Some(B::floats(weight)),
         };
         let norm = weight.as_deref().map(|weight| (weight, args.eps));
-        quantise(&values, k, norm, activations.resize(m, k));
+        quantise(&values, k, norm, activations.resize_groups(m, k, args.activation_group()));
         manager.matmul(&jobs, activations, &mut y, total)
     });
     match result {

@@ -6,7 +6,7 @@ use burn::backend::Flex;
 use burn::tensor::{Bytes, DType, Element, Shape, bf16, f16};
 use burn_flex::{FlexTensor, Layout};
 
-use super::{CacheMut, CacheRef, CacheTensor, HostBackend, Rows};
+use super::{CacheMut, CacheRef, CacheTensor, HostBackend, Rows, ScaleValues};
 
 fn contiguous<E: Element + bytemuck::Pod>(tensor: &FlexTensor) -> Cow<'_, [E]> {
     match tensor.layout().contiguous_offsets() {
@@ -48,6 +48,16 @@ impl HostBackend for Flex {
         }
         let stride = layout.shape()[1];
         Rows { values: Self::floats(tensor), stride }
+    }
+
+    fn scales(tensor: &FlexTensor) -> ScaleValues<'_> {
+        match tensor.dtype() {
+            DType::F16 => ScaleValues::F16(match contiguous::<f16>(tensor) {
+                Cow::Borrowed(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
+                Cow::Owned(values) => Cow::Owned(bytemuck::cast_vec(values)),
+            }),
+            _ => ScaleValues::F32(Self::floats(tensor)),
+        }
     }
 
     fn words(tensor: &FlexTensor) -> Cow<'_, [u32]> {

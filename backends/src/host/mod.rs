@@ -25,6 +25,8 @@ use bitnet_burn_cpu::attention::{CacheMut, CacheRef};
 use bitnet_burn_cpu::quantise::{Quantised, quantise_on};
 use bitnet_burn_manager::memory::{Activations, ActivationsMut};
 use bitnet_burn_manager::pool::Pool;
+use bitnet_burn_manager::{Scale, ScaleKind};
+use bitnet_burn_plugin::sdk::{Scales, f16_value};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::Shape;
@@ -39,6 +41,30 @@ pub(crate) struct Rows<'a> {
     stride: usize,
 }
 
+/// Scales in host memory.
+pub(crate) enum ScaleValues<'a> {
+    F32(Cow<'a, [f32]>),
+    /// The bits of half precision.
+    #[cfg_attr(not(feature = "flex"), allow(dead_code, reason = "NdArray has no f16"))]
+    F16(Cow<'a, [u16]>),
+}
+
+impl ScaleValues<'_> {
+    /// As kernels take them.
+    fn of(&self, kind: ScaleKind) -> Scale<'_> {
+        match (self, kind) {
+            (Self::F32(values), ScaleKind::Groups { weights: group, .. }) => {
+                Scale::Groups(Scales::F32 { group, values })
+            }
+            (Self::F16(values), ScaleKind::Groups { weights: group, .. }) => {
+                Scale::Groups(Scales::F16 { group, values })
+            }
+            (Self::F32(values), ScaleKind::One) => Scale::One(values[0]),
+            (Self::F16(values), ScaleKind::One) => Scale::One(f16_value(values[0])),
+        }
+    }
+}
+
 /// A backend whose tensors lie in host memory.
 pub(crate) trait HostBackend: Backend {
     /// A float tensor's values in row-major order.
@@ -46,6 +72,11 @@ pub(crate) trait HostBackend: Backend {
 
     /// The rows of a tensor [M, K], which may be a view of wider rows.
     fn rows(tensor: &FloatTensor<Self>) -> Rows<'_>;
+
+    /// The scales of a matrix, as they lie.
+    fn scales(tensor: &FloatTensor<Self>) -> ScaleValues<'_> {
+        ScaleValues::F32(Self::floats(tensor))
+    }
 
     /// A U32 tensor's words.
     fn words(tensor: &IntTensor<Self>) -> Cow<'_, [u32]>;
@@ -107,6 +138,6 @@ fn masked() {
 
 /// Norm (if any) and quantisation of rows of `k` values.
 fn quantise(x: &[f32], k: usize, norm: Option<(&[f32], f32)>, out: ActivationsMut) {
-    let ActivationsMut { q, stride, scale, sum } = out;
-    quantise_on(&threads(), x, k, norm, Quantised { q, stride, scale, sum });
+    let ActivationsMut { q, stride, group, scale, sum } = out;
+    quantise_on(&threads(), x, k, norm, Quantised { q, stride, group, scale, sum });
 }

@@ -1,5 +1,6 @@
 //! The operations as a client sends them.
 
+use bitnet_burn_manager::ScaleKind;
 use burn::backend::ir::{CustomOpIr, ScalarIr, TensorIr};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Remote, RemoteDevice, TensorMetadata};
@@ -99,7 +100,13 @@ impl TernaryBackend for Remote {
             ScalarIr::Bool(args.quantise),
             ScalarIr::Bool(with_norm),
         ];
-        scalars.extend(args.matrices.iter().map(|matrix| size(matrix.n)));
+        scalars.extend(args.matrices.iter().flat_map(|matrix| {
+            let (many, weights, activations) = match matrix.scales {
+                ScaleKind::One => (false, 0, 0),
+                ScaleKind::Groups { weights, activations, .. } => (true, weights, activations),
+            };
+            [size(matrix.n), ScalarIr::Bool(many), size(weights), size(activations)]
+        }));
         let mut inputs = vec![x.into_ir()];
         if let InputNorm::Rms(weight) = norm {
             inputs.push(weight.into_ir());

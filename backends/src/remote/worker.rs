@@ -7,6 +7,8 @@ use std::net::{SocketAddr, TcpListener};
 use std::slice::Iter;
 
 use bitnet_burn_formats::{DenseFormat, canonical};
+use bitnet_burn_manager::{ScaleKind, WeightShape};
+use bitnet_burn_plugin::sdk::scale_count;
 use burn::backend::ir::{BackendIr, CustomOpIr, HandleContainer, ScalarIr, TensorIr};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{DispatchDevice, TensorMetadata};
@@ -302,7 +304,7 @@ fn bit_linear<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Ou
     } else {
         InputNorm::None
     };
-    let count = request.scalars.len();
+    let count = request.scalars.len() / 4;
     check((1..=3).contains(&count), || format!("{count} matrices"))?;
     let (mut matrices, mut weights) = (Vec::with_capacity(count), Vec::with_capacity(count));
     for _ in 0..count {
@@ -310,9 +312,21 @@ fn bit_linear<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Ou
         let (codes, dims) = request.int("codes", DType::U32)?;
         let expected = [n, canonical::row_bytes(k) / 4];
         check(n > 0 && dims == expected, || format!("codes of {dims:?} for [{n}, {k}]"))?;
-        let (scale, dims) = request.float("a scale")?;
-        check(dims == [1], || format!("a scale of {dims:?}"))?;
-        matrices.push(Matrix { n, choice: None });
+        let (many, weights_of, activations) = (request.flag()?, request.size()?, request.size()?);
+        let (scale, dims @ [count]) = request.float("a scale")?;
+        let (scales, expected) = match many {
+            false => (ScaleKind::One, Some(1)),
+            // (Scales of a worker are f32.)
+            true => (
+                ScaleKind::Groups { weights: weights_of, activations, half: false },
+                scale_count(n, k, weights_of),
+            ),
+        };
+        check(Some(count) == expected, || format!("a scale of {dims:?}"))?;
+        WeightShape { n, k, scales }.check().map_err(|error| error.to_string())?;
+        let shared = |first: &Matrix| first.scales.activation_group() == scales.activation_group();
+        check(matrices.first().is_none_or(shared), || format!("activations of {scales:?} beside others"))?;
+        matrices.push(Matrix { n, scales, choice: None });
         weights.push(TernaryWeight { codes, scale });
     }
     let args = BitLinearArgs { k, matrices, eps, quantise };

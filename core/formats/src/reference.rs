@@ -123,31 +123,51 @@ pub fn scaled_matmul(
     y: &mut [f32],
     y_stride: usize,
 ) {
+    for n in 0..n {
+        let row = &canonical[n * canonical::row_bytes(k)..][..canonical::row_bytes(k)];
+        for (m, value) in scaled_row(row, (n, k), scales, x).into_iter().enumerate() {
+            y[m * y_stride + n] = value;
+        }
+    }
+}
+
+/// The m outputs of one row of [`scaled_matmul`].
+///
+/// # Arguments
+/// * `row`: the canonical row `n` of `k` weights
+/// * `scales`: those of the whole matrix
+///
+/// # Panics
+/// As there.
+pub fn scaled_row(
+    row: &[u8],
+    (n, k): (usize, usize),
+    scales: Scales<'_>,
+    x: ScaledActivations<'_>,
+) -> Vec<f32> {
     let whole = |group: usize| if group == 0 { k } else { group };
     let (weight_group, group) = (whole(scales.group()), whole(x.group));
     assert!(weight_group == k || weight_group.is_multiple_of(group), "groups of {weight_group} and {group}");
     let (weight_groups, activation_groups) = (groups(k, scales.group()), groups(k, x.group));
     let mut weights = vec![0i8; k];
-    for n in 0..n {
-        let row = &canonical[n * canonical::row_bytes(k)..][..canonical::row_bytes(k)];
-        canonical::unpack_row(row, &mut weights);
-        for m in 0..x.m {
-            let q = &x.q[m * x.stride..][..k];
-            let mut total = 0f32;
-            for g in 0..weight_groups {
-                let mut part = 0f32;
-                let end = k.min((g + 1) * weight_group);
-                for from in (g * weight_group..end).step_by(group) {
-                    let terms = q[from..end.min(from + group)].iter().zip(&weights[from..]);
-                    let sum: i32 = terms.map(|(&q, &w)| i32::from(q) * i32::from(w)).sum();
-                    part = (sum as f32).mul_add(x.scale[m * activation_groups + from / group], part);
-                }
-                let block = n / SCALE_ROWS * SCALE_ROWS;
-                total = scales.block(block, g, weight_groups)[n % SCALE_ROWS].mul_add(part, total);
+    canonical::unpack_row(row, &mut weights);
+    let of_row = |m: usize| {
+        let q = &x.q[m * x.stride..][..k];
+        let mut total = 0f32;
+        for g in 0..weight_groups {
+            let mut part = 0f32;
+            let end = k.min((g + 1) * weight_group);
+            for from in (g * weight_group..end).step_by(group) {
+                let terms = q[from..end.min(from + group)].iter().zip(&weights[from..]);
+                let sum: i32 = terms.map(|(&q, &w)| i32::from(q) * i32::from(w)).sum();
+                part = (sum as f32).mul_add(x.scale[m * activation_groups + from / group], part);
             }
-            y[m * y_stride + n] = total;
+            let block = n / SCALE_ROWS * SCALE_ROWS;
+            total = scales.block(block, g, weight_groups)[n % SCALE_ROWS].mul_add(part, total);
         }
-    }
+        total
+    };
+    (0..x.m).map(of_row).collect()
 }
 
 #[cfg(test)]

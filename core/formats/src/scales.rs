@@ -4,6 +4,7 @@
 
 use bitnet_burn_plugin::abi::SCALE_ROWS;
 use bitnet_burn_plugin::sdk::{self, groups, scale_count};
+use half::f16;
 
 use crate::FormatError;
 
@@ -13,11 +14,20 @@ pub struct Scales {
     /// Weights of a row that share a scale; 0 for the whole row.
     pub group: usize,
     /// The scales, block after block.
-    pub values: Vec<f32>,
+    pub values: ScaleValues,
+}
+
+/// The numbers of [`Scales`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum ScaleValues {
+    /// f32.
+    F32(Vec<f32>),
+    /// The bits of IEEE half precision.
+    F16(Vec<u16>),
 }
 
 impl Scales {
-    /// Scales of a matrix [n, k] from rows of them, [n, groups].
+    /// Scales of a matrix [n, k] from rows of them, [n, groups]: f16 where each of them is one.
     ///
     /// # Errors
     /// [`FormatError::TooLarge`], [`Length`](FormatError::Length), and [`NotFinite`](FormatError::NotFinite) with row and
@@ -29,18 +39,44 @@ impl Scales {
         if let Some(at) = rows.iter().position(|v| !v.is_finite()) {
             return Err(FormatError::NotFinite { row: at / count, column: at % count, value: rows[at] });
         }
-        let mut values = vec![0.0; size];
-        for (row, scales) in rows.chunks_exact(count).enumerate() {
-            let (block, lane) = (row / SCALE_ROWS * count, row % SCALE_ROWS);
-            scales.iter().enumerate().for_each(|(g, &s)| values[(block + g) * SCALE_ROWS + lane] = s);
-        }
+        let half = |s: f32| f16::from_f32(s);
+        let values = match rows.iter().all(|&s| half(s).to_f32().to_bits() == s.to_bits()) {
+            true => ScaleValues::F16(in_blocks(rows, size, count, |s| half(s).to_bits())),
+            false => ScaleValues::F32(in_blocks(rows, size, count, |s| s)),
+        };
         Ok(Self { group, values })
+    }
+
+    /// The scale of row `n` and group `g`, of rows of `k` weights.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn get(&self, n: usize, g: usize, k: usize) -> f32 {
+        self.as_sdk().block(n / SCALE_ROWS * SCALE_ROWS, g, groups(k, self.group))[n % SCALE_ROWS]
+    }
+
+    /// Whether they are f16.
+    pub fn is_half(&self) -> bool {
+        matches!(self.values, ScaleValues::F16(_))
     }
 
     /// As kernels take them.
     pub fn as_sdk(&self) -> sdk::Scales<'_> {
-        sdk::Scales::F32 { group: self.group, values: &self.values }
+        match &self.values {
+            ScaleValues::F32(values) => sdk::Scales::F32 { group: self.group, values },
+            ScaleValues::F16(values) => sdk::Scales::F16 { group: self.group, values },
+        }
     }
+}
+
+/// Rows of `count` scales in blocks of 32 rows, with zeros behind the last row.
+fn in_blocks<T: Copy + Default>(rows: &[f32], size: usize, count: usize, of: impl Fn(f32) -> T) -> Vec<T> {
+    let mut values = vec![T::default(); size];
+    for (row, scales) in rows.chunks_exact(count).enumerate() {
+        let (block, lane) = (row / SCALE_ROWS * count, row % SCALE_ROWS);
+        scales.iter().enumerate().for_each(|(g, &s)| values[(block + g) * SCALE_ROWS + lane] = of(s));
+    }
+    values
 }
 
 #[cfg(test)]
@@ -50,17 +86,25 @@ mod tests {
     #[test]
     fn scales_of_32_rows_lie_side_by_side() {
         let (n, k, group) = (40, 200, 64);
-        let rows: Vec<f32> = (0..n * 4).map(|i| i as f32).collect();
-        let scales = Scales::from_rows(&rows, n, k, group).unwrap();
-        assert_eq!(scales.values.len(), 64 * 4);
-        for row in 0..64 {
-            for g in 0..4 {
-                let expected = if row < n { (row * 4 + g) as f32 } else { 0.0 };
-                assert_eq!(scales.values[(row / 32 * 4 + g) * 32 + row % 32], expected);
-                assert_eq!(scales.as_sdk().block(row / 32 * 32, g, 4)[row % 32], expected);
+        for half in [true, false] {
+            let one = if half { 1.0 } else { 1.000_1 };
+            let rows: Vec<f32> = (0..n * 4).map(|i| i as f32 * one).collect();
+            let scales = Scales::from_rows(&rows, n, k, group).unwrap();
+            assert_eq!(scales.is_half(), half);
+            for row in 0..64 {
+                for g in 0..4 {
+                    let expected = if row < n { rows[row * 4 + g] } else { 0.0 };
+                    let value = match &scales.values {
+                        ScaleValues::F32(values) => values[(row / 32 * 4 + g) * 32 + row % 32],
+                        ScaleValues::F16(values) => f16::from_bits(values[(row / 32 * 4 + g) * 32 + row % 32]).to_f32(),
+                    };
+                    assert_eq!((value, scales.get(row, g, k)), (expected, expected));
+                }
             }
         }
-        assert_eq!(Scales::from_rows(&rows[..n], n, k, 0).unwrap().values[..40], rows[..40]);
+        let rows: Vec<f32> = (0..n * 4).map(|i| i as f32).collect();
+        let by_row = Scales::from_rows(&rows[..n], n, k, 0).unwrap();
+        assert!((0..n).all(|row| by_row.get(row, 0, k) == rows[row]));
         assert!(matches!(Scales::from_rows(&rows[1..], n, k, group), Err(FormatError::Length { .. })));
         let bad = Scales::from_rows(&[1.0, f32::NAN], 1, 64, 32);
         assert!(matches!(bad, Err(FormatError::NotFinite { row: 0, column: 1, .. })));

@@ -24,9 +24,10 @@
 
 use super::dense::{Q4_0_BYTES, QK, q4_0_codes};
 use super::{
-    DenseFormat, FormatError, SharedScale, canonical, canonical_bytes, check_length, check_values, f16_at,
+    DenseFormat, FormatError, Scales, SharedScale, canonical, canonical_bytes, check_length, check_values, f16_at,
     tq1_0, tq2_0,
 };
+use rayon::prelude::*;
 
 /// Canonical rows and the scale s of [n, k] values, all of which are -s, 0 or s.
 ///
@@ -54,85 +55,117 @@ pub fn exact_from_f32_rows(values: &[f32], n: usize, k: usize) -> Result<(Vec<u8
     Ok(reader.finish())
 }
 
-/// Canonical rows and the scales [n, ceil(k / group)] of [n, k] values: in each group of `group` consecutive values
-/// of a row, all are -s, 0 or s with a scale s of their own.
+/// Groups of weights that [`scaled_from_dense`] looks for, after whole rows.
+pub const GROUPS: [usize; 4] = [256, 128, 64, 32];
+
+/// Canonical rows and the scales of an [n, k] tensor of any dense format, in each of whose groups all values are -s, 0 or
+/// s, with a scale s of their own.
 ///
-/// s is the magnitude of the first non-zero value of the group; a group of zeros has the scale 0. A `group` of k
-/// gives a scale for each row. The last group of a row may be shorter.
+/// The groups are the largest with which that holds: whole rows, or one of [`GROUPS`]. A group of zeros has the scale 0.
+/// The last group of a row may be shorter. The scales are f16 where each of them is one.
 ///
 /// ```
-/// use bitnet_burn_formats::{canonical::Row, ternary};
+/// use bitnet_burn_formats::{DenseFormat, canonical::Row, ternary};
 ///
-/// let (rows, scales) = ternary::scales_of(&[0.5, 0.0, -0.25, 0.25], 1, 4, 2)?;
-/// assert_eq!(scales, [0.5, 0.25]);
-/// assert_eq!([0, 1, 2, 3].map(|k| Row(&rows).weight(k)), [1, 0, -1, 1]);
+/// let values = [0.5, 0.0, -0.5, 0.25, 0.25, 0.0];
+/// let data: Vec<u8> = values.iter().flat_map(|v: &f32| v.to_le_bytes()).collect();
+/// let (rows, scales) = ternary::scaled_from_dense(DenseFormat::F32, &data, 2, 3)?;
+/// assert_eq!((scales.group, scales.get(0, 0, 3), scales.get(1, 0, 3)), (0, 0.5, 0.25));
+/// assert_eq!([0, 1, 2].map(|k| Row(&rows).weight(k)), [1, 0, -1]);
 /// # Ok::<(), bitnet_burn_formats::FormatError>(())
 /// ```
 ///
 /// # Errors
-/// [`FormatError::Empty`] (also for a `group` of 0), [`TooLarge`](FormatError::TooLarge),
-/// [`Length`](FormatError::Length); [`NotTernary`](FormatError::NotTernary) with row, column and value of the first
-/// offender and the scale of its group, or [`NotFinite`](FormatError::NotFinite) where the first non-zero value of a
-/// group is a NaN or infinite.
-pub fn scales_of(
-    values: &[f32],
+/// [`FormatError::Empty`], [`TooLarge`](FormatError::TooLarge),
+/// [`NotAMultiple`](FormatError::NotAMultiple) (K by the format's block), [`Length`](FormatError::Length);
+/// [`NotTernary`](FormatError::NotTernary) with row, column and value of an offender and the scale of its group of 32
+/// (or of its block, in a format of ternary blocks), and [`NotFinite`](FormatError::NotFinite) where a scale is a NaN or
+/// infinite.
+pub fn scaled_from_dense(
+    format: DenseFormat,
+    data: &[u8],
     n: usize,
     k: usize,
-    group: usize,
-) -> Result<(Vec<u8>, Vec<f32>), FormatError> {
-    let size = check_values("F32", n, k, values.len())?;
-    if group == 0 {
-        return Err(FormatError::Empty { format: "F32", n, k: group });
-    }
-    let mut rows = vec![0; size];
-    let mut scales = Vec::with_capacity(n * k.div_ceil(group)); // no more than there are values
-    let mut weights = vec![0i8; k];
-    for (row, (values, out)) in
-        values.chunks_exact(k).zip(rows.chunks_exact_mut(canonical::row_bytes(k))).enumerate()
-    {
-        let groups = values.chunks(group).zip(weights.chunks_mut(group));
-        for (index, (values, weights)) in groups.enumerate() {
-            let mut scale = 0.0;
-            weights_of(values, &mut scale, weights).map_err(|error| error.moved(row, index * group))?;
-            scales.push(scale);
-        }
-        canonical::pack_row(&weights, out);
-    }
-    Ok((rows, scales))
-}
-
-/// Which values of a ternary tensor share a scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Grouping {
-    /// All of the tensor.
-    Tensor,
-    /// Those of a row.
-    Row,
-    /// This many consecutive weights of a row.
-    Group(usize),
-}
-
-/// The coarsest grouping with which [`scales_of`] holds: the tensor, a row, or groups of 256, 128, 64 or 32. `None`
-/// if none of them does, or `values` is not [n, k].
-pub fn find_group(values: &[f32], n: usize, k: usize) -> Option<Grouping> {
-    check_values("F32", n, k, values.len()).ok()?;
-    let mut weights = vec![0; k];
-    let mut holds = |group: usize, shared: bool| {
-        let mut scale = 0.0;
-        values.chunks_exact(k).flat_map(|row| row.chunks(group)).all(|values| {
-            if !shared {
-                scale = 0.0;
-            }
-            weights_of(values, &mut scale, &mut weights[..values.len()]).is_ok()
-        })
+) -> Result<(Vec<u8>, Scales), FormatError> {
+    let name = format.name();
+    let size = canonical_bytes(name, n, k)?;
+    let row_bytes = format.checked_row_bytes(k)?;
+    let expected = n.checked_mul(row_bytes).ok_or(FormatError::TooLarge { format: name, n, k })?;
+    check_length(name, n, k, "bytes", expected, data.len())?;
+    let unit = match format.facts().ternary {
+        Some(_) => format.block_len(),
+        None => GROUPS[GROUPS.len() - 1],
     };
-    if holds(k, true) {
-        return Some(Grouping::Tensor);
+    let units = k.div_ceil(unit);
+    let (mut rows, mut scales) = (vec![0; size], vec![0f32; n * units]); // no more than there are values
+    let parts = data
+        .par_chunks_exact(row_bytes)
+        .zip(rows.par_chunks_exact_mut(canonical::row_bytes(k)))
+        .zip(scales.par_chunks_exact_mut(units))
+        .enumerate();
+    parts.try_for_each_init(
+        || (vec![0i8; k], vec![0f32; k]),
+        |(weights, values), (row, ((data, out), scales))| {
+            match format.facts().ternary {
+                Some(read) => {
+                    read(data, weights, scales);
+                    check_blocks(weights, scales, unit)
+                }
+                None => format.decode_row(data, values).and_then(|()| units_of(values, weights, scales, unit)),
+            }
+            .map_err(|error| error.in_row(row))?;
+            canonical::pack_row(weights, out);
+            Ok(())
+        },
+    )?;
+    let coarser = |group: &usize| group.is_multiple_of(unit) && *group < k;
+    let holds = |count: usize| scales.par_chunks(units).all(|row| row.chunks(count).all(|of| shared(of).is_some()));
+    let group = match holds(units) {
+        true => 0,
+        false => GROUPS.into_iter().filter(coarser).find(|group| holds(group / unit)).unwrap_or(unit),
+    };
+    let count = if group == 0 { units } else { group / unit };
+    let folded: Vec<f32> =
+        scales.chunks(units).flat_map(|row| row.chunks(count).map(|of| shared(of).unwrap_or(0.0))).collect();
+    Ok((rows, Scales::from_rows(&folded, n, k, group)?))
+}
+
+/// The scale of neighbours, of which those that are 0 have any; `None` if they differ.
+fn shared(scales: &[f32]) -> Option<f32> {
+    let first = scales.iter().copied().find(|&s| s != 0.0).unwrap_or(0.0);
+    scales.iter().all(|&s| s == 0.0 || s == first).then_some(first)
+}
+
+/// Checks blocks of a row; those of zeros get the scale 0.
+fn check_blocks(weights: &[i8], scales: &mut [f32], block: usize) -> Result<(), FormatError> {
+    for (index, (weights, scale)) in weights.chunks(block).zip(scales).enumerate() {
+        let (mut any, mut bad) = (false, false);
+        for &w in weights {
+            any |= w != 0;
+            bad |= w > 1;
+        }
+        let column = index * block;
+        if !scale.is_finite() {
+            return Err(FormatError::NotFinite { row: 0, column, value: *scale });
+        }
+        if bad {
+            let column = column + weights.iter().position(|&w| w > 1).unwrap_or(0);
+            return Err(FormatError::NotTernary { row: 0, column, value: 2.0 * *scale, scale: *scale });
+        }
+        if !any {
+            *scale = 0.0;
+        }
     }
-    if holds(k, false) {
-        return Some(Grouping::Row);
+    Ok(())
+}
+
+/// The weights and the scales of a row of values.
+fn units_of(values: &[f32], weights: &mut [i8], scales: &mut [f32], unit: usize) -> Result<(), FormatError> {
+    let units = values.chunks(unit).zip(weights.chunks_mut(unit)).zip(scales);
+    for (index, ((values, weights), scale)) in units.enumerate() {
+        weights_of(values, scale, weights).map_err(|error| error.moved(0, index * unit))?;
     }
-    [256, 128, 64, 32].into_iter().find(|&group| group < k && holds(group, false)).map(Grouping::Group)
+    Ok(())
 }
 
 /// Canonical rows and the scale s of an [n, k] tensor of any dense format.
@@ -311,6 +344,11 @@ mod tests {
         ));
     }
 
+    fn scaled(format: DenseFormat, values: &[f32], n: usize, k: usize) -> Result<(Vec<u8>, Scales), FormatError> {
+        let data: Vec<u8> = values.chunks(k).flat_map(|row| encode(format, row)).collect();
+        scaled_from_dense(format, &data, n, k)
+    }
+
     #[test]
     fn groups_have_scales_of_their_own() {
         let (n, k) = (3, 300);
@@ -321,52 +359,64 @@ mod tests {
             *v = [scale, 0.0, -scale, -0.0][i % 4];
         }
         values[k..][64..128].fill(0.0); // a group of zeros
-        let (rows, scales) = scales_of(&values, n, k, 64).unwrap();
-        assert_eq!(
-            scales,
-            [1.0, 2.0, 3.0, 4.0, 5.0, 11.0, 0.0, 13.0, 14.0, 15.0, 21.0, 22.0, 23.0, 24.0, 25.0]
-        );
+        let (rows, scales) = scaled(DenseFormat::F32, &values, n, k).unwrap();
+        assert_eq!(scales.group, 64);
         for (i, &v) in values.iter().enumerate() {
             let weight = Row(&rows[i / k * canonical::row_bytes(k)..]).weight(i % k);
-            assert_eq!(f32::from(weight) * scales[i / k * 5 + i % k / 64], v);
+            assert_eq!(f32::from(weight) * scales.get(i / k, i % k / 64, k), v);
         }
-        assert_eq!(
-            scales_of(&values, n, k, 128),
-            Err(FormatError::NotTernary { row: 0, column: 64, value: 2.0, scale: 1.0 })
-        );
-        assert_eq!(find_group(&values, n, k), Some(Grouping::Group(64)));
+        assert_eq!(scales.get(1, 1, k), 0.0);
         values[2 * k + 130] = f32::NAN;
         assert!(matches!(
-            scales_of(&values, n, k, 64),
+            scaled(DenseFormat::F32, &values, n, k),
             Err(FormatError::NotTernary { row: 2, column: 130, scale: 23.0, .. })
         ));
-        assert_eq!(find_group(&values, n, k), None);
         values[2 * k + 128] = f32::INFINITY;
+        let infinite = scaled(DenseFormat::F32, &values, n, k);
+        assert!(matches!(infinite, Err(FormatError::NotFinite { row: 2, column: 128, .. })));
         assert!(matches!(
-            scales_of(&values, n, k, 64),
-            Err(FormatError::NotFinite { row: 2, column: 128, .. })
+            scaled_from_dense(DenseFormat::F32, &[0; 48], 3, 5),
+            Err(FormatError::Length { expected: 60, .. })
         ));
-        assert!(matches!(scales_of(&values, n, k, 0), Err(FormatError::Empty { .. })));
-        assert!(matches!(scales_of(&values, n, k + 1, 64), Err(FormatError::Length { .. })));
-        assert_eq!(find_group(&values, n, k + 1), None);
     }
 
     #[test]
     fn the_coarsest_grouping_is_found() {
         let (n, k) = (4, 512);
-        let of = |scale: &dyn Fn(usize, usize) -> usize| {
+        let of = |format: DenseFormat, scale: &dyn Fn(usize, usize) -> usize| {
             let value = |i: usize| scale(i / k, i % k) as f32 * [1.0, 0.0, -1.0][i % 3];
-            find_group(&(0..n * k).map(value).collect::<Vec<_>>(), n, k)
+            let found = scaled(format, &(0..n * k).map(value).collect::<Vec<_>>(), n, k);
+            found.map(|(_, scales)| scales.group)
         };
-        assert_eq!(of(&|_, _| 0), Some(Grouping::Tensor));
-        assert_eq!(of(&|_, _| 1), Some(Grouping::Tensor));
-        // Rows of zeros have any scale.
-        assert_eq!(of(&|row, _| row % 2), Some(Grouping::Tensor));
-        assert_eq!(of(&|row, _| row), Some(Grouping::Row));
-        for group in [256, 128, 64, 32] {
-            assert_eq!(of(&|row, column| 1 + row + column / group), Some(Grouping::Group(group)));
+        for format in [DenseFormat::F32, DenseFormat::BF16, DenseFormat::Q2_0] {
+            assert_eq!(of(format, &|_, _| 1), Ok(0));
+            assert_eq!(of(format, &|row, _| row), Ok(0));
+            // Groups of zeros have any scale.
+            assert_eq!(of(format, &|row, column| row * (column / 64 % 2)), Ok(0));
+            for group in [256, 128, 64] {
+                assert_eq!(of(format, &|row, column| 1 + row + column / group), Ok(group), "{format:?}");
+            }
         }
-        assert_eq!(of(&|row, column| 1 + row + column / 16), None);
+        assert_eq!(of(DenseFormat::F16, &|row, column| 1 + row + column / 32), Ok(32));
+        assert_eq!(of(DenseFormat::TQ1_0, &|row, column| 1 + row + column / 256), Ok(256));
+        let small = of(DenseFormat::F32, &|row, column| 1 + row + column / 16);
+        assert_eq!(small, Err(FormatError::NotTernary { row: 0, column: 17, value: -2.0, scale: 1.0 }));
+    }
+
+    #[test]
+    fn blocks_that_are_not_ternary_are_refused() {
+        let mut data = vec![0; 18 * 4];
+        for block in data.chunks_mut(18) {
+            block[..2].copy_from_slice(&f16::from_f32(0.5).to_le_bytes());
+            block[2..].fill(0b10_01_00_01);
+        }
+        let read = |data: &[u8]| scaled_from_dense(DenseFormat::Q2_0, data, 2, 128);
+        assert_eq!(read(&data).unwrap().1.group, 0);
+        data[3 * 18 + 2 + 5] = 0b01_11_01_01;
+        let expected = FormatError::NotTernary { row: 1, column: 64 + 22, value: 1.0, scale: 0.5 };
+        assert_eq!(read(&data), Err(expected));
+        data[18 + 1] = 0x7c;
+        assert_eq!(read(&data), Err(FormatError::NotFinite { row: 0, column: 64, value: f32::INFINITY }));
     }
 
     #[test]
@@ -413,29 +463,21 @@ mod tests {
     }
 
     proptest! {
-        /// With groups of any size, and for a whole row as for a tensor of one row.
         #[test]
-        fn groups_agree_with_tensors_of_one_row(
-            (n, k, weights) in matrix(1, 3, 1, 200), group in 1usize..250, seed in any::<u64>(),
+        fn every_value_comes_back(
+            (n, k, weights) in matrix(1, 40, 1, 200), group in 1usize..5, seed in any::<u64>(), half in any::<bool>(),
         ) {
             let mut random = crate::random::SplitMix64::new(seed);
-            let groups = k.div_ceil(group);
-            let scales: Vec<f32> = (0..n * groups).map(|_| (1 + random.below(3)) as f32).collect();
-            let scale = |i: usize| scales[i / k * groups + i % k / group];
+            let (unit, one) = (32 * group, if half { 1.0 } else { 1.000_01 });
+            let groups = k.div_ceil(unit);
+            let scales: Vec<f32> = (0..n * groups).map(|_| random.below(3) as f32 * one).collect();
+            let scale = |i: usize| scales[i / k * groups + i % k / unit];
             let values: Vec<f32> = weights.iter().enumerate().map(|(i, &w)| f32::from(w) * scale(i)).collect();
-            let (rows, found) = scales_of(&values, n, k, group).unwrap();
-            prop_assert_eq!(rows, canonical_rows(&weights, k));
-            for (i, (found, scale)) in found.iter().zip(&scales).enumerate() {
-                let from = i / groups * k + i % groups * group;
-                let to = (from + group).min((i / groups + 1) * k);
-                let zero = weights[from..to].iter().all(|&w| w == 0);
-                prop_assert_eq!(*found, if zero { 0.0 } else { *scale });
-            }
-            let whole: Result<Vec<_>, _> = values.chunks(k).map(|row| exact_from_f32_rows(row, 1, k)).collect();
-            let by_row = scales_of(&values, n, k, k);
-            prop_assert_eq!(by_row.is_ok(), whole.is_ok());
-            if let (Ok((_, scales)), Ok(whole)) = (by_row, whole) {
-                prop_assert_eq!(scales, whole.into_iter().map(|(_, scale)| scale).collect::<Vec<_>>());
+            let (rows, found) = scaled(DenseFormat::F32, &values, n, k).unwrap();
+            let size = if found.group == 0 { k } else { found.group };
+            for (i, value) in values.iter().enumerate() {
+                let weight = Row(&rows[i / k * canonical::row_bytes(k)..]).weight(i % k);
+                prop_assert_eq!(f32::from(weight) * found.get(i / k, i % k / size, k), *value);
             }
         }
 
@@ -471,6 +513,8 @@ mod tests {
             for format in DenseFormat::ALL {
                 let _ = exact_from_dense(format, &bytes, n, k);
                 let _ = exact_from_dense(format, &bytes, n, k * 32);
+                let _ = scaled_from_dense(format, &bytes, n, k);
+                let _ = scaled_from_dense(format, &bytes, n, k * 32);
             }
         }
     }

@@ -34,6 +34,7 @@ pub(crate) const FACTS: Facts = Facts {
     dtype: None,
     block_len: BLOCK,
     block_bytes: BLOCK_BYTES,
+    ternary: Some(|row, weights, scales| TQ1_0.decode_row(row, weights, scales)),
     decode: |row, out| TQ1_0.decode_values(row, out),
     encode: |x, row| TQ1_0.encode_values(x, row),
     random: |deviation, random, out| TQ1_0.random(deviation, random, out),

@@ -26,7 +26,7 @@ fn manager(cache: &Path) -> KernelManager {
 
 /// Measures what a model of one shape would need.
 fn tune(manager: &KernelManager, n: usize) {
-    let choice = manager.choose(n, 64, LayoutPolicy::Any).unwrap();
+    let choice = manager.choose((n, 64), LayoutPolicy::Any).unwrap();
     manager.warm_up(&choice, 1);
 }
 

@@ -293,8 +293,8 @@ fn weights_of(checkpoint: &Checkpoint) -> Vec<Weights> {
 
 fn explain(manager: &KernelManager, m: usize, weights: Weights, roof: &Roof) -> anyhow::Result<Explanation> {
     let Weights { n, k, .. } = weights;
-    let choice = manager.choose(n, k, LayoutPolicy::Any)?;
-    let ranking = manager.explain(m, n, k);
+    let choice = manager.choose((n, k), LayoutPolicy::Any)?;
+    let ranking = manager.explain(m, (n, k));
     let best = ranking.candidates.iter().filter_map(|c| c.measurement.median_ns).min();
     let chosen = ranking.candidates.iter().find(|c| c.layout() == choice.layout());
     let rows = match ranking.source {

@@ -371,7 +371,7 @@ fn bench(args: BenchArgs) -> anyhow::Result<()> {
     let mut results = Vec::new();
     for Shape { m, n, k } in shapes {
         for m in m.map_or(TYPICAL_ROWS.to_vec(), |m| vec![m]) {
-            let ranking = manager.explain(m, n, k);
+            let ranking = manager.explain(m, (n, k));
             let fastest = |of_plugin: bool| {
                 let candidates = ranking.candidates.iter();
                 let of = candidates.filter(|c| foreign.iter().any(|id| id == c.kernel()) == of_plugin);

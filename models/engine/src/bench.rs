@@ -167,7 +167,7 @@ impl BytesPerToken {
         for projection in Projection::ALL {
             let (n, k) = projection.shape(config);
             if host_layers > 0 {
-                ternary += manager().choose(n, k, LayoutPolicy::Any)?.weight_bytes() as u64 * host_layers;
+                ternary += manager().choose((n, k), LayoutPolicy::Any)?.weight_bytes() as u64 * host_layers;
             }
             ternary += (n * canonical::row_bytes(k)) as u64 * (config.n_layers as u64 - host_layers);
         }

@@ -164,7 +164,7 @@ pub fn load_on(
         let device = &devices.layers[layer];
         if let Some(prepacked) = prepacked.as_ref().filter(|_| ops::is_host(device)) {
             let (n, k) = which.shape(&config);
-            let choice = manager().choose(n, k, LayoutPolicy::Any)?;
+            let choice = manager().choose((n, k), LayoutPolicy::Any)?;
             if let Some((packed, scale)) = prepacked.projection(layer, which, &choice) {
                 let matrix = TernaryMatrix::prepacked(choice, packed, scale, device);
                 return Ok(BitLinear::from_matrix(matrix));
@@ -270,7 +270,7 @@ fn choose_kernels(
     }
     for (i, &(n, k)) in shapes.iter().enumerate() {
         progress(LoadProgress::Tuning(i, shapes.len()));
-        let choice = manager().choose(n, k, LayoutPolicy::Any)?;
+        let choice = manager().choose((n, k), LayoutPolicy::Any)?;
         manager().warm_up(&choice, max_rows);
     }
     progress(LoadProgress::Tuning(shapes.len(), shapes.len()));

@@ -212,7 +212,7 @@ pub fn write(
                 if checkpoint.dense_bytes(layer, which).is_some() {
                     continue;
                 }
-                let choice = manager().choose(n, k, LayoutPolicy::Any)?;
+                let choice = manager().choose((n, k), LayoutPolicy::Any)?;
                 let Some(layout) = kept(&choice) else { continue };
                 let Weights::Ternary(tensor) = checkpoint.weights(layer, which)? else { continue };
                 let Packed::Private(packed) = manager().pack(&choice, &tensor.codes)? else { continue };
@@ -322,7 +322,7 @@ impl Prepacked {
         };
         for which in Projection::ALL {
             let (n, k) = which.shape(checkpoint.config());
-            let choice = manager().choose(n, k, LayoutPolicy::Any)?;
+            let choice = manager().choose((n, k), LayoutPolicy::Any)?;
             let Some((packed, scale)) =
                 self.get(&name(0, which), kept(&choice), (n, k), choice.weight_bytes())
             else {

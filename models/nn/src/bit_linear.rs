@@ -7,7 +7,7 @@ use bitnet_burn_backends::MatrixKernels;
 use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
 use bitnet_burn_formats::canonical;
 use bitnet_burn_formats::quant;
-use bitnet_burn_manager::ManagerError;
+use bitnet_burn_manager::{ManagerError, ScaleKind};
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
 use burn::nn::{Linear, RmsNorm, RmsNormConfig};
@@ -81,8 +81,10 @@ pub struct PackedWeight {
     /// U32 words: canonical rows [d_output, ceil(d_input / 128) * 8], or [1, words] in the private
     /// packing of the kernel that was chosen for this machine.
     pub codes: Param<Tensor<2, Int>>,
-    /// `[1]`: weight = code * scale.
+    /// weight = code * scale: `[1]`, or many in blocks of 32 rows, as [`Scales`](crate::formats::Scales) has them.
     pub scale: Param<Tensor<1>>,
+    #[module(skip)]
+    scales: ScaleKind,
     #[module(skip)]
     choice: Option<MatrixKernels>,
 }
@@ -111,10 +113,11 @@ impl BitLinear {
 
     /// A layer in the packed state, without norm and bias.
     pub fn from_matrix(matrix: TernaryMatrix) -> Self {
-        let TernaryMatrix { codes, scale, n, k, choice } = matrix;
+        let TernaryMatrix { codes, scale, n, k, scales, choice } = matrix;
         let weight = PackedWeight {
             codes: Param::initialized(ParamId::new(), codes),
             scale: Param::initialized(ParamId::new(), scale.set_require_grad(false)),
+            scales,
             choice,
         };
         Self { weight: BitLinearWeight::Packed(weight), bias: None, norm: None, d_input: k, d_output: n }
@@ -192,6 +195,14 @@ impl BitLinear {
         self.norm.as_ref().map(|norm| (norm.gamma.val(), norm.epsilon as f32))
     }
 
+    /// Activations of a row that share a scale where they are quantised; 0 for the whole row.
+    fn activation_group(&self) -> usize {
+        match &self.weight {
+            BitLinearWeight::Packed(weight) => weight.scales.activation_group(),
+            BitLinearWeight::Latent(_) | BitLinearWeight::Dense(_) => 0,
+        }
+    }
+
     /// The packed matrix, for operations over several layers; `None` in the other states.
     pub fn matrix(&self) -> Option<TernaryMatrix> {
         match &self.weight {
@@ -201,6 +212,7 @@ impl BitLinear {
                 scale: weight.scale.val(),
                 n: self.d_output,
                 k: self.d_input,
+                scales: weight.scales,
                 choice: weight.choice.clone(),
             }),
         }
@@ -261,13 +273,17 @@ impl BitLinear {
     /// another state stays as it is.
     ///
     /// # Errors
-    /// If the kernel that packed the weights can't unpack them.
+    /// If the kernel that packed the weights can't unpack them, or they have many scales: the training state has one.
     ///
     /// # Panics
     /// If the weights can't be read back from their device.
     pub fn unpack(self) -> Result<Self, ManagerError> {
         let Some(matrix) = self.matrix() else { return Ok(self) };
         let (n, k) = (self.d_output, self.d_input);
+        if matrix.scales != ScaleKind::One {
+            let problem = format!("weights [{n}, {k}] with many scales can't be trained further");
+            return Err(ManagerError::Operands(problem));
+        }
         let matrix = matrix.into_canonical()?;
         let device = matrix.codes.device();
         let scale = matrix.scale.into_data().iter::<f32>().next().expect("one scale");
@@ -306,7 +322,7 @@ pub(crate) fn side_by_side(
     layers: &[&BitLinear],
 ) -> Result<Tensor<2>, ManagerError> {
     // Without building the matrices: this runs for every layer and token.
-    let state = |layer: &&BitLinear| discriminant(&layer.weight);
+    let state = |layer: &&BitLinear| (discriminant(&layer.weight), layer.activation_group());
     let alike = layers.iter().all(|layer| state(layer) == state(&layers[0]));
     if alike && layers.iter().all(|layer| layer.norm.is_none()) {
         return fused(x, Some(norm), quantise, layers);

@@ -131,9 +131,9 @@ pub struct Activations {
     /// Row 0, aligned to 64 bytes. Bytes `k..stride` of each row are zero, and 64 bytes behind the
     /// last row may be read.
     pub q: *const i8,
-    /// `m` row scales: absmax / 127.
+    /// `m` row scales: absmax / 127. Unspecified where `group` is not 0.
     pub scale: *const f32,
-    /// `m` sums over the row's `k` values.
+    /// `m` sums over the row's `k` values. Unspecified where `group` is not 0.
     pub sum: *const i32,
     /// Since 1.2. Values that share a scale: a multiple of 32, or 0 for the whole row. The last group of a row may be
     /// shorter. With [`OPERATION_TERNARY_MATMUL`], 0.

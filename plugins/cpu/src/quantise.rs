@@ -1,6 +1,7 @@
-//! Activation quantisation: absmax int8 per row, as BitNet b1.58 has it, alone or fused with RMSNorm.
+//! Activation quantisation: absmax int8 per row, as BitNet b1.58 has it, or per group of a row's values; alone or fused
+//! with RMSNorm.
 //!
-//! For a row x of K values,
+//! For a row x of K values, or a group of them,
 //!
 //! ```text
 //! a = max(max |x|, 1e-5)      q = round_half_even(x * (127 / a))      x ~ q * (a / 127)
@@ -8,12 +9,16 @@
 //!
 //! in f32, each operation rounded once. The clamp to [-128, 127] of the definition never acts: |x| <= a,
 //! and rounding the quotient and the product moves 127 by less than 127 * 2^-22, which is far from 127.5.
-//! A row with a NaN or an infinity gets q = 0, scale NaN and sum 0.
+//! A row (group) with a NaN or an infinity gets q = 0, scale NaN and sum 0.
 //!
 //! RMSNorm is y = (x * r) * w with r = 1 / sqrt(mean(x^2) + eps). Its sum of squares is in the order of
 //! [`simd`](crate::simd), so every CPU gets the same bits.
 //!
 //! The loops are written so that compilers vectorise them, and compiled once per instruction set.
+
+use std::ops::Range;
+
+use bitnet_burn_plugin::sdk::groups;
 
 use crate::simd::{Isa, Kernel, LANES, Level};
 use crate::threads::{Shared, Threads, run};
@@ -38,7 +43,7 @@ const PARALLEL_FROM: usize = 1 << 15;
 /// If `stride` is smaller than `k`, or a slice has not the length that goes with the others (`q` may be
 /// longer).
 pub fn quantise_rows(x: &[f32], k: usize, q: &mut [i8], stride: usize, scale: &mut [f32], sum: &mut [i32]) {
-    Level::best().run(Quantise(Rows::new(x, k, q, stride, scale, sum)));
+    Level::best().run(Quantise(Rows::new(x, k, Quantised { q, stride, group: 0, scale, sum })));
 }
 
 /// RMSNorm over rows of `k` values, and quantisation of the result.
@@ -64,7 +69,7 @@ pub fn rms_norm_quantise_rows(
     sum: &mut [i32],
 ) {
     assert_eq!(norm_weight.len(), k, "norm weights for rows of another length");
-    let rows = Rows::new(x, k, q, stride, scale, sum);
+    let rows = Rows::new(x, k, Quantised { q, stride, group: 0, scale, sum });
     Level::best().run(NormQuantise { rows, norm_weight, eps });
 }
 
@@ -75,14 +80,16 @@ pub struct Quantised<'a> {
     pub q: &'a mut [i8],
     /// Values from row to row.
     pub stride: usize,
-    /// M times absmax / 127.
+    /// Values of a row that share a scale; 0 for the whole row. The last group of a row may be shorter.
+    pub group: usize,
+    /// absmax / 127: [M, groups].
     pub scale: &'a mut [f32],
-    /// M sums of a row's int8 values.
+    /// Sums of the int8 values: [M, groups].
     pub sum: &'a mut [i32],
 }
 
-/// [`quantise_rows`], or [`rms_norm_quantise_rows`] with the weights and epsilon of `norm`, shared out to threads
-/// where that pays.
+/// Quantises rows of `k` values, after an RMSNorm with the weights and epsilon of `norm`, shared out to threads where that
+/// pays: [`quantise_rows`] and [`rms_norm_quantise_rows`], for groups, too.
 ///
 /// # Panics
 /// As those.
@@ -93,27 +100,35 @@ pub fn quantise_on(
     norm: Option<(&[f32], f32)>,
     out: Quantised<'_>,
 ) {
-    let Quantised { q, stride, scale, sum } = out;
-    let rows = |x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]| match norm {
-        None => quantise_rows(x, k, q, stride, scale, sum),
-        Some((weight, eps)) => rms_norm_quantise_rows(x, weight, eps, k, q, stride, scale, sum),
+    let rows = |x: &[f32], out: Quantised<'_>| match norm {
+        None => Level::best().run(Quantise(Rows::new(x, k, out))),
+        Some((norm_weight, eps)) => {
+            assert_eq!(norm_weight.len(), k, "norm weights for rows of another length");
+            Level::best().run(NormQuantise { rows: Rows::new(x, k, out), norm_weight, eps });
+        }
     };
-    let m = scale.len();
+    // Before the parts of the tasks are taken from them.
+    let m = check_rows(x, k, &out);
     let tasks = (threads.threads() * 4).min(m);
     if x.len() < PARALLEL_FROM || tasks < 2 {
-        return rows(x, q, scale, sum);
+        return rows(x, out);
     }
-    // Before the parts of the tasks are taken from them.
-    check_rows(x, k, q, stride, scale, sum);
+    let Quantised { q, stride, group, scale, sum } = out;
+    let groups = groups(k, group);
     let (q, scale, sum) = (Shared::new(q), Shared::new(scale), Shared::new(sum));
     run(threads, true, tasks, &|task| {
         let (from, to) = (m * task / tasks, m * (task + 1) / tasks);
         let count = to - from;
         // SAFETY: the tasks' ranges of rows are disjoint.
         let (q, scale, sum) = unsafe {
-            (q.part(from * stride, count * stride), scale.part(from, count), sum.part(from, count))
+            let of_groups = (from * groups, count * groups);
+            (
+                q.part(from * stride, count * stride),
+                scale.part(of_groups.0, of_groups.1),
+                sum.part(of_groups.0, of_groups.1),
+            )
         };
-        rows(&x[from * k..to * k], q, scale, sum);
+        rows(&x[from * k..to * k], Quantised { q, stride, group, scale, sum });
     });
 }
 
@@ -128,36 +143,68 @@ pub fn rms_norm_rows(x: &[f32], norm_weight: &[f32], eps: f32, k: usize, y: &mut
     Level::best().run(Norm { x, norm_weight, eps, y });
 }
 
-/// Panics if the arguments of a quantisation do not fit together.
-fn check_rows(x: &[f32], k: usize, q: &[i8], stride: usize, scale: &[f32], sum: &[i32]) {
-    let m = scale.len();
-    assert!(k >= 1 && stride >= k, "rows of {k} values with a stride of {stride}");
+/// The number of rows.
+///
+/// # Panics
+/// If the arguments of a quantisation do not fit together.
+fn check_rows(x: &[f32], k: usize, out: &Quantised) -> usize {
+    let Quantised { q, stride, group, scale, sum } = out;
+    assert!(k >= 1 && *stride >= k, "rows of {k} values with a stride of {stride}");
+    let groups = groups(k, *group);
+    let m = scale.len() / groups;
+    assert_eq!(m * groups, scale.len(), "{groups} scales a row");
     assert_eq!(Some(x.len()), m.checked_mul(k), "{} values are not {m} rows of {k}", x.len());
-    assert!(m.checked_mul(stride).is_some_and(|n| n <= q.len()), "too few int8 values for {m} rows");
-    assert_eq!(sum.len(), m, "as many sums as scales");
+    assert!(m.checked_mul(*stride).is_some_and(|n| n <= q.len()), "too few int8 values for {m} rows");
+    assert_eq!(sum.len(), scale.len(), "as many sums as scales");
+    m
 }
 
 /// Checked arguments of a quantisation.
 struct Rows<'a> {
     x: &'a [f32],
     k: usize,
+    out: Quantised<'a>,
+}
+
+impl<'a> Rows<'a> {
+    fn new(x: &'a [f32], k: usize, out: Quantised<'a>) -> Self {
+        check_rows(x, k, &out);
+        Self { x, k, out }
+    }
+
+    /// Calls `quantise` with each row and its outputs.
+    #[inline(always)]
+    fn each(self, mut quantise: impl FnMut(&[f32], Groups<'_>)) {
+        let Self { x, k, out: Quantised { q, stride, group, scale, sum } } = self;
+        let (length, groups) = (if group == 0 { k } else { group }, groups(k, group));
+        let rows = x.chunks_exact(k).zip(q.chunks_exact_mut(stride));
+        let outputs = scale.chunks_exact_mut(groups).zip(sum.chunks_exact_mut(groups));
+        for ((x, q), (scale, sum)) in rows.zip(outputs) {
+            let (q, padding) = q.split_at_mut(k);
+            quantise(x, Groups { length, q, scale, sum });
+            padding.fill(0);
+        }
+    }
+}
+
+/// The outputs of a row.
+struct Groups<'a> {
+    /// Values of a group.
+    length: usize,
     q: &'a mut [i8],
-    stride: usize,
     scale: &'a mut [f32],
     sum: &'a mut [i32],
 }
 
-impl<'a> Rows<'a> {
-    fn new(
-        x: &'a [f32],
-        k: usize,
-        q: &'a mut [i8],
-        stride: usize,
-        scale: &'a mut [f32],
-        sum: &'a mut [i32],
-    ) -> Self {
-        check_rows(x, k, q, stride, scale, sum);
-        Self { x, k, q, stride, scale, sum }
+impl Groups<'_> {
+    /// Quantises the groups of the row; `values` gives those of a part of it.
+    #[inline(always)]
+    fn quantise<X: Iterator<Item = f32> + Clone>(self, values: impl Fn(Range<usize>) -> X) {
+        let outputs = self.scale.iter_mut().zip(self.sum);
+        for (g, (q, (scale, sum))) in self.q.chunks_mut(self.length).zip(outputs).enumerate() {
+            let from = g * self.length;
+            (*scale, *sum) = quantise_row(values(from..from + q.len()), q);
+        }
     }
 }
 
@@ -168,13 +215,7 @@ impl Kernel for Quantise<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, _: I) {
-        let Rows { x, k, q, stride, scale, sum } = self.0;
-        let inputs = x.chunks_exact(k).zip(q.chunks_exact_mut(stride));
-        for ((x, q), (scale, sum)) in inputs.zip(scale.iter_mut().zip(sum)) {
-            let (q, padding) = q.split_at_mut(k);
-            (*scale, *sum) = quantise_row(x.iter().copied(), q);
-            padding.fill(0);
-        }
+        self.0.each(|x, out| out.quantise(|part| x[part].iter().copied()));
     }
 }
 
@@ -189,15 +230,12 @@ impl Kernel for NormQuantise<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Rows { x, k, q, stride, scale, sum } = self.rows;
-        let inputs = x.chunks_exact(k).zip(q.chunks_exact_mut(stride));
-        for ((x, q), (scale, sum)) in inputs.zip(scale.iter_mut().zip(sum)) {
-            let (q, padding) = q.split_at_mut(k);
-            let r = inverse_rms(isa, x, self.eps);
+        let (w, eps) = (self.norm_weight, self.eps);
+        self.rows.each(|x, out| {
+            let r = inverse_rms(isa, x, eps);
             // Computed anew in each pass over the row: cheaper than keeping the result.
-            (*scale, *sum) = quantise_row(x.iter().zip(self.norm_weight).map(|(x, w)| (x * r) * w), q);
-            padding.fill(0);
-        }
+            out.quantise(|part| x[part.clone()].iter().zip(&w[part]).map(move |(x, w)| (x * r) * w));
+        });
     }
 }
 
@@ -226,7 +264,7 @@ impl Kernel for Norm<'_> {
     }
 }
 
-/// Quantises one row into `q`; returns scale and sum.
+/// Quantises one row, or a group of one, into `q`; returns scale and sum.
 ///
 /// Both reductions are over integers, so that compilers may vectorise them in any order.
 #[inline(always)]
@@ -358,7 +396,9 @@ mod tests {
                         rms_norm_quantise_rows(x, w, eps, k, &mut q, stride, &mut scale, &mut sum);
                     }
                     (Some(level), _) => {
-                        let rows = Rows::new(x, k, &mut q, stride, &mut scale, &mut sum);
+                        let out =
+                            Quantised { q: &mut q, stride, group: 0, scale: &mut scale, sum: &mut sum };
+                        let rows = Rows::new(x, k, out);
                         match what {
                             "plain" => level.run(Quantise(rows)),
                             _ => level.run(NormQuantise { rows, norm_weight: w, eps }),
@@ -427,16 +467,57 @@ mod tests {
     }
 
     #[test]
+    fn groups_are_quantised_like_rows_of_their_own() {
+        let mut random = Random(5);
+        for (k, group) in [(1, 32usize), (31, 32), (64, 32), (100usize, 32), (640, 64), (1000, 128), (300, 256)] {
+            let (m, stride, groups) = (3, k.next_multiple_of(64), k.div_ceil(group));
+            let x: Vec<f32> = (0..m * k).map(|i| random.value() * [1.0, 30.0, 1e-3][i / 32 % 3]).collect();
+            let w: Vec<f32> = (0..k).map(|_| random.value() + 1.0).collect();
+            let mut want = (Vec::new(), Vec::new(), Vec::new());
+            let mut normed = (Vec::new(), Vec::new(), Vec::new());
+            for row in x.chunks_exact(k) {
+                for (out, row) in [(&mut want, row), (&mut normed, &norm_reference(row, &w, 1e-5)[..])] {
+                    for part in row.chunks(group) {
+                        let (q, scale, sum) = reference(part, part.len());
+                        out.0.extend(q);
+                        out.1.push(scale);
+                        out.2.push(sum);
+                    }
+                    out.0.resize(out.0.len() + stride - k, 0);
+                }
+            }
+            for level in [None].into_iter().chain(Level::available().map(Some)) {
+                for (norm, want) in [(None, &want), (Some((&w[..], 1e-5)), &normed)] {
+                    let (mut q, mut scale, mut sum) =
+                        (vec![7; m * stride], vec![7.0; m * groups], vec![7; m * groups]);
+                    let out = Quantised { q: &mut q, stride, group, scale: &mut scale, sum: &mut sum };
+                    match (level, norm) {
+                        (None, norm) => quantise_on(&Scoped(1), &x, k, norm, out),
+                        (Some(level), None) => level.run(Quantise(Rows::new(&x, k, out))),
+                        (Some(level), Some((norm_weight, eps))) => {
+                            level.run(NormQuantise { rows: Rows::new(&x, k, out), norm_weight, eps });
+                        }
+                    }
+                    assert_eq!(q, want.0, "{level:?} k {k} group {group}");
+                    assert_eq!((bits(&scale), &sum), (bits(&want.1), &want.2), "{level:?} k {k} group {group}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn threads_give_the_same_rows() {
         let mut random = Random(11);
-        for (m, k) in [(1, 70), (2, 40_000), (37, 1000), (9, 4096usize)] {
+        for (m, k, group) in [(1, 70, 0), (2, 40_000, 0), (37, 1000, 0), (37, 1000, 32), (9, 4096usize, 128)] {
+            let groups = groups(k, group);
             let stride = k.next_multiple_of(64);
             let x: Vec<f32> = (0..m * k).map(|_| random.value()).collect();
             let w: Vec<f32> = (0..k).map(|_| random.value()).collect();
             for norm in [None, Some((&w[..], 1e-5))] {
                 let [want, got @ ..] = [1, 2, 3].map(|threads| {
-                    let (mut q, mut scale, mut sum) = (vec![7; m * stride], vec![7.0; m], vec![7; m]);
-                    let out = Quantised { q: &mut q, stride, scale: &mut scale, sum: &mut sum };
+                    let (mut q, mut scale, mut sum) =
+                        (vec![7; m * stride], vec![7.0; m * groups], vec![7; m * groups]);
+                    let out = Quantised { q: &mut q, stride, group, scale: &mut scale, sum: &mut sum };
                     quantise_on(&Scoped(threads), &x, k, norm, out);
                     (q, bits(&scale), sum)
                 });

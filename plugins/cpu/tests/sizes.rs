@@ -47,7 +47,7 @@ fn sizes_that_wrap_around_are_refused() {
     let x = vec![1.0; 1 << 15];
     refused("quantise_on", "too few int8 values", || {
         let (q, scale, sum) = (&mut vec![0; 1 << 15][..], &mut [0.0; 4][..], &mut [0; 4][..]);
-        quantise_on(&Four, &x, 1 << 13, None, Quantised { q, stride: 1 << 62, scale, sum });
+        quantise_on(&Four, &x, 1 << 13, None, Quantised { q, stride: 1 << 62, group: 0, scale, sum });
     });
 
     refused("cross_entropy", "rows of", || {

@@ -17,6 +17,9 @@ pub(crate) struct Facts {
     pub(crate) block_len: usize,
     /// Bytes in a block.
     pub(crate) block_bytes: usize,
+    /// The weights of a row of whole blocks, and the scale of each, where the blocks are ternary. (Code 3 is weight 2.) All
+    /// lengths fit.
+    pub(crate) ternary: Option<fn(&[u8], &mut [i8], &mut [f32])>,
     /// The values of a row of whole blocks. Both lengths fit.
     pub(crate) decode: fn(&[u8], &mut [f32]),
     /// The row of these values. Both lengths fit.

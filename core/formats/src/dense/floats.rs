@@ -11,6 +11,7 @@ pub(super) const F32: Facts = Facts {
     dtype: Some(Dtype::F32),
     block_len: 1,
     block_bytes: 4,
+    ternary: None,
     decode: |row, out| {
         for (value, &bytes) in out.iter_mut().zip(row.as_chunks().0) {
             *value = f32::from_le_bytes(bytes);
@@ -32,6 +33,7 @@ pub(super) const F16: Facts = Facts {
     dtype: Some(Dtype::F16),
     block_len: 1,
     block_bytes: 2,
+    ternary: None,
     decode: |row, out| {
         // In runs that `half` converts with the machine's instructions.
         for (values, bytes) in out.chunks_mut(64).zip(row.chunks(128)) {
@@ -58,6 +60,7 @@ pub(super) const BF16: Facts = Facts {
     dtype: Some(Dtype::BF16),
     block_len: 1,
     block_bytes: 2,
+    ternary: None,
     decode: |row, out| {
         for (value, &bytes) in out.iter_mut().zip(row.as_chunks().0) {
             *value = f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);

@@ -18,6 +18,7 @@ pub(super) const FACTS: Facts = Facts {
     dtype: None,
     block_len: QK,
     block_bytes: IQ4_NL_BYTES,
+    ternary: None,
     decode: |row, out| each_block(row, out, iq4_nl_block),
     encode: |x, row| encode_blocks("IQ4_NL", x, row, encode),
     random: |deviation, random, out| {

@@ -27,6 +27,7 @@ pub(super) const FACTS: Facts = Facts {
     dtype: None,
     block_len: LEN,
     block_bytes: PTQ1_0_BYTES,
+    ternary: Some(|row, weights, scales| BLOCKS.decode_row(row, weights, scales)),
     decode: |row, out| BLOCKS.decode_values(row, out),
     encode: |x, row| BLOCKS.encode_values(x, row),
     random: |deviation, random, out| BLOCKS.random(deviation, random, out),

@@ -15,6 +15,7 @@ pub(super) const FACTS: Facts = Facts {
     dtype: None,
     block_len: QK,
     block_bytes: Q4_0_BYTES,
+    ternary: None,
     decode: |row, out| each_block(row, out, q4_0_block),
     encode: |x, row| encode_blocks("Q4_0", x, row, encode),
     random: |deviation, random, out| {

@@ -14,6 +14,7 @@ pub(super) const FACTS: Facts = Facts {
     dtype: None,
     block_len: QK,
     block_bytes: Q4_1_BYTES,
+    ternary: None,
     decode: |row, out| each_block(row, out, q4_1_block),
     encode: |x, row| encode_blocks("Q4_1", x, row, encode),
     random: |deviation, random, out| {

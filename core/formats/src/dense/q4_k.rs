@@ -21,6 +21,7 @@ pub(super) const FACTS: Facts = Facts {
     dtype: None,
     block_len: QK_K,
     block_bytes: Q4_K_BYTES,
+    ternary: None,
     decode: |row, out| each_block(row, out, q4_k_block),
     encode: |x, row| {
         encode_blocks("Q4_K", x, row, |x, block: &mut [u8; Q4_K_BYTES]| {

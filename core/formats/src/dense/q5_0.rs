@@ -14,6 +14,7 @@ pub(super) const FACTS: Facts = Facts {
     dtype: None,
     block_len: QK,
     block_bytes: Q5_0_BYTES,
+    ternary: None,
     decode: |row, out| each_block(row, out, q5_0_block),
     encode: |x, row| encode_blocks("Q5_0", x, row, encode),
     random: |deviation, random, out| {

@@ -15,6 +15,7 @@ pub(super) const FACTS: Facts = Facts {
     dtype: None,
     block_len: QK,
     block_bytes: Q5_1_BYTES,
+    ternary: None,
     decode: |row, out| each_block(row, out, q5_1_block),
     encode: |x, row| encode_blocks("Q5_1", x, row, encode),
     random: |deviation, random, out| {

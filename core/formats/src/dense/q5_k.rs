@@ -17,6 +17,7 @@ pub(super) const FACTS: Facts = Facts {
     dtype: None,
     block_len: QK_K,
     block_bytes: Q5_K_BYTES,
+    ternary: None,
     decode: |row, out| each_block(row, out, q5_k_block),
     encode: |x, row| encode_blocks("Q5_K", x, row, encode),
     random: |deviation, random, out| {

@@ -16,6 +16,7 @@ pub(super) const FACTS: Facts = Facts {
     dtype: None,
     block_len: QK_K,
     block_bytes: Q6_K_BYTES,
+    ternary: None,
     decode: |row, out| each_block(row, out, q6_k_block),
     encode: |x, row| encode_blocks("Q6_K", x, row, encode),
     random: |deviation, random, out| {

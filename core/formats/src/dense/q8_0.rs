@@ -14,6 +14,7 @@ pub(super) const FACTS: Facts = Facts {
     dtype: None,
     block_len: QK,
     block_bytes: Q8_0_BYTES,
+    ternary: None,
     decode: |row, out| each_block(row, out, q8_0_block),
     encode: |x, row| encode_blocks("Q8_0", x, row, encode),
     random: |deviation, random, out| {

@@ -6,6 +6,14 @@ use crate::{FormatError, TernaryBlocks};
 use half::f16;
 
 impl<const LEN: usize, const BYTES: usize> TernaryBlocks<LEN, BYTES> {
+    /// The weights of a row of blocks, and the scale of each.
+    pub(crate) fn decode_row(&self, row: &[u8], weights: &mut [i8], scales: &mut [f32]) {
+        let blocks = row.as_chunks::<BYTES>().0.iter().zip(weights.as_chunks_mut::<LEN>().0);
+        for ((block, weights), scale) in blocks.zip(scales) {
+            *scale = (self.decode)(block, weights);
+        }
+    }
+
     /// The values of a row of blocks.
     pub(crate) fn decode_values(&self, row: &[u8], out: &mut [f32]) {
         each_block(row, out, |block, out: &mut [f32; LEN]| {

@@ -164,9 +164,9 @@ impl KernelManager {
                 entry.fail(Failure::Slow);
             }
             if !measured.is_empty() {
-                self.remeasured(choice.n, choice.k, ranking, &measured);
+                self.remeasured(choice.of, ranking, &measured);
             }
-            self.event(kind, Some(entry.kernel.id()), Some((m, choice.n, choice.k)), reason);
+            self.event(kind, Some(entry.kernel.id()), Some((m, choice.of.n, choice.of.k)), reason);
         }
     }
 

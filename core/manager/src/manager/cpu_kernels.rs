@@ -7,13 +7,12 @@ use bitnet_burn_plugin::canonical;
 
 use super::matrices::Matrices;
 use super::slot::Slot;
-use super::{BUCKETS, Entry, Job, Packed, bucket, lock, packing};
+use super::{BUCKETS, Entry, Job, Packed, WeightShape, bucket, lock, packing};
 
 /// Which kernels multiply by the weights of one shape, and in which layout the weights are kept.
 #[derive(Debug)]
 pub struct CpuKernels {
-    pub(super) n: usize,
-    pub(super) k: usize,
+    pub(super) of: WeightShape,
     /// The private layout, with a kernel that packs it; `None` for canonical weights in place.
     pub(super) packer: Option<Arc<Entry>>,
     weight_bytes: usize,
@@ -53,7 +52,8 @@ impl FallbackWeights {
 }
 
 impl CpuKernels {
-    pub(super) fn new(n: usize, k: usize, packer: Option<Arc<Entry>>) -> Self {
+    pub(super) fn new(of: WeightShape, packer: Option<Arc<Entry>>) -> Self {
+        let WeightShape { n, k, .. } = of;
         let (weight_bytes, own_bytes) = match &packer {
             Some(entry) => {
                 let stored = packing::stored_bytes(entry, n, k);
@@ -62,8 +62,7 @@ impl CpuKernels {
             None => (n * canonical::row_bytes(k), n * canonical::row_bytes(k)),
         };
         Self {
-            n,
-            k,
+            of,
             packer,
             weight_bytes,
             own_bytes,
@@ -75,7 +74,12 @@ impl CpuKernels {
 
     /// Output and input features.
     pub fn shape(&self) -> (usize, usize) {
-        (self.n, self.k)
+        (self.of.n, self.of.k)
+    }
+
+    /// The same with the kind of the scales.
+    pub fn weight_shape(&self) -> WeightShape {
+        self.of
     }
 
     /// Private layout (`plugin/layout`) that the weights are packed in, or `None` for canonical.
@@ -96,7 +100,7 @@ impl CpuKernels {
     /// Whether a kernel reads the weights as they are.
     pub(super) fn is_read_by(&self, entry: &Entry) -> bool {
         entry.kernel.layout() == self.layout()
-            && entry.kernel.weight_bytes(self.n, self.k) == Some(self.own_bytes)
+            && entry.kernel.weight_bytes(self.of.n, self.of.k) == Some(self.own_bytes)
     }
 
     /// The part of stored weights that a kernel reads.

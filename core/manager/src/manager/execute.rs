@@ -10,13 +10,11 @@ use super::parts::{Few, Part, run_parts};
 use super::report::Failure;
 use super::watch::{Fault, Look};
 use super::{
-    Entry, Fallback, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Packed, REFERENCE,
-    abi_weights, lock,
+    Entry, Fallback, FallbackPolicy, Job, KernelManager, LayoutPolicy, ManagerError, Packed, REFERENCE, lock,
 };
 use crate::gate::Stage;
 use crate::memory::Activations;
 use crate::plugin::KernelFailure;
-use bitnet_burn_formats::reference;
 
 /// A job of a matmul that has not been computed yet.
 struct Pending<'a> {
@@ -36,7 +34,7 @@ impl<'a> Pending<'a> {
     fn part(&self, timed: bool) -> Option<Part<'a>> {
         let turn = self.turn.filter(|turn| !self.computed && turn.timed.is_some() == timed)?;
         let (n, k) = self.job.choice.shape();
-        let weights = abi_weights(n, k, self.job.scale, self.job.choice.own_bytes(self.job.weights));
+        let weights = self.job.scale.weights(n, k, self.job.choice.own_bytes(self.job.weights));
         Some(Part { kernel: &turn.entry.kernel, weights, column: self.job.column })
     }
 }
@@ -165,13 +163,14 @@ impl KernelManager {
     ) -> Result<(), ManagerError> {
         let fail = |message: String| Err(ManagerError::Operands(message));
         // One that ends behind all columns that there are exceeds any output.
-        let columns = |job: &Job| (job.column, job.column.saturating_add(job.choice.n));
+        let columns = |job: &Job| (job.column, job.column.saturating_add(job.choice.of.n));
         let mut end = 0;
         for (i, job) in jobs.iter().enumerate() {
             let (n, k) = job.choice.shape();
             if k != x.k() {
                 return fail(format!("weights [{n}, {k}] do not fit activations [{}, {}]", x.m(), x.k()));
             }
+            job.check_scales(x)?;
             if job.weights.len() != job.choice.weight_bytes() {
                 return fail(format!(
                     "weights [{n}, {k}] take {} bytes in the layout {}, not {}",
@@ -238,14 +237,14 @@ impl KernelManager {
             Some((from, failure)) if !self.config.strict.allows_reference() => {
                 return Err(self.no_fallback(&from, (n, k), m, failure.to_string()));
             }
-            None if !self.config.strict.allows_reference() => return Err(self.no_kernel(m, n, k)),
+            None if !self.config.strict.allows_reference() => return Err(self.no_kernel(m, job.choice.of)),
             Some((from, failure)) => {
                 self.record_fallback(&from, REFERENCE, (m, n, k), failure.to_string());
             }
             None => {}
         }
         let (weights, out) = (&self.canonical_weights(job)?, &mut y[job.column..]);
-        reference::matmul(weights, n, k, job.scale, x.q(), x.stride(), x.scale(), m, out, stride);
+        job.scale.reference(weights, (n, k), x, out, stride);
         self.reference_calls.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -256,7 +255,6 @@ impl KernelManager {
         job: &Job,
         packer: &Entry,
     ) -> Result<Arc<FallbackWeights>, ManagerError> {
-        let (n, k) = job.choice.shape();
         let seal = seal_of(job.weights).ok_or_else(|| ManagerError::Operands("no weights".into()))?;
         let mut known = lock(&job.choice.fallback_weights);
         if let Some(fallback_weights) = known.get(&seal) {
@@ -265,7 +263,7 @@ impl KernelManager {
         // A plugin that only takes a rest, or became slow, would be chosen again.
         let policy = if packer.ready() { LayoutPolicy::BuiltIn } else { LayoutPolicy::Any };
         let canonical = self.unpack(job.choice, job.weights)?;
-        let (choice, packed) = self.choose_and_pack(n, k, policy, &canonical)?;
+        let (choice, packed) = self.choose_and_pack(job.choice.of, policy, &canonical)?;
         let canonical = if matches!(packed, Packed::Canonical) { canonical } else { Vec::new() };
         let fallback_weights = Arc::new(FallbackWeights { choice, canonical, packed });
         known.insert(seal, fallback_weights.clone());
@@ -305,12 +303,12 @@ mod tests {
     #[test]
     fn operands_whose_sizes_wrap_around_are_refused_and_nothing_is_written() {
         let manager = KernelManager::new(ManagerConfig { threads: 1, ..ManagerConfig::default() }).unwrap();
-        let choice = manager.choose(64, 128, LayoutPolicy::Canonical).unwrap();
+        let choice = manager.choose((64, 128), LayoutPolicy::Canonical).unwrap();
         let (weights, x) = (vec![0xaa; 64 * 32], Activations::from_rows(&[1.0; 9 * 128], 128));
         let mut y = vec![7.0; 9 * 64];
         // The columns would begin in front of `y`; the ninth row would be its first; all rows would be one.
         for (column, stride) in [(usize::MAX - 15, 64), (0, 1 << 61), (0, 1 << 63), (1 << 63, usize::MAX)] {
-            let job = Job { choice: &choice, weights: &weights, scale: 1.0, column };
+            let job = Job { choice: &choice, weights: &weights, scale: 1.0.into(), column };
             let error = manager.matmul(&[job, job], &x, &mut y, stride).unwrap_err();
             assert!(matches!(error, ManagerError::Operands(_)), "{error}");
             let error = manager.matmul(&[job], &x, &mut y, stride).unwrap_err();
@@ -318,7 +316,7 @@ mod tests {
         }
         assert!(y.iter().all(|&y| y == 7.0));
         for (n, k) in [(usize::MAX, 128), (1 << 60, 1 << 12), (1 << 63, 1), (1, usize::MAX), (0, 1)] {
-            let error = manager.choose(n, k, LayoutPolicy::Any).unwrap_err();
+            let error = manager.choose((n, k), LayoutPolicy::Any).unwrap_err();
             assert!(matches!(error, ManagerError::Operands(_)), "{error}");
         }
     }

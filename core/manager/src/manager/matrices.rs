@@ -50,12 +50,12 @@ pub(super) struct Matrices {
     damaged: OnceLock<String>,
 }
 
-/// A kernel, where its weights lie, and the bits of their scale.
+/// A kernel, where its weights lie, and the bits of their scale, or where their scales lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     pub kernel: usize,
     pub weights: usize,
-    pub scale: u32,
+    pub scale: usize,
 }
 
 /// What [`Matrices::count`] finds.
@@ -73,6 +73,8 @@ pub(super) enum Known {
 #[derive(Debug)]
 pub(super) struct Matrix {
     pub projection: Projection,
+    /// A checksum of its scales, where it has many.
+    pub scales: Option<u64>,
     /// How often the manager had chosen kernels for weights before: as long as that stays, no other matrix can have taken
     /// this one's place in memory.
     pub loads: u64,
@@ -81,9 +83,9 @@ pub(super) struct Matrix {
 }
 
 impl Matrix {
-    pub fn new(projection: Projection, loads: u64) -> Self {
+    pub fn new((projection, scales): (Projection, Option<u64>), loads: u64) -> Self {
         // The call that makes it known is compared in full.
-        Self { projection, loads, calls: AtomicU64::new(1), due: AtomicU64::new(next_comparison(0, 0)) }
+        Self { projection, scales, loads, calls: AtomicU64::new(1), due: AtomicU64::new(next_comparison(0, 0)) }
     }
 }
 
@@ -265,7 +267,7 @@ mod tests {
         assert!(unknown(key));
         let weights = SplitMix64::new(1).weights(3, 100);
         let projection = Projection::new(&pool, &weights, 100, matrices.multipliers(3, 1));
-        matrices.learn(key, Arc::new(Matrix::new(projection, 0)));
+        matrices.learn(key, Arc::new(Matrix::new((projection, None), 0)));
         let due = |wanted| matches!(matrices.count(key, 1, wanted), Known::Due(_));
         let compared: Vec<u64> = (1..=128).filter(|_| due(false)).collect();
         assert_eq!(compared, [1, 2, 4, 8, 16, 32, 64, 128]);

@@ -29,6 +29,7 @@ mod tune_cpu;
 mod tuner;
 mod walls;
 mod watch;
+mod weights;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
@@ -51,6 +52,7 @@ pub use self::report::{
 pub use self::slot::{PROBATION_AFTER, RACE_TURNS, TIMED_EVERY, TRIAL_CALLS, WINDOW};
 pub use self::tune_cpu::{Candidate, Ranking, rotation_bytes};
 pub use self::tuner::{Contest, Inputs, Standings, Unfit};
+pub use self::weights::{Job, Scale, ScaleKind, WeightShape};
 use crate::cpu;
 pub use crate::error::ManagerError;
 use crate::memory::{PageArena, PageBuffer};
@@ -94,19 +96,6 @@ pub enum Packed {
     Private(PageBuffer),
 }
 
-/// One matrix of a [`KernelManager::matmul`].
-#[derive(Clone, Copy, Debug)]
-pub struct Job<'a> {
-    /// What [`KernelManager::choose`] chose for the shape.
-    pub choice: &'a CpuKernels,
-    /// The weights in the chosen layout.
-    pub weights: &'a [u8],
-    /// weight = code * scale.
-    pub scale: f32,
-    /// Column of the output where this matrix's features begin.
-    pub column: usize,
-}
-
 /// Registers, checks, tunes, selects and runs kernels. See the [crate](crate).
 #[derive(Debug)]
 pub struct KernelManager {
@@ -117,7 +106,7 @@ pub struct KernelManager {
     sealed: PageArena,
     plugins: Mutex<Vec<Arc<Plugin>>>,
     entries: RwLock<Vec<Arc<Entry>>>,
-    choices: Mutex<HashMap<(usize, usize, LayoutPolicy), Arc<CpuKernels>>>,
+    choices: Mutex<HashMap<(WeightShape, LayoutPolicy), Arc<CpuKernels>>>,
     /// All choices that callers may still hold.
     made: Mutex<Vec<Weak<CpuKernels>>>,
     policy: FallbackPolicy,
@@ -213,7 +202,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// Filled weights for the ABI.
+/// Filled weights with one scale for the ABI.
 pub(crate) fn abi_weights(n: usize, k: usize, scale: f32, data: &[u8]) -> abi::Weights {
     bitnet_burn_plugin::sdk::WeightsRef::new(n, k, scale, data).as_abi()
 }

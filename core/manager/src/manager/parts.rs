@@ -8,6 +8,7 @@ use bitnet_burn_plugin::canonical;
 use smallvec::{SmallVec, smallvec};
 
 use super::lock;
+use super::weights::signature_of;
 use crate::memory::{Activations, AlignedBytes};
 use crate::plugin::{Kernel, KernelFailure, max_workspace};
 use crate::pool::Pool;
@@ -92,7 +93,7 @@ pub(super) fn run_parts(
                 .and_then(|(failure, _)| failure.clone());
             continue;
         }
-        let signature = abi::Signature::ternary(m as u64, part.weights.n, abi_x.k, pool.threads() as u32);
+        let signature = signature_of(&part.weights, &abi_x, pool.threads());
         let size = match part.kernel.workspace_size(&signature) {
             Ok(size) => size,
             Err(failure) => {

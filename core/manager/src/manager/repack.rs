@@ -20,12 +20,13 @@ impl KernelManager {
     /// The kernels that read a job's weights became slow. If they are packed by a plugin from a file, and others are so
     /// much faster that it pays, its shape and bucket of rows leaves that packing. Whether it did.
     pub(super) fn repack(&self, job: &Job, x: &Activations, slow: Slowdown) -> bool {
-        let (m, (n, k)) = (x.m(), job.choice.shape());
+        let (m, of) = (x.m(), job.choice.of);
+        let n = of.n;
         let Some(packer) = job.choice.packer.as_ref().filter(|packer| packer.watch.is_some()) else {
             return false;
         };
         let now = &self.ranking(job.choice, m).candidates[slow.rank];
-        let others = self.rank(m, n, k, LayoutPolicy::BuiltIn).candidates;
+        let others = self.rank(m, of, LayoutPolicy::BuiltIn).candidates;
         let best = others.iter().filter_map(|other| other.measurement.median_ns).min();
         let promising = match (best, now.measurement.median_ns) {
             (Some(best), Some(tuned)) => (best as f64) < tuned as f64 * slow.factor() * WORTH_IT,
@@ -62,12 +63,12 @@ impl KernelManager {
             microseconds(slow.time),
             slow.factor(),
         );
-        self.event(EventKind::Retuned, Some(winner.kernel.id()), Some((m, n, k)), reason);
+        self.event(EventKind::Retuned, Some(winner.kernel.id()), Some((m, n, of.k)), reason);
         if let Some(tuned) = now.measurement.median_ns {
             // On tuning's scale.
             let scale = |time: f64| (tuned as f64 * time / slow.expected) as u64;
             let times = [(identity(&now.entry), scale(slow.time)), (identity(&winner), scale(time))];
-            let contest = CpuContest { manager: self, n, k, policy: LayoutPolicy::Any };
+            let contest = CpuContest { manager: self, of, policy: LayoutPolicy::Any };
             let rows = self.ranking(job.choice, m).rows;
             self.tuner.remeasured(&contest.signature(rows), times.into_iter());
         }

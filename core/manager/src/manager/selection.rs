@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use bitnet_burn_plugin::abi::Signature;
+use bitnet_burn_plugin::abi::{self, Signature};
 use bitnet_burn_plugin::canonical;
 
 use super::registry::names;
 use super::tune_cpu::CpuContest;
 use super::{
     BUCKETS, CpuKernels, Entry, FallbackPolicy, KernelManager, LayoutPolicy, ManagerError, Packed, Ranking,
-    Status, bucket, lock, packing,
+    Status, WeightShape, bucket, lock, packing,
 };
 use crate::gate;
 use crate::memory::PageBuffer;
@@ -34,8 +34,8 @@ impl KernelManager {
     }
 
     /// Kernels that may compute this shape.
-    pub(super) fn candidates(&self, m: usize, n: usize, k: usize, policy: LayoutPolicy) -> Vec<Arc<Entry>> {
-        let signature = self.signature(m, n, k);
+    pub(super) fn candidates(&self, m: usize, of: WeightShape, policy: LayoutPolicy) -> Vec<Arc<Entry>> {
+        let signature = self.signature(m, of);
         self.entries()
             .into_iter()
             .filter(|entry| {
@@ -52,14 +52,14 @@ impl KernelManager {
             .collect()
     }
 
-    pub(super) fn signature(&self, m: usize, n: usize, k: usize) -> Signature {
-        Signature::ternary(m as u64, n as u64, k as u64, self.pool.threads() as u32)
+    pub(super) fn signature(&self, m: usize, of: WeightShape) -> Signature {
+        of.signature(m, self.pool.threads())
     }
 
     /// No kernel computes a shape, and strict mode forbids the reference: why, in a clause for each kernel,
     /// and what would provide one.
-    pub(super) fn no_kernel(&self, m: usize, n: usize, k: usize) -> ManagerError {
-        let signature = self.signature(m, n, k);
+    pub(super) fn no_kernel(&self, m: usize, of: WeightShape) -> ManagerError {
+        let (signature, WeightShape { n, k, .. }) = (self.signature(m, of), of);
         let forced = |entry: &Entry| self.config.force.as_ref().is_none_or(|name| names(&entry.kernel, name));
         let mut reasons = Vec::new();
         let mut masked = false;
@@ -73,7 +73,10 @@ impl KernelManager {
                 Status::Quarantined(reason) => format!("quarantined: {reason}"),
                 Status::Ready if entry.kernel.gpu().is_some() => format!("is for {}", entry.kernel.target()),
                 Status::Ready if entry.kernel.operation() != signature.operation => {
-                    "is for weights with many scales".into()
+                    match entry.kernel.operation() {
+                        abi::OPERATION_TERNARY_MATMUL => "is for weights with one scale".into(),
+                        _ => "is for weights with many scales".into(),
+                    }
                 }
                 Status::Ready if !entry.kernel.supports(&signature) => "does not support the shape".into(),
                 Status::Ready => "failed in use, or the weights are not aligned as it asks".into(),
@@ -92,7 +95,8 @@ impl KernelManager {
         ManagerError::NoKernel { strict: self.config.strict, m, n, k, missing: format!("{kernels} {help}.") }
     }
 
-    /// Chooses kernels for weights [n, k], measuring where that has not been done on this machine:
+    /// Chooses kernels for weights of a shape, `(n, k)` for those with one scale, measuring where that has not been done on
+    /// this machine:
     /// which layout decides the speed of decode (M = 1); within noise of each other, that of prefill
     /// (M = 32); within noise again, the lower memory use. Noise is how much longer the median of the fastest
     /// took than its fastest run, at least 5 % and at most 15 %. A layout that makes prefill more than 4 times
@@ -100,25 +104,26 @@ impl KernelManager {
     /// canonical one, if there is a kernel for it.
     ///
     /// # Errors
-    /// In strict mode, if no kernel can compute the shape.
-    pub fn choose(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<Arc<CpuKernels>, ManagerError> {
+    /// If no matrix has the shape, or groups do not fit together; in strict mode, if no kernel can compute the shape.
+    pub fn choose(
+        &self,
+        of: impl Into<WeightShape>,
+        policy: LayoutPolicy,
+    ) -> Result<Arc<CpuKernels>, ManagerError> {
+        let of = of.into();
+        let WeightShape { n, k, .. } = of;
         self.loads.fetch_add(1, Ordering::Relaxed);
         let policy = match self.allowed_layouts(n, k, policy) {
             // A kernel that is forced, or the only one for the shape, may read no canonical weights.
-            allowed if allowed != policy && self.candidates(1, n, k, allowed).is_empty() => policy,
+            allowed if allowed != policy && self.candidates(1, of, allowed).is_empty() => policy,
             allowed => allowed,
         };
-        if let Some(choice) = lock(&self.choices).get(&(n, k, policy)) {
+        if let Some(choice) = lock(&self.choices).get(&(of, policy)) {
             return Ok(choice.clone());
         }
-        let bytes = canonical::matrix_bytes(n, k).filter(|&bytes| isize::try_from(bytes).is_ok());
-        if n == 0 || k == 0 || k as u64 > 1 << 23 || bytes.is_none() {
-            return Err(ManagerError::Operands(format!(
-                "weights [{n}, {k}]: both must be at least 1, K at most 2^23, and the bytes must be addressable"
-            )));
-        }
-        let choice = Arc::new(self.decide(n, k, policy)?);
-        let choice = lock(&self.choices).entry((n, k, policy)).or_insert(choice).clone();
+        of.check()?;
+        let choice = Arc::new(self.decide(of, policy)?);
+        let choice = lock(&self.choices).entry((of, policy)).or_insert(choice).clone();
         let mut made = lock(&self.made);
         if !made.iter().any(|known| std::ptr::eq(known.as_ptr(), &*choice)) {
             made.retain(|known| known.strong_count() > 0);
@@ -127,20 +132,20 @@ impl KernelManager {
         Ok(choice)
     }
 
-    fn decide(&self, n: usize, k: usize, policy: LayoutPolicy) -> Result<CpuKernels, ManagerError> {
-        let candidates = self.candidates(1, n, k, policy);
+    fn decide(&self, of: WeightShape, policy: LayoutPolicy) -> Result<CpuKernels, ManagerError> {
+        let candidates = self.candidates(1, of, policy);
         if candidates.is_empty() && !self.config.strict.allows_reference() {
-            return Err(self.no_kernel(1, n, k));
+            return Err(self.no_kernel(1, of));
         }
-        let packer = self.tuner.packer(&CpuContest { manager: self, n, k, policy });
-        Ok(CpuKernels::new(n, k, packer))
+        let packer = self.tuner.packer(&CpuContest { manager: self, of, policy });
+        Ok(CpuKernels::new(of, packer))
     }
 
     /// The ranking for `m` rows of a choice's shape, measured at the first use.
     pub(super) fn ranking<'a>(&self, choice: &'a CpuKernels, m: usize) -> &'a Ranking {
         choice.slot(m).ranking(self.policy, || {
             let policy = if choice.packer.is_some() { LayoutPolicy::Any } else { LayoutPolicy::Canonical };
-            let mut ranking = self.rank(m, choice.n, choice.k, policy);
+            let mut ranking = self.rank(m, choice.of, policy);
             ranking.candidates.retain(|c| choice.is_read_by(&c.entry));
             ranking
         })
@@ -155,20 +160,20 @@ impl KernelManager {
         }
     }
 
-    /// Chooses kernels for weights [n, k] and packs canonical rows of them into the chosen layout. A plugin
+    /// Chooses kernels for weights of a shape and packs canonical rows of them into the chosen layout. A plugin
     /// from a file that packs wrongly is quarantined, and another layout chosen.
     ///
     /// # Errors
     /// As [`choose`](Self::choose) and [`pack`](Self::pack), for the kernels that are left.
     pub fn choose_and_pack(
         &self,
-        n: usize,
-        k: usize,
+        of: impl Into<WeightShape>,
         policy: LayoutPolicy,
         weights: &[u8],
     ) -> Result<(Arc<CpuKernels>, Packed), ManagerError> {
+        let of = of.into();
         loop {
-            let choice = self.choose(n, k, policy)?;
+            let choice = self.choose(of, policy)?;
             if choice.packer.as_ref().is_some_and(|entry| !entry.ready()) {
                 lock(&self.choices).clear();
                 continue;
@@ -235,12 +240,12 @@ impl KernelManager {
     pub fn unpack(&self, choice: &CpuKernels, weights: &[u8]) -> Result<Vec<u8>, ManagerError> {
         match &choice.packer {
             None => Ok(weights.to_vec()),
-            Some(entry) => packing::unpack(entry, &self.pool, choice.n, choice.k, weights),
+            Some(entry) => packing::unpack(entry, &self.pool, choice.of.n, choice.of.k, weights),
         }
     }
 
-    /// Why: the candidates for `m` rows of [n, k], the fastest first, with their measurements.
-    pub fn explain(&self, m: usize, n: usize, k: usize) -> Ranking {
-        self.rank(m, n, k, LayoutPolicy::Any)
+    /// Why: the candidates for `m` rows and weights of a shape, the fastest first, with their measurements.
+    pub fn explain(&self, m: usize, of: impl Into<WeightShape>) -> Ranking {
+        self.rank(m, of.into(), LayoutPolicy::Any)
     }
 }

@@ -7,12 +7,14 @@ use bitnet_burn_plugin::canonical;
 use super::measurement::{Measurement, Source};
 use super::parts::{Part, Scratch, run_parts};
 use super::tuner::{Contest, Inputs, Standings, Unfit};
-use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, abi_weights, lock, packing};
+use super::weights::rows;
+use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, Scale, ScaleKind, WeightShape, lock, packing};
 use crate::cpu;
 use crate::gate::Stage;
 use crate::memory::{Activations, PageArena, PageBuffer};
 use bitnet_burn_formats::random::SplitMix64;
-use bitnet_burn_formats::reference;
+use bitnet_burn_formats::{Scales, reference};
+use bitnet_burn_plugin::sdk::groups;
 
 /// A kernel in a [`Ranking`].
 #[derive(Clone, Debug)]
@@ -57,11 +59,10 @@ pub(super) fn identity(entry: &Entry) -> String {
     format!("{}/{name}", entry.kernel.plugin().identity())
 }
 
-/// The CPU's kernels for weights [n, k].
+/// The CPU's kernels for weights of a shape.
 pub(super) struct CpuContest<'a> {
     pub manager: &'a KernelManager,
-    pub n: usize,
-    pub k: usize,
+    pub of: WeightShape,
     pub policy: LayoutPolicy,
 }
 
@@ -69,12 +70,18 @@ impl Contest for CpuContest<'_> {
     type Kernel = Arc<Entry>;
 
     fn signature(&self, rows: usize) -> String {
-        let threads = self.manager.pool.threads();
-        format!("ternary m={rows} n={} k={} threads={threads}", self.n, self.k)
+        let (threads, WeightShape { n, k, scales }) = (self.manager.pool.threads(), self.of);
+        let groups = match scales {
+            ScaleKind::One => String::new(),
+            ScaleKind::Groups { weights, activations, half } => {
+                format!(" groups={weights}/{activations} scales={}", if half { "f16" } else { "f32" })
+            }
+        };
+        format!("ternary m={rows} n={n} k={k}{groups} threads={threads}")
     }
 
     fn kernels(&self, rows: usize) -> Vec<Arc<Entry>> {
-        self.manager.candidates(rows, self.n, self.k, self.policy)
+        self.manager.candidates(rows, self.of, self.policy)
     }
 
     fn name(&self, entry: &Arc<Entry>) -> String {
@@ -83,7 +90,7 @@ impl Contest for CpuContest<'_> {
 
     fn layout(&self, entry: &Arc<Entry>) -> Option<(String, usize)> {
         let layout = entry.kernel.layout()?;
-        Some((layout.to_owned(), entry.kernel.weight_bytes(self.n, self.k).unwrap_or(0)))
+        Some((layout.to_owned(), entry.kernel.weight_bytes(self.of.n, self.of.k).unwrap_or(0)))
     }
 
     /// Measuring few rows is cheap.
@@ -100,16 +107,17 @@ impl Contest for CpuContest<'_> {
     }
 
     fn inputs<'a>(&'a self, m: usize, entries: &'a [Arc<Entry>]) -> Box<dyn Inputs + 'a> {
-        let (n, k) = (self.n, self.k);
+        let WeightShape { n, k, scales: kind } = self.of;
         let mut random = SplitMix64::new((n * 31 + k) as u64);
         let weights = random.weights(n, k);
-        let x = Activations::random(&mut random, m, k);
-        let expected = Sample::new(&weights, n, k, &x, &mut random);
+        let x = Activations::random_groups(&mut random, m, k, kind.activation_group());
+        let scales = random_scales(self.of, &mut random);
+        let expected = Sample::new(&weights, (n, k), scale_of(&scales), &x, &mut random);
         // Decode finds its weights in memory, not in cache: rotate over copies that no cache holds.
         let one = n * canonical::row_bytes(k);
         let copies = if m <= 4 { (rotation_bytes() / one).clamp(1, 64) } else { 1 };
         let (y, layouts) = (vec![0f32; m * n], Vec::new());
-        Box::new(CpuInputs { manager: self.manager, n, k, entries, weights, x, y, expected, copies, layouts })
+        Box::new(CpuInputs { manager: self.manager, n, k, entries, weights, scales, x, y, expected, copies, layouts })
     }
 }
 
@@ -122,6 +130,8 @@ struct CpuInputs<'a> {
     k: usize,
     entries: &'a [Arc<Entry>],
     weights: Vec<u8>,
+    /// `None` for one scale.
+    scales: Option<Scales>,
     x: Activations,
     y: Vec<f32>,
     expected: Sample,
@@ -183,7 +193,7 @@ impl<'a> CpuInputs<'a> {
             Some(_) => packing::own_bytes(entry, n, k, bytes),
             None => &bytes[MISALIGNED..],
         };
-        Ok(Part { kernel: &entry.kernel, weights: abi_weights(n, k, SCALE, bytes), column: 0 })
+        Ok(Part { kernel: &entry.kernel, weights: scale_of(&self.scales).weights(n, k, bytes), column: 0 })
     }
 
     fn run_once(&mut self, kernel: usize, turn: usize) -> Result<(), String> {
@@ -236,10 +246,9 @@ fn copies(
 }
 
 impl KernelManager {
-    /// The candidates for `m` rows of [n, k], the fastest first; measured if that has not been done yet.
-    pub(super) fn rank(&self, m: usize, n: usize, k: usize, policy: LayoutPolicy) -> Ranking {
-        let Standings { rows, kernels, source } =
-            self.tuner.rank(&CpuContest { manager: self, n, k, policy }, m);
+    /// The candidates for `m` rows and weights of a shape, the fastest first; measured if that has not been done yet.
+    pub(super) fn rank(&self, m: usize, of: WeightShape, policy: LayoutPolicy) -> Ranking {
+        let Standings { rows, kernels, source } = self.tuner.rank(&CpuContest { manager: self, of, policy }, m);
         let candidates =
             kernels.into_iter().map(|(entry, measurement)| Candidate { entry, measurement }).collect();
         Ranking { rows, candidates, source }
@@ -247,8 +256,8 @@ impl KernelManager {
 
     /// Live calls have timed some of a ranking's kernels (by rank, nanoseconds on tuning's scale), and
     /// another order came of it.
-    pub(super) fn remeasured(&self, n: usize, k: usize, ranking: &Ranking, times: &[(usize, u64)]) {
-        let contest = CpuContest { manager: self, n, k, policy: LayoutPolicy::Any };
+    pub(super) fn remeasured(&self, of: WeightShape, ranking: &Ranking, times: &[(usize, u64)]) {
+        let contest = CpuContest { manager: self, of, policy: LayoutPolicy::Any };
         let times = times.iter().map(|&(rank, time)| (identity(&ranking.candidates[rank].entry), time));
         self.tuner.remeasured(&contest.signature(ranking.rows), times);
     }
@@ -256,21 +265,46 @@ impl KernelManager {
 
 const SCALE: f32 = 0.021;
 
+/// The scales that such weights are measured with.
+fn random_scales(of: WeightShape, random: &mut SplitMix64) -> Option<Scales> {
+    let ScaleKind::Groups { weights, half, .. } = of.scales else { return None };
+    let count = of.n * groups(of.k, weights);
+    let step = if half { 1.0 / 4096.0 } else { 1.0 / 4095.0 };
+    let values: Vec<f32> = (0..count).map(|_| (1 + random.below(255)) as f32 * step).collect();
+    Some(Scales::from_rows(&values, of.n, of.k, weights).expect("scales of this shape"))
+}
+
+fn scale_of(scales: &Option<Scales>) -> Scale<'_> {
+    scales.as_ref().map_or(Scale::One(SCALE), |scales| Scale::Groups(scales.as_sdk()))
+}
+
 /// Some of the outputs that the reference has for a shape.
 struct Sample(Vec<(usize, f32)>);
 
 impl Sample {
-    fn new(weights: &[u8], n: usize, k: usize, x: &Activations, random: &mut SplitMix64) -> Self {
+    fn new(
+        weights: &[u8],
+        (n, k): (usize, usize),
+        scale: Scale<'_>,
+        x: &Activations,
+        random: &mut SplitMix64,
+    ) -> Self {
         let row = canonical::row_bytes(k);
-        let rows: Vec<usize> = (0..n.min(24))
+        let of: Vec<usize> = (0..n.min(24))
             .map(|i| if i < 2 { i * (n - 1) } else { random.next_u64() as usize % n })
             .collect();
         let mut sample = Vec::new();
         for m in [0, x.m() / 2, x.m() - 1] {
-            for &r in &rows {
-                let sum =
-                    reference::row_sum_products(&weights[r * row..][..row], &x.q()[m * x.stride()..][..k]);
-                sample.push((m * n + r, sum as f32 * (SCALE * x.scale()[m])));
+            for &r in &of {
+                let weights = &weights[r * row..][..row];
+                let y = match scale {
+                    Scale::One(scale) => {
+                        let sum = reference::row_sum_products(weights, &x.q()[m * x.stride()..][..k]);
+                        sum as f32 * (scale * x.scale()[m])
+                    }
+                    Scale::Groups(scales) => reference::scaled_row(weights, (r, k), scales, rows(x, m..m + 1))[0],
+                };
+                sample.push((m * n + r, y));
             }
         }
         Self(sample)

@@ -9,12 +9,13 @@ use std::collections::HashSet;
 use std::sync::{RwLock, atomic::Ordering};
 
 use bitnet_burn_plugin::abi::{
-    self, ACTIVATION_ALIGNMENT, ACTIVATION_SLACK, CANONICAL_ALIGNMENT, Signature, WORKSPACE_ALIGNMENT,
+    self, ACTIVATION_ALIGNMENT, ACTIVATION_SLACK, CANONICAL_ALIGNMENT, WORKSPACE_ALIGNMENT,
 };
 
 use super::adapt::Turn;
 use super::packing::{self, SharedBytes};
 use super::parts::{Few, Part, run_tiles};
+use super::weights::signature_of;
 use super::{Entry, Job, KernelManager, ManagerError, abi_weights};
 use crate::gate::{Place, Stage, Walled, Walls};
 use crate::memory::Activations;
@@ -100,7 +101,7 @@ impl KernelManager {
             return Ok(false);
         }
         let (n, k) = job.choice.shape();
-        let weights = abi_weights(n, k, job.scale, job.choice.own_bytes(job.weights));
+        let weights = job.scale.weights(n, k, job.choice.own_bytes(job.weights));
         let part = Part { kernel: &turn.entry.kernel, weights, column: 0 };
         let result = self.run_between_walls(turn.entry, &part, x)?;
         memo.store(this, Ordering::Relaxed);
@@ -146,9 +147,9 @@ impl KernelManager {
         let rows = x.q().iter().map(|&q| q as u8).chain(slack);
         let q = input("the activations", &rows.collect::<Vec<_>>(), ACTIVATION_ALIGNMENT)?;
         let scale = x.scale().iter().flat_map(|scale| scale.to_ne_bytes());
-        let scale = input("the rows' scales", &scale.collect::<Vec<_>>(), 4)?;
+        let scale = input("the activations' scales", &scale.collect::<Vec<_>>(), 4)?;
         let sum = x.sum().iter().flat_map(|sum| sum.to_ne_bytes());
-        let sum = input("the rows' sums", &sum.collect::<Vec<_>>(), 4)?;
+        let sum = input("the activations' sums", &sum.collect::<Vec<_>>(), 4)?;
         let abi_x = abi::Activations {
             q: q.as_ptr().cast(),
             scale: scale.as_ptr().cast(),
@@ -157,7 +158,7 @@ impl KernelManager {
             group_sum: sum.as_ptr().cast(),
             ..x.as_abi()
         };
-        let signature = Signature::ternary(m as u64, n as u64, abi_x.k, self.pool.threads() as u32);
+        let signature = signature_of(&part.weights, &abi_x, self.pool.threads());
         let size = part.kernel.workspace_size(&signature)?;
         if size > max_workspace(m, x.stride()) {
             return Err(KernelFailure::Workspace { bytes: size }.into());

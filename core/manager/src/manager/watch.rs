@@ -21,13 +21,15 @@ use super::matrices::{Key, Known, Matrix, Projection, next_comparison};
 use super::packing::checksum;
 use super::parts::{Part, run_parts};
 use super::report::EventKind;
-use super::{Doubt, Entry, Job, KernelManager, ManagerError, Status, abi_weights, lock};
+use super::weights::rows;
+use super::{Doubt, Entry, Job, KernelManager, ManagerError, Scale, Status, lock};
 use crate::gate::{self, Refusal, Stage};
 use crate::memory::Activations;
 use crate::plugin::Origin;
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_formats::reference;
 use bitnet_burn_plugin::canonical;
+use bitnet_burn_plugin::sdk::Scales;
 
 /// What is known of a watched kernel.
 #[derive(Debug, Default)]
@@ -98,6 +100,29 @@ fn of_activations(x: &Activations) -> u64 {
     sum
 }
 
+/// Where many scales lie.
+fn address(scales: Scales<'_>) -> usize {
+    match scales {
+        Scales::None => 0,
+        Scales::F32 { values, .. } => values.as_ptr() as usize,
+        Scales::F16 { values, .. } => values.as_ptr() as usize,
+    }
+}
+
+/// A checksum of many scales.
+fn of_scales(scale: Scale<'_>) -> Option<u64> {
+    let step = |sum: u64, bits: u32| (sum ^ u64::from(bits)).wrapping_mul(0x100_0000_01b3).rotate_left(29);
+    match scale {
+        Scale::One(_) | Scale::Groups(Scales::None) => None,
+        Scale::Groups(Scales::F32 { values, .. }) => {
+            Some(values.iter().fold(0, |sum, value| step(sum, value.to_bits())))
+        }
+        Scale::Groups(Scales::F16 { values, .. }) => {
+            Some(values.iter().fold(0, |sum, bits| step(sum, u32::from(*bits))))
+        }
+    }
+}
+
 /// Whether two outputs differ; those that are not numbers do not.
 fn differ(a: f32, b: f32) -> bool {
     a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan())
@@ -109,7 +134,11 @@ pub(super) const WEIGHTS: &str = "its weights";
 impl KernelManager {
     fn key(entry: &Entry, job: &Job) -> Key {
         let kernel = std::ptr::from_ref(entry) as usize;
-        Key { kernel, weights: job.weights.as_ptr() as usize, scale: job.scale.to_bits() }
+        let scale = match job.scale {
+            Scale::One(scale) => scale.to_bits() as usize,
+            Scale::Groups(scales) => address(scales),
+        };
+        Key { kernel, weights: job.weights.as_ptr() as usize, scale }
     }
 
     /// Counts a call that a kernel is going to compute, and says what is to be compared then.
@@ -148,10 +177,12 @@ impl KernelManager {
         Ok(Arc::new(Matrix::new(self.project(job)?, loads)))
     }
 
-    fn project(&self, job: &Job) -> Result<Projection, ManagerError> {
+    /// What is kept of a job's weights and scales.
+    fn project(&self, job: &Job) -> Result<(Projection, Option<u64>), ManagerError> {
         let (n, k) = job.choice.shape();
         let multipliers = job.choice.matrices.multipliers(n, self.seed);
-        Ok(Projection::new(&self.pool, &self.canonical_weights(job)?, k, multipliers))
+        let projection = Projection::new(&self.pool, &self.canonical_weights(job)?, k, multipliers);
+        Ok((projection, of_scales(job.scale)))
     }
 
     /// Looks at what a kernel has written for a job. `call` is the number of the kernel's call, from 1.
@@ -193,7 +224,7 @@ impl KernelManager {
             Err(reason) => right = Err(reason.clone()),
             Ok(_) if right.is_ok() => {}
             Ok(known) => match self.project(job) {
-                Ok(now) if now == known.projection => {}
+                Ok((now, scales)) if now == known.projection && scales == known.scales => {}
                 Ok(now) if known.loads != self.loads.load(Ordering::Relaxed) => {
                     // Other weights lie where those did: this is their first use.
                     right = self.compare_all(job, x, y, stride);
@@ -258,15 +289,23 @@ impl KernelManager {
         let (n, k) = job.choice.shape();
         let m = SplitMix64::new(self.seed ^ call).below(x.m() as u64) as usize;
         let (q, y) = (&x.q()[m * x.stride()..][..k], &y[m * stride..][..n]);
-        let scale = job.scale * x.scale()[m];
-        let multipliers = job.choice.matrices.multipliers(n, self.seed);
-        let agrees = matrix.projection.agrees(multipliers, q, scale, y);
+        // (Sums of many scales can't be found again in the outputs.)
+        let agrees = match job.scale {
+            Scale::One(scale) => {
+                let multipliers = job.choice.matrices.multipliers(n, self.seed);
+                matrix.projection.agrees(multipliers, q, scale * x.scale()[m], y)
+            }
+            Scale::Groups(_) => None,
+        };
         if agrees == Some(true) {
             return Ok(());
         }
         let weights = self.canonical_weights(job).map_err(|error| error.to_string())?;
         for (i, (&got, row)) in y.iter().zip(weights.chunks_exact(canonical::row_bytes(k))).enumerate() {
-            let want = reference::row_sum_products(row, q) as f32 * scale;
+            let want = match job.scale {
+                Scale::One(scale) => reference::row_sum_products(row, q) as f32 * (scale * x.scale()[m]),
+                Scale::Groups(scales) => reference::scaled_row(row, (i, k), scales, rows(x, m..m + 1))[0],
+            };
             if differ(got, want) {
                 return Err(format!(
                     "y[{m}, {i}] = {got:e}, the reference has {want:e} (call {call} of the kernel)"
@@ -288,7 +327,7 @@ impl KernelManager {
     ) -> Result<Option<Arc<Entry>>, ManagerError> {
         let (n, k) = job.choice.shape();
         let weights = &*self.canonical_weights(job)?;
-        let signature = self.signature(x.m(), n, k);
+        let signature = self.signature(x.m(), job.choice.of);
         let address = weights.as_ptr() as usize;
         for entry in self.entries() {
             let kernel = &entry.kernel;
@@ -300,12 +339,12 @@ impl KernelManager {
             {
                 continue;
             }
-            let part = Part { kernel, weights: abi_weights(n, k, job.scale, weights), column: 0 };
+            let part = Part { kernel, weights: job.scale.weights(n, k, weights), column: 0 };
             if run_parts(&self.pool, &self.scratch, &[part], x, y, stride).remove(0).is_none() {
                 return Ok(Some(entry));
             }
         }
-        reference::matmul(weights, n, k, job.scale, x.q(), x.stride(), x.scale(), x.m(), y, stride);
+        job.scale.reference(weights, (n, k), x, y, stride);
         Ok(None)
     }
 

@@ -5,6 +5,7 @@ use std::ptr::NonNull;
 
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_plugin::abi::{self, ACTIVATION_ALIGNMENT, ACTIVATION_SLACK};
+use bitnet_burn_plugin::sdk::groups;
 
 /// Zeroed bytes aligned for vector loads.
 #[derive(Debug)]
@@ -67,13 +68,16 @@ impl std::ops::DerefMut for AlignedBytes {
 }
 
 /// Quantised activations in the form that kernels read: `m` rows of `k` int8 values, 64-byte aligned
-/// and zero-filled to a multiple of 64, with the scale (absmax / 127) and sum of each row.
+/// and zero-filled to a multiple of 64, with the scale (absmax / 127) and sum of each row, or of each group of a row's
+/// values.
 ///
 /// The buffers are kept from call to call.
 #[derive(Debug)]
 pub struct Activations {
     m: usize,
     k: usize,
+    /// Values that share a scale; 0 for the whole row.
+    group: usize,
     q: AlignedBytes,
     scale: Vec<f32>,
     sum: Vec<i32>,
@@ -81,7 +85,7 @@ pub struct Activations {
 
 impl Default for Activations {
     fn default() -> Self {
-        Self { m: 0, k: 0, q: AlignedBytes::zeroed(0), scale: Vec::new(), sum: Vec::new() }
+        Self { m: 0, k: 0, group: 0, q: AlignedBytes::zeroed(0), scale: Vec::new(), sum: Vec::new() }
     }
 }
 
@@ -92,54 +96,80 @@ pub struct ActivationsMut<'a> {
     pub q: &'a mut [i8],
     /// Bytes from row to row.
     pub stride: usize,
-    /// Row scales.
+    /// Values that share a scale; 0 for the whole row. The last group of a row may be shorter.
+    pub group: usize,
+    /// Scales [m, groups].
     pub scale: &'a mut [f32],
-    /// Row sums.
+    /// Sums [m, groups].
     pub sum: &'a mut [i32],
 }
 
 impl Activations {
-    /// Makes room for [m, k] and gives the parts to fill. What they hold before is unspecified.
+    /// Makes room for [m, k] with a scale for each row, and gives the parts to fill. What they hold before is
+    /// unspecified.
     ///
     /// # Panics
     /// If m rows of k values, each filled up to a multiple of 64, take more bytes than a machine can address.
     pub fn resize(&mut self, m: usize, k: usize) -> ActivationsMut<'_> {
+        self.resize_groups(m, k, 0)
+    }
+
+    /// [`resize`](Self::resize) with a scale for each `group` of a row's values; 0 is the whole row.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn resize_groups(&mut self, m: usize, k: usize, group: usize) -> ActivationsMut<'_> {
         let size = k.checked_next_multiple_of(ACTIVATION_ALIGNMENT).and_then(|stride| {
             let size = m.checked_mul(stride)?.checked_add(ACTIVATION_SLACK)?;
             isize::try_from(size).ok().map(|_| size)
         });
         let size = size.unwrap_or_else(|| panic!("activations [{m}, {k}] exceed the memory of any machine"));
         // Without rows until there is room for them: allocating may panic, too.
-        (self.m, self.k) = (0, k);
+        (self.m, self.k, self.group) = (0, k, group);
         if self.q.len() < size {
             self.q = AlignedBytes::zeroed(size);
         }
-        self.scale.resize(m, 0.0);
-        self.sum.resize(m, 0);
+        let scales = m * groups(k, group); // no more than there are values, or one a row
+        self.scale.resize(scales, 0.0);
+        self.sum.resize(scales, 0);
         self.m = m;
         let stride = self.stride();
         // SAFETY: i8 and u8 have the same layout, and the borrow is handed on.
         let q = unsafe { std::slice::from_raw_parts_mut(self.q.as_mut_ptr().cast::<i8>(), m * stride) };
-        ActivationsMut { q, stride, scale: &mut self.scale, sum: &mut self.sum }
+        ActivationsMut { q, stride, group, scale: &mut self.scale, sum: &mut self.sum }
     }
 
     /// Quantises rows of f32 with the scalar reference; kernels' users have faster ones.
     pub fn from_rows(x: &[f32], k: usize) -> Self {
+        Self::from_groups(x, k, 0)
+    }
+
+    /// [`from_rows`](Self::from_rows) with a scale for each `group` of a row's values; 0 is the whole row.
+    pub fn from_groups(x: &[f32], k: usize, group: usize) -> Self {
         let mut activations = Self::default();
-        let m = x.len() / k;
-        let parts = activations.resize(m, k);
+        let (m, length, groups) = (x.len() / k, if group == 0 { k } else { group }, groups(k, group));
+        let parts = activations.resize_groups(m, k, group);
         for (i, row) in x.chunks_exact(k).enumerate() {
             let q = &mut parts.q[i * parts.stride..][..parts.stride];
             q[k..].fill(0);
-            (parts.scale[i], parts.sum[i]) = bitnet_burn_formats::quant::absmax_row(row, &mut q[..k]);
+            for (g, (x, q)) in row.chunks(length).zip(q[..k].chunks_mut(length)).enumerate() {
+                let at = i * groups + g;
+                (parts.scale[at], parts.sum[at]) = bitnet_burn_formats::quant::absmax_row(x, q);
+            }
         }
         activations
     }
 
     /// Activations [m, k] with values over the whole int8 range that the quantiser can produce.
     pub(crate) fn random(random: &mut SplitMix64, m: usize, k: usize) -> Self {
+        Self::random_groups(random, m, k, 0)
+    }
+
+    /// [`random`](Self::random) with a scale for each `group` of a row's values; 0 is the whole row.
+    pub(crate) fn random_groups(random: &mut SplitMix64, m: usize, k: usize, group: usize) -> Self {
         let mut activations = Self::default();
-        let parts = activations.resize(m, k);
+        let (length, groups) = (if group == 0 { k } else { group }, groups(k, group));
+        let parts = activations.resize_groups(m, k, group);
         for i in 0..m {
             let row = &mut parts.q[i * parts.stride..][..parts.stride];
             row.fill(0);
@@ -147,8 +177,10 @@ impl Activations {
                 *q = ((random.next_u64() >> 32) as u32 % 255) as i8;
                 *q = if *q == -128 { 127 } else { *q };
             }
-            parts.sum[i] = row.iter().map(|&q| i32::from(q)).sum();
-            parts.scale[i] = (random.next_u64() % 1000 + 1) as f32 / 4096.0;
+            for (g, values) in row[..k].chunks(length).enumerate() {
+                parts.sum[i * groups + g] = values.iter().map(|&q| i32::from(q)).sum();
+                parts.scale[i * groups + g] = (random.next_u64() % 1000 + 1) as f32 / 4096.0;
+            }
         }
         activations
     }
@@ -179,12 +211,17 @@ impl Activations {
         &self.q[..self.m * self.stride()]
     }
 
-    /// Row scales.
+    /// Values that share a scale; 0 for the whole row.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Scales of the rows, or of their groups: [m, groups].
     pub fn scale(&self) -> &[f32] {
         &self.scale
     }
 
-    /// Row sums.
+    /// Sums of the rows, or of their groups: [m, groups].
     pub fn sum(&self) -> &[i32] {
         &self.sum
     }
@@ -199,7 +236,7 @@ impl Activations {
             q: self.q.as_ptr().cast(),
             scale: self.scale.as_ptr(),
             sum: self.sum.as_ptr(),
-            group: 0,
+            group: self.group as u64,
             group_scale: self.scale.as_ptr(),
             group_sum: self.sum.as_ptr(),
         }

@@ -140,7 +140,7 @@ struct Use {
 impl Use {
     fn new(manager: &KernelManager, m: usize) -> Self {
         let problem = Problem::new(m, 66, 32);
-        let (choice, packed) = manager.choose_and_pack(66, 32, LayoutPolicy::Any, &problem.weights).unwrap();
+        let (choice, packed) = manager.choose_and_pack((66, 32), LayoutPolicy::Any, &problem.weights).unwrap();
         Self { problem, choice, packed }
     }
 
@@ -318,10 +318,10 @@ fn what_is_forbidden_is_an_error_that_says_so() {
         NEVER.fail([false; 3]);
         let (manager, world) = NEVER.manager(|config| change(config));
         let problem = Problem::new(1, 66, 32);
-        let choice = manager.choose(66, 32, LayoutPolicy::Any).unwrap();
+        let choice = manager.choose((66, 32), LayoutPolicy::Any).unwrap();
         manager.warm_up(&choice, 1);
         NEVER.fail([fails, false, false]);
-        let job = Job { choice: &choice, weights: &problem.weights, scale: 1.0, column: 0 };
+        let job = Job { choice: &choice, weights: &problem.weights, scale: 1.0.into(), column: 0 };
         let mut y = vec![0.0; 66];
         let reads = world.reads.load(Ordering::Relaxed);
         let results: Vec<_> = (0..300).map(|_| manager.matmul(&[job], &problem.x, &mut y, 66)).collect();
@@ -481,7 +481,7 @@ fn a_plugin_that_becomes_slow_after_being_chosen_is_replaced() {
     let next = with_clock(dir.path(), &path, &clock);
     assert_eq!(Use::new(&next, 1).by(&next), "paced/a");
     assert_eq!(next.report().tuned, 0);
-    let note = next.explain(1, 66, 32).candidates[0].measurement.note.clone();
+    let note = next.explain(1, (66, 32)).candidates[0].measurement.note.clone();
     assert_eq!(note.as_deref(), Some("compared again over live calls"));
 }
 
@@ -561,7 +561,7 @@ fn after_a_quarantine_weights_in_the_plugins_packing_are_packed_anew_once() {
     assert_eq!(one.choice.layout(), Some("example/bytes"));
     let job = |of: &Use, y: &mut [f32]| {
         let Packed::Private(buffer) = &of.packed else { panic!("its packing") };
-        let job = Job { choice: &of.choice, weights: buffer.as_slice(), scale: 0.37, column: 0 };
+        let job = Job { choice: &of.choice, weights: buffer.as_slice(), scale: 0.37.into(), column: 0 };
         manager.matmul(&[job], &of.problem.x, y, 66).unwrap();
     };
     let mut y = vec![0.0; 3 * 66];

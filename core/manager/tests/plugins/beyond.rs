@@ -30,7 +30,7 @@ impl Known {
 
     fn prepare(&self, manager: &KernelManager) -> (std::sync::Arc<CpuKernels>, Packed) {
         let (_, n, k) = self.problem.shape;
-        manager.choose_and_pack(n, k, LayoutPolicy::Any, &self.problem.weights).unwrap()
+        manager.choose_and_pack((n, k), LayoutPolicy::Any, &self.problem.weights).unwrap()
     }
 
     fn check(
@@ -46,7 +46,7 @@ impl Known {
         };
         let mut y = vec![f32::NAN; m * n];
         manager
-            .matmul(&[Job { choice, weights, scale: SCALE, column: 0 }], &self.problem.x, &mut y, n)
+            .matmul(&[Job { choice, weights, scale: SCALE.into(), column: 0 }], &self.problem.x, &mut y, n)
             .unwrap();
         let got: Vec<u32> = y.iter().map(|y| y.to_bits()).collect();
         assert!(got == self.want, "{what}: {:?} differs from the reference", self.problem.shape);

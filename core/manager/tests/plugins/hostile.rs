@@ -283,7 +283,7 @@ fn wrong_for_a_shape_that_the_gate_does_not_try_is_seen_at_its_first_use() {
         let (manager, path) = in_use(dir.path(), name, defines);
         let prepare = |problem: &Problem| {
             let (_, n, k) = problem.shape;
-            manager.choose_and_pack(n, k, LayoutPolicy::Any, &problem.weights).unwrap()
+            manager.choose_and_pack((n, k), LayoutPolicy::Any, &problem.weights).unwrap()
         };
         let (good, bad) = (Problem::new(2, 76, 256), Problem::new(2, 77, 256));
         let ((good_choice, good_packed), (bad_choice, bad_packed)) = (prepare(&good), prepare(&bad));
@@ -327,7 +327,7 @@ fn wrong_for_a_shape_that_is_measured_is_seen_before_it_is_timed() {
     };
     let manager = tuning();
     let names = |manager: &KernelManager, n: usize| -> Vec<String> {
-        manager.explain(1, n, 256).candidates.iter().map(|c| c.kernel().to_owned()).collect()
+        manager.explain(1, (n, 256)).candidates.iter().map(|c| c.kernel().to_owned()).collect()
     };
     assert!(names(&manager, 76).contains(&"example/plain".to_owned()));
     assert!(!names(&manager, 77).contains(&"example/plain".to_owned()));
@@ -348,7 +348,7 @@ fn wrong_after_a_thousand_calls_is_seen_by_the_samples() {
     for (name, defines) in [("canonical", &[wrong][..]), ("private", &["PRIVATE", wrong])] {
         let (manager, path) = in_use(dir.path(), name, defines);
         let problem = Problem::new(1, 66, 256);
-        let (choice, packed) = manager.choose_and_pack(66, 256, LayoutPolicy::Any, &problem.weights).unwrap();
+        let (choice, packed) = manager.choose_and_pack((66, 256), LayoutPolicy::Any, &problem.weights).unwrap();
         add_built_in(&manager);
         let ready = || manager.report().kernels[0].status == Status::Ready;
         let mut y = vec![0.0; 66];
@@ -356,7 +356,7 @@ fn wrong_after_a_thousand_calls_is_seen_by_the_samples() {
             bitnet_burn_manager::Packed::Canonical => &problem.weights,
             bitnet_burn_manager::Packed::Private(buffer) => buffer.as_slice(),
         };
-        let job = bitnet_burn_manager::Job { choice: &choice, weights, scale: 0.37, column: 0 };
+        let job = bitnet_burn_manager::Job { choice: &choice, weights, scale: 0.37.into(), column: 0 };
         for call in 0..1500 {
             if !ready() {
                 assert!((1000..=1000 + 251).contains(&call), "seen at call {call}");
@@ -400,7 +400,7 @@ fn a_kernel_that_starts_to_fail_is_replaced_and_counted() {
         "IN_RUN=if (w->n == 66 && TIMES(calls) >= 1000) { say(message, \"tired\"); return BITNET_FAILED; }";
     let (manager, _) = in_use(dir.path(), "tired", &[fails]);
     let problem = Problem::new(1, 66, 256);
-    let (choice, packed) = manager.choose_and_pack(66, 256, LayoutPolicy::Any, &problem.weights).unwrap();
+    let (choice, packed) = manager.choose_and_pack((66, 256), LayoutPolicy::Any, &problem.weights).unwrap();
     add_built_in(&manager);
     for _ in 0..1100 {
         problem.check(&manager, &choice, &packed, "before and after");

@@ -141,7 +141,7 @@ impl Problem {
             Packed::Canonical => &self.weights,
             Packed::Private(buffer) => buffer.as_slice(),
         };
-        let job = Job { choice, weights, scale: 0.37, column: 0 };
+        let job = Job { choice, weights, scale: 0.37.into(), column: 0 };
         manager.matmul(&[job], &self.x, &mut y, n).unwrap_or_else(|error| panic!("{what}: {error}"));
         let x = &self.x;
         reference::matmul(&self.weights, n, k, 0.37, x.q(), x.stride(), x.scale(), m, &mut want, n);
@@ -153,7 +153,7 @@ impl Problem {
 /// A matmul through a manager is the reference's, bit for bit.
 pub fn check(manager: &KernelManager, m: usize, n: usize, k: usize, what: &str) {
     let problem = Problem::new(m, n, k);
-    let (choice, packed) = manager.choose_and_pack(n, k, LayoutPolicy::Any, &problem.weights).unwrap();
+    let (choice, packed) = manager.choose_and_pack((n, k), LayoutPolicy::Any, &problem.weights).unwrap();
     problem.check(manager, &choice, &packed, what);
 }
 

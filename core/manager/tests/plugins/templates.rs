@@ -72,7 +72,7 @@ fn is_picked_up(library: &Path, plugin: &str, kernels: &[&str], cache: &Path) {
     let reports = manager.load_plugin(library).unwrap();
     let names: Vec<_> = reports.iter().map(|report| report.kernel.as_str()).collect();
     assert_eq!(names, kernels);
-    let ranking = manager.explain(1, 512, 1024);
+    let ranking = manager.explain(1, (512, 1024));
     assert_eq!(ranking.source, Source::Measured);
     let best = ranking.candidates[0].kernel().to_owned();
     assert!(best.starts_with(plugin), "{ranking:?}");
@@ -143,7 +143,7 @@ fn what_the_documentation_shows_builds_and_passes() {
     }
     for (n, k) in [(40, 300), (33, 128)] {
         let (choice, _) =
-            manager.choose_and_pack(n, k, LayoutPolicy::Any, &Problem::new(1, n, k).weights).unwrap();
+            manager.choose_and_pack((n, k), LayoutPolicy::Any, &Problem::new(1, n, k).weights).unwrap();
         assert_eq!(choice.layout(), None);
         check(&manager, 2, n, k, "the examples of the documentation");
     }

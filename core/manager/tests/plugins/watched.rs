@@ -36,7 +36,7 @@ impl Use {
     /// To be made before the built-in kernels are there, so that the plugin is chosen.
     pub(crate) fn new(manager: &KernelManager, problem: Problem, scale: f32) -> Self {
         let (_, n, k) = problem.shape;
-        let (choice, packed) = manager.choose_and_pack(n, k, LayoutPolicy::Any, &problem.weights).unwrap();
+        let (choice, packed) = manager.choose_and_pack((n, k), LayoutPolicy::Any, &problem.weights).unwrap();
         manager.warm_up(&choice, 1);
         Self { problem, scale, choice, packed }
     }
@@ -49,7 +49,7 @@ impl Use {
             Packed::Canonical => weights,
             Packed::Private(buffer) => buffer.as_slice(),
         };
-        let job = Job { choice: &self.choice, weights: bytes, scale: self.scale, column: 0 };
+        let job = Job { choice: &self.choice, weights: bytes, scale: self.scale.into(), column: 0 };
         manager.matmul(&[job], x, &mut y, *n)?;
         // A kernel may have written into the weights.
         let weights = Problem::new(*m, *n, *k).weights;
@@ -280,7 +280,7 @@ fn other_weights_in_the_place_of_old_ones_are_no_damage() {
     let calls = |weights: &[u8], x: &Problem| {
         for _ in 0..20 {
             let (mut y, mut want) = ([0.0; 66], [0.0; 66]);
-            let job = Job { choice: &this.choice, weights, scale: 0.37, column: 0 };
+            let job = Job { choice: &this.choice, weights, scale: 0.37.into(), column: 0 };
             manager.matmul(&[job], &x.x, &mut y, 66).unwrap();
             let x = &x.x;
             reference::matmul(weights, 66, 256, 0.37, x.q(), x.stride(), x.scale(), 1, &mut want, 66);
@@ -290,7 +290,7 @@ fn other_weights_in_the_place_of_old_ones_are_no_damage() {
     let mut memory = this.problem.weights.clone();
     calls(&memory, &this.problem);
     // Another model is loaded, and its weights get the memory of the first one's.
-    manager.choose(66, 256, LayoutPolicy::Any).unwrap();
+    manager.choose((66, 256), LayoutPolicy::Any).unwrap();
     memory.copy_from_slice(&other.weights);
     calls(&memory, &other);
     assert_eq!((status(&manager), manager.report().events), (Status::Ready, vec![]));

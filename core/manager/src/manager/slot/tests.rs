@@ -33,7 +33,7 @@ fn ranking(tuned: [Option<u64>; 4]) -> Ranking {
     let config = ManagerConfig { threads: 1, tune_budget: Duration::ZERO, ..ManagerConfig::default() };
     let manager = KernelManager::new(config).unwrap();
     manager.register(Plugin::built_in(&PLUGIN).unwrap()).unwrap();
-    let mut ranking = manager.rank(1, 8, 128, LayoutPolicy::Any);
+    let mut ranking = manager.rank(1, (8, 128).into(), LayoutPolicy::Any);
     for (candidate, tuned) in ranking.candidates.iter_mut().zip(tuned) {
         candidate.measurement.median_ns = tuned;
     }
