@@ -52,6 +52,17 @@ pub enum MatrixScale {
         /// that is the weights' group, too.
         activations: usize,
     },
+    /// Those of groups, as they lie in a file.
+    Stored {
+        /// [`Scales`]' values, little-endian.
+        bytes: bytes::Bytes,
+        /// Weights that share a scale.
+        group: usize,
+        /// Activations that do.
+        activations: usize,
+        /// Whether they are f16, and not f32.
+        half: bool,
+    },
 }
 
 impl From<f32> for MatrixScale {
@@ -61,14 +72,50 @@ impl From<f32> for MatrixScale {
 }
 
 impl MatrixScale {
+    /// Which weights share a scale, and which activations do.
+    pub fn kind(&self) -> ScaleKind {
+        match self {
+            Self::One(_) => ScaleKind::One,
+            Self::Groups { scales, activations } => {
+                ScaleKind::Groups { weights: scales.group, activations: *activations, half: scales.is_half() }
+            }
+            &Self::Stored { group, activations, half, .. } => {
+                ScaleKind::Groups { weights: group, activations, half }
+            }
+        }
+    }
+
     /// As a tensor, with its kind there: a device without f16 has f32.
     fn on(self, device: &Device) -> (Tensor<1>, ScaleKind) {
+        let holds_f16 = holds_f16(device);
         let (Scales { group: weights, values }, activations) = match self {
             Self::One(scale) => return (Tensor::from_floats([scale], device), ScaleKind::One),
             Self::Groups { scales, activations } => (scales, activations),
+            Self::Stored { bytes, group: weights, activations, half }
+                if (holds_f16 || !half) && (bytes.as_ptr() as usize).is_multiple_of(4) =>
+            {
+                // In place.
+                let (dtype, size) = if half { (DType::F16, 2) } else { (DType::F32, 4) };
+                let count = bytes.len() / size;
+                let bytes = Bytes::from_shared(bytes, AllocationProperty::Other);
+                let data = TensorData::from_bytes(bytes, [count], dtype);
+                let kind = ScaleKind::Groups { weights, activations, half };
+                return (Tensor::from_data(data, (device, dtype)), kind);
+            }
+            Self::Stored { bytes, group, activations, half } => {
+                let values = match half {
+                    true => {
+                        ScaleValues::F16(bytes.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b)).collect())
+                    }
+                    false => {
+                        ScaleValues::F32(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+                    }
+                };
+                (Scales { group, values }, activations)
+            }
         };
         let (data, half) = match values {
-            ScaleValues::F16(bits) if is_host(device) && device.supports_dtype(DType::F16) => {
+            ScaleValues::F16(bits) if holds_f16 => {
                 let count = bits.len();
                 (TensorData::new(bits.into_iter().map(f16::from_bits).collect(), [count]), true)
             }
@@ -84,6 +131,11 @@ impl MatrixScale {
         let dtype = if half { DType::F16 } else { DType::F32 };
         (Tensor::from_data(data, (device, dtype)), ScaleKind::Groups { weights, activations, half })
     }
+}
+
+/// Whether a device keeps f16 scales as they are; others get f32.
+pub fn holds_f16(device: &Device) -> bool {
+    is_host(device) && device.supports_dtype(DType::F16)
 }
 
 /// Bytes as a tensor of U32 words, without a copy where they are aligned and whole words.

@@ -6,6 +6,9 @@
 //! with the matrix unit, where there is one. Figures are medians of the rounds; fractions are those of the
 //! kernel's median and the roof's.
 //!
+//! Kernels for many scales run with scales of groups of 128 weights, and of groups of 128 and of 32 activations. Their
+//! prompts are compared with those of the kernel of the same instructions for one scale.
+//!
 //! Arguments: names of kernels, or parts of them (default: all), `--quick` for fewer rounds. `BITNET_THREADS`
 //! sets the threads, 1 if unset.
 
@@ -18,19 +21,27 @@ use bitnet_burn_backends::manager::with_built_in_kernels;
 use bitnet_burn_backends::peak;
 use bitnet_burn_benches::{Random, SHAPES, threads};
 use bitnet_burn_engine::bench::Spread;
-use bitnet_burn_formats::canonical;
+use bitnet_burn_formats::{Scales, canonical};
 use bitnet_burn_manager::cpu;
 use bitnet_burn_manager::memory::{Activations, PageArena, PageBuffer};
 use bitnet_burn_manager::pool::Pool;
-use bitnet_burn_manager::{CpuKernels, Job, KernelManager, LayoutPolicy, ManagerConfig, Packed, Status};
+use bitnet_burn_manager::{
+    CpuKernels, Job, KernelManager, LayoutPolicy, ManagerConfig, Packed, Scale, ScaleKind, Status,
+    WeightShape,
+};
 use std::sync::Arc;
 
 /// Copies of a matrix in one layout.
 type Copies = Vec<PageBuffer>;
 
+/// The kinds of scales that kernels for many are measured with.
+const MANY: [ScaleKind; 2] =
+    [128, 32].map(|activations| ScaleKind::Groups { weights: 128, activations, half: true });
+
 /// A kernel, with what it measured: seconds a matmul, by M.
 struct Candidate {
     name: String,
+    kind: ScaleKind,
     manager: KernelManager,
     choice: Arc<CpuKernels>,
     layout: String,
@@ -63,10 +74,14 @@ fn copies(candidate: &Candidate, rows: &[u8], arena: &PageArena) -> Copies {
 
 impl Candidate {
     /// Seconds of a matmul with each of these weights, on average.
-    fn time(&self, weights: &[PageBuffer], x: &Activations, y: &mut [f32], n: usize) -> f64 {
-        let clock = Instant::now();
-        for weights in weights {
-            let job = Job { choice: &self.choice, weights: weights.as_slice(), scale: 1.0.into(), column: 0 };
+    fn time(&self, weights: &[PageBuffer], scales: &[Scales], x: &Activations, y: &mut [f32]) -> f64 {
+        let (n, clock) = (self.choice.shape().0, Instant::now());
+        for (weights, scales) in weights.iter().zip(scales.iter().cycle()) {
+            let scale = match self.kind {
+                ScaleKind::One => Scale::One(1.0),
+                ScaleKind::Groups { .. } => Scale::Groups(scales.as_sdk()),
+            };
+            let job = Job { choice: &self.choice, weights: weights.as_slice(), scale, column: 0 };
             self.manager.matmul(&[job], x, black_box(y), n).expect("computes");
         }
         clock.elapsed().as_secs_f64() / weights.len() as f64
@@ -108,14 +123,14 @@ fn main() {
     let rounds = if quick { 3 } else { 9 };
     let all = manager(None);
     let report = all.report();
-    let names: Vec<String> = report
+    let names: Vec<(String, bool)> = report
         .kernels
         .iter()
         .filter(|kernel| kernel.status == Status::Ready && kernel.target == "cpu")
         // Portable code needs seconds for a prompt, and is there for correctness.
         .filter(|kernel| !kernel.features.is_empty())
-        .map(|kernel| kernel.kernel.clone())
-        .filter(|name| wanted.is_empty() || wanted.iter().any(|wanted| name.contains(wanted.as_str())))
+        .map(|kernel| (kernel.kernel.clone(), kernel.many_scales))
+        .filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|wanted| name.contains(wanted.as_str())))
         .collect();
     println!("{} threads, medians of {rounds} rounds in which all take turns", report.threads);
     for (shape, n, k) in SHAPES {
@@ -123,7 +138,7 @@ fn main() {
     }
 }
 
-fn measure(shape: &str, n: usize, k: usize, names: &[String], rounds: usize, pool: &Pool) {
+fn measure(shape: &str, n: usize, k: usize, names: &[(String, bool)], rounds: usize, pool: &Pool) {
     const PROMPTS: [usize; 3] = [32, 128, 512];
     let mut random = Random::new(n as u64);
     let weights = random.ternary(n * k);
@@ -134,19 +149,32 @@ fn measure(shape: &str, n: usize, k: usize, names: &[String], rounds: usize, poo
     let arena = PageArena::default();
     let mut layouts: HashMap<String, Copies> = HashMap::new();
     let mut candidates = Vec::new();
-    for name in names {
+    let kinds = |many: &bool| if *many { &MANY[..] } else { &[ScaleKind::One][..] };
+    for (name, kind) in
+        names.iter().flat_map(|(name, many)| kinds(many).iter().map(move |kind| (name, *kind)))
+    {
         let manager = manager(Some(name.clone()));
-        let Ok(choice) = manager.choose((n, k), LayoutPolicy::Any) else { continue };
+        let Ok(choice) = manager.choose(WeightShape { n, k, scales: kind }, LayoutPolicy::Any) else {
+            continue;
+        };
         let layout = choice.layout().unwrap_or("i2_s").to_owned();
-        let candidate = Candidate { name: name.clone(), manager, choice, layout, times: HashMap::new() };
+        let candidate =
+            Candidate { name: name.clone(), kind, manager, choice, layout, times: HashMap::new() };
         layouts.entry(candidate.layout.clone()).or_insert_with(|| copies(&candidate, &rows, &arena));
         candidates.push(candidate);
     }
-    let x: Vec<(usize, Activations)> = [1]
-        .into_iter()
-        .chain(PROMPTS)
-        .map(|m| (m, Activations::from_rows(&random.floats(m * k), k)))
-        .collect();
+    // As many as copies of the weights, so that decode reads them from memory, too.
+    let count = layouts.values().map(Vec::len).max().unwrap_or(0);
+    let values: Vec<f32> = (0..n * k.div_ceil(128)).map(|i| (1 + i % 64) as f32 / 1024.0).collect();
+    let scales: Vec<Scales> =
+        (0..count).map(|_| Scales::from_rows(&values, n, k, 128).expect("scales of the shape")).collect();
+    let mut x: HashMap<(usize, usize), Activations> = HashMap::new();
+    for m in [1].into_iter().chain(PROMPTS) {
+        let floats = random.floats(m * k);
+        for group in [0, 32, 128] {
+            x.insert((m, group), Activations::from_groups(&floats, k, group));
+        }
+    }
     let mut y = vec![0.0; PROMPTS[PROMPTS.len() - 1] * n];
     let mut reads: HashMap<&str, Vec<f64>> = HashMap::new();
     let (mut vector, mut matrix) = (Vec::new(), Vec::new());
@@ -163,14 +191,15 @@ fn measure(shape: &str, n: usize, k: usize, names: &[String], rounds: usize, poo
         }
         for candidate in &mut candidates {
             let copies = &layouts[&candidate.layout];
-            for (m, x) in &x {
+            for m in [1].into_iter().chain(PROMPTS) {
                 let weights = match m {
                     1 => &copies[..],
                     _ => std::slice::from_ref(&copies[round % copies.len()]),
                 };
-                let time = candidate.time(weights, x, &mut y[..m * n], n);
+                let x = &x[&(m, candidate.kind.activation_group())];
+                let time = candidate.time(weights, &scales, x, &mut y[..m * n]);
                 if keep {
-                    candidate.times.entry(*m).or_default().push(time);
+                    candidate.times.entry(m).or_default().push(time);
                 }
             }
         }
@@ -178,22 +207,35 @@ fn measure(shape: &str, n: usize, k: usize, names: &[String], rounds: usize, poo
     let (vector, matrix) = (median(&vector) / 1e9, median(&matrix) / 1e9);
     println!();
     println!("{shape} [{n}, {k}]; registers: {vector:.0} G multiply-adds/s on vectors, {matrix:.0} at most");
-    println!("| kernel | bits | M = 1, us | of the stream | M = 32, ms | 128 | 512 | of the vectors' peak |");
-    println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
+    println!(
+        "| kernel | bits | M = 1, us | of the stream | M = 32, ms | 128 | 512 | of the vectors' peak | of one scale's |"
+    );
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
     for candidate in &candidates {
-        let bytes = candidate.choice.weight_bytes() as f64;
+        let of_scales = if candidate.kind == ScaleKind::One { 0 } else { n * k.div_ceil(128) * 2 };
+        let bytes = (candidate.choice.weight_bytes() + of_scales) as f64;
         let time = |m: usize| median(&candidate.times[&m]);
         let stream = bytes / time(1) / median(&reads[candidate.layout.as_str()]);
         let peaks = PROMPTS.map(|m| format!("{:.2}", (m * n * k) as f64 / time(m) / 1e9 / vector));
+        let name = match candidate.kind {
+            ScaleKind::One => format!("`{}`", candidate.name),
+            kind => format!("`{}`, activations by {}", candidate.name, kind.activation_group()),
+        };
+        let plain = candidate.name.trim_end_matches("-scaled");
+        let plain = candidates.iter().find(|other| other.name == plain && other.kind == ScaleKind::One);
+        let of_one = PROMPTS.map(|m| match plain {
+            Some(plain) => format!("{:.2}", median(&plain.times[&m]) / time(m)),
+            None => "-".into(),
+        });
         println!(
-            "| `{}` | {:.1} | {:.1} | {stream:.2} | {:.2} | {:.2} | {:.2} | {} |",
-            candidate.name,
+            "| {name} | {:.1} | {:.1} | {stream:.2} | {:.2} | {:.2} | {:.2} | {} | {} |",
             8.0 * bytes / (n * k) as f64,
             time(1) * 1e6,
             time(32) * 1e3,
             time(128) * 1e3,
             time(512) * 1e3,
             peaks.join(", "),
+            of_one.join(", "),
         );
         assert!(candidate.manager.report().reference_calls == 0, "{} fell back", candidate.name);
     }

@@ -32,7 +32,7 @@ use bitnet_burn_engine::generate::prefill;
 use bitnet_burn_engine::gguf::{GgufTypes, TernaryType};
 use bitnet_burn_engine::load::{HeadMode, LoadOptions};
 use bitnet_burn_engine::synth;
-use bitnet_burn_engine::synth::SynthOptions;
+use bitnet_burn_engine::synth::{SynthOptions, SynthScales};
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::ManagerConfig;
 use bitnet_burn_train::export::{ExportOptions, Target, export};
@@ -125,7 +125,12 @@ impl<'a> Contender<'a> {
 
 fn write(config: &ModelConfig, dir: &Path) -> Checkpoint {
     let path = dir.join("i2_s.gguf");
-    let options = SynthOptions { config: config.clone(), embedding: DenseFormat::Q6_K, seed: 0 };
+    let options = SynthOptions {
+        config: config.clone(),
+        scales: SynthScales::Tensor,
+        embedding: DenseFormat::Q6_K,
+        seed: 0,
+    };
     synth::write(&path, &options, &|_, _| {}).expect("the temporary directory has room");
     let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).expect("what synth writes");
     for (ternary, name) in [(TernaryType::TQ2_0, "tq2_0.gguf"), (TernaryType::TQ1_0, "tq1_0.gguf")] {

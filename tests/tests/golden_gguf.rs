@@ -8,7 +8,7 @@ use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::gguf::{norm_name, projection_name, write_config};
-use bitnet_burn_engine::load::LoadOptions;
+use bitnet_burn_engine::load::{ActivationRule, LoadOptions};
 use bitnet_burn_formats::gguf::{GgufWriter, TensorType};
 use bitnet_burn_formats::{DenseFormat, tq1_0, tq2_0};
 use bitnet_burn_formats::{DenseTensor, TernaryTensor};
@@ -46,7 +46,8 @@ fn tokens(n: usize) -> Vec<u32> {
 }
 
 fn logits(path: &Path, device: &Device, ids: &[u32], quantise: bool, cache_type: CacheType) -> Vec<f32> {
-    let options = LoadOptions { quantise_activations: quantise, ..LoadOptions::default() };
+    let activations = if quantise { ActivationRule::Model } else { ActivationRule::Float };
+    let options = LoadOptions { activations, ..LoadOptions::default() };
     all_logits(&load(path, device, &options), ids, 256, cache_type)
 }
 

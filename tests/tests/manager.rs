@@ -220,8 +220,8 @@ fn the_second_start_tunes_nothing_and_a_lost_cache_only_costs_tuning() {
     let report = second.report();
     assert!(report.tuned == 0 && report.cached > 0, "{report:?}");
     assert_eq!(order, same);
-    let layouts =
-        [&first, &second].map(|m| m.choose((96, 256), LayoutPolicy::Any).unwrap().layout().map(str::to_owned));
+    let layouts = [&first, &second]
+        .map(|m| m.choose((96, 256), LayoutPolicy::Any).unwrap().layout().map(str::to_owned));
     assert_eq!(layouts[0], layouts[1]);
 
     // Other threads are another machine.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use bitnet_burn::BitNet;
 use bitnet_burn::backends::devices;
-use bitnet_burn::backends::ops::{self, BitLinearInput, TernaryMatrix};
+use bitnet_burn::backends::ops::{self, BitLinearInput, MatrixScale, TernaryMatrix};
 use bitnet_burn::backends::remote::{self, Worker};
 use bitnet_burn::backends::{CacheType, DenseArgs};
 use bitnet_burn_engine::checkpoint::Checkpoint;
@@ -17,7 +17,7 @@ use bitnet_burn_engine::generate;
 use bitnet_burn_engine::generate::GenerateOptions;
 use bitnet_burn_engine::load::{HeadMode, LoadOptions, ModelError, load_on};
 use bitnet_burn_engine::plan::{CPU, PlacedModel, Placement, RunSettings};
-use bitnet_burn_formats::{DenseFormat, canonical};
+use bitnet_burn_formats::{DenseFormat, Scales, canonical};
 use bitnet_burn_tests::*;
 use burn::backend::ir::{CustomOpIr, ScalarIr, TensorIr};
 use burn::backend::{DispatchDevice, Remote};
@@ -402,6 +402,8 @@ fn int8_tiles_and_rows_of_codes_are_multiplied_there() {
         let values: Vec<i8> = (0..k).map(|_| (random.bits() % 3) as i8 - 1).collect();
         canonical::pack_row(&values, row);
     }
+    let scales: Vec<f32> = random.floats(n * k.div_ceil(64));
+    let scales = Scales::from_rows(&scales, n, k, 64).unwrap();
     let results = [Device::flex(), device].map(|device| {
         let x = || Tensor::<2>::from_data(TensorData::new(x.clone(), [m, k]), &device);
         let (words, args) =
@@ -412,7 +414,10 @@ fn int8_tiles_and_rows_of_codes_are_multiplied_there() {
         let y = ops::bit_linear(x(), input(), vec![matrix(), matrix(), matrix()]).unwrap();
         let float = BitLinearInput { norm: None, quantise: false };
         let reference = ops::bit_linear(x(), float, vec![matrix()]).unwrap();
-        let tensors = [ops::dense_linear(x(), words, args), y, reference];
+        let scale = || MatrixScale::Groups { scales: scales.clone(), activations: 32 };
+        let scaled = TernaryMatrix::prepared(codes.clone().into(), scale(), n, k, &device).unwrap();
+        let scaled = ops::bit_linear(x(), input(), vec![scaled]).unwrap();
+        let tensors = [ops::dense_linear(x(), words, args), y, reference, scaled];
         tensors.map(|y| devices::read(y).unwrap().iter::<f32>().map(f32::to_bits).collect::<Vec<_>>())
     });
     assert_eq!(results[0], results[1]);

@@ -8,7 +8,7 @@ use bitnet_burn::BitNet;
 use bitnet_burn::ModelConfig;
 use bitnet_burn::backends::ops;
 use bitnet_burn::{BitLinearConfig, BitLinearWeight, CacheType, DenseWeight};
-use bitnet_burn_engine::load::LoadOptions;
+use bitnet_burn_engine::load::{ActivationRule, LoadOptions};
 use bitnet_burn_tests::reference::{Forward, Mutation, Reference};
 use bitnet_burn_tests::*;
 use burn::tensor::{Device, Tensor, TensorData};
@@ -60,9 +60,8 @@ fn a_gguf_file_gives_the_logits_of_the_float64_reference() {
     let dir = repository_golden().join("gguf");
     let path = dir.join("tiny_a-i2_s.gguf");
     let device = gpu();
-    let [model, float] = [true, false].map(|quantise_activations| {
-        load(&path, &device, &LoadOptions { quantise_activations, ..LoadOptions::default() })
-    });
+    let [model, float] = [ActivationRule::Model, ActivationRule::Float]
+        .map(|activations| load(&path, &device, &LoadOptions { activations, ..LoadOptions::default() }));
     let reference = Reference::from_gguf(&path);
     for n in [16, 37] {
         let ids = read_tokens(&dir.join(format!("tiny_a-tokens{n}.txt")));

@@ -23,7 +23,8 @@ pub(crate) fn bit_linear<B: Backend>(
         InputNorm::Rms(weight) => rms_norm::<B>(x, weight, args.eps),
     };
     if !args.quantise {
-        let product = |(weight, matrix)| float_product::<B>(x.clone(), weight, matrix, args.k, B::float_transpose);
+        let product =
+            |(weight, matrix)| float_product::<B>(x.clone(), weight, matrix, args.k, B::float_transpose);
         return concat::<B>(weights.into_vec().into_iter().zip(&args.matrices).map(product).collect());
     }
     // Products of int8 and -1, 0, 1 are whole numbers, and so are their sums: exact in f32 below 2^24,
@@ -95,7 +96,8 @@ fn float_product<B: Backend>(
     };
     let scales = by_rows::<B>(weight.scale, n);
     let (groups, group) = (dims(&scales)[1], if weights == 0 { k } else { weights });
-    let scales = B::float_expand(B::float_reshape(scales, Shape::new([n, groups, 1])), Shape::new([n, groups, group]));
+    let scales =
+        B::float_expand(B::float_reshape(scales, Shape::new([n, groups, 1])), Shape::new([n, groups, group]));
     let scales = B::float_reshape(scales, Shape::new([n, groups * group]));
     let weights = B::float_mul(codes, B::float_slice(scales, &slice(&[0..n, 0..k])));
     B::float_matmul(x, turn(weights))

@@ -370,8 +370,12 @@ fn ties_are_rounded_to_even<B: TernaryBackend>() {
             bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
         let codes = B::int_from_data(TensorData::new(words, [1, 8]), &Default::default());
         let weights = WeightGroup::One(TernaryWeight { codes, scale: floats::<B>(vec![one], &[1]) });
-        let args =
-            BitLinearArgs { k: 65, matrices: vec![Matrix { n: 1, scales: ScaleKind::One, choice: None }], eps: 0.0, quantise: true };
+        let args = BitLinearArgs {
+            k: 65,
+            matrices: vec![Matrix { n: 1, scales: ScaleKind::One, choice: None }],
+            eps: 0.0,
+            quantise: true,
+        };
         let got = values::<B>(bit_linear::<B>(floats::<B>(x, &[1, 65]), InputNorm::None, weights, &args))[0];
         let want = q.iter().map(|&q| i32::from(q)).sum::<i32>() as f32 * scale;
         assert!((got - want).abs() <= want.abs() * 1e-6, "a = {a}: {got} and {want}");

@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use bitnet_burn_formats::canonical;
 use bitnet_burn_formats::random::SplitMix64;
+use bitnet_burn_manager::ScaleKind;
 use bitnet_burn_manager::memory::PageBuffer;
 use bitnet_burn_manager::{Contest, DEFAULT_BODY, Inputs, KernelManager, Unfit};
-use bitnet_burn_manager::ScaleKind;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::cubecl::server::Handle;
 use burn_cubecl::tensor::CubeTensor;

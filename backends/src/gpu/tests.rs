@@ -239,7 +239,11 @@ impl Problem {
                 let words = bitnet_burn_manager::gpu::le_words(bytes);
                 weights.push(tensor(&words, [*n, words.len() / n], DType::U32));
             }
-            chosen.push(Matrix { n: *n, scales: ScaleKind::One, choice: choice.map(|matrix| MatrixKernels::Gpu(Arc::new(matrix))) });
+            chosen.push(Matrix {
+                n: *n,
+                scales: ScaleKind::One,
+                choice: choice.map(|matrix| MatrixKernels::Gpu(Arc::new(matrix))),
+            });
         }
         let scales = tensor(&[scale], [1, 1], DType::F32);
         let weights = weights.into_iter().map(|codes| (codes, scales.clone())).collect();

@@ -3,7 +3,8 @@
 #![forbid(unsafe_code)]
 
 use bitnet_burn_plugin::abi::SCALE_ROWS;
-use bitnet_burn_plugin::sdk::{self, groups, scale_count};
+pub use bitnet_burn_plugin::sdk::scale_count;
+use bitnet_burn_plugin::sdk::{self, groups};
 use half::f16;
 
 use crate::FormatError;
@@ -96,7 +97,9 @@ mod tests {
                     let expected = if row < n { rows[row * 4 + g] } else { 0.0 };
                     let value = match &scales.values {
                         ScaleValues::F32(values) => values[(row / 32 * 4 + g) * 32 + row % 32],
-                        ScaleValues::F16(values) => f16::from_bits(values[(row / 32 * 4 + g) * 32 + row % 32]).to_f32(),
+                        ScaleValues::F16(values) => {
+                            f16::from_bits(values[(row / 32 * 4 + g) * 32 + row % 32]).to_f32()
+                        }
                     };
                     assert_eq!((value, scales.get(row, g, k)), (expected, expected));
                 }

@@ -24,8 +24,8 @@
 
 use super::dense::{Q4_0_BYTES, QK, q4_0_codes};
 use super::{
-    DenseFormat, FormatError, Scales, SharedScale, canonical, canonical_bytes, check_length, check_values, f16_at,
-    tq1_0, tq2_0,
+    DenseFormat, FormatError, Scales, SharedScale, canonical, canonical_bytes, check_length, check_values,
+    f16_at, tq1_0, tq2_0,
 };
 use rayon::prelude::*;
 
@@ -111,7 +111,9 @@ pub fn scaled_from_dense(
                     read(data, weights, scales);
                     check_blocks(weights, scales, unit)
                 }
-                None => format.decode_row(data, values).and_then(|()| units_of(values, weights, scales, unit)),
+                None => {
+                    format.decode_row(data, values).and_then(|()| units_of(values, weights, scales, unit))
+                }
             }
             .map_err(|error| error.in_row(row))?;
             canonical::pack_row(weights, out);
@@ -119,7 +121,8 @@ pub fn scaled_from_dense(
         },
     )?;
     let coarser = |group: &usize| group.is_multiple_of(unit) && *group < k;
-    let holds = |count: usize| scales.par_chunks(units).all(|row| row.chunks(count).all(|of| shared(of).is_some()));
+    let holds =
+        |count: usize| scales.par_chunks(units).all(|row| row.chunks(count).all(|of| shared(of).is_some()));
     let group = match holds(units) {
         true => 0,
         false => GROUPS.into_iter().filter(coarser).find(|group| holds(group / unit)).unwrap_or(unit),
@@ -344,7 +347,12 @@ mod tests {
         ));
     }
 
-    fn scaled(format: DenseFormat, values: &[f32], n: usize, k: usize) -> Result<(Vec<u8>, Scales), FormatError> {
+    fn scaled(
+        format: DenseFormat,
+        values: &[f32],
+        n: usize,
+        k: usize,
+    ) -> Result<(Vec<u8>, Scales), FormatError> {
         let data: Vec<u8> = values.chunks(k).flat_map(|row| encode(format, row)).collect();
         scaled_from_dense(format, &data, n, k)
     }

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::load::HeadMode;
 use bitnet_burn_engine::prepack::{self, Prepacked};
-use bitnet_burn_engine::synth::{self, SynthOptions};
+use bitnet_burn_engine::synth::{self, SynthOptions, SynthScales};
 use bitnet_burn_engine::tokenizer::Tokenizer;
 use bitnet_burn_formats::{DenseFormat, safetensors};
 
@@ -58,7 +58,8 @@ fn packed() -> &'static Packed {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("model.gguf");
         let config = synth::shape("tiny").expect("there is a shape of this name");
-        let options = SynthOptions { config, embedding: DenseFormat::Q6_K, seed: 3 };
+        let options =
+            SynthOptions { config, scales: SynthScales::Tensor, embedding: DenseFormat::Q6_K, seed: 3 };
         synth::write(&path, &options, &|_, _| {}).expect("a model");
         let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).expect("the model");
         let file = prepack::write(&checkpoint, HeadMode::Int8, &mut |_, _| {}).expect("packed weights").path;

@@ -7,7 +7,7 @@ use bitnet_burn::CacheType;
 use bitnet_burn::GatedActivation;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::device::DeviceSpec;
-use bitnet_burn_engine::load::HeadMode;
+use bitnet_burn_engine::load::{ActivationRule, HeadMode};
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::{MAX_THREADS, Strict};
 use clap::{Args, ValueEnum};
@@ -108,6 +108,11 @@ pub struct EngineArgs {
     /// How the output projection (lm_head) is computed
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LmHead::File, help_heading = "Model")]
     pub lm_head: LmHead,
+    /// How the activations of ternary layers are quantised: model (as the model's files declare: by row; or group:32, where
+    /// they declare nothing), row, group:N (int8 with a scale for each row, or for each N values), or float (not at all: to
+    /// compare with floating-point references, slow)
+    #[arg(long, value_name = "RULE", default_value_t = ActivationRule::Model, help_heading = "Model")]
+    pub activations: ActivationRule,
     /// Ignore the file that `bitnet prepack` wrote, and pack the weights while loading
     #[arg(long, help_heading = "Kernels")]
     pub no_prepacked: bool,

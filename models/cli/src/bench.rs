@@ -8,7 +8,7 @@ use bitnet_burn_engine::device_bench;
 use bitnet_burn_engine::device_bench::{DeviceBench, DeviceBenchOptions};
 use bitnet_burn_engine::report::{Execution, ModelSummary};
 use bitnet_burn_engine::synth;
-use bitnet_burn_engine::synth::SynthOptions;
+use bitnet_burn_engine::synth::{SynthOptions, SynthScales};
 use bitnet_burn_engine::text::{count, human_bytes, human_seconds};
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::cpu;
@@ -110,7 +110,7 @@ fn synthetic(shape: &str) -> anyhow::Result<TempDir> {
     let dir =
         tempfile::tempdir().context("cannot make a temporary directory for a model of random weights")?;
     let config = synth::shape(shape).context("the shape is unknown")?;
-    let options = SynthOptions { config, embedding: DenseFormat::Q6_K, seed: 0 };
+    let options = SynthOptions { config, scales: SynthScales::Tensor, embedding: DenseFormat::Q6_K, seed: 0 };
     let bar = output::bar(0, "writing random weights [{bar:30}] {bytes}/{total_bytes}");
     synth::write(&dir.path().join(MODEL), &options, &|done, all| {
         bar.set_length(all);
@@ -272,9 +272,9 @@ fn text(model: &ModelSummary, load_seconds: f64, result: &BenchResult, execution
         row(
             "bytes/token",
             format!(
-                "{} (ternary {}, head {}, norms {})",
+                "{} (projections {}, head {}, norms {})",
                 human_bytes(result.bytes_per_token),
-                human_bytes(parts.ternary),
+                human_bytes(parts.projections),
                 human_bytes(parts.head),
                 human_bytes(parts.norms)
             ),

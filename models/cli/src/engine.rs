@@ -95,6 +95,7 @@ impl EngineArgs {
         let mut options = Engine::options()
             .file(self.file.options())
             .head(self.lm_head.into())
+            .activations(self.activations)
             .kernels(self.kernels.over(config), &self.kernels.plugins);
         if let Some(device) = &self.device {
             options = options.device(device.clone());
@@ -147,9 +148,7 @@ impl EngineArgs {
             EngineError::HeadOfFloats { .. } => {
                 let mode = LmHead::to_possible_value(&self.lm_head);
                 let mode = mode.map_or_else(String::new, |value| value.get_name().to_owned());
-                anyhow!(
-                    "--lm-head {mode} quantises activations, --no-activation-quantisation leaves them: choose one"
-                )
+                anyhow!("--lm-head {mode} quantises activations, --activations float leaves them: choose one")
             }
             EngineError::GpuLayers { layers, problem } => anyhow!("--gpu-layers {layers}: {problem}"),
             error => error.into(),

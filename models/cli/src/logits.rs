@@ -29,9 +29,6 @@ pub struct LogitsArgs {
     /// Rows that are computed at once
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 64)]
     chunk: usize,
-    /// Don't quantise activations, to compare with floating-point references (slow)
-    #[arg(long)]
-    no_activation_quantisation: bool,
     /// Print a report as one JSON object
     #[arg(long)]
     json: bool,
@@ -47,19 +44,14 @@ struct Output {
     model: ModelSummary,
     out: PathBuf,
     shape: [usize; 2],
-    quantised_activations: bool,
     #[serde(flatten)]
     execution: Execution,
 }
 
 pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
-    let quantise_activations = !args.no_activation_quantisation;
-    let engine = args.engine.open(|mut options| {
-        if !quantise_activations {
-            options = options.float_activations();
-        }
-        options.without_tokenizer().rows(args.chunk).measured_context(usize::MAX)
-    })?;
+    let engine = args
+        .engine
+        .open(|options| options.without_tokenizer().rows(args.chunk).measured_context(usize::MAX))?;
     let vocabulary = engine.checkpoint().config().vocab_size;
     let tokens = read_tokens(&args.tokens_file, vocabulary)?;
     let context = engine.settings().context;
@@ -86,13 +78,8 @@ pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
         written.with_context(|| format!("cannot write {}", args.out.display()))
     })?;
     bar.finish_and_clear();
-    let output = Output {
-        model: engine.summary().clone(),
-        out: args.out,
-        shape,
-        quantised_activations: quantise_activations,
-        execution: engine.execution(),
-    };
+    let output =
+        Output { model: engine.summary().clone(), out: args.out, shape, execution: engine.execution() };
     args.engine.write_receipt(&engine, "logits", &output, || None)?;
     if args.json {
         return output::print_json(&output);

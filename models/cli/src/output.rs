@@ -125,7 +125,10 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
             ModelError::Placement { .. } => {
                 Some("--gpu-layers says how many, or --context and --chunk leave the GPU more room")
             }
-            ModelError::Worker { .. } | ModelError::Devices { .. } => None,
+            ModelError::Row { .. } => {
+                Some("--activations model quantises by the groups that the weights have")
+            }
+            ModelError::Worker { .. } | ModelError::Devices { .. } | ModelError::Scales(_) => None,
         };
     }
     if let Some(GenerateError::Forward(error)) = cause.downcast_ref() {

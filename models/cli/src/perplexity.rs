@@ -46,9 +46,6 @@ pub struct PerplexityArgs {
     /// Rows that are computed at once
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 64)]
     chunk: usize,
-    /// Don't quantise activations, to compare with floating-point references (slow)
-    #[arg(long)]
-    no_activation_quantisation: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -76,7 +73,6 @@ struct Output {
     windows: usize,
     context: usize,
     stride: usize,
-    quantised_activations: bool,
     seconds: f64,
     tokens_per_s: f64,
     #[serde(flatten)]
@@ -84,7 +80,6 @@ struct Output {
 }
 
 pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
-    let quantise_activations = !args.no_activation_quantisation;
     let text = args.file.as_deref().map(read_text).transpose()?;
     let documents = match &args.documents {
         Some(path) => Some(Corpus::read(std::slice::from_ref(path), Documents::Line)?),
@@ -94,9 +89,6 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
     let engine = args.engine.open(|mut options| {
         if !wants_tokenizer {
             options = options.without_tokenizer();
-        }
-        if !quantise_activations {
-            options = options.float_activations();
         }
         options.rows(args.chunk).measured_context(DEFAULT_CONTEXT)
     })?;
@@ -180,7 +172,6 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         windows: windows.len(),
         context,
         stride,
-        quantised_activations: quantise_activations,
         seconds,
         tokens_per_s: computed as f64 / seconds,
         execution: engine.execution(),

@@ -174,6 +174,7 @@ fn rerun(
         context: Some(record.context),
         kv_cache: Some(record.kv_cache.into()),
         lm_head: record.lm_head.try_into()?,
+        activations: record.activations,
         // Use only the files whose hashes the receipt has.
         no_prepacked: true,
         receipt: None,

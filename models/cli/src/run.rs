@@ -270,6 +270,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
             kv_cache: engine.settings().kv_cache,
             sliding_window: args.sliding_window,
             lm_head: args.engine.lm_head.into(),
+            activations: engine.activations(),
             hidden_act: args.engine.file.hidden_act,
             pre: args.engine.file.pre.clone(),
             result: TokensRecord::of(&generation),

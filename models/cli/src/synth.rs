@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use bitnet_burn::{GatedActivation, ModelConfig};
 use bitnet_burn_engine::synth;
-use bitnet_burn_engine::synth::SynthOptions;
+use bitnet_burn_engine::synth::{SynthOptions, SynthScales};
 use bitnet_burn_engine::text::{human_bytes, human_seconds};
 use bitnet_burn_formats::DenseFormat;
-use clap::Args;
 use clap::builder::PossibleValuesParser;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use crate::args::{DenseType, activation, positive};
@@ -17,8 +17,8 @@ use crate::output;
 /// Write a GGUF model of random ternary weights, for measurements and tests
 ///
 /// The file has the keys, names, types and sizes of a published one, and a byte-level tokenizer. So every command works
-/// with it, and generated text is nonsense. Projections are I2_S, with as many -1 as 0 and 1; their scales keep the
-/// variance of activations at 1. A Q8_0, Q6_K or Q4_0 embedding has random valid blocks, which take as long to read as
+/// with it, and generated text is nonsense. Projections have as many -1 as 0 and 1; their scales keep the variance of
+/// activations at 1. A Q8_0, Q6_K or Q4_0 embedding has random valid blocks, which take as long to read as
 /// real ones. The same options and seed write the same bytes.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -32,9 +32,14 @@ pub struct SynthArgs {
     /// Seed of the random weights
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Type of the embedding, and of the output head with --untied
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = DenseType::Q6_K)]
-    embedding_type: DenseType,
+    /// Which weights share a scale: those of a tensor (I2_S), a row (TQ2_0), or a group (group:64 is Q2_0, group:128 is
+    /// PQ2_0)
+    #[arg(long, value_enum, value_name = "WEIGHTS", default_value_t = Scales::Tensor)]
+    scales: Scales,
+    /// Type of the embedding, and of the output head where that is not tied [default: q6_k; that of the projections with
+    /// scales of groups]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    embedding_type: Option<DenseType>,
     /// Width of the residual stream; a multiple of 128, or of 256 with a Q6_K embedding
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Sizes")]
     hidden_size: Option<usize>,
@@ -73,10 +78,33 @@ pub struct SynthArgs {
     json: bool,
 }
 
+/// Which weights share a scale.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Scales {
+    Tensor,
+    Row,
+    #[value(name = "group:64")]
+    Group64,
+    #[value(name = "group:128")]
+    Group128,
+}
+
+impl From<Scales> for SynthScales {
+    fn from(scales: Scales) -> Self {
+        match scales {
+            Scales::Tensor => Self::Tensor,
+            Scales::Row => Self::Row,
+            Scales::Group64 => Self::Group64,
+            Scales::Group128 => Self::Group128,
+        }
+    }
+}
+
 const EXAMPLES: &str = "\
 Examples:
   bitnet synth --shape 2b-4t --out 2b.gguf          # BitNet b1.58 2B-4T, 790 MB
   bitnet synth --shape 2b-4t --embedding-type f16 --out 2b-f16.gguf
+  bitnet synth --shape bonsai-1.7b --scales group:64 --out bonsai.gguf
   bitnet synth --hidden-size 512 --intermediate-size 1536 --layers 4 --heads 8 --kv-heads 2 --out small.gguf";
 
 #[derive(Serialize)]
@@ -86,6 +114,7 @@ struct Output<'a> {
     seconds: f64,
     seed: u64,
     embedding_type: &'static str,
+    projection_type: &'static str,
     config: &'a ModelConfig,
 }
 
@@ -122,8 +151,9 @@ impl SynthArgs {
 pub fn run(args: SynthArgs) -> anyhow::Result<()> {
     let config = args.config()?;
     let path = args.out.clone().unwrap_or_else(|| format!("bitnet-{}.gguf", args.shape).into());
-    let embedding = DenseFormat::from(args.embedding_type);
-    let options = SynthOptions { config, embedding, seed: args.seed };
+    let scales = SynthScales::from(args.scales);
+    let embedding = args.embedding_type.map_or(scales.embedding(), DenseFormat::from);
+    let options = SynthOptions { config, scales, embedding, seed: args.seed };
     let bar = output::bar(0, "writing [{bar:30}] {bytes}/{total_bytes}");
     let started = std::time::Instant::now();
     let bytes = synth::write(&path, &options, &|done, all| {
@@ -133,9 +163,18 @@ pub fn run(args: SynthArgs) -> anyhow::Result<()> {
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
     if args.json {
-        let SynthOptions { config, embedding, seed } = &options;
+        let SynthOptions { config, embedding, seed, scales } = &options;
+        let projection_type = scales.tensor_type().name();
         let embedding_type = embedding.name();
-        return output::print_json(&Output { path, bytes, seconds, seed: *seed, embedding_type, config });
+        return output::print_json(&Output {
+            path,
+            bytes,
+            seconds,
+            seed: *seed,
+            embedding_type,
+            projection_type,
+            config,
+        });
     }
     let (size, time) = (human_bytes(bytes), human_seconds(seconds));
     output::note(format_args!("{}: {size} in {time}", path.display()));

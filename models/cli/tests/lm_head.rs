@@ -8,7 +8,7 @@ use bitnet_burn::{BitNet, DenseMatrixError, Row};
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::load::{HeadMode, LoadOptions, ModelError};
 use bitnet_burn_engine::synth;
-use bitnet_burn_engine::synth::SynthOptions;
+use bitnet_burn_engine::synth::{SynthOptions, SynthScales};
 use bitnet_burn_formats::DenseFormat;
 use burn::tensor::Device;
 use tempfile::TempDir;
@@ -18,7 +18,12 @@ fn checkpoint(embedding: DenseFormat, tied: bool) -> (TempDir, Checkpoint) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model.gguf");
     let config = ModelConfig { tied_embeddings: tied, ..synth::shape("tiny").unwrap() };
-    synth::write(&path, &SynthOptions { config, embedding, seed: 3 }, &|_, _| {}).unwrap();
+    synth::write(
+        &path,
+        &SynthOptions { config, scales: SynthScales::Tensor, embedding, seed: 3 },
+        &|_, _| {},
+    )
+    .unwrap();
     let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
     (directory, checkpoint)
 }
@@ -52,8 +57,8 @@ fn logits_move_by_a_small_part_of_their_spread() {
             let (_directory, checkpoint) = checkpoint(format, tied);
             let file = load(&checkpoint, HeadMode::File).unwrap();
             let int8 = load(&checkpoint, HeadMode::Int8).unwrap();
-            assert_eq!(file.head().description(), format!("file ({}, f32 activations)", format.name()));
-            assert_eq!(int8.head().description(), format!("int8 ({}, int8 activations)", format.name()));
+            assert_eq!(file.head_description(), format!("file ({}, f32 activations)", format.name()));
+            assert_eq!(int8.head_description(), format!("int8 ({}, int8 activations)", format.name()));
             let (want, got) = (logits(&file, &TOKENS, 4), logits(&int8, &TOKENS, 4));
             // The layers are the same, so the difference is the head's alone. An activation x of about
             // normal distribution is off by at most a/254, with a, the largest of a row of 256, about
@@ -83,13 +88,13 @@ fn requantised_heads_lose_what_their_format_loses() {
         {
             let model = load(&checkpoint, HeadMode::Requantised(format)).unwrap();
             assert_eq!(model.embedding.args().format, from);
-            assert_eq!(model.head().args().format, format);
+            assert_eq!(model.head().unwrap().args().format, format);
             let (name, from) = (format.name(), from.name());
             let expected = match name == from {
                 true => format!("int8 ({name}, int8 activations)"),
                 false => format!("requantised ({name} from {from}, int8 activations)"),
             };
-            assert_eq!(model.head().description(), expected);
+            assert_eq!(model.head_description(), expected);
             let got = logits(&model, &TOKENS, 4);
             assert!(got == logits(&model, &TOKENS, 11), "chunks change the bits");
             let error = norm(&mut want.iter().zip(&got).map(|(a, b)| f64::from(a - b)));
@@ -110,14 +115,14 @@ fn converted_heads_keep_as_many_bits_as_their_format_has() {
         for (format, most) in [(DenseFormat::F32, 1e-6), (DenseFormat::F16, 1e-3), (DenseFormat::BF16, 8e-3)]
         {
             let model = load(&checkpoint, HeadMode::Requantised(format)).unwrap();
-            assert_eq!((model.embedding.args().format, model.head().args().format), (from, format));
+            assert_eq!((model.embedding.args().format, model.head().unwrap().args().format), (from, format));
             let expected = match format == from {
                 true => format!("file ({}, f32 activations)", format.name()),
                 false => format!("converted ({} from {}, f32 activations)", format.name(), from.name()),
             };
-            assert_eq!(model.head().description(), expected);
+            assert_eq!(model.head_description(), expected);
             for (got, want) in logits(&model, &TOKENS, 4).iter().zip(&want) {
-                assert!((got - want).abs() <= most * largest, "{}: {got} {want}", model.head().description());
+                assert!((got - want).abs() <= most * largest, "{}: {got} {want}", model.head_description());
             }
         }
     }
@@ -197,7 +202,7 @@ fn the_program_has_a_flag_and_names_the_mode() {
     }
     let table = bitnet(&directory, &[&bench[..], &["--lm-head", "int8"]].concat()).unwrap();
     assert!(table.contains("lm_head      int8 (Q6_K, int8 activations)"), "{table}");
-    let both = [&logits[..], &["--lm-head", "int8", "--no-activation-quantisation"]].concat();
+    let both = [&logits[..], &["--lm-head", "int8", "--activations", "float"]].concat();
     let error = bitnet(&directory, &both).unwrap_err();
     assert!(error.contains("choose one"), "{error}");
 

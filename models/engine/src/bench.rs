@@ -8,20 +8,19 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bitnet_burn_backends::manager::manager;
-use bitnet_burn_backends::{devices, ops, peak};
-use bitnet_burn_formats::canonical;
+use bitnet_burn_backends::{devices, peak};
 use bitnet_burn_manager::cpu;
 use bitnet_burn_manager::pool::Pool;
-use bitnet_burn_manager::{LayoutPolicy, ManagerError, peak_memory};
+use bitnet_burn_manager::{ManagerError, peak_memory};
 use burn::tensor::Tensor;
 use memmap2::MmapMut;
 use serde::Serialize;
 
 use crate::generate::{GenerateError, prefill};
 use crate::load::DEFAULT_CHUNK;
+use bitnet_burn::{BitLinear, Norm};
 use bitnet_burn::{BitNet, ForwardError, Row};
 use bitnet_burn::{CacheType, KvCache, SequenceId};
-use bitnet_burn::{Norm, Projection};
 use bitnet_burn_formats::random::SplitMix64;
 
 /// Why a measurement failed.
@@ -145,9 +144,9 @@ pub struct DecodeBatch {
 /// Bytes that a decode step reads, by part, without the KV cache, which grows with the context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct BytesPerToken {
-    /// Ternary weights of all layers, in the layout that the chosen kernels read.
-    pub ternary: u64,
-    /// The output head in its stored format. In tied models this is the embedding.
+    /// Projections of all layers with their scales, in the layout that the chosen kernels read.
+    pub projections: u64,
+    /// The output head, likewise. In tied models this is the embedding.
     pub head: u64,
     /// The weights of all norms.
     pub norms: u64,
@@ -157,40 +156,24 @@ pub struct BytesPerToken {
 
 impl BytesPerToken {
     /// The bytes of a loaded model.
-    ///
-    /// # Errors
-    /// If no kernel can compute one of its shapes.
-    pub fn of(model: &BitNet) -> Result<Self, ManagerError> {
+    pub fn of(model: &BitNet) -> Self {
         let config = model.config();
-        let host_layers = model.layer_devices().iter().filter(|device| ops::is_host(device)).count() as u64;
-        let mut ternary = 0u64;
-        for projection in Projection::ALL {
-            let (n, k) = projection.shape(config);
-            if host_layers > 0 {
-                ternary += manager().choose((n, k), LayoutPolicy::Any)?.weight_bytes() as u64 * host_layers;
-            }
-            ternary += (n * canonical::row_bytes(k)) as u64 * (config.n_layers as u64 - host_layers);
-        }
-        let row = |matrix: &bitnet_burn::DenseMatrix| {
-            let args = matrix.args();
-            (args.format.row_bytes(args.k).unwrap_or(0) as u64, args.n as u64)
-        };
-        let (embedding_row, embedding_rows) = row(&model.embedding);
+        let projections = model.blocks.iter().flat_map(|block| block.projections());
+        let projections = projections.map(BitLinear::weight_bytes).sum();
+        let embedding = model.embedding.args();
+        let embedding_row = embedding.format.row_bytes(embedding.k).unwrap_or(0) as u64;
         let (head, embedding_row) = match &model.output {
-            None => (embedding_row * embedding_rows, 0),
-            Some(output) => {
-                let (head_row, head_rows) = row(output);
-                (head_row * head_rows, embedding_row)
-            }
+            None => (embedding_row * embedding.n as u64, 0),
+            Some(output) => (output.weight_bytes(), embedding_row),
         };
         let of_layer = |layer| Norm::of_layer(layer, config).map(|norm| norm.len(config)).sum::<usize>();
         let norms = (0..config.n_layers).map(of_layer).sum::<usize>() + Norm::Output.len(config);
-        Ok(Self { ternary, head, norms: norms as u64 * 4, embedding_row })
+        Self { projections, head, norms: norms as u64 * 4, embedding_row }
     }
 
     /// The sum of all parts.
     pub fn total(&self) -> u64 {
-        self.ternary + self.head + self.norms + self.embedding_row
+        self.projections + self.head + self.norms + self.embedding_row
     }
 }
 
@@ -325,7 +308,7 @@ pub fn run(
     }
     bandwidths.push(stream.gb_per_s(pool));
 
-    let parts = BytesPerToken::of(model)?;
+    let parts = BytesPerToken::of(model);
     let decode_tokens_per_s = Spread::of(&decodes);
     let bandwidth = Spread::of(&bandwidths).expect("measured once at least");
     Ok(BenchResult {

@@ -19,7 +19,7 @@
 mod error;
 mod open;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,11 +35,13 @@ use crate::chat::{ChatError, ChatTemplate};
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceSpec;
 use crate::generate::GenerateOptions;
+use crate::load::ActivationRule;
 use crate::plan::{
     Comparison, DeviceMemory, MachineProfile, MemoryProfile, Placement, PlacementKind, Prediction,
     PredictionOutcome, Requirements, RunSettings,
 };
 use crate::plausible;
+use crate::projection;
 use crate::receipt::{GenerationRecord, Receipt};
 use crate::report::{DeviceUsage, Execution, ModelSummary};
 use crate::session::Session;
@@ -62,6 +64,7 @@ struct Inner {
     summary: ModelSummary,
     load_time: Duration,
     settings: RunSettings,
+    activations: ActivationRule,
     device: DeviceSpec,
     placement: Placement,
     notes: Vec<String>,
@@ -169,6 +172,15 @@ impl Engine {
         &self.0.summary
     }
 
+    /// How activations are quantised, as an option that does not depend on this version's default.
+    pub fn activations(&self) -> ActivationRule {
+        let groups = activation_groups(&self.0.model);
+        match (self.0.activations, groups.last()) {
+            (ActivationRule::Model, Some(&group)) if group > 0 => ActivationRule::Group(projection::GROUP),
+            (rule, _) => rule,
+        }
+    }
+
     /// Time from the start of opening to a model that is ready.
     pub fn load_time(&self) -> Duration {
         self.0.load_time
@@ -179,7 +191,8 @@ impl Engine {
         let inner = &*self.0;
         let mut execution =
             Execution::between(&inner.device.to_string(), &inner.before, &inner.manager.report());
-        execution.lm_head = Some(inner.model.head().description());
+        execution.lm_head = Some(inner.model.head_description());
+        execution.activations = activations(&inner.model);
         execution.dense_projections = dense_projections(&inner.model);
         execution.prepacked = inner.prepacked;
         execution.tuning.seconds = inner.tuning.map(|time| time.as_secs_f64());
@@ -298,6 +311,25 @@ impl Engine {
         Receipt::new(command, self.checkpoint(), report, generation)
     }
 }
+/// The groups of activations that share a scale in the ternary projections; 0 is a row.
+fn activation_groups(model: &BitNet) -> BTreeSet<usize> {
+    let layers = model.blocks.iter().flat_map(BitBlock::projections);
+    layers.filter_map(|layer| Some(layer.matrix()?.scales.activation_group())).collect()
+}
+
+/// How the activations of the ternary projections are quantised.
+fn activations(model: &BitNet) -> Option<String> {
+    if !model.quantises() {
+        return Some("f32".into());
+    }
+    let of = |&group: &usize| match group {
+        0 => "int8 by rows".to_owned(),
+        group => format!("int8 by groups of {group}"),
+    };
+    let groups: Vec<_> = activation_groups(model).iter().map(of).collect();
+    (!groups.is_empty()).then(|| groups.join(", "))
+}
+
 /// The projections that are computed with f32 activations, by format: `196 x Q2_0`.
 fn dense_projections(model: &BitNet) -> Option<String> {
     let mut formats: BTreeMap<&str, usize> = BTreeMap::new();

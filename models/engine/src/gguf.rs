@@ -89,7 +89,7 @@ fn config_as(
         ("attention.head_count", config.n_heads),
         ("attention.head_count_kv", config.n_kv_heads),
     ];
-    if config.q_size() != config.hidden_size {
+    if config.q_size() != config.hidden_size || config.options.qk_norms {
         sizes
             .extend([("attention.key_length", config.head_dim), ("attention.value_length", config.head_dim)]);
     }

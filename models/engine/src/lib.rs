@@ -23,6 +23,7 @@ pub mod load;
 pub mod plan;
 pub mod plausible;
 pub mod prepack;
+mod projection;
 pub mod receipt;
 pub mod report;
 pub mod sampling;

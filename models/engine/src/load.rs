@@ -5,16 +5,18 @@ use bitnet_burn::{
     rms_norm,
 };
 use bitnet_burn_backends::manager::manager;
-use bitnet_burn_backends::ops::{self, TernaryMatrix};
+use bitnet_burn_backends::ops;
 use bitnet_burn_backends::{MatrixKernels, devices};
-use bitnet_burn_formats::{DenseFormat, DenseTensor};
-use bitnet_burn_manager::{LayoutPolicy, ManagerError};
+use bitnet_burn_formats::{DenseFormat, DenseTensor, FormatError};
+use bitnet_burn_manager::{LayoutPolicy, ManagerError, ScaleKind};
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::checkpoint::{Checkpoint, LoadError, Weights};
+use crate::checkpoint::{Checkpoint, LoadError};
 pub use crate::head::HeadMode;
 use crate::prepack::Prepacked;
+use crate::projection;
+pub use crate::projection::ActivationRule;
 
 /// Why a model could not be made from a checkpoint.
 #[derive(Debug, thiserror::Error)]
@@ -42,16 +44,29 @@ pub enum ModelError {
         problem: String,
     },
     /// A projection that strict mode does not let be computed with f32 activations.
-    #[error(
-        "strict mode (quantised-kernels): {tensor} ({}) would be computed with f32 activations, since it is not ternary \
-         with one scale", format.name()
-    )]
+    #[error("strict mode (quantised-kernels): {tensor} ({}) would be computed with f32 activations: {reason}", format.name())]
     Dense {
         /// Its tensor.
         tensor: String,
         /// Its format.
         format: DenseFormat,
+        /// Why.
+        reason: String,
     },
+    /// Activations can't be quantised by row.
+    #[error(
+        "{tensor} has a scale for each {group} weights of a row, so that activations need a scale for each group, too; use \
+         activations `group:{group}`"
+    )]
+    Row {
+        /// Its tensor.
+        tensor: String,
+        /// Weights that share a scale.
+        group: usize,
+    },
+    /// Scales of a shape that no matrix has.
+    #[error(transparent)]
+    Scales(FormatError),
     /// A worker that layers were to be on failed.
     #[error("the model can't be where it was to be: {problem}")]
     Worker {
@@ -75,9 +90,8 @@ pub struct ModelDevices {
 /// How a model is loaded.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
-    /// Quantise activations to int8, as BitNet does. Without, the model is what a float reference
-    /// computes, and slow.
-    pub quantise_activations: bool,
+    /// How activations are quantised.
+    pub activations: ActivationRule,
     /// Rows of the largest forward pass: kernels are measured for up to this many.
     pub max_rows: usize,
     /// How the output projection (lm_head) is computed.
@@ -88,7 +102,12 @@ pub struct LoadOptions {
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { quantise_activations: true, max_rows: DEFAULT_CHUNK, head: HeadMode::File, prepacked: true }
+        Self {
+            activations: ActivationRule::Model,
+            max_rows: DEFAULT_CHUNK,
+            head: HeadMode::File,
+            prepacked: true,
+        }
     }
 }
 
@@ -143,17 +162,14 @@ pub fn load_on(
     if devices.layers.len() != config.n_layers {
         return Err(ModelError::Devices { found: devices.layers.len(), expected: config.n_layers });
     }
-    let ternary = checkpoint.dense_bytes(0, Projection::Q).is_none();
-    if devices.layers.iter().any(ops::is_host) && options.quantise_activations && ternary {
-        choose_kernels(&config, options.max_rows, progress)?;
-    }
+    let quantise = options.activations != ActivationRule::Float;
     let device = &devices.dense;
     let norm = |which: Norm| -> Result<RmsNorm, ModelError> {
         let device = which.layer().map_or(device, |layer| &devices.layers[layer]);
         Ok(rms_norm(checkpoint.norm(which)?, config.rms_norm_eps, device))
     };
     let host = devices.layers.iter().chain([device]).any(ops::is_host);
-    let prepacked = match options.prepacked && options.quantise_activations && host && ternary {
+    let prepacked = match options.prepacked && quantise && host {
         true => Prepacked::beside(checkpoint).unwrap_or_else(|error| {
             tracing::warn!("packed weights are not used: {error}");
             None
@@ -162,29 +178,16 @@ pub fn load_on(
     };
     let weights = |layer: usize, which: Projection| -> Result<BitLinear, ModelError> {
         let device = &devices.layers[layer];
-        if let Some(prepacked) = prepacked.as_ref().filter(|_| ops::is_host(device)) {
-            let (n, k) = which.shape(&config);
-            let choice = manager().choose((n, k), LayoutPolicy::Any)?;
-            if let Some((packed, scale)) = prepacked.projection(layer, which, &choice) {
-                let matrix = TernaryMatrix::prepacked(choice, packed, scale, device);
-                return Ok(BitLinear::from_matrix(matrix));
-            }
+        if let Some(prepacked) = prepacked.as_ref().filter(|_| ops::is_host(device))
+            && let Some(packed) = prepacked.projection(layer, which, options.activations, device)?
+        {
+            return Ok(packed.into_layer(device));
         }
-        Ok(match checkpoint.weights(layer, which)? {
-            Weights::Ternary(t) if options.quantise_activations => {
-                BitLinear::from_matrix(TernaryMatrix::prepared(t.codes, t.scale, t.n, t.k, device)?)
-            }
-            Weights::Ternary(t) => {
-                BitLinear::from_matrix(TernaryMatrix::canonical(t.codes, t.scale, t.n, t.k, device))
-            }
-            Weights::Dense(DenseTensor { name, format, .. })
-                if manager().config().strict.quantised_kernels =>
-            {
-                return Err(ModelError::Dense { tensor: name, format });
-            }
-            Weights::Dense(tensor) => BitLinear::dense(DenseMatrix::new(tensor, device)),
-        })
+        projection::linear(checkpoint.weights(layer, which)?, options.activations, LayoutPolicy::Any, device)
     };
+    if let Some(layer) = devices.layers.iter().position(ops::is_host).filter(|_| quantise) {
+        choose_kernels(&config, options.max_rows, |which| weights(layer, which), progress)?;
+    }
     let linear = |layer: usize, which: Projection| -> Result<BitLinear, ModelError> {
         let linear = weights(layer, which)?;
         if !which.has_bias(&config) {
@@ -211,7 +214,26 @@ pub fn load_on(
     }
     // One matrix can be both, where rows can be looked up in what the head computes with.
     let tied = output.is_none() && options.head.format(&embedding) == embedding.format;
+    // Where no activations are declared, a ternary head is computed like the other layers.
+    let ternary_head = match quantise && projection::computes_head(checkpoint, options.head) {
+        true => {
+            let packed = prepacked.as_ref().filter(|_| ops::is_host(device));
+            match packed.map(|packed| packed.ternary_head(options.activations, device)).transpose()?.flatten()
+            {
+                Some(packed) => Some(packed.into_layer(device)),
+                None => {
+                    let stored = output.as_ref().unwrap_or(&embedding);
+                    projection::ternary_linear(stored, options.activations, device)?
+                }
+            }
+        }
+        false => None,
+    };
     let (embedding, output) = match options.head.int8_format(&embedding) {
+        _ if ternary_head.is_some() => {
+            checkpoint.read_by_rows(&embedding);
+            (DenseMatrix::new(embedding, device), ternary_head)
+        }
         None if tied => (DenseMatrix::new(embedding, device), None),
         Some(format) if tied && !ops::reads_tiles(device) => {
             (DenseMatrix::int8(embedding, format, device)?, None)
@@ -221,7 +243,7 @@ pub fn load_on(
             let tiles = prepacked.as_ref().filter(|_| ops::is_host(device));
             let output = head(output, options.head, tiles, device)?;
             checkpoint.read_by_rows(&embedding);
-            (DenseMatrix::new(embedding, device), Some(output))
+            (DenseMatrix::new(embedding, device), Some(BitLinear::dense(output)))
         }
     };
     checkpoint.release();
@@ -234,7 +256,7 @@ pub fn load_on(
     }
     progress(LoadProgress::Packing(config.n_layers, config.n_layers));
     let norm = norm(Norm::Output)?;
-    let model = BitNet::assemble(config, options.quantise_activations, embedding, blocks, norm, output);
+    let model = BitNet::assemble(config, quantise, embedding, blocks, norm, output);
     Ok(Loaded { model, prepacked: prepacked.map_or(0, |prepacked| prepacked.used()) })
 }
 
@@ -255,23 +277,26 @@ fn head(
     Ok(DenseMatrix::int8_prepacked(tensor, format, tiles, device)?)
 }
 
-/// Measures the kernels on the model's shapes, where that has not been done on this machine.
+/// Measures the kernels on the shapes of the projections of a layer, where that has not been done on this machine.
 fn choose_kernels(
     config: &ModelConfig,
     max_rows: usize,
+    linear: impl Fn(Projection) -> Result<BitLinear, ModelError>,
     progress: &mut dyn FnMut(LoadProgress),
-) -> Result<(), ManagerError> {
-    let mut shapes: Vec<(usize, usize)> = Vec::new();
+) -> Result<(), ModelError> {
+    let mut shapes: Vec<((usize, usize), Projection)> = Vec::new();
     for projection in Projection::ALL {
         let shape = projection.shape(config);
-        if !shapes.contains(&shape) {
-            shapes.push(shape);
+        if shapes.iter().all(|(known, _)| *known != shape) {
+            shapes.push((shape, projection));
         }
     }
-    for (i, &(n, k)) in shapes.iter().enumerate() {
+    for (i, &(_, which)) in shapes.iter().enumerate() {
         progress(LoadProgress::Tuning(i, shapes.len()));
-        let choice = manager().choose((n, k), LayoutPolicy::Any)?;
-        manager().warm_up(&choice, max_rows);
+        let Some(matrix) = linear(which)?.matrix() else { continue };
+        if let Some(MatrixKernels::Host(choice)) = matrix.choice {
+            manager().warm_up(&choice, max_rows);
+        }
     }
     progress(LoadProgress::Tuning(shapes.len(), shapes.len()));
     Ok(())
@@ -301,12 +326,13 @@ pub fn release_packings(model: &mut BitNet, checkpoint: &Checkpoint) -> Result<u
             if choice.layout().is_none() {
                 continue;
             }
-            let t = checkpoint.projection(i, which)?;
-            let device = matrix.codes.device();
-            let matrix =
-                TernaryMatrix::prepared_in(LayoutPolicy::Canonical, t.codes, t.scale, t.n, t.k, &device)?;
-            let canonical = BitLinear::from_matrix(matrix);
-            layer.weight = canonical.weight;
+            if matrix.scales != ScaleKind::One {
+                // Its fast kernels are those of the packing.
+                continue;
+            }
+            let (weights, device) = (checkpoint.weights(i, which)?, matrix.codes.device());
+            let rule = ActivationRule::Model;
+            layer.weight = projection::linear(weights, rule, LayoutPolicy::Canonical, &device)?.weight;
             released += choice.weight_bytes();
         }
     }

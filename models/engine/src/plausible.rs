@@ -141,7 +141,7 @@ pub fn check(
         return Ok(());
     }
     let work = Work {
-        bytes_per_token: BytesPerToken::of(model)?.total(),
+        bytes_per_token: BytesPerToken::of(model).total(),
         ternary_weights: model.config().ternary_parameters(),
         built_in: execution.kernels.iter().all(|kernel| kernel.sha256.is_none()),
     };

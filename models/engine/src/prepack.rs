@@ -14,25 +14,29 @@
 //! 8 bytes   "BNPACK01"
 //! ```
 
-use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::UNIX_EPOCH;
 
 use bitnet_burn_backends::manager::manager;
+use bitnet_burn_backends::ops::{self, MatrixScale, TernaryMatrix};
 use bitnet_burn_formats::dense_tiles::{TILE_ROWS, tile, tiled_bytes};
 use bitnet_burn_formats::files;
-use bitnet_burn_formats::{DenseFormat, FormatError, map_file};
-use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed};
+use bitnet_burn_formats::scales::scale_count;
+use bitnet_burn_formats::{DenseFormat, FormatError, ScaleValues, Scales, map_file};
+use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed, ScaleKind, WeightShape};
+use burn::tensor::Device;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::checkpoint::{Checkpoint, Content, LoadError, Weights};
 use crate::head::HeadMode;
-use bitnet_burn::Projection;
+use crate::projection::{self, ActivationRule, Ternary};
+use bitnet_burn::{BitLinear, Projection};
 use bitnet_burn_formats::DenseTensor;
 
 const MAGIC: &[u8; 8] = b"BNPACK01";
@@ -114,12 +118,42 @@ struct Entry {
     layout: String,
     n: usize,
     k: usize,
-    /// What the codes are times; 1 for the head, which has its own scales.
+    /// What the codes are times; 1 where there are many scales, or the tiles have their own.
     scale: f32,
+    /// Many scales, as kernels read them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    scales: Option<ScalesEntry>,
     offset: usize,
     bytes: usize,
     /// XXH3 of the bytes: against mistakes of a disk or a copy, not against malice.
     checksum: u64,
+}
+
+/// Scales of groups: a part of the file of their own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ScalesEntry {
+    /// Weights of a row that share one; 0 for the whole row.
+    group: usize,
+    /// Whether they are f16, and not f32.
+    half: bool,
+    offset: usize,
+    bytes: usize,
+    checksum: u64,
+}
+
+/// A projection that was packed before.
+#[derive(Debug)]
+pub(crate) struct PackedProjection {
+    pub choice: Arc<CpuKernels>,
+    pub weights: Bytes,
+    pub scale: MatrixScale,
+}
+
+impl PackedProjection {
+    pub fn into_layer(self, device: &Device) -> BitLinear {
+        BitLinear::from_matrix(TernaryMatrix::prepacked(self.choice, self.weights, self.scale, device))
+    }
 }
 
 /// What was written.
@@ -197,44 +231,64 @@ pub fn write(
     let io_error = |source| PrepackError::Io { path: path.clone(), source };
     files::replace(&path, |out| {
         let mut end = 0usize;
-        let mut add = |entry: Entry, bytes: &[u8]| {
+        let mut put = |bytes: &[u8]| {
             let offset = end.next_multiple_of(ALIGNMENT);
             out.write_all(&[0; ALIGNMENT][..offset - end])?;
             out.write_all(bytes)?;
             end = offset + bytes.len();
-            table.tensors.push(Entry { offset, bytes: bytes.len(), checksum: xxh3_64(bytes), ..entry });
-            io::Result::Ok(())
+            io::Result::Ok((offset, bytes.len(), xxh3_64(bytes)))
+        };
+        let entry = |name: &str, layout: &str, (n, k): (usize, usize), (offset, bytes, checksum)| Entry {
+            name: name.to_owned(),
+            layout: layout.to_owned(),
+            n,
+            k,
+            scale: 1.0,
+            scales: None,
+            offset,
+            bytes,
+            checksum,
+        };
+        // What a choice keeps of weights.
+        let mut ternary = |name: &str, weights: Ternary| -> Result<Option<Entry>, PrepackError> {
+            let choice = manager().choose(weights.shape(), LayoutPolicy::Any)?;
+            let Some(layout) = kept(&choice) else { return Ok(None) };
+            let Packed::Private(packed) = manager().pack(&choice, &weights.codes)? else { return Ok(None) };
+            let mut entry = entry(name, layout, choice.shape(), put(packed.as_slice())?);
+            match &weights.scale {
+                MatrixScale::One(scale) => entry.scale = *scale,
+                MatrixScale::Groups { scales, .. } => {
+                    let (offset, bytes, checksum) = put(&scale_bytes(scales))?;
+                    let (group, half) = (scales.group, scales.is_half());
+                    entry.scales = Some(ScalesEntry { group, half, offset, bytes, checksum });
+                }
+                MatrixScale::Stored { .. } => unreachable!("they come from the model"),
+            }
+            Ok(Some(entry))
         };
         for layer in 0..config.n_layers {
             for (i, which) in Projection::ALL.into_iter().enumerate() {
                 progress(layer * Projection::ALL.len() + i, all);
-                let (n, k) = which.shape(config);
-                if checkpoint.dense_bytes(layer, which).is_some() {
-                    continue;
+                if let Some(weights) = projection::packable(checkpoint.weights(layer, which)?) {
+                    table.tensors.extend(ternary(&name(layer, which), weights)?);
                 }
-                let choice = manager().choose((n, k), LayoutPolicy::Any)?;
-                let Some(layout) = kept(&choice) else { continue };
-                let Weights::Ternary(tensor) = checkpoint.weights(layer, which)? else { continue };
-                let Packed::Private(packed) = manager().pack(&choice, &tensor.codes)? else { continue };
-                let (name, layout) = (name(layer, which), layout.to_owned());
-                let entry =
-                    Entry { name, layout, n, k, scale: tensor.scale, offset: 0, bytes: 0, checksum: 0 };
-                add(entry, packed.as_slice())?;
             }
             checkpoint.release();
         }
         progress(all - 1, all);
         let tensor = head_tensor(checkpoint)?;
-        if let Some(format) = head.int8_format(&tensor) {
+        let head_of_layers = projection::computes_head(checkpoint, head);
+        if let Some(weights) =
+            head_of_layers.then(|| projection::packable(Weights::Dense(tensor.clone()))).flatten()
+        {
+            table.tensors.extend(ternary(HEAD, weights)?);
+        } else if let Some(format) = head.int8_format(&tensor) {
             let (n, k) = (tensor.n, tensor.k);
             let fail = |source| PrepackError::Head { tensor: tensor.name.clone(), format, source };
             // Without a size, the conversion says why.
             let mut tiles = vec![0; tiled_bytes(format, n, k).unwrap_or(0)];
             tile((tensor.format, &tensor.data), (n, k), (format, &mut tiles)).map_err(fail)?;
-            let layout = format.name().to_owned();
-            let entry =
-                Entry { name: HEAD.into(), layout, n, k, scale: 1.0, offset: 0, bytes: 0, checksum: 0 };
-            add(entry, &tiles)?;
+            table.tensors.push(entry(HEAD, format.name(), (n, k), put(&tiles)?));
         }
         checkpoint.release();
         if table.tensors.is_empty() {
@@ -267,7 +321,8 @@ pub struct Prepacked {
     path: PathBuf,
     map: Bytes,
     tensors: HashMap<String, Entry>,
-    used: Cell<usize>,
+    /// The names of those that were taken.
+    used: RefCell<HashSet<String>>,
 }
 
 impl Prepacked {
@@ -289,7 +344,7 @@ impl Prepacked {
             return Err(unusable("the model has changed since it was packed".into()));
         }
         let tensors = table.tensors.into_iter().map(|entry| (entry.name.clone(), entry)).collect();
-        let this = Self { path: path.clone(), map, tensors, used: Cell::new(0) };
+        let this = Self { path: path.clone(), map, tensors, used: RefCell::default() };
         this.check_sums().map_err(|name| unusable(format!("{name} is damaged")))?;
         this.check(checkpoint).map_err(|error| match error {
             PrepackError::Kernel(error) => unusable(error.to_string()),
@@ -303,11 +358,15 @@ impl Prepacked {
 
     /// Compares every tensor with its checksum, on all threads; the name of one that differs.
     fn check_sums(&self) -> Result<(), String> {
-        let entries: Vec<&Entry> = self.tensors.values().collect();
+        let parts = |entry: &Entry| {
+            let scales = entry.scales.as_ref().map(|of| (of.offset, of.bytes, of.checksum));
+            [Some((entry.offset, entry.bytes, entry.checksum)), scales].map(|part| (entry.name.clone(), part))
+        };
+        let parts: Vec<_> = self.tensors.values().flat_map(parts).collect();
         let map = &self.map;
         let damaged = Mutex::new(None);
-        manager().pool().run(entries.len(), &|i| {
-            let Entry { name, offset, bytes, checksum, .. } = entries[i];
+        manager().pool().run(parts.len(), &|i| {
+            let (name, Some((offset, bytes, checksum))) = &parts[i] else { return };
             if xxh3_64(&map[*offset..*offset + *bytes]) != *checksum {
                 *damaged.lock().unwrap_or_else(PoisonError::into_inner) = Some(name.clone());
             }
@@ -321,21 +380,21 @@ impl Prepacked {
             problem: format!("{what} is not what the model has"),
         };
         for which in Projection::ALL {
-            let (n, k) = which.shape(checkpoint.config());
-            let choice = manager().choose((n, k), LayoutPolicy::Any)?;
-            let Some((packed, scale)) =
-                self.get(&name(0, which), kept(&choice), (n, k), choice.weight_bytes())
-            else {
-                continue;
-            };
-            let Weights::Ternary(tensor) = checkpoint.weights(0, which)? else {
-                return Err(unusable(&name(0, which)));
-            };
-            if manager().unpack(&choice, &packed)? != *tensor.codes || scale != tensor.scale {
-                return Err(unusable(&name(0, which)));
+            let name = name(0, which);
+            let Some(packed) = self.packed(&name, ActivationRule::Model, true)? else { continue };
+            let weights = projection::packable(checkpoint.weights(0, which)?);
+            let same = weights.is_some_and(|weights| {
+                let shape = (weights.n, weights.k) == packed.choice.shape();
+                shape
+                    && weights.codes == manager().unpack(&packed.choice, &packed.weights).unwrap_or_default()
+                    && self.has_scale(&name, &weights.scale)
+            });
+            if !same {
+                return Err(unusable(&name));
             }
         }
-        if let Some(entry) = self.tensors.get(HEAD) {
+        // (A head that is ternary was packed like the projections.)
+        if let Some(entry) = self.tensors.get(HEAD).filter(|entry| entry.scales.is_none()) {
             let tensor = head_tensor(checkpoint)?;
             let format = DenseFormat::ALL.into_iter().find(|format| format.name() == entry.layout);
             let n = TILE_ROWS.min(tensor.n);
@@ -355,42 +414,105 @@ impl Prepacked {
 
     /// Matrices that were taken from the file.
     pub fn used(&self) -> usize {
-        self.used.get()
+        self.used.borrow().len()
     }
 
-    /// The packed weights of a projection and their scale, if they are in the layout that was chosen.
-    pub fn projection(&self, layer: usize, which: Projection, choice: &CpuKernels) -> Option<(Bytes, f32)> {
-        let found = self.get(&name(layer, which), kept(choice), choice.shape(), choice.weight_bytes());
-        self.count(found)
+    /// The packed weights of a projection, if they are in the layout that is chosen for them.
+    ///
+    /// # Errors
+    /// If no kernel may compute the shape.
+    pub(crate) fn projection(
+        &self,
+        layer: usize,
+        which: Projection,
+        rule: ActivationRule,
+        device: &Device,
+    ) -> Result<Option<PackedProjection>, ManagerError> {
+        let name = name(layer, which);
+        Ok(self.count(&name, self.packed(&name, rule, ops::holds_f16(device))?))
+    }
+
+    /// The output projection, if it is ternary and in the layout that is chosen for it.
+    ///
+    /// # Errors
+    /// As [`projection`](Self::projection).
+    pub(crate) fn ternary_head(
+        &self,
+        rule: ActivationRule,
+        device: &Device,
+    ) -> Result<Option<PackedProjection>, ManagerError> {
+        Ok(self.count(HEAD, self.packed(HEAD, rule, ops::holds_f16(device))?))
+    }
+
+    fn packed(
+        &self,
+        name: &str,
+        rule: ActivationRule,
+        holds_f16: bool,
+    ) -> Result<Option<PackedProjection>, ManagerError> {
+        let Some(entry) = self.tensors.get(name) else { return Ok(None) };
+        if !holds_f16 && entry.scales.as_ref().is_some_and(|scales| scales.half) {
+            return Ok(None);
+        }
+        let (scales, scale) = match &entry.scales {
+            None => (ScaleKind::One, MatrixScale::One(entry.scale)),
+            &Some(ScalesEntry { group, half, offset, bytes, .. }) => {
+                let Some(activations) = rule.group(group) else { return Ok(None) };
+                let kind = ScaleKind::Groups { weights: group, activations, half };
+                let bytes = self.map.slice(offset..offset + bytes);
+                (kind, MatrixScale::Stored { bytes, group, activations, half })
+            }
+        };
+        let of = WeightShape { n: entry.n, k: entry.k, scales };
+        let one = matches!(rule, ActivationRule::Model | ActivationRule::Row);
+        if of.check().is_err() || scales == ScaleKind::One && !one {
+            return Ok(None);
+        }
+        let choice = manager().choose(of, LayoutPolicy::Any)?;
+        let fits = kept(&choice) == Some(&entry.layout) && choice.weight_bytes() == entry.bytes;
+        let weights = self.bytes(entry);
+        Ok(fits.then_some(PackedProjection { choice, weights, scale }))
+    }
+
+    /// Whether a tensor of the file has such a scale, or such scales.
+    fn has_scale(&self, name: &str, scale: &MatrixScale) -> bool {
+        let Some(entry) = self.tensors.get(name) else { return false };
+        match (scale, &entry.scales) {
+            (MatrixScale::One(scale), None) => *scale == entry.scale,
+            (MatrixScale::Groups { scales, .. }, Some(of)) => {
+                let bytes = &self.map[of.offset..of.offset + of.bytes];
+                (of.group, of.half) == (scales.group, scales.is_half()) && bytes == scale_bytes(scales)
+            }
+            _ => false,
+        }
     }
 
     /// The output projection [n, k] in tiles of a format.
     pub fn head(&self, format: DenseFormat, (n, k): (usize, usize)) -> Option<Bytes> {
-        let found = self.get(HEAD, Some(format.name()), (n, k), tiled_bytes(format, n, k)?);
-        self.count(found).map(|(tiles, _)| tiles)
+        let entry = self.tensors.get(HEAD)?;
+        let fits = entry.layout == format.name() && (entry.n, entry.k) == (n, k);
+        let fits = fits && Some(entry.bytes) == tiled_bytes(format, n, k);
+        self.count(HEAD, fits.then(|| self.bytes(entry)))
     }
 
-    fn count<T>(&self, found: Option<T>) -> Option<T> {
-        self.used.set(self.used.get() + usize::from(found.is_some()));
+    fn count<T>(&self, name: &str, found: Option<T>) -> Option<T> {
+        if found.is_some() {
+            self.used.borrow_mut().insert(name.to_owned());
+        }
         found
-    }
-
-    fn get(
-        &self,
-        name: &str,
-        layout: Option<&str>,
-        shape: (usize, usize),
-        bytes: usize,
-    ) -> Option<(Bytes, f32)> {
-        let entry = self.tensors.get(name)?;
-        let fits =
-            Some(entry.layout.as_str()) == layout && (entry.n, entry.k) == shape && entry.bytes == bytes;
-        fits.then(|| (self.bytes(entry), entry.scale))
     }
 
     /// (Within the map: `table` checked that.)
     fn bytes(&self, entry: &Entry) -> Bytes {
         self.map.slice(entry.offset..entry.offset + entry.bytes)
+    }
+}
+
+/// Scales as they lie in the file.
+fn scale_bytes(scales: &Scales) -> Vec<u8> {
+    match &scales.values {
+        ScaleValues::F32(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        ScaleValues::F16(values) => values.iter().flat_map(|bits| bits.to_le_bytes()).collect(),
     }
 }
 
@@ -410,10 +532,20 @@ fn table(map: &[u8]) -> Result<Table, String> {
         return Err("its table is damaged".into());
     }
     let table: Table = serde_json::from_slice(text).map_err(|error| format!("its table: {error}"))?;
-    for Entry { name, scale, offset, bytes, .. } in &table.tensors {
-        let end = offset.checked_add(*bytes).filter(|&end| end <= tensors.len());
-        if end.is_none() || !offset.is_multiple_of(ALIGNMENT) {
-            return Err(format!("{name} is to lie at byte {offset}, {bytes} long, of {}", tensors.len()));
+    for Entry { name, n, k, scale, scales, offset, bytes, .. } in &table.tensors {
+        let of_scales = scales.as_ref().map(|of| (&of.offset, &of.bytes));
+        for (offset, bytes) in [(offset, bytes)].into_iter().chain(of_scales) {
+            let end = offset.checked_add(*bytes).filter(|&end| end <= tensors.len());
+            if end.is_none() || !offset.is_multiple_of(ALIGNMENT) {
+                return Err(format!("{name} is to lie at byte {offset}, {bytes} long, of {}", tensors.len()));
+            }
+        }
+        if let Some(ScalesEntry { group, half, bytes, .. }) = scales {
+            let size =
+                scale_count(*n, *k, *group).and_then(|count| count.checked_mul(if *half { 2 } else { 4 }));
+            if size != Some(*bytes) {
+                return Err(format!("the scales of {name} are {bytes} bytes"));
+            }
         }
         if !(scale.is_finite() && *scale >= 0.0) {
             return Err(format!("the scale of {name} is {scale}"));

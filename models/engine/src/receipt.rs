@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::{Checkpoint, Content};
 use crate::generate::{Finish, Generation};
-use crate::load::HeadMode;
+use crate::load::{ActivationRule, HeadMode};
 use crate::sampling::SamplingConfig;
 use bitnet_burn::CacheType;
 use bitnet_burn::GatedActivation;
@@ -181,6 +181,9 @@ pub struct GenerationRecord {
     pub sliding_window: bool,
     /// How the output projection was computed.
     pub lm_head: HeadMode,
+    /// How activations were quantised.
+    #[serde(default)]
+    pub activations: ActivationRule,
     /// The feed-forward activation, if the user named it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hidden_act: Option<GatedActivation>,

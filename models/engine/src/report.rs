@@ -124,8 +124,11 @@ pub struct Execution {
     /// How the output projection was computed, if it was: `file (Q6_K, f32 activations)`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lm_head: Option<String>,
-    /// Projections that were computed with f32 activations: those that are not ternary with one scale. Their number
-    /// by format, `196 x Q2_0`.
+    /// How the activations of ternary projections were quantised: `int8 by rows`, `int8 by groups of 32`, `f32`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub activations: Option<String>,
+    /// Projections that were computed with f32 activations: those that are not ternary. Their number
+    /// by format, `196 x Q8_0`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dense_projections: Option<String>,
     /// Number of matrices that were mapped from the file of packed weights.
@@ -179,6 +182,7 @@ impl Execution {
             device_usage: Vec::new(),
             prediction: None,
             lm_head: None,
+            activations: None,
             dense_projections: None,
             prepacked: 0,
             threads: after.threads,
@@ -340,6 +344,9 @@ impl fmt::Display for Execution {
         }
         if let Some(lm_head) = &self.lm_head {
             line(f, "lm_head", lm_head)?;
+        }
+        if let Some(activations) = &self.activations {
+            line(f, "activations", activations)?;
         }
         if let Some(dense) = &self.dense_projections {
             line(f, "f32 activations", format_args!("projections: {dense}"))?;

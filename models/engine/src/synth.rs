@@ -6,7 +6,7 @@
 //!
 //! | tensor | values |
 //! | --- | --- |
-//! | projections (I2_S) | -1, 0, 1, equally often (to within 2^-16); scale sqrt(3 / 2K), so that outputs have variance 1 |
+//! | projections | -1, 0, 1, equally often (to within 2^-16); scales so that outputs have variance 1: one (I2_S), or random ones of rows (TQ2_0) or groups (Q2_0, PQ2_0) |
 //! | norms (F32) | uniform in 0.75 .. 1.25 |
 //! | embedding, output head | mean 0, standard deviation 1 / sqrt(hidden), so that logits have variance 1 |
 //!
@@ -28,10 +28,12 @@ use bitnet_burn::{ConfigError, DecoderOptions, GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 
 /// The names that [`shape`] knows.
-pub const SHAPES: [&str; 4] = ["tiny", "small", "0.7b", "2b-4t"];
+pub const SHAPES: [&str; 9] =
+    ["tiny", "small", "0.7b", "2b-4t", "bonsai-1.7b", "bonsai-4b", "bonsai-8b", "llama3-8b", "bitnet-3b"];
 
 /// A model's shape by name: `2b-4t` is BitNet b1.58 2B-4T (arXiv 2504.12285), `0.7b` the older BitNet
-/// b1.58 of 0.7 billion parameters; `tiny` and `small` are for tests.
+/// b1.58 of 0.7 billion parameters, `bitnet-3b` of 3; `bonsai-*` are Ternary-Bonsai's (Qwen3), `llama3-8b` is Llama 3 8B;
+/// `tiny` and `small` are for tests.
 pub fn shape(name: &str) -> Option<ModelConfig> {
     let base = ModelConfig {
         architecture: "bitnet-b1.58".into(),
@@ -81,10 +83,79 @@ pub fn shape(name: &str) -> Option<ModelConfig> {
             activation: GatedActivation::Silu,
             ..sized(1536, 4096, 24, [16, 16, 96], 32_002)
         },
+        "bitnet-3b" => ModelConfig {
+            architecture: "bitnet".into(),
+            context_length: 2048,
+            rope_theta: 10_000.0,
+            activation: GatedActivation::Silu,
+            ..sized(3200, 8640, 26, [32, 32, 100], 32_002)
+        },
+        "bonsai-1.7b" => qwen3(sized(2048, 6144, 28, [16, 8, 128], 151_936)),
+        "bonsai-4b" => qwen3(sized(2560, 9728, 36, [32, 8, 128], 151_936)),
+        "bonsai-8b" => {
+            ModelConfig { tied_embeddings: false, ..qwen3(sized(4096, 12_288, 36, [32, 8, 128], 151_936)) }
+        }
+        "llama3-8b" => ModelConfig {
+            architecture: "llama".into(),
+            context_length: 8192,
+            activation: GatedActivation::Silu,
+            sub_norms: false,
+            tied_embeddings: false,
+            ..sized(4096, 14_336, 32, [32, 8, 128], 128_256)
+        },
         "small" => sized(768, 2048, 12, [12, 4, 64], 32_000),
         "tiny" => ModelConfig { context_length: 512, ..sized(256, 640, 2, [4, 2, 64], 512) },
         _ => return None,
     })
+}
+
+/// What all sizes of Qwen3 share.
+fn qwen3(size: ModelConfig) -> ModelConfig {
+    ModelConfig {
+        architecture: "qwen3".into(),
+        context_length: 32_768,
+        rope_theta: 1e6,
+        rms_norm_eps: 1e-6,
+        activation: GatedActivation::Silu,
+        sub_norms: false,
+        options: DecoderOptions { qk_norms: true, ..DecoderOptions::default() },
+        ..size
+    }
+}
+
+/// Which weights of a projection share a scale, and the type that holds them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SynthScales {
+    /// All: I2_S.
+    #[default]
+    Tensor,
+    /// Those of a row: TQ2_0 with the same scale in all blocks of a row.
+    Row,
+    /// Groups of 64: Q2_0.
+    Group64,
+    /// Groups of 128: PQ2_0.
+    Group128,
+}
+
+impl SynthScales {
+    /// The type of the projections.
+    pub fn tensor_type(self) -> TensorType {
+        match self {
+            Self::Tensor => TensorType::I2_S,
+            Self::Row => TensorType::TQ2_0,
+            Self::Group64 => TensorType::Dense(DenseFormat::Q2_0),
+            Self::Group128 => TensorType::Dense(DenseFormat::PQ2_0),
+        }
+    }
+
+    /// The type of the embedding in published files of such projections.
+    pub fn embedding(self) -> DenseFormat {
+        match self {
+            Self::Tensor | Self::Row => DenseFormat::Q6_K,
+            Self::Group64 => DenseFormat::Q2_0,
+            Self::Group128 => DenseFormat::PQ2_0,
+        }
+    }
 }
 
 /// BOS and the two ends of text: the last three tokens of a vocabulary.
@@ -101,6 +172,8 @@ pub const MIN_VOCABULARY: usize = 256 + 3;
 pub struct SynthOptions {
     /// The model's shape. The architecture in the file follows from its activation and sub-norms.
     pub config: ModelConfig,
+    /// Which weights of a projection share a scale.
+    pub scales: SynthScales,
     /// Type of the embedding, and of the output head where that is not tied.
     pub embedding: DenseFormat,
     /// Other seeds make other weights.
@@ -128,8 +201,8 @@ pub enum SynthError {
 /// the file.
 ///
 /// # Errors
-/// If the shape is impossible, GGUF can't hold it (I2_S takes K in multiples of 128, Q6_K of 256, Q8_0 and
-/// Q4_0 of 32), or the file can't be written; an existing file is then as it was.
+/// If the shape is impossible, GGUF can't hold it (I2_S and PQ2_0 take K in multiples of 128, Q6_K and TQ2_0 of 256, Q2_0
+/// of 64, Q8_0 and Q4_0 of 32), or the file can't be written; an existing file is then as it was.
 pub fn write(path: &Path, options: &SynthOptions, progress: &dyn Fn(u64, u64)) -> Result<u64, SynthError> {
     let config = &options.config;
     config.validate()?;
@@ -153,9 +226,37 @@ pub fn write(path: &Path, options: &SynthOptions, progress: &dyn Fn(u64, u64)) -
             let (n, k) = which.shape(config);
             let name = projection_name(layer, which);
             let mut random = options.random(&name);
-            let advance = &advance;
-            writer.tensor(name, &[k as u64, n as u64], TensorType::I2_S, move |out| {
-                random_i2_s(n * k / 4, (1.5 / k as f32).sqrt(), &mut random, out, advance)
+            let (advance, scales) = (&advance, options.scales);
+            writer.tensor(name, &[k as u64, n as u64], scales.tensor_type(), move |out| {
+                let format = match scales {
+                    SynthScales::Tensor => {
+                        return random_i2_s(n * k / 4, (1.5 / k as f32).sqrt(), &mut random, out, advance);
+                    }
+                    SynthScales::Row => DenseFormat::TQ2_0,
+                    SynthScales::Group64 => DenseFormat::Q2_0,
+                    SynthScales::Group128 => DenseFormat::PQ2_0,
+                };
+                let mut bytes = Vec::with_capacity(format.row_bytes(k).unwrap_or(0));
+                for _ in 0..n {
+                    bytes.clear();
+                    format.random_row(
+                        k / format.block_len(),
+                        1.0 / (k as f32).sqrt(),
+                        &mut random,
+                        &mut bytes,
+                    );
+                    if scales == SynthScales::Row {
+                        // A block ends with its scale.
+                        let block = format.block_bytes();
+                        let scale = [bytes[block - 2], bytes[block - 1]];
+                        bytes
+                            .chunks_exact_mut(block)
+                            .for_each(|bytes| bytes[block - 2..].copy_from_slice(&scale));
+                    }
+                    out.write_all(&bytes)?;
+                    advance(bytes.len());
+                }
+                Ok(())
             })?;
         }
     }
@@ -308,8 +409,9 @@ fn fnv1a(name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{Checkpoint, OpenOptions};
+    use crate::checkpoint::{Checkpoint, OpenOptions, Weights};
     use crate::tokenizer::Tokenizer;
+    use bitnet_burn_formats::{DenseTensor, canonical, ternary};
 
     #[test]
     fn named_shapes_are_possible() {
@@ -344,9 +446,19 @@ mod tests {
     fn a_written_model_opens_checks_and_is_the_same_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tiny.gguf");
-        for (embedding, tied) in [(DenseFormat::Q6_K, true), (DenseFormat::F16, false)] {
-            let config = ModelConfig { tied_embeddings: tied, ..shape("tiny").unwrap() };
-            let mut options = SynthOptions { config, embedding, seed: 3 };
+        use SynthScales::{Group64, Group128, Row, Tensor};
+        for (embedding, tied, scales) in [
+            (DenseFormat::Q6_K, true, Tensor),
+            (DenseFormat::F16, false, Tensor),
+            (DenseFormat::Q2_0, true, Group64),
+            (DenseFormat::PQ2_0, false, Group128),
+            (DenseFormat::Q6_K, false, Row),
+        ] {
+            let mut config = ModelConfig { tied_embeddings: tied, ..shape("tiny").unwrap() };
+            if scales != Tensor {
+                config = qwen3(ModelConfig { intermediate_size: 768, ..config });
+            }
+            let mut options = SynthOptions { config, scales, embedding, seed: 3 };
             let seen = Cell::new((0, 0));
             let size = write(&path, &options, &|done, all| seen.set((done, all))).unwrap();
             assert_eq!(std::fs::metadata(&path).unwrap().len(), size);
@@ -355,7 +467,24 @@ mod tests {
             assert_eq!(checkpoint.warnings(), [""; 0]);
             assert_eq!(*checkpoint.config(), options.config);
             let report = checkpoint.check().unwrap();
-            let zeros = report.zero_weights as f64 / report.ternary_weights as f64;
+            let zeros = match scales {
+                Tensor => report.zero_weights as f64 / report.ternary_weights as f64,
+                _ => {
+                    let Weights::Dense(tensor) = checkpoint.weights(0, Projection::Down).unwrap() else {
+                        panic!("it has many scales")
+                    };
+                    let DenseTensor { format, data, n, k, .. } = tensor;
+                    let (codes, found) = ternary::scaled_from_dense(format, &data, n, k).unwrap();
+                    let group =
+                        [(Row, 0), (Group64, 64), (Group128, 128)].into_iter().find(|g| g.0 == scales);
+                    assert_eq!(Some((scales, found.group)), group);
+                    let zeros: usize = codes
+                        .chunks(canonical::row_bytes(k))
+                        .map(|row| (0..k).filter(|&i| canonical::Row(row).weight(i) == 0).count())
+                        .sum();
+                    zeros as f64 / (n * k) as f64
+                }
+            };
             assert!((zeros - 1.0 / 3.0).abs() < 0.01, "{zeros}");
             let tokenizer = Tokenizer::from_source(&checkpoint.tokenizer_source(), 512).unwrap();
             assert_eq!(tokenizer.warnings(), [""; 0]);
@@ -383,7 +512,8 @@ mod tests {
         let error = |change: fn(&mut ModelConfig)| {
             let mut config = shape("tiny").unwrap();
             change(&mut config);
-            let options = SynthOptions { config, embedding: DenseFormat::Q6_K, seed: 0 };
+            let scales = SynthScales::Tensor;
+            let options = SynthOptions { config, scales, embedding: DenseFormat::Q6_K, seed: 0 };
             write(&path, &options, &|_, _| ()).unwrap_err().to_string()
         };
         assert!(error(|c| c.n_layers = 0).contains("n_layers"));

@@ -12,7 +12,7 @@ use bitnet_burn::Row;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::load::{HeadMode, LoadOptions};
 use bitnet_burn_engine::synth;
-use bitnet_burn_engine::synth::SynthOptions;
+use bitnet_burn_engine::synth::{SynthOptions, SynthScales};
 use bitnet_burn_formats::DenseFormat;
 use support::device;
 
@@ -62,7 +62,12 @@ fn a_decode_step_allocates_the_same_at_every_context_length() {
     let path = directory.path().join("model.gguf");
     let config = ModelConfig { context_length: 1024, ..synth::shape("tiny").unwrap() };
     let layers = config.n_layers;
-    synth::write(&path, &SynthOptions { config, embedding: DenseFormat::Q6_K, seed: 1 }, &|_, _| {}).unwrap();
+    synth::write(
+        &path,
+        &SynthOptions { config, scales: SynthScales::Tensor, embedding: DenseFormat::Q6_K, seed: 1 },
+        &|_, _| {},
+    )
+    .unwrap();
     let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
     for (head, kind) in [
         (HeadMode::File, CacheType::F32),

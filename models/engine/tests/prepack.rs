@@ -5,14 +5,14 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use bitnet_burn::CacheType;
-use bitnet_burn::ModelConfig;
 use bitnet_burn::Row;
+use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn_engine::load::{HeadMode, LoadOptions, Loaded, ModelDevices, load_on};
+use bitnet_burn_engine::load::{ActivationRule, HeadMode, LoadOptions, Loaded, ModelDevices, load_on};
 use bitnet_burn_engine::prepack;
 use bitnet_burn_engine::prepack::{PrepackError, Prepacked};
 use bitnet_burn_engine::synth;
-use bitnet_burn_engine::synth::SynthOptions;
+use bitnet_burn_engine::synth::{SynthOptions, SynthScales};
 use bitnet_burn_formats::DenseFormat;
 use support::device;
 use tempfile::TempDir;
@@ -21,7 +21,7 @@ use tempfile::TempDir;
 fn model(directory: &TempDir, seed: u64) -> PathBuf {
     let path = directory.path().join("model.gguf");
     let config: ModelConfig = synth::shape("tiny").unwrap();
-    let options = SynthOptions { config, embedding: DenseFormat::Q6_K, seed };
+    let options = SynthOptions { config, scales: SynthScales::Tensor, embedding: DenseFormat::Q6_K, seed };
     synth::write(&path, &options, &|_, _| {}).unwrap();
     path
 }
@@ -60,12 +60,50 @@ fn packed_weights_give_the_same_bits_and_say_so() {
         let (plain, mapped) = (load(&checkpoint, head, false), load(&checkpoint, head, true));
         assert_eq!((plain.prepacked, mapped.prepacked), (0, packed));
         assert!(logits(&plain) == logits(&mapped), "{head:?}");
-        assert_eq!(plain.model.head().description(), mapped.model.head().description());
+        assert_eq!(plain.model.head_description(), mapped.model.head_description());
         // Another head is made in memory.
         let other = load(&checkpoint, HeadMode::Requantised(DenseFormat::Q8_0), true);
         assert_eq!(other.prepacked, packed - 1);
         let plain = load(&checkpoint, HeadMode::Requantised(DenseFormat::Q8_0), false);
         assert!(logits(&other) == logits(&plain));
+    }
+}
+
+#[test]
+fn packed_weights_with_many_scales_give_the_same_bits() {
+    for (scales, embedding) in [
+        (SynthScales::Group64, DenseFormat::Q2_0),
+        (SynthScales::Group128, DenseFormat::PQ2_0),
+        (SynthScales::Row, DenseFormat::F16),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("model.gguf");
+        let tiny = synth::shape("tiny").unwrap();
+        let config = ModelConfig {
+            intermediate_size: 768,
+            sub_norms: false,
+            activation: GatedActivation::Silu,
+            options: DecoderOptions { qk_norms: true, ..DecoderOptions::default() },
+            ..tiny
+        };
+        synth::write(&path, &SynthOptions { config, scales, embedding, seed: 1 }, &|_, _| {}).unwrap();
+        let checkpoint = open(&path);
+        let summary = prepack::write(&checkpoint, HeadMode::File, &mut |_, _| {}).unwrap();
+        let packed: usize = summary.layouts.values().sum();
+        let (plain, mapped) =
+            (load(&checkpoint, HeadMode::File, false), load(&checkpoint, HeadMode::File, true));
+        assert_eq!((plain.prepacked, mapped.prepacked), (0, packed));
+        // Two layers, and the head where it is ternary.
+        assert_eq!(packed, 14 + usize::from(embedding != DenseFormat::F16), "{:?}", summary.layouts);
+        assert!(logits(&plain) == logits(&mapped), "{scales:?}");
+        // Other activations, in the same layout or packed anew.
+        let other = |prepacked: bool| {
+            let activations = ActivationRule::Group(64);
+            let options = LoadOptions { activations, prepacked, ..LoadOptions::default() };
+            let devices = ModelDevices { layers: vec![device(); 2], dense: device() };
+            load_on(&checkpoint, &devices, &options, &mut |_| {}).unwrap()
+        };
+        assert!(logits(&other(true)) == logits(&other(false)) && logits(&other(true)) != logits(&plain));
     }
 }
 

@@ -203,6 +203,29 @@ impl BitLinear {
         }
     }
 
+    /// Bytes of the weights with their scales, which a forward pass of one row reads.
+    pub fn weight_bytes(&self) -> u64 {
+        match &self.weight {
+            BitLinearWeight::Latent(weight) => 4 * weight.val().dims().iter().product::<usize>() as u64,
+            BitLinearWeight::Dense(matrix) => matrix.args().bytes().unwrap_or(usize::MAX) as u64,
+            BitLinearWeight::Packed(weight) => {
+                let scales = match weight.scales {
+                    ScaleKind::One => 0,
+                    ScaleKind::Groups { half, .. } => weight.scale.val().dims()[0] * if half { 2 } else { 4 },
+                };
+                (4 * weight.codes.val().dims().iter().product::<usize>() + scales) as u64
+            }
+        }
+    }
+
+    /// The weights of a layer that is not ternary; `None` in the other states.
+    pub fn dense_matrix(&self) -> Option<&DenseMatrix> {
+        match &self.weight {
+            BitLinearWeight::Dense(matrix) => Some(matrix),
+            BitLinearWeight::Latent(_) | BitLinearWeight::Packed(_) => None,
+        }
+    }
+
     /// The packed matrix, for operations over several layers; `None` in the other states.
     pub fn matrix(&self) -> Option<TernaryMatrix> {
         match &self.weight {

@@ -21,8 +21,8 @@ use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::{
-    Batch, BitBlock, CacheError, CacheType, DenseMatrix, History, KvCache, ModelConfig, RotaryEncoding,
-    RotaryEncodingConfig, Row,
+    Batch, BitBlock, BitLinear, CacheError, CacheType, DenseMatrix, History, KvCache, ModelConfig,
+    RotaryEncoding, RotaryEncodingConfig, Row,
 };
 
 /// Why a forward pass failed.
@@ -65,8 +65,8 @@ pub struct BitNet {
     pub blocks: Vec<BitBlock>,
     /// The norm before the head.
     pub norm: RmsNorm,
-    /// lm_head [vocabulary, hidden], where it is not tied.
-    pub output: Option<DenseMatrix>,
+    /// lm_head [vocabulary, hidden], where it is not tied, or has another form than the embedding.
+    pub output: Option<BitLinear>,
     #[module(skip)]
     rotary: RotaryEncoding,
     #[module(skip)]
@@ -83,7 +83,7 @@ impl BitNet {
         embedding: DenseMatrix,
         blocks: Vec<BitBlock>,
         norm: RmsNorm,
-        output: Option<DenseMatrix>,
+        output: Option<BitLinear>,
     ) -> Self {
         let rotary = RotaryEncodingConfig::new(config.head_dim)
             .with_theta(config.rope_theta)
@@ -97,9 +97,29 @@ impl BitNet {
         &self.config
     }
 
-    /// The output projection: lm_head, or the embedding where that is tied.
-    pub fn head(&self) -> &DenseMatrix {
-        self.output.as_ref().unwrap_or(&self.embedding)
+    /// Whether activations are quantised to int8.
+    pub fn quantises(&self) -> bool {
+        self.quantise
+    }
+
+    /// The output projection, lm_head or the embedding where that is tied; `None` for one that is ternary.
+    pub fn head(&self) -> Option<&DenseMatrix> {
+        match &self.output {
+            None => Some(&self.embedding),
+            Some(output) => output.dense_matrix(),
+        }
+    }
+
+    /// How the output projection is computed, for reports: `file (Q6_K, f32 activations)`.
+    pub fn head_description(&self) -> String {
+        match (self.head(), self.output.as_ref().and_then(BitLinear::matrix)) {
+            (Some(matrix), _) => matrix.description(),
+            (None, Some(matrix)) if self.quantise => match matrix.scales.activation_group() {
+                0 => "ternary (int8 activations)".into(),
+                group => format!("ternary (int8 activations by groups of {group})"),
+            },
+            (None, _) => "ternary (f32 activations)".into(),
+        }
     }
 
     /// The device of its embedding and its output; of all its weights, where it is on one device.
@@ -204,7 +224,10 @@ impl BitNet {
             x
         };
         let x = ops::rms_norm(x, self.norm.gamma.val(), self.norm.epsilon as f32);
-        let logits = self.head().forward(x);
+        let logits = match &self.output {
+            None => self.embedding.forward(x),
+            Some(output) => output.forward_rows(x, self.quantise)?,
+        };
         Ok(match self.config.options.logit_divisor {
             1.0 => logits,
             divisor => logits / divisor,

@@ -60,7 +60,7 @@ impl BitNet {
         let output = if config.tied_embeddings {
             None
         } else {
-            Some(DenseMatrix::trainable(matrix(names::HEAD, table)?))
+            Some(BitLinear::dense(DenseMatrix::trainable(matrix(names::HEAD, table)?)))
         };
         Ok(Self::assemble(config.clone(), quantise, embedding, blocks, last, output))
     }
@@ -106,7 +106,7 @@ impl BitNet {
             }
         }
         add(names::norm_name(Norm::Output), self.norm.gamma.val().into_data());
-        if let Some(output) = &self.output {
+        if let Some(output) = self.output.as_ref().and_then(BitLinear::dense_matrix) {
             add(names::HEAD.to_owned(), float(output));
         }
         parameters
@@ -128,7 +128,10 @@ impl BitNet {
             }
         }
         model.embedding = model.embedding.freeze();
-        model.output = model.output.map(DenseMatrix::freeze);
+        model.output = model.output.map(|output| match output.weight {
+            BitLinearWeight::Dense(matrix) => BitLinear::dense(matrix.freeze()),
+            _ => output,
+        });
         Ok(model)
     }
 }

@@ -35,9 +35,7 @@ impl BitNet {
         let words = |what: &str, error: &dyn std::fmt::Display| format!("{what}: {error}");
         let tells = |device: &Device| !ops::is_host(device) && !devices::is_remote(device);
         if tells(&self.device()) {
-            for (what, matrix) in
-                [("the embedding", Some(&self.embedding)), ("the output", self.output.as_ref())]
-            {
+            for (what, matrix) in [("the embedding", Some(&self.embedding)), ("the output", self.head())] {
                 if let Some(DenseWeight::Stored(stored)) = matrix.map(|matrix| &matrix.weight) {
                     let first = stored.val().slice([0..1, 0..1]);
                     first.try_into_data().map_err(|error| words(what, &error))?;

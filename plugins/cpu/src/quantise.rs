@@ -396,8 +396,7 @@ mod tests {
                         rms_norm_quantise_rows(x, w, eps, k, &mut q, stride, &mut scale, &mut sum);
                     }
                     (Some(level), _) => {
-                        let out =
-                            Quantised { q: &mut q, stride, group: 0, scale: &mut scale, sum: &mut sum };
+                        let out = Quantised { q: &mut q, stride, group: 0, scale: &mut scale, sum: &mut sum };
                         let rows = Rows::new(x, k, out);
                         match what {
                             "plain" => level.run(Quantise(rows)),
@@ -469,7 +468,9 @@ mod tests {
     #[test]
     fn groups_are_quantised_like_rows_of_their_own() {
         let mut random = Random(5);
-        for (k, group) in [(1, 32usize), (31, 32), (64, 32), (100usize, 32), (640, 64), (1000, 128), (300, 256)] {
+        for (k, group) in
+            [(1, 32usize), (31, 32), (64, 32), (100usize, 32), (640, 64), (1000, 128), (300, 256)]
+        {
             let (m, stride, groups) = (3, k.next_multiple_of(64), k.div_ceil(group));
             let x: Vec<f32> = (0..m * k).map(|i| random.value() * [1.0, 30.0, 1e-3][i / 32 % 3]).collect();
             let w: Vec<f32> = (0..k).map(|_| random.value() + 1.0).collect();
@@ -499,7 +500,11 @@ mod tests {
                         }
                     }
                     assert_eq!(q, want.0, "{level:?} k {k} group {group}");
-                    assert_eq!((bits(&scale), &sum), (bits(&want.1), &want.2), "{level:?} k {k} group {group}");
+                    assert_eq!(
+                        (bits(&scale), &sum),
+                        (bits(&want.1), &want.2),
+                        "{level:?} k {k} group {group}"
+                    );
                 }
             }
         }
@@ -508,7 +513,8 @@ mod tests {
     #[test]
     fn threads_give_the_same_rows() {
         let mut random = Random(11);
-        for (m, k, group) in [(1, 70, 0), (2, 40_000, 0), (37, 1000, 0), (37, 1000, 32), (9, 4096usize, 128)] {
+        for (m, k, group) in [(1, 70, 0), (2, 40_000, 0), (37, 1000, 0), (37, 1000, 32), (9, 4096usize, 128)]
+        {
             let groups = groups(k, group);
             let stride = k.next_multiple_of(64);
             let x: Vec<f32> = (0..m * k).map(|_| random.value()).collect();

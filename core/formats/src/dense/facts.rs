@@ -4,6 +4,9 @@ use crate::FormatError;
 use crate::random::SplitMix64;
 use safetensors::Dtype;
 
+/// Reads a row of blocks into weights and scales.
+pub(crate) type ReadTernary = fn(&[u8], &mut [i8], &mut [f32]);
+
 /// A dense format. Each has one of these in a file of its own, and a line in the list of
 /// [`DenseFormat`](super::DenseFormat).
 pub(crate) struct Facts {
@@ -19,7 +22,7 @@ pub(crate) struct Facts {
     pub(crate) block_bytes: usize,
     /// The weights of a row of whole blocks, and the scale of each, where the blocks are ternary. (Code 3 is weight 2.) All
     /// lengths fit.
-    pub(crate) ternary: Option<fn(&[u8], &mut [i8], &mut [f32])>,
+    pub(crate) ternary: Option<ReadTernary>,
     /// The values of a row of whole blocks. Both lengths fit.
     pub(crate) decode: fn(&[u8], &mut [f32]),
     /// The row of these values. Both lengths fit.

@@ -149,7 +149,12 @@ impl KernelManager {
         let (m, k) = (x.m(), x.k());
         let choice = CpuKernels::new((n, k).into(), None);
         let mut trusted = vec![0f32; m * n];
-        let by = self.run_trusted(&Job { choice: &choice, weights, scale: scale.into(), column: 0 }, x, &mut trusted, n)?;
+        let by = self.run_trusted(
+            &Job { choice: &choice, weights, scale: scale.into(), column: 0 },
+            x,
+            &mut trusted,
+            n,
+        )?;
         if let Some(i) = (0..m * n).find(|&i| !close(y[i], trusted[i])) {
             let by = by.as_ref().map_or(super::REFERENCE, |entry| entry.kernel.id());
             let (row, column) = (i / n, i % n);

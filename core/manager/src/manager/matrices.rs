@@ -85,7 +85,13 @@ pub(super) struct Matrix {
 impl Matrix {
     pub fn new((projection, scales): (Projection, Option<u64>), loads: u64) -> Self {
         // The call that makes it known is compared in full.
-        Self { projection, scales, loads, calls: AtomicU64::new(1), due: AtomicU64::new(next_comparison(0, 0)) }
+        Self {
+            projection,
+            scales,
+            loads,
+            calls: AtomicU64::new(1),
+            due: AtomicU64::new(next_comparison(0, 0)),
+        }
     }
 }
 

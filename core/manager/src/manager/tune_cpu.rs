@@ -117,7 +117,19 @@ impl Contest for CpuContest<'_> {
         let one = n * canonical::row_bytes(k);
         let copies = if m <= 4 { (rotation_bytes() / one).clamp(1, 64) } else { 1 };
         let (y, layouts) = (vec![0f32; m * n], Vec::new());
-        Box::new(CpuInputs { manager: self.manager, n, k, entries, weights, scales, x, y, expected, copies, layouts })
+        Box::new(CpuInputs {
+            manager: self.manager,
+            n,
+            k,
+            entries,
+            weights,
+            scales,
+            x,
+            y,
+            expected,
+            copies,
+            layouts,
+        })
     }
 }
 
@@ -248,7 +260,8 @@ fn copies(
 impl KernelManager {
     /// The candidates for `m` rows and weights of a shape, the fastest first; measured if that has not been done yet.
     pub(super) fn rank(&self, m: usize, of: WeightShape, policy: LayoutPolicy) -> Ranking {
-        let Standings { rows, kernels, source } = self.tuner.rank(&CpuContest { manager: self, of, policy }, m);
+        let Standings { rows, kernels, source } =
+            self.tuner.rank(&CpuContest { manager: self, of, policy }, m);
         let candidates =
             kernels.into_iter().map(|(entry, measurement)| Candidate { entry, measurement }).collect();
         Ranking { rows, candidates, source }
@@ -302,7 +315,9 @@ impl Sample {
                         let sum = reference::row_sum_products(weights, &x.q()[m * x.stride()..][..k]);
                         sum as f32 * (scale * x.scale()[m])
                     }
-                    Scale::Groups(scales) => reference::scaled_row(weights, (r, k), scales, rows(x, m..m + 1))[0],
+                    Scale::Groups(scales) => {
+                        reference::scaled_row(weights, (r, k), scales, rows(x, m..m + 1))[0]
+                    }
                 };
                 sample.push((m * n + r, y));
             }

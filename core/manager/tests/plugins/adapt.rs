@@ -140,7 +140,8 @@ struct Use {
 impl Use {
     fn new(manager: &KernelManager, m: usize) -> Self {
         let problem = Problem::new(m, 66, 32);
-        let (choice, packed) = manager.choose_and_pack((66, 32), LayoutPolicy::Any, &problem.weights).unwrap();
+        let (choice, packed) =
+            manager.choose_and_pack((66, 32), LayoutPolicy::Any, &problem.weights).unwrap();
         Self { problem, choice, packed }
     }
 

@@ -348,7 +348,8 @@ fn wrong_after_a_thousand_calls_is_seen_by_the_samples() {
     for (name, defines) in [("canonical", &[wrong][..]), ("private", &["PRIVATE", wrong])] {
         let (manager, path) = in_use(dir.path(), name, defines);
         let problem = Problem::new(1, 66, 256);
-        let (choice, packed) = manager.choose_and_pack((66, 256), LayoutPolicy::Any, &problem.weights).unwrap();
+        let (choice, packed) =
+            manager.choose_and_pack((66, 256), LayoutPolicy::Any, &problem.weights).unwrap();
         add_built_in(&manager);
         let ready = || manager.report().kernels[0].status == Status::Ready;
         let mut y = vec![0.0; 66];

@@ -290,9 +290,9 @@ fn logits_are_numpy_files_that_do_not_depend_on_chunks_threads_or_kernels() {
         place.ok(&[&call[..], &["other.npy"], more].concat());
         assert_eq!(bytes, std::fs::read(place.path("other.npy")).unwrap(), "{more:?}");
     }
-    let report = place.json(&[&call[..], &["float.npy", "--no-activation-quantisation", "--json"]].concat());
+    let report = place.json(&[&call[..], &["float.npy", "--activations", "float", "--json"]].concat());
     assert_eq!(report["shape"], serde_json::json!([8, 512]));
-    assert_eq!(report["quantised_activations"], false);
+    assert_eq!(report["activations"], "f32");
     let (_, float) = npy(&place.path("float.npy"));
     let difference = all.iter().zip(&float).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(difference > 0.0 && difference < 1.0, "{difference}");

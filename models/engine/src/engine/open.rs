@@ -12,7 +12,7 @@ use burn::tensor::Device;
 use super::{Engine, EngineError, Inner};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::device::{DeviceKind, DeviceName, DeviceSpec};
-use crate::load::{DEFAULT_CHUNK, HeadMode, LoadOptions, LoadProgress};
+use crate::load::{ActivationRule, DEFAULT_CHUNK, HeadMode, LoadOptions, LoadProgress};
 use crate::plan::{
     COMMON_CONTEXT, CPU, MachineProfile, Measure, PlacedModel, Placement, Plan, PlanRequest, Prediction,
     Requirements, RunSettings,
@@ -112,9 +112,9 @@ impl EngineOptions {
         self
     }
 
-    /// Leaves activations as floats, which is what a float reference computes, and slow.
-    pub fn float_activations(mut self) -> Self {
-        self.load.quantise_activations = false;
+    /// How activations are quantised. Default: as the model's files declare.
+    pub fn activations(mut self, rule: ActivationRule) -> Self {
+        self.load.activations = rule;
         self
     }
 
@@ -167,7 +167,7 @@ impl EngineOptions {
         opening: Duration,
         on_event: &mut dyn FnMut(OpenEvent),
     ) -> Result<Engine, EngineError> {
-        if !self.load.quantise_activations && self.load.head != HeadMode::File {
+        if self.load.activations == ActivationRule::Float && self.load.head != HeadMode::File {
             return Err(EngineError::HeadOfFloats { head: self.load.head });
         }
         // Before the work of loading: a wrong option should not wait for it.
@@ -219,6 +219,7 @@ impl EngineOptions {
             .then(|| Tokenizer::from_source(&checkpoint.tokenizer_source(), checkpoint.config().vocab_size))
             .transpose()?;
         let options = LoadOptions { max_rows: settings.rows, ..self.load };
+        let activations = options.activations;
         let (mut tuning_since, mut tuning) = (None, None);
         // Longer contexts grow when they are needed, unless the caller counts on them.
         let counted_on = self.context.is_some() || plan.is_some();
@@ -251,6 +252,7 @@ impl EngineOptions {
             memory_before,
             cache_dir,
             settings,
+            activations,
             placement,
             notes,
             manager,

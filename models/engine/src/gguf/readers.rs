@@ -18,10 +18,12 @@ pub enum Architecture {
     Bitnet,
     /// `llama`: no sub-norms, SiLU, and rows of q and k in an order of their own.
     Llama,
+    /// `qwen3`: norms of queries and keys, no sub-norms, SiLU.
+    Qwen3,
 }
 
 impl Architecture {
-    const ALL: [Self; 3] = [Self::BitnetB158, Self::Bitnet, Self::Llama];
+    const ALL: [Self; 4] = [Self::BitnetB158, Self::Bitnet, Self::Llama, Self::Qwen3];
 
     /// Its name in the file.
     pub const fn name(self) -> &'static str {
@@ -29,6 +31,7 @@ impl Architecture {
             Self::BitnetB158 => "bitnet-b1.58",
             Self::Bitnet => "bitnet",
             Self::Llama => LLAMA,
+            Self::Qwen3 => "qwen3",
         }
     }
 
@@ -49,8 +52,14 @@ impl Architecture {
     /// Why a model can't be written under it.
     pub(super) fn problem(self, config: &ModelConfig) -> Option<&'static str> {
         match self {
-            Self::Llama if config.sub_norms => Some("has no sub-norms, and this model has"),
-            Self::Llama if config.activation != GatedActivation::Silu => {
+            Self::Qwen3 if !config.options.qk_norms => {
+                Some("has norms of queries and keys, and this model has not")
+            }
+            Self::BitnetB158 | Self::Bitnet | Self::Llama if config.options.qk_norms => {
+                Some("has no norms of queries and keys, and this model has")
+            }
+            Self::Llama | Self::Qwen3 if config.sub_norms => Some("has no sub-norms, and this model has"),
+            Self::Llama | Self::Qwen3 if config.activation != GatedActivation::Silu => {
                 Some("means SiLU, and this model has another activation")
             }
             _ => None,
@@ -76,6 +85,8 @@ struct Reader {
     b158: Option<GatedActivation>,
     /// Whether it reads an output head of its own under `bitnet-b1.58`. Under `bitnet`, none does.
     b158_head: bool,
+    /// Whether it knows `qwen3`.
+    qwen3: bool,
     /// The ternary types.
     types: &'static [TernaryType],
 }
@@ -85,18 +96,21 @@ const READERS: [Reader; 4] = [
         name: "llama.cpp",
         b158: None,
         b158_head: false,
+        qwen3: true,
         types: &[TernaryType::TQ1_0, TernaryType::TQ2_0],
     },
     Reader {
         name: "bitnet.cpp before July 2026",
         b158: Some(GatedActivation::Relu2),
         b158_head: true,
+        qwen3: false,
         types: &[TernaryType::I2_S, TernaryType::TQ1_0, TernaryType::TQ2_0],
     },
     Reader {
         name: "bitnet.cpp since July 2026",
         b158: Some(GatedActivation::Silu),
         b158_head: false,
+        qwen3: false,
         types: &[TernaryType::I2_S, TernaryType::TQ1_0, TernaryType::TQ2_0],
     },
     // Computes with I2_S only after its llama-quantize has made IQ2_BN of it.
@@ -104,6 +118,7 @@ const READERS: [Reader; 4] = [
         name: "ik_llama.cpp",
         b158: Some(GatedActivation::Relu2),
         b158_head: true,
+        qwen3: true,
         types: &[TernaryType::I2_S],
     },
 ];
@@ -117,6 +132,7 @@ impl Reader {
             Architecture::BitnetB158 => (self.b158, true, self.b158_head),
             Architecture::Bitnet => (Some(GatedActivation::Silu), true, false),
             Architecture::Llama => (Some(GatedActivation::Silu), false, true),
+            Architecture::Qwen3 => (Some(GatedActivation::Silu).filter(|_| self.qwen3), false, true),
         };
         // Tensors that are missing or too many are an error everywhere.
         let fits = sub_norms == config.sub_norms && (head || config.tied_embeddings);
