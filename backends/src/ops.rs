@@ -452,6 +452,18 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), weight.into_dispatch(), eps))
 }
 
+/// The Walsh-Hadamard transform of each run of `block` values of the rows of x [M, K]: H(s * x) with the signs s `[K]`, or
+/// s * H(x) where `inverse` is set.
+///
+/// # Panics
+/// If there are not K signs, or `block` is no power of two that divides K.
+pub fn hadamard(x: Tensor<2>, signs: Tensor<1>, block: usize, inverse: bool) -> Tensor<2> {
+    let [_, k] = x.dims();
+    assert_eq!(signs.dims(), [k], "a sign for each column");
+    assert!(block.is_power_of_two() && k.is_multiple_of(block), "runs of {block} values in rows of {k}");
+    Tensor::from_dispatch(Dispatch::hadamard(x.into_dispatch(), signs.into_dispatch(), block, inverse))
+}
+
 /// Rotary position embedding by half rotation. x [M, heads * d]; cos and sin [M, d / 2].
 pub fn rope(x: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, head_dim: usize) -> Tensor<2> {
     let [m, width] = x.dims();

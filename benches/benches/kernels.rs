@@ -35,8 +35,10 @@ use std::sync::Arc;
 type Copies = Vec<PageBuffer>;
 
 /// The kinds of scales that kernels for many are measured with.
-const MANY: [ScaleKind; 2] =
-    [128, 32].map(|activations| ScaleKind::Groups { weights: 128, activations, half: true });
+const MANY: [ScaleKind; 2] = [
+    ScaleKind::Groups { weights: 128, activations: 128, half: true },
+    ScaleKind::Groups { weights: 128, activations: 32, half: true },
+];
 
 /// A kernel, with what it measured: seconds a matmul, by M.
 struct Candidate {

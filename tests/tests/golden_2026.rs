@@ -40,7 +40,7 @@ const HF: [Set; 12] = [
 ];
 
 /// GGUF files, and the Hugging Face directory whose goldens hold where the file's have none (64 tokens).
-const GGUF: [(&str, Option<&str>); 17] = [
+const GGUF: [(&str, Option<&str>); 19] = [
     ("falcon-e-like-q2_0", None),
     ("llama-attn-bias-pq2_0", Some("llama-attn-bias")),
     ("llama-attn-bias-q2_0", Some("llama-attn-bias")),
@@ -58,17 +58,18 @@ const GGUF: [(&str, Option<&str>); 17] = [
     ("qwen3-g128-q2_0-q6_k", None),
     ("qwen3-g64-q2_0", Some("qwen3-g64-untied")),
     ("qwen3-g64-q2_0-f16-q8_0", None),
+    ("qwen3-hadamard-pq2_0", None),
+    ("qwen3-hadamard-ptq1_0", None),
 ];
 
 /// What is refused, and a word of the reason.
-const REFUSED: [(&str, &str); 8] = [
+const REFUSED: [(&str, &str); 7] = [
     ("hf/maple-small", "maple"),
     ("hf/qwen35-gdn", "qwen3_5"),
     ("hf/qwen3moe-row", "qwen3_moe"),
     ("gguf/maple-small-q2_0.gguf", "`maple`"),
     ("gguf/qwen35-gdn-q2_0.gguf", "`qwen35`"),
     ("gguf/qwen3moe-row-q2_0.gguf", "`qwen3moe`"),
-    ("gguf/qwen3-hadamard-pq2_0.gguf", "prism.hadamard"),
     ("gguf/legacy-type42.gguf", "128"),
 ];
 

@@ -6,6 +6,7 @@
 mod attention;
 mod bit_linear;
 mod dense;
+mod hadamard;
 #[cfg(all(test, any(feature = "flex", feature = "ndarray")))]
 mod tests;
 mod training;
@@ -19,6 +20,7 @@ pub(crate) use self::bit_linear::{bit_linear, bit_linear_backward};
 #[cfg(feature = "cube")]
 pub(crate) use self::dense::decoded_linear;
 pub(crate) use self::dense::{dense_linear, dense_rows};
+pub(crate) use self::hadamard::hadamard;
 pub(crate) use self::training::{
     cross_entropy, cross_entropy_backward, fake_quantise, gated_backward, rms_norm_backward,
     rms_norm_backward_weight, self_attention, self_attention_backward, ternarise,

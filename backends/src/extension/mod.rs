@@ -216,6 +216,21 @@ pub trait TernaryBackend: burn::backend::Backend {
         default::rms_norm::<Self>(x, weight, eps)
     }
 
+    /// The Walsh-Hadamard transform of each run of `block` values of a row x: H(s * x), or s * H(x) where `inverse` is set,
+    /// with H[i][j] = (-1)^popcount(i & j) / sqrt(block).
+    ///
+    /// # Shapes
+    /// x [M, K], signs s `[K]`; the output is like x. `block` is a power of two that divides K.
+    #[fusion(dtype = x, shape = x)]
+    fn hadamard(
+        x: FloatTensor<Self>,
+        signs: FloatTensor<Self>,
+        block: usize,
+        inverse: bool,
+    ) -> FloatTensor<Self> {
+        default::hadamard::<Self>(x, signs, block, inverse)
+    }
+
     /// Rotary position embedding by half rotation: element j of a head pairs with j + d / 2.
     ///
     /// # Shapes

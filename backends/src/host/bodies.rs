@@ -96,6 +96,15 @@ macro_rules! fast_bodies {
                 rows::rms_norm::<Self>(x, weight, eps)
             }
 
+            fn hadamard(
+                x: FloatTensor<Self>,
+                signs: FloatTensor<Self>,
+                block: usize,
+                inverse: bool,
+            ) -> FloatTensor<Self> {
+                rows::hadamard::<Self>(x, signs, block, inverse)
+            }
+
             fn rope(
                 x: FloatTensor<Self>,
                 cos: FloatTensor<Self>,

@@ -1,6 +1,6 @@
-//! What is computed row by row: the norm, and the gate of the feed-forward network.
+//! What is computed row by row: the norm, the Hadamard transform, and the gate of the feed-forward network.
 
-use bitnet_burn_cpu::{gated, quantise};
+use bitnet_burn_cpu::{gated, hadamard, quantise};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
 
@@ -16,6 +16,18 @@ pub(crate) fn rms_norm<B: HostBackend>(
     let [m, k] = dims(&x);
     let mut y = vec![0f32; m * k];
     quantise::rms_norm_rows(&B::floats(&x), &B::floats(&weight), eps, k, &mut y);
+    B::tensor(y, Shape::new([m, k]))
+}
+
+pub(crate) fn hadamard<B: HostBackend>(
+    x: FloatTensor<B>,
+    signs: FloatTensor<B>,
+    block: usize,
+    inverse: bool,
+) -> FloatTensor<B> {
+    let [m, k] = dims(&x);
+    let mut y = B::floats(&x).into_owned();
+    hadamard::transform_rows(&mut y, &B::floats(&signs), block, inverse, &threads());
     B::tensor(y, Shape::new([m, k]))
 }
 

@@ -1,8 +1,10 @@
 //! From a checkpoint to a model: devices, packed weights, the output projection, and the choice of kernels.
 
+use std::cell::RefCell;
+
 use bitnet_burn::{
     BitBlock, BitLinear, BitNet, DenseMatrix, DenseMatrixError, ModelConfig, Norm, Projection, RmsNorm,
-    rms_norm,
+    Rotation, rms_norm,
 };
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops;
@@ -12,7 +14,7 @@ use bitnet_burn_manager::{LayoutPolicy, ManagerError, ScaleKind};
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::checkpoint::{Checkpoint, LoadError};
+use crate::checkpoint::{Checkpoint, LoadError, Rotated, Signs};
 pub use crate::head::HeadMode;
 use crate::prepack::Prepacked;
 use crate::projection;
@@ -188,8 +190,23 @@ pub fn load_on(
     if let Some(layer) = devices.layers.iter().position(ops::is_host).filter(|_| quantise) {
         choose_kernels(&config, options.max_rows, |which| weights(layer, which), progress)?;
     }
+    // One rotation for each width, which all layers of a device share.
+    let rotations: RefCell<Vec<(Signs, Device, Rotation)>> = RefCell::default();
+    let rotation = |of: Rotated, device: &Device| {
+        let signs = checkpoint.rotation(of)?;
+        let mut known = rotations.borrow_mut();
+        if let Some((.., rotation)) = known.iter().find(|(s, d, _)| *s == signs && d == device) {
+            return Some(rotation.clone());
+        }
+        let rotation = Rotation::new(signs.signs.to_vec(), signs.block, device);
+        known.push((signs, device.clone(), rotation.clone()));
+        Some(rotation)
+    };
     let linear = |layer: usize, which: Projection| -> Result<BitLinear, ModelError> {
-        let linear = weights(layer, which)?;
+        let linear = match rotation(Rotated::Projection(layer, which), &devices.layers[layer]) {
+            Some(rotation) => weights(layer, which)?.with_rotation(rotation),
+            None => weights(layer, which)?,
+        };
         if !which.has_bias(&config) {
             return Ok(linear);
         }
@@ -213,7 +230,9 @@ pub fn load_on(
         }
     }
     // One matrix can be both, where rows can be looked up in what the head computes with.
-    let tied = output.is_none() && options.head.format(&embedding) == embedding.format;
+    let head_rotation = rotation(Rotated::Output, device);
+    let tied =
+        output.is_none() && head_rotation.is_none() && options.head.format(&embedding) == embedding.format;
     // Where no activations are declared, a ternary head is computed like the other layers.
     let ternary_head = match quantise && projection::computes_head(checkpoint, options.head) {
         true => {
@@ -246,6 +265,10 @@ pub fn load_on(
             (DenseMatrix::new(embedding, device), Some(BitLinear::dense(output)))
         }
     };
+    let output = match (output, head_rotation) {
+        (Some(output), Some(rotation)) => Some(output.with_rotation(rotation)),
+        (output, _) => output,
+    };
     checkpoint.release();
     let mut blocks = Vec::with_capacity(config.n_layers);
     for i in 0..config.n_layers {
@@ -256,7 +279,8 @@ pub fn load_on(
     }
     progress(LoadProgress::Packing(config.n_layers, config.n_layers));
     let norm = norm(Norm::Output)?;
-    let model = BitNet::assemble(config, quantise, embedding, blocks, norm, output);
+    let model = BitNet::assemble(config, quantise, embedding, blocks, norm, output)
+        .with_embedding_rotation(rotation(Rotated::Embedding, device));
     Ok(Loaded { model, prepacked: prepacked.map_or(0, |prepacked| prepacked.used()) })
 }
 

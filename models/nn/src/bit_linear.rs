@@ -14,7 +14,10 @@ use burn::nn::{Linear, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use bytes::Bytes;
 
-use crate::DenseMatrix;
+use crate::{DenseMatrix, Rotation};
+
+/// Weight and epsilon of the norm that an input passes.
+type InputNorm = Option<(Tensor<1>, f32)>;
 
 /// Configuration of a [`BitLinear`].
 #[derive(Config, Debug)]
@@ -55,6 +58,8 @@ pub struct BitLinear {
     pub bias: Option<Param<Tensor<1>>>,
     /// Norm of the input, before quantisation.
     pub norm: Option<RmsNorm>,
+    /// Rotation of the input, behind the norm.
+    pub rotation: Option<Rotation>,
     d_input: usize,
     d_output: usize,
 }
@@ -98,6 +103,7 @@ impl BitLinearConfig {
             weight: BitLinearWeight::Latent(init([n, k])),
             bias: self.bias.then(|| Param::from_tensor(Tensor::zeros([n], device))),
             norm: self.norm.then(|| RmsNormConfig::new(k).with_epsilon(self.norm_eps).init(device)),
+            rotation: None,
             d_input: k,
             d_output: n,
         }
@@ -108,7 +114,14 @@ impl BitLinear {
     /// A layer in the training state, without norm and bias, of latent weights [d_output, d_input].
     pub fn latent(weight: Param<Tensor<2>>) -> Self {
         let [n, k] = weight.val().dims();
-        Self { weight: BitLinearWeight::Latent(weight), bias: None, norm: None, d_input: k, d_output: n }
+        Self {
+            weight: BitLinearWeight::Latent(weight),
+            bias: None,
+            norm: None,
+            rotation: None,
+            d_input: k,
+            d_output: n,
+        }
     }
 
     /// A layer in the packed state, without norm and bias.
@@ -120,13 +133,27 @@ impl BitLinear {
             scales,
             choice,
         };
-        Self { weight: BitLinearWeight::Packed(weight), bias: None, norm: None, d_input: k, d_output: n }
+        Self {
+            weight: BitLinearWeight::Packed(weight),
+            bias: None,
+            norm: None,
+            rotation: None,
+            d_input: k,
+            d_output: n,
+        }
     }
 
     /// A layer that is not ternary, without norm and bias.
     pub fn dense(matrix: DenseMatrix) -> Self {
         let (n, k) = (matrix.args().n, matrix.args().k);
-        Self { weight: BitLinearWeight::Dense(matrix), bias: None, norm: None, d_input: k, d_output: n }
+        Self {
+            weight: BitLinearWeight::Dense(matrix),
+            bias: None,
+            norm: None,
+            rotation: None,
+            d_input: k,
+            d_output: n,
+        }
     }
 
     /// A layer in the training state with the weights and the bias of a `Linear`, for quantisation-aware
@@ -142,6 +169,11 @@ impl BitLinear {
     /// The same layer with a norm before quantisation.
     pub fn with_norm(self, norm: RmsNorm) -> Self {
         Self { norm: Some(norm), ..self }
+    }
+
+    /// The same layer with a rotation of its input.
+    pub fn with_rotation(self, rotation: Rotation) -> Self {
+        Self { rotation: Some(rotation), ..self }
     }
 
     /// The same layer with a bias `[d_output]`.
@@ -187,11 +219,21 @@ impl BitLinear {
 
     /// [`try_forward`](Self::try_forward) of rows [M, d_input], with or without quantising them to int8.
     pub(crate) fn forward_rows(&self, x: Tensor<2>, quantise: bool) -> Result<Tensor<2>, ManagerError> {
-        fused(x, self.norm_input(), quantise, &[self])
+        let (x, norm) = self.rotated(x, self.norm_input());
+        fused(x, norm, quantise, &[self])
+    }
+
+    /// The rotated input, or, where there is no rotation, the input and the norm that it still has to pass.
+    fn rotated(&self, x: Tensor<2>, norm: InputNorm) -> (Tensor<2>, InputNorm) {
+        match (&self.rotation, norm) {
+            (None, norm) => (x, norm),
+            (Some(rotation), None) => (rotation.forward(x), None),
+            (Some(rotation), Some((gamma, eps))) => (rotation.forward(ops::rms_norm(x, gamma, eps)), None),
+        }
     }
 
     /// The norm as the fused operation takes it.
-    pub(crate) fn norm_input(&self) -> Option<(Tensor<1>, f32)> {
+    pub(crate) fn norm_input(&self) -> InputNorm {
         self.norm.as_ref().map(|norm| (norm.gamma.val(), norm.epsilon as f32))
     }
 
@@ -252,7 +294,7 @@ impl BitLinear {
             None => Ok(self),
             Some(matrix) => {
                 let canonical = Self::from_matrix(matrix.into_canonical()?);
-                Ok(Self { bias: self.bias, norm: self.norm, ..canonical })
+                Ok(Self { bias: self.bias, norm: self.norm, rotation: self.rotation, ..canonical })
             }
         }
     }
@@ -287,7 +329,7 @@ impl BitLinear {
             self.d_input,
             &device.without_autodiff(),
         )?;
-        Ok(Self { bias: self.bias, norm: self.norm, ..Self::from_matrix(matrix) })
+        Ok(Self { bias: self.bias, norm: self.norm, rotation: self.rotation, ..Self::from_matrix(matrix) })
     }
 
     /// The layer in the training state, to train it further: latent weights of which the forward pass
@@ -346,9 +388,12 @@ pub(crate) fn side_by_side(
 ) -> Result<Tensor<2>, ManagerError> {
     // Without building the matrices: this runs for every layer and token.
     let state = |layer: &&BitLinear| (discriminant(&layer.weight), layer.activation_group());
-    let alike = layers.iter().all(|layer| state(layer) == state(&layers[0]));
+    let rotation = |layer: &&BitLinear| layer.rotation.as_ref().map(Rotation::id);
+    let key = |layer| (state(layer), rotation(layer));
+    let alike = layers.iter().all(|layer| key(layer) == key(&layers[0]));
     if alike && layers.iter().all(|layer| layer.norm.is_none()) {
-        return fused(x, Some(norm), quantise, layers);
+        let (x, norm) = layers[0].rotated(x, Some(norm));
+        return fused(x, norm, quantise, layers);
     }
     let x = ops::rms_norm(x, norm.0, norm.1);
     let outputs: Result<_, _> = layers.iter().map(|layer| layer.forward_rows(x.clone(), quantise)).collect();
@@ -358,7 +403,7 @@ pub(crate) fn side_by_side(
 /// Layers of one state over one input, in one operation: they share the normalised and quantised rows.
 fn fused(
     x: Tensor<2>,
-    norm: Option<(Tensor<1>, f32)>,
+    norm: InputNorm,
     quantise: bool,
     layers: &[&BitLinear],
 ) -> Result<Tensor<2>, ManagerError> {

@@ -18,6 +18,7 @@ mod model;
 pub mod names;
 mod parts;
 mod rotary;
+mod rotation;
 mod trainable;
 mod try_out;
 
@@ -33,6 +34,7 @@ pub use feed_forward::{BitFeedForward, BitFeedForwardConfig};
 pub use model::{BitNet, ForwardError, rms_norm};
 pub use parts::{Norm, Projection};
 pub use rotary::{RopeScaling, RotaryEncoding, RotaryEncodingConfig};
+pub use rotation::Rotation;
 pub use trainable::ValuesOf;
 
 pub use bitnet_burn_backends as backends;

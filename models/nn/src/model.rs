@@ -22,7 +22,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::{
     Batch, BitBlock, BitLinear, CacheError, CacheType, DenseMatrix, History, KvCache, ModelConfig,
-    RotaryEncoding, RotaryEncodingConfig, Row,
+    RotaryEncoding, RotaryEncodingConfig, Rotation, Row,
 };
 
 /// Why a forward pass failed.
@@ -61,6 +61,8 @@ pub enum ForwardError {
 pub struct BitNet {
     /// Token embedding [vocabulary, hidden], and lm_head where that is tied.
     pub embedding: DenseMatrix,
+    /// The rotation of the embedding's rows, which is taken back.
+    pub embedding_rotation: Option<Rotation>,
     /// The blocks.
     pub blocks: Vec<BitBlock>,
     /// The norm before the head.
@@ -89,7 +91,12 @@ impl BitNet {
             .with_theta(config.rope_theta)
             .with_scaling(config.options.rope_scaling.clone())
             .init();
-        Self { embedding, blocks, norm, output, rotary, config, quantise }
+        Self { embedding, embedding_rotation: None, blocks, norm, output, rotary, config, quantise }
+    }
+
+    /// The same model with an embedding whose rows are rotated.
+    pub fn with_embedding_rotation(self, rotation: Option<Rotation>) -> Self {
+        Self { embedding_rotation: rotation, ..self }
     }
 
     /// What the model is.
@@ -200,6 +207,9 @@ impl BitNet {
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
         let mut x = self.embedding.rows(tokens);
+        if let Some(rotation) = &self.embedding_rotation {
+            x = rotation.inverse(x);
+        }
         if self.config.options.embedding_scale != 1.0 {
             x = x * self.config.options.embedding_scale;
         }

@@ -15,6 +15,7 @@
 pub mod attention;
 pub mod dense;
 pub mod gated;
+pub mod hadamard;
 pub mod peak;
 pub mod quantise;
 pub mod rope;

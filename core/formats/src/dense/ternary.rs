@@ -37,7 +37,7 @@ impl<const LEN: usize, const BYTES: usize> TernaryBlocks<LEN, BYTES> {
         })
     }
 
-    /// Appends a block of random weights.
+    /// Appends a block of random weights, with a scale between half and one and a half times the usual one.
     pub(crate) fn random(&self, deviation: f32, random: &mut SplitMix64, out: &mut Vec<u8>) {
         let mut weights = [0; LEN];
         for chunk in weights.chunks_mut(32) {
@@ -47,8 +47,11 @@ impl<const LEN: usize, const BYTES: usize> TernaryBlocks<LEN, BYTES> {
                 word /= 3;
             }
         }
+        // Of root mean square 1.
+        let uniform = (random.next_u64() >> 40) as f32 / (1 << 24) as f32;
+        let factor = (0.5 + uniform) / (13f32 / 12.0).sqrt();
         let mut block = [0; BYTES];
-        (self.encode)(&weights, random_scale(deviation, 3.0, 1.0), &mut block);
+        (self.encode)(&weights, random_scale(deviation * factor, 3.0, 1.0), &mut block);
         out.extend(block);
     }
 }

@@ -36,7 +36,7 @@ mod values;
 
 pub use error::LoadError;
 pub use hf::Style;
-pub use source::{Content, OpenOptions, TensorInfo, Weights};
+pub use source::{Content, OpenOptions, Rotated, Signs, TensorInfo, Weights};
 pub(crate) use tokenizer_source::{END_OF_GENERATION, end_of_generation};
 pub use tokenizer_source::{GgufTokenizer, TokenizerSource};
 
@@ -180,6 +180,18 @@ impl Checkpoint {
     /// The size of a projection's weights, where the header says that they are [dense](Weights::Dense).
     pub fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64> {
         self.source.dense_bytes(layer, which)
+    }
+
+    /// How a matrix is rotated, if it is.
+    pub fn rotation(&self, of: Rotated) -> Option<Signs> {
+        self.source.rotation(of)
+    }
+
+    /// Whether any matrix is rotated.
+    pub fn is_rotated(&self) -> bool {
+        let layers = (0..self.config.n_layers)
+            .flat_map(|layer| Projection::ALL.map(|which| Rotated::Projection(layer, which)));
+        layers.chain([Rotated::Embedding, Rotated::Output]).any(|of| self.rotation(of).is_some())
     }
 
     /// The bias of a projection that [has one](Projection::has_bias), all finite.

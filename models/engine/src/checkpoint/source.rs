@@ -7,6 +7,7 @@ use bitnet_burn_formats::files::FileIdentity;
 use bitnet_burn_formats::{DenseTensor, FileMap, TernaryTensor};
 use bytes::Bytes;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// What the caller knows better than the file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,6 +51,26 @@ pub enum Content {
     Memory(PathBuf, Bytes),
 }
 
+/// A Walsh-Hadamard transform with signs, x' = H(s * x), of runs of `block` values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Signs {
+    /// -1 or 1, for each value of a row.
+    pub signs: Arc<[f32]>,
+    /// A power of two that divides their number.
+    pub block: usize,
+}
+
+/// A matrix whose input, or whose rows, may be rotated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rotated {
+    /// The input of a projection of a layer.
+    Projection(usize, Projection),
+    /// The input of the output projection.
+    Output,
+    /// The rows of the embedding: to be taken back.
+    Embedding,
+}
+
 /// What a kind of file must answer. Names and rules are the implementation's.
 pub(crate) trait Source: Send + Sync {
     fn weights(&self, layer: usize, which: Projection) -> Result<Weights, LoadError>;
@@ -61,6 +82,10 @@ pub(crate) trait Source: Send + Sync {
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError>;
     fn embedding(&self) -> Result<DenseTensor, LoadError>;
     fn output(&self) -> Result<Option<DenseTensor>, LoadError>;
+    /// How a matrix is rotated, if it is.
+    fn rotation(&self, _: Rotated) -> Option<Signs> {
+        None
+    }
     fn tokenizer_source(&self) -> TokenizerSource;
     fn contents(&self) -> Vec<Content>;
     fn tensors(&self) -> Vec<TensorInfo>;

@@ -226,6 +226,7 @@ pub struct DenseBytes {
 mod tests {
     use super::*;
     use crate::synth::shape;
+    use bitnet_burn_formats::DenseFormat;
 
     #[test]
     fn the_2b_model_needs_what_its_shape_says() {

@@ -158,7 +158,7 @@ pub enum ExportError {
     /// The writers do not know models of this kind.
     #[error(
         "{}: models of the architecture `{architecture}` with projections of several scales, norms of queries and \
-         keys, biases, scaled RoPE or factors can't be written yet; they can be run", path.display()
+         keys, biases, scaled RoPE, factors or rotations can't be written yet; they can be run", path.display()
     )]
     Architecture {
         /// The checkpoint.
@@ -389,7 +389,10 @@ pub fn export(
 /// Refuses what no writer could do, before anything is written.
 fn check_target(checkpoint: &Checkpoint, target: Target) -> Result<(), ExportError> {
     let config = checkpoint.config();
-    if !config.options.is_default() || checkpoint.dense_bytes(0, Projection::Q).is_some() {
+    if !config.options.is_default()
+        || checkpoint.dense_bytes(0, Projection::Q).is_some()
+        || checkpoint.is_rotated()
+    {
         let (path, architecture) = (checkpoint.path().to_owned(), config.architecture.clone());
         return Err(ExportError::Architecture { path, architecture });
     }

@@ -194,16 +194,6 @@ pub(super) fn config(
             supported: format!("0, and windows of at least the context of {context_length}"),
         });
     }
-    // Rotated weights compute nonsense where activations are not rotated with them.
-    if let Some((key, value)) = file.metadata().iter().find(|(key, _)| key.starts_with("prism.hadamard.")) {
-        return Err(LoadError::Unsupported {
-            path: path(),
-            what: key.clone(),
-            found: value.to_string(),
-            supported:
-                "weights that are not rotated by a Hadamard transform, without `prism.hadamard.*` keys".into(),
-        });
-    }
     let has = |name: &str| file.tensor(name).is_some();
     let biased = !architecture.starts_with("bitnet");
     let mut options = DecoderOptions {

@@ -6,6 +6,7 @@
 //! community conversions mix them.
 
 mod config;
+mod hadamard;
 mod keys;
 pub(crate) mod names;
 mod rope;
@@ -13,7 +14,7 @@ mod tokenizer;
 
 use super::error::LoadError;
 use super::missing::instead;
-use super::source::{Content, OpenOptions, Source, TensorInfo, Weights};
+use super::source::{Content, OpenOptions, Rotated, Signs, Source, TensorInfo, Weights};
 use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, aligned_view, checked_scale, one_float};
 use bitnet_burn::{ModelConfig, Norm, Projection};
@@ -24,9 +25,13 @@ use bitnet_burn_formats::{
 use bytes::Bytes;
 use config::config;
 pub(super) use config::what_matters;
+use hadamard::Hadamard;
 use names::{LLAMA, bias_name, is_gptj, neox_rows, norm_name, projection_name, projection_stem};
 use std::collections::HashSet;
 use tokenizer::{check_tokenizer, tokenizer};
+
+const EMBEDDING: &str = "token_embd.weight";
+const OUTPUT: &str = "output.weight";
 
 /// A GGUF file with a model in it.
 pub(crate) struct GgufModel {
@@ -35,6 +40,8 @@ pub(crate) struct GgufModel {
     n_layers: usize,
     /// The rows of a head, where q and k are in GPT-J's order.
     gptj_head: Option<usize>,
+    /// Which matrices are rotated.
+    hadamard: Option<Hadamard>,
     /// Whether the architecture is one of BitNet's, whose projections must be ternary.
     is_bitnet: bool,
     /// Whether ternary weights in any type mean that activations are quantised to int8. (I2_S always means that.)
@@ -56,6 +63,7 @@ impl GgufModel {
             pre: options.pre.clone(),
             n_layers: config.n_layers,
             gptj_head: is_gptj(&config.architecture).then_some(config.head_dim),
+            hadamard: Hadamard::read(&file)?,
             is_bitnet,
             int8_rows: is_bitnet || config.architecture == LLAMA,
             file,
@@ -92,13 +100,24 @@ impl GgufModel {
         let norm = self.dense_info(&norm_name(Norm::Output), "a norm")?;
         self.check_shape(norm, &[config.hidden_size])?;
         used.insert(norm.name.as_str());
-        let matrices = ["token_embd.weight", "output.weight"];
+        let matrices = [EMBEDDING, OUTPUT];
         for name in &matrices[..if config.tied_embeddings { 1 } else { 2 }] {
             let tensor = self.dense_info(name, "embedding and output head")?;
             self.check_shape(tensor, &[config.vocab_size, config.hidden_size])?;
             used.insert(tensor.name.as_str());
         }
 
+        let projections = (0..config.n_layers)
+            .flat_map(|layer| Projection::ALL.map(|which| projection_name(layer, which)))
+            .collect::<HashSet<_>>();
+        let matrix = |name: &str| [EMBEDDING, OUTPUT].contains(&name) || projections.contains(name);
+        if let Some(name) = self.hadamard.as_ref().and_then(|hadamard| hadamard.other_than(matrix)) {
+            return Err(LoadError::UnsupportedTensor {
+                path: self.file.path().to_owned(),
+                tensor: name.clone(),
+                problem: "is rotated by a Hadamard transform, and is no projection, embedding or head".into(),
+            });
+        }
         used.extend(rope::TENSORS);
         // A tensor that is there is there for a reason: one that belongs to a layer changes the result.
         let unused: Vec<_> = self.file.tensors().iter().filter(|t| !used.contains(t.name.as_str())).collect();
@@ -302,13 +321,33 @@ impl Source for GgufModel {
     }
 
     fn embedding(&self) -> Result<DenseTensor, LoadError> {
-        self.dense("token_embd.weight", "the embedding")
+        self.dense(EMBEDDING, "the embedding")
     }
 
     fn output(&self) -> Result<Option<DenseTensor>, LoadError> {
-        match self.file.tensor("output.weight") {
-            Some(_) => self.dense("output.weight", "the output head").map(Some),
+        match self.file.tensor(OUTPUT) {
+            Some(_) => self.dense(OUTPUT, "the output head").map(Some),
             None => Ok(None),
+        }
+    }
+
+    fn rotation(&self, of: Rotated) -> Option<Signs> {
+        let hadamard = self.hadamard.as_ref()?;
+        let width = |name: &str| Some(self.file.tensor(name)?.matrix().1 as usize);
+        match of {
+            Rotated::Projection(layer, which) => {
+                let name = projection_name(layer, which);
+                hadamard.of_input(&name, width(&name)?)
+            }
+            Rotated::Embedding => hadamard.of_rows(EMBEDDING, width(EMBEDDING)?),
+            Rotated::Output => match width(OUTPUT) {
+                Some(k) => hadamard.of_input(OUTPUT, k),
+                // The table itself: (s * H(z)) x = z H(s * x).
+                None => {
+                    let k = width(EMBEDDING)?;
+                    hadamard.of_input(EMBEDDING, k).or_else(|| hadamard.of_rows(EMBEDDING, k))
+                }
+            },
         }
     }
 
