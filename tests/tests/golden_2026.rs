@@ -23,23 +23,25 @@ const fn float(name: &'static str) -> Set {
 }
 
 /// What is read.
-const HF: [Set; 12] = [
+const HF: [Set; 14] = [
     float("llama-attn-bias"),
     float("llama-rope-linear"),
     float("llama-rope-llama3"),
     float("llama-rope-yarn"),
     float("llama-row"),
     float("llama-tensor"),
+    float("maple-small"),
     float("minicpm-longrope"),
     float("qwen2-qkv-bias"),
     float("qwen3-g128-tied"),
     float("qwen3-g64-untied"),
+    float("qwen3moe-row"),
     float("trilm-shards"),
     Set { name: "falcon-e-like", int8: true },
 ];
 
 /// GGUF files, and the Hugging Face directory whose goldens hold where the file's have none (64 tokens).
-const GGUF: [(&str, Option<&str>); 17] = [
+const GGUF: [(&str, Option<&str>); 23] = [
     ("falcon-e-like-q2_0", None),
     ("llama-attn-bias-pq2_0", Some("llama-attn-bias")),
     ("llama-attn-bias-q2_0", Some("llama-attn-bias")),
@@ -49,6 +51,10 @@ const GGUF: [(&str, Option<&str>); 17] = [
     ("llama-row-tq1_0-q6_k", None),
     ("llama-row-tq2_0", None),
     ("llama-tensor-q2_0", None),
+    ("maple-row-tq1_0-q8_0", None),
+    ("maple-row-tq2_0", None),
+    ("maple-small-ptq1_0", Some("maple-small")),
+    ("maple-small-q2_0", Some("maple-small")),
     ("minicpm-longrope-q2_0", None),
     ("qwen2-qkv-bias-q2_0", None),
     ("qwen3-g128-pq2_0", Some("qwen3-g128-tied")),
@@ -57,16 +63,14 @@ const GGUF: [(&str, Option<&str>); 17] = [
     ("qwen3-g128-q2_0-q6_k", None),
     ("qwen3-g64-q2_0", Some("qwen3-g64-untied")),
     ("qwen3-g64-q2_0-f16-q8_0", None),
+    ("qwen3moe-row-ptq1_0", Some("qwen3moe-row")),
+    ("qwen3moe-row-q2_0", Some("qwen3moe-row")),
 ];
 
 /// What is refused, and a word of the reason.
-const REFUSED: [(&str, &str); 8] = [
-    ("hf/maple-small", "maple"),
+const REFUSED: [(&str, &str); 4] = [
     ("hf/qwen35-gdn", "qwen3_5"),
-    ("hf/qwen3moe-row", "qwen3_moe"),
-    ("gguf/maple-small-q2_0.gguf", "`maple`"),
     ("gguf/qwen35-gdn-q2_0.gguf", "`qwen35`"),
-    ("gguf/qwen3moe-row-q2_0.gguf", "`qwen3moe`"),
     ("gguf/qwen3-hadamard-pq2_0.gguf", "prism.hadamard"),
     ("gguf/legacy-type42.gguf", "128"),
 ];

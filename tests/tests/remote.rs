@@ -288,19 +288,19 @@ fn requests_that_can_t_be_computed_end_their_session_and_not_the_worker() {
         (
             "attention",
             Box::new(|d| {
-                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 2, 4, 8]))
+                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 2, 4, 8, 0]))
             }),
         ),
         (
             "attention",
             Box::new(|d| {
-                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 4, 4])], sizes(&[2, 2, 4, 5]))
+                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 4, 4])], sizes(&[2, 2, 4, 5, 0]))
             }),
         ),
         (
             "attention",
             Box::new(|d| {
-                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 0, 4, 0]))
+                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 0, 4, 0, 0]))
             }),
         ),
         (
@@ -309,7 +309,7 @@ fn requests_that_can_t_be_computed_end_their_session_and_not_the_worker() {
                 let angles = || floats(d, [1, 2]);
                 let qkv = floats(d, [1, 15]);
                 let caches = [cube(d, [1, 8, 4]), cube(d, [1, 8, 4])];
-                ([qkv, angles(), angles()].into_iter().chain(caches).collect(), sizes(&[2, 1, 4, 0]))
+                ([qkv, angles(), angles()].into_iter().chain(caches).collect(), sizes(&[2, 1, 4, 0, 0]))
             }),
         ),
         (
@@ -318,7 +318,14 @@ fn requests_that_can_t_be_computed_end_their_session_and_not_the_worker() {
                 let angles = || floats(d, [1, 2]);
                 let qkv = floats(d, [1, 16]);
                 let caches = [cube(d, [1, 8, 4]), cube(d, [1, 8, 4])];
-                ([qkv, angles(), angles()].into_iter().chain(caches).collect(), sizes(&[2, 1, 4, 8]))
+                ([qkv, angles(), angles()].into_iter().chain(caches).collect(), sizes(&[2, 1, 4, 8, 0]))
+            }),
+        ),
+        // Without the window.
+        (
+            "attention",
+            Box::new(|d| {
+                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 2, 4, 0]))
             }),
         ),
         ("gated", Box::new(|d| (vec![floats(d, [1, 7])], vec![no]))),

@@ -301,7 +301,7 @@ impl Engine {
 /// The projections that are computed with f32 activations, by format: `196 x Q2_0`.
 fn dense_projections(model: &BitNet) -> Option<String> {
     let mut formats: BTreeMap<&str, usize> = BTreeMap::new();
-    for layer in model.blocks.iter().flat_map(BitBlock::projections) {
+    for (_, layer) in model.blocks.iter().flat_map(BitBlock::projections) {
         if let BitLinearWeight::Dense(matrix) = &layer.weight {
             *formats.entry(matrix.args().format.name()).or_default() += 1;
         }

@@ -195,6 +195,7 @@ pub fn load_on(
         let bias = Tensor::<1>::from_data(bias, &devices.layers[layer]);
         Ok(linear.with_bias(Param::initialized(ParamId::new(), bias)))
     };
+    let router = |layer: usize| router(checkpoint, layer, &devices.layers[layer]);
     // The head first: while it is copied its pages of the file take memory, too.
     let embedding = checkpoint.embedding()?;
     let output = checkpoint.output()?;
@@ -228,7 +229,7 @@ pub fn load_on(
     let mut blocks = Vec::with_capacity(config.n_layers);
     for i in 0..config.n_layers {
         progress(LoadProgress::Packing(i, config.n_layers));
-        blocks.push(BitBlock::assemble(&config, i, norm, linear)?);
+        blocks.push(BitBlock::assemble(&config, i, norm, linear, router)?);
         // What was packed is not needed in the file's form; what is read in place comes back.
         checkpoint.release();
     }
@@ -236,6 +237,11 @@ pub fn load_on(
     let norm = norm(Norm::Output)?;
     let model = BitNet::assemble(config, options.quantise_activations, embedding, blocks, norm, output);
     Ok(Loaded { model, prepacked: prepacked.map_or(0, |prepacked| prepacked.used()) })
+}
+
+/// The router of a layer to its experts.
+fn router(checkpoint: &Checkpoint, layer: usize, device: &Device) -> Result<DenseMatrix, ModelError> {
+    Ok(DenseMatrix::new(checkpoint.router(layer)?, device))
 }
 
 /// The output projection of a loaded model.
@@ -262,7 +268,8 @@ fn choose_kernels(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(), ManagerError> {
     let mut shapes: Vec<(usize, usize)> = Vec::new();
-    for projection in Projection::ALL {
+    let all = (0..config.n_layers).flat_map(|layer| Projection::of_layer(layer, config));
+    for projection in all {
         let shape = projection.shape(config);
         if !shapes.contains(&shape) {
             shapes.push(shape);
@@ -294,7 +301,7 @@ pub fn release_packings(model: &mut BitNet, checkpoint: &Checkpoint) -> Result<u
         return Ok(0);
     }
     for (i, block) in model.blocks.iter_mut().enumerate() {
-        for (which, layer) in Projection::ALL.into_iter().zip(block.projections_mut()) {
+        for (which, layer) in block.projections_mut() {
             let Some(matrix) = layer.matrix() else { continue };
             // What a GPU's memory holds, is not this memory.
             let Some(MatrixKernels::Host(choice)) = matrix.choice else { continue };

@@ -298,10 +298,10 @@ fn latent(codes: &[i8], scale: f32) -> Vec<f32> {
     weights
 }
 
-/// Layers over one input, which passes `norm` first; their outputs stand side by side: [M, sum of d_output].
+/// Layers over one input, which passes `norm` first, if there is one; their outputs stand side by side: [M, sum of d_output].
 pub(crate) fn side_by_side(
     x: Tensor<2>,
-    norm: (Tensor<1>, f32),
+    norm: Option<(Tensor<1>, f32)>,
     quantise: bool,
     layers: &[&BitLinear],
 ) -> Result<Tensor<2>, ManagerError> {
@@ -309,9 +309,12 @@ pub(crate) fn side_by_side(
     let state = |layer: &&BitLinear| discriminant(&layer.weight);
     let alike = layers.iter().all(|layer| state(layer) == state(&layers[0]));
     if alike && layers.iter().all(|layer| layer.norm.is_none()) {
-        return fused(x, Some(norm), quantise, layers);
+        return fused(x, norm, quantise, layers);
     }
-    let x = ops::rms_norm(x, norm.0, norm.1);
+    let x = match norm {
+        Some((gamma, eps)) => ops::rms_norm(x, gamma, eps),
+        None => x,
+    };
     let outputs: Result<_, _> = layers.iter().map(|layer| layer.forward_rows(x.clone(), quantise)).collect();
     Ok(Tensor::cat(outputs?, 1))
 }

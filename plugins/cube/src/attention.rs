@@ -57,6 +57,8 @@ pub struct Shape {
     pub capacity: usize,
     /// Type of its values.
     pub cached: Cached,
+    /// Positions that a row sees, up to its own; `None`: all of them.
+    pub window: Option<usize>,
 }
 
 /// Positions that are attended to at once.
@@ -113,7 +115,10 @@ impl Shape {
     /// The parameters of the kernels for m rows, of which the first is at `position`.
     pub fn params(&self, m: usize, position: usize) -> [u32; 8] {
         let chunks = (position + m).div_ceil(CHUNK as usize);
-        [m, position, self.capacity, self.n_heads, self.n_kv_heads, chunks, 0, 0].map(|value| value as u32)
+        // Windows are read where there is one; no cache has as many positions.
+        let window = self.window.map_or(0, |window| window.min(u32::MAX as usize));
+        [m, position, self.capacity, self.n_heads, self.n_kv_heads, chunks, window, 0]
+            .map(|value| value as u32)
     }
 }
 
@@ -268,6 +273,8 @@ pub(crate) struct Plan {
     pub rows: u32,
     /// Whether a workgroup has one chunk, and leaves its part of the result.
     pub split: bool,
+    /// Whether rows see the positions of a window only.
+    pub windowed: bool,
 }
 
 impl Plan {
@@ -365,11 +372,18 @@ pub(crate) fn attend_chunks(
     let scale = 1.0f32 / f32::cast_from(head_dim).sqrt();
     sync_cube();
 
+    let window = params[6];
     let mut chunk = 0u32;
     let mut end = length.div_ceil(CHUNK);
+    if comptime!(plan.windowed) {
+        // That of the first row's first position.
+        let seen = position + first_row + 1;
+        chunk = (seen - window.min(seen)) / CHUNK;
+    }
     if comptime!(plan.split) {
-        chunk = CUBE_POS_Z;
-        end = (chunk + 1).min(end);
+        // Of a chunk before the window there are zeros.
+        chunk = chunk.max(CUBE_POS_Z);
+        end = (CUBE_POS_Z + 1).min(end);
     }
     while chunk < end {
         let begin = chunk * CHUNK;
@@ -429,7 +443,10 @@ pub(crate) fn attend_chunks(
                     }
                     let at = begin + base + slot;
                     let row = first_row + query / comptime!(plan.heads);
-                    let seen = at <= position + row && at < length;
+                    let mut seen = at <= position + row && at < length;
+                    if comptime!(plan.windowed) {
+                        seen = seen && position + row - at < window;
+                    }
                     scores[(query * CHUNK + base + slot) as usize] =
                         select(seen, dot * scale, f32::new(-1e30));
                 }
@@ -513,8 +530,8 @@ pub(crate) fn attend_chunks(
                             for query in 0..queries {
                                 let at = comptime!((query * each + w) * in_word + i);
                                 let weight = scores[(query * CHUNK + slot) as usize];
-                                if comptime!(plan.rows > 1) {
-                                    // Of a later row, which may be infinite.
+                                if comptime!(plan.rows > 1 || plan.windowed) {
+                                    // Of a later row, or before the window: it may be infinite.
                                     sums[at as usize] += select(weight == 0.0f32, 0.0f32, weight * value);
                                 } else {
                                     sums[at as usize] += weight * value;
@@ -616,7 +633,7 @@ pub unsafe fn attend(
     params: Handle,
     (m, position): (usize, usize),
 ) -> Handle {
-    let Shape { n_heads, n_kv_heads, head_dim, capacity, cached } = *shape;
+    let Shape { n_heads, n_kv_heads, head_dim, capacity, cached, window } = *shape;
     let d = head_dim as u32;
     let all_heads = n_heads + 2 * n_kv_heads;
     let angles = m * head_dim / 2;
@@ -672,7 +689,7 @@ pub unsafe fn attend(
     let chunks = (position + m).div_ceil(CHUNK as usize);
     let partial_values = m * n_heads * chunks * (head_dim + 2);
     let split = m <= FEW_ROWS && chunks > 1 && partial_values <= MOST_PARTIAL;
-    let plan = Plan { head_dim: d, cached, heads, rows, split };
+    let plan = Plan { head_dim: d, cached, heads, rows, split, windowed: window.is_some() };
     let partial = match split {
         true => client.empty(partial_values * 4),
         false => out.clone(),

@@ -201,6 +201,15 @@ impl Checkpoint {
         self.source.master(layer, which)?.map(|tensor| floats(&self.path, &tensor)).transpose()
     }
 
+    /// The weights of a layer's router to its experts: [experts, hidden].
+    ///
+    /// # Errors
+    /// [`LoadError::NoSuchLayer`]; [`FileError::MissingTensor`] for a layer without experts.
+    pub fn router(&self, layer: usize) -> Result<DenseTensor, LoadError> {
+        self.check_layer(layer)?;
+        self.source.router(layer)
+    }
+
     /// The weights of an RMSNorm, all finite.
     ///
     /// # Errors
@@ -294,7 +303,11 @@ impl Checkpoint {
                 report.dense_values += self.norm(norm)?.len() as u64;
                 report.tensors += 1;
             }
-            for which in Projection::ALL {
+            if self.config.experts(layer).is_some() {
+                report.dense_values += self.check_dense(&self.router(layer)?)?;
+                report.tensors += 1;
+            }
+            for which in Projection::of_layer(layer, &self.config) {
                 match self.weights(layer, which)? {
                     Weights::Ternary(tensor) => {
                         self.check_codes(&tensor)?;

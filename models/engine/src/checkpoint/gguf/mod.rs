@@ -6,6 +6,7 @@
 //! community conversions mix them.
 
 mod config;
+mod experts;
 mod keys;
 pub(crate) mod names;
 mod rope;
@@ -24,15 +25,21 @@ use bitnet_burn_formats::{
 use bytes::Bytes;
 use config::config;
 pub(super) use config::what_matters;
-use names::{LLAMA, bias_name, is_gptj, neox_rows, norm_name, projection_name, projection_stem};
+use names::{LLAMA, bias_name, is_gptj, neox_rows, norm_name, projection_name, projection_stem, router_name};
 use std::collections::HashSet;
 use tokenizer::{check_tokenizer, tokenizer};
+
+/// What tensors are called in errors.
+const EXPERTS: &str = "the projections of experts";
+const ROUTER: &str = "a router to experts";
 
 /// A GGUF file with a model in it.
 pub(crate) struct GgufModel {
     file: GgufFile,
     pre: Option<String>,
     n_layers: usize,
+    /// Experts of a layer, where there are some.
+    experts: usize,
     /// The rows of a head, where q and k are in GPT-J's order.
     gptj_head: Option<usize>,
     /// Whether the architecture is one of BitNet's, whose projections must be ternary.
@@ -55,6 +62,7 @@ impl GgufModel {
         let model = Self {
             pre: options.pre.clone(),
             n_layers: config.n_layers,
+            experts: config.options.experts.as_ref().map_or(0, |experts| experts.count),
             gptj_head: is_gptj(&config.architecture).then_some(config.head_dim),
             is_bitnet,
             int8_rows: is_bitnet || config.architecture == LLAMA,
@@ -74,9 +82,18 @@ impl GgufModel {
                 self.check_shape(tensor, &[norm.len(config)])?;
                 used.insert(tensor.name.as_str());
             }
-            for which in Projection::ALL {
-                let tensor = self.info(&projection_name(layer, which))?;
+            for which in Projection::of_layer(layer, config) {
                 let (n, k) = which.shape(config);
+                if let (Some(number), Some(experts)) = (which.expert(), config.experts(layer)) {
+                    // One tensor for all of them.
+                    if number == 0 {
+                        let tensor = self.dense_info(&projection_name(layer, which), EXPERTS)?;
+                        self.check_shape(tensor, &[experts.count, n, k])?;
+                        used.insert(tensor.name.as_str());
+                    }
+                    continue;
+                }
+                let tensor = self.info(&projection_name(layer, which))?;
                 self.check_shape(tensor, &[n, k])?;
                 used.insert(tensor.name.as_str());
                 if let Some(scale) = self.scale_tensor(layer, which)? {
@@ -88,6 +105,12 @@ impl GgufModel {
                     used.insert(bias.name.as_str());
                 }
             }
+        }
+        for (layer, experts) in (0..config.n_layers).filter_map(|layer| Some((layer, config.experts(layer)?)))
+        {
+            let router = self.dense_info(&router_name(layer), ROUTER)?;
+            self.check_shape(router, &[experts.count, config.hidden_size])?;
+            used.insert(router.name.as_str());
         }
         let norm = self.dense_info(&norm_name(Norm::Output), "a norm")?;
         self.check_shape(norm, &[config.hidden_size])?;
@@ -178,6 +201,13 @@ impl GgufModel {
     /// What is not ternary with one scale, in the order of rows that the model has.
     fn dense_projection(&self, tensor: &GgufTensor, which: Projection) -> Result<Weights, LoadError> {
         let tensor = self.dense(&tensor.name, "a projection")?;
+        if let Some(number) = which.expert() {
+            // The matrices lie one behind the other, each of whole rows.
+            let (n, bytes) = (tensor.n / self.experts, tensor.data.len() / self.experts);
+            let data = tensor.data.slice(number * bytes..(number + 1) * bytes);
+            let name = format!("{} (expert {number})", tensor.name);
+            return Ok(Weights::Dense(DenseTensor { name, n, data, ..tensor }));
+        }
         let data = match self.permuted(which) {
             Some(head) => Bytes::from_owner(neox_rows(&tensor.data, tensor.n, head)),
             None => tensor.data,
@@ -244,7 +274,7 @@ impl Source for GgufModel {
         let (n, k) = tensor.matrix();
         let (n, k) = (n as usize, k as usize); // within the file's size
         let stored_as = tensor.tensor_type.name();
-        if self.is_dense(tensor.tensor_type) {
+        if which.expert().is_some() || self.is_dense(tensor.tensor_type) {
             return self.dense_projection(tensor, which);
         }
         let data = self.file.tensor_bytes(&name)?;
@@ -283,7 +313,10 @@ impl Source for GgufModel {
 
     fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64> {
         let tensor = self.info(&projection_name(layer, which)).ok()?;
-        self.is_dense(tensor.tensor_type).then_some(tensor.bytes)
+        match which.expert() {
+            Some(_) => Some(tensor.bytes / self.experts.max(1) as u64),
+            None => self.is_dense(tensor.tensor_type).then_some(tensor.bytes),
+        }
     }
 
     fn bias(&self, layer: usize, which: Projection) -> Result<DenseTensor, LoadError> {
@@ -295,6 +328,10 @@ impl Source for GgufModel {
 
     fn master(&self, _: usize, _: Projection) -> Result<Option<DenseTensor>, LoadError> {
         Ok(None)
+    }
+
+    fn router(&self, layer: usize) -> Result<DenseTensor, LoadError> {
+        self.dense(&router_name(layer), ROUTER)
     }
 
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError> {
