@@ -67,6 +67,10 @@ const GGUF: [(&str, Option<&str>); 23] = [
     ("qwen3moe-row-q2_0", Some("qwen3moe-row")),
 ];
 
+/// A file whose router chooses another expert for one of 16 rows with llama.cpp's quantised activations: that row differs
+/// by everything, the others by a few percent.
+const ROUTER_FLIPS: &str = "maple-row-tq2_0";
+
 /// What is refused, and a word of the reason.
 const REFUSED: [(&str, &str); 4] = [
     ("hf/qwen35-gdn", "qwen3_5"),
@@ -153,17 +157,33 @@ fn gguf_files_compute_what_transformers_computes() {
         }
         compare(&model, name, &goldens, false);
         // llama.cpp quantises activations: a distance of a few percent.
-        let theirs = &goldens.get("seq16.llama_cpp").map(|golden| golden.values.clone());
         let ids = goldens["seq16.input_ids"].ids();
-        if let Some(theirs) = theirs {
-            let rms = relative_rms(&all_logits(&model, &ids, 256, CacheType::F32), theirs);
+        if let Some(theirs) = goldens.get("seq16.llama_cpp") {
+            let mut ours = all_logits(&model, &ids, 256, CacheType::F32);
+            let mut theirs = theirs.values.clone();
+            if name == ROUTER_FLIPS {
+                let width = ours.len() / ids.len();
+                let far = |row: &usize| {
+                    let row = row * width..(row + 1) * width;
+                    relative_rms(&ours[row.clone()], &theirs[row]) >= 0.1
+                };
+                let flipped: Vec<usize> = (0..ids.len()).filter(far).collect();
+                assert!(flipped.len() <= 1, "{name}: rows {flipped:?}");
+                for row in flipped {
+                    ours.drain(row * width..(row + 1) * width);
+                    theirs.drain(row * width..(row + 1) * width);
+                }
+            }
+            let rms = relative_rms(&ours, &theirs);
             println!("{name} seq16: {:.1} % from llama.cpp", rms * 100.0);
             assert!(rms < 0.1, "{name}: {rms}");
         }
-        if let Some(theirs) = goldens.get("seq16.llama_cpp_f32") {
+        for n in [16, 64] {
+            let Some(theirs) = goldens.get(&format!("seq{n}.llama_cpp_f32")) else { continue };
+            let ids = goldens[&format!("seq{n}.input_ids")].ids();
             let ours = all_logits(&model, &ids, 256, CacheType::F32);
             let difference = max_difference(&ours, &theirs.values);
-            assert!(difference < 2e-4, "{name}: {difference:e} from llama.cpp with float activations");
+            assert!(difference < 2e-4, "{name} seq{n}: {difference:e} from llama.cpp with float activations");
         }
     }
 }
