@@ -123,11 +123,9 @@ fn attention_over_every_type_of_cache_is_that_of_the_host() {
         ((7, 1, 20), None, all),
         ((3, 3, 12), None, &all[..1]),
         ((16, 1, 256), None, &all[1..2]),
-        // Windows within a chunk, of a chunk and more, and of one position.
-        ((7, 1, 20), Some(37), all),
-        ((8, 2, 16), Some(64), &all[..1]),
-        ((4, 4, 16), Some(100), &all[2..]),
-        ((2, 1, 8), Some(1), &all[..1]),
+        // Windows within a chunk, and of a chunk and more.
+        ((7, 1, 20), Some(37), &all[..1]),
+        ((7, 1, 20), Some(70), &all[2..]),
     ];
     for ((n_heads, n_kv_heads, head_dim), window, cache_types) in shapes {
         let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position: 0, window };
@@ -182,18 +180,18 @@ fn what_is_not_finite_is_hidden_by_a_window() {
     let gpu = gpu();
     for window in [5, 70] {
         let args =
-            AttentionArgs { n_heads: 2, n_kv_heads: 1, head_dim: 16, position: 0, window: Some(window) };
-        let width = 4 * 16;
+            AttentionArgs { n_heads: 7, n_kv_heads: 1, head_dim: 20, position: 0, window: Some(window) };
+        let width = 9 * 20;
         let mut rows = Random(8).floats(200 * width);
         // In a key and in a value of the first rows.
-        for at in [2 * 16 + 3, 3 * 16 + 3] {
+        for at in [7 * 20 + 3, 8 * 20 + 3] {
             rows[at] = f32::INFINITY;
             rows[width + at] = f32::NAN;
         }
         for chunk in [1, 7, 200] {
             let mut sequence = Sequence::new(&gpu, args, CacheType::F32, 200);
             let out: Vec<f32> = rows.chunks(chunk * width).flat_map(|rows| sequence.attend(rows)).collect();
-            for (row, out) in out.chunks(2 * 16).enumerate().skip(1 + window) {
+            for (row, out) in out.chunks(7 * 20).enumerate().skip(1 + window) {
                 assert!(out.iter().all(|v| v.is_finite()), "window {window}, chunks of {chunk}, row {row}");
             }
         }

@@ -19,9 +19,9 @@ use serde::Serialize;
 
 use crate::generate::{GenerateError, prefill};
 use crate::load::DEFAULT_CHUNK;
-use bitnet_burn::{BitNet, ForwardError, Row};
+use bitnet_burn::Norm;
+use bitnet_burn::{BitLinearWeight, BitNet, ForwardError, Row};
 use bitnet_burn::{CacheType, KvCache, SequenceId};
-use bitnet_burn::{Norm, Projection};
 use bitnet_burn_formats::random::SplitMix64;
 
 /// Why a measurement failed.
@@ -145,11 +145,11 @@ pub struct DecodeBatch {
 /// Bytes that a decode step reads, by part, without the KV cache, which grows with the context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct BytesPerToken {
-    /// Ternary weights of all layers, in the layout that the chosen kernels read.
+    /// Projections of all layers, in the layout that the chosen kernels read; of experts, those that compute a token.
     pub ternary: u64,
     /// The output head in its stored format. In tied models this is the embedding.
     pub head: u64,
-    /// The weights of all norms.
+    /// The weights of all norms, and of routers to experts.
     pub norms: u64,
     /// One row of the embedding, if it is not the head.
     pub embedding_row: u64,
@@ -162,14 +162,19 @@ impl BytesPerToken {
     /// If no kernel can compute one of its shapes.
     pub fn of(model: &BitNet) -> Result<Self, ManagerError> {
         let config = model.config();
-        let host_layers = model.layer_devices().iter().filter(|device| ops::is_host(device)).count() as u64;
-        let mut ternary = 0u64;
-        for projection in Projection::ALL {
-            let (n, k) = projection.shape(config);
-            if host_layers > 0 {
-                ternary += manager().choose(n, k, LayoutPolicy::Any)?.weight_bytes() as u64 * host_layers;
+        let (mut ternary, mut routers) = (0u64, 0u64);
+        for block in &model.blocks {
+            let host = ops::is_host(&block.device());
+            for (which, layer) in block.projections() {
+                let (n, k) = which.shape(config);
+                ternary += match &layer.weight {
+                    _ if !which.is_read(config) => 0,
+                    BitLinearWeight::Dense(matrix) => matrix.args().bytes().unwrap_or(0) as u64,
+                    _ if host => manager().choose(n, k, LayoutPolicy::Any)?.weight_bytes() as u64,
+                    _ => (n * canonical::row_bytes(k)) as u64,
+                };
             }
-            ternary += (n * canonical::row_bytes(k)) as u64 * (config.n_layers as u64 - host_layers);
+            routers += block.router().and_then(|router| router.args().bytes()).unwrap_or(0) as u64;
         }
         let row = |matrix: &bitnet_burn::DenseMatrix| {
             let args = matrix.args();
@@ -185,7 +190,7 @@ impl BytesPerToken {
         };
         let of_layer = |layer| Norm::of_layer(layer, config).map(|norm| norm.len(config)).sum::<usize>();
         let norms = (0..config.n_layers).map(of_layer).sum::<usize>() + Norm::Output.len(config);
-        Ok(Self { ternary, head, norms: norms as u64 * 4, embedding_row })
+        Ok(Self { ternary, head, norms: norms as u64 * 4 + routers, embedding_row })
     }
 
     /// The sum of all parts.

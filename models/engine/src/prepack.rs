@@ -4,7 +4,7 @@
 //! model, as it was (size and time of modification of its files), and to the layouts that this program's
 //! own kernels read: whatever differs at a later start, another choice of kernels among them, is packed again in
 //! memory, and a report says so. Layouts of plugins are not kept: what a plugin packs is checked when it is
-//! packed.
+//! packed. The projections of experts are not kept either: most of them are not read for most tokens.
 //!
 //! ```text
 //! tensors   each at a multiple of 4096 bytes
@@ -191,7 +191,12 @@ pub fn write(
 ) -> Result<Summary, PrepackError> {
     let path = path_of(checkpoint.path());
     let config = checkpoint.config();
-    let all = config.n_layers * Projection::ALL.len() + 1;
+    let in_layer = |layer: usize| {
+        let all = Projection::of_layer(layer, config).into_iter();
+        all.filter(|which| which.expert().is_none())
+    };
+    let all = (0..config.n_layers).map(|layer| in_layer(layer).count()).sum::<usize>() + 1;
+    let mut done = 0;
     let mut table = Table { model: origins(checkpoint)?, tensors: Vec::new() };
     let mut bytes = 0;
     let io_error = |source| PrepackError::Io { path: path.clone(), source };
@@ -206,8 +211,9 @@ pub fn write(
             io::Result::Ok(())
         };
         for layer in 0..config.n_layers {
-            for (i, which) in Projection::ALL.into_iter().enumerate() {
-                progress(layer * Projection::ALL.len() + i, all);
+            for which in in_layer(layer) {
+                progress(done, all);
+                done += 1;
                 let (n, k) = which.shape(config);
                 if checkpoint.dense_bytes(layer, which).is_some() {
                     continue;
@@ -320,7 +326,8 @@ impl Prepacked {
             path: self.path.clone(),
             problem: format!("{what} is not what the model has"),
         };
-        for which in Projection::ALL {
+        let all = Projection::of_layer(0, checkpoint.config()).into_iter();
+        for which in all.filter(|which| which.expert().is_none()) {
             let (n, k) = which.shape(checkpoint.config());
             let choice = manager().choose(n, k, LayoutPolicy::Any)?;
             let Some((packed, scale)) =
@@ -360,6 +367,9 @@ impl Prepacked {
 
     /// The packed weights of a projection and their scale, if they are in the layout that was chosen.
     pub fn projection(&self, layer: usize, which: Projection, choice: &CpuKernels) -> Option<(Bytes, f32)> {
+        if which.expert().is_some() {
+            return None;
+        }
         let found = self.get(&name(layer, which), kept(choice), choice.shape(), choice.weight_bytes());
         self.count(found)
     }

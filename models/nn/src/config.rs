@@ -228,7 +228,7 @@ impl ModelConfig {
 
     /// The experts of a layer, where it has some.
     pub fn experts(&self, layer: usize) -> Option<&Experts> {
-        self.options.experts.as_ref().filter(|experts| !experts.dense_layers.contains(&layer))
+        self.options.experts.as_ref().filter(|experts| experts.dense_layers.binary_search(&layer).is_err())
     }
 
     /// Positions that a row sees in the attention of a layer, its own included; `None`: all up to its own.
@@ -411,6 +411,7 @@ mod tests {
             ("options.experts", |c| experts(c).used = 257),
             ("options.experts", |c| experts(c).intermediate_size = 0),
             ("options.experts", |c| experts(c).dense_layers.push(30)),
+            ("options.experts", |c| experts(c).dense_layers.push(7)),
             ("sub_norms", |c| _ = experts(c)),
             ("options.windows", |c| windows(c).positions = 0),
             ("options.windows", |c| windows(c).positions = usize::MAX),

@@ -208,3 +208,164 @@ fn indices(values: &[usize], device: &Device) -> Tensor<1, Int> {
     let count = values.len();
     Tensor::from_data(TensorData::new(values, [count]), device)
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::module::{Param, ParamId};
+
+    use super::*;
+
+    fn chosen(logits: &[f32], used: usize, renormalise: bool) -> Vec<(usize, f32)> {
+        choose(logits, used, renormalise).into_iter().map(|choice| (choice.expert, choice.weight)).collect()
+    }
+
+    #[test]
+    fn of_equal_logits_the_lower_number_comes_first() {
+        let experts = |logits: &[f32], used| -> Vec<usize> {
+            choose(logits, used, true).into_iter().map(|choice| choice.expert).collect()
+        };
+        assert_eq!(experts(&[1.0, 3.0, 2.0, 3.0, 3.0], 2), [1, 3]);
+        assert_eq!(experts(&[0.0, -0.0, 0.0, -1.0], 3), [0, 1, 2]);
+        assert_eq!(experts(&[-0.0, 0.0], 1), [0]);
+        assert_eq!(experts(&[5.0, 5.0, 5.0], 3), [0, 1, 2]);
+        assert_eq!(experts(&[f32::NEG_INFINITY, 0.0], 2), [1, 0]);
+    }
+
+    #[test]
+    fn weights_are_the_softmax_over_all_or_over_the_chosen() {
+        let ln = |v: f32| v.ln();
+        let logits = [ln(1.0), ln(4.0), ln(2.0), ln(1.0)];
+        let close = |got: Vec<(usize, f32)>, want: [(usize, f32); 2]| {
+            for (got, want) in got.iter().zip(want) {
+                assert!(got.0 == want.0 && (got.1 - want.1).abs() < 1e-6, "{got:?} {want:?}");
+            }
+        };
+        close(chosen(&logits, 2, false), [(1, 0.5), (2, 0.25)]);
+        close(chosen(&logits, 2, true), [(1, 2.0 / 3.0), (2, 1.0 / 3.0)]);
+        // Logits that no exponential holds.
+        close(chosen(&[3000.0, -3000.0, 3000.0], 2, false), [(0, 0.5), (2, 0.5)]);
+        // One expert has all of the weight if it is renormalised.
+        assert_eq!(chosen(&logits, 1, true), [(1, 1.0)]);
+        assert!(choose(&[0.0, f32::NAN, 1.0], 2, true)[0].weight.is_nan());
+    }
+
+    fn layer(experts: usize, used: usize, renormalise: bool, device: &Device) -> BitExperts {
+        device.seed(experts as u64);
+        BitExpertsConfig::new(16, 24, experts, used)
+            .with_renormalise(renormalise)
+            .with_clamp(Some(0.5))
+            .init(GatedActivation::Silu, device)
+    }
+
+    fn rows(count: usize, device: &Device) -> Tensor<2> {
+        let values = (0..count * 16).map(|i| ((i * 7919 % 1013) as f32 / 506.5 - 1.0) * 2.0).collect();
+        Tensor::from_data(TensorData::new(values, [count, 16]), device)
+    }
+
+    fn values(tensor: Tensor<2>) -> Vec<f32> {
+        tensor.into_data().iter::<f32>().collect()
+    }
+
+    /// The formula, an expert and a row at a time.
+    fn naive(layer: &BitExperts, x: &Tensor<2>, quantise: bool) -> Vec<f32> {
+        let x = ops::rms_norm(x.clone(), layer.input_norm.gamma.val(), layer.input_norm.epsilon as f32);
+        let mut out = Vec::new();
+        for row in 0..x.dims()[0] {
+            let x = x.clone().slice([row..row + 1, 0..16]);
+            let logits = values(layer.router.forward(x.clone()));
+            let mut choices = choose(&logits, layer.used, layer.renormalise);
+            choices.sort_by_key(|choice| choice.expert);
+            let mut sum = vec![0f32; 16];
+            for Choice { expert, weight } in choices {
+                let expert = &layer.experts[expert];
+                let gate = values(expert.gate_proj.forward_rows(x.clone(), quantise).unwrap());
+                let up = values(expert.up_proj.forward_rows(x.clone(), quantise).unwrap());
+                let clamp = layer.gate.clamp.unwrap();
+                let inner = gate.iter().zip(up).map(|(&gate, up)| {
+                    let gate = gate.min(clamp);
+                    gate / (1.0 + (-gate).exp()) * up.clamp(-clamp, clamp)
+                });
+                let inner = TensorData::new(inner.collect::<Vec<f32>>(), [1, 24]);
+                let inner = Tensor::from_data(inner, &x.device());
+                let y = values(expert.down_proj.forward_rows(inner, quantise).unwrap());
+                sum.iter_mut().zip(y).for_each(|(sum, y)| *sum += weight * y);
+            }
+            out.extend(sum);
+        }
+        out
+    }
+
+    #[test]
+    fn the_layer_is_the_formula() {
+        let device = Device::flex();
+        for (experts, used, renormalise) in [(1, 1, true), (5, 2, true), (5, 2, false), (4, 4, true)] {
+            let layer = layer(experts, used, renormalise, &device);
+            let x = rows(9, &device);
+            let want = naive(&layer, &x, false);
+            for (i, (got, want)) in values(layer.forward(x, false).unwrap()).iter().zip(want).enumerate() {
+                assert!((got - want).abs() < 1e-5, "{experts}, {used}, {i}: {got} {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_do_not_depend_on_the_rows_beside_them() {
+        let device = Device::flex();
+        let layer = layer(5, 2, true, &device);
+        let pack = |linear: &BitLinear| linear.clone().pack().unwrap();
+        let packed = layer.experts.iter().map(|expert| BitExpert {
+            gate_proj: pack(&expert.gate_proj),
+            up_proj: pack(&expert.up_proj),
+            down_proj: pack(&expert.down_proj),
+        });
+        let (experts, router) = (packed.collect(), layer.router.clone().freeze());
+        let layer = BitExperts { experts, router, ..layer };
+        let x = rows(37, &device);
+        let whole = values(layer.forward(x.clone(), true).unwrap());
+        for chunk in [1, 2, 5, 36] {
+            for from in (0..37).step_by(chunk) {
+                let to = (from + chunk).min(37);
+                let part = values(layer.forward(x.clone().slice([from..to, 0..16]), true).unwrap());
+                assert_eq!(part, whole[from * 16..to * 16], "rows {from}..{to}");
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_pass_the_weights_of_the_experts() {
+        for renormalise in [true, false] {
+            let device = Device::flex().autodiff();
+            let layer = layer(4, 2, renormalise, &device);
+            let x = rows(6, &device);
+            let total = |layer: &BitExperts| {
+                let y = layer.forward(x.clone(), false).unwrap();
+                // Outputs that count differently.
+                (y.clone() * y).sum()
+            };
+            let crate::DenseWeight::Float(router) = &layer.router.weight else { panic!("training") };
+            let gradients = total(&layer).backward();
+            let got: Vec<f32> =
+                router.val().grad(&gradients).expect("of the router").into_data().iter::<f32>().collect();
+            let weights: Vec<f32> = router.val().into_data().iter::<f32>().collect();
+            for at in [0, 17, 40, 63] {
+                let moved = |by: f32| {
+                    let mut weights = weights.clone();
+                    weights[at] += by;
+                    let weights = Tensor::<2>::from_data(TensorData::new(weights, [4, 16]), &device);
+                    let router = DenseMatrix::trainable(Param::initialized(ParamId::new(), weights));
+                    f64::from(total(&BitExperts { router, ..layer.clone() }).into_scalar::<f32>())
+                };
+                let want = (moved(1e-2) - moved(-1e-2)) / 2e-2;
+                let got = f64::from(got[at]);
+                assert!(
+                    (got - want).abs() < 0.02 * want.abs().max(0.01),
+                    "{renormalise}, {at}: {got} {want}"
+                );
+            }
+            let crate::BitLinearWeight::Latent(gate) = &layer.experts[0].gate_proj.weight else {
+                panic!("training")
+            };
+            assert!(gate.val().grad(&gradients).is_some(), "an expert that has rows learns");
+        }
+    }
+}

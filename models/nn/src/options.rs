@@ -16,7 +16,7 @@ pub struct Experts {
     pub intermediate_size: usize,
     /// Whether the weights of a row's experts are divided by their sum.
     pub renormalise: bool,
-    /// Layers that have a feed-forward network of their own, of the model's `intermediate_size`, and no experts.
+    /// Layers that have a feed-forward network of their own, of the model's `intermediate_size`, and no experts; ascending.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub dense_layers: Vec<usize>,
 }
@@ -45,6 +45,9 @@ impl Experts {
             if value == 0 || value > max {
                 return Some(format!("has {value} {name}; there must be between 1 and {max}"));
             }
+        }
+        if !dense_layers.is_sorted_by(|a, b| a < b) {
+            return Some("has layers without experts that are not in ascending order".into());
         }
         let layer = dense_layers.iter().find(|&&layer| layer >= n_layers)?;
         Some(format!("has layer {layer} without experts; the model has {n_layers} layers"))

@@ -49,6 +49,22 @@ impl Projection {
         }
     }
 
+    /// The kinds of matrices that a token is multiplied by: [`ALL`](Self::ALL), in a model with experts with those of the
+    /// first expert in place of the feed-forward network's.
+    pub fn kinds(config: &ModelConfig) -> [Self; 7] {
+        if config.options.experts.is_none() {
+            return Self::ALL;
+        }
+        let ([q, k, v, o], [gate, up, down]) = (Self::ATTENTION, Self::of_expert(0));
+        [q, k, v, o, gate, up, down]
+    }
+
+    /// Whether it counts where a token is said to be multiplied by its first experts, as many as compute it.
+    pub fn is_read(self, config: &ModelConfig) -> bool {
+        let used = config.options.experts.as_ref().map_or(0, |experts| experts.used);
+        self.expert().is_none_or(|number| number < used)
+    }
+
     /// The number of the expert that it belongs to.
     pub fn expert(self) -> Option<usize> {
         match self {

@@ -93,13 +93,14 @@ pub(super) fn swiglu_clamp(
     let Some((key, value)) = keys.find(KEY) else {
         return if architecture == MAPLE { Err(keys.missing(KEY)) } else { Ok(Vec::new()) };
     };
-    let clamps = match value {
-        Value::Array(array) => array.to_f32(),
-        value => value.as_f64().map(|clamp| vec![clamp as f32; n_layers]),
-    };
     if architecture != MAPLE {
         return Err(keys.unsupported(key, value, "no such key"));
     }
+    let clamps = match value {
+        Value::Array(array) => array.to_f32(),
+        // The pattern of windows, which was read before, has as many layers.
+        value => value.as_f64().map(|clamp| vec![clamp as f32; n_layers]),
+    };
     let clamps = clamps.filter(|clamps| clamps.len() == n_layers);
     let clamps = clamps.ok_or_else(|| keys.wrong(key, value, "a number, or one for each layer"))?;
     Ok(clamps.into_iter().map(|clamp| if (0.0..=1e-6).contains(&clamp) { 0.0 } else { clamp }).collect())

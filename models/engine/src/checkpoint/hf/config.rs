@@ -28,6 +28,9 @@ pub(super) fn config(
     let mut options = options_of(fields, architecture, (n_layers, hidden_size))?;
     options.experts = experts(fields, architecture, n_layers)?;
     options.windows = windows(fields, architecture, n_layers)?;
+    if let Some(windows) = options.windows.as_ref().filter(|_| architecture == MAPLE) {
+        options.swiglu_clamp = vec![MAPLE_CLAMP; windows.layers.len()];
+    }
     let n_heads = fields.required_size("num_attention_heads")?;
     let head_dim = match fields.size("head_dim")? {
         Some(head_dim) => head_dim,
@@ -250,7 +253,6 @@ fn options_of(
     }
     let mut options = DecoderOptions {
         qk_norms: matches!(architecture, "qwen3" | QWEN3_MOE | MAPLE),
-        swiglu_clamp: if architecture == MAPLE { vec![MAPLE_CLAMP; n_layers] } else { Vec::new() },
         qkv_bias: attention_bias || architecture == "qwen2",
         output_bias: attention_bias && architecture != "qwen2",
         ..DecoderOptions::default()

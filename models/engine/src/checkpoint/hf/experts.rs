@@ -8,9 +8,13 @@ use super::super::error::LoadError;
 use super::fields::{Fields, MAPLE, QWEN3_MOE};
 use bitnet_burn::{Experts, SlidingWindows};
 use serde_json::Value;
+use std::collections::BTreeSet;
 
 /// What Maple limits gates and their factors to. Its configuration does not state it.
 pub(super) const MAPLE_CLAMP: f32 = 7.0;
+
+/// More layers than any model has.
+const MANY: usize = 1 << 16;
 
 /// Keys of other mixtures that would change the result, and the number that changes nothing.
 const NEUTRAL: [(&str, f64); 9] = [
@@ -65,17 +69,18 @@ pub(super) fn experts(
 fn dense_layers(fields: Fields<'_>, n_layers: usize) -> Result<Vec<usize>, LoadError> {
     let index = |v: &Value| usize::try_from(v.as_u64()?).ok();
     let stated = fields.read("mlp_only_layers", "a list of layers", |value| {
-        value.as_array()?.iter().map(index).collect::<Option<Vec<usize>>>()
+        value.as_array()?.iter().map(index).collect::<Option<BTreeSet<usize>>>()
     })?;
-    let stated = stated.unwrap_or_default();
+    let mut dense = stated.unwrap_or_default();
     let step = fields.size("decoder_sparse_step")?.unwrap_or(1);
     if step == 0 {
         return Err(fields.wrong("decoder_sparse_step", &Value::from(step), "a positive integer"));
     }
-    // One that the model lacks is an error of the configuration, and stays in the list.
-    let beyond = stated.iter().copied().filter(|&layer| layer >= n_layers);
-    let dense = |layer: &usize| stated.contains(layer) || !(layer + 1).is_multiple_of(step);
-    Ok((0..n_layers).filter(dense).chain(beyond).collect())
+    if step > 1 {
+        // More layers than any model has are an error that is found later.
+        dense.extend((0..n_layers.min(MANY)).filter(|layer| !(layer + 1).is_multiple_of(step)));
+    }
+    Ok(dense.into_iter().collect())
 }
 
 /// The sliding windows of Maple.
