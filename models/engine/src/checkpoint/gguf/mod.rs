@@ -97,6 +97,14 @@ impl GgufModel {
                 self.check_shape(tensor, &[n, k])?;
                 used.insert(tensor.name.as_str());
                 if let Some(scale) = self.scale_tensor(layer, which)? {
+                    if self.is_dense(tensor.tensor_type) {
+                        let (name, stored_as) = (&tensor.name, tensor.tensor_type.name());
+                        return Err(LoadError::UnsupportedTensor {
+                            path: self.file.path().to_owned(),
+                            tensor: scale.name.clone(),
+                            problem: format!("`{name}` is {stored_as} with scales of its own"),
+                        });
+                    }
                     used.insert(scale.name.as_str());
                 }
                 if which.has_bias(config) {
