@@ -90,6 +90,24 @@ fn a_pipeline_of_two_workers_computes_the_bits_of_one_process() {
     }
 }
 
+/// Experts are chosen here and computed there, with windows in the operations that go over.
+#[test]
+fn a_mixture_with_windows_computes_the_bits_of_one_process() {
+    let Some(golden) = golden_dir("a mixture on a worker") else { return };
+    let worker = worker().unwrap();
+    let file = golden.join("2026/gguf/maple-small-q2_0.gguf");
+    setup();
+    let checkpoint = Checkpoint::open(&file, &Default::default()).unwrap();
+    let tokens: Vec<u32> = (0..30).map(|i| (i * 37 + 11) % 317).collect();
+    let options = LoadOptions::default();
+    let local = placed(&checkpoint, &Placement::cpu_only(2), &options);
+    let model = placed(&checkpoint, &over(&[(&name(&worker), 2)], CPU), &options);
+    for (cache_type, chunk) in [(CacheType::F32, 256), (CacheType::Int8, 7)] {
+        let [want, got] = [&local, &model].map(|model| all_logits(model, &tokens, chunk, cache_type));
+        assert!(want == got, "{cache_type:?}, chunks of {chunk}");
+    }
+}
+
 #[test]
 fn a_session_is_shared_and_devices_are_named() {
     let worker = worker().unwrap();

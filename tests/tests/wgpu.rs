@@ -83,6 +83,21 @@ fn a_gguf_file_gives_the_logits_of_the_float64_reference() {
     }
 }
 
+/// Experts, which the host chooses, sliding windows, and layers without RoPE.
+#[test]
+fn a_mixture_with_windows_gives_the_logits_of_its_reference() {
+    let Some(golden) = golden_dir("a mixture on a GPU") else { return };
+    let file = golden.join("2026/gguf/maple-small-q2_0.gguf");
+    let model = load(&file, &gpu(), &LoadOptions::default());
+    let goldens = read_goldens(&file.with_extension("goldens.safetensors"));
+    let (ids, want) = (goldens["seq16.input_ids"].ids(), &goldens["seq16.logits"].values);
+    for chunk in [256, 1] {
+        let difference = max_difference(&all_logits(&model, &ids, chunk, CacheType::F32), want);
+        println!("maple-small in chunks of {chunk}: {difference:.1e}");
+        assert!(difference < TOLERANCE, "chunks of {chunk}: {difference:e}");
+    }
+}
+
 #[test]
 fn bit_linear_computes_and_differentiates_as_on_the_host() {
     setup();
