@@ -100,6 +100,10 @@ fn compare(model: &BitNet, name: &str, goldens: &HashMap<String, Golden>, int8: 
             assert!(chunked == logits, "{name} seq{n}: chunks of {chunk} rows give other bits");
         }
         beside_another(model, name, &ids, &logits);
+        // What training computes, without a cache.
+        let whole = model.forward_sequences(&ids, n).unwrap().into_data().try_to_vec::<f32>().unwrap();
+        let difference = max_difference(&whole, &golden.values);
+        assert!(difference < tolerance, "{name} seq{n} without a cache: {difference:e}");
         // (falcon-e-like in GGUF has no generations.)
         if let Some(expected) = goldens.get(&format!("seq{n}.gen_ids")) {
             greedy(model, name, &ids, &expected.ids());

@@ -7,7 +7,7 @@ use std::path::Path;
 use bitnet_burn::BitNet;
 use bitnet_burn::ModelConfig;
 use bitnet_burn::backends::ops;
-use bitnet_burn::{BitLinearConfig, BitLinearWeight, CacheType, DenseWeight};
+use bitnet_burn::{BitLinearConfig, BitLinearWeight, CacheType, DenseWeight, FeedForward};
 use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_tests::reference::{Forward, Mutation, Reference};
 use bitnet_burn_tests::*;
@@ -164,9 +164,8 @@ fn a_model_trains_as_on_the_host() {
             let grads = loss.backward();
             let block = &model.blocks[0];
             let BitLinearWeight::Latent(q) = &block.attention.q_proj.weight else { panic!("training") };
-            let BitLinearWeight::Latent(down) = &block.feed_forward.down_proj.weight else {
-                panic!("training")
-            };
+            let FeedForward::One(network) = &block.feed_forward else { panic!("no experts") };
+            let BitLinearWeight::Latent(down) = &network.down_proj.weight else { panic!("training") };
             let DenseWeight::Float(embedding) = &model.embedding.weight else { panic!("training") };
             let of = |weight: Tensor<2>| -> Vec<f32> {
                 weight.grad(&grads).expect("a gradient").into_data().iter::<f32>().collect()
