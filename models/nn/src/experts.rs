@@ -308,10 +308,26 @@ mod tests {
         }
     }
 
+    /// A row's experts one by one, their contributions added in ascending order of the numbers, or in descending order.
+    fn added(layer: &BitExperts, x: &Tensor<2>, ascending: bool) -> Vec<f32> {
+        let x = ops::rms_norm(x.clone(), layer.input_norm.gamma.val(), layer.input_norm.epsilon as f32);
+        let mut choices = layer.choose(layer.router.forward(x.clone())).unwrap();
+        choices.sort_by_key(|choice| choice.expert);
+        if !ascending {
+            choices.reverse();
+        }
+        let mut sum = vec![0f32; 16];
+        for Choice { expert, weight } in choices {
+            let y = values(layer.experts[expert].forward(x.clone(), layer.gate, true).unwrap());
+            sum.iter_mut().zip(y).for_each(|(sum, y)| *sum += weight * y);
+        }
+        sum
+    }
+
     #[test]
     fn rows_do_not_depend_on_the_rows_beside_them() {
         let device = Device::flex();
-        let layer = layer(5, 2, true, &device);
+        let layer = layer(5, 3, true, &device);
         let pack = |linear: &BitLinear| linear.clone().pack().unwrap();
         let packed = layer.experts.iter().map(|expert| BitExpert {
             gate_proj: pack(&expert.gate_proj),
@@ -329,6 +345,14 @@ mod tests {
                 assert_eq!(part, whole[from * 16..to * 16], "rows {from}..{to}");
             }
         }
+        // The order of the sum is the documented one, and another would show.
+        let by_row = |ascending| -> Vec<f32> {
+            (0..37)
+                .flat_map(|row| added(&layer, &x.clone().slice([row..row + 1, 0..16]), ascending))
+                .collect()
+        };
+        assert_eq!(by_row(true), whole);
+        assert_ne!(by_row(false), whole);
     }
 
     #[test]
