@@ -333,7 +333,7 @@ mod tests {
         config.sub_norms = false;
         experts(&mut config);
         windows(&mut config);
-        config.options.swiglu_clamp = vec![7.0, 0.0].repeat(15);
+        config.options.swiglu_clamp = [7.0, 0.0].repeat(15);
         config.validate().unwrap();
         let of_experts = |count: u64| 28 * 3 * 2560 * (count * 768 - 6912);
         assert_eq!(config.ternary_parameters(), dense + of_experts(256));

@@ -95,7 +95,7 @@ fn seconds(
         let rate = rate(machine, &stage.device, settings.threads)?;
         let layers = stage.layers.len();
         let (weights, of_token) = (model.layer_bytes(layers) as f64, model.layer_bytes_read(layers) as f64);
-        let history = model.kv_bytes(settings.kv_cache, context, layers) as f64;
+        let history = model.kv_bytes_read(settings.kv_cache, context, layers) as f64;
         all.decode += (of_token + history) / (rate.read * 1e9);
         // Rows that choose other experts read more of them, up to all.
         let rows = settings.rows.max(1) as f64;

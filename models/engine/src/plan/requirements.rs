@@ -46,6 +46,8 @@ pub struct Requirements {
     widest: u64,
     heads: u64,
     query_values: u64,
+    /// Positions of sliding windows, and the number of layers that have them.
+    windows: (usize, usize),
 }
 
 /// Classes of devices whose operations need different workspace.
@@ -167,6 +169,9 @@ impl Requirements {
             widest: hidden.max(q).max(experts.map_or(inter, |experts| experts.intermediate_size as u64)),
             heads: config.n_heads as u64,
             query_values: q,
+            windows: config.options.windows.as_ref().map_or((usize::MAX, 0), |windows| {
+                (windows.positions, windows.layers.iter().filter(|&&sliding| sliding).count())
+            }),
         }
     }
 
@@ -189,6 +194,15 @@ impl Requirements {
     pub fn kv_bytes(&self, kind: CacheType, positions: usize, layers: usize) -> u64 {
         let index = CACHE_TYPES.iter().position(|&known| known == kind).expect("all types are listed");
         self.kv_per_position[index].saturating_mul(positions as u64).saturating_mul(layers as u64)
+    }
+
+    /// Bytes of the KV cache that a token reads behind `positions` positions in `layers` layers, of which as many have sliding
+    /// windows as in the whole model, in proportion.
+    pub fn kv_bytes_read(&self, kind: CacheType, positions: usize, layers: usize) -> u64 {
+        let (window, sliding) = self.windows;
+        let all = self.kv_bytes(kind, positions, layers);
+        let hidden = all - self.kv_bytes(kind, positions.min(window), layers);
+        all - (hidden as f64 * sliding as f64 / self.layers.max(1) as f64) as u64
     }
 
     /// The memory that each device of a placement needs.
@@ -268,6 +282,7 @@ pub struct DenseBytes {
 mod tests {
     use super::*;
     use crate::synth::shape;
+    use bitnet_burn::SlidingWindows;
     use bitnet_burn_formats::DenseFormat;
 
     #[test]
@@ -315,6 +330,21 @@ mod tests {
         assert_eq!(needs.layer_projections * 4, attention + 64 * 3 * 2560 * 768);
         assert_eq!(needs.layer_read * 4, needs.layer_weights);
         assert_eq!(needs.layer_bytes(3) - needs.layer_bytes_read(3), 3 * 60 * 3 * 2560 * 768 / 4);
+    }
+
+    #[test]
+    fn a_token_reads_the_positions_of_its_windows() {
+        let mut config = shape("2b-4t").unwrap();
+        let sizes = DenseBytes { embedding: 0, output: 0, head_read: 0 };
+        let layers = (0..30).map(|layer| layer % 3 != 2).collect();
+        config.options.windows = Some(SlidingWindows { positions: 512, layers, global_rope: false });
+        let needs = Requirements::with(&config, sizes);
+        let read = |positions| needs.kv_bytes_read(CacheType::F16, positions, 3);
+        let of_layer = |positions| needs.kv_bytes(CacheType::F16, positions, 1);
+        assert_eq!(read(512), 3 * of_layer(512));
+        assert_eq!(read(4096), of_layer(4096) + 2 * of_layer(512));
+        // All of them are kept.
+        assert_eq!(needs.kv_bytes(CacheType::F16, 4096, 3), 3 * of_layer(4096));
     }
 
     #[test]
