@@ -422,10 +422,11 @@ pub fn ternarise(w: Tensor<2>) -> Tensor<2> {
 /// [sequences * length, heads * d].
 ///
 /// # Panics
-/// If the shapes do not fit.
+/// If the shapes do not fit, or the window has no row.
 pub fn self_attention(qkv: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, args: SelfAttentionArgs) -> Tensor<2> {
     let [m, width] = qkv.dims();
-    let SelfAttentionArgs { n_heads, n_kv_heads, head_dim, length } = args;
+    let SelfAttentionArgs { n_heads, n_kv_heads, head_dim, length, window } = args;
+    assert!(window != Some(0), "a window of no rows");
     assert_eq!(width, (n_heads + 2 * n_kv_heads) * head_dim, "queries, keys and values");
     assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads}");
     assert!(head_dim.is_multiple_of(2) && length > 0 && m.is_multiple_of(length), "{m} rows by {length}");
@@ -664,7 +665,7 @@ pub fn cache_append(cache: CacheLayer, rows: Tensor<2>, position: usize) -> Cach
 /// caches, in place while those have no other owner, and attended to. The context [M, heads * d], and the caches.
 ///
 /// # Panics
-/// If the shapes do not fit, or the caches differ in type.
+/// If the shapes do not fit, the window has no position, or the caches differ in type.
 pub fn cached_attention(
     qkv: Tensor<2>,
     (cos, sin): (Tensor<2>, Tensor<2>),
@@ -672,7 +673,8 @@ pub fn cached_attention(
     args: AttentionArgs,
 ) -> (Tensor<2>, (CacheLayer, CacheLayer)) {
     let [m, width] = qkv.dims();
-    let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
+    let AttentionArgs { n_heads, n_kv_heads, head_dim, position, window } = args;
+    assert!(window != Some(0), "a window of no positions");
     assert_eq!(width, (n_heads + 2 * n_kv_heads) * head_dim, "queries, keys and values");
     assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads}");
     assert_eq!((cos.dims(), sin.dims()), ([m, head_dim / 2], [m, head_dim / 2]), "angles of the rows");
@@ -695,10 +697,12 @@ pub fn cached_attention(
 /// Causal attention of the rows q [M, heads * d] of one sequence over its cache.
 ///
 /// # Panics
-/// If the shapes do not fit, or the cache is one of int8 on a GPU, which only [`cached_attention`] knows.
+/// If the shapes do not fit, the window has no position, or the cache is one of int8 on a GPU, which only
+/// [`cached_attention`] knows.
 pub fn attention(q: Tensor<2>, keys: CacheLayer, values: CacheLayer, args: AttentionArgs) -> Tensor<2> {
     let [m, width] = q.dims();
-    let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
+    let AttentionArgs { n_heads, n_kv_heads, head_dim, position, window } = args;
+    assert!(window != Some(0), "a window of no positions");
     assert_eq!(width, n_heads * head_dim, "queries of {n_heads} heads of {head_dim}");
     assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads}");
     for cache in [&keys, &values] {

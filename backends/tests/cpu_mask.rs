@@ -122,7 +122,7 @@ fn everything() -> u64 {
             let qkv = random(10 + m as u32, &[m, (n_heads + 2 * n_kv_heads) * head_dim]);
             let angles = [20 + m as u32, 30].map(|seed| random(seed, &[m, head_dim / 2]));
             let [cos, sin] = angles;
-            let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position };
+            let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position, window: None };
             let CachedAttention { context, keys: k, values: v } =
                 Flex::cached_attention(qkv, cos, sin, keys, values, args);
             (keys, values) = (k, v);

@@ -64,7 +64,13 @@ fn kv_cache(criterion: &mut Criterion) {
                 || cache_append(CacheLayer::zeros(cache_type, shape, &device, &arena), rows.clone(), 0);
             let layers: Vec<_> = (0..LAYERS).map(|_| (full(), full())).collect();
             let mut layer = layers.iter().cycle();
-            let args = AttentionArgs { n_heads: HEADS, n_kv_heads: KV_HEADS, head_dim: HEAD_DIM, position };
+            let args = AttentionArgs {
+                n_heads: HEADS,
+                n_kv_heads: KV_HEADS,
+                head_dim: HEAD_DIM,
+                position,
+                window: None,
+            };
             let mut group = criterion.benchmark_group(format!("attention_{name}"));
             group.throughput(Throughput::Bytes(
                 (2 * KV_HEADS * context * cache_type.row_bytes(HEAD_DIM)) as u64,

@@ -76,14 +76,22 @@ fn rms_norm_rope_and_gated_activations_agree() {
 #[test]
 fn attention_over_a_cache_agrees() {
     let mut random = Random(2);
-    for (m, position, n_heads, n_kv_heads, head_dim) in
-        [(1, 0, 1, 1, 16), (6, 0, 4, 2, 64), (1, 37, 4, 2, 64), (13, 20, 6, 1, 32), (3, 5, 4, 4, 24)]
-    {
+    for (m, position, n_heads, n_kv_heads, head_dim, window) in [
+        (1, 0, 1, 1, 16, None),
+        (6, 0, 4, 2, 64, None),
+        (1, 37, 4, 2, 64, None),
+        (13, 20, 6, 1, 32, None),
+        (3, 5, 4, 4, 24, None),
+        (1, 37, 4, 2, 64, Some(8)),
+        (13, 20, 6, 1, 32, Some(1)),
+        (40, 30, 2, 1, 16, Some(17)),
+        (6, 5, 4, 4, 24, Some(100)),
+    ] {
         let length = position + m;
         let q = random.floats(m * n_heads * head_dim);
         let [old_k, old_v] = [(); 2].map(|()| random.floats(position.max(1) * n_kv_heads * head_dim));
         let [k, v] = [(); 2].map(|()| random.floats(m * n_kv_heads * head_dim));
-        let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position };
+        let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position, window };
         for cache_type in common_cache_types() {
             agree(&format!("attention {args:?} {cache_type:?}"), 2e-6, &|device| {
                 let width = n_kv_heads * head_dim;

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use bitnet_burn::{BitBlock, BitLinear, BitNet, CacheType, Row};
+use bitnet_burn::{BitBlock, BitLinear, BitNet, CacheType, Projection, Row};
 use bitnet_burn_engine::load::{ActivationRule, LoadOptions};
 use bitnet_burn_manager::ScaleKind;
 use bitnet_burn_tests::*;
@@ -24,23 +24,25 @@ const fn float(name: &'static str) -> Set {
 }
 
 /// What is read.
-const HF: [Set; 12] = [
+const HF: [Set; 14] = [
     float("llama-attn-bias"),
     float("llama-rope-linear"),
     float("llama-rope-llama3"),
     float("llama-rope-yarn"),
     float("llama-row"),
     float("llama-tensor"),
+    float("maple-small"),
     float("minicpm-longrope"),
     float("qwen2-qkv-bias"),
     float("qwen3-g128-tied"),
     float("qwen3-g64-untied"),
+    float("qwen3moe-row"),
     float("trilm-shards"),
     Set { name: "falcon-e-like", int8: true },
 ];
 
 /// GGUF files, and the Hugging Face directory whose goldens hold where the file's have none (64 tokens).
-const GGUF: [(&str, Option<&str>); 19] = [
+const GGUF: [(&str, Option<&str>); 25] = [
     ("falcon-e-like-q2_0", None),
     ("llama-attn-bias-pq2_0", Some("llama-attn-bias")),
     ("llama-attn-bias-q2_0", Some("llama-attn-bias")),
@@ -50,6 +52,10 @@ const GGUF: [(&str, Option<&str>); 19] = [
     ("llama-row-tq1_0-q6_k", None),
     ("llama-row-tq2_0", None),
     ("llama-tensor-q2_0", None),
+    ("maple-row-tq1_0-q8_0", None),
+    ("maple-row-tq2_0", None),
+    ("maple-small-ptq1_0", Some("maple-small")),
+    ("maple-small-q2_0", Some("maple-small")),
     ("minicpm-longrope-q2_0", None),
     ("qwen2-qkv-bias-q2_0", None),
     ("qwen3-g128-pq2_0", Some("qwen3-g128-tied")),
@@ -60,16 +66,18 @@ const GGUF: [(&str, Option<&str>); 19] = [
     ("qwen3-g64-q2_0-f16-q8_0", None),
     ("qwen3-hadamard-pq2_0", None),
     ("qwen3-hadamard-ptq1_0", None),
+    ("qwen3moe-row-ptq1_0", Some("qwen3moe-row")),
+    ("qwen3moe-row-q2_0", Some("qwen3moe-row")),
 ];
 
+/// Files whose router chooses another expert for one of 16 rows with quantised activations, ours or llama.cpp's: that row
+/// differs by everything, the others by a few percent.
+const ROUTER_FLIPS: [&str; 2] = ["maple-row-tq2_0", "maple-row-tq1_0-q8_0"];
+
 /// What is refused, and a word of the reason.
-const REFUSED: [(&str, &str); 7] = [
-    ("hf/maple-small", "maple"),
+const REFUSED: [(&str, &str); 3] = [
     ("hf/qwen35-gdn", "qwen3_5"),
-    ("hf/qwen3moe-row", "qwen3_moe"),
-    ("gguf/maple-small-q2_0.gguf", "`maple`"),
     ("gguf/qwen35-gdn-q2_0.gguf", "`qwen35`"),
-    ("gguf/qwen3moe-row-q2_0.gguf", "`qwen3moe`"),
     ("gguf/legacy-type42.gguf", "128"),
 ];
 
@@ -88,13 +96,15 @@ fn options(activations: ActivationRule) -> LoadOptions {
 /// chunks, beside others, and by every kernel.
 fn quantised(path: &Path, name: &str, goldens: &HashMap<String, Golden>) {
     let model = load(path, &Device::flex(), &options(ActivationRule::Model));
-    let groups = |layer: &BitLinear| layer.matrix().is_some_and(|matrix| matrix.scales != ScaleKind::One);
+    let groups = |(_, layer): (Projection, &BitLinear)| {
+        layer.matrix().is_some_and(|matrix| matrix.scales != ScaleKind::One)
+    };
     assert!(model.blocks.iter().flat_map(BitBlock::projections).all(groups), "{name}: other kernels");
     for n in [1, 16, 64] {
         let (golden, ids) =
             (&goldens[&format!("seq{n}.logits")], goldens[&format!("seq{n}.input_ids")].ids());
         let logits = all_logits(&model, &ids, 256, CacheType::F32);
-        let rms = relative_rms(&logits, &golden.values);
+        let rms = rms_but_flips(name, &logits, &golden.values, ids.len());
         println!("{name} seq{n}: {:.1} % from float activations", rms * 100.0);
         assert!(rms < INT8_RMS, "{name} seq{n}: {rms}");
         for chunk in [1, 5] {
@@ -122,6 +132,10 @@ fn compare(model: &BitNet, name: &str, goldens: &HashMap<String, Golden>, int8: 
             assert!(chunked == logits, "{name} seq{n}: chunks of {chunk} rows give other bits");
         }
         beside_another(model, name, &ids, &logits);
+        // What training computes, without a cache.
+        let whole = model.forward_sequences(&ids, n).unwrap().into_data().try_to_vec::<f32>().unwrap();
+        let difference = max_difference(&whole, &golden.values);
+        assert!(difference < tolerance, "{name} seq{n} without a cache: {difference:e}");
         // (falcon-e-like in GGUF has no generations.)
         if let Some(expected) = goldens.get(&format!("seq{n}.gen_ids")) {
             greedy(model, name, &ids, &expected.ids());
@@ -184,19 +198,34 @@ fn gguf_files_compute_what_transformers_computes() {
         compare(&model, name, &goldens, false);
         quantised(&file, name, &goldens);
         // llama.cpp quantises activations: a distance of a few percent.
-        let theirs = &goldens.get("seq16.llama_cpp").map(|golden| golden.values.clone());
         let ids = goldens["seq16.input_ids"].ids();
-        if let Some(theirs) = theirs {
-            let rms = relative_rms(&all_logits(&model, &ids, 256, CacheType::F32), theirs);
+        if let Some(theirs) = goldens.get("seq16.llama_cpp") {
+            let ours = all_logits(&model, &ids, 256, CacheType::F32);
+            let rms = rms_but_flips(name, &ours, &theirs.values, ids.len());
             println!("{name} seq16: {:.1} % from llama.cpp", rms * 100.0);
             assert!(rms < 0.1, "{name}: {rms}");
         }
-        if let Some(theirs) = goldens.get("seq16.llama_cpp_f32") {
+        for n in [16, 64] {
+            let Some(theirs) = goldens.get(&format!("seq{n}.llama_cpp_f32")) else { continue };
+            let ids = goldens[&format!("seq{n}.input_ids")].ids();
             let ours = all_logits(&model, &ids, 256, CacheType::F32);
             let difference = max_difference(&ours, &theirs.values);
-            assert!(difference < 2e-4, "{name}: {difference:e} from llama.cpp with float activations");
+            assert!(difference < 2e-4, "{name} seq{n}: {difference:e} from llama.cpp with float activations");
         }
     }
+}
+
+/// [`relative_rms`] of `rows` rows of logits, but for one in 16 where a router flips.
+fn rms_but_flips(name: &str, a: &[f32], b: &[f32], rows: usize) -> f64 {
+    let width = a.len() / rows;
+    let far = |(a, b): &(&[f32], &[f32])| relative_rms(a, b) >= INT8_RMS;
+    let (far, near): (Vec<_>, Vec<_>) = a.chunks(width).zip(b.chunks(width)).partition(far);
+    if !ROUTER_FLIPS.contains(&name) || far.is_empty() {
+        return relative_rms(a, b);
+    }
+    assert!(far.len() <= rows.div_ceil(16), "{name}: {} of {rows} rows are far", far.len());
+    let (a, b): (Vec<_>, Vec<_>) = near.into_iter().unzip();
+    relative_rms(&a.concat(), &b.concat())
 }
 
 fn relative_rms(a: &[f32], b: &[f32]) -> f64 {

@@ -258,6 +258,7 @@ fn check_layers(dir: &Path, device: &Device, trace: &dyn Fn(&str) -> Golden) {
             ops::cache_append(ops::CacheLayer::Float(empty), tensor(rows), 0)
         };
         let args = AttentionArgs {
+            window: None,
             n_heads: config.n_heads,
             n_kv_heads: config.n_kv_heads,
             head_dim: config.head_dim,

@@ -73,7 +73,7 @@ impl<'a> Sequence<'a> {
 
     /// Attends the next rows.
     fn attend(&mut self, qkv: &[f32]) -> Vec<f32> {
-        let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = self.args;
+        let AttentionArgs { n_heads, n_kv_heads, head_dim, position, .. } = self.args;
         let width = (n_heads + 2 * n_kv_heads) * head_dim;
         let m = qkv.len() / width;
         let positions: Vec<usize> = (position..position + m).collect();
@@ -118,10 +118,17 @@ fn attention_over_every_type_of_cache_is_that_of_the_host() {
     let all = &[CacheType::F32, CacheType::F16, CacheType::Int8][..];
     // Compiling takes its time on a processor. Heads of a group that fit one workgroup, and that don't; widths that are
     // no multiple of the threads.
-    let shapes =
-        [((20, 5, 128), all), ((7, 1, 20), all), ((3, 3, 12), &all[..1]), ((16, 1, 256), &all[1..2])];
-    for ((n_heads, n_kv_heads, head_dim), cache_types) in shapes {
-        let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position: 0 };
+    let shapes = [
+        ((20, 5, 128), None, all),
+        ((7, 1, 20), None, all),
+        ((3, 3, 12), None, &all[..1]),
+        ((16, 1, 256), None, &all[1..2]),
+        // Windows within a chunk, and of a chunk and more.
+        ((7, 1, 20), Some(37), &all[..1]),
+        ((7, 1, 20), Some(70), &all[2..]),
+    ];
+    for ((n_heads, n_kv_heads, head_dim), window, cache_types) in shapes {
+        let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position: 0, window };
         let width = (n_heads + 2 * n_kv_heads) * head_dim;
         for &cache_type in cache_types {
             let what = format!("{args:?} {cache_type:?}");
@@ -148,7 +155,7 @@ fn attention_over_every_type_of_cache_is_that_of_the_host() {
 fn what_is_not_finite_stays_in_its_rows_and_those_behind() {
     setup();
     let gpu = gpu();
-    let args = AttentionArgs { n_heads: 2, n_kv_heads: 1, head_dim: 16, position: 0 };
+    let args = AttentionArgs { n_heads: 2, n_kv_heads: 1, head_dim: 16, position: 0, window: None };
     let width = 4 * 16;
     let rows = Random(7).floats(20 * width);
     for cache_type in [CacheType::F32, CacheType::Int8] {
@@ -166,11 +173,36 @@ fn what_is_not_finite_stays_in_its_rows_and_those_behind() {
     }
 }
 
+/// What lies before the windows of all rows is not seen, whatever it is.
+#[test]
+fn what_is_not_finite_is_hidden_by_a_window() {
+    setup();
+    let gpu = gpu();
+    for window in [5, 70] {
+        let args =
+            AttentionArgs { n_heads: 7, n_kv_heads: 1, head_dim: 20, position: 0, window: Some(window) };
+        let width = 9 * 20;
+        let mut rows = Random(8).floats(200 * width);
+        // In a key and in a value of the first rows.
+        for at in [7 * 20 + 3, 8 * 20 + 3] {
+            rows[at] = f32::INFINITY;
+            rows[width + at] = f32::NAN;
+        }
+        for chunk in [1, 7, 200] {
+            let mut sequence = Sequence::new(&gpu, args, CacheType::F32, 200);
+            let out: Vec<f32> = rows.chunks(chunk * width).flat_map(|rows| sequence.attend(rows)).collect();
+            for (row, out) in out.chunks(7 * 20).enumerate().skip(1 + window) {
+                assert!(out.iter().all(|v| v.is_finite()), "window {window}, chunks of {chunk}, row {row}");
+            }
+        }
+    }
+}
+
 #[test]
 fn chunks_of_a_prompt_change_last_bits_at_most() {
     setup();
     let gpu = gpu();
-    let args = AttentionArgs { n_heads: 8, n_kv_heads: 2, head_dim: 32, position: 0 };
+    let args = AttentionArgs { n_heads: 8, n_kv_heads: 2, head_dim: 32, position: 0, window: None };
     let width = 12 * 32;
     let qkv = Random(3).floats(150 * width);
     for cache_type in [CacheType::F16, CacheType::Int8] {
@@ -187,7 +219,7 @@ fn chunks_of_a_prompt_change_last_bits_at_most() {
 fn a_cache_that_is_shared_is_copied_before_it_is_written_to() {
     setup();
     let gpu = gpu();
-    let args = AttentionArgs { n_heads: 2, n_kv_heads: 1, head_dim: 16, position: 0 };
+    let args = AttentionArgs { n_heads: 2, n_kv_heads: 1, head_dim: 16, position: 0, window: None };
     let mut random = Random(4);
     for cache_type in [CacheType::F32, CacheType::F16, CacheType::Int8] {
         let mut first = Sequence::new(&gpu, args, cache_type, 100);
@@ -228,7 +260,7 @@ fn halves_are_rounded_as_ieee_754_has_it() {
     let d = 512;
     let many = (odd.len()..d).map(|_| random.float() * 2f32.powi(random.below(40) as i32 - 25));
     let numbers: Vec<f32> = odd.into_iter().chain(many).collect();
-    let args = AttentionArgs { n_heads: 1, n_kv_heads: 1, head_dim: d, position: 0 };
+    let args = AttentionArgs { n_heads: 1, n_kv_heads: 1, head_dim: d, position: 0, window: None };
     let gpu = gpu();
     let mut sequence = Sequence::new(&gpu, args, CacheType::F16, 1);
     sequence.attend(&[vec![0.0; d], vec![1.0; d], numbers.clone()].concat());

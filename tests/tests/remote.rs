@@ -90,6 +90,24 @@ fn a_pipeline_of_two_workers_computes_the_bits_of_one_process() {
     }
 }
 
+/// Experts are chosen here and computed there, with windows in the operations that go over.
+#[test]
+fn a_mixture_with_windows_computes_the_bits_of_one_process() {
+    let Some(golden) = golden_dir("a mixture on a worker") else { return };
+    let worker = worker().unwrap();
+    let file = golden.join("2026/gguf/maple-small-q2_0.gguf");
+    setup();
+    let checkpoint = Checkpoint::open(&file, &Default::default()).unwrap();
+    let tokens: Vec<u32> = (0..30).map(|i| (i * 37 + 11) % 317).collect();
+    let options = LoadOptions::default();
+    let local = placed(&checkpoint, &Placement::cpu_only(2), &options);
+    let model = placed(&checkpoint, &over(&[(&name(&worker), 2)], CPU), &options);
+    for (cache_type, chunk) in [(CacheType::F32, 256), (CacheType::Int8, 7)] {
+        let [want, got] = [&local, &model].map(|model| all_logits(model, &tokens, chunk, cache_type));
+        assert!(want == got, "{cache_type:?}, chunks of {chunk}");
+    }
+}
+
 #[test]
 fn a_session_is_shared_and_devices_are_named() {
     let worker = worker().unwrap();
@@ -288,19 +306,19 @@ fn requests_that_can_t_be_computed_end_their_session_and_not_the_worker() {
         (
             "attention",
             Box::new(|d| {
-                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 2, 4, 8]))
+                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 2, 4, 8, 0]))
             }),
         ),
         (
             "attention",
             Box::new(|d| {
-                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 4, 4])], sizes(&[2, 2, 4, 5]))
+                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 4, 4])], sizes(&[2, 2, 4, 5, 0]))
             }),
         ),
         (
             "attention",
             Box::new(|d| {
-                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 0, 4, 0]))
+                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 0, 4, 0, 0]))
             }),
         ),
         (
@@ -309,7 +327,7 @@ fn requests_that_can_t_be_computed_end_their_session_and_not_the_worker() {
                 let angles = || floats(d, [1, 2]);
                 let qkv = floats(d, [1, 15]);
                 let caches = [cube(d, [1, 8, 4]), cube(d, [1, 8, 4])];
-                ([qkv, angles(), angles()].into_iter().chain(caches).collect(), sizes(&[2, 1, 4, 0]))
+                ([qkv, angles(), angles()].into_iter().chain(caches).collect(), sizes(&[2, 1, 4, 0, 0]))
             }),
         ),
         (
@@ -318,7 +336,14 @@ fn requests_that_can_t_be_computed_end_their_session_and_not_the_worker() {
                 let angles = || floats(d, [1, 2]);
                 let qkv = floats(d, [1, 16]);
                 let caches = [cube(d, [1, 8, 4]), cube(d, [1, 8, 4])];
-                ([qkv, angles(), angles()].into_iter().chain(caches).collect(), sizes(&[2, 1, 4, 8]))
+                ([qkv, angles(), angles()].into_iter().chain(caches).collect(), sizes(&[2, 1, 4, 8, 0]))
+            }),
+        ),
+        // Without the window.
+        (
+            "attention",
+            Box::new(|d| {
+                (vec![floats(d, [1, 8]), cube(d, [2, 8, 4]), cube(d, [2, 8, 4])], sizes(&[2, 2, 4, 0]))
             }),
         ),
         ("gated", Box::new(|d| (vec![floats(d, [1, 7])], vec![no]))),

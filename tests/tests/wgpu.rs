@@ -7,7 +7,7 @@ use std::path::Path;
 use bitnet_burn::BitNet;
 use bitnet_burn::ModelConfig;
 use bitnet_burn::backends::ops;
-use bitnet_burn::{BitLinearConfig, BitLinearWeight, CacheType, DenseWeight};
+use bitnet_burn::{BitLinearConfig, BitLinearWeight, CacheType, DenseWeight, FeedForward};
 use bitnet_burn_engine::load::{ActivationRule, LoadOptions};
 use bitnet_burn_tests::reference::{Forward, Mutation, Reference};
 use bitnet_burn_tests::*;
@@ -82,6 +82,21 @@ fn a_gguf_file_gives_the_logits_of_the_float64_reference() {
     }
 }
 
+/// Experts, which the host chooses, sliding windows, and layers without RoPE.
+#[test]
+fn a_mixture_with_windows_gives_the_logits_of_its_reference() {
+    let Some(golden) = golden_dir("a mixture on a GPU") else { return };
+    let file = golden.join("2026/gguf/maple-small-q2_0.gguf");
+    let model = load(&file, &gpu(), &LoadOptions::default());
+    let goldens = read_goldens(&file.with_extension("goldens.safetensors"));
+    let (ids, want) = (goldens["seq16.input_ids"].ids(), &goldens["seq16.logits"].values);
+    for chunk in [256, 1] {
+        let difference = max_difference(&all_logits(&model, &ids, chunk, CacheType::F32), want);
+        println!("maple-small in chunks of {chunk}: {difference:.1e}");
+        assert!(difference < TOLERANCE, "chunks of {chunk}: {difference:e}");
+    }
+}
+
 #[test]
 fn bit_linear_computes_and_differentiates_as_on_the_host() {
     setup();
@@ -148,9 +163,8 @@ fn a_model_trains_as_on_the_host() {
             let grads = loss.backward();
             let block = &model.blocks[0];
             let BitLinearWeight::Latent(q) = &block.attention.q_proj.weight else { panic!("training") };
-            let BitLinearWeight::Latent(down) = &block.feed_forward.down_proj.weight else {
-                panic!("training")
-            };
+            let FeedForward::One(network) = &block.feed_forward else { panic!("no experts") };
+            let BitLinearWeight::Latent(down) = &network.down_proj.weight else { panic!("training") };
             let DenseWeight::Float(embedding) = &model.embedding.weight else { panic!("training") };
             let of = |weight: Tensor<2>| -> Vec<f32> {
                 weight.grad(&grads).expect("a gradient").into_data().iter::<f32>().collect()

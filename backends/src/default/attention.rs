@@ -34,7 +34,7 @@ pub(crate) fn cached_attention<B: TernaryBackend>(
     values: CacheTensor<B>,
     args: AttentionArgs,
 ) -> CachedAttention<B> {
-    let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
+    let AttentionArgs { n_heads, n_kv_heads, head_dim, position, .. } = args;
     let m = dims(&qkv)[0];
     let (q_size, kv_size) = (n_heads * head_dim, n_kv_heads * head_dim);
     let part = |from: usize, to: usize| B::float_slice(qkv.clone(), &slice(&[0..m, from..to]));
@@ -80,7 +80,7 @@ pub(crate) fn attention<B: Backend>(
     values: CacheTensor<B>,
     args: &AttentionArgs,
 ) -> FloatTensor<B> {
-    let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = *args;
+    let AttentionArgs { n_heads, n_kv_heads, head_dim, position, window } = *args;
     let m = dims(&q)[0];
     let (group, length) = (n_heads / n_kv_heads, position + m);
     let whole = slice(&[0..n_kv_heads, 0..length, 0..head_dim]);
@@ -101,22 +101,30 @@ pub(crate) fn attention<B: Backend>(
         B::float_reshape(B::float_permute(q, &[1, 2, 0, 3]), Shape::new([n_kv_heads, group * m, head_dim]));
     let scores = B::float_matmul(q, B::float_transpose(seen(keys)));
     let scores = B::float_mul_scalar(scores, (1.0 / (head_dim as f32).sqrt()).into());
-    let (weights, sums) = causal_weights::<B>(scores, m, position);
+    let (weights, sums) = causal_weights::<B>(scores, m, position, window);
     let out = B::float_div(B::float_matmul(weights, seen(values)), sums);
     let out = B::float_reshape(out, Shape::new([n_kv_heads, group, m, head_dim]));
     B::float_reshape(B::float_permute(out, &[2, 0, 1, 3]), Shape::new([m, n_heads * head_dim]))
 }
 
-/// exp of scores [., group * rows, length] less each row's largest, zero behind the row's own position, and
-/// their sums: the softmax before its division. Row r is at `position + r % rows`.
+/// exp of scores [., group * rows, length] less each row's largest, zero behind the row's own position and before its
+/// window, and their sums: the softmax before its division. Row r is at `position + r % rows`.
 pub(super) fn causal_weights<B: Backend>(
     scores: FloatTensor<B>,
     rows: usize,
     position: usize,
+    window: Option<usize>,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let [_, all, length] = dims(&scores)[..] else { panic!("scores are [., group * rows, length]") };
+    let seen = |row: usize| {
+        let end = position + row % rows + 1;
+        window.map_or(0, |window| end.saturating_sub(window))..end
+    };
     let mask: Vec<f32> = (0..all)
-        .flat_map(|row| (0..length).map(move |p| if p <= position + row % rows { 0.0 } else { -1e30 }))
+        .flat_map(|row| {
+            let seen = seen(row);
+            (0..length).map(move |p| if seen.contains(&p) { 0.0 } else { -1e30 })
+        })
         .collect();
     let mask = B::float_from_data(TensorData::new(mask, [1, all, length]), &scores.device());
     let scores = B::float_add(scores, mask);

@@ -75,6 +75,42 @@ fn weights<B: Backend>(ns: &[usize], k: usize) -> Weights<B> {
     (weights, plain)
 }
 
+/// [`self_attention`] in f64, row by row.
+fn naive_self_attention(qkv: &[f32], cos: &[f32], sin: &[f32], args: &SelfAttentionArgs) -> Vec<f32> {
+    let SelfAttentionArgs { n_heads, n_kv_heads, head_dim: d, length, window } = *args;
+    let width = (n_heads + 2 * n_kv_heads) * d;
+    let mut out = Vec::new();
+    for sequence in qkv.chunks_exact(length * width) {
+        let head = |row: usize, head: usize| &sequence[row * width + head * d..][..d];
+        let turned = |row: usize, of: usize| -> Vec<f64> {
+            let x = head(row, of);
+            let angle = |i: usize| (f64::from(cos[row * d / 2 + i]), f64::from(sin[row * d / 2 + i]));
+            let pair = |i: usize| (f64::from(x[i]), f64::from(x[i + d / 2]));
+            let low = (0..d / 2).map(|i| pair(i).0 * angle(i).0 - pair(i).1 * angle(i).1);
+            let high = (0..d / 2).map(|i| pair(i).1 * angle(i).0 + pair(i).0 * angle(i).1);
+            low.chain(high).collect()
+        };
+        for row in 0..length {
+            let first = if let Some(window) = window { (row + 1).max(window) - window } else { 0 };
+            for h in 0..n_heads {
+                let (q, kv) = (turned(row, h), h / (n_heads / n_kv_heads));
+                let score = |p: usize| -> f64 {
+                    turned(p, n_heads + kv).iter().zip(&q).map(|(k, q)| k * q).sum::<f64>()
+                        / (d as f64).sqrt()
+                };
+                let weights: Vec<f64> = (first..=row).map(|p| score(p).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                out.extend((0..d).map(|i| {
+                    let value = |p: usize| f64::from(head(p, n_heads + n_kv_heads + kv)[i]);
+                    let sum: f64 = (first..=row).zip(&weights).map(|(p, w)| w * value(p)).sum();
+                    (sum / total) as f32
+                }));
+            }
+        }
+    }
+    out
+}
+
 fn close(got: &[f32], want: &[f32], tolerance: f32, what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
     let largest = want.iter().fold(0f32, |a, v| a.max(v.abs()));
@@ -258,10 +294,16 @@ fn training_is_the_same<B: TernaryBackend>() {
             close(&dx, &want[0], 1e-5, &format!("cross_entropy {name}"));
         }
     }
-    for (sequences, length, n_heads, n_kv_heads, head_dim) in
-        [(1, 1, 1, 1, 2), (2, 5, 2, 1, 8), (3, 70, 6, 2, 16), (1, 129, 2, 2, 4)]
-    {
-        let args = SelfAttentionArgs { n_heads, n_kv_heads, head_dim, length };
+    for (sequences, length, n_heads, n_kv_heads, head_dim, window) in [
+        (1, 1, 1, 1, 2, None),
+        (2, 5, 2, 1, 8, None),
+        (3, 70, 6, 2, 16, None),
+        (1, 129, 2, 2, 4, None),
+        (2, 5, 2, 1, 8, Some(1)),
+        (2, 70, 4, 2, 16, Some(9)),
+        (1, 129, 2, 2, 4, Some(100)),
+    ] {
+        let args = SelfAttentionArgs { n_heads, n_kv_heads, head_dim, length, window };
         let (m, width) = (sequences * length, (n_heads + 2 * n_kv_heads) * head_dim);
         let (x, dy) = (random(9, m * width), random(10, m * n_heads * head_dim));
         let angles: Vec<f32> =
@@ -276,6 +318,8 @@ fn training_is_the_same<B: TernaryBackend>() {
         let plain = values::<B>(self_attention::<B>(qkv(), of(&cos), of(&sin), &args));
         let fast = values::<B>(B::self_attention(qkv(), of(&cos), of(&sin), args));
         close(&fast, &plain, 2e-6, &format!("{args:?}"));
+        let naive = naive_self_attention(&x, &cos, &sin, &args);
+        close(&plain, &naive, 2e-6, &format!("{args:?}"));
         let inputs = [(x.clone(), vec![m, width])];
         let want = differentiated::<Autodiff<B>>(&inputs, &dy, |mut v| {
             self_attention::<Autodiff<B>>(v.remove(0), lifted(&cos), lifted(&sin), &args)

@@ -55,7 +55,7 @@ fn attended<B: Backend>(
     sin: FloatTensor<B>,
     args: &SelfAttentionArgs,
 ) -> SelfAttended<B> {
-    let SelfAttentionArgs { n_heads, n_kv_heads, head_dim: d, length } = *args;
+    let SelfAttentionArgs { n_heads, n_kv_heads, head_dim: d, length, window } = *args;
     let m = dims(&qkv)[0];
     let (sequences, group) = (m / length, n_heads / n_kv_heads);
     let repeat = |angles: FloatTensor<B>| {
@@ -74,7 +74,7 @@ fn attended<B: Backend>(
     let (k, v) = (split_heads::<B>(k, 1, args), split_heads::<B>(v, 1, args));
     let scores = B::float_matmul(q.clone(), B::float_transpose(k.clone()));
     let scores = B::float_mul_scalar(scores, (1.0 / (d as f32).sqrt()).into());
-    let (weights, sums) = causal_weights::<B>(scores, length, 0);
+    let (weights, sums) = causal_weights::<B>(scores, length, 0, window);
     SelfAttended { q, k, v, weights: B::float_div(weights, sums), angles: (cos, sin) }
 }
 

@@ -123,6 +123,8 @@ pub struct AttentionArgs {
     pub head_dim: usize,
     /// Position of the first query row in its sequence.
     pub position: usize,
+    /// Sliding window: a row sees this many positions, its own and those right before it. `None`: all up to its own.
+    pub window: Option<usize>,
 }
 
 /// Arguments of [`TernaryBackend::self_attention`](crate::TernaryBackend::self_attention).
@@ -136,6 +138,8 @@ pub struct SelfAttentionArgs {
     pub head_dim: usize,
     /// Rows of each sequence.
     pub length: usize,
+    /// Sliding window: a row sees this many rows, itself and those right before it. `None`: all up to itself.
+    pub window: Option<usize>,
 }
 
 /// A dense matrix [n, k] in the format of its file.

@@ -117,7 +117,8 @@ pub trait TernaryBackend: burn::backend::Backend {
     }
 
     /// Causal attention of whole sequences over themselves, with rotary position embedding: row m of a
-    /// sequence is at position m and sees the rows up to itself. Scores are scaled by 1 / sqrt(d).
+    /// sequence is at position m and sees the rows up to itself, or the last of them that its
+    /// [window](SelfAttentionArgs::window) has room for. Scores are scaled by 1 / sqrt(d).
     ///
     /// # Shapes
     /// qkv [sequences * length, (heads + 2 * kv heads) * d]: queries, keys and values side by side; cos and
@@ -260,7 +261,8 @@ pub trait TernaryBackend: burn::backend::Backend {
     }
 
     /// Causal attention of the rows of one sequence over its cache: row m is at `position + m` and sees
-    /// the positions up to its own. Scores are scaled by 1 / sqrt(d).
+    /// the positions up to its own, or the last of them that its [window](AttentionArgs::window) has room for. Scores are
+    /// scaled by 1 / sqrt(d).
     ///
     /// # Shapes
     /// q [M, heads * d], keys and values [kv heads, capacity, d]; the output is like q.

@@ -16,7 +16,8 @@ type B = CubeBackend;
 
 /// Whether caches of int8 can be had: they are words of four, which Burn's operations know nothing of.
 pub(crate) fn int8_supported(head_dim: usize) -> bool {
-    let shape = Shape { n_heads: 1, n_kv_heads: 1, head_dim, capacity: 1, cached: Cached::Int8 };
+    let shape =
+        Shape { n_heads: 1, n_kv_heads: 1, head_dim, capacity: 1, cached: Cached::Int8, window: None };
     shape.supported(1)
 }
 
@@ -28,8 +29,8 @@ fn shape(cache: &CacheTensor<B>, m: usize, args: &AttentionArgs) -> Option<Shape
         CacheTensor::Float(tensor) if tensor.dtype == DType::F32 => Cached::F32,
         CacheTensor::Float(_) => return None,
     };
-    let AttentionArgs { n_heads, n_kv_heads, head_dim, .. } = *args;
-    let shape = Shape { n_heads, n_kv_heads, head_dim, capacity: cache.shape()[1], cached };
+    let AttentionArgs { n_heads, n_kv_heads, head_dim, window, .. } = *args;
+    let shape = Shape { n_heads, n_kv_heads, head_dim, capacity: cache.shape()[1], cached, window };
     shape.supported(m).then_some(shape)
 }
 

@@ -21,13 +21,17 @@ pub(crate) fn rope<B: HostBackend>(
     B::tensor(y, Shape::new([m, width]))
 }
 
-fn cache_shape<B: HostBackend>(cache: &CacheTensor<B>, n_heads: usize) -> attention::Shape {
+fn cache_shape<B: HostBackend>(
+    cache: &CacheTensor<B>,
+    n_heads: usize,
+    window: Option<usize>,
+) -> attention::Shape {
     let shape = cache.shape();
     let [n_kv_heads, capacity, head_dim] = shape[..] else {
         panic!("a cache is [kv heads, capacity, head_dim], not {shape:?}")
     };
     let scale = 1.0 / (head_dim as f32).sqrt();
-    attention::Shape { n_heads, n_kv_heads, head_dim, capacity, scale }
+    attention::Shape { n_heads, n_kv_heads, head_dim, capacity, scale, window }
 }
 
 pub(crate) fn cache_append<B: HostBackend>(
@@ -37,7 +41,7 @@ pub(crate) fn cache_append<B: HostBackend>(
 ) -> CacheTensor<B> {
     // An int8 cache is quantised.
     masked();
-    let shape = cache_shape(&cache, 0);
+    let shape = cache_shape(&cache, 0, None);
     let m = dims(&rows)[0];
     let rows = B::rows(&rows);
     B::update_cache(cache, |cache| {
@@ -60,7 +64,7 @@ pub(crate) fn attention<B: HostBackend>(
         m,
         B::cache(&keys),
         B::cache(&values),
-        cache_shape(&keys, args.n_heads),
+        cache_shape(&keys, args.n_heads, args.window),
         args.position,
         &mut out,
         width,

@@ -34,8 +34,8 @@ pub(crate) fn ternarise<B: HostBackend>(w: FloatTensor<B>) -> FloatTensor<B> {
 }
 
 fn attention_shape(args: &SelfAttentionArgs) -> training::Shape {
-    let SelfAttentionArgs { n_heads, n_kv_heads, head_dim, length } = *args;
-    training::Shape { n_heads, n_kv_heads, head_dim, length }
+    let SelfAttentionArgs { n_heads, n_kv_heads, head_dim, length, window } = *args;
+    training::Shape { n_heads, n_kv_heads, head_dim, length, window }
 }
 
 pub(crate) fn self_attention<B: HostBackend>(

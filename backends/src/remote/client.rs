@@ -85,6 +85,12 @@ fn dense(args: &DenseArgs) -> Vec<ScalarIr> {
     vec![size(format as usize), size(n), size(k), ScalarIr::Bool(int8), ScalarIr::Bool(tiled)]
 }
 
+/// A window of 0 stands for none.
+fn attention(args: &AttentionArgs) -> Vec<ScalarIr> {
+    let AttentionArgs { n_heads, n_kv_heads, head_dim, position, window } = *args;
+    [n_heads, n_kv_heads, head_dim, position, window.unwrap_or(0)].map(size).to_vec()
+}
+
 impl TernaryBackend for Remote {
     fn bit_linear(
         x: FloatTensor<Self>,
@@ -148,8 +154,7 @@ impl TernaryBackend for Remote {
         args: AttentionArgs,
     ) -> FloatTensor<Self> {
         let (device, shape) = (q.device(), dims(&q));
-        let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
-        let scalars = [n_heads, n_kv_heads, head_dim, position].map(size).to_vec();
+        let scalars = attention(&args);
         let mut inputs = vec![q.into_ir()];
         inputs.extend(cache(keys).0);
         inputs.extend(cache(values).0);
@@ -165,12 +170,11 @@ impl TernaryBackend for Remote {
         args: AttentionArgs,
     ) -> CachedAttention<Self> {
         let (device, [m, _]) = (qkv.device(), dims(&qkv));
-        let AttentionArgs { n_heads, n_kv_heads, head_dim, position } = args;
-        let scalars = [n_heads, n_kv_heads, head_dim, position].map(size).to_vec();
+        let scalars = attention(&args);
         let ((keys, of_keys), (values, of_values)) = (cache(keys), cache(values));
         let inputs: Vec<TensorIr> =
             [qkv, cos, sin].map(FloatTensor::<Self>::into_ir).into_iter().chain(keys).chain(values).collect();
-        let context = (Shape::new([m, n_heads * head_dim]), DType::F32);
+        let context = (Shape::new([m, args.n_heads * args.head_dim]), DType::F32);
         let of_caches = of_keys.len();
         let outputs = [context].into_iter().chain(of_keys).chain(of_values);
         let mut outputs = send(&device, name::CACHED_ATTENTION, &inputs, outputs, scalars);

@@ -373,12 +373,13 @@ fn of_cache<B: BackendIr>(cache: CacheTensor<B>) -> Vec<Output<B>> {
     }
 }
 
-/// Heads and position, which the scalars begin with.
+/// Heads, position and window, which the scalars begin with.
 fn attention_args<B: BackendIr>(request: &mut Request<'_, B>) -> Result<AttentionArgs, String> {
     let [n_heads, n_kv_heads] = [request.size()?, request.size()?];
     let [head_dim, position] = [request.size()?, request.size()?];
+    let window = Some(request.size()?).filter(|&window| window > 0);
     let fits = n_kv_heads > 0 && head_dim > 0 && n_heads.is_multiple_of(n_kv_heads);
-    let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position };
+    let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position, window };
     check(fits, || format!("{args:?}"))?;
     Ok(args)
 }

@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use bitnet_burn::CacheType;
-use bitnet_burn::ModelConfig;
-use bitnet_burn::Projection;
+use bitnet_burn::{CacheType, Experts, ModelConfig, Projection, SlidingWindows};
 use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::text::human_bytes;
 use bitnet_burn_formats::canonical;
@@ -61,6 +59,9 @@ struct Report<'a> {
 #[derive(Serialize)]
 struct Parameters {
     ternary: u64,
+    /// Of a model with experts: those that a token is multiplied by.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ternary_per_token: Option<u64>,
     dense: u64,
 }
 
@@ -110,7 +111,12 @@ pub fn run(args: InspectArgs) -> anyhow::Result<()> {
         .collect();
     let memory = memory(&args, config, &tensors);
     let check = if args.check { Some(check(&checkpoint)?) } else { None };
-    let parameters = Parameters { ternary: config.ternary_parameters(), dense: config.dense_parameters() };
+    let per_token = config.options.experts.as_ref().map(|_| config.ternary_parameters_per_token());
+    let parameters = Parameters {
+        ternary: config.ternary_parameters(),
+        ternary_per_token: per_token,
+        dense: config.dense_parameters(),
+    };
     let metadata = checkpoint.metadata().into_iter().map(|(key, value)| Entry { key, value }).collect();
     let path = checkpoint.path().display().to_string();
     let warnings = checkpoint.warnings();
@@ -119,11 +125,12 @@ pub fn run(args: InspectArgs) -> anyhow::Result<()> {
 }
 
 fn memory(args: &InspectArgs, config: &ModelConfig, tensors: &[Tensor]) -> Memory {
-    let ternary = Projection::ALL.into_iter().map(|projection| {
+    let all = (0..config.n_layers).flat_map(|layer| Projection::of_layer(layer, config));
+    let ternary = all.map(|projection| {
         let (n, k) = projection.shape(config);
         (n as u64).saturating_mul(canonical::row_bytes(k) as u64)
     });
-    let ternary = ternary.fold(0, u64::saturating_add).saturating_mul(config.n_layers as u64);
+    let ternary = ternary.fold(0, u64::saturating_add);
     let per_token = config.kv_bytes_per_token(args.kv_cache.into()) as u64;
     let context = args.context.unwrap_or(config.context_length);
     Memory {
@@ -156,22 +163,24 @@ impl Report<'_> {
         let mut rows = vec![row("file", self.path.clone()), row("architecture", c.architecture.clone())];
         rows.extend(c.name.iter().map(|name| row("name", name.clone())));
         let tied = if c.tied_embeddings { "tied to the embedding" } else { "a matrix of its own" };
+        let per_token = self.parameters.ternary_per_token;
+        let per_token = per_token.map_or(String::new(), |count| format!(" ({count} for a token)"));
         let sub_norms = if c.sub_norms { "with sub-norms" } else { "without sub-norms" };
         rows.extend([
             row("hidden size", c.hidden_size.to_string()),
-            row("feed-forward", format!("{}, {}, {sub_norms}", c.intermediate_size, c.activation)),
+            row("feed-forward", feed_forward(c, sub_norms)),
             row("layers", c.n_layers.to_string()),
             row("heads", format!("{} of {}, {} for keys and values", c.n_heads, c.head_dim, c.n_kv_heads)),
             row("vocabulary", c.vocab_size.to_string()),
             row("output head", tied.into()),
-            row("context", c.context_length.to_string()),
+            row("context", format!("{}{}", c.context_length, windows(c))),
             row("RoPE theta", c.rope_theta.to_string()),
             row("RMSNorm eps", format!("{:e}", c.rms_norm_eps)),
             row("BOS", c.bos_token.map_or("none".into(), |t| t.to_string())),
             row("EOS", c.eos_tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")),
             row(
                 "parameters",
-                format!("{} ternary, {} dense", self.parameters.ternary, self.parameters.dense),
+                format!("{} ternary{per_token}, {} dense", self.parameters.ternary, self.parameters.dense),
             ),
         ]);
         let mut text = columns(&rows);
@@ -260,6 +269,28 @@ impl Report<'_> {
             })
             .collect()
     }
+}
+
+fn feed_forward(c: &ModelConfig, sub_norms: &str) -> String {
+    let one = format!("{}, {}, {sub_norms}", c.intermediate_size, c.activation);
+    let Some(Experts { count, used, intermediate_size, dense_layers, .. }) = &c.options.experts else {
+        return one;
+    };
+    let experts = format!("{used} of {count} experts of {intermediate_size}, {}", c.activation);
+    match dense_layers.len() {
+        0 => experts,
+        layers => format!("{experts}; {layers} layers without experts: {one}"),
+    }
+}
+
+/// `, in 18 of 24 layers a window of 512`, or nothing.
+fn windows(c: &ModelConfig) -> String {
+    let Some(SlidingWindows { positions, layers, .. }) = &c.options.windows else { return String::new() };
+    let sliding = layers.iter().filter(|&&sliding| sliding).count();
+    if sliding == 0 {
+        return String::new();
+    }
+    format!(", in {sliding} of {} layers a window of {positions}", layers.len())
 }
 
 /// `blk.7.attn_q.weight` -> `blk.*.attn_q.weight`.

@@ -278,15 +278,17 @@ pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
 fn weights_of(checkpoint: &Checkpoint) -> Vec<Weights> {
     let config = checkpoint.config();
     let mut all: Vec<Weights> = Vec::new();
-    for projection in Projection::ALL {
+    for projection in (0..config.n_layers).flat_map(|layer| Projection::of_layer(layer, config)) {
         let (n, k) = projection.shape(config);
         let known = all.iter().position(|weights| (weights.n, weights.k) == (n, k));
         let known = known.unwrap_or_else(|| {
             all.push(Weights { n, k, projections: Vec::new(), matrices: Some(0) });
             all.len() - 1
         });
-        all[known].projections.push(projection.name());
-        all[known].matrices = all[known].matrices.map(|matrices| matrices + config.n_layers);
+        if !all[known].projections.contains(&projection.name()) {
+            all[known].projections.push(projection.name());
+        }
+        all[known].matrices = all[known].matrices.map(|matrices| matrices + 1);
     }
     all
 }

@@ -15,7 +15,7 @@ use crate::output;
 ///
 /// Later starts map this file, PATH.prepacked (model.prepacked in a directory), and need not pack. If the model or the
 /// chosen kernels have changed, the weights are packed in memory as usual, and a warning gives the reason. The file is
-/// about as large as the model. Results stay the same, bit for bit.
+/// about as large as the model. The weights of experts are left out. Results stay the same, bit for bit.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct PrepackArgs {
@@ -60,8 +60,12 @@ pub fn run(args: PrepackArgs) -> anyhow::Result<()> {
     }
     let layouts: Vec<String> =
         summary.layouts.iter().map(|(layout, count)| format!("{count} x {layout}")).collect();
+    let note = match checkpoint.config().options.experts {
+        Some(_) => "\nThe weights of experts are left as the model has them",
+        None => "",
+    };
     output::print(format_args!(
-        "{}: {} in {}\n{}",
+        "{}: {} in {}\n{}{note}",
         summary.path.display(),
         human_bytes(summary.bytes),
         human_seconds(seconds),

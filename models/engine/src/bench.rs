@@ -144,11 +144,12 @@ pub struct DecodeBatch {
 /// Bytes that a decode step reads, by part, without the KV cache, which grows with the context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct BytesPerToken {
-    /// Projections of all layers with their scales, in the layout that the chosen kernels read.
+    /// Projections of all layers with their scales, in the layout that the chosen kernels read; of experts, those that compute
+    /// a token.
     pub projections: u64,
     /// The output head, likewise. In tied models this is the embedding.
     pub head: u64,
-    /// The weights of all norms.
+    /// The weights of all norms, and of routers to experts.
     pub norms: u64,
     /// One row of the embedding, if it is not the head.
     pub embedding_row: u64,
@@ -159,7 +160,10 @@ impl BytesPerToken {
     pub fn of(model: &BitNet) -> Self {
         let config = model.config();
         let projections = model.blocks.iter().flat_map(|block| block.projections());
-        let projections = projections.map(BitLinear::weight_bytes).sum();
+        let projections = projections.filter(|(which, _)| which.is_read(config));
+        let projections = projections.map(|(_, layer)| BitLinear::weight_bytes(layer)).sum();
+        let routers = model.blocks.iter().filter_map(|block| block.router()?.args().bytes());
+        let routers = routers.sum::<usize>() as u64;
         let embedding = model.embedding.args();
         let embedding_row = embedding.format.row_bytes(embedding.k).unwrap_or(0) as u64;
         let (head, embedding_row) = match &model.output {
@@ -168,7 +172,7 @@ impl BytesPerToken {
         };
         let of_layer = |layer| Norm::of_layer(layer, config).map(|norm| norm.len(config)).sum::<usize>();
         let norms = (0..config.n_layers).map(of_layer).sum::<usize>() + Norm::Output.len(config);
-        Self { projections, head, norms: norms as u64 * 4, embedding_row }
+        Self { projections, head, norms: norms as u64 * 4 + routers, embedding_row }
     }
 
     /// The sum of all parts.

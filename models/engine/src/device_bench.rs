@@ -125,12 +125,10 @@ pub struct DeviceBench {
 }
 
 /// The projections that share their activations.
-const OPERATIONS: [(&str, &[Projection]); 4] = [
-    ("q/k/v", &[Projection::Q, Projection::K, Projection::V]),
-    ("o", &[Projection::O]),
-    ("gate/up", &[Projection::Gate, Projection::Up]),
-    ("down", &[Projection::Down]),
-];
+fn operations_of(config: &ModelConfig) -> [(&'static str, Vec<Projection>); 4] {
+    let [q, k, v, o, gate, up, down] = Projection::kinds(config);
+    [("q/k/v", vec![q, k, v]), ("o", vec![o]), ("gate/up", vec![gate, up]), ("down", vec![down])]
+}
 
 /// Why [`run`] failed.
 #[derive(Debug, thiserror::Error)]
@@ -148,10 +146,11 @@ pub fn run(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<DeviceBench, DeviceBenchError> {
     let effort = &options.effort;
-    let mut shapes = Projection::ALL.map(|projection| projection.shape(config)).to_vec();
+    let operations_of = operations_of(config);
+    let mut shapes = Projection::kinds(config).map(|projection| projection.shape(config)).to_vec();
     shapes.sort_unstable();
     shapes.dedup();
-    let steps = 3 + options.rows.len() * (shapes.len() + OPERATIONS.len());
+    let steps = 3 + options.rows.len() * (shapes.len() + operations_of.len());
     let mut done = 0;
     let mut step = || {
         done += 1;
@@ -187,7 +186,7 @@ pub fn run(
         }
     }
     let mut operations = Vec::new();
-    for (name, projections) in OPERATIONS {
+    for (name, projections) in operations_of {
         let shapes: Vec<_> = projections.iter().map(|projection| projection.shape(config)).collect();
         for &m in &options.rows {
             operations.push(operation(device, name, m, &shapes, effort, &fraction)?);
@@ -204,7 +203,8 @@ pub fn run(
     let seconds = measure::quantise(device, (rows, columns), effort).map_err(DeviceBenchError)?;
     let quantise = rate(rows, columns, &seconds)?;
     step();
-    let (n, k) = Projection::Down.shape(config);
+    let [.., down] = Projection::kinds(config);
+    let (n, k) = down.shape(config);
     let pack = rate(n, k, &pack_seconds(device, n, k, effort)?)?;
     step();
     Ok(DeviceBench {

@@ -314,7 +314,7 @@ impl Engine {
 /// The groups of activations that share a scale in the ternary projections; 0 is a row.
 fn activation_groups(model: &BitNet) -> BTreeSet<usize> {
     let layers = model.blocks.iter().flat_map(BitBlock::projections);
-    layers.filter_map(|layer| Some(layer.matrix()?.scales.activation_group())).collect()
+    layers.filter_map(|(_, layer)| Some(layer.matrix()?.scales.activation_group())).collect()
 }
 
 /// How the activations of the ternary projections are quantised.
@@ -333,7 +333,7 @@ fn activations(model: &BitNet) -> Option<String> {
 /// The projections that are computed with f32 activations, by format: `196 x Q2_0`.
 fn dense_projections(model: &BitNet) -> Option<String> {
     let mut formats: BTreeMap<&str, usize> = BTreeMap::new();
-    for layer in model.blocks.iter().flat_map(BitBlock::projections) {
+    for (_, layer) in model.blocks.iter().flat_map(BitBlock::projections) {
         if let BitLinearWeight::Dense(matrix) = &layer.weight {
             *formats.entry(matrix.args().format.name()).or_default() += 1;
         }

@@ -187,8 +187,9 @@ pub fn load_on(
         }
         projection::linear(checkpoint.weights(layer, which)?, options.activations, LayoutPolicy::Any, device)
     };
-    if let Some(layer) = devices.layers.iter().position(ops::is_host).filter(|_| quantise) {
-        choose_kernels(&config, options.max_rows, |which| weights(layer, which), progress)?;
+    if quantise {
+        let on_host = (0..config.n_layers).filter(|&layer| ops::is_host(&devices.layers[layer]));
+        choose_kernels(&config, options.max_rows, on_host, weights, progress)?;
     }
     // One rotation for each width, which all layers of a device share.
     let rotations: RefCell<Vec<(Signs, Device, Rotation)>> = RefCell::default();
@@ -215,6 +216,7 @@ pub fn load_on(
         let bias = Tensor::<1>::from_data(bias, &devices.layers[layer]);
         Ok(linear.with_bias(Param::initialized(ParamId::new(), bias)))
     };
+    let router = |layer: usize| router(checkpoint, layer, &devices.layers[layer]);
     // The head first: while it is copied its pages of the file take memory, too.
     let embedding = checkpoint.embedding()?;
     let output = checkpoint.output()?;
@@ -273,7 +275,7 @@ pub fn load_on(
     let mut blocks = Vec::with_capacity(config.n_layers);
     for i in 0..config.n_layers {
         progress(LoadProgress::Packing(i, config.n_layers));
-        blocks.push(BitBlock::assemble(&config, i, norm, linear)?);
+        blocks.push(BitBlock::assemble(&config, i, norm, linear, router)?);
         // What was packed is not needed in the file's form; what is read in place comes back.
         checkpoint.release();
     }
@@ -282,6 +284,11 @@ pub fn load_on(
     let model = BitNet::assemble(config, quantise, embedding, blocks, norm, output)
         .with_embedding_rotation(rotation(Rotated::Embedding, device));
     Ok(Loaded { model, prepacked: prepacked.map_or(0, |prepacked| prepacked.used()) })
+}
+
+/// The router of a layer to its experts.
+fn router(checkpoint: &Checkpoint, layer: usize, device: &Device) -> Result<DenseMatrix, ModelError> {
+    Ok(DenseMatrix::new(checkpoint.router(layer)?, device))
 }
 
 /// The output projection of a loaded model.
@@ -301,23 +308,26 @@ fn head(
     Ok(DenseMatrix::int8_prepacked(tensor, format, tiles, device)?)
 }
 
-/// Measures the kernels on the shapes of the projections of a layer, where that has not been done on this machine.
+/// Measures the kernels on the shapes of the projections of these layers, where that has not been done on this machine.
 fn choose_kernels(
     config: &ModelConfig,
     max_rows: usize,
-    linear: impl Fn(Projection) -> Result<BitLinear, ModelError>,
+    layers: impl Iterator<Item = usize>,
+    linear: impl Fn(usize, Projection) -> Result<BitLinear, ModelError>,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(), ModelError> {
-    let mut shapes: Vec<((usize, usize), Projection)> = Vec::new();
-    for projection in Projection::ALL {
+    let mut shapes: Vec<((usize, usize), usize, Projection)> = Vec::new();
+    let all = layers
+        .flat_map(|layer| Projection::of_layer(layer, config).into_iter().map(move |which| (layer, which)));
+    for (layer, projection) in all {
         let shape = projection.shape(config);
-        if shapes.iter().all(|(known, _)| *known != shape) {
-            shapes.push((shape, projection));
+        if shapes.iter().all(|(known, ..)| *known != shape) {
+            shapes.push((shape, layer, projection));
         }
     }
-    for (i, &(_, which)) in shapes.iter().enumerate() {
+    for (i, &(_, layer, which)) in shapes.iter().enumerate() {
         progress(LoadProgress::Tuning(i, shapes.len()));
-        let Some(matrix) = linear(which)?.matrix() else { continue };
+        let Some(matrix) = linear(layer, which)?.matrix() else { continue };
         if let Some(MatrixKernels::Host(choice)) = matrix.choice {
             manager().warm_up(&choice, max_rows);
         }
@@ -343,7 +353,7 @@ pub fn release_packings(model: &mut BitNet, checkpoint: &Checkpoint) -> Result<u
         return Ok(0);
     }
     for (i, block) in model.blocks.iter_mut().enumerate() {
-        for (which, layer) in Projection::ALL.into_iter().zip(block.projections_mut()) {
+        for (which, layer) in block.projections_mut() {
             let Some(matrix) = layer.matrix() else { continue };
             // What a GPU's memory holds, is not this memory.
             let Some(MatrixKernels::Host(choice)) = matrix.choice else { continue };

@@ -72,7 +72,7 @@ pub enum FigureError {
 pub struct Work {
     /// Bytes that a decode step reads.
     pub bytes_per_token: u64,
-    /// Number of ternary weights. A token is multiplied by each of them.
+    /// Number of ternary weights that a token is multiplied by.
     pub ternary_weights: u64,
     /// Whether only built-in kernels computed.
     pub built_in: bool,
@@ -142,7 +142,7 @@ pub fn check(
     }
     let work = Work {
         bytes_per_token: BytesPerToken::of(model).total(),
-        ternary_weights: model.config().ternary_parameters(),
+        ternary_weights: model.config().ternary_parameters_per_token(),
         built_in: execution.kernels.iter().all(|kernel| kernel.sha256.is_none()),
     };
     let roof = Roof::measure(pool, work.bytes_per_token.clamp(SMALLEST, LARGEST) as usize)?;

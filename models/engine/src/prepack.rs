@@ -4,7 +4,7 @@
 //! model, as it was (size and time of modification of its files), and to the layouts that this program's
 //! own kernels read: whatever differs at a later start, another choice of kernels among them, is packed again in
 //! memory, and a report says so. Layouts of plugins are not kept: what a plugin packs is checked when it is
-//! packed.
+//! packed. The projections of experts are not kept either: most of them are not read for most tokens.
 //!
 //! ```text
 //! tensors   each at a multiple of 4096 bytes
@@ -225,7 +225,12 @@ pub fn write(
 ) -> Result<Summary, PrepackError> {
     let path = path_of(checkpoint.path());
     let config = checkpoint.config();
-    let all = config.n_layers * Projection::ALL.len() + 1;
+    let in_layer = |layer: usize| {
+        let all = Projection::of_layer(layer, config).into_iter();
+        all.filter(|which| which.expert().is_none())
+    };
+    let all = (0..config.n_layers).map(|layer| in_layer(layer).count()).sum::<usize>() + 1;
+    let mut done = 0;
     let mut table = Table { model: origins(checkpoint)?, tensors: Vec::new() };
     let mut bytes = 0;
     let io_error = |source| PrepackError::Io { path: path.clone(), source };
@@ -267,8 +272,9 @@ pub fn write(
             Ok(Some(entry))
         };
         for layer in 0..config.n_layers {
-            for (i, which) in Projection::ALL.into_iter().enumerate() {
-                progress(layer * Projection::ALL.len() + i, all);
+            for which in in_layer(layer) {
+                progress(done, all);
+                done += 1;
                 if let Some(weights) = projection::packable(checkpoint.weights(layer, which)?) {
                     table.tensors.extend(ternary(&name(layer, which), weights)?);
                 }
@@ -379,7 +385,8 @@ impl Prepacked {
             path: self.path.clone(),
             problem: format!("{what} is not what the model has"),
         };
-        for which in Projection::ALL {
+        let all = Projection::of_layer(0, checkpoint.config()).into_iter();
+        for which in all.filter(|which| which.expert().is_none()) {
             let name = name(0, which);
             let Some(packed) = self.packed(&name, ActivationRule::Model, true)? else { continue };
             let weights = projection::packable(checkpoint.weights(0, which)?);
@@ -428,6 +435,9 @@ impl Prepacked {
         rule: ActivationRule,
         device: &Device,
     ) -> Result<Option<PackedProjection>, ManagerError> {
+        if which.expert().is_some() {
+            return Ok(None);
+        }
         let name = name(layer, which);
         Ok(self.count(&name, self.packed(&name, rule, ops::holds_f16(device))?))
     }

@@ -29,6 +29,11 @@ pub struct BitAttentionConfig {
     /// Whether every query and key head passes an RMSNorm before RoPE (Qwen3).
     #[config(default = false)]
     pub qk_norms: bool,
+    /// Positions that a row sees, its own and those right before it; `None`: all up to its own.
+    pub window: Option<usize>,
+    /// Whether queries and keys are turned by RoPE. Without, the layer knows no positions (but for the window's).
+    #[config(default = true)]
+    pub rope: bool,
     /// Epsilon of the norms.
     #[config(default = 1e-5)]
     pub eps: f64,
@@ -56,6 +61,9 @@ pub struct BitAttention {
     n_heads: usize,
     n_kv_heads: usize,
     head_dim: usize,
+    #[module(skip)]
+    window: Option<usize>,
+    rope: bool,
 }
 
 impl BitAttentionConfig {
@@ -97,6 +105,8 @@ impl BitAttentionConfig {
             n_heads: self.n_heads,
             n_kv_heads: self.n_kv_heads,
             head_dim: self.head_dim,
+            window: self.window,
+            rope: self.rope,
         }
     }
 }
@@ -117,18 +127,24 @@ impl BitAttention {
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
         let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
-        let qkv = side_by_side(x, norm, batch.quantise, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
+        let qkv = side_by_side(x, Some(norm), batch.quantise, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
         let qkv = self.normed(qkv);
+        let (cos, sin) = match self.rope {
+            true => batch.angles.clone(),
+            // Turned by nothing.
+            false => (batch.angles.0.ones_like(), batch.angles.1.zeros_like()),
+        };
         let context = match history {
-            History::Cache(cache) => self.attend(qkv, layer, batch, cache)?,
+            History::Cache(cache) => self.attend(qkv, layer, (batch, &(cos, sin)), cache)?,
             History::None { length } => {
                 let args = SelfAttentionArgs {
                     n_heads: self.n_heads,
                     n_kv_heads: self.n_kv_heads,
                     head_dim: self.head_dim,
                     length: *length,
+                    window: self.window,
                 };
-                ops::self_attention(qkv, batch.angles.0.clone(), batch.angles.1.clone(), args)
+                ops::self_attention(qkv, cos, sin, args)
             }
         };
         Ok(self.o_proj.forward_rows(context, batch.quantise)?)
@@ -161,17 +177,17 @@ impl BitAttention {
         &self,
         qkv: Tensor<2>,
         layer: usize,
-        batch: &Batch,
+        (batch, (cos, sin)): (&Batch, &(Tensor<2>, Tensor<2>)),
         cache: &mut KvCache,
     ) -> Result<Tensor<2>, ForwardError> {
-        let (cos, sin) = &batch.angles;
         let mut outputs = Vec::with_capacity(batch.sequences.len());
         for sequence in &batch.sequences {
             let of = |tensor: &Tensor<2>| match batch.sequences.len() {
                 1 => tensor.clone(),
                 _ => tensor.clone().slice([sequence.rows.clone(), 0..tensor.dims()[1]]),
             };
-            outputs.push(cache.attend(sequence.id, layer, of(&qkv), (of(cos), of(sin)), self.n_heads)?);
+            let shape = (self.n_heads, self.window);
+            outputs.push(cache.attend(sequence.id, layer, of(&qkv), (of(cos), of(sin)), shape)?);
         }
         Ok(if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 0) })
     }

@@ -379,10 +379,10 @@ fn latent(codes: &[i8], scale: f32) -> Vec<f32> {
     weights
 }
 
-/// Layers over one input, which passes `norm` first; their outputs stand side by side: [M, sum of d_output].
+/// Layers over one input, which passes `norm` first, if there is one; their outputs stand side by side: [M, sum of d_output].
 pub(crate) fn side_by_side(
     x: Tensor<2>,
-    norm: (Tensor<1>, f32),
+    norm: Option<(Tensor<1>, f32)>,
     quantise: bool,
     layers: &[&BitLinear],
 ) -> Result<Tensor<2>, ManagerError> {
@@ -392,10 +392,13 @@ pub(crate) fn side_by_side(
     let key = |layer| (state(layer), rotation(layer));
     let alike = layers.iter().all(|layer| key(layer) == key(&layers[0]));
     if alike && layers.iter().all(|layer| layer.norm.is_none()) {
-        let (x, norm) = layers[0].rotated(x, Some(norm));
+        let (x, norm) = layers[0].rotated(x, norm);
         return fused(x, norm, quantise, layers);
     }
-    let x = ops::rms_norm(x, norm.0, norm.1);
+    let x = match norm {
+        Some((gamma, eps)) => ops::rms_norm(x, gamma, eps),
+        None => x,
+    };
     let outputs: Result<_, _> = layers.iter().map(|layer| layer.forward_rows(x.clone(), quantise)).collect();
     Ok(Tensor::cat(outputs?, 1))
 }

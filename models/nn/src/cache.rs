@@ -300,20 +300,20 @@ impl KvCache {
     }
 
     /// Attention of rows qkv [M, (heads + 2 * kv heads) * head_dim] of one layer, at the angles of their positions,
-    /// behind what the sequence has: appends their keys and values, and gives the context [M, heads * head_dim]. The
-    /// length moves on with [`advance`](Self::advance), after all layers.
+    /// behind what the sequence has, of which a row sees the window's positions: appends their keys and values, and gives
+    /// the context [M, heads * head_dim]. The length moves on with [`advance`](Self::advance), after all layers.
     pub(crate) fn attend(
         &mut self,
         id: SequenceId,
         layer: usize,
         qkv: Tensor<2>,
         angles: (Tensor<2>, Tensor<2>),
-        n_heads: usize,
+        (n_heads, window): (usize, Option<usize>),
     ) -> Result<Tensor<2>, CacheError> {
         let (n_kv_heads, head_dim) = (self.n_kv_heads, self.head_dim);
         let slot = self.slot_mut(id)?;
         let position = slot.length - slot.forgotten;
-        let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position };
+        let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position, window };
         // Taken out, so that the operation is the only owner and writes in place.
         let caches = slot.layers[layer].take().expect("no operation holds it");
         let (context, caches) = ops::cached_attention(qkv, angles, caches, args);

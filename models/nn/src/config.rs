@@ -6,7 +6,7 @@
 use bitnet_burn_backends::{CacheType, GatedActivation};
 use serde::{Deserialize, Serialize};
 
-use crate::RopeScaling;
+use crate::{Experts, Projection, RopeScaling, SlidingWindows};
 
 /// A field of a [`ModelConfig`] that no model can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -79,6 +79,16 @@ pub struct DecoderOptions {
     pub residual_scale: f32,
     /// The logits are divided by this (MiniCPM).
     pub logit_divisor: f32,
+    /// Experts in place of the feed-forward networks (Qwen3 MoE, Maple).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub experts: Option<Experts>,
+    /// Sliding windows in the attention of some layers (Maple).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub windows: Option<SlidingWindows>,
+    /// By layer: gates are at most this, and what they are multiplied by lies between minus this and this (Maple). 0 stands
+    /// for no limit; so does an empty list, for all layers.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub swiglu_clamp: Vec<f32>,
 }
 
 impl Default for DecoderOptions {
@@ -91,6 +101,9 @@ impl Default for DecoderOptions {
             embedding_scale: 1.0,
             residual_scale: 1.0,
             logit_divisor: 1.0,
+            experts: None,
+            windows: None,
+            swiglu_clamp: Vec::new(),
         }
     }
 }
@@ -103,10 +116,11 @@ impl DecoderOptions {
 }
 
 /// Largest value accepted in each field: far above any model, low enough that no product overflows.
-mod limit {
+pub(crate) mod limit {
     pub const HIDDEN: usize = 1 << 20;
     pub const INTERMEDIATE: usize = 1 << 22;
     pub const LAYERS: usize = 1 << 14;
+    pub const EXPERTS: usize = 1 << 14;
     pub const HEADS: usize = 1 << 16;
     pub const HEAD_DIM: usize = 1 << 14;
     pub const VOCABULARY: usize = 1 << 26;
@@ -158,6 +172,23 @@ impl ModelConfig {
         }
         let DecoderOptions { rope_scaling, embedding_scale, residual_scale, logit_divisor, .. } =
             &self.options;
+        let DecoderOptions { experts, windows, swiglu_clamp, .. } = &self.options;
+        if let Some(problem) = experts.as_ref().and_then(|experts| experts.problem(self.n_layers)) {
+            return err("options.experts", problem);
+        }
+        if experts.is_some() && self.sub_norms {
+            return err("sub_norms", "is true; experts have none".into());
+        }
+        if let Some(problem) = windows.as_ref().and_then(|windows| windows.problem(self.n_layers)) {
+            return err("options.windows", problem);
+        }
+        if ![0, self.n_layers].contains(&swiglu_clamp.len()) {
+            let (found, layers) = (swiglu_clamp.len(), self.n_layers);
+            return err("options.swiglu_clamp", format!("has {found} numbers for {layers} layers"));
+        }
+        if let Some(clamp) = swiglu_clamp.iter().find(|clamp| !(clamp.is_finite() && **clamp >= 0.0)) {
+            return err("options.swiglu_clamp", format!("has {clamp}; it must be finite and not negative"));
+        }
         if let Some(problem) = rope_scaling.as_ref().and_then(|scaling| scaling.problem(self.head_dim)) {
             return err("options.rope_scaling", problem);
         }
@@ -195,20 +226,62 @@ impl ModelConfig {
         heads.saturating_mul(cache_type.row_bytes(self.head_dim))
     }
 
-    /// Number of ternary weights: the seven projections of every layer.
-    pub fn ternary_parameters(&self) -> u64 {
-        let [hidden, inter, q, kv, layers] =
-            [self.hidden_size, self.intermediate_size, self.q_size(), self.kv_size(), self.n_layers]
-                .map(|v| v as u64);
-        let columns =
-            q.saturating_mul(2).saturating_add(kv.saturating_mul(2)).saturating_add(inter.saturating_mul(3));
-        hidden.saturating_mul(columns).saturating_mul(layers)
+    /// The experts of a layer, where it has some.
+    pub fn experts(&self, layer: usize) -> Option<&Experts> {
+        self.options.experts.as_ref().filter(|experts| experts.dense_layers.binary_search(&layer).is_err())
     }
 
-    /// Number of weights in the embedding, and in the output head where it is another tensor.
+    /// Positions that a row sees in the attention of a layer, its own included; `None`: all up to its own.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        let windows = self.options.windows.as_ref();
+        windows.filter(|windows| windows.layers.get(layer) == Some(&true)).map(|windows| windows.positions)
+    }
+
+    /// Whether queries and keys of a layer are turned by RoPE.
+    pub fn has_rope(&self, layer: usize) -> bool {
+        let windows = self.options.windows.as_ref();
+        windows.is_none_or(|windows| windows.global_rope || windows.layers.get(layer) == Some(&true))
+    }
+
+    /// The limit of gates and of what they are multiplied by in a layer.
+    pub fn swiglu_clamp(&self, layer: usize) -> Option<f32> {
+        self.options.swiglu_clamp.get(layer).copied().filter(|&clamp| clamp > 0.0)
+    }
+
+    /// Number of weights in the projections of all layers, those of all experts among them.
+    pub fn ternary_parameters(&self) -> u64 {
+        self.weights_of_layers(|experts| experts.count)
+    }
+
+    /// Number of those weights that a token is multiplied by: of the experts, those that compute a row.
+    pub fn ternary_parameters_per_token(&self) -> u64 {
+        self.weights_of_layers(|experts| experts.used)
+    }
+
+    fn weights_of_layers(&self, experts: impl Fn(&Experts) -> usize) -> u64 {
+        let size = |which: Projection| {
+            let (n, k) = which.shape(self);
+            (n as u64).saturating_mul(k as u64)
+        };
+        let sum = |all: &[Projection]| all.iter().map(|&which| size(which)).fold(0, u64::saturating_add);
+        let (layers, plain) = (self.n_layers as u64, sum(&Projection::ALL));
+        let Some(of) = &self.options.experts else { return plain.saturating_mul(layers) };
+        let without = of.dense_layers.iter().filter(|&&layer| layer < self.n_layers).count() as u64;
+        let of_experts = sum(&Projection::of_expert(0)).saturating_mul(experts(of) as u64);
+        let mixed = sum(&Projection::ATTENTION).saturating_add(of_experts);
+        mixed.saturating_mul(layers - without).saturating_add(plain.saturating_mul(without))
+    }
+
+    /// Number of weights in the embedding, in the output head where it is another tensor, and in the routers of experts.
     pub fn dense_parameters(&self) -> u64 {
         let one = (self.vocab_size as u64).saturating_mul(self.hidden_size as u64);
-        if self.tied_embeddings { one } else { one.saturating_mul(2) }
+        let matrices = if self.tied_embeddings { one } else { one.saturating_mul(2) };
+        let router = |layer: usize| self.experts(layer).map_or(0, |experts| experts.count as u64);
+        let routers = match self.options.experts {
+            Some(_) => (0..self.n_layers).map(router).fold(0, u64::saturating_add),
+            None => 0,
+        };
+        matrices.saturating_add(routers.saturating_mul(self.hidden_size as u64))
     }
 }
 
@@ -238,6 +311,40 @@ mod tests {
             eos_tokens: vec![128_001, 128_009],
             options: DecoderOptions::default(),
         }
+    }
+
+    fn experts(config: &mut ModelConfig) -> &mut Experts {
+        let dense_layers = vec![0, 7];
+        let experts =
+            Experts { count: 256, used: 8, intermediate_size: 768, renormalise: true, dense_layers };
+        config.options.experts.insert(experts)
+    }
+
+    fn windows(config: &mut ModelConfig) -> &mut SlidingWindows {
+        let layers = (0..30).map(|layer| layer % 4 != 3).collect();
+        config.options.windows.insert(SlidingWindows { positions: 512, layers, global_rope: false })
+    }
+
+    #[test]
+    fn experts_and_windows_are_of_their_layers() {
+        let mut config = bitnet_2b();
+        let dense = config.ternary_parameters();
+        assert_eq!(config.ternary_parameters_per_token(), dense);
+        config.sub_norms = false;
+        experts(&mut config);
+        windows(&mut config);
+        config.options.swiglu_clamp = [7.0, 0.0].repeat(15);
+        config.validate().unwrap();
+        let of_experts = |count: u64| 28 * 3 * 2560 * (count * 768 - 6912);
+        assert_eq!(config.ternary_parameters(), dense + of_experts(256));
+        assert_eq!(config.ternary_parameters_per_token(), dense - 28 * 3 * 2560 * (6912 - 8 * 768));
+        assert_eq!(config.dense_parameters(), 328_335_360 + 28 * 256 * 2560);
+        assert_eq!((config.experts(7), config.experts(8).map(|e| e.used)), (None, Some(8)));
+        assert_eq!((config.window(2), config.window(3)), (Some(512), None));
+        assert_eq!((config.has_rope(2), config.has_rope(3)), (true, false));
+        assert_eq!((config.swiglu_clamp(2), config.swiglu_clamp(3)), (Some(7.0), None));
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<ModelConfig>(&json).unwrap(), config);
     }
 
     #[test]
@@ -298,6 +405,20 @@ mod tests {
             ("options.rope_scaling", |c| {
                 c.options.rope_scaling = Some(RopeScaling::Divisors { divisors: vec![1.0; 63] });
             }),
+            ("options.experts", |c| experts(c).count = 0),
+            ("options.experts", |c| experts(c).count = 1 << 20),
+            ("options.experts", |c| experts(c).used = 0),
+            ("options.experts", |c| experts(c).used = 257),
+            ("options.experts", |c| experts(c).intermediate_size = 0),
+            ("options.experts", |c| experts(c).dense_layers.push(30)),
+            ("options.experts", |c| experts(c).dense_layers.push(7)),
+            ("sub_norms", |c| _ = experts(c)),
+            ("options.windows", |c| windows(c).positions = 0),
+            ("options.windows", |c| windows(c).positions = usize::MAX),
+            ("options.windows", |c| windows(c).layers.truncate(29)),
+            ("options.swiglu_clamp", |c| c.options.swiglu_clamp = vec![7.0; 29]),
+            ("options.swiglu_clamp", |c| c.options.swiglu_clamp = vec![-7.0; 30]),
+            ("options.swiglu_clamp", |c| c.options.swiglu_clamp = vec![f32::INFINITY; 30]),
         ];
         for (field, change) in changes {
             let mut config = bitnet_2b();

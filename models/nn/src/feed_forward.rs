@@ -1,4 +1,4 @@
-//! The gated feed-forward network with BitLinear projections.
+//! The gated feed-forward network with BitLinear projections, and what may stand in its place.
 
 use bitnet_burn_backends::{GatedActivation, ops};
 use burn::config::Config;
@@ -7,7 +7,7 @@ use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor};
 
 use crate::bit_linear::side_by_side;
-use crate::{BitLinear, BitLinearConfig, ForwardError};
+use crate::{BitExperts, BitLinear, BitLinearConfig, ForwardError};
 
 /// Configuration of a [`BitFeedForward`].
 #[derive(Config, Debug)]
@@ -24,6 +24,37 @@ pub struct BitFeedForwardConfig {
     pub eps: f64,
 }
 
+/// The feed-forward network of a block.
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one for each layer; boxing would only be one more hop")]
+pub enum FeedForward {
+    /// One for all rows.
+    One(BitFeedForward),
+    /// Experts, some of them for each row.
+    Experts(BitExperts),
+}
+
+impl FeedForward {
+    /// The layer's contribution to the residual stream. Input and output: [rows, hidden_size].
+    ///
+    /// # Errors
+    /// If a kernel refuses, or a device fails.
+    pub fn forward(&self, x: Tensor<2>, quantise: bool) -> Result<Tensor<2>, ForwardError> {
+        match self {
+            Self::One(network) => network.forward(x, quantise),
+            Self::Experts(experts) => experts.forward(x, quantise),
+        }
+    }
+
+    /// The norm of its input.
+    pub fn input_norm(&self) -> &RmsNorm {
+        match self {
+            Self::One(network) => &network.input_norm,
+            Self::Experts(experts) => &experts.input_norm,
+        }
+    }
+}
+
 /// down_proj(sub_norm(activation(gate_proj(norm(x))) * up_proj(norm(x)))).
 ///
 /// Made by [`BitFeedForwardConfig`], or from a checkpoint.
@@ -38,7 +69,26 @@ pub struct BitFeedForward {
     /// Down; its norm is `ffn_sub_norm`.
     pub down_proj: BitLinear,
     #[module(skip)]
-    activation: GatedActivation,
+    gate: Gate,
+}
+
+/// What joins gate and up.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Gate {
+    pub activation: GatedActivation,
+    /// Gates are at most this, and up lies between minus this and this.
+    pub clamp: Option<f32>,
+}
+
+impl Gate {
+    /// activation(gate) * up, of rows [M, 2 * F] that hold gate and up side by side: [M, F].
+    pub fn apply(self, gate_up: Tensor<2>) -> Tensor<2> {
+        let Some(clamp) = self.clamp else { return ops::gated(gate_up, self.activation) };
+        let halves = gate_up.chunk(2, 1);
+        let [gate, up] = halves.try_into().expect("two halves");
+        let limited = vec![gate.clamp_max(clamp), up.clamp(-clamp, clamp)];
+        ops::gated(Tensor::cat(limited, 1), self.activation)
+    }
 }
 
 impl BitFeedForwardConfig {
@@ -58,7 +108,12 @@ impl BitFeedForward {
     /// A layer of given parts: gate, up and down (with its norm).
     pub fn assemble(input_norm: RmsNorm, projections: [BitLinear; 3], activation: GatedActivation) -> Self {
         let [gate_proj, up_proj, down_proj] = projections;
-        Self { input_norm, gate_proj, up_proj, down_proj, activation }
+        Self { input_norm, gate_proj, up_proj, down_proj, gate: Gate { activation, clamp: None } }
+    }
+
+    /// The same with gates of at most `clamp`, and what they are multiplied by between minus `clamp` and `clamp`.
+    pub fn with_clamp(self, clamp: Option<f32>) -> Self {
+        Self { gate: Gate { clamp, ..self.gate }, ..self }
     }
 
     /// The layer's contribution to the residual stream. Input and output: [rows, hidden_size].
@@ -67,7 +122,7 @@ impl BitFeedForward {
     /// If a kernel refuses.
     pub fn forward(&self, x: Tensor<2>, quantise: bool) -> Result<Tensor<2>, ForwardError> {
         let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
-        let gate_up = side_by_side(x, norm, quantise, &[&self.gate_proj, &self.up_proj])?;
-        Ok(self.down_proj.forward_rows(ops::gated(gate_up, self.activation), quantise)?)
+        let gate_up = side_by_side(x, Some(norm), quantise, &[&self.gate_proj, &self.up_proj])?;
+        Ok(self.down_proj.forward_rows(self.gate.apply(gate_up), quantise)?)
     }
 }

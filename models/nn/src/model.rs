@@ -11,6 +11,8 @@
 //! logits = lm_head(rms_norm(x))
 //! ```
 //!
+//! Some models have experts in place of the feed-forward network: [`BitExperts`](crate::BitExperts).
+//!
 //! The forward pass takes rows of (token, sequence, position): a chunk of a prompt, one token each of
 //! several sequences, or both at once are the same code.
 

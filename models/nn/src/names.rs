@@ -10,6 +10,10 @@ pub const HEAD: &str = "lm_head.weight";
 /// The name of a projection's module.
 pub fn projection_module(layer: usize, which: Projection) -> String {
     let part = match which {
+        Projection::ExpertGate(_) | Projection::ExpertUp(_) | Projection::ExpertDown(_) => {
+            let (number, name) = (which.expert().unwrap_or_default(), which.name());
+            return format!("model.layers.{layer}.mlp.experts.{number}.{name}_proj");
+        }
         Projection::Q => "self_attn.q_proj",
         Projection::K => "self_attn.k_proj",
         Projection::V => "self_attn.v_proj",
@@ -34,6 +38,11 @@ pub fn bias_name(layer: usize, which: Projection) -> String {
 /// The name of a packed projection's scale.
 pub fn scale_name(layer: usize, which: Projection) -> String {
     projection_module(layer, which) + ".weight_scale"
+}
+
+/// The name of the weights of a layer's router to its experts.
+pub fn router_name(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.gate.weight")
 }
 
 /// The name of a norm's weights.

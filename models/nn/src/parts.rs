@@ -2,7 +2,7 @@
 
 use crate::ModelConfig;
 
-/// The seven matrices of a layer, ternary in most models.
+/// The matrices of a layer, ternary in most models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Projection {
     /// Queries, [n_heads * head_dim, hidden].
@@ -19,33 +19,84 @@ pub enum Projection {
     Up,
     /// Feed-forward down, [hidden, intermediate].
     Down,
+    /// The gate of an expert, by its number: [intermediate size of experts, hidden].
+    ExpertGate(usize),
+    /// The up projection of an expert: [intermediate size of experts, hidden].
+    ExpertUp(usize),
+    /// The down projection of an expert: [hidden, intermediate size of experts].
+    ExpertDown(usize),
 }
 
 impl Projection {
-    /// All seven, in the order in which a layer uses them.
+    /// Those of a layer without experts, in the order in which it uses them.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
-    /// `q`, `gate` ...
+    /// Those of attention.
+    pub const ATTENTION: [Self; 4] = [Self::Q, Self::K, Self::V, Self::O];
+
+    /// Those of the expert of that number.
+    pub const fn of_expert(number: usize) -> [Self; 3] {
+        [Self::ExpertGate(number), Self::ExpertUp(number), Self::ExpertDown(number)]
+    }
+
+    /// Those of a layer: [`ALL`](Self::ALL), or those of attention and then of each expert.
+    pub fn of_layer(layer: usize, config: &ModelConfig) -> Vec<Self> {
+        match config.experts(layer) {
+            None => Self::ALL.to_vec(),
+            Some(experts) => {
+                Self::ATTENTION.into_iter().chain((0..experts.count).flat_map(Self::of_expert)).collect()
+            }
+        }
+    }
+
+    /// The kinds of matrices that a token is multiplied by: [`ALL`](Self::ALL), in a model with experts with those of the
+    /// first expert in place of the feed-forward network's.
+    pub fn kinds(config: &ModelConfig) -> [Self; 7] {
+        if config.options.experts.is_none() {
+            return Self::ALL;
+        }
+        let ([q, k, v, o], [gate, up, down]) = (Self::ATTENTION, Self::of_expert(0));
+        [q, k, v, o, gate, up, down]
+    }
+
+    /// Whether it counts where a token is said to be multiplied by its first experts, as many as compute it.
+    pub fn is_read(self, config: &ModelConfig) -> bool {
+        let used = config.options.experts.as_ref().map_or(0, |experts| experts.used);
+        self.expert().is_none_or(|number| number < used)
+    }
+
+    /// The number of the expert that it belongs to.
+    pub fn expert(self) -> Option<usize> {
+        match self {
+            Self::ExpertGate(number) | Self::ExpertUp(number) | Self::ExpertDown(number) => Some(number),
+            _ => None,
+        }
+    }
+
+    /// `q`, `gate` ...; an expert's as a feed-forward network's.
     pub fn name(self) -> &'static str {
         match self {
             Self::Q => "q",
             Self::K => "k",
             Self::V => "v",
             Self::O => "o",
-            Self::Gate => "gate",
-            Self::Up => "up",
-            Self::Down => "down",
+            Self::Gate | Self::ExpertGate(_) => "gate",
+            Self::Up | Self::ExpertUp(_) => "up",
+            Self::Down | Self::ExpertDown(_) => "down",
         }
     }
 
-    /// (N, K): output and input features.
+    /// (N, K): output and input features. An expert's are 0 in a model without experts.
     pub fn shape(self, config: &ModelConfig) -> (usize, usize) {
+        let of_expert = || config.options.experts.as_ref().map_or(0, |experts| experts.intermediate_size);
         match self {
             Self::Q => (config.q_size(), config.hidden_size),
             Self::K | Self::V => (config.kv_size(), config.hidden_size),
             Self::O => (config.hidden_size, config.q_size()),
             Self::Gate | Self::Up => (config.intermediate_size, config.hidden_size),
             Self::Down => (config.hidden_size, config.intermediate_size),
+            Self::ExpertGate(_) | Self::ExpertUp(_) => (of_expert(), config.hidden_size),
+            Self::ExpertDown(_) => (config.hidden_size, of_expert()),
         }
     }
 
@@ -55,6 +106,7 @@ impl Projection {
             Self::Q | Self::K | Self::V => config.options.qkv_bias,
             Self::O => config.options.output_bias,
             Self::Gate | Self::Up | Self::Down => false,
+            Self::ExpertGate(_) | Self::ExpertUp(_) | Self::ExpertDown(_) => false,
         }
     }
 }

@@ -9,8 +9,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::model::rms_norm;
 use crate::{
-    BitBlock, BitLinear, BitLinearWeight, BitNet, DenseMatrix, DenseWeight, ModelConfig, Norm, Projection,
-    names,
+    BitBlock, BitLinear, BitLinearWeight, BitNet, DenseMatrix, DenseWeight, FeedForward, ModelConfig, Norm,
+    Projection, names,
 };
 
 /// Gives the values of a parameter by its name and shape.
@@ -51,10 +51,14 @@ impl BitNet {
         let linear = |layer: usize, which: Projection| -> Result<BitLinear, E> {
             Ok(BitLinear::latent(matrix(&names::projection_name(layer, which), which.shape(config))?))
         };
+        let router = |layer: usize| -> Result<DenseMatrix, E> {
+            let experts = config.experts(layer).map_or(0, |experts| experts.count);
+            Ok(DenseMatrix::trainable(matrix(&names::router_name(layer), (experts, config.hidden_size))?))
+        };
         let table = (config.vocab_size, config.hidden_size);
         let embedding = DenseMatrix::trainable(matrix(names::EMBEDDING, table)?);
         let blocks = (0..config.n_layers)
-            .map(|i| BitBlock::assemble(config, i, norm, linear))
+            .map(|i| BitBlock::assemble(config, i, norm, linear, router))
             .collect::<Result<_, E>>()?;
         let last = norm(Norm::Output)?;
         let output = if config.tied_embeddings {
@@ -82,7 +86,14 @@ impl BitNet {
         add(names::EMBEDDING.to_owned(), float(&self.embedding));
         for (i, block) in self.blocks.iter().enumerate() {
             let (attention, feed_forward) = (&block.attention, &block.feed_forward);
-            for (which, layer) in Projection::ALL.into_iter().zip(block.projections()) {
+            if let Some(router) = block.router() {
+                add(names::router_name(i), float(router));
+            }
+            let sub_norm = match feed_forward {
+                FeedForward::One(network) => network.down_proj.norm.as_ref(),
+                FeedForward::Experts(_) => None,
+            };
+            for (which, layer) in block.projections() {
                 match &layer.weight {
                     BitLinearWeight::Latent(weight) => {
                         add(names::projection_name(i, which), weight.val().into_data());
@@ -97,8 +108,8 @@ impl BitNet {
                 (Norm::Query(i), attention.q_norm.as_ref()),
                 (Norm::Key(i), attention.k_norm.as_ref()),
                 (Norm::AttentionSub(i), attention.o_proj.norm.as_ref()),
-                (Norm::FeedForward(i), Some(&feed_forward.input_norm)),
-                (Norm::FeedForwardSub(i), feed_forward.down_proj.norm.as_ref()),
+                (Norm::FeedForward(i), Some(feed_forward.input_norm())),
+                (Norm::FeedForwardSub(i), sub_norm),
             ] {
                 if let Some(norm) = norm {
                     add(names::norm_name(which), norm.gamma.val().into_data());
@@ -123,8 +134,11 @@ impl BitNet {
     pub fn pack(self) -> Result<Self, ManagerError> {
         let mut model = if self.device().is_autodiff() { self.valid() } else { self };
         for block in &mut model.blocks {
-            for layer in block.projections_mut() {
+            for (_, layer) in block.projections_mut() {
                 *layer = layer.clone().pack()?;
+            }
+            if let FeedForward::Experts(experts) = &mut block.feed_forward {
+                experts.router = experts.router.clone().freeze();
             }
         }
         model.embedding = model.embedding.freeze();

@@ -43,7 +43,7 @@ impl BitNet {
             }
         }
         for (i, block) in self.blocks.iter().enumerate().filter(|(_, block)| tells(&block.device())) {
-            for matrix in block.projections().iter().filter_map(|layer| layer.matrix()) {
+            for matrix in block.projections().iter().filter_map(|(_, layer)| layer.matrix()) {
                 let first = matrix.codes.slice([0..1, 0..1]);
                 first.try_into_data().map_err(|error| words(&format!("layer {i}"), &error))?;
             }

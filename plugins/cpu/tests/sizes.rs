@@ -33,7 +33,14 @@ fn sizes_that_wrap_around_are_refused() {
     let beyond = "exceeds the memory of any machine";
     let (many, wide) = (1usize << 32, 1usize << 63);
     // 2^32 heads of 2^32 elements are none at all, modulo 2^64.
-    let shape = attention::Shape { n_heads: many, n_kv_heads: many, head_dim: many, capacity: 1, scale: 1.0 };
+    let shape = attention::Shape {
+        n_heads: many,
+        n_kv_heads: many,
+        head_dim: many,
+        capacity: 1,
+        scale: 1.0,
+        window: None,
+    };
     refused("append", beyond, || attention::append(CacheMut::F32(&mut []), shape, 0, 1, &[], 0));
     refused("attention", beyond, || {
         let (keys, values) = (CacheRef::F32(&[]), CacheRef::F32(&[]));
@@ -60,8 +67,13 @@ fn sizes_that_wrap_around_are_refused() {
         training::relu2_mul_backward(&x[..4], &[1.0; 2], wide, &mut [0.0; 4], &Four);
     });
 
-    let shape =
-        |n_heads, head_dim, length| training::Shape { n_heads, n_kv_heads: n_heads, head_dim, length };
+    let shape = |n_heads, head_dim, length| training::Shape {
+        n_heads,
+        n_kv_heads: n_heads,
+        head_dim,
+        length,
+        window: None,
+    };
     for (heads, head_dim, length) in [(1 << 62, 4, 1), (1, 1 << 62, 1), (1, 2, 1 << 62), (2, 1 << 61, 2)] {
         let shape = shape(heads, head_dim, length);
         refused("self_attention", "are no sequences", || {

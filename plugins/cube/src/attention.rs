@@ -6,116 +6,17 @@
 //! depends on how its prompt was cut in its last bits at most: few rows join chunks behind the sums over each, many rows
 //! go on from chunk to chunk.
 
+mod shape;
+
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+pub(crate) use self::shape::THREADS;
+use self::shape::{CHUNK, FEW_ROWS, LANES, MOST_PARTIAL};
+pub use self::shape::{Cache, Cached, Shape};
 use crate::bits::{half, to_half};
 use crate::rows::{Absmax, byte, odd};
-
-/// Type of a cache's values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Cached {
-    /// A word each.
-    F32,
-    /// Two IEEE halves a word.
-    F16,
-    /// Four int8 a word, and a scale for each position and head: absmax / 127.
-    Int8,
-}
-
-impl Cached {
-    /// Values in a word.
-    pub const fn values(self) -> u32 {
-        match self {
-            Self::F32 => 1,
-            Self::F16 => 2,
-            Self::Int8 => 4,
-        }
-    }
-}
-
-/// Keys or values of one sequence and layer, [kv heads, capacity, d].
-#[derive(Clone, Debug)]
-pub struct Cache {
-    /// The values, as words.
-    pub words: Handle,
-    /// f32 [kv heads, capacity], for int8.
-    pub scale: Option<Handle>,
-}
-
-/// Heads, and the room of a cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
-    /// Query heads.
-    pub n_heads: usize,
-    /// Key and value heads; query head h reads kv head h / (n_heads / n_kv_heads).
-    pub n_kv_heads: usize,
-    /// Values a head.
-    pub head_dim: usize,
-    /// Positions that the cache has room for.
-    pub capacity: usize,
-    /// Type of its values.
-    pub cached: Cached,
-}
-
-/// Positions that are attended to at once.
-const CHUNK: u32 = 64;
-/// Threads of a workgroup.
-pub(crate) const THREADS: u32 = 128;
-/// Threads that share a dot product.
-const LANES: u32 = 8;
-/// Queries that a workgroup has at most: its threads keep a sum for each.
-const MAX_QUERIES: usize = 16;
-/// Words of memory that a workgroup may share: what WebGPU promises, 16 KiB.
-const SHARED_WORDS: usize = 4096;
-/// Workgroups in one dimension, at most.
-const MAX_COUNT: usize = 65_535;
-/// Rows beyond which the chunks of a row follow each other in one workgroup.
-const FEW_ROWS: usize = 16;
-/// Values that chunks may leave until they are joined; for more, they follow each other, too.
-const MOST_PARTIAL: usize = 1 << 24;
-
-impl Shape {
-    /// Whether the kernels can be launched for m rows.
-    pub fn supported(&self, m: usize) -> bool {
-        let values = self.n_kv_heads.saturating_mul(self.capacity).saturating_mul(self.head_dim);
-        let words = values / self.cached.values() as usize;
-        let width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim;
-        self.head_dim.is_multiple_of(4)
-            && self.shared_words(1) <= SHARED_WORDS
-            && words < u32::MAX as usize
-            && (1..=MAX_COUNT).contains(&m)
-            && m.checked_mul(width).is_some_and(|values| values < u32::MAX as usize)
-            && self.n_heads + 2 * self.n_kv_heads <= MAX_COUNT
-            && self.capacity.div_ceil(CHUNK as usize) <= MAX_COUNT
-    }
-
-    fn group(&self) -> usize {
-        self.n_heads / self.n_kv_heads
-    }
-
-    /// Memory that a workgroup with so many queries shares: the queries, their scores, sums on the way, and three
-    /// figures each.
-    fn shared_words(&self, queries: usize) -> usize {
-        queries * (self.head_dim + CHUNK as usize + 3) + 4 * THREADS as usize
-    }
-
-    /// Heads of a kv head, and rows, that a workgroup has the queries of.
-    fn queries(&self, m: usize) -> (u32, u32) {
-        let fits = |queries: usize| queries <= MAX_QUERIES && self.shared_words(queries) <= SHARED_WORDS;
-        let group = self.group();
-        let heads = (1..=group).rev().find(|&heads| group.is_multiple_of(heads) && fits(heads)).unwrap_or(1);
-        let rows = if m <= FEW_ROWS { 1 } else { [4, 2].into_iter().find(|r| fits(heads * r)).unwrap_or(1) };
-        (heads as u32, rows as u32)
-    }
-
-    /// The parameters of the kernels for m rows, of which the first is at `position`.
-    pub fn params(&self, m: usize, position: usize) -> [u32; 8] {
-        let chunks = (position + m).div_ceil(CHUNK as usize);
-        [m, position, self.capacity, self.n_heads, self.n_kv_heads, chunks, 0, 0].map(|value| value as u32)
-    }
-}
 
 /// One workgroup for each row, and head of queries, keys and values: turns queries and keys by half rotation, and writes
 /// keys and values into caches of floats. Parameters as [`Shape::params`] has them.
@@ -268,6 +169,8 @@ pub(crate) struct Plan {
     pub rows: u32,
     /// Whether a workgroup has one chunk, and leaves its part of the result.
     pub split: bool,
+    /// Whether rows see the positions of a window only.
+    pub windowed: bool,
 }
 
 impl Plan {
@@ -365,11 +268,18 @@ pub(crate) fn attend_chunks(
     let scale = 1.0f32 / f32::cast_from(head_dim).sqrt();
     sync_cube();
 
+    let window = params[6];
     let mut chunk = 0u32;
     let mut end = length.div_ceil(CHUNK);
+    if comptime!(plan.windowed) {
+        // That of the first row's first position.
+        let seen = position + first_row + 1;
+        chunk = (seen - window.min(seen)) / CHUNK;
+    }
     if comptime!(plan.split) {
-        chunk = CUBE_POS_Z;
-        end = (chunk + 1).min(end);
+        // Of a chunk before the window there are zeros.
+        chunk = chunk.max(CUBE_POS_Z);
+        end = (CUBE_POS_Z + 1).min(end);
     }
     while chunk < end {
         let begin = chunk * CHUNK;
@@ -429,7 +339,10 @@ pub(crate) fn attend_chunks(
                     }
                     let at = begin + base + slot;
                     let row = first_row + query / comptime!(plan.heads);
-                    let seen = at <= position + row && at < length;
+                    let mut seen = at <= position + row && at < length;
+                    if comptime!(plan.windowed) {
+                        seen = seen && position + row - at < window;
+                    }
                     scores[(query * CHUNK + base + slot) as usize] =
                         select(seen, dot * scale, f32::new(-1e30));
                 }
@@ -513,8 +426,8 @@ pub(crate) fn attend_chunks(
                             for query in 0..queries {
                                 let at = comptime!((query * each + w) * in_word + i);
                                 let weight = scores[(query * CHUNK + slot) as usize];
-                                if comptime!(plan.rows > 1) {
-                                    // Of a later row, which may be infinite.
+                                if comptime!(plan.rows > 1 || plan.windowed) {
+                                    // Of a later row, or before the window: it may be infinite.
                                     sums[at as usize] += select(weight == 0.0f32, 0.0f32, weight * value);
                                 } else {
                                     sums[at as usize] += weight * value;
@@ -616,7 +529,7 @@ pub unsafe fn attend(
     params: Handle,
     (m, position): (usize, usize),
 ) -> Handle {
-    let Shape { n_heads, n_kv_heads, head_dim, capacity, cached } = *shape;
+    let Shape { n_heads, n_kv_heads, head_dim, capacity, cached, window } = *shape;
     let d = head_dim as u32;
     let all_heads = n_heads + 2 * n_kv_heads;
     let angles = m * head_dim / 2;
@@ -672,7 +585,7 @@ pub unsafe fn attend(
     let chunks = (position + m).div_ceil(CHUNK as usize);
     let partial_values = m * n_heads * chunks * (head_dim + 2);
     let split = m <= FEW_ROWS && chunks > 1 && partial_values <= MOST_PARTIAL;
-    let plan = Plan { head_dim: d, cached, heads, rows, split };
+    let plan = Plan { head_dim: d, cached, heads, rows, split, windowed: window.is_some() };
     let partial = match split {
         true => client.empty(partial_values * 4),
         false => out.clone(),

@@ -229,8 +229,10 @@ pub fn operations() -> Vec<(String, crate::Texts)> {
             [32, 1, 1],
             attention::rope_append::RopeAppend[qkv, cos, sin, q, keys, values, params] head_dim, cached
         );
-        for (rows, split) in [(1, true), (1, false), (4, false)] {
-            let plan = Plan { head_dim, cached, heads: 4, rows, split };
+        for (rows, split, windowed) in
+            [(1, true, false), (1, false, false), (4, false, false), (1, true, true)]
+        {
+            let plan = Plan { head_dim, cached, heads: 4, rows, split, windowed };
             operation!(
                 threads,
                 attention::attend_chunks::AttendChunks[q, keys, values, key_scale, value_scale, out, params] plan

@@ -8,11 +8,21 @@ const PREFIXES: [(&str, &str); 3] = [
 ];
 
 /// Parts of a layer, and the names under which other programs store several of them in one tensor.
-const FUSED: [(&[&str], &[&str], &str); 4] = [
+const FUSED: [(&[&str], &[&str], &str); 5] = [
     (&["q_proj", "k_proj", "v_proj"], &["qkv_proj", "query_key_value", "W_pack"], "q, k and v"),
     (&["gate_proj", "up_proj"], &["gate_up_proj"], "gate and up"),
     (&["attn_q", "attn_k", "attn_v"], &["attn_qkv"], "q, k and v"),
     (&["ffn_gate"], &["ffn_gate_up", "ffn_up_gate"], "gate and up"),
+    (
+        &["experts.0.gate_proj.weight", "experts.0.up_proj.weight", "experts.0.down_proj.weight"],
+        &[
+            "experts.gate_up_proj",
+            "experts.gate_up_proj.weight",
+            "experts.down_proj",
+            "experts.down_proj.weight",
+        ],
+        "all experts",
+    ),
 ];
 
 /// The end of "tensor `wanted` is missing": what there is instead, and what to do.
@@ -61,6 +71,11 @@ mod tests {
             (Q, "model.layers.0.self_attn.qkv_proj.weight", "q, k and v in one tensor"),
             ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_up_proj.weight", "gate and up"),
             ("blk.3.attn_k.weight", "blk.3.attn_qkv.weight", "q, k and v in one tensor"),
+            (
+                "model.layers.1.mlp.experts.0.gate_proj.weight",
+                "model.layers.1.mlp.experts.gate_up_proj",
+                "all experts in one tensor",
+            ),
             (
                 Q,
                 "model.layers.0.self_attn.q_proj.qweight",

@@ -190,7 +190,10 @@ impl Checkpoint {
     /// Whether any matrix is rotated.
     pub fn is_rotated(&self) -> bool {
         let layers = (0..self.config.n_layers)
-            .flat_map(|layer| Projection::ALL.map(|which| Rotated::Projection(layer, which)));
+            .flat_map(|layer| {
+                Projection::of_layer(layer, &self.config).into_iter().map(move |of| (layer, of))
+            })
+            .map(|(layer, which)| Rotated::Projection(layer, which));
         layers.chain([Rotated::Embedding, Rotated::Output]).any(|of| self.rotation(of).is_some())
     }
 
@@ -211,6 +214,15 @@ impl Checkpoint {
     pub fn master(&self, layer: usize, which: Projection) -> Result<Option<Vec<f32>>, LoadError> {
         self.check_layer(layer)?;
         self.source.master(layer, which)?.map(|tensor| floats(&self.path, &tensor)).transpose()
+    }
+
+    /// The weights of a layer's router to its experts: [experts, hidden].
+    ///
+    /// # Errors
+    /// [`LoadError::NoSuchLayer`]; [`FileError::MissingTensor`] for a layer without experts.
+    pub fn router(&self, layer: usize) -> Result<DenseTensor, LoadError> {
+        self.check_layer(layer)?;
+        self.source.router(layer)
     }
 
     /// The weights of an RMSNorm, all finite.
@@ -306,7 +318,11 @@ impl Checkpoint {
                 report.dense_values += self.norm(norm)?.len() as u64;
                 report.tensors += 1;
             }
-            for which in Projection::ALL {
+            if self.config.experts(layer).is_some() {
+                report.dense_values += self.check_dense(&self.router(layer)?)?;
+                report.tensors += 1;
+            }
+            for which in Projection::of_layer(layer, &self.config) {
                 match self.weights(layer, which)? {
                     Weights::Ternary(tensor) => {
                         self.check_codes(&tensor)?;

@@ -79,6 +79,8 @@ pub(crate) trait Source: Send + Sync {
     /// Of a projection that [has one](Projection::has_bias).
     fn bias(&self, layer: usize, which: Projection) -> Result<DenseTensor, LoadError>;
     fn master(&self, layer: usize, which: Projection) -> Result<Option<DenseTensor>, LoadError>;
+    /// Of a layer with experts.
+    fn router(&self, layer: usize) -> Result<DenseTensor, LoadError>;
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError>;
     fn embedding(&self) -> Result<DenseTensor, LoadError>;
     fn output(&self) -> Result<Option<DenseTensor>, LoadError>;

@@ -94,10 +94,12 @@ fn seconds(
     for stage in &placement.stages {
         let rate = rate(machine, &stage.device, settings.threads)?;
         let layers = stage.layers.len();
-        let weights = model.layer_bytes(layers) as f64;
-        let history = model.kv_bytes(settings.kv_cache, context, layers) as f64;
-        all.decode += (weights + history) / (rate.read * 1e9);
-        let read = weights / settings.rows.max(1) as f64 / (rate.read * 1e9);
+        let (weights, of_token) = (model.layer_bytes(layers) as f64, model.layer_bytes_read(layers) as f64);
+        let history = model.kv_bytes_read(settings.kv_cache, context, layers) as f64;
+        all.decode += (of_token + history) / (rate.read * 1e9);
+        // Rows that choose other experts read more of them, up to all.
+        let rows = settings.rows.max(1) as f64;
+        let read = weights.min(of_token * rows) / rows / (rate.read * 1e9);
         let products = model.layer_weights as f64 * layers as f64;
         let multiply = rate.multiply.map(|adds| products / (adds * 1e9));
         all.prefill = all.prefill.zip(multiply).map(|(sum, multiply)| sum + multiply.max(read));

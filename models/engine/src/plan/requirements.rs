@@ -8,8 +8,7 @@ use super::{CPU, DeviceMemory, RunSettings};
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::load::HeadMode;
 use bitnet_burn::CacheType;
-use bitnet_burn::ModelConfig;
-use bitnet_burn::{Norm, Projection};
+use bitnet_burn::{Experts, ModelConfig, Norm, Projection};
 
 /// What a model needs. All sizes are in bytes unless stated otherwise.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -21,9 +20,11 @@ pub struct Requirements {
     /// The projections of one layer: ternary weights in the canonical layout, at 2 bits each (kernels' own layouts take
     /// as much or less), others as the file has them.
     pub layer_projections: u64,
-    /// The norms of one layer.
+    /// What a token reads of them: all; of experts, those that compute it.
+    pub layer_read: u64,
+    /// The norms of one layer, and its router to experts.
     pub layer_norms: u64,
-    /// Number of ternary weights of one layer. A token is multiplied by each of them.
+    /// Number of ternary weights of one layer that a token is multiplied by.
     pub layer_weights: u64,
     /// The embedding in its stored format.
     pub embedding: u64,
@@ -45,6 +46,8 @@ pub struct Requirements {
     widest: u64,
     heads: u64,
     query_values: u64,
+    /// Positions of sliding windows, and the number of layers that have them.
+    windows: (usize, usize),
 }
 
 /// Classes of devices whose operations need different workspace.
@@ -96,19 +99,45 @@ impl Requirements {
             output: if own { head_read } else { 0 },
             head_read,
         };
-        let mut requirements = Self::with(checkpoint.config(), sizes);
-        let dense = Projection::ALL.map(|which| checkpoint.dense_bytes(0, which));
-        if let Some(bytes) = dense.into_iter().sum::<Option<u64>>() {
-            requirements.layer_projections = bytes;
+        let config = checkpoint.config();
+        let mut requirements = Self::with(config, sizes);
+        let (layer, experts) = typical_layer(config);
+        let mut dense = Some((0u64, 0u64));
+        for which in Projection::of_layer(layer, config) {
+            let bytes = checkpoint.dense_bytes(layer, which);
+            let read = which.is_read(config);
+            dense = dense.zip(bytes).map(|((all, sum), bytes)| {
+                (all.saturating_add(bytes), sum.saturating_add(if read { bytes } else { 0 }))
+            });
+        }
+        if let Some((all, read)) = dense {
+            (requirements.layer_projections, requirements.layer_read) = (all, read);
+        }
+        if experts.is_some() {
+            requirements.layer_norms += checkpoint.router(layer)?.data.len() as u64;
         }
         Ok(requirements)
     }
 
-    /// The requirements of a model of this shape, with embedding and output matrices of these sizes.
+    /// The requirements of a model of this shape, with embedding and output matrices of these sizes, without routers to
+    /// experts. Where some layers have experts, all are taken for such ones.
     pub fn with(config: &ModelConfig, dense: DenseBytes) -> Self {
-        let shapes = Projection::ALL.map(|which| which.shape(config));
-        let sum = |of: &dyn Fn(usize, usize) -> u64| {
-            shapes.iter().map(|&(n, k)| of(n, k)).fold(0, u64::saturating_add)
+        let (_, experts) = typical_layer(config);
+        // The projections of a layer: how many it has of each kind, and how many a token is multiplied by.
+        let kinds: Vec<(Projection, u64, u64)> = match experts {
+            None => Projection::ALL.map(|which| (which, 1, 1)).to_vec(),
+            Some(experts) => {
+                let (count, used) = (experts.count as u64, experts.used as u64);
+                let of_attention = Projection::ATTENTION.map(|which| (which, 1, 1));
+                of_attention.into_iter().chain(Projection::of_expert(0).map(|w| (w, count, used))).collect()
+            }
+        };
+        let sum = |of: &dyn Fn(usize) -> usize, number: &dyn Fn(u64, u64) -> u64| {
+            let each = kinds.iter().map(|&(which, count, used)| {
+                let (n, k) = which.shape(config);
+                (n as u64).saturating_mul(of(k) as u64).saturating_mul(number(count, used))
+            });
+            each.fold(0, u64::saturating_add)
         };
         let norms = Norm::of_layer(0, config).map(|norm| norm.len(config) as u64 * 4).sum();
         let [hidden, inter, q, kv] =
@@ -117,13 +146,17 @@ impl Requirements {
         // The residual stream twice (a block's input and its sum), plus the larger of attention (queries, keys and values,
         // their rotated copies, the heads' output) and feed-forward (gate, up and their product).
         let attention = 3 * q + 3 * kv;
-        let feed_forward = 3 * inter;
+        // With experts: the normalised rows, the logits of the router, and of the rows of one expert its inputs and outputs.
+        let feed_forward = experts.map_or(3 * inter, |experts| {
+            4 * hidden + experts.count as u64 + 3 * experts.intermediate_size as u64
+        });
         Self {
             layers: config.n_layers,
             context: config.context_length,
-            layer_projections: sum(&|n, k| (n as u64).saturating_mul(canonical::row_bytes(k) as u64)),
+            layer_projections: sum(&canonical::row_bytes, &|count, _| count),
+            layer_read: sum(&canonical::row_bytes, &|_, used| used),
             layer_norms: norms,
-            layer_weights: sum(&|n, k| (n as u64).saturating_mul(k as u64)),
+            layer_weights: sum(&|k| k, &|_, used| used),
             embedding: dense.embedding,
             output: dense.output,
             head_read: dense.head_read,
@@ -133,15 +166,23 @@ impl Requirements {
             kv_per_position: CACHE_TYPES
                 .map(|kind| config.kv_bytes_per_token(kind) as u64 / config.n_layers.max(1) as u64),
             row_values: 2 * hidden + attention.max(feed_forward),
-            widest: hidden.max(inter).max(q),
+            widest: hidden.max(q).max(experts.map_or(inter, |experts| experts.intermediate_size as u64)),
             heads: config.n_heads as u64,
             query_values: q,
+            windows: config.options.windows.as_ref().map_or((usize::MAX, 0), |windows| {
+                (windows.positions, windows.layers.iter().filter(|&&sliding| sliding).count())
+            }),
         }
     }
 
     /// Bytes of the weights of `layers` layers.
     pub fn layer_bytes(&self, layers: usize) -> u64 {
         (self.layer_projections.saturating_add(self.layer_norms)).saturating_mul(layers as u64)
+    }
+
+    /// Bytes of the weights of `layers` layers that a token reads.
+    pub fn layer_bytes_read(&self, layers: usize) -> u64 {
+        (self.layer_read.saturating_add(self.layer_norms)).saturating_mul(layers as u64)
     }
 
     /// Bytes of embedding, last norm and output projection.
@@ -153,6 +194,15 @@ impl Requirements {
     pub fn kv_bytes(&self, kind: CacheType, positions: usize, layers: usize) -> u64 {
         let index = CACHE_TYPES.iter().position(|&known| known == kind).expect("all types are listed");
         self.kv_per_position[index].saturating_mul(positions as u64).saturating_mul(layers as u64)
+    }
+
+    /// Bytes of the KV cache that a token reads behind `positions` positions in `layers` layers, of which as many have sliding
+    /// windows as in the whole model, in proportion.
+    pub fn kv_bytes_read(&self, kind: CacheType, positions: usize, layers: usize) -> u64 {
+        let (window, sliding) = self.windows;
+        let all = self.kv_bytes(kind, positions, layers);
+        let hidden = all - self.kv_bytes(kind, positions.min(window), layers);
+        all - (hidden as f64 * sliding as f64 / self.layers.max(1) as f64) as u64
     }
 
     /// The memory that each device of a placement needs.
@@ -211,6 +261,12 @@ impl Requirements {
     }
 }
 
+/// A layer that stands for all: the first with experts if there are some, else the first.
+fn typical_layer(config: &ModelConfig) -> (usize, Option<&Experts>) {
+    let with = (0..config.n_layers).find_map(|layer| Some((layer, config.experts(layer)?)));
+    with.map_or((0, None), |(layer, experts)| (layer, Some(experts)))
+}
+
 /// Sizes of the matrices that are not ternary, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DenseBytes {
@@ -226,6 +282,7 @@ pub struct DenseBytes {
 mod tests {
     use super::*;
     use crate::synth::shape;
+    use bitnet_burn::SlidingWindows;
     use bitnet_burn_formats::DenseFormat;
 
     #[test]
@@ -255,6 +312,39 @@ mod tests {
         let requantised = Requirements::of(&checkpoint, HeadMode::Requantised(DenseFormat::F32)).unwrap();
         assert_eq!(requantised.output, (embedding.n * embedding.k * 4) as u64);
         assert_eq!(requantised.head_read, requantised.output);
+    }
+
+    #[test]
+    fn a_token_reads_the_experts_that_compute_it() {
+        let mut config = shape("2b-4t").unwrap();
+        config.sub_norms = false;
+        let sizes = DenseBytes { embedding: 0, output: 0, head_read: 0 };
+        let plain = Requirements::with(&config, sizes);
+        assert_eq!(plain.layer_bytes_read(30), plain.layer_bytes(30));
+        let experts =
+            Experts { count: 64, used: 4, intermediate_size: 768, renormalise: true, dense_layers: vec![0] };
+        config.options.experts = Some(experts);
+        let needs = Requirements::with(&config, sizes);
+        let attention = plain.layer_weights - 3 * 2560 * 6912;
+        assert_eq!(needs.layer_weights, attention + 4 * 3 * 2560 * 768);
+        assert_eq!(needs.layer_projections * 4, attention + 64 * 3 * 2560 * 768);
+        assert_eq!(needs.layer_read * 4, needs.layer_weights);
+        assert_eq!(needs.layer_bytes(3) - needs.layer_bytes_read(3), 3 * 60 * 3 * 2560 * 768 / 4);
+    }
+
+    #[test]
+    fn a_token_reads_the_positions_of_its_windows() {
+        let mut config = shape("2b-4t").unwrap();
+        let sizes = DenseBytes { embedding: 0, output: 0, head_read: 0 };
+        let layers = (0..30).map(|layer| layer % 3 != 2).collect();
+        config.options.windows = Some(SlidingWindows { positions: 512, layers, global_rope: false });
+        let needs = Requirements::with(&config, sizes);
+        let read = |positions| needs.kv_bytes_read(CacheType::F16, positions, 3);
+        let of_layer = |positions| needs.kv_bytes(CacheType::F16, positions, 1);
+        assert_eq!(read(512), 3 * of_layer(512));
+        assert_eq!(read(4096), of_layer(4096) + 2 * of_layer(512));
+        // All of them are kept.
+        assert_eq!(needs.kv_bytes(CacheType::F16, 4096, 3), 3 * of_layer(4096));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Many rows: each run of keys is transposed, so that the lanes are positions.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use super::cache::{Cache, Elements};
 use super::softmax::{finish, merge, softmax, weigh};
@@ -58,16 +59,23 @@ impl<C: Cache> Kernel for Block<'_, C> {
                 sorted[starts[i % LANES] + i / LANES] = q;
             }
         }
-        let last = call.seen(self.to - 1);
-        for tile in (0..last).step_by(TILE) {
-            // The positions of the tile that a query sees: ascending with the row.
-            let count = |query: usize| call.seen(row(query)).saturating_sub(tile).min(TILE);
-            let positions = TILE.min(last - tile);
-            for at in (0..positions).step_by(RUN) {
-                let n = RUN.min(positions - at);
+        let (first, last) = (call.first(self.from), call.seen(self.to - 1));
+        for tile in (first / TILE * TILE..last).step_by(TILE) {
+            // The positions of the tile that a query sees.
+            let seen = |query: usize| call.in_tile(row(query), tile);
+            // The queries that see some of the positions: the rows in front end before them, and the windows of the last ones
+            // begin behind them.
+            let seeing = |positions: Range<usize>| {
+                let from = (0..queries).find(|&query| seen(query).end > positions.start).unwrap_or(queries);
+                let to = (from..queries).find(|&query| seen(query).start >= positions.end).unwrap_or(queries);
+                from..to
+            };
+            // Those of any query, from the beginning of a run.
+            let positions = first.saturating_sub(tile) / RUN * RUN..TILE.min(last - tile);
+            for at in positions.clone().step_by(RUN) {
+                let n = RUN.min(positions.end - at);
                 transpose(isa, self.k, self.kv_head * capacity + tile + at, n, head_dim, transposed);
-                // Rows that see nothing of the run stand in front.
-                let mut query = (0..queries).find(|&query| count(query) > at).unwrap_or(queries);
+                let Range { start: mut query, end: queries } = seeing(at..at + n);
                 while query < queries {
                     let (q, scores) = (&sorted[query * head_dim..], &mut scores[query * TILE + at..]);
                     match queries - query {
@@ -87,14 +95,14 @@ impl<C: Cache> Kernel for Block<'_, C> {
                 }
             }
             part.fill(0.0);
-            let first = (0..queries).find(|&query| count(query) > 0).unwrap_or(queries);
-            for query in first..queries {
-                let (m, l) = softmax(isa, &mut scores[query * TILE..][..TILE], count(query));
+            let all = seeing(0..TILE);
+            for query in all.clone() {
+                let (m, l) = softmax(isa, &mut scores[query * TILE..][..TILE], seen(query));
                 part[query * width + padded] = m;
                 part[query * width + padded + 1] = l;
             }
-            for at in (0..positions).step_by(RUN) {
-                let n = RUN.min(positions - at);
+            for at in positions.clone().step_by(RUN) {
+                let n = RUN.min(positions.end - at);
                 widen(
                     isa,
                     self.v,
@@ -102,14 +110,18 @@ impl<C: Cache> Kernel for Block<'_, C> {
                     head_dim,
                     &mut values[..n * head_dim],
                 );
-                let seen = |query: usize| count(query).saturating_sub(at).min(n);
-                let mut query = (0..queries).find(|&query| seen(query) > 0).unwrap_or(queries);
+                let of_run = |query: usize| {
+                    let Range { start, end } = seen(query);
+                    start.saturating_sub(at).min(n)..end.saturating_sub(at).min(n)
+                };
+                let Range { start: mut query, end: queries } = seeing(at..at + n);
                 while query < queries {
                     // Four queries that see the same positions; others one by one.
-                    let n = seen(query);
-                    let p = |i: usize| &scores[(query + i) * TILE + at..][..n];
-                    let (values, sums) = (&values[..n * head_dim], &mut part[query * width..]);
-                    if queries - query >= 4 && seen(query + 3) == n {
+                    let Range { start, end } = of_run(query);
+                    let p = |i: usize| &scores[(query + i) * TILE + at..][start..end];
+                    let values = &values[start * head_dim..end * head_dim];
+                    let sums = &mut part[query * width..];
+                    if queries - query >= 4 && of_run(query + 3) == (start..end) {
                         weigh(isa, [p(0), p(1), p(2), p(3)], values, 0, head_dim, sums, width, None);
                         query += 4;
                     } else {
@@ -118,9 +130,9 @@ impl<C: Cache> Kernel for Block<'_, C> {
                     }
                 }
             }
-            for query in first..queries {
+            for query in all {
                 let (state, part) = (&mut state[query * width..][..width], &part[query * width..][..width]);
-                if tile == 0 {
+                if tile == call.first(row(query)) / TILE * TILE {
                     state.copy_from_slice(part);
                 } else {
                     merge(isa, state, part);

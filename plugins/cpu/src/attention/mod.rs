@@ -1,17 +1,19 @@
 //! Causal attention with grouped queries over a KV cache, and writing to the cache.
 //!
 //! `out[r, h]` = sum over positions p <= first + r of `softmax(scale * q[r, h] . k[p]) v[p]`, where query head h
-//! reads kv head h / (heads / kv heads).
+//! reads kv head h / (heads / kv heads). With a window of w positions the sum begins at first + r - w + 1.
 //!
 //! # Order of computation
 //! The softmax is taken in f32 over tiles of 256 positions that begin at absolute multiples of 256, so
 //! that it does not depend on how a prompt is cut into chunks. For each (row, head) and tile:
-//! - scores q.k by 16 lanes over the head's elements (see [`simd`](crate::simd)), times `scale`;
+//! - scores q.k by 16 lanes over the head's elements (see [`simd`](crate::simd)), times `scale`; minus infinity before
+//!   the window;
 //! - m their maximum, p = exp(score - m) by `simd::exp`, l the sum of p by 16 lanes over the
 //!   positions;
-//! - for each element of the head, a = fma(p, v, a) over the positions in ascending order, from +0.
+//! - for each element of the head, a = fma(p, v, a) over the positions in ascending order, from +0; not over those before
+//!   the window.
 //!
-//! The first tile is the state (m, l, a); each further one is merged into it in ascending order:
+//! The first tile (with a window, that of the row's first position) is the state (m, l, a); each further one is merged into it in ascending order:
 //! m' = max(m, m_tile), c = exp(m - m'), d = exp(m_tile - m'), l = fma(l_tile, d, l * c),
 //! a = fma(a_tile, d, a * c). The result is a / l. Tiles are independent before the merge, so a single row over
 //! a long cache occupies many threads. (This is the split of Flash-Decoding,
@@ -36,6 +38,8 @@ mod rows;
 mod softmax;
 #[cfg(test)]
 mod tests;
+
+use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
 
@@ -69,6 +73,8 @@ pub struct Shape {
     pub capacity: usize,
     /// What scores are multiplied by: head_dim^-0.5.
     pub scale: f32,
+    /// Positions that a row sees, up to its own; `None`: all of them.
+    pub window: Option<usize>,
 }
 
 impl Shape {
@@ -131,7 +137,7 @@ pub fn append(cache: CacheMut, shape: Shape, position: usize, rows: usize, x: &[
 }
 
 /// Attention of `rows` rows of queries, of which row r is at position `first_position + r` and sees the
-/// positions up to its own, over one sequence's cache.
+/// positions up to its own (of those, the last ones that its window has room for), over one sequence's cache.
 ///
 /// # Arguments
 /// * `q`: rows of n_heads * head_dim values, `q_stride` elements apart
@@ -139,7 +145,8 @@ pub fn append(cache: CacheMut, shape: Shape, position: usize, rows: usize, x: &[
 /// * `out`: rows of n_heads * head_dim values, `out_stride` elements apart
 ///
 /// # Panics
-/// If the heads do not divide, the positions or the slices do not fit, or keys and values are of different types.
+/// If the heads do not divide, the positions or the slices do not fit, the window has no position, or keys and values are
+/// of different types.
 #[allow(clippy::too_many_arguments)]
 pub fn attention(
     q: &[f32],
@@ -183,7 +190,8 @@ fn attention_at(
     out_stride: usize,
     threads: &dyn Threads,
 ) {
-    let Shape { n_heads, n_kv_heads, head_dim, capacity, .. } = shape;
+    let Shape { n_heads, n_kv_heads, head_dim, capacity, window, .. } = shape;
+    assert!(window != Some(0), "a window of no positions");
     if rows == 0 || n_heads == 0 || head_dim == 0 {
         return;
     }
@@ -224,10 +232,23 @@ impl<'a> Call<'a> {
         self.shape.n_heads / self.shape.n_kv_heads
     }
 
-    /// Number of positions that a row sees.
+    /// The end of the positions that a row sees.
     #[inline(always)]
     fn seen(&self, row: usize) -> usize {
         self.first_position + row + 1
+    }
+
+    /// The first position that a row sees.
+    #[inline(always)]
+    fn first(&self, row: usize) -> usize {
+        self.shape.window.map_or(0, |window| self.seen(row).saturating_sub(window))
+    }
+
+    /// The positions of the tile that begins at `tile` that a row sees, counted from there; empty (though perhaps not
+    /// `0..0`) if it sees none. Both ends ascend with the row.
+    #[inline(always)]
+    fn in_tile(&self, row: usize, tile: usize) -> Range<usize> {
+        self.first(row).saturating_sub(tile).min(TILE)..self.seen(row).saturating_sub(tile).min(TILE)
     }
 
     #[inline(always)]
@@ -237,9 +258,10 @@ impl<'a> Call<'a> {
 
     fn over<C: Cache>(self, level: Level, k: C, v: C, out: &mut [f32], threads: &dyn Threads) {
         let Shape { n_heads, n_kv_heads, head_dim, .. } = self.shape;
-        let last = self.seen(self.rows - 1);
+        let last = self.rows - 1;
+        let most = self.seen(last) - self.first(last);
         let out = &Shared::new(out);
-        let parallel = n_heads * head_dim * self.rows * last >= 1 << 18;
+        let parallel = n_heads * head_dim * self.rows * most >= 1 << 18;
         if self.rows * self.group() >= TRANSPOSE_FROM {
             // Blocks large enough that transposing does not show, and enough of them for all threads.
             let queries = if self.rows * n_heads >= 128 * 4 * threads.threads() { 128 } else { 64 };
@@ -254,7 +276,7 @@ impl<'a> Call<'a> {
         }
         let padded = head_dim.next_multiple_of(LANES);
         for row in 0..self.rows {
-            let tiles = self.seen(row).div_ceil(TILE);
+            let tiles = self.seen(row).div_ceil(TILE) - self.first(row) / TILE;
             // Per (kv head, tile, head of the group): the sums, then m and l.
             let mut parts = vec![0.0; tiles * n_heads * (padded + 2)];
             let shared = &Shared::new(&mut parts);

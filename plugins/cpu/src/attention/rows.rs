@@ -1,12 +1,15 @@
 //! A few rows: keys and values are read where they lie, once for all heads of a group.
 
+use std::ops::Range;
+
 use super::cache::{Cache, Elements};
 use super::softmax::{finish, merge, softmax, weigh};
 use super::{Call, RUN, Shape, TILE};
 use crate::simd::{Isa, Kernel, LANES};
 use crate::threads::Shared;
 
-/// One row over the tiles `from..to` of all kv heads' tiles, for the heads of their groups.
+/// One row over the tiles `from..to` of all kv heads' tiles, for the heads of their groups. The first tile is that of the
+/// row's first position.
 pub(super) struct Row<'a, C> {
     pub(super) call: Call<'a>,
     pub(super) row: usize,
@@ -39,10 +42,16 @@ impl<C: Cache> Kernel for Row<'_, C> {
 }
 
 impl<C: Cache> Row<'_, C> {
+    /// The position that a tile begins with.
+    #[inline(always)]
+    fn position(&self, unit: usize) -> usize {
+        (self.call.first(self.row) / TILE + unit % self.tiles) * TILE
+    }
+
     /// Row of the cache that a tile begins with.
     #[inline(always)]
     fn start(&self, unit: usize) -> usize {
-        unit / self.tiles * self.call.shape.capacity + unit % self.tiles * TILE
+        unit / self.tiles * self.call.shape.capacity + self.position(unit)
     }
 
     /// H heads of the group from `head` on.
@@ -50,11 +59,11 @@ impl<C: Cache> Row<'_, C> {
     fn heads<I: Isa, const H: usize>(&self, isa: I, unit: usize, head: usize) {
         let Shape { head_dim, scale, .. } = self.call.shape;
         let (kv_head, group) = (unit / self.tiles, self.call.group());
-        let count = TILE.min(self.call.seen(self.row) - unit % self.tiles * TILE);
+        let Range { start: first, end: count } = self.call.in_tile(self.row, self.position(unit));
         let start = self.start(unit);
         let q: [&[f32]; H] = std::array::from_fn(|h| self.call.query(self.row, kv_head * group + head + h));
         let mut scores = [[0.0; TILE]; H];
-        let mut p = 0;
+        let mut p = first;
         // Several keys at a time: they share the loads of the queries, and their chains overlap.
         while I::WIDE && H == 4 && p + 4 <= count {
             let keys = std::array::from_fn(|i| self.k.row(start + p + i, head_dim));
@@ -91,13 +100,13 @@ impl<C: Cache> Row<'_, C> {
         // SAFETY: this task alone writes the parts of its tiles, one group of heads at a time.
         let parts = unsafe { self.parts.part((unit * group + head) * width, H * width) };
         for (scores, part) in scores.iter_mut().zip(parts.chunks_exact_mut(width)) {
-            let (m, l) = softmax(isa, scores, count);
+            let (m, l) = softmax(isa, scores, first..count);
             part[width - 2] = m;
             part[width - 1] = l;
         }
         // Before the next keys, the rest of this tile's, if there are more heads to the group.
         let next = if head + H < group { start } else { self.start((unit + 1).min(self.to - 1)) };
-        for from in (0..count).step_by(RUN) {
+        for from in (first..count).step_by(RUN) {
             let to = (from + RUN).min(count);
             let p: [&[f32]; H] = std::array::from_fn(|h| &scores[h][from..to]);
             let next = Some((self.k, next + from));

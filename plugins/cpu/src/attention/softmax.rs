@@ -1,15 +1,18 @@
 //! The softmax of a tile, its weighted values, and how tiles are merged.
 
+use std::ops::Range;
+
 use super::cache::{Cache, Elements};
 use crate::simd::{Isa, LANES, exp};
 
-/// Replaces the first `count` (at least one) of a tile's scores by exp(score - m) and returns m, their
+/// Replaces the `seen` (at least one) of a tile's scores by exp(score - m) and returns m, their
 /// maximum, and the sum.
 #[inline(always)]
-pub(super) fn softmax<I: Isa>(isa: I, scores: &mut [f32], count: usize) -> (f32, f32) {
-    let padded = count.next_multiple_of(LANES);
-    scores[count..padded].fill(f32::NEG_INFINITY);
-    let (scores, _) = scores[..padded].as_chunks_mut::<LANES>();
+pub(super) fn softmax<I: Isa>(isa: I, scores: &mut [f32], seen: Range<usize>) -> (f32, f32) {
+    let (start, padded) = (seen.start / LANES * LANES, seen.end.next_multiple_of(LANES));
+    scores[start..seen.start].fill(f32::NEG_INFINITY);
+    scores[seen.end..padded].fill(f32::NEG_INFINITY);
+    let (scores, _) = scores[start..padded].as_chunks_mut::<LANES>();
     let mut max = [f32::NEG_INFINITY; LANES];
     for scores in scores.iter() {
         for l in 0..LANES {

@@ -17,10 +17,19 @@ struct Case {
 impl Case {
     /// A cache that holds `positions`, garbage behind them, and a query at each position.
     fn new(seed: u64, n_heads: usize, n_kv_heads: usize, head_dim: usize, positions: usize) -> Self {
+        Self::windowed(seed, [n_heads, n_kv_heads, head_dim], positions, None)
+    }
+
+    fn windowed(
+        seed: u64,
+        [n_heads, n_kv_heads, head_dim]: [usize; 3],
+        positions: usize,
+        window: Option<usize>,
+    ) -> Self {
         let mut rng = Rng(seed);
         let capacity = positions + 9;
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = Shape { n_heads, n_kv_heads, head_dim, capacity, scale };
+        let shape = Shape { n_heads, n_kv_heads, head_dim, capacity, scale, window };
         let mut cache = || {
             let mut cache = vec![f32::NAN; n_kv_heads * capacity * head_dim];
             let x = rng.f32s(positions * n_kv_heads * head_dim);
@@ -56,12 +65,13 @@ impl Case {
     }
 
     fn in_f64(&self, row: usize) -> Vec<f64> {
-        let Shape { n_heads, n_kv_heads, head_dim, capacity, scale } = self.shape;
+        let Shape { n_heads, n_kv_heads, head_dim, capacity, scale, window } = self.shape;
+        let first = window.map_or(0, |window| (row + 1).saturating_sub(window));
         let mut out = Vec::new();
         for head in 0..n_heads {
             let q = &self.q[row * self.q_stride + head * head_dim..][..head_dim];
             let at = |p: usize| (head / (n_heads / n_kv_heads) * capacity + p) * head_dim;
-            let scores: Vec<f64> = (0..=row)
+            let scores: Vec<f64> = (first..=row)
                 .map(|p| {
                     let k = &self.k[at(p)..][..head_dim];
                     q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>()
@@ -71,7 +81,8 @@ impl Case {
             let m = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let l: f64 = scores.iter().map(|s| (s - m).exp()).sum();
             for d in 0..head_dim {
-                let sum: f64 = (0..=row).map(|p| (scores[p] - m).exp() * f64::from(self.v[at(p) + d])).sum();
+                let weighted = (first..=row).zip(&scores);
+                let sum: f64 = weighted.map(|(p, s)| (s - m).exp() * f64::from(self.v[at(p) + d])).sum();
                 out.push(sum / l);
             }
         }
@@ -94,6 +105,72 @@ fn close_to_double_precision() {
             }
         }
     }
+}
+
+/// Windows of one position, within a vector, of a tile, over two tiles, and longer than the sequence.
+const WINDOWS: [usize; 6] = [1, 8, 37, 256, 300, 1000];
+
+#[test]
+fn windows_are_close_to_double_precision() {
+    let pool = Scoped(2);
+    for (i, window) in WINDOWS.into_iter().enumerate() {
+        for (heads, kv_heads, head_dim, positions) in SHAPES {
+            let shape = [heads, kv_heads, head_dim];
+            let case = Case::windowed(i as u64 + 200, shape, positions, Some(window));
+            let got = case.run(Level::best(), 0..positions, &pool);
+            for row in [0, 7, 8, 36, 37, 63, 64, positions / 2, positions - 1] {
+                for (got, want) in got[row * heads * head_dim..].iter().zip(case.in_f64(row)) {
+                    let difference = (f64::from(*got) - want).abs();
+                    assert!(difference < 2e-6, "window {window}, row {row}: {got} {want}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn windows_give_the_same_bits_by_chunks_threads_and_instruction_sets() {
+    let pools = [1, 3].map(Scoped);
+    for (i, window) in WINDOWS.into_iter().enumerate() {
+        for (heads, kv_heads, head_dim, positions) in SHAPES {
+            let shape = [heads, kv_heads, head_dim];
+            let mut case = Case::windowed(i as u64 + 300, shape, positions, Some(window));
+            let want = bits(&case.run(Level::best(), 0..positions, &pools[0]));
+            for level in Level::available() {
+                for (pool, chunk) in [(0, 1), (1, 7), (1, 41), (0, positions)] {
+                    let by_chunks: Vec<f32> = (0..positions)
+                        .step_by(chunk)
+                        .flat_map(|from| case.run(level, from..(from + chunk).min(positions), &pools[pool]))
+                        .collect();
+                    assert!(bits(&by_chunks) == want, "{level:?}, window {window}, chunks of {chunk}");
+                }
+            }
+            // One that holds everything is none, to the bit.
+            if window >= positions {
+                case.shape.window = None;
+                assert!(bits(&case.run(Level::best(), 0..positions, &pools[1])) == want, "window {window}");
+            }
+        }
+    }
+}
+
+/// What lies before a window is not read, whatever it is.
+#[test]
+fn a_window_hides_what_is_not_a_number() {
+    for rows in [1, 60] {
+        let mut case = Case::windowed(3, [4, 1, 32], 400, Some(100));
+        let first = 400 - rows + 1 - 100;
+        case.k[..first * 32].fill(f32::NAN);
+        case.v[..first * 32].fill(f32::INFINITY);
+        let out = case.run(Level::best(), 400 - rows..400, &Scoped(1));
+        assert!(out.iter().all(|v| v.is_finite()), "{rows} rows");
+    }
+}
+
+#[test]
+#[should_panic = "a window of no positions"]
+fn a_window_has_a_position() {
+    Case::windowed(1, [2, 1, 16], 3, Some(0)).run(Level::best(), 0..3, &Scoped(1));
 }
 
 #[test]
@@ -180,7 +257,7 @@ fn int8_is_the_same_computation_on_codes_times_scales() {
 
 #[test]
 fn appending_int8_keeps_a_scale_for_each_position_and_head() {
-    let shape = Shape { n_heads: 2, n_kv_heads: 2, head_dim: 3, capacity: 4, scale: 1.0 };
+    let shape = Shape { n_heads: 2, n_kv_heads: 2, head_dim: 3, capacity: 4, scale: 1.0, window: None };
     // [row][head][element]: of an absmax of 127 and of 254, of zeros, and with a value that is no number.
     let x = [127.0, -3.5, 2.5, 254.0, -127.0, 1.0, 0.0, 0.0, 0.0, f32::INFINITY, 1.0, 2.0];
     let (mut codes, mut scale) = ([9i8; 24], [9.0; 8]);
@@ -204,7 +281,7 @@ fn keys_and_values_are_of_one_type() {
 
 #[test]
 fn appending_rounds_and_touches_nothing_else() {
-    let shape = Shape { n_heads: 2, n_kv_heads: 2, head_dim: 3, capacity: 4, scale: 1.0 };
+    let shape = Shape { n_heads: 2, n_kv_heads: 2, head_dim: 3, capacity: 4, scale: 1.0, window: None };
     let x = [1.0, 2.0, 3.0, 4.0, 5.0, 1e6, 0.0, 1.0 / 3.0, -2049.0, 8.0, 9.0, 1e-9, 2051.0, 11.0];
     let mut cache = [-1.0; 24];
     append(CacheMut::F32(&mut cache), shape, 1, 2, &x, 8);

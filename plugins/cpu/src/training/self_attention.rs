@@ -16,6 +16,8 @@ pub struct Shape {
     pub head_dim: usize,
     /// Rows of a sequence.
     pub length: usize,
+    /// Rows that a row sees, up to itself; `None`: all of them.
+    pub window: Option<usize>,
 }
 
 impl Shape {
@@ -33,7 +35,8 @@ impl Shape {
     /// # Panics
     /// If the numbers do not fit together, or with `qkv` and the angles' cosines and sines.
     fn sequences(&self, qkv: &[f32], cos: &[f32], sin: &[f32]) -> usize {
-        let Self { n_heads, n_kv_heads, head_dim: d, length } = *self;
+        let Self { n_heads, n_kv_heads, head_dim: d, length, window } = *self;
+        assert!(window != Some(0), "a window of no rows");
         assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads), "{n_heads} heads over {n_kv_heads}");
         assert!(n_heads > 0 && d > 0 && d.is_multiple_of(2), "{n_heads} heads of {d} elements");
         let row = n_kv_heads
@@ -130,7 +133,7 @@ struct Head<'a> {
 
 impl<'a> Head<'a> {
     fn new(shape: Shape, qkv: &'a [f32], cos: &[f32], sin: &[f32], head: usize) -> Self {
-        let Shape { n_heads, n_kv_heads, head_dim: d, length } = shape;
+        let Shape { n_heads, n_kv_heads, head_dim: d, length, .. } = shape;
         let (width, group, half) = (shape.width(), shape.group(), d / 2);
         let angles = |row: usize| (&cos[row * half..][..half], &sin[row * half..][..half]);
         let mut q = vec![0f32; group * length * d];
@@ -168,7 +171,7 @@ impl<'a> Head<'a> {
     /// softmax(q kᵀ) of the rows `from..to` over the rows `..to`, zero where a row does not look.
     fn weights(&self, g: usize, from: usize, to: usize, scores: &mut [f32], out: &mut [f32]) {
         matmul(scores, to, self.queries(g, from, to), self.keys(to).transposed(), false);
-        Level::best().run(CausalSoftmax { scores, from, to, out });
+        Level::best().run(CausalSoftmax { scores, from, to, window: self.shape.window, out });
     }
 }
 
@@ -176,6 +179,7 @@ struct CausalSoftmax<'a> {
     scores: &'a [f32],
     from: usize,
     to: usize,
+    window: Option<usize>,
     out: &'a mut [f32],
 }
 
@@ -186,15 +190,16 @@ impl Kernel for CausalSoftmax<'_> {
     fn run<I: Isa>(self, isa: I) {
         let rows = self.scores.chunks_exact(self.to).zip(self.out.chunks_exact_mut(self.to));
         for ((scores, out), row) in rows.zip(self.from..self.to) {
-            let (seen, hidden) = out.split_at_mut(row + 1);
-            softmax(isa, &scores[..=row], seen, 1.0);
-            hidden.fill(0.0);
+            let first = self.window.map_or(0, |window| (row + 1).saturating_sub(window));
+            out[..first].fill(0.0);
+            softmax(isa, &scores[first..=row], &mut out[first..=row], 1.0);
+            out[row + 1..].fill(0.0);
         }
     }
 }
 
 /// Causal attention of sequences over themselves, with rotary position embedding: row m of a
-/// sequence is at position m and sees the rows up to itself. Scores are scaled by 1 / sqrt(d).
+/// sequence is at position m and sees the rows up to itself (of those, the last ones that its window has room for). Scores are scaled by 1 / sqrt(d).
 ///
 /// # Panics
 /// If the slices' lengths do not fit.
@@ -206,7 +211,7 @@ pub fn self_attention(
     out: &mut [f32],
     threads: &dyn Threads,
 ) {
-    let Shape { n_heads, n_kv_heads, head_dim: d, length } = shape;
+    let Shape { n_heads, n_kv_heads, head_dim: d, length, .. } = shape;
     let sequences = shape.sequences(qkv, cos, sin);
     let (width, out_width, group) = (shape.width(), n_heads * d, shape.group());
     assert!(out.len() == sequences * length * out_width, "{sequences} sequences of {length}");
@@ -247,7 +252,7 @@ pub fn self_attention_backward(
     out: &mut [f32],
     threads: &dyn Threads,
 ) {
-    let Shape { n_heads, n_kv_heads, head_dim: d, length } = shape;
+    let Shape { n_heads, n_kv_heads, head_dim: d, length, .. } = shape;
     let sequences = shape.sequences(qkv, cos, sin);
     let (width, dy_width, group, half) = (shape.width(), n_heads * d, shape.group(), d / 2);
     assert!(out.len() == qkv.len() && dy.len() == sequences * length * dy_width, "{sequences} of {length}");

@@ -4,8 +4,9 @@ use super::super::choices::{choose_activation, drop_foreign_tokens};
 use super::super::error::LoadError;
 use super::super::source::OpenOptions;
 use super::super::tokenizer_source::end_of_generation;
+use super::experts::{experts, has_experts, swiglu_clamp, windows};
 use super::keys::{string, token, wrong_value};
-use super::names::{LLAMA, MINICPM, QWEN2, QWEN3};
+use super::names::{LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE};
 use super::rope::scaling;
 use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
 use bitnet_burn_formats::FileError;
@@ -14,8 +15,10 @@ use std::collections::HashSet;
 use std::path::Path;
 
 /// The architectures that are read.
-const ARCHITECTURES: [&str; 7] = ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA, MINICPM, QWEN2, QWEN3];
-const ARCHITECTURES_TEXT: &str = "bitnet-b1.58, bitnet-25, bitnet, llama, minicpm, qwen2, qwen3";
+const ARCHITECTURES: [&str; 9] =
+    ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE];
+const ARCHITECTURES_TEXT: &str =
+    "bitnet-b1.58, bitnet-25, bitnet, llama, maple, minicpm, qwen2, qwen3, qwen3moe";
 /// Keys are looked up under these names too.
 const PREFIXES: [&str; 3] = ["bitnet", "bitnet-b1.58", "bitnet-25"];
 /// Keys that state the activation; llama.cpp defines none for BitNet, converters have their own.
@@ -37,7 +40,12 @@ impl<'a> Keys<'a> {
         })
     }
 
-    fn wrong(&self, key: String, value: &Value, expected: &str) -> LoadError {
+    pub(super) fn unsupported(&self, key: String, value: &Value, supported: &str) -> LoadError {
+        let (path, found) = (self.file.path().to_owned(), value.to_string());
+        LoadError::Unsupported { path, what: key, found, supported: supported.to_owned() }
+    }
+
+    pub(super) fn wrong(&self, key: String, value: &Value, expected: &str) -> LoadError {
         wrong_value(self.file, key, value, expected)
     }
 
@@ -70,7 +78,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn required_size(&self, suffix: &str) -> Result<usize, LoadError> {
+    pub(super) fn required_size(&self, suffix: &str) -> Result<usize, LoadError> {
         self.size(suffix)?.ok_or_else(|| self.missing(suffix))
     }
 
@@ -137,6 +145,9 @@ pub(super) fn config(
     for (suffix, expected) in
         [("attention.value_length", head_dim), ("rope.dimension_count", head_dim), ("expert_count", 0)]
     {
+        if suffix == "expert_count" && has_experts(&architecture) {
+            continue;
+        }
         if let Some(found) = keys.size(suffix)?.filter(|&found| found != expected) {
             return Err(LoadError::Unsupported {
                 path: path(),
@@ -146,7 +157,9 @@ pub(super) fn config(
             });
         }
     }
-    let rope_theta = match keys.float("rope.freq_base")? {
+    // Of Maple, only layers with windows turn.
+    let of_windows = if architecture == MAPLE { keys.float("rope.freq_base_swa")? } else { None };
+    let rope_theta = match of_windows.or(keys.float("rope.freq_base")?) {
         Some(theta) => theta,
         None => {
             warnings.push(format!(
@@ -157,8 +170,12 @@ pub(super) fn config(
         }
     };
     let vocab_size = vocabulary(&keys, warnings)?;
-    let intermediate_size = keys.required_size("feed_forward_length")?;
     let n_layers = keys.required_size("block_count")?;
+    let intermediate_size = keys.size("feed_forward_length")?;
+    let experts = experts(&keys, &architecture, intermediate_size)?;
+    let of_experts = experts.as_ref().map(|experts| experts.intermediate_size);
+    let intermediate_size =
+        intermediate_size.or(of_experts).ok_or_else(|| keys.missing("feed_forward_length"))?;
 
     let stated = ACTIVATION_KEYS.iter().find_map(|suffix| keys.find(suffix));
     let stated = match &stated {
@@ -186,7 +203,9 @@ pub(super) fn config(
     let sub_norms = file.tensors().iter().any(|t| t.name.ends_with("_sub_norm.weight"));
     let context_length = keys.required_size("context_length")?;
     // Windows that hold the whole context change nothing.
-    if let Some(window) = keys.size("attention.sliding_window")?.filter(|&w| w != 0 && w < context_length) {
+    let windows = windows(&keys, &architecture, n_layers)?;
+    let stated = if windows.is_none() { keys.size("attention.sliding_window")? } else { None };
+    if let Some(window) = stated.filter(|&w| w != 0 && w < context_length) {
         return Err(LoadError::Unsupported {
             path: path(),
             what: format!("{architecture}.attention.sliding_window"),
@@ -197,10 +216,13 @@ pub(super) fn config(
     let has = |name: &str| file.tensor(name).is_some();
     let biased = !architecture.starts_with("bitnet");
     let mut options = DecoderOptions {
-        qk_norms: architecture == QWEN3,
+        qk_norms: matches!(&*architecture, QWEN3 | QWEN3MOE | MAPLE),
         qkv_bias: architecture == QWEN2 || biased && has("blk.0.attn_q.bias"),
         output_bias: biased && has("blk.0.attn_output.bias"),
         rope_scaling: scaling(&keys, context_length, warnings)?,
+        experts,
+        windows,
+        swiglu_clamp: swiglu_clamp(&keys, &architecture, n_layers)?,
         ..DecoderOptions::default()
     };
     if architecture == MINICPM {
@@ -223,7 +245,7 @@ pub(super) fn config(
             .ok_or_else(|| keys.missing("attention.layer_norm_rms_epsilon"))? as f32,
         activation,
         sub_norms,
-        tied_embeddings: file.tensor("output.weight").is_none(),
+        tied_embeddings: file.tensor("output.weight").is_none() && architecture != MAPLE,
         bos_token: token(file, "tokenizer.ggml.bos_token_id")?,
         eos_tokens: end_tokens(file)?,
         architecture,

@@ -6,6 +6,7 @@
 //! community conversions mix them.
 
 mod config;
+mod experts;
 mod hadamard;
 mod keys;
 pub(crate) mod names;
@@ -26,18 +27,23 @@ use bytes::Bytes;
 use config::config;
 pub(super) use config::what_matters;
 use hadamard::Hadamard;
-use names::{LLAMA, bias_name, is_gptj, neox_rows, norm_name, projection_name, projection_stem};
+use names::{LLAMA, bias_name, is_gptj, neox_rows, norm_name, projection_name, projection_stem, router_name};
 use std::collections::HashSet;
 use tokenizer::{check_tokenizer, tokenizer};
 
 const EMBEDDING: &str = "token_embd.weight";
 const OUTPUT: &str = "output.weight";
+/// What tensors are called in errors.
+const EXPERTS: &str = "the projections of experts";
+const ROUTER: &str = "a router to experts";
 
 /// A GGUF file with a model in it.
 pub(crate) struct GgufModel {
     file: GgufFile,
     pre: Option<String>,
     n_layers: usize,
+    /// Experts of a layer, where there are some.
+    experts: usize,
     /// The rows of a head, where q and k are in GPT-J's order.
     gptj_head: Option<usize>,
     /// Which matrices are rotated.
@@ -62,6 +68,7 @@ impl GgufModel {
         let model = Self {
             pre: options.pre.clone(),
             n_layers: config.n_layers,
+            experts: config.options.experts.as_ref().map_or(0, |experts| experts.count),
             gptj_head: is_gptj(&config.architecture).then_some(config.head_dim),
             hadamard: Hadamard::read(&file)?,
             is_bitnet,
@@ -82,12 +89,29 @@ impl GgufModel {
                 self.check_shape(tensor, &[norm.len(config)])?;
                 used.insert(tensor.name.as_str());
             }
-            for which in Projection::ALL {
-                let tensor = self.info(&projection_name(layer, which))?;
+            for which in Projection::of_layer(layer, config) {
                 let (n, k) = which.shape(config);
+                if let (Some(number), Some(experts)) = (which.expert(), config.experts(layer)) {
+                    // One tensor for all of them.
+                    if number == 0 {
+                        let tensor = self.dense_info(&projection_name(layer, which), EXPERTS)?;
+                        self.check_shape(tensor, &[experts.count, n, k])?;
+                        used.insert(tensor.name.as_str());
+                    }
+                    continue;
+                }
+                let tensor = self.info(&projection_name(layer, which))?;
                 self.check_shape(tensor, &[n, k])?;
                 used.insert(tensor.name.as_str());
                 if let Some(scale) = self.scale_tensor(layer, which)? {
+                    if self.is_dense(tensor.tensor_type) {
+                        let (name, stored_as) = (&tensor.name, tensor.tensor_type.name());
+                        return Err(LoadError::UnsupportedTensor {
+                            path: self.file.path().to_owned(),
+                            tensor: scale.name.clone(),
+                            problem: format!("`{name}` is {stored_as} with scales of its own"),
+                        });
+                    }
                     used.insert(scale.name.as_str());
                 }
                 if which.has_bias(config) {
@@ -96,6 +120,12 @@ impl GgufModel {
                     used.insert(bias.name.as_str());
                 }
             }
+        }
+        for (layer, experts) in (0..config.n_layers).filter_map(|layer| Some((layer, config.experts(layer)?)))
+        {
+            let router = self.dense_info(&router_name(layer), ROUTER)?;
+            self.check_shape(router, &[experts.count, config.hidden_size])?;
+            used.insert(router.name.as_str());
         }
         let norm = self.dense_info(&norm_name(Norm::Output), "a norm")?;
         self.check_shape(norm, &[config.hidden_size])?;
@@ -108,7 +138,10 @@ impl GgufModel {
         }
 
         let projections = (0..config.n_layers)
-            .flat_map(|layer| Projection::ALL.map(|which| projection_name(layer, which)))
+            .flat_map(|layer| {
+                Projection::of_layer(layer, config).into_iter().map(move |which| (layer, which))
+            })
+            .map(|(layer, which)| projection_name(layer, which))
             .collect::<HashSet<_>>();
         let matrix = |name: &str| [EMBEDDING, OUTPUT].contains(&name) || projections.contains(name);
         if let Some(name) = self.hadamard.as_ref().and_then(|hadamard| hadamard.other_than(matrix)) {
@@ -197,6 +230,13 @@ impl GgufModel {
     /// What is not ternary with one scale, in the order of rows that the model has.
     fn dense_projection(&self, tensor: &GgufTensor, which: Projection) -> Result<Weights, LoadError> {
         let tensor = self.dense(&tensor.name, "a projection")?;
+        if let Some(number) = which.expert() {
+            // The matrices lie one behind the other, each of whole rows.
+            let (n, bytes) = (tensor.n / self.experts, tensor.data.len() / self.experts);
+            let data = tensor.data.slice(number * bytes..(number + 1) * bytes);
+            let name = format!("{} (expert {number})", tensor.name);
+            return Ok(Weights::Dense(DenseTensor { name, n, data, ..tensor }));
+        }
         let data = match self.permuted(which) {
             Some(head) => Bytes::from_owner(neox_rows(&tensor.data, tensor.n, head)),
             None => tensor.data,
@@ -263,7 +303,7 @@ impl Source for GgufModel {
         let (n, k) = tensor.matrix();
         let (n, k) = (n as usize, k as usize); // within the file's size
         let stored_as = tensor.tensor_type.name();
-        if self.is_dense(tensor.tensor_type) {
+        if which.expert().is_some() || self.is_dense(tensor.tensor_type) {
             return self.dense_projection(tensor, which);
         }
         let data = self.file.tensor_bytes(&name)?;
@@ -302,7 +342,10 @@ impl Source for GgufModel {
 
     fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64> {
         let tensor = self.info(&projection_name(layer, which)).ok()?;
-        self.is_dense(tensor.tensor_type).then_some(tensor.bytes)
+        match which.expert() {
+            Some(_) => Some(tensor.bytes / self.experts.max(1) as u64),
+            None => self.is_dense(tensor.tensor_type).then_some(tensor.bytes),
+        }
     }
 
     fn bias(&self, layer: usize, which: Projection) -> Result<DenseTensor, LoadError> {
@@ -314,6 +357,10 @@ impl Source for GgufModel {
 
     fn master(&self, _: usize, _: Projection) -> Result<Option<DenseTensor>, LoadError> {
         Ok(None)
+    }
+
+    fn router(&self, layer: usize) -> Result<DenseTensor, LoadError> {
+        self.dense(&router_name(layer), ROUTER)
     }
 
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError> {

@@ -15,14 +15,24 @@ pub(super) const QWEN3: &str = "qwen3";
 /// Llama's shape with factors of embedding, residuals and logits; q and k in Llama's order.
 pub(super) const MINICPM: &str = "minicpm";
 
+/// Qwen3's shape with experts.
+pub(super) const QWEN3MOE: &str = "qwen3moe";
+/// Qwen3's shape with experts, and with sliding windows and RoPE in some layers.
+pub(super) const MAPLE: &str = "maple";
+
 /// Whether files of an architecture rotate neighbouring rows of a head.
 pub(super) fn is_gptj(architecture: &str) -> bool {
     matches!(architecture, LLAMA | MINICPM)
 }
 
-/// The name of a projection's tensor in GGUF.
+/// The name of a projection's tensor in GGUF. One tensor has the matrices of all experts, one behind the other.
 pub fn projection_name(layer: usize, which: Projection) -> String {
     projection_stem(layer, which) + ".weight"
+}
+
+/// The name of a router's tensor in GGUF.
+pub(super) fn router_name(layer: usize) -> String {
+    format!("blk.{layer}.ffn_gate_inp.weight")
 }
 
 /// The name of a projection's bias in GGUF.
@@ -53,6 +63,9 @@ pub(super) fn projection_stem(layer: usize, which: Projection) -> String {
         Projection::Gate => "ffn_gate",
         Projection::Up => "ffn_up",
         Projection::Down => "ffn_down",
+        Projection::ExpertGate(_) => "ffn_gate_exps",
+        Projection::ExpertUp(_) => "ffn_up_exps",
+        Projection::ExpertDown(_) => "ffn_down_exps",
     };
     format!("blk.{layer}.{part}")
 }

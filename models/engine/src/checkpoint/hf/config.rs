@@ -3,7 +3,8 @@
 use super::super::choices::{choose_activation, drop_foreign_tokens};
 use super::super::error::LoadError;
 use super::super::source::OpenOptions;
-use super::fields::Fields;
+use super::experts::{MAPLE_CLAMP, experts, windows};
+use super::fields::{Fields, MAPLE, QWEN3_MOE};
 use super::names::is_sub_norm;
 use bitnet_burn::names::HEAD;
 use bitnet_burn::{DecoderOptions, ModelConfig, RopeScaling};
@@ -25,6 +26,11 @@ pub(super) fn config(
     let hidden_size = fields.required_size("hidden_size")?;
     let n_layers = fields.required_size("num_hidden_layers")?;
     let mut options = options_of(fields, architecture, (n_layers, hidden_size))?;
+    options.experts = experts(fields, architecture, n_layers)?;
+    options.windows = windows(fields, architecture, n_layers)?;
+    if let Some(windows) = options.windows.as_ref().filter(|_| architecture == MAPLE) {
+        options.swiglu_clamp = vec![MAPLE_CLAMP; windows.layers.len()];
+    }
     let n_heads = fields.required_size("num_attention_heads")?;
     let head_dim = match fields.size("head_dim")? {
         Some(head_dim) => head_dim,
@@ -57,7 +63,7 @@ pub(super) fn config(
         architecture: architecture.to_owned(),
         name: fields.str("_name_or_path")?.filter(|name| !name.is_empty()).map(str::to_owned),
         hidden_size,
-        intermediate_size: fields.required_size("intermediate_size")?,
+        intermediate_size: intermediate_size(fields, &options)?,
         n_layers,
         n_heads,
         n_kv_heads: fields.size("num_key_value_heads")?.unwrap_or(n_heads),
@@ -78,6 +84,16 @@ pub(super) fn config(
     };
     drop_foreign_tokens(&mut config, warnings);
     Ok(config)
+}
+
+/// Of the feed-forward networks; a model that has experts in every layer may leave it out.
+fn intermediate_size(fields: Fields<'_>, options: &DecoderOptions) -> Result<usize, LoadError> {
+    match &options.experts {
+        Some(experts) if experts.dense_layers.is_empty() => {
+            Ok(fields.size("intermediate_size")?.unwrap_or(experts.intermediate_size))
+        }
+        _ => fields.required_size("intermediate_size"),
+    }
 }
 
 /// The base of RoPE: `rope_theta`, since version 5 in `rope_parameters`; and how its frequencies are scaled.
@@ -224,6 +240,9 @@ fn options_of(
     (n_layers, hidden_size): (usize, usize),
 ) -> Result<DecoderOptions, LoadError> {
     for key in ["mlp_bias", "use_sliding_window"] {
+        if key == "use_sliding_window" && architecture == MAPLE {
+            continue; // `layer_types` says where
+        }
         if let Some(value) = fields.get(key).filter(|_| fields.bool(key).is_ok_and(|b| b == Some(true))) {
             return Err(fields.unsupported(key, value, "false"));
         }
@@ -233,7 +252,7 @@ fn options_of(
         return Err(fields.unsupported("attention_bias", &Value::from(true), "false"));
     }
     let mut options = DecoderOptions {
-        qk_norms: architecture == "qwen3",
+        qk_norms: matches!(architecture, "qwen3" | QWEN3_MOE | MAPLE),
         qkv_bias: attention_bias || architecture == "qwen2",
         output_bias: attention_bias && architecture != "qwen2",
         ..DecoderOptions::default()

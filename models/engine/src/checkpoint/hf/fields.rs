@@ -6,8 +6,12 @@ use serde_json::Value;
 use std::path::Path;
 
 /// The models that are read.
-const MODEL_TYPES: [&str; 5] = ["bitnet", "llama", "minicpm", "qwen2", "qwen3"];
-const MODEL_TYPES_TEXT: &str = "bitnet, llama, minicpm, qwen2, qwen3";
+const MODEL_TYPES: [&str; 7] = ["bitnet", "llama", MAPLE, "minicpm", "qwen2", "qwen3", QWEN3_MOE];
+const MODEL_TYPES_TEXT: &str = "bitnet, llama, maple, minicpm, qwen2, qwen3, qwen3_moe";
+/// Experts, and sliding windows in some layers.
+pub(super) const MAPLE: &str = "maple";
+/// Qwen3 with experts.
+pub(super) const QWEN3_MOE: &str = "qwen3_moe";
 
 /// The fields of a configuration file, or of an object in it.
 #[derive(Clone, Copy)]

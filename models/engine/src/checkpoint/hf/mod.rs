@@ -1,6 +1,7 @@
 //! Hugging Face directories: `config.json`, and weights in one or several safetensors files.
 
 mod config;
+mod experts;
 mod fields;
 mod names;
 mod style;
@@ -12,7 +13,7 @@ use super::missing::instead;
 use super::source::{Content, OpenOptions, Source, TensorInfo, Weights};
 use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, checked_scale, floats, one_float};
-use bitnet_burn::names::{EMBEDDING, HEAD, bias_name, norm_name, projection_name, scale_name};
+use bitnet_burn::names::{EMBEDDING, HEAD, bias_name, norm_name, projection_name, router_name, scale_name};
 use bitnet_burn::{ModelConfig, Norm, Projection};
 use bitnet_burn_formats::files::{FileIdentity, identity_of};
 use bitnet_burn_formats::hf::unpack_to_canonical;
@@ -36,6 +37,9 @@ const COMPANIONS: [&str; 6] = [
     "special_tokens_map.json",
     "chat_template.jinja",
 ];
+
+/// What a router is called in errors.
+const ROUTER: &str = "a router to experts";
 
 /// A Hugging Face directory with a model in it.
 pub(crate) struct HfModel {
@@ -127,8 +131,13 @@ impl HfModel {
                 self.check_shape(&name, &[norm.len(config)])?;
                 self.dense(&name, "a norm")?;
             }
-            for which in Projection::ALL {
+            for which in Projection::of_layer(layer, config) {
                 self.check_projection(layer, which)?;
+            }
+            if let Some(experts) = config.experts(layer) {
+                let name = router_name(layer);
+                self.check_shape(&name, &[experts.count, config.hidden_size])?;
+                self.dense(&name, ROUTER)?;
             }
         }
         let norm = norm_name(Norm::Output);
@@ -230,13 +239,15 @@ fn check_names(
     let mut used = HashSet::new();
     for layer in 0..config.n_layers {
         let norms = Norm::of_layer(layer, config);
-        let projections = Projection::ALL.map(|which| projection_name(layer, which));
-        for name in norms.into_iter().map(norm_name).chain(projections) {
+        let all = Projection::of_layer(layer, config);
+        let projections = all.iter().map(|&which| projection_name(layer, which));
+        let router = config.experts(layer).map(|_| router_name(layer));
+        for name in norms.into_iter().map(norm_name).chain(router).chain(projections) {
             used.insert(find(dir, tensors, &name)?.0);
         }
-        let scales = Projection::ALL.map(|which| scale_name(layer, which));
-        used.extend(scales.iter().filter_map(|name| tensors.get_key_value(name)).map(|(name, _)| name));
-        for which in Projection::ALL.into_iter().filter(|which| which.has_bias(config)) {
+        let scales = all.iter().map(|&which| scale_name(layer, which));
+        used.extend(scales.filter_map(|name| tensors.get_key_value(&name)).map(|(name, _)| name));
+        for which in all.into_iter().filter(|which| which.has_bias(config)) {
             used.insert(find(dir, tensors, &bias_name(layer, which))?.0);
         }
     }
@@ -323,6 +334,10 @@ impl Source for HfModel {
     fn master(&self, layer: usize, which: Projection) -> Result<Option<DenseTensor>, LoadError> {
         let name = projection_name(layer, which);
         if self.style == Some(Style::Online) { self.dense(&name, "a master").map(Some) } else { Ok(None) }
+    }
+
+    fn router(&self, layer: usize) -> Result<DenseTensor, LoadError> {
+        self.dense(&router_name(layer), ROUTER)
     }
 
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError> {
