@@ -10,12 +10,13 @@ use anyhow::Context as _;
 use bitnet_burn::Projection;
 use bitnet_burn_engine::bench::Roof;
 use bitnet_burn_engine::checkpoint::Checkpoint;
+use bitnet_burn_engine::load;
 use bitnet_burn_engine::text::{count, human_bytes};
 use bitnet_burn_formats::canonical;
 use bitnet_burn_manager::cpu;
 use bitnet_burn_manager::{
-    Candidate, KernelManager, KernelReport, LayoutPolicy, ManagerReport, REFERENCE, Ranking, Source, Status,
-    Strict, rotation_bytes,
+    Candidate, KernelManager, KernelReport, LayoutPolicy, ManagerReport, REFERENCE, Ranking, ScaleKind,
+    Source, Status, Strict, WeightShape, rotation_bytes,
 };
 use clap::Args;
 use serde::Serialize;
@@ -134,6 +135,11 @@ struct Weights {
     /// Number of matrices of the model that have this shape.
     #[serde(skip_serializing_if = "Option::is_none")]
     matrices: Option<usize>,
+    /// The scales, where there are many: `f16 scales of groups of 64, activations of groups of 32`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scales: Option<String>,
+    #[serde(skip)]
+    kind: ScaleKind,
 }
 
 /// Why a kernel is used for a shape.
@@ -230,14 +236,17 @@ pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
     let (manager, refused_plugins) = args.kernels.configure_with(config)?;
     let mut wanted: Vec<(Option<usize>, Weights)> = shapes
         .iter()
-        .map(|&Shape { m, n, k }| (m, Weights { n, k, projections: Vec::new(), matrices: None }))
+        .map(|&Shape { m, n, k }| {
+            let (projections, kind) = (Vec::new(), ScaleKind::One);
+            (m, Weights { n, k, projections, matrices: None, scales: None, kind })
+        })
         .collect();
     let mut model = None;
     if asked && (shapes.is_empty() || args.file.model.is_some()) {
         let checkpoint = args.file.open()?;
         let config = checkpoint.config();
         model = Some(config.name.clone().unwrap_or_else(|| checkpoint.path().display().to_string()));
-        wanted.extend(weights_of(&checkpoint).into_iter().map(|weights| (None, weights)));
+        wanted.extend(weights_of(&checkpoint)?.into_iter().map(|weights| (None, weights)));
     }
     let roof = match wanted.is_empty() {
         true => None,
@@ -275,28 +284,36 @@ pub fn run(args: KernelsArgs) -> anyhow::Result<()> {
 }
 
 /// The shapes of a model's ternary matrices, in the order in which a layer uses them.
-fn weights_of(checkpoint: &Checkpoint) -> Vec<Weights> {
+fn weights_of(checkpoint: &Checkpoint) -> anyhow::Result<Vec<Weights>> {
     let config = checkpoint.config();
     let mut all: Vec<Weights> = Vec::new();
-    for projection in (0..config.n_layers).flat_map(|layer| Projection::of_layer(layer, config)) {
+    let layers = (0..config.n_layers)
+        .flat_map(|layer| Projection::of_layer(layer, config).into_iter().map(move |p| (layer, p)));
+    for (layer, projection) in layers {
         let (n, k) = projection.shape(config);
-        let known = all.iter().position(|weights| (weights.n, weights.k) == (n, k));
-        let known = known.unwrap_or_else(|| {
-            all.push(Weights { n, k, projections: Vec::new(), matrices: Some(0) });
-            all.len() - 1
-        });
+        let known = match all.iter().position(|weights| (weights.n, weights.k) == (n, k)) {
+            Some(known) => known,
+            // The first of a shape stands for all.
+            None => {
+                let Some(kind) = load::scale_kind(checkpoint, layer, projection)? else { continue };
+                let scales = (kind != ScaleKind::One).then(|| kind.to_string());
+                all.push(Weights { n, k, projections: Vec::new(), matrices: Some(0), scales, kind });
+                all.len() - 1
+            }
+        };
         if !all[known].projections.contains(&projection.name()) {
             all[known].projections.push(projection.name());
         }
         all[known].matrices = all[known].matrices.map(|matrices| matrices + 1);
     }
-    all
+    Ok(all)
 }
 
 fn explain(manager: &KernelManager, m: usize, weights: Weights, roof: &Roof) -> anyhow::Result<Explanation> {
-    let Weights { n, k, .. } = weights;
-    let choice = manager.choose((n, k), LayoutPolicy::Any)?;
-    let ranking = manager.explain(m, (n, k));
+    let Weights { n, k, kind, .. } = weights;
+    let of = WeightShape { n, k, scales: kind };
+    let choice = manager.choose(of, LayoutPolicy::Any)?;
+    let ranking = manager.explain(m, of);
     let best = ranking.candidates.iter().filter_map(|c| c.measurement.median_ns).min();
     let chosen = ranking.candidates.iter().find(|c| c.layout() == choice.layout());
     let rows = match ranking.source {
@@ -430,7 +447,8 @@ impl Weights {
     fn used_by(&self) -> Option<String> {
         let matrices = self.matrices?;
         let matrices = if matrices == 1 { "1 matrix".into() } else { format!("{matrices} matrices") };
-        Some(format!("{}: {matrices}", self.projections.join(", ")))
+        let scales = self.scales.as_ref().map(|scales| format!(", {scales}")).unwrap_or_default();
+        Some(format!("{}: {matrices}{scales}", self.projections.join(", ")))
     }
 }
 

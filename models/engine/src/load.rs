@@ -336,6 +336,19 @@ fn choose_kernels(
     Ok(())
 }
 
+/// Which scales a projection has, and which activations share one, with activations as the model declares; `None` for a
+/// projection that is not ternary.
+///
+/// # Errors
+/// If the weights can't be read.
+pub fn scale_kind(
+    checkpoint: &Checkpoint,
+    layer: usize,
+    which: Projection,
+) -> Result<Option<ScaleKind>, LoadError> {
+    Ok(projection::packable(checkpoint.weights(layer, which)?).map(|weights| weights.shape().scales))
+}
+
 /// Drops the private packings of kernels, for when memory is short
 /// ([`KernelManager::memory_is_low`](bitnet_burn_manager::KernelManager::memory_is_low)): the layers read
 /// canonical weights from then on, where `checkpoint`, the one that the model was built from, has them.

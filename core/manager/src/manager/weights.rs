@@ -47,6 +47,15 @@ impl ScaleKind {
     }
 }
 
+impl std::fmt::Display for ScaleKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self::Groups { weights, activations, half } = *self else { return f.write_str("one scale") };
+        let of = |group: usize| if group == 0 { "rows".into() } else { format!("groups of {group}") };
+        let kind = if half { "f16" } else { "f32" };
+        write!(f, "{kind} scales of {}, activations of {}", of(weights), of(activations))
+    }
+}
+
 impl From<(usize, usize)> for WeightShape {
     /// [n, k] with one scale.
     fn from((n, k): (usize, usize)) -> Self {
@@ -57,11 +66,10 @@ impl From<(usize, usize)> for WeightShape {
 impl std::fmt::Display for WeightShape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { n, k, scales } = self;
-        write!(f, "[{n}, {k}]")?;
-        let ScaleKind::Groups { weights, activations, half } = *scales else { return Ok(()) };
-        let of = |group: usize| if group == 0 { "rows".into() } else { format!("groups of {group}") };
-        let kind = if half { "f16" } else { "f32" };
-        write!(f, " with {kind} scales of {}, activations of {}", of(weights), of(activations))
+        match scales {
+            ScaleKind::One => write!(f, "[{n}, {k}]"),
+            ScaleKind::Groups { .. } => write!(f, "[{n}, {k}] with {scales}"),
+        }
     }
 }
 
