@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use bitnet_burn::{BitLinear, DenseMatrix, Projection};
 use bitnet_burn_backends::manager::manager;
-use bitnet_burn_backends::ops::{MatrixScale, TernaryMatrix};
+use bitnet_burn_backends::ops::{self, MatrixScale, TernaryMatrix};
 use bitnet_burn_formats::{DenseTensor, Scales, TernaryTensor, ternary};
 use bitnet_burn_manager::{LayoutPolicy, ManagerError, WeightShape};
 use burn::tensor::Device;
@@ -21,7 +21,7 @@ use crate::load::ModelError;
 #[serde(try_from = "String", into = "String")]
 pub enum ActivationRule {
     /// As the model's files declare: to int8 by row (BitNet). Where they declare nothing, to int8 by groups of
-    /// [`GROUP`] values.
+    /// [`GROUP`] values on the host, and not at all on devices without kernels for many scales.
     #[default]
     Model,
     /// To int8 with a scale for each row.
@@ -157,7 +157,7 @@ pub(crate) fn linear(
                 Ternary { codes, scale: MatrixScale::Groups { scales, activations }, n, k }
             }
         },
-        Weights::Dense(tensor) => match scaled(tensor, rule)? {
+        Weights::Dense(tensor) => match scaled(tensor, rule, device)? {
             Ok(ternary) => ternary,
             Err(tensor) => return Ok(BitLinear::dense(DenseMatrix::new(tensor, device))),
         },
@@ -174,6 +174,9 @@ pub(crate) fn ternary_linear(
     rule: ActivationRule,
     device: &Device,
 ) -> Result<Option<BitLinear>, ModelError> {
+    if lacks_kernels(rule, device) {
+        return Ok(None);
+    }
     let Ok((codes, scales)) = ternary::scaled_from_dense(tensor.format, &tensor.data, tensor.n, tensor.k)
     else {
         return Ok(None);
@@ -183,7 +186,11 @@ pub(crate) fn ternary_linear(
 }
 
 /// The ternary weights that a tensor holds in groups, or the tensor itself, which is computed with f32 activations.
-fn scaled(tensor: DenseTensor, rule: ActivationRule) -> Result<Result<Ternary, DenseTensor>, ModelError> {
+fn scaled(
+    tensor: DenseTensor,
+    rule: ActivationRule,
+    device: &Device,
+) -> Result<Result<Ternary, DenseTensor>, ModelError> {
     let strict = manager().config().strict.quantised_kernels;
     let DenseTensor { n, k, format, .. } = tensor;
     let dense = |tensor: DenseTensor, reason: String| match strict {
@@ -193,10 +200,19 @@ fn scaled(tensor: DenseTensor, rule: ActivationRule) -> Result<Result<Ternary, D
     if rule == ActivationRule::Float {
         return dense(tensor, "float activations were asked for".into());
     }
+    if lacks_kernels(rule, device) {
+        return dense(tensor, "its device has no kernels for many scales".into());
+    }
     match ternary::scaled_from_dense(format, &tensor.data, n, k) {
         Ok((codes, scales)) => Ok(Ok(of_groups(&tensor, codes, scales, rule)?)),
         Err(error) => dense(tensor, error.to_string()),
     }
+}
+
+/// Whether f32 activations are the faster ones for many scales, and nothing else was asked for: GPUs have no kernels for
+/// them, and the fast ones of a host read a packing of its own, which no worker gets.
+fn lacks_kernels(rule: ActivationRule, device: &Device) -> bool {
+    rule == ActivationRule::Model && !ops::is_host(device)
 }
 
 /// What was found in a tensor, for activations as the rule says.

@@ -10,7 +10,7 @@ use super::registry::names;
 use super::tune_cpu::CpuContest;
 use super::{
     BUCKETS, CpuKernels, Entry, FallbackPolicy, KernelManager, LayoutPolicy, ManagerError, Packed, Ranking,
-    Status, WeightShape, bucket, lock, packing,
+    ScaleKind, Status, WeightShape, bucket, lock, packing,
 };
 use crate::gate;
 use crate::memory::PageBuffer;
@@ -114,6 +114,8 @@ impl KernelManager {
         let WeightShape { n, k, .. } = of;
         self.loads.fetch_add(1, Ordering::Relaxed);
         let policy = match self.allowed_layouts(n, k, policy) {
+            // Canonical weights with many scales are no file's: they save no memory, and their kernels are slow.
+            _ if of.scales != ScaleKind::One => policy,
             // A kernel that is forced, or the only one for the shape, may read no canonical weights.
             allowed if allowed != policy && self.candidates(1, of, allowed).is_empty() => policy,
             allowed => allowed,
