@@ -21,7 +21,7 @@ use crate::load::ModelError;
 #[serde(try_from = "String", into = "String")]
 pub enum ActivationRule {
     /// As the model's files declare: to int8 by row (BitNet). Where they declare nothing, to int8 by groups of
-    /// [`GROUP`] values on the host, and not at all on devices without kernels for many scales.
+    /// 32 values on the host, and not at all on devices without kernels for many scales.
     #[default]
     Model,
     /// To int8 with a scale for each row.
