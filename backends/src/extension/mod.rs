@@ -218,7 +218,7 @@ pub trait TernaryBackend: burn::backend::Backend {
     }
 
     /// The Walsh-Hadamard transform of each run of `block` values of a row x: H(s * x), or s * H(x) where `inverse` is set,
-    /// with H[i][j] = (-1)^popcount(i & j) / sqrt(block).
+    /// with `H[i][j] = (-1)^popcount(i & j) / sqrt(block)`.
     ///
     /// # Shapes
     /// x [M, K], signs s `[K]`; the output is like x. `block` is a power of two that divides K.

@@ -1,7 +1,7 @@
 //! The Walsh-Hadamard transform, by which some models rotate the inputs of their matrices (QuIP#, arXiv 2402.04396;
 //! QuaRot, arXiv 2404.00456): outliers are spread before activations are quantised.
 //!
-//! H is Sylvester's matrix of `block` rows, H[i][j] = (-1)^popcount(i & j) / sqrt(block), and H * H = 1. A run of values is
+//! H is Sylvester's matrix of `block` rows, `H[i][j] = (-1)^popcount(i & j) / sqrt(block)`, and H * H = 1. A run of values is
 //! transformed in log2(block) stages of sums and differences, of neighbours at the distance 1, 2, 4 ..., and multiplied by
 //! the f32 next to 1 / sqrt(block). So every CPU gets the same bits.
 
