@@ -21,7 +21,7 @@ use crate::load::ModelError;
 #[serde(try_from = "String", into = "String")]
 pub enum ActivationRule {
     /// As the model's files declare: to int8 by row (BitNet). Where they declare nothing, to int8 by groups of
-    /// 32 values on the host, and not at all on devices without kernels for many scales.
+    /// 32 values in host memory, and not at all on GPUs, which have no kernels for many scales.
     #[default]
     Model,
     /// To int8 with a scale for each row.
@@ -210,9 +210,9 @@ fn scaled(
 }
 
 /// Whether f32 activations are the faster ones for many scales, and nothing else was asked for: GPUs have no kernels for
-/// them, and the fast ones of a host read a packing of its own, which no worker gets.
+/// them. (A worker that computes in host memory has, and computes the same bits as this process.)
 fn lacks_kernels(rule: ActivationRule, device: &Device) -> bool {
-    rule == ActivationRule::Model && !ops::is_host(device)
+    rule == ActivationRule::Model && !ops::reads_tiles(device)
 }
 
 /// What was found in a tensor, for activations as the rule says.
