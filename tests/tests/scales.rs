@@ -11,6 +11,7 @@ use bitnet_burn_manager::{
     Job, KernelManager, LayoutPolicy, ManagerConfig, ManagerError, Packed, Scale, ScaleKind, Status, Strict,
     WeightShape,
 };
+use bitnet_burn_plugin::sdk;
 use bitnet_burn_tests::*;
 use burn::tensor::{Device, Tensor, TensorData};
 
@@ -40,7 +41,7 @@ impl Problem {
             2 => 2f32.powi(-20),
             _ => (1 + random.below(200)) as f32 / if half { 256.0 } else { 255.0 },
         };
-        let groups = if group == 0 { 1 } else { k.div_ceil(group) };
+        let groups = sdk::groups(k, group);
         let rows: Vec<f32> = (0..n * groups).map(|_| value(random)).collect();
         let codes = canonical_rows(&random.ternary(n * k), k);
         let mut x = random.floats(m * k);
@@ -56,7 +57,7 @@ impl Problem {
 
     fn kind(&self) -> WeightShape {
         let (_, n, k) = self.shape;
-        let (weights, half) = (self.scales.group, self.scales.is_half());
+        let (weights, half) = (self.scales.group(), self.scales.is_half());
         WeightShape { n, k, scales: ScaleKind::Groups { weights, activations: self.activations, half } }
     }
 
@@ -188,8 +189,8 @@ fn every_device_computes_the_reference() {
 /// The bound of devices without the fused operations: G * 2^-23 times the sum of the terms' magnitudes.
 fn bounded(problem: &Problem, y: &[f32], expected: &[f32], what: &str) {
     let ((_, n, k), x) = (problem.shape, problem.quantised());
-    let whole = |group: usize| if group == 0 { k } else { group };
-    let (group, of_weights) = (whole(problem.activations), whole(problem.scales.group));
+    let group = sdk::group_length(k, problem.activations);
+    let of_weights = sdk::group_length(k, problem.scales.group());
     let groups = k.div_ceil(group);
     for (i, (y, want)) in y.iter().zip(expected).enumerate() {
         let (m, n) = (i / n, i % n);

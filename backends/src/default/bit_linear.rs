@@ -8,6 +8,7 @@ use burn::tensor::{FloatDType, Shape};
 
 use bitnet_burn_manager::ScaleKind;
 use bitnet_burn_plugin::abi::SCALE_ROWS;
+use bitnet_burn_plugin::sdk::{group_length, groups};
 
 use super::{concat, dims, quantise, rms_norm, slice};
 use crate::extension::{BitLinearArgs, InputNorm, Matrix, TernaryWeight, WeightGroup};
@@ -42,7 +43,7 @@ pub(crate) fn bit_linear<B: Backend>(
         let scales = by_rows::<B>(weight.scale, matrix.n);
         let mut parts = columns(args.k, group).zip(&x);
         let terms = columns(args.k, weights).enumerate().map(|(g, columns)| {
-            let within = parts.by_ref().take(if group == 0 { 1 } else { columns.len().div_ceil(group) });
+            let within = parts.by_ref().take(groups(columns.len(), group));
             let sums = within.map(|(part, (q, a))| {
                 let codes = columns_of::<B>(&codes, part);
                 B::float_mul(B::float_matmul(q.clone(), B::float_transpose(codes)), a.clone())
@@ -57,7 +58,7 @@ pub(crate) fn bit_linear<B: Backend>(
 
 /// The columns of each group of a row.
 fn columns(k: usize, group: usize) -> impl Iterator<Item = Range<usize>> {
-    let group = if group == 0 { k } else { group };
+    let group = group_length(k, group);
     (0..k).step_by(group).map(move |from| from..k.min(from + group))
 }
 
@@ -95,10 +96,10 @@ fn float_product<B: Backend>(
         return B::float_mul(B::float_matmul(x, turn(codes)), scale);
     };
     let scales = by_rows::<B>(weight.scale, n);
-    let (groups, group) = (dims(&scales)[1], if weights == 0 { k } else { weights });
+    let (count, group) = (dims(&scales)[1], group_length(k, weights));
     let scales =
-        B::float_expand(B::float_reshape(scales, Shape::new([n, groups, 1])), Shape::new([n, groups, group]));
-    let scales = B::float_reshape(scales, Shape::new([n, groups * group]));
+        B::float_expand(B::float_reshape(scales, Shape::new([n, count, 1])), Shape::new([n, count, group]));
+    let scales = B::float_reshape(scales, Shape::new([n, count * group]));
     let weights = B::float_mul(codes, B::float_slice(scales, &slice(&[0..n, 0..k])));
     B::float_matmul(x, turn(weights))
 }

@@ -11,7 +11,7 @@
 
 use bitnet_burn_plugin::abi::SCALE_ROWS;
 use bitnet_burn_plugin::canonical;
-use bitnet_burn_plugin::sdk::{Scales, groups};
+use bitnet_burn_plugin::sdk::{Scales, group_length, groups};
 
 /// The largest K whose sums can't overflow: 128 * 2^23 < 2^31.
 pub const MAX_K: usize = 1 << 23;
@@ -145,8 +145,7 @@ pub fn scaled_row(
     scales: Scales<'_>,
     x: ScaledActivations<'_>,
 ) -> Vec<f32> {
-    let whole = |group: usize| if group == 0 { k } else { group };
-    let (weight_group, group) = (whole(scales.group()), whole(x.group));
+    let (weight_group, group) = (group_length(k, scales.group()), group_length(k, x.group));
     assert!(weight_group == k || weight_group.is_multiple_of(group), "groups of {weight_group} and {group}");
     let (weight_groups, activation_groups) = (groups(k, scales.group()), groups(k, x.group));
     let mut weights = vec![0i8; k];

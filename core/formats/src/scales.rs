@@ -3,8 +3,8 @@
 #![forbid(unsafe_code)]
 
 use bitnet_burn_plugin::abi::SCALE_ROWS;
-pub use bitnet_burn_plugin::sdk::scale_count;
-use bitnet_burn_plugin::sdk::{self, groups};
+use bitnet_burn_plugin::sdk::{self, groups, scale_count};
+use bytes::Bytes;
 use half::f16;
 
 use crate::FormatError;
@@ -12,23 +12,16 @@ use crate::FormatError;
 /// The scales of a ternary matrix, in blocks of 32 rows as kernels read them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scales {
-    /// Weights of a row that share a scale; 0 for the whole row.
-    pub group: usize,
-    /// The scales, block after block.
-    pub values: ScaleValues,
-}
-
-/// The numbers of [`Scales`].
-#[derive(Clone, Debug, PartialEq)]
-pub enum ScaleValues {
-    /// f32.
-    F32(Vec<f32>),
-    /// The bits of IEEE half precision.
-    F16(Vec<u16>),
+    group: usize,
+    half: bool,
+    bytes: Bytes,
 }
 
 impl Scales {
     /// Scales of a matrix [n, k] from rows of them, [n, groups]: f16 where each of them is one.
+    ///
+    /// # Arguments
+    /// * `group`: weights of a row that share a scale; 0 is the whole row
     ///
     /// # Errors
     /// [`FormatError::TooLarge`], [`Length`](FormatError::Length), and [`NotFinite`](FormatError::NotFinite) with row and
@@ -40,33 +33,75 @@ impl Scales {
         if let Some(at) = rows.iter().position(|v| !v.is_finite()) {
             return Err(FormatError::NotFinite { row: at / count, column: at % count, value: rows[at] });
         }
-        let half = |s: f32| f16::from_f32(s);
-        let values = match rows.iter().all(|&s| half(s).to_f32().to_bits() == s.to_bits()) {
-            true => ScaleValues::F16(in_blocks(rows, size, count, |s| half(s).to_bits())),
-            false => ScaleValues::F32(in_blocks(rows, size, count, |s| s)),
+        let of = |s: f32| f16::from_f32(s);
+        let half = rows.iter().all(|&s| of(s).to_f32().to_bits() == s.to_bits());
+        let bytes = match half {
+            true => Bytes::from_owner(Owner(in_blocks(rows, size, count, |s| of(s).to_bits()))),
+            false => Bytes::from_owner(Owner(in_blocks(rows, size, count, |s| s))),
         };
-        Ok(Self { group, values })
+        Ok(Self { group, half, bytes })
+    }
+
+    /// Scales that lie in a file as [`bytes`](Self::bytes) gave them, in place if they are aligned.
+    ///
+    /// # Errors
+    /// [`FormatError::TooLarge`], and [`Length`](FormatError::Length) where they are not those of a matrix [n, k].
+    pub fn stored(bytes: Bytes, half: bool, n: usize, k: usize, group: usize) -> Result<Self, FormatError> {
+        let expected = stored_bytes(half, n, k, group);
+        let expected = expected.ok_or(FormatError::TooLarge { format: "scales", n, k })?;
+        crate::check_length("scales", n, k, "bytes", expected, bytes.len())?;
+        if bytes.as_ptr().addr().is_multiple_of(4) {
+            return Ok(Self { group, half, bytes });
+        }
+        let mut words = vec![0u32; expected.div_ceil(4)];
+        bytemuck::cast_slice_mut(&mut words)[..expected].copy_from_slice(&bytes);
+        let bytes = Bytes::from_owner(Owner(words)).slice(..expected);
+        Ok(Self { group, half, bytes })
+    }
+
+    /// Weights of a row that share a scale; 0 for the whole row.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Whether they are f16; they are f32 otherwise.
+    pub fn is_half(&self) -> bool {
+        self.half
+    }
+
+    /// The scales, block after block, aligned as their type asks.
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
     }
 
     /// The scale of row `n` and group `g`, of rows of `k` weights.
     ///
     /// # Panics
-    /// If there is none.
+    /// If the matrix has no such row or group.
     pub fn get(&self, n: usize, g: usize, k: usize) -> f32 {
         self.as_sdk().block(n / SCALE_ROWS * SCALE_ROWS, g, groups(k, self.group))[n % SCALE_ROWS]
     }
 
-    /// Whether they are f16.
-    pub fn is_half(&self) -> bool {
-        matches!(self.values, ScaleValues::F16(_))
-    }
-
     /// As kernels take them.
     pub fn as_sdk(&self) -> sdk::Scales<'_> {
-        match &self.values {
-            ScaleValues::F32(values) => sdk::Scales::F32 { group: self.group, values },
-            ScaleValues::F16(values) => sdk::Scales::F16 { group: self.group, values },
+        match self.half {
+            true => sdk::Scales::F16 { group: self.group, values: bytemuck::cast_slice(&self.bytes) },
+            false => sdk::Scales::F32 { group: self.group, values: bytemuck::cast_slice(&self.bytes) },
         }
+    }
+}
+
+/// Bytes of the scales of a matrix [n, k], or `None` where that overflows.
+pub fn stored_bytes(half: bool, n: usize, k: usize, group: usize) -> Option<usize> {
+    scale_count(n, k, group)?.checked_mul(if half { 2 } else { 4 })
+}
+
+/// Numbers as bytes.
+struct Owner<T>(Vec<T>);
+
+impl<T: bytemuck::Pod> AsRef<[u8]> for Owner<T> {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
     }
 }
 
@@ -92,14 +127,19 @@ mod tests {
             let rows: Vec<f32> = (0..n * 4).map(|i| i as f32 * one).collect();
             let scales = Scales::from_rows(&rows, n, k, group).unwrap();
             assert_eq!(scales.is_half(), half);
+            // As they lie in a file, at any place.
+            for from in [0, 1, 4] {
+                let file = Bytes::from([&vec![0; from][..], scales.bytes()].concat()).slice(from..);
+                assert_eq!(Scales::stored(file, half, n, k, group).unwrap(), scales);
+            }
+            assert!(Scales::stored(scales.bytes().slice(1..), half, n, k, group).is_err());
             for row in 0..64 {
                 for g in 0..4 {
                     let expected = if row < n { rows[row * 4 + g] } else { 0.0 };
-                    let value = match &scales.values {
-                        ScaleValues::F32(values) => values[(row / 32 * 4 + g) * 32 + row % 32],
-                        ScaleValues::F16(values) => {
-                            f16::from_bits(values[(row / 32 * 4 + g) * 32 + row % 32]).to_f32()
-                        }
+                    let at = (row / 32 * 4 + g) * 32 + row % 32;
+                    let value = match half {
+                        true => f16::from_le_bytes([scales.bytes[2 * at], scales.bytes[2 * at + 1]]).to_f32(),
+                        false => f32::from_le_bytes(*scales.bytes[4 * at..].first_chunk().unwrap()),
                     };
                     assert_eq!((value, scales.get(row, g, k)), (expected, expected));
                 }

@@ -70,7 +70,7 @@ pub const GROUPS: [usize; 4] = [256, 128, 64, 32];
 /// let values = [0.5, 0.0, -0.5, 0.25, 0.25, 0.0];
 /// let data: Vec<u8> = values.iter().flat_map(|v: &f32| v.to_le_bytes()).collect();
 /// let (rows, scales) = ternary::scaled_from_dense(DenseFormat::F32, &data, 2, 3)?;
-/// assert_eq!((scales.group, scales.get(0, 0, 3), scales.get(1, 0, 3)), (0, 0.5, 0.25));
+/// assert_eq!((scales.group(), scales.get(0, 0, 3), scales.get(1, 0, 3)), (0, 0.5, 0.25));
 /// assert_eq!([0, 1, 2].map(|k| Row(&rows).weight(k)), [1, 0, -1]);
 /// # Ok::<(), bitnet_burn_formats::FormatError>(())
 /// ```
@@ -87,11 +87,7 @@ pub fn scaled_from_dense(
     n: usize,
     k: usize,
 ) -> Result<(Vec<u8>, Scales), FormatError> {
-    let name = format.name();
-    let size = canonical_bytes(name, n, k)?;
-    let row_bytes = format.checked_row_bytes(k)?;
-    let expected = n.checked_mul(row_bytes).ok_or(FormatError::TooLarge { format: name, n, k })?;
-    check_length(name, n, k, "bytes", expected, data.len())?;
+    let (size, row_bytes) = check_dense(format, data, n, k)?;
     let unit = match format.facts().ternary {
         Some(_) => format.block_len(),
         None => GROUPS[GROUPS.len() - 1],
@@ -131,6 +127,16 @@ pub fn scaled_from_dense(
     let folded: Vec<f32> =
         scales.chunks(units).flat_map(|row| row.chunks(count).map(|of| shared(of).unwrap_or(0.0))).collect();
     Ok((rows, Scales::from_rows(&folded, n, k, group)?))
+}
+
+/// Checks the bytes of a tensor [n, k]; the bytes of its canonical rows, and of a row of the format.
+fn check_dense(format: DenseFormat, data: &[u8], n: usize, k: usize) -> Result<(usize, usize), FormatError> {
+    let name = format.name();
+    let size = canonical_bytes(name, n, k)?;
+    let row_bytes = format.checked_row_bytes(k)?;
+    let expected = n.checked_mul(row_bytes).ok_or(FormatError::TooLarge { format: name, n, k })?;
+    check_length(name, n, k, "bytes", expected, data.len())?;
+    Ok((size, row_bytes))
 }
 
 /// The scale of neighbours, of which those that are 0 have any; `None` if they differ.
@@ -189,11 +195,7 @@ pub fn exact_from_dense(
     n: usize,
     k: usize,
 ) -> Result<(Vec<u8>, f32), FormatError> {
-    let name = format.name();
-    let size = canonical_bytes(name, n, k)?;
-    let row_bytes = format.checked_row_bytes(k)?;
-    let expected = n.checked_mul(row_bytes).ok_or(FormatError::TooLarge { format: name, n, k })?;
-    check_length(name, n, k, "bytes", expected, data.len())?;
+    let (size, row_bytes) = check_dense(format, data, n, k)?;
     match format {
         DenseFormat::Q4_0 => return q4_0_signs(data, size, k),
         DenseFormat::TQ1_0 => return tq1_0::to_canonical(data, n, k),
@@ -368,7 +370,7 @@ mod tests {
         }
         values[k..][64..128].fill(0.0); // a group of zeros
         let (rows, scales) = scaled(DenseFormat::F32, &values, n, k).unwrap();
-        assert_eq!(scales.group, 64);
+        assert_eq!(scales.group(), 64);
         for (i, &v) in values.iter().enumerate() {
             let weight = Row(&rows[i / k * canonical::row_bytes(k)..]).weight(i % k);
             assert_eq!(f32::from(weight) * scales.get(i / k, i % k / 64, k), v);
@@ -394,7 +396,7 @@ mod tests {
         let of = |format: DenseFormat, scale: &dyn Fn(usize, usize) -> usize| {
             let value = |i: usize| scale(i / k, i % k) as f32 * [1.0, 0.0, -1.0][i % 3];
             let found = scaled(format, &(0..n * k).map(value).collect::<Vec<_>>(), n, k);
-            found.map(|(_, scales)| scales.group)
+            found.map(|(_, scales)| scales.group())
         };
         for format in [DenseFormat::F32, DenseFormat::BF16, DenseFormat::Q2_0] {
             assert_eq!(of(format, &|_, _| 1), Ok(0));
@@ -419,7 +421,7 @@ mod tests {
             block[2..].fill(0b10_01_00_01);
         }
         let read = |data: &[u8]| scaled_from_dense(DenseFormat::Q2_0, data, 2, 128);
-        assert_eq!(read(&data).unwrap().1.group, 0);
+        assert_eq!(read(&data).unwrap().1.group(), 0);
         data[3 * 18 + 2 + 5] = 0b01_11_01_01;
         let expected = FormatError::NotTernary { row: 1, column: 64 + 22, value: 1.0, scale: 0.5 };
         assert_eq!(read(&data), Err(expected));
@@ -482,7 +484,7 @@ mod tests {
             let scale = |i: usize| scales[i / k * groups + i % k / unit];
             let values: Vec<f32> = weights.iter().enumerate().map(|(i, &w)| f32::from(w) * scale(i)).collect();
             let (rows, found) = scaled(DenseFormat::F32, &values, n, k).unwrap();
-            let size = if found.group == 0 { k } else { found.group };
+            let size = if found.group() == 0 { k } else { found.group() };
             for (i, value) in values.iter().enumerate() {
                 let weight = Row(&rows[i / k * canonical::row_bytes(k)..]).weight(i % k);
                 prop_assert_eq!(f32::from(weight) * found.get(i / k, i % k / size, k), *value);

@@ -31,17 +31,16 @@ use serde::Serialize;
 
 pub use self::error::EngineError;
 pub use self::open::{EngineOptions, OpenEvent};
+use crate::activation_rule::{ActivationRule, GROUP};
 use crate::chat::{ChatError, ChatTemplate};
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceSpec;
 use crate::generate::GenerateOptions;
-use crate::load::ActivationRule;
 use crate::plan::{
     Comparison, DeviceMemory, MachineProfile, MemoryProfile, Placement, PlacementKind, Prediction,
     PredictionOutcome, Requirements, RunSettings,
 };
 use crate::plausible;
-use crate::projection;
 use crate::receipt::{GenerationRecord, Receipt};
 use crate::report::{DeviceUsage, Execution, ModelSummary};
 use crate::session::Session;
@@ -176,7 +175,7 @@ impl Engine {
     pub fn activations(&self) -> ActivationRule {
         let groups = activation_groups(&self.0.model);
         match (self.0.activations, groups.last()) {
-            (ActivationRule::Model, Some(&group)) if group > 0 => ActivationRule::Group(projection::GROUP),
+            (ActivationRule::Model, Some(&group)) if group > 0 => ActivationRule::Group(GROUP),
             (rule, _) => rule,
         }
     }

@@ -14,11 +14,11 @@ use bitnet_burn_manager::{LayoutPolicy, ManagerError, ScaleKind};
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
 
+pub use crate::activation_rule::ActivationRule;
 use crate::checkpoint::{Checkpoint, LoadError, Rotated, Signs};
 pub use crate::head::HeadMode;
 use crate::prepack::Prepacked;
-use crate::projection;
-pub use crate::projection::ActivationRule;
+use crate::projection::{self, Ternary};
 
 /// Why a model could not be made from a checkpoint.
 #[derive(Debug, thiserror::Error)]
@@ -244,7 +244,7 @@ pub fn load_on(
                 Some(packed) => Some(packed.into_layer(device)),
                 None => {
                     let stored = output.as_ref().unwrap_or(&embedding);
-                    projection::ternary_linear(stored, options.activations, device)?
+                    projection::ternary_head(stored, options.activations, device)?
                 }
             }
         }
@@ -346,7 +346,7 @@ pub fn scale_kind(
     layer: usize,
     which: Projection,
 ) -> Result<Option<ScaleKind>, LoadError> {
-    Ok(projection::packable(checkpoint.weights(layer, which)?).map(|weights| weights.shape().scales))
+    Ok(Ternary::of(checkpoint.weights(layer, which)?).map(|weights| weights.shape().scales))
 }
 
 /// Drops the private packings of kernels, for when memory is short

@@ -25,17 +25,18 @@ use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops::{self, MatrixScale, TernaryMatrix};
 use bitnet_burn_formats::dense_tiles::{TILE_ROWS, tile, tiled_bytes};
 use bitnet_burn_formats::files;
-use bitnet_burn_formats::scales::scale_count;
-use bitnet_burn_formats::{DenseFormat, FormatError, ScaleValues, Scales, map_file};
+use bitnet_burn_formats::scales::stored_bytes;
+use bitnet_burn_formats::{DenseFormat, FormatError, Scales, map_file};
 use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed, ScaleKind, WeightShape};
 use burn::tensor::Device;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::activation_rule::ActivationRule;
 use crate::checkpoint::{Checkpoint, Content, LoadError, Weights};
 use crate::head::HeadMode;
-use crate::projection::{self, ActivationRule, Ternary};
+use crate::projection::{self, Ternary};
 use bitnet_burn::{BitLinear, Projection};
 use bitnet_burn_formats::DenseTensor;
 
@@ -263,11 +264,10 @@ pub fn write(
             match &weights.scale {
                 MatrixScale::One(scale) => entry.scale = *scale,
                 MatrixScale::Groups { scales, .. } => {
-                    let (offset, bytes, checksum) = put(&scale_bytes(scales))?;
-                    let (group, half) = (scales.group, scales.is_half());
+                    let (offset, bytes, checksum) = put(scales.bytes())?;
+                    let (group, half) = (scales.group(), scales.is_half());
                     entry.scales = Some(ScalesEntry { group, half, offset, bytes, checksum });
                 }
-                MatrixScale::Stored { .. } => unreachable!("they come from the model"),
             }
             Ok(Some(entry))
         };
@@ -275,7 +275,7 @@ pub fn write(
             for which in in_layer(layer) {
                 progress(done, all);
                 done += 1;
-                if let Some(weights) = projection::packable(checkpoint.weights(layer, which)?) {
+                if let Some(weights) = Ternary::of(checkpoint.weights(layer, which)?) {
                     table.tensors.extend(ternary(&name(layer, which), weights)?);
                 }
             }
@@ -284,9 +284,7 @@ pub fn write(
         progress(all - 1, all);
         let tensor = head_tensor(checkpoint)?;
         let head_of_layers = projection::computes_head(checkpoint, head);
-        if let Some(weights) =
-            head_of_layers.then(|| projection::packable(Weights::Dense(tensor.clone()))).flatten()
-        {
+        if let Some(weights) = head_of_layers.then(|| Ternary::of(Weights::Dense(tensor.clone()))).flatten() {
             table.tensors.extend(ternary(HEAD, weights)?);
         } else if let Some(format) = head.int8_format(&tensor) {
             let (n, k) = (tensor.n, tensor.k);
@@ -389,7 +387,7 @@ impl Prepacked {
         for which in all.filter(|which| which.expert().is_none()) {
             let name = name(0, which);
             let Some(packed) = self.packed(&name, ActivationRule::Model, true)? else { continue };
-            let weights = projection::packable(checkpoint.weights(0, which)?);
+            let weights = Ternary::of(checkpoint.weights(0, which)?);
             let same = weights.is_some_and(|weights| {
                 let shape = (weights.n, weights.k) == packed.choice.shape();
                 shape
@@ -466,11 +464,11 @@ impl Prepacked {
         }
         let (scales, scale) = match &entry.scales {
             None => (ScaleKind::One, MatrixScale::One(entry.scale)),
-            &Some(ScalesEntry { group, half, offset, bytes, .. }) => {
-                let Some(activations) = rule.group(group) else { return Ok(None) };
-                let kind = ScaleKind::Groups { weights: group, activations, half };
-                let bytes = self.map.slice(offset..offset + bytes);
-                (kind, MatrixScale::Stored { bytes, group, activations, half })
+            Some(stored) => {
+                let Some(activations) = rule.group(stored.group) else { return Ok(None) };
+                let scales = self.scales(entry, stored);
+                let kind = ScaleKind::Groups { weights: stored.group, activations, half: stored.half };
+                (kind, MatrixScale::Groups { scales, activations })
             }
         };
         let of = WeightShape { n: entry.n, k: entry.k, scales };
@@ -489,12 +487,15 @@ impl Prepacked {
         let Some(entry) = self.tensors.get(name) else { return false };
         match (scale, &entry.scales) {
             (MatrixScale::One(scale), None) => *scale == entry.scale,
-            (MatrixScale::Groups { scales, .. }, Some(of)) => {
-                let bytes = &self.map[of.offset..of.offset + of.bytes];
-                (of.group, of.half) == (scales.group, scales.is_half()) && bytes == scale_bytes(scales)
-            }
+            (MatrixScale::Groups { scales, .. }, Some(stored)) => self.scales(entry, stored) == *scales,
             _ => false,
         }
+    }
+
+    /// The scales of an entry, in place. (Within the map, and as many as it needs: `table` checked that.)
+    fn scales(&self, entry: &Entry, ScalesEntry { group, half, offset, bytes, .. }: &ScalesEntry) -> Scales {
+        let bytes = self.map.slice(*offset..*offset + *bytes);
+        Scales::stored(bytes, *half, entry.n, entry.k, *group).expect("their number was checked")
     }
 
     /// The output projection [n, k] in tiles of a format.
@@ -515,14 +516,6 @@ impl Prepacked {
     /// (Within the map: `table` checked that.)
     fn bytes(&self, entry: &Entry) -> Bytes {
         self.map.slice(entry.offset..entry.offset + entry.bytes)
-    }
-}
-
-/// Scales as they lie in the file.
-fn scale_bytes(scales: &Scales) -> Vec<u8> {
-    match &scales.values {
-        ScaleValues::F32(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
-        ScaleValues::F16(values) => values.iter().flat_map(|bits| bits.to_le_bytes()).collect(),
     }
 }
 
@@ -550,12 +543,10 @@ fn table(map: &[u8]) -> Result<Table, String> {
                 return Err(format!("{name} is to lie at byte {offset}, {bytes} long, of {}", tensors.len()));
             }
         }
-        if let Some(ScalesEntry { group, half, bytes, .. }) = scales {
-            let size =
-                scale_count(*n, *k, *group).and_then(|count| count.checked_mul(if *half { 2 } else { 4 }));
-            if size != Some(*bytes) {
-                return Err(format!("the scales of {name} are {bytes} bytes"));
-            }
+        if let Some(ScalesEntry { group, half, bytes, .. }) = scales
+            && stored_bytes(*half, *n, *k, *group) != Some(*bytes)
+        {
+            return Err(format!("the scales of {name} are {bytes} bytes"));
         }
         if !(scale.is_finite() && *scale >= 0.0) {
             return Err(format!("the scale of {name} is {scale}"));

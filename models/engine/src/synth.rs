@@ -477,7 +477,7 @@ mod tests {
                     let (codes, found) = ternary::scaled_from_dense(format, &data, n, k).unwrap();
                     let group =
                         [(Row, 0), (Group64, 64), (Group128, 128)].into_iter().find(|g| g.0 == scales);
-                    assert_eq!(Some((scales, found.group)), group);
+                    assert_eq!(Some((scales, found.group())), group);
                     let zeros: usize = codes
                         .chunks(canonical::row_bytes(k))
                         .map(|row| (0..k).filter(|&i| canonical::Row(row).weight(i) == 0).count())

@@ -199,6 +199,20 @@ pub const fn groups(k: usize, group: usize) -> usize {
     if group == 0 { 1 } else { k.div_ceil(group) }
 }
 
+/// Values of a group, but for the last of a row; a `group` of 0 is the whole row of `k`.
+pub const fn group_length(k: usize, group: usize) -> usize {
+    if group == 0 { k } else { group }
+}
+
+/// Whether a group of weights is a whole number of groups of activations, which are multiples of 32; 0 is a whole row.
+pub const fn groups_fit(weights: usize, activations: usize) -> bool {
+    match (weights, activations) {
+        (0, 0) => true,
+        (_, 0) => false,
+        (weights, activations) => activations.is_multiple_of(32) && weights.is_multiple_of(activations),
+    }
+}
+
 /// Number of scales of an [n, k] matrix with the padding of the last block of rows, or `None` where that overflows.
 pub const fn scale_count(n: usize, k: usize, group: usize) -> Option<usize> {
     match n.checked_next_multiple_of(abi::SCALE_ROWS) {

@@ -18,7 +18,7 @@
 
 use std::ops::Range;
 
-use bitnet_burn_plugin::sdk::groups;
+use bitnet_burn_plugin::sdk::{group_length, groups};
 
 use crate::simd::{Isa, Kernel, LANES, Level};
 use crate::threads::{Shared, Threads, run};
@@ -176,7 +176,7 @@ impl<'a> Rows<'a> {
     #[inline(always)]
     fn each(self, mut quantise: impl FnMut(&[f32], Groups<'_>)) {
         let Self { x, k, out: Quantised { q, stride, group, scale, sum } } = self;
-        let (length, groups) = (if group == 0 { k } else { group }, groups(k, group));
+        let (length, groups) = (group_length(k, group), groups(k, group));
         let rows = x.chunks_exact(k).zip(q.chunks_exact_mut(stride));
         let outputs = scale.chunks_exact_mut(groups).zip(sum.chunks_exact_mut(groups));
         for ((x, q), (scale, sum)) in rows.zip(outputs) {

@@ -136,6 +136,11 @@ impl DenseFormat {
         self.facts().dtype
     }
 
+    /// Whether it has ternary weights and a scale for each block.
+    pub const fn is_ternary(self) -> bool {
+        self.facts().ternary.is_some()
+    }
+
     /// Weights in a block: 1 for the floats.
     pub const fn block_len(self) -> usize {
         self.facts().block_len

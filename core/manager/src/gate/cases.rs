@@ -13,6 +13,7 @@ use bitnet_burn_plugin::{canonical, sdk};
 use super::environment;
 use super::guard::{Place, Walled, Walls};
 use crate::float::FloatControl;
+use crate::manager::{ScaleKind, WeightShape};
 use crate::memory::Activations;
 use crate::plugin::{Kernel, KernelFailure};
 use crate::pool::Pool;
@@ -260,17 +261,13 @@ fn claimed(kernel: &Kernel, case: Case, turn: u64, pool: &Pool) -> Result<Option
 }
 
 fn signature(case: &Case, pool: &Pool) -> Signature {
-    let plain = Signature::ternary(case.m as u64, case.n as u64, case.k as u64, pool.threads() as u32);
-    match case.groups {
-        None => plain,
-        Some((weights, activations, half)) => Signature {
-            operation: OPERATION_SCALED_TERNARY_MATMUL,
-            weight_group: weights as u64,
-            activation_group: activations as u64,
-            scale_format: if half { abi::SCALE_F16 } else { abi::SCALE_F32 },
-            ..plain
-        },
-    }
+    let Case { m, n, k, groups, .. } = *case;
+    let scales = groups.map_or(ScaleKind::One, |(weights, activations, half)| ScaleKind::Groups {
+        weights,
+        activations,
+        half,
+    });
+    WeightShape { n, k, scales }.signature(m, pool.threads())
 }
 
 /// What a case with many scales has beside [`Case::inputs`], and the outputs.
@@ -312,7 +309,7 @@ impl Case {
     /// Weights and activations.
     pub(super) fn inputs(&self, random: &mut SplitMix64) -> (Vec<u8>, Activations) {
         let Self { m, n, k, .. } = *self;
-        let (mut weights, mut x) = (random.weights(n, k), Activations::random(random, m, k));
+        let (mut weights, mut x) = (random.weights(n, k), Activations::random(random, m, k, 0));
         let row = canonical::row_bytes(k);
         let alternating: Vec<i8> = (0..k).map(|i| 1 - 2 * (i % 2) as i8).collect();
         let ternary = |kind: usize| match kind {
@@ -374,7 +371,7 @@ impl Case {
             true => sdk::Scales::F16 { group: weight_group, values: &bits },
             false => sdk::Scales::F32 { group: weight_group, values: &full },
         };
-        let (length, groups) = (if group == 0 { k } else { group }, sdk::groups(k, group));
+        let (length, groups) = (sdk::group_length(k, group), sdk::groups(k, group));
         let group_sum = x.q().chunks_exact(x.stride()).flat_map(|row| row[..k].chunks(length));
         let group_sum: Vec<i32> = group_sum.map(|group| group.iter().map(|&q| i32::from(q)).sum()).collect();
         // The scales of rows, some of which are not finite, times some of the groups.

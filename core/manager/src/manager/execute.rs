@@ -35,7 +35,7 @@ impl<'a> Pending<'a> {
         let turn = self.turn.filter(|turn| !self.computed && turn.timed.is_some() == timed)?;
         let (n, k) = self.job.choice.shape();
         let weights = self.job.scale.weights(n, k, self.job.choice.own_bytes(self.job.weights));
-        Some(Part { kernel: &turn.entry.kernel, weights, column: self.job.column })
+        Some(Part { kernel: &turn.entry.kernel, of: self.job.choice.of, weights, column: self.job.column })
     }
 }
 

@@ -212,7 +212,7 @@ mod tests {
         let pool = Pool::new(2).unwrap();
         for (n, k) in [(1, 1), (7, 31), (40, 129), (33, 2560), (5, 6912)] {
             let mut random = SplitMix64::new(n as u64);
-            let (weights, x) = (random.weights(n, k), Activations::random(&mut random, 1, k));
+            let (weights, x) = (random.weights(n, k), Activations::random(&mut random, 1, k, 0));
             let matrices = Matrices::default();
             let multipliers = matrices.multipliers(n, 5);
             let projection = Projection::new(&pool, &weights, k, multipliers);

@@ -7,8 +7,7 @@ use bitnet_burn_plugin::abi::{self, Output, Tile};
 use bitnet_burn_plugin::canonical;
 use smallvec::{SmallVec, smallvec};
 
-use super::lock;
-use super::weights::signature_of;
+use super::{WeightShape, lock};
 use crate::memory::{Activations, AlignedBytes};
 use crate::plugin::{Kernel, KernelFailure, max_workspace};
 use crate::pool::Pool;
@@ -45,6 +44,8 @@ impl Scratch {
 /// One kernel on one matrix, writing columns `column..column + n` of the output.
 pub(super) struct Part<'a> {
     pub kernel: &'a Kernel,
+    /// What the kernel was chosen for.
+    pub of: WeightShape,
     pub weights: abi::Weights,
     pub column: usize,
 }
@@ -93,7 +94,7 @@ pub(super) fn run_parts(
                 .and_then(|(failure, _)| failure.clone());
             continue;
         }
-        let signature = signature_of(&part.weights, &abi_x, pool.threads());
+        let signature = part.of.signature(m, pool.threads());
         let size = match part.kernel.workspace_size(&signature) {
             Ok(size) => size,
             Err(failure) => {

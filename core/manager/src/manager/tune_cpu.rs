@@ -110,7 +110,7 @@ impl Contest for CpuContest<'_> {
         let WeightShape { n, k, scales: kind } = self.of;
         let mut random = SplitMix64::new((n * 31 + k) as u64);
         let weights = random.weights(n, k);
-        let x = Activations::random_groups(&mut random, m, k, kind.activation_group());
+        let x = Activations::random(&mut random, m, k, kind.activation_group());
         let scales = random_scales(self.of, &mut random);
         let expected = Sample::new(&weights, (n, k), scale_of(&scales), &x, &mut random);
         // Decode finds its weights in memory, not in cache: rotate over copies that no cache holds.
@@ -119,8 +119,7 @@ impl Contest for CpuContest<'_> {
         let (y, layouts) = (vec![0f32; m * n], Vec::new());
         Box::new(CpuInputs {
             manager: self.manager,
-            n,
-            k,
+            of: self.of,
             entries,
             weights,
             scales,
@@ -138,8 +137,7 @@ type Layout<'a> = (Option<&'a str>, Option<usize>);
 
 struct CpuInputs<'a> {
     manager: &'a KernelManager,
-    n: usize,
-    k: usize,
+    of: WeightShape,
     entries: &'a [Arc<Entry>],
     weights: Vec<u8>,
     /// `None` for one scale.
@@ -155,7 +153,7 @@ struct CpuInputs<'a> {
 
 impl Inputs for CpuInputs<'_> {
     fn admit(&mut self, kernel: usize) -> Result<(), Unfit> {
-        let (entry, n, k) = (&self.entries[kernel], self.n, self.k);
+        let (entry, n, k) = (&self.entries[kernel], self.of.n, self.of.k);
         let layout = self.layout(kernel);
         if self.layouts.iter().all(|(known, _)| *known != layout) {
             let packed = copies(self.manager, entry, n, k, &self.weights, self.copies);
@@ -191,12 +189,12 @@ impl Inputs for CpuInputs<'_> {
 impl<'a> CpuInputs<'a> {
     fn layout(&self, kernel: usize) -> Layout<'a> {
         let kernel = &self.entries[kernel].kernel;
-        (kernel.layout(), kernel.weight_bytes(self.n, self.k))
+        (kernel.layout(), kernel.weight_bytes(self.of.n, self.of.k))
     }
 
     /// A kernel on one of the copies of its weights.
     fn part(&self, kernel: usize, turn: usize) -> Result<Part<'_>, String> {
-        let (entry, n, k) = (&self.entries[kernel], self.n, self.k);
+        let (entry, n, k) = (&self.entries[kernel], self.of.n, self.of.k);
         let layout = self.layout(kernel);
         let packed = self.layouts.iter().find(|(known, _)| *known == layout);
         let Some((_, Ok(buffers))) = packed else { return Err("its weights are not packed".into()) };
@@ -205,14 +203,15 @@ impl<'a> CpuInputs<'a> {
             Some(_) => packing::own_bytes(entry, n, k, bytes),
             None => &bytes[MISALIGNED..],
         };
-        Ok(Part { kernel: &entry.kernel, weights: scale_of(&self.scales).weights(n, k, bytes), column: 0 })
+        let weights = scale_of(&self.scales).weights(n, k, bytes);
+        Ok(Part { kernel: &entry.kernel, of: self.of, weights, column: 0 })
     }
 
     fn run_once(&mut self, kernel: usize, turn: usize) -> Result<(), String> {
         let mut y = std::mem::take(&mut self.y);
         let failure = self.part(kernel, turn).map(|part| {
             let (pool, scratch) = (&self.manager.pool, Scratch::default());
-            run_parts(pool, &scratch, &[part], &self.x, &mut y, self.n).remove(0)
+            run_parts(pool, &scratch, &[part], &self.x, &mut y, self.of.n).remove(0)
         });
         self.y = y;
         match failure? {

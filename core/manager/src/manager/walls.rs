@@ -15,7 +15,6 @@ use bitnet_burn_plugin::abi::{
 use super::adapt::Turn;
 use super::packing::{self, SharedBytes};
 use super::parts::{Few, Part, run_tiles};
-use super::weights::signature_of;
 use super::{Entry, Job, KernelManager, ManagerError, abi_weights};
 use crate::gate::{Place, Stage, Walled, Walls};
 use crate::memory::Activations;
@@ -102,7 +101,7 @@ impl KernelManager {
         }
         let (n, k) = job.choice.shape();
         let weights = job.scale.weights(n, k, job.choice.own_bytes(job.weights));
-        let part = Part { kernel: &turn.entry.kernel, weights, column: 0 };
+        let part = Part { kernel: &turn.entry.kernel, of: job.choice.of, weights, column: 0 };
         let result = self.run_between_walls(turn.entry, &part, x)?;
         memo.store(this, Ordering::Relaxed);
         let Some(result) = result else { return Ok(false) };
@@ -158,7 +157,7 @@ impl KernelManager {
             group_sum: sum.as_ptr().cast(),
             ..x.as_abi()
         };
-        let signature = signature_of(&part.weights, &abi_x, self.pool.threads());
+        let signature = part.of.signature(m, self.pool.threads());
         let size = part.kernel.workspace_size(&signature)?;
         if size > max_workspace(m, x.stride()) {
             return Err(KernelFailure::Workspace { bytes: size }.into());

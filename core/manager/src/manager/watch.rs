@@ -339,7 +339,8 @@ impl KernelManager {
             {
                 continue;
             }
-            let part = Part { kernel, weights: job.scale.weights(n, k, weights), column: 0 };
+            let part =
+                Part { kernel, of: job.choice.of, weights: job.scale.weights(n, k, weights), column: 0 };
             if run_parts(&self.pool, &self.scratch, &[part], x, y, stride).remove(0).is_none() {
                 return Ok(Some(entry));
             }

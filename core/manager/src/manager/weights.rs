@@ -3,7 +3,7 @@
 use bitnet_burn_formats::reference::{self, ScaledActivations};
 use bitnet_burn_plugin::abi::{self, OPERATION_SCALED_TERNARY_MATMUL, Signature};
 use bitnet_burn_plugin::canonical;
-use bitnet_burn_plugin::sdk::{Scales, WeightsRef, groups, scale_count};
+use bitnet_burn_plugin::sdk::{Scales, WeightsRef, groups, groups_fit, scale_count};
 
 use super::{CpuKernels, ManagerError};
 use crate::memory::Activations;
@@ -74,12 +74,7 @@ impl std::fmt::Display for WeightShape {
 }
 
 impl WeightShape {
-    /// The same for weights of so many scales.
-    pub fn with_scales(self, scales: ScaleKind) -> Self {
-        Self { scales, ..self }
-    }
-
-    /// Checks that a matrix can be so.
+    /// Checks that there can be such a matrix.
     ///
     /// # Errors
     /// If no matrix has such a shape, or its groups do not fit together.
@@ -92,12 +87,7 @@ impl WeightShape {
             )));
         }
         let ScaleKind::Groups { weights, activations, .. } = scales else { return Ok(()) };
-        let fits = match (weights, activations) {
-            (0, 0) => true,
-            (_, 0) => false,
-            (weights, activations) => activations.is_multiple_of(32) && weights.is_multiple_of(activations),
-        };
-        if fits {
+        if groups_fit(weights, activations) {
             return Ok(());
         }
         Err(ManagerError::Operands(format!(
@@ -105,8 +95,8 @@ impl WeightShape {
         )))
     }
 
-    /// The multiplication by `m` rows on so many threads.
-    pub(super) fn signature(&self, m: usize, threads: usize) -> Signature {
+    /// The signature of the multiplication by `m` rows on a number of threads.
+    pub(crate) fn signature(&self, m: usize, threads: usize) -> Signature {
         let plain = Signature::ternary(m as u64, self.n as u64, self.k as u64, threads as u32);
         match self.scales {
             ScaleKind::One => plain,
@@ -118,21 +108,6 @@ impl WeightShape {
                 ..plain
             },
         }
-    }
-}
-
-/// The signature of what a kernel is given.
-pub(super) fn signature_of(w: &abi::Weights, x: &abi::Activations, threads: usize) -> Signature {
-    let plain = Signature::ternary(x.m, w.n, w.k, threads as u32);
-    match w.scales.is_null() {
-        true => plain,
-        false => Signature {
-            operation: OPERATION_SCALED_TERNARY_MATMUL,
-            weight_group: w.group,
-            activation_group: x.group,
-            scale_format: w.scale_format,
-            ..plain
-        },
     }
 }
 

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 
 use bitnet_burn_formats::random::SplitMix64;
 use bitnet_burn_plugin::abi::{self, ACTIVATION_ALIGNMENT, ACTIVATION_SLACK};
-use bitnet_burn_plugin::sdk::groups;
+use bitnet_burn_plugin::sdk::{group_length, groups};
 
 /// Zeroed bytes aligned for vector loads.
 #[derive(Debug)]
@@ -147,7 +147,7 @@ impl Activations {
     /// [`from_rows`](Self::from_rows) with a scale for each `group` of a row's values; 0 is the whole row.
     pub fn from_groups(x: &[f32], k: usize, group: usize) -> Self {
         let mut activations = Self::default();
-        let (m, length, groups) = (x.len() / k, if group == 0 { k } else { group }, groups(k, group));
+        let (m, length, groups) = (x.len() / k, group_length(k, group), groups(k, group));
         let parts = activations.resize_groups(m, k, group);
         for (i, row) in x.chunks_exact(k).enumerate() {
             let q = &mut parts.q[i * parts.stride..][..parts.stride];
@@ -160,15 +160,11 @@ impl Activations {
         activations
     }
 
-    /// Activations [m, k] with values over the whole int8 range that the quantiser can produce.
-    pub(crate) fn random(random: &mut SplitMix64, m: usize, k: usize) -> Self {
-        Self::random_groups(random, m, k, 0)
-    }
-
-    /// [`random`](Self::random) with a scale for each `group` of a row's values; 0 is the whole row.
-    pub(crate) fn random_groups(random: &mut SplitMix64, m: usize, k: usize, group: usize) -> Self {
+    /// Activations [m, k] with values over the whole int8 range that the quantiser can produce,
+    /// and a scale for each `group` of a row's values; 0 is the whole row.
+    pub(crate) fn random(random: &mut SplitMix64, m: usize, k: usize, group: usize) -> Self {
         let mut activations = Self::default();
-        let (length, groups) = (if group == 0 { k } else { group }, groups(k, group));
+        let (length, groups) = (group_length(k, group), groups(k, group));
         let parts = activations.resize_groups(m, k, group);
         for i in 0..m {
             let row = &mut parts.q[i * parts.stride..][..parts.stride];

@@ -11,7 +11,8 @@ use bitnet_burn_plugin::abi::{
 };
 use bitnet_burn_plugin::canonical;
 use bitnet_burn_plugin::sdk::{
-    ActivationsRef, KernelError, KernelResult, OutputTile, Scales, WeightsRef, groups,
+    ActivationsRef, KernelError, KernelResult, OutputTile, Scales, WeightsRef, group_length, groups,
+    groups_fit,
 };
 
 use crate::ternary::tile::{self, BLOCK_ROWS, STEP_BYTES};
@@ -39,16 +40,7 @@ pub(crate) fn supports_scaled(signature: &Signature, max_k: u64) -> bool {
     let Signature { operation, k, weight_group, activation_group, .. } = *signature;
     operation == OPERATION_SCALED_TERNARY_MATMUL
         && (1..=max_k).contains(&k)
-        && fits(weight_group as usize, activation_group as usize)
-}
-
-/// Whether groups of activations are whole steps, and those of weights whole groups of activations.
-fn fits(weight_group: usize, activation_group: usize) -> bool {
-    match (weight_group, activation_group) {
-        (0, 0) => true,
-        (_, 0) => false,
-        (weights, activations) => activations.is_multiple_of(32) && weights.is_multiple_of(activations),
-    }
+        && groups_fit(weight_group as usize, activation_group as usize)
 }
 
 /// The groups of a matmul with many scales.
@@ -68,7 +60,7 @@ impl<'a> Groups<'a> {
     /// Checks that scales and groups fit together.
     fn new(w: &WeightsRef<'a>, x: &ActivationsRef) -> Result<Self, KernelError> {
         let (scales, k) = (w.scales(), w.k());
-        if scales == Scales::None || !fits(scales.group(), x.group()) {
+        if scales == Scales::None || !groups_fit(scales.group(), x.group()) {
             return Err(KernelError::invalid(format!(
                 "scales of groups of {} weights for groups of {} activations",
                 scales.group(),
@@ -76,7 +68,7 @@ impl<'a> Groups<'a> {
             )));
         }
         let activations = groups(k, x.group());
-        let activation_group = if x.group() == 0 { k } else { x.group() };
+        let activation_group = group_length(k, x.group());
         let per_weights = if scales.group() == 0 { activations } else { scales.group() / activation_group };
         Ok(Self { scales, weights: groups(k, scales.group()), activation_group, activations, per_weights })
     }
@@ -332,7 +324,7 @@ impl<'a> TileJob<'a> {
                 let from = part * group;
                 let steps = group.min(k - from).div_ceil(tile::STEP);
                 // SAFETY: a block has k.div_ceil(STEP) steps, and `from` begins one, since groups but the last are whole
-                // steps (`fits`). Of the last step's activations those behind the k of a row are its padding (`check`),
+                // steps (`groups_fit`). Of the last step's activations those behind the k of a row are its padding (`check`),
                 // the next row's, or the slack behind the last row. Features: the caller.
                 let sums = unsafe {
                     let (w, x) = (weights.add(from / tile::STEP * STEP_BYTES), rows.map(|x| x.add(from)));
