@@ -7,6 +7,7 @@ use super::placement::Placement;
 use super::{CPU, DeviceMemory, RunSettings};
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::load::HeadMode;
+use crate::projection;
 use bitnet_burn::CacheType;
 use bitnet_burn::{Experts, ModelConfig, Norm, Projection};
 
@@ -92,8 +93,9 @@ impl Requirements {
             true => stored.data.len() as u64,
             false => format.row_bytes(stored.k).unwrap_or(usize::MAX).saturating_mul(stored.n) as u64,
         };
-        // On the host, int8 products need a copy in tiles, in any format.
-        let own = output.is_some() || format != stored.format || head.int8_format(stored).is_some();
+        // On the host, int8 products need a copy in tiles, in any format, and those with ternary weights a packing.
+        let packed = projection::computes_head(checkpoint, head) && stored.format.is_ternary();
+        let own = output.is_some() || format != stored.format || head.int8_format(stored).is_some() || packed;
         let sizes = DenseBytes {
             embedding: embedding.data.len() as u64,
             output: if own { head_read } else { 0 },
