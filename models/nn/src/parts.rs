@@ -34,7 +34,7 @@ impl Projection {
     /// Those of attention.
     pub const ATTENTION: [Self; 4] = [Self::Q, Self::K, Self::V, Self::O];
 
-    /// Those of the expert of that number.
+    /// The projections of an expert, by its number.
     pub const fn of_expert(number: usize) -> [Self; 3] {
         [Self::ExpertGate(number), Self::ExpertUp(number), Self::ExpertDown(number)]
     }
@@ -49,8 +49,8 @@ impl Projection {
         }
     }
 
-    /// The kinds of matrices that a token is multiplied by: [`ALL`](Self::ALL), in a model with experts with those of the
-    /// first expert in place of the feed-forward network's.
+    /// The kinds of matrices that a token is multiplied by: [`ALL`](Self::ALL). In a model with experts, the first expert's
+    /// take the place of the feed-forward network's.
     pub fn kinds(config: &ModelConfig) -> [Self; 7] {
         if config.options.experts.is_none() {
             return Self::ALL;
@@ -59,7 +59,7 @@ impl Projection {
         [q, k, v, o, gate, up, down]
     }
 
-    /// Whether it counts where a token is said to be multiplied by its first experts, as many as compute it.
+    /// Whether it counts for one token. Which experts compute a token is known only then: the first ones stand for them.
     pub fn is_read(self, config: &ModelConfig) -> bool {
         let used = config.options.experts.as_ref().map_or(0, |experts| experts.used);
         self.expert().is_none_or(|number| number < used)

@@ -172,7 +172,7 @@ impl Checkpoint {
                 path: self.path.clone(),
                 tensor: tensor.name,
                 stored_as: tensor.format.name(),
-                problem: "it is computed with float activations".into(),
+                problem: "it does not have one scale".into(),
             }),
         }
     }

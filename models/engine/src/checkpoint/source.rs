@@ -23,9 +23,9 @@ pub struct OpenOptions {
 /// The weights of a projection.
 #[derive(Clone, Debug)]
 pub enum Weights {
-    /// Ternary with one scale, for int8 activations.
+    /// Ternary with one scale, for int8 activations by row.
     Ternary(TernaryTensor),
-    /// Anything else, for float activations.
+    /// Anything else: ternary with many scales, or not ternary.
     Dense(DenseTensor),
 }
 

@@ -145,7 +145,7 @@ fn windows_give_the_same_bits_by_chunks_threads_and_instruction_sets() {
                     assert!(bits(&by_chunks) == want, "{level:?}, window {window}, chunks of {chunk}");
                 }
             }
-            // One that holds everything is none, to the bit.
+            // A window that holds all positions changes no bit.
             if window >= positions {
                 case.shape.window = None;
                 assert!(bits(&case.run(Level::best(), 0..positions, &pools[1])) == want, "window {window}");

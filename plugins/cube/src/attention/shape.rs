@@ -86,7 +86,7 @@ impl Shape {
         self.n_heads / self.n_kv_heads
     }
 
-    /// Memory that a workgroup with so many queries shares: the queries, their scores, sums on the way, and three
+    /// Memory that the threads of a workgroup share, by its number of queries: the queries, their scores, sums on the way, and three
     /// figures each.
     fn shared_words(&self, queries: usize) -> usize {
         queries * (self.head_dim + CHUNK as usize + 3) + 4 * THREADS as usize
