@@ -8,9 +8,7 @@ use proptest::prelude::{Just, Strategy, any};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
-#[path = "support/hf.rs"]
-mod hf;
-use hf::*;
+use crate::hf::*;
 
 #[test]
 fn the_styles_mean_what_the_table_says() {

@@ -14,9 +14,7 @@ use std::cell::Cell;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 
-#[path = "support/gguf.rs"]
-mod gguf;
-use gguf::*;
+use crate::gguf::*;
 
 /// Counts what each thread allocates.
 struct Counting;

@@ -5,9 +5,7 @@ use bitnet_burn::{GatedActivation, Norm, Projection};
 use bitnet_burn_engine::checkpoint::{Checkpoint, LoadError, OpenOptions, Rotated};
 use bitnet_burn_formats::FileError;
 
-#[path = "support/gguf.rs"]
-mod gguf;
-use gguf::*;
+use crate::gguf::*;
 
 /// Converters write `linear` with the factor 1 into every file of some models.
 #[test]

@@ -4,14 +4,8 @@ use bitnet_burn::{Experts, Projection, SlidingWindows};
 use bitnet_burn_engine::checkpoint::Weights;
 use serde_json::{Value, json};
 
-#[path = "support/gguf.rs"]
-#[allow(dead_code, reason = "other tests use the rest")]
-mod gguf;
-#[path = "support/hf.rs"]
-#[allow(dead_code, reason = "other tests use the rest")]
-mod hf;
-use gguf::{ARRAY, BOOL, Dir, F32, Raw, STRING, U32, array, f32s, i2_s, string};
-use hf::Model;
+use crate::gguf::{self, ARRAY, BOOL, Dir, F32, Raw, STRING, U32, array, f32s, i2_s, string};
+use crate::hf::{self, Model};
 
 /// `n` rows of K weights as Q2_0: a scale of 0.5, and the codes 0, 1, 2, 1, ...
 fn q2_0(n: u64, k: u64) -> Vec<u8> {

@@ -4,9 +4,7 @@
 use bitnet_burn::{Norm, Projection};
 use serde_json::{Value, json};
 
-#[path = "support/hf.rs"]
-mod hf;
-use hf::*;
+use crate::hf::*;
 
 #[test]
 fn rope_that_is_scaled_by_1_is_accepted() {

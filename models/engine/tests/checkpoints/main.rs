@@ -1,0 +1,9 @@
+//! Model files: what is read of them, and which of them are refused.
+
+mod experts;
+mod gguf;
+mod hf;
+mod hostile_gguf;
+mod hostile_hf;
+mod other_programs_gguf;
+mod other_programs_hf;
