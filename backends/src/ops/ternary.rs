@@ -42,7 +42,7 @@ pub struct TernaryMatrix {
 pub enum MatrixScale {
     /// One, for activations with a scale for each row.
     One(f32),
-    /// Those of groups.
+    /// A scale for each group.
     Groups {
         /// The scales.
         scales: Scales,

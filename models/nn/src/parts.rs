@@ -28,10 +28,10 @@ pub enum Projection {
 }
 
 impl Projection {
-    /// Those of a layer without experts, in the order in which it uses them.
+    /// The projections of a layer without experts, in the order in which it uses them.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
-    /// Those of attention.
+    /// The projections of attention.
     pub const ATTENTION: [Self; 4] = [Self::Q, Self::K, Self::V, Self::O];
 
     /// The projections of an expert, by its number.
@@ -39,7 +39,7 @@ impl Projection {
         [Self::ExpertGate(number), Self::ExpertUp(number), Self::ExpertDown(number)]
     }
 
-    /// Those of a layer: [`ALL`](Self::ALL), or those of attention and then of each expert.
+    /// The projections of a layer: [`ALL`](Self::ALL), or attention's and then each expert's.
     pub fn of_layer(layer: usize, config: &ModelConfig) -> Vec<Self> {
         match config.experts(layer) {
             None => Self::ALL.to_vec(),

@@ -90,7 +90,7 @@ pub const MAX_WEIGHT_ALIGNMENT: u64 = 4096;
 /// On a GPU, activation rows are zero-filled up to a multiple of this many values: whole canonical blocks.
 pub const GPU_ACTIVATION_BLOCK: usize = 128;
 
-/// What is to be computed: an [m, k] by [n, k]ᵀ product, on so many threads.
+/// What is to be computed: an [m, k] by [n, k]ᵀ product, and its number of threads.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Signature {
