@@ -40,6 +40,7 @@ pub mod remote;
 pub use bitnet_burn_cpu::peak;
 
 pub use extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, CachedAttention, DenseArgs, GatedActivation,
-    InputNorm, Matrix, MatrixKernels, NoInt8, SelfAttentionArgs, TernaryBackend, TernaryWeight, WeightGroup,
+    AttentionArgs, BitLinearArgs, CacheTensor, CacheType, CachedAttention, DeltaNetArgs, DeltaNetOutput,
+    DeltaNetTensors, DeltaNetWeights, DenseArgs, GatedActivation, InputNorm, Matrix, MatrixKernels, NoInt8,
+    SelfAttentionArgs, TernaryBackend, TernaryWeight, WeightGroup,
 };

@@ -1,6 +1,7 @@
 //! [`TernaryBackend`]'s operations over Burn's `Tensor`, on whatever backend
 //! the tensors are.
 
+mod delta_net;
 mod ternary;
 
 use bitnet_burn_formats::dense::requantise;
@@ -17,6 +18,7 @@ use crate::extension::{
     TernaryBackend,
 };
 
+pub use self::delta_net::{DeltaNetParameters, DeltaNetState, delta_net};
 pub use self::ternary::{BitLinearInput, MatrixScale, TernaryMatrix, bit_linear, holds_f16};
 
 /// Bytes as a tensor of U32 words, without a copy where they are aligned and whole words.

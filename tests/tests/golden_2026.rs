@@ -24,7 +24,7 @@ const fn float(name: &'static str) -> Set {
 }
 
 /// What is read.
-const HF: [Set; 14] = [
+const HF: [Set; 15] = [
     float("llama-attn-bias"),
     float("llama-rope-linear"),
     float("llama-rope-llama3"),
@@ -36,13 +36,14 @@ const HF: [Set; 14] = [
     float("qwen2-qkv-bias"),
     float("qwen3-g128-tied"),
     float("qwen3-g64-untied"),
+    float("qwen35-gdn"),
     float("qwen3moe-row"),
     float("trilm-shards"),
     Set { name: "falcon-e-like", int8: true },
 ];
 
 /// GGUF files, and the Hugging Face directory whose goldens hold where the file's have none (64 tokens).
-const GGUF: [(&str, Option<&str>); 25] = [
+const GGUF: [(&str, Option<&str>); 26] = [
     ("falcon-e-like-q2_0", None),
     ("llama-attn-bias-pq2_0", Some("llama-attn-bias")),
     ("llama-attn-bias-q2_0", Some("llama-attn-bias")),
@@ -66,6 +67,7 @@ const GGUF: [(&str, Option<&str>); 25] = [
     ("qwen3-g64-q2_0-f16-q8_0", None),
     ("qwen3-hadamard-pq2_0", None),
     ("qwen3-hadamard-ptq1_0", None),
+    ("qwen35-gdn-q2_0", Some("qwen35-gdn")),
     ("qwen3moe-row-ptq1_0", Some("qwen3moe-row")),
     ("qwen3moe-row-q2_0", Some("qwen3moe-row")),
 ];
@@ -75,11 +77,7 @@ const GGUF: [(&str, Option<&str>); 25] = [
 const ROUTER_FLIPS: [&str; 2] = ["maple-row-tq2_0", "maple-row-tq1_0-q8_0"];
 
 /// What is refused, and a word of the reason.
-const REFUSED: [(&str, &str); 3] = [
-    ("hf/qwen35-gdn", "qwen3_5"),
-    ("gguf/qwen35-gdn-q2_0.gguf", "`qwen35`"),
-    ("gguf/legacy-type42.gguf", "128"),
-];
+const REFUSED: [(&str, &str); 1] = [("gguf/legacy-type42.gguf", "128")];
 
 fn golden() -> Option<PathBuf> {
     golden_dir("models of other architectures").map(|dir| dir.join("2026"))

@@ -186,7 +186,9 @@ fn a_models_logits_through_a_plugin_are_those_of_transformers() {
         bitnet_burn_engine::load::load(&checkpoint, device, &LoadOptions::default(), &mut |_| {}).unwrap()
     };
     let model = load(&device);
-    let BitLinearWeight::Packed(weight) = &model.blocks[0].attention.q_proj.weight else { panic!("packed") };
+    let BitLinearWeight::Packed(weight) = &model.blocks[0].attention.softmax().unwrap().q_proj.weight else {
+        panic!("packed")
+    };
     let words = weight.codes.val().dims();
     assert_eq!(words[0], 1, "q_proj is in the plugin's packing, not in canonical rows: {words:?}");
     let goldens = read_goldens(&model_dir.join("goldens.safetensors"));
@@ -212,12 +214,13 @@ fn a_models_logits_through_a_plugin_are_those_of_transformers() {
     );
 
     // Saved and moved as any other: canonical codes, and on the host the same results.
-    let layer: BitLinear = model.blocks[0].attention.q_proj.clone().into_canonical().unwrap();
+    let layer: BitLinear =
+        model.blocks[0].attention.softmax().unwrap().q_proj.clone().into_canonical().unwrap();
     let BitLinearWeight::Packed(weight) = &layer.weight else { panic!("packed") };
     let n = layer.d_output();
     assert_eq!(weight.codes.val().dims()[0], n);
     let flex = load(&Device::flex());
-    let host = flex.blocks[0].attention.q_proj.clone().into_canonical().unwrap();
+    let host = flex.blocks[0].attention.softmax().unwrap().q_proj.clone().into_canonical().unwrap();
     let BitLinearWeight::Packed(host) = &host.weight else { panic!("packed") };
     let codes = |weight: &bitnet_burn::PackedWeight| -> Vec<u32> {
         weight.codes.val().into_data().iter::<i64>().map(|word| word as u32).collect()

@@ -162,14 +162,15 @@ fn a_model_trains_as_on_the_host() {
             let value = loss.clone().into_data().iter::<f32>().next().unwrap();
             let grads = loss.backward();
             let block = &model.blocks[0];
-            let BitLinearWeight::Latent(q) = &block.attention.q_proj.weight else { panic!("training") };
+            let q_proj = &block.attention.softmax().unwrap().q_proj;
+            let BitLinearWeight::Latent(q) = &q_proj.weight else { panic!("training") };
             let FeedForward::One(network) = &block.feed_forward else { panic!("no experts") };
             let BitLinearWeight::Latent(down) = &network.down_proj.weight else { panic!("training") };
             let DenseWeight::Float(embedding) = &model.embedding.weight else { panic!("training") };
             let of = |weight: Tensor<2>| -> Vec<f32> {
                 weight.grad(&grads).expect("a gradient").into_data().iter::<f32>().collect()
             };
-            let norm = block.attention.input_norm.gamma.val().grad(&grads).expect("a gradient");
+            let norm = block.attention.input_norm().gamma.val().grad(&grads).expect("a gradient");
             (
                 value,
                 [of(q.val()), of(down.val()), of(embedding.val()), norm.into_data().iter::<f32>().collect()],

@@ -5,6 +5,7 @@
 
 mod attention;
 mod bit_linear;
+mod delta_net;
 mod dense;
 mod hadamard;
 #[cfg(all(test, any(feature = "flex", feature = "ndarray")))]
@@ -17,6 +18,7 @@ use burn::tensor::{FloatDType, Shape, Slice};
 
 pub(crate) use self::attention::{attention, cache_append, cached_attention, rope};
 pub(crate) use self::bit_linear::{bit_linear, bit_linear_backward};
+pub(crate) use self::delta_net::delta_net;
 #[cfg(feature = "cube")]
 pub(crate) use self::dense::decoded_linear;
 pub(crate) use self::dense::{dense_linear, dense_rows};

@@ -14,12 +14,17 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape};
 
 pub use self::args::{
-    AttentionArgs, BitLinearArgs, CacheType, DenseArgs, GatedActivation, Matrix, MatrixKernels, NoInt8,
-    SelfAttentionArgs,
+    AttentionArgs, BitLinearArgs, CacheType, DeltaNetArgs, DenseArgs, GatedActivation, Matrix, MatrixKernels,
+    NoInt8, SelfAttentionArgs,
 };
-pub use self::tensors::{CacheTensor, CachedAttention, InputNorm, TernaryWeight, WeightGroup};
+pub use self::tensors::{
+    CacheTensor, CachedAttention, DeltaNetOutput, DeltaNetTensors, DeltaNetWeights, InputNorm, TernaryWeight,
+    WeightGroup,
+};
 #[cfg(feature = "fusion")]
-use self::tensors::{CacheTensorMetadata, CachedAttentionMetadata};
+use self::tensors::{
+    CacheTensorMetadata, CachedAttentionMetadata, DeltaNetOutputMetadata, DeltaNetTensorsMetadata,
+};
 use crate::default;
 
 /// [rows of x, columns]: what an operation gives that computes by rows.
@@ -38,6 +43,17 @@ fn cached_attention_metadata(
 ) -> CachedAttentionMetadata {
     let context = TensorSpec::new(by_rows(&qkv.shape, args.n_heads * args.head_dim), qkv.dtype);
     CachedAttentionMetadata { context, keys: keys.clone(), values: values.clone() }
+}
+
+/// What is known of [`TernaryBackend::delta_net`]'s results before they are there.
+#[cfg(feature = "fusion")]
+fn delta_net_metadata(
+    rows: &TensorSpec,
+    state: &DeltaNetTensorsMetadata,
+    args: &DeltaNetArgs,
+) -> DeltaNetOutputMetadata {
+    let context = TensorSpec::new(by_rows(&rows.shape, args.values()), rows.dtype);
+    DeltaNetOutputMetadata { context, state: state.clone() }
 }
 
 /// BitNet's operations. See the [crate].
@@ -293,6 +309,22 @@ pub trait TernaryBackend: burn::backend::Backend {
         args: AttentionArgs,
     ) -> CachedAttention<Self> {
         default::cached_attention::<Self>(qkv, cos, sin, keys, values, args)
+    }
+
+    /// Gated DeltaNet (arXiv 2412.06464) of the next rows of a sequence: linear attention over a memory S for each value
+    /// head, of which [`delta_net`](bitnet_burn_cpu::delta_net::delta_net) has the formula.
+    ///
+    /// # Shapes
+    /// rows [M, channels + value_heads * value_dim + 2 * value_heads]: queries, keys, values and gates side by side, then the
+    /// logits of the decays and those of the write strengths; the context is [M, value_heads * value_dim].
+    #[fusion(meta = |rows, _weights, state, args| delta_net_metadata(rows, state, args))]
+    fn delta_net(
+        rows: FloatTensor<Self>,
+        #[extension_type] weights: DeltaNetWeights<Self>,
+        #[extension_type] state: DeltaNetTensors<Self>,
+        args: DeltaNetArgs,
+    ) -> DeltaNetOutput<Self> {
+        default::delta_net::<Self>(rows, weights, state, &args)
     }
 
     /// The gated activation of a feed-forward network.

@@ -114,3 +114,38 @@ pub struct CachedAttention<B: burn::backend::Backend> {
     #[extension_type]
     pub values: CacheTensor<B>,
 }
+
+/// What a gated DeltaNet has learned.
+#[derive(ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct DeltaNetWeights<B: burn::backend::Backend> {
+    /// [taps, channels], the oldest input first.
+    pub convolution: FloatTensor<B>,
+    /// By value head, `[value_heads]`: the rate of decay, which is not positive.
+    pub decay: FloatTensor<B>,
+    /// By value head, `[value_heads]`: added to the logit of the decay.
+    pub time_bias: FloatTensor<B>,
+    /// The norm of a value head's output, `[value_dim]`.
+    pub norm: FloatTensor<B>,
+}
+
+/// What a gated DeltaNet remembers of a sequence.
+#[derive(ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct DeltaNetTensors<B: burn::backend::Backend> {
+    /// The last inputs of the convolution [taps - 1, channels], the oldest first.
+    pub inputs: FloatTensor<B>,
+    /// [value_heads, key_dim, value_dim].
+    pub memory: FloatTensor<B>,
+}
+
+/// What [`TernaryBackend::delta_net`](crate::TernaryBackend::delta_net) gives.
+#[derive(ExtensionType)]
+#[extension_type(fusion: cfg(feature = "fusion"))]
+pub struct DeltaNetOutput<B: burn::backend::Backend> {
+    /// [M, value_heads * value_dim].
+    pub context: FloatTensor<B>,
+    /// The state behind the rows.
+    #[extension_type]
+    pub state: DeltaNetTensors<B>,
+}

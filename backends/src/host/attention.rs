@@ -1,11 +1,13 @@
-//! Rotary embedding, KV caches, and attention over them.
+//! Rotary embedding, KV caches and attention over them, and linear attention.
 
-use bitnet_burn_cpu::{attention, rope};
+use bitnet_burn_cpu::{attention, delta_net, rope};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
 
 use super::{HostBackend, dims, masked, threads};
-use crate::extension::{AttentionArgs, CacheTensor};
+use crate::extension::{
+    AttentionArgs, CacheTensor, DeltaNetArgs, DeltaNetOutput, DeltaNetTensors, DeltaNetWeights,
+};
 
 pub(crate) fn rope<B: HostBackend>(
     x: FloatTensor<B>,
@@ -71,4 +73,34 @@ pub(crate) fn attention<B: HostBackend>(
         &threads(),
     );
     B::tensor(out, Shape::new([m, width]))
+}
+
+pub(crate) fn delta_net<B: HostBackend>(
+    rows: FloatTensor<B>,
+    weights: DeltaNetWeights<B>,
+    state: DeltaNetTensors<B>,
+    args: &DeltaNetArgs,
+) -> DeltaNetOutput<B> {
+    let [m, _] = dims(&rows);
+    let &DeltaNetArgs { key_heads, value_heads, key_dim, value_dim, taps, tiled, eps } = args;
+    let shape = delta_net::Shape { key_heads, value_heads, key_dim, value_dim, taps, tiled };
+    let (convolution, norm) = (B::floats(&weights.convolution), B::floats(&weights.norm));
+    let (decay, time_bias) = (B::floats(&weights.decay), B::floats(&weights.time_bias));
+    let of = delta_net::Weights {
+        convolution: &convolution,
+        decay: &decay,
+        time_bias: &time_bias,
+        norm: &norm,
+        eps,
+    };
+    let mut inputs = B::floats(&state.inputs).into_owned();
+    let mut memory = B::floats(&state.memory).into_owned();
+    let mut out = vec![0f32; m * args.values()];
+    let after = delta_net::State { inputs: &mut inputs, memory: &mut memory };
+    delta_net::delta_net(shape, of, &B::floats(&rows), after, &mut out, &threads());
+    let state = DeltaNetTensors {
+        inputs: B::tensor(inputs, Shape::new([taps - 1, args.channels()])),
+        memory: B::tensor(memory, Shape::new([value_heads, key_dim, value_dim])),
+    };
+    DeltaNetOutput { context: B::tensor(out, Shape::new([m, args.values()])), state }
 }

@@ -4,8 +4,8 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use super::{attention, bit_linear, dense, rows, training};
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs,
-    TernaryBackend, WeightGroup,
+    AttentionArgs, BitLinearArgs, CacheTensor, DeltaNetArgs, DeltaNetOutput, DeltaNetTensors,
+    DeltaNetWeights, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs, TernaryBackend, WeightGroup,
 };
 
 macro_rules! fast_bodies {
@@ -129,6 +129,15 @@ macro_rules! fast_bodies {
                 args: AttentionArgs,
             ) -> FloatTensor<Self> {
                 attention::attention::<Self>(q, keys, values, args)
+            }
+
+            fn delta_net(
+                rows: FloatTensor<Self>,
+                weights: DeltaNetWeights<Self>,
+                state: DeltaNetTensors<Self>,
+                args: DeltaNetArgs,
+            ) -> DeltaNetOutput<Self> {
+                attention::delta_net::<Self>(rows, weights, state, &args)
             }
 
             fn gated(gate_up: FloatTensor<Self>, activation: GatedActivation) -> FloatTensor<Self> {

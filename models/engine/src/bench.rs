@@ -149,7 +149,7 @@ pub struct BytesPerToken {
     pub projections: u64,
     /// The output head, likewise. In tied models this is the embedding.
     pub head: u64,
-    /// The weights of all norms, and of routers to experts.
+    /// The weights of all norms, of routers to experts, and of the decays and write strengths of gated DeltaNets.
     pub norms: u64,
     /// One row of the embedding, if it is not the head.
     pub embedding_row: u64,
@@ -162,8 +162,8 @@ impl BytesPerToken {
         let projections = model.blocks.iter().flat_map(|block| block.projections());
         let projections = projections.filter(|(which, _)| which.is_read(config));
         let projections = projections.map(|(_, layer)| BitLinear::weight_bytes(layer)).sum();
-        let routers = model.blocks.iter().filter_map(|block| block.router()?.args().bytes());
-        let routers = routers.sum::<usize>() as u64;
+        let matrices = model.blocks.iter().flat_map(|block| block.float_matrices());
+        let matrices = matrices.filter_map(|(_, matrix)| matrix.args().bytes()).sum::<usize>() as u64;
         let embedding = model.embedding.args();
         let embedding_row = embedding.format.row_bytes(embedding.k).unwrap_or(0) as u64;
         let (head, embedding_row) = match &model.output {
@@ -172,7 +172,7 @@ impl BytesPerToken {
         };
         let of_layer = |layer| Norm::of_layer(layer, config).map(|norm| norm.len(config)).sum::<usize>();
         let norms = (0..config.n_layers).map(of_layer).sum::<usize>() + Norm::Output.len(config);
-        Self { projections, head, norms: norms as u64 * 4 + routers, embedding_row }
+        Self { projections, head, norms: norms as u64 * 4 + matrices, embedding_row }
     }
 
     /// The sum of all parts.

@@ -294,7 +294,16 @@ impl<'a> Generator<'a> {
             }
         }
         let chunk = if first { rows_at_once(self.options.chunk, self.cache) } else { 1 };
-        let chunk = &self.history[done..(done + chunk).min(self.history.len())];
+        let mut end = (done + chunk).min(self.history.len());
+        if first && self.cache.needs_snapshots() {
+            // Before the last token of the prompt, so that the same prompt goes on from there.
+            if done + 1 == prompt {
+                self.cache.snapshot(self.sequence).map_err(ForwardError::from)?;
+            } else {
+                end = end.min(prompt - 1);
+            }
+        }
+        let chunk = &self.history[done..end];
         let rows = rows(chunk, self.sequence, done);
         let logits = self.model.forward(&rows, &[rows.len() - 1], self.cache)?;
         if done + rows.len() < self.history.len() {

@@ -3,8 +3,8 @@
 use std::cell::RefCell;
 
 use bitnet_burn::{
-    BitBlock, BitLinear, BitNet, DenseMatrix, DenseMatrixError, ModelConfig, Norm, Projection, RmsNorm,
-    Rotation, rms_norm,
+    BitBlock, BitLinear, BitNet, DenseMatrix, DenseMatrixError, FloatPart, ModelConfig, Norm, Projection,
+    RmsNorm, Rotation, rms_norm,
 };
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops;
@@ -216,7 +216,9 @@ pub fn load_on(
         let bias = Tensor::<1>::from_data(bias, &devices.layers[layer]);
         Ok(linear.with_bias(Param::initialized(ParamId::new(), bias)))
     };
-    let router = |layer: usize| router(checkpoint, layer, &devices.layers[layer]);
+    let float = |layer: usize, which: FloatPart| -> Result<DenseMatrix, ModelError> {
+        Ok(DenseMatrix::new(checkpoint.float_part(layer, which)?, &devices.layers[layer]))
+    };
     // The head first: while it is copied its pages of the file take memory, too.
     let embedding = checkpoint.embedding()?;
     let output = checkpoint.output()?;
@@ -275,7 +277,7 @@ pub fn load_on(
     let mut blocks = Vec::with_capacity(config.n_layers);
     for i in 0..config.n_layers {
         progress(LoadProgress::Packing(i, config.n_layers));
-        blocks.push(BitBlock::assemble(&config, i, norm, linear, router)?);
+        blocks.push(BitBlock::assemble(&config, i, norm, linear, float)?);
         // What was packed is not needed in the file's form; what is read in place comes back.
         checkpoint.release();
     }
@@ -284,11 +286,6 @@ pub fn load_on(
     let model = BitNet::assemble(config, quantise, embedding, blocks, norm, output)
         .with_embedding_rotation(rotation(Rotated::Embedding, device));
     Ok(Loaded { model, prepacked: prepacked.map_or(0, |prepacked| prepacked.used()) })
-}
-
-/// The router of a layer to its experts.
-fn router(checkpoint: &Checkpoint, layer: usize, device: &Device) -> Result<DenseMatrix, ModelError> {
-    Ok(DenseMatrix::new(checkpoint.router(layer)?, device))
 }
 
 /// The output projection of a loaded model.

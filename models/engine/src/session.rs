@@ -206,7 +206,7 @@ impl Session {
             let common = held[..kept].iter().zip(prompt).take_while(|(a, b)| a == b).count();
             // The last token is computed again: its logits are needed.
             let common = common.min(prompt.len() - 1);
-            if self.cache.truncate(sequence, common).is_ok() {
+            if let Ok(common) = self.cache.truncate(sequence, common) {
                 self.certain.cut(common);
                 self.tokens = prompt.to_vec();
                 return Ok(sequence);

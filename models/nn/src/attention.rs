@@ -1,4 +1,4 @@
-//! Grouped-query attention with BitLinear projections.
+//! Grouped-query attention with BitLinear projections, and what may stand in its place.
 
 use std::ops::Range;
 
@@ -7,10 +7,56 @@ use bitnet_burn_backends::ops;
 use burn::config::Config;
 use burn::module::Module;
 use burn::nn::{RmsNorm, RmsNormConfig};
+use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
 
 use crate::bit_linear::side_by_side;
-use crate::{Batch, BitLinear, BitLinearConfig, ForwardError, History, KvCache};
+use crate::{Batch, BitDeltaNet, BitLinear, BitLinearConfig, ForwardError, History, KvCache};
+
+/// How a block's rows see the rows before them.
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one for each layer; boxing would only be one more hop")]
+pub enum Attention {
+    /// Attention over all keys.
+    Softmax(BitAttention),
+    /// A gated DeltaNet.
+    DeltaNet(BitDeltaNet),
+}
+
+impl Attention {
+    /// The layer's contribution to the residual stream. Input and output: [rows of the batch, hidden_size].
+    ///
+    /// # Errors
+    /// If a kernel or the cache refuses.
+    pub fn forward(
+        &self,
+        x: Tensor<2>,
+        layer: usize,
+        batch: &Batch,
+        history: &mut History<'_>,
+    ) -> Result<Tensor<2>, ForwardError> {
+        match self {
+            Self::Softmax(attention) => attention.forward(x, layer, batch, history),
+            Self::DeltaNet(delta) => delta.forward(x, layer, batch, history),
+        }
+    }
+
+    /// The norm of its input.
+    pub fn input_norm(&self) -> &RmsNorm {
+        match self {
+            Self::Softmax(attention) => &attention.input_norm,
+            Self::DeltaNet(delta) => &delta.input_norm,
+        }
+    }
+
+    /// The attention over all keys, if it is that.
+    pub fn softmax(&self) -> Option<&BitAttention> {
+        match self {
+            Self::Softmax(attention) => Some(attention),
+            Self::DeltaNet(_) => None,
+        }
+    }
+}
 
 /// Configuration of a [`BitAttention`].
 #[derive(Config, Debug)]
@@ -34,6 +80,11 @@ pub struct BitAttentionConfig {
     /// Whether queries and keys are turned by RoPE. Without, the layer knows no positions (but for the window's).
     #[config(default = true)]
     pub rope: bool,
+    /// Values of a head that RoPE turns, the first ones; `None`: all.
+    pub rope_dim: Option<usize>,
+    /// Whether the context is multiplied by the sigmoid of gates, which q_proj has behind the queries of each head.
+    #[config(default = false)]
+    pub gate: bool,
     /// Epsilon of the norms.
     #[config(default = 1e-5)]
     pub eps: f64,
@@ -64,6 +115,9 @@ pub struct BitAttention {
     #[module(skip)]
     window: Option<usize>,
     rope: bool,
+    #[module(skip)]
+    rope_dim: Option<usize>,
+    gate: bool,
 }
 
 impl BitAttentionConfig {
@@ -72,7 +126,7 @@ impl BitAttentionConfig {
         let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
         let linear = |d_in, d_out| BitLinearConfig::new(d_in, d_out).init(device);
         let projections = [
-            linear(self.hidden_size, q),
+            linear(self.hidden_size, if self.gate { 2 * q } else { q }),
             linear(self.hidden_size, kv),
             linear(self.hidden_size, kv),
             BitLinearConfig::new(q, self.hidden_size)
@@ -107,6 +161,8 @@ impl BitAttentionConfig {
             head_dim: self.head_dim,
             window: self.window,
             rope: self.rope,
+            rope_dim: self.rope_dim.filter(|&dim| dim != self.head_dim),
+            gate: self.gate,
         }
     }
 }
@@ -128,11 +184,13 @@ impl BitAttention {
     ) -> Result<Tensor<2>, ForwardError> {
         let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
         let qkv = side_by_side(x, Some(norm), batch.quantise, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
+        let (qkv, gates) = self.without_gates(qkv);
         let qkv = self.normed(qkv);
-        let (cos, sin) = match self.rope {
+        let turned_here = self.rope && self.rope_dim.is_some();
+        let qkv = if turned_here { self.turned(qkv, batch, history) } else { qkv };
+        let (cos, sin) = match self.rope && !turned_here {
             true => batch.angles.clone(),
-            // Turned by nothing.
-            false => (batch.angles.0.ones_like(), batch.angles.1.zeros_like()),
+            false => self.no_angles(batch),
         };
         let context = match history {
             History::Cache(cache) => self.attend(qkv, layer, (batch, &(cos, sin)), cache)?,
@@ -147,7 +205,49 @@ impl BitAttention {
                 ops::self_attention(qkv, cos, sin, args)
             }
         };
+        let context = match gates {
+            Some(gates) => context * sigmoid(gates),
+            None => context,
+        };
         Ok(self.o_proj.forward_rows(context, batch.quantise)?)
+    }
+
+    /// Queries, keys and values, and the gates, which lie behind the queries of each head.
+    fn without_gates(&self, qkv: Tensor<2>) -> (Tensor<2>, Option<Tensor<2>>) {
+        if !self.gate {
+            return (qkv, None);
+        }
+        let ([m, width], h, d) = (qkv.dims(), self.n_heads, self.head_dim);
+        let of_heads = qkv.clone().slice([0..m, 0..2 * h * d]).reshape([m, h, 2 * d]);
+        let part = |from: usize| of_heads.clone().slice([0..m, 0..h, from..from + d]).reshape([m, h * d]);
+        let rest = qkv.slice([0..m, 2 * h * d..width]);
+        (Tensor::cat(vec![part(0), rest], 1), Some(part(d)))
+    }
+
+    /// qkv with the first values of each query and key head turned by RoPE.
+    fn turned(&self, qkv: Tensor<2>, batch: &Batch, history: &History<'_>) -> Tensor<2> {
+        let ([m, width], d) = (qkv.dims(), self.head_dim);
+        let (heads, turned) = (self.n_heads + self.n_kv_heads, self.rope_dim.unwrap_or(d));
+        let (cos, sin) = match history {
+            History::Cache(_) => batch.angles.clone(),
+            // Those of one sequence, for each.
+            History::None { length } => {
+                let repeat = |angles: &Tensor<2>| angles.clone().repeat_dim(0, m / length);
+                (repeat(&batch.angles.0), repeat(&batch.angles.1))
+            }
+        };
+        let of_heads = qkv.clone().slice([0..m, 0..heads * d]).reshape([m, heads, d]);
+        let first = of_heads.clone().slice([0..m, 0..heads, 0..turned]).reshape([m, heads * turned]);
+        let first = ops::rope(first, cos, sin, turned).reshape([m, heads, turned]);
+        let of_heads = Tensor::cat(vec![first, of_heads.slice([0..m, 0..heads, turned..d])], 2);
+        Tensor::cat(vec![of_heads.reshape([m, heads * d]), qkv.slice([0..m, heads * d..width])], 1)
+    }
+
+    /// Angles that turn nothing.
+    fn no_angles(&self, batch: &Batch) -> (Tensor<2>, Tensor<2>) {
+        let (rows, device) = (batch.angles.0.dims()[0], batch.angles.0.device());
+        let shape = [rows, self.head_dim / 2];
+        (Tensor::ones(shape, &device), Tensor::zeros(shape, &device))
     }
 
     /// qkv with the norms of queries and keys applied to every head.

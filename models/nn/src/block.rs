@@ -5,11 +5,12 @@ use burn::module::Module;
 use burn::nn::RmsNorm;
 use burn::tensor::{Device, Tensor};
 
-use super::{
-    BitAttention, BitAttentionConfig, BitExperts, BitExpertsConfig, BitFeedForward, BitFeedForwardConfig,
-    BitLinear, FeedForward, GatedActivation,
+use crate::delta_net::{DeltaNetFloats, values};
+use crate::{
+    Attention, Batch, BitAttentionConfig, BitDeltaNetConfig, BitExpertsConfig, BitFeedForward,
+    BitFeedForwardConfig, BitLinear, DenseMatrix, FeedForward, FloatPart, ForwardError, GatedActivation,
+    History, ModelConfig, Norm, Projection,
 };
-use crate::{Batch, DenseMatrix, ForwardError, History, ModelConfig, Norm, Projection};
 
 /// Configuration of a [`BitBlock`].
 #[derive(Config, Debug)]
@@ -20,11 +21,11 @@ pub struct BitBlockConfig {
     pub feed_forward: BitFeedForwardConfig,
 }
 
-/// x += attention(norm(x)); x += feed_forward(norm(x)).
+/// x += attention(norm(x)); x += feed_forward(norm(x)), with a gated DeltaNet in place of the attention of some layers.
 #[derive(Module, Debug)]
 pub struct BitBlock {
-    /// The attention, with its input norm.
-    pub attention: BitAttention,
+    /// The attention or the gated DeltaNet, with its input norm.
+    pub attention: Attention,
     /// The feed-forward network or the experts, with their input norm.
     pub feed_forward: FeedForward,
     /// Both contributions are multiplied by this.
@@ -36,7 +37,7 @@ impl BitBlockConfig {
     /// A block in the training state.
     pub fn init(&self, activation: GatedActivation, device: &Device) -> BitBlock {
         BitBlock {
-            attention: self.attention.init(device),
+            attention: Attention::Softmax(self.attention.init(device)),
             feed_forward: FeedForward::One(self.feed_forward.init(activation, device)),
             residual_scale: 1.0,
         }
@@ -44,35 +45,60 @@ impl BitBlockConfig {
 }
 
 impl BitBlock {
-    /// Block `layer` of a model, of given parts: `norm`, `linear` and `router` are asked for the norms, the projections
-    /// (with their biases) and the router to experts [experts, hidden_size] that the configuration names.
+    /// Block `layer` of a model, of given parts: `norm`, `linear` and `float` are asked for the norms, the projections (with
+    /// their biases) and the parts that are floats in every model, as the configuration names them.
     ///
     /// # Errors
-    /// Those of `norm`, `linear` and `router`.
+    /// Those of `norm`, `linear` and `float`.
     pub fn assemble<E>(
         config: &ModelConfig,
         layer: usize,
         norm: impl Fn(Norm) -> Result<RmsNorm, E>,
         linear: impl Fn(usize, Projection) -> Result<BitLinear, E>,
-        router: impl Fn(usize) -> Result<DenseMatrix, E>,
+        float: impl Fn(usize, FloatPart) -> Result<DenseMatrix, E>,
     ) -> Result<Self, E> {
         let with_norm = |linear: BitLinear, which: Norm| -> Result<BitLinear, E> {
             if config.sub_norms { Ok(linear.with_norm(norm(which)?)) } else { Ok(linear) }
         };
-        let attention =
-            BitAttentionConfig::new(config.hidden_size, config.n_heads, config.n_kv_heads, config.head_dim)
+        let attention = match config.delta_net(layer) {
+            None => {
+                let attention = BitAttentionConfig::new(
+                    config.hidden_size,
+                    config.n_heads,
+                    config.n_kv_heads,
+                    config.head_dim,
+                )
                 .with_window(config.window(layer))
-                .with_rope(config.has_rope(layer));
-        let qk_norms = match config.options.qk_norms {
-            true => Some([norm(Norm::Query(layer))?, norm(Norm::Key(layer))?]),
-            false => None,
+                .with_rope(config.has_rope(layer))
+                .with_rope_dim(config.options.rope_dim)
+                .with_gate(config.options.attention_gate);
+                let qk_norms = match config.options.qk_norms {
+                    true => Some([norm(Norm::Query(layer))?, norm(Norm::Key(layer))?]),
+                    false => None,
+                };
+                let projections = [
+                    linear(layer, Projection::Q)?,
+                    linear(layer, Projection::K)?,
+                    linear(layer, Projection::V)?,
+                    with_norm(linear(layer, Projection::O)?, Norm::AttentionSub(layer))?,
+                ];
+                Attention::Softmax(attention.assemble(norm(Norm::Attention(layer))?, qk_norms, projections))
+            }
+            Some(delta) => {
+                let [qkv, gate, out] = Projection::DELTA_NET.map(|which| linear(layer, which));
+                let of = |part| float(layer, part);
+                let floats = DeltaNetFloats {
+                    decay_proj: of(FloatPart::DeltaDecay)?,
+                    strength_proj: of(FloatPart::DeltaStrength)?,
+                    convolution: values(of(FloatPart::DeltaConvolution)?),
+                    rate: values(of(FloatPart::DeltaRate)?),
+                    bias: values(of(FloatPart::DeltaBias)?),
+                };
+                let norms = [norm(Norm::Attention(layer))?, norm(Norm::Delta(layer))?];
+                let config = BitDeltaNetConfig::of(config.hidden_size, delta);
+                Attention::DeltaNet(config.assemble(norms, [qkv?, gate?, out?], floats))
+            }
         };
-        let projections = [
-            linear(layer, Projection::Q)?,
-            linear(layer, Projection::K)?,
-            linear(layer, Projection::V)?,
-            with_norm(linear(layer, Projection::O)?, Norm::AttentionSub(layer))?,
-        ];
         let clamp = config.swiglu_clamp(layer);
         let feed_forward = match config.experts(layer) {
             None => {
@@ -96,25 +122,32 @@ impl BitBlock {
                     BitExpertsConfig::new(config.hidden_size, of.intermediate_size, of.count, of.used)
                         .with_renormalise(of.renormalise)
                         .with_clamp(clamp);
-                FeedForward::Experts(config_of.assemble(norm, router(layer)?, experts, config.activation))
+                FeedForward::Experts(config_of.assemble(
+                    norm,
+                    float(layer, FloatPart::Router)?,
+                    experts,
+                    config.activation,
+                ))
             }
         };
-        Ok(Self {
-            attention: attention.assemble(norm(Norm::Attention(layer))?, qk_norms, projections),
-            feed_forward,
-            residual_scale: config.options.residual_scale,
-        })
+        Ok(Self { attention, feed_forward, residual_scale: config.options.residual_scale })
     }
 
     /// The projections, in the order of [`Projection::of_layer`].
     pub fn projections(&self) -> Vec<(Projection, &BitLinear)> {
-        let a = &self.attention;
-        let mut all = vec![
-            (Projection::Q, &a.q_proj),
-            (Projection::K, &a.k_proj),
-            (Projection::V, &a.v_proj),
-            (Projection::O, &a.o_proj),
-        ];
+        let mut all = match &self.attention {
+            Attention::Softmax(a) => vec![
+                (Projection::Q, &a.q_proj),
+                (Projection::K, &a.k_proj),
+                (Projection::V, &a.v_proj),
+                (Projection::O, &a.o_proj),
+            ],
+            Attention::DeltaNet(a) => vec![
+                (Projection::DeltaQkv, &a.qkv_proj),
+                (Projection::DeltaGate, &a.gate_proj),
+                (Projection::DeltaOut, &a.out_proj),
+            ],
+        };
         match &self.feed_forward {
             FeedForward::One(f) => all.extend([
                 (Projection::Gate, &f.gate_proj),
@@ -133,13 +166,19 @@ impl BitBlock {
 
     /// [`projections`](Self::projections), mutable.
     pub fn projections_mut(&mut self) -> Vec<(Projection, &mut BitLinear)> {
-        let a = &mut self.attention;
-        let mut all = vec![
-            (Projection::Q, &mut a.q_proj),
-            (Projection::K, &mut a.k_proj),
-            (Projection::V, &mut a.v_proj),
-            (Projection::O, &mut a.o_proj),
-        ];
+        let mut all = match &mut self.attention {
+            Attention::Softmax(a) => vec![
+                (Projection::Q, &mut a.q_proj),
+                (Projection::K, &mut a.k_proj),
+                (Projection::V, &mut a.v_proj),
+                (Projection::O, &mut a.o_proj),
+            ],
+            Attention::DeltaNet(a) => vec![
+                (Projection::DeltaQkv, &mut a.qkv_proj),
+                (Projection::DeltaGate, &mut a.gate_proj),
+                (Projection::DeltaOut, &mut a.out_proj),
+            ],
+        };
         match &mut self.feed_forward {
             FeedForward::One(f) => all.extend([
                 (Projection::Gate, &mut f.gate_proj),
@@ -156,17 +195,22 @@ impl BitBlock {
         all
     }
 
-    /// The router to its experts, where it has some.
-    pub fn router(&self) -> Option<&DenseMatrix> {
-        match &self.feed_forward {
-            FeedForward::One(_) => None,
-            FeedForward::Experts(BitExperts { router, .. }) => Some(router),
+    /// The matrices that are floats in every model.
+    pub fn float_matrices(&self) -> Vec<(FloatPart, &DenseMatrix)> {
+        let mut all = Vec::new();
+        if let Attention::DeltaNet(delta) = &self.attention {
+            all.push((FloatPart::DeltaDecay, &delta.decay_proj));
+            all.push((FloatPart::DeltaStrength, &delta.strength_proj));
         }
+        if let FeedForward::Experts(experts) = &self.feed_forward {
+            all.push((FloatPart::Router, &experts.router));
+        }
+        all
     }
 
     /// The device that it computes on.
     pub fn device(&self) -> Device {
-        self.attention.input_norm.gamma.val().device()
+        self.attention.input_norm().gamma.val().device()
     }
 
     /// The residual stream after this block. Input and output: [rows of the batch, hidden_size].

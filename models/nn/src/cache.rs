@@ -1,9 +1,9 @@
-//! The KV cache: what attention has seen of each sequence.
+//! The KV cache: what attention has seen of each sequence, and what gated DeltaNets remember of it.
 
-use bitnet_burn_backends::AttentionArgs;
 pub use bitnet_burn_backends::CacheType;
 use bitnet_burn_backends::devices;
-use bitnet_burn_backends::ops::{self, CacheLayer};
+use bitnet_burn_backends::ops::{self, CacheLayer, DeltaNetState};
+use bitnet_burn_backends::{AttentionArgs, DeltaNetArgs};
 use bitnet_burn_manager::memory::PageArena;
 use burn::tensor::{Device, Tensor};
 
@@ -52,6 +52,9 @@ pub struct SequenceId(pub(crate) usize);
 ///
 /// A sequence grows in place; its room doubles when it is full, so a token costs no copy of the
 /// history. [`fork`](Self::fork) shares the history until one of the two is written to.
+///
+/// Layers with a gated DeltaNet have a state in place of keys and values. It can't be cut, only kept:
+/// [`snapshot`](Self::snapshot), [`truncate`](Self::truncate).
 #[derive(Debug)]
 pub struct KvCache {
     slots: Vec<Option<Slot>>,
@@ -61,6 +64,8 @@ pub struct KvCache {
     cache_type: CacheType,
     /// Of each layer.
     devices: Vec<Device>,
+    /// By layer: whether it has a state in place of keys and values. Empty: none has.
+    delta_nets: Vec<bool>,
     /// Whether a sequence that is full forgets.
     sliding: bool,
     /// Whether a sequence has room for the whole capacity from its beginning.
@@ -73,8 +78,23 @@ struct Slot {
     /// Its first positions that are there no more.
     forgotten: usize,
     room: usize,
-    /// `None` only while an operation holds the tensors.
-    layers: Vec<Option<(CacheLayer, CacheLayer)>>,
+    layers: Vec<LayerHistory>,
+    /// A length that it had, and the states of its layers then.
+    snapshot: Option<(usize, Vec<Option<DeltaNetState>>)>,
+}
+
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a few of them for each layer; a box would cost a token more")]
+enum LayerHistory {
+    /// Keys and values; `None` only while an operation holds them.
+    Keys(Option<(CacheLayer, CacheLayer)>),
+    /// A state.
+    State {
+        /// Behind all positions of the sequence; `None` at its beginning.
+        now: Option<DeltaNetState>,
+        /// Behind the rows of a forward pass that is not complete.
+        next: Option<DeltaNetState>,
+    },
 }
 
 /// Positions that a sequence first has room for.
@@ -114,8 +134,37 @@ impl KvCache {
                 return Err(CacheError::Type { cache_type, device: devices::name(device) });
             }
         }
-        let (slots, sliding, preallocated) = (Vec::new(), false, false);
-        Ok(Self { slots, n_kv_heads, head_dim, capacity, cache_type, devices, sliding, preallocated })
+        let (slots, delta_nets, sliding, preallocated) = (Vec::new(), Vec::new(), false, false);
+        Ok(Self {
+            slots,
+            n_kv_heads,
+            head_dim,
+            capacity,
+            cache_type,
+            devices,
+            delta_nets,
+            sliding,
+            preallocated,
+        })
+    }
+
+    /// The same for a model that has gated DeltaNets, by layer.
+    ///
+    /// # Panics
+    /// If there are other numbers of layers.
+    pub fn with_delta_nets(mut self, layers: &[bool]) -> Self {
+        assert_eq!(layers.len(), self.devices.len(), "layers that have a DeltaNet or not");
+        self.delta_nets = layers.to_vec();
+        self
+    }
+
+    fn has_delta_net(&self, layer: usize) -> bool {
+        self.delta_nets.get(layer) == Some(&true)
+    }
+
+    /// Whether [`truncate`](Self::truncate) needs a [`snapshot`](Self::snapshot) to keep a part of a sequence.
+    pub fn needs_snapshots(&self) -> bool {
+        self.delta_nets.contains(&true)
     }
 
     /// The same as a sliding window: a sequence that is full forgets its oldest positions, an eighth of the capacity at
@@ -165,8 +214,12 @@ impl KvCache {
         // All layers of a sequence grow together, and end together.
         let arena = if self.preallocated { PageArena::committed() } else { PageArena::default() };
         let empty = |device| self.empty(room, device, &arena);
-        let layers = self.devices.iter().map(|device| Some((empty(device), empty(device)))).collect();
-        self.insert(Slot { length: 0, forgotten: 0, room, layers })
+        let layer = |(layer, device)| match self.has_delta_net(layer) {
+            true => LayerHistory::State { now: None, next: None },
+            false => LayerHistory::Keys(Some((empty(device), empty(device)))),
+        };
+        let layers = self.devices.iter().enumerate().map(layer).collect();
+        self.insert(Slot { length: 0, forgotten: 0, room, layers, snapshot: None })
     }
 
     fn insert(&mut self, slot: Slot) -> SequenceId {
@@ -208,16 +261,52 @@ impl KvCache {
         Ok(self.slot(id)?.length)
     }
 
-    /// Forgets all positions from `length` on; does nothing if the sequence is not that long.
+    /// Forgets all positions from `length` on; does nothing if the sequence is not that long. Gives the length that the
+    /// sequence has then. Of a model with gated DeltaNets that may be less: the length of the last
+    /// [`snapshot`](Self::snapshot), or 0 if that is longer than `length`.
     ///
     /// # Errors
     /// If there is no such sequence, or a sliding window forgot positions before `length` that would be the last.
-    pub fn truncate(&mut self, id: SequenceId, length: usize) -> Result<(), CacheError> {
+    pub fn truncate(&mut self, id: SequenceId, length: usize) -> Result<usize, CacheError> {
+        let needs_snapshots = self.needs_snapshots();
         let slot = self.slot_mut(id)?;
         if length < slot.forgotten {
             return Err(CacheError::Forgotten { length, forgotten: slot.forgotten });
         }
-        slot.length = slot.length.min(length);
+        if length >= slot.length {
+            return Ok(slot.length);
+        }
+        slot.length = length;
+        if needs_snapshots {
+            slot.snapshot = slot.snapshot.take().filter(|(at, _)| *at <= length && *at >= slot.forgotten);
+            let (at, states) = slot.snapshot.clone().unwrap_or_default();
+            slot.length = at;
+            slot.forgotten = slot.forgotten.min(at);
+            let mut states = states.into_iter();
+            for layer in &mut slot.layers {
+                if let LayerHistory::State { now, next } = layer {
+                    (*now, *next) = (states.next().flatten(), None);
+                }
+            }
+        }
+        Ok(slot.length)
+    }
+
+    /// Keeps the states of a sequence's gated DeltaNets as they are now, in place of those that were kept before, so that
+    /// [`truncate`](Self::truncate) can go back to its present length. Does nothing for a model that has none.
+    ///
+    /// # Errors
+    /// If there is no such sequence.
+    pub fn snapshot(&mut self, id: SequenceId) -> Result<(), CacheError> {
+        if !self.needs_snapshots() {
+            return Ok(());
+        }
+        let slot = self.slot_mut(id)?;
+        let states = slot.layers.iter().filter_map(|layer| match layer {
+            LayerHistory::State { now, .. } => Some(now.clone()),
+            LayerHistory::Keys(_) => None,
+        });
+        slot.snapshot = Some((slot.length, states.collect()));
         Ok(())
     }
 
@@ -240,10 +329,18 @@ impl KvCache {
         Ok(())
     }
 
-    /// Bytes of all sequences' keys and values (shared histories count for each).
+    /// Bytes of all sequences' keys, values and states (shared histories count for each).
     pub fn bytes(&self) -> usize {
-        let values = self.devices.len() * self.n_kv_heads * 2 * self.cache_type.row_bytes(self.head_dim);
-        self.slots.iter().flatten().map(|slot| slot.room * values).sum()
+        let position = self.n_kv_heads * 2 * self.cache_type.row_bytes(self.head_dim);
+        let of_slot = |slot: &Slot| -> usize {
+            let of_layer = |layer: &LayerHistory| match layer {
+                LayerHistory::Keys(_) => slot.room * position,
+                LayerHistory::State { now, .. } => now.as_ref().map_or(0, DeltaNetState::bytes),
+            };
+            let kept = slot.snapshot.iter().flat_map(|(_, states)| states).flatten();
+            slot.layers.iter().map(of_layer).chain(kept.map(DeltaNetState::bytes)).sum()
+        };
+        self.slots.iter().flatten().map(of_slot).sum()
     }
 
     /// Makes room for `rows` more positions.
@@ -266,10 +363,10 @@ impl KvCache {
         let new_room = needed.max(room * 2).min(self.capacity);
         let arena = PageArena::default();
         for layer in 0..self.devices.len() {
-            let (k, v) = self.slot_mut(id)?.layers[layer].take().expect("no operation holds it");
+            let Some((k, v)) = self.take(id, layer)? else { continue };
             let grow = |old| self.empty(new_room, &self.devices[layer], &arena).with_positions(old, kept);
             let grown = (grow(k), grow(v));
-            self.slot_mut(id)?.layers[layer] = Some(grown);
+            self.slot_mut(id)?.layers[layer] = LayerHistory::Keys(Some(grown));
         }
         self.slot_mut(id)?.room = new_room;
         Ok(())
@@ -281,7 +378,7 @@ impl KvCache {
         let count = at_least.next_multiple_of((self.capacity / 8).max(1)).min(kept);
         let arena = PageArena::default();
         for layer in 0..self.devices.len() {
-            let (k, v) = self.slot_mut(id)?.layers[layer].take().expect("no operation holds it");
+            let Some((k, v)) = self.take(id, layer)? else { continue };
             let rest = |old: CacheLayer| {
                 let empty = self.empty(self.capacity, &self.devices[layer], &arena);
                 match kept - count {
@@ -290,7 +387,7 @@ impl KvCache {
                 }
             };
             let rest = (rest(k), rest(v));
-            self.slot_mut(id)?.layers[layer] = Some(rest);
+            self.slot_mut(id)?.layers[layer] = LayerHistory::Keys(Some(rest));
         }
         let capacity = self.capacity;
         let slot = self.slot_mut(id)?;
@@ -311,19 +408,64 @@ impl KvCache {
         (n_heads, window): (usize, Option<usize>),
     ) -> Result<Tensor<2>, CacheError> {
         let (n_kv_heads, head_dim) = (self.n_kv_heads, self.head_dim);
-        let slot = self.slot_mut(id)?;
-        let position = slot.length - slot.forgotten;
+        let position = self.kept(id)?;
         let args = AttentionArgs { n_heads, n_kv_heads, head_dim, position, window };
         // Taken out, so that the operation is the only owner and writes in place.
-        let caches = slot.layers[layer].take().expect("no operation holds it");
+        let caches = self.take(id, layer)?.expect("attention has keys and values");
         let (context, caches) = ops::cached_attention(qkv, angles, caches, args);
-        slot.layers[layer] = Some(caches);
+        self.slot_mut(id)?.layers[layer] = LayerHistory::Keys(Some(caches));
         Ok(context)
+    }
+
+    /// The keys and values of a layer, which are put back after an operation; `None` for one that has a state.
+    fn take(&mut self, id: SequenceId, layer: usize) -> Result<Option<(CacheLayer, CacheLayer)>, CacheError> {
+        Ok(match &mut self.slot_mut(id)?.layers[layer] {
+            LayerHistory::Keys(keys) => Some(keys.take().expect("no operation holds them")),
+            LayerHistory::State { .. } => None,
+        })
+    }
+
+    /// The state of a layer's DeltaNet behind all positions of a sequence.
+    ///
+    /// # Panics
+    /// If the layer has keys and values.
+    pub(crate) fn delta_net(
+        &self,
+        id: SequenceId,
+        layer: usize,
+        args: &DeltaNetArgs,
+    ) -> Result<DeltaNetState, CacheError> {
+        match &self.slot(id)?.layers[layer] {
+            LayerHistory::State { now: Some(state), .. } => Ok(state.clone()),
+            LayerHistory::State { now: None, .. } => Ok(DeltaNetState::zeros(args, &self.devices[layer])),
+            LayerHistory::Keys(_) => panic!("a DeltaNet in layer {layer}, which has keys and values"),
+        }
+    }
+
+    /// The state of a layer's DeltaNet behind further rows. It counts when the rows do: [`advance`](Self::advance).
+    pub(crate) fn set_delta_net(
+        &mut self,
+        id: SequenceId,
+        layer: usize,
+        state: DeltaNetState,
+    ) -> Result<(), CacheError> {
+        if let LayerHistory::State { next, .. } = &mut self.slot_mut(id)?.layers[layer] {
+            *next = Some(state);
+        }
+        Ok(())
     }
 
     /// Counts `rows` appended positions.
     pub(crate) fn advance(&mut self, id: SequenceId, rows: usize) -> Result<(), CacheError> {
-        self.slot_mut(id)?.length += rows;
+        let slot = self.slot_mut(id)?;
+        slot.length += rows;
+        for layer in &mut slot.layers {
+            if let LayerHistory::State { now, next } = layer
+                && next.is_some()
+            {
+                *now = next.take();
+            }
+        }
         Ok(())
     }
 }

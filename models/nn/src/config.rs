@@ -6,7 +6,7 @@
 use bitnet_burn_backends::{CacheType, GatedActivation};
 use serde::{Deserialize, Serialize};
 
-use crate::{Experts, Projection, RopeScaling, SlidingWindows};
+use crate::{DeltaNet, Experts, FloatPart, Projection, RopeScaling, SlidingWindows};
 
 /// A field of a [`ModelConfig`] that no model can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -71,6 +71,12 @@ pub struct DecoderOptions {
     pub qkv_bias: bool,
     /// Whether the attention's output projection has a bias.
     pub output_bias: bool,
+    /// Whether the attention's output is multiplied by the sigmoid of gates, which q_proj has behind the queries of each
+    /// head (Qwen3.5).
+    pub attention_gate: bool,
+    /// Values of a head that RoPE turns, the first ones; all of them if nothing is stated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope_dim: Option<usize>,
     /// How RoPE's frequencies are scaled.
     pub rope_scaling: Option<RopeScaling>,
     /// The embedding is multiplied by this (MiniCPM).
@@ -85,6 +91,9 @@ pub struct DecoderOptions {
     /// Sliding windows in the attention of some layers (Maple).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub windows: Option<SlidingWindows>,
+    /// Gated DeltaNets in place of the attention of some layers (Qwen3.5).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delta_net: Option<DeltaNet>,
     /// By layer: gates are at most this, and what they are multiplied by lies between minus this and this (Maple). 0 stands
     /// for no limit; so does an empty list, for all layers.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -97,12 +106,15 @@ impl Default for DecoderOptions {
             qk_norms: false,
             qkv_bias: false,
             output_bias: false,
+            attention_gate: false,
+            rope_dim: None,
             rope_scaling: None,
             embedding_scale: 1.0,
             residual_scale: 1.0,
             logit_divisor: 1.0,
             experts: None,
             windows: None,
+            delta_net: None,
             swiglu_clamp: Vec::new(),
         }
     }
@@ -125,6 +137,7 @@ pub(crate) mod limit {
     pub const HEAD_DIM: usize = 1 << 14;
     pub const VOCABULARY: usize = 1 << 26;
     pub const CONTEXT: usize = 1 << 30;
+    pub const TAPS: usize = 64;
 }
 
 impl ModelConfig {
@@ -172,7 +185,7 @@ impl ModelConfig {
         }
         let DecoderOptions { rope_scaling, embedding_scale, residual_scale, logit_divisor, .. } =
             &self.options;
-        let DecoderOptions { experts, windows, swiglu_clamp, .. } = &self.options;
+        let DecoderOptions { experts, windows, delta_net, swiglu_clamp, .. } = &self.options;
         if let Some(problem) = experts.as_ref().and_then(|experts| experts.problem(self.n_layers)) {
             return err("options.experts", problem);
         }
@@ -182,6 +195,18 @@ impl ModelConfig {
         if let Some(problem) = windows.as_ref().and_then(|windows| windows.problem(self.n_layers)) {
             return err("options.windows", problem);
         }
+        if let Some(problem) = delta_net.as_ref().and_then(|delta| delta.problem(self.n_layers)) {
+            return err("options.delta_net", problem);
+        }
+        if delta_net.is_some() && self.sub_norms {
+            return err("sub_norms", "is true; a DeltaNet has none".into());
+        }
+        if let Some(dim) =
+            self.options.rope_dim.filter(|dim| *dim == 0 || *dim > self.head_dim || !dim.is_multiple_of(2))
+        {
+            let max = self.head_dim;
+            return err("options.rope_dim", format!("is {dim}; it must be even and between 2 and {max}"));
+        }
         if ![0, self.n_layers].contains(&swiglu_clamp.len()) {
             let (found, layers) = (swiglu_clamp.len(), self.n_layers);
             return err("options.swiglu_clamp", format!("has {found} numbers for {layers} layers"));
@@ -189,7 +214,7 @@ impl ModelConfig {
         if let Some(clamp) = swiglu_clamp.iter().find(|clamp| !(clamp.is_finite() && **clamp >= 0.0)) {
             return err("options.swiglu_clamp", format!("has {clamp}; it must be finite and not negative"));
         }
-        if let Some(problem) = rope_scaling.as_ref().and_then(|scaling| scaling.problem(self.head_dim)) {
+        if let Some(problem) = rope_scaling.as_ref().and_then(|scaling| scaling.problem(self.rope_dim())) {
             return err("options.rope_scaling", problem);
         }
         for (field, value) in [
@@ -210,6 +235,11 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// Values of a head that RoPE turns.
+    pub fn rope_dim(&self) -> usize {
+        self.options.rope_dim.unwrap_or(self.head_dim)
+    }
+
     /// Width of all query heads together.
     pub fn q_size(&self) -> usize {
         self.n_heads.saturating_mul(self.head_dim)
@@ -222,13 +252,33 @@ impl ModelConfig {
 
     /// Bytes that a token takes in the KV cache of all layers.
     pub fn kv_bytes_per_token(&self, cache_type: CacheType) -> usize {
-        let heads = self.n_kv_heads.saturating_mul(2).saturating_mul(self.n_layers);
+        let layers = self.n_layers - self.delta_net_layers().min(self.n_layers);
+        let heads = self.n_kv_heads.saturating_mul(2).saturating_mul(layers);
         heads.saturating_mul(cache_type.row_bytes(self.head_dim))
     }
 
     /// The experts of a layer, where it has some.
     pub fn experts(&self, layer: usize) -> Option<&Experts> {
         self.options.experts.as_ref().filter(|experts| experts.dense_layers.binary_search(&layer).is_err())
+    }
+
+    /// The gated DeltaNet of a layer, where it has one.
+    pub fn delta_net(&self, layer: usize) -> Option<&DeltaNet> {
+        self.options.delta_net.as_ref().filter(|delta| delta.layers.get(layer) == Some(&true))
+    }
+
+    /// Number of layers that have a gated DeltaNet.
+    fn delta_net_layers(&self) -> usize {
+        let delta = self.options.delta_net.as_ref();
+        delta.map_or(0, |delta| delta.layers.iter().filter(|&&has| has).count())
+    }
+
+    /// Bytes that the DeltaNets of all layers take for each sequence, however long it is.
+    pub fn state_bytes(&self) -> usize {
+        let Some(delta) = &self.options.delta_net else { return 0 };
+        let memory = delta.values().saturating_mul(delta.key_dim);
+        let inputs = delta.taps.saturating_sub(1).saturating_mul(delta.channels());
+        memory.saturating_add(inputs).saturating_mul(4).saturating_mul(self.delta_net_layers())
     }
 
     /// Positions that a row sees in the attention of a layer, its own included; `None`: all up to its own.
@@ -264,24 +314,43 @@ impl ModelConfig {
             (n as u64).saturating_mul(k as u64)
         };
         let sum = |all: &[Projection]| all.iter().map(|&which| size(which)).fold(0, u64::saturating_add);
-        let (layers, plain) = (self.n_layers as u64, sum(&Projection::ALL));
-        let Some(of) = &self.options.experts else { return plain.saturating_mul(layers) };
-        let without = of.dense_layers.iter().filter(|&&layer| layer < self.n_layers).count() as u64;
-        let of_experts = sum(&Projection::of_expert(0)).saturating_mul(experts(of) as u64);
-        let mixed = sum(&Projection::ATTENTION).saturating_add(of_experts);
-        mixed.saturating_mul(layers - without).saturating_add(plain.saturating_mul(without))
+        let layers = self.n_layers as u64;
+        let deltas = (self.delta_net_layers() as u64).min(layers);
+        let without_experts = match &self.options.experts {
+            Some(of) => of.dense_layers.iter().filter(|&&layer| layer < self.n_layers).count() as u64,
+            None => layers,
+        };
+        let of_experts = self
+            .options
+            .experts
+            .as_ref()
+            .map_or(0, |of| sum(&Projection::of_expert(0)).saturating_mul(experts(of) as u64));
+        [
+            (layers - deltas, sum(&Projection::ATTENTION)),
+            (deltas, sum(&Projection::DELTA_NET)),
+            (without_experts, sum(&Projection::FEED_FORWARD)),
+            (layers - without_experts, of_experts),
+        ]
+        .into_iter()
+        .fold(0, |all, (layers, size)| all.saturating_add(layers.saturating_mul(size)))
     }
 
-    /// Number of weights in the embedding, in the output head where it is another tensor, and in the routers of experts.
+    /// Number of weights in the embedding, in the output head where it is another tensor, and in the layers' matrices that
+    /// are floats in every model.
     pub fn dense_parameters(&self) -> u64 {
         let one = (self.vocab_size as u64).saturating_mul(self.hidden_size as u64);
         let matrices = if self.tied_embeddings { one } else { one.saturating_mul(2) };
-        let router = |layer: usize| self.experts(layer).map_or(0, |experts| experts.count as u64);
-        let routers = match self.options.experts {
-            Some(_) => (0..self.n_layers).map(router).fold(0, u64::saturating_add),
-            None => 0,
+        let of_layer = |layer: usize| {
+            let sizes = FloatPart::of_layer(layer, self).into_iter().map(|part| {
+                let [rows, columns] = part.shape(self);
+                (rows as u64).saturating_mul(columns as u64)
+            });
+            sizes.fold(0, u64::saturating_add)
         };
-        matrices.saturating_add(routers.saturating_mul(self.hidden_size as u64))
+        if self.options.experts.is_none() && self.options.delta_net.is_none() {
+            return matrices;
+        }
+        (0..self.n_layers).map(of_layer).fold(matrices, u64::saturating_add)
     }
 }
 
@@ -323,6 +392,39 @@ mod tests {
     fn windows(config: &mut ModelConfig) -> &mut SlidingWindows {
         let layers = (0..30).map(|layer| layer % 4 != 3).collect();
         config.options.windows.insert(SlidingWindows { positions: 512, layers, global_rope: false })
+    }
+
+    fn delta_net(config: &mut ModelConfig) -> &mut DeltaNet {
+        config.sub_norms = false;
+        config.options.delta_net.insert(DeltaNet {
+            layers: (0..30).map(|layer| layer % 4 != 3).collect(),
+            key_heads: 16,
+            value_heads: 48,
+            key_dim: 128,
+            value_dim: 128,
+            taps: 4,
+            tiled: false,
+            grouped_output: false,
+        })
+    }
+
+    #[test]
+    fn delta_nets_are_of_their_layers() {
+        let mut config = bitnet_2b();
+        let (all, token) = (config.ternary_parameters(), config.kv_bytes_per_token(CacheType::F32));
+        delta_net(&mut config);
+        config.validate().unwrap();
+        assert_eq!(
+            (config.delta_net(2).map(|delta| delta.values()), config.delta_net(3)),
+            (Some(6144), None)
+        );
+        let (attention, delta) = (2 * 2560 * 2560 + 2 * 640 * 2560, 2560 * (10240 + 2 * 6144));
+        assert_eq!(config.ternary_parameters(), all + 23 * (delta - attention));
+        assert_eq!(config.dense_parameters(), 328_335_360 + 23 * (2 * 48 * 2560 + 10240 * 4 + 2 * 48));
+        assert_eq!(config.kv_bytes_per_token(CacheType::F32), token * 7 / 30);
+        assert_eq!(config.state_bytes(), 23 * 4 * (48 * 128 * 128 + 3 * 10240));
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<ModelConfig>(&json).unwrap(), config);
     }
 
     #[test]
@@ -416,6 +518,21 @@ mod tests {
             ("options.windows", |c| windows(c).positions = 0),
             ("options.windows", |c| windows(c).positions = usize::MAX),
             ("options.windows", |c| windows(c).layers.truncate(29)),
+            ("options.delta_net", |c| delta_net(c).layers.truncate(29)),
+            ("options.delta_net", |c| delta_net(c).key_heads = 0),
+            ("options.delta_net", |c| delta_net(c).key_heads = 5),
+            ("options.delta_net", |c| delta_net(c).value_heads = usize::MAX),
+            ("options.delta_net", |c| delta_net(c).value_dim = 0),
+            ("options.delta_net", |c| delta_net(c).key_dim = 1 << 15),
+            ("options.delta_net", |c| delta_net(c).taps = 1),
+            ("options.delta_net", |c| delta_net(c).grouped_output = true),
+            ("sub_norms", |c| {
+                delta_net(c);
+                c.sub_norms = true;
+            }),
+            ("options.rope_dim", |c| c.options.rope_dim = Some(0)),
+            ("options.rope_dim", |c| c.options.rope_dim = Some(63)),
+            ("options.rope_dim", |c| c.options.rope_dim = Some(130)),
             ("options.swiglu_clamp", |c| c.options.swiglu_clamp = vec![7.0; 29]),
             ("options.swiglu_clamp", |c| c.options.swiglu_clamp = vec![-7.0; 30]),
             ("options.swiglu_clamp", |c| c.options.swiglu_clamp = vec![f32::INFINITY; 30]),

@@ -11,7 +11,8 @@
 //! logits = lm_head(rms_norm(x))
 //! ```
 //!
-//! Some models have experts in place of the feed-forward network: [`BitExperts`](crate::BitExperts).
+//! Some models have experts in place of the feed-forward network ([`BitExperts`](crate::BitExperts)), or a gated DeltaNet in
+//! place of the attention of some layers ([`BitDeltaNet`](crate::BitDeltaNet)).
 //!
 //! The forward pass takes rows of (token, sequence, position): a chunk of a prompt, one token each of
 //! several sequences, or both at once are the same code.
@@ -89,7 +90,7 @@ impl BitNet {
         norm: RmsNorm,
         output: Option<BitLinear>,
     ) -> Self {
-        let rotary = RotaryEncodingConfig::new(config.head_dim)
+        let rotary = RotaryEncodingConfig::new(config.rope_dim())
             .with_theta(config.rope_theta)
             .with_scaling(config.options.rope_scaling.clone())
             .init();
@@ -154,7 +155,12 @@ impl BitNet {
     pub fn cache(&self, context: usize, cache_type: CacheType) -> Result<KvCache, CacheError> {
         let c = &self.config;
         let shape = [c.n_kv_heads, c.head_dim];
-        KvCache::on_devices(shape, context.min(c.context_length), cache_type, self.layer_devices())
+        let cache =
+            KvCache::on_devices(shape, context.min(c.context_length), cache_type, self.layer_devices())?;
+        Ok(match &c.options.delta_net {
+            Some(delta) => cache.with_delta_nets(&delta.layers),
+            None => cache,
+        })
     }
 
     /// Appends the rows to their sequences and returns the logits of the rows `wanted`.

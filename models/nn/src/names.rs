@@ -1,6 +1,6 @@
 //! Names of a model's parameters, as Hugging Face checkpoints of BitNet have them.
 
-use crate::{Norm, Projection};
+use crate::{FloatPart, Norm, Projection};
 
 /// The embedding's name.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -14,6 +14,9 @@ pub fn projection_module(layer: usize, which: Projection) -> String {
             let (number, name) = (which.expert().unwrap_or_default(), which.name());
             return format!("model.layers.{layer}.mlp.experts.{number}.{name}_proj");
         }
+        Projection::DeltaQkv => "linear_attn.in_proj_qkv",
+        Projection::DeltaGate => "linear_attn.in_proj_z",
+        Projection::DeltaOut => "linear_attn.out_proj",
         Projection::Q => "self_attn.q_proj",
         Projection::K => "self_attn.k_proj",
         Projection::V => "self_attn.v_proj",
@@ -40,9 +43,18 @@ pub fn scale_name(layer: usize, which: Projection) -> String {
     projection_module(layer, which) + ".weight_scale"
 }
 
-/// The name of the weights of a layer's router to its experts.
-pub fn router_name(layer: usize) -> String {
-    format!("model.layers.{layer}.mlp.gate.weight")
+/// The name of a part that is floats in every model. (Checkpoints have the logarithm of minus the
+/// [rates](FloatPart::DeltaRate).)
+pub fn float_part_name(layer: usize, which: FloatPart) -> String {
+    let part = match which {
+        FloatPart::Router => "mlp.gate.weight",
+        FloatPart::DeltaDecay => "linear_attn.in_proj_a.weight",
+        FloatPart::DeltaStrength => "linear_attn.in_proj_b.weight",
+        FloatPart::DeltaConvolution => "linear_attn.conv1d.weight",
+        FloatPart::DeltaRate => "linear_attn.A_log",
+        FloatPart::DeltaBias => "linear_attn.dt_bias",
+    };
+    format!("model.layers.{layer}.{part}")
 }
 
 /// The name of a norm's weights.
@@ -51,6 +63,7 @@ pub fn norm_name(which: Norm) -> String {
         Norm::Attention(l) => (l, "input_layernorm"),
         Norm::Query(l) => (l, "self_attn.q_norm"),
         Norm::Key(l) => (l, "self_attn.k_norm"),
+        Norm::Delta(l) => (l, "linear_attn.norm"),
         Norm::AttentionSub(l) => (l, "self_attn.attn_sub_norm"),
         Norm::FeedForward(l) => (l, "post_attention_layernorm"),
         Norm::FeedForwardSub(l) => (l, "mlp.ffn_sub_norm"),

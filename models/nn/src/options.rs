@@ -1,4 +1,4 @@
-//! What layers may have that BitNet's have not: experts and sliding windows.
+//! What layers may have that BitNet's have not: experts, sliding windows and gated DeltaNets.
 
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +31,29 @@ pub struct SlidingWindows {
     pub layers: Vec<bool>,
     /// Whether the global layers turn queries and keys by RoPE. Without, they know no positions.
     pub global_rope: bool,
+}
+
+/// Gated DeltaNets in place of the attention of some layers (arXiv 2412.06464; Qwen3.5).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeltaNet {
+    /// By layer: whether it has one. The others have attention.
+    pub layers: Vec<bool>,
+    /// Heads of queries and of keys.
+    pub key_heads: usize,
+    /// Heads of values: a multiple of `key_heads`.
+    pub value_heads: usize,
+    /// Values of a query or key head.
+    pub key_dim: usize,
+    /// Values of a value head.
+    pub value_dim: usize,
+    /// Rows that the convolution before it sees: its own, and those before it.
+    pub taps: usize,
+    /// Whether value head j reads key head j % key_heads, as in GGUF files. Otherwise it reads
+    /// j / (value_heads / key_heads), as in Hugging Face's.
+    pub tiled: bool,
+    /// Of a tiled one: whether the output projection takes the value heads in Hugging Face's order.
+    pub grouped_output: bool,
 }
 
 impl Experts {
@@ -66,5 +89,42 @@ impl SlidingWindows {
         differ.then(|| {
             format!("says for {found} layers whether they have the window; the model has {n_layers}")
         })
+    }
+}
+
+impl DeltaNet {
+    /// Inputs of the convolution: queries, keys and values side by side.
+    pub fn channels(&self) -> usize {
+        self.key_heads.saturating_mul(self.key_dim).saturating_mul(2).saturating_add(self.values())
+    }
+
+    /// Values of all value heads.
+    pub fn values(&self) -> usize {
+        self.value_heads.saturating_mul(self.value_dim)
+    }
+
+    /// What no model can have.
+    pub(crate) fn problem(&self, n_layers: usize) -> Option<String> {
+        let Self { layers, key_heads, value_heads, key_dim, value_dim, taps, tiled, grouped_output } = self;
+        if layers.len() != n_layers {
+            let found = layers.len();
+            return Some(format!("says for {found} layers whether they have one; the model has {n_layers}"));
+        }
+        for (name, value, min, max) in [
+            ("key heads", *key_heads, 1, limit::HEADS),
+            ("value heads", *value_heads, 1, limit::HEADS),
+            ("values of a key head", *key_dim, 1, limit::HEAD_DIM),
+            ("values of a value head", *value_dim, 1, limit::HEAD_DIM),
+            ("taps of the convolution", *taps, 2, limit::TAPS),
+            ("channels", self.channels(), 1, limit::INTERMEDIATE),
+        ] {
+            if !(min..=max).contains(&value) {
+                return Some(format!("has {value} {name}; there must be between {min} and {max}"));
+            }
+        }
+        if !value_heads.is_multiple_of(*key_heads) {
+            return Some(format!("has {value_heads} value heads, which {key_heads} key heads do not divide"));
+        }
+        (*grouped_output && !tiled).then(|| "has grouped outputs of heads that are not tiled".into())
     }
 }

@@ -1,6 +1,6 @@
 //! The parts of a model and the shapes of their weights.
 
-use crate::ModelConfig;
+use crate::{DeltaNet, ModelConfig};
 
 /// The matrices of a layer, ternary in most models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,6 +19,12 @@ pub enum Projection {
     Up,
     /// Feed-forward down, [hidden, intermediate].
     Down,
+    /// Queries, keys and values of a gated DeltaNet, [its channels, hidden].
+    DeltaQkv,
+    /// Gates of its output, [value_heads * value_dim, hidden].
+    DeltaGate,
+    /// Its output, [hidden, value_heads * value_dim].
+    DeltaOut,
     /// The gate of an expert, by its number: [intermediate size of experts, hidden].
     ExpertGate(usize),
     /// The up projection of an expert: [intermediate size of experts, hidden].
@@ -34,19 +40,28 @@ impl Projection {
     /// The projections of attention.
     pub const ATTENTION: [Self; 4] = [Self::Q, Self::K, Self::V, Self::O];
 
+    /// The projections of a gated DeltaNet.
+    pub const DELTA_NET: [Self; 3] = [Self::DeltaQkv, Self::DeltaGate, Self::DeltaOut];
+
+    /// The projections of a feed-forward network.
+    pub const FEED_FORWARD: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
+
     /// The projections of an expert, by its number.
     pub const fn of_expert(number: usize) -> [Self; 3] {
         [Self::ExpertGate(number), Self::ExpertUp(number), Self::ExpertDown(number)]
     }
 
-    /// The projections of a layer: [`ALL`](Self::ALL), or attention's and then each expert's.
+    /// The projections of a layer: attention's or the DeltaNet's, then those of the feed-forward network or of each expert.
     pub fn of_layer(layer: usize, config: &ModelConfig) -> Vec<Self> {
+        let mut all = match config.delta_net(layer) {
+            None => Self::ATTENTION.to_vec(),
+            Some(_) => Self::DELTA_NET.to_vec(),
+        };
         match config.experts(layer) {
-            None => Self::ALL.to_vec(),
-            Some(experts) => {
-                Self::ATTENTION.into_iter().chain((0..experts.count).flat_map(Self::of_expert)).collect()
-            }
+            None => all.extend(Self::FEED_FORWARD),
+            Some(experts) => all.extend((0..experts.count).flat_map(Self::of_expert)),
         }
+        all
     }
 
     /// The kinds of matrices that a token is multiplied by: [`ALL`](Self::ALL). In a model with experts, the first expert's
@@ -76,6 +91,9 @@ impl Projection {
     /// `q`, `gate` ...; an expert's as a feed-forward network's.
     pub fn name(self) -> &'static str {
         match self {
+            Self::DeltaQkv => "qkv",
+            Self::DeltaGate => "z",
+            Self::DeltaOut => "out",
             Self::Q => "q",
             Self::K => "k",
             Self::V => "v",
@@ -86,11 +104,17 @@ impl Projection {
         }
     }
 
-    /// (N, K): output and input features. An expert's are 0 in a model without experts.
+    /// (N, K): output and input features. An expert's are 0 in a model without experts, a DeltaNet's in one without.
     pub fn shape(self, config: &ModelConfig) -> (usize, usize) {
+        let of_delta = |size: fn(&DeltaNet) -> usize| config.options.delta_net.as_ref().map_or(0, size);
         let of_expert = || config.options.experts.as_ref().map_or(0, |experts| experts.intermediate_size);
         match self {
+            // With gates, which lie behind the queries of each head.
+            Self::Q if config.options.attention_gate => (2 * config.q_size(), config.hidden_size),
             Self::Q => (config.q_size(), config.hidden_size),
+            Self::DeltaQkv => (of_delta(DeltaNet::channels), config.hidden_size),
+            Self::DeltaGate => (of_delta(DeltaNet::values), config.hidden_size),
+            Self::DeltaOut => (config.hidden_size, of_delta(DeltaNet::values)),
             Self::K | Self::V => (config.kv_size(), config.hidden_size),
             Self::O => (config.hidden_size, config.q_size()),
             Self::Gate | Self::Up => (config.intermediate_size, config.hidden_size),
@@ -106,6 +130,7 @@ impl Projection {
             Self::Q | Self::K | Self::V => config.options.qkv_bias,
             Self::O => config.options.output_bias,
             Self::Gate | Self::Up | Self::Down => false,
+            Self::DeltaQkv | Self::DeltaGate | Self::DeltaOut => false,
             Self::ExpertGate(_) | Self::ExpertUp(_) | Self::ExpertDown(_) => false,
         }
     }
@@ -120,6 +145,8 @@ pub enum Norm {
     Query(usize),
     /// Of every key head, before RoPE: `[head_dim]`. Only with `qk_norms`.
     Key(usize),
+    /// Of the output of every value head of a gated DeltaNet: `[value_dim]`.
+    Delta(usize),
     /// Between attention and its output projection: [n_heads * head_dim]. Only with `sub_norms`.
     AttentionSub(usize),
     /// Before gate and up: `[hidden]`.
@@ -136,6 +163,7 @@ impl Norm {
         match self {
             Self::Attention(_) | Self::FeedForward(_) | Self::Output => config.hidden_size,
             Self::Query(_) | Self::Key(_) => config.head_dim,
+            Self::Delta(_) => config.options.delta_net.as_ref().map_or(0, |delta| delta.value_dim),
             Self::AttentionSub(_) => config.q_size(),
             Self::FeedForwardSub(_) => config.intermediate_size,
         }
@@ -147,6 +175,7 @@ impl Norm {
             Self::Attention(l)
             | Self::Query(l)
             | Self::Key(l)
+            | Self::Delta(l)
             | Self::AttentionSub(l)
             | Self::FeedForward(l)
             | Self::FeedForwardSub(l) => Some(l),
@@ -156,15 +185,101 @@ impl Norm {
 
     /// The norms of a layer, in the order in which they are used.
     pub fn of_layer(layer: usize, config: &ModelConfig) -> impl Iterator<Item = Self> + use<> {
-        let (sub_norms, qk_norms) = (config.sub_norms, config.options.qk_norms);
+        let delta = config.delta_net(layer).is_some();
+        let (sub_norms, qk_norms) = (config.sub_norms, config.options.qk_norms && !delta);
         let all = [
             (true, Self::Attention(layer)),
             (qk_norms, Self::Query(layer)),
             (qk_norms, Self::Key(layer)),
+            (delta, Self::Delta(layer)),
             (sub_norms, Self::AttentionSub(layer)),
             (true, Self::FeedForward(layer)),
             (sub_norms, Self::FeedForwardSub(layer)),
         ];
         all.into_iter().filter_map(|(present, norm)| present.then_some(norm))
     }
+}
+
+/// The other parts of a layer: matrices that are floats in every model, and vectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FloatPart {
+    /// The router to experts, [experts, hidden].
+    Router,
+    /// The logits of a DeltaNet's decays, [value_heads, hidden].
+    DeltaDecay,
+    /// The logits of its write strengths, [value_heads, hidden].
+    DeltaStrength,
+    /// Its convolution, [taps, channels], the oldest input first.
+    DeltaConvolution,
+    /// Its rates of decay, [1, value_heads]: not positive.
+    DeltaRate,
+    /// What is added to the logits of its decays, [1, value_heads].
+    DeltaBias,
+}
+
+impl FloatPart {
+    /// Those of a gated DeltaNet.
+    pub const DELTA_NET: [Self; 5] =
+        [Self::DeltaDecay, Self::DeltaStrength, Self::DeltaConvolution, Self::DeltaRate, Self::DeltaBias];
+
+    /// Those of a layer.
+    pub fn of_layer(layer: usize, config: &ModelConfig) -> Vec<Self> {
+        let mut all = Vec::new();
+        if config.delta_net(layer).is_some() {
+            all.extend(Self::DELTA_NET);
+        }
+        if config.experts(layer).is_some() {
+            all.push(Self::Router);
+        }
+        all
+    }
+
+    /// [rows, columns]; 0 rows in a model without.
+    pub fn shape(self, config: &ModelConfig) -> [usize; 2] {
+        let Some(delta) = config.options.delta_net.as_ref().filter(|_| self != Self::Router) else {
+            let experts = config.options.experts.as_ref().filter(|_| self == Self::Router);
+            return [experts.map_or(0, |experts| experts.count), config.hidden_size];
+        };
+        match self {
+            Self::Router | Self::DeltaDecay | Self::DeltaStrength => [delta.value_heads, config.hidden_size],
+            Self::DeltaConvolution => [delta.taps, delta.channels()],
+            Self::DeltaRate | Self::DeltaBias => [1, delta.value_heads],
+        }
+    }
+
+    /// The shape in a Hugging Face checkpoint.
+    pub fn checkpoint_shape(self, config: &ModelConfig) -> Vec<usize> {
+        let [rows, columns] = self.shape(config);
+        match self {
+            Self::Router | Self::DeltaDecay | Self::DeltaStrength => vec![rows, columns],
+            Self::DeltaConvolution => vec![columns, 1, rows],
+            Self::DeltaRate | Self::DeltaBias => vec![columns],
+        }
+    }
+
+    /// Values as a Hugging Face checkpoint has them, as layers take them.
+    pub fn from_checkpoint(self, values: &[f32], config: &ModelConfig) -> Vec<f32> {
+        let [rows, _] = self.shape(config);
+        match self {
+            Self::DeltaConvolution => transposed(values, rows),
+            // transformers' `A_log`.
+            Self::DeltaRate => values.iter().map(|log| -log.exp()).collect(),
+            _ => values.to_vec(),
+        }
+    }
+
+    /// The inverse of [`from_checkpoint`](Self::from_checkpoint), but for the rounding of a logarithm.
+    pub fn to_checkpoint(self, values: &[f32], config: &ModelConfig) -> Vec<f32> {
+        let [_, columns] = self.shape(config);
+        match self {
+            Self::DeltaConvolution => transposed(values, columns),
+            Self::DeltaRate => values.iter().map(|rate| (-rate).ln()).collect(),
+            _ => values.to_vec(),
+        }
+    }
+}
+
+/// Rows of `columns` values, with rows and columns exchanged.
+fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
+    (0..columns).flat_map(|column| values.iter().skip(column).step_by(columns.max(1)).copied()).collect()
 }

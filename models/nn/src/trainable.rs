@@ -9,8 +9,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::model::rms_norm;
 use crate::{
-    BitBlock, BitLinear, BitLinearWeight, BitNet, DenseMatrix, DenseWeight, FeedForward, ModelConfig, Norm,
-    Projection, names,
+    Attention, BitBlock, BitLinear, BitLinearWeight, BitNet, DenseMatrix, DenseWeight, FeedForward,
+    FloatPart, ModelConfig, Norm, Projection, names,
 };
 
 /// Gives the values of a parameter by its name and shape.
@@ -51,14 +51,17 @@ impl BitNet {
         let linear = |layer: usize, which: Projection| -> Result<BitLinear, E> {
             Ok(BitLinear::latent(matrix(&names::projection_name(layer, which), which.shape(config))?))
         };
-        let router = |layer: usize| -> Result<DenseMatrix, E> {
-            let experts = config.experts(layer).map_or(0, |experts| experts.count);
-            Ok(DenseMatrix::trainable(matrix(&names::router_name(layer), (experts, config.hidden_size))?))
+        let float = |layer: usize, which: FloatPart| -> Result<DenseMatrix, E> {
+            let name = names::float_part_name(layer, which);
+            let stored = (values.borrow_mut())(&name, &which.checkpoint_shape(config))?;
+            let data = TensorData::new(which.from_checkpoint(&stored, config), which.shape(config));
+            let tensor = Tensor::from_data(data, device).require_grad();
+            Ok(DenseMatrix::trainable(Param::initialized(number(), tensor)))
         };
         let table = (config.vocab_size, config.hidden_size);
         let embedding = DenseMatrix::trainable(matrix(names::EMBEDDING, table)?);
         let blocks = (0..config.n_layers)
-            .map(|i| BitBlock::assemble(config, i, norm, linear, router))
+            .map(|i| BitBlock::assemble(config, i, norm, linear, float))
             .collect::<Result<_, E>>()?;
         let last = norm(Norm::Output)?;
         let output = if config.tied_embeddings {
@@ -86,8 +89,19 @@ impl BitNet {
         add(names::EMBEDDING.to_owned(), float(&self.embedding));
         for (i, block) in self.blocks.iter().enumerate() {
             let (attention, feed_forward) = (&block.attention, &block.feed_forward);
-            if let Some(router) = block.router() {
-                add(names::router_name(i), float(router));
+            let matrices = block.float_matrices().into_iter().map(|(which, matrix)| (which, float(matrix)));
+            let vectors = match attention {
+                Attention::Softmax(_) => Vec::new(),
+                Attention::DeltaNet(delta) => vec![
+                    (FloatPart::DeltaConvolution, delta.convolution.val().into_data()),
+                    (FloatPart::DeltaRate, delta.rate.val().into_data()),
+                    (FloatPart::DeltaBias, delta.bias.val().into_data()),
+                ],
+            };
+            for (which, values) in matrices.chain(vectors) {
+                let values = which.to_checkpoint(&values.iter::<f32>().collect::<Vec<_>>(), &self.config());
+                let shape = which.checkpoint_shape(self.config());
+                add(names::float_part_name(i, which), TensorData::new(values, shape));
             }
             let sub_norm = match feed_forward {
                 FeedForward::One(network) => network.down_proj.norm.as_ref(),
@@ -103,11 +117,16 @@ impl BitNet {
                     }
                 }
             }
+            let (softmax, delta) = match attention {
+                Attention::Softmax(attention) => (Some(attention), None),
+                Attention::DeltaNet(delta) => (None, Some(delta)),
+            };
             for (which, norm) in [
-                (Norm::Attention(i), Some(&attention.input_norm)),
-                (Norm::Query(i), attention.q_norm.as_ref()),
-                (Norm::Key(i), attention.k_norm.as_ref()),
-                (Norm::AttentionSub(i), attention.o_proj.norm.as_ref()),
+                (Norm::Attention(i), Some(attention.input_norm())),
+                (Norm::Query(i), softmax.and_then(|attention| attention.q_norm.as_ref())),
+                (Norm::Key(i), softmax.and_then(|attention| attention.k_norm.as_ref())),
+                (Norm::Delta(i), delta.map(|delta| &delta.norm)),
+                (Norm::AttentionSub(i), softmax.and_then(|attention| attention.o_proj.norm.as_ref())),
                 (Norm::FeedForward(i), Some(feed_forward.input_norm())),
                 (Norm::FeedForwardSub(i), sub_norm),
             ] {
@@ -136,6 +155,9 @@ impl BitNet {
         for block in &mut model.blocks {
             for (_, layer) in block.projections_mut() {
                 *layer = layer.clone().pack()?;
+            }
+            if let Attention::DeltaNet(delta) = &mut block.attention {
+                *delta = delta.clone().freeze();
             }
             if let FeedForward::Experts(experts) = &mut block.feed_forward {
                 experts.router = experts.router.clone().freeze();

@@ -6,13 +6,14 @@
 //! above their speed.
 //!
 //! The functions work on slices, without Burn's types: [`attention`] over a KV cache, the dense layers
-//! ([`dense`]), [`rope`], [`gated`] activations, [`quantise`] (which is fused with RMSNorm), and what only
+//! ([`dense`]), [`delta_net`], [`rope`], [`gated`] activations, [`quantise`] (which is fused with RMSNorm), and what only
 //! [`training`] needs. Their caller lends them [`Threads`]. They are written once over the vectors of [`simd`],
 //! which has the instruction sets.
 //!
 //! All of it asks [`bitnet_burn_plugin::features`] for the CPU's features, which respects the process's mask.
 
 pub mod attention;
+pub mod delta_net;
 pub mod dense;
 pub mod gated;
 pub mod hadamard;

@@ -290,7 +290,13 @@ fn quantise_row(x: impl Iterator<Item = f32> + Clone, q: &mut [i8]) -> (f32, i32
 
 /// 1 / sqrt(mean(x^2) + eps).
 #[inline(always)]
-fn inverse_rms<I: Isa>(isa: I, x: &[f32], eps: f32) -> f32 {
+pub(crate) fn inverse_rms<I: Isa>(isa: I, x: &[f32], eps: f32) -> f32 {
+    1.0 / (sum_of_squares(isa, x) / x.len() as f32 + eps).sqrt()
+}
+
+/// The sum of x^2 in the order of [`simd`](crate::simd).
+#[inline(always)]
+pub(crate) fn sum_of_squares<I: Isa>(isa: I, x: &[f32]) -> f32 {
     let mut sums = [0.0; LANES];
     let (chunks, tail) = x.as_chunks::<LANES>();
     for v in chunks {
@@ -308,7 +314,7 @@ fn inverse_rms<I: Isa>(isa: I, x: &[f32], eps: f32) -> f32 {
         }
         width /= 2;
     }
-    1.0 / (sums[0] / x.len() as f32 + eps).sqrt()
+    sums[0]
 }
 
 #[cfg(test)]

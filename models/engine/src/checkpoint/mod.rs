@@ -40,7 +40,7 @@ pub use source::{Content, OpenOptions, Rotated, Signs, TensorInfo, Weights};
 pub(crate) use tokenizer_source::{END_OF_GENERATION, end_of_generation};
 pub use tokenizer_source::{GgufTokenizer, TokenizerSource};
 
-use bitnet_burn::{ModelConfig, Norm, Projection};
+use bitnet_burn::{FloatPart, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::GgufFile;
 use bitnet_burn_formats::{DenseTensor, FileError, FileMap, TernaryTensor, check_canonical, safetensors};
 use bytes::Bytes;
@@ -216,13 +216,14 @@ impl Checkpoint {
         self.source.master(layer, which)?.map(|tensor| floats(&self.path, &tensor)).transpose()
     }
 
-    /// The weights of a layer's router to its experts: [experts, hidden].
+    /// A part of a layer that is floats in every model, in the [shape](FloatPart::shape) and with the values that layers
+    /// take.
     ///
     /// # Errors
-    /// [`LoadError::NoSuchLayer`]; [`FileError::MissingTensor`] for a layer without experts.
-    pub fn router(&self, layer: usize) -> Result<DenseTensor, LoadError> {
+    /// [`LoadError::NoSuchLayer`], [`LoadError::NotFinite`]; [`FileError::MissingTensor`] for a layer without it.
+    pub fn float_part(&self, layer: usize, which: FloatPart) -> Result<DenseTensor, LoadError> {
         self.check_layer(layer)?;
-        self.source.router(layer)
+        self.source.float_part(layer, which)
     }
 
     /// The weights of an RMSNorm, all finite.
@@ -318,8 +319,8 @@ impl Checkpoint {
                 report.dense_values += self.norm(norm)?.len() as u64;
                 report.tensors += 1;
             }
-            if self.config.experts(layer).is_some() {
-                report.dense_values += self.check_dense(&self.router(layer)?)?;
+            for which in FloatPart::of_layer(layer, &self.config) {
+                report.dense_values += self.check_dense(&self.float_part(layer, which)?)?;
                 report.tensors += 1;
             }
             for which in Projection::of_layer(layer, &self.config) {

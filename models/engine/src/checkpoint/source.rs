@@ -2,7 +2,7 @@
 
 use super::error::LoadError;
 use super::tokenizer_source::TokenizerSource;
-use bitnet_burn::{GatedActivation, Norm, Projection};
+use bitnet_burn::{FloatPart, GatedActivation, Norm, Projection};
 use bitnet_burn_formats::files::FileIdentity;
 use bitnet_burn_formats::{DenseTensor, FileMap, TernaryTensor};
 use bytes::Bytes;
@@ -79,8 +79,8 @@ pub(crate) trait Source: Send + Sync {
     /// Of a projection that [has one](Projection::has_bias).
     fn bias(&self, layer: usize, which: Projection) -> Result<DenseTensor, LoadError>;
     fn master(&self, layer: usize, which: Projection) -> Result<Option<DenseTensor>, LoadError>;
-    /// Of a layer with experts.
-    fn router(&self, layer: usize) -> Result<DenseTensor, LoadError>;
+    /// Of a layer that has it, in the [shape](FloatPart::shape) and with the values that layers take.
+    fn float_part(&self, layer: usize, which: FloatPart) -> Result<DenseTensor, LoadError>;
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError>;
     fn embedding(&self) -> Result<DenseTensor, LoadError>;
     fn output(&self) -> Result<Option<DenseTensor>, LoadError>;

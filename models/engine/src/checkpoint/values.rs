@@ -1,7 +1,7 @@
 //! Values of tensors as a model may have them: aligned, finite, in range.
 
 use super::error::LoadError;
-use bitnet_burn_formats::{DenseTensor, FileError};
+use bitnet_burn_formats::{DenseFormat, DenseTensor, FileError};
 use bytes::Bytes;
 use std::path::Path;
 
@@ -74,6 +74,24 @@ pub(super) fn floats(path: &Path, tensor: &DenseTensor) -> Result<Vec<f32>, Load
         decode_finite(path, tensor, n, row)?;
     }
     Ok(values)
+}
+
+/// A tensor of f32.
+pub(super) fn f32_tensor(name: &str, [n, k]: [usize; 2], values: &[f32]) -> DenseTensor {
+    let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    DenseTensor { name: name.to_owned(), n, k, format: DenseFormat::F32, data: aligned(data) }
+}
+
+/// The rates of decay of a gated DeltaNet.
+pub(super) fn checked_rates(path: &Path, tensor: &str, rates: &[f32]) -> Result<(), LoadError> {
+    match rates.iter().position(|&rate| !(rate.is_finite() && rate <= 0.0)) {
+        None => Ok(()),
+        Some(head) => Err(LoadError::UnsupportedTensor {
+            path: path.to_owned(),
+            tensor: tensor.to_owned(),
+            problem: format!("the memory of value head {head} would grow at a rate of {}", rates[head]),
+        }),
+    }
 }
 
 /// The value of a tensor of one element.

@@ -9,7 +9,7 @@ use crate::checkpoint::{Checkpoint, LoadError};
 use crate::load::HeadMode;
 use crate::projection;
 use bitnet_burn::CacheType;
-use bitnet_burn::{Experts, ModelConfig, Norm, Projection};
+use bitnet_burn::{Experts, FloatPart, ModelConfig, Norm, Projection};
 
 /// What a model needs. All sizes are in bytes unless stated otherwise.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -23,7 +23,7 @@ pub struct Requirements {
     pub layer_projections: u64,
     /// What a token reads of them: all; of experts, those that compute it.
     pub layer_read: u64,
-    /// The norms of one layer, and its router to experts.
+    /// The norms of one layer, and its other parts that are floats: a router to experts, say.
     pub layer_norms: u64,
     /// Number of ternary weights of one layer that a token is multiplied by.
     pub layer_weights: u64,
@@ -41,6 +41,8 @@ pub struct Requirements {
     pub vocabulary: u64,
     /// Bytes of a position in the KV cache of one layer, by type: f32, f16, int8.
     pub kv_per_position: [u64; 3],
+    /// Bytes of the state that a layer keeps of a sequence, however long that is. Layers that differ count as their mean.
+    pub state_per_layer: u64,
     /// Number of f32 values of a row that a layer needs at the same time: see [`activations`](Self::activations).
     row_values: u64,
     /// Width of the widest matmul input.
@@ -103,21 +105,30 @@ impl Requirements {
         };
         let config = checkpoint.config();
         let mut requirements = Self::with(config, sizes);
-        let (layer, experts) = typical_layer(config);
-        let mut dense = Some((0u64, 0u64));
-        for which in Projection::of_layer(layer, config) {
-            let bytes = checkpoint.dense_bytes(layer, which);
-            let read = which.is_read(config);
-            dense = dense.zip(bytes).map(|((all, sum), bytes)| {
-                (all.saturating_add(bytes), sum.saturating_add(if read { bytes } else { 0 }))
-            });
+        // Layers that differ count as their mean.
+        let layers = match config.options.delta_net {
+            None => typical_layer(config).0..typical_layer(config).0 + 1,
+            Some(_) => 0..config.n_layers,
+        };
+        let (mut dense, mut floats) = (Some((0u64, 0u64)), 0u64);
+        for layer in layers.clone() {
+            for which in Projection::of_layer(layer, config) {
+                let bytes = checkpoint.dense_bytes(layer, which);
+                let read = which.is_read(config);
+                dense = dense.zip(bytes).map(|((all, sum), bytes)| {
+                    (all.saturating_add(bytes), sum.saturating_add(if read { bytes } else { 0 }))
+                });
+            }
+            for which in FloatPart::of_layer(layer, config) {
+                floats += checkpoint.float_part(layer, which)?.data.len() as u64;
+            }
         }
+        let count = layers.len().max(1) as u64;
         if let Some((all, read)) = dense {
-            (requirements.layer_projections, requirements.layer_read) = (all, read);
+            (requirements.layer_projections, requirements.layer_read) =
+                (all.div_ceil(count), read.div_ceil(count));
         }
-        if experts.is_some() {
-            requirements.layer_norms += checkpoint.router(layer)?.data.len() as u64;
-        }
+        requirements.layer_norms += floats.div_ceil(count);
         Ok(requirements)
     }
 
@@ -126,20 +137,24 @@ impl Requirements {
     pub fn with(config: &ModelConfig, dense: DenseBytes) -> Self {
         let (_, experts) = typical_layer(config);
         // The projections of a layer: how many it has of each kind, and how many a token is multiplied by.
-        let kinds: Vec<(Projection, u64, u64)> = match experts {
-            None => Projection::ALL.map(|which| (which, 1, 1)).to_vec(),
-            Some(experts) => {
-                let (count, used) = (experts.count as u64, experts.used as u64);
-                let of_attention = Projection::ATTENTION.map(|which| (which, 1, 1));
-                of_attention.into_iter().chain(Projection::of_expert(0).map(|w| (w, count, used))).collect()
-            }
-        };
-        let sum = |of: &dyn Fn(usize) -> usize, number: &dyn Fn(u64, u64) -> u64| {
-            let each = kinds.iter().map(|&(which, count, used)| {
+        let (count, used) = experts.map_or((1, 1), |of| (of.count as u64, of.used as u64));
+        let feed_forward =
+            if experts.is_some() { Projection::of_expert(0) } else { Projection::FEED_FORWARD };
+        let feed_forward = feed_forward.map(|which| (which, count, used));
+        let sum_of = |kinds: &[Projection], of: &dyn Fn(usize) -> usize| {
+            let each = kinds.iter().map(|which| {
                 let (n, k) = which.shape(config);
-                (n as u64).saturating_mul(of(k) as u64).saturating_mul(number(count, used))
+                (n as u64).saturating_mul(of(k) as u64)
             });
             each.fold(0, u64::saturating_add)
+        };
+        let sum = |of: &dyn Fn(usize) -> usize, number: &dyn Fn(u64, u64) -> u64| {
+            let attention =
+                mean(config, sum_of(&Projection::ATTENTION, of), sum_of(&Projection::DELTA_NET, of));
+            let each = feed_forward
+                .iter()
+                .map(|&(which, count, used)| sum_of(&[which], of).saturating_mul(number(count, used)));
+            each.fold(attention, u64::saturating_add)
         };
         let norms = Norm::of_layer(0, config).map(|norm| norm.len(config) as u64 * 4).sum();
         let [hidden, inter, q, kv] =
@@ -147,7 +162,10 @@ impl Requirements {
                 .map(|v| v as u64);
         // The residual stream twice (a block's input and its sum), plus the larger of attention (queries, keys and values,
         // their rotated copies, the heads' output) and feed-forward (gate, up and their product).
-        let attention = 3 * q + 3 * kv;
+        // A gated DeltaNet: its inputs, which are convolved, and its outputs.
+        let delta = config.options.delta_net.as_ref();
+        let delta = delta.map_or(0, |delta| 2 * delta.channels() as u64 + 3 * delta.values() as u64);
+        let attention = (3 * q + 3 * kv).max(delta);
         // With experts: the normalised rows, the logits of the router, and of the rows of one expert its inputs and outputs.
         let feed_forward = experts.map_or(3 * inter, |experts| {
             4 * hidden + experts.count as u64 + 3 * experts.intermediate_size as u64
@@ -167,6 +185,7 @@ impl Requirements {
             vocabulary: config.vocab_size as u64,
             kv_per_position: CACHE_TYPES
                 .map(|kind| config.kv_bytes_per_token(kind) as u64 / config.n_layers.max(1) as u64),
+            state_per_layer: config.state_bytes() as u64 / config.n_layers.max(1) as u64,
             row_values: 2 * hidden + attention.max(feed_forward),
             widest: hidden.max(q).max(experts.map_or(inter, |experts| experts.intermediate_size as u64)),
             heads: config.n_heads as u64,
@@ -198,13 +217,20 @@ impl Requirements {
         self.kv_per_position[index].saturating_mul(positions as u64).saturating_mul(layers as u64)
     }
 
-    /// Bytes of the KV cache that a token reads behind `positions` positions in `layers` layers, of which as many have sliding
+    /// Bytes of the states of `layers` layers for a sequence: as they are, as they become, and as they were kept.
+    pub fn state_bytes(&self, layers: usize) -> u64 {
+        self.state_per_layer.saturating_mul(3).saturating_mul(layers as u64)
+    }
+
+    /// Bytes of the KV cache and of states that a token reads behind `positions` positions in `layers` layers, of which as many have sliding
     /// windows as in the whole model, in proportion.
     pub fn kv_bytes_read(&self, kind: CacheType, positions: usize, layers: usize) -> u64 {
         let (window, sliding) = self.windows;
         let all = self.kv_bytes(kind, positions, layers);
         let hidden = all - self.kv_bytes(kind, positions.min(window), layers);
-        all - (hidden as f64 * sliding as f64 / self.layers.max(1) as f64) as u64
+        let keys = all - (hidden as f64 * sliding as f64 / self.layers.max(1) as f64) as u64;
+        // A state is read and written.
+        keys.saturating_add(self.state_per_layer.saturating_mul(2).saturating_mul(layers as u64))
     }
 
     /// The memory that each device of a placement needs.
@@ -228,7 +254,7 @@ impl Requirements {
         DeviceMemory {
             device: device.to_owned(),
             weights: of_layers.saturating_add(of_dense),
-            kv_cache: self.kv_bytes(kv_cache, context, layers),
+            kv_cache: self.kv_bytes(kv_cache, context, layers).saturating_add(self.state_bytes(layers)),
             activations: self.activations(rows, dense),
             workspace: self.workspace(DeviceClass::of(device, threads), ForwardSize { rows, context }),
             budget: None,
@@ -261,6 +287,14 @@ impl Requirements {
             }
         }
     }
+}
+
+/// The mean over the layers of what those with attention have, and those with a gated DeltaNet.
+fn mean(config: &ModelConfig, attention: u64, delta: u64) -> u64 {
+    let Some(of) = &config.options.delta_net else { return attention };
+    let (all, deltas) = (of.layers.len().max(1) as u64, of.layers.iter().filter(|&&has| has).count() as u64);
+    let sum = attention.saturating_mul(all - deltas).saturating_add(delta.saturating_mul(deltas));
+    sum.div_ceil(all)
 }
 
 /// A layer that stands for all: the first with experts if there are some, else the first.

@@ -4,9 +4,10 @@ use super::super::choices::{choose_activation, drop_foreign_tokens};
 use super::super::error::LoadError;
 use super::super::source::OpenOptions;
 use super::super::tokenizer_source::end_of_generation;
+use super::delta_net::delta_net;
 use super::experts::{experts, has_experts, swiglu_clamp, windows};
 use super::keys::{string, token, wrong_value};
-use super::names::{LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE};
+use super::names::{LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE, QWEN35};
 use super::rope::scaling;
 use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
 use bitnet_burn_formats::FileError;
@@ -15,10 +16,10 @@ use std::collections::HashSet;
 use std::path::Path;
 
 /// The architectures that are read.
-const ARCHITECTURES: [&str; 9] =
-    ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE];
+const ARCHITECTURES: [&str; 10] =
+    ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN35, QWEN3MOE];
 const ARCHITECTURES_TEXT: &str =
-    "bitnet-b1.58, bitnet-25, bitnet, llama, maple, minicpm, qwen2, qwen3, qwen3moe";
+    "bitnet-b1.58, bitnet-25, bitnet, llama, maple, minicpm, qwen2, qwen3, qwen35, qwen3moe";
 /// Keys are looked up under these names too.
 const PREFIXES: [&str; 3] = ["bitnet", "bitnet-b1.58", "bitnet-25"];
 /// Keys that state the activation; llama.cpp defines none for BitNet, converters have their own.
@@ -148,6 +149,9 @@ pub(super) fn config(
         if suffix == "expert_count" && has_experts(&architecture) {
             continue;
         }
+        if suffix == "rope.dimension_count" && architecture == QWEN35 {
+            continue;
+        }
         if let Some(found) = keys.size(suffix)?.filter(|&found| found != expected) {
             return Err(LoadError::Unsupported {
                 path: path(),
@@ -216,12 +220,18 @@ pub(super) fn config(
     let has = |name: &str| file.tensor(name).is_some();
     let biased = !architecture.starts_with("bitnet");
     let mut options = DecoderOptions {
-        qk_norms: matches!(&*architecture, QWEN3 | QWEN3MOE | MAPLE),
+        qk_norms: matches!(&*architecture, QWEN3 | QWEN35 | QWEN3MOE | MAPLE),
         qkv_bias: architecture == QWEN2 || biased && has("blk.0.attn_q.bias"),
         output_bias: biased && has("blk.0.attn_output.bias"),
         rope_scaling: scaling(&keys, context_length, warnings)?,
         experts,
         windows,
+        delta_net: delta_net(&keys, &architecture, n_layers)?,
+        attention_gate: architecture == QWEN35,
+        rope_dim: match &*architecture {
+            QWEN35 => keys.size("rope.dimension_count")?.filter(|&dim| dim != head_dim),
+            _ => None,
+        },
         swiglu_clamp: swiglu_clamp(&keys, &architecture, n_layers)?,
         ..DecoderOptions::default()
     };

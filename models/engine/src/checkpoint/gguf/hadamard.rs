@@ -8,12 +8,14 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use bitnet_burn::Projection;
 use bitnet_burn_formats::FileError;
 use bitnet_burn_formats::gguf::{GgufFile, Value};
 
 use super::super::error::LoadError;
 use super::super::source::Signs;
 use super::keys::{string, wrong_value};
+use super::names::projection_name;
 
 const PREFIX: &str = "prism.hadamard.";
 const KEYS: [&str; 10] = [
@@ -37,6 +39,8 @@ pub(super) struct Hadamard {
     signs: Option<HashMap<usize, Arc<[f32]>>>,
     weights: HashSet<String>,
     inverse: HashSet<String>,
+    /// `gdn_v_grouped`.
+    grouped: bool,
 }
 
 impl Hadamard {
@@ -85,8 +89,15 @@ impl Hadamard {
                 _ => Err(wrong_value(file, full, value, "names of tensors")),
             }
         };
-        let this =
-            Self { block, signs, weights: names("weight_names")?, inverse: names("inverse_weight_names")? };
+        let grouped = match file.value(&format!("{PREFIX}gdn_v_grouped")) {
+            None => false,
+            Some(value) => {
+                let wrong = || wrong_value(file, format!("{PREFIX}gdn_v_grouped"), value, "a bool");
+                value.as_bool().ok_or_else(wrong)?
+            }
+        };
+        let (weights, inverse) = (names("weight_names")?, names("inverse_weight_names")?);
+        let this = Self { block, signs, weights, inverse, grouped };
         for name in this.weights.iter().chain(&this.inverse) {
             let Some(tensor) = file.tensor(name) else {
                 return Err(FileError::MissingTensor {
@@ -119,6 +130,28 @@ impl Hadamard {
     /// That of the rows of `k` values that are looked up in a tensor.
     pub(super) fn of_rows(&self, tensor: &str, k: usize) -> Option<Signs> {
         self.inverse.contains(tensor).then(|| self.of_width(k))
+    }
+
+    /// Whether the output projections of gated DeltaNets, in the layers that have one, take their value heads in Hugging
+    /// Face's order: those that are rotated, if `gdn_v_grouped` is set.
+    ///
+    /// # Errors
+    /// If that differs from layer to layer.
+    pub(super) fn groups_outputs(&self, file: &GgufFile, layers: &[bool]) -> Result<bool, LoadError> {
+        let names = (0..).zip(layers).filter(|(_, has)| **has);
+        let mut names = names.map(|(layer, _)| projection_name(layer, Projection::DeltaOut));
+        let rotated = |name: &String| self.grouped && self.weights.contains(name);
+        let Some(first) = names.next() else { return Ok(false) };
+        match names.find(|name| rotated(name) != rotated(&first)) {
+            None => Ok(rotated(&first)),
+            Some(name) => Err(LoadError::UnsupportedTensor {
+                path: file.path().to_owned(),
+                tensor: name,
+                problem: format!(
+                    "`{PREFIX}gdn_v_grouped` is set, and of this and `{first}` only one is in `{PREFIX}weight_names`"
+                ),
+            }),
+        }
     }
 
     /// A tensor that is rotated and none of these.

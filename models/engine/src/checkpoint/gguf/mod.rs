@@ -6,6 +6,7 @@
 //! community conversions mix them.
 
 mod config;
+mod delta_net;
 mod experts;
 mod hadamard;
 mod keys;
@@ -17,8 +18,8 @@ use super::error::LoadError;
 use super::missing::instead;
 use super::source::{Content, OpenOptions, Rotated, Signs, Source, TensorInfo, Weights};
 use super::tokenizer_source::TokenizerSource;
-use super::values::{aligned, aligned_view, checked_scale, one_float};
-use bitnet_burn::{ModelConfig, Norm, Projection};
+use super::values::{aligned, aligned_view, checked_rates, checked_scale, f32_tensor, floats, one_float};
+use bitnet_burn::{FloatPart, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::{GgufFile, GgufTensor, TensorType};
 use bitnet_burn_formats::{
     DenseFormat, DenseTensor, FileError, FileMap, TernaryTensor, ternary, tq1_0, tq2_0,
@@ -27,7 +28,10 @@ use bytes::Bytes;
 use config::config;
 pub(super) use config::what_matters;
 use hadamard::Hadamard;
-use names::{LLAMA, bias_name, is_gptj, neox_rows, norm_name, projection_name, projection_stem, router_name};
+use names::{
+    LLAMA, QWEN35, bias_name, float_part_name, is_gptj, neox_rows, norm_name, projection_name,
+    projection_stem,
+};
 use std::collections::HashSet;
 use tokenizer::{check_tokenizer, tokenizer};
 
@@ -35,7 +39,7 @@ const EMBEDDING: &str = "token_embd.weight";
 const OUTPUT: &str = "output.weight";
 /// What tensors are called in errors.
 const EXPERTS: &str = "the projections of experts";
-const ROUTER: &str = "a router to experts";
+const FLOATS: &str = "a router or a part of a gated DeltaNet";
 
 /// A GGUF file with a model in it.
 pub(crate) struct GgufModel {
@@ -50,6 +54,10 @@ pub(crate) struct GgufModel {
     hadamard: Option<Hadamard>,
     /// Whether the architecture is one of BitNet's, whose projections must be ternary.
     is_bitnet: bool,
+    /// Whether the norms before feed-forward networks have another name.
+    is_qwen35: bool,
+    /// [rows, columns] of the convolution of a gated DeltaNet.
+    convolution: [usize; 2],
     /// Whether ternary weights in any type mean that activations are quantised to int8. (I2_S always means that.)
     int8_rows: bool,
 }
@@ -62,7 +70,11 @@ impl GgufModel {
         warnings: &mut Vec<String>,
     ) -> Result<(Self, ModelConfig), LoadError> {
         let path = file.path();
-        let config = config(&file, options, warnings)?;
+        let mut config = config(&file, options, warnings)?;
+        let hadamard = Hadamard::read(&file)?;
+        if let (Some(delta), Some(hadamard)) = (&mut config.options.delta_net, &hadamard) {
+            delta.grouped_output = hadamard.groups_outputs(&file, &delta.layers)?;
+        }
         config.validate().map_err(|error| LoadError::Config { path: path.to_owned(), error })?;
         let is_bitnet = config.architecture.starts_with("bitnet");
         let model = Self {
@@ -70,7 +82,9 @@ impl GgufModel {
             n_layers: config.n_layers,
             experts: config.options.experts.as_ref().map_or(0, |experts| experts.count),
             gptj_head: is_gptj(&config.architecture).then_some(config.head_dim),
-            hadamard: Hadamard::read(&file)?,
+            hadamard,
+            is_qwen35: config.architecture == QWEN35,
+            convolution: FloatPart::DeltaConvolution.shape(&config),
             is_bitnet,
             int8_rows: is_bitnet || config.architecture == LLAMA,
             file,
@@ -85,7 +99,7 @@ impl GgufModel {
         let mut used = HashSet::new();
         for layer in 0..config.n_layers {
             for norm in Norm::of_layer(layer, config) {
-                let tensor = self.dense_info(&norm_name(norm), "a norm")?;
+                let tensor = self.dense_info(&self.norm_name(norm), "a norm")?;
                 self.check_shape(tensor, &[norm.len(config)])?;
                 used.insert(tensor.name.as_str());
             }
@@ -121,11 +135,12 @@ impl GgufModel {
                 }
             }
         }
-        for (layer, experts) in (0..config.n_layers).filter_map(|layer| Some((layer, config.experts(layer)?)))
-        {
-            let router = self.dense_info(&router_name(layer), ROUTER)?;
-            self.check_shape(router, &[experts.count, config.hidden_size])?;
-            used.insert(router.name.as_str());
+        for layer in 0..config.n_layers {
+            for which in FloatPart::of_layer(layer, config) {
+                let tensor = self.dense_info(&float_part_name(layer, which), FLOATS)?;
+                self.check_shape(tensor, &stored_shape(which, config))?;
+                used.insert(tensor.name.as_str());
+            }
         }
         let norm = self.dense_info(&norm_name(Norm::Output), "a norm")?;
         self.check_shape(norm, &[config.hidden_size])?;
@@ -254,6 +269,13 @@ impl GgufModel {
         !self.is_bitnet && by_group || !self.int8_rows && tensor_type != TensorType::I2_S
     }
 
+    fn norm_name(&self, which: Norm) -> String {
+        match which {
+            Norm::FeedForward(layer) if self.is_qwen35 => format!("blk.{layer}.post_attention_norm.weight"),
+            _ => norm_name(which),
+        }
+    }
+
     /// The rows of a head, where those of this projection are in GPT-J's order.
     fn permuted(&self, which: Projection) -> Option<usize> {
         self.gptj_head.filter(|_| matches!(which, Projection::Q | Projection::K))
@@ -359,12 +381,26 @@ impl Source for GgufModel {
         Ok(None)
     }
 
-    fn router(&self, layer: usize) -> Result<DenseTensor, LoadError> {
-        self.dense(&router_name(layer), ROUTER)
+    fn float_part(&self, layer: usize, which: FloatPart) -> Result<DenseTensor, LoadError> {
+        let tensor = self.dense(&float_part_name(layer, which), FLOATS)?;
+        let values = |tensor: &DenseTensor| floats(self.file.path(), tensor);
+        Ok(match which {
+            FloatPart::DeltaConvolution => {
+                let [taps, channels] = self.convolution;
+                let stored = values(&tensor)?;
+                let taps_first = (0..taps).flat_map(|tap| stored.iter().skip(tap).step_by(taps).copied());
+                f32_tensor(&tensor.name, [taps, channels], &taps_first.collect::<Vec<_>>())
+            }
+            FloatPart::DeltaRate => {
+                checked_rates(self.file.path(), &tensor.name, &values(&tensor)?)?;
+                tensor
+            }
+            _ => tensor,
+        })
     }
 
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError> {
-        self.dense(&norm_name(which), "a norm")
+        self.dense(&self.norm_name(which), "a norm")
     }
 
     fn embedding(&self) -> Result<DenseTensor, LoadError> {
@@ -416,6 +452,16 @@ impl Source for GgufModel {
         let version = ("GGUF.version".to_owned(), self.file.version().to_string());
         let keys = self.file.metadata().iter().map(|(key, value)| (key.clone(), value.to_string()));
         std::iter::once(version).chain(keys).collect()
+    }
+}
+
+/// The shape of a part in GGUF, rows first.
+fn stored_shape(which: FloatPart, config: &ModelConfig) -> Vec<usize> {
+    let [rows, columns] = which.shape(config);
+    match which {
+        FloatPart::Router | FloatPart::DeltaDecay | FloatPart::DeltaStrength => vec![rows, columns],
+        FloatPart::DeltaConvolution => vec![columns, rows],
+        FloatPart::DeltaRate | FloatPart::DeltaBias => vec![columns],
     }
 }
 

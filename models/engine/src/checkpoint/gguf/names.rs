@@ -4,7 +4,7 @@
 //! Hugging Face's rotate a row with the one half a head further (GPT-NeoX's): converters reorder
 //! the rows of q and k, and so do [`neox_rows`] and [`gptj_rows`].
 
-use bitnet_burn::{Norm, Projection};
+use bitnet_burn::{FloatPart, Norm, Projection};
 
 /// Llama's shape: no sub-norms, SiLU, and q and k in another order of rows.
 pub(crate) const LLAMA: &str = "llama";
@@ -20,6 +20,9 @@ pub(super) const QWEN3MOE: &str = "qwen3moe";
 /// Qwen3's shape with experts, and with sliding windows and RoPE in some layers.
 pub(super) const MAPLE: &str = "maple";
 
+/// Qwen3's shape with gated DeltaNets in place of the attention of most layers.
+pub(super) const QWEN35: &str = "qwen35";
+
 /// Whether files of an architecture rotate neighbouring rows of a head.
 pub(super) fn is_gptj(architecture: &str) -> bool {
     matches!(architecture, LLAMA | MINICPM)
@@ -30,9 +33,17 @@ pub fn projection_name(layer: usize, which: Projection) -> String {
     projection_stem(layer, which) + ".weight"
 }
 
-/// The name of a router's tensor in GGUF.
-pub(super) fn router_name(layer: usize) -> String {
-    format!("blk.{layer}.ffn_gate_inp.weight")
+/// The name in GGUF of a part that is floats in every model.
+pub(super) fn float_part_name(layer: usize, which: FloatPart) -> String {
+    let part = match which {
+        FloatPart::Router => "ffn_gate_inp.weight",
+        FloatPart::DeltaDecay => "ssm_alpha.weight",
+        FloatPart::DeltaStrength => "ssm_beta.weight",
+        FloatPart::DeltaConvolution => "ssm_conv1d.weight",
+        FloatPart::DeltaRate => "ssm_a",
+        FloatPart::DeltaBias => "ssm_dt.bias",
+    };
+    format!("blk.{layer}.{part}")
 }
 
 /// The name of a projection's bias in GGUF.
@@ -46,6 +57,7 @@ pub fn norm_name(which: Norm) -> String {
         Norm::Attention(l) => (l, "attn_norm"),
         Norm::Query(l) => (l, "attn_q_norm"),
         Norm::Key(l) => (l, "attn_k_norm"),
+        Norm::Delta(l) => (l, "ssm_norm"),
         Norm::AttentionSub(l) => (l, "attn_sub_norm"),
         Norm::FeedForward(l) => (l, "ffn_norm"),
         Norm::FeedForwardSub(l) => (l, "ffn_sub_norm"),
@@ -56,6 +68,9 @@ pub fn norm_name(which: Norm) -> String {
 
 pub(super) fn projection_stem(layer: usize, which: Projection) -> String {
     let part = match which {
+        Projection::DeltaQkv => "attn_qkv",
+        Projection::DeltaGate => "attn_gate",
+        Projection::DeltaOut => "ssm_out",
         Projection::Q => "attn_q",
         Projection::K => "attn_k",
         Projection::V => "attn_v",

@@ -3,8 +3,9 @@
 use super::super::choices::{choose_activation, drop_foreign_tokens};
 use super::super::error::LoadError;
 use super::super::source::OpenOptions;
+use super::delta_net::delta_net;
 use super::experts::{MAPLE_CLAMP, experts, windows};
-use super::fields::{Fields, MAPLE, QWEN3_MOE};
+use super::fields::{Fields, MAPLE, QWEN3_5, QWEN3_MOE};
 use super::names::is_sub_norm;
 use bitnet_burn::names::HEAD;
 use bitnet_burn::{DecoderOptions, ModelConfig, RopeScaling};
@@ -28,6 +29,9 @@ pub(super) fn config(
     let mut options = options_of(fields, architecture, (n_layers, hidden_size))?;
     options.experts = experts(fields, architecture, n_layers)?;
     options.windows = windows(fields, architecture, n_layers)?;
+    options.delta_net = delta_net(fields, architecture, n_layers)?;
+    // transformers' model has the gate always.
+    options.attention_gate = architecture == QWEN3_5 && fields.bool("attn_output_gate")?.unwrap_or(true);
     if let Some(windows) = options.windows.as_ref().filter(|_| architecture == MAPLE) {
         options.swiglu_clamp = vec![MAPLE_CLAMP; windows.layers.len()];
     }
@@ -41,6 +45,13 @@ pub(super) fn config(
         }
     };
     let context_length = fields.required_size("max_position_embeddings")?;
+    let turned = partial_rotary_factor(fields)?.unwrap_or(if architecture == QWEN3_5 { 0.25 } else { 1.0 });
+    if turned != 1.0 {
+        if architecture != QWEN3_5 {
+            return Err(fields.unsupported("partial_rotary_factor", &Value::from(turned), "1.0"));
+        }
+        options.rope_dim = Some((head_dim as f64 * turned) as usize);
+    }
     let rope_theta;
     (rope_theta, options.rope_scaling) = rope(fields, architecture, context_length, warnings)?;
     let stated = fields.str("hidden_act")?.map(|name| ("hidden_act", name));
@@ -96,6 +107,24 @@ fn intermediate_size(fields: Fields<'_>, options: &DecoderOptions) -> Result<usi
     }
 }
 
+/// The share of a head that RoPE turns, where it is stated: all statements agree.
+fn partial_rotary_factor(fields: Fields<'_>) -> Result<Option<f64>, LoadError> {
+    const KEY: &str = "partial_rotary_factor";
+    let mut stated = fields.float(KEY)?;
+    for within in ["rope_scaling", "rope_parameters"] {
+        let Some(found) = fields.within(within).and_then(|rope| rope.float(KEY).transpose()).transpose()?
+        else {
+            continue;
+        };
+        if let Some(other) = stated.filter(|&other| other != found) {
+            let supported = format!("{other}, as stated before");
+            return Err(fields.unsupported(&format!("{within}.{KEY}"), &Value::from(found), &supported));
+        }
+        stated = Some(found);
+    }
+    Ok(stated)
+}
+
 /// The base of RoPE: `rope_theta`, since version 5 in `rope_parameters`; and how its frequencies are scaled.
 fn rope(
     fields: Fields<'_>,
@@ -117,9 +146,6 @@ fn rope(
             return Err(fields.unsupported(key, rope.json, "what `rope_scaling` says"));
         }
         scaling = found.or(scaling);
-        if let Some(value) = rope.get("partial_rotary_factor").filter(|v| v.as_f64() != Some(1.0)) {
-            return Err(fields.unsupported(&format!("{key}.partial_rotary_factor"), value, "1.0"));
-        }
         if let Some(newer) = rope.float("rope_theta")? {
             if let Some(older) = theta.filter(|&t| t != newer) {
                 warnings.push(format!(
@@ -128,9 +154,6 @@ fn rope(
             }
             theta = Some(newer);
         }
-    }
-    if let Some(value) = fields.get("partial_rotary_factor").filter(|v| v.as_f64() != Some(1.0)) {
-        return Err(fields.unsupported("partial_rotary_factor", value, "1.0"));
     }
     let theta = theta.unwrap_or_else(|| {
         // transformers' defaults.
@@ -252,7 +275,7 @@ fn options_of(
         return Err(fields.unsupported("attention_bias", &Value::from(true), "false"));
     }
     let mut options = DecoderOptions {
-        qk_norms: matches!(architecture, "qwen3" | QWEN3_MOE | MAPLE),
+        qk_norms: matches!(architecture, "qwen3" | QWEN3_5 | QWEN3_MOE | MAPLE),
         qkv_bias: attention_bias || architecture == "qwen2",
         output_bias: attention_bias && architecture != "qwen2",
         ..DecoderOptions::default()

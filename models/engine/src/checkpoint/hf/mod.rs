@@ -1,6 +1,7 @@
 //! Hugging Face directories: `config.json`, and weights in one or several safetensors files.
 
 mod config;
+mod delta_net;
 mod experts;
 mod fields;
 mod names;
@@ -12,16 +13,18 @@ use super::error::LoadError;
 use super::missing::instead;
 use super::source::{Content, OpenOptions, Source, TensorInfo, Weights};
 use super::tokenizer_source::TokenizerSource;
-use super::values::{aligned, checked_scale, floats, one_float};
-use bitnet_burn::names::{EMBEDDING, HEAD, bias_name, norm_name, projection_name, router_name, scale_name};
-use bitnet_burn::{ModelConfig, Norm, Projection};
+use super::values::{aligned, checked_rates, checked_scale, f32_tensor, floats, one_float};
+use bitnet_burn::names::{
+    EMBEDDING, HEAD, bias_name, float_part_name, norm_name, projection_name, scale_name,
+};
+use bitnet_burn::{FloatPart, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::files::{FileIdentity, identity_of};
 use bitnet_burn_formats::hf::unpack_to_canonical;
 use bitnet_burn_formats::quant::absmean_to_canonical;
 use bitnet_burn_formats::safetensors::{self, Dtype, SafeTensor, Shards};
 use bitnet_burn_formats::{DenseTensor, FileError, FileMap, FormatError, TernaryTensor, read_json};
 use config::config;
-use fields::Fields;
+use fields::{Fields, QWEN3_5};
 use names::older_name;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
@@ -38,8 +41,8 @@ const COMPANIONS: [&str; 6] = [
     "chat_template.jinja",
 ];
 
-/// What a router is called in errors.
-const ROUTER: &str = "a router to experts";
+/// What parts that are floats in every model are called in errors.
+const FLOATS: &str = "a router or a part of a gated DeltaNet";
 
 /// A Hugging Face directory with a model in it.
 pub(crate) struct HfModel {
@@ -134,10 +137,10 @@ impl HfModel {
             for which in Projection::of_layer(layer, config) {
                 self.check_projection(layer, which)?;
             }
-            if let Some(experts) = config.experts(layer) {
-                let name = router_name(layer);
-                self.check_shape(&name, &[experts.count, config.hidden_size])?;
-                self.dense(&name, ROUTER)?;
+            for which in FloatPart::of_layer(layer, config) {
+                let name = float_part_name(layer, which);
+                self.check_shape(&name, &which.checkpoint_shape(config))?;
+                self.dense(&name, FLOATS)?;
             }
         }
         let norm = norm_name(Norm::Output);
@@ -241,8 +244,9 @@ fn check_names(
         let norms = Norm::of_layer(layer, config);
         let all = Projection::of_layer(layer, config);
         let projections = all.iter().map(|&which| projection_name(layer, which));
-        let router = config.experts(layer).map(|_| router_name(layer));
-        for name in norms.into_iter().map(norm_name).chain(router).chain(projections) {
+        let floats = FloatPart::of_layer(layer, config).into_iter();
+        let floats = floats.map(|which| float_part_name(layer, which));
+        for name in norms.into_iter().map(norm_name).chain(floats).chain(projections) {
             used.insert(find(dir, tensors, &name)?.0);
         }
         let scales = all.iter().map(|&which| scale_name(layer, which));
@@ -336,12 +340,26 @@ impl Source for HfModel {
         if self.style == Some(Style::Online) { self.dense(&name, "a master").map(Some) } else { Ok(None) }
     }
 
-    fn router(&self, layer: usize) -> Result<DenseTensor, LoadError> {
-        self.dense(&router_name(layer), ROUTER)
+    fn float_part(&self, layer: usize, which: FloatPart) -> Result<DenseTensor, LoadError> {
+        let tensor = self.dense(&float_part_name(layer, which), FLOATS)?;
+        if matches!(which, FloatPart::Router | FloatPart::DeltaDecay | FloatPart::DeltaStrength) {
+            return Ok(tensor);
+        }
+        let values = which.from_checkpoint(&floats(&self.dir, &tensor)?, &self.config);
+        if which == FloatPart::DeltaRate {
+            checked_rates(&self.dir, &tensor.name, &values)?;
+        }
+        Ok(f32_tensor(&tensor.name, which.shape(&self.config), &values))
     }
 
     fn norm(&self, which: Norm) -> Result<DenseTensor, LoadError> {
-        self.dense(&norm_name(which), "a norm")
+        let tensor = self.dense(&norm_name(which), "a norm")?;
+        if self.config.architecture != QWEN3_5 || matches!(which, Norm::Delta(_)) {
+            return Ok(tensor);
+        }
+        // transformers multiplies by one more.
+        let values: Vec<f32> = floats(&self.dir, &tensor)?.into_iter().map(|weight| 1.0 + weight).collect();
+        Ok(f32_tensor(&tensor.name, [tensor.n, tensor.k], &values))
     }
 
     fn embedding(&self) -> Result<DenseTensor, LoadError> {
