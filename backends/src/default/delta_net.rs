@@ -4,7 +4,7 @@ use burn::backend::Backend;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
 
-use super::{dims, rms_norm, slice};
+use super::{dims, rms_norm, sigmoid, slice};
 use crate::extension::{DeltaNetArgs, DeltaNetOutput, DeltaNetTensors, DeltaNetWeights};
 
 /// Added to the sum of squares of a query or key.
@@ -80,10 +80,6 @@ fn of_value_heads<B: Backend>(x: FloatTensor<B>, args: &DeltaNetArgs) -> FloatTe
     };
     let x = B::float_expand(B::float_reshape(x, Shape::new(apart)), Shape::new(expanded));
     B::float_reshape(x, Shape::new([m, value_heads, key_dim]))
-}
-
-fn sigmoid<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
-    B::float_recip(B::float_add_scalar(B::float_exp(B::float_neg(x)), 1f32.into()))
 }
 
 fn silu<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {

@@ -60,6 +60,11 @@ pub(crate) fn concat<B: Backend>(mut tensors: Vec<FloatTensor<B>>) -> FloatTenso
     if tensors.len() == 1 { tensors.remove(0) } else { B::float_cat(tensors, 1) }
 }
 
+/// 1 / (1 + e^-x).
+fn sigmoid<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_recip(B::float_add_scalar(B::float_exp(B::float_neg(x)), 1f32.into()))
+}
+
 pub(crate) fn gated<B: Backend>(gate_up: FloatTensor<B>, activation: GatedActivation) -> FloatTensor<B> {
     let [m, width] = dims(&gate_up)[..] else { panic!("gated takes [M, 2 * F]") };
     let gate = B::float_slice(gate_up.clone(), &slice(&[0..m, 0..width / 2]));
@@ -73,6 +78,7 @@ pub(crate) fn gated<B: Backend>(gate_up: FloatTensor<B>, activation: GatedActiva
             let e = B::float_exp(B::float_neg(gate.clone()));
             B::float_div(gate, B::float_add_scalar(e, 1f32.into()))
         }
+        GatedActivation::Sigmoid => sigmoid::<B>(gate),
     };
     B::float_mul(gate, up)
 }

@@ -10,8 +10,8 @@ use burn::tensor::TensorData;
 
 use super::*;
 use crate::extension::{
-    BitLinearArgs, DenseArgs, InputNorm, Matrix, SelfAttentionArgs, TernaryBackend, TernaryWeight,
-    WeightGroup,
+    BitLinearArgs, DeltaNetArgs, DeltaNetTensors, DeltaNetWeights, DenseArgs, InputNorm, Matrix,
+    SelfAttentionArgs, TernaryBackend, TernaryWeight, WeightGroup,
 };
 
 /// Small pseudo-random numbers in 0..n.
@@ -346,6 +346,36 @@ fn training_is_the_same<B: TernaryBackend>() {
     }
 }
 
+fn delta_net_is_the_same<B: TernaryBackend>() {
+    for (key_heads, value_heads, key_dim, value_dim, taps, tiled) in
+        [(1, 1, 1, 1, 2, false), (2, 4, 8, 20, 4, false), (2, 6, 16, 4, 3, true)]
+    {
+        let args = DeltaNetArgs { key_heads, value_heads, key_dim, value_dim, taps, tiled, eps: 1e-6 };
+        let (m, channels) = (7, args.channels());
+        let width = channels + args.values() + 2 * value_heads;
+        let rows = || floats::<B>(random(1, m * width), &[m, width]);
+        let weights = || DeltaNetWeights {
+            convolution: floats::<B>(random(2, taps * channels), &[taps, channels]),
+            decay: floats::<B>(random(3, value_heads).iter().map(|v| -v.abs()).collect(), &[value_heads]),
+            time_bias: floats::<B>(random(4, value_heads), &[value_heads]),
+            norm: floats::<B>(random(5, value_dim), &[value_dim]),
+        };
+        let state = || DeltaNetTensors {
+            inputs: floats::<B>(random(6, (taps - 1) * channels), &[taps - 1, channels]),
+            memory: floats::<B>(
+                random(7, value_heads * key_dim * value_dim),
+                &[value_heads, key_dim, value_dim],
+            ),
+        };
+        let fast = B::delta_net(rows(), weights(), state(), args);
+        let plain = delta_net::<B>(rows(), weights(), state(), &args);
+        let what = format!("{args:?}");
+        close(&values::<B>(fast.context), &values::<B>(plain.context), 2e-5, &what);
+        close(&values::<B>(fast.state.memory), &values::<B>(plain.state.memory), 1e-5, &what);
+        assert_eq!(values::<B>(fast.state.inputs), values::<B>(plain.state.inputs), "{what}");
+    }
+}
+
 fn int8_activations_are_the_same<B: TernaryBackend>() {
     for format in DenseArgs::INT8_FORMATS {
         for (n, blocks, m) in [(5, 1, 1), (19, 3, 2), (33, 8, 5)] {
@@ -431,6 +461,7 @@ fn ties_are_rounded_to_even<B: TernaryBackend>() {
 fn flex() {
     bit_linear_is_the_same::<burn::backend::Flex>();
     int8_activations_are_the_same::<burn::backend::Flex>();
+    delta_net_is_the_same::<burn::backend::Flex>();
     ties_are_rounded_to_even::<burn::backend::Flex>();
     training_is_the_same::<burn::backend::Flex>();
 }
@@ -440,6 +471,7 @@ fn flex() {
 fn ndarray() {
     bit_linear_is_the_same::<burn::backend::NdArray>();
     int8_activations_are_the_same::<burn::backend::NdArray>();
+    delta_net_is_the_same::<burn::backend::NdArray>();
     ties_are_rounded_to_even::<burn::backend::NdArray>();
     training_is_the_same::<burn::backend::NdArray>();
 }

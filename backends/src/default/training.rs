@@ -5,7 +5,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{IndexingUpdateOp, Shape};
 
 use super::attention::{causal_weights, rope};
-use super::{EPSILON, dims, quantise, slice};
+use super::{EPSILON, dims, quantise, sigmoid, slice};
 use crate::extension::{GatedActivation, SelfAttentionArgs};
 
 pub(crate) fn fake_quantise<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
@@ -182,9 +182,13 @@ pub(crate) fn gated_backward<B: Backend>(
             let relu = B::float_clamp_min(gate, 0f32.into());
             (B::float_mul(relu.clone(), relu.clone()), B::float_mul_scalar(relu, 2f32.into()))
         }
+        GatedActivation::Sigmoid => {
+            let sigmoid = sigmoid::<B>(gate);
+            let rest = B::float_add_scalar(B::float_neg(sigmoid.clone()), 1f32.into());
+            (sigmoid.clone(), B::float_mul(sigmoid, rest))
+        }
         GatedActivation::Silu => {
-            let e = B::float_exp(B::float_neg(gate.clone()));
-            let sigmoid = B::float_recip(B::float_add_scalar(e, 1f32.into()));
+            let sigmoid = sigmoid::<B>(gate.clone());
             let value = B::float_mul(gate, sigmoid.clone());
             // sigmoid + value * (1 - sigmoid)
             let rest = B::float_add_scalar(B::float_neg(sigmoid.clone()), 1f32.into());

@@ -250,14 +250,17 @@ pub enum GatedActivation {
     Relu2,
     /// `x * sigmoid(x)`: the older BitNet checkpoints and everything shaped like Llama.
     Silu,
+    /// `sigmoid(x)`: the gates of an attention's output (Qwen3.5). No feed-forward network that is read has it.
+    Sigmoid,
 }
 
 impl GatedActivation {
-    /// The name in configuration files: `relu2` or `silu`.
+    /// The name in configuration files.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Relu2 => "relu2",
             Self::Silu => "silu",
+            Self::Sigmoid => "sigmoid",
         }
     }
 

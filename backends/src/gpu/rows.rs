@@ -49,6 +49,7 @@ pub(crate) fn gated(gate_up: CubeTensor, activation: GatedActivation) -> CubeTen
     let gate = match activation {
         GatedActivation::Relu2 => Gate::Relu2,
         GatedActivation::Silu => Gate::Silu,
+        GatedActivation::Sigmoid => Gate::Sigmoid,
     };
     let (x, f) = (into_contiguous(gate_up), width / 2);
     let params = params_on(&x.device, &x.client, rows::gated_params(m, f));

@@ -39,6 +39,7 @@ pub(crate) fn gated<B: HostBackend>(gate_up: FloatTensor<B>, activation: GatedAc
     match activation {
         GatedActivation::Relu2 => gated::relu2_mul(&values, f, &mut out, &threads()),
         GatedActivation::Silu => gated::silu_mul(&values, f, &mut out, &threads()),
+        GatedActivation::Sigmoid => gated::sigmoid_mul(&values, f, &mut out, &threads()),
     }
     B::tensor(out, Shape::new([m, f]))
 }

@@ -121,6 +121,7 @@ pub(crate) fn gated_backward<B: HostBackend>(
             training::relu2_mul_backward(&values, &dy, f, &mut out, &threads());
         }
         GatedActivation::Silu => training::silu_mul_backward(&values, &dy, f, &mut out, &threads()),
+        GatedActivation::Sigmoid => training::sigmoid_mul_backward(&values, &dy, f, &mut out, &threads()),
     }
     B::tensor(out, Shape::new([m, width]))
 }

@@ -9,8 +9,8 @@ use burn::tensor::{DType, Shape, TensorData, try_read_sync};
 
 use super::{TEXT, name};
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, CachedAttention, DenseArgs, GatedActivation, InputNorm,
-    TernaryBackend, WeightGroup,
+    AttentionArgs, BitLinearArgs, CacheTensor, CachedAttention, DeltaNetArgs, DeltaNetOutput,
+    DeltaNetTensors, DeltaNetWeights, DenseArgs, GatedActivation, InputNorm, TernaryBackend, WeightGroup,
 };
 
 fn size(value: usize) -> ScalarIr {
@@ -183,9 +183,34 @@ impl TernaryBackend for Remote {
         CachedAttention { context: outputs.remove(0), keys, values }
     }
 
+    fn delta_net(
+        rows: FloatTensor<Self>,
+        weights: DeltaNetWeights<Self>,
+        state: DeltaNetTensors<Self>,
+        args: DeltaNetArgs,
+    ) -> DeltaNetOutput<Self> {
+        let (device, [m, _]) = (rows.device(), dims(&rows));
+        let DeltaNetArgs { key_heads, value_heads, key_dim, value_dim, taps, tiled, eps } = args;
+        let mut scalars = [key_heads, value_heads, key_dim, value_dim, taps].map(size).to_vec();
+        scalars.extend([ScalarIr::Bool(tiled), ScalarIr::Float(eps.into())]);
+        let DeltaNetWeights { convolution, decay, time_bias, norm } = weights;
+        let tensors = [rows, convolution, decay, time_bias, norm, state.inputs, state.memory];
+        let inputs = tensors.map(FloatTensor::<Self>::into_ir);
+        let shapes = [
+            Shape::new([m, args.values()]),
+            Shape::new([taps - 1, args.channels()]),
+            Shape::new([value_heads, key_dim, value_dim]),
+        ];
+        let outputs = shapes.map(|shape| (shape, DType::F32));
+        let mut outputs = send(&device, name::DELTA_NET, &inputs, outputs, scalars).into_iter();
+        let mut next = || outputs.next().expect("as many outputs as were asked for");
+        let context = next();
+        DeltaNetOutput { context, state: DeltaNetTensors { inputs: next(), memory: next() } }
+    }
+
     fn gated(gate_up: FloatTensor<Self>, activation: GatedActivation) -> FloatTensor<Self> {
         let (device, [m, width]) = (gate_up.device(), dims(&gate_up));
-        let scalars = vec![ScalarIr::Bool(activation == GatedActivation::Silu)];
+        let scalars = vec![size(activation as usize)];
         float(&device, name::GATED, &[gate_up.into_ir()], [m, width / 2], scalars)
     }
 

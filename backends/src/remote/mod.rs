@@ -33,7 +33,7 @@ pub use worker::{Worker, WorkerError};
 
 /// What both sides have to agree on: the operations below and their arguments belong to a version.
 fn version() -> String {
-    format!("bitnet-burn {}, operations 3", env!("CARGO_PKG_VERSION"))
+    format!("bitnet-burn {}, operations 4", env!("CARGO_PKG_VERSION"))
 }
 
 /// The most bytes of a record between a client and a worker.
@@ -52,6 +52,7 @@ mod name {
     pub const CACHE_APPEND: &str = "bitnet_burn::cache_append";
     pub const ATTENTION: &str = "bitnet_burn::attention";
     pub const CACHED_ATTENTION: &str = "bitnet_burn::cached_attention";
+    pub const DELTA_NET: &str = "bitnet_burn::delta_net";
     pub const GATED: &str = "bitnet_burn::gated";
     pub const DENSE_LINEAR: &str = "bitnet_burn::dense_linear";
     pub const DENSE_ROWS: &str = "bitnet_burn::dense_rows";

@@ -21,8 +21,9 @@ use super::gate::{self, Gate, Limits};
 use super::{Secret, TEXT, name};
 use crate::devices::{LARGEST_REMOTE, catching_panics};
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend,
-    TernaryWeight, WeightGroup,
+    AttentionArgs, BitLinearArgs, CacheTensor, DeltaNetArgs, DeltaNetOutput, DeltaNetTensors,
+    DeltaNetWeights, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend, TernaryWeight,
+    WeightGroup,
 };
 use crate::manager::take_error;
 
@@ -225,6 +226,16 @@ impl<B: BackendIr> Request<'_, B> {
 
     fn float<const D: usize>(&mut self, what: &str) -> Result<(FloatTensor<B>, [usize; D]), String> {
         self.float_of(what, &[DType::F32])
+    }
+
+    fn float_as<const D: usize>(
+        &mut self,
+        what: &str,
+        expected: [usize; D],
+    ) -> Result<FloatTensor<B>, String> {
+        let (tensor, dims) = self.float(what)?;
+        check(dims == expected, || format!("{what} of {dims:?}, not {expected:?}"))?;
+        Ok(tensor)
     }
 
     fn int<const D: usize>(
@@ -431,10 +442,41 @@ fn cached_attention<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>)
     Ok(outputs)
 }
 
+fn delta_net<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Outputs<B> {
+    /// More than any model has, and few enough that no product of four of them overflows.
+    const MOST: usize = 1 << 15;
+    let [key_heads, value_heads] = [request.size()?, request.size()?];
+    let [key_dim, value_dim, taps] = [request.size()?, request.size()?, request.size()?];
+    let (tiled, eps) = (request.flag()?, request.number()?);
+    let args = DeltaNetArgs { key_heads, value_heads, key_dim, value_dim, taps, tiled, eps };
+    let sizes = [key_heads, value_heads, key_dim, value_dim, taps];
+    let fits = sizes.iter().all(|size| (1..=MOST).contains(size)) && taps > 1;
+    check(fits && value_heads.is_multiple_of(key_heads), || format!("{args:?}"))?;
+    let (channels, values) = (args.channels(), args.values());
+    let (rows, [m, width]) = request.float("rows")?;
+    check(width == channels + values + 2 * value_heads, || format!("rows of {width} for {args:?}"))?;
+    let weights = DeltaNetWeights {
+        convolution: request.float_as("the convolution", [taps, channels])?,
+        decay: request.float_as("the decays", [value_heads])?,
+        time_bias: request.float_as("the biases", [value_heads])?,
+        norm: request.float_as("the norm's weight", [value_dim])?,
+    };
+    let state = DeltaNetTensors {
+        inputs: request.float_as("the inputs", [taps - 1, channels])?,
+        memory: request.float_as("the memory", [value_heads, key_dim, value_dim])?,
+    };
+    check_rows(m, values)?;
+    let DeltaNetOutput { context, state } = B::delta_net(rows, weights, state, args);
+    Ok([context, state.inputs, state.memory].map(Output::Float).into())
+}
+
 fn gated<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Outputs<B> {
     let (gate_up, [_, width]) = request.float("gate and up")?;
     check(width > 0 && width.is_multiple_of(2), || format!("gate and up of {width}"))?;
-    let activation = if request.flag()? { GatedActivation::Silu } else { GatedActivation::Relu2 };
+    let activations = [GatedActivation::Relu2, GatedActivation::Silu, GatedActivation::Sigmoid];
+    let asked = request.size()?;
+    let activation = activations.into_iter().find(|&activation| activation as usize == asked);
+    let activation = activation.ok_or_else(|| format!("activation {asked}"))?;
     Ok(vec![Output::Float(B::gated(gate_up, activation))])
 }
 
@@ -506,6 +548,7 @@ fn operations<B: TernaryBackend + BackendIr>(device_name: String) -> CustomOpReg
     add(name::CACHE_APPEND, Box::new(|request, _| cache_append(request)));
     add(name::ATTENTION, Box::new(|request, _| attention(request)));
     add(name::CACHED_ATTENTION, Box::new(|request, _| cached_attention(request)));
+    add(name::DELTA_NET, Box::new(|request, _| delta_net(request)));
     add(name::GATED, Box::new(|request, _| gated(request)));
     add(name::DENSE_LINEAR, Box::new(|request, _| dense_linear(request)));
     add(name::DENSE_ROWS, Box::new(|request, _| dense_rows(request)));

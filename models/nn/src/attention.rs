@@ -2,12 +2,11 @@
 
 use std::ops::Range;
 
-use bitnet_burn_backends::SelfAttentionArgs;
 use bitnet_burn_backends::ops;
+use bitnet_burn_backends::{GatedActivation, SelfAttentionArgs};
 use burn::config::Config;
 use burn::module::Module;
 use burn::nn::{RmsNorm, RmsNormConfig};
-use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
 
 use crate::bit_linear::side_by_side;
@@ -206,7 +205,7 @@ impl BitAttention {
             }
         };
         let context = match gates {
-            Some(gates) => context * sigmoid(gates),
+            Some(gates) => ops::gated(Tensor::cat(vec![gates, context], 1), GatedActivation::Sigmoid),
             None => context,
         };
         Ok(self.o_proj.forward_rows(context, batch.quantise)?)

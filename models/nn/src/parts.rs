@@ -158,6 +158,18 @@ pub enum Norm {
 }
 
 impl Norm {
+    /// All norms, those of layers in the first one.
+    pub const ALL: [Self; 8] = [
+        Self::Attention(0),
+        Self::Query(0),
+        Self::Key(0),
+        Self::Delta(0),
+        Self::AttentionSub(0),
+        Self::FeedForward(0),
+        Self::FeedForwardSub(0),
+        Self::Output,
+    ];
+
     /// Number of weights.
     pub fn len(self, config: &ModelConfig) -> usize {
         match self {

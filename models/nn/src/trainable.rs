@@ -99,7 +99,7 @@ impl BitNet {
                 ],
             };
             for (which, values) in matrices.chain(vectors) {
-                let values = which.to_checkpoint(&values.iter::<f32>().collect::<Vec<_>>(), &self.config());
+                let values = which.to_checkpoint(&values.iter::<f32>().collect::<Vec<_>>(), self.config());
                 let shape = which.checkpoint_shape(self.config());
                 add(names::float_part_name(i, which), TensorData::new(values, shape));
             }

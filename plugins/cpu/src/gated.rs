@@ -36,6 +36,18 @@ pub fn silu_mul(gate_up: &[f32], f: usize, out: &mut [f32], threads: &dyn Thread
     gated(Level::best(), gate_up, f, out, threads, Silu);
 }
 
+/// Sigmoid gating (the gated linear unit, arXiv 1612.08083): out = sigmoid(g) * u, with the sigmoid of [`silu_mul`].
+///
+/// # Arguments
+/// * `gate_up`: rows of F gates g, then F values u
+/// * `out`: rows of F
+///
+/// # Panics
+/// If `gate_up` is not twice as long as `out`, or that is no whole number of rows.
+pub fn sigmoid_mul(gate_up: &[f32], f: usize, out: &mut [f32], threads: &dyn Threads) {
+    gated(Level::best(), gate_up, f, out, threads, Sigmoid);
+}
+
 /// The non-linearity of a gated feed-forward network.
 pub(crate) trait Gate: Copy + Sync {
     /// Its value and its derivative at g.
@@ -61,10 +73,27 @@ pub(crate) struct Silu;
 impl Gate for Silu {
     #[inline(always)]
     fn value_and_slope<I: Isa>(self, isa: I, g: f32) -> (f32, f32) {
-        let e = exp(isa, -g.abs());
-        let sigmoid = (if g < 0.0 { e } else { 1.0 }) / (1.0 + e);
+        let sigmoid = sigmoid(isa, g);
         (g * sigmoid, sigmoid * (1.0 + g * (1.0 - sigmoid)))
     }
+}
+
+/// sigmoid(g).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sigmoid;
+
+impl Gate for Sigmoid {
+    #[inline(always)]
+    fn value_and_slope<I: Isa>(self, isa: I, g: f32) -> (f32, f32) {
+        let sigmoid = sigmoid(isa, g);
+        (sigmoid, sigmoid * (1.0 - sigmoid))
+    }
+}
+
+#[inline(always)]
+fn sigmoid<I: Isa>(isa: I, g: f32) -> f32 {
+    let e = exp(isa, -g.abs());
+    (if g < 0.0 { e } else { 1.0 }) / (1.0 + e)
 }
 
 fn gated(level: Level, gate_up: &[f32], f: usize, out: &mut [f32], threads: &dyn Threads, gate: impl Gate) {
@@ -154,11 +183,14 @@ mod tests {
                 rng.f32s(2 * rows * f).into_iter().enumerate().map(|(i, v)| v * scale[i % 4]).collect();
             check(&pools, &gate_up, rows, f, Relu2, &|g: f64| g.max(0.0).powi(2));
             check(&pools, &gate_up, rows, f, Silu, &|g: f64| g / (1.0 + (-g).exp()));
+            check(&pools, &gate_up, rows, f, Sigmoid, &|g: f64| 1.0 / (1.0 + (-g).exp()));
         }
         let mut out = [0.0; 2];
         relu2_mul(&[-3.0, 3.0, 5.0, 5.0], 2, &mut out, &pools[0]);
         assert_eq!(out, [0.0, 45.0]);
         silu_mul(&[-200.0, 200.0, 5.0, 5.0], 2, &mut out, &pools[0]);
         assert_eq!(out, [0.0, 1000.0]);
+        sigmoid_mul(&[-200.0, 200.0, 5.0, 5.0], 2, &mut out, &pools[0]);
+        assert_eq!(out, [0.0, 5.0]);
     }
 }

@@ -170,13 +170,15 @@ fn normalised(x: &[f32], weight: &[f32], from: u32, i: u32, root: f32, #[comptim
     if comptime!(normed) { value / root * weight[i as usize] } else { value }
 }
 
-/// A feed-forward network's gated activation.
+/// The gated activation of a feed-forward network, or of an attention's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Gate {
     /// relu(gate)^2 * up
     Relu2,
     /// silu(gate) * up
     Silu,
+    /// sigmoid(gate) * up
+    Sigmoid,
 }
 
 /// One value a thread. Parameters: rows, values of an output row.
@@ -191,8 +193,10 @@ pub(crate) fn gated_rows(gate_up: &[f32], y: &mut [f32], params: &[u32], #[compt
             // What is no number stays none.
             let relu = select(g < 0.0f32, 0.0f32, g);
             relu * relu
-        } else {
+        } else if comptime!(gate == Gate::Silu) {
             g / ((0.0f32 - g).exp() + 1.0f32)
+        } else {
+            1.0f32 / ((0.0f32 - g).exp() + 1.0f32)
         };
         y[at as usize] = activated * gate_up[(from + f) as usize];
     }

@@ -30,7 +30,7 @@ pub enum LoadError {
         error: ConfigError,
     },
     /// An architecture that this program does not implement.
-    #[error("{}: architecture `{found}` is not supported; supported: {supported}", path.display())]
+    #[error("{}: architecture `{found}` is not supported; supported: {supported}{lacks}", path.display())]
     Architecture {
         /// The file.
         path: PathBuf,
@@ -38,6 +38,8 @@ pub enum LoadError {
         found: String,
         /// Those that are implemented.
         supported: &'static str,
+        /// What its header has and no implemented architecture has, as the end of a sentence.
+        lacks: String,
     },
     /// The feed-forward activation is unknown or can't be told.
     #[error("{}: {problem}", path.display())]

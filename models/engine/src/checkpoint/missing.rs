@@ -1,5 +1,7 @@
 //! What an error about a missing tensor says: what the files have in its place.
 
+use std::collections::BTreeSet;
+
 /// Prefixes that PyTorch puts in front of all names, with what saves them without.
 const PREFIXES: [(&str, &str); 3] = [
     ("module.", "save `model.module`, not the DataParallel around it"),
@@ -52,6 +54,26 @@ pub(super) fn instead<'a>(wanted: &str, names: impl Iterator<Item = &'a str> + C
     match names.clone().next() {
         Some(first) => format!("; the files have {} tensors, such as `{first}`", names.count()),
         None => "; the files have no tensors".into(),
+    }
+}
+
+/// What an unknown architecture has and no known one has, as the end of a sentence: names of tensors, and keys.
+pub(super) fn listed(tensors: &BTreeSet<String>, keys: &BTreeSet<String>) -> String {
+    const SHOWN: usize = 8;
+    let list = |what: &str, names: &BTreeSet<String>| {
+        let shown: Vec<_> =
+            names.iter().take(SHOWN).map(|name| format!("`{}`", name.escape_debug())).collect();
+        let more = names.len().saturating_sub(SHOWN);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        (!names.is_empty()).then(|| format!("{what} {}{more}", shown.join(", ")))
+    };
+    let lists: Vec<_> = [list("tensors", tensors), list("keys", keys)].into_iter().flatten().collect();
+    match lists[..] {
+        [] => {
+            "; all of its tensors and keys are known: it may be a supported architecture under another name"
+                .into()
+        }
+        _ => format!("; no supported architecture has its {}", lists.join(", and its ")),
     }
 }
 

@@ -161,6 +161,7 @@ pub(super) fn warnings(
         let (own, other) = match config.activation {
             GatedActivation::Relu2 => ("squared ReLU", "SiLU"),
             GatedActivation::Silu => ("SiLU", "squared ReLU"),
+            GatedActivation::Sigmoid => ("a sigmoid", "squared ReLU"),
         };
         warnings.push(format!(
             "under architecture `{name}`, {} computes {other} where this model has {own}: wrong text, and no error",

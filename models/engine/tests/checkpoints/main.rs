@@ -1,5 +1,6 @@
 //! Model files: what is read of them, and which of them are refused.
 
+mod delta_net;
 mod experts;
 mod gguf;
 mod hf;

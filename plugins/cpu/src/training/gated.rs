@@ -1,7 +1,7 @@
 //! Gradients of gated activations.
 
 use super::by_parts;
-use crate::gated::{Gate, Relu2, Silu};
+use crate::gated::{Gate, Relu2, Sigmoid, Silu};
 use crate::simd::{Isa, Kernel, Level};
 use crate::threads::Threads;
 
@@ -19,6 +19,14 @@ pub fn relu2_mul_backward(gate_up: &[f32], dy: &[f32], f: usize, out: &mut [f32]
 /// As [`relu2_mul_backward`].
 pub fn silu_mul_backward(gate_up: &[f32], dy: &[f32], f: usize, out: &mut [f32], threads: &dyn Threads) {
     gated_backward(gate_up, dy, f, out, threads, Silu);
+}
+
+/// The gradient of sigmoid(gate) * up.
+///
+/// # Panics
+/// As [`relu2_mul_backward`].
+pub fn sigmoid_mul_backward(gate_up: &[f32], dy: &[f32], f: usize, out: &mut [f32], threads: &dyn Threads) {
+    gated_backward(gate_up, dy, f, out, threads, Sigmoid);
 }
 
 fn gated_backward(

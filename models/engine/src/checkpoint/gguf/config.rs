@@ -6,6 +6,7 @@ use super::super::source::OpenOptions;
 use super::super::tokenizer_source::end_of_generation;
 use super::delta_net::delta_net;
 use super::experts::{experts, has_experts, swiglu_clamp, windows};
+use super::foreign::foreign_parts;
 use super::keys::{string, token, wrong_value};
 use super::names::{LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE, QWEN35};
 use super::rope::scaling;
@@ -89,20 +90,24 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// An architecture that is not read.
-fn check_architecture(path: &Path, architecture: &str) -> Result<(), LoadError> {
+/// An architecture that is not read; `lacks` says what it has that the others have not.
+fn check_architecture(
+    path: &Path,
+    architecture: &str,
+    lacks: impl FnOnce() -> String,
+) -> Result<(), LoadError> {
     if ARCHITECTURES.contains(&architecture) {
         return Ok(());
     }
     let (path, found) = (path.to_owned(), architecture.to_owned());
-    Err(LoadError::Architecture { path, found, supported: ARCHITECTURES_TEXT })
+    Err(LoadError::Architecture { path, found, supported: ARCHITECTURES_TEXT, lacks: lacks() })
 }
 
 /// The error that matters where a file could not be parsed: tensors of a type that is not read are to be
 /// expected in a file of an architecture that is not read.
 pub(crate) fn what_matters(error: FileError) -> LoadError {
     if let FileError::UnknownTensorType { path, architecture: Some(architecture), .. } = &error
-        && let Err(error) = check_architecture(path, architecture)
+        && let Err(error) = check_architecture(path, architecture, String::new)
     {
         return error;
     }
@@ -118,7 +123,7 @@ pub(super) fn config(
     let path = || file.path().to_owned();
     let architecture = string(file, "general.architecture")?;
     if let Some(architecture) = &architecture {
-        check_architecture(file.path(), architecture)?;
+        check_architecture(file.path(), architecture, || foreign_parts(file, architecture))?;
     }
     let architecture = architecture.ok_or_else(|| LoadError::MissingKey {
         path: path(),

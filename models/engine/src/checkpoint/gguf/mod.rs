@@ -8,6 +8,7 @@
 mod config;
 mod delta_net;
 mod experts;
+mod foreign;
 mod hadamard;
 mod keys;
 pub(crate) mod names;

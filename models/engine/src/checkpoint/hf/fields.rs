@@ -113,6 +113,7 @@ impl<'a> Fields<'a> {
                 path: self.path.to_owned(),
                 found: other.to_owned(),
                 supported: MODEL_TYPES_TEXT,
+                lacks: String::new(),
             }),
             None => Err(self.missing("model_type")),
         }

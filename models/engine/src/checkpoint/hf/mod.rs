@@ -10,7 +10,7 @@ mod style;
 pub use style::Style;
 
 use super::error::LoadError;
-use super::missing::instead;
+use super::missing::{instead, listed};
 use super::source::{Content, OpenOptions, Source, TensorInfo, Weights};
 use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, checked_rates, checked_scale, f32_tensor, floats, one_float};
@@ -27,7 +27,7 @@ use config::config;
 use fields::{Fields, QWEN3_5};
 use names::older_name;
 use serde_json::Value;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use style::style;
 
@@ -73,8 +73,12 @@ impl HfModel {
         let mut files: Vec<_> = COMPANIONS.iter().filter_map(companion).collect();
         let json: Value = read_json(&path)?;
         let fields = Fields { path: &path, json: &json };
-        fields.architecture()?;
-        let Shards { tensors, maps, files: shards } = safetensors::open_directory(dir)?;
+        let unknown = fields.architecture().err();
+        let opened = safetensors::open_directory(dir);
+        if let Some(error) = unknown {
+            return Err(with_foreign_tensors(error, opened.ok()));
+        }
+        let Shards { tensors, maps, files: shards } = opened?;
         files.extend(shards);
         let config = config(dir, fields, &tensors, options, warnings)?;
         config.validate().map_err(|error| LoadError::Config { path: path.clone(), error })?;
@@ -207,6 +211,37 @@ impl HfModel {
         }
         self.dense(&scale, "a scale").map(drop)
     }
+}
+
+/// An error about an unknown architecture, with the tensors that no known one has.
+fn with_foreign_tensors(error: LoadError, shards: Option<Shards>) -> LoadError {
+    let (LoadError::Architecture { path, found, supported, .. }, Some(shards)) = (&error, shards) else {
+        return error;
+    };
+    let projections =
+        Projection::ALL.into_iter().chain(Projection::DELTA_NET).chain(Projection::of_expert(0));
+    let projections =
+        projections.flat_map(|which| [projection_name(0, which), bias_name(0, which), scale_name(0, which)]);
+    let norms = Norm::ALL.map(norm_name);
+    let floats = FloatPart::DELTA_NET.into_iter().chain([FloatPart::Router]);
+    let floats = floats.map(|which| float_part_name(0, which));
+    let known = projections.chain(norms).chain(floats).chain([EMBEDDING, HEAD].map(str::to_owned));
+    let mut known: BTreeSet<String> = known.collect();
+    known.extend(known.clone().iter().filter_map(|name| older_name(name)));
+    let tensors =
+        shards.tensors.keys().map(|name| numbered(name)).filter(|name| !known.contains(name)).collect();
+    LoadError::Architecture {
+        path: path.clone(),
+        found: found.clone(),
+        supported,
+        lacks: listed(&tensors, &BTreeSet::new()),
+    }
+}
+
+/// The name that a tensor has in the first layer, of the first expert.
+fn numbered(name: &str) -> String {
+    let parts = name.split('.').map(|part| if part.parse::<usize>().is_ok() { "0" } else { part });
+    parts.collect::<Vec<_>>().join(".")
 }
 
 /// A tensor, and the name that it has in the files.
