@@ -304,7 +304,8 @@ impl Trainer {
         state.check(&path, &config, &data)?;
         let mut values = store::parameters(&path)?;
         let device = device.clone().autodiff();
-        let model = BitNet::trainable(&model_config, config.model.ternary, &device, &mut |name, shape| {
+        let quantisation = config.model.quantisation();
+        let model = BitNet::trainable(&model_config, quantisation, &device, &mut |name, shape| {
             values.take(name, shape)
         })?;
         let optimizer = Optimizer::new(&config, state.step, &model);
@@ -335,7 +336,7 @@ impl Trainer {
         let mut random = SplitMix64::new(config.seed);
         let model = BitNet::trainable::<TrainError>(
             model_config,
-            config.model.ternary,
+            config.model.quantisation(),
             &device.clone().autodiff(),
             &mut |name, shape| Ok(initial(name, shape, &mut random)),
         )?;
