@@ -418,7 +418,7 @@ impl BitLinear {
                 let bytes = stored.iter().flat_map(|scale| scale.to_le_bytes()).collect::<Vec<_>>();
                 let stored = Scales::stored(bytes.into(), false, n, k, weights);
                 let stored = stored.map_err(|error| ManagerError::Operands(error.to_string()))?;
-                let count = if weights == 0 { 1 } else { k / weights };
+                let count = k.checked_div(weights).unwrap_or(1);
                 (0..n * count).map(|at| stored.get(at / count, at % count, k)).collect()
             }
         };

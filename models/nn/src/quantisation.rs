@@ -20,6 +20,11 @@ pub struct Quantisation {
 }
 
 impl Quantisation {
+    /// Whether it is BitNet's: one scale for all weights, and int8 by row.
+    pub fn is_bitnet(self) -> bool {
+        self.scale == WeightScale::Tensor && self.activation_group() == Some(0)
+    }
+
     /// Checks that a layer with `d_input` input features can be quantised so.
     ///
     /// # Errors
