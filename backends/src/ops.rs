@@ -5,7 +5,7 @@ mod delta_net;
 mod ternary;
 
 use bitnet_burn_formats::dense::requantise;
-use bitnet_burn_formats::{DenseFormat, FormatError, dense_tiles};
+use bitnet_burn_formats::{DenseFormat, FormatError, WeightScale, dense_tiles};
 use bitnet_burn_manager::memory::PageArena;
 use burn::backend::Dispatch;
 #[cfg(any(feature = "flex", feature = "ndarray", feature = "cube"))]
@@ -63,16 +63,23 @@ pub fn reads_tiles(device: &Device) -> bool {
     is_host(device)
 }
 
-/// Activations [M, K] as the kernels see them: quantised to int8 by absmax and row, and back to floats. The
-/// gradient is the straight-through estimator's.
-pub fn fake_quantise(x: Tensor<2>) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::fake_quantise(x.into_dispatch()))
+/// Activations [M, K] as the kernels see them: quantised to int8 by absmax, with a scale for each `group` of a row's values
+/// (0: for the row; the last group of a row may be shorter), and back to floats. The gradient is the straight-through
+/// estimator's.
+pub fn fake_quantise(x: Tensor<2>, group: usize) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::fake_quantise(x.into_dispatch(), group))
 }
 
-/// Latent weights [N, K] as packing freezes them: -s, 0 or s by absmean. The gradient is the
-/// straight-through estimator's.
-pub fn ternarise(w: Tensor<2>) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::ternarise(w.into_dispatch()))
+/// Latent weights [N, K] as packing freezes them: -s, 0 or s by absmean, with an s for all, or for each row or group. The
+/// gradient is the straight-through estimator's.
+///
+/// # Panics
+/// If the groups do not divide K.
+pub fn ternarise(w: Tensor<2>, scale: WeightScale) -> Tensor<2> {
+    let [n, k] = w.dims();
+    let group = scale.group();
+    assert!(group == 0 || k.is_multiple_of(group), "{scale} of weights [{n}, {k}]");
+    Tensor::from_dispatch(Dispatch::ternarise(w.into_dispatch(), scale))
 }
 
 /// Causal attention of whole sequences over themselves, with rotary position embedding.

@@ -78,7 +78,7 @@ fn everything() -> u64 {
     let mut hash = Hash(0xcbf2_9ce4_8422_2325);
     // The first one needs no threads: it has to set the mask all the same.
     hash.add(Flex::rms_norm(random(1, &[3, 300]), random(2, &[300]), 1e-5));
-    hash.add(Flex::fake_quantise(random(3, &[40, 1000])));
+    hash.add(Flex::fake_quantise(random(3, &[40, 1000]), 0));
     hash.add(Flex::gated(random(4, &[5, 2 * 333]), GatedActivation::Silu));
 
     let (n, k) = (100, 300);

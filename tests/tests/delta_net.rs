@@ -2,7 +2,7 @@
 
 use bitnet_burn::{
     BitNet, CacheError, CacheType, DeltaNet, FloatPart, ForwardError, GatedActivation, KvCache, ModelConfig,
-    Row, SequenceId,
+    Quantisation, Row, SequenceId,
 };
 use bitnet_burn_engine::generate::{GenerateOptions, Generator, Step};
 use bitnet_burn_tests::*;
@@ -41,17 +41,22 @@ fn config() -> ModelConfig {
     config
 }
 
-fn trainable(quantise: bool, device: &Device) -> BitNet {
-    let mut random = Random(6);
-    BitNet::trainable::<()>(&config(), quantise, device, &mut |_, shape| {
-        Ok(random.floats(shape.iter().product()).iter().map(|v| v * 0.4 + 0.1).collect())
-    })
-    .unwrap()
+/// A frozen model. Its ternary weights have one magnitude, so that every device finds the same scale.
+fn model(quantise: bool, device: &Device) -> BitNet {
+    let (mut random, device) = (Random(6), device.clone().autodiff());
+    let quantisation = quantise.then(Quantisation::default);
+    let model = BitNet::trainable::<()>(&config(), quantisation, &device, &mut |name, shape| {
+        let floats = ["embed", "in_proj_a", "in_proj_b", "conv1d"].iter().any(|part| name.contains(part));
+        let ternary = shape.len() == 2 && !floats;
+        let value = |v: f32| if ternary { 0.25f32.copysign(v) } else { v * 0.4 + 0.1 };
+        Ok(random.floats(shape.iter().product()).into_iter().map(value).collect())
+    });
+    model.unwrap().pack().unwrap()
 }
 
-/// Frozen, on every device that has the same bits.
+/// The model on every device that has the same bits.
 fn models() -> Vec<BitNet> {
-    devices().iter().map(|device| trainable(true, device).pack().unwrap()).collect()
+    devices().iter().map(|device| model(true, device)).collect()
 }
 
 fn tokens(seed: u64, n: usize) -> Vec<u32> {
@@ -185,12 +190,12 @@ fn a_pass_that_fails_changes_no_state() {
 
 #[test]
 fn a_prompt_that_comes_again_goes_on_before_its_last_token() {
-    let model = trainable(true, &Device::flex()).pack().unwrap();
+    let model = model(true, &Device::flex());
     let prompt = tokens(9, 30);
     let options = GenerateOptions { max_new_tokens: 6, chunk: 8, ..GenerateOptions::default() };
     let mut cache = model.cache(64, CacheType::F32).unwrap();
     let id = cache.add_sequence(0);
-    let mut run = |cache: &mut KvCache| {
+    let run = |cache: &mut KvCache| {
         let mut generator = Generator::new(&model, &prompt, id, cache, &options).unwrap();
         let mut tokens = Vec::new();
         loop {
@@ -212,7 +217,7 @@ fn parameters_come_back_as_they_were_given_and_all_have_gradients() {
     let mut given = Vec::new();
     let mut random = Random(11);
     let device = Device::flex().autodiff();
-    let model = BitNet::trainable::<()>(&config(), false, &device, &mut |name, shape| {
+    let model = BitNet::trainable::<()>(&config(), None, &device, &mut |name, shape| {
         let values: Vec<f32> = random.floats(shape.iter().product()).iter().map(|v| v * 0.4 + 0.1).collect();
         given.push((name.to_owned(), shape.to_vec(), values.clone()));
         Ok(values)
@@ -289,8 +294,8 @@ fn a_gpu_computes_the_same() {
     setup();
     {
         let ids = tokens(13, 17);
-        let host = all_logits(&trainable(false, &Device::flex()), &ids, 256, CacheType::F32);
-        let gpu = trainable(false, &Device::wgpu(Default::default()));
+        let host = all_logits(&model(false, &Device::flex()), &ids, 256, CacheType::F32);
+        let gpu = model(false, &Device::wgpu(Default::default()));
         for chunk in [256, 4, 1] {
             let difference = max_difference(&all_logits(&gpu, &ids, chunk, CacheType::F32), &host);
             assert!(difference < 2e-4, "chunks of {chunk}: {difference:e}");

@@ -267,7 +267,7 @@ fn a_sliding_window_goes_on_with_what_it_keeps() {
         ..bitnet_burn_engine::synth::shape("tiny").unwrap()
     };
     let mut random = Random(9);
-    let float = BitNet::trainable::<()>(&config, false, &Device::flex().autodiff(), &mut |_, shape| {
+    let float = BitNet::trainable::<()>(&config, None, &Device::flex().autodiff(), &mut |_, shape| {
         Ok(random.floats(shape.iter().product()).iter().map(|v| v * 0.3).collect())
     });
     let float = float.unwrap().valid();

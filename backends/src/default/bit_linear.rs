@@ -63,7 +63,7 @@ fn columns(k: usize, group: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Columns of a matrix.
-fn columns_of<B: Backend>(x: &FloatTensor<B>, columns: Range<usize>) -> FloatTensor<B> {
+pub(super) fn columns_of<B: Backend>(x: &FloatTensor<B>, columns: Range<usize>) -> FloatTensor<B> {
     let [rows, width] = dims(x)[..] else { panic!("a matrix") };
     if columns == (0..width) {
         return x.clone();

@@ -2,7 +2,7 @@
 //! autodiff are compared in the tests package.)
 
 use bitnet_burn_formats::dense_tiles::tile;
-use bitnet_burn_formats::quant;
+use bitnet_burn_formats::{WeightScale, quant};
 use bitnet_burn_manager::ScaleKind;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend};
@@ -335,14 +335,55 @@ fn training_is_the_same<B: TernaryBackend>() {
             close(&dx, &want[0], 1e-5, &format!("{args:?} {name}"));
         }
     }
-    for (m, k) in [(1, 1), (3, 40), (70, 33)] {
-        let x = || floats::<B>(random(11, m * k), &[m, k]);
-        let want = values::<B>(fake_quantise::<B>(x()));
-        close(&values::<B>(B::fake_quantise(x())), &want, 1e-6, "fake_quantise");
-        let scale = quant::absmean_scale(&random(11, m * k));
-        let got = values::<B>(B::ternarise(x()));
-        assert_eq!(got, quant::absmean_values(&random(11, m * k), scale));
-        close(&got, &values::<B>(ternarise::<B>(x())), 1e-6, "ternarise");
+}
+
+/// Both bodies of the quantisers against their definitions, in f64 where they add.
+fn quantisers_are_the_same<B: TernaryBackend>() {
+    for (m, k) in [(1, 1), (3, 40), (70, 33), (5, 256), (2, 1000)] {
+        let mut plain = random(11, m * k);
+        // Runs of other sizes, of zeros, and of values below the smallest scale.
+        plain.chunks_mut(32).enumerate().for_each(|(i, x)| match i % 5 {
+            0 => x.iter_mut().for_each(|x| *x *= 50.0),
+            1 => x.fill(0.0),
+            2 => x.iter_mut().for_each(|x| *x *= 1e-6),
+            _ => {}
+        });
+        let x = || floats::<B>(plain.clone(), &[m, k]);
+        for group in [0, 32, 64, 96, 128] {
+            let what = format!("fake_quantise [{m}, {k}] by {group}");
+            let of_group = |x: &[f32]| {
+                let mut q = vec![0; x.len()];
+                let (scale, _) = quant::absmax_row(x, &mut q);
+                q.into_iter().map(move |q| f32::from(q) * scale).collect::<Vec<_>>()
+            };
+            let length = if group == 0 { k } else { group };
+            let want: Vec<f32> =
+                plain.chunks(k).flat_map(|row| row.chunks(length).flat_map(of_group)).collect();
+            assert_eq!(values::<B>(B::fake_quantise(x(), group)), want, "{what}");
+            close(&values::<B>(fake_quantise::<B>(x(), group)), &want, 1e-6, &what);
+        }
+        for scale in [WeightScale::Tensor, WeightScale::Row, WeightScale::Group(32), WeightScale::Group(256)]
+        {
+            let group = scale.group();
+            if group > 0 && k % group > 0 {
+                continue;
+            }
+            let what = format!("ternarise [{m}, {k}] by {scale}");
+            let fast = values::<B>(B::ternarise(x(), scale));
+            let default = values::<B>(ternarise::<B>(x(), scale));
+            let run = scale.run(m, k);
+            for (i, w) in plain.chunks(run).enumerate() {
+                let mean = w.iter().map(|&w| f64::from(w).abs()).sum::<f64>() / w.len() as f64;
+                let s = mean.max(f64::from(quant::EPSILON));
+                for (j, &w) in w.iter().enumerate() {
+                    let want = (f64::from(w) / s).round_ties_even().clamp(-1.0, 1.0) * s;
+                    for got in [fast[i * run + j], default[i * run + j]] {
+                        let error = (f64::from(got) - want).abs();
+                        assert!(error <= 1e-6 * s, "{what}: {got} and {want} at {i}, {j}");
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -464,6 +505,7 @@ fn flex() {
     delta_net_is_the_same::<burn::backend::Flex>();
     ties_are_rounded_to_even::<burn::backend::Flex>();
     training_is_the_same::<burn::backend::Flex>();
+    quantisers_are_the_same::<burn::backend::Flex>();
 }
 
 #[cfg(feature = "ndarray")]
@@ -474,4 +516,5 @@ fn ndarray() {
     delta_net_is_the_same::<burn::backend::NdArray>();
     ties_are_rounded_to_even::<burn::backend::NdArray>();
     training_is_the_same::<burn::backend::NdArray>();
+    quantisers_are_the_same::<burn::backend::NdArray>();
 }

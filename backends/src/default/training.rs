@@ -1,23 +1,46 @@
 //! What only training needs.
 
+use bitnet_burn_formats::WeightScale;
+use bitnet_burn_plugin::sdk::group_length;
 use burn::backend::Backend;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{IndexingUpdateOp, Shape};
 
 use super::attention::{causal_weights, rope};
-use super::{EPSILON, dims, quantise, sigmoid, slice};
+use super::bit_linear::columns_of;
+use super::{EPSILON, concat, dims, quantise, sigmoid, slice};
 use crate::extension::{GatedActivation, SelfAttentionArgs};
 
-pub(crate) fn fake_quantise<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
-    let (q, scale) = quantise::<B>(x);
-    B::float_mul(q, scale)
+pub(crate) fn fake_quantise<B: Backend>(x: FloatTensor<B>, group: usize) -> FloatTensor<B> {
+    let [m, k] = dims(&x)[..] else { panic!("fake_quantise takes [M, K]") };
+    let group = group_length(k, group).min(k);
+    // The last group of a row may be shorter.
+    let whole = k - k % group;
+    let parts = [(0..whole, group), (whole..k, k - whole)].into_iter().filter(|(_, group)| *group > 0);
+    let quantised = parts.map(|(columns, group)| {
+        let (rows, width) = (m * (columns.len() / group), columns.len());
+        let part = B::float_reshape(columns_of::<B>(&x, columns), Shape::new([rows, group]));
+        let (q, scale) = quantise::<B>(part);
+        B::float_reshape(B::float_mul(q, scale), Shape::new([m, width]))
+    });
+    concat::<B>(quantised.collect())
 }
 
-pub(crate) fn ternarise<B: Backend>(w: FloatTensor<B>) -> FloatTensor<B> {
-    let mean = B::float_mean(B::float_abs(w.clone()));
-    let s = B::float_reshape(B::float_clamp_min(mean, EPSILON.into()), Shape::new([1, 1]));
+pub(crate) fn ternarise<B: Backend>(w: FloatTensor<B>, scale: WeightScale) -> FloatTensor<B> {
+    let [n, k] = dims(&w)[..] else { panic!("ternarise takes [N, K]") };
+    let run = scale.run(n, k);
+    let mean = match scale {
+        WeightScale::Tensor => B::float_reshape(B::float_mean(B::float_abs(w.clone())), Shape::new([1, 1])),
+        WeightScale::Row | WeightScale::Group(_) => {
+            let runs = B::float_reshape(w.clone(), Shape::new([n * k / run, run]));
+            B::float_mean_dim(B::float_abs(runs), 1)
+        }
+    };
+    let s = B::float_clamp_min(mean, EPSILON.into());
+    let w = B::float_reshape(w, Shape::new([n * k / run, run]));
     let codes = B::float_round(B::float_mul(w, B::float_recip(s.clone())));
-    B::float_mul(B::float_clamp(codes, (-1f32).into(), 1f32.into()), s)
+    let values = B::float_mul(B::float_clamp(codes, (-1f32).into(), 1f32.into()), s);
+    B::float_reshape(values, Shape::new([n, k]))
 }
 
 /// Queries, keys and values of [`self_attention`], turned, by (sequence, kv head): q [., group * length, d],

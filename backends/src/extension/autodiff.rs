@@ -1,5 +1,6 @@
 //! Gradients of the operations.
 
+use bitnet_burn_formats::WeightScale;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
@@ -144,14 +145,14 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
         }
     }
 
-    fn fake_quantise(x: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn fake_quantise(x: FloatTensor<Self>, group: usize) -> FloatTensor<Self> {
         let prep = StraightThrough.prepare::<C>([x.node()]).compute_bound();
-        prep.stateless(B::fake_quantise(x.into_primitive()))
+        prep.stateless(B::fake_quantise(x.into_primitive(), group))
     }
 
-    fn ternarise(w: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn ternarise(w: FloatTensor<Self>, scale: WeightScale) -> FloatTensor<Self> {
         let prep = StraightThrough.prepare::<C>([w.node()]).compute_bound();
-        prep.stateless(B::ternarise(w.into_primitive()))
+        prep.stateless(B::ternarise(w.into_primitive(), scale))
     }
 
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {

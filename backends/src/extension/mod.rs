@@ -6,6 +6,7 @@ mod autodiff;
 mod cube;
 mod tensors;
 
+use bitnet_burn_formats::WeightScale;
 use burn::backend::backend_extension;
 #[cfg(feature = "fusion")]
 use burn::backend::fusion::custom::TensorSpec;
@@ -106,20 +107,20 @@ pub trait TernaryBackend: burn::backend::Backend {
         default::bit_linear_backward::<Self>(dy, weights, &args)
     }
 
-    /// Activations as the kernels see them, by rows: q * (a / 127), with a and q as for
-    /// [`bit_linear`](Self::bit_linear). Its gradient is the straight-through estimator's: that of the
+    /// Activations as the kernels see them: q * (a / 127), with a and q as for [`bit_linear`](Self::bit_linear), of each
+    /// `group` of a row's values (0: of the row). Its gradient is the straight-through estimator's: that of the
     /// output, unchanged (Bengio et al., arXiv 1308.3432).
     ///
     /// # Shapes
     /// x [M, K]; the output is like x.
     #[fusion(dtype = x, shape = x)]
-    fn fake_quantise(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        default::fake_quantise::<Self>(x)
+    fn fake_quantise(x: FloatTensor<Self>, group: usize) -> FloatTensor<Self> {
+        default::fake_quantise::<Self>(x, group)
     }
 
     /// Latent weights as packing freezes them, absmean: clamp(round(w / s), -1, 1) * s with
-    /// s = max(mean |w|, 1e-5). Its gradient is the straight-through estimator's: that of the output,
-    /// unchanged.
+    /// s = max(mean |w|, 1e-5) of the weights that share a [scale](WeightScale). Its gradient is the straight-through
+    /// estimator's: that of the output, unchanged.
     ///
     /// Bodies for host memory add |w| in f64 in the order of the indices, as
     /// [`quant::absmean_scale`](bitnet_burn_formats::quant::absmean_scale) does; other devices may come to an s
@@ -128,8 +129,8 @@ pub trait TernaryBackend: burn::backend::Backend {
     /// # Shapes
     /// w [N, K]; the output is like w.
     #[fusion(dtype = w, shape = w)]
-    fn ternarise(w: FloatTensor<Self>) -> FloatTensor<Self> {
-        default::ternarise::<Self>(w)
+    fn ternarise(w: FloatTensor<Self>, scale: WeightScale) -> FloatTensor<Self> {
+        default::ternarise::<Self>(w, scale)
     }
 
     /// Causal attention of whole sequences over themselves, with rotary position embedding: row m of a

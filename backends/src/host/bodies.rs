@@ -1,5 +1,6 @@
 //! [`TernaryBackend`] for the backends of host memory.
 
+use bitnet_burn_formats::WeightScale;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use super::{attention, bit_linear, dense, rows, training};
@@ -28,12 +29,12 @@ macro_rules! fast_bodies {
                 bit_linear::bit_linear_backward::<Self>(dy, weights, args)
             }
 
-            fn fake_quantise(x: FloatTensor<Self>) -> FloatTensor<Self> {
-                training::fake_quantise::<Self>(x)
+            fn fake_quantise(x: FloatTensor<Self>, group: usize) -> FloatTensor<Self> {
+                training::fake_quantise::<Self>(x, group)
             }
 
-            fn ternarise(w: FloatTensor<Self>) -> FloatTensor<Self> {
-                training::ternarise::<Self>(w)
+            fn ternarise(w: FloatTensor<Self>, scale: WeightScale) -> FloatTensor<Self> {
+                training::ternarise::<Self>(w, scale)
             }
 
             fn self_attention(

@@ -1,7 +1,8 @@
 //! What only training needs.
 
 use bitnet_burn_cpu::training;
-use bitnet_burn_formats::quant;
+use bitnet_burn_formats::{WeightScale, quant};
+use bitnet_burn_plugin::sdk::{group_length, groups};
 use burn::backend::TensorMetadata;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::Shape;
@@ -9,28 +10,28 @@ use burn::tensor::Shape;
 use super::{HostBackend, dims, quantise, threads, with_activations};
 use crate::extension::{GatedActivation, SelfAttentionArgs};
 
-pub(crate) fn fake_quantise<B: HostBackend>(x: FloatTensor<B>) -> FloatTensor<B> {
+pub(crate) fn fake_quantise<B: HostBackend>(x: FloatTensor<B>, group: usize) -> FloatTensor<B> {
     let [m, k] = dims(&x);
     let mut y = vec![0f32; m * k];
     with_activations(|activations| {
-        let out = activations.resize(m, k);
+        let out = activations.resize_groups(m, k, group);
         let stride = out.stride;
         quantise(&B::floats(&x), k, None, out);
-        let (q, scale) = (activations.q(), activations.scale());
-        for (row, (y, scale)) in y.chunks_exact_mut(k).zip(scale).enumerate() {
-            for (y, &q) in y.iter_mut().zip(&q[row * stride..]) {
-                *y = f32::from(q) * scale;
+        let (q, scales) = (activations.q(), activations.scale().chunks_exact(groups(k, group)));
+        for (row, (y, scales)) in y.chunks_exact_mut(k).zip(scales).enumerate() {
+            let parts =
+                y.chunks_mut(group_length(k, group)).zip(q[row * stride..].chunks(group_length(k, group)));
+            for ((y, q), scale) in parts.zip(scales) {
+                y.iter_mut().zip(q).for_each(|(y, &q)| *y = f32::from(q) * scale);
             }
         }
     });
     B::tensor(y, Shape::new([m, k]))
 }
 
-pub(crate) fn ternarise<B: HostBackend>(w: FloatTensor<B>) -> FloatTensor<B> {
-    let shape = w.shape();
-    let w = B::floats(&w);
-    let scale = quant::absmean_scale(&w);
-    B::tensor(quant::absmean_values(&w, scale), shape)
+pub(crate) fn ternarise<B: HostBackend>(w: FloatTensor<B>, scale: WeightScale) -> FloatTensor<B> {
+    let [n, k] = dims(&w);
+    B::tensor(quant::absmean_values(&B::floats(&w), scale.run(n, k)), Shape::new([n, k]))
 }
 
 fn attention_shape(args: &SelfAttentionArgs) -> training::Shape {

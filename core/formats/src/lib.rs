@@ -47,7 +47,7 @@ pub use error::{FileError, WriteError};
 pub use exact::Progress;
 pub use json::read_json;
 pub use map::{FileMap, any_truncated, map_file, outlive_truncation};
-pub use scales::Scales;
+pub use scales::{Scales, WeightScale};
 pub use tensor::{DenseTensor, TernaryTensor};
 
 use canonical::{Row, ZERO_BYTE};

@@ -1,13 +1,14 @@
 //! The quantisers of BitNet b1.58 (arXiv 2402.17764, section 2; arXiv 2310.11453, equations 1 to 5
 //! for the activations), as plain scalar code.
 //!
-//! Weights, absmean, one scale for the tensor:
+//! Weights, absmean, with W all weights of the tensor, or those of a row or a group of it where
+//! [these have scales of their own](crate::WeightScale):
 //!
 //! ```text
 //! s = max(mean(|W|), 1e-5)        q = clamp(round(W * (1/s)), -1, 1)        W ~ q * s
 //! ```
 //!
-//! Activations, absmax, one scale for each row (token):
+//! Activations, absmax, with x a row (token), or a group of its values:
 //!
 //! ```text
 //! a = max(max(|x|), 1e-5)         q = clamp(round(x * (127/a)), -128, 127)  x ~ q * (a/127)
@@ -71,14 +72,28 @@ pub fn absmean_quantise(weights: &[f32], scale: f32) -> Vec<i8> {
     codes
 }
 
-/// The values of [`absmean_quantise`], as floats: -scale, 0 or scale.
-pub fn absmean_values(weights: &[f32], scale: f32) -> Vec<f32> {
-    let inverse = 1.0 / scale;
-    let value = |&w: &f32| {
-        let w = w * inverse;
-        (f32::from(u8::from(w > 0.5)) - f32::from(u8::from(w < -0.5))) * scale
-    };
-    weights.iter().map(value).collect()
+/// The values of [`absmean_quantise`], as floats: -s, 0 or s, with s the [scale](absmean_scale) of each `run` of weights,
+/// the last of which may be shorter.
+///
+/// ```
+/// use bitnet_burn_formats::quant::absmean_values;
+///
+/// let weights = [0.75, -0.75, 0.125, -0.375];
+/// assert_eq!(absmean_values(&weights, 4), [0.5, -0.5, 0.0, -0.5]);
+/// assert_eq!(absmean_values(&weights, 2), [0.75, -0.75, 0.0, -0.25]);
+/// ```
+pub fn absmean_values(weights: &[f32], run: usize) -> Vec<f32> {
+    let mut values = vec![0f32; weights.len()];
+    let run = run.max(1);
+    for (weights, values) in weights.chunks(run).zip(values.chunks_mut(run)) {
+        let scale = absmean_scale(weights);
+        let inverse = 1.0 / scale;
+        for (value, &w) in values.iter_mut().zip(weights) {
+            let w = w * inverse;
+            *value = (f32::from(u8::from(w > 0.5)) - f32::from(u8::from(w < -0.5))) * scale;
+        }
+    }
+    values
 }
 
 /// clamp(round_half_even(w * inverse), -1, 1). Between -1 and 1 that is two comparisons: 0.5 is a tie

@@ -2,12 +2,114 @@
 //! ([`Weights::scales`](bitnet_burn_plugin::abi::Weights::scales)).
 #![forbid(unsafe_code)]
 
+use std::fmt;
+use std::str::FromStr;
+
 use bitnet_burn_plugin::abi::SCALE_ROWS;
 use bitnet_burn_plugin::sdk::{self, groups, scale_count};
 use bytes::Bytes;
 use half::f16;
+use serde::{Deserialize, Serialize};
 
 use crate::FormatError;
+use crate::ternary::GROUPS;
+
+/// Which weights of a matrix [n, k] share a scale. Its text is `tensor`, `row` or `group:N`.
+///
+/// ```
+/// use bitnet_burn_formats::WeightScale;
+///
+/// let scale: WeightScale = "group:64".parse()?;
+/// assert_eq!(scale, WeightScale::Group(64));
+/// assert_eq!(scale.run(10, 256), 64);
+/// assert!(scale.problem(100).is_some_and(|problem| problem.contains("100")));
+/// # Ok::<(), String>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum WeightScale {
+    /// All of them.
+    #[default]
+    Tensor,
+    /// Those of a row.
+    Row,
+    /// Groups of this many neighbours in a row: one of [`GROUPS`], which divides k.
+    Group(usize),
+}
+
+impl WeightScale {
+    /// Neighbours in row-major order that share a scale.
+    pub fn run(self, n: usize, k: usize) -> usize {
+        match self {
+            Self::Tensor => n * k,
+            Self::Row => k,
+            Self::Group(group) => group,
+        }
+    }
+
+    /// As [`Scales::group`]: 0 where a whole row shares a scale.
+    pub fn group(self) -> usize {
+        match self {
+            Self::Tensor | Self::Row => 0,
+            Self::Group(group) => group,
+        }
+    }
+
+    /// Why rows of `k` weights can't have such scales.
+    pub fn problem(self, k: usize) -> Option<String> {
+        match self {
+            Self::Group(group) if !GROUPS.contains(&group) => Some(of_groups(group)),
+            Self::Group(group) if !k.is_multiple_of(group) => {
+                Some(format!("{self}, which does not divide rows of {k} weights"))
+            }
+            _ => None,
+        }
+    }
+}
+
+fn of_groups(group: impl fmt::Display) -> String {
+    format!("group:{group}: weights share a scale in groups of 32, 64, 128 or 256")
+}
+
+impl fmt::Display for WeightScale {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tensor => f.write_str("tensor"),
+            Self::Row => f.write_str("row"),
+            Self::Group(group) => write!(f, "group:{group}"),
+        }
+    }
+}
+
+impl FromStr for WeightScale {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("group:")) {
+            ("tensor", _) => Ok(Self::Tensor),
+            ("row", _) => Ok(Self::Row),
+            (_, Some(group)) => match group.parse() {
+                Ok(group) if GROUPS.contains(&group) => Ok(Self::Group(group)),
+                _ => Err(of_groups(group)),
+            },
+            _ => Err(format!("{text:?}: possible values: tensor, row, group:N")),
+        }
+    }
+}
+
+impl From<WeightScale> for String {
+    fn from(scale: WeightScale) -> Self {
+        scale.to_string()
+    }
+}
+
+impl TryFrom<String> for WeightScale {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
 
 /// The scales of a ternary matrix, in blocks of 32 rows as kernels read them.
 #[derive(Clone, Debug, PartialEq)]
@@ -152,6 +254,24 @@ mod tests {
         let bad = Scales::from_rows(&[1.0, f32::NAN], 1, 64, 32);
         assert!(matches!(bad, Err(FormatError::NotFinite { row: 0, column: 1, .. })));
         assert!(matches!(Scales::from_rows(&[], usize::MAX, 64, 32), Err(FormatError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn kinds_of_scales_have_names() {
+        for (text, scale) in [
+            ("tensor", WeightScale::Tensor),
+            ("row", WeightScale::Row),
+            ("group:32", WeightScale::Group(32)),
+            ("group:256", WeightScale::Group(256)),
+        ] {
+            assert_eq!((text.parse(), scale.to_string()), (Ok(scale), text.to_owned()));
+        }
+        for text in ["", "rows", "group", "group:", "group:0", "group:96", "group:-32", "group:512"] {
+            assert!(text.parse::<WeightScale>().is_err(), "{text}");
+        }
+        assert_eq!([WeightScale::Tensor, WeightScale::Row].map(|scale| scale.problem(33)), [None, None]);
+        assert_eq!(WeightScale::Group(64).problem(192), None);
+        assert!(WeightScale::Group(64).problem(96).is_some() && WeightScale::Group(96).problem(96).is_some());
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use bitnet_burn::{Quantisation, WeightScale};
+use bitnet_burn_engine::load::ActivationRule;
 use bitnet_burn_engine::text::{count, human_seconds};
 use bitnet_burn_train::{Corpus, Documents, Event, Outcome, TrainConfig, Trainer, config_of};
 use clap::Args;
@@ -20,7 +22,7 @@ use bitnet_burn_engine::device::{DeviceKind, DeviceName};
 ///
 /// Text goes in (or JSON Lines with a `text` in every line), and a directory comes out: config.toml,
 /// tokenizer.json, metrics.csv, loss.svg, validation.jsonl and checkpoints/step-*, each a Hugging Face
-/// directory with float masters that every command takes as a model. `bitnet export` makes a GGUF of it.
+/// directory that every command takes as a model. `bitnet export` makes a GGUF of it, if it has one scale for each tensor.
 ///
 /// Ctrl-C writes a checkpoint and ends; --resume continues to the same bits as if nothing had happened.
 #[derive(Debug, Args)]
@@ -33,7 +35,7 @@ pub struct TrainArgs {
     #[arg(long, short, value_name = "DIR", required_unless_present_any = ["resume", "print_config"])]
     out: Option<PathBuf>,
     /// Continue the run in this directory, with the text that it began with
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config", "set", "steps", "batch", "seed", "documents", "float"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config", "set", "steps", "batch", "seed", "documents", "float", "scales", "activations"])]
     resume: Option<PathBuf>,
     /// A configuration, .toml or .json; --print-config shows all keys and their defaults
     #[arg(long, short, value_name = "FILE")]
@@ -56,6 +58,13 @@ pub struct TrainArgs {
     /// Train the float twin of the model, to compare with (model.ternary = false)
     #[arg(long)]
     float: bool,
+    /// Weights that share a scale: tensor (BitNet), row, or group:N with N of 32, 64, 128 or 256 (model.scales)
+    #[arg(long, value_name = "KIND")]
+    scales: Option<WeightScale>,
+    /// How activations are quantised: row or group:N (int8 with a scale for each row, or for each N values), float (not at
+    /// all), or model (row with --scales tensor, else group:32) (model.activations)
+    #[arg(long, value_name = "RULE")]
+    activations: Option<ActivationRule>,
     /// Where to train
     #[arg(long, value_name = "DEVICE", default_value_t = DeviceKind::compiled().into())]
     device: DeviceName,
@@ -74,6 +83,7 @@ const EXAMPLES: &str = "\
 Examples:
   bitnet train --text book.txt --out run
   bitnet train --text stories.txt --documents line --steps 2000 --set model.n_layers=6 --out run
+  bitnet train --text book.txt --scales group:64 --out run
   bitnet train --resume run
   bitnet train --print-config > run.toml
   bitnet export run --to gguf --out model.gguf";
@@ -136,6 +146,12 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let (vocab_size, training_tokens) = (data.vocab_size, data.training_tokens());
     let bytes: usize = data.validation_texts.iter().map(String::len).sum();
     let bytes_per_token = bytes as f64 / data.validation_tokens().max(1) as f64;
+    if let Some(Quantisation { scale, .. }) = config.model.quantisation().filter(|q| !q.is_bitnet()) {
+        output::note(format!(
+            "ternary weights with scales by {scale}, activations: {}",
+            config.model.activations
+        ));
+    }
     output::note(format!(
         "{} parameters, vocabulary {vocab_size}; {} to train on ({:.1} epochs in {} steps of {} x {}), {} to validate",
         human_count(parameters),
@@ -201,6 +217,17 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     } else {
         summary(&result, done - first, begin.elapsed())?;
     }
+    let quantisation = config.model.quantisation();
+    // What `bitnet run` takes where a checkpoint declares nothing.
+    let assumed = Quantisation { activations: ActivationRule::Model, scale: WeightScale::Row };
+    if let Some(trained) = quantisation.filter(|trained| !trained.is_bitnet())
+        && trained.activation_group() != assumed.activation_group()
+    {
+        output::note(format!(
+            "the checkpoints do not say how activations were quantised; run them with --activations {}",
+            trained.activations
+        ));
+    }
     if outcome == Outcome::Stopped {
         output::note(format!(
             "stopped at step {done}; continue with: bitnet train --resume {}",
@@ -250,6 +277,12 @@ fn configuration(args: &TrainArgs) -> anyhow::Result<TrainConfig> {
     }
     if args.float {
         config.model.ternary = false;
+    }
+    if let Some(scales) = args.scales {
+        config.model.scales = scales;
+    }
+    if let Some(activations) = args.activations {
+        config.model.activations = activations;
     }
     config.validate()?;
     Ok(config)

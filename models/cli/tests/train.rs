@@ -148,6 +148,73 @@ fn a_model_learns_and_serves_with_the_same_loss() {
     }
 }
 
+/// Many scales, and activations by group, by row or as floats: a checkpoint holds the ternary values, which the engine knows by
+/// themselves, and the masters beside them, with which the run goes on.
+#[test]
+fn models_with_many_scales_learn_and_serve_and_resume() {
+    let device = Device::flex();
+    for (scales, activations, sub_norms) in [
+        ("row", "row", true),
+        ("group:32", "model", false),
+        ("group:64", "float", true),
+        ("tensor", "group:32", false),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let run = |name: &str| dir.path().join(name);
+        let (scales_key, rule) =
+            (format!("model.scales={scales}"), format!("model.activations={activations}"));
+        let sub_norms = format!("model.sub_norms={sub_norms}");
+        let config = tiny(&[
+            "model.hidden_size=64",
+            "model.intermediate_size=64",
+            &scales_key,
+            &rule,
+            &sub_norms,
+            "model.n_layers=1",
+            "run.steps=30",
+            "run.evaluation_sequences=0",
+        ]);
+        let what = format!("{scales}, {activations}, {sub_norms}");
+        let mut trainer = Trainer::start(&run("whole"), config.clone(), &corpus(), &device).unwrap();
+        let before = trainer.evaluate().unwrap();
+        trainer.run(&false.into(), &mut |_| {}).unwrap();
+        let after = trainer.evaluate().unwrap();
+        assert!(after.perplexity() < 0.5 * before.perplexity(), "{what}: {before:?} {after:?}");
+
+        let windows = trainer.data().validation();
+        let packed = trainer.model().clone().pack().unwrap();
+        let path = train::newest(&run("whole")).unwrap().unwrap();
+        let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
+        assert!(checkpoint.warnings().is_empty(), "{what}: {:?}", checkpoint.warnings());
+        let options = LoadOptions { activations: activations.parse().unwrap(), ..LoadOptions::default() };
+        let loaded = load(&checkpoint, &device, &options, &mut |_| {}).unwrap();
+        let served = [packed, loaded].map(|model| train::evaluate(&model, windows, 3).unwrap());
+        for served in served {
+            let relative = (served.perplexity() / after.perplexity() - 1.0).abs();
+            assert!(relative < 1e-3, "{what}: {served:?} {after:?}");
+        }
+        if activations != "float" {
+            assert_eq!(served[0], served[1], "{what}: the same kernels, the same numbers");
+        }
+
+        // Interrupted after 9 steps: the same masters, from masters.
+        let mut cut = Trainer::start(&run("cut"), config, &corpus(), &device).unwrap();
+        for _ in 0..9 {
+            cut.step().unwrap();
+        }
+        cut.checkpoint().unwrap();
+        drop(cut);
+        let mut cut = Trainer::resume(&run("cut"), &corpus(), &device).unwrap();
+        assert_eq!((cut.steps_done(), cut.config().model.scales.to_string()), (9, scales.to_owned()));
+        cut.run(&false.into(), &mut |_| {}).unwrap();
+        let masters = |name: &str| {
+            let newest = train::newest(&run(name)).unwrap().unwrap();
+            std::fs::read(newest.join("masters.safetensors")).unwrap()
+        };
+        assert!(masters("cut") == masters("whole"), "{what}");
+    }
+}
+
 #[test]
 fn a_float_twin_learns_and_is_no_bitnet() {
     let dir = tempfile::tempdir().unwrap();
@@ -284,12 +351,30 @@ fn bad_input_is_named_and_leaves_nothing() {
         (&["--text", "text.txt", "--config", "bad.json"], &["bad.json", "expected u64"]),
         (&["--text", "text.txt", "--set", "run.sequence_length=300"], &["run.sequence_length", "256"]),
         (&["--text", "text.txt", "--set", "tokenizer.file=no.json"], &["no.json"]),
+        (&["--text", "text.txt", "--scales", "group:48"], &["group:48", "32, 64, 128 or 256"]),
+        (&["--text", "text.txt", "--scales", "group:256"], &["model.scales", "down projections [256, 640]"]),
+        (
+            &["--text", "text.txt", "--scales", "group:64", "--activations", "row"],
+            &["model.activations", "use group:64"],
+        ),
+        (&["--text", "text.txt", "--scales", "row", "--float"], &["model.scales", "float twin"]),
         (&["--text", "text.txt", "--set", "tokenizer.file=text.txt"], &["tokenizer"]),
     ] {
         refuse(dir.bitnet(&["train", "--out", "bad"]).args(args), expected);
         assert!(!dir.path("bad").exists(), "{args:?}");
     }
     refuse(&mut dir.bitnet(&["train", "--resume", "none"]), &["none", "no training run"]);
+
+    // Scales by group: what says so is kept, and what can't be written yet is said.
+    let wide = ["run.steps=2", "model.hidden_size=64", "model.intermediate_size=64"];
+    succeed(dir.train("groups", &wide).args(["--scales", "group:32", "--activations", "group:32"]));
+    let toml = std::fs::read_to_string(dir.path("groups/config.toml")).unwrap();
+    assert!(toml.contains("scales = \"group:32\"") && toml.contains("activations = \"group:32\""), "{toml}");
+    succeed(&mut dir.bitnet(&["run", "-m", "groups/checkpoints/step-00000002", "-p", "The", "-n", "2"]));
+    for to in ["hf", "gguf"] {
+        let mut export = dir.bitnet(&["export", "groups", "--to", to, "--out", "exported"]);
+        refuse(&mut export, &["step-00000002", "projections of several scales", "can't be written yet"]);
+    }
 
     succeed(&mut dir.train("run", &["run.steps=5"]));
     let resume = || dir.bitnet(&["train", "--resume", "run"]);

@@ -24,14 +24,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bitnet_burn::{BitBlock, BitLinearWeight, BitNet, KvCache};
+use bitnet_burn::{ActivationRule, BitBlock, BitLinearWeight, BitNet, KvCache};
 use bitnet_burn_backends::devices;
 use bitnet_burn_manager::{KernelManager, ManagerReport};
 use serde::Serialize;
 
 pub use self::error::EngineError;
 pub use self::open::{EngineOptions, OpenEvent};
-use crate::activation_rule::{ActivationRule, GROUP};
 use crate::chat::{ChatError, ChatTemplate};
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceSpec;
@@ -175,7 +174,9 @@ impl Engine {
     pub fn activations(&self) -> ActivationRule {
         let groups = activation_groups(&self.0.model);
         match (self.0.activations, groups.last()) {
-            (ActivationRule::Model, Some(&group)) if group > 0 => ActivationRule::Group(GROUP),
+            (ActivationRule::Model, Some(&group)) if group > 0 => {
+                ActivationRule::Group(ActivationRule::GROUP)
+            }
             (rule, _) => rule,
         }
     }

@@ -5,8 +5,7 @@
 
 use crate::checkpoint::{Checkpoint, LoadError};
 use bitnet_burn::names::{EMBEDDING, HEAD, norm_name, projection_name, scale_name};
-use bitnet_burn::{ConfigError, ModelConfig};
-use bitnet_burn::{Norm, Projection};
+use bitnet_burn::{ConfigError, ModelConfig, Norm, Parameter, Projection};
 use bitnet_burn_formats::hf::pack_from_canonical;
 use bitnet_burn_formats::safetensors::{Dtype, SINGLE, SafetensorsWriter};
 use bitnet_burn_formats::{DenseFormat, DenseTensor, Progress, WriteError};
@@ -87,7 +86,34 @@ fn io_error(path: &Path, action: &str) -> impl FnOnce(io::Error) -> WriteError {
 pub fn write_masters(
     dir: &Path,
     config: &ModelConfig,
-    tensors: impl IntoIterator<Item = (String, Vec<usize>, Vec<f32>)>,
+    tensors: impl IntoIterator<Item = Parameter>,
+) -> Result<(), HfWriteError> {
+    write_tensors(&dir.join(SINGLE), config, tensors)?;
+    write_config(dir, config, Some(Style::Online), Dtype::F32)
+}
+
+/// [`write_masters`] for projections that are computed as they are: ternary ones with a scale for each row or group, which
+/// readers know by their values, or those of a float twin. There is no `quantization_config` then.
+///
+/// # Errors
+/// As [`write_masters`].
+pub fn write_values(
+    dir: &Path,
+    config: &ModelConfig,
+    tensors: impl IntoIterator<Item = Parameter>,
+) -> Result<(), HfWriteError> {
+    write_tensors(&dir.join(SINGLE), config, tensors)?;
+    write_config(dir, config, None, Dtype::F32)
+}
+
+/// The safetensors file alone of [`write_masters`].
+///
+/// # Errors
+/// As [`write_masters`].
+pub fn write_tensors(
+    path: &Path,
+    config: &ModelConfig,
+    tensors: impl IntoIterator<Item = Parameter>,
 ) -> Result<(), HfWriteError> {
     let mut missing = tensor_shapes(config);
     let mut writer = SafetensorsWriter::new();
@@ -111,8 +137,7 @@ pub fn write_masters(
     if let Some(tensor) = missing.into_keys().next() {
         return Err(HfWriteError::Tensor { tensor, problem: "is missing".into() });
     }
-    write_config(dir, config, Style::Online, Dtype::F32)?;
-    Ok(writer.write(&dir.join(SINGLE), &mut |_| Ok(()))?)
+    Ok(writer.write(path, &mut |_| Ok(()))?)
 }
 
 /// Writes the weights and the configuration of `checkpoint` into `dir`, which exists.
@@ -161,7 +186,7 @@ pub fn write_checkpoint(
         }
     }
     norm(&mut writer, checkpoint, Norm::Output, dense, dtype)?;
-    write_config(dir, config, style, dtype)?;
+    write_config(dir, config, Some(style), dtype)?;
     Ok(writer.write(&dir.join(SINGLE), progress)?)
 }
 
@@ -258,7 +283,12 @@ fn tensor_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
 }
 
 /// Writes `config.json` and `generation_config.json`.
-fn write_config(dir: &Path, config: &ModelConfig, style: Style, dtype: Dtype) -> Result<(), HfWriteError> {
+fn write_config(
+    dir: &Path,
+    config: &ModelConfig,
+    style: Option<Style>,
+    dtype: Dtype,
+) -> Result<(), HfWriteError> {
     config.validate()?;
     write_json(&dir.join("config.json"), &config_json(config, style, dtype))?;
     let mut generation = Map::new();
@@ -266,20 +296,21 @@ fn write_config(dir: &Path, config: &ModelConfig, style: Style, dtype: Dtype) ->
     write_json(&dir.join("generation_config.json"), &Value::Object(generation))
 }
 
-/// What transformers reads. The keys are those that all of its versions with BitNet know.
-fn config_json(config: &ModelConfig, style: Style, dtype: Dtype) -> Value {
+/// What transformers reads; without a style, of projections that are computed as they are. The keys are those that all of its
+/// versions with BitNet know.
+fn config_json(config: &ModelConfig, style: Option<Style>, dtype: Dtype) -> Value {
     // Whoever has sub-norms is BitNet to transformers, whatever the activation; else Llama, with BitNet's
     // linear layers.
     let (class, model_type) =
         if config.sub_norms { ("BitNetForCausalLM", "bitnet") } else { ("LlamaForCausalLM", "llama") };
-    let (linear_class, mode) = match style {
+    let quantization = style.map(|style| match style {
         Style::Online => ("autobitlinear", "online"),
         Style::PackedAuto => ("autobitlinear", "offline"),
         Style::PackedInverse => ("bitlinear", "offline"),
-    };
+    });
     let dtype = match (style, dtype) {
         // Masters are f32, and would be rounded before they are made ternary.
-        (Style::Online, _) => "float32",
+        (Some(Style::Online), _) => "float32",
         (_, Dtype::F16) => "float16",
         (_, Dtype::BF16) => "bfloat16",
         _ => "float32",
@@ -297,11 +328,6 @@ fn config_json(config: &ModelConfig, style: Style, dtype: Dtype) -> Value {
         "num_attention_heads": config.n_heads,
         "num_hidden_layers": config.n_layers,
         "num_key_value_heads": config.n_kv_heads,
-        "quantization_config": {
-            "quant_method": "bitnet",
-            "linear_class": linear_class,
-            "quantization_mode": mode,
-        },
         "rms_norm_eps": shortest(config.rms_norm_eps),
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tied_embeddings,
@@ -311,6 +337,11 @@ fn config_json(config: &ModelConfig, style: Style, dtype: Dtype) -> Value {
     });
     if let Some(object) = json.as_object_mut() {
         end_tokens(config, object);
+        if let Some((class, mode)) = quantization {
+            let quantization =
+                json!({ "quant_method": "bitnet", "linear_class": class, "quantization_mode": mode });
+            object.insert("quantization_config".into(), quantization);
+        }
         if !config.sub_norms {
             object.insert("mlp_bias".into(), false.into());
         }

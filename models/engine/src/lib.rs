@@ -7,7 +7,6 @@
 //! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`report`] and [`receipt`]: what a run measured, and what it was made of.
 
-mod activation_rule;
 pub mod bench;
 pub mod chat;
 pub mod checkpoint;

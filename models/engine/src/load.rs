@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+pub use bitnet_burn::ActivationRule;
 use bitnet_burn::{
     BitBlock, BitLinear, BitNet, DenseMatrix, DenseMatrixError, FloatPart, ModelConfig, Norm, Projection,
     RmsNorm, Rotation, rms_norm,
@@ -14,7 +15,6 @@ use bitnet_burn_manager::{LayoutPolicy, ManagerError, ScaleKind};
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
 
-pub use crate::activation_rule::ActivationRule;
 use crate::checkpoint::{Checkpoint, LoadError, Rotated, Signs};
 pub use crate::head::HeadMode;
 use crate::prepack::Prepacked;

@@ -33,11 +33,10 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::activation_rule::ActivationRule;
 use crate::checkpoint::{Checkpoint, Content, LoadError, Weights};
 use crate::head::HeadMode;
 use crate::projection::{self, Ternary};
-use bitnet_burn::{BitLinear, Projection};
+use bitnet_burn::{ActivationRule, BitLinear, Projection};
 use bitnet_burn_formats::DenseTensor;
 
 const MAGIC: &[u8; 8] = b"BNPACK01";

@@ -1,6 +1,6 @@
 //! From the weights of a projection to a layer: the form in which they are kept.
 
-use bitnet_burn::{BitLinear, DenseMatrix, Projection};
+use bitnet_burn::{ActivationRule, BitLinear, DenseMatrix, Projection};
 use bitnet_burn_backends::manager::manager;
 use bitnet_burn_backends::ops::{self, MatrixScale, TernaryMatrix};
 use bitnet_burn_formats::{DenseTensor, FormatError, Scales, TernaryTensor, ternary};
@@ -8,7 +8,6 @@ use bitnet_burn_manager::{LayoutPolicy, ManagerError, WeightShape};
 use burn::tensor::Device;
 use bytes::Bytes;
 
-use crate::activation_rule::ActivationRule;
 use crate::checkpoint::{Checkpoint, Weights};
 use crate::head::HeadMode;
 use crate::load::ModelError;

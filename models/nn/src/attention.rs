@@ -10,7 +10,10 @@ use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor};
 
 use crate::bit_linear::side_by_side;
-use crate::{Batch, BitDeltaNet, BitLinear, BitLinearConfig, ForwardError, History, KvCache};
+use crate::{
+    ActivationRule, Batch, BitDeltaNet, BitLinear, BitLinearConfig, ForwardError, History, KvCache,
+    WeightScale,
+};
 
 /// How a block's rows see the rows before them.
 #[derive(Module, Debug)]
@@ -84,6 +87,12 @@ pub struct BitAttentionConfig {
     /// Whether the context is multiplied by the sigmoid of gates, which q_proj has behind the queries of each head.
     #[config(default = false)]
     pub gate: bool,
+    /// Weights of a projection that share a scale.
+    #[config(default = "WeightScale::Tensor")]
+    pub scale: WeightScale,
+    /// How the projections' activations are quantised.
+    #[config(default = "ActivationRule::Model")]
+    pub activations: ActivationRule,
     /// Epsilon of the norms.
     #[config(default = 1e-5)]
     pub eps: f64,
@@ -123,15 +132,14 @@ impl BitAttentionConfig {
     /// A layer in the training state.
     pub fn init(&self, device: &Device) -> BitAttention {
         let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
-        let linear = |d_in, d_out| BitLinearConfig::new(d_in, d_out).init(device);
+        let linear = |d_in, d_out| {
+            BitLinearConfig::new(d_in, d_out).with_scale(self.scale).with_activations(self.activations)
+        };
         let projections = [
-            linear(self.hidden_size, if self.gate { 2 * q } else { q }),
-            linear(self.hidden_size, kv),
-            linear(self.hidden_size, kv),
-            BitLinearConfig::new(q, self.hidden_size)
-                .with_norm(self.sub_norm)
-                .with_norm_eps(self.eps)
-                .init(device),
+            linear(self.hidden_size, if self.gate { 2 * q } else { q }).init(device),
+            linear(self.hidden_size, kv).init(device),
+            linear(self.hidden_size, kv).init(device),
+            linear(q, self.hidden_size).with_norm(self.sub_norm).with_norm_eps(self.eps).init(device),
         ];
         let norm = |size| RmsNormConfig::new(size).with_epsilon(self.eps).init(device);
         let qk_norms = self.qk_norms.then(|| [norm(self.head_dim), norm(self.head_dim)]);

@@ -4,22 +4,36 @@
 use std::mem::discriminant;
 
 use bitnet_burn_backends::MatrixKernels;
-use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
-use bitnet_burn_formats::canonical;
-use bitnet_burn_formats::quant;
+use bitnet_burn_backends::ops::{self, BitLinearInput, MatrixScale, TernaryMatrix};
+use bitnet_burn_formats::{Scales, WeightScale, canonical, quant};
 use bitnet_burn_manager::{ManagerError, ScaleKind};
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
 use burn::nn::{Linear, RmsNorm, RmsNormConfig};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use bytes::Bytes;
 
-use crate::{DenseMatrix, Rotation};
+use crate::{ActivationRule, ConfigError, DenseMatrix, Quantisation, Rotation};
 
 /// Weight and epsilon of the norm that an input passes.
 type InputNorm = Option<(Tensor<1>, f32)>;
 
 /// Configuration of a [`BitLinear`].
+///
+/// ```
+/// use bitnet_burn::{ActivationRule, BitLinearConfig, WeightScale};
+/// use burn::tensor::{Device, Distribution, Tensor};
+///
+/// let device = Device::flex();
+/// let config = BitLinearConfig::new(256, 10)
+///     .with_scale(WeightScale::Group(64))
+///     .with_activations(ActivationRule::Group(32));
+/// let layer = config.init(&device).pack()?;
+/// let x = Tensor::<2>::random([8, 256], Distribution::Default, &device);
+/// assert_eq!(layer.forward(x).dims(), [8, 10]);
+/// assert!(layer.to_string().contains("scale: group:64"));
+/// # Ok::<(), bitnet_burn::manager::ManagerError>(())
+/// ```
 #[derive(Config, Debug)]
 pub struct BitLinearConfig {
     /// Input features, K.
@@ -35,6 +49,14 @@ pub struct BitLinearConfig {
     /// Epsilon of that norm.
     #[config(default = 1e-5)]
     pub norm_eps: f64,
+    /// Weights that share a scale: all, those of a row, or groups of 32, 64, 128 or 256 in a row, which divide `d_input`.
+    /// Default: all, as in BitNet.
+    #[config(default = "WeightScale::Tensor")]
+    pub scale: WeightScale,
+    /// How activations are quantised. Default: to int8 by row, as in BitNet, where all weights share a scale; to int8 by
+    /// groups of 32 where they have many.
+    #[config(default = "ActivationRule::Model")]
+    pub activations: ActivationRule,
     /// How the latent weights are initialised. Default: as Burn's `Linear`, whose gain is 1 / sqrt(3).
     #[config(default = "Initializer::KaimingUniform{gain:0.577_350_269_189_625_8, fan_out_only:false}")]
     pub initializer: Initializer,
@@ -45,8 +67,12 @@ pub struct BitLinearConfig {
 /// [`BitLinearWeight`] is its state: in *training* the weights are latent floats that every forward pass ternarises;
 /// [`pack`](Self::pack) freezes them into 2 bits each. A model's layers that are not ternary are *dense*.
 ///
-/// - Weights: s = max(mean |W|, 1e-5), W ~ s * clamp(round(W / s), -1, 1).
-/// - Activations, by rows: a = max(max |x|, 1e-5), x ~ (a / 127) * clamp(round(x * 127 / a), -128, 127).
+/// - Weights: s = max(mean |W|, 1e-5), W ~ s * clamp(round(W / s), -1, 1), where W are all weights, or those of a row or of a
+///   group ([`WeightScale`]).
+/// - Activations: a = max(max |x|, 1e-5), x ~ (a / 127) * clamp(round(x * 127 / a), -128, 127), where x is a row, or a group
+///   of its values; or x as it is ([`ActivationRule`]).
+///
+/// Gradients pass both as if they were not there (the straight-through estimator).
 ///
 /// Made by [`BitLinearConfig`].
 #[derive(Module, Debug)]
@@ -62,6 +88,8 @@ pub struct BitLinear {
     pub rotation: Option<Rotation>,
     d_input: usize,
     d_output: usize,
+    #[module(skip)]
+    quantisation: Quantisation,
 }
 
 /// The weights of a [`BitLinear`].
@@ -95,9 +123,18 @@ pub struct PackedWeight {
 }
 
 impl BitLinearConfig {
+    /// How the layer quantises.
+    pub fn quantisation(&self) -> Quantisation {
+        Quantisation { scale: self.scale, activations: self.activations }
+    }
+
     /// A layer in the training state.
+    ///
+    /// # Panics
+    /// If the layer can't be quantised so: [`Quantisation::check`] says why.
     pub fn init(&self, device: &Device) -> BitLinear {
         let (n, k) = (self.d_output, self.d_input);
+        self.quantisation().check(k).unwrap_or_else(|error| panic!("BitLinearConfig: {error}"));
         let init = |shape: [usize; 2]| self.initializer.init_with(shape, Some(k), Some(n), device);
         BitLinear {
             weight: BitLinearWeight::Latent(init([n, k])),
@@ -106,22 +143,22 @@ impl BitLinearConfig {
             rotation: None,
             d_input: k,
             d_output: n,
+            quantisation: self.quantisation(),
         }
     }
 }
 
 impl BitLinear {
-    /// A layer in the training state, without norm and bias, of latent weights [d_output, d_input].
+    /// A layer in the training state, without norm and bias, of latent weights [d_output, d_input]. It quantises as BitNet
+    /// does; [`with_quantisation`](Self::with_quantisation) changes that.
     pub fn latent(weight: Param<Tensor<2>>) -> Self {
-        let [n, k] = weight.val().dims();
-        Self {
-            weight: BitLinearWeight::Latent(weight),
-            bias: None,
-            norm: None,
-            rotation: None,
-            d_input: k,
-            d_output: n,
-        }
+        let shape = weight.val().dims();
+        Self::of(BitLinearWeight::Latent(weight), shape, Quantisation::default())
+    }
+
+    fn of(weight: BitLinearWeight, [n, k]: [usize; 2], quantisation: Quantisation) -> Self {
+        let (bias, norm, rotation) = (None, None, None);
+        Self { weight, bias, norm, rotation, d_input: k, d_output: n, quantisation }
     }
 
     /// A layer in the packed state, without norm and bias.
@@ -133,27 +170,13 @@ impl BitLinear {
             scales,
             choice,
         };
-        Self {
-            weight: BitLinearWeight::Packed(weight),
-            bias: None,
-            norm: None,
-            rotation: None,
-            d_input: k,
-            d_output: n,
-        }
+        Self::of(BitLinearWeight::Packed(weight), [n, k], Quantisation::of_packed(scales))
     }
 
     /// A layer that is not ternary, without norm and bias.
     pub fn dense(matrix: DenseMatrix) -> Self {
-        let (n, k) = (matrix.args().n, matrix.args().k);
-        Self {
-            weight: BitLinearWeight::Dense(matrix),
-            bias: None,
-            norm: None,
-            rotation: None,
-            d_input: k,
-            d_output: n,
-        }
+        let shape = [matrix.args().n, matrix.args().k];
+        Self::of(BitLinearWeight::Dense(matrix), shape, Quantisation::default())
     }
 
     /// A layer in the training state with the weights and the bias of a `Linear`, for quantisation-aware
@@ -164,6 +187,26 @@ impl BitLinear {
         // A tensor of its own: contiguous, and a leaf of the graph.
         let weight = Tensor::<2>::from_data(weight.transpose().into_data(), &device);
         Self { bias: linear.bias, ..Self::latent(Param::from_tensor(weight)) }
+    }
+
+    /// The same layer in the training state, quantised in another way.
+    ///
+    /// # Errors
+    /// If it can't be quantised so, or is not in the training state.
+    pub fn with_quantisation(self, quantisation: Quantisation) -> Result<Self, ConfigError> {
+        quantisation.check(self.d_input)?;
+        match self.weight {
+            BitLinearWeight::Latent(_) => Ok(Self { quantisation, ..self }),
+            BitLinearWeight::Packed(_) | BitLinearWeight::Dense(_) => {
+                let problem = "is frozen: its quantisation is that which it was packed with".into();
+                Err(ConfigError { field: "weight", problem })
+            }
+        }
+    }
+
+    /// How it quantises. (Dense layers quantise nothing.)
+    pub fn quantisation(&self) -> Quantisation {
+        self.quantisation
     }
 
     /// The same layer with a norm before quantisation.
@@ -237,14 +280,6 @@ impl BitLinear {
         self.norm.as_ref().map(|norm| (norm.gamma.val(), norm.epsilon as f32))
     }
 
-    /// Activations of a row that share a scale where they are quantised; 0 for the whole row.
-    fn activation_group(&self) -> usize {
-        match &self.weight {
-            BitLinearWeight::Packed(weight) => weight.scales.activation_group(),
-            BitLinearWeight::Latent(_) | BitLinearWeight::Dense(_) => 0,
-        }
-    }
-
     /// Bytes of the weights with their scales, which a forward pass of one row reads.
     pub fn weight_bytes(&self) -> u64 {
         match &self.weight {
@@ -253,7 +288,9 @@ impl BitLinear {
             BitLinearWeight::Packed(weight) => {
                 let scales = match weight.scales {
                     ScaleKind::One => 0,
-                    ScaleKind::Groups { half, .. } => weight.scale.val().dims()[0] * if half { 2 } else { 4 },
+                    ScaleKind::Groups { .. } => {
+                        weight.scale.val().dims()[0] * weight.scale.val().dtype().size()
+                    }
                 };
                 (4 * weight.codes.val().dims().iter().product::<usize>() + scales) as u64
             }
@@ -272,14 +309,22 @@ impl BitLinear {
     pub fn matrix(&self) -> Option<TernaryMatrix> {
         match &self.weight {
             BitLinearWeight::Latent(_) | BitLinearWeight::Dense(_) => None,
-            BitLinearWeight::Packed(weight) => Some(TernaryMatrix {
-                codes: weight.codes.val(),
-                scale: weight.scale.val(),
-                n: self.d_output,
-                k: self.d_input,
-                scales: weight.scales,
-                choice: weight.choice.clone(),
-            }),
+            BitLinearWeight::Packed(weight) => {
+                let scale = weight.scale.val();
+                let mut scales = weight.scales;
+                if let ScaleKind::Groups { half, .. } = &mut scales {
+                    // Those of a file that was loaded since may be of the other type.
+                    *half = scale.dtype() == DType::F16;
+                }
+                Some(TernaryMatrix {
+                    codes: weight.codes.val(),
+                    scale,
+                    n: self.d_output,
+                    k: self.d_input,
+                    scales,
+                    choice: weight.choice.clone(),
+                })
+            }
         }
     }
 
@@ -293,72 +338,110 @@ impl BitLinear {
         match self.matrix() {
             None => Ok(self),
             Some(matrix) => {
-                let canonical = Self::from_matrix(matrix.into_canonical()?);
-                Ok(Self { bias: self.bias, norm: self.norm, rotation: self.rotation, ..canonical })
+                let weight = Self::from_matrix(matrix.into_canonical()?).weight;
+                Ok(Self { weight, ..self })
             }
         }
     }
 
-    /// The layer with its weights frozen: exactly the codes and the scale that the training state's
+    /// The layer with its weights frozen: exactly the codes and the scales that the training state's
     /// forward pass computes with. On a device in host memory they are packed for the kernels that
-    /// are the fastest on this machine. A layer in another state stays as it is.
+    /// are the fastest on this machine; float activations have none, and are multiplied in plain operations. A layer in
+    /// another state stays as it is.
     ///
     /// # Errors
-    /// If no kernel may compute the layer (in strict mode), or memory is short.
+    /// If no kernel may compute the layer (in strict mode), memory is short, or a weight is a NaN or infinite.
     ///
     /// # Panics
     /// If the tensors can't be read back from their device.
     pub fn pack(self) -> Result<Self, ManagerError> {
         let BitLinearWeight::Latent(weight) = &self.weight else { return Ok(self) };
-        let device = weight.val().device();
-        let values: Vec<f32> = ops::ternarise(weight.val().detach()).into_data().iter::<f32>().collect();
-        // Without a code that is not zero all weights are below half of the smallest scale.
-        let scale = values.iter().fold(0f32, |a, v| a.max(v.abs()));
-        let scale = if scale > 0.0 { scale } else { quant::EPSILON };
+        let ((n, k), scale) = ((self.d_output, self.d_input), self.quantisation.scale);
+        // Packed weights are constants, on the device without gradients.
+        let device = weight.val().device().without_autodiff();
+        let values: Vec<f32> =
+            ops::ternarise(weight.val().detach(), scale).into_data().iter::<f32>().collect();
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            let problem = format!("a scale of weights [{n}, {k}], at row {}, is not finite", at / k);
+            return Err(ManagerError::Operands(problem));
+        }
         let codes: Vec<i8> = values.iter().map(|&v| i8::from(v > 0.0) - i8::from(v < 0.0)).collect();
-        let mut bytes = vec![0u8; self.d_output * canonical::row_bytes(self.d_input)];
-        let rows = codes.chunks_exact(self.d_input);
-        for (codes, row) in rows.zip(bytes.chunks_exact_mut(canonical::row_bytes(self.d_input))) {
+        let mut bytes = vec![0u8; n * canonical::row_bytes(k)];
+        let rows = codes.chunks_exact(k);
+        for (codes, row) in rows.zip(bytes.chunks_exact_mut(canonical::row_bytes(k))) {
             canonical::pack_row(codes, row);
         }
-        // Packed weights are constants, on the device without gradients.
-        let matrix = TernaryMatrix::prepared(
-            Bytes::from(bytes),
-            scale,
-            self.d_output,
-            self.d_input,
-            &device.without_autodiff(),
-        )?;
-        Ok(Self { bias: self.bias, norm: self.norm, rotation: self.rotation, ..Self::from_matrix(matrix) })
+        let largest = |values: &[f32]| values.iter().fold(0f32, |a, v| a.max(v.abs()));
+        let scales: Vec<f32> = values.chunks(scale.run(n, k).max(1)).map(largest).collect();
+        let (codes, group) = (Bytes::from(bytes), self.quantisation.activation_group());
+        let scale = match (scale, group) {
+            // Without a code that is not zero all weights are below half of the smallest scale.
+            (WeightScale::Tensor, None | Some(0)) => MatrixScale::One(largest(&scales).max(quant::EPSILON)),
+            _ => {
+                let rows = if scale == WeightScale::Tensor { scales.repeat(n) } else { scales };
+                let scales = Scales::from_rows(&rows, n, k, scale.group());
+                let scales = scales.map_err(|error| ManagerError::Operands(error.to_string()))?;
+                MatrixScale::Groups { activations: group.unwrap_or(scales.group()), scales }
+            }
+        };
+        let matrix = match group {
+            Some(_) => TernaryMatrix::prepared(codes, scale, n, k, &device)?,
+            None => TernaryMatrix::canonical(codes, scale, n, k, &device),
+        };
+        Ok(Self { weight: Self::from_matrix(matrix).weight, ..self })
     }
 
     /// The layer in the training state, to train it further: latent weights of which the forward pass
-    /// makes exactly the codes and the scale that were packed. What the weights were before packing is
-    /// gone: all that share a code share a magnitude (but for one, which makes the mean exact). A layer in
-    /// another state stays as it is.
+    /// makes exactly the codes and the scales that were packed (with a negative scale, their opposites). What the weights
+    /// were before packing is gone: all that share a scale and a code share a magnitude (but for one, which makes the mean
+    /// exact). A layer in another state stays as it is.
     ///
     /// # Errors
-    /// If the kernel that packed the weights can't unpack them, or they have many scales: the training state has one.
+    /// If the kernel that packed the weights can't unpack them, or they have scales that training can't make: in
+    /// groups that do not divide a row, or smaller than 1e-5 and not 0.
     ///
     /// # Panics
     /// If the weights can't be read back from their device.
     pub fn unpack(self) -> Result<Self, ManagerError> {
         let Some(matrix) = self.matrix() else { return Ok(self) };
-        let (n, k) = (self.d_output, self.d_input);
-        if matrix.scales != ScaleKind::One {
-            let problem = format!("weights [{n}, {k}] with many scales can't be trained further");
-            return Err(ManagerError::Operands(problem));
+        let ((n, k), scale) = ((self.d_output, self.d_input), self.quantisation.scale);
+        let wrong = |problem: String| ManagerError::Operands(format!("weights [{n}, {k}] {problem}"));
+        if let Err(error) = self.quantisation.check(k) {
+            return Err(wrong(format!("can't be trained further: {error}")));
         }
         let matrix = matrix.into_canonical()?;
         let device = matrix.codes.device();
-        let scale = matrix.scale.into_data().iter::<f32>().next().expect("one scale");
+        let stored: Vec<f32> = matrix.scale.into_data().iter::<f32>().collect();
+        let scales = match matrix.scales {
+            ScaleKind::One => stored,
+            ScaleKind::Groups { weights, .. } => {
+                let bytes = stored.iter().flat_map(|scale| scale.to_le_bytes()).collect::<Vec<_>>();
+                let stored = Scales::stored(bytes.into(), false, n, k, weights);
+                let stored = stored.map_err(|error| ManagerError::Operands(error.to_string()))?;
+                let count = k.checked_div(weights).unwrap_or(1);
+                (0..n * count).map(|at| stored.get(at / count, at % count, k)).collect()
+            }
+        };
+        if scale == WeightScale::Tensor && scales.iter().any(|&other| other != scales[0]) {
+            return Err(wrong("have scales that differ, in a layer that was made with one".into()));
+        }
         let words: Vec<u32> = matrix.codes.into_data().iter::<i64>().map(|word| word as u32).collect();
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let mut codes = vec![0i8; n * k];
         for (codes, row) in codes.chunks_exact_mut(k).zip(bytes.chunks_exact(canonical::row_bytes(k))) {
             canonical::unpack_row(row, codes);
         }
-        let weights = Tensor::from_data(TensorData::new(latent(&codes, scale), [n, k]), &device);
+        let mut weights = Vec::with_capacity(n * k);
+        for (codes, scale) in codes.chunks(scale.run(n, k)).zip(scales) {
+            if scale != 0.0 && scale.abs() < quant::EPSILON {
+                let least = quant::EPSILON;
+                return Err(wrong(format!(
+                    "have a scale of {scale:e}; training makes scales from {least:e} on"
+                )));
+            }
+            weights.extend(latent(codes, scale));
+        }
+        let weights = Tensor::from_data(TensorData::new(weights, [n, k]), &device);
         Ok(Self { weight: BitLinearWeight::Latent(Param::from_tensor(weights)), ..self })
     }
 }
@@ -372,9 +455,9 @@ fn latent(codes: &[i8], scale: f32) -> Vec<f32> {
     let total = f64::from(scale) * codes.len() as f64;
     let magnitude = (total / count.max(1) as f64) as f32;
     let mut weights: Vec<f32> = codes.iter().map(|&code| f32::from(code) * magnitude).collect();
-    if let Some(last) = weights.iter_mut().rfind(|w| **w != 0.0) {
+    if let Some((last, &code)) = weights.iter_mut().zip(codes).rfind(|(_, code)| **code != 0) {
         let others = f64::from(magnitude) * (count - 1) as f64;
-        *last = last.signum() * (total - others) as f32;
+        *last = f32::from(code) * (total - others) as f32;
     }
     weights
 }
@@ -387,7 +470,7 @@ pub(crate) fn side_by_side(
     layers: &[&BitLinear],
 ) -> Result<Tensor<2>, ManagerError> {
     // Without building the matrices: this runs for every layer and token.
-    let state = |layer: &&BitLinear| (discriminant(&layer.weight), layer.activation_group());
+    let state = |layer: &&BitLinear| (discriminant(&layer.weight), layer.quantisation.activation_group());
     let rotation = |layer: &&BitLinear| layer.rotation.as_ref().map(Rotation::id);
     let key = |layer| (state(layer), rotation(layer));
     let alike = layers.iter().all(|layer| key(layer) == key(&layers[0]));
@@ -403,7 +486,8 @@ pub(crate) fn side_by_side(
     Ok(Tensor::cat(outputs?, 1))
 }
 
-/// Layers of one state over one input, in one operation: they share the normalised and quantised rows.
+/// Layers of one state and with the same activations over one input, in one operation: they share the normalised and
+/// quantised rows.
 fn fused(
     x: Tensor<2>,
     norm: InputNorm,
@@ -412,7 +496,10 @@ fn fused(
 ) -> Result<Tensor<2>, ManagerError> {
     let matrices: Option<Vec<_>> = layers.iter().map(|layer| layer.matrix()).collect();
     let y = match matrices {
-        Some(matrices) => ops::bit_linear(x, BitLinearInput { norm, quantise }, matrices)?,
+        Some(matrices) => {
+            let quantise = quantise && layers[0].quantisation.activation_group().is_some();
+            ops::bit_linear(x, BitLinearInput { norm, quantise }, matrices)?
+        }
         None => {
             let x = match norm {
                 Some((gamma, eps)) => ops::rms_norm(x, gamma, eps),
@@ -449,7 +536,9 @@ fn latent_linears(x: Tensor<2>, quantise: bool, layers: &[&BitLinear]) -> Tensor
     let mut weights: Vec<Tensor<2>> = layers
         .iter()
         .map(|layer| match &layer.weight {
-            BitLinearWeight::Latent(weight) if quantise => ops::ternarise(weight.val()),
+            BitLinearWeight::Latent(weight) if quantise => {
+                ops::ternarise(weight.val(), layer.quantisation.scale)
+            }
             BitLinearWeight::Latent(weight) => weight.val(),
             BitLinearWeight::Packed(_) | BitLinearWeight::Dense(_) => {
                 panic!("a frozen layer beside one in the training state")
@@ -457,7 +546,10 @@ fn latent_linears(x: Tensor<2>, quantise: bool, layers: &[&BitLinear]) -> Tensor
         })
         .collect();
     let weight = if weights.len() == 1 { weights.remove(0) } else { Tensor::cat(weights, 0) };
-    let x = if quantise { ops::fake_quantise(x) } else { x };
+    let x = match layers[0].quantisation.activation_group() {
+        Some(group) if quantise => ops::fake_quantise(x, group),
+        _ => x,
+    };
     x.matmul(weight.transpose())
 }
 
@@ -475,12 +567,23 @@ impl ModuleDisplay for BitLinear {
             },
             BitLinearWeight::Dense(_) => "dense",
         };
-        content
+        let content = content
             .add("d_input", &self.d_input)
             .add("d_output", &self.d_output)
             .add("bias", &self.bias.is_some())
             .add("norm", &self.norm.is_some())
-            .add("state", &state.to_owned())
+            .add("state", &state.to_owned());
+        if self.dense_matrix().is_some() {
+            return content.optional();
+        }
+        let activations = match self.quantisation.activation_group() {
+            None => ActivationRule::Float,
+            Some(0) => ActivationRule::Row,
+            Some(group) => ActivationRule::Group(group),
+        };
+        content
+            .add("scale", &self.quantisation.scale.to_string())
+            .add("activations", &activations.to_string())
             .optional()
     }
 }

@@ -9,7 +9,10 @@ use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Distribution, Tensor};
 
 use crate::bit_linear::side_by_side;
-use crate::{Batch, BitLinear, BitLinearConfig, DeltaNet, DenseMatrix, DenseWeight, ForwardError, History};
+use crate::{
+    ActivationRule, Batch, BitLinear, BitLinearConfig, DeltaNet, DenseMatrix, DenseWeight, ForwardError,
+    History, WeightScale,
+};
 
 /// Configuration of a [`BitDeltaNet`].
 #[derive(Config, Debug)]
@@ -33,6 +36,12 @@ pub struct BitDeltaNetConfig {
     /// Of a tiled one: whether the output projection takes the value heads in the order of one that is not.
     #[config(default = false)]
     pub grouped_output: bool,
+    /// Weights of a projection that share a scale.
+    #[config(default = "WeightScale::Tensor")]
+    pub scale: WeightScale,
+    /// How the projections' activations are quantised.
+    #[config(default = "ActivationRule::Model")]
+    pub activations: ActivationRule,
     /// Epsilon of the norms.
     #[config(default = 1e-6)]
     pub eps: f64,
@@ -106,7 +115,10 @@ impl BitDeltaNetConfig {
     /// A layer in the training state: rates of decay between -16 and 0, biases of 1, as in Qwen3.5.
     pub fn init(&self, device: &Device) -> BitDeltaNet {
         let (args, hidden) = (self.args(), self.hidden_size);
-        let linear = |d_in, d_out| BitLinearConfig::new(d_in, d_out).init(device);
+        let linear = |d_in, d_out| {
+            let linear = BitLinearConfig::new(d_in, d_out).with_scale(self.scale);
+            linear.with_activations(self.activations).init(device)
+        };
         let projections =
             [linear(hidden, args.channels()), linear(hidden, args.values()), linear(args.values(), hidden)];
         let initializer = Initializer::KaimingUniform { gain: 1.0 / 3f64.sqrt(), fan_out_only: false };

@@ -10,7 +10,7 @@ use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 
 use crate::bit_linear::side_by_side;
 use crate::feed_forward::Gate;
-use crate::{BitLinear, BitLinearConfig, DenseMatrix, ForwardError};
+use crate::{ActivationRule, BitLinear, BitLinearConfig, DenseMatrix, ForwardError, WeightScale};
 
 /// Configuration of [`BitExperts`].
 #[derive(Config, Debug)]
@@ -28,6 +28,12 @@ pub struct BitExpertsConfig {
     pub renormalise: bool,
     /// Gates are at most this, and what they are multiplied by lies between minus this and this.
     pub clamp: Option<f32>,
+    /// Weights of a projection that share a scale.
+    #[config(default = "WeightScale::Tensor")]
+    pub scale: WeightScale,
+    /// How the projections' activations are quantised.
+    #[config(default = "ActivationRule::Model")]
+    pub activations: ActivationRule,
     /// Epsilon of the norm.
     #[config(default = 1e-5)]
     pub eps: f64,
@@ -70,8 +76,12 @@ pub struct BitExpert {
 impl BitExpertsConfig {
     /// A layer in the training state.
     pub fn init(&self, activation: GatedActivation, device: &Device) -> BitExperts {
-        let up = || BitLinearConfig::new(self.hidden_size, self.intermediate_size).init(device);
-        let down = || BitLinearConfig::new(self.intermediate_size, self.hidden_size).init(device);
+        let linear = |d_in, d_out| {
+            let config = BitLinearConfig::new(d_in, d_out);
+            config.with_scale(self.scale).with_activations(self.activations).init(device)
+        };
+        let up = || linear(self.hidden_size, self.intermediate_size);
+        let down = || linear(self.intermediate_size, self.hidden_size);
         let experts = (0..self.experts).map(|_| [up(), up(), down()]).collect();
         let shape = [self.experts, self.hidden_size];
         let initializer = Initializer::KaimingUniform { gain: 1.0 / 3f64.sqrt(), fan_out_only: false };

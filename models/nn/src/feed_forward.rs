@@ -7,7 +7,7 @@ use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor};
 
 use crate::bit_linear::side_by_side;
-use crate::{BitExperts, BitLinear, BitLinearConfig, ForwardError};
+use crate::{ActivationRule, BitExperts, BitLinear, BitLinearConfig, ForwardError, WeightScale};
 
 /// Configuration of a [`BitFeedForward`].
 #[derive(Config, Debug)]
@@ -19,6 +19,12 @@ pub struct BitFeedForwardConfig {
     /// Whether the gated activation passes an RMSNorm before the down projection.
     #[config(default = true)]
     pub sub_norm: bool,
+    /// Weights of a projection that share a scale.
+    #[config(default = "WeightScale::Tensor")]
+    pub scale: WeightScale,
+    /// How the projections' activations are quantised.
+    #[config(default = "ActivationRule::Model")]
+    pub activations: ActivationRule,
     /// Epsilon of the norms.
     #[config(default = 1e-5)]
     pub eps: f64,
@@ -94,8 +100,11 @@ impl Gate {
 impl BitFeedForwardConfig {
     /// A layer in the training state.
     pub fn init(&self, activation: GatedActivation, device: &Device) -> BitFeedForward {
-        let up = || BitLinearConfig::new(self.hidden_size, self.intermediate_size).init(device);
-        let down = BitLinearConfig::new(self.intermediate_size, self.hidden_size)
+        let linear = |d_in, d_out| {
+            BitLinearConfig::new(d_in, d_out).with_scale(self.scale).with_activations(self.activations)
+        };
+        let up = || linear(self.hidden_size, self.intermediate_size).init(device);
+        let down = linear(self.intermediate_size, self.hidden_size)
             .with_norm(self.sub_norm)
             .with_norm_eps(self.eps)
             .init(device);

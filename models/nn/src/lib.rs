@@ -20,6 +20,7 @@ mod model;
 pub mod names;
 mod options;
 mod parts;
+mod quantisation;
 mod rotary;
 mod rotation;
 mod trainable;
@@ -39,13 +40,15 @@ pub use feed_forward::{BitFeedForward, BitFeedForwardConfig, FeedForward};
 pub use model::{BitNet, ForwardError, rms_norm};
 pub use options::{DeltaNet, Experts, SlidingWindows};
 pub use parts::{FloatPart, Norm, Projection};
+pub use quantisation::{ActivationRule, Quantisation};
 pub use rotary::{RopeScaling, RotaryEncoding, RotaryEncodingConfig};
 pub use rotation::Rotation;
-pub use trainable::ValuesOf;
+pub use trainable::{Parameter, ValuesOf};
 
 pub use bitnet_burn_backends as backends;
 pub use bitnet_burn_backends::GatedActivation;
 pub use bitnet_burn_formats as formats;
+pub use bitnet_burn_formats::WeightScale;
 pub use bitnet_burn_manager as manager;
 
 // The example of the README runs with the tests.

@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 
+use bitnet_burn_backends::ops;
 use bitnet_burn_manager::ManagerError;
 use burn::module::{Module, Param, ParamId};
 use burn::nn::RmsNorm;
@@ -10,8 +11,11 @@ use burn::tensor::{Device, Tensor, TensorData};
 use crate::model::rms_norm;
 use crate::{
     Attention, BitBlock, BitLinear, BitLinearWeight, BitNet, DenseMatrix, DenseWeight, FeedForward,
-    FloatPart, ModelConfig, Norm, Projection, names,
+    FloatPart, ModelConfig, Norm, Projection, Quantisation, names,
 };
+
+/// Name, shape and values.
+pub type Parameter = (String, Vec<usize>, Vec<f32>);
 
 /// Gives the values of a parameter by its name and shape.
 pub type ValuesOf<'a, E> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, E> + 'a;
@@ -19,17 +23,18 @@ pub type ValuesOf<'a, E> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, E> + 'a
 impl BitNet {
     /// A model in the training state, on a device with or without gradients: latent weights and float
     /// embeddings, by their names and shapes in a Hugging Face checkpoint ([N, K] and `[K]`), all asked for
-    /// in the same order every time. Without `quantise` it is BitNet's float twin: the same model with its
+    /// in the same order every time. Without `quantisation` it is BitNet's float twin: the same model with its
     /// weights and activations as they are.
     ///
     /// # Errors
     /// Those of `values`.
     ///
     /// # Panics
-    /// If `values` gives other numbers of values than asked for.
+    /// If `values` gives other numbers of values than asked for, or a projection can't be quantised so
+    /// ([`Quantisation::check_model`] says which).
     pub fn trainable<E>(
         config: &ModelConfig,
-        quantise: bool,
+        quantisation: Option<Quantisation>,
         device: &Device,
         values: &mut ValuesOf<'_, E>,
     ) -> Result<Self, E> {
@@ -49,7 +54,10 @@ impl BitNet {
             Ok(norm)
         };
         let linear = |layer: usize, which: Projection| -> Result<BitLinear, E> {
-            Ok(BitLinear::latent(matrix(&names::projection_name(layer, which), which.shape(config))?))
+            let layer =
+                BitLinear::latent(matrix(&names::projection_name(layer, which), which.shape(config))?);
+            let quantised = layer.with_quantisation(quantisation.unwrap_or_default());
+            Ok(quantised.unwrap_or_else(|error| panic!("{which:?} projections: {error}")))
         };
         let float = |layer: usize, which: FloatPart| -> Result<DenseMatrix, E> {
             let name = names::float_part_name(layer, which);
@@ -69,7 +77,7 @@ impl BitNet {
         } else {
             Some(BitLinear::dense(DenseMatrix::trainable(matrix(names::HEAD, table)?)))
         };
-        Ok(Self::assemble(config.clone(), quantise, embedding, blocks, last, output))
+        Ok(Self::assemble(config.clone(), quantisation.is_some(), embedding, blocks, last, output))
     }
 
     /// The parameters of a model in the training state, as [`trainable`](Self::trainable) asks for them:
@@ -77,7 +85,20 @@ impl BitNet {
     ///
     /// # Panics
     /// If a layer is frozen, or the values can't be read back from their device.
-    pub fn parameters(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    pub fn parameters(&self) -> Vec<Parameter> {
+        self.parameters_with(|_, weight| weight)
+    }
+
+    /// [`parameters`](Self::parameters), with the projections' weights as the forward pass and [`pack`](Self::pack) make
+    /// them ternary.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn frozen_parameters(&self) -> Vec<Parameter> {
+        self.parameters_with(|layer, weight| ops::ternarise(weight, layer.quantisation().scale))
+    }
+
+    fn parameters_with(&self, value: impl Fn(&BitLinear, Tensor<2>) -> Tensor<2>) -> Vec<Parameter> {
         let mut parameters = Vec::new();
         let mut add = |name: String, data: TensorData| {
             parameters.push((name, data.shape().to_vec(), data.iter::<f32>().collect()));
@@ -110,7 +131,8 @@ impl BitNet {
             for (which, layer) in block.projections() {
                 match &layer.weight {
                     BitLinearWeight::Latent(weight) => {
-                        add(names::projection_name(i, which), weight.val().into_data());
+                        let weight = value(layer, weight.val().detach());
+                        add(names::projection_name(i, which), weight.into_data());
                     }
                     BitLinearWeight::Packed(_) | BitLinearWeight::Dense(_) => {
                         panic!("a frozen layer has no parameters")

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
-use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
+use bitnet_burn::{
+    ActivationRule, ConfigError, DecoderOptions, GatedActivation, ModelConfig, Quantisation, WeightScale,
+};
 
 /// A training run. The defaults are those of the model that the program carries.
 ///
@@ -69,6 +71,19 @@ pub struct ModelOptions {
     /// Ternary weights and int8 activations. `false` trains BitNet's float twin, to compare with: it can't
     /// be exported.
     pub ternary: bool,
+    /// Weights that share a scale: `tensor`, `row` or `group:N`.
+    pub scales: WeightScale,
+    /// How activations are quantised: `model` (`row` with one scale for each tensor, else `group:32`), `row`, `group:N` or
+    /// `float`.
+    pub activations: ActivationRule,
+}
+
+impl ModelOptions {
+    /// How the projections are quantised; `None` for the float twin.
+    pub fn quantisation(&self) -> Option<Quantisation> {
+        let Self { scales: scale, activations, .. } = *self;
+        self.ternary.then_some(Quantisation { scale, activations })
+    }
 }
 
 impl Default for ModelOptions {
@@ -88,6 +103,8 @@ impl Default for ModelOptions {
             sub_norms: true,
             tied_embeddings: true,
             ternary: true,
+            scales: WeightScale::Tensor,
+            activations: ActivationRule::Model,
         }
     }
 }
@@ -372,10 +389,25 @@ impl TrainConfig {
             return fail("optimizer.epsilon", "is 0; a step could divide by zero".into());
         }
         let model = self.model_config(2, 0);
-        model.validate().map_err(|error| TrainError::Config {
-            place: format!("`model.{}`", error.field),
-            problem: error.problem,
-        })
+        let wrong =
+            |key: &str, problem: String| TrainError::Config { place: format!("`model.{key}`"), problem };
+        model.validate().map_err(|ConfigError { field, problem, .. }| wrong(field, problem))?;
+        let default = Quantisation::default();
+        match self.model.quantisation() {
+            Some(quantisation) => {
+                quantisation.check_model(&model).map_err(|ConfigError { field, problem, .. }| {
+                    wrong(if field == "scale" { "scales" } else { field }, problem)
+                })
+            }
+            None if self.model.scales != default.scale => {
+                fail("model.scales", format!("is {}; the float twin has none", self.model.scales))
+            }
+            None if self.model.activations != default.activations => {
+                let found = self.model.activations;
+                fail("model.activations", format!("is {found}; the float twin's are floats"))
+            }
+            None => Ok(()),
+        }
     }
 
     /// The learning rate of a step, from 0.
@@ -413,7 +445,11 @@ mod tests {
         config.set("optimizer.learning_rate = 0.001").unwrap();
         config.set("tokenizer.file=a/b.json").unwrap();
         config.set("run.steps=10").unwrap();
+        config.set("model.scales=group:64").unwrap();
+        config.set("model.activations=float").unwrap();
         assert_eq!((config.model.activation, config.run.steps), (GatedActivation::Silu, 10));
+        let quantisation = Quantisation { scale: WeightScale::Group(64), activations: ActivationRule::Float };
+        assert_eq!(config.model.quantisation(), Some(quantisation));
         assert_eq!(TrainConfig::from_toml(&config.to_toml()).unwrap(), config);
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<TrainConfig>(&json).unwrap(), config);
@@ -435,6 +471,9 @@ mod tests {
             ("run.sequence_length=257", "256"),
             ("model.n_kv_heads=3", "n_kv_heads"),
             ("model.activation=gelu", "relu2"),
+            ("model.scales=group:96", "32, 64, 128 or 256"),
+            ("model.scales=group:256", "does not divide rows of 640 weights (down projections [256, 640])"),
+            ("model.activations=int8", "model, row, group:N, float"),
             ("data.validation=0.9", "0.5"),
             ("data.documents=page", "paragraph"),
             ("tokenizer.vocab_size=100", "257"),
@@ -445,6 +484,20 @@ mod tests {
             let message = refuse(assignment);
             assert!(message.contains(expected), "{assignment}: {message}");
         }
+    }
+
+    #[test]
+    fn scales_and_activations_must_fit_together() {
+        let mut config = TrainConfig::default();
+        config.set("model.scales=group:64").unwrap();
+        config.validate().unwrap();
+        config.set("model.activations=row").unwrap();
+        let error = config.validate().unwrap_err().to_string();
+        assert!(error.contains("`model.activations`") && error.contains("use group:64"), "{error}");
+        config.set("model.activations=model").unwrap();
+        config.set("model.ternary=false").unwrap();
+        let error = config.validate().unwrap_err().to_string();
+        assert!(error.contains("`model.scales`") && error.contains("float twin"), "{error}");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::{Dataset, TrainConfig, TrainError};
-use bitnet_burn::BitNet;
+use bitnet_burn::{BitNet, Quantisation};
 use bitnet_burn_engine::hf;
 
 const CONFIG: &str = "config.toml";
@@ -24,6 +24,7 @@ const CHECKPOINTS: &str = "checkpoints";
 const OPTIMIZER: &str = "optimizer.bpk";
 const STATE: &str = "training.json";
 const MODEL: &str = "model.safetensors";
+const MASTERS: &str = "masters.safetensors";
 /// As `sha256sum` writes and checks it.
 const CHECKSUMS: &str = "SHA256SUMS";
 const UNFINISHED: &str = ".step-";
@@ -163,9 +164,15 @@ pub(super) struct Parameters {
     tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
 }
 
+/// The file with the float masters. Hugging Face's format knows how to make BitNet's ternary; for other scales and activations
+/// the model's file holds the ternary values themselves.
+fn masters_file(config: &TrainConfig) -> &'static str {
+    if config.model.quantisation().is_none_or(Quantisation::is_bitnet) { MODEL } else { MASTERS }
+}
+
 /// Reads the float masters of a checkpoint.
-pub(super) fn parameters(checkpoint: &Path) -> Result<Parameters, TrainError> {
-    let path = checkpoint.join(MODEL);
+pub(super) fn parameters(checkpoint: &Path, config: &TrainConfig) -> Result<Parameters, TrainError> {
+    let path = checkpoint.join(masters_file(config));
     let bytes = std::fs::read(&path).map_err(TrainError::io(&path, "read"))?;
     let wrong = |problem: String| TrainError::Checkpoint { path: path.clone(), problem };
     let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(error.to_string()))?;
@@ -220,9 +227,14 @@ pub(super) fn write(
         .tempdir_in(&parent)
         .map_err(TrainError::io(&parent, "make a directory in it"))?;
     let at = temporary.path();
-    hf::write_masters(at, model.config(), model.parameters())?;
-    if !config.model.ternary {
-        plain(&at.join("config.json"))?;
+    match masters_file(config) {
+        MODEL if config.model.ternary => hf::write_masters(at, model.config(), model.parameters())?,
+        // A float twin is no BitNet: nothing must load it as one.
+        MODEL => hf::write_values(at, model.config(), model.parameters())?,
+        masters => {
+            hf::write_values(at, model.config(), model.frozen_parameters())?;
+            hf::write_tensors(&at.join(masters), model.config(), model.parameters())?;
+        }
     }
     hf::write_bytes(&at.join(TOKENIZER), &data.tokenizer_json)?;
     let tokenizer_config = json!({
@@ -291,17 +303,6 @@ fn check_sums(checkpoint: &Path) -> Result<(), TrainError> {
         "it is damaged or missing: its checksum is not that in {CHECKSUMS}; resume from an older one"
     );
     Err(TrainError::Checkpoint { path: checkpoint.join(name), problem })
-}
-
-/// A float twin is no BitNet: nothing must load it as one.
-fn plain(config: &Path) -> Result<(), TrainError> {
-    let bytes = std::fs::read(config).map_err(TrainError::io(config, "read"))?;
-    let mut json: serde_json::Value = serde_json::from_slice(&bytes)
-        .map_err(|error| TrainError::Checkpoint { path: config.to_owned(), problem: error.to_string() })?;
-    if let Some(fields) = json.as_object_mut() {
-        fields.remove("quantization_config");
-    }
-    Ok(hf::write_json(config, &json)?)
 }
 
 /// Writes a file as a whole or not at all.

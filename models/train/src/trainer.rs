@@ -19,8 +19,9 @@
 //! ```
 //!
 //! A run lives in a directory: `config.toml`, `tokenizer.json`, `validation.jsonl`, `metrics.csv`, `loss.svg`,
-//! and `checkpoints/step-*`, each of which is a Hugging Face directory with float masters that the engine (and
-//! transformers) can load, beside the optimiser's state. A checkpoint is there as a whole or not at all.
+//! and `checkpoints/step-*`, each of which is a Hugging Face directory that the engine (and transformers) can load, with float
+//! masters (or, where these are in a file of their own, ternary values), beside the optimiser's state. A checkpoint is there as
+//! a whole or not at all.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -302,9 +303,10 @@ impl Trainer {
         };
         let state = store::State::read(&path)?;
         state.check(&path, &config, &data)?;
-        let mut values = store::parameters(&path)?;
+        let mut values = store::parameters(&path, &config)?;
         let device = device.clone().autodiff();
-        let model = BitNet::trainable(&model_config, config.model.ternary, &device, &mut |name, shape| {
+        let quantisation = config.model.quantisation();
+        let model = BitNet::trainable(&model_config, quantisation, &device, &mut |name, shape| {
             values.take(name, shape)
         })?;
         let optimizer = Optimizer::new(&config, state.step, &model);
@@ -335,7 +337,7 @@ impl Trainer {
         let mut random = SplitMix64::new(config.seed);
         let model = BitNet::trainable::<TrainError>(
             model_config,
-            config.model.ternary,
+            config.model.quantisation(),
             &device.clone().autodiff(),
             &mut |name, shape| Ok(initial(name, shape, &mut random)),
         )?;

@@ -13,14 +13,15 @@
 //!
 //! Without any of these, float weights are computed as they are, as transformers does. Packed weights don't say
 //! in which direction their scale goes then (a factor of 5 where it is guessed wrong, which most norms hide), and a
-//! model of type `bitnet` is never meant to be computed as it is: such a directory is refused, with the lines to add to
-//! its `config.json`.
+//! model of type `bitnet` is never meant to be computed as it is, unless its values are ternary already: such a directory is
+//! refused, with the lines to add to its `config.json`.
 
 use super::super::error::LoadError;
 use super::fields::Fields;
 use bitnet_burn::Projection;
 use bitnet_burn::names::{projection_module, projection_name};
-use bitnet_burn_formats::safetensors::{Dtype, SafeTensor};
+use bitnet_burn_formats::safetensors::{Dtype, SafeTensor, dense_format};
+use bitnet_burn_formats::ternary::scaled_from_dense;
 use std::collections::BTreeMap;
 
 /// How the projections are stored.
@@ -47,6 +48,14 @@ fn of_bits(fields: Fields<'_>, tensors: &BTreeMap<String, SafeTensor>) -> Result
     Ok((!packed).then_some(Style::Online))
 }
 
+/// Whether all values of a matrix are -s, 0 or s, with a scale s for each row or group.
+fn is_ternary(tensor: &SafeTensor) -> bool {
+    match (dense_format(tensor.dtype), &tensor.shape[..]) {
+        (Some(format), &[n, k]) => scaled_from_dense(format, &tensor.data, n, k).is_ok(),
+        _ => false,
+    }
+}
+
 /// How the projections are stored, from `quantization_config`; `None` for floats that are computed as they are.
 pub(super) fn style(
     fields: Fields<'_>,
@@ -59,8 +68,9 @@ pub(super) fn style(
             return Ok(Some(style));
         }
         let first = projection_name(0, Projection::Q);
-        let packed = tensors.get(&first).is_some_and(|t| t.dtype == Dtype::U8);
-        if !packed && fields.architecture()? != "bitnet" {
+        let stored = tensors.get(&first);
+        let packed = stored.is_some_and(|t| t.dtype == Dtype::U8);
+        if !packed && (fields.architecture()? != "bitnet" || stored.is_some_and(is_ternary)) {
             return Ok(None);
         }
         const AUTO: &str = r#"{"quant_method": "bitnet", "linear_class": "autobitlinear""#;
