@@ -35,7 +35,7 @@ mod tokenizer_source;
 mod values;
 
 pub use error::LoadError;
-pub use hf::Style;
+pub use hf::{COMPANIONS, Style};
 pub use source::{Content, OpenOptions, Rotated, Signs, TensorInfo, Weights};
 pub(crate) use tokenizer_source::{END_OF_GENERATION, end_of_generation};
 pub use tokenizer_source::{GgufTokenizer, TokenizerSource};

@@ -28,8 +28,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use style::style;
 
-/// What is read beside the tensors and their index, by the model or by its tokenizer.
-const COMPANIONS: [&str; 6] = [
+/// The files that are read beside the tensors and their index, by the model or by its tokenizer, where they are there.
+pub const COMPANIONS: [&str; 6] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
