@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::ffi::OsString;
 use std::fmt;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -319,6 +320,16 @@ pub fn positive(text: &str) -> Result<usize, String> {
 fn threads(text: &str) -> Result<usize, String> {
     let at_most = || format!("it must be at most {MAX_THREADS}");
     positive(text).and_then(|n| if n <= MAX_THREADS { Ok(n) } else { Err(at_most()) })
+}
+
+/// Reads the text in a file, or in stdin for `-`.
+pub fn read_text(path: &Path) -> anyhow::Result<String> {
+    if path == Path::new("-") {
+        let mut text = String::new();
+        std::io::stdin().lock().read_to_string(&mut text).context("cannot read text from stdin")?;
+        return Ok(text);
+    }
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {} as text", path.display()))
 }
 
 /// Reads token ids from a file. They are separated by commas or white space.

@@ -23,7 +23,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail};
-use bitnet_burn_engine::checkpoint::COMPANIONS;
+use bitnet_burn_engine::checkpoint::{COMPANIONS, EMBED_COMPANIONS};
 use bitnet_burn_engine::text::human_bytes;
 use bitnet_burn_formats::gguf::{first_part, part_of};
 use bitnet_burn_formats::{read_json, safetensors};
@@ -111,7 +111,7 @@ fn choose(entries: &[Entry], name: &HubName) -> anyhow::Result<Chosen> {
     }
     if has("config.json") && (has(safetensors::SINGLE) || has(safetensors::INDEX)) {
         let index = (!has(safetensors::SINGLE)).then_some(safetensors::INDEX);
-        let files = COMPANIONS.into_iter().chain(index).filter(|file| has(file));
+        let files = COMPANIONS.into_iter().chain(EMBED_COMPANIONS).chain(index).filter(|file| has(file));
         return Ok(Chosen::Directory(files.map(str::to_owned).collect()));
     }
     match &models[..] {

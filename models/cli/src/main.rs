@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod embed;
 mod engine;
 mod export;
 mod habits;
@@ -78,6 +79,7 @@ Examples:
   bitnet run --model model.gguf --prompt 'The capital of France is'
   bitnet run --model hf:OWNER/NAME:FILE.gguf --prompt 'The capital of France is'
   bitnet inspect --model model.gguf --check
+  bitnet embed --model model.gguf 'One text' 'Another text'
   bitnet synth --shape 2b-4t --out synthetic.gguf
   bitnet bench --model synthetic.gguf -p 128 -n 64 --threads 1
   bitnet plan --model model.gguf
@@ -89,6 +91,7 @@ enum Command {
     Run(run::RunArgs),
     Inspect(inspect::InspectArgs),
     Tokenize(tokenize::TokenizeArgs),
+    Embed(embed::EmbedArgs),
     Kernels(kernels::KernelsArgs),
     Bench(bench::BenchArgs),
     Plan(plan::PlanArgs),
@@ -134,6 +137,7 @@ fn program() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Tokenize(args) => tokenize::run(args),
+        Command::Embed(args) => embed::run(args),
         Command::Kernels(args) => kernels::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Synth(args) => synth::run(args),

@@ -3,6 +3,7 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod docs;
+mod embed;
 mod files;
 #[cfg(feature = "wgpu")]
 mod gpu;

@@ -24,6 +24,7 @@
 //! ```
 
 mod choices;
+mod embed;
 mod error;
 pub(crate) mod gguf;
 mod hf;
@@ -34,6 +35,7 @@ mod tests;
 mod tokenizer_source;
 mod values;
 
+pub use embed::{EMBED_COMPANIONS, EmbedDefaults, Pooling};
 pub use error::LoadError;
 pub use hf::{COMPANIONS, Style};
 pub use source::{Content, OpenOptions, Rotated, Signs, TensorInfo, Weights};
@@ -289,6 +291,15 @@ impl Checkpoint {
     /// Where to find the tokenizer.
     pub fn tokenizer_source(&self) -> TokenizerSource {
         self.source.tokenizer_source()
+    }
+
+    /// What the files say about embeddings of texts. What they say about pooling is not looked at where the caller
+    /// has `asked` for one.
+    ///
+    /// # Errors
+    /// [`LoadError`], for what the files say and this program does not compute, too.
+    pub fn embed_defaults(&self, asked: Option<Pooling>) -> Result<EmbedDefaults, LoadError> {
+        self.source.embed_defaults(asked)
     }
 
     /// All tensors of the files, for display.

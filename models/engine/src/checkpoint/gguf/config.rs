@@ -157,6 +157,11 @@ pub(super) fn config(
             });
         }
     }
+    if let Some((key, value)) =
+        keys.find("attention.causal").filter(|(_, value)| value.as_bool() != Some(true))
+    {
+        return Err(keys.unsupported(key, value, "true: a token sees those before it"));
+    }
     // Of Maple, only layers with windows turn.
     let of_windows = if architecture == MAPLE { keys.float("rope.freq_base_swa")? } else { None };
     let rope_theta = match of_windows.or(keys.float("rope.freq_base")?) {

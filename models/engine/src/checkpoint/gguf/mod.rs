@@ -13,6 +13,7 @@ pub(crate) mod names;
 mod rope;
 mod tokenizer;
 
+use super::embed::{EmbedDefaults, Pooling};
 use super::error::LoadError;
 use super::missing::instead;
 use super::source::{Content, OpenOptions, Rotated, Signs, Source, TensorInfo, Weights};
@@ -400,6 +401,10 @@ impl Source for GgufModel {
 
     fn tokenizer_source(&self) -> TokenizerSource {
         TokenizerSource::Gguf(Box::new(tokenizer(&self.file, self.pre.clone())))
+    }
+
+    fn embed_defaults(&self, asked: Option<Pooling>) -> Result<EmbedDefaults, LoadError> {
+        EmbedDefaults::of_gguf(&self.file, asked)
     }
 
     fn tensors(&self) -> Vec<TensorInfo> {

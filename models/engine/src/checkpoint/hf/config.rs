@@ -239,7 +239,10 @@ fn options_of(
     architecture: &str,
     (n_layers, hidden_size): (usize, usize),
 ) -> Result<DecoderOptions, LoadError> {
-    for key in ["mlp_bias", "use_sliding_window"] {
+    if let Some(value) = fields.get("is_causal").filter(|value| value.as_bool() != Some(true)) {
+        return Err(fields.unsupported("is_causal", value, "true: a token sees those before it"));
+    }
+    for key in ["mlp_bias", "use_sliding_window", "use_bidirectional_attention"] {
         if key == "use_sliding_window" && architecture == MAPLE {
             continue; // `layer_types` says where
         }

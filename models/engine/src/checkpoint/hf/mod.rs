@@ -8,6 +8,7 @@ mod style;
 
 pub use style::Style;
 
+use super::embed::{EmbedDefaults, Pooling};
 use super::error::LoadError;
 use super::missing::instead;
 use super::source::{Content, OpenOptions, Source, TensorInfo, Weights};
@@ -73,7 +74,16 @@ impl HfModel {
         fields.architecture()?;
         let Shards { tensors, maps, files: shards } = safetensors::open_directory(dir)?;
         files.extend(shards);
-        let config = config(dir, fields, &tensors, options, warnings)?;
+        let (tensors, is_base) = with_head_names(tensors);
+        let mut config = config(dir, fields, &tensors, options, warnings)?;
+        if is_base && !config.tied_embeddings && !tensors.contains_key(HEAD) {
+            warnings.push(
+                "the files hold a model without an output projection, for embeddings; logits are computed with the token \
+                 embedding and mean nothing"
+                    .into(),
+            );
+            config.tied_embeddings = true;
+        }
         config.validate().map_err(|error| LoadError::Config { path: path.clone(), error })?;
         // Names first: who adds what `style` asks for is not to be refused for a tensor then.
         check_names(dir, &tensors, &config, warnings)?;
@@ -223,6 +233,22 @@ fn find<'a>(
     Ok(found.ok_or_else(missing)?)
 }
 
+/// Tensors of a model that was saved without its output projection, as models for embeddings are, under the names that they
+/// have with one: transformers then leaves out `model.` in front. And whether they were such.
+fn with_head_names(tensors: BTreeMap<String, SafeTensor>) -> (BTreeMap<String, SafeTensor>, bool) {
+    const PREFIX: &str = "model.";
+    let is_base = EMBEDDING.strip_prefix(PREFIX).is_some_and(|name| tensors.contains_key(name))
+        && !tensors.keys().any(|name| name.starts_with(PREFIX));
+    if !is_base {
+        return (tensors, false);
+    }
+    let named = |(name, tensor): (String, SafeTensor)| match name == HEAD {
+        true => (name, tensor),
+        false => (format!("{PREFIX}{name}"), tensor),
+    };
+    (tensors.into_iter().map(named).collect(), true)
+}
+
 /// The names of the embedding and of the output head, where there is one.
 fn matrices(config: &ModelConfig) -> &'static [&'static str] {
     if config.tied_embeddings { &[EMBEDDING] } else { &[EMBEDDING, HEAD] }
@@ -354,6 +380,10 @@ impl Source for HfModel {
 
     fn tokenizer_source(&self) -> TokenizerSource {
         TokenizerSource::Hf { dir: self.dir.clone() }
+    }
+
+    fn embed_defaults(&self, asked: Option<Pooling>) -> Result<EmbedDefaults, LoadError> {
+        EmbedDefaults::of_directory(&self.dir, asked)
     }
 
     fn contents(&self) -> Vec<Content> {
