@@ -32,8 +32,8 @@ pub struct EmbedArgs {
     /// What is pooled: last (the last token's state) or mean (of all tokens) [default: as the model's files say, else last]
     #[arg(long, value_name = "NAME")]
     pooling: Option<Pooling>,
-    /// The task, for models that were trained with instructions. Puts `Instruct: TEXT`, a line break and `Query:` in front of
-    /// each text
+    /// The task, for models that were trained with instructions. Puts `Instruct: TEXT`, a line break and `Query: ` in front
+    /// of each text
     #[arg(long, value_name = "TEXT", conflicts_with = "prompt_name", help_heading = "Prompt")]
     instruction: Option<String>,
     /// Put the prompt of this name in front of each text, from the model's config_sentence_transformers.json

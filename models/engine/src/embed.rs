@@ -45,7 +45,7 @@ pub enum Prompt {
     Text(String),
     /// The prompt of this name in the model's files.
     Named(String),
-    /// What models that were trained with instructions expect in front of a question: `Instruct: TASK\nQuery:`.
+    /// What E5's kin, such as BitNet's embedding models, expect in front of a question: `Instruct: TASK\nQuery: `.
     Instruction(String),
 }
 
@@ -81,7 +81,7 @@ impl Engine {
         };
         let prompt = match (&options.prompt, &defaults.default_prompt) {
             (Some(Prompt::Text(text)), _) => text.clone(),
-            (Some(Prompt::Instruction(task)), _) => format!("Instruct: {task}\nQuery:"),
+            (Some(Prompt::Instruction(task)), _) => format!("Instruct: {task}\nQuery: "),
             (Some(Prompt::Named(name)), _) | (None, Some(name)) => named(name)?,
             (None, None) => String::new(),
         };

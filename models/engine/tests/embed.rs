@@ -77,9 +77,10 @@ fn prompts_go_in_front_of_the_text() {
         let options = EmbedOptions { prompt: Some(prompt), ..options(Pooling::Mean) };
         engine.embed(&[text], &options).unwrap().remove(0)
     };
-    let plain = engine.embed(&["Instruct: find a fox\nQuery:Mo"], &options(Pooling::Mean)).unwrap().remove(0);
+    let plain =
+        engine.embed(&["Instruct: find a fox\nQuery: Mo"], &options(Pooling::Mean)).unwrap().remove(0);
     assert_eq!(with(Prompt::Instruction("find a fox".into()), "Mo"), plain);
-    assert_eq!(with(Prompt::Text("Instruct: find a fox\n".into()), "Query:Mo"), plain);
+    assert_eq!(with(Prompt::Text("Instruct: find a fox\n".into()), "Query: Mo"), plain);
     let options = EmbedOptions { prompt: Some(Prompt::Named("query".into())), ..EmbedOptions::default() };
     let error = engine.embed(&["Mo"], &options).unwrap_err();
     assert!(matches!(error, EngineError::NoSuchPrompt { .. }), "{error}");

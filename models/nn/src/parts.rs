@@ -126,6 +126,8 @@ pub enum Norm {
     FeedForward(usize),
     /// Before the down projection: `[intermediate]`. Only with `sub_norms`.
     FeedForwardSub(usize),
+    /// Right before a projection: of as many values as it has input features. Only with `projection_norms`.
+    Input(usize, Projection),
     /// Before the output head: `[hidden]`.
     Output,
 }
@@ -138,6 +140,7 @@ impl Norm {
             Self::Query(_) | Self::Key(_) => config.head_dim,
             Self::AttentionSub(_) => config.q_size(),
             Self::FeedForwardSub(_) => config.intermediate_size,
+            Self::Input(_, projection) => projection.shape(config).1,
         }
     }
 
@@ -149,12 +152,13 @@ impl Norm {
             | Self::Key(l)
             | Self::AttentionSub(l)
             | Self::FeedForward(l)
-            | Self::FeedForwardSub(l) => Some(l),
+            | Self::FeedForwardSub(l)
+            | Self::Input(l, _) => Some(l),
             Self::Output => None,
         }
     }
 
-    /// The norms of a layer, in the order in which they are used.
+    /// The norms of a layer, in the order in which they are used; those of single projections behind the others.
     pub fn of_layer(layer: usize, config: &ModelConfig) -> impl Iterator<Item = Self> + use<> {
         let (sub_norms, qk_norms) = (config.sub_norms, config.options.qk_norms);
         let all = [
@@ -165,6 +169,11 @@ impl Norm {
             (true, Self::FeedForward(layer)),
             (sub_norms, Self::FeedForwardSub(layer)),
         ];
-        all.into_iter().filter_map(|(present, norm)| present.then_some(norm))
+        let inputs = match config.options.projection_norms {
+            true => Projection::of_layer(layer, config),
+            false => Vec::new(),
+        };
+        let inputs = inputs.into_iter().map(move |which| Self::Input(layer, which));
+        all.into_iter().filter_map(|(present, norm)| present.then_some(norm)).chain(inputs)
     }
 }

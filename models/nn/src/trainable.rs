@@ -89,8 +89,9 @@ impl BitNet {
             if let Some(router) = block.router() {
                 add(names::router_name(i), float(router));
             }
+            let sub_norms = self.config().sub_norms;
             let sub_norm = match feed_forward {
-                FeedForward::One(network) => network.down_proj.norm.as_ref(),
+                FeedForward::One(network) => network.down_proj.norm.as_ref().filter(|_| sub_norms),
                 FeedForward::Experts(_) => None,
             };
             for (which, layer) in block.projections() {
@@ -102,12 +103,15 @@ impl BitNet {
                         panic!("a frozen layer has no parameters")
                     }
                 }
+                if let Some(norm) = layer.norm.as_ref().filter(|_| self.config().options.projection_norms) {
+                    add(names::norm_name(Norm::Input(i, which)), norm.gamma.val().into_data());
+                }
             }
             for (which, norm) in [
                 (Norm::Attention(i), Some(&attention.input_norm)),
                 (Norm::Query(i), attention.q_norm.as_ref()),
                 (Norm::Key(i), attention.k_norm.as_ref()),
-                (Norm::AttentionSub(i), attention.o_proj.norm.as_ref()),
+                (Norm::AttentionSub(i), attention.o_proj.norm.as_ref().filter(|_| sub_norms)),
                 (Norm::FeedForward(i), Some(feed_forward.input_norm())),
                 (Norm::FeedForwardSub(i), sub_norm),
             ] {

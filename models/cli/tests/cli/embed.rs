@@ -79,7 +79,7 @@ fn the_files_of_a_directory_say_how_texts_become_vectors() {
     place.ok(&["convert", "model.gguf", "--to", "hf", "--out", "model"]);
     let plain = ["--pooling", "mean"];
     let expected = embed(&place, "model", &[&plain[..], &TEXTS].concat());
-    let prefixed: Vec<String> = TEXTS.iter().map(|text| format!("Instruct: find\nQuery:{text}")).collect();
+    let prefixed: Vec<String> = TEXTS.iter().map(|text| format!("Instruct: find\nQuery: {text}")).collect();
     let prefixed = embed(&place, "model", &["--pooling", "mean", &prefixed[0], &prefixed[1]]);
     let instruction = ["--pooling", "mean", "--instruction", "find"];
     assert_eq!(embed(&place, "model", &[&instruction[..], &TEXTS].concat()), prefixed);
@@ -98,7 +98,7 @@ fn the_files_of_a_directory_say_how_texts_become_vectors() {
         r#"{"pooling_mode_mean_tokens": true, "include_prompt": true}"#,
     );
     let prompts =
-        r#"{"prompts": {"query": "Instruct: find\nQuery:", "document": ""}, "default_prompt_name": null}"#;
+        r#"{"prompts": {"query": "Instruct: find\nQuery: ", "document": ""}, "default_prompt_name": null}"#;
     place.write("model/config_sentence_transformers.json", prompts);
     assert_eq!(embed(&place, "model", &TEXTS), expected);
     assert_eq!(embed(&place, "model", &[&["--prompt-name", "query"][..], &TEXTS].concat()), prefixed);

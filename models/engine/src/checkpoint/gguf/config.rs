@@ -6,9 +6,9 @@ use super::super::source::OpenOptions;
 use super::super::tokenizer_source::end_of_generation;
 use super::experts::{experts, has_experts, swiglu_clamp, windows};
 use super::keys::{string, token, wrong_value};
-use super::names::{LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE};
+use super::names::{LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE, norm_name};
 use super::rope::scaling;
-use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
+use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::FileError;
 use bitnet_burn_formats::gguf::{GgufFile, Value};
 use std::collections::HashSet;
@@ -222,6 +222,7 @@ pub(super) fn config(
     let biased = !architecture.starts_with("bitnet");
     let mut options = DecoderOptions {
         qk_norms: matches!(&*architecture, QWEN3 | QWEN3MOE | MAPLE),
+        projection_norms: has(&norm_name(Norm::Input(0, Projection::Q))),
         qkv_bias: architecture == QWEN2 || biased && has("blk.0.attn_q.bias"),
         output_bias: biased && has("blk.0.attn_output.bias"),
         rope_scaling: scaling(&keys, context_length, warnings)?,

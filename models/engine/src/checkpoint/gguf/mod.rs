@@ -73,7 +73,8 @@ impl GgufModel {
             gptj_head: is_gptj(&config.architecture).then_some(config.head_dim),
             hadamard: Hadamard::read(&file)?,
             is_bitnet,
-            int8_rows: is_bitnet || config.architecture == LLAMA,
+            // Norms before each projection are BitNet's, whatever the architecture.
+            int8_rows: is_bitnet || config.architecture == LLAMA || config.options.projection_norms,
             file,
         };
         model.check_tensors(&config, warnings)?;

@@ -6,6 +6,7 @@ use super::super::source::OpenOptions;
 use super::experts::{MAPLE_CLAMP, experts, windows};
 use super::fields::{Fields, MAPLE, QWEN3_MOE};
 use super::names::is_sub_norm;
+use super::style::has_norms;
 use bitnet_burn::names::HEAD;
 use bitnet_burn::{DecoderOptions, ModelConfig, RopeScaling};
 use bitnet_burn_formats::read_json;
@@ -26,6 +27,7 @@ pub(super) fn config(
     let hidden_size = fields.required_size("hidden_size")?;
     let n_layers = fields.required_size("num_hidden_layers")?;
     let mut options = options_of(fields, architecture, (n_layers, hidden_size))?;
+    options.projection_norms = has_norms(tensors);
     options.experts = experts(fields, architecture, n_layers)?;
     options.windows = windows(fields, architecture, n_layers)?;
     if let Some(windows) = options.windows.as_ref().filter(|_| architecture == MAPLE) {
