@@ -1,5 +1,9 @@
 //! Flags that several subcommands share.
 
+use std::borrow::Cow;
+use std::ffi::OsString;
+use std::fmt;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -10,15 +14,65 @@ use bitnet_burn_engine::device::DeviceSpec;
 use bitnet_burn_engine::load::{ActivationRule, HeadMode};
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::{MAX_THREADS, Strict};
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
+
+#[cfg(feature = "hub")]
+use crate::hub::{self, HubName};
+
+/// A model by its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Model {
+    /// A GGUF file or a Hugging Face directory.
+    Path(PathBuf),
+    /// On the Hugging Face Hub, from where it is downloaded.
+    #[cfg(feature = "hub")]
+    Hub(HubName),
+}
+
+impl Model {
+    /// For clap.
+    pub fn parser() -> impl TypedValueParser<Value = Self> {
+        OsStringValueParser::new().try_map(Self::parse)
+    }
+
+    fn parse(text: OsString) -> Result<Self, String> {
+        match text.to_str().filter(|text| text.starts_with("hf:")) {
+            #[cfg(feature = "hub")]
+            Some(name) => name.parse().map(Self::Hub),
+            #[cfg(not(feature = "hub"))]
+            Some(_) => Err("this build downloads nothing (feature hub); give the path of a model".into()),
+            None => Ok(Self::Path(text.into())),
+        }
+    }
+
+    /// The path to open. What is missing of a model on the hub is downloaded.
+    pub fn locate(&self) -> anyhow::Result<Cow<'_, Path>> {
+        match self {
+            Self::Path(path) => Ok(Cow::Borrowed(path)),
+            #[cfg(feature = "hub")]
+            Self::Hub(name) => Ok(Cow::Owned(hub::get(name)?)),
+        }
+    }
+}
+
+impl fmt::Display for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            #[cfg(feature = "hub")]
+            Self::Hub(name) => name.fmt(f),
+        }
+    }
+}
 
 /// The model's files.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// The model: a GGUF file, or a directory with config.json and safetensors [default: the built-in story
-    /// model]
-    #[arg(long, short, value_name = "PATH", help_heading = "Model")]
-    pub model: Option<PathBuf>,
+    /// The model: a GGUF file, a directory with config.json and safetensors, or hf:OWNER/NAME[:FILE] for one of the
+    /// Hugging Face Hub, which is downloaded once [default: the built-in story model]
+    #[arg(long, short, value_name = "PATH", value_parser = Model::parser(), help_heading = "Model")]
+    pub model: Option<Model>,
     /// The feed-forward activation, for files that don't name it: relu2 or silu
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Model")]
     pub hidden_act: Option<GatedActivation>,
@@ -36,7 +90,7 @@ impl FileArgs {
     /// Opens the files and logs their warnings.
     pub fn open(&self) -> anyhow::Result<Checkpoint> {
         match &self.model {
-            Some(path) => Ok(Checkpoint::open(path, &self.options())?),
+            Some(model) => Ok(Checkpoint::open(&model.locate()?, &self.options())?),
             #[cfg(feature = "default-model")]
             None => Ok(bitnet_burn_engine::embedded::checkpoint()?),
             #[cfg(not(feature = "default-model"))]
@@ -266,6 +320,16 @@ pub fn positive(text: &str) -> Result<usize, String> {
 fn threads(text: &str) -> Result<usize, String> {
     let at_most = || format!("it must be at most {MAX_THREADS}");
     positive(text).and_then(|n| if n <= MAX_THREADS { Ok(n) } else { Err(at_most()) })
+}
+
+/// Reads the text in a file, or in stdin for `-`.
+pub fn read_text(path: &Path) -> anyhow::Result<String> {
+    if path == Path::new("-") {
+        let mut text = String::new();
+        std::io::stdin().lock().read_to_string(&mut text).context("cannot read text from stdin")?;
+        return Ok(text);
+    }
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {} as text", path.display()))
 }
 
 /// Reads token ids from a file. They are separated by commas or white space.

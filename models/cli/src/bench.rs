@@ -17,7 +17,7 @@ use clap::Args;
 use serde::Serialize;
 use tempfile::TempDir;
 
-use crate::args::{EngineArgs, positive};
+use crate::args::{EngineArgs, Model, positive};
 use crate::engine::{device_error, remember};
 use crate::output::{self, columns};
 use bitnet_burn_engine::device::DeviceSpec;
@@ -136,7 +136,7 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
             );
         }
         let dir = synthetic(if args.quick { "tiny" } else { "2b-4t" })?;
-        args.engine.file.model = Some(dir.path().join(MODEL));
+        args.engine.file.model = Some(Model::Path(dir.path().join(MODEL)));
         random = Some(dir);
     }
     let (prompt, generate, repetitions, batches): (_, _, _, &[usize]) = match (args.gpu_suite, args.quick) {

@@ -30,7 +30,7 @@ const FLAGS: &[(&[&str], &str)] = &[
     ),
     (&["-ctk", "--cache-type-k", "-ctv", "--cache-type-v"], "--kv-cache TYPE for keys and values"),
     (&["-dev", "-mg", "--main-gpu", "-sm", "--split-mode", "-ts", "--tensor-split"], "--device"),
-    (&["-hf", "-hfr", "--hf-repo"], "--model PATH of a file that is there: nothing is downloaded"),
+    (&["-hf", "-hfr", "--hf-repo"], "--model hf:OWNER/NAME:FILE.gguf"),
     (
         &["-lcs", "-lcd", "--lookup-cache-static", "-md", "--model-draft"],
         "nothing: there is no speculative decoding",

@@ -165,7 +165,11 @@ impl Report<'_> {
         let tied = if c.tied_embeddings { "tied to the embedding" } else { "a matrix of its own" };
         let per_token = self.parameters.ternary_per_token;
         let per_token = per_token.map_or(String::new(), |count| format!(" ({count} for a token)"));
-        let sub_norms = if c.sub_norms { "with sub-norms" } else { "without sub-norms" };
+        let sub_norms = match (c.sub_norms, c.options.projection_norms) {
+            (true, _) => "with sub-norms",
+            (false, true) => "a norm before each projection",
+            (false, false) => "without sub-norms",
+        };
         rows.extend([
             row("hidden size", c.hidden_size.to_string()),
             row("feed-forward", feed_forward(c, sub_norms)),

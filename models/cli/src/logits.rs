@@ -91,7 +91,7 @@ pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
 
 /// NumPy's format, version 1.0: magic, length, a Python dictionary padded so that the data is 64-byte
 /// aligned.
-fn npy_header([rows, columns]: [usize; 2]) -> Vec<u8> {
+pub fn npy_header([rows, columns]: [usize; 2]) -> Vec<u8> {
     let mut text = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {columns}), }}");
     let before = 10;
     while !(before + text.len() + 1).is_multiple_of(64) {

@@ -2,9 +2,12 @@
 
 mod args;
 mod bench;
+mod embed;
 mod engine;
 mod export;
 mod habits;
+#[cfg(feature = "hub")]
+mod hub;
 mod inspect;
 mod kernels;
 mod logits;
@@ -31,7 +34,8 @@ use crate::status::Status;
 
 /// Run, inspect, convert and measure BitNet (1.58-bit) models.
 ///
-/// A model is a GGUF file or a Hugging Face directory (config.json with safetensors).
+/// A model is a GGUF file, a Hugging Face directory (config.json with safetensors), or hf:OWNER/NAME, a model of the Hugging
+/// Face Hub.
 #[derive(Debug, Parser)]
 #[command(name = "bitnet", version, after_long_help = ENVIRONMENT, propagate_version = true)]
 #[command(arg_required_else_help = true, subcommand_required = true)]
@@ -60,13 +64,22 @@ Environment (a flag wins over its variable, and a variable wins over the configu
   BITNET_WORKER_SECRET
                       the secret that a worker and its clients share (--secret-file)
   BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if it exists
+  HF_HOME             directory of Hugging Face's programs, where downloaded models are kept, in `hub`;
+                      default: huggingface in the user's cache directory
+  HF_HUB_CACHE        the directory of downloaded models itself
+  HF_HUB_OFFLINE      1: download nothing, use what is there
+  HF_ENDPOINT         the server of the Hugging Face Hub; default: https://huggingface.co
+  HF_TOKEN            the user's token for the hub, for private models and those with terms
+  HF_TOKEN_PATH       the file with the token; default: token in HF_HOME
   RUST_LOG            the log messages on stderr, such as `info` or `bitnet_burn_manager=debug`; default: warn
 
 Exit status: 0 done, 1 error, 2 wrong usage. `plan`, `receipt check` and `train` have more.
 
 Examples:
   bitnet run --model model.gguf --prompt 'The capital of France is'
+  bitnet run --model hf:OWNER/NAME:FILE.gguf --prompt 'The capital of France is'
   bitnet inspect --model model.gguf --check
+  bitnet embed --model model.gguf 'One text' 'Another text'
   bitnet synth --shape 2b-4t --out synthetic.gguf
   bitnet bench --model synthetic.gguf -p 128 -n 64 --threads 1
   bitnet plan --model model.gguf
@@ -78,6 +91,7 @@ enum Command {
     Run(run::RunArgs),
     Inspect(inspect::InspectArgs),
     Tokenize(tokenize::TokenizeArgs),
+    Embed(embed::EmbedArgs),
     Kernels(kernels::KernelsArgs),
     Bench(bench::BenchArgs),
     Plan(plan::PlanArgs),
@@ -123,6 +137,7 @@ fn program() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Tokenize(args) => tokenize::run(args),
+        Command::Embed(args) => embed::run(args),
         Command::Kernels(args) => kernels::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Synth(args) => synth::run(args),

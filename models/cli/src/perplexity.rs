@@ -1,10 +1,9 @@
 //! `bitnet perplexity`: measures how well a model predicts a text.
 
-use std::io::Read as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use bitnet_burn_engine::generate::logits;
 use bitnet_burn_engine::report::{Execution, ModelSummary};
 use bitnet_burn_engine::text::human_seconds;
@@ -12,7 +11,7 @@ use bitnet_burn_train::{Corpus, Documents};
 use clap::Args;
 use serde::Serialize;
 
-use crate::args::{EngineArgs, positive, read_tokens};
+use crate::args::{EngineArgs, positive, read_text, read_tokens};
 use crate::output;
 
 /// Measure how well a model predicts a text (perplexity: exp of the mean negative log-likelihood of its tokens)
@@ -191,15 +190,6 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         output.tokens_per_s
     ));
     Ok(())
-}
-
-fn read_text(path: &Path) -> anyhow::Result<String> {
-    if path == Path::new("-") {
-        let mut text = String::new();
-        std::io::stdin().lock().read_to_string(&mut text).context("cannot read text from stdin")?;
-        return Ok(text);
-    }
-    std::fs::read_to_string(path).with_context(|| format!("cannot read {} as text", path.display()))
 }
 
 #[derive(Debug, PartialEq, Eq)]

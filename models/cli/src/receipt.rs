@@ -15,7 +15,7 @@ use bitnet_burn_manager::ManagerConfig;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use crate::args::{EngineArgs, FileArgs, KernelArgs, SecretArgs};
+use crate::args::{EngineArgs, FileArgs, KernelArgs, Model, SecretArgs};
 use crate::output::{self, columns};
 use crate::status::Status;
 use bitnet_burn_engine::device::DeviceSpec;
@@ -51,9 +51,10 @@ enum Command {
 struct CheckArgs {
     /// The receipt file
     file: PathBuf,
-    /// The model at hand: a GGUF file or a Hugging Face directory [default: the model that the receipt names]
-    #[arg(long, short, value_name = "PATH")]
-    model: Option<PathBuf>,
+    /// The model at hand: a GGUF file, a Hugging Face directory, or hf:OWNER/NAME[:FILE] [default: the model that the
+    /// receipt names]
+    #[arg(long, short, value_name = "PATH", value_parser = Model::parser())]
+    model: Option<Model>,
     /// Generate the tokens again and compare them (only for receipts of `run`)
     #[arg(long)]
     rerun: bool,
@@ -127,7 +128,10 @@ fn file(args: &CheckArgs, sealed: &Sealed) -> FileArgs {
     let Receipt { model, generation, .. } = &sealed.receipt;
     let generation = generation.as_ref();
     FileArgs {
-        model: args.model.clone().or_else(|| (!is_built_in(&model.path)).then(|| model.path.clone())),
+        model: args
+            .model
+            .clone()
+            .or_else(|| (!is_built_in(&model.path)).then(|| Model::Path(model.path.clone()))),
         hidden_act: generation.and_then(|g| g.hidden_act),
         pre: generation.and_then(|g| g.pre.clone()),
     }
@@ -142,7 +146,10 @@ fn is_built_in(path: &Path) -> bool {
 
 fn model(receipt: &Receipt, file: &FileArgs) -> Vec<Check> {
     let record = |checkpoint: Checkpoint| Ok(ModelRecord::of(&checkpoint)?);
-    let shown = file.model.as_deref().unwrap_or(&receipt.model.path).display();
+    let shown = match &file.model {
+        Some(model) => model.to_string(),
+        None => receipt.model.path.display().to_string(),
+    };
     match file.open().and_then(record) {
         Ok(at_hand) => receipt.check_model(&at_hand),
         Err(error) => {

@@ -151,7 +151,7 @@ fn rows(tokens: &[u32], sequence: SequenceId, position: usize) -> Vec<Row> {
 }
 
 /// A tensor's values on the host.
-fn values(tensor: Tensor<2>) -> Result<Vec<f32>, GenerateError> {
+pub(crate) fn values(tensor: Tensor<2>) -> Result<Vec<f32>, GenerateError> {
     let data = devices::read(tensor).map_err(GenerateError::Device)?;
     data.try_to_vec::<f32>().map_err(|error| GenerateError::Device(format!("{error:?}")))
 }

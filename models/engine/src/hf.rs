@@ -388,7 +388,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::OpenOptions;
     use crate::synth::shape;
-    use bitnet_burn::GatedActivation;
+    use bitnet_burn::{DecoderOptions, GatedActivation};
     use bitnet_burn_formats::quant::absmean_to_canonical;
     use bitnet_burn_formats::random::SplitMix64;
 
@@ -414,6 +414,11 @@ mod tests {
             ModelConfig { activation: GatedActivation::Silu, name: None, rms_norm_eps: 1e-6, ..tiny() },
             ModelConfig { sub_norms: false, activation: GatedActivation::Silu, eos_tokens: vec![], ..tiny() },
             ModelConfig { head_dim: 32, rope_theta: 12_345.5, ..tiny() },
+            ModelConfig {
+                sub_norms: false,
+                options: DecoderOptions { projection_norms: true, ..DecoderOptions::default() },
+                ..tiny()
+            },
         ] {
             let tensors = tensors(&config);
             write_masters(dir.path(), &config, tensors.clone()).unwrap();

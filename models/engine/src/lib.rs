@@ -3,6 +3,7 @@
 //! - [`Engine`] opens a model with everything that it needs; a [`Session`] generates with it.
 //! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them;
 //!   [`gguf`] and [`hf`] write them.
+//! - [`embed`](mod@embed): vectors of texts.
 //! - [`tokenizer`], [`chat`], [`sampling`] and [`generate`](mod@generate): prompts in, text out.
 //! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`report`] and [`receipt`]: what a run measured, and what it was made of.
@@ -12,6 +13,7 @@ pub mod chat;
 pub mod checkpoint;
 pub mod device;
 pub mod device_bench;
+pub mod embed;
 #[cfg(feature = "default-model")]
 pub mod embedded;
 mod engine;

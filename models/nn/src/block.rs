@@ -60,6 +60,13 @@ impl BitBlock {
         let with_norm = |linear: BitLinear, which: Norm| -> Result<BitLinear, E> {
             if config.sub_norms { Ok(linear.with_norm(norm(which)?)) } else { Ok(linear) }
         };
+        let linear = |layer: usize, which: Projection| -> Result<BitLinear, E> {
+            let linear = linear(layer, which)?;
+            match config.options.projection_norms {
+                true => Ok(linear.with_norm(norm(Norm::Input(layer, which))?)),
+                false => Ok(linear),
+            }
+        };
         let attention = match config.delta_net(layer) {
             None => {
                 let attention = BitAttentionConfig::new(

@@ -67,6 +67,9 @@ pub struct ModelConfig {
 pub struct DecoderOptions {
     /// Whether every query and key head passes an RMSNorm before RoPE (Qwen3).
     pub qk_norms: bool,
+    /// Whether the input of every projection passes an RMSNorm of its own right before it, behind the norm that it shares
+    /// with others (BitNet's embedding models).
+    pub projection_norms: bool,
     /// Whether the projections of queries, keys and values have biases (Qwen2).
     pub qkv_bias: bool,
     /// Whether the attention's output projection has a bias.
@@ -104,6 +107,7 @@ impl Default for DecoderOptions {
     fn default() -> Self {
         Self {
             qk_norms: false,
+            projection_norms: false,
             qkv_bias: false,
             output_bias: false,
             attention_gate: false,
@@ -191,6 +195,10 @@ impl ModelConfig {
         }
         if experts.is_some() && self.sub_norms {
             return err("sub_norms", "is true; experts have none".into());
+        }
+        if self.options.projection_norms && (experts.is_some() || delta_net.is_some() || self.sub_norms) {
+            let problem = "is true; models with sub-norms, experts or gated DeltaNets have no norm before each projection";
+            return err("options.projection_norms", problem.into());
         }
         if let Some(problem) = windows.as_ref().and_then(|windows| windows.problem(self.n_layers)) {
             return err("options.windows", problem);
@@ -515,6 +523,7 @@ mod tests {
             ("options.experts", |c| experts(c).dense_layers.push(30)),
             ("options.experts", |c| experts(c).dense_layers.push(7)),
             ("sub_norms", |c| _ = experts(c)),
+            ("options.projection_norms", |c| c.options.projection_norms = true),
             ("options.windows", |c| windows(c).positions = 0),
             ("options.windows", |c| windows(c).positions = usize::MAX),
             ("options.windows", |c| windows(c).layers.truncate(29)),

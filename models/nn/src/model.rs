@@ -179,6 +179,23 @@ impl BitNet {
         wanted: &[usize],
         cache: &mut KvCache,
     ) -> Result<Tensor<2>, ForwardError> {
+        self.logits(self.forward_states(rows, wanted, cache)?)
+    }
+
+    /// [`forward`](Self::forward) without the output projection: the hidden states behind the last norm of the rows
+    /// `wanted`, of which embeddings of texts are made.
+    ///
+    /// # Shapes
+    /// The output is [wanted, hidden].
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_states(
+        &self,
+        rows: &[Row],
+        wanted: &[usize],
+        cache: &mut KvCache,
+    ) -> Result<Tensor<2>, ForwardError> {
         self.check_tokens(rows.iter().map(|row| row.token))?;
         let mut batch = Batch::over_cache(rows, cache, &self.rotary, self.quantise, &self.device())?;
         let tokens: Vec<u32> = rows.iter().map(|row| row.token).collect();
@@ -186,7 +203,7 @@ impl BitNet {
         for sequence in &batch.sequences {
             cache.advance(sequence.id, sequence.rows.len())?;
         }
-        self.logits(select_rows(x, wanted))
+        self.normalised(select_rows(x, wanted))
     }
 
     /// The logits of all rows of whole sequences of `length` tokens each, without a cache: what training
@@ -204,7 +221,7 @@ impl BitNet {
             return Err(ForwardError::Rows { row: 0, problem });
         }
         let mut batch = Batch::whole_sequences(length, &self.rotary, self.quantise, &self.device());
-        self.logits(self.hidden(tokens, &mut batch, &mut History::None { length })?)
+        self.logits(self.normalised(self.hidden(tokens, &mut batch, &mut History::None { length })?)?)
     }
 
     /// The residual stream behind the last block, on that block's device.
@@ -234,14 +251,18 @@ impl BitNet {
         Ok(x)
     }
 
-    fn logits(&self, x: Tensor<2>) -> Result<Tensor<2>, ForwardError> {
+    /// Behind the last norm, on the device of the output projection.
+    fn normalised(&self, x: Tensor<2>) -> Result<Tensor<2>, ForwardError> {
         let device = self.device();
         let x = if self.blocks.last().is_some_and(|block| block.device() != device) {
             moved(x, &device)?
         } else {
             x
         };
-        let x = ops::rms_norm(x, self.norm.gamma.val(), self.norm.epsilon as f32);
+        Ok(ops::rms_norm(x, self.norm.gamma.val(), self.norm.epsilon as f32))
+    }
+
+    fn logits(&self, x: Tensor<2>) -> Result<Tensor<2>, ForwardError> {
         let logits = match &self.output {
             None => self.embedding.forward(x),
             Some(output) => output.forward_rows(x, self.quantise)?,

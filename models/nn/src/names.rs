@@ -67,6 +67,7 @@ pub fn norm_name(which: Norm) -> String {
         Norm::AttentionSub(l) => (l, "self_attn.attn_sub_norm"),
         Norm::FeedForward(l) => (l, "post_attention_layernorm"),
         Norm::FeedForwardSub(l) => (l, "mlp.ffn_sub_norm"),
+        Norm::Input(l, which) => return projection_module(l, which) + ".norm.weight",
         Norm::Output => return "model.norm.weight".to_owned(),
     };
     format!("model.layers.{layer}.{part}.weight")

@@ -153,12 +153,14 @@ pub enum Norm {
     FeedForward(usize),
     /// Before the down projection: `[intermediate]`. Only with `sub_norms`.
     FeedForwardSub(usize),
+    /// Right before a projection: of as many values as it has input features. Only with `projection_norms`.
+    Input(usize, Projection),
     /// Before the output head: `[hidden]`.
     Output,
 }
 
 impl Norm {
-    /// All norms, those of layers in the first one.
+    /// All norms but those of [projections](Self::Input), those of layers in the first one.
     pub const ALL: [Self; 8] = [
         Self::Attention(0),
         Self::Query(0),
@@ -178,6 +180,7 @@ impl Norm {
             Self::Delta(_) => config.options.delta_net.as_ref().map_or(0, |delta| delta.value_dim),
             Self::AttentionSub(_) => config.q_size(),
             Self::FeedForwardSub(_) => config.intermediate_size,
+            Self::Input(_, projection) => projection.shape(config).1,
         }
     }
 
@@ -190,12 +193,13 @@ impl Norm {
             | Self::Delta(l)
             | Self::AttentionSub(l)
             | Self::FeedForward(l)
-            | Self::FeedForwardSub(l) => Some(l),
+            | Self::FeedForwardSub(l)
+            | Self::Input(l, _) => Some(l),
             Self::Output => None,
         }
     }
 
-    /// The norms of a layer, in the order in which they are used.
+    /// The norms of a layer, in the order in which they are used; those of single projections behind the others.
     pub fn of_layer(layer: usize, config: &ModelConfig) -> impl Iterator<Item = Self> + use<> {
         let delta = config.delta_net(layer).is_some();
         let (sub_norms, qk_norms) = (config.sub_norms, config.options.qk_norms && !delta);
@@ -208,7 +212,12 @@ impl Norm {
             (true, Self::FeedForward(layer)),
             (sub_norms, Self::FeedForwardSub(layer)),
         ];
-        all.into_iter().filter_map(|(present, norm)| present.then_some(norm))
+        let inputs = match config.options.projection_norms {
+            true => Projection::of_layer(layer, config),
+            false => Vec::new(),
+        };
+        let inputs = inputs.into_iter().map(move |which| Self::Input(layer, which));
+        all.into_iter().filter_map(|(present, norm)| present.then_some(norm)).chain(inputs)
     }
 }
 

@@ -124,8 +124,9 @@ impl BitNet {
                 let shape = which.checkpoint_shape(self.config());
                 add(names::float_part_name(i, which), TensorData::new(values, shape));
             }
+            let sub_norms = self.config().sub_norms;
             let sub_norm = match feed_forward {
-                FeedForward::One(network) => network.down_proj.norm.as_ref(),
+                FeedForward::One(network) => network.down_proj.norm.as_ref().filter(|_| sub_norms),
                 FeedForward::Experts(_) => None,
             };
             for (which, layer) in block.projections() {
@@ -138,6 +139,9 @@ impl BitNet {
                         panic!("a frozen layer has no parameters")
                     }
                 }
+                if let Some(norm) = layer.norm.as_ref().filter(|_| self.config().options.projection_norms) {
+                    add(names::norm_name(Norm::Input(i, which)), norm.gamma.val().into_data());
+                }
             }
             let (softmax, delta) = match attention {
                 Attention::Softmax(attention) => (Some(attention), None),
@@ -148,7 +152,10 @@ impl BitNet {
                 (Norm::Query(i), softmax.and_then(|attention| attention.q_norm.as_ref())),
                 (Norm::Key(i), softmax.and_then(|attention| attention.k_norm.as_ref())),
                 (Norm::Delta(i), delta.map(|delta| &delta.norm)),
-                (Norm::AttentionSub(i), softmax.and_then(|attention| attention.o_proj.norm.as_ref())),
+                (
+                    Norm::AttentionSub(i),
+                    softmax.and_then(|attention| attention.o_proj.norm.as_ref().filter(|_| sub_norms)),
+                ),
                 (Norm::FeedForward(i), Some(feed_forward.input_norm())),
                 (Norm::FeedForwardSub(i), sub_norm),
             ] {

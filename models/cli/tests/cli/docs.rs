@@ -9,10 +9,13 @@ fn repository() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
-/// Names of environment variables that begin with `BITNET_`.
+/// What the names of the environment variables begin with that are compared: ours, and those of Hugging Face's programs.
+const PREFIXES: [&str; 2] = ["BITNET_", "HF_"];
+
+/// Names of environment variables that begin so.
 fn variables(text: &str) -> BTreeSet<String> {
-    let end = |text: &str| text.find(|c: char| !c.is_ascii_uppercase() && c != '_').unwrap_or(text.len());
-    text.match_indices("BITNET_").map(|(at, _)| text[at..][..end(&text[at..])].to_owned()).collect()
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    words.filter(|word| PREFIXES.iter().any(|prefix| word.starts_with(prefix))).map(str::to_owned).collect()
 }
 
 fn environment_page() -> String {
@@ -50,7 +53,8 @@ fn every_variable_of_the_sources_is_documented() {
     sources(repository(), &mut texts);
     // As a string, so that constants of the plugins' ABI don't count.
     let literals = texts.iter().flat_map(|text| text.split('"')).filter(|literal| {
-        literal.starts_with("BITNET_") && literal.bytes().all(|b| b.is_ascii_uppercase() || b == b'_')
+        PREFIXES.iter().any(|prefix| literal.starts_with(prefix))
+            && literal.bytes().all(|b| b.is_ascii_uppercase() || b == b'_')
     });
     let used: BTreeSet<String> = literals.map(str::to_owned).collect();
     assert!(used.len() > 10 && used.contains("BITNET_THREADS"), "{used:?}");

@@ -3,9 +3,12 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod docs;
+mod embed;
 mod files;
 #[cfg(feature = "wgpu")]
 mod gpu;
+#[cfg(feature = "hub")]
+mod hub;
 mod kernels;
 mod plan;
 mod process;
@@ -59,9 +62,21 @@ impl Place {
             "BITNET_REMOTE_TIMEOUT",
             "BITNET_WORKER_SECRET",
             "RUST_LOG",
+            "HF_HUB_CACHE",
+            "HF_HUB_OFFLINE",
+            "HF_TOKEN",
+            "HF_TOKEN_PATH",
+            "ALL_PROXY",
+            "HTTP_PROXY",
+            "HTTPS_PROXY",
+            "all_proxy",
+            "http_proxy",
+            "https_proxy",
         ] {
             command.env_remove(variable);
         }
+        // Nobody listens there: no test downloads anything from elsewhere.
+        command.env("HF_HOME", self.path("huggingface")).env("HF_ENDPOINT", "http://127.0.0.1:9");
         // Pins and the user's plugin directory are this place's own.
         command.env("XDG_CONFIG_HOME", self.path("config")).env("XDG_DATA_HOME", self.path("data"));
         command.env("BITNET_CACHE_DIR", self.path("cache")).current_dir(self.0.path()).args(args);

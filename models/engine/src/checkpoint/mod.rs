@@ -24,6 +24,7 @@
 //! ```
 
 mod choices;
+mod embed;
 mod error;
 pub(crate) mod gguf;
 mod hf;
@@ -34,8 +35,9 @@ mod tests;
 mod tokenizer_source;
 mod values;
 
+pub use embed::{EMBED_COMPANIONS, EmbedDefaults, Pooling};
 pub use error::LoadError;
-pub use hf::Style;
+pub use hf::{COMPANIONS, Style};
 pub use source::{Content, OpenOptions, Rotated, Signs, TensorInfo, Weights};
 pub(crate) use tokenizer_source::{END_OF_GENERATION, end_of_generation};
 pub use tokenizer_source::{GgufTokenizer, TokenizerSource};
@@ -290,6 +292,15 @@ impl Checkpoint {
     /// Where to find the tokenizer.
     pub fn tokenizer_source(&self) -> TokenizerSource {
         self.source.tokenizer_source()
+    }
+
+    /// What the files say about embeddings of texts. What they say about pooling is not looked at where the caller
+    /// has `asked` for one.
+    ///
+    /// # Errors
+    /// [`LoadError`], for what the files say and this program does not compute, too.
+    pub fn embed_defaults(&self, asked: Option<Pooling>) -> Result<EmbedDefaults, LoadError> {
+        self.source.embed_defaults(asked)
     }
 
     /// All tensors of the files, for display.

@@ -1,5 +1,6 @@
 //! What a kind of file must answer, and what its answers are made of.
 
+use super::embed::{EmbedDefaults, Pooling};
 use super::error::LoadError;
 use super::tokenizer_source::TokenizerSource;
 use bitnet_burn::{FloatPart, GatedActivation, Norm, Projection};
@@ -89,6 +90,7 @@ pub(crate) trait Source: Send + Sync {
         None
     }
     fn tokenizer_source(&self) -> TokenizerSource;
+    fn embed_defaults(&self, asked: Option<Pooling>) -> Result<EmbedDefaults, LoadError>;
     fn contents(&self) -> Vec<Content>;
     fn tensors(&self) -> Vec<TensorInfo>;
     fn metadata(&self) -> Vec<(String, String)>;

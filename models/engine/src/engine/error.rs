@@ -68,6 +68,28 @@ pub enum EngineError {
         /// Positions of the context.
         context: usize,
     },
+    /// A text that has no embedding.
+    #[error("text {}: {problem}", index + 1)]
+    Text {
+        /// Which one, from 0.
+        index: usize,
+        /// Why.
+        problem: String,
+    },
+    /// A prompt that the model's files do not have.
+    #[error("the model's files have no prompt named {name:?}; they have: {known}")]
+    NoSuchPrompt {
+        /// The name asked for.
+        name: String,
+        /// The names that there are.
+        known: String,
+    },
+    /// A mean without the prompt's tokens.
+    #[error(
+        "the model's files take the mean without the tokens of the prompt (`include_prompt` in 1_Pooling/config.json), which \
+         is not computed: embed without a prompt, or pool the last token"
+    )]
+    PromptInMean,
     /// An output projection with int8 activations in a model whose activations are floats.
     #[error("the output projection can't quantise activations ({head:?}) where the others are not quantised")]
     HeadOfFloats {

@@ -7,7 +7,7 @@
 
 use bitnet_burn::GatedActivation;
 use bitnet_burn::Projection;
-use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions, TokenizerSource};
+use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions, Pooling, TokenizerSource};
 use bitnet_burn_formats::gguf::GgufFile;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -345,6 +345,11 @@ fn models_that_contradict_themselves_are_refused() {
             model().key("bitnet-b1.58.expert_count", U32, 8u32.to_le_bytes()),
             &["expert_count", "8"],
         ),
+        (
+            "not causal",
+            model().key("bitnet-b1.58.attention.causal", BOOL, [0]),
+            &["bitnet-b1.58.attention.causal is false", "sees those before it"],
+        ),
         ("wide FFN", key("feed_forward_length", 256), &["blk.0.ffn_sub_norm.weight", "[128]", "[256]"]),
         ("vocabulary", key("vocab_size", 5), &["token_embd.weight", "[4, 128]", "[5, 128]"]),
         (
@@ -598,4 +603,27 @@ fn many_nested_arrays_cost_nothing() {
     let value = file.value("k").unwrap();
     assert_eq!(value.as_array().unwrap().iter().count(), 50_000);
     assert!(value.to_string().len() < 200);
+}
+
+#[test]
+fn pooling_is_what_the_file_says() {
+    let dir = Dir::new();
+    let of = |kind: Option<u32>, asked| {
+        let model = match kind {
+            Some(kind) => model().key("bitnet-b1.58.pooling_type", U32, kind.to_le_bytes()),
+            None => model(),
+        };
+        let defaults = dir.open_and_check(&model).unwrap().embed_defaults(asked);
+        defaults.map(|defaults| defaults.pooling).map_err(|error| error.to_string())
+    };
+    for (kind, pooling) in
+        [(None, None), (Some(0), None), (Some(1), Some(Pooling::Mean)), (Some(3), Some(Pooling::Last))]
+    {
+        assert_eq!(of(kind, None), Ok(pooling), "{kind:?}");
+    }
+    for kind in [2, 4, u32::MAX] {
+        let error = of(Some(kind), None).unwrap_err();
+        assert!(error.contains(&format!("bitnet-b1.58.pooling_type is {kind}")), "{error}");
+        assert_eq!(of(Some(kind), Some(Pooling::Last)), Ok(None));
+    }
 }

@@ -159,6 +159,12 @@ fn configurations_that_lie_are_refused() {
                 .set("rope_parameters", json!({"rope_type": "linear", "factor": 4})),
             &["rope_parameters", "rope_scaling"],
         ),
+        ("not causal", p().set("is_causal", json!(false)), &["is_causal", "false"]),
+        (
+            "bidirectional",
+            p().set("use_bidirectional_attention", json!(true)),
+            &["use_bidirectional_attention", "true"],
+        ),
         ("windows", p().set("use_sliding_window", json!(true)), &["use_sliding_window", "true"]),
         (
             "dynamic",

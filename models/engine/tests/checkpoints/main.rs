@@ -8,3 +8,4 @@ mod hostile_gguf;
 mod hostile_hf;
 mod other_programs_gguf;
 mod other_programs_hf;
+mod projection_norms;

@@ -8,9 +8,9 @@ use super::delta_net::delta_net;
 use super::experts::{experts, has_experts, swiglu_clamp, windows};
 use super::foreign::foreign_parts;
 use super::keys::{string, token, wrong_value};
-use super::names::{LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE, QWEN35};
+use super::names::{LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE, QWEN35, norm_name};
 use super::rope::scaling;
-use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
+use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::FileError;
 use bitnet_burn_formats::gguf::{GgufFile, Value};
 use std::collections::HashSet;
@@ -166,6 +166,11 @@ pub(super) fn config(
             });
         }
     }
+    if let Some((key, value)) =
+        keys.find("attention.causal").filter(|(_, value)| value.as_bool() != Some(true))
+    {
+        return Err(keys.unsupported(key, value, "true: a token sees those before it"));
+    }
     // Of Maple, only layers with windows turn.
     let of_windows = if architecture == MAPLE { keys.float("rope.freq_base_swa")? } else { None };
     let rope_theta = match of_windows.or(keys.float("rope.freq_base")?) {
@@ -226,6 +231,7 @@ pub(super) fn config(
     let biased = !architecture.starts_with("bitnet");
     let mut options = DecoderOptions {
         qk_norms: matches!(&*architecture, QWEN3 | QWEN35 | QWEN3MOE | MAPLE),
+        projection_norms: has(&norm_name(Norm::Input(0, Projection::Q))),
         qkv_bias: architecture == QWEN2 || biased && has("blk.0.attn_q.bias"),
         output_bias: biased && has("blk.0.attn_output.bias"),
         rope_scaling: scaling(&keys, context_length, warnings)?,

@@ -70,6 +70,7 @@ fn known_tensors() -> impl Iterator<Item = String> {
     let others = ["token_embd.weight", "output.weight", "blk.0.post_attention_norm.weight"];
     projections
         .chain(Norm::ALL.map(norm_name))
+        .chain(Projection::ALL.map(|which| norm_name(Norm::Input(0, which))))
         .chain(floats.map(|which| float_part_name(0, which)))
         .chain(others.map(str::to_owned))
 }

@@ -15,6 +15,7 @@ pub(crate) mod names;
 mod rope;
 mod tokenizer;
 
+use super::embed::{EmbedDefaults, Pooling};
 use super::error::LoadError;
 use super::missing::instead;
 use super::source::{Content, OpenOptions, Rotated, Signs, Source, TensorInfo, Weights};
@@ -87,7 +88,8 @@ impl GgufModel {
             is_qwen35: config.architecture == QWEN35,
             convolution: FloatPart::DeltaConvolution.shape(&config),
             is_bitnet,
-            int8_rows: is_bitnet || config.architecture == LLAMA,
+            // Norms before each projection are BitNet's, whatever the architecture.
+            int8_rows: is_bitnet || config.architecture == LLAMA || config.options.projection_norms,
             file,
         };
         model.check_tensors(&config, warnings)?;
@@ -437,6 +439,10 @@ impl Source for GgufModel {
 
     fn tokenizer_source(&self) -> TokenizerSource {
         TokenizerSource::Gguf(Box::new(tokenizer(&self.file, self.pre.clone())))
+    }
+
+    fn embed_defaults(&self, asked: Option<Pooling>) -> Result<EmbedDefaults, LoadError> {
+        EmbedDefaults::of_gguf(&self.file, asked)
     }
 
     fn tensors(&self) -> Vec<TensorInfo> {

@@ -61,6 +61,7 @@ pub fn norm_name(which: Norm) -> String {
         Norm::AttentionSub(l) => (l, "attn_sub_norm"),
         Norm::FeedForward(l) => (l, "ffn_norm"),
         Norm::FeedForwardSub(l) => (l, "ffn_sub_norm"),
+        Norm::Input(l, which) => return projection_stem(l, which) + "_norm_in.weight",
         Norm::Output => return "output_norm.weight".to_owned(),
     };
     format!("blk.{layer}.{part}.weight")

@@ -7,6 +7,7 @@ use super::delta_net::delta_net;
 use super::experts::{MAPLE_CLAMP, experts, windows};
 use super::fields::{Fields, MAPLE, QWEN3_5, QWEN3_MOE};
 use super::names::is_sub_norm;
+use super::style::has_norms;
 use bitnet_burn::names::HEAD;
 use bitnet_burn::{DecoderOptions, ModelConfig, RopeScaling};
 use bitnet_burn_formats::read_json;
@@ -27,6 +28,7 @@ pub(super) fn config(
     let hidden_size = fields.required_size("hidden_size")?;
     let n_layers = fields.required_size("num_hidden_layers")?;
     let mut options = options_of(fields, architecture, (n_layers, hidden_size))?;
+    options.projection_norms = has_norms(tensors);
     options.experts = experts(fields, architecture, n_layers)?;
     options.windows = windows(fields, architecture, n_layers)?;
     options.delta_net = delta_net(fields, architecture, n_layers)?;
@@ -262,7 +264,10 @@ fn options_of(
     architecture: &str,
     (n_layers, hidden_size): (usize, usize),
 ) -> Result<DecoderOptions, LoadError> {
-    for key in ["mlp_bias", "use_sliding_window"] {
+    if let Some(value) = fields.get("is_causal").filter(|value| value.as_bool() != Some(true)) {
+        return Err(fields.unsupported("is_causal", value, "true: a token sees those before it"));
+    }
+    for key in ["mlp_bias", "use_sliding_window", "use_bidirectional_attention"] {
         if key == "use_sliding_window" && architecture == MAPLE {
             continue; // `layer_types` says where
         }

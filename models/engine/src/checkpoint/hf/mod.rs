@@ -9,6 +9,7 @@ mod style;
 
 pub use style::Style;
 
+use super::embed::{EmbedDefaults, Pooling};
 use super::error::LoadError;
 use super::missing::{instead, listed};
 use super::source::{Content, OpenOptions, Source, TensorInfo, Weights};
@@ -31,8 +32,8 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use style::style;
 
-/// What is read beside the tensors and their index, by the model or by its tokenizer.
-const COMPANIONS: [&str; 6] = [
+/// The files that are read beside the tensors and their index, by the model or by its tokenizer, where they are there.
+pub const COMPANIONS: [&str; 6] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -80,7 +81,16 @@ impl HfModel {
         }
         let Shards { tensors, maps, files: shards } = opened?;
         files.extend(shards);
-        let config = config(dir, fields, &tensors, options, warnings)?;
+        let (tensors, is_base) = with_head_names(tensors);
+        let mut config = config(dir, fields, &tensors, options, warnings)?;
+        if is_base && !config.tied_embeddings && !tensors.contains_key(HEAD) {
+            warnings.push(
+                "the files hold a model without an output projection, for embeddings; logits are computed with the token \
+                 embedding and mean nothing"
+                    .into(),
+            );
+            config.tied_embeddings = true;
+        }
         config.validate().map_err(|error| LoadError::Config { path: path.clone(), error })?;
         // Names first: who adds what `style` asks for is not to be refused for a tensor then.
         check_names(dir, &tensors, &config, warnings)?;
@@ -222,7 +232,8 @@ fn with_foreign_tensors(error: LoadError, shards: Option<Shards>) -> LoadError {
         Projection::ALL.into_iter().chain(Projection::DELTA_NET).chain(Projection::of_expert(0));
     let projections =
         projections.flat_map(|which| [projection_name(0, which), bias_name(0, which), scale_name(0, which)]);
-    let norms = Norm::ALL.map(norm_name);
+    let norms =
+        Norm::ALL.into_iter().chain(Projection::ALL.map(|which| Norm::Input(0, which))).map(norm_name);
     let floats = FloatPart::DELTA_NET.into_iter().chain([FloatPart::Router]);
     let floats = floats.map(|which| float_part_name(0, which));
     let known = projections.chain(norms).chain(floats).chain([EMBEDDING, HEAD].map(str::to_owned));
@@ -259,6 +270,22 @@ fn find<'a>(
         FileError::MissingTensor { path: dir.to_owned(), tensor: name.to_owned(), help }
     };
     Ok(found.ok_or_else(missing)?)
+}
+
+/// Tensors of a model that was saved without its output projection, as models for embeddings are, under the names that they
+/// have with one: transformers then leaves out `model.` in front. And whether they were such.
+fn with_head_names(tensors: BTreeMap<String, SafeTensor>) -> (BTreeMap<String, SafeTensor>, bool) {
+    const PREFIX: &str = "model.";
+    let is_base = EMBEDDING.strip_prefix(PREFIX).is_some_and(|name| tensors.contains_key(name))
+        && !tensors.keys().any(|name| name.starts_with(PREFIX));
+    if !is_base {
+        return (tensors, false);
+    }
+    let named = |(name, tensor): (String, SafeTensor)| match name == HEAD {
+        true => (name, tensor),
+        false => (format!("{PREFIX}{name}"), tensor),
+    };
+    (tensors.into_iter().map(named).collect(), true)
 }
 
 /// The names of the embedding and of the output head, where there is one.
@@ -407,6 +434,10 @@ impl Source for HfModel {
 
     fn tokenizer_source(&self) -> TokenizerSource {
         TokenizerSource::Hf { dir: self.dir.clone() }
+    }
+
+    fn embed_defaults(&self, asked: Option<Pooling>) -> Result<EmbedDefaults, LoadError> {
+        EmbedDefaults::of_directory(&self.dir, asked)
     }
 
     fn contents(&self) -> Vec<Content> {

@@ -18,8 +18,8 @@
 
 use super::super::error::LoadError;
 use super::fields::Fields;
-use bitnet_burn::Projection;
-use bitnet_burn::names::{projection_module, projection_name};
+use bitnet_burn::names::{norm_name, projection_module, projection_name};
+use bitnet_burn::{Norm, Projection};
 use bitnet_burn_formats::safetensors::{Dtype, SafeTensor, dense_format};
 use bitnet_burn_formats::ternary::scaled_from_dense;
 use std::collections::BTreeMap;
@@ -70,6 +70,15 @@ pub(super) fn style(
         let first = projection_name(0, Projection::Q);
         let stored = tensors.get(&first);
         let packed = stored.is_some_and(|t| t.dtype == Dtype::U8);
+        if !packed && has_norms(tensors) && !stored.is_some_and(is_ternary) {
+            // BitNet's embedding models say it by nothing else.
+            warnings.push(
+                "`quantization_config` is missing; a norm before each projection stands for BitNet's layers, so weights \
+                 become ternary by their absmean, and activations are int8 by row"
+                    .into(),
+            );
+            return Ok(Some(Style::Online));
+        }
         if !packed && (fields.architecture()? != "bitnet" || stored.is_some_and(is_ternary)) {
             return Ok(None);
         }
@@ -95,9 +104,10 @@ pub(super) fn style(
         }
         None => return Err(quantization.missing("quantization_config.quant_method")),
     }
-    if quantization.bool("use_rms_norm")? == Some(true) {
+    if quantization.bool("use_rms_norm")? == Some(true) && !has_norms(tensors) {
         return Err(refuse(
-            "`use_rms_norm` (a norm inside every projection) is true; only false is supported".into(),
+            "`use_rms_norm` (a norm inside every projection) is true, and the projections have no tensors `norm.weight`"
+                .into(),
         ));
     }
     if let Some(modules) = quantization.get("modules_to_not_convert") {
@@ -139,4 +149,9 @@ pub(super) fn style(
             Err(refuse(format!("`linear_class` is \"{other}\"; supported: autobitlinear, bitlinear")))
         }
     }
+}
+
+/// Whether each projection has a norm of its own.
+pub(super) fn has_norms(tensors: &BTreeMap<String, SafeTensor>) -> bool {
+    tensors.contains_key(&norm_name(Norm::Input(0, Projection::Q)))
 }
