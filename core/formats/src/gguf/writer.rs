@@ -213,8 +213,11 @@ fn padded(bytes: u64) -> u64 {
     bytes.checked_next_multiple_of(DEFAULT_ALIGNMENT).unwrap_or(u64::MAX)
 }
 
-/// The codes, the scale, and zeros up to [`I2_S_TAIL`].
-pub(super) fn write_i2_s(out: &mut dyn Write, codes: &[u8], scale: f32) -> io::Result<()> {
+/// Writes the bytes of an I2_S tensor: the codes, the scale, and zeros up to 32 bytes.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_i2_s(out: &mut dyn Write, codes: &[u8], scale: f32) -> io::Result<()> {
     out.write_all(codes)?;
     let mut tail = [0u8; I2_S_TAIL as usize];
     tail[..4].copy_from_slice(&scale.to_le_bytes());

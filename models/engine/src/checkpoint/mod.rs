@@ -26,7 +26,7 @@
 mod choices;
 mod error;
 pub(crate) mod gguf;
-mod hf;
+pub(crate) mod hf;
 mod missing;
 mod source;
 #[cfg(test)]

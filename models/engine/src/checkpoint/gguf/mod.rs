@@ -7,10 +7,10 @@
 
 mod config;
 mod experts;
-mod hadamard;
+pub(crate) mod hadamard;
 mod keys;
 pub(crate) mod names;
-mod rope;
+pub(crate) mod rope;
 mod tokenizer;
 
 use super::error::LoadError;
@@ -27,7 +27,11 @@ use bytes::Bytes;
 use config::config;
 pub(super) use config::what_matters;
 use hadamard::Hadamard;
-use names::{LLAMA, bias_name, is_gptj, neox_rows, norm_name, projection_name, projection_stem, router_name};
+use keys::wrong_value;
+use names::{
+    INT8_ACTIVATIONS, bias_name, int8_rows, is_gptj, neox_rows, norm_name, projection_name, projection_stem,
+    router_name,
+};
 use std::collections::HashSet;
 use tokenizer::{check_tokenizer, tokenizer};
 
@@ -50,8 +54,9 @@ pub(crate) struct GgufModel {
     hadamard: Option<Hadamard>,
     /// Whether the architecture is one of BitNet's, whose projections must be ternary.
     is_bitnet: bool,
-    /// Whether ternary weights in any type mean that activations are quantised to int8. (I2_S always means that.)
-    int8_rows: bool,
+    architecture: String,
+    /// Whether ternary weights with one scale have int8 activations by row, where the file says so.
+    int8_activations: Option<bool>,
 }
 
 impl GgufModel {
@@ -72,7 +77,8 @@ impl GgufModel {
             gptj_head: is_gptj(&config.architecture).then_some(config.head_dim),
             hadamard: Hadamard::read(&file)?,
             is_bitnet,
-            int8_rows: is_bitnet || config.architecture == LLAMA,
+            int8_activations: int8_activations(&file, &config.architecture)?,
+            architecture: config.architecture.clone(),
             file,
         };
         model.check_tensors(&config, warnings)?;
@@ -244,14 +250,12 @@ impl GgufModel {
         Ok(Weights::Dense(DenseTensor { data, ..tensor }))
     }
 
-    /// Whether projections of a type are computed with float activations, whatever they hold. Q2_0 and Prism ML's formats
-    /// are those of models that were trained so.
+    /// Whether projections of a type have no int8 activations by row, whatever they hold.
     fn is_dense(&self, tensor_type: TensorType) -> bool {
-        let by_group = matches!(
-            tensor_type,
-            TensorType::Dense(DenseFormat::Q2_0 | DenseFormat::PQ2_0 | DenseFormat::PTQ1_0)
-        );
-        !self.is_bitnet && by_group || !self.int8_rows && tensor_type != TensorType::I2_S
+        match self.int8_activations {
+            Some(int8) if tensor_type != TensorType::I2_S => !int8,
+            _ => !int8_rows(&self.architecture, tensor_type),
+        }
     }
 
     /// The rows of a head, where those of this projection are in GPT-J's order.
@@ -417,6 +421,23 @@ impl Source for GgufModel {
         let keys = self.file.metadata().iter().map(|(key, value)| (key.clone(), value.to_string()));
         std::iter::once(version).chain(keys).collect()
     }
+}
+
+/// What the key [`INT8_ACTIVATIONS`] says.
+fn int8_activations(file: &GgufFile, architecture: &str) -> Result<Option<bool>, LoadError> {
+    let key = format!("{architecture}.{INT8_ACTIVATIONS}");
+    let Some(value) = file.value(&key) else { return Ok(None) };
+    let Some(stated) = value.as_bool() else { return Err(wrong_value(file, key, value, "a bool")) };
+    let fixed = file.tensors().iter().any(|tensor| tensor.tensor_type == TensorType::I2_S);
+    if !stated && (fixed || architecture.starts_with("bitnet")) {
+        return Err(LoadError::Unsupported {
+            path: file.path().to_owned(),
+            what: key,
+            found: "false".into(),
+            supported: "true, in BitNet's architectures and with I2_S tensors".into(),
+        });
+    }
+    Ok(Some(stated))
 }
 
 /// A tensor of a file, if it has a dense type.

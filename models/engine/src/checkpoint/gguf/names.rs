@@ -5,23 +5,39 @@
 //! the rows of q and k, and so do [`neox_rows`] and [`gptj_rows`].
 
 use bitnet_burn::{Norm, Projection};
+use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_formats::gguf::TensorType;
 
 /// Llama's shape: no sub-norms, SiLU, and q and k in another order of rows.
 pub(crate) const LLAMA: &str = "llama";
 /// Llama's shape with biases of q, k and v, and q and k in their own order.
-pub(super) const QWEN2: &str = "qwen2";
+pub(crate) const QWEN2: &str = "qwen2";
 /// Llama's shape with norms of query and key heads, and q and k in their own order.
-pub(super) const QWEN3: &str = "qwen3";
+pub(crate) const QWEN3: &str = "qwen3";
 /// Llama's shape with factors of embedding, residuals and logits; q and k in Llama's order.
-pub(super) const MINICPM: &str = "minicpm";
+pub(crate) const MINICPM: &str = "minicpm";
 
 /// Qwen3's shape with experts.
-pub(super) const QWEN3MOE: &str = "qwen3moe";
+pub(crate) const QWEN3MOE: &str = "qwen3moe";
 /// Qwen3's shape with experts, and with sliding windows and RoPE in some layers.
-pub(super) const MAPLE: &str = "maple";
+pub(crate) const MAPLE: &str = "maple";
+
+/// The key that says whether ternary weights with one scale have int8 activations by row. Only this program has it.
+pub(crate) const INT8_ACTIVATIONS: &str = "int8_activations";
+
+/// Whether ternary weights with one scale have int8 activations by row in files without [`INT8_ACTIVATIONS`]. I2_S weights
+/// always have. Q2_0 and Prism ML's formats are those of models that were trained with float activations.
+pub(crate) fn int8_rows(architecture: &str, tensor_type: TensorType) -> bool {
+    let is_bitnet = architecture.starts_with("bitnet");
+    match tensor_type {
+        TensorType::I2_S => true,
+        TensorType::Dense(DenseFormat::Q2_0 | DenseFormat::PQ2_0 | DenseFormat::PTQ1_0) => is_bitnet,
+        TensorType::Dense(_) => is_bitnet || architecture == LLAMA,
+    }
+}
 
 /// Whether files of an architecture rotate neighbouring rows of a head.
-pub(super) fn is_gptj(architecture: &str) -> bool {
+pub(crate) fn is_gptj(architecture: &str) -> bool {
     matches!(architecture, LLAMA | MINICPM)
 }
 
@@ -31,12 +47,12 @@ pub fn projection_name(layer: usize, which: Projection) -> String {
 }
 
 /// The name of a router's tensor in GGUF.
-pub(super) fn router_name(layer: usize) -> String {
+pub(crate) fn router_name(layer: usize) -> String {
     format!("blk.{layer}.ffn_gate_inp.weight")
 }
 
 /// The name of a projection's bias in GGUF.
-pub(super) fn bias_name(layer: usize, which: Projection) -> String {
+pub(crate) fn bias_name(layer: usize, which: Projection) -> String {
     projection_stem(layer, which) + ".bias"
 }
 

@@ -32,6 +32,8 @@ pub enum Style {
     PackedAuto,
     /// `bitlinear`: packed; the scale divides.
     PackedInverse,
+    /// No `quantization_config`: float values, computed as they are, or by their scales if they are ternary.
+    Values,
 }
 
 /// 1bitLLM's configurations: float masters, for one kind of quantisation.
@@ -47,21 +49,21 @@ fn of_bits(fields: Fields<'_>, tensors: &BTreeMap<String, SafeTensor>) -> Result
     Ok((!packed).then_some(Style::Online))
 }
 
-/// How the projections are stored, from `quantization_config`; `None` for floats that are computed as they are.
+/// How the projections are stored, from `quantization_config`.
 pub(super) fn style(
     fields: Fields<'_>,
     tensors: &BTreeMap<String, SafeTensor>,
     warnings: &mut Vec<String>,
-) -> Result<Option<Style>, LoadError> {
+) -> Result<Style, LoadError> {
     let refuse = |problem: String| LoadError::Quantization { path: fields.path.to_owned(), problem };
     let Some(quantization) = fields.within("quantization_config") else {
         if let Some(style) = of_bits(fields, tensors)? {
-            return Ok(Some(style));
+            return Ok(style);
         }
         let first = projection_name(0, Projection::Q);
         let packed = tensors.get(&first).is_some_and(|t| t.dtype == Dtype::U8);
         if !packed && fields.architecture()? != "bitnet" {
-            return Ok(None);
+            return Ok(Style::Values);
         }
         const AUTO: &str = r#"{"quant_method": "bitnet", "linear_class": "autobitlinear""#;
         return Err(refuse(if packed {
@@ -114,8 +116,8 @@ pub(super) fn style(
         return Err(refuse(format!("`quantization_mode` is \"{other}\"; supported: online, offline")));
     }
     match quantization.str("linear_class")? {
-        Some("autobitlinear") if mode == Some("online") => Ok(Some(Style::Online)),
-        Some("autobitlinear") => Ok(Some(Style::PackedAuto)),
+        Some("autobitlinear") if mode == Some("online") => Ok(Style::Online),
+        Some("autobitlinear") => Ok(Style::PackedAuto),
         None | Some("bitlinear") => {
             if mode == Some("online") {
                 warnings.push(
@@ -123,7 +125,7 @@ pub(super) fn style(
                         .into(),
                 );
             }
-            Ok(Some(Style::PackedInverse))
+            Ok(Style::PackedInverse)
         }
         Some(other) => {
             Err(refuse(format!("`linear_class` is \"{other}\"; supported: autobitlinear, bitlinear")))
