@@ -284,6 +284,72 @@ fn requantised_models_say_what_was_lost() {
     assert!(seen >= 2, "{seen}");
 }
 
+/// A golden directory with other values in its `config.json`.
+fn changed(golden: &Path, name: &str, out: &Path, change: impl Fn(&mut serde_json::Value)) -> Checkpoint {
+    let (from, out) = (golden.join("hf").join(name), out.join(name));
+    std::fs::create_dir_all(&out).unwrap();
+    for file in ["model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(from.join(file), out.join(file)).unwrap();
+    }
+    let mut config = serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
+    change(&mut config);
+    std::fs::write(out.join("config.json"), config.to_string()).unwrap();
+    open(&out)
+}
+
+/// What no key of a GGUF file says is refused, and a Hugging Face directory says it. What has a key has it.
+#[test]
+fn nothing_is_dropped_in_silence() {
+    type Change = fn(&mut serde_json::Value);
+    let Some(golden) = golden() else { return };
+    let temporary = tempfile::tempdir().unwrap();
+    let (gguf, hf) = (temporary.path().join("model.gguf"), temporary.path().join("copy"));
+    let refused: [(&str, &str, Change); 4] = [
+        ("qwen3moe-row", "norm_topk_prob", |c| c["norm_topk_prob"] = false.into()),
+        ("maple-small", "nope_on_global_attention", |c| c["nope_on_global_attention"] = false.into()),
+        ("maple-small", "norm_topk_prob", |c| c["norm_topk_prob"] = false.into()),
+        ("llama-rope-yarn", "truncate", |c| c["rope_parameters"]["truncate"] = false.into()),
+    ];
+    let kept: [(&str, Change); 5] = [
+        ("llama-rope-yarn", |c| {
+            c["rope_parameters"]["beta_fast"] = 16.0.into();
+            c["rope_parameters"]["beta_slow"] = 2.0.into();
+            c["rope_parameters"]["attention_factor"] = 1.25.into();
+        }),
+        ("minicpm-longrope", |c| {
+            c["max_position_embeddings"] = 1024.into();
+            c["rope_scaling"]["attention_factor"] = 1.5.into();
+            c["scale_emb"] = 9.5.into();
+        }),
+        ("llama-rope-linear", |c| c["rope_scaling"]["factor"] = 1.25.into()),
+        ("qwen3moe-row", |c| c["num_experts_per_tok"] = 3.into()),
+        ("maple-small", |c| c["sliding_window"] = 5.into()),
+    ];
+    let q2_0 = in_blocks(TernaryType::Q2_0, false);
+    let values = Target::Hf { style: Style::Values, dense: None };
+    for (name, key, change) in refused {
+        let source = changed(&golden, name, temporary.path(), change);
+        let error = written(&source, &gguf, q2_0).unwrap_err().to_string();
+        assert!(error.contains(key) && error.contains("Hugging Face"), "{name}: {error}");
+        assert!(written(&source, &hf, values).unwrap().is_exact());
+        assert_eq!(open(&hf).config().options, source.config().options, "{name}");
+    }
+    for (name, change) in kept {
+        let source = changed(&golden, name, temporary.path(), change);
+        assert_ne!(source.config().options, open(&golden.join("hf").join(name)).config().options, "{name}");
+        for (out, target) in [(&gguf, q2_0), (&hf, values)] {
+            let summary = written(&source, out, target).unwrap();
+            assert!(summary.is_exact(), "{name}: {summary:?}");
+            assert_eq!(open(out).config().options, source.config().options, "{name}");
+        }
+    }
+    // A factor that is no f32 is rounded, and that is said.
+    let source =
+        changed(&golden, "llama-rope-linear", temporary.path(), |c| c["rope_scaling"]["factor"] = 1.1.into());
+    let notes = written(&source, &gguf, q2_0).unwrap().notes;
+    assert!(notes.iter().any(|note| note.contains("frequencies of RoPE")), "{notes:?}");
+}
+
 /// The blocks, norms, routers and RoPE divisors of files that llama.cpp's converter and an independent encoder wrote.
 #[test]
 fn files_have_the_bytes_that_other_writers_gave_them() {

@@ -345,6 +345,33 @@ fn scales_that_f16_cannot_hold_are_rounded_only_if_asked_for() {
     }
 }
 
+/// Types that stand for float activations under `llama` say in a key that these weights have int8 activations.
+#[test]
+fn int8_activations_survive_in_every_type() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    masters(&at("source"), &llama_shape());
+    // From there on all scales are f16.
+    converted(&at("source"), &at("first.gguf"), requantised(TernaryType::TQ2_0));
+    let (source, expected) = (open(&at("first.gguf")), logits(&at("first.gguf")));
+    for ternary in TernaryType::ALL {
+        let summary = converted(&at("first.gguf"), &at("a.gguf"), gguf(ternary));
+        assert!(summary.is_exact() && summary.architecture == "llama", "{summary:?}");
+        assert_same_weights(&source, &open(&at("a.gguf")));
+        assert!(logits(&at("a.gguf")) == expected, "{ternary:?}");
+        let key = GgufFile::open(&at("a.gguf")).unwrap().value("llama.int8_activations").cloned();
+        let by_group = matches!(ternary, TernaryType::Q2_0 | TernaryType::PQ2_0 | TernaryType::PTQ1_0);
+        assert_eq!(key, by_group.then(|| Value::from(true)), "{ternary:?}");
+        // Not as float values, which mean other activations.
+        let error = refused(&at("a.gguf"), &at("x"), hf(Style::Values));
+        assert!(error.contains("int8 activations by row") && error.contains("packed"), "{error}");
+        converted(&at("a.gguf"), &at("b"), hf(Style::PackedAuto));
+        assert_same_weights(&source, &open(&at("b")));
+        std::fs::remove_file(at("a.gguf")).unwrap();
+        std::fs::remove_dir_all(at("b")).unwrap();
+    }
+}
+
 #[test]
 fn the_inverse_style_keeps_scales_up_to_the_last_bit() {
     let dir = tempfile::tempdir().unwrap();
@@ -717,7 +744,10 @@ fn what_a_format_cannot_hold_is_refused_with_what_can() {
     let narrow =
         ModelConfig { hidden_size: 192, n_heads: 3, n_kv_heads: 1, intermediate_size: 320, ..bitnet_shape() };
     masters(&at("narrow"), &narrow);
-    says(refused(&at("narrow"), &at("x"), I2_S), &["192", "multiple of 128", "Hugging Face"]);
+    says(
+        refused(&at("narrow"), &at("x"), I2_S),
+        &["192", "multiple of 128", "Q2_0 needs 64", "Hugging Face"],
+    );
     says(refused(&at("narrow"), &at("x"), gguf(TernaryType::TQ1_0)), &["TQ1_0", "Hugging Face"]);
     assert!(converted(&at("narrow"), &at("narrow-packed"), hf(Style::PackedAuto)).is_exact());
     assert_same_weights(&open(&at("narrow")), &open(&at("narrow-packed")));
@@ -897,9 +927,13 @@ fn the_program_says_what_it_wrote() {
         said.contains("warning: under architecture `bitnet-b1.58`, bitnet.cpp since July 2026"),
         "{said}"
     );
-    let said =
-        text(&["convert", "model-i2_s.gguf", "--to", "gguf", "--ternary", "tq1_0", "--embedding", "q8_0"]);
-    assert!(said.starts_with("model-i2_s-tq1_0.gguf: ") && said.contains("14 rounded, since"), "{said}");
+    let to_tq1_0 =
+        ["convert", "model-i2_s.gguf", "--to", "gguf", "--ternary", "tq1_0", "--embedding", "q8_0"];
+    let said = text(&[&to_tq1_0[..], &["--requantise"]].concat());
+    assert!(
+        said.starts_with("model-i2_s-tq1_0.gguf: ") && said.contains("14 tensors requantised: rms"),
+        "{said}"
+    );
     assert!(said.contains("from F32 to Q8_0, rounded: by"), "{said}");
     let said = text(&["export", "model", "--to", "hf", "--style", "master", "--out", "m", "--name", "Mine"]);
     assert!(said.starts_with("m: ") && said.contains("F32 master (absmean)"), "{said}");
@@ -911,7 +945,8 @@ fn the_program_says_what_it_wrote() {
         (&report["format"], &report["projections"]),
         (&"Hugging Face".into(), &"U8 packed (autobitlinear)".into())
     );
-    assert!(report["scales"].is_null() && report["converted"][0]["max_error"].as_f64().unwrap() > 0.0);
+    assert!(report["scales"].is_null() && report["requantised"].is_null());
+    assert!(report["converted"][0]["max_error"].as_f64().unwrap() > 0.0);
     let sizes = report["files"].as_array().unwrap().iter().map(|file| file[1].as_u64().unwrap());
     assert_eq!(sizes.sum::<u64>(), report["bytes"].as_u64().unwrap());
     assert_eq!(entries(dir.path()), ["m", "model", "model-i2_s-tq1_0.gguf", "model-i2_s.gguf", "p"]);

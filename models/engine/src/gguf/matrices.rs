@@ -40,10 +40,19 @@ pub enum MatrixError {
 pub fn encoded(weights: &Weights, format: DenseFormat, requantise: bool) -> Result<Vec<u8>, MatrixError> {
     let (n, k) = weights.shape();
     let data = match weights {
-        _ if requantise => blocks::write_nearest(format, n, k, |row, values| weights.decode_row(row, values)),
-        Weights::Ternary(TernaryTensor { codes, scale, .. }) => Scales::from_rows(&vec![*scale; n], n, k, 0)
-            .and_then(|scales| blocks::write(format, codes, n, k, &scales)),
-        Weights::Dense(tensor) => as_blocks(tensor, format),
+        Weights::Ternary(TernaryTensor { codes, scale, .. }) if !requantise => {
+            Scales::from_rows(&vec![*scale; n], n, k, 0)
+                .and_then(|scales| blocks::write(format, codes, n, k, &scales))
+        }
+        Weights::Dense(tensor) if !requantise => as_blocks(tensor, format),
+        _ => {
+            let valid = match weights {
+                Weights::Ternary(tensor) => check_canonical(&tensor.codes, n, k),
+                Weights::Dense(_) => Ok(()),
+            };
+            let values = |row: usize, values: &mut [f32]| weights.decode_row(row, values);
+            valid.and_then(|()| blocks::write_nearest(format, n, k, values))
+        }
     };
     data.map_err(|error| MatrixError::Inexact { tensor: weights.name().to_owned(), error })
 }

@@ -132,14 +132,11 @@ fn instead_of_type(shapes: &[Shape], int8: bool) -> String {
     });
     let names: Vec<_> = names.collect();
     let packed = shapes.iter().all(|(_, n, _)| n.is_multiple_of(4));
-    match names[..] {
-        [] if !int8 => "write a Hugging Face directory, which has no such limit".to_owned(),
-        [] if packed => {
-            "GGUF has no ternary type for that: write a Hugging Face directory, whose packed style has no \
-                         such limit"
-                .to_owned()
-        }
-        [] => NO_TYPE.to_owned(),
-        _ => names.join(", "),
-    }
+    let other = match (int8, packed) {
+        (false, _) => "a Hugging Face directory has no such limit",
+        (true, true) => "the packed style of a Hugging Face directory has no such limit",
+        (true, false) if names.is_empty() => return NO_TYPE.to_owned(),
+        (true, false) => return names.join(", "),
+    };
+    names.into_iter().chain([other.to_owned()]).collect::<Vec<_>>().join(", ")
 }
