@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | [`hf`] | Hugging Face's packed uint8 |
 //! | [`tq2_0`], [`tq1_0`] | llama.cpp's ternary blocks of 256, as tensors with one scale; [`dense`] has them too, with a scale for each block |
+//! | [`iq_bn`] | ik_llama.cpp's ternary rows, as tensors with one scale or with one for each row |
 //! | [`dense`] | what decodes to any values: floats, blocks of integers, blocks of ternary weights |
 //! | [`dense_tiles`] | Q8_0, Q6_K and Q4_0 as kernels read them, 16 rows side by side |
 //! | [`ternary`] | reading a dense tensor that holds ternary values |
@@ -31,6 +32,7 @@ mod exact;
 pub mod files;
 pub mod gguf;
 pub mod hf;
+pub mod iq_bn;
 mod json;
 mod map;
 pub mod quant;

@@ -20,8 +20,10 @@ use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, aligned_view, checked_scale, one_float};
 use bitnet_burn::{ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::{GgufFile, GgufTensor, TensorType};
+use bitnet_burn_formats::iq_bn::IqBn;
 use bitnet_burn_formats::{
-    DenseFormat, DenseTensor, FileError, FileMap, TernaryTensor, ternary, tq1_0, tq2_0,
+    DenseFormat, DenseTensor, FileError, FileMap, FormatError, Scales, TernaryTensor, blocks, canonical,
+    ternary, tq1_0, tq2_0,
 };
 use bytes::Bytes;
 use config::config;
@@ -316,6 +318,7 @@ impl Source for GgufModel {
                 let (codes, scale) = self.file.i2_s(&name)?;
                 Ok((aligned_view(codes), scale))
             }
+            TensorType::IqBn(format) => format.with_one_scale(&data, n, k).map(owned),
             TensorType::TQ1_0 => tq1_0::to_canonical(&data, n, k).map(owned),
             TensorType::TQ2_0 => tq2_0::to_canonical(&data, n, k).map(owned),
             TensorType::Dense(format) => ternary::exact_from_dense(format, &data, n, k).map(owned),
@@ -440,12 +443,40 @@ fn int8_activations(file: &GgufFile, architecture: &str) -> Result<Option<bool>,
     Ok(Some(stated))
 }
 
-/// A tensor of a file, if it has a dense type.
+/// A tensor of a file, if it has a dense type, or one of ternary rows: those become blocks, or floats where blocks can't hold
+/// their scales.
 fn dense(file: &GgufFile, tensor: &GgufTensor) -> Result<Option<DenseTensor>, LoadError> {
-    let TensorType::Dense(format) = tensor.tensor_type else { return Ok(None) };
     let (n, k) = tensor.matrix(); // both within the file's size, as every tensor's bytes are
     let (name, n, k) = (tensor.name.clone(), n as usize, k as usize);
-    Ok(Some(DenseTensor { data: file.tensor_bytes(&name)?, name, n, k, format }))
+    let data = file.tensor_bytes(&name)?;
+    let (format, data) = match tensor.tensor_type {
+        TensorType::Dense(format) => (format, data),
+        TensorType::I2_S => return Ok(None),
+        TensorType::IqBn(format) => {
+            from_rows(format, &data, n, k).map_err(|error| LoadError::NotTernary {
+                path: file.path().to_owned(),
+                tensor: name.clone(),
+                stored_as: format.name(),
+                problem: error.to_string(),
+            })?
+        }
+    };
+    Ok(Some(DenseTensor { name, n, k, format, data }))
+}
+
+/// Ternary rows with their scales, in a dense format.
+fn from_rows(format: IqBn, data: &[u8], n: usize, k: usize) -> Result<(DenseFormat, Bytes), FormatError> {
+    let (codes, scales) = format.to_canonical(data, n, k)?;
+    let of_rows = Scales::from_rows(&scales, n, k, 0)?;
+    if let Ok(blocks) = blocks::write(DenseFormat::Q2_0, &codes, n, k, &of_rows) {
+        return Ok((DenseFormat::Q2_0, blocks.into()));
+    }
+    let (mut weights, mut values) = (vec![0; k], Vec::with_capacity(4 * n * k));
+    for (codes, scale) in codes.chunks_exact(canonical::row_bytes(k)).zip(scales) {
+        canonical::unpack_row(codes, &mut weights);
+        values.extend(weights.iter().flat_map(|&w| (f32::from(w) * scale).to_le_bytes()));
+    }
+    Ok((DenseFormat::F32, values.into()))
 }
 
 /// Decoded codes in a buffer with the alignment that kernels want.

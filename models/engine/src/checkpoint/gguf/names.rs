@@ -32,7 +32,7 @@ pub(crate) fn int8_rows(architecture: &str, tensor_type: TensorType) -> bool {
     match tensor_type {
         TensorType::I2_S => true,
         TensorType::Dense(DenseFormat::Q2_0 | DenseFormat::PQ2_0 | DenseFormat::PTQ1_0) => is_bitnet,
-        TensorType::Dense(_) => is_bitnet || architecture == LLAMA,
+        TensorType::Dense(_) | TensorType::IqBn(_) => is_bitnet || architecture == LLAMA,
     }
 }
 
