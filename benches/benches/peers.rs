@@ -134,7 +134,8 @@ fn write(config: &ModelConfig, dir: &Path) -> Checkpoint {
     synth::write(&path, &options, &|_, _| {}).expect("the temporary directory has room");
     let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).expect("what synth writes");
     for (ternary, name) in [(TernaryType::TQ2_0, "tq2_0.gguf"), (TernaryType::TQ1_0, "tq1_0.gguf")] {
-        let options = ExportOptions::new(Target::Gguf(GgufTypes { ternary, ..GgufTypes::default() }));
+        let options =
+            ExportOptions::new(Target::Gguf(GgufTypes { ternary, requantise: true, ..GgufTypes::default() }));
         export(&checkpoint, &dir.join(name), &options, &mut |_| ControlFlow::Continue(())).expect("exports");
     }
     checkpoint

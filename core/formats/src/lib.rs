@@ -8,9 +8,11 @@
 //! | --- | --- |
 //! | [`hf`] | Hugging Face's packed uint8 |
 //! | [`tq2_0`], [`tq1_0`] | llama.cpp's ternary blocks of 256, as tensors with one scale; [`dense`] has them too, with a scale for each block |
+//! | [`iq_bn`] | ik_llama.cpp's ternary rows, as tensors with one scale or with one for each row |
 //! | [`dense`] | what decodes to any values: floats, blocks of integers, blocks of ternary weights |
 //! | [`dense_tiles`] | Q8_0, Q6_K and Q4_0 as kernels read them, 16 rows side by side |
 //! | [`ternary`] | reading a dense tensor that holds ternary values |
+//! | [`blocks`] | writing ternary matrices as blocks with a scale each |
 //! | [`scales`] | the scales of matrices that have many |
 //!
 //! Two modules read and write the files that hold such tensors, [`gguf`] and [`safetensors`]; what a model is
@@ -22,6 +24,7 @@
 //! fixed multiple of the length of its input.
 #![deny(unsafe_code)]
 
+pub mod blocks;
 pub mod dense;
 pub mod dense_tiles;
 mod error;
@@ -29,6 +32,7 @@ mod exact;
 pub mod files;
 pub mod gguf;
 pub mod hf;
+pub mod iq_bn;
 mod json;
 mod map;
 pub mod quant;
@@ -196,24 +200,60 @@ pub enum FormatError {
         /// The value.
         value: f32,
     },
-    /// The scale to be written is zero though there are non-zero weights, or negative, or not finite.
-    #[error("{format}: cannot write non-zero weights with the scale {scale}")]
+    /// The scale to be written is zero though there are non-zero weights, or not finite.
+    #[error("row {row}, from column {column}: {format} cannot hold non-zero weights with the scale {scale}")]
     BadScale {
         /// The format's name.
         format: &'static str,
+        /// The row.
+        row: usize,
+        /// Where the weights with that scale begin.
+        column: usize,
         /// The scale.
         scale: f32,
     },
-    /// The format stores its scale as f16 and the scale is not one. Writing it would change every
-    /// weight of the tensor; whoever accepts that writes `nearest` instead and says so.
-    #[error("{format} stores its scale as f16, which cannot hold {scale} exactly; the nearest is {nearest}")]
+    /// The format stores scales as f16 and this one is none. Writing it would change the weights: see
+    /// [`blocks::write_nearest`].
+    #[error(
+        "row {row}, from column {column}: the scale is {scale}, and {format} holds scales as f16, of which {nearest} \
+         is the nearest"
+    )]
     ScaleNotF16 {
         /// The format's name.
         format: &'static str,
+        /// The row.
+        row: usize,
+        /// Where the weights with that scale begin.
+        column: usize,
         /// The scale.
         scale: f32,
         /// The nearest f16 (infinite or zero where the scale is out of range).
         nearest: f32,
+    },
+    /// The weights that share a scale in the format have several.
+    #[error(
+        "row {row}, from column {column}: the scale is {scale}, and before it {first}; {format} has one scale for \
+         {block} weights of a row"
+    )]
+    SmallerGroups {
+        /// The format's name.
+        format: &'static str,
+        /// Weights that share a scale in the format.
+        block: usize,
+        /// The row.
+        row: usize,
+        /// Where the weights with another scale begin.
+        column: usize,
+        /// Their scale.
+        scale: f32,
+        /// The scale of others in the same block.
+        first: f32,
+    },
+    /// A format without blocks of ternary weights, where one with them is wanted.
+    #[error("{format} has no blocks of ternary weights; Q2_0, PQ2_0, PTQ1_0, TQ1_0 and TQ2_0 have")]
+    NoTernaryBlocks {
+        /// The format's name.
+        format: &'static str,
     },
     /// Values so large that the f16 scale of their block overflows.
     #[error("{format}: block {block} would need the scale {scale}, and f16 ends at 65504")]
@@ -265,7 +305,12 @@ impl FormatError {
 
     /// The same of row `n` of a matrix, where it was found in a part of a row that begins with column `k`.
     fn moved(mut self, n: usize, k: usize) -> Self {
-        if let Self::NotFinite { row, column, .. } | Self::NotTernary { row, column, .. } = &mut self {
+        if let Self::NotFinite { row, column, .. }
+        | Self::NotTernary { row, column, .. }
+        | Self::BadScale { row, column, .. }
+        | Self::ScaleNotF16 { row, column, .. }
+        | Self::SmallerGroups { row, column, .. } = &mut self
+        {
             *row = n;
             *column += k;
         }
@@ -395,34 +440,6 @@ impl<const LEN: usize, const BYTES: usize> TernaryBlocks<LEN, BYTES> {
             canonical::pack_row(&weights, out);
         }
         Ok((rows, scale.finish()))
-    }
-
-    fn write(&self, rows: &[u8], n: usize, k: usize, scale: f32) -> Result<Vec<u8>, FormatError> {
-        let format = self.format;
-        check_canonical(rows, n, k)?;
-        let mut data = vec![0; self.bytes(n, k)?];
-        if rows.iter().any(|&byte| byte != ZERO_BYTE) {
-            if !scale.is_finite() || scale <= 0.0 {
-                return Err(FormatError::BadScale { format, scale });
-            }
-            let nearest = f16::from_f32(scale).to_f32();
-            if nearest != scale {
-                return Err(FormatError::ScaleNotF16 { format, scale, nearest });
-            }
-        }
-        let mut weights = vec![0; k];
-        let (blocks, _) = data.as_chunks_mut::<BYTES>();
-        for (row, blocks) in rows.chunks_exact(canonical::row_bytes(k)).zip(blocks.chunks_exact_mut(k / LEN))
-        {
-            canonical::unpack_row(row, &mut weights);
-            for (block, weights) in blocks.iter_mut().zip(weights.as_chunks().0) {
-                // As llama.cpp writes it: a block without weights has no scale either.
-                let all_zero = weights.iter().fold(0, |any, &w| any | w) == 0;
-                let d = if all_zero { f16::ZERO } else { f16::from_f32(scale) };
-                (self.encode)(weights, d, block);
-            }
-        }
-        Ok(data)
     }
 }
 

@@ -88,10 +88,7 @@ pub fn scaled_from_dense(
     k: usize,
 ) -> Result<(Vec<u8>, Scales), FormatError> {
     let (size, row_bytes) = check_dense(format, data, n, k)?;
-    let unit = match format.facts().ternary {
-        Some(_) => format.block_len(),
-        None => GROUPS[GROUPS.len() - 1],
-    };
+    let unit = if format.is_ternary() { format.block_len() } else { GROUPS[GROUPS.len() - 1] };
     let units = k.div_ceil(unit);
     let (mut rows, mut scales) = (vec![0; size], vec![0f32; n * units]); // no more than there are values
     let parts = data
@@ -102,9 +99,9 @@ pub fn scaled_from_dense(
     parts.try_for_each_init(
         || (vec![0i8; k], vec![0f32; k]),
         |(weights, values), (row, ((data, out), scales))| {
-            match format.facts().ternary {
-                Some(read) => {
-                    read(data, weights, scales);
+            match &format.facts().ternary {
+                Some(ternary) => {
+                    (ternary.read)(data, weights, scales);
                     check_blocks(weights, scales, unit)
                 }
                 None => {

@@ -16,8 +16,8 @@
 //! (ggml, `ggml-common.h`: `block_tq1_0`; `ggml-quants.c`: `quantize_row_tq1_0_ref`.) Scales as in
 //! [`tq2_0`](super::tq2_0).
 
-use super::{FormatError, TernaryBlocks, f16_at};
-use crate::dense::facts::Facts;
+use super::{DenseFormat, FormatError, TernaryBlocks, blocks, f16_at};
+use crate::dense::facts::{Facts, Ternary};
 use half::f16;
 
 /// Weights in a block.
@@ -34,7 +34,11 @@ pub(crate) const FACTS: Facts = Facts {
     dtype: None,
     block_len: BLOCK,
     block_bytes: BLOCK_BYTES,
-    ternary: Some(|row, weights, scales| TQ1_0.decode_row(row, weights, scales)),
+    ternary: Some(Ternary {
+        read: |row, weights, scales| TQ1_0.decode_row(row, weights, scales),
+        write: |weights, scales, row| TQ1_0.encode_row(weights, scales, row),
+        write_nearest: |x, row| TQ1_0.encode_nearest(x, row),
+    }),
     decode: |row, out| TQ1_0.decode_values(row, out),
     encode: |x, row| TQ1_0.encode_values(x, row),
     random: |deviation, random, out| TQ1_0.random(deviation, random, out),
@@ -70,7 +74,7 @@ pub fn to_canonical(data: &[u8], n: usize, k: usize) -> Result<(Vec<u8>, f32), F
 /// As [`tq2_0::from_canonical`](super::tq2_0::from_canonical): a scale that f16 can't hold is
 /// refused, and the error holds the nearest one that it can.
 pub fn from_canonical(rows: &[u8], n: usize, k: usize, scale: f32) -> Result<Vec<u8>, FormatError> {
-    TQ1_0.write(rows, n, k, scale)
+    blocks::write_one_scale(DenseFormat::TQ1_0, rows, n, k, scale)
 }
 
 #[inline(always)]

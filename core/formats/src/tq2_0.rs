@@ -7,10 +7,11 @@
 //!
 //! (ggml, `ggml-common.h`: `block_tq2_0`; `ggml-quants.c`: `quantize_row_tq2_0_ref`.) It is a block
 //! format, so a file may give every block a scale of its own. A BitNet tensor has one scale, and only such
-//! tensors are read here; [`DenseFormat::TQ2_0`](crate::DenseFormat::TQ2_0) reads the others.
+//! tensors are read and written here; [`DenseFormat::TQ2_0`](crate::DenseFormat::TQ2_0) reads the others, and
+//! [`blocks`](crate::blocks) writes them.
 
-use super::{FormatError, TernaryBlocks, f16_at};
-use crate::dense::facts::Facts;
+use super::{DenseFormat, FormatError, TernaryBlocks, blocks, f16_at};
+use crate::dense::facts::{Facts, Ternary};
 use half::f16;
 
 /// Weights in a block.
@@ -27,7 +28,11 @@ pub(crate) const FACTS: Facts = Facts {
     dtype: None,
     block_len: BLOCK,
     block_bytes: BLOCK_BYTES,
-    ternary: Some(|row, weights, scales| TQ2_0.decode_row(row, weights, scales)),
+    ternary: Some(Ternary {
+        read: |row, weights, scales| TQ2_0.decode_row(row, weights, scales),
+        write: |weights, scales, row| TQ2_0.encode_row(weights, scales, row),
+        write_nearest: |x, row| TQ2_0.encode_nearest(x, row),
+    }),
     decode: |row, out| TQ2_0.decode_values(row, out),
     encode: |x, row| TQ2_0.encode_values(x, row),
     random: |deviation, random, out| TQ2_0.random(deviation, random, out),
@@ -53,13 +58,9 @@ pub fn to_canonical(data: &[u8], n: usize, k: usize) -> Result<(Vec<u8>, f32), F
 /// makes of the same tensor in floats.
 ///
 /// # Errors
-/// Shapes and codes as [`to_canonical`]. [`FormatError::BadScale`] where there are weights and the
-/// scale is not finite and positive. [`FormatError::ScaleNotF16`] where f16 can't hold the scale:
-/// rounding it would change the model's outputs behind the caller's back (by up to a relative 2^-11),
-/// and the f32 mean of a trained tensor hardly ever is an f16. A caller for whom that is good enough
-/// takes the `nearest` from the error, calls again, and says so to the user.
+/// Those of [`blocks::write`]. The f32 mean of a trained tensor hardly ever is an f16.
 pub fn from_canonical(rows: &[u8], n: usize, k: usize, scale: f32) -> Result<Vec<u8>, FormatError> {
-    TQ2_0.write(rows, n, k, scale)
+    blocks::write_one_scale(DenseFormat::TQ2_0, rows, n, k, scale)
 }
 
 #[inline(always)]
@@ -141,10 +142,11 @@ mod tests {
         let rows = canonical_rows(&[1; 256], 256);
         let error = |scale| from_canonical(&rows, 1, 256, scale).unwrap_err();
         let nearest = f16::from_f32(0.1).to_f32();
-        assert_eq!(error(0.1), FormatError::ScaleNotF16 { format: "TQ2_0", scale: 0.1, nearest });
+        let expected = FormatError::ScaleNotF16 { format: "TQ2_0", row: 0, column: 0, scale: 0.1, nearest };
+        assert_eq!(error(0.1), expected);
         assert!(from_canonical(&rows, 1, 256, nearest).is_ok());
         assert!(matches!(error(1e6), FormatError::ScaleNotF16 { nearest: f32::INFINITY, .. }));
-        for bad in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        for bad in [0.0, f32::NAN, f32::INFINITY] {
             assert!(matches!(error(bad), FormatError::BadScale { .. }));
         }
         // Without weights nothing depends on the scale.

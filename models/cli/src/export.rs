@@ -43,9 +43,9 @@ Examples:
 
 /// Convert a model from any format that is read to GGUF or a Hugging Face directory
 ///
-/// Ternary weights are the same afterwards, and so are their scales, but where a format can't hold one: the
-/// summary says what was rounded, and by how much. What was written is read back and compared with the source
-/// before it gets its name.
+/// Ternary weights and their scales are the same afterwards. What a format can't hold exactly is an error that names tensor,
+/// row and scale; with --requantise it becomes the nearest, and the summary says what was lost. What was written is read
+/// back and compared with the source before it gets its name.
 #[derive(Debug, Args)]
 #[command(after_help = CONVERT_EXAMPLES)]
 pub struct ConvertArgs {
@@ -63,6 +63,8 @@ const CONVERT_EXAMPLES: &str = "\
 Examples:
   bitnet convert Falcon-E-1B/ --to gguf                      # Falcon-E-1B-i2_s.gguf
   bitnet convert model.gguf --to gguf --ternary tq2_0 --embedding q6_k --out model-tq2_0.gguf
+  bitnet convert Ternary-Bonsai-8B/ --to gguf --ternary pq2_0
+  bitnet convert model.gguf --to gguf --ternary tq1_0 --requantise
   bitnet convert model.gguf --to gguf --architecture bitnet --out model-bitnet.gguf
   bitnet convert model.gguf --to hf --embedding bf16 --out model-hf";
 
@@ -75,16 +77,21 @@ struct OutputArgs {
     /// The file or directory to write [default: SOURCE's name with the type, in the working directory]
     #[arg(long, short, value_name = "PATH")]
     out: Option<PathBuf>,
-    /// GGUF: how ternary weights are stored [default: i2_s]
+    /// GGUF: how ternary weights are stored [default: i2_s for models with int8 activations by row, else as in the
+    /// source, or q2_0]
     #[arg(long, value_enum, value_name = "TYPE")]
     ternary: Option<Ternary>,
-    /// Hugging Face: how ternary weights are stored [default: packed]
+    /// Hugging Face: how ternary weights are stored [default: packed for models with int8 activations by row, else values]
     #[arg(long, value_enum, value_name = "STYLE")]
     style: Option<HfStyle>,
     /// GGUF: the architecture that the file names [default: the one under which most programs compute the model]
     #[arg(long, value_enum, value_name = "NAME")]
     architecture: Option<GgufArchitecture>,
-    /// Type of the embedding, and of the output head where that is not tied [default: as in the source]
+    /// GGUF: where the type can't hold the weights exactly, write the nearest that it can hold
+    #[arg(long)]
+    requantise: bool,
+    /// Type of the embedding, and of the output head where that is not tied [default: as in the source, or like the
+    /// other ternary weights if it is ternary]
     #[arg(long, value_enum, value_name = "TYPE")]
     embedding: Option<DenseType>,
     /// The model's name in the file [default: the source's]
@@ -115,15 +122,37 @@ enum Format {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[allow(non_camel_case_types, reason = "the names are the formats'")]
 enum Ternary {
-    /// 2 bits a weight, exact scale: bitnet.cpp's
+    /// 2 bits a weight, one exact scale: bitnet.cpp's
     #[value(name = "i2_s")]
     I2_S,
-    /// 2.06 bits a weight, f16 scale: llama.cpp's
+    /// 2.25 bits a weight, an f16 scale for 64: llama.cpp's
+    #[value(name = "q2_0")]
+    Q2_0,
+    /// 2.13 bits a weight, an f16 scale for 128: Prism ML's
+    #[value(name = "pq2_0")]
+    PQ2_0,
+    /// 1.75 bits a weight, an f16 scale for 128: Prism ML's
+    #[value(name = "ptq1_0")]
+    PTQ1_0,
+    /// 2.06 bits a weight, an f16 scale for 256: llama.cpp's
     #[value(name = "tq2_0")]
     TQ2_0,
-    /// 1.69 bits a weight, f16 scale: llama.cpp's
+    /// 1.69 bits a weight, an f16 scale for 256: llama.cpp's
     #[value(name = "tq1_0")]
     TQ1_0,
+}
+
+impl From<Ternary> for TernaryType {
+    fn from(ternary: Ternary) -> Self {
+        match ternary {
+            Ternary::I2_S => Self::I2_S,
+            Ternary::Q2_0 => Self::Q2_0,
+            Ternary::PQ2_0 => Self::PQ2_0,
+            Ternary::PTQ1_0 => Self::PTQ1_0,
+            Ternary::TQ2_0 => Self::TQ2_0,
+            Ternary::TQ1_0 => Self::TQ1_0,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -135,6 +164,18 @@ enum GgufArchitecture {
     Bitnet,
     /// SiLU without sub-norms
     Llama,
+    /// The same with factors of embedding, residuals and logits
+    #[value(name = "minicpm")]
+    MiniCpm,
+    /// Biases of q, k and v
+    Qwen2,
+    /// Norms of queries and keys
+    Qwen3,
+    /// The same with experts
+    #[value(name = "qwen3moe")]
+    Qwen3Moe,
+    /// The same with sliding windows
+    Maple,
 }
 
 impl From<GgufArchitecture> for Architecture {
@@ -143,6 +184,11 @@ impl From<GgufArchitecture> for Architecture {
             GgufArchitecture::BitnetB158 => Self::BitnetB158,
             GgufArchitecture::Bitnet => Self::Bitnet,
             GgufArchitecture::Llama => Self::Llama,
+            GgufArchitecture::MiniCpm => Self::MiniCpm,
+            GgufArchitecture::Qwen2 => Self::Qwen2,
+            GgufArchitecture::Qwen3 => Self::Qwen3,
+            GgufArchitecture::Qwen3Moe => Self::Qwen3Moe,
+            GgufArchitecture::Maple => Self::Maple,
         }
     }
 }
@@ -155,46 +201,56 @@ enum HfStyle {
     Bitlinear,
     /// The float weights of training (autobitlinear, online), where the source has them
     Master,
+    /// Float values, for models without int8 activations by row
+    Values,
 }
 
 impl OutputArgs {
-    fn target(&self) -> Target {
-        let dense = self.embedding.map(Into::into);
-        match (self.to, self.ternary, self.style) {
-            (Format::Gguf, ternary, None) => {
-                let ternary = match ternary.unwrap_or(Ternary::I2_S) {
-                    Ternary::I2_S => TernaryType::I2_S,
-                    Ternary::TQ2_0 => TernaryType::TQ2_0,
-                    Ternary::TQ1_0 => TernaryType::TQ1_0,
-                };
-                let architecture = self.architecture.map(Into::into);
-                Target::Gguf(GgufTypes { ternary, dense, architecture })
-            }
-            (Format::Hf, None, _) if self.architecture.is_some() => {
+    /// Refuses what belongs to the other format.
+    fn check(&self) {
+        match self.to {
+            Format::Gguf if self.style.is_some() => usage("--style is for --to hf; GGUF has --ternary\n"),
+            Format::Hf if self.architecture.is_some() => {
                 usage("--architecture is for --to gguf; a Hugging Face directory has model_type\n")
             }
-            (Format::Hf, None, style) => {
-                let style = match style.unwrap_or(HfStyle::Packed) {
-                    HfStyle::Packed => Style::PackedAuto,
-                    HfStyle::Bitlinear => Style::PackedInverse,
-                    HfStyle::Master => Style::Online,
-                };
-                Target::Hf { style, dense }
-            }
-            (Format::Gguf, _, Some(_)) => usage("--style is for --to hf; GGUF has --ternary\n"),
-            (Format::Hf, Some(_), _) => {
+            Format::Hf if self.ternary.is_some() => {
                 usage("--ternary is for --to gguf; Hugging Face directories have --style\n")
             }
+            Format::Hf if self.requantise => {
+                usage("--requantise is for --to gguf; Hugging Face directories hold all weights exactly\n")
+            }
+            _ => {}
         }
     }
 
-    /// The default place: the source's name and what is in it.
-    fn default_out(&self, name: &str) -> PathBuf {
-        let lower = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
-        match self.to {
-            Format::Gguf => format!("{name}-{}.gguf", lower(&self.ternary.unwrap_or(Ternary::I2_S))).into(),
-            Format::Hf => format!("{name}-{}", lower(&self.style.unwrap_or(HfStyle::Packed))).into(),
-        }
+    /// What is written, and what it is called in the default place.
+    fn target(&self, checkpoint: &Checkpoint) -> anyhow::Result<(Target, String)> {
+        let dense = self.embedding.map(Into::into);
+        Ok(match self.to {
+            Format::Gguf => {
+                let ternary = self.ternary.map(TernaryType::from);
+                let ternary = ternary.map_or_else(|| export::default_ternary(checkpoint), Ok)?;
+                let (architecture, requantise) = (self.architecture.map(Into::into), self.requantise);
+                let types = GgufTypes { ternary, dense, architecture, requantise };
+                (Target::Gguf(types), format!("{ternary:?}.gguf").to_lowercase())
+            }
+            Format::Hf => {
+                let style = match self.style {
+                    None => export::default_style(checkpoint)?,
+                    Some(HfStyle::Packed) => Style::PackedAuto,
+                    Some(HfStyle::Bitlinear) => Style::PackedInverse,
+                    Some(HfStyle::Master) => Style::Online,
+                    Some(HfStyle::Values) => Style::Values,
+                };
+                let name = match style {
+                    Style::PackedAuto => "packed",
+                    Style::PackedInverse => "bitlinear",
+                    Style::Online => "master",
+                    Style::Values => "values",
+                };
+                (Target::Hf { style, dense }, name.to_owned())
+            }
+        })
     }
 }
 
@@ -211,12 +267,13 @@ pub fn convert(args: ConvertArgs) -> anyhow::Result<()> {
 }
 
 fn run(source: &Path, options: OpenOptions, args: OutputArgs) -> anyhow::Result<()> {
-    let target = args.target();
+    args.check();
     let name = name_of(source);
     let checkpoint = export::newest_checkpoint(source)?;
     let is_run = checkpoint != source;
     let checkpoint = Checkpoint::open(&checkpoint, &OpenOptions { pre: args.pre.clone(), ..options })?;
-    let out = args.out.clone().unwrap_or_else(|| args.default_out(&name));
+    let (target, kind) = args.target(&checkpoint)?;
+    let out = args.out.unwrap_or_else(|| format!("{name}-{kind}").into());
     let options = ExportOptions {
         // A checkpoint of a run is named by its step.
         name: args.name.or_else(|| is_run.then_some(name).filter(|_| checkpoint.config().name.is_none())),
@@ -257,12 +314,30 @@ fn name_of(source: &Path) -> String {
     name.map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
 }
 
+fn projections(s: &Summary) -> String {
+    let all = format!("{}, {} weights", s.projections, s.ternary_weights);
+    match &s.requantised {
+        None => all + ", as in the source",
+        Some(r) => format!(
+            "{all}; {} tensors requantised: rms error {:.2} % of the weights' rms (largest {:.2} %, {}), a weight by {:.1e} at \
+             most ({})",
+            r.tensors,
+            100.0 * r.rms,
+            100.0 * r.worst.1,
+            r.worst.0,
+            r.max_error,
+            r.tensor
+        ),
+    }
+}
+
 fn text(summary: &Summary, source: &Path, seconds: f64) -> String {
     let s = summary;
     let (bytes, time) = (human_bytes(s.bytes), human_seconds(seconds));
     let mut text = format!("{}: {bytes} in {time}, from {}\n", s.path.display(), source.display());
     let row = |label: &str, value: String| vec![format!("  {label}"), value];
     let scales = match &s.scales {
+        None if s.requantised.is_some() => "as far as the type holds them".into(),
         None => "as in the source".into(),
         Some(r) => format!(
             "{} rounded, since {}: by {:.1e} of their value at most ({})",
@@ -271,7 +346,7 @@ fn text(summary: &Summary, source: &Path, seconds: f64) -> String {
     };
     let mut rows = vec![
         row("format", format!("{}, architecture {}", s.format, s.architecture)),
-        row("projections", format!("{}, {} weights, as in the source", s.projections, s.ternary_weights)),
+        row("projections", projections(s)),
         row("scales", scales),
         row(
             "embedding",

@@ -37,11 +37,20 @@ fn gguf(ternary: TernaryType) -> Target {
     Target::Gguf(GgufTypes { ternary, ..GgufTypes::default() })
 }
 
+fn requantised(ternary: TernaryType) -> Target {
+    Target::Gguf(GgufTypes { ternary, requantise: true, ..GgufTypes::default() })
+}
+
 fn hf(style: Style) -> Target {
     Target::Hf { style, dense: None }
 }
 
-const I2_S: Target = Target::Gguf(GgufTypes { ternary: TernaryType::I2_S, dense: None, architecture: None });
+const I2_S: Target = Target::Gguf(GgufTypes {
+    ternary: TernaryType::I2_S,
+    dense: None,
+    architecture: None,
+    requantise: false,
+});
 
 fn open(path: &Path) -> Checkpoint {
     Checkpoint::open(path, &OpenOptions::default()).unwrap()
@@ -245,7 +254,7 @@ fn architectures_are_those_that_other_programs_compute() {
         masters(&source, &config);
         for (target, expected) in [
             (I2_S, architecture),
-            (gguf(TernaryType::TQ2_0), architecture),
+            (requantised(TernaryType::TQ2_0), architecture),
             (hf(Style::PackedAuto), model_type),
         ] {
             let out = tempfile::tempdir_in(dir.path()).unwrap();
@@ -296,17 +305,22 @@ fn llama_files_have_their_rows_in_llama_cpps_order() {
 }
 
 #[test]
-fn scales_in_f16_are_rounded_and_said_to_be() {
+fn scales_that_f16_cannot_hold_are_rounded_only_if_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     masters(&at("source"), &bitnet_shape());
     let source = open(&at("source"));
-    for (ternary, name, back) in [(TernaryType::TQ2_0, "a.gguf", "a"), (TernaryType::TQ1_0, "b.gguf", "b")] {
-        let summary = converted(&at("source"), &at(name), gguf(ternary));
-        assert!(!summary.is_exact());
-        let scales = summary.scales.unwrap();
-        assert!(scales.tensors > 7 && scales.reason.contains("f16"), "{scales:?}");
-        assert!(scales.max_relative_error > 0.0 && scales.max_relative_error <= 1.0 / 2048.0, "{scales:?}");
+    for (ternary, name, back) in [(TernaryType::TQ2_0, "a.gguf", "a"), (TernaryType::PTQ1_0, "b.gguf", "b")] {
+        let error = refused(&at("source"), &at(name), gguf(ternary));
+        for part in ["model.layers.0.self_attn.q_proj.weight", "row 0", "f16", "i2_s", "--requantise"] {
+            assert!(error.contains(part), "{error}");
+        }
+        assert_eq!(entries(dir.path()).iter().filter(|e| e.contains(name)).count(), 0);
+        let summary = converted(&at("source"), &at(name), requantised(ternary));
+        assert!(!summary.is_exact() && summary.scales.is_none());
+        let lost = summary.requantised.unwrap();
+        assert!(lost.tensors > 7 && lost.rms > 0.0 && lost.rms <= 1.0 / 2048.0, "{lost:?}");
+        assert!(lost.worst.1 >= lost.rms && lost.worst.1 <= 1.0 / 2048.0, "{lost:?}");
         let copy = open(&at(name));
         let mut largest = 0.0f32;
         for layer in 0..2 {
@@ -314,10 +328,10 @@ fn scales_in_f16_are_rounded_and_said_to_be() {
                 let [a, b] = [&source, &copy].map(|c| c.projection(layer, which).unwrap());
                 assert!(a.codes == b.codes);
                 assert_eq!(b.scale, half::f16::from_f32(a.scale).to_f32());
-                largest = largest.max((b.scale / a.scale - 1.0).abs());
+                largest = largest.max((b.scale - a.scale).abs());
             }
         }
-        assert_eq!(largest, scales.max_relative_error);
+        assert_eq!(largest, lost.max_error);
         // From there on nothing is lost any more: not on the way to the others, and not on the way back.
         let again = at(&format!("{back}-again.gguf"));
         for (from, to, target) in [
@@ -328,6 +342,33 @@ fn scales_in_f16_are_rounded_and_said_to_be() {
             assert!(converted(&from, &to, target).is_exact());
         }
         assert_same_weights(&copy, &open(&again));
+    }
+}
+
+/// Types that stand for float activations under `llama` say in a key that these weights have int8 activations.
+#[test]
+fn int8_activations_survive_in_every_type() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    masters(&at("source"), &llama_shape());
+    // From there on all scales are f16.
+    converted(&at("source"), &at("first.gguf"), requantised(TernaryType::TQ2_0));
+    let (source, expected) = (open(&at("first.gguf")), logits(&at("first.gguf")));
+    for ternary in TernaryType::ALL {
+        let summary = converted(&at("first.gguf"), &at("a.gguf"), gguf(ternary));
+        assert!(summary.is_exact() && summary.architecture == "llama", "{summary:?}");
+        assert_same_weights(&source, &open(&at("a.gguf")));
+        assert!(logits(&at("a.gguf")) == expected, "{ternary:?}");
+        let key = GgufFile::open(&at("a.gguf")).unwrap().value("llama.int8_activations").cloned();
+        let by_group = matches!(ternary, TernaryType::Q2_0 | TernaryType::PQ2_0 | TernaryType::PTQ1_0);
+        assert_eq!(key, by_group.then(|| Value::from(true)), "{ternary:?}");
+        // Not as float values, which mean other activations.
+        let error = refused(&at("a.gguf"), &at("x"), hf(Style::Values));
+        assert!(error.contains("int8 activations by row") && error.contains("packed"), "{error}");
+        converted(&at("a.gguf"), &at("b"), hf(Style::PackedAuto));
+        assert_same_weights(&source, &open(&at("b")));
+        std::fs::remove_file(at("a.gguf")).unwrap();
+        std::fs::remove_dir_all(at("b")).unwrap();
     }
 }
 
@@ -703,7 +744,10 @@ fn what_a_format_cannot_hold_is_refused_with_what_can() {
     let narrow =
         ModelConfig { hidden_size: 192, n_heads: 3, n_kv_heads: 1, intermediate_size: 320, ..bitnet_shape() };
     masters(&at("narrow"), &narrow);
-    says(refused(&at("narrow"), &at("x"), I2_S), &["192", "multiple of 128", "Hugging Face"]);
+    says(
+        refused(&at("narrow"), &at("x"), I2_S),
+        &["192", "multiple of 128", "Q2_0 needs 64", "Hugging Face"],
+    );
     says(refused(&at("narrow"), &at("x"), gguf(TernaryType::TQ1_0)), &["TQ1_0", "Hugging Face"]);
     assert!(converted(&at("narrow"), &at("narrow-packed"), hf(Style::PackedAuto)).is_exact());
     assert_same_weights(&open(&at("narrow")), &open(&at("narrow-packed")));
@@ -750,7 +794,7 @@ fn a_failure_leaves_nothing_and_replaces_nothing() {
     let force = |target| ExportOptions { overwrite: true, ..ExportOptions::new(target) };
     for (out, target) in [
         ("precious.gguf", I2_S),
-        ("precious.gguf", gguf(TernaryType::TQ2_0)),
+        ("precious.gguf", requantised(TernaryType::TQ2_0)),
         ("new.gguf", I2_S),
         ("new", hf(Style::PackedAuto)),
     ] {
@@ -793,7 +837,7 @@ fn only_models_are_replaced_and_only_if_asked_for() {
     assert!(matches!(again("b", hf(Style::Online)), Err(ExportError::Exists { .. })));
     assert_eq!(open(&at("b")).master(0, Projection::Q).unwrap(), None, "still packed");
 
-    try_export(&at("source"), &at("a.gguf"), &force(gguf(TernaryType::TQ2_0))).unwrap();
+    try_export(&at("source"), &at("a.gguf"), &force(requantised(TernaryType::TQ2_0))).unwrap();
     assert_eq!(open(&at("a.gguf")).projection(0, Projection::Q).unwrap().stored_as, "TQ2_0");
     std::fs::write(at("b").join("model-00001-of-00002.safetensors"), "stale").unwrap();
     try_export(&at("source"), &at("b"), &force(hf(Style::Online))).unwrap();
@@ -883,9 +927,13 @@ fn the_program_says_what_it_wrote() {
         said.contains("warning: under architecture `bitnet-b1.58`, bitnet.cpp since July 2026"),
         "{said}"
     );
-    let said =
-        text(&["convert", "model-i2_s.gguf", "--to", "gguf", "--ternary", "tq1_0", "--embedding", "q8_0"]);
-    assert!(said.starts_with("model-i2_s-tq1_0.gguf: ") && said.contains("14 rounded, since"), "{said}");
+    let to_tq1_0 =
+        ["convert", "model-i2_s.gguf", "--to", "gguf", "--ternary", "tq1_0", "--embedding", "q8_0"];
+    let said = text(&[&to_tq1_0[..], &["--requantise"]].concat());
+    assert!(
+        said.starts_with("model-i2_s-tq1_0.gguf: ") && said.contains("14 tensors requantised: rms"),
+        "{said}"
+    );
     assert!(said.contains("from F32 to Q8_0, rounded: by"), "{said}");
     let said = text(&["export", "model", "--to", "hf", "--style", "master", "--out", "m", "--name", "Mine"]);
     assert!(said.starts_with("m: ") && said.contains("F32 master (absmean)"), "{said}");
@@ -897,7 +945,8 @@ fn the_program_says_what_it_wrote() {
         (&report["format"], &report["projections"]),
         (&"Hugging Face".into(), &"U8 packed (autobitlinear)".into())
     );
-    assert!(report["scales"].is_null() && report["converted"][0]["max_error"].as_f64().unwrap() > 0.0);
+    assert!(report["scales"].is_null() && report["requantised"].is_null());
+    assert!(report["converted"][0]["max_error"].as_f64().unwrap() > 0.0);
     let sizes = report["files"].as_array().unwrap().iter().map(|file| file[1].as_u64().unwrap());
     assert_eq!(sizes.sum::<u64>(), report["bytes"].as_u64().unwrap());
     assert_eq!(entries(dir.path()), ["m", "model", "model-i2_s-tq1_0.gguf", "model-i2_s.gguf", "p"]);

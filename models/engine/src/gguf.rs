@@ -1,16 +1,19 @@
 //! Writing models as GGUF, with the names and keys that llama.cpp and bitnet.cpp know.
 
+mod config;
+mod matrices;
 mod readers;
 
-use crate::checkpoint::gguf::names::gptj_rows;
+use crate::checkpoint::gguf::names::{bias_name, float_part_name, gptj_rows, is_gptj, norm_name_of};
 use crate::checkpoint::{Checkpoint, LoadError};
-use bitnet_burn::{ModelConfig, Norm, Projection};
+use bitnet_burn::{FloatPart, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::GgufWriter;
-use bitnet_burn_formats::{DenseFormat, DenseTensor, TernaryTensor, WriteError};
+use bitnet_burn_formats::{DenseFormat, DenseTensor, WriteError};
 use std::io;
 
 pub use crate::checkpoint::gguf::names::{norm_name, projection_name};
 pub use bitnet_burn_formats::gguf::TernaryType;
+pub use matrices::{MatrixError, encoded};
 pub use readers::Architecture;
 
 /// Why a model was not written as GGUF.
@@ -33,6 +36,12 @@ pub enum GgufWriteError {
         /// The one that would have been chosen.
         instead: &'static str,
     },
+    /// What no GGUF file says.
+    #[error("GGUF cannot hold this model: {problem}; a Hugging Face directory can")]
+    Inexpressible {
+        /// What it has.
+        problem: String,
+    },
 }
 
 /// How the tensors of a model are stored.
@@ -40,21 +49,26 @@ pub enum GgufWriteError {
 pub struct GgufTypes {
     /// The projections.
     pub ternary: TernaryType,
-    /// The embedding and the output head; `None`: as the checkpoint has them.
+    /// The embedding and the output head; `None`: as the checkpoint has them, or like the projections if that is exact.
     pub dense: Option<DenseFormat>,
     /// The architecture that the file names; `None`: the one under which most programs compute the model.
     pub architecture: Option<Architecture>,
+    /// Whether projections that the type can't hold exactly become the nearest that it can hold.
+    pub requantise: bool,
 }
 
 impl GgufTypes {
     /// What other programs get wrong about a model that is written like this, in sentences. No program says so
     /// itself.
     pub fn warnings(&self, config: &ModelConfig) -> Vec<String> {
-        readers::warnings(config, self.ternary, self.architecture(config))
+        match self.architecture(config) {
+            Some(architecture) => readers::warnings(config, self.ternary, architecture),
+            None => Vec::new(),
+        }
     }
 
-    fn architecture(&self, config: &ModelConfig) -> Architecture {
-        self.architecture.unwrap_or_else(|| Architecture::of(config, self.ternary))
+    fn architecture(&self, config: &ModelConfig) -> Option<Architecture> {
+        self.architecture.or_else(|| Architecture::of(config, self.ternary))
     }
 }
 
@@ -65,129 +79,144 @@ impl GgufTypes {
 /// order: [`write_checkpoint`] sees to that.
 ///
 /// # Errors
-/// [`WriteError::Duplicate`].
-pub fn write_config(writer: &mut GgufWriter<'_>, config: &ModelConfig) -> Result<(), WriteError> {
-    config_as(writer, Architecture::of(config, TernaryType::I2_S).name(), config)
+/// [`WriteError::Duplicate`], [`GgufWriteError::Inexpressible`].
+pub fn write_config(writer: &mut GgufWriter<'_>, config: &ModelConfig) -> Result<(), GgufWriteError> {
+    let architecture = Architecture::of(config, TernaryType::I2_S);
+    config::write(writer, architecture.ok_or_else(|| readers::no_architecture(config))?, config)
 }
 
-fn config_as(
-    writer: &mut GgufWriter<'_>,
-    architecture: &str,
-    config: &ModelConfig,
-) -> Result<(), WriteError> {
-    writer.set("general.architecture", architecture)?;
-    if let Some(name) = &config.name {
-        writer.set("general.name", name.as_str())?;
-    }
-    let mut sizes = vec![
-        ("vocab_size", config.vocab_size),
-        ("context_length", config.context_length),
-        ("embedding_length", config.hidden_size),
-        ("block_count", config.n_layers),
-        ("feed_forward_length", config.intermediate_size),
-        ("rope.dimension_count", config.head_dim),
-        ("attention.head_count", config.n_heads),
-        ("attention.head_count_kv", config.n_kv_heads),
-    ];
-    if config.q_size() != config.hidden_size || config.options.qk_norms {
-        sizes
-            .extend([("attention.key_length", config.head_dim), ("attention.value_length", config.head_dim)]);
-    }
-    for (suffix, size) in sizes {
-        // As u32, which readers expect; what ModelConfig::validate lets through fits.
-        writer.set(format!("{architecture}.{suffix}"), u32::try_from(size).unwrap_or(u32::MAX))?;
-    }
-    writer.set(format!("{architecture}.attention.layer_norm_rms_epsilon"), config.rms_norm_eps)?;
-    writer.set(format!("{architecture}.rope.freq_base"), config.rope_theta as f32)?;
-    writer.set(format!("{architecture}.hidden_act"), config.activation.name())?;
-    let tokens = [
-        ("bos_token_id", config.bos_token),
-        ("eos_token_id", config.eos_tokens.first().copied()),
-        ("eot_token_id", config.eos_tokens.get(1).copied()),
-    ];
-    for (key, token) in tokens {
-        if let Some(token) = token {
-            writer.set(format!("tokenizer.ggml.{key}"), token)?;
-        }
-    }
-    Ok(())
-}
-
-/// Adds a whole model but its tokenizer: configuration, projections, norms as F32, embedding and head.
+/// Adds a whole model but its tokenizer: configuration, projections, biases, norms and routers, embedding and head.
 /// Tensors are read and converted when their turn to be written comes.
-///
-/// TQ1_0 and TQ2_0 store their scale as f16: it is rounded to the nearest.
 ///
 /// # Arguments
 /// - `config`: the checkpoint's, with the name and the tokens that the copy is to have
 ///
 /// # Errors
-/// [`WriteError::Tensor`] where a type cannot hold a tensor: I2_S needs a K that is a multiple of 128,
-/// TQ1_0, TQ2_0 and Q6_K of 256, Q8_0 and Q4_0 of 32. [`GgufWriteError::Load`] where the embedding or the
-/// head can't be read. [`GgufWriteError::Architecture`] for `llama` and a model that is none.
+/// [`WriteError::Tensor`] where a type cannot hold a tensor: I2_S, PQ2_0 and PTQ1_0 need a K that is a multiple of 128,
+/// TQ1_0, TQ2_0 and Q6_K of 256, Q2_0 of 64, Q8_0 and Q4_0 of 32. [`GgufWriteError::Load`] where the embedding or the
+/// head can't be read. [`GgufWriteError::Architecture`] for `llama` and a model that is none, and
+/// [`GgufWriteError::Inexpressible`]. Weights that the type can't hold exactly are found when they are written: that is a
+/// [`WriteError::Io`] with a [`MatrixError`] in it.
 pub fn write_checkpoint<'a>(
     writer: &mut GgufWriter<'a>,
     config: &ModelConfig,
     checkpoint: &'a Checkpoint,
     types: GgufTypes,
 ) -> Result<(), GgufWriteError> {
-    let architecture = types.architecture(config);
+    let architecture = types.architecture(config).ok_or_else(|| readers::no_architecture(config))?;
     if let Some(problem) = architecture.problem(config) {
-        let instead = Architecture::of(config, types.ternary).name();
-        return Err(GgufWriteError::Architecture { asked: architecture.name(), problem, instead });
+        let instead =
+            Architecture::of(config, types.ternary).ok_or_else(|| readers::no_architecture(config))?;
+        let (asked, instead) = (architecture.name(), instead.name());
+        return Err(GgufWriteError::Architecture { asked, problem, instead });
     }
-    config_as(writer, architecture.name(), config)?;
-    matrix(writer, "token_embd.weight", checkpoint.embedding()?, types.dense)?;
+    config::write(writer, architecture, config)?;
+    config::write_rotations(writer, checkpoint)?;
+    config::write_activations(writer, architecture, checkpoint, types.ternary)?;
+    config::write_rope_tensors(writer, config)?;
+    matrix(writer, "token_embd.weight", checkpoint.embedding()?, types)?;
     for layer in 0..config.n_layers {
         for which in Norm::of_layer(layer, config) {
-            norm(writer, checkpoint, which)?;
+            norm(writer, checkpoint, (which, architecture))?;
         }
-        for which in Projection::ALL {
+        for which in FloatPart::of_layer(layer, config) {
+            float_part(writer, checkpoint, layer, which)?;
+        }
+        for all in tensors_of_layer(layer, config) {
+            let which = all[0];
+            let turns = matches!(which, Projection::Q | Projection::K) && is_gptj(architecture.name());
+            let head = turns.then_some(config.head_dim);
             let (n, k) = which.shape(config);
-            let reorder =
-                matches!(which, Projection::Q | Projection::K) && architecture == Architecture::Llama;
-            let head = reorder.then_some(config.head_dim);
-            let dims = [k as u64, n as u64];
-
+            let mut dims = vec![k as u64, n as u64];
+            dims.extend(which.expert().map(|_| all.len() as u64));
             writer.tensor(projection_name(layer, which), &dims, types.ternary, move |out| {
-                let tensor = checkpoint.checked_projection(layer, which).map_err(io::Error::other)?;
-                match head {
-                    Some(head) => {
-                        let codes = gptj_rows(&tensor.codes, n, head).into();
-                        types.ternary.write(&TernaryTensor { codes, ..tensor }, out)
-                    }
-                    None => types.ternary.write(&tensor, out),
+                for which in all {
+                    let weights = checkpoint.weights(layer, which).map_err(io::Error::other)?;
+                    matrices::write(&weights, types, head, out)?;
                 }
+                Ok(())
             })?;
+            if which.has_bias(config) {
+                writer.tensor(bias_name(layer, which), &[n as u64], DenseFormat::F32, move |out| {
+                    let bias = checkpoint.bias(layer, which).map_err(io::Error::other)?;
+                    let bytes: Vec<u8> = bias.iter().flat_map(|v| v.to_le_bytes()).collect();
+                    out.write_all(&head.map_or(bytes.clone(), |head| gptj_rows(&bytes, n, head)))
+                })?;
+            }
         }
     }
-    norm(writer, checkpoint, Norm::Output)?;
+    norm(writer, checkpoint, (Norm::Output, architecture))?;
     if let Some(output) = checkpoint.output()? {
-        matrix(writer, "output.weight", output, types.dense)?;
+        matrix(writer, "output.weight", output, types)?;
     }
     Ok(())
 }
 
-/// Adds the embedding or the head, in another format if one is asked for.
+/// Adds the embedding or the head: in another format if one is asked for, like the projections if it is ternary like them.
 fn matrix(
     writer: &mut GgufWriter<'_>,
     name: &str,
     tensor: DenseTensor,
-    format: Option<DenseFormat>,
+    types: GgufTypes,
 ) -> Result<(), WriteError> {
-    match format.filter(|&format| format != tensor.format) {
-        None => writer.dense(name, tensor)?,
+    let asked = types.dense.filter(|&format| format != tensor.format);
+    match asked {
         Some(format) => {
             let dims = [tensor.k as u64, tensor.n as u64];
             writer.tensor(name, &dims, format, move |out| tensor.write_as(format, out))?
         }
+        None if types.dense.is_some() => writer.dense(name, tensor)?,
+        None => writer.dense(name, matrices::like_projections(tensor, types.ternary))?,
     };
     Ok(())
 }
 
-fn norm<'a>(writer: &mut GgufWriter<'a>, checkpoint: &'a Checkpoint, which: Norm) -> Result<(), WriteError> {
+/// The projections of a layer by tensors: one has the matrices of all experts.
+fn tensors_of_layer(layer: usize, config: &ModelConfig) -> Vec<Vec<Projection>> {
+    let of_layer = Projection::of_layer(layer, config).into_iter();
+    let mut tensors: Vec<Vec<_>> =
+        of_layer.filter(|which| which.expert().is_none()).map(|which| vec![which]).collect();
+    if let Some(experts) = config.experts(layer) {
+        let parts = [Projection::ExpertGate, Projection::ExpertUp, Projection::ExpertDown];
+        tensors.extend(parts.map(|part| (0..experts.count).map(part).collect()));
+    }
+    tensors
+}
+
+/// Adds a part that is floats in every model, as the reader takes it.
+fn float_part(
+    writer: &mut GgufWriter<'_>,
+    checkpoint: &Checkpoint,
+    layer: usize,
+    which: FloatPart,
+) -> Result<(), GgufWriteError> {
+    let (name, tensor) = (float_part_name(layer, which), checkpoint.float_part(layer, which)?);
+    match which {
+        FloatPart::Router | FloatPart::DeltaDecay | FloatPart::DeltaStrength => {
+            writer.dense(name, tensor)?;
+        }
+        FloatPart::DeltaConvolution => {
+            let (taps, channels) = (tensor.n, tensor.k);
+            let values = checkpoint.floats(&tensor)?;
+            writer.tensor(name, &[taps as u64, channels as u64], DenseFormat::F32, move |out| {
+                let rows = (0..channels).flat_map(|channel| values.iter().skip(channel).step_by(channels));
+                rows.into_iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
+            })?;
+        }
+        FloatPart::DeltaRate | FloatPart::DeltaBias => {
+            writer.vector(name, checkpoint.floats(&tensor)?)?;
+        }
+    }
+    Ok(())
+}
+
+fn norm<'a>(
+    writer: &mut GgufWriter<'a>,
+    checkpoint: &'a Checkpoint,
+    (which, architecture): (Norm, Architecture),
+) -> Result<(), WriteError> {
     let dims = [which.len(checkpoint.config()) as u64];
-    writer.tensor(norm_name(which), &dims, DenseFormat::F32, move |out| {
+    writer.tensor(norm_name_of(architecture.name(), which), &dims, DenseFormat::F32, move |out| {
         let weights = checkpoint.norm(which).map_err(io::Error::other)?;
         weights.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
     })?;

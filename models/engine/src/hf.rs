@@ -3,13 +3,18 @@
 //! The files go into a directory that exists. Whoever wants a directory that is complete or not there at
 //! all writes into one with a temporary name and renames it.
 
-use crate::checkpoint::{Checkpoint, LoadError};
-use bitnet_burn::names::{EMBEDDING, HEAD, norm_name, projection_name, scale_name};
-use bitnet_burn::{ConfigError, ModelConfig, Norm, Parameter, Projection};
+mod config;
+
+use crate::checkpoint::{Checkpoint, LoadError, Weights};
+use bitnet_burn::names::{
+    EMBEDDING, HEAD, bias_name, float_part_name, norm_name, projection_name, scale_name,
+};
+use bitnet_burn::{ConfigError, FloatPart, ModelConfig, Norm, Parameter, Projection};
 use bitnet_burn_formats::hf::pack_from_canonical;
 use bitnet_burn_formats::safetensors::{Dtype, SINGLE, SafetensorsWriter};
-use bitnet_burn_formats::{DenseFormat, DenseTensor, Progress, WriteError};
-use serde_json::{Map, Value, json};
+use bitnet_burn_formats::{DenseFormat, DenseTensor, WriteError};
+use config::{config_json, end_tokens};
+use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
@@ -33,6 +38,12 @@ pub enum HfWriteError {
         /// The tensor.
         tensor: String,
         /// What is wrong with it.
+        problem: String,
+    },
+    /// What no `config.json` says.
+    #[error("a Hugging Face directory cannot hold this model: {problem}; a GGUF file can")]
+    Inexpressible {
+        /// What it has.
         problem: String,
     },
 }
@@ -89,7 +100,7 @@ pub fn write_masters(
     tensors: impl IntoIterator<Item = Parameter>,
 ) -> Result<(), HfWriteError> {
     write_tensors(&dir.join(SINGLE), config, tensors)?;
-    write_config(dir, config, Some(Style::Online), Dtype::F32)
+    write_config(dir, config, Style::Online, Dtype::F32)
 }
 
 /// [`write_masters`] for projections that are computed as they are: ternary ones with a scale for each row or group, which
@@ -103,7 +114,7 @@ pub fn write_values(
     tensors: impl IntoIterator<Item = Parameter>,
 ) -> Result<(), HfWriteError> {
     write_tensors(&dir.join(SINGLE), config, tensors)?;
-    write_config(dir, config, None, Dtype::F32)
+    write_config(dir, config, Style::Values, Dtype::F32)
 }
 
 /// The safetensors file alone of [`write_masters`].
@@ -144,108 +155,186 @@ pub fn write_tensors(
 ///
 /// # Arguments
 /// - `config`: the checkpoint's, with the name that the copy is to have
-/// - `dense`: the type of embedding, output head and norms: F32, F16 or BF16. They share one, because
-///   transformers leaves them in the stored type where projections are packed, and multiplies none of two types
-/// - `progress`: gets the bytes of each write
+/// - `dense`: the type of embedding, output head and norms: F32, F16 or BF16. In packed styles they share one, because
+///   transformers leaves them in the stored type then, and multiplies none of two types; `None` is F32. With
+///   [`Style::Values`] it is that of embedding and head, and `None` and all others are the types that hold exactly what
+///   they are: floats as they are, blocks of ternary weights as F16, and all others as F32
+/// - `progress`: gets the bytes of each write, and those of all
 ///
 /// # Errors
-/// [`HfWriteError`], also for [`Style::Online`] where the checkpoint has no masters, and where the style can't
-/// hold a projection.
+/// [`HfWriteError`], also for [`Style::Online`] where the checkpoint has no masters, where the style can't
+/// hold a projection, and for [`Style::Values`] where projections have int8 activations by row.
 pub fn write_checkpoint(
     dir: &Path,
     checkpoint: &Checkpoint,
     config: &ModelConfig,
     style: Style,
-    dense: DenseFormat,
-    progress: &mut Progress<'_>,
+    dense: Option<DenseFormat>,
+    progress: &mut dyn FnMut(u64, u64) -> io::Result<()>,
 ) -> Result<(), HfWriteError> {
-    let mut writer = SafetensorsWriter::new();
-    let unreadable = |tensor: &str| {
-        let tensor = tensor.to_owned();
-        move |error: LoadError| HfWriteError::Tensor { tensor, problem: format!("can't be read: {error}") }
-    };
-    let dtype = dense.dtype().ok_or_else(|| HfWriteError::Tensor {
-        tensor: EMBEDDING.into(),
-        problem: format!("can't be {}: safetensors files hold F32, F16 and BF16", dense.name()),
-    })?;
-    let mut matrix = |name: &str, tensor: DenseTensor| {
-        writer.tensor(name, dtype, &[tensor.n, tensor.k], move |out| {
-            if tensor.format == dense { out.write_all(&tensor.data) } else { tensor.write_as(dense, out) }
-        })
-    };
-    matrix(EMBEDDING, checkpoint.embedding().map_err(unreadable(EMBEDDING))?)?;
-    if let Some(output) = checkpoint.output().map_err(unreadable(HEAD))? {
-        matrix(HEAD, output)?;
+    if checkpoint.is_rotated() {
+        let problem = "its weights are rotated by a Hadamard transform (`prism.hadamard.*`)".into();
+        return Err(HfWriteError::Inexpressible { problem });
+    }
+    let mut out =
+        Directory { writer: SafetensorsWriter::new(), checkpoint, style, dense, dtypes: Vec::new() };
+    out.matrix(EMBEDDING.to_owned(), readable(EMBEDDING, checkpoint.embedding())?, dense)?;
+    if let Some(output) = readable(HEAD, checkpoint.output())? {
+        out.matrix(HEAD.to_owned(), output, dense)?;
     }
     for layer in 0..config.n_layers {
         for which in Norm::of_layer(layer, config) {
-            norm(&mut writer, checkpoint, which, dense, dtype)?;
+            out.vector(norm_name(which), checkpoint.norm(which))?;
         }
-        for which in Projection::ALL {
-            projection(&mut writer, checkpoint, layer, which, style)?;
+        for which in FloatPart::of_layer(layer, config) {
+            let name = float_part_name(layer, which);
+            let matrix = readable(&name, checkpoint.float_part(layer, which))?;
+            out.matrix(name, matrix, dense.filter(|_| style != Style::Values))?;
+        }
+        for which in Projection::of_layer(layer, config) {
+            out.projection(layer, which)?;
+            if which.has_bias(config) {
+                out.vector(bias_name(layer, which), checkpoint.bias(layer, which))?;
+            }
         }
     }
-    norm(&mut writer, checkpoint, Norm::Output, dense, dtype)?;
-    write_config(dir, config, Some(style), dtype)?;
-    Ok(writer.write(&dir.join(SINGLE), progress)?)
-}
-
-/// How many bytes [`write_checkpoint`] will write, but for headers.
-pub fn checkpoint_size(config: &ModelConfig, style: Style, dense: DenseFormat) -> u64 {
-    let matrices = config.dense_parameters().saturating_mul(dense.block_bytes() as u64);
-    let projections = match style {
-        Style::Online => config.ternary_parameters().saturating_mul(4),
-        Style::PackedAuto | Style::PackedInverse => config.ternary_parameters() / 4,
+    out.vector(norm_name(Norm::Output), checkpoint.norm(Norm::Output))?;
+    let Directory { writer, dtypes, .. } = out;
+    // What transformers computes in: one type.
+    let dtype = match dtypes[..] {
+        [one] => one,
+        _ => Dtype::F32,
     };
-    matrices.saturating_add(projections)
+    write_config(dir, config, style, dtype)?;
+    let total = writer.data_size();
+    Ok(writer.write(&dir.join(SINGLE), &mut |bytes| progress(bytes, total))?)
 }
 
-fn norm<'a>(
-    writer: &mut SafetensorsWriter<'a>,
-    checkpoint: &'a Checkpoint,
-    which: Norm,
-    dense: DenseFormat,
-    dtype: Dtype,
-) -> Result<(), WriteError> {
-    writer.tensor(norm_name(which), dtype, &[which.len(checkpoint.config())], move |out| {
-        let weights = checkpoint.norm(which).map_err(io::Error::other)?;
-        let mut bytes = vec![0; weights.len() * dense.block_bytes()];
-        dense.encode_row(&weights, &mut bytes).map_err(io::Error::other)?;
-        out.write_all(&bytes)
+fn readable<T>(tensor: &str, read: Result<T, LoadError>) -> Result<T, HfWriteError> {
+    read.map_err(|error| HfWriteError::Tensor {
+        tensor: tensor.to_owned(),
+        problem: format!("can't be read: {error}"),
     })
 }
 
-fn projection<'a>(
-    writer: &mut SafetensorsWriter<'a>,
+/// A directory's tensors as they are collected.
+struct Directory<'a> {
+    writer: SafetensorsWriter<'a>,
     checkpoint: &'a Checkpoint,
-    layer: usize,
-    which: Projection,
     style: Style,
-) -> Result<(), HfWriteError> {
-    let (n, k) = which.shape(checkpoint.config());
-    let name = projection_name(layer, which);
-    if style == Style::Online {
-        writer.tensor(name, Dtype::F32, &[n, k], move |out| {
-            let master = checkpoint.master(layer, which).map_err(io::Error::other)?;
-            let missing = "the checkpoint has ternary weights, not the masters that they were made from";
-            write_floats(out, &master.ok_or_else(|| io::Error::other(missing))?)
+    dense: Option<DenseFormat>,
+    /// The types of floats that occur.
+    dtypes: Vec<Dtype>,
+}
+
+impl Directory<'_> {
+    /// The type of a tensor that has none of its own in safetensors files: one that holds it exactly.
+    fn format(&self, stored: DenseFormat) -> DenseFormat {
+        match self.style {
+            Style::Values if stored.dtype().is_some() => stored,
+            Style::Values if stored.is_ternary() => DenseFormat::F16,
+            _ => DenseFormat::F32,
+        }
+    }
+
+    fn dtype(&mut self, tensor: &str, format: DenseFormat) -> Result<Dtype, HfWriteError> {
+        let dtype = format.dtype().ok_or_else(|| HfWriteError::Tensor {
+            tensor: tensor.to_owned(),
+            problem: format!("can't be {}: safetensors files hold F32, F16 and BF16", format.name()),
         })?;
-        return Ok(());
+        if !self.dtypes.contains(&dtype) {
+            self.dtypes.push(dtype);
+        }
+        Ok(dtype)
     }
-    if !n.is_multiple_of(4) {
-        let problem = format!("has {n} rows; four of them go into a byte, so that N must be a multiple of 4");
-        return Err(HfWriteError::Tensor { tensor: name, problem });
+
+    fn matrix(
+        &mut self,
+        name: String,
+        tensor: DenseTensor,
+        asked: Option<DenseFormat>,
+    ) -> Result<(), HfWriteError> {
+        let format = asked.unwrap_or_else(|| self.format(tensor.format));
+        let dtype = self.dtype(&name, format)?;
+        self.writer.tensor(name, dtype, &[tensor.n, tensor.k], move |out| as_format(&tensor, format, out))?;
+        Ok(())
     }
-    writer.tensor(name, Dtype::U8, &[n / 4, k], move |out| {
-        let tensor = checkpoint.checked_projection(layer, which).map_err(io::Error::other)?;
-        out.write_all(&pack_from_canonical(&tensor.codes, n, k).map_err(io::Error::other)?)
-    })?;
-    writer.tensor(scale_name(layer, which), Dtype::F32, &[1], move |out| {
-        let scale = checkpoint.projection(layer, which).map_err(io::Error::other)?.scale;
-        let stored = if style == Style::PackedInverse { inverse(scale)? } else { scale };
-        write_floats(out, &[stored])
-    })?;
-    Ok(())
+
+    /// A norm or a bias.
+    fn vector(&mut self, name: String, values: Result<Vec<f32>, LoadError>) -> Result<(), HfWriteError> {
+        let values = readable(&name, values)?;
+        let format = match self.style {
+            // Like the matrices, if that is exact.
+            Style::Values => {
+                let formats = [DenseFormat::BF16, DenseFormat::F16];
+                let of =
+                    |format: &DenseFormat| format.dtype().is_some_and(|dtype| self.dtypes.contains(&dtype));
+                formats
+                    .into_iter()
+                    .filter(of)
+                    .find(|format| format.holds(&values))
+                    .unwrap_or(DenseFormat::F32)
+            }
+            _ => self.dense.unwrap_or(DenseFormat::F32),
+        };
+        let dtype = self.dtype(&name, format)?;
+        self.writer.tensor(name, dtype, &[values.len()], move |out| {
+            let mut bytes = vec![0; values.len() * format.block_bytes()];
+            format.encode_row(&values, &mut bytes).map_err(io::Error::other)?;
+            out.write_all(&bytes)
+        })?;
+        Ok(())
+    }
+
+    fn projection(&mut self, layer: usize, which: Projection) -> Result<(), HfWriteError> {
+        let (checkpoint, style) = (self.checkpoint, self.style);
+        let (n, k) = which.shape(checkpoint.config());
+        let name = projection_name(layer, which);
+        if style == Style::Values {
+            let Weights::Dense(tensor) = readable(&name, checkpoint.weights(layer, which))? else {
+                let problem =
+                    "has int8 activations by row, which float values do not state: write the packed style";
+                return Err(HfWriteError::Tensor { tensor: name, problem: problem.into() });
+            };
+            let format = self.format(tensor.format);
+            let dtype = self.dtype(&name, format)?;
+            self.writer.tensor(name, dtype, &[n, k], move |out| {
+                match checkpoint.weights(layer, which).map_err(io::Error::other)? {
+                    Weights::Dense(tensor) => as_format(&tensor, format, out),
+                    Weights::Ternary(_) => Err(io::Error::other("it is not what it was")),
+                }
+            })?;
+            return Ok(());
+        }
+        if style == Style::Online {
+            self.writer.tensor(name, Dtype::F32, &[n, k], move |out| {
+                let master = checkpoint.master(layer, which).map_err(io::Error::other)?;
+                let missing = "the checkpoint has ternary weights, not the masters that they were made from";
+                write_floats(out, &master.ok_or_else(|| io::Error::other(missing))?)
+            })?;
+            return Ok(());
+        }
+        if !n.is_multiple_of(4) {
+            let problem =
+                format!("has {n} rows; four of them go into a byte, so that N must be a multiple of 4");
+            return Err(HfWriteError::Tensor { tensor: name, problem });
+        }
+        self.writer.tensor(name, Dtype::U8, &[n / 4, k], move |out| {
+            let tensor = checkpoint.checked_projection(layer, which).map_err(io::Error::other)?;
+            out.write_all(&pack_from_canonical(&tensor.codes, n, k).map_err(io::Error::other)?)
+        })?;
+        self.writer.tensor(scale_name(layer, which), Dtype::F32, &[1], move |out| {
+            let scale = checkpoint.projection(layer, which).map_err(io::Error::other)?.scale;
+            let stored = if style == Style::PackedInverse { inverse(scale)? } else { scale };
+            write_floats(out, &[stored])
+        })?;
+        Ok(())
+    }
+}
+
+/// Writes a tensor as it is, or in another format.
+fn as_format(tensor: &DenseTensor, format: DenseFormat, out: &mut dyn Write) -> io::Result<()> {
+    if tensor.format == format { out.write_all(&tensor.data) } else { tensor.write_as(format, out) }
 }
 
 /// The f32 whose reciprocal is `scale`, or next to it where there is none.
@@ -283,91 +372,12 @@ fn tensor_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
 }
 
 /// Writes `config.json` and `generation_config.json`.
-fn write_config(
-    dir: &Path,
-    config: &ModelConfig,
-    style: Option<Style>,
-    dtype: Dtype,
-) -> Result<(), HfWriteError> {
+fn write_config(dir: &Path, config: &ModelConfig, style: Style, dtype: Dtype) -> Result<(), HfWriteError> {
     config.validate()?;
-    write_json(&dir.join("config.json"), &config_json(config, style, dtype))?;
+    write_json(&dir.join("config.json"), &config_json(config, style, dtype)?)?;
     let mut generation = Map::new();
     end_tokens(config, &mut generation);
     write_json(&dir.join("generation_config.json"), &Value::Object(generation))
-}
-
-/// What transformers reads; without a style, of projections that are computed as they are. The keys are those that all of its
-/// versions with BitNet know.
-fn config_json(config: &ModelConfig, style: Option<Style>, dtype: Dtype) -> Value {
-    // Whoever has sub-norms is BitNet to transformers, whatever the activation; else Llama, with BitNet's
-    // linear layers.
-    let (class, model_type) =
-        if config.sub_norms { ("BitNetForCausalLM", "bitnet") } else { ("LlamaForCausalLM", "llama") };
-    let quantization = style.map(|style| match style {
-        Style::Online => ("autobitlinear", "online"),
-        Style::PackedAuto => ("autobitlinear", "offline"),
-        Style::PackedInverse => ("bitlinear", "offline"),
-    });
-    let dtype = match (style, dtype) {
-        // Masters are f32, and would be rounded before they are made ternary.
-        (Some(Style::Online), _) => "float32",
-        (_, Dtype::F16) => "float16",
-        (_, Dtype::BF16) => "bfloat16",
-        _ => "float32",
-    };
-    let mut json = json!({
-        "architectures": [class],
-        "attention_bias": false,
-        "attention_dropout": 0.0,
-        "hidden_act": config.activation.name(),
-        "hidden_size": config.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.context_length,
-        "model_type": model_type,
-        "num_attention_heads": config.n_heads,
-        "num_hidden_layers": config.n_layers,
-        "num_key_value_heads": config.n_kv_heads,
-        "rms_norm_eps": shortest(config.rms_norm_eps),
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tied_embeddings,
-        "torch_dtype": dtype,
-        "use_cache": true,
-        "vocab_size": config.vocab_size,
-    });
-    if let Some(object) = json.as_object_mut() {
-        end_tokens(config, object);
-        if let Some((class, mode)) = quantization {
-            let quantization =
-                json!({ "quant_method": "bitnet", "linear_class": class, "quantization_mode": mode });
-            object.insert("quantization_config".into(), quantization);
-        }
-        if !config.sub_norms {
-            object.insert("mlp_bias".into(), false.into());
-        }
-        if config.q_size() != config.hidden_size {
-            object.insert("head_dim".into(), config.head_dim.into());
-        }
-        if let Some(name) = &config.name {
-            object.insert("_name_or_path".into(), name.as_str().into());
-        }
-    }
-    json
-}
-
-fn end_tokens(config: &ModelConfig, json: &mut Map<String, Value>) {
-    json.insert("bos_token_id".into(), config.bos_token.into());
-    let eos = match config.eos_tokens[..] {
-        [] => Value::Null,
-        [one] => one.into(),
-        ref several => several.into(),
-    };
-    json.insert("eos_token_id".into(), eos);
-}
-
-/// The shortest decimal number that is this f32: 1e-5 and not 0.000009999999747378752.
-fn shortest(value: f32) -> f64 {
-    value.to_string().parse().unwrap_or(f64::from(value))
 }
 
 /// Writes a JSON file, indented as transformers does, and flushes it to the disk.
@@ -388,9 +398,10 @@ mod tests {
     use super::*;
     use crate::checkpoint::OpenOptions;
     use crate::synth::shape;
-    use bitnet_burn::{DecoderOptions, GatedActivation};
+    use bitnet_burn::GatedActivation;
     use bitnet_burn_formats::quant::absmean_to_canonical;
     use bitnet_burn_formats::random::SplitMix64;
+    use serde_json::json;
 
     type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
 
@@ -414,11 +425,6 @@ mod tests {
             ModelConfig { activation: GatedActivation::Silu, name: None, rms_norm_eps: 1e-6, ..tiny() },
             ModelConfig { sub_norms: false, activation: GatedActivation::Silu, eos_tokens: vec![], ..tiny() },
             ModelConfig { head_dim: 32, rope_theta: 12_345.5, ..tiny() },
-            ModelConfig {
-                sub_norms: false,
-                options: DecoderOptions { projection_norms: true, ..DecoderOptions::default() },
-                ..tiny()
-            },
         ] {
             let tensors = tensors(&config);
             write_masters(dir.path(), &config, tensors.clone()).unwrap();

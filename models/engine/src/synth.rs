@@ -23,7 +23,7 @@ use bitnet_burn_formats::dense::DenseFormat;
 use bitnet_burn_formats::gguf::{Array, GgufWriter, TensorType};
 use bitnet_burn_formats::random::SplitMix64;
 
-use crate::gguf::{norm_name, projection_name, write_config};
+use crate::gguf::{GgufWriteError, norm_name, projection_name, write_config};
 use bitnet_burn::{ConfigError, DecoderOptions, GatedActivation, ModelConfig};
 use bitnet_burn::{Norm, Projection};
 
@@ -195,6 +195,9 @@ pub enum SynthError {
     /// The file.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// The configuration.
+    #[error(transparent)]
+    Gguf(#[from] GgufWriteError),
 }
 
 /// Writes a model; `progress` gets the bytes of the tensors written so far, and of all. Returns the size of

@@ -129,6 +129,13 @@ impl DecoderOptions {
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }
+
+    /// Whether embedding, residuals or logits have factors.
+    pub fn has_factors(&self) -> bool {
+        [self.embedding_scale, self.residual_scale, self.logit_divisor]
+            .into_iter()
+            .any(|factor| factor != 1.0)
+    }
 }
 
 /// Largest value accepted in each field: far above any model, low enough that no product overflows.

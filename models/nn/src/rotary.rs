@@ -210,21 +210,27 @@ impl RotaryEncodingConfig {
 }
 
 impl RotaryEncoding {
-    /// cos and sin [rows, head_dim / 2] of each row's position, in a sequence of up to `context` positions. That
-    /// number chooses between LongRoPE's two sets of frequencies, as in llama.cpp: so results do not depend on how a
-    /// prompt was cut into chunks.
-    pub fn angles(&self, positions: &[usize], context: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
+    /// The head_dim / 2 frequencies in a sequence of up to `context` positions, and what cosines and sines are multiplied by.
+    pub fn frequencies(&self, context: usize) -> (&[f64], f64) {
         let frequencies = match &self.long {
             Some((original, long)) if context > *original => long,
             _ => &self.frequencies,
         };
+        (frequencies, self.magnitude)
+    }
+
+    /// cos and sin [rows, head_dim / 2] of each row's position, in a sequence of up to `context` positions. That
+    /// number chooses between LongRoPE's two sets of frequencies, as in llama.cpp: so results do not depend on how a
+    /// prompt was cut into chunks.
+    pub fn angles(&self, positions: &[usize], context: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
+        let (frequencies, magnitude) = self.frequencies(context);
         let size = positions.len() * frequencies.len();
         let (mut cos, mut sin) = (Vec::with_capacity(size), Vec::with_capacity(size));
         for &position in positions {
-            for frequency in &**frequencies {
+            for frequency in frequencies {
                 let (s, c) = (position as f64 * frequency).sin_cos();
-                cos.push((c * self.magnitude) as f32);
-                sin.push((s * self.magnitude) as f32);
+                cos.push((c * magnitude) as f32);
+                sin.push((s * magnitude) as f32);
             }
         }
         let shape = [positions.len(), frequencies.len()];

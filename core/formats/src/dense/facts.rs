@@ -2,10 +2,18 @@
 
 use crate::FormatError;
 use crate::random::SplitMix64;
+use half::f16;
 use safetensors::Dtype;
 
-/// Reads a row of blocks into weights and scales.
-pub(crate) type ReadTernary = fn(&[u8], &mut [i8], &mut [f32]);
+/// How rows of ternary blocks are read and written. All lengths fit.
+pub(crate) struct Ternary {
+    /// The weights of a row of whole blocks, and the scale of each. (Code 3 is weight 2.)
+    pub(crate) read: fn(&[u8], &mut [i8], &mut [f32]),
+    /// The row of weights that are -1, 0 or 1, with the scale of each block.
+    pub(crate) write: fn(&[i8], &[f16], &mut [u8]),
+    /// The row that comes nearest to values.
+    pub(crate) write_nearest: fn(&[f32], &mut [u8]) -> Result<(), FormatError>,
+}
 
 /// A dense format. Each has one of these in a file of its own, and a line in the list of
 /// [`DenseFormat`](super::DenseFormat).
@@ -20,9 +28,8 @@ pub(crate) struct Facts {
     pub(crate) block_len: usize,
     /// Bytes in a block.
     pub(crate) block_bytes: usize,
-    /// The weights of a row of whole blocks, and the scale of each, where the blocks are ternary. (Code 3 is weight 2.) All
-    /// lengths fit.
-    pub(crate) ternary: Option<ReadTernary>,
+    /// Where the blocks are ternary.
+    pub(crate) ternary: Option<Ternary>,
     /// The values of a row of whole blocks. Both lengths fit.
     pub(crate) decode: fn(&[u8], &mut [f32]),
     /// The row of these values. Both lengths fit.

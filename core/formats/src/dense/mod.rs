@@ -216,6 +216,14 @@ impl DenseFormat {
         (self.facts().encode)(x, row)
     }
 
+    /// Whether a row of these values comes back exactly.
+    pub fn holds(self, x: &[f32]) -> bool {
+        let mut row = vec![0; self.row_bytes(x.len()).unwrap_or(0)];
+        let mut back = vec![0.0; x.len()];
+        let same = |back: &[f32]| back.iter().zip(x).all(|(a, b)| a == b);
+        self.encode_row(x, &mut row).and_then(|()| self.decode_row(&row, &mut back)).is_ok() && same(&back)
+    }
+
     /// Appends a row of `blocks` blocks of random values with mean 0 and this standard deviation: floats close to
     /// normal, integers uniform.
     pub fn random_row(self, blocks: usize, deviation: f32, random: &mut SplitMix64, out: &mut Vec<u8>) {

@@ -9,7 +9,7 @@
 //!
 //! The digits of a byte are those of [`tq1_0`](crate::tq1_0).
 
-use super::facts::Facts;
+use super::facts::{Facts, Ternary};
 use crate::tq1_0::{Part, decode_digits, encode_digits};
 use crate::{TernaryBlocks, f16_at};
 use half::f16;
@@ -27,7 +27,11 @@ pub(super) const FACTS: Facts = Facts {
     dtype: None,
     block_len: LEN,
     block_bytes: PTQ1_0_BYTES,
-    ternary: Some(|row, weights, scales| BLOCKS.decode_row(row, weights, scales)),
+    ternary: Some(Ternary {
+        read: |row, weights, scales| BLOCKS.decode_row(row, weights, scales),
+        write: |weights, scales, row| BLOCKS.encode_row(weights, scales, row),
+        write_nearest: |x, row| BLOCKS.encode_nearest(x, row),
+    }),
     decode: |row, out| BLOCKS.decode_values(row, out),
     encode: |x, row| BLOCKS.encode_values(x, row),
     random: |deviation, random, out| BLOCKS.random(deviation, random, out),

@@ -10,7 +10,7 @@
 //! (ggml, `block_q2_0`; PQ2_0 is Prism ML's, whose first files have it under Q2_0's number: see
 //! [`FileError::GroupsOf128`](crate::FileError::GroupsOf128).)
 
-use super::facts::Facts;
+use super::facts::{Facts, Ternary};
 use crate::{TernaryBlocks, f16_at};
 use half::f16;
 
@@ -32,7 +32,11 @@ pub(super) const Q2_0: Facts = Facts {
     dtype: None,
     block_len: LEN,
     block_bytes: Q2_0_BYTES,
-    ternary: Some(|row, weights, scales| Q2_0_BLOCKS.decode_row(row, weights, scales)),
+    ternary: Some(Ternary {
+        read: |row, weights, scales| Q2_0_BLOCKS.decode_row(row, weights, scales),
+        write: |weights, scales, row| Q2_0_BLOCKS.encode_row(weights, scales, row),
+        write_nearest: |x, row| Q2_0_BLOCKS.encode_nearest(x, row),
+    }),
     decode: |row, out| Q2_0_BLOCKS.decode_values(row, out),
     encode: |x, row| Q2_0_BLOCKS.encode_values(x, row),
     random: |deviation, random, out| Q2_0_BLOCKS.random(deviation, random, out),
@@ -44,7 +48,11 @@ pub(super) const PQ2_0: Facts = Facts {
     dtype: None,
     block_len: P_LEN,
     block_bytes: PQ2_0_BYTES,
-    ternary: Some(|row, weights, scales| PQ2_0_BLOCKS.decode_row(row, weights, scales)),
+    ternary: Some(Ternary {
+        read: |row, weights, scales| PQ2_0_BLOCKS.decode_row(row, weights, scales),
+        write: |weights, scales, row| PQ2_0_BLOCKS.encode_row(weights, scales, row),
+        write_nearest: |x, row| PQ2_0_BLOCKS.encode_nearest(x, row),
+    }),
     decode: |row, out| PQ2_0_BLOCKS.decode_values(row, out),
     encode: |x, row| PQ2_0_BLOCKS.encode_values(x, row),
     random: |deviation, random, out| PQ2_0_BLOCKS.random(deviation, random, out),

@@ -25,6 +25,27 @@ impl<const LEN: usize, const BYTES: usize> TernaryBlocks<LEN, BYTES> {
         });
     }
 
+    /// The row of weights that are -1, 0 or 1, with the scale of each block.
+    pub(crate) fn encode_row(&self, weights: &[i8], scales: &[f16], row: &mut [u8]) {
+        let blocks = weights.as_chunks::<LEN>().0.iter().zip(row.as_chunks_mut::<BYTES>().0);
+        for ((weights, block), &scale) in blocks.zip(scales) {
+            (self.encode)(weights, scale, block);
+        }
+    }
+
+    /// The row with the least squared error: values that have the largest magnitudes of a block become d, their mean
+    /// magnitude, and -d, and the others 0. A block that is ternary with an f16 as its scale is written exactly.
+    pub(crate) fn encode_nearest(&self, x: &[f32], row: &mut [u8]) -> Result<(), FormatError> {
+        encode_blocks(self.format, x, row, |x: &[f32; LEN], block| {
+            let (d, least) = nearest_scale(x);
+            let scale = f16::from_f32(d);
+            let weight = |v: f32| if v.abs() < least { 0 } else { i8::from(v > 0.0) - i8::from(v < 0.0) };
+            let weights = if scale == f16::ZERO { [0; LEN] } else { x.map(weight) };
+            (self.encode)(&weights, scale, block);
+            d
+        })
+    }
+
     /// As ggml: d = max|x|, and x / d rounded half away from zero.
     pub(crate) fn encode_values(&self, x: &[f32], row: &mut [u8]) -> Result<(), FormatError> {
         encode_blocks(self.format, x, row, |x: &[f32; LEN], block| {
@@ -54,4 +75,23 @@ impl<const LEN: usize, const BYTES: usize> TernaryBlocks<LEN, BYTES> {
         (self.encode)(&weights, random_scale(deviation * factor, 3.0, 1.0), &mut block);
         out.extend(block);
     }
+}
+
+/// The scale d with which finite values are best approximated by -d, 0 and d, and the least magnitude that becomes d.
+///
+/// Of the j largest magnitudes with the sum S, the best d is S / j, and the squared error that of zeros less S^2 / j.
+fn nearest_scale(x: &[f32]) -> (f32, f32) {
+    let mut magnitudes: Vec<f32> = x.iter().map(|v| v.abs()).collect();
+    magnitudes.sort_unstable_by(|a, b| b.total_cmp(a));
+    let (mut sum, mut best) = (0f64, (0.0, 0.0, 0.0));
+    for (index, &magnitude) in magnitudes.iter().enumerate() {
+        let count = (index + 1) as f64;
+        sum += f64::from(magnitude);
+        // Equal ones belong together.
+        let last = magnitudes.get(index + 1).is_none_or(|&next| next < magnitude);
+        if last && sum * sum / count > best.0 {
+            best = (sum * sum / count, (sum / count) as f32, magnitude);
+        }
+    }
+    (best.1, best.2)
 }

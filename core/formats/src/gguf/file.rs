@@ -215,9 +215,8 @@ impl GgufFile {
         if t.tensor_type != TensorType::Dense(DenseFormat::Q2_0) || found >= t.bytes {
             return Ok(());
         }
-        let weights = t.dims.iter().product(); // which did not overflow when the size was computed
         let whole = t.dims.first().is_some_and(|k| k.is_multiple_of(GROUPS.block_size()));
-        let Some(bytes) = GROUPS.bytes(weights).filter(|_| whole) else { return Ok(()) };
+        let Some(bytes) = GROUPS.bytes(&t.dims).filter(|_| whole) else { return Ok(()) };
         if (bytes..bytes.saturating_add(self.alignment)).contains(&found) {
             return Err(FileError::GroupsOf128 {
                 path: self.path.clone(),

@@ -291,7 +291,6 @@ impl<'a> Cursor<'a> {
                 architecture: None,
             });
         };
-        let elements = dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
         let block = tensor_type.block_size();
         let problem = if dims.contains(&0) {
             Some("a dimension is zero".to_owned())
@@ -300,7 +299,9 @@ impl<'a> Cursor<'a> {
         } else {
             None
         };
-        let bytes = elements.and_then(|n| tensor_type.bytes(n)).filter(|&b| b <= i64::MAX as u64);
+        // The number of elements, too, which others compute with.
+        let elements = dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
+        let bytes = elements.and(tensor_type.bytes(&dims)).filter(|&b| b <= i64::MAX as u64);
         match (problem, bytes) {
             (None, Some(bytes)) => Ok(GgufTensor { name, dims, tensor_type, offset, bytes }),
             (problem, _) => Err(FileError::InvalidShape {

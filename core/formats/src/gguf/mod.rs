@@ -29,7 +29,7 @@ pub use parts::{first_part, part_of};
 pub use ternary::TernaryType;
 pub use types::TensorType;
 pub use value::{Array, Value, ValueType};
-pub use writer::GgufWriter;
+pub use writer::{GgufWriter, write_i2_s};
 
 /// `general.alignment` of a file that has no such key.
 pub const DEFAULT_ALIGNMENT: u64 = 32;

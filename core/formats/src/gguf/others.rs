@@ -30,12 +30,10 @@ const LLAMA_CPP: [(u32, &str); 23] = [
 /// Types of bitnet.cpp, in the order of one machine's kernels.
 const BITNET_CPP: [(u32, &str); 2] = [(37, "I8_S of bitnet.cpp"), (38, "TL1 of bitnet.cpp")];
 
-/// Ternary types of ik_llama.cpp, and others that stand beside them in its files. `_R4` and `_R8` have the
+/// Types that stand beside ternary ones in ik_llama.cpp's files. `_R4` and `_R8` have the
 /// rows interleaved by four and eight.
-const IK_LLAMA_CPP: [(u32, &str); 24] = [
+const IK_LLAMA_CPP: [(u32, &str); 22] = [
     (133, "Q6_0 of ik_llama.cpp"),
-    (134, "IQ1_BN of ik_llama.cpp"),
-    (135, "IQ2_BN of ik_llama.cpp"),
     (137, "IQ2_K of ik_llama.cpp"),
     (138, "IQ3_K of ik_llama.cpp"),
     (139, "IQ4_K of ik_llama.cpp"),
@@ -77,8 +75,15 @@ pub(super) fn help(id: u32, tensor: &str) -> &'static str {
              file again with --token-embedding-type q6_k --output-tensor-type q6_k"
         }
         10 | 11 | 16..=23 | 29 => "; only models with ternary projections are read",
+        // How the weights lie depends on constants that bitnet.cpp computes for a machine and compiles into its kernels.
         37..=39 => {
-            "; bitnet.cpp orders such weights for the kernels of one machine: make the file again as i2_s"
+            "; bitnet.cpp orders such weights for the kernels of one machine, and the file does not say how: make it again \
+             with `python setup_env.py -md MODEL -q i2_s`, or convert the directory that it was made from: \
+             `bitnet convert DIRECTORY --to gguf`"
+        }
+        335 => {
+            "; its rows are interleaved: make the file again as iq2_bn, without --repack, or take the file that it was made \
+             from"
         }
         _ if find(&IK_LLAMA_CPP, id).is_some() => {
             "; only ik_llama.cpp reads such a file: take the file or directory that it was made from"
@@ -109,10 +114,11 @@ mod tests {
             (11, "output.weight", "Q3_K (11)", "--token-embedding-type q6_k"),
             (23, embedding, "IQ4_XS (23)", "--token-embedding-type q6_k"),
             (10, projection, "Q2_K (10)", "ternary projections"),
-            (38, projection, "TL1 of bitnet.cpp (38)", "i2_s"),
+            (38, projection, "TL1 of bitnet.cpp (38)", "setup_env.py -md MODEL -q i2_s"),
+            (39, projection, "TL2 of bitnet.cpp, or MXFP4 (39)", "bitnet convert DIRECTORY --to gguf"),
             (41, projection, "Q1_0 (41)", ""),
-            (135, projection, "IQ2_BN of ik_llama.cpp (135)", "made from"),
-            (335, projection, "IQ2_BN_R4 of ik_llama.cpp (335)", "made from"),
+            (137, projection, "IQ2_K of ik_llama.cpp (137)", "made from"),
+            (335, projection, "IQ2_BN_R4 of ik_llama.cpp (335)", "as iq2_bn, without --repack"),
             (398, projection, "Q8_KV_R8 of ik_llama.cpp (398)", "made from"),
             (4711, projection, "4711 (unknown)", ""),
         ] {

@@ -2,6 +2,7 @@
 
 use super::others;
 use crate::DenseFormat;
+use crate::iq_bn::IqBn;
 use std::fmt;
 
 /// The tensor types that are read and written.
@@ -12,6 +13,8 @@ pub enum TensorType {
     Dense(DenseFormat),
     /// BitNet's ternary format: blocks of 128 weights in 32 bytes, one f32 scale behind the tensor.
     I2_S,
+    /// ik_llama.cpp's ternary formats: rows that begin with their scale.
+    IqBn(IqBn),
 }
 
 impl TensorType {
@@ -22,7 +25,8 @@ impl TensorType {
 
     /// All of them.
     pub fn all() -> impl Iterator<Item = Self> {
-        DenseFormat::ALL.into_iter().map(Self::Dense).chain([Self::I2_S])
+        let rows = [IqBn::IQ1_BN, IqBn::IQ2_BN].map(Self::IqBn);
+        DenseFormat::ALL.into_iter().map(Self::Dense).chain([Self::I2_S]).chain(rows)
     }
 
     /// (number, name, weights per block, bytes per block).
@@ -33,6 +37,10 @@ impl TensorType {
                 (facts.gguf_type, facts.name, facts.block_len as u64, facts.block_bytes as u64)
             }
             Self::I2_S => (36, "I2_S", 128, 32),
+            Self::IqBn(format) => {
+                let (id, block, bytes, _) = format.facts();
+                (id, format.name(), block, bytes)
+            }
         }
     }
 
@@ -51,12 +59,19 @@ impl TensorType {
         self.facts().2
     }
 
-    /// Bytes of `n` elements in whole blocks, the scale behind an I2_S tensor included; `None` on overflow.
-    pub const fn bytes(self, n: u64) -> Option<u64> {
+    /// Bytes of a tensor, whose rows are whole blocks, the scale behind an I2_S tensor included; `None` on overflow.
+    ///
+    /// # Arguments
+    /// * `dims`: the length of a row first
+    pub fn bytes(self, dims: &[u64]) -> Option<u64> {
         let (_, _, block, block_bytes) = self.facts();
-        match (n / block).checked_mul(block_bytes) {
-            Some(bytes) if matches!(self, Self::I2_S) => bytes.checked_add(I2_S_TAIL),
-            bytes => bytes,
+        let rows = dims.iter().skip(1).try_fold(1u64, |n, &d| n.checked_mul(d))?;
+        let blocks = (dims.first().copied().unwrap_or(1) / block).checked_mul(rows)?;
+        let bytes = blocks.checked_mul(block_bytes)?;
+        match self {
+            Self::Dense(_) => Some(bytes),
+            Self::I2_S => bytes.checked_add(I2_S_TAIL),
+            Self::IqBn(format) => bytes.checked_add(rows.checked_mul(format.facts().3)?),
         }
     }
 
@@ -106,17 +121,20 @@ mod tests {
 
     #[test]
     fn sizes_are_those_of_the_formats() {
-        assert_eq!(TensorType::Dense(DenseFormat::F32).bytes(7), Some(28));
-        assert_eq!(TensorType::Dense(DenseFormat::Q8_0).bytes(64), Some(68));
-        assert_eq!(TensorType::Dense(DenseFormat::Q6_K).bytes(512), Some(420));
-        assert_eq!(TensorType::TQ1_0.bytes(256), Some(54));
-        assert_eq!(TensorType::TQ2_0.bytes(256), Some(66));
-        assert_eq!(TensorType::Dense(DenseFormat::Q2_0).bytes(256), Some(72));
-        assert_eq!(TensorType::Dense(DenseFormat::PQ2_0).bytes(256), Some(68));
-        assert_eq!(TensorType::Dense(DenseFormat::PTQ1_0).bytes(256), Some(56));
-        assert_eq!(TensorType::Dense(DenseFormat::Q5_K).bytes(256), Some(176));
-        assert_eq!(TensorType::I2_S.bytes(2560 * 6912), Some(2560 * 6912 / 4 + 32));
-        assert_eq!(TensorType::Dense(DenseFormat::F32).bytes(u64::MAX), None);
+        assert_eq!(TensorType::Dense(DenseFormat::F32).bytes(&[7]), Some(28));
+        assert_eq!(TensorType::Dense(DenseFormat::Q8_0).bytes(&[64]), Some(68));
+        assert_eq!(TensorType::Dense(DenseFormat::Q6_K).bytes(&[512]), Some(420));
+        assert_eq!(TensorType::TQ1_0.bytes(&[256]), Some(54));
+        assert_eq!(TensorType::TQ2_0.bytes(&[256]), Some(66));
+        assert_eq!(TensorType::Dense(DenseFormat::Q2_0).bytes(&[256]), Some(72));
+        assert_eq!(TensorType::Dense(DenseFormat::PQ2_0).bytes(&[256]), Some(68));
+        assert_eq!(TensorType::Dense(DenseFormat::PTQ1_0).bytes(&[256]), Some(56));
+        assert_eq!(TensorType::Dense(DenseFormat::Q5_K).bytes(&[256]), Some(176));
+        assert_eq!(TensorType::I2_S.bytes(&[2560 * 6912]), Some(2560 * 6912 / 4 + 32));
+        assert_eq!(TensorType::IqBn(IqBn::IQ1_BN).bytes(&[256, 3, 2]), Some(6 * (2 + 4 * 13)));
+        assert_eq!(TensorType::IqBn(IqBn::IQ2_BN).bytes(&[256, 3]), Some(3 * (4 + 64)));
+        assert_eq!(TensorType::Dense(DenseFormat::F32).bytes(&[u64::MAX]), None);
+        assert_eq!(TensorType::IqBn(IqBn::IQ2_BN).bytes(&[64, u64::MAX / 16]), None);
     }
 
     #[test]

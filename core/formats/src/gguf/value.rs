@@ -276,6 +276,12 @@ impl Array {
         Self { element: ValueType::I32, len: data.len() / 4, data: data.into() }
     }
 
+    /// An array of bool.
+    pub fn from_bools(items: impl IntoIterator<Item = bool>) -> Self {
+        let data: Vec<u8> = items.into_iter().map(u8::from).collect();
+        Self { element: ValueType::Bool, len: data.len(), data: data.into() }
+    }
+
     /// The type of its elements.
     pub fn element_type(&self) -> ValueType {
         self.element

@@ -94,7 +94,7 @@ impl<'a> GgufWriter<'a> {
             }
             _ => String::new(),
         };
-        let bytes = elements.and_then(|n| tensor_type.bytes(n)).filter(|_| problem.is_empty());
+        let bytes = elements.and(tensor_type.bytes(dims)).filter(|_| problem.is_empty());
         let Some(bytes) = bytes else {
             let problem = if problem.is_empty() { "its size overflows".into() } else { problem };
             return Err(WriteError::Tensor {
@@ -122,7 +122,7 @@ impl<'a> GgufWriter<'a> {
     pub fn i2_s(&mut self, name: impl Into<String>, tensor: TernaryTensor) -> Result<&mut Self, WriteError> {
         let (name, dims) = (name.into(), [tensor.k as u64, tensor.n as u64]);
         let TernaryTensor { codes, scale, .. } = tensor;
-        let expected = TensorType::I2_S.bytes(dims[0].saturating_mul(dims[1])).map(|b| b - I2_S_TAIL);
+        let expected = TensorType::I2_S.bytes(&dims).map(|b| b - I2_S_TAIL);
         if dims[0].is_multiple_of(TensorType::I2_S.block_size()) && Some(codes.len() as u64) != expected {
             let problem = format!("the codes take {} bytes", codes.len());
             let tensor_type = TensorType::I2_S.name();
@@ -213,8 +213,11 @@ fn padded(bytes: u64) -> u64 {
     bytes.checked_next_multiple_of(DEFAULT_ALIGNMENT).unwrap_or(u64::MAX)
 }
 
-/// The codes, the scale, and zeros up to [`I2_S_TAIL`].
-pub(super) fn write_i2_s(out: &mut dyn Write, codes: &[u8], scale: f32) -> io::Result<()> {
+/// Writes the bytes of an I2_S tensor: the codes, the scale, and zeros up to 32 bytes.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_i2_s(out: &mut dyn Write, codes: &[u8], scale: f32) -> io::Result<()> {
     out.write_all(codes)?;
     let mut tail = [0u8; I2_S_TAIL as usize];
     tail[..4].copy_from_slice(&scale.to_le_bytes());

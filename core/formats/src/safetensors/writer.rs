@@ -57,6 +57,11 @@ impl<'a> SafetensorsWriter<'a> {
         Ok(())
     }
 
+    /// Bytes of all tensors.
+    pub fn data_size(&self) -> u64 {
+        self.tensors.iter().fold(0u64, |sum, t| sum.saturating_add(t.bytes as u64))
+    }
+
     /// Writes the file and flushes it to the disk. An existing file of that name is replaced. `progress` gets
     /// the bytes of each write.
     ///

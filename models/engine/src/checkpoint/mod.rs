@@ -27,7 +27,7 @@ mod choices;
 mod embed;
 mod error;
 pub(crate) mod gguf;
-mod hf;
+pub(crate) mod hf;
 mod missing;
 mod source;
 #[cfg(test)]
@@ -385,6 +385,11 @@ impl Checkpoint {
             return Ok(());
         }
         Err(LoadError::NoSuchLayer { path: self.path.clone(), layer, n_layers })
+    }
+
+    /// All values of a tensor, all finite.
+    pub(crate) fn floats(&self, tensor: &DenseTensor) -> Result<Vec<f32>, LoadError> {
+        floats(&self.path, tensor)
     }
 
     /// Checks that all values are finite; says how many there are.

@@ -5,7 +5,7 @@ use super::error::LoadError;
 use super::tokenizer_source::TokenizerSource;
 use bitnet_burn::{FloatPart, GatedActivation, Norm, Projection};
 use bitnet_burn_formats::files::FileIdentity;
-use bitnet_burn_formats::{DenseTensor, FileMap, TernaryTensor};
+use bitnet_burn_formats::{DenseTensor, FileMap, FormatError, TernaryTensor, canonical};
 use bytes::Bytes;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,6 +28,45 @@ pub enum Weights {
     Ternary(TernaryTensor),
     /// Anything else: ternary with many scales, or not ternary.
     Dense(DenseTensor),
+}
+
+impl Weights {
+    /// The tensor's name in the file.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Ternary(tensor) => &tensor.name,
+            Self::Dense(tensor) => &tensor.name,
+        }
+    }
+
+    /// Rows and columns.
+    pub fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::Ternary(tensor) => (tensor.n, tensor.k),
+            Self::Dense(tensor) => (tensor.n, tensor.k),
+        }
+    }
+
+    /// The values of a row.
+    ///
+    /// # Errors
+    /// [`FormatError::Length`] if `values` is no row, or the tensor has no such row.
+    pub fn decode_row(&self, row: usize, values: &mut [f32]) -> Result<(), FormatError> {
+        match self {
+            Self::Dense(tensor) => tensor.format.decode_row(tensor.row(row).unwrap_or_default(), values),
+            Self::Ternary(TernaryTensor { n, k, scale, codes, .. }) => {
+                let bytes = canonical::row_bytes(*k);
+                let codes = codes.chunks_exact(bytes).nth(row).filter(|_| values.len() == *k);
+                let (n, k, expected, got) = (*n, *k, *k, values.len());
+                let (format, unit) = ("I2_S", "values");
+                let codes = codes.ok_or(FormatError::Length { format, n, k, unit, expected, got })?;
+                let mut weights = vec![0; k];
+                canonical::unpack_row(codes, &mut weights);
+                values.iter_mut().zip(weights).for_each(|(value, w)| *value = f32::from(w) * scale);
+                Ok(())
+            }
+        }
+    }
 }
 
 /// A tensor of the file, for display.

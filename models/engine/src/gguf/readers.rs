@@ -4,9 +4,9 @@
 //! in November 2026 (llama.cpp: `src/models/bitnet.cpp`; ik_llama.cpp: `build_bitnet.cpp`), and measured in
 //! microsoft/BitNet#588: under `bitnet`, squared ReLU becomes SiLU, the text gets worse, and there is no error.
 
-use super::TernaryType;
-use crate::checkpoint::gguf::names::LLAMA;
-use bitnet_burn::{GatedActivation, ModelConfig};
+use super::{GgufWriteError, TernaryType};
+use crate::checkpoint::gguf::names::{LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE, QWEN35};
+use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
 use std::cmp::Reverse;
 
 /// An architecture that a GGUF file can name.
@@ -18,12 +18,32 @@ pub enum Architecture {
     Bitnet,
     /// `llama`: no sub-norms, SiLU, and rows of q and k in an order of their own.
     Llama,
+    /// `minicpm`: as `llama`, with factors of embedding, residuals and logits.
+    MiniCpm,
+    /// `qwen2`: biases of q, k and v, no sub-norms, SiLU.
+    Qwen2,
     /// `qwen3`: norms of queries and keys, no sub-norms, SiLU.
     Qwen3,
+    /// `qwen35`: as `qwen3`, with gated DeltaNets in place of the attention of most layers.
+    Qwen35,
+    /// `qwen3moe`: as `qwen3`, with experts.
+    Qwen3Moe,
+    /// `maple`: as `qwen3moe`, with sliding windows.
+    Maple,
 }
 
 impl Architecture {
-    const ALL: [Self; 4] = [Self::BitnetB158, Self::Bitnet, Self::Llama, Self::Qwen3];
+    const ALL: [Self; 9] = [
+        Self::BitnetB158,
+        Self::Bitnet,
+        Self::Llama,
+        Self::MiniCpm,
+        Self::Qwen2,
+        Self::Qwen3,
+        Self::Qwen35,
+        Self::Qwen3Moe,
+        Self::Maple,
+    ];
 
     /// Its name in the file.
     pub const fn name(self) -> &'static str {
@@ -31,40 +51,111 @@ impl Architecture {
             Self::BitnetB158 => "bitnet-b1.58",
             Self::Bitnet => "bitnet",
             Self::Llama => LLAMA,
-            Self::Qwen3 => "qwen3",
+            Self::MiniCpm => MINICPM,
+            Self::Qwen2 => QWEN2,
+            Self::Qwen3 => QWEN3,
+            Self::Qwen35 => QWEN35,
+            Self::Qwen3Moe => QWEN3MOE,
+            Self::Maple => MAPLE,
         }
     }
 
-    /// The one under which the fewest programs compute the model wrongly, and of these the one under which the
-    /// most compute it rightly.
-    pub fn of(config: &ModelConfig, ternary: TernaryType) -> Self {
+    const fn is_bitnet(self) -> bool {
+        matches!(self, Self::BitnetB158 | Self::Bitnet)
+    }
+
+    /// The one under which the fewest programs compute the model wrongly, of these one under which the most compute it
+    /// rightly, and of these the source's, if it is one. `None`: it would not be this model under any.
+    pub fn of(config: &ModelConfig, ternary: TernaryType) -> Option<Self> {
         let possible = Self::ALL.into_iter().filter(|architecture| architecture.problem(config).is_none());
+        // Hugging Face's names of two are others.
+        let own = match &*config.architecture {
+            "qwen3_moe" => QWEN3MOE,
+            "qwen3_5_text" => QWEN35,
+            own => own,
+        };
         let rank = |architecture: &Self| {
             let count = |fate: Fate| {
                 READERS.iter().filter(|reader| reader.fate(config, ternary, *architecture) == fate).count()
             };
-            (count(Fate::Wrong), Reverse(count(Fate::Right)))
+            (count(Fate::Wrong), Reverse(count(Fate::Right)), architecture.name() != own)
         };
-        // The first of equals; `bitnet-b1.58` is never impossible.
-        possible.min_by_key(rank).unwrap_or(Self::BitnetB158)
+        possible.min_by_key(rank) // the first of equals
     }
 
     /// Why a model can't be written under it.
     pub(super) fn problem(self, config: &ModelConfig) -> Option<&'static str> {
-        match self {
-            Self::Qwen3 if !config.options.qk_norms => {
-                Some("has norms of queries and keys, and this model has not")
+        let DecoderOptions { qk_norms, qkv_bias, output_bias, experts, windows, .. } = &config.options;
+        let DecoderOptions { delta_net, attention_gate, rope_dim, projection_norms, .. } = &config.options;
+        let has = |found: bool, mine: bool, without: &'static str, with: &'static str| match (found, mine) {
+            (true, false) => Some(without),
+            (false, true) => Some(with),
+            _ => None,
+        };
+        let (normed, mixed) = (
+            matches!(self, Self::Qwen3 | Self::Qwen35 | Self::Qwen3Moe | Self::Maple),
+            matches!(self, Self::Qwen3Moe | Self::Maple),
+        );
+        let biased = *qkv_bias || *output_bias;
+        let problem = has(
+            *qk_norms,
+            normed,
+            "has no norms of queries and keys, and this model has",
+            "has norms of queries and keys, and this model has not",
+        );
+        let problem = problem.or_else(|| {
+            has(
+                experts.is_some(),
+                mixed,
+                "has no experts, and this model has",
+                "has experts, and this model has not",
+            )
+        });
+        let problem = problem.or_else(|| {
+            has(
+                windows.is_some(),
+                self == Self::Maple,
+                "has no sliding windows, and this model has",
+                "has sliding windows, and this model has not",
+            )
+        });
+        let problem = problem.or_else(|| {
+            has(
+                delta_net.is_some() || *attention_gate || rope_dim.is_some(),
+                self == Self::Qwen35,
+                "has no gated DeltaNets, no gates of attention and no RoPE on a part of a head, and this model has",
+                "has gated DeltaNets and gates of attention, and this model has not",
+            )
+        });
+        problem.or_else(|| match self {
+            Self::Qwen35 if delta_net.is_none() || !*attention_gate => {
+                Some("has gated DeltaNets and gates of attention, and this model lacks one of them")
             }
-            Self::BitnetB158 | Self::Bitnet | Self::Llama if config.options.qk_norms => {
-                Some("has no norms of queries and keys, and this model has")
+            _ if *projection_norms && self != Self::Qwen3 => {
+                Some("has no norm before each projection, and this model has")
             }
-            Self::Llama | Self::Qwen3 if config.sub_norms => Some("has no sub-norms, and this model has"),
-            Self::Llama | Self::Qwen3 if config.activation != GatedActivation::Silu => {
+            Self::BitnetB158 | Self::Bitnet if biased => Some("has no biases, and this model has"),
+            Self::Qwen2 if !*qkv_bias => Some("has biases of q, k and v, and this model has not"),
+            _ if self != Self::MiniCpm && config.options.has_factors() => {
+                Some("has no factors of embedding, residuals and logits, and this model has")
+            }
+            _ if self.is_bitnet() => None,
+            _ if config.sub_norms => Some("has no sub-norms, and this model has"),
+            _ if config.activation != GatedActivation::Silu => {
                 Some("means SiLU, and this model has another activation")
             }
             _ => None,
-        }
+        })
     }
+}
+
+/// That a model has what no architecture has together.
+pub(super) fn no_architecture(config: &ModelConfig) -> GgufWriteError {
+    let why = |architecture: Architecture| {
+        Some(format!("`{}` {}", architecture.name(), architecture.problem(config)?))
+    };
+    let why: Vec<_> = Architecture::ALL.into_iter().filter_map(why).collect();
+    GgufWriteError::Inexpressible { problem: format!("no architecture is right for it: {}", why.join("; ")) }
 }
 
 /// What becomes of a model in a program.
@@ -85,32 +176,46 @@ struct Reader {
     b158: Option<GatedActivation>,
     /// Whether it reads an output head of its own under `bitnet-b1.58`. Under `bitnet`, none does.
     b158_head: bool,
-    /// Whether it knows `qwen3`.
-    qwen3: bool,
+    /// What it knows besides BitNet's.
+    architectures: &'static [Architecture],
     /// The ternary types.
     types: &'static [TernaryType],
 }
 
-const READERS: [Reader; 4] = [
+const READERS: [Reader; 5] = [
     Reader {
         name: "llama.cpp",
         b158: None,
         b158_head: false,
-        qwen3: true,
-        types: &[TernaryType::TQ1_0, TernaryType::TQ2_0],
+        architectures: &Architecture::ALL,
+        types: &[TernaryType::TQ1_0, TernaryType::TQ2_0, TernaryType::Q2_0],
+    },
+    Reader {
+        name: "Prism ML's llama.cpp",
+        b158: None,
+        b158_head: false,
+        architectures: &[
+            Architecture::Llama,
+            Architecture::MiniCpm,
+            Architecture::Qwen2,
+            Architecture::Qwen3,
+            Architecture::Qwen35,
+            Architecture::Qwen3Moe,
+        ],
+        types: &[TernaryType::Q2_0, TernaryType::PQ2_0, TernaryType::PTQ1_0],
     },
     Reader {
         name: "bitnet.cpp before July 2026",
         b158: Some(GatedActivation::Relu2),
         b158_head: true,
-        qwen3: false,
+        architectures: &[Architecture::Llama, Architecture::MiniCpm, Architecture::Qwen2],
         types: &[TernaryType::I2_S, TernaryType::TQ1_0, TernaryType::TQ2_0],
     },
     Reader {
         name: "bitnet.cpp since July 2026",
         b158: Some(GatedActivation::Silu),
         b158_head: false,
-        qwen3: false,
+        architectures: &[Architecture::Llama, Architecture::MiniCpm, Architecture::Qwen2],
         types: &[TernaryType::I2_S, TernaryType::TQ1_0, TernaryType::TQ2_0],
     },
     // Computes with I2_S only after its llama-quantize has made IQ2_BN of it.
@@ -118,24 +223,37 @@ const READERS: [Reader; 4] = [
         name: "ik_llama.cpp",
         b158: Some(GatedActivation::Relu2),
         b158_head: true,
-        qwen3: true,
+        architectures: &[
+            Architecture::Llama,
+            Architecture::MiniCpm,
+            Architecture::Qwen2,
+            Architecture::Qwen3,
+            Architecture::Qwen3Moe,
+        ],
         types: &[TernaryType::I2_S],
     },
 ];
 
 impl Reader {
     fn fate(&self, config: &ModelConfig, ternary: TernaryType, architecture: Architecture) -> Fate {
-        if !self.types.contains(&ternary) {
+        // (No program is known to read norms before each projection.)
+        if !self.types.contains(&ternary) || config.options.projection_norms {
             return Fate::Refused;
         }
         let (activation, sub_norms, head) = match architecture {
             Architecture::BitnetB158 => (self.b158, true, self.b158_head),
             Architecture::Bitnet => (Some(GatedActivation::Silu), true, false),
-            Architecture::Llama => (Some(GatedActivation::Silu), false, true),
-            Architecture::Qwen3 => (Some(GatedActivation::Silu).filter(|_| self.qwen3), false, true),
+            _ if !self.architectures.contains(&architecture) => return Fate::Refused,
+            _ => (Some(GatedActivation::Silu), false, true),
+        };
+        // Llama's loader knows all biases, Qwen2's those of q, k and v.
+        let biases = match architecture {
+            Architecture::Llama | Architecture::MiniCpm => true,
+            Architecture::Qwen2 => !config.options.output_bias,
+            _ => !config.options.qkv_bias && !config.options.output_bias,
         };
         // Tensors that are missing or too many are an error everywhere.
-        let fits = sub_norms == config.sub_norms && (head || config.tied_embeddings);
+        let fits = sub_norms == config.sub_norms && (head || config.tied_embeddings) && biases;
         match activation {
             Some(activation) if fits && activation == config.activation => Fate::Right,
             Some(_) if fits => Fate::Wrong,
@@ -167,8 +285,7 @@ pub(super) fn warnings(
             "under architecture `{name}`, {} computes {other} where this model has {own}: wrong text, and no error",
             wrong.join(" and ")
         ));
-        let best = Architecture::of(config, ternary);
-        if best != architecture {
+        if let Some(best) = Architecture::of(config, ternary).filter(|&best| best != architecture) {
             warnings.push(format!("architecture `{}` is computed rightly by more programs", best.name()));
         }
     }
@@ -196,17 +313,17 @@ mod tests {
     #[test]
     fn the_architecture_is_the_one_that_most_programs_compute() {
         for (config, ternary, architecture, fates) in [
-            (model(Relu2, true, true), I2_S, "bitnet-b1.58", "-rwr"),
-            (model(Relu2, true, true), TQ2_0, "bitnet-b1.58", "-rw-"),
-            (model(Relu2, true, false), I2_S, "bitnet-b1.58", "-r-r"),
-            (model(Silu, true, true), I2_S, "bitnet", "-rrr"),
-            (model(Silu, true, true), TQ2_0, "bitnet", "rrr-"),
-            (model(Silu, true, false), I2_S, "bitnet", "----"),
-            (model(Silu, false, true), I2_S, "llama", "-rrr"),
-            (model(Silu, false, false), TQ2_0, "llama", "rrr-"),
-            (model(Relu2, false, true), I2_S, "bitnet-b1.58", "----"),
+            (model(Relu2, true, true), I2_S, "bitnet-b1.58", "--rwr"),
+            (model(Relu2, true, true), TQ2_0, "bitnet-b1.58", "--rw-"),
+            (model(Relu2, true, false), I2_S, "bitnet-b1.58", "--r-r"),
+            (model(Silu, true, true), I2_S, "bitnet", "--rrr"),
+            (model(Silu, true, true), TQ2_0, "bitnet", "r-rr-"),
+            (model(Silu, true, false), I2_S, "bitnet", "-----"),
+            (model(Silu, false, true), I2_S, "llama", "--rrr"),
+            (model(Silu, false, false), TQ2_0, "llama", "r-rr-"),
+            (model(Relu2, false, true), I2_S, "bitnet-b1.58", "-----"),
         ] {
-            let chosen = Architecture::of(&config, ternary);
+            let chosen = Architecture::of(&config, ternary).unwrap();
             assert_eq!(chosen.name(), architecture, "{config:?}");
             let letter = |reader: &Reader| match reader.fate(&config, ternary, chosen) {
                 Fate::Right => 'r',

@@ -163,7 +163,7 @@ fn folded(stored: &[u8], signs: &[f32], block: usize) -> Vec<u8> {
         let signed: Vec<f64> = grouped.zip(signs).map(|(w, s)| f64::from(w * s)).collect();
         for run in signed.chunks_exact(block) {
             out.extend((0..block).map(|j| {
-                let sign = |i: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let sign = |i: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
                 let sum: f64 = run.iter().enumerate().map(|(i, w)| w * sign(i)).sum();
                 (sum / (block as f64).sqrt()) as f32
             }));

@@ -5,17 +5,19 @@
 //! width of a row. (PrismML-Eng/llama.cpp, pull request 120.) Weights that are rotated compute nonsense without it, so
 //! nothing in these keys is skipped.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use bitnet_burn::Projection;
 use bitnet_burn_formats::FileError;
-use bitnet_burn_formats::gguf::{GgufFile, Value};
+use bitnet_burn_formats::gguf::{Array, GgufFile, Value};
 
+use super::super::Checkpoint;
 use super::super::error::LoadError;
-use super::super::source::Signs;
+use super::super::source::{Rotated, Signs};
 use super::keys::{string, wrong_value};
 use super::names::projection_name;
+use super::{EMBEDDING, OUTPUT};
 
 const PREFIX: &str = "prism.hadamard.";
 const KEYS: [&str; 10] = [
@@ -30,6 +32,13 @@ const KEYS: [&str; 10] = [
     "inverse_weight_names",
     "gdn_v_grouped",
 ];
+
+const TRANSFORM: &str = "normalized-sylvester-walsh-hadamard";
+const AXIS: &str = "input-last-dimension";
+/// All signs are 1.
+const IDENTITY: &str = "identity";
+/// The signs are in other keys.
+const EXPLICIT: &str = "explicit";
 
 /// What the keys say.
 #[derive(Debug)]
@@ -67,15 +76,15 @@ impl Hadamard {
         if version.as_u64() != Some(1) {
             return Err(unsupported(file, &format!("{PREFIX}version"), version, "1".into()));
         }
-        expected("transform", &["normalized-sylvester-walsh-hadamard"])?;
-        expected("axis", &["input-last-dimension"])?;
+        expected("transform", &[TRANSFORM])?;
+        expected("axis", &[AXIS])?;
         let size = value(file, "block_size")?;
         let block = size.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| n.is_power_of_two());
         let Some(block) = block.filter(|&n| n <= 1 << 23) else {
             return Err(wrong_value(file, format!("{PREFIX}block_size"), size, "a power of two"));
         };
-        let signs = match expected("sign_mode", &["identity", "explicit"])?.as_str() {
-            "identity" => None,
+        let signs = match expected("sign_mode", &[IDENTITY, EXPLICIT])?.as_str() {
+            IDENTITY => None,
             _ => Some(signs(file)?),
         };
         let names = |key: &str| -> Result<HashSet<String>, LoadError> {
@@ -166,6 +175,59 @@ impl Hadamard {
         };
         Signs { signs, block: self.block }
     }
+}
+
+/// The keys for the rotations of a checkpoint; none if it has none.
+///
+/// # Errors
+/// Why no keys say what it has: blocks of several sizes, or several signs for a width.
+pub(crate) fn keys(checkpoint: &Checkpoint) -> Result<Vec<(String, Value)>, String> {
+    let config = checkpoint.config();
+    let (mut block, mut signs) = (None, BTreeMap::new());
+    let mut rotated = |of: Rotated| -> Result<bool, String> {
+        let Some(found) = checkpoint.rotation(of) else { return Ok(false) };
+        if *block.get_or_insert(found.block) != found.block {
+            return Err("its rotations have blocks of several sizes".into());
+        }
+        let width = found.signs.len();
+        if *signs.entry(width).or_insert_with(|| found.signs.clone()) != found.signs {
+            return Err(format!("its rotations of {width} values have several signs"));
+        }
+        Ok(true)
+    };
+    let (mut weights, mut inverse) = (Vec::new(), Vec::new());
+    for layer in 0..config.n_layers {
+        for which in Projection::of_layer(layer, config) {
+            // The experts of a layer are one tensor.
+            if rotated(Rotated::Projection(layer, which))? && which.expert().is_none_or(|number| number == 0)
+            {
+                weights.push(projection_name(layer, which));
+            }
+        }
+    }
+    if rotated(Rotated::Output)? {
+        weights.push(if config.tied_embeddings { EMBEDDING } else { OUTPUT }.to_owned());
+    }
+    if rotated(Rotated::Embedding)? {
+        inverse.push(EMBEDDING.to_owned());
+    }
+    let Some(block) = block else { return Ok(Vec::new()) };
+    let widths = Array::from_i32(signs.keys().map(|&width| width as i32)); // checked with the configuration
+    let values = Array::from_i32(signs.values().flat_map(|signs| signs.iter().map(|&sign| sign as i32)));
+    let grouped = config.options.delta_net.as_ref().is_some_and(|delta| delta.grouped_output);
+    let keys: [(&str, Value); 10] = [
+        ("version", 1u32.into()),
+        ("block_size", (block as u32).into()),
+        ("transform", TRANSFORM.into()),
+        ("axis", AXIS.into()),
+        ("sign_mode", EXPLICIT.into()),
+        ("sign_widths", widths.into()),
+        ("sign_values", values.into()),
+        ("weight_names", Array::from_strings(weights).into()),
+        ("inverse_weight_names", Array::from_strings(inverse).into()),
+        ("gdn_v_grouped", grouped.into()),
+    ];
+    Ok(keys.into_iter().map(|(key, value)| (format!("{PREFIX}{key}"), value)).collect())
 }
 
 fn value<'a>(file: &'a GgufFile, key: &str) -> Result<&'a Value, LoadError> {

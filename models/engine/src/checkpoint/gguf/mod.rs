@@ -9,10 +9,10 @@ mod config;
 mod delta_net;
 mod experts;
 mod foreign;
-mod hadamard;
+pub(crate) mod hadamard;
 mod keys;
 pub(crate) mod names;
-mod rope;
+pub(crate) mod rope;
 mod tokenizer;
 
 use super::embed::{EmbedDefaults, Pooling};
@@ -23,16 +23,19 @@ use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, aligned_view, checked_rates, checked_scale, f32_tensor, floats, one_float};
 use bitnet_burn::{FloatPart, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::{GgufFile, GgufTensor, TensorType};
+use bitnet_burn_formats::iq_bn::IqBn;
 use bitnet_burn_formats::{
-    DenseFormat, DenseTensor, FileError, FileMap, TernaryTensor, ternary, tq1_0, tq2_0,
+    DenseFormat, DenseTensor, FileError, FileMap, FormatError, Scales, TernaryTensor, blocks, canonical,
+    ternary, tq1_0, tq2_0,
 };
 use bytes::Bytes;
 use config::config;
 pub(super) use config::what_matters;
 use hadamard::Hadamard;
+use keys::wrong_value;
 use names::{
-    LLAMA, QWEN35, bias_name, float_part_name, is_gptj, neox_rows, norm_name, projection_name,
-    projection_stem,
+    INT8_ACTIVATIONS, bias_name, float_part_name, int8_rows, is_gptj, neox_rows, norm_name, norm_name_of,
+    projection_name, projection_stem,
 };
 use std::collections::HashSet;
 use tokenizer::{check_tokenizer, tokenizer};
@@ -56,12 +59,11 @@ pub(crate) struct GgufModel {
     hadamard: Option<Hadamard>,
     /// Whether the architecture is one of BitNet's, whose projections must be ternary.
     is_bitnet: bool,
-    /// Whether the norms before feed-forward networks have another name.
-    is_qwen35: bool,
     /// [rows, columns] of the convolution of a gated DeltaNet.
     convolution: [usize; 2],
-    /// Whether ternary weights in any type mean that activations are quantised to int8. (I2_S always means that.)
-    int8_rows: bool,
+    architecture: String,
+    /// Whether ternary weights with one scale have int8 activations by row, where the file says so.
+    int8_activations: Option<bool>,
 }
 
 impl GgufModel {
@@ -85,11 +87,12 @@ impl GgufModel {
             experts: config.options.experts.as_ref().map_or(0, |experts| experts.count),
             gptj_head: is_gptj(&config.architecture).then_some(config.head_dim),
             hadamard,
-            is_qwen35: config.architecture == QWEN35,
             convolution: FloatPart::DeltaConvolution.shape(&config),
             is_bitnet,
             // Norms before each projection are BitNet's, whatever the architecture.
-            int8_rows: is_bitnet || config.architecture == LLAMA || config.options.projection_norms,
+            int8_activations: int8_activations(&file, &config.architecture)?
+                .or(config.options.projection_norms.then_some(true)),
+            architecture: config.architecture.clone(),
             file,
         };
         model.check_tensors(&config, warnings)?;
@@ -262,21 +265,16 @@ impl GgufModel {
         Ok(Weights::Dense(DenseTensor { data, ..tensor }))
     }
 
-    /// Whether projections of a type are computed with float activations, whatever they hold. Q2_0 and Prism ML's formats
-    /// are those of models that were trained so.
+    /// Whether projections of a type have no int8 activations by row, whatever they hold.
     fn is_dense(&self, tensor_type: TensorType) -> bool {
-        let by_group = matches!(
-            tensor_type,
-            TensorType::Dense(DenseFormat::Q2_0 | DenseFormat::PQ2_0 | DenseFormat::PTQ1_0)
-        );
-        !self.is_bitnet && by_group || !self.int8_rows && tensor_type != TensorType::I2_S
+        match self.int8_activations {
+            Some(int8) if tensor_type != TensorType::I2_S => !int8,
+            _ => !int8_rows(&self.architecture, tensor_type),
+        }
     }
 
     fn norm_name(&self, which: Norm) -> String {
-        match which {
-            Norm::FeedForward(layer) if self.is_qwen35 => format!("blk.{layer}.post_attention_norm.weight"),
-            _ => norm_name(which),
-        }
+        norm_name_of(&self.architecture, which)
     }
 
     /// The rows of a head, where those of this projection are in GPT-J's order.
@@ -337,6 +335,7 @@ impl Source for GgufModel {
                 let (codes, scale) = self.file.i2_s(&name)?;
                 Ok((aligned_view(codes), scale))
             }
+            TensorType::IqBn(format) => format.with_one_scale(&data, n, k).map(owned),
             TensorType::TQ1_0 => tq1_0::to_canonical(&data, n, k).map(owned),
             TensorType::TQ2_0 => tq2_0::to_canonical(&data, n, k).map(owned),
             TensorType::Dense(format) => ternary::exact_from_dense(format, &data, n, k).map(owned),
@@ -472,12 +471,57 @@ fn stored_shape(which: FloatPart, config: &ModelConfig) -> Vec<usize> {
     }
 }
 
-/// A tensor of a file, if it has a dense type.
+/// What the key [`INT8_ACTIVATIONS`] says.
+fn int8_activations(file: &GgufFile, architecture: &str) -> Result<Option<bool>, LoadError> {
+    let key = format!("{architecture}.{INT8_ACTIVATIONS}");
+    let Some(value) = file.value(&key) else { return Ok(None) };
+    let Some(stated) = value.as_bool() else { return Err(wrong_value(file, key, value, "a bool")) };
+    let fixed = file.tensors().iter().any(|tensor| tensor.tensor_type == TensorType::I2_S);
+    if !stated && (fixed || architecture.starts_with("bitnet")) {
+        return Err(LoadError::Unsupported {
+            path: file.path().to_owned(),
+            what: key,
+            found: "false".into(),
+            supported: "true, in BitNet's architectures and with I2_S tensors".into(),
+        });
+    }
+    Ok(Some(stated))
+}
+
+/// A tensor of a file, if it has a dense type, or one of ternary rows: those become blocks, or floats where blocks can't hold
+/// their scales.
 fn dense(file: &GgufFile, tensor: &GgufTensor) -> Result<Option<DenseTensor>, LoadError> {
-    let TensorType::Dense(format) = tensor.tensor_type else { return Ok(None) };
     let (n, k) = tensor.matrix(); // both within the file's size, as every tensor's bytes are
     let (name, n, k) = (tensor.name.clone(), n as usize, k as usize);
-    Ok(Some(DenseTensor { data: file.tensor_bytes(&name)?, name, n, k, format }))
+    let data = file.tensor_bytes(&name)?;
+    let (format, data) = match tensor.tensor_type {
+        TensorType::Dense(format) => (format, data),
+        TensorType::I2_S => return Ok(None),
+        TensorType::IqBn(format) => {
+            from_rows(format, &data, n, k).map_err(|error| LoadError::NotTernary {
+                path: file.path().to_owned(),
+                tensor: name.clone(),
+                stored_as: format.name(),
+                problem: error.to_string(),
+            })?
+        }
+    };
+    Ok(Some(DenseTensor { name, n, k, format, data }))
+}
+
+/// Ternary rows with their scales, in a dense format.
+fn from_rows(format: IqBn, data: &[u8], n: usize, k: usize) -> Result<(DenseFormat, Bytes), FormatError> {
+    let (codes, scales) = format.to_canonical(data, n, k)?;
+    let of_rows = Scales::from_rows(&scales, n, k, 0)?;
+    if let Ok(blocks) = blocks::write(DenseFormat::Q2_0, &codes, n, k, &of_rows) {
+        return Ok((DenseFormat::Q2_0, blocks.into()));
+    }
+    let (mut weights, mut values) = (vec![0; k], Vec::with_capacity(4 * n * k));
+    for (codes, scale) in codes.chunks_exact(canonical::row_bytes(k)).zip(scales) {
+        canonical::unpack_row(codes, &mut weights);
+        values.extend(weights.iter().flat_map(|&w| (f32::from(w) * scale).to_le_bytes()));
+    }
+    Ok((DenseFormat::F32, values.into()))
 }
 
 /// Decoded codes in a buffer with the alignment that kernels want.

@@ -5,26 +5,42 @@
 //! the rows of q and k, and so do [`neox_rows`] and [`gptj_rows`].
 
 use bitnet_burn::{FloatPart, Norm, Projection};
+use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_formats::gguf::TensorType;
 
 /// Llama's shape: no sub-norms, SiLU, and q and k in another order of rows.
 pub(crate) const LLAMA: &str = "llama";
 /// Llama's shape with biases of q, k and v, and q and k in their own order.
-pub(super) const QWEN2: &str = "qwen2";
+pub(crate) const QWEN2: &str = "qwen2";
 /// Llama's shape with norms of query and key heads, and q and k in their own order.
-pub(super) const QWEN3: &str = "qwen3";
+pub(crate) const QWEN3: &str = "qwen3";
 /// Llama's shape with factors of embedding, residuals and logits; q and k in Llama's order.
-pub(super) const MINICPM: &str = "minicpm";
+pub(crate) const MINICPM: &str = "minicpm";
 
 /// Qwen3's shape with experts.
-pub(super) const QWEN3MOE: &str = "qwen3moe";
+pub(crate) const QWEN3MOE: &str = "qwen3moe";
 /// Qwen3's shape with experts, and with sliding windows and RoPE in some layers.
-pub(super) const MAPLE: &str = "maple";
+pub(crate) const MAPLE: &str = "maple";
+
+/// The key that says whether ternary weights with one scale have int8 activations by row. Only this program has it.
+pub(crate) const INT8_ACTIVATIONS: &str = "int8_activations";
+
+/// Whether ternary weights with one scale have int8 activations by row in files without [`INT8_ACTIVATIONS`]. I2_S weights
+/// always have. Q2_0 and Prism ML's formats are those of models that were trained with float activations.
+pub(crate) fn int8_rows(architecture: &str, tensor_type: TensorType) -> bool {
+    let is_bitnet = architecture.starts_with("bitnet");
+    match tensor_type {
+        TensorType::I2_S => true,
+        TensorType::Dense(DenseFormat::Q2_0 | DenseFormat::PQ2_0 | DenseFormat::PTQ1_0) => is_bitnet,
+        TensorType::Dense(_) | TensorType::IqBn(_) => is_bitnet || architecture == LLAMA,
+    }
+}
 
 /// Qwen3's shape with gated DeltaNets in place of the attention of most layers.
-pub(super) const QWEN35: &str = "qwen35";
+pub(crate) const QWEN35: &str = "qwen35";
 
 /// Whether files of an architecture rotate neighbouring rows of a head.
-pub(super) fn is_gptj(architecture: &str) -> bool {
+pub(crate) fn is_gptj(architecture: &str) -> bool {
     matches!(architecture, LLAMA | MINICPM)
 }
 
@@ -34,7 +50,7 @@ pub fn projection_name(layer: usize, which: Projection) -> String {
 }
 
 /// The name in GGUF of a part that is floats in every model.
-pub(super) fn float_part_name(layer: usize, which: FloatPart) -> String {
+pub(crate) fn float_part_name(layer: usize, which: FloatPart) -> String {
     let part = match which {
         FloatPart::Router => "ffn_gate_inp.weight",
         FloatPart::DeltaDecay => "ssm_alpha.weight",
@@ -47,7 +63,7 @@ pub(super) fn float_part_name(layer: usize, which: FloatPart) -> String {
 }
 
 /// The name of a projection's bias in GGUF.
-pub(super) fn bias_name(layer: usize, which: Projection) -> String {
+pub(crate) fn bias_name(layer: usize, which: Projection) -> String {
     projection_stem(layer, which) + ".bias"
 }
 
@@ -65,6 +81,16 @@ pub fn norm_name(which: Norm) -> String {
         Norm::Output => return "output_norm.weight".to_owned(),
     };
     format!("blk.{layer}.{part}.weight")
+}
+
+/// The name of a norm's tensor in a file of an architecture.
+pub(crate) fn norm_name_of(architecture: &str, which: Norm) -> String {
+    match which {
+        Norm::FeedForward(layer) if architecture == QWEN35 => {
+            format!("blk.{layer}.post_attention_norm.weight")
+        }
+        _ => norm_name(which),
+    }
 }
 
 pub(super) fn projection_stem(layer: usize, which: Projection) -> String {

@@ -13,12 +13,18 @@ use bitnet_burn::RopeScaling;
 use bitnet_burn_formats::FileError;
 
 /// The divisors of the frequencies, and LongRoPE's two sets of them.
-pub(super) const TENSORS: [&str; 3] =
+pub(crate) const TENSORS: [&str; 3] =
     ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
+/// What kind of scaling it is.
+pub(crate) const TYPE: &str = "rope.scaling.type";
+/// Positions before scaling.
+pub(crate) const ORIGINAL: &str = "rope.scaling.original_context_length";
+/// What cosines and sines are multiplied by.
+pub(crate) const ATTENTION_FACTOR: &str = "rope.scaling.attn_factor";
 /// Where the factor is; the second is llama.cpp's older name. 0 stands for 1.
-const FACTORS: [&str; 2] = ["rope.scaling.factor", "rope.scale_linear"];
+pub(crate) const FACTORS: [&str; 2] = ["rope.scaling.factor", "rope.scale_linear"];
 /// transformers' and llama.cpp's defaults of YaRN.
-const BETAS: (f64, f64) = (32.0, 1.0);
+pub(crate) const BETAS: (f64, f64) = (32.0, 1.0);
 
 /// The values of one of [`TENSORS`].
 fn divisors(keys: &Keys<'_>, name: &str) -> Result<Option<Vec<f32>>, LoadError> {
@@ -39,7 +45,7 @@ pub(super) fn scaling(
         found,
         supported: supported.into(),
     };
-    let stated = keys.find("rope.scaling.type");
+    let stated = keys.find(TYPE);
     // A file without a type is scaled linearly if it has a factor.
     let kind = stated.as_ref().map_or("linear", |(_, kind)| kind.as_str().unwrap_or_default());
     let mut factor = None;
@@ -52,9 +58,9 @@ pub(super) fn scaling(
         }
         factor = Some(found);
     }
-    let attention = keys.float("rope.scaling.attn_factor")?;
+    let attention = keys.float(ATTENTION_FACTOR)?;
     let frequencies = divisors(keys, TENSORS[0])?.filter(|divisors| divisors.iter().any(|&d| d != 1.0));
-    let original = keys.size("rope.scaling.original_context_length")?.filter(|&original| original > 0);
+    let original = keys.size(ORIGINAL)?.filter(|&original| original > 0);
     let scaling = match (kind, stated) {
         ("none", _) => None,
         ("linear", _) | (_, None) => {

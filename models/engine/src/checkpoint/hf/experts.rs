@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 
 /// What Maple limits gates and their factors to. Its configuration does not state it.
-pub(super) const MAPLE_CLAMP: f32 = 7.0;
+pub(crate) const MAPLE_CLAMP: f32 = 7.0;
 
 /// More layers than any model has.
 const MANY: usize = 1 << 16;

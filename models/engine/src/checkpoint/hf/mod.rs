@@ -2,7 +2,7 @@
 
 mod config;
 mod delta_net;
-mod experts;
+pub(crate) mod experts;
 mod fields;
 mod names;
 mod style;
@@ -53,8 +53,7 @@ pub(crate) struct HfModel {
     maps: Vec<FileMap>,
     /// The configurations and the tokenizer that are there, the safetensors, and the index if there is one.
     files: Vec<(PathBuf, FileIdentity)>,
-    /// `None`: floats that are computed as they are, with float activations.
-    style: Option<Style>,
+    style: Style,
     config: ModelConfig,
 }
 
@@ -176,11 +175,11 @@ impl HfModel {
             self.check_shape(&bias, &[n])?;
             self.dense(&bias, "a bias")?;
         }
-        if self.style.is_none() {
+        if self.style == Style::Values {
             self.dense(&name, "a projection without quantization_config")?;
             return self.check_shape(&name, &[n, k]);
         }
-        if self.style == Some(Style::Online) {
+        if self.style == Style::Online {
             if dtype == Dtype::U8 {
                 return Err(LoadError::Quantization {
                     path: self.dir.join("config.json"),
@@ -347,12 +346,13 @@ impl Source for HfModel {
 
     fn weights(&self, layer: usize, which: Projection) -> Result<Weights, LoadError> {
         let name = projection_name(layer, which);
-        let Some(style) = self.style else {
-            return self.dense(&name, "a projection without quantization_config").map(Weights::Dense);
-        };
+        let style = self.style;
         let tensor = self.tensor(&name)?;
         let (n, k) = which.shape(&self.config);
         let stored_as = match (style, tensor.dtype) {
+            (Style::Values, _) => {
+                return self.dense(&name, "a projection without quantization_config").map(Weights::Dense);
+            }
             (Style::PackedAuto, _) => "U8 packed (autobitlinear)",
             (Style::PackedInverse, _) => "U8 packed (bitlinear)",
             (Style::Online, Dtype::F16) => "F16 master (absmean)",
@@ -389,7 +389,8 @@ impl Source for HfModel {
     }
 
     fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64> {
-        let tensor = self.tensor(&projection_name(layer, which)).ok().filter(|_| self.style.is_none())?;
+        let tensor =
+            self.tensor(&projection_name(layer, which)).ok().filter(|_| self.style == Style::Values)?;
         Some(tensor.data.len() as u64)
     }
 
@@ -399,7 +400,7 @@ impl Source for HfModel {
 
     fn master(&self, layer: usize, which: Projection) -> Result<Option<DenseTensor>, LoadError> {
         let name = projection_name(layer, which);
-        if self.style == Some(Style::Online) { self.dense(&name, "a master").map(Some) } else { Ok(None) }
+        if self.style == Style::Online { self.dense(&name, "a master").map(Some) } else { Ok(None) }
     }
 
     fn float_part(&self, layer: usize, which: FloatPart) -> Result<DenseTensor, LoadError> {

@@ -33,6 +33,8 @@ pub enum Style {
     PackedAuto,
     /// `bitlinear`: packed; the scale divides.
     PackedInverse,
+    /// No `quantization_config`: float values, computed as they are, or by their scales if they are ternary.
+    Values,
 }
 
 /// 1bitLLM's configurations: float masters, for one kind of quantisation.
@@ -56,16 +58,16 @@ fn is_ternary(tensor: &SafeTensor) -> bool {
     }
 }
 
-/// How the projections are stored, from `quantization_config`; `None` for floats that are computed as they are.
+/// How the projections are stored, from `quantization_config`.
 pub(super) fn style(
     fields: Fields<'_>,
     tensors: &BTreeMap<String, SafeTensor>,
     warnings: &mut Vec<String>,
-) -> Result<Option<Style>, LoadError> {
+) -> Result<Style, LoadError> {
     let refuse = |problem: String| LoadError::Quantization { path: fields.path.to_owned(), problem };
     let Some(quantization) = fields.within("quantization_config") else {
         if let Some(style) = of_bits(fields, tensors)? {
-            return Ok(Some(style));
+            return Ok(style);
         }
         let first = projection_name(0, Projection::Q);
         let stored = tensors.get(&first);
@@ -77,10 +79,10 @@ pub(super) fn style(
                  become ternary by their absmean, and activations are int8 by row"
                     .into(),
             );
-            return Ok(Some(Style::Online));
+            return Ok(Style::Online);
         }
         if !packed && (fields.architecture()? != "bitnet" || stored.is_some_and(is_ternary)) {
-            return Ok(None);
+            return Ok(Style::Values);
         }
         const AUTO: &str = r#"{"quant_method": "bitnet", "linear_class": "autobitlinear""#;
         return Err(refuse(if packed {
@@ -134,8 +136,8 @@ pub(super) fn style(
         return Err(refuse(format!("`quantization_mode` is \"{other}\"; supported: online, offline")));
     }
     match quantization.str("linear_class")? {
-        Some("autobitlinear") if mode == Some("online") => Ok(Some(Style::Online)),
-        Some("autobitlinear") => Ok(Some(Style::PackedAuto)),
+        Some("autobitlinear") if mode == Some("online") => Ok(Style::Online),
+        Some("autobitlinear") => Ok(Style::PackedAuto),
         None | Some("bitlinear") => {
             if mode == Some("online") {
                 warnings.push(
@@ -143,7 +145,7 @@ pub(super) fn style(
                         .into(),
                 );
             }
-            Ok(Some(Style::PackedInverse))
+            Ok(Style::PackedInverse)
         }
         Some(other) => {
             Err(refuse(format!("`linear_class` is \"{other}\"; supported: autobitlinear, bitlinear")))
