@@ -3,9 +3,9 @@
 //! The files go into a directory that exists. Whoever wants a directory that is complete or not there at
 //! all writes into one with a temporary name and renames it.
 
-use crate::checkpoint::{Checkpoint, LoadError};
+use crate::checkpoint::{Checkpoint, EXTENSION, LoadError};
 use bitnet_burn::names::{EMBEDDING, HEAD, norm_name, projection_name, scale_name};
-use bitnet_burn::{ConfigError, ModelConfig, Norm, Parameter, Projection};
+use bitnet_burn::{ActivationRule, ConfigError, ModelConfig, Norm, Parameter, Projection};
 use bitnet_burn_formats::hf::pack_from_canonical;
 use bitnet_burn_formats::safetensors::{Dtype, SINGLE, SafetensorsWriter};
 use bitnet_burn_formats::{DenseFormat, DenseTensor, Progress, WriteError};
@@ -89,21 +89,23 @@ pub fn write_masters(
     tensors: impl IntoIterator<Item = Parameter>,
 ) -> Result<(), HfWriteError> {
     write_tensors(&dir.join(SINGLE), config, tensors)?;
-    write_config(dir, config, Some(Style::Online), Dtype::F32)
+    write_config(dir, config, Projections::Bitnet(Style::Online), Dtype::F32)
 }
 
 /// [`write_masters`] for projections that are computed as they are: ternary ones with a scale for each row or group, which
-/// readers know by their values, or those of a float twin. There is no `quantization_config` then.
+/// readers know by their values, or those of a float twin. There is no `quantization_config` then; how the activations of a
+/// ternary model are quantised is in a key that other programs ignore.
 ///
 /// # Errors
 /// As [`write_masters`].
 pub fn write_values(
     dir: &Path,
     config: &ModelConfig,
+    activations: Option<ActivationRule>,
     tensors: impl IntoIterator<Item = Parameter>,
 ) -> Result<(), HfWriteError> {
     write_tensors(&dir.join(SINGLE), config, tensors)?;
-    write_config(dir, config, None, Dtype::F32)
+    write_config(dir, config, Projections::Values(activations), Dtype::F32)
 }
 
 /// The safetensors file alone of [`write_masters`].
@@ -186,7 +188,7 @@ pub fn write_checkpoint(
         }
     }
     norm(&mut writer, checkpoint, Norm::Output, dense, dtype)?;
-    write_config(dir, config, Some(style), dtype)?;
+    write_config(dir, config, Projections::Bitnet(style), dtype)?;
     Ok(writer.write(&dir.join(SINGLE), progress)?)
 }
 
@@ -286,31 +288,44 @@ fn tensor_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
 fn write_config(
     dir: &Path,
     config: &ModelConfig,
-    style: Option<Style>,
+    projections: Projections,
     dtype: Dtype,
 ) -> Result<(), HfWriteError> {
     config.validate()?;
-    write_json(&dir.join("config.json"), &config_json(config, style, dtype))?;
+    write_json(&dir.join("config.json"), &config_json(config, projections, dtype))?;
     let mut generation = Map::new();
     end_tokens(config, &mut generation);
     write_json(&dir.join("generation_config.json"), &Value::Object(generation))
 }
 
-/// What transformers reads; without a style, of projections that are computed as they are. The keys are those that all of its
-/// versions with BitNet know.
-fn config_json(config: &ModelConfig, style: Option<Style>, dtype: Dtype) -> Value {
+/// What a directory's projections are.
+#[derive(Clone, Copy)]
+enum Projections {
+    /// BitNet's, in one of its styles.
+    Bitnet(Style),
+    /// Values that are computed as they are, and how activations are quantised.
+    Values(Option<ActivationRule>),
+}
+
+/// What transformers reads. The keys are those that all of its versions with BitNet know, and one that it ignores.
+fn config_json(config: &ModelConfig, projections: Projections, dtype: Dtype) -> Value {
     // Whoever has sub-norms is BitNet to transformers, whatever the activation; else Llama, with BitNet's
     // linear layers.
     let (class, model_type) =
         if config.sub_norms { ("BitNetForCausalLM", "bitnet") } else { ("LlamaForCausalLM", "llama") };
-    let quantization = style.map(|style| match style {
-        Style::Online => ("autobitlinear", "online"),
-        Style::PackedAuto => ("autobitlinear", "offline"),
-        Style::PackedInverse => ("bitlinear", "offline"),
-    });
-    let dtype = match (style, dtype) {
+    let bitnet = |class: &str, mode: &str| {
+        let value = json!({ "quant_method": "bitnet", "linear_class": class, "quantization_mode": mode });
+        Some(("quantization_config", value))
+    };
+    let stored = match projections {
+        Projections::Bitnet(Style::Online) => bitnet("autobitlinear", "online"),
+        Projections::Bitnet(Style::PackedAuto) => bitnet("autobitlinear", "offline"),
+        Projections::Bitnet(Style::PackedInverse) => bitnet("bitlinear", "offline"),
+        Projections::Values(rule) => rule.map(|rule| (EXTENSION, json!({ "activations": rule }))),
+    };
+    let dtype = match (projections, dtype) {
         // Masters are f32, and would be rounded before they are made ternary.
-        (Some(Style::Online), _) => "float32",
+        (Projections::Bitnet(Style::Online), _) => "float32",
         (_, Dtype::F16) => "float16",
         (_, Dtype::BF16) => "bfloat16",
         _ => "float32",
@@ -337,11 +352,7 @@ fn config_json(config: &ModelConfig, style: Option<Style>, dtype: Dtype) -> Valu
     });
     if let Some(object) = json.as_object_mut() {
         end_tokens(config, object);
-        if let Some((class, mode)) = quantization {
-            let quantization =
-                json!({ "quant_method": "bitnet", "linear_class": class, "quantization_mode": mode });
-            object.insert("quantization_config".into(), quantization);
-        }
+        object.extend(stored.map(|(key, value)| (key.into(), value)));
         if !config.sub_norms {
             object.insert("mlp_bias".into(), false.into());
         }

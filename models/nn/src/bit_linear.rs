@@ -576,14 +576,9 @@ impl ModuleDisplay for BitLinear {
         if self.dense_matrix().is_some() {
             return content.optional();
         }
-        let activations = match self.quantisation.activation_group() {
-            None => ActivationRule::Float,
-            Some(0) => ActivationRule::Row,
-            Some(group) => ActivationRule::Group(group),
-        };
         content
             .add("scale", &self.quantisation.scale.to_string())
-            .add("activations", &activations.to_string())
+            .add("activations", &self.quantisation.activation_rule().to_string())
             .optional()
     }
 }

@@ -35,12 +35,13 @@ mod tokenizer_source;
 mod values;
 
 pub use error::LoadError;
+pub(crate) use hf::EXTENSION;
 pub use hf::Style;
 pub use source::{Content, OpenOptions, Rotated, Signs, TensorInfo, Weights};
 pub(crate) use tokenizer_source::{END_OF_GENERATION, end_of_generation};
 pub use tokenizer_source::{GgufTokenizer, TokenizerSource};
 
-use bitnet_burn::{ModelConfig, Norm, Projection};
+use bitnet_burn::{ActivationRule, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::GgufFile;
 use bitnet_burn_formats::{DenseTensor, FileError, FileMap, TernaryTensor, check_canonical, safetensors};
 use bytes::Bytes;
@@ -180,6 +181,14 @@ impl Checkpoint {
     /// The size of a projection's weights, where the header says that they are [dense](Weights::Dense).
     pub fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64> {
         self.source.dense_bytes(layer, which)
+    }
+
+    /// How activations are quantised by a rule: what the files declare for [`ActivationRule::Model`], if they do.
+    pub fn activations(&self, rule: ActivationRule) -> ActivationRule {
+        match rule {
+            ActivationRule::Model => self.source.activations().unwrap_or(rule),
+            _ => rule,
+        }
     }
 
     /// How a matrix is rotated, if it is.

@@ -6,6 +6,7 @@ mod fields;
 mod names;
 mod style;
 
+pub(crate) use style::EXTENSION;
 pub use style::Style;
 
 use super::error::LoadError;
@@ -14,7 +15,7 @@ use super::source::{Content, OpenOptions, Source, TensorInfo, Weights};
 use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, checked_scale, floats, one_float};
 use bitnet_burn::names::{EMBEDDING, HEAD, bias_name, norm_name, projection_name, router_name, scale_name};
-use bitnet_burn::{ModelConfig, Norm, Projection};
+use bitnet_burn::{ActivationRule, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::files::{FileIdentity, identity_of};
 use bitnet_burn_formats::hf::unpack_to_canonical;
 use bitnet_burn_formats::quant::absmean_to_canonical;
@@ -26,7 +27,7 @@ use names::older_name;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
-use style::style;
+use style::{activations, style};
 
 /// What is read beside the tensors and their index, by the model or by its tokenizer.
 const COMPANIONS: [&str; 6] = [
@@ -51,6 +52,7 @@ pub(crate) struct HfModel {
     files: Vec<(PathBuf, FileIdentity)>,
     /// `None`: floats that are computed as they are, with float activations.
     style: Option<Style>,
+    activations: Option<ActivationRule>,
     config: ModelConfig,
 }
 
@@ -78,7 +80,9 @@ impl HfModel {
         // Names first: who adds what `style` asks for is not to be refused for a tensor then.
         check_names(dir, &tensors, &config, warnings)?;
         let style = style(fields, &tensors, warnings)?;
-        let model = Self { dir: dir.to_owned(), json, tensors, maps, files, style, config: config.clone() };
+        let activations = if style.is_none() { activations(fields)? } else { None };
+        let dir = dir.to_owned();
+        let model = Self { dir, json, tensors, maps, files, style, activations, config: config.clone() };
         model.check_tensors()?;
         Ok((model, config))
     }
@@ -350,6 +354,10 @@ impl Source for HfModel {
 
     fn output(&self) -> Result<Option<DenseTensor>, LoadError> {
         self.dense(HEAD, "the output head").map(Some)
+    }
+
+    fn activations(&self) -> Option<ActivationRule> {
+        self.activations
     }
 
     fn tokenizer_source(&self) -> TokenizerSource {
