@@ -1,10 +1,11 @@
 //! `BitLinear` with every kind of scale and of activations: forward and backward against formulas in f64, packing, files, and
 //! training.
 
+use bitnet_burn::backends::ops::{MatrixScale, TernaryMatrix};
 use bitnet_burn::{
     ActivationRule, BitLinear, BitLinearConfig, BitLinearWeight, Quantisation, RmsNormConfig, WeightScale,
 };
-use bitnet_burn_formats::quant;
+use bitnet_burn_formats::{Scales, quant};
 use bitnet_burn_tests::*;
 use burn::module::{Module, Param};
 use burn::optim::{AdamConfig, GradientsParams};
@@ -113,7 +114,7 @@ fn transposed(a: &[f64], columns: usize) -> Vec<f64> {
 fn assert_close(got: &[f32], want: &[f32], what: &str) {
     let largest = want.iter().fold(0f32, |a, v| a.max(v.abs()));
     let difference = max_difference(got, want);
-    assert!(difference <= 2e-6 * largest, "{what}: {difference:e} of {largest:e}");
+    assert!(difference <= 1e-5 * largest, "{what}: {difference:e} of {largest:e}");
 }
 
 /// Forward, and the straight-through gradients dW = dyᵀ * quantised(x), dx = dy * ternary(W): in training, and dx of the
@@ -219,6 +220,36 @@ fn packing_and_unpacking_keep_codes_and_scales() {
                 a.codes.into_data().assert_eq(&b.codes.into_data(), true);
             }
         }
+    }
+}
+
+/// Scales that files may have, and training can't make.
+#[test]
+fn frozen_weights_are_trained_further_or_refused() {
+    let (n, k) = (3, 128);
+    let mut random = Random(26);
+    let codes = random.ternary(n * k);
+    let device = flex();
+    let x = tensor(&random.floats(2 * k), [2, k], &device);
+    let of = |scales: &[f32], group: usize, activations: usize| {
+        let scales = Scales::from_rows(scales, n, k, group).unwrap();
+        let scale = MatrixScale::Groups { scales, activations };
+        let codes = canonical_rows(&codes, k).into();
+        BitLinear::from_matrix(TernaryMatrix::prepared(codes, scale, n, k, &device).unwrap())
+    };
+    // With a negative scale, codes of the opposite sign.
+    let signed = of(&[0.5, -0.25, 0.0, -3.0, 0.001, 7.0], 64, 32);
+    let want = values(signed.forward(x.clone()));
+    let trained = signed.unpack().unwrap();
+    assert_eq!(trained.quantisation().scale, WeightScale::Group(64));
+    assert_eq!(values(trained.clone().pack().unwrap().forward(x.clone())), want);
+    assert_close(&values(trained.forward(x)), &want, "unpacked");
+    for (layer, expected) in [
+        (of(&[0.5, 1e-6, 0.5], 0, 0), "scale of 1e-6"),
+        (of(&[0.5; 6], 96, 32), "group:96: weights share a scale in groups of 32, 64, 128 or 256"),
+    ] {
+        let error = layer.unpack().unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("[3, 128]"), "{error}");
     }
 }
 
@@ -348,9 +379,9 @@ fn a_network_learns_with_every_kind_and_predicts_the_same_when_packed() {
     let device = flex();
     let autodiff = device.clone().autodiff();
     for kind in kinds(k) {
-        let of = |k: usize, n: usize| {
-            let config = BitLinearConfig::new(k, n).with_norm(true);
-            config.with_scale(kind.scale).with_activations(kind.activations).init(&autodiff)
+        let mut of = |k: usize, n: usize| {
+            layer(&random.floats(n * k), [n, k], kind, &autodiff)
+                .with_norm(RmsNormConfig::new(k).init(&autodiff))
         };
         let mut network = Network { hidden: of(k, hidden), output: of(hidden, 1) };
         let mut optimizer = AdamConfig::new().init();
@@ -369,6 +400,14 @@ fn a_network_learns_with_every_kind_and_predicts_the_same_when_packed() {
             output: trained.output.clone().pack().unwrap(),
         };
         let [want, got] = [trained, packed].map(|n| values(n.forward(tensor(&x, [m, k], &device))));
-        assert_close(&got, &want, &format!("{kind:?}"));
+        // Float noise of the first layer may turn a rounding to int8 in the second.
+        let largest = want.iter().fold(0f32, |a, y| a.max(y.abs()));
+        for (want, got) in want.into_iter().zip(got) {
+            assert!((want - got).abs() <= 1e-2 * largest, "{kind:?}: {want} and {got}");
+            assert!(
+                want.signum() == got.signum() || want.abs() <= 1e-2 * largest,
+                "{kind:?}: {want} and {got}"
+            );
+        }
     }
 }

@@ -217,17 +217,6 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     } else {
         summary(&result, done - first, begin.elapsed())?;
     }
-    let quantisation = config.model.quantisation();
-    // What `bitnet run` takes where a checkpoint declares nothing.
-    let assumed = Quantisation { activations: ActivationRule::Model, scale: WeightScale::Row };
-    if let Some(trained) = quantisation.filter(|trained| !trained.is_bitnet())
-        && trained.activation_group() != assumed.activation_group()
-    {
-        output::note(format!(
-            "the checkpoints do not say how activations were quantised; run them with --activations {}",
-            trained.activations
-        ));
-    }
     if outcome == Outcome::Stopped {
         output::note(format!(
             "stopped at step {done}; continue with: bitnet train --resume {}",

@@ -186,8 +186,8 @@ fn models_with_many_scales_learn_and_serve_and_resume() {
         let path = train::newest(&run("whole")).unwrap().unwrap();
         let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
         assert!(checkpoint.warnings().is_empty(), "{what}: {:?}", checkpoint.warnings());
-        let options = LoadOptions { activations: activations.parse().unwrap(), ..LoadOptions::default() };
-        let loaded = load(&checkpoint, &device, &options, &mut |_| {}).unwrap();
+        // With the activations that it states.
+        let loaded = load(&checkpoint, &device, &LoadOptions::default(), &mut |_| {}).unwrap();
         let served = [packed, loaded].map(|model| train::evaluate(&model, windows, 3).unwrap());
         for served in served {
             let relative = (served.perplexity() / after.perplexity() - 1.0).abs();

@@ -9,7 +9,7 @@ use crate::checkpoint::{Checkpoint, LoadError, Weights};
 use bitnet_burn::names::{
     EMBEDDING, HEAD, bias_name, float_part_name, norm_name, projection_name, scale_name,
 };
-use bitnet_burn::{ConfigError, FloatPart, ModelConfig, Norm, Parameter, Projection};
+use bitnet_burn::{ActivationRule, ConfigError, FloatPart, ModelConfig, Norm, Parameter, Projection};
 use bitnet_burn_formats::hf::pack_from_canonical;
 use bitnet_burn_formats::safetensors::{Dtype, SINGLE, SafetensorsWriter};
 use bitnet_burn_formats::{DenseFormat, DenseTensor, WriteError};
@@ -100,21 +100,23 @@ pub fn write_masters(
     tensors: impl IntoIterator<Item = Parameter>,
 ) -> Result<(), HfWriteError> {
     write_tensors(&dir.join(SINGLE), config, tensors)?;
-    write_config(dir, config, Style::Online, Dtype::F32)
+    write_config(dir, config, (Style::Online, None), Dtype::F32)
 }
 
 /// [`write_masters`] for projections that are computed as they are: ternary ones with a scale for each row or group, which
-/// readers know by their values, or those of a float twin. There is no `quantization_config` then.
+/// readers know by their values, or those of a float twin. There is no `quantization_config` then; how the activations of a
+/// ternary model are quantised is in a key that other programs ignore.
 ///
 /// # Errors
 /// As [`write_masters`].
 pub fn write_values(
     dir: &Path,
     config: &ModelConfig,
+    activations: Option<ActivationRule>,
     tensors: impl IntoIterator<Item = Parameter>,
 ) -> Result<(), HfWriteError> {
     write_tensors(&dir.join(SINGLE), config, tensors)?;
-    write_config(dir, config, Style::Values, Dtype::F32)
+    write_config(dir, config, (Style::Values, activations), Dtype::F32)
 }
 
 /// The safetensors file alone of [`write_masters`].
@@ -205,7 +207,7 @@ pub fn write_checkpoint(
         [one] => one,
         _ => Dtype::F32,
     };
-    write_config(dir, config, style, dtype)?;
+    write_config(dir, config, (style, checkpoint.declared_activations()), dtype)?;
     let total = writer.data_size();
     Ok(writer.write(&dir.join(SINGLE), &mut |bytes| progress(bytes, total))?)
 }
@@ -372,9 +374,14 @@ fn tensor_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
 }
 
 /// Writes `config.json` and `generation_config.json`.
-fn write_config(dir: &Path, config: &ModelConfig, style: Style, dtype: Dtype) -> Result<(), HfWriteError> {
+fn write_config(
+    dir: &Path,
+    config: &ModelConfig,
+    (style, activations): (Style, Option<ActivationRule>),
+    dtype: Dtype,
+) -> Result<(), HfWriteError> {
     config.validate()?;
-    write_json(&dir.join("config.json"), &config_json(config, style, dtype)?)?;
+    write_json(&dir.join("config.json"), &config_json(config, (style, activations), dtype)?)?;
     let mut generation = Map::new();
     end_tokens(config, &mut generation);
     write_json(&dir.join("generation_config.json"), &Value::Object(generation))

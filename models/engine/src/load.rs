@@ -92,7 +92,7 @@ pub struct ModelDevices {
 /// How a model is loaded.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
-    /// How activations are quantised.
+    /// How activations are quantised. ([`Checkpoint::activations`]: what the files declare.)
     pub activations: ActivationRule,
     /// Rows of the largest forward pass: kernels are measured for up to this many.
     pub max_rows: usize,
@@ -164,7 +164,8 @@ pub fn load_on(
     if devices.layers.len() != config.n_layers {
         return Err(ModelError::Devices { found: devices.layers.len(), expected: config.n_layers });
     }
-    let quantise = options.activations != ActivationRule::Float;
+    let rule = checkpoint.activations(options.activations);
+    let quantise = rule != ActivationRule::Float;
     let device = &devices.dense;
     let norm = |which: Norm| -> Result<RmsNorm, ModelError> {
         let device = which.layer().map_or(device, |layer| &devices.layers[layer]);
@@ -181,11 +182,11 @@ pub fn load_on(
     let weights = |layer: usize, which: Projection| -> Result<BitLinear, ModelError> {
         let device = &devices.layers[layer];
         if let Some(prepacked) = prepacked.as_ref().filter(|_| ops::is_host(device))
-            && let Some(packed) = prepacked.projection(layer, which, options.activations, device)?
+            && let Some(packed) = prepacked.projection(layer, which, rule, device)?
         {
             return Ok(packed.into_layer(device));
         }
-        projection::linear(checkpoint.weights(layer, which)?, options.activations, LayoutPolicy::Any, device)
+        projection::linear(checkpoint.weights(layer, which)?, rule, LayoutPolicy::Any, device)
     };
     if quantise {
         let on_host = (0..config.n_layers).filter(|&layer| ops::is_host(&devices.layers[layer]));
@@ -241,12 +242,11 @@ pub fn load_on(
     let ternary_head = match quantise && projection::computes_head(checkpoint, options.head) {
         true => {
             let packed = prepacked.as_ref().filter(|_| ops::is_host(device));
-            match packed.map(|packed| packed.ternary_head(options.activations, device)).transpose()?.flatten()
-            {
+            match packed.map(|packed| packed.ternary_head(rule, device)).transpose()?.flatten() {
                 Some(packed) => Some(packed.into_layer(device)),
                 None => {
                     let stored = output.as_ref().unwrap_or(&embedding);
-                    projection::ternary_head(stored, options.activations, device)?
+                    projection::ternary_head(stored, rule, device)?
                 }
             }
         }

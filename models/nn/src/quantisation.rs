@@ -73,6 +73,15 @@ impl Quantisation {
         }
     }
 
+    /// The rule for activations, with what [`ActivationRule::Model`] stands for and with the group that the weights allow.
+    pub fn activation_rule(self) -> ActivationRule {
+        match self.activation_group() {
+            None => ActivationRule::Float,
+            Some(0) => ActivationRule::Row,
+            Some(group) => ActivationRule::Group(group),
+        }
+    }
+
     /// That of packed weights.
     pub(crate) fn of_packed(scales: ScaleKind) -> Self {
         let ScaleKind::Groups { weights, activations, .. } = scales else { return Self::default() };

@@ -227,13 +227,16 @@ pub(super) fn write(
         .tempdir_in(&parent)
         .map_err(TrainError::io(&parent, "make a directory in it"))?;
     let at = temporary.path();
-    match masters_file(config) {
-        MODEL if config.model.ternary => hf::write_masters(at, model.config(), model.parameters())?,
+    match config.model.quantisation() {
         // A float twin is no BitNet: nothing must load it as one.
-        MODEL => hf::write_values(at, model.config(), model.parameters())?,
-        masters => {
-            hf::write_values(at, model.config(), model.frozen_parameters())?;
-            hf::write_tensors(&at.join(masters), model.config(), model.parameters())?;
+        None => hf::write_values(at, model.config(), None, model.parameters())?,
+        Some(quantisation) if quantisation.is_bitnet() => {
+            hf::write_masters(at, model.config(), model.parameters())?;
+        }
+        Some(quantisation) => {
+            let rule = Some(quantisation.activation_rule());
+            hf::write_values(at, model.config(), rule, model.frozen_parameters())?;
+            hf::write_tensors(&at.join(MASTERS), model.config(), model.parameters())?;
         }
     }
     hf::write_bytes(&at.join(TOKENIZER), &data.tokenizer_json)?;

@@ -37,12 +37,13 @@ mod values;
 
 pub use embed::{EMBED_COMPANIONS, EmbedDefaults, Pooling};
 pub use error::LoadError;
+pub(crate) use hf::EXTENSION;
 pub use hf::{COMPANIONS, Style};
 pub use source::{Content, OpenOptions, Rotated, Signs, TensorInfo, Weights};
 pub(crate) use tokenizer_source::{END_OF_GENERATION, end_of_generation};
 pub use tokenizer_source::{GgufTokenizer, TokenizerSource};
 
-use bitnet_burn::{FloatPart, ModelConfig, Norm, Projection};
+use bitnet_burn::{ActivationRule, FloatPart, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::GgufFile;
 use bitnet_burn_formats::{DenseTensor, FileError, FileMap, TernaryTensor, check_canonical, safetensors};
 use bytes::Bytes;
@@ -182,6 +183,19 @@ impl Checkpoint {
     /// The size of a projection's weights, where the header says that they are [dense](Weights::Dense).
     pub fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64> {
         self.source.dense_bytes(layer, which)
+    }
+
+    /// How activations are quantised by a rule: what the files declare for [`ActivationRule::Model`], if they do.
+    pub fn activations(&self, rule: ActivationRule) -> ActivationRule {
+        match rule {
+            ActivationRule::Model => self.declared_activations().unwrap_or(rule),
+            _ => rule,
+        }
+    }
+
+    /// How the files declare that activations are quantised, where they use a key of this project for that.
+    pub(crate) fn declared_activations(&self) -> Option<ActivationRule> {
+        self.source.activations()
     }
 
     /// How a matrix is rotated, if it is.

@@ -3,7 +3,7 @@
 use super::embed::{EmbedDefaults, Pooling};
 use super::error::LoadError;
 use super::tokenizer_source::TokenizerSource;
-use bitnet_burn::{FloatPart, GatedActivation, Norm, Projection};
+use bitnet_burn::{ActivationRule, FloatPart, GatedActivation, Norm, Projection};
 use bitnet_burn_formats::files::FileIdentity;
 use bitnet_burn_formats::{DenseTensor, FileMap, FormatError, TernaryTensor, canonical};
 use bytes::Bytes;
@@ -126,6 +126,10 @@ pub(crate) trait Source: Send + Sync {
     fn output(&self) -> Result<Option<DenseTensor>, LoadError>;
     /// How a matrix is rotated, if it is.
     fn rotation(&self, _: Rotated) -> Option<Signs> {
+        None
+    }
+    /// How the activations of projections that are not [`Weights::Ternary`] are quantised, where the files say so.
+    fn activations(&self) -> Option<ActivationRule> {
         None
     }
     fn tokenizer_source(&self) -> TokenizerSource;

@@ -162,11 +162,12 @@ impl EngineOptions {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_checkpoint(
-        self,
+        mut self,
         checkpoint: Checkpoint,
         opening: Duration,
         on_event: &mut dyn FnMut(OpenEvent),
     ) -> Result<Engine, EngineError> {
+        self.load.activations = checkpoint.activations(self.load.activations);
         if self.load.activations == ActivationRule::Float && self.load.head != HeadMode::File {
             return Err(EngineError::HeadOfFloats { head: self.load.head });
         }

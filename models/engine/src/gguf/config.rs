@@ -208,13 +208,17 @@ pub(super) fn write_rotations(
     Ok(())
 }
 
-/// Says whether ternary weights with one scale have int8 activations by row, where architecture and type say otherwise.
+/// Says how the source declares that activations are quantised, if it does, and whether ternary weights with one scale have int8
+/// activations by row, where architecture and type say otherwise.
 pub(super) fn write_activations(
     writer: &mut GgufWriter<'_>,
     architecture: Architecture,
     checkpoint: &Checkpoint,
     ternary: TernaryType,
 ) -> Result<(), WriteError> {
+    if let Some(rule) = checkpoint.declared_activations() {
+        writer.set(names::ACTIVATIONS, rule.to_string())?;
+    }
     let int8 = checkpoint.dense_bytes(0, Projection::Q).is_none();
     if names::int8_rows(architecture.name(), ternary.into()) != int8 && ternary.blocks().is_some() {
         writer.set(format!("{}.{}", architecture.name(), names::INT8_ACTIVATIONS), int8)?;

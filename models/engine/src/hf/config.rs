@@ -1,18 +1,23 @@
 //! `config.json`, with the keys that transformers knows, as the reader of these directories reads it.
 
 use super::HfWriteError;
-use crate::checkpoint::Style;
 use crate::checkpoint::hf::experts::MAPLE_CLAMP;
-use bitnet_burn::{DecoderOptions, Experts, ModelConfig, RopeScaling, SlidingWindows};
+use crate::checkpoint::{EXTENSION, Style};
+use bitnet_burn::{ActivationRule, DecoderOptions, Experts, ModelConfig, RopeScaling, SlidingWindows};
 use bitnet_burn_formats::safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-/// What transformers reads. The keys are those that all of its versions with the model know.
+/// What transformers reads. The keys are those that all of its versions with the model know, and one of this project that it
+/// ignores.
 ///
 /// # Errors
 /// [`HfWriteError::Inexpressible`]
-pub(super) fn config_json(config: &ModelConfig, style: Style, dtype: Dtype) -> Result<Value, HfWriteError> {
-    let (class, model_type) = model_type(config, style)?;
+pub(super) fn config_json(
+    config: &ModelConfig,
+    (style, activations): (Style, Option<ActivationRule>),
+    dtype: Dtype,
+) -> Result<Value, HfWriteError> {
+    let (class, model_type) = model_type(config)?;
     let options = &config.options;
     let quantisation = |linear_class: &str, mode: &str| json!({"quant_method": "bitnet", "linear_class": linear_class, "quantization_mode": mode});
     let quantisation = match style {
@@ -53,6 +58,9 @@ pub(super) fn config_json(config: &ModelConfig, style: Style, dtype: Dtype) -> R
         if let Some(quantisation) = quantisation {
             object.insert("quantization_config".into(), quantisation);
         }
+        if let Some(rule) = activations.filter(|_| style == Style::Values) {
+            object.insert(EXTENSION.into(), json!({ "activations": rule }));
+        }
         if model_type == "llama" {
             object.insert("mlp_bias".into(), false.into());
         }
@@ -69,7 +77,7 @@ pub(super) fn config_json(config: &ModelConfig, style: Style, dtype: Dtype) -> R
 }
 
 /// transformers' class and name of a model.
-fn model_type(config: &ModelConfig, style: Style) -> Result<(&'static str, &'static str), HfWriteError> {
+fn model_type(config: &ModelConfig) -> Result<(&'static str, &'static str), HfWriteError> {
     let DecoderOptions { qk_norms, qkv_bias, output_bias, experts, windows, swiglu_clamp, .. } =
         &config.options;
     let DecoderOptions { delta_net, attention_gate, rope_dim, projection_norms, .. } = &config.options;
@@ -81,8 +89,6 @@ fn model_type(config: &ModelConfig, style: Style) -> Result<(&'static str, &'sta
         "it has norms before each projection, and no norms of queries and keys"
     } else if config.sub_norms && !config.options.is_default() {
         "it has sub-norms, and what BitNet has not"
-    } else if config.sub_norms && style == Style::Values {
-        "it has sub-norms, and no int8 activations by row"
     } else if maple && experts.is_none() {
         "it has sliding windows, and no experts"
     } else if experts.is_some() && !qk_norms {

@@ -1,6 +1,7 @@
 //! Hugging Face directories that lie: configurations, indices and safetensors files, each refused with an
 //! error that says what is wrong, without a panic and without an allocation out of proportion.
 
+use bitnet_burn::ActivationRule;
 use bitnet_burn::GatedActivation;
 use bitnet_burn::Projection;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions, TokenizerSource};
@@ -92,6 +93,7 @@ fn configurations_of_all_versions_are_read() {
 fn configurations_that_lie_are_refused() {
     let p = Model::packed;
     let q = |key: &str, value: Value| Model::packed().set(&format!("quantization_config/{key}"), value);
+    let values = || Model::online().set("model_type", json!("llama")).without("quantization_config");
     let cases: Vec<(&str, Model, &[&str])> = vec![
         ("no model type", p().without("model_type"), &["model_type", "config.json"]),
         ("other model type", p().set("model_type", json!("mamba")), &["`mamba`", "bitnet, llama"]),
@@ -190,6 +192,26 @@ fn configurations_that_lie_are_refused() {
             &["plain float", "online"],
         ),
         (
+            "activations that are none",
+            values().set("bitnet_burn", json!({"activations": "rows"})),
+            &["bitnet_burn.activations", "rows", "model, row, group:N, float"],
+        ),
+        (
+            "activations in odd groups",
+            values().set("bitnet_burn", json!({"activations": "group:33"})),
+            &["bitnet_burn.activations", "multiple of 32"],
+        ),
+        (
+            "a number of activations",
+            values().set("bitnet_burn", json!({"activations": 8})),
+            &["activations", "8"],
+        ),
+        (
+            "activations without a key",
+            values().set("bitnet_burn", json!("row")),
+            &["bitnet_burn", "an object"],
+        ),
+        (
             "a quantisation that is text",
             p().set("quantization_config", json!("x")),
             &["quant_method", "missing"],
@@ -210,6 +232,10 @@ fn configurations_that_lie_are_refused() {
         assert_refused(name, model.open(), parts);
     }
     assert!(q("modules_to_not_convert", json!(["lm_head"])).open().is_ok());
+    let stated = values().set("bitnet_burn", json!({"activations": "group:64"})).open().unwrap().checkpoint;
+    let rule = |asked| stated.activations(asked);
+    assert_eq!(rule(ActivationRule::Model), ActivationRule::Group(64));
+    assert_eq!(rule(ActivationRule::Float), ActivationRule::Float);
 }
 
 #[test]

@@ -21,7 +21,7 @@ use super::missing::instead;
 use super::source::{Content, OpenOptions, Rotated, Signs, Source, TensorInfo, Weights};
 use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, aligned_view, checked_rates, checked_scale, f32_tensor, floats, one_float};
-use bitnet_burn::{FloatPart, ModelConfig, Norm, Projection};
+use bitnet_burn::{ActivationRule, FloatPart, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::{GgufFile, GgufTensor, TensorType};
 use bitnet_burn_formats::iq_bn::IqBn;
 use bitnet_burn_formats::{
@@ -34,8 +34,8 @@ pub(super) use config::what_matters;
 use hadamard::Hadamard;
 use keys::wrong_value;
 use names::{
-    INT8_ACTIVATIONS, bias_name, float_part_name, int8_rows, is_gptj, neox_rows, norm_name, norm_name_of,
-    projection_name, projection_stem,
+    ACTIVATIONS, INT8_ACTIVATIONS, bias_name, float_part_name, int8_rows, is_gptj, neox_rows, norm_name,
+    norm_name_of, projection_name, projection_stem,
 };
 use std::collections::HashSet;
 use tokenizer::{check_tokenizer, tokenizer};
@@ -64,6 +64,8 @@ pub(crate) struct GgufModel {
     architecture: String,
     /// Whether ternary weights with one scale have int8 activations by row, where the file says so.
     int8_activations: Option<bool>,
+    /// How the others' activations are quantised, where it says so.
+    activations: Option<ActivationRule>,
 }
 
 impl GgufModel {
@@ -92,6 +94,7 @@ impl GgufModel {
             // Norms before each projection are BitNet's, whatever the architecture.
             int8_activations: int8_activations(&file, &config.architecture)?
                 .or(config.options.projection_norms.then_some(true)),
+            activations: activations(&file)?,
             architecture: config.architecture.clone(),
             file,
         };
@@ -436,6 +439,10 @@ impl Source for GgufModel {
         }
     }
 
+    fn activations(&self) -> Option<ActivationRule> {
+        self.activations
+    }
+
     fn tokenizer_source(&self) -> TokenizerSource {
         TokenizerSource::Gguf(Box::new(tokenizer(&self.file, self.pre.clone())))
     }
@@ -469,6 +476,14 @@ fn stored_shape(which: FloatPart, config: &ModelConfig) -> Vec<usize> {
         FloatPart::DeltaConvolution => vec![columns, rows],
         FloatPart::DeltaRate | FloatPart::DeltaBias => vec![columns],
     }
+}
+
+/// What the key [`ACTIVATIONS`] says.
+fn activations(file: &GgufFile) -> Result<Option<ActivationRule>, LoadError> {
+    let Some(value) = file.value(ACTIVATIONS) else { return Ok(None) };
+    let rule = value.as_str().and_then(|text| text.parse().ok());
+    let wrong = || wrong_value(file, ACTIVATIONS.to_owned(), value, "model, row, float or group:N");
+    rule.map(Some).ok_or_else(wrong)
 }
 
 /// What the key [`INT8_ACTIVATIONS`] says.

@@ -25,6 +25,10 @@ pub(crate) const MAPLE: &str = "maple";
 /// The key that says whether ternary weights with one scale have int8 activations by row. Only this program has it.
 pub(crate) const INT8_ACTIVATIONS: &str = "int8_activations";
 
+/// The key that says how activations of all other ternary weights are quantised, with the text of an
+/// [`ActivationRule`](bitnet_burn::ActivationRule). Only this program has it.
+pub(crate) const ACTIVATIONS: &str = "bitnet_burn.activations";
+
 /// Whether ternary weights with one scale have int8 activations by row in files without [`INT8_ACTIVATIONS`]. I2_S weights
 /// always have. Q2_0 and Prism ML's formats are those of models that were trained with float activations.
 pub(crate) fn int8_rows(architecture: &str, tensor_type: TensorType) -> bool {

@@ -7,6 +7,7 @@ mod fields;
 mod names;
 mod style;
 
+pub(crate) use style::EXTENSION;
 pub use style::Style;
 
 use super::embed::{EmbedDefaults, Pooling};
@@ -18,7 +19,7 @@ use super::values::{aligned, checked_rates, checked_scale, f32_tensor, floats, o
 use bitnet_burn::names::{
     EMBEDDING, HEAD, bias_name, float_part_name, norm_name, projection_name, scale_name,
 };
-use bitnet_burn::{FloatPart, ModelConfig, Norm, Projection};
+use bitnet_burn::{ActivationRule, FloatPart, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::files::{FileIdentity, identity_of};
 use bitnet_burn_formats::hf::unpack_to_canonical;
 use bitnet_burn_formats::quant::absmean_to_canonical;
@@ -30,7 +31,7 @@ use names::older_name;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
-use style::style;
+use style::{activations, style};
 
 /// The files that are read beside the tensors and their index, by the model or by its tokenizer, where they are there.
 pub const COMPANIONS: [&str; 6] = [
@@ -54,6 +55,7 @@ pub(crate) struct HfModel {
     /// The configurations and the tokenizer that are there, the safetensors, and the index if there is one.
     files: Vec<(PathBuf, FileIdentity)>,
     style: Style,
+    activations: Option<ActivationRule>,
     config: ModelConfig,
 }
 
@@ -94,7 +96,9 @@ impl HfModel {
         // Names first: who adds what `style` asks for is not to be refused for a tensor then.
         check_names(dir, &tensors, &config, warnings)?;
         let style = style(fields, &tensors, warnings)?;
-        let model = Self { dir: dir.to_owned(), json, tensors, maps, files, style, config: config.clone() };
+        let activations = if style == Style::Values { activations(fields)? } else { None };
+        let dir = dir.to_owned();
+        let model = Self { dir, json, tensors, maps, files, style, activations, config: config.clone() };
         model.check_tensors()?;
         Ok((model, config))
     }
@@ -431,6 +435,10 @@ impl Source for HfModel {
 
     fn output(&self) -> Result<Option<DenseTensor>, LoadError> {
         self.dense(HEAD, "the output head").map(Some)
+    }
+
+    fn activations(&self) -> Option<ActivationRule> {
+        self.activations
     }
 
     fn tokenizer_source(&self) -> TokenizerSource {

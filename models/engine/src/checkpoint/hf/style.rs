@@ -15,11 +15,14 @@
 //! in which direction their scale goes then (a factor of 5 where it is guessed wrong, which most norms hide), and a
 //! model of type `bitnet` is never meant to be computed as it is, unless its values are ternary already: such a directory is
 //! refused, with the lines to add to its `config.json`.
+//!
+//! How the activations of such projections were quantised in training is in a key of this project, which others ignore:
+//! `"bitnet_burn": {"activations": "group:64"}`, with the text of an [`ActivationRule`].
 
 use super::super::error::LoadError;
 use super::fields::Fields;
 use bitnet_burn::names::{norm_name, projection_module, projection_name};
-use bitnet_burn::{Norm, Projection};
+use bitnet_burn::{ActivationRule, Norm, Projection};
 use bitnet_burn_formats::safetensors::{Dtype, SafeTensor, dense_format};
 use bitnet_burn_formats::ternary::scaled_from_dense;
 use std::collections::BTreeMap;
@@ -48,6 +51,22 @@ fn of_bits(fields: Fields<'_>, tensors: &BTreeMap<String, SafeTensor>) -> Result
     }
     let packed = tensors.get(&projection_name(0, Projection::Q)).is_some_and(|t| t.dtype == Dtype::U8);
     Ok((!packed).then_some(Style::Online))
+}
+
+/// The key of `config.json` that is this project's.
+pub(crate) const EXTENSION: &str = "bitnet_burn";
+
+/// How the activations of projections are quantised, where that is stated.
+pub(super) fn activations(fields: Fields<'_>) -> Result<Option<ActivationRule>, LoadError> {
+    let Some(extension) = fields.within(EXTENSION) else { return Ok(None) };
+    if !extension.json.is_object() {
+        return Err(fields.wrong(EXTENSION, extension.json, "an object"));
+    }
+    let Some(text) = extension.str("activations")? else { return Ok(None) };
+    let wrong = |problem: String| {
+        extension.wrong(&format!("{EXTENSION}.activations"), &text.into(), &format!("a rule ({problem})"))
+    };
+    text.parse().map(Some).map_err(wrong)
 }
 
 /// Whether all values of a matrix are -s, 0 or s, with a scale s for each row or group.
