@@ -348,7 +348,7 @@ mod tests {
             error(&["b-00001-of-00002.gguf", "a.gguf", "b-00002-of-00002.gguf", "c\u{1b}.gguf"], "hf:o/n");
         let rows = "  hf:o/n:a.gguf                 2.00 MB\n  hf:o/n:b-00001-of-00002.gguf  4.00 MB\n";
         assert!(
-            several.contains(rows) && several.ends_with("hf:o/n:c\\u{1b}.gguf         2.00 MB"),
+            several.contains(rows) && several.ends_with("hf:o/n:c\\u{1b}.gguf           2.00 MB"),
             "{several}"
         );
         assert!(error(&["a.gguf"], "hf:o/n:b.gguf").contains("no file b.gguf. There are:\n  hf:o/n:a.gguf"));

@@ -200,3 +200,57 @@ impl BitNet {
         Ok(model)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use bitnet_burn_backends::GatedActivation;
+
+    use super::*;
+    use crate::DecoderOptions;
+
+    #[test]
+    fn a_model_gives_the_parameters_that_it_was_made_of() {
+        let config = ModelConfig {
+            architecture: "bitnet".into(),
+            name: None,
+            hidden_size: 8,
+            intermediate_size: 12,
+            n_layers: 2,
+            n_heads: 2,
+            n_kv_heads: 1,
+            head_dim: 4,
+            vocab_size: 4,
+            context_length: 8,
+            rope_theta: 10_000.0,
+            rms_norm_eps: 1e-5,
+            activation: GatedActivation::Silu,
+            sub_norms: false,
+            tied_embeddings: false,
+            bos_token: None,
+            eos_tokens: Vec::new(),
+            options: DecoderOptions::default(),
+        };
+        let with = |options: DecoderOptions| ModelConfig { options, ..config.clone() };
+        for config in [
+            config.clone(),
+            ModelConfig { sub_norms: true, tied_embeddings: true, ..config.clone() },
+            with(DecoderOptions { qk_norms: true, ..DecoderOptions::default() }),
+            with(DecoderOptions { projection_norms: true, ..DecoderOptions::default() }),
+        ] {
+            config.validate().unwrap();
+            let mut asked = Vec::new();
+            let model = BitNet::trainable(&config, true, &Device::flex(), &mut |name, shape| {
+                // Values of its own for each.
+                let values = vec![asked.len() as f32 + 1.0; shape.iter().product()];
+                asked.push((name.to_owned(), shape.to_vec(), values.clone()));
+                Ok::<_, Infallible>(values)
+            });
+            let mut given = model.unwrap().parameters();
+            given.sort_by(|a, b| a.0.cmp(&b.0));
+            asked.sort_by(|a, b| a.0.cmp(&b.0));
+            assert_eq!(given, asked, "{:?}", config.options);
+        }
+    }
+}
