@@ -78,39 +78,33 @@ impl Architecture {
     /// Why a model can't be written under it.
     pub(super) fn problem(self, config: &ModelConfig) -> Option<&'static str> {
         let DecoderOptions { qk_norms, qkv_bias, output_bias, experts, windows, .. } = &config.options;
-        let has = |found: bool, mine: bool, without: &'static str, with: &'static str| match (found, mine) {
-            (true, false) => Some(without),
-            (false, true) => Some(with),
-            _ => None,
-        };
-        let (normed, mixed) = (
-            matches!(self, Self::Qwen3 | Self::Qwen3Moe | Self::Maple),
-            matches!(self, Self::Qwen3Moe | Self::Maple),
-        );
-        let biased = *qkv_bias || *output_bias;
-        let problem = has(
-            *qk_norms,
-            normed,
-            "has no norms of queries and keys, and this model has",
-            "has norms of queries and keys, and this model has not",
-        );
-        let problem = problem.or_else(|| {
-            has(
+        let mixed = matches!(self, Self::Qwen3Moe | Self::Maple);
+        for (found, expected, lacks, has) in [
+            (
+                *qk_norms,
+                mixed || self == Self::Qwen3,
+                "has no norms of queries and keys, and this model has",
+                "has norms of queries and keys, and this model has not",
+            ),
+            (
                 experts.is_some(),
                 mixed,
                 "has no experts, and this model has",
                 "has experts, and this model has not",
-            )
-        });
-        let problem = problem.or_else(|| {
-            has(
+            ),
+            (
                 windows.is_some(),
                 self == Self::Maple,
                 "has no sliding windows, and this model has",
                 "has sliding windows, and this model has not",
-            )
-        });
-        problem.or_else(|| match self {
+            ),
+        ] {
+            if found != expected {
+                return Some(if found { lacks } else { has });
+            }
+        }
+        let biased = *qkv_bias || *output_bias;
+        match self {
             Self::BitnetB158 | Self::Bitnet if biased => Some("has no biases, and this model has"),
             Self::Qwen2 if !*qkv_bias => Some("has biases of q, k and v, and this model has not"),
             _ if self != Self::MiniCpm && config.options.has_factors() => {
@@ -122,7 +116,7 @@ impl Architecture {
                 Some("means SiLU, and this model has another activation")
             }
             _ => None,
-        })
+        }
     }
 }
 
