@@ -249,10 +249,16 @@ mod tests {
         assert!(write_nearest(DenseFormat::F16, 1, 64, nothing).is_err());
         assert!(write_nearest(DenseFormat::Q2_0, 1, 65, nothing).is_err());
         assert!(write_nearest(DenseFormat::Q2_0, usize::MAX, 64, nothing).is_err());
-        let large = |_: usize, x: &mut [f32]| Ok(x.fill(1e6));
+        let large = |_: usize, x: &mut [f32]| {
+            x.fill(1e6);
+            Ok(())
+        };
         let overflow = write_nearest(DenseFormat::Q2_0, 1, 64, large);
         assert!(matches!(overflow, Err(FormatError::ScaleOverflow { .. })), "{overflow:?}");
-        let nan = |_: usize, x: &mut [f32]| Ok(x[7] = f32::NAN);
+        let nan = |_: usize, x: &mut [f32]| {
+            x[7] = f32::NAN;
+            Ok(())
+        };
         let nan = write_nearest(DenseFormat::Q2_0, 2, 64, nan);
         assert!(matches!(nan, Err(FormatError::NotFinite { column: 7, .. })), "{nan:?}");
     }
@@ -260,7 +266,10 @@ mod tests {
     #[test]
     fn scales_that_f16_cannot_hold_become_the_nearest() {
         for (scale, expected) in [(0.1, f16::from_f32(0.1).to_f32()), (1e-9, 0.0)] {
-            let fill = |_: usize, x: &mut [f32]| Ok(x.fill(scale));
+            let fill = |_: usize, x: &mut [f32]| {
+                x.fill(scale);
+                Ok(())
+            };
             let data = write_nearest(DenseFormat::TQ2_0, 2, 256, fill).unwrap();
             assert_eq!(decoded(DenseFormat::TQ2_0, &data, 256), [expected; 512]);
         }
@@ -306,7 +315,7 @@ mod tests {
             let rows: Vec<f32> = (0..n * count).map(|i| halves[i % 72] * if i % 5 == 0 { -1.0 } else { 1.0 }).collect();
             let scales = Scales::from_rows(&rows, n, k, group).unwrap();
             let codes = canonical_rows(&weights, k);
-            let value = |i: usize| f32::from(weights[i]) * scales.get(i / k, if group == 0 { 0 } else { i % k / group }, k);
+            let value = |i: usize| f32::from(weights[i]) * scales.get(i / k, i % k / group_length(k, group), k);
             let values: Vec<f32> = (0..n * k).map(value).collect();
             for format in formats() {
                 let written = write(format, &codes, n, k, &scales);

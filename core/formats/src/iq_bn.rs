@@ -59,8 +59,7 @@ impl IqBn {
     /// # Errors
     /// [`FormatError::Empty`], [`TooLarge`](FormatError::TooLarge), [`NotAMultiple`](FormatError::NotAMultiple) (K by 64),
     /// [`Length`](FormatError::Length), [`InvalidCode`](FormatError::InvalidCode); for a scale
-    /// [`BadBlockScale`](FormatError::BadBlockScale) and [`ZeroBlockScale`](FormatError::ZeroBlockScale), whose block is the
-    /// row.
+    /// [`BadBlockScale`](FormatError::BadBlockScale), whose block is the row.
     pub fn to_canonical(self, data: &[u8], n: usize, k: usize) -> Result<(Vec<u8>, Vec<f32>), FormatError> {
         let (format, (scale_bytes, block_bytes)) = (self.name(), self.sizes());
         let size = canonical_bytes(format, n, k)?;
@@ -88,6 +87,10 @@ impl IqBn {
             };
             if let Some(column) = weights.iter().position(|&w| w > 1) {
                 return Err(FormatError::InvalidCode { format, row, column });
+            }
+            if scale == 0.0 {
+                // Values of 0: ik_llama.cpp writes a row of zeros as codes 2 with this scale.
+                weights.fill(0);
             }
             let mut one = SharedScale::new(format);
             one.add(row, scale, weights.iter().all(|&w| w == 0))?;
@@ -212,8 +215,10 @@ mod tests {
                 let error = format.to_canonical(&rows([0.5, bad]), 2, 128);
                 assert!(matches!(error, Err(FormatError::BadBlockScale { block: 1, .. })), "{error:?}");
             }
+            // A row of zeros.
             let zero = format.to_canonical(&rows([0.5, 0.0]), 2, 128);
-            assert!(matches!(zero, Err(FormatError::ZeroBlockScale { block: 1, .. })), "{zero:?}");
+            let codes = canonical_rows(&[[1; 128], [0; 128]].concat(), 128);
+            assert_eq!(zero, Ok((codes, vec![0.5, 0.0])));
             assert!(matches!(format.to_canonical(&good, 1, 128), Err(FormatError::Length { .. })));
             assert!(matches!(format.to_canonical(&good, 2, 100), Err(FormatError::NotAMultiple { .. })));
             assert!(format.to_canonical(&good, usize::MAX, 128).is_err());

@@ -87,47 +87,39 @@ impl Architecture {
     pub(super) fn problem(self, config: &ModelConfig) -> Option<&'static str> {
         let DecoderOptions { qk_norms, qkv_bias, output_bias, experts, windows, .. } = &config.options;
         let DecoderOptions { delta_net, attention_gate, rope_dim, projection_norms, .. } = &config.options;
-        let has = |found: bool, mine: bool, without: &'static str, with: &'static str| match (found, mine) {
-            (true, false) => Some(without),
-            (false, true) => Some(with),
-            _ => None,
-        };
-        let (normed, mixed) = (
-            matches!(self, Self::Qwen3 | Self::Qwen35 | Self::Qwen3Moe | Self::Maple),
-            matches!(self, Self::Qwen3Moe | Self::Maple),
-        );
-        let biased = *qkv_bias || *output_bias;
-        let problem = has(
-            *qk_norms,
-            normed,
-            "has no norms of queries and keys, and this model has",
-            "has norms of queries and keys, and this model has not",
-        );
-        let problem = problem.or_else(|| {
-            has(
+        let mixed = matches!(self, Self::Qwen3Moe | Self::Maple);
+        for (found, expected, lacks, has) in [
+            (
+                *qk_norms,
+                mixed || matches!(self, Self::Qwen3 | Self::Qwen35),
+                "has no norms of queries and keys, and this model has",
+                "has norms of queries and keys, and this model has not",
+            ),
+            (
                 experts.is_some(),
                 mixed,
                 "has no experts, and this model has",
                 "has experts, and this model has not",
-            )
-        });
-        let problem = problem.or_else(|| {
-            has(
+            ),
+            (
                 windows.is_some(),
                 self == Self::Maple,
                 "has no sliding windows, and this model has",
                 "has sliding windows, and this model has not",
-            )
-        });
-        let problem = problem.or_else(|| {
-            has(
+            ),
+            (
                 delta_net.is_some() || *attention_gate || rope_dim.is_some(),
                 self == Self::Qwen35,
                 "has no gated DeltaNets, no gates of attention and no RoPE on a part of a head, and this model has",
                 "has gated DeltaNets and gates of attention, and this model has not",
-            )
-        });
-        problem.or_else(|| match self {
+            ),
+        ] {
+            if found != expected {
+                return Some(if found { lacks } else { has });
+            }
+        }
+        let biased = *qkv_bias || *output_bias;
+        match self {
             Self::Qwen35 if delta_net.is_none() || !*attention_gate => {
                 Some("has gated DeltaNets and gates of attention, and this model lacks one of them")
             }
@@ -145,7 +137,7 @@ impl Architecture {
                 Some("means SiLU, and this model has another activation")
             }
             _ => None,
-        })
+        }
     }
 }
 

@@ -163,8 +163,25 @@ fn corpus() -> Vec<(&'static str, Vec<u8>, Vec<&'static str>)> {
     add("elements_overflow", change(&|r| r.tensors[0].dims = vec![1 << 32, 1 << 32]), &["`a`", "overflows"]);
     add("bytes_overflow", change(&|r| r.tensors[0].dims = vec![1 << 62]), &["`a`", "overflows"]);
     add("type_q2_k", change(&|r| r.tensors[0].kind = 10), &["`a`", "Q2_K (10)", "I2_S (36)", "Q6_K (14)"]);
-    let ik = ["`a`", "IQ2_BN_R4 of ik_llama.cpp (335)", "only ik_llama.cpp reads"];
+    let ik = ["`a`", "IQ2_BN_R4 of ik_llama.cpp (335)", "as iq2_bn, without --repack"];
+    let tl1 = [
+        "`a`",
+        "TL1 of bitnet.cpp (38)",
+        "setup_env.py -md MODEL -q i2_s",
+        "bitnet convert DIRECTORY --to gguf",
+    ];
     add("type_iq2_bn_r4", change(&|r| r.tensors[0].kind = 335), &ik);
+    add("type_tl1", change(&|r| r.tensors[0].kind = 38), &tl1);
+    add(
+        "iq2_bn_k_32",
+        change(&|r| (r.tensors[0].kind, r.tensors[0].dims[0]) = (135, 32)),
+        &["`a`", "IQ2_BN", "64"],
+    );
+    add(
+        "iq1_bn_short",
+        change(&|r| (r.tensors[0].kind, r.tensors[0].dims) = (134, vec![64, 1 << 20])),
+        &["`a`"],
+    );
     add("type_4711", change(&|r| r.tensors[0].kind = 4711), &["`a`", "4711 (unknown)"]);
     add(
         "i2_s_k_64",
@@ -252,7 +269,27 @@ fn models_that_contradict_themselves_are_refused() {
     not_ternary[129] = 0.5;
     let mut with_nan = vec![1.0f32; 128];
     with_nan[7] = f32::NAN;
+    let mut two_scales: Vec<u8> = [[0x55u8; 36]; 64].concat();
+    for (row, data) in two_scales.chunks_mut(36).enumerate() {
+        data[..4].copy_from_slice(&(if row == 9 { 0.25f32 } else { 0.5 }).to_le_bytes());
+        data[4] = 0b01_01_01_10;
+    }
     let cases: Vec<(&str, Raw, &[&str])> = vec![
+        (
+            "rows with two scales",
+            retype("blk.0.attn_k.weight", 135, two_scales),
+            &["blk.0.attn_k.weight", "IQ2_BN", "block 9 has the scale 0.25", "0.5"],
+        ),
+        (
+            "no activations in BitNet",
+            model().key("bitnet-b1.58.int8_activations", BOOL, [0]),
+            &["bitnet-b1.58.int8_activations", "false"],
+        ),
+        (
+            "activations that are a number",
+            model().key("bitnet-b1.58.int8_activations", U32, 1u32.to_le_bytes()),
+            &["bitnet-b1.58.int8_activations", "a bool"],
+        ),
         ("no architecture", model().without("general.architecture"), &["general.architecture", "bitnet-25"]),
         (
             "other architecture",

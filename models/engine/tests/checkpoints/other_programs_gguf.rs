@@ -2,7 +2,7 @@
 //! first where it is not.
 
 use bitnet_burn::{GatedActivation, Norm, Projection};
-use bitnet_burn_engine::checkpoint::{Checkpoint, LoadError, OpenOptions, Rotated};
+use bitnet_burn_engine::checkpoint::{Checkpoint, LoadError, OpenOptions, Rotated, Weights};
 use bitnet_burn_formats::FileError;
 
 use crate::gguf::*;
@@ -289,6 +289,90 @@ fn types_can_be_mixed() {
     assert_eq!(mixed.check().unwrap().zero_weights, reference.check().unwrap().zero_weights);
     let stored: Vec<_> = Projection::ALL.map(|which| mixed.projection(0, which).unwrap().stored_as).into();
     assert_eq!(stored, ["F32", "F16", "BF16", "Q4_0", "TQ2_0", "Q8_0", "I2_S"]);
+}
+
+/// Rows of 128 values in {-s, 0, s} as ik_llama.cpp's quantisers store them, with s before each.
+fn iq_bn(kind: u32, values: &[f32]) -> Vec<u8> {
+    let row = |values: &[f32]| {
+        let s = values.iter().fold(0.0f32, |s, v| s.max(v.abs()));
+        let code = |v: f32| if v.abs() < 0.5 * s { 1u32 } else { (1.0 + v.signum()) as u32 };
+        if kind == 135 {
+            let byte =
+                |v: &[f32], j: usize| (0..4).map(|i| code(v[16 * i + j]) << (2 * i)).sum::<u32>() as u8;
+            let blocks = values.chunks(64).flat_map(|v| (0..16).map(move |j| byte(v, j)));
+            return s.to_le_bytes().into_iter().chain(blocks).collect::<Vec<u8>>();
+        }
+        // The first weight is the last digit.
+        let byte = |v: &mut dyn DoubleEndedIterator<Item = f32>| {
+            let number = v.rev().fold(0, |number, v| 3 * number + code(v));
+            (256 * number).div_ceil(243) as u8
+        };
+        let mut out = half(s).to_vec();
+        for v in values.chunks(64) {
+            for v in v.chunks(16) {
+                out.extend(v[..15].chunks(5).map(|v| byte(&mut v.iter().copied())));
+            }
+            out.push(byte(&mut v.iter().skip(15).step_by(16).copied()));
+        }
+        out
+    };
+    values.chunks(128).flat_map(row).collect()
+}
+
+/// A number in 0.25, 0.5, 1 and 2 as f16.
+fn half(v: f32) -> [u8; 2] {
+    let exponent = (v.to_bits() >> 23) as u16 + 15 - 127;
+    (exponent << 10).to_le_bytes()
+}
+
+/// `ik_llama.cpp`'s ternary types: the weights of the I2_S file that they are made of, or a scale for each row.
+#[test]
+fn rows_that_begin_with_their_scale_are_read() {
+    let dir = Dir::new();
+    let values = |checkpoint: &Checkpoint, which: Projection| {
+        let weights = checkpoint.weights(0, which).unwrap();
+        let (n, k) = weights.shape();
+        let mut values = vec![0.0; n * k];
+        values.chunks_mut(k).enumerate().for_each(|(row, values)| weights.decode_row(row, values).unwrap());
+        values
+    };
+    let parts = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+    let expected = dir.open_and_check(&model()).unwrap();
+    for kind in [134, 135] {
+        let mut raw = model();
+        for (part, which) in parts.into_iter().zip(Projection::ALL) {
+            let tensor = raw.tensor_mut(&format!("blk.0.{part}.weight"));
+            (tensor.kind, tensor.data) = (kind, iq_bn(kind, &values(&expected, which)));
+        }
+        let read = dir.open_and_check(&raw).unwrap();
+        for which in Projection::ALL {
+            let [a, b] = [&expected, &read].map(|c| c.projection(0, which).unwrap());
+            assert!(a.codes == b.codes && a.scale == b.scale, "{kind} {which:?}");
+            assert_eq!(b.stored_as, if kind == 134 { "IQ1_BN" } else { "IQ2_BN" });
+        }
+        // A model that is not BitNet may have a scale for each row, which need be no f16.
+        for key in &mut raw.keys {
+            key.0 = String::from_utf8(key.0.clone()).unwrap().replace("bitnet-b1.58.", "llama.").into_bytes();
+        }
+        *raw.value("general.architecture") = string("llama");
+        raw.tensors.retain(|t| !String::from_utf8_lossy(&t.name).contains("sub_norm"));
+        for (factor, format) in [(1.0, "Q2_0"), (1.1, "F32")] {
+            if kind == 134 && factor != 1.0 {
+                continue;
+            }
+            let mut rows = values(&expected, Projection::Up);
+            let scale = |row: usize| factor * [0.5, 1.0, 2.0, 4.0][row % 4];
+            rows.iter_mut().enumerate().for_each(|(i, v)| *v *= scale(i / 128));
+            let tensor = raw.tensor_mut("blk.0.ffn_up.weight");
+            tensor.data = iq_bn(kind, &rows);
+            let read = dir.open_and_check(&raw).unwrap();
+            assert!(values(&read, Projection::Up) == rows, "{kind}");
+            let Weights::Dense(up) = read.weights(0, Projection::Up).unwrap() else { panic!("one scale") };
+            assert_eq!(up.format.name(), format);
+            // Its other projections have one scale.
+            assert!(read.projection(0, Projection::Gate).is_ok());
+        }
+    }
 }
 
 const INT32: u32 = 5;

@@ -296,7 +296,8 @@ fn rounded_inverse(
 ) -> bool {
     let error = (copy.scale / tensor.scale - 1.0).abs();
     let inverse = matches!(target, Target::Hf { style: Style::PackedInverse, .. });
-    if !inverse || error.is_nan() || error > 2.0 * f32::EPSILON {
+    let near = error <= 2.0 * f32::EPSILON;
+    if !inverse || !near {
         return false;
     }
     let scales = summary.scales.get_or_insert_with(|| RoundedScales {
