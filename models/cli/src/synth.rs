@@ -33,9 +33,9 @@ pub struct SynthArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Which weights share a scale: those of a tensor (I2_S), a row (TQ2_0), or a group (group:64 is Q2_0, group:128 is
-    /// PQ2_0)
-    #[arg(long, value_enum, value_name = "WEIGHTS", default_value_t = Scales::Tensor)]
-    scales: Scales,
+    /// PQ2_0) [default: tensor; row for experts]
+    #[arg(long, value_enum, value_name = "WEIGHTS")]
+    scales: Option<Scales>,
     /// Type of the embedding, and of the output head where that is not tied [default: q6_k; that of the projections with
     /// scales of groups]
     #[arg(long, value_enum, value_name = "TYPE")]
@@ -105,6 +105,7 @@ Examples:
   bitnet synth --shape 2b-4t --out 2b.gguf          # BitNet b1.58 2B-4T, 790 MB
   bitnet synth --shape 2b-4t --embedding-type f16 --out 2b-f16.gguf
   bitnet synth --shape bonsai-1.7b --scales group:64 --out bonsai.gguf
+  bitnet synth --shape bonsai-27b --scales group:128 --out bonsai-27b.gguf   # gated DeltaNets, 7.5 GB
   bitnet synth --hidden-size 512 --intermediate-size 1536 --layers 4 --heads 8 --kv-heads 2 --out small.gguf";
 
 #[derive(Serialize)]
@@ -151,7 +152,8 @@ impl SynthArgs {
 pub fn run(args: SynthArgs) -> anyhow::Result<()> {
     let config = args.config()?;
     let path = args.out.clone().unwrap_or_else(|| format!("bitnet-{}.gguf", args.shape).into());
-    let scales = SynthScales::from(args.scales);
+    let default = if config.options.experts.is_some() { Scales::Row } else { Scales::Tensor };
+    let scales = SynthScales::from(args.scales.unwrap_or(default));
     let embedding = args.embedding_type.map_or(scales.embedding(), DenseFormat::from);
     let options = SynthOptions { config, scales, embedding, seed: args.seed };
     let bar = output::bar(0, "writing [{bar:30}] {bytes}/{total_bytes}");

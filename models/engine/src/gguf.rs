@@ -172,7 +172,7 @@ fn matrix(
 }
 
 /// The projections of a layer by tensors: one has the matrices of all experts.
-fn tensors_of_layer(layer: usize, config: &ModelConfig) -> Vec<Vec<Projection>> {
+pub(crate) fn tensors_of_layer(layer: usize, config: &ModelConfig) -> Vec<Vec<Projection>> {
     let of_layer = Projection::of_layer(layer, config).into_iter();
     let mut tensors: Vec<Vec<_>> =
         of_layer.filter(|which| which.expert().is_none()).map(|which| vec![which]).collect();

@@ -7,6 +7,7 @@
 //! | tensor | values |
 //! | --- | --- |
 //! | projections | -1, 0, 1, equally often (to within 2^-16); scales so that outputs have variance 1: one (I2_S), or random ones of rows (TQ2_0) or groups (Q2_0, PQ2_0) |
+//! | routers, parts of gated DeltaNets (F32) | uniform; memories decay by a few percent a row |
 //! | norms (F32) | uniform in 0.75 .. 1.25 |
 //! | embedding, output head | mean 0, standard deviation 1 / sqrt(hidden), so that logits have variance 1 |
 //!
@@ -23,17 +24,38 @@ use bitnet_burn_formats::dense::DenseFormat;
 use bitnet_burn_formats::gguf::{Array, GgufWriter, TensorType};
 use bitnet_burn_formats::random::SplitMix64;
 
-use crate::gguf::{GgufWriteError, norm_name, projection_name, write_config};
-use bitnet_burn::{ConfigError, DecoderOptions, GatedActivation, ModelConfig};
-use bitnet_burn::{Norm, Projection};
+use crate::checkpoint::gguf::names::{float_part_name, norm_name_of};
+use crate::gguf::{
+    Architecture, GgufWriteError, TernaryType, norm_name, projection_name, tensors_of_layer, write_config,
+};
+use bitnet_burn::{
+    ConfigError, DecoderOptions, DeltaNet, Experts, FloatPart, GatedActivation, ModelConfig, Norm,
+    Projection, SlidingWindows,
+};
 
 /// The names that [`shape`] knows.
-pub const SHAPES: [&str; 9] =
-    ["tiny", "small", "0.7b", "2b-4t", "bonsai-1.7b", "bonsai-4b", "bonsai-8b", "llama3-8b", "bitnet-3b"];
+pub const SHAPES: [&str; 14] = [
+    "tiny",
+    "tiny-hybrid",
+    "tiny-experts",
+    "small",
+    "0.7b",
+    "2b-4t",
+    "bonsai-1.7b",
+    "bonsai-4b",
+    "bonsai-8b",
+    "bonsai-27b",
+    "maple-20b-a1b",
+    "llama3-8b",
+    "bitnet-3b",
+    "trilm-3.9b",
+];
 
 /// A model's shape by name: `2b-4t` is BitNet b1.58 2B-4T (arXiv 2504.12285), `0.7b` the older BitNet
-/// b1.58 of 0.7 billion parameters, `bitnet-3b` of 3; `bonsai-*` are Ternary-Bonsai's (Qwen3), `llama3-8b` is Llama 3 8B;
-/// `tiny` and `small` are for tests.
+/// b1.58 of 0.7 billion parameters, `bitnet-3b` of 3; `bonsai-*` are Ternary-Bonsai's (Qwen3; the largest has gated DeltaNets),
+/// `llama3-8b` is Llama 3 8B, `trilm-3.9b` the largest of TriLM (arXiv 2407.12327). `maple-20b-a1b` has Maple's layers, experts
+/// and windows; its widths are chosen for its numbers of parameters, since no published configuration was at hand.
+/// `tiny`, `tiny-hybrid`, `tiny-experts` and `small` are for tests.
 pub fn shape(name: &str) -> Option<ModelConfig> {
     let base = ModelConfig {
         architecture: "bitnet-b1.58".into(),
@@ -95,6 +117,23 @@ pub fn shape(name: &str) -> Option<ModelConfig> {
         "bonsai-8b" => {
             ModelConfig { tied_embeddings: false, ..qwen3(sized(4096, 12_288, 36, [32, 8, 128], 151_936)) }
         }
+        "bonsai-27b" => hybrid(sized(5120, 17_408, 64, [24, 4, 256], 248_320), [16, 48, 128, 128]),
+        "maple-20b-a1b" => maple(sized(2048, 512, 24, [32, 4, 128], 151_936), 256, 8, 512),
+        "trilm-3.9b" => ModelConfig {
+            architecture: "llama".into(),
+            context_length: 2048,
+            rope_theta: 10_000.0,
+            activation: GatedActivation::Silu,
+            sub_norms: false,
+            tied_embeddings: false,
+            ..sized(3072, 9216, 30, [24, 24, 128], 50_688)
+        },
+        "tiny-hybrid" => {
+            ModelConfig { context_length: 512, ..hybrid(sized(256, 512, 4, [4, 2, 64], 512), [2, 4, 64, 64]) }
+        }
+        "tiny-experts" => {
+            ModelConfig { context_length: 512, ..maple(sized(256, 256, 4, [4, 2, 64], 512), 8, 2, 32) }
+        }
         "llama3-8b" => ModelConfig {
             architecture: "llama".into(),
             context_length: 8192,
@@ -120,6 +159,46 @@ fn qwen3(size: ModelConfig) -> ModelConfig {
         sub_norms: false,
         options: DecoderOptions { qk_norms: true, ..DecoderOptions::default() },
         ..size
+    }
+}
+
+/// What all sizes of Qwen3.5 share: attention in every fourth layer, and gated DeltaNets in the others.
+fn hybrid(size: ModelConfig, [key_heads, value_heads, key_dim, value_dim]: [usize; 4]) -> ModelConfig {
+    let layers = (1..=size.n_layers).map(|layer| !layer.is_multiple_of(4)).collect();
+    let (taps, tiled, grouped_output) = (4, true, false);
+    let delta_net =
+        DeltaNet { layers, key_heads, value_heads, key_dim, value_dim, taps, tiled, grouped_output };
+    let config = qwen3(size);
+    ModelConfig {
+        architecture: "qwen35".into(),
+        context_length: 262_144,
+        rope_theta: 1e7,
+        tied_embeddings: false,
+        options: DecoderOptions {
+            attention_gate: true,
+            rope_dim: Some(config.head_dim / 4),
+            delta_net: Some(delta_net),
+            ..config.options.clone()
+        },
+        ..config
+    }
+}
+
+/// What Maple's sizes share: experts in every layer, and windows in three of four.
+fn maple(size: ModelConfig, count: usize, used: usize, positions: usize) -> ModelConfig {
+    let layers: Vec<bool> = (1..=size.n_layers).map(|layer| !layer.is_multiple_of(4)).collect();
+    let (intermediate_size, n_layers, config) = (size.intermediate_size, size.n_layers, qwen3(size));
+    let experts = Experts { count, used, intermediate_size, renormalise: true, dense_layers: Vec::new() };
+    ModelConfig {
+        architecture: "maple".into(),
+        tied_embeddings: false,
+        options: DecoderOptions {
+            experts: Some(experts),
+            windows: Some(SlidingWindows { positions, layers, global_rope: false }),
+            swiglu_clamp: vec![7.0; n_layers],
+            ..config.options.clone()
+        },
+        ..config
     }
 }
 
@@ -192,6 +271,11 @@ pub enum SynthError {
          the beginning of text and the ends of text and turn"
     )]
     Vocabulary(usize),
+    /// The matrices of all experts are one tensor.
+    #[error(
+        "I2_S has one scale for all experts of a layer; choose scales of rows or groups (`--scales row`)"
+    )]
+    Experts,
     /// The file.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -212,6 +296,9 @@ pub fn write(path: &Path, options: &SynthOptions, progress: &dyn Fn(u64, u64)) -
     if config.vocab_size < MIN_VOCABULARY {
         return Err(SynthError::Vocabulary(config.vocab_size));
     }
+    if config.options.experts.is_some() && options.scales == SynthScales::Tensor {
+        return Err(SynthError::Experts);
+    }
     let (written, total) = (Cell::new(0u64), Cell::new(0u64));
     let advance = |bytes: usize| {
         written.set(written.get() + bytes as u64);
@@ -221,49 +308,19 @@ pub fn write(path: &Path, options: &SynthOptions, progress: &dyn Fn(u64, u64)) -
     write_config(&mut writer, config)?;
     tokenizer(&mut writer, config)?;
     dense(&mut writer, "token_embd.weight", options, &advance)?;
+    let architecture = Architecture::of(config, TernaryType::I2_S).map_or("", Architecture::name);
     for layer in 0..config.n_layers {
         for which in Norm::of_layer(layer, config) {
-            norm(&mut writer, which, options)?;
+            norm(&mut writer, norm_name_of(architecture, which), which.len(config), options)?;
         }
-        for which in Projection::ALL {
-            let (n, k) = which.shape(config);
-            let name = projection_name(layer, which);
-            let mut random = options.random(&name);
-            let (advance, scales) = (&advance, options.scales);
-            writer.tensor(name, &[k as u64, n as u64], scales.tensor_type(), move |out| {
-                let format = match scales {
-                    SynthScales::Tensor => {
-                        return random_i2_s(n * k / 4, (1.5 / k as f32).sqrt(), &mut random, out, advance);
-                    }
-                    SynthScales::Row => DenseFormat::TQ2_0,
-                    SynthScales::Group64 => DenseFormat::Q2_0,
-                    SynthScales::Group128 => DenseFormat::PQ2_0,
-                };
-                let mut bytes = Vec::with_capacity(format.row_bytes(k).unwrap_or(0));
-                for _ in 0..n {
-                    bytes.clear();
-                    format.random_row(
-                        k / format.block_len(),
-                        1.0 / (k as f32).sqrt(),
-                        &mut random,
-                        &mut bytes,
-                    );
-                    if scales == SynthScales::Row {
-                        // A block ends with its scale.
-                        let block = format.block_bytes();
-                        let scale = [bytes[block - 2], bytes[block - 1]];
-                        bytes
-                            .chunks_exact_mut(block)
-                            .for_each(|bytes| bytes[block - 2..].copy_from_slice(&scale));
-                    }
-                    out.write_all(&bytes)?;
-                    advance(bytes.len());
-                }
-                Ok(())
-            })?;
+        for which in FloatPart::of_layer(layer, config) {
+            float_part(&mut writer, layer, which, options)?;
+        }
+        for all in tensors_of_layer(layer, config) {
+            projection(&mut writer, layer, &all, options, &advance)?;
         }
     }
-    norm(&mut writer, Norm::Output, options)?;
+    norm(&mut writer, norm_name(Norm::Output), config.hidden_size, options)?;
     if !config.tied_embeddings {
         dense(&mut writer, "output.weight", options, &advance)?;
     }
@@ -305,10 +362,85 @@ fn dense<'a>(
     Ok(())
 }
 
-fn norm(writer: &mut GgufWriter<'_>, which: Norm, options: &SynthOptions) -> Result<(), WriteError> {
-    let name = norm_name(which);
+/// Adds the matrix of a projection, or those of all experts.
+fn projection<'a>(
+    writer: &mut GgufWriter<'a>,
+    layer: usize,
+    all: &[Projection],
+    options: &'a SynthOptions,
+    advance: &'a dyn Fn(usize),
+) -> Result<(), WriteError> {
+    let (which, count, scales) = (all[0], all.len(), options.scales);
+    let (n, k) = which.shape(&options.config);
+    let name = projection_name(layer, which);
     let mut random = options.random(&name);
-    let weights = (0..which.len(&options.config)).map(|_| 0.75 + 0.5 * unit(&mut random)).collect();
+    let mut dims = vec![k as u64, n as u64];
+    dims.extend(which.expert().map(|_| count as u64));
+    writer.tensor(name, &dims, scales.tensor_type(), move |out| {
+        let format = match scales {
+            SynthScales::Tensor => {
+                return random_i2_s(n * k / 4, (1.5 / k as f32).sqrt(), &mut random, out, advance);
+            }
+            SynthScales::Row => DenseFormat::TQ2_0,
+            SynthScales::Group64 => DenseFormat::Q2_0,
+            SynthScales::Group128 => DenseFormat::PQ2_0,
+        };
+        let mut bytes = Vec::with_capacity(format.row_bytes(k).unwrap_or(0));
+        for _ in 0..n * count {
+            bytes.clear();
+            format.random_row(k / format.block_len(), 1.0 / (k as f32).sqrt(), &mut random, &mut bytes);
+            if scales == SynthScales::Row {
+                // A block ends with its scale.
+                let block = format.block_bytes();
+                let scale = [bytes[block - 2], bytes[block - 1]];
+                bytes.chunks_exact_mut(block).for_each(|bytes| bytes[block - 2..].copy_from_slice(&scale));
+            }
+            out.write_all(&bytes)?;
+            advance(bytes.len());
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// Adds a router, or a part of a gated DeltaNet, as F32.
+fn float_part(
+    writer: &mut GgufWriter<'_>,
+    layer: usize,
+    which: FloatPart,
+    options: &SynthOptions,
+) -> Result<(), WriteError> {
+    let name = float_part_name(layer, which);
+    let (mut random, [rows, columns]) = (options.random(&name), which.shape(&options.config));
+    let centred = |random: &mut SplitMix64| 2.0 * unit(random) - 1.0;
+    // Outputs of variance 1, decays of a few percent a row, taps that keep the variance.
+    let matrix = (3.0 / columns as f32).sqrt();
+    let value = |random: &mut SplitMix64| match which {
+        FloatPart::Router | FloatPart::DeltaDecay | FloatPart::DeltaStrength => centred(random) * matrix,
+        FloatPart::DeltaConvolution => centred(random) * (3.0 / rows as f32).sqrt(),
+        FloatPart::DeltaRate => -0.1 * unit(random),
+        FloatPart::DeltaBias => centred(random),
+    };
+    let values: Vec<f32> = (0..rows * columns).map(|_| value(&mut random)).collect();
+    let dims = match which {
+        FloatPart::DeltaConvolution => vec![rows as u64, columns as u64],
+        FloatPart::DeltaRate | FloatPart::DeltaBias => vec![columns as u64],
+        _ => vec![columns as u64, rows as u64],
+    };
+    writer.tensor(name, &dims, DenseFormat::F32, move |out| {
+        values.iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
+    })?;
+    Ok(())
+}
+
+fn norm(
+    writer: &mut GgufWriter<'_>,
+    name: String,
+    len: usize,
+    options: &SynthOptions,
+) -> Result<(), WriteError> {
+    let mut random = options.random(&name);
+    let weights = (0..len).map(|_| 0.75 + 0.5 * unit(&mut random)).collect();
     writer.vector(name, weights)?;
     Ok(())
 }
@@ -506,6 +638,32 @@ mod tests {
             write(&path, &options, &|_, _| ()).unwrap();
             assert_ne!(first, std::fs::read(&path).unwrap());
         }
+    }
+
+    #[test]
+    fn experts_and_gated_delta_nets_are_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.gguf");
+        for (name, scales) in [
+            ("tiny-hybrid", SynthScales::Tensor),
+            ("tiny-hybrid", SynthScales::Group128),
+            ("tiny-experts", SynthScales::Row),
+        ] {
+            let config = shape(name).unwrap();
+            let options = SynthOptions { config, scales, embedding: DenseFormat::Q6_K, seed: 3 };
+            let size = write(&path, &options, &|_, _| ()).unwrap();
+            assert_eq!(std::fs::metadata(&path).unwrap().len(), size);
+            let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
+            assert_eq!(
+                (checkpoint.config(), checkpoint.warnings()),
+                (&options.config, &[String::new(); 0][..])
+            );
+            checkpoint.check().unwrap();
+        }
+        let config = shape("tiny-experts").unwrap();
+        let options =
+            SynthOptions { config, scales: SynthScales::Tensor, embedding: DenseFormat::F16, seed: 0 };
+        assert!(matches!(write(&path, &options, &|_, _| ()), Err(SynthError::Experts)));
     }
 
     #[test]
