@@ -4,7 +4,7 @@ mod config;
 mod matrices;
 mod readers;
 
-use crate::checkpoint::gguf::names::{bias_name, float_part_name, gptj_rows, is_gptj, norm_name_of};
+use crate::checkpoint::gguf::names::{bias_name, float_part_name, is_gptj, norm_name_of};
 use crate::checkpoint::{Checkpoint, LoadError};
 use bitnet_burn::{FloatPart, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::GgufWriter;
@@ -140,7 +140,7 @@ pub fn write_checkpoint<'a>(
                 writer.tensor(bias_name(layer, which), &[n as u64], DenseFormat::F32, move |out| {
                     let bias = checkpoint.bias(layer, which).map_err(io::Error::other)?;
                     let bytes: Vec<u8> = bias.iter().flat_map(|v| v.to_le_bytes()).collect();
-                    out.write_all(&head.map_or(bytes.clone(), |head| gptj_rows(&bytes, n, head)))
+                    out.write_all(&matrices::ordered(&bytes, n, head))
                 })?;
             }
         }

@@ -103,7 +103,7 @@ pub(super) fn write(
 }
 
 /// Rows in the order in which they are written.
-fn ordered(rows: &[u8], n: usize, head: Option<usize>) -> Cow<'_, [u8]> {
+pub(super) fn ordered(rows: &[u8], n: usize, head: Option<usize>) -> Cow<'_, [u8]> {
     match head {
         Some(head) => Cow::Owned(gptj_rows(rows, n, head)),
         None => Cow::Borrowed(rows),
