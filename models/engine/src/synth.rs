@@ -655,8 +655,7 @@ mod tests {
             assert_eq!(std::fs::metadata(&path).unwrap().len(), size);
             let checkpoint = Checkpoint::open(&path, &OpenOptions::default()).unwrap();
             assert_eq!(checkpoint.config(), &options.config);
-            assert_eq!(checkpoint.warnings(), [""; 0]); 0][..])
-            );
+            assert_eq!(checkpoint.warnings(), [""; 0]);
             checkpoint.check().unwrap();
         }
         let config = shape("tiny-experts").unwrap();
