@@ -3,7 +3,9 @@
 
 use bitnet_burn::backends::ops::{MatrixScale, TernaryMatrix};
 use bitnet_burn::{
-    ActivationRule, BitLinear, BitLinearConfig, BitLinearWeight, Quantisation, RmsNormConfig, WeightScale,
+    ActivationRule, BitAttention, BitAttentionConfig, BitExpert, BitExpertsConfig, BitFeedForward,
+    BitFeedForwardConfig, BitLinear, BitLinearConfig, BitLinearWeight, GatedActivation, Quantisation,
+    RmsNormConfig, WeightScale,
 };
 use bitnet_burn_formats::{Scales, quant};
 use bitnet_burn_tests::*;
@@ -259,57 +261,132 @@ fn every_kind_survives_both_kinds_of_file() {
     let (n, k) = (48, 256);
     let mut random = Random(24);
     for device in host_devices() {
-        // (Scales that are f16 by chance: of weights that are ternary by group.)
-        let halves: Vec<f32> = (0..n * k).map(|i| [0.5, -0.5][i % 2] * (1 + i / 32 % 4) as f32).collect();
-        for weights in [uneven(&mut random, n * k), halves] {
-            for kind in kinds(k) {
-                let config = BitLinearConfig::new(k, n)
-                    .with_bias(true)
-                    .with_norm(true)
-                    .with_scale(kind.scale)
-                    .with_activations(kind.activations);
-                let mut latent = layer(&weights, [n, k], kind, &device)
-                    .with_bias(Param::from_tensor(tensor(&random.floats(n), [n], &device)))
-                    .with_norm(RmsNormConfig::new(k).init(&device));
-                latent.norm.as_mut().unwrap().gamma =
-                    Param::from_tensor(tensor(&random.floats(k), [k], &device));
-                let packed = latent.clone().pack().unwrap().into_canonical().unwrap();
-                let input = tensor(&random.floats(5 * k), [5, k], &device);
-                for (state, layer) in [("latent", latent), ("packed", packed)] {
-                    let want = values(layer.forward(input.clone()));
-                    let other = || match state {
-                        "latent" => config.init(&device),
-                        _ => config.init(&device).pack().unwrap().into_canonical().unwrap(),
-                    };
-                    let path = dir.path().join(state);
-                    let loaded = [
-                        {
-                            let store = || SafetensorsStore::from_file(&path).overwrite(true);
-                            layer.save_into(&mut store()).unwrap();
-                            let mut loaded = other();
-                            loaded.load_from(&mut store()).unwrap();
-                            loaded
-                        },
-                        {
-                            let store = || BurnpackStore::from_file(&path).overwrite(true);
-                            layer.save_into(&mut store()).unwrap();
-                            let mut loaded = other();
-                            loaded.load_from(&mut store()).unwrap();
-                            loaded
-                        },
-                    ];
-                    for loaded in loaded {
-                        let got = values(loaded.forward(input.clone()));
-                        assert_eq!(got, want, "{state} {kind:?} on {device:?}");
-                        if state == "packed" {
-                            assert_eq!(loaded.matrix().unwrap().codes.dtype(), DType::U32);
-                            let again = loaded.unpack().unwrap().pack().unwrap();
-                            assert_eq!(values(again.forward(input.clone())), want, "{kind:?}");
-                        }
+        let weights = uneven(&mut random, n * k);
+        for kind in kinds(k) {
+            let config = BitLinearConfig::new(k, n)
+                .with_bias(true)
+                .with_norm(true)
+                .with_scale(kind.scale)
+                .with_activations(kind.activations);
+            let mut latent = layer(&weights, [n, k], kind, &device)
+                .with_bias(Param::from_tensor(tensor(&random.floats(n), [n], &device)))
+                .with_norm(RmsNormConfig::new(k).init(&device));
+            latent.norm.as_mut().unwrap().gamma = Param::from_tensor(tensor(&random.floats(k), [k], &device));
+            let packed = latent.clone().pack().unwrap().into_canonical().unwrap();
+            let input = tensor(&random.floats(5 * k), [5, k], &device);
+            for (state, layer) in [("latent", latent), ("packed", packed)] {
+                let want = values(layer.forward(input.clone()));
+                let other = || match state {
+                    "latent" => config.init(&device),
+                    _ => config.init(&device).pack().unwrap().into_canonical().unwrap(),
+                };
+                let path = dir.path().join(state);
+                let loaded = [
+                    {
+                        let store = || SafetensorsStore::from_file(&path).overwrite(true);
+                        layer.save_into(&mut store()).unwrap();
+                        let mut loaded = other();
+                        loaded.load_from(&mut store()).unwrap();
+                        loaded
+                    },
+                    {
+                        let store = || BurnpackStore::from_file(&path).overwrite(true);
+                        layer.save_into(&mut store()).unwrap();
+                        let mut loaded = other();
+                        loaded.load_from(&mut store()).unwrap();
+                        loaded
+                    },
+                ];
+                for loaded in loaded {
+                    let got = values(loaded.forward(input.clone()));
+                    assert_eq!(got, want, "{state} {kind:?} on {device:?}");
+                    if state == "packed" {
+                        assert_eq!(loaded.matrix().unwrap().codes.dtype(), DType::U32);
+                        let again = loaded.unpack().unwrap().pack().unwrap();
+                        assert_eq!(values(again.forward(input.clone())), want, "{kind:?}");
                     }
                 }
             }
         }
+    }
+}
+
+/// Weights of files may have scales in f16; those that were trained have them in f32.
+#[test]
+fn scales_in_f16_load_into_a_trained_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let (n, k) = (33, 128);
+    let (device, mut random) = (flex(), Random(28));
+    let scales = Scales::from_rows(&[[0.5, -0.25]; 33].concat(), n, k, 64).unwrap();
+    assert!(scales.is_half());
+    let codes = canonical_rows(&random.ternary(n * k), k).into();
+    let matrix = MatrixScale::Groups { scales, activations: 32 };
+    let layer = BitLinear::from_matrix(TernaryMatrix::canonical(codes, matrix, n, k, &device));
+    let x = tensor(&random.floats(3 * k), [3, k], &device);
+    let store = || SafetensorsStore::from_file(dir.path().join("packed"));
+    layer.save_into(&mut store()).unwrap();
+    let mut loaded =
+        BitLinearConfig::new(k, n).with_scale(WeightScale::Group(64)).init(&device).pack().unwrap();
+    loaded = loaded.into_canonical().unwrap();
+    loaded.load_from(&mut store()).unwrap();
+    assert_eq!(values(loaded.forward(x.clone())), values(layer.forward(x)));
+}
+
+#[test]
+fn a_file_of_another_kind_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("packed");
+    let packed = |scale: WeightScale| {
+        let layer = BitLinearConfig::new(256, 40).with_scale(scale).init(&flex());
+        layer.pack().unwrap().into_canonical().unwrap()
+    };
+    let store = || SafetensorsStore::from_file(&path).overwrite(true);
+    packed(WeightScale::Group(64)).save_into(&mut store()).unwrap();
+    for scale in [WeightScale::Tensor, WeightScale::Row, WeightScale::Group(32)] {
+        let error = packed(scale).load_from(&mut store()).unwrap_err().to_string();
+        assert!(error.contains("scale"), "{scale}: {error}");
+    }
+}
+
+#[test]
+fn every_kind_moves_between_devices() {
+    let (n, k) = (20, 256);
+    let mut random = Random(27);
+    let (uneven, x) = (uneven(&mut random, n * k), random.floats(3 * k));
+    // With scales that are f16, which not every device has.
+    let halves: Vec<f32> = (0..n * k).map(|i| [0.5, -0.5][i % 2] * (1 + i / 32 % 4) as f32).collect();
+    for from in host_devices() {
+        for to in host_devices() {
+            for (weights, kind) in kinds(k).flat_map(|kind| [(&uneven, kind), (&halves, kind)]) {
+                let packed = layer(weights, [n, k], kind, &from).pack().unwrap();
+                let want = values(packed.forward(tensor(&x, [3, k], &from)));
+                let got = values(packed.to_device(&to).forward(tensor(&x, [3, k], &to)));
+                let what = format!("{kind:?} from {from:?} to {to:?}");
+                match kind.activation_group() {
+                    Some(_) => assert_eq!(got, want, "{what}"),
+                    None => assert_close(&got, &want, &what),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn layers_of_transformers_pass_their_kind_on() {
+    let (device, kind) =
+        (flex(), Quantisation { scale: WeightScale::Row, activations: ActivationRule::Float });
+    let Quantisation { scale, activations } = kind;
+    let attention = BitAttentionConfig::new(32, 2, 1, 16).with_scale(scale).with_activations(activations);
+    let attention = attention.init(&device);
+    let network = BitFeedForwardConfig::new(32, 64).with_scale(scale).with_activations(activations);
+    let network = network.init(GatedActivation::Relu2, &device);
+    let experts = BitExpertsConfig::new(32, 64, 2, 1).with_scale(scale).with_activations(activations);
+    let experts = experts.init(GatedActivation::Relu2, &device);
+    let BitExpert { gate_proj, up_proj, down_proj } = &experts.experts[1];
+    let BitAttention { q_proj, k_proj, v_proj, o_proj, .. } = &attention;
+    let BitFeedForward { gate_proj: gate, up_proj: up, down_proj: down, .. } = &network;
+    for layer in [q_proj, k_proj, v_proj, o_proj, gate, up, down, gate_proj, up_proj, down_proj] {
+        assert_eq!(layer.quantisation(), kind);
     }
 }
 

@@ -129,16 +129,28 @@ impl Scales {
     /// [`FormatError::TooLarge`], [`Length`](FormatError::Length), and [`NotFinite`](FormatError::NotFinite) with row and
     /// group.
     pub fn from_rows(rows: &[f32], n: usize, k: usize, group: usize) -> Result<Self, FormatError> {
+        let half = rows.iter().all(|&s| f16::from_f32(s).to_f32().to_bits() == s.to_bits());
+        Self::new(rows, n, k, group, half)
+    }
+
+    /// [`from_rows`](Self::from_rows), as f32 whatever they are: for matrices that move between devices, some of which have
+    /// no f16.
+    ///
+    /// # Errors
+    /// As [`from_rows`](Self::from_rows).
+    pub fn f32_from_rows(rows: &[f32], n: usize, k: usize, group: usize) -> Result<Self, FormatError> {
+        Self::new(rows, n, k, group, false)
+    }
+
+    fn new(rows: &[f32], n: usize, k: usize, group: usize, half: bool) -> Result<Self, FormatError> {
         let (count, too_large) = (groups(k, group), FormatError::TooLarge { format: "scales", n, k });
         let size = scale_count(n, k, group).ok_or(too_large)?;
         crate::check_length("scales", n, k, "values", n.checked_mul(count).ok_or(too_large)?, rows.len())?;
         if let Some(at) = rows.iter().position(|v| !v.is_finite()) {
             return Err(FormatError::NotFinite { row: at / count, column: at % count, value: rows[at] });
         }
-        let of = |s: f32| f16::from_f32(s);
-        let half = rows.iter().all(|&s| of(s).to_f32().to_bits() == s.to_bits());
         let bytes = match half {
-            true => Bytes::from_owner(Owner(in_blocks(rows, size, count, |s| of(s).to_bits()))),
+            true => Bytes::from_owner(Owner(in_blocks(rows, size, count, |s| f16::from_f32(s).to_bits()))),
             false => Bytes::from_owner(Owner(in_blocks(rows, size, count, |s| s))),
         };
         Ok(Self { group, half, bytes })

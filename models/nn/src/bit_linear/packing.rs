@@ -45,7 +45,8 @@ impl BitLinear {
             (WeightScale::Tensor, None | Some(0)) => MatrixScale::One(largest(&scales).max(quant::EPSILON)),
             _ => {
                 let rows = if scale == WeightScale::Tensor { scales.repeat(n) } else { scales };
-                let scales = Scales::from_rows(&rows, n, k, scale.group());
+                // In f32, so that the layer can move to any device.
+                let scales = Scales::f32_from_rows(&rows, n, k, scale.group());
                 let scales = scales.map_err(|error| ManagerError::Operands(error.to_string()))?;
                 MatrixScale::Groups { activations: group.unwrap_or(scales.group()), scales }
             }
