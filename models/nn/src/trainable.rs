@@ -241,7 +241,7 @@ mod tests {
         ] {
             config.validate().unwrap();
             let mut asked = Vec::new();
-            let model = BitNet::trainable(&config, true, &Device::flex(), &mut |name, shape| {
+            let model = BitNet::trainable(&config, true, &Device::flex().autodiff(), &mut |name, shape| {
                 // Values of its own for each.
                 let values = vec![asked.len() as f32 + 1.0; shape.iter().product()];
                 asked.push((name.to_owned(), shape.to_vec(), values.clone()));
