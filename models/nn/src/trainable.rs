@@ -241,12 +241,17 @@ mod tests {
         ] {
             config.validate().unwrap();
             let mut asked = Vec::new();
-            let model = BitNet::trainable(&config, true, &Device::flex().autodiff(), &mut |name, shape| {
-                // Values of its own for each.
-                let values = vec![asked.len() as f32 + 1.0; shape.iter().product()];
-                asked.push((name.to_owned(), shape.to_vec(), values.clone()));
-                Ok::<_, Infallible>(values)
-            });
+            let model = BitNet::trainable(
+                &config,
+                Some(Quantisation::default()),
+                &Device::flex().autodiff(),
+                &mut |name, shape| {
+                    // Values of its own for each.
+                    let values = vec![asked.len() as f32 + 1.0; shape.iter().product()];
+                    asked.push((name.to_owned(), shape.to_vec(), values.clone()));
+                    Ok::<_, Infallible>(values)
+                },
+            );
             let mut given = model.unwrap().parameters();
             given.sort_by(|a, b| a.0.cmp(&b.0));
             asked.sort_by(|a, b| a.0.cmp(&b.0));
