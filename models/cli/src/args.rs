@@ -69,8 +69,8 @@ impl fmt::Display for Model {
 /// The model's files.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// The model: a GGUF file, a directory with config.json and safetensors, or hf:OWNER/NAME[:FILE] for one of the
-    /// Hugging Face Hub, which is downloaded once [default: the built-in story model]
+    /// The model: a GGUF file, a directory with config.json and safetensors, or hf:OWNER/NAME or hf:OWNER/NAME:FILE.gguf for
+    /// one of the Hugging Face Hub, which is downloaded once [default: the built-in story model]
     #[arg(long, short, value_name = "PATH", value_parser = Model::parser(), help_heading = "Model")]
     pub model: Option<Model>,
     /// The feed-forward activation, for files that don't name it: relu2 or silu

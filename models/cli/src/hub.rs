@@ -1,4 +1,4 @@
-//! Models of the Hugging Face Hub: `hf:OWNER/NAME[:FILE]`.
+//! Models of the Hugging Face Hub: `hf:OWNER/NAME` or `hf:OWNER/NAME:FILE`.
 //!
 //! Their files lie in Hugging Face's own cache, so that all programs share them
 //! (<https://huggingface.co/docs/huggingface_hub/guides/manage-cache>):

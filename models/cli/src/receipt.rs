@@ -51,8 +51,8 @@ enum Command {
 struct CheckArgs {
     /// The receipt file
     file: PathBuf,
-    /// The model at hand: a GGUF file, a Hugging Face directory, or hf:OWNER/NAME[:FILE] [default: the model that the
-    /// receipt names]
+    /// The model at hand: a GGUF file, a Hugging Face directory, or hf:OWNER/NAME of the Hugging Face Hub [default: the
+    /// model that the receipt names]
     #[arg(long, short, value_name = "PATH", value_parser = Model::parser())]
     model: Option<Model>,
     /// Generate the tokens again and compare them (only for receipts of `run`)
