@@ -577,7 +577,7 @@ pub unsafe fn linear(
     y
 }
 
-/// Rows `ids` [m] of the matrix, or its m = n rows, as f32 [m, k].
+/// Rows `ids` (m of them) of the matrix, or its m = n rows, as f32 [m, k].
 ///
 /// # Safety
 /// `words` holds the matrix, which is [supported](Matrix::supported), `ids` m words that are below n, and `params` the
