@@ -36,6 +36,9 @@ pub struct EmbedArgs {
     /// of each text
     #[arg(long, value_name = "TEXT", conflicts_with = "prompt_name", help_heading = "Prompt")]
     instruction: Option<String>,
+    /// Put this text in front of each text; an empty one stands for no prompt
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["instruction", "prompt_name"], help_heading = "Prompt")]
+    prompt: Option<String>,
     /// Put the prompt of this name in front of each text, from the model's config_sentence_transformers.json
     #[arg(long, value_name = "NAME", help_heading = "Prompt")]
     prompt_name: Option<String>,
@@ -89,7 +92,11 @@ pub fn run(args: EmbedArgs) -> anyhow::Result<()> {
     let embedder = engine.embedder(&EmbedOptions {
         pooling: args.pooling,
         normalise: args.no_normalise.then_some(false),
-        prompt: args.instruction.map(Prompt::Instruction).or(args.prompt_name.map(Prompt::Named)),
+        prompt: args
+            .instruction
+            .map(Prompt::Instruction)
+            .or(args.prompt_name.map(Prompt::Named))
+            .or(args.prompt.map(Prompt::Text)),
     })?;
     let embeddings = embedder.embed(&texts)?;
     let dimensions = engine.checkpoint().config().hidden_size;

@@ -171,7 +171,9 @@ enum GgufArchitecture {
     Qwen2,
     /// Norms of queries and keys
     Qwen3,
-    /// The same with experts
+    /// The same with gated DeltaNets in most layers
+    Qwen35,
+    /// As qwen3, with experts
     #[value(name = "qwen3moe")]
     Qwen3Moe,
     /// The same with sliding windows
@@ -186,6 +188,7 @@ impl From<GgufArchitecture> for Architecture {
             GgufArchitecture::Llama => Self::Llama,
             GgufArchitecture::MiniCpm => Self::MiniCpm,
             GgufArchitecture::Qwen2 => Self::Qwen2,
+            GgufArchitecture::Qwen35 => Self::Qwen35,
             GgufArchitecture::Qwen3 => Self::Qwen3,
             GgufArchitecture::Qwen3Moe => Self::Qwen3Moe,
             GgufArchitecture::Maple => Self::Maple,

@@ -20,7 +20,7 @@ use crate::output::{self, columns};
 use crate::status::Status;
 use bitnet_burn_engine::device::DeviceSpec;
 
-/// Check a receipt that `run`, `bench`, `perplexity` or `logits` wrote with --receipt
+/// Check a receipt that `run`, `bench`, `perplexity`, `logits` or `embed` wrote with --receipt
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ReceiptArgs {

@@ -22,7 +22,7 @@ use bitnet_burn_engine::device::{DeviceKind, DeviceName};
 ///
 /// Text goes in (or JSON Lines with a `text` in every line), and a directory comes out: config.toml,
 /// tokenizer.json, metrics.csv, loss.svg, validation.jsonl and checkpoints/step-*, each a Hugging Face
-/// directory that every command takes as a model. `bitnet export` makes a GGUF of it, if it has one scale for each tensor.
+/// directory that every command takes as a model. `bitnet export` makes one GGUF file of it.
 ///
 /// Ctrl-C writes a checkpoint and ends; --resume continues to the same bits as if nothing had happened.
 #[derive(Debug, Args)]

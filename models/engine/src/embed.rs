@@ -153,6 +153,8 @@ impl Embedder {
             return Err(EngineError::Text { index, problem });
         }
         let (engine, model) = (&self.engine, self.engine.model());
+        // Each text of a pass has a state in the gated DeltaNets.
+        let together = MOST_STATES.checked_div(model.config().state_bytes()).map_or(usize::MAX, |n| n.max(1));
         let mut cache = engine.cache()?;
         let mut texts = texts.iter().enumerate();
         let mut unfinished: Option<Reading> = None;
@@ -160,7 +162,7 @@ impl Embedder {
         loop {
             let mut rows = Vec::new();
             let mut parts = Vec::new();
-            while rows.len() < engine.settings().rows.max(1) {
+            while rows.len() < engine.settings().rows.max(1) && parts.len() < together {
                 let next = || texts.next().map(|(index, tokens)| Reading::new(index, tokens, &mut cache));
                 let Some(reading) = unfinished.take().or_else(next) else { break };
                 let part = reading.rows(engine.settings().rows.max(1) - rows.len());
@@ -217,6 +219,9 @@ impl Embedder {
         Ok(Embedding { values, tokens: tokens.len() })
     }
 }
+
+/// The most bytes of states that the texts of a pass have together.
+const MOST_STATES: usize = 1 << 28;
 
 /// A text whose tokens are on their way through the model.
 struct Reading<'t> {

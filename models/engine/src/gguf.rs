@@ -113,6 +113,7 @@ pub fn write_checkpoint<'a>(
     config::write(writer, architecture, config)?;
     config::write_rotations(writer, checkpoint)?;
     config::write_activations(writer, architecture, checkpoint, types.ternary)?;
+    config::write_pooling(writer, architecture, checkpoint)?;
     config::write_rope_tensors(writer, config)?;
     matrix(writer, "token_embd.weight", checkpoint.embedding()?, types)?;
     for layer in 0..config.n_layers {
@@ -196,11 +197,10 @@ fn float_part(
             writer.dense(name, tensor)?;
         }
         FloatPart::DeltaConvolution => {
-            let (taps, channels) = (tensor.n, tensor.k);
-            let values = checkpoint.floats(&tensor)?;
-            writer.tensor(name, &[taps as u64, channels as u64], DenseFormat::F32, move |out| {
-                let rows = (0..channels).flat_map(|channel| values.iter().skip(channel).step_by(channels));
-                rows.into_iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
+            // In the order of Hugging Face's.
+            let values = which.to_checkpoint(&checkpoint.floats(&tensor)?, checkpoint.config());
+            writer.tensor(name, &[tensor.n as u64, tensor.k as u64], DenseFormat::F32, move |out| {
+                values.iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
             })?;
         }
         FloatPart::DeltaRate | FloatPart::DeltaBias => {

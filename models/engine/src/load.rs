@@ -343,7 +343,8 @@ pub fn scale_kind(
     layer: usize,
     which: Projection,
 ) -> Result<Option<ScaleKind>, LoadError> {
-    Ok(Ternary::of(checkpoint.weights(layer, which)?).map(|weights| weights.shape().scales))
+    let rule = checkpoint.activations(ActivationRule::Model);
+    Ok(Ternary::of(checkpoint.weights(layer, which)?, rule).map(|weights| weights.shape().scales))
 }
 
 /// Drops the private packings of kernels, for when memory is short

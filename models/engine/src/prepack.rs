@@ -270,11 +270,12 @@ pub fn write(
             }
             Ok(Some(entry))
         };
+        let rule = checkpoint.activations(ActivationRule::Model);
         for layer in 0..config.n_layers {
             for which in in_layer(layer) {
                 progress(done, all);
                 done += 1;
-                if let Some(weights) = Ternary::of(checkpoint.weights(layer, which)?) {
+                if let Some(weights) = Ternary::of(checkpoint.weights(layer, which)?, rule) {
                     table.tensors.extend(ternary(&name(layer, which), weights)?);
                 }
             }
@@ -283,7 +284,9 @@ pub fn write(
         progress(all - 1, all);
         let tensor = head_tensor(checkpoint)?;
         let head_of_layers = projection::computes_head(checkpoint, head);
-        if let Some(weights) = head_of_layers.then(|| Ternary::of(Weights::Dense(tensor.clone()))).flatten() {
+        if let Some(weights) =
+            head_of_layers.then(|| Ternary::of(Weights::Dense(tensor.clone()), rule)).flatten()
+        {
             table.tensors.extend(ternary(HEAD, weights)?);
         } else if let Some(format) = head.int8_format(&tensor) {
             let (n, k) = (tensor.n, tensor.k);
@@ -386,7 +389,8 @@ impl Prepacked {
         for which in all.filter(|which| which.expert().is_none()) {
             let name = name(0, which);
             let Some(packed) = self.packed(&name, ActivationRule::Model, true)? else { continue };
-            let weights = Ternary::of(checkpoint.weights(0, which)?);
+            let weights =
+                Ternary::of(checkpoint.weights(0, which)?, checkpoint.activations(ActivationRule::Model));
             let same = weights.is_some_and(|weights| {
                 let shape = (weights.n, weights.k) == packed.choice.shape();
                 shape

@@ -21,13 +21,14 @@ pub(crate) struct Ternary {
 }
 
 impl Ternary {
-    /// The weights of a projection, with activations as the model declares; `None` for one that is not ternary.
-    pub fn of(weights: Weights) -> Option<Self> {
+    /// The weights of a projection, with activations by a rule; `None` for one that is not ternary, or that the rule does not
+    /// fit.
+    pub fn of(weights: Weights, rule: ActivationRule) -> Option<Self> {
         match weights {
             Weights::Ternary(TernaryTensor { codes, scale, n, k, .. }) => {
                 Some(Self { codes, scale: scale.into(), n, k })
             }
-            Weights::Dense(tensor) => Self::read(&tensor, ActivationRule::Model).ok()?.ok(),
+            Weights::Dense(tensor) => Self::read(&tensor, rule).ok()?.ok(),
         }
     }
 
@@ -62,7 +63,7 @@ impl Ternary {
 
 /// Whether an output projection that is ternary is computed like the layers: where no activations are declared.
 pub(crate) fn computes_head(checkpoint: &Checkpoint, head: HeadMode) -> bool {
-    head == HeadMode::File && checkpoint.dense_bytes(0, Projection::Q).is_some()
+    head == HeadMode::File && checkpoint.dense_bytes(0, Projection::first(checkpoint.config())).is_some()
 }
 
 /// A layer of a projection's weights, with the kernels that are the fastest on the device.

@@ -263,7 +263,7 @@ impl KvCache {
 
     /// Forgets all positions from `length` on; does nothing if the sequence is not that long. Gives the length that the
     /// sequence has then. Of a model with gated DeltaNets that may be less: the length of the last
-    /// [`snapshot`](Self::snapshot), or 0 if that is longer than `length`.
+    /// [`snapshot`](Self::snapshot), or 0 if there is none at or before `length`.
     ///
     /// # Errors
     /// If there is no such sequence, or a sliding window forgot positions before `length` that would be the last.

@@ -217,7 +217,8 @@ impl BitDeltaNet {
         let heads = [self.args.value_heads];
         DeltaNetParameters {
             convolution: self.convolution.val(),
-            decay: self.rate.val().reshape(heads),
+            // (Training may move it; a memory that grows is none.)
+            decay: self.rate.val().clamp_max(0.0).reshape(heads),
             time_bias: self.bias.val().reshape(heads),
             norm: self.norm.gamma.val(),
         }

@@ -51,6 +51,11 @@ impl Projection {
         [Self::ExpertGate(number), Self::ExpertUp(number), Self::ExpertDown(number)]
     }
 
+    /// The first projection of a model: its queries, or what a gated DeltaNet has for them.
+    pub fn first(config: &ModelConfig) -> Self {
+        if config.delta_net(0).is_some() { Self::DeltaQkv } else { Self::Q }
+    }
+
     /// The projections of a layer: attention's or the DeltaNet's, then those of the feed-forward network or of each expert.
     pub fn of_layer(layer: usize, config: &ModelConfig) -> Vec<Self> {
         let mut all = match config.delta_net(layer) {
@@ -64,8 +69,8 @@ impl Projection {
         all
     }
 
-    /// The kinds of matrices that a token is multiplied by: [`ALL`](Self::ALL). In a model with experts, the first expert's
-    /// take the place of the feed-forward network's.
+    /// The kinds of matrices that a token is multiplied by in layers with attention: [`ALL`](Self::ALL). In a model with experts,
+    /// the first expert's take the place of the feed-forward network's.
     pub fn kinds(config: &ModelConfig) -> [Self; 7] {
         if config.options.experts.is_none() {
             return Self::ALL;

@@ -40,6 +40,14 @@ pub enum Pooling {
 
 impl Pooling {
     const SUPPORTED: &str = "last, mean";
+
+    /// llama.cpp's number for it.
+    pub(crate) fn gguf(self) -> u32 {
+        match self {
+            Self::Mean => 1,
+            Self::Last => 3,
+        }
+    }
 }
 
 impl fmt::Display for Pooling {

@@ -93,9 +93,11 @@ fn expressible(config: &ModelConfig) -> Result<(), GgufWriteError> {
         } else if !delta.tiled && delta.key_heads != delta.value_heads {
             "the value heads of its gated DeltaNets are in Hugging Face's order, and no export changes that yet"
         } else {
-            return Ok(());
+            ""
         };
-        return Err(GgufWriteError::Inexpressible { problem: problem.into() });
+        if !problem.is_empty() {
+            return Err(GgufWriteError::Inexpressible { problem: problem.into() });
+        }
     }
     let problem = match (&options.experts, &options.windows, &options.rope_scaling) {
         (Some(experts), ..) if !experts.renormalise => {
@@ -163,6 +165,12 @@ fn write_options(
             }
         }
     }
+    if options.delta_net.is_some() {
+        // llama.cpp wants pairs by axis of a picture; a text has the same position on each.
+        let pairs = config.rope_dim() as i32 / 2;
+        let sections = [(pairs + 2) / 3, (pairs + 1) / 3, pairs / 3, 0];
+        keys.push(("rope.dimension_sections", Array::from_i32(sections).into()));
+    }
     if let Some(windows) = &options.windows {
         let pattern = Array::from_bools(windows.layers.iter().copied());
         let clamps = Array::from_f32(options.swiglu_clamp.iter().copied());
@@ -188,7 +196,7 @@ pub(super) fn write_rope_tensors(
             writer.vector(long, for_long.clone()).map(drop)
         }
         Some(scaling @ RopeScaling::Llama3 { .. }) => {
-            let encoding = RotaryEncodingConfig::new(config.head_dim).with_theta(config.rope_theta);
+            let encoding = RotaryEncodingConfig::new(config.rope_dim()).with_theta(config.rope_theta);
             let (unscaled, scaled) =
                 (encoding.clone().init(), encoding.with_scaling(Some(scaling.clone())).init());
             let (unscaled, scaled) = (unscaled.frequencies(1).0, scaled.frequencies(1).0);
@@ -208,6 +216,17 @@ pub(super) fn write_rotations(
     Ok(())
 }
 
+/// Says how embeddings are pooled, where the source does.
+pub(super) fn write_pooling(
+    writer: &mut GgufWriter<'_>,
+    architecture: Architecture,
+    checkpoint: &Checkpoint,
+) -> Result<(), WriteError> {
+    let pooling = checkpoint.embed_defaults(None).ok().and_then(|defaults| defaults.pooling);
+    let Some(pooling) = pooling else { return Ok(()) };
+    writer.set(format!("{}.pooling_type", architecture.name()), pooling.gguf()).map(drop)
+}
+
 /// Says how the source declares that activations are quantised, if it does, and whether ternary weights with one scale have int8
 /// activations by row, where architecture and type say otherwise.
 pub(super) fn write_activations(
@@ -219,7 +238,7 @@ pub(super) fn write_activations(
     if let Some(rule) = checkpoint.declared_activations() {
         writer.set(names::ACTIVATIONS, rule.to_string())?;
     }
-    let int8 = checkpoint.dense_bytes(0, Projection::Q).is_none();
+    let int8 = checkpoint.dense_bytes(0, Projection::first(checkpoint.config())).is_none();
     if names::int8_rows(architecture.name(), ternary.into()) != int8 && ternary.blocks().is_some() {
         writer.set(format!("{}.{}", architecture.name(), names::INT8_ACTIVATIONS), int8)?;
     }

@@ -281,7 +281,7 @@ fn models_that_contradict_themselves_are_refused() {
             &["blk.0.attn_k.weight", "IQ2_BN", "block 9 has the scale 0.25", "0.5"],
         ),
         (
-            "no activations in BitNet",
+            "no activations beside I2_S",
             model().key("bitnet-b1.58.int8_activations", BOOL, [0]),
             &["bitnet-b1.58.int8_activations", "false"],
         ),

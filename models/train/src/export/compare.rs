@@ -115,6 +115,13 @@ fn configuration(
         }
         _ => source.options.clone(),
     };
+    let mut options = options;
+    if let (Some(ours), Some(theirs)) = (&mut options.delta_net, &copy.options.delta_net)
+        && ours.key_heads == ours.value_heads
+    {
+        // One order of the heads, whatever it is called.
+        ours.tiled = theirs.tiled;
+    }
     let expected = ModelConfig {
         architecture: copy.architecture.clone(),
         name: copy.name.clone(),
@@ -153,9 +160,9 @@ fn configuration(
 fn scaling_difference(source: &ModelConfig, copy: &ModelConfig) -> Option<f64> {
     let of = |config: &ModelConfig| {
         let scaling = config.options.rope_scaling.clone();
-        RotaryEncodingConfig::new(config.head_dim).with_theta(copy.rope_theta).with_scaling(scaling).init()
+        RotaryEncodingConfig::new(config.rope_dim()).with_theta(copy.rope_theta).with_scaling(scaling).init()
     };
-    if source.head_dim != copy.head_dim {
+    if source.rope_dim() != copy.rope_dim() {
         return None;
     }
     let (ours, theirs) = (of(source), of(copy));

@@ -13,7 +13,7 @@ use bitnet_burn_formats::gguf::TensorType;
 /// # Errors
 /// If the first projection can't be read.
 pub fn default_ternary(checkpoint: &Checkpoint) -> Result<TernaryType, LoadError> {
-    Ok(match checkpoint.weights(0, Projection::Q)? {
+    Ok(match checkpoint.weights(0, Projection::first(checkpoint.config()))? {
         Weights::Ternary(_) => TernaryType::I2_S,
         Weights::Dense(tensor) => TernaryType::of_blocks(tensor.format).unwrap_or(TernaryType::Q2_0),
     })
@@ -25,7 +25,7 @@ pub fn default_ternary(checkpoint: &Checkpoint) -> Result<TernaryType, LoadError
 /// # Errors
 /// If the first projection can't be read.
 pub fn default_style(checkpoint: &Checkpoint) -> Result<Style, LoadError> {
-    Ok(match checkpoint.weights(0, Projection::Q)? {
+    Ok(match checkpoint.weights(0, Projection::first(checkpoint.config()))? {
         Weights::Ternary(_) => Style::PackedAuto,
         Weights::Dense(_) => Style::Values,
     })
@@ -35,7 +35,7 @@ pub fn default_style(checkpoint: &Checkpoint) -> Result<Style, LoadError> {
 pub(super) fn check(checkpoint: &Checkpoint, target: Target) -> Result<(), ExportError> {
     let config = checkpoint.config();
     let all = shapes(config);
-    let int8 = matches!(checkpoint.weights(0, Projection::Q)?, Weights::Ternary(_));
+    let int8 = matches!(checkpoint.weights(0, Projection::first(checkpoint.config()))?, Weights::Ternary(_));
     let other_activations = |format, instead| {
         const ROW: &str = "int8 activations by row";
         const OTHER: &str = "activations in groups or in f32, or several scales";
@@ -56,8 +56,8 @@ pub(super) fn check(checkpoint: &Checkpoint, target: Target) -> Result<(), Expor
             types.dense
         }
         Target::Hf { style: Style::Online, dense } => {
-            if checkpoint.master(0, Projection::Q)?.is_none() {
-                let stored_as = match checkpoint.weights(0, Projection::Q)? {
+            if checkpoint.master(0, Projection::first(checkpoint.config()))?.is_none() {
+                let stored_as = match checkpoint.weights(0, Projection::first(checkpoint.config()))? {
                     Weights::Ternary(tensor) => tensor.stored_as,
                     Weights::Dense(tensor) => tensor.format.name(),
                 };
@@ -115,7 +115,8 @@ fn shapes(config: &ModelConfig) -> Vec<Shape> {
         let (n, k) = which.shape(config);
         (format!("{which:?} projection"), n, k)
     };
-    experts.into_iter().chain(plain).map(shape).collect()
+    let delta = Projection::DELTA_NET.into_iter().filter(|_| config.options.delta_net.is_some());
+    experts.into_iter().chain(plain).chain(delta).map(shape).collect()
 }
 
 fn fits_type(ternary: TernaryType, shapes: &[Shape]) -> bool {

@@ -3,7 +3,7 @@
 use super::place::io_error;
 use super::{ExportError, ExportOptions, TOKENIZER_FILES};
 use bitnet_burn::{FloatPart, ModelConfig, Norm, Projection};
-use bitnet_burn_engine::checkpoint::{Checkpoint, GgufTokenizer, LoadError, TokenizerSource};
+use bitnet_burn_engine::checkpoint::{Checkpoint, EmbedDefaults, GgufTokenizer, LoadError, TokenizerSource};
 use bitnet_burn_engine::gguf::{GgufTypes, MatrixError, TernaryType, write_checkpoint};
 use bitnet_burn_engine::hf::{Style, write_bytes, write_checkpoint as write_directory, write_json};
 use bitnet_burn_engine::tokenizer::translate;
@@ -57,6 +57,7 @@ pub(super) fn gguf(
     }
     let mut writer = GgufWriter::new();
     write_checkpoint(&mut writer, &config, checkpoint, types)?;
+    notes.extend(embedding_notes(checkpoint, true));
     writer.set("general.type", "model")?;
     // The numbers of llama.cpp (`llama_ftype`), of bitnet.cpp for I2_S, and of Prism ML for its types.
     let file_type = match types.ternary {
@@ -137,6 +138,27 @@ fn tokenizer_keys(keys: GgufTokenizer) -> Vec<(String, Value)> {
     keyed.chain(keys.chat_template.map(|t| ("tokenizer.chat_template".to_owned(), t.into()))).collect()
 }
 
+/// What the source says about embeddings of texts and the copy does not: of a GGUF file all but how they are pooled.
+fn embedding_notes(checkpoint: &Checkpoint, gguf: bool) -> Vec<String> {
+    let lost = match checkpoint.embed_defaults(None) {
+        Ok(defaults) if gguf => {
+            !defaults.prompts.is_empty() || defaults.normalise == Some(false) || defaults.mean_without_prompt
+        }
+        Ok(defaults) => defaults != EmbedDefaults::default(),
+        Err(_) => true,
+    };
+    let what = match gguf {
+        true => {
+            "a GGUF file says how embeddings are pooled, and no more: no prompts, and nothing about their length"
+        }
+        false => {
+            "what the source says about embeddings is not written; a directory's is in modules.json, 1_Pooling and \
+             config_sentence_transformers.json"
+        }
+    };
+    lost.then(|| what.to_owned()).into_iter().collect()
+}
+
 #[allow(clippy::too_many_arguments, reason = "called once")]
 /// Writes a Hugging Face directory.
 pub(super) fn hf(
@@ -161,6 +183,7 @@ pub(super) fn hf(
             config.hidden_size
         ));
     }
+    notes.extend(embedding_notes(checkpoint, false));
     write_directory(path, checkpoint, &config, style, dense, advance)?;
     let copy = |from: &Path, name: &str| match std::fs::read(from.join(name)) {
         Ok(bytes) => Ok(write_bytes(&path.join(name), &bytes)?),

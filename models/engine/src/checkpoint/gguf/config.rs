@@ -228,12 +228,15 @@ pub(super) fn config(
         });
     }
     let has = |name: &str| file.tensor(name).is_some();
+    // Of gated DeltaNets, the first layers have no attention.
+    let has_bias =
+        |part: &str| (0..n_layers.min(1 << 16)).any(|layer| has(&format!("blk.{layer}.{part}.bias")));
     let biased = !architecture.starts_with("bitnet");
     let mut options = DecoderOptions {
         qk_norms: matches!(&*architecture, QWEN3 | QWEN35 | QWEN3MOE | MAPLE),
         projection_norms: has(&norm_name(Norm::Input(0, Projection::Q))),
-        qkv_bias: architecture == QWEN2 || biased && has("blk.0.attn_q.bias"),
-        output_bias: biased && has("blk.0.attn_output.bias"),
+        qkv_bias: architecture == QWEN2 || biased && has_bias("attn_q"),
+        output_bias: biased && has_bias("attn_output"),
         rope_scaling: scaling(&keys, context_length, warnings)?,
         experts,
         windows,

@@ -8,7 +8,8 @@ use bitnet_burn_formats::gguf::GgufFile;
 use std::collections::BTreeSet;
 
 /// Keys that a part of the reader takes, without the architecture's name.
-const KEYS: [&str; 31] = [
+const KEYS: [&str; 37] = [
+    "attention.causal",
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
@@ -24,10 +25,15 @@ const KEYS: [&str; 31] = [
     "expert_feed_forward_length",
     "expert_used_count",
     "expert_weights_norm",
+    "feed_forward.activation",
     "feed_forward_length",
     "full_attention_interval",
     "hidden_act",
+    "hidden_activation",
+    "int8_activations",
     "logit_scale",
+    "nextn_predict_layers",
+    "pooling_type",
     "residual_scale",
     "rope.dimension_count",
     "rope.dimension_sections",

@@ -492,12 +492,12 @@ fn int8_activations(file: &GgufFile, architecture: &str) -> Result<Option<bool>,
     let Some(value) = file.value(&key) else { return Ok(None) };
     let Some(stated) = value.as_bool() else { return Err(wrong_value(file, key, value, "a bool")) };
     let fixed = file.tensors().iter().any(|tensor| tensor.tensor_type == TensorType::I2_S);
-    if !stated && (fixed || architecture.starts_with("bitnet")) {
+    if !stated && fixed {
         return Err(LoadError::Unsupported {
             path: file.path().to_owned(),
             what: key,
             found: "false".into(),
-            supported: "true, in BitNet's architectures and with I2_S tensors".into(),
+            supported: "true, beside I2_S tensors".into(),
         });
     }
     Ok(Some(stated))
