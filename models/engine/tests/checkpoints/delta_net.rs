@@ -258,7 +258,7 @@ fn gguf_files_that_lie_are_refused() {
             hybrid().tensor("blk.1.ssm_a", &[6], 0, f32s(&[-1.0; 6])),
             &["blk.1.ssm_a", "no such tensor"],
         ),
-        ("another model's", key_of_qwen3(), &["blk.0.attn_q.weight"]),
+        ("another model's", key_of_qwen3(), &["blk.0.attn_q_norm.weight", "missing"]),
     ];
     for (name, raw, parts) in cases {
         gguf::assert_refused(name, dir.open_and_check(&raw), parts);
