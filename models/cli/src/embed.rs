@@ -23,8 +23,8 @@ use crate::output;
 pub struct EmbedArgs {
     #[command(flatten)]
     engine: EngineArgs,
-    /// The texts [default: each line of stdin]
-    #[arg(value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "file")]
+    /// The texts [default: each line of stdin]; behind -- they may begin with a hyphen
+    #[arg(value_name = "TEXT", conflicts_with = "file")]
     texts: Vec<String>,
     /// A file with a text on each line; - for stdin
     #[arg(long, short, value_name = "FILE")]

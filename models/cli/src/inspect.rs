@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use bitnet_burn::{CacheType, Experts, ModelConfig, Projection, SlidingWindows};
+use bitnet_burn::{CacheType, DeltaNet, Experts, ModelConfig, Projection, SlidingWindows};
 use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::text::human_bytes;
 use bitnet_burn_formats::canonical;
@@ -76,6 +76,13 @@ struct Memory {
     kv_cache_bytes_per_token: u64,
     context: usize,
     kv_cache_bytes: u64,
+    /// The states of gated DeltaNets, for each sequence.
+    #[serde(skip_serializing_if = "is_zero")]
+    state_bytes: u64,
+}
+
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 #[derive(Serialize)]
@@ -140,6 +147,7 @@ fn memory(args: &InspectArgs, config: &ModelConfig, tensors: &[Tensor]) -> Memor
         kv_cache_bytes_per_token: per_token,
         context,
         kv_cache_bytes: per_token.saturating_mul(context as u64),
+        state_bytes: config.state_bytes() as u64,
     }
 }
 
@@ -173,7 +181,7 @@ impl Report<'_> {
         rows.extend([
             row("hidden size", c.hidden_size.to_string()),
             row("feed-forward", feed_forward(c, sub_norms)),
-            row("layers", c.n_layers.to_string()),
+            row("layers", format!("{}{}", c.n_layers, delta_nets(c))),
             row("heads", format!("{} of {}, {} for keys and values", c.n_heads, c.head_dim, c.n_kv_heads)),
             row("vocabulary", c.vocab_size.to_string()),
             row("output head", tied.into()),
@@ -211,6 +219,10 @@ impl Report<'_> {
                 ),
             ),
         ]));
+        if m.state_bytes > 0 {
+            let states = format!("{} for each sequence (gated DeltaNets)", human_bytes(m.state_bytes));
+            text.push_str(&columns(&[row("  states", states)]));
+        }
 
         text.push_str("\nTypes\n");
         let mut types: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
@@ -285,6 +297,17 @@ fn feed_forward(c: &ModelConfig, sub_norms: &str) -> String {
         0 => experts,
         layers => format!("{experts}; {layers} layers without experts: {one}"),
     }
+}
+
+/// `, 48 of them with a gated DeltaNet (...)`, or nothing.
+fn delta_nets(c: &ModelConfig) -> String {
+    let Some(delta) = &c.options.delta_net else { return String::new() };
+    let count = delta.layers.iter().filter(|&&has| has).count();
+    let DeltaNet { key_heads, value_heads, key_dim, value_dim, .. } = delta;
+    format!(
+        ", {count} of them with a gated DeltaNet ({key_heads} key heads of {key_dim}, {value_heads} value heads of \
+         {value_dim})"
+    )
 }
 
 /// `, in 18 of 24 layers a window of 512`, or nothing.

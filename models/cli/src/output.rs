@@ -36,9 +36,20 @@ pub fn start_logging() {
         .init();
 }
 
-/// A line on stderr. That stderr is closed is nobody's problem.
+/// A line on stderr. That stderr is closed is nobody's problem. Names and texts from files are in it: control characters, which a
+/// terminal would obey, are escaped.
 pub fn note(message: impl Display) {
-    let _ = writeln!(io::stderr(), "{message}");
+    let _ = writeln!(io::stderr(), "{}", printable(&message.to_string(), &['\n', '\t']));
+}
+
+/// A text with its control characters escaped, but for some.
+fn printable(text: &str, kept: &[char]) -> String {
+    let escape = |c: char| c.is_control() && !kept.contains(&c);
+    if !text.contains(escape) {
+        return text.to_owned();
+    }
+    let one = |c: char| if escape(c) { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(one).collect()
 }
 
 /// `warning: ...` on stderr.
@@ -202,15 +213,18 @@ pub fn write_file(
     })
 }
 
-/// Columns of text, each as wide as its widest cell, the last one open.
+/// Columns of text, each as wide as its widest cell, the last one open. Control characters are escaped, so that a cell is on its
+/// line.
 pub fn columns(rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|cell| printable(cell, &[])).collect()).collect();
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..count).map(width).collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let mut line = String::new();
         for (cell, width) in row.iter().zip(&widths) {
             line.push_str(&format!("{cell:<width$}  "));
@@ -219,4 +233,20 @@ pub fn columns(rows: &[Vec<String>]) -> String {
         text.push('\n');
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_do_not_reach_the_terminal() {
+        assert_eq!(printable("a\u{1b}[31mb\nc", &['\n']), "a\\u{1b}[31mb\nc");
+        let cell = |text: &str| vec!["name".to_owned(), text.to_owned()];
+        assert_eq!(
+            columns(&[cell("syn\u{1b}]0;x\u{7}\nlayers  9")]),
+            "name  syn\\u{1b}]0;x\\u{7}\\nlayers  9\n"
+        );
+        assert_eq!(columns(&[cell("Grüße, 世界")]), "name  Grüße, 世界\n");
+    }
 }

@@ -127,7 +127,12 @@ impl SynthArgs {
         let set = |field: &mut usize, value: Option<usize>| *field = value.unwrap_or(*field);
         set(&mut config.hidden_size, self.hidden_size);
         set(&mut config.intermediate_size, self.intermediate_size);
-        set(&mut config.n_layers, self.layers);
+        if let Some(experts) = &mut config.options.experts {
+            set(&mut experts.intermediate_size, self.intermediate_size);
+        }
+        if let Some(layers) = self.layers {
+            synth::set_layers(&mut config, layers);
+        }
         set(&mut config.n_heads, self.heads);
         set(&mut config.n_kv_heads, self.kv_heads);
         set(&mut config.context_length, self.context_length);

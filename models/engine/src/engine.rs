@@ -228,7 +228,11 @@ impl Engine {
                 asked: sequences,
                 room,
                 positions,
-                bytes: inner.requirements.kv_bytes(settings.kv_cache, positions, inner.requirements.layers),
+                bytes: inner.requirements.sequence_bytes(
+                    settings.kv_cache,
+                    positions,
+                    inner.requirements.layers,
+                ),
             }),
             _ => Ok(()),
         }
@@ -245,7 +249,10 @@ impl Engine {
     pub fn memory(&self, kv_cache_bytes: usize, rows: usize) -> Vec<DeviceMemory> {
         let requirements = &self.0.requirements;
         let position = requirements.kv_bytes(self.0.settings.kv_cache, 1, requirements.layers).max(1);
-        let context = (kv_cache_bytes as u64).div_ceil(position) as usize;
+        // The cache has the states that the requirements add, too: as they are, and as they were kept.
+        let states =
+            requirements.state_per_layer.saturating_mul(2).saturating_mul(requirements.layers as u64);
+        let context = (kv_cache_bytes as u64).saturating_sub(states).div_ceil(position) as usize;
         requirements.memory(&self.0.placement, &RunSettings { context, rows, ..self.0.settings })
     }
 

@@ -24,7 +24,7 @@ use bitnet_burn_formats::dense::DenseFormat;
 use bitnet_burn_formats::gguf::{Array, GgufWriter, TensorType};
 use bitnet_burn_formats::random::SplitMix64;
 
-use crate::checkpoint::gguf::names::{float_part_name, norm_name_of};
+use crate::checkpoint::gguf::names::{INT8_ACTIVATIONS, float_part_name, int8_rows, norm_name_of};
 use crate::gguf::{
     Architecture, GgufWriteError, TernaryType, norm_name, projection_name, tensors_of_layer, write_config,
 };
@@ -202,6 +202,23 @@ fn maple(size: ModelConfig, count: usize, used: usize, positions: usize) -> Mode
     }
 }
 
+/// Another number of layers: where they differ, every fourth is again another kind.
+pub fn set_layers(config: &mut ModelConfig, layers: usize) {
+    config.n_layers = layers;
+    // More than any model has are an error that is found later.
+    let kinds = || (1..=layers.min(1 << 16)).map(|layer| !layer.is_multiple_of(4)).collect();
+    let DecoderOptions { delta_net, windows, swiglu_clamp, .. } = &mut config.options;
+    if let Some(delta) = delta_net {
+        delta.layers = kinds();
+    }
+    if let Some(windows) = windows {
+        windows.layers = kinds();
+    }
+    if let Some(&clamp) = swiglu_clamp.first() {
+        *swiglu_clamp = vec![clamp; layers.min(1 << 16)];
+    }
+}
+
 /// Which weights of a projection share a scale, and the type that holds them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SynthScales {
@@ -307,8 +324,12 @@ pub fn write(path: &Path, options: &SynthOptions, progress: &dyn Fn(u64, u64)) -
     let mut writer = GgufWriter::new();
     write_config(&mut writer, config)?;
     tokenizer(&mut writer, config)?;
-    dense(&mut writer, "token_embd.weight", options, &advance)?;
     let architecture = Architecture::of(config, TernaryType::I2_S).map_or("", Architecture::name);
+    if options.scales != SynthScales::Tensor && int8_rows(architecture, TensorType::TQ2_0) {
+        // BitNet's files have one scale for a tensor, if this does not say otherwise.
+        writer.set(format!("{architecture}.{INT8_ACTIVATIONS}"), false)?;
+    }
+    dense(&mut writer, "token_embd.weight", options, &advance)?;
     for layer in 0..config.n_layers {
         for which in Norm::of_layer(layer, config) {
             norm(&mut writer, norm_name_of(architecture, which), which.len(config), options)?;

@@ -3,7 +3,7 @@
 use super::machine::{GpuProfile, MachineProfile};
 use super::placement::{Placement, PlacementKind};
 use super::predict::Prediction;
-use super::requirements::{CACHE_TYPES, Requirements};
+use super::requirements::{CACHE_TYPES, HUGE_PAGE, Requirements};
 use super::{
     Alternative, CPU, DeviceMemory, Plan, PlanError, PlanRequest, RunSettings, Strategy, Tier, explain,
 };
@@ -471,7 +471,9 @@ fn why_settings(room: &Room<'_>, best: &Candidate, blind: bool) -> Vec<String> {
 fn room_for(memory: &[DeviceMemory]) -> Option<u64> {
     let of = |memory: &DeviceMemory| {
         let Some(left) = memory.budget?.checked_sub(memory.total()) else { return Some(0) };
-        Some(left.checked_div(memory.kv_cache).map_or(u64::MAX, |more| more.saturating_add(1)))
+        // A further sequence takes whole pages.
+        let more = memory.kv_cache.checked_next_multiple_of(HUGE_PAGE).unwrap_or(u64::MAX);
+        Some(left.checked_div(more).map_or(u64::MAX, |more| more.saturating_add(1)))
     };
     memory.iter().map(of).collect::<Option<Vec<_>>>()?.into_iter().min()
 }

@@ -78,6 +78,9 @@ pub struct ForwardSize {
     pub context: usize,
 }
 
+/// The keys and values of a sequence share pages of this size, where the system has them.
+pub(super) const HUGE_PAGE: u64 = 2 << 20;
+
 /// The cache types in the order of [`Requirements::kv_per_position`].
 pub(super) const CACHE_TYPES: [CacheType; 3] = [CacheType::F32, CacheType::F16, CacheType::Int8];
 
@@ -215,6 +218,14 @@ impl Requirements {
     pub fn kv_bytes(&self, kind: CacheType, positions: usize, layers: usize) -> u64 {
         let index = CACHE_TYPES.iter().position(|&known| known == kind).expect("all types are listed");
         self.kv_per_position[index].saturating_mul(positions as u64).saturating_mul(layers as u64)
+    }
+
+    /// Bytes of the memory that the cache takes for a sequence of `positions` positions in `layers` layers, where the system gives
+    /// memory in [huge pages](HUGE_PAGE).
+    pub fn sequence_bytes(&self, kind: CacheType, positions: usize, layers: usize) -> u64 {
+        let keys = self.kv_bytes(kind, positions, layers);
+        let keys = keys.checked_next_multiple_of(HUGE_PAGE).unwrap_or(u64::MAX);
+        keys.saturating_add(self.state_bytes(layers))
     }
 
     /// Bytes of the states of `layers` layers for a sequence: as they are, as they become, and as they were kept.
