@@ -1,6 +1,6 @@
 //! Writing ternary matrices as blocks of ternary weights with an f16 scale each: Q2_0, PQ2_0, PTQ1_0, TQ1_0, TQ2_0.
 //!
-//! What the blocks can't hold exactly is an error of [`write`] with row, column and scale. [`write_nearest`] writes it
+//! What the blocks can't hold exactly is an error of [`write()`] with row, column and scale. [`write_nearest`] writes it
 //! nevertheless, with the least squared error.
 
 use crate::dense::facts::Ternary;
@@ -48,7 +48,7 @@ pub fn write(
     write_rows(format, codes, n, k, group, |row, group| scales.get(row, group, k))
 }
 
-/// [`write`] with one scale for all weights.
+/// [`write()`] with one scale for all weights.
 pub(crate) fn write_one_scale(
     format: DenseFormat,
     codes: &[u8],

@@ -7,8 +7,8 @@
 //!
 //! (ggml, `ggml-common.h`: `block_tq2_0`; `ggml-quants.c`: `quantize_row_tq2_0_ref`.) It is a block
 //! format, so a file may give every block a scale of its own. A BitNet tensor has one scale, and only such
-//! tensors are read and written here; [`DenseFormat::TQ2_0`](crate::DenseFormat::TQ2_0) reads the others, and
-//! [`blocks`](crate::blocks) writes them.
+//! tensors are read and written here; [`DenseFormat::TQ2_0`] reads the others, and
+//! [`blocks`] writes them.
 
 use super::{DenseFormat, FormatError, TernaryBlocks, blocks, f16_at};
 use crate::dense::facts::{Facts, Ternary};

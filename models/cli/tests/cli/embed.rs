@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Place, npy};
 
-const TEXTS: [&str; 2] = ["Hello world", "-dash"];
+const TEXTS: [&str; 3] = ["--", "Hello world", "-dash"];
 
 fn numbers(text: &str) -> Vec<Vec<f32>> {
     text.lines().map(|line| line.split(' ').map(|value| value.parse().unwrap()).collect()).collect()
@@ -54,7 +54,7 @@ fn lines_json_and_numpy_hold_the_same_vectors() {
     assert_eq!(npy(&place.path("vectors.npy")), ("(2, 256)".into(), vectors.concat()));
 
     // A text on each line of a file, or of stdin.
-    place.write("texts.txt", TEXTS.join("\n"));
+    place.write("texts.txt", TEXTS[1..].join("\n"));
     assert_eq!(embed(&place, "model.gguf", &["--file", "texts.txt"]), vectors);
     let mut child = place
         .command(&["embed", "-m", "model.gguf"])
@@ -62,7 +62,7 @@ fn lines_json_and_numpy_hold_the_same_vectors() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    child.stdin.take().unwrap().write_all(TEXTS.join("\n").as_bytes()).unwrap();
+    child.stdin.take().unwrap().write_all(TEXTS[1..].join("\n").as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(numbers(std::str::from_utf8(&output.stdout).unwrap()), vectors);
 
@@ -71,6 +71,9 @@ fn lines_json_and_numpy_hold_the_same_vectors() {
     let stderr = place.error(&["embed", "-m", "model.gguf", "--context", "4", "x", "Hello, long world"]);
     assert!(stderr.contains("text 2: it has") && stderr.contains("the context 4"), "{stderr}");
     assert!(place.error(&["embed", "-m", "model.gguf"]).contains("no text"));
+    // Flags may stand behind a text, and are no texts.
+    assert_eq!(embed(&place, "model.gguf", &["Hello world", "--pooling", "mean"]), mean[..1]);
+    assert!(place.error(&["embed", "-m", "model.gguf", "x", "--bogus"]).contains("--bogus"));
 }
 
 #[test]
@@ -79,7 +82,8 @@ fn the_files_of_a_directory_say_how_texts_become_vectors() {
     place.ok(&["convert", "model.gguf", "--to", "hf", "--out", "model"]);
     let plain = ["--pooling", "mean"];
     let expected = embed(&place, "model", &[&plain[..], &TEXTS].concat());
-    let prefixed: Vec<String> = TEXTS.iter().map(|text| format!("Instruct: find\nQuery: {text}")).collect();
+    let prefixed: Vec<String> =
+        TEXTS[1..].iter().map(|text| format!("Instruct: find\nQuery: {text}")).collect();
     let prefixed = embed(&place, "model", &["--pooling", "mean", &prefixed[0], &prefixed[1]]);
     let instruction = ["--pooling", "mean", "--instruction", "find"];
     assert_eq!(embed(&place, "model", &[&instruction[..], &TEXTS].concat()), prefixed);

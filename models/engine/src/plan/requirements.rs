@@ -221,7 +221,7 @@ impl Requirements {
     }
 
     /// Bytes of the memory that the cache takes for a sequence of `positions` positions in `layers` layers, where the system gives
-    /// memory in [huge pages](HUGE_PAGE).
+    /// memory in huge pages.
     pub fn sequence_bytes(&self, kind: CacheType, positions: usize, layers: usize) -> u64 {
         let keys = self.kv_bytes(kind, positions, layers);
         let keys = keys.checked_next_multiple_of(HUGE_PAGE).unwrap_or(u64::MAX);
