@@ -212,7 +212,7 @@ pub enum FormatError {
         /// The scale.
         scale: f32,
     },
-    /// The format stores scales as f16 and this one is none. Writing it would change the weights: see
+    /// The format stores scales as f16, and this scale is not an f16. Rounding it would change the weights: see
     /// [`blocks::write_nearest`].
     #[error(
         "row {row}, from column {column}: the scale is {scale}, and {format} holds scales as f16, of which {nearest} \

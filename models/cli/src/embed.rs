@@ -36,7 +36,7 @@ pub struct EmbedArgs {
     /// of each text
     #[arg(long, value_name = "TEXT", conflicts_with = "prompt_name", help_heading = "Prompt")]
     instruction: Option<String>,
-    /// Put this text in front of each text; an empty one stands for no prompt
+    /// Put this text in front of each text; "" puts nothing there
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["instruction", "prompt_name"], help_heading = "Prompt")]
     prompt: Option<String>,
     /// Put the prompt of this name in front of each text, from the model's config_sentence_transformers.json

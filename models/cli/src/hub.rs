@@ -11,7 +11,7 @@
 //! | `.locks/models--OWNER--NAME/HASH.lock` | locked by the program that writes the blob |
 //!
 //! The crate `hf-hub` knows this layout. It does not transfer the files, because its version 0.5 puts a file into the cache
-//! before anybody can compare its hash, does not notice a server that ignores where to resume, and sends the user's token to
+//! before its hash can be compared, does not notice a server that ignores where to resume, and sends the user's token to
 //! the servers that it is redirected to. (Version 1.0 needs an asynchronous runtime and Hugging Face's storage protocol.)
 
 mod client;

@@ -36,8 +36,8 @@ pub fn start_logging() {
         .init();
 }
 
-/// A line on stderr. That stderr is closed is nobody's problem. Names and texts from files are in it: control characters, which a
-/// terminal would obey, are escaped.
+/// Writes a line to stderr, if it is open. Control characters are escaped: the line may hold names and texts from files, and a
+/// terminal would obey them.
 pub fn note(message: impl Display) {
     let _ = writeln!(io::stderr(), "{}", printable(&message.to_string(), &['\n', '\t']));
 }

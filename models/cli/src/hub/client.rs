@@ -76,7 +76,7 @@ struct Lfs {
     sha256: String,
 }
 
-/// So many lower-case hexadecimal digits.
+/// Whether a text consists of `digits` lower-case hexadecimal digits.
 pub fn is_hex(text: &str, digits: usize) -> bool {
     text.len() == digits && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }

@@ -21,7 +21,7 @@ impl Hash {
         }
     }
 
-    /// Begins to hash a file of so many bytes.
+    /// Begins to hash a file that is `bytes` long. (Git puts the length in front.)
     pub fn begin(&self, bytes: u64) -> Hasher {
         match self {
             Self::Sha256(_) => Hasher(Context::new(&SHA256)),

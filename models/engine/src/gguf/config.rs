@@ -89,7 +89,7 @@ fn expressible(config: &ModelConfig) -> Result<(), GgufWriteError> {
     let options = &config.options;
     if let Some(delta) = &options.delta_net {
         let problem = if interval(delta).is_none() {
-            "its layers with attention are not every so many layers (`full_attention_interval`)"
+            "its layers with attention do not stand at a fixed interval (`full_attention_interval`)"
         } else if !delta.tiled && delta.key_heads != delta.value_heads {
             "the value heads of its gated DeltaNets are in Hugging Face's order, and no export changes that yet"
         } else {

@@ -5,7 +5,7 @@ use super::config::Keys;
 use super::names::QWEN35;
 use bitnet_burn::DeltaNet;
 
-/// A layer of so many has attention, where a file does not say. llama.cpp's.
+/// One layer of this many has attention, if the file does not say. llama.cpp's default.
 const INTERVAL: usize = 4;
 
 /// The DeltaNets of the architecture that has some.
