@@ -364,10 +364,12 @@ fn tensor_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     let norm = |which: Norm| (norm_name(which), vec![which.len(config)]);
     for layer in 0..config.n_layers {
         shapes.extend(Norm::of_layer(layer, config).map(norm));
-        shapes.extend(Projection::ALL.map(|which| {
+        shapes.extend(Projection::of_layer(layer, config).into_iter().map(|which| {
             let (n, k) = which.shape(config);
             (projection_name(layer, which), vec![n, k])
         }));
+        let floats = FloatPart::of_layer(layer, config).into_iter();
+        shapes.extend(floats.map(|which| (float_part_name(layer, which), which.checkpoint_shape(config))));
     }
     shapes.extend([norm(Norm::Output)]);
     shapes

@@ -40,6 +40,11 @@ impl Projection {
     /// The projections of attention.
     pub const ATTENTION: [Self; 4] = [Self::Q, Self::K, Self::V, Self::O];
 
+    /// The projections of every kind of layer: [`ALL`](Self::ALL), a DeltaNet's and the first expert's.
+    pub fn every() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().chain(Self::DELTA_NET).chain(Self::of_expert(0))
+    }
+
     /// The projections of a gated DeltaNet.
     pub const DELTA_NET: [Self; 3] = [Self::DeltaQkv, Self::DeltaGate, Self::DeltaOut];
 
@@ -247,6 +252,11 @@ impl FloatPart {
     /// Those of a gated DeltaNet.
     pub const DELTA_NET: [Self; 5] =
         [Self::DeltaDecay, Self::DeltaStrength, Self::DeltaConvolution, Self::DeltaRate, Self::DeltaBias];
+
+    /// Those of every kind of layer.
+    pub fn every() -> impl Iterator<Item = Self> {
+        Self::DELTA_NET.into_iter().chain([Self::Router])
+    }
 
     /// Those of a layer.
     pub fn of_layer(layer: usize, config: &ModelConfig) -> Vec<Self> {

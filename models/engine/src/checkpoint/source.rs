@@ -10,6 +10,9 @@ use bytes::Bytes;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+/// What parts that are floats in every model are called in errors.
+pub(super) const FLOATS: &str = "a router or a part of a gated DeltaNet";
+
 /// What the caller knows better than the file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OpenOptions {

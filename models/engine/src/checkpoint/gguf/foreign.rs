@@ -69,14 +69,11 @@ fn of_layer_0(name: &str) -> String {
 
 /// Those of all architectures, in the first layer.
 fn known_tensors() -> impl Iterator<Item = String> {
-    let projections =
-        Projection::ALL.into_iter().chain(Projection::DELTA_NET).chain(Projection::of_expert(0));
-    let projections = projections.flat_map(|which| [projection_name(0, which), bias_name(0, which)]);
-    let floats = FloatPart::DELTA_NET.into_iter().chain([FloatPart::Router]);
+    let projections = Projection::every().flat_map(|which| [projection_name(0, which), bias_name(0, which)]);
     let others = ["token_embd.weight", "output.weight", "blk.0.post_attention_norm.weight"];
     projections
         .chain(Norm::ALL.map(norm_name))
         .chain(Projection::ALL.map(|which| norm_name(Norm::Input(0, which))))
-        .chain(floats.map(|which| float_part_name(0, which)))
+        .chain(FloatPart::every().map(|which| float_part_name(0, which)))
         .chain(others.map(str::to_owned))
 }

@@ -18,7 +18,7 @@ mod tokenizer;
 use super::embed::{EmbedDefaults, Pooling};
 use super::error::LoadError;
 use super::missing::instead;
-use super::source::{Content, OpenOptions, Rotated, Signs, Source, TensorInfo, Weights};
+use super::source::{Content, FLOATS, OpenOptions, Rotated, Signs, Source, TensorInfo, Weights};
 use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, aligned_view, checked_rates, checked_scale, f32_tensor, floats, one_float};
 use bitnet_burn::{ActivationRule, FloatPart, ModelConfig, Norm, Projection};
@@ -42,26 +42,14 @@ use tokenizer::{check_tokenizer, tokenizer};
 
 const EMBEDDING: &str = "token_embd.weight";
 const OUTPUT: &str = "output.weight";
-/// What tensors are called in errors.
-const EXPERTS: &str = "the projections of experts";
-const FLOATS: &str = "a router or a part of a gated DeltaNet";
 
 /// A GGUF file with a model in it.
 pub(crate) struct GgufModel {
     file: GgufFile,
+    config: ModelConfig,
     pre: Option<String>,
-    n_layers: usize,
-    /// Experts of a layer, where there are some.
-    experts: usize,
-    /// The rows of a head, where q and k are in GPT-J's order.
-    gptj_head: Option<usize>,
     /// Which matrices are rotated.
     hadamard: Option<Hadamard>,
-    /// Whether the architecture is one of BitNet's, whose projections must be ternary.
-    is_bitnet: bool,
-    /// [rows, columns] of the convolution of a gated DeltaNet.
-    convolution: [usize; 2],
-    architecture: String,
     /// Whether ternary weights with one scale have int8 activations by row, where the file says so.
     int8_activations: Option<bool>,
     /// How the others' activations are quantised, where it says so.
@@ -82,29 +70,24 @@ impl GgufModel {
             delta.grouped_output = hadamard.groups_outputs(&file, &delta.layers)?;
         }
         config.validate().map_err(|error| LoadError::Config { path: path.to_owned(), error })?;
-        let is_bitnet = config.architecture.starts_with("bitnet");
         let model = Self {
             pre: options.pre.clone(),
-            n_layers: config.n_layers,
-            experts: config.options.experts.as_ref().map_or(0, |experts| experts.count),
-            gptj_head: is_gptj(&config.architecture).then_some(config.head_dim),
             hadamard,
-            convolution: FloatPart::DeltaConvolution.shape(&config),
-            is_bitnet,
             // Norms before each projection are BitNet's, whatever the architecture.
             int8_activations: int8_activations(&file, &config.architecture)?
                 .or(config.options.projection_norms.then_some(true)),
             activations: activations(&file)?,
-            architecture: config.architecture.clone(),
+            config: config.clone(),
             file,
         };
-        model.check_tensors(&config, warnings)?;
+        model.check_tensors(warnings)?;
         check_tokenizer(&model.file)?;
         Ok((model, config))
     }
 
     /// Checks names, shapes and types of all tensors against the configuration.
-    fn check_tensors(&self, config: &ModelConfig, warnings: &mut Vec<String>) -> Result<(), LoadError> {
+    fn check_tensors(&self, warnings: &mut Vec<String>) -> Result<(), LoadError> {
+        let config = &self.config;
         let mut used = HashSet::new();
         for layer in 0..config.n_layers {
             for norm in Norm::of_layer(layer, config) {
@@ -117,7 +100,8 @@ impl GgufModel {
                 if let (Some(number), Some(experts)) = (which.expert(), config.experts(layer)) {
                     // One tensor for all of them.
                     if number == 0 {
-                        let tensor = self.dense_info(&projection_name(layer, which), EXPERTS)?;
+                        let tensor =
+                            self.dense_info(&projection_name(layer, which), "the projections of experts")?;
                         self.check_shape(tensor, &[experts.count, n, k])?;
                         used.insert(tensor.name.as_str());
                     }
@@ -187,7 +171,7 @@ impl GgufModel {
             if tensor.name.ends_with(".bias") {
                 return Err(refuse(&format!("this projection has no bias in `{}`", config.architecture)));
             } else if tensor.name.starts_with("blk.") {
-                let (name, layers) = (&config.architecture, self.n_layers);
+                let (name, layers) = (&config.architecture, config.n_layers);
                 let problem = format!("a model `{name}` of {layers} layers has no such tensor");
                 return Err(refuse(&problem));
             } else {
@@ -256,7 +240,8 @@ impl GgufModel {
         let tensor = self.dense(&tensor.name, "a projection")?;
         if let Some(number) = which.expert() {
             // The matrices lie one behind the other, each of whole rows.
-            let (n, bytes) = (tensor.n / self.experts, tensor.data.len() / self.experts);
+            let experts = self.experts();
+            let (n, bytes) = (tensor.n / experts, tensor.data.len() / experts);
             let data = tensor.data.slice(number * bytes..(number + 1) * bytes);
             let name = format!("{} (expert {number})", tensor.name);
             return Ok(Weights::Dense(DenseTensor { name, n, data, ..tensor }));
@@ -272,17 +257,28 @@ impl GgufModel {
     fn is_dense(&self, tensor_type: TensorType) -> bool {
         match self.int8_activations {
             Some(int8) if tensor_type != TensorType::I2_S => !int8,
-            _ => !int8_rows(&self.architecture, tensor_type),
+            _ => !int8_rows(&self.config.architecture, tensor_type),
         }
     }
 
     fn norm_name(&self, which: Norm) -> String {
-        norm_name_of(&self.architecture, which)
+        norm_name_of(&self.config.architecture, which)
     }
 
     /// The rows of a head, where those of this projection are in GPT-J's order.
     fn permuted(&self, which: Projection) -> Option<usize> {
-        self.gptj_head.filter(|_| matches!(which, Projection::Q | Projection::K))
+        let permuted = matches!(which, Projection::Q | Projection::K) && is_gptj(&self.config.architecture);
+        permuted.then_some(self.config.head_dim)
+    }
+
+    /// Experts whose matrices lie in one tensor.
+    fn experts(&self) -> usize {
+        self.config.options.experts.as_ref().map_or(1, |experts| experts.count.max(1))
+    }
+
+    /// Whether the architecture is one of BitNet's, whose projections must be ternary.
+    fn is_bitnet(&self) -> bool {
+        self.config.architecture.starts_with("bitnet")
     }
 
     /// The tensor that holds a projection's separate scale, under any of the names in use.
@@ -345,7 +341,7 @@ impl Source for GgufModel {
         };
         let (codes, mut scale) = match decoded {
             Ok(decoded) => decoded,
-            Err(_) if !self.is_bitnet && self.scale_tensor(layer, which)?.is_none() => {
+            Err(_) if !self.is_bitnet() && self.scale_tensor(layer, which)?.is_none() => {
                 return self.dense_projection(tensor, which);
             }
             Err(error) => {
@@ -370,7 +366,7 @@ impl Source for GgufModel {
     fn dense_bytes(&self, layer: usize, which: Projection) -> Option<u64> {
         let tensor = self.info(&projection_name(layer, which)).ok()?;
         match which.expert() {
-            Some(_) => Some(tensor.bytes / self.experts.max(1) as u64),
+            Some(_) => Some(tensor.bytes / self.experts() as u64),
             None => self.is_dense(tensor.tensor_type).then_some(tensor.bytes),
         }
     }
@@ -388,16 +384,15 @@ impl Source for GgufModel {
 
     fn float_part(&self, layer: usize, which: FloatPart) -> Result<DenseTensor, LoadError> {
         let tensor = self.dense(&float_part_name(layer, which), FLOATS)?;
-        let values = |tensor: &DenseTensor| floats(self.file.path(), tensor);
+        let values = || floats(self.file.path(), &tensor);
         Ok(match which {
             FloatPart::DeltaConvolution => {
-                let [taps, channels] = self.convolution;
-                let stored = values(&tensor)?;
-                let taps_first = (0..taps).flat_map(|tap| stored.iter().skip(tap).step_by(taps).copied());
-                f32_tensor(&tensor.name, [taps, channels], &taps_first.collect::<Vec<_>>())
+                let values = which.from_checkpoint(&values()?, &self.config);
+                f32_tensor(&tensor.name, which.shape(&self.config), &values)
             }
+            // Not their logarithms, as in a checkpoint.
             FloatPart::DeltaRate => {
-                checked_rates(self.file.path(), &tensor.name, &values(&tensor)?)?;
+                checked_rates(self.file.path(), &tensor.name, &values()?)?;
                 tensor
             }
             _ => tensor,
@@ -472,9 +467,8 @@ impl Source for GgufModel {
 fn stored_shape(which: FloatPart, config: &ModelConfig) -> Vec<usize> {
     let [rows, columns] = which.shape(config);
     match which {
-        FloatPart::Router | FloatPart::DeltaDecay | FloatPart::DeltaStrength => vec![rows, columns],
         FloatPart::DeltaConvolution => vec![columns, rows],
-        FloatPart::DeltaRate | FloatPart::DeltaBias => vec![columns],
+        _ => which.checkpoint_shape(config),
     }
 }
 

@@ -13,7 +13,7 @@ pub use style::Style;
 use super::embed::{EmbedDefaults, Pooling};
 use super::error::LoadError;
 use super::missing::{instead, listed};
-use super::source::{Content, OpenOptions, Source, TensorInfo, Weights};
+use super::source::{Content, FLOATS, OpenOptions, Source, TensorInfo, Weights};
 use super::tokenizer_source::TokenizerSource;
 use super::values::{aligned, checked_rates, checked_scale, f32_tensor, floats, one_float};
 use bitnet_burn::names::{
@@ -42,9 +42,6 @@ pub const COMPANIONS: [&str; 6] = [
     "special_tokens_map.json",
     "chat_template.jinja",
 ];
-
-/// What parts that are floats in every model are called in errors.
-const FLOATS: &str = "a router or a part of a gated DeltaNet";
 
 /// A Hugging Face directory with a model in it.
 pub(crate) struct HfModel {
@@ -231,14 +228,11 @@ fn with_foreign_tensors(error: LoadError, shards: Option<Shards>) -> LoadError {
     let (LoadError::Architecture { path, found, supported, .. }, Some(shards)) = (&error, shards) else {
         return error;
     };
-    let projections =
-        Projection::ALL.into_iter().chain(Projection::DELTA_NET).chain(Projection::of_expert(0));
-    let projections =
-        projections.flat_map(|which| [projection_name(0, which), bias_name(0, which), scale_name(0, which)]);
+    let projections = Projection::every()
+        .flat_map(|which| [projection_name(0, which), bias_name(0, which), scale_name(0, which)]);
     let norms =
         Norm::ALL.into_iter().chain(Projection::ALL.map(|which| Norm::Input(0, which))).map(norm_name);
-    let floats = FloatPart::DELTA_NET.into_iter().chain([FloatPart::Router]);
-    let floats = floats.map(|which| float_part_name(0, which));
+    let floats = FloatPart::every().map(|which| float_part_name(0, which));
     let known = projections.chain(norms).chain(floats).chain([EMBEDDING, HEAD].map(str::to_owned));
     let mut known: BTreeSet<String> = known.collect();
     known.extend(known.clone().iter().filter_map(|name| older_name(name)));

@@ -136,16 +136,11 @@ pub(super) fn style(
         let list = modules
             .as_array()
             .ok_or_else(|| quantization.wrong("modules_to_not_convert", modules, expected))?;
-        let all: Vec<Projection> = Projection::ALL
-            .into_iter()
-            .chain(Projection::DELTA_NET)
-            .chain(Projection::of_expert(0))
-            .collect();
         for module in list {
             let name = module
                 .as_str()
                 .ok_or_else(|| quantization.wrong("modules_to_not_convert", module, expected))?;
-            if all.iter().any(|&p| projection_module(0, p).contains(name))
+            if Projection::every().any(|p| projection_module(0, p).contains(name))
                 || name.starts_with("model.layers.")
             {
                 return Err(refuse(format!(
