@@ -5,7 +5,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
 
 use super::{dims, rms_norm, sigmoid, slice};
-use crate::extension::{DeltaNetArgs, DeltaNetOutput, DeltaNetTensors, DeltaNetWeights};
+use crate::extension::{DeltaNetArgs, DeltaNetOutput, DeltaNetShape, DeltaNetTensors, DeltaNetWeights};
 
 /// Added to the sum of squares of a query or key.
 const EPSILON: f32 = 1e-6;
@@ -16,8 +16,8 @@ pub(crate) fn delta_net<B: Backend>(
     state: DeltaNetTensors<B>,
     args: &DeltaNetArgs,
 ) -> DeltaNetOutput<B> {
-    let DeltaNetArgs { key_heads, value_heads, key_dim, value_dim, taps, .. } = *args;
-    let (m, channels, values) = (dims(&rows)[0], args.channels(), args.values());
+    let DeltaNetShape { key_heads, value_heads, key_dim, value_dim, taps, .. } = args.shape;
+    let (m, channels, values) = (dims(&rows)[0], args.shape.channels(), args.shape.values());
     let columns = |from: usize, to: usize| B::float_slice(rows.clone(), &slice(&[0..m, from..to]));
     let heads = |x: FloatTensor<B>, dim: usize| B::float_reshape(x, Shape::new([m, value_heads, dim]));
 
@@ -30,8 +30,9 @@ pub(crate) fn delta_net<B: Backend>(
     let u = silu::<B>((1..taps).fold(tap(0), |sum, j| B::float_add(sum, tap(j))));
     let part = |from: usize, to: usize| B::float_slice(u.clone(), &slice(&[0..m, from..to]));
     let keys = key_heads * key_dim;
-    let q = B::float_div_scalar(of_value_heads::<B>(part(0, keys), args), (key_dim as f32).sqrt().into());
-    let k = of_value_heads::<B>(part(keys, 2 * keys), args);
+    let q =
+        B::float_div_scalar(of_value_heads::<B>(part(0, keys), &args.shape), (key_dim as f32).sqrt().into());
+    let k = of_value_heads::<B>(part(keys, 2 * keys), &args.shape);
     let v = heads(part(2 * keys, channels), value_dim);
 
     let bias = B::float_reshape(weights.time_bias, Shape::new([1, value_heads]));
@@ -68,8 +69,8 @@ pub(crate) fn delta_net<B: Backend>(
 
 /// Queries or keys [M, key_heads * key_dim], divided by their lengths, as each value head sees them
 /// [M, value_heads, key_dim].
-fn of_value_heads<B: Backend>(x: FloatTensor<B>, args: &DeltaNetArgs) -> FloatTensor<B> {
-    let DeltaNetArgs { key_heads, value_heads, key_dim, tiled, .. } = *args;
+fn of_value_heads<B: Backend>(x: FloatTensor<B>, shape: &DeltaNetShape) -> FloatTensor<B> {
+    let DeltaNetShape { key_heads, value_heads, key_dim, tiled, .. } = *shape;
     let (m, each) = (dims(&x)[0], value_heads / key_heads);
     let x = B::float_reshape(x, Shape::new([m, key_heads, key_dim]));
     let squares = B::float_sum_dim(B::float_mul(x.clone(), x.clone()), 2);

@@ -10,8 +10,8 @@ use burn::tensor::TensorData;
 
 use super::*;
 use crate::extension::{
-    BitLinearArgs, DeltaNetArgs, DeltaNetTensors, DeltaNetWeights, DenseArgs, InputNorm, Matrix,
-    SelfAttentionArgs, TernaryBackend, TernaryWeight, WeightGroup,
+    BitLinearArgs, DeltaNetArgs, DeltaNetShape, DeltaNetTensors, DeltaNetWeights, DenseArgs, InputNorm,
+    Matrix, SelfAttentionArgs, TernaryBackend, TernaryWeight, WeightGroup,
 };
 
 /// Small pseudo-random numbers in 0..n.
@@ -391,9 +391,9 @@ fn delta_net_is_the_same<B: TernaryBackend>() {
     for (key_heads, value_heads, key_dim, value_dim, taps, tiled) in
         [(1, 1, 1, 1, 2, false), (2, 4, 8, 20, 4, false), (2, 6, 16, 4, 3, true)]
     {
-        let args = DeltaNetArgs { key_heads, value_heads, key_dim, value_dim, taps, tiled, eps: 1e-6 };
-        let (m, channels) = (7, args.channels());
-        let width = channels + args.values() + 2 * value_heads;
+        let shape = DeltaNetShape { key_heads, value_heads, key_dim, value_dim, taps, tiled };
+        let args = DeltaNetArgs { shape, eps: 1e-6 };
+        let (m, channels, width) = (7, shape.channels(), shape.width());
         let rows = || floats::<B>(random(1, m * width), &[m, width]);
         let weights = || DeltaNetWeights {
             convolution: floats::<B>(random(2, taps * channels), &[taps, channels]),

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+pub use bitnet_burn_cpu::delta_net::Shape as DeltaNetShape;
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_formats::dense_tiles::{TiledFormat, tiled_bytes};
 use bitnet_burn_manager::{CpuKernels, ScaleKind};
@@ -127,35 +128,13 @@ pub struct AttentionArgs {
     pub window: Option<usize>,
 }
 
-/// Sizes and constants of [`TernaryBackend::delta_net`](crate::TernaryBackend::delta_net).
+/// Arguments of [`TernaryBackend::delta_net`](crate::TernaryBackend::delta_net).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DeltaNetArgs {
-    /// Heads of queries and of keys.
-    pub key_heads: usize,
-    /// Heads of values: a multiple of `key_heads`.
-    pub value_heads: usize,
-    /// Values of a query or key head.
-    pub key_dim: usize,
-    /// Values of a value head.
-    pub value_dim: usize,
-    /// Rows that the convolution sees: its own, and those before it.
-    pub taps: usize,
-    /// Whether value head j reads key head j % key_heads. Otherwise it reads j / (value_heads / key_heads).
-    pub tiled: bool,
-    /// Of the output's norm.
+    /// Heads, sizes and taps.
+    pub shape: DeltaNetShape,
+    /// Epsilon of the output's norm.
     pub eps: f32,
-}
-
-impl DeltaNetArgs {
-    /// Inputs of the convolution: queries, keys and values side by side.
-    pub fn channels(&self) -> usize {
-        2 * self.key_heads * self.key_dim + self.values()
-    }
-
-    /// Values of all value heads.
-    pub fn values(&self) -> usize {
-        self.value_heads * self.value_dim
-    }
 }
 
 /// Arguments of [`TernaryBackend::self_attention`](crate::TernaryBackend::self_attention).

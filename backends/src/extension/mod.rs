@@ -15,8 +15,8 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape};
 
 pub use self::args::{
-    AttentionArgs, BitLinearArgs, CacheType, DeltaNetArgs, DenseArgs, GatedActivation, Matrix, MatrixKernels,
-    NoInt8, SelfAttentionArgs,
+    AttentionArgs, BitLinearArgs, CacheType, DeltaNetArgs, DeltaNetShape, DenseArgs, GatedActivation, Matrix,
+    MatrixKernels, NoInt8, SelfAttentionArgs,
 };
 pub use self::tensors::{
     CacheTensor, CachedAttention, DeltaNetOutput, DeltaNetTensors, DeltaNetWeights, InputNorm, TernaryWeight,
@@ -53,7 +53,7 @@ fn delta_net_metadata(
     state: &DeltaNetTensorsMetadata,
     args: &DeltaNetArgs,
 ) -> DeltaNetOutputMetadata {
-    let context = TensorSpec::new(by_rows(&rows.shape, args.values()), rows.dtype);
+    let context = TensorSpec::new(by_rows(&rows.shape, args.shape.values()), rows.dtype);
     DeltaNetOutputMetadata { context, state: state.clone() }
 }
 

@@ -82,8 +82,7 @@ pub(crate) fn delta_net<B: HostBackend>(
     args: &DeltaNetArgs,
 ) -> DeltaNetOutput<B> {
     let [m, _] = dims(&rows);
-    let &DeltaNetArgs { key_heads, value_heads, key_dim, value_dim, taps, tiled, eps } = args;
-    let shape = delta_net::Shape { key_heads, value_heads, key_dim, value_dim, taps, tiled };
+    let &DeltaNetArgs { shape, eps } = args;
     let (convolution, norm) = (B::floats(&weights.convolution), B::floats(&weights.norm));
     let (decay, time_bias) = (B::floats(&weights.decay), B::floats(&weights.time_bias));
     let of = delta_net::Weights {
@@ -95,12 +94,12 @@ pub(crate) fn delta_net<B: HostBackend>(
     };
     let mut inputs = B::floats(&state.inputs).into_owned();
     let mut memory = B::floats(&state.memory).into_owned();
-    let mut out = vec![0f32; m * args.values()];
+    let mut out = vec![0f32; m * shape.values()];
     let after = delta_net::State { inputs: &mut inputs, memory: &mut memory };
     delta_net::delta_net(shape, of, &B::floats(&rows), after, &mut out, &threads());
     let state = DeltaNetTensors {
-        inputs: B::tensor(inputs, Shape::new([taps - 1, args.channels()])),
-        memory: B::tensor(memory, Shape::new([value_heads, key_dim, value_dim])),
+        inputs: B::tensor(inputs, Shape::new([shape.taps - 1, shape.channels()])),
+        memory: B::tensor(memory, Shape::new([shape.value_heads, shape.key_dim, shape.value_dim])),
     };
-    DeltaNetOutput { context: B::tensor(out, Shape::new([m, args.values()])), state }
+    DeltaNetOutput { context: B::tensor(out, Shape::new([m, shape.values()])), state }
 }

@@ -3,7 +3,9 @@
 use burn::backend::Dispatch;
 use burn::tensor::{Device, Tensor};
 
-use crate::extension::{DeltaNetArgs, DeltaNetOutput, DeltaNetTensors, DeltaNetWeights, TernaryBackend};
+use crate::extension::{
+    DeltaNetArgs, DeltaNetOutput, DeltaNetShape, DeltaNetTensors, DeltaNetWeights, TernaryBackend,
+};
 
 /// What a layer has learned, for [`delta_net`].
 #[derive(Clone, Debug)]
@@ -27,10 +29,10 @@ pub struct DeltaNetState {
 
 impl DeltaNetState {
     /// That of a sequence that begins.
-    pub fn zeros(args: &DeltaNetArgs, device: &Device) -> Self {
+    pub fn zeros(shape: &DeltaNetShape, device: &Device) -> Self {
         Self {
-            inputs: Tensor::zeros([args.taps - 1, args.channels()], device),
-            memory: Tensor::zeros([args.value_heads, args.key_dim, args.value_dim], device),
+            inputs: Tensor::zeros([shape.taps - 1, shape.channels()], device),
+            memory: Tensor::zeros([shape.value_heads, shape.key_dim, shape.value_dim], device),
         }
     }
 
@@ -51,17 +53,18 @@ pub fn delta_net(
     state: DeltaNetState,
     args: DeltaNetArgs,
 ) -> (Tensor<2>, DeltaNetState) {
-    let DeltaNetArgs { key_heads, value_heads, key_dim, value_dim, taps, .. } = args;
+    let (shape, channels) = (args.shape, args.shape.channels());
+    let DeltaNetShape { key_heads, value_heads, key_dim, value_dim, taps, .. } = shape;
     let DeltaNetParameters { convolution, decay, time_bias, norm } = parameters;
     let DeltaNetState { inputs, memory } = state;
-    assert!(key_heads > 0 && value_heads > 0 && value_heads.is_multiple_of(key_heads), "heads of {args:?}");
+    assert!(key_heads > 0 && value_heads > 0 && value_heads.is_multiple_of(key_heads), "heads of {shape:?}");
     assert!(taps > 1, "a convolution of {taps} taps");
-    assert_eq!(rows.dims()[1], args.channels() + args.values() + 2 * value_heads, "a row of {args:?}");
-    assert_eq!(convolution.dims(), [taps, args.channels()], "the convolution of {args:?}");
-    assert_eq!((decay.dims(), time_bias.dims()), ([value_heads], [value_heads]), "decays of {args:?}");
-    assert_eq!(norm.dims(), [value_dim], "the norm of {args:?}");
-    assert_eq!(inputs.dims(), [taps - 1, args.channels()], "the inputs of {args:?}");
-    assert_eq!(memory.dims(), [value_heads, key_dim, value_dim], "the memory of {args:?}");
+    assert_eq!(rows.dims()[1], shape.width(), "a row of {shape:?}");
+    assert_eq!(convolution.dims(), [taps, channels], "the convolution of {shape:?}");
+    assert_eq!((decay.dims(), time_bias.dims()), ([value_heads], [value_heads]), "decays of {shape:?}");
+    assert_eq!(norm.dims(), [value_dim], "the norm of {shape:?}");
+    assert_eq!(inputs.dims(), [taps - 1, channels], "the inputs of {shape:?}");
+    assert_eq!(memory.dims(), [value_heads, key_dim, value_dim], "the memory of {shape:?}");
     let weights = DeltaNetWeights {
         convolution: convolution.into_dispatch(),
         decay: decay.into_dispatch(),

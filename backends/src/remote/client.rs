@@ -9,7 +9,7 @@ use burn::tensor::{DType, Shape, TensorData, try_read_sync};
 
 use super::{TEXT, name};
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, CachedAttention, DeltaNetArgs, DeltaNetOutput,
+    AttentionArgs, BitLinearArgs, CacheTensor, CachedAttention, DeltaNetArgs, DeltaNetOutput, DeltaNetShape,
     DeltaNetTensors, DeltaNetWeights, DenseArgs, GatedActivation, InputNorm, TernaryBackend, WeightGroup,
 };
 
@@ -190,15 +190,16 @@ impl TernaryBackend for Remote {
         args: DeltaNetArgs,
     ) -> DeltaNetOutput<Self> {
         let (device, [m, _]) = (rows.device(), dims(&rows));
-        let DeltaNetArgs { key_heads, value_heads, key_dim, value_dim, taps, tiled, eps } = args;
+        let DeltaNetArgs { shape, eps } = args;
+        let DeltaNetShape { key_heads, value_heads, key_dim, value_dim, taps, tiled } = shape;
         let mut scalars = [key_heads, value_heads, key_dim, value_dim, taps].map(size).to_vec();
         scalars.extend([ScalarIr::Bool(tiled), ScalarIr::Float(eps.into())]);
         let DeltaNetWeights { convolution, decay, time_bias, norm } = weights;
         let tensors = [rows, convolution, decay, time_bias, norm, state.inputs, state.memory];
         let inputs = tensors.map(FloatTensor::<Self>::into_ir);
         let shapes = [
-            Shape::new([m, args.values()]),
-            Shape::new([taps - 1, args.channels()]),
+            Shape::new([m, shape.values()]),
+            Shape::new([taps - 1, shape.channels()]),
             Shape::new([value_heads, key_dim, value_dim]),
         ];
         let outputs = shapes.map(|shape| (shape, DType::F32));

@@ -21,7 +21,7 @@ use super::gate::{self, Gate, Limits};
 use super::{Secret, TEXT, name};
 use crate::devices::{LARGEST_REMOTE, catching_panics};
 use crate::extension::{
-    AttentionArgs, BitLinearArgs, CacheTensor, DeltaNetArgs, DeltaNetOutput, DeltaNetTensors,
+    AttentionArgs, BitLinearArgs, CacheTensor, DeltaNetArgs, DeltaNetOutput, DeltaNetShape, DeltaNetTensors,
     DeltaNetWeights, DenseArgs, GatedActivation, InputNorm, Matrix, TernaryBackend, TernaryWeight,
     WeightGroup,
 };
@@ -448,13 +448,14 @@ fn delta_net<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Out
     let [key_heads, value_heads] = [request.size()?, request.size()?];
     let [key_dim, value_dim, taps] = [request.size()?, request.size()?, request.size()?];
     let (tiled, eps) = (request.flag()?, request.number()?);
-    let args = DeltaNetArgs { key_heads, value_heads, key_dim, value_dim, taps, tiled, eps };
+    let shape = DeltaNetShape { key_heads, value_heads, key_dim, value_dim, taps, tiled };
+    let args = DeltaNetArgs { shape, eps };
     let sizes = [key_heads, value_heads, key_dim, value_dim, taps];
     let fits = sizes.iter().all(|size| (1..=MOST).contains(size)) && taps > 1;
     check(fits && value_heads.is_multiple_of(key_heads), || format!("{args:?}"))?;
-    let (channels, values) = (args.channels(), args.values());
+    let channels = shape.channels();
     let (rows, [m, width]) = request.float("rows")?;
-    check(width == channels + values + 2 * value_heads, || format!("rows of {width} for {args:?}"))?;
+    check(width == shape.width(), || format!("rows of {width} for {args:?}"))?;
     let weights = DeltaNetWeights {
         convolution: request.float_as("the convolution", [taps, channels])?,
         decay: request.float_as("the decays", [value_heads])?,
@@ -465,7 +466,7 @@ fn delta_net<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Out
         inputs: request.float_as("the inputs", [taps - 1, channels])?,
         memory: request.float_as("the memory", [value_heads, key_dim, value_dim])?,
     };
-    check_rows(m, values)?;
+    check_rows(m, shape.values())?;
     let DeltaNetOutput { context, state } = B::delta_net(rows, weights, state, args);
     Ok([context, state.inputs, state.memory].map(Output::Float).into())
 }

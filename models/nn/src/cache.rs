@@ -3,7 +3,7 @@
 pub use bitnet_burn_backends::CacheType;
 use bitnet_burn_backends::devices;
 use bitnet_burn_backends::ops::{self, CacheLayer, DeltaNetState};
-use bitnet_burn_backends::{AttentionArgs, DeltaNetArgs};
+use bitnet_burn_backends::{AttentionArgs, DeltaNetShape};
 use bitnet_burn_manager::memory::PageArena;
 use burn::tensor::{Device, Tensor};
 
@@ -433,11 +433,11 @@ impl KvCache {
         &self,
         id: SequenceId,
         layer: usize,
-        args: &DeltaNetArgs,
+        shape: &DeltaNetShape,
     ) -> Result<DeltaNetState, CacheError> {
         match &self.slot(id)?.layers[layer] {
             LayerHistory::State { now: Some(state), .. } => Ok(state.clone()),
-            LayerHistory::State { now: None, .. } => Ok(DeltaNetState::zeros(args, &self.devices[layer])),
+            LayerHistory::State { now: None, .. } => Ok(DeltaNetState::zeros(shape, &self.devices[layer])),
             LayerHistory::Keys(_) => panic!("a DeltaNet in layer {layer}, which has keys and values"),
         }
     }

@@ -1,8 +1,8 @@
 //! Gated DeltaNet with BitLinear projections (Yang et al., "Gated Delta Networks", arXiv 2412.06464), as in Qwen3.5: linear
 //! attention whose memory of a sequence has one size, however long the sequence is.
 
-use bitnet_burn_backends::DeltaNetArgs;
 use bitnet_burn_backends::ops::{self, DeltaNetParameters, DeltaNetState};
+use bitnet_burn_backends::{DeltaNetArgs, DeltaNetShape};
 use burn::config::Config;
 use burn::module::{Initializer, Module, Param, ParamId};
 use burn::nn::{RmsNorm, RmsNormConfig};
@@ -107,31 +107,34 @@ impl BitDeltaNetConfig {
             .with_grouped_output(grouped_output)
     }
 
-    fn args(&self) -> DeltaNetArgs {
+    fn shape(&self) -> DeltaNetShape {
         let Self { key_heads, value_heads, key_dim, value_dim, taps, tiled, .. } = *self;
-        DeltaNetArgs { key_heads, value_heads, key_dim, value_dim, taps, tiled, eps: self.eps as f32 }
+        DeltaNetShape { key_heads, value_heads, key_dim, value_dim, taps, tiled }
     }
 
     /// A layer in the training state: rates of decay between -16 and 0, biases of 1, as in Qwen3.5.
     pub fn init(&self, device: &Device) -> BitDeltaNet {
-        let (args, hidden) = (self.args(), self.hidden_size);
+        let (shape, hidden) = (self.shape(), self.hidden_size);
         let linear = |d_in, d_out| {
             let linear = BitLinearConfig::new(d_in, d_out).with_scale(self.scale);
             linear.with_activations(self.activations).init(device)
         };
-        let projections =
-            [linear(hidden, args.channels()), linear(hidden, args.values()), linear(args.values(), hidden)];
+        let projections = [
+            linear(hidden, shape.channels()),
+            linear(hidden, shape.values()),
+            linear(shape.values(), hidden),
+        ];
         let initializer = Initializer::KaimingUniform { gain: 1.0 / 3f64.sqrt(), fan_out_only: false };
         let matrix = |[n, k]: [usize; 2]| initializer.init_with([n, k], Some(k), Some(n), device);
-        let uniform = |shape: [usize; 2], low, high| {
-            let values = Tensor::random(shape, Distribution::Uniform(low, high), device);
+        let uniform = |dims: [usize; 2], low, high| {
+            let values = Tensor::random(dims, Distribution::Uniform(low, high), device);
             Param::initialized(ParamId::new(), values.require_grad())
         };
         let bound = 1.0 / (self.taps as f64).sqrt();
         let floats = DeltaNetFloats {
             decay_proj: DenseMatrix::trainable(matrix([self.value_heads, hidden])),
             strength_proj: DenseMatrix::trainable(matrix([self.value_heads, hidden])),
-            convolution: uniform([self.taps, args.channels()], -bound, bound),
+            convolution: uniform([self.taps, shape.channels()], -bound, bound),
             rate: uniform([1, self.value_heads], -16.0, -1e-3),
             bias: Param::initialized(
                 ParamId::new(),
@@ -160,7 +163,7 @@ impl BitDeltaNetConfig {
             convolution,
             rate,
             bias,
-            args: DeltaNetArgs { eps: norm.epsilon as f32, ..self.args() },
+            args: DeltaNetArgs { shape: self.shape(), eps: norm.epsilon as f32 },
             norm,
             grouped_output: self.grouped_output,
         }
@@ -182,10 +185,9 @@ impl BitDeltaNet {
         batch: &Batch,
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
-        let (gamma, eps) = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
-        let normed = ops::rms_norm(x.clone(), gamma.clone(), eps);
+        let normed = ops::rms_norm(x, self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
         let projections = [&self.qkv_proj, &self.gate_proj];
-        let projected = side_by_side(x, Some((gamma, eps)), batch.quantise, &projections)?;
+        let projected = side_by_side(normed.clone(), None, batch.quantise, &projections)?;
         let logits = [self.decay_proj.forward(normed.clone()), self.strength_proj.forward(normed)];
         let [decays, strengths] = logits;
         let rows = Tensor::cat(vec![projected, decays, strengths], 1);
@@ -195,7 +197,7 @@ impl BitDeltaNet {
             History::Cache(cache) => {
                 for sequence in &batch.sequences {
                     let rows = rows.clone().slice([sequence.rows.clone(), 0..width]);
-                    let state = cache.delta_net(sequence.id, layer, &self.args)?;
+                    let state = cache.delta_net(sequence.id, layer, &self.args.shape)?;
                     let (context, state) = ops::delta_net(rows, self.parameters(), state, self.args);
                     cache.set_delta_net(sequence.id, layer, state)?;
                     contexts.push(context);
@@ -204,7 +206,7 @@ impl BitDeltaNet {
             History::None { length } => {
                 for from in (0..m).step_by(*length) {
                     let rows = rows.clone().slice([from..from + *length, 0..width]);
-                    let state = DeltaNetState::zeros(&self.args, &rows.device());
+                    let state = DeltaNetState::zeros(&self.args.shape, &rows.device());
                     contexts.push(ops::delta_net(rows, self.parameters(), state, self.args).0);
                 }
             }
@@ -214,7 +216,7 @@ impl BitDeltaNet {
     }
 
     fn parameters(&self) -> DeltaNetParameters {
-        let heads = [self.args.value_heads];
+        let heads = [self.args.shape.value_heads];
         DeltaNetParameters {
             convolution: self.convolution.val(),
             // (Training may move it; a memory that grows is none.)
@@ -229,7 +231,7 @@ impl BitDeltaNet {
         if !self.grouped_output {
             return context;
         }
-        let DeltaNetArgs { key_heads, value_heads, value_dim, .. } = self.args;
+        let DeltaNetShape { key_heads, value_heads, value_dim, .. } = self.args.shape;
         let [m, width] = context.dims();
         let tiles = context.reshape([m, value_heads / key_heads, key_heads, value_dim]);
         tiles.swap_dims(1, 2).reshape([m, width])
