@@ -59,8 +59,8 @@ fn io_error(path: &Path, action: &str) -> impl FnOnce(io::Error) -> WriteError {
 ///
 /// # Arguments
 /// - `tensors`: name, shape and values of each tensor that the configuration asks for, in any order. The
-///   names are those of [`projection_name`], [`norm_name`], [`EMBEDDING`] and, where the output head is not
-///   tied, [`HEAD`].
+///   names are those of [`projection_name`], [`float_part_name`], [`norm_name`], [`EMBEDDING`] and, where the output
+///   head is not tied, [`HEAD`].
 ///
 /// # Errors
 /// [`HfWriteError`]: a tensor is missing, is none of this model's, has another shape, or holds a value that
@@ -452,6 +452,21 @@ mod tests {
         let config: Value =
             serde_json::from_slice(&std::fs::read(dir.path().join("config.json")).unwrap()).unwrap();
         assert_eq!(config["rms_norm_eps"], json!(1e-5), "and not the f32's 9.999999747378752e-6");
+    }
+
+    #[test]
+    fn masters_of_experts_are_a_model() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = shape("tiny-experts").unwrap();
+        let tensors = tensors(&config);
+        write_masters(dir.path(), &config, tensors.clone()).unwrap();
+        let checkpoint = Checkpoint::open(dir.path(), &OpenOptions::default()).unwrap();
+        assert_eq!(checkpoint.config().options.experts, config.options.experts);
+        checkpoint.check().unwrap();
+        let master = checkpoint.master(1, Projection::ExpertDown(3)).unwrap().unwrap();
+        let name = projection_name(1, Projection::ExpertDown(3));
+        let (_, _, values) = tensors.iter().find(|t| t.0 == name).unwrap();
+        assert_eq!(&master, values);
     }
 
     #[test]

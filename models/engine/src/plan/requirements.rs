@@ -330,7 +330,6 @@ mod tests {
     use super::*;
     use crate::synth::shape;
     use bitnet_burn::SlidingWindows;
-    use bitnet_burn_formats::DenseFormat;
 
     #[test]
     fn the_2b_model_needs_what_its_shape_says() {
@@ -356,7 +355,9 @@ mod tests {
         assert_eq!((file.embedding, file.output), (embedding.data.len() as u64, 0));
         assert_eq!(file.head_read, file.embedding);
         // A copy in another format needs memory of its own, and tokens read the copy.
-        let requantised = Requirements::of(&checkpoint, HeadMode::Requantised(DenseFormat::F32)).unwrap();
+        let requantised =
+            Requirements::of(&checkpoint, HeadMode::Requantised(bitnet_burn_formats::DenseFormat::F32))
+                .unwrap();
         assert_eq!(requantised.output, (embedding.n * embedding.k * 4) as u64);
         assert_eq!(requantised.head_read, requantised.output);
     }

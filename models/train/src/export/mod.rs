@@ -261,7 +261,7 @@ pub fn export(
             write::gguf(checkpoint, config, types, options, &path, &mut summary.notes, &mut advance)
         }
         Target::Hf { style, dense } => {
-            write::hf(checkpoint, config, style, dense, options, &path, &mut summary.notes, &mut advance)
+            write::hf(checkpoint, config, (style, dense), options, &path, &mut summary.notes, &mut advance)
         }
     };
     match written {

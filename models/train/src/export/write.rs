@@ -159,13 +159,11 @@ fn embedding_notes(checkpoint: &Checkpoint, gguf: bool) -> Vec<String> {
     lost.then(|| what.to_owned()).into_iter().collect()
 }
 
-#[allow(clippy::too_many_arguments, reason = "called once")]
-/// Writes a Hugging Face directory.
+/// Writes a Hugging Face directory: in which style, and in which type what is dense (`None`: in one that holds it exactly).
 pub(super) fn hf(
     checkpoint: &Checkpoint,
     config: ModelConfig,
-    style: Style,
-    dense: Option<DenseFormat>,
+    (style, dense): (Style, Option<DenseFormat>),
     options: &ExportOptions,
     path: &Path,
     notes: &mut Vec<String>,
