@@ -72,6 +72,11 @@ pub fn configure(
     Ok((MANAGER.get().expect("set above"), refused))
 }
 
+/// Whether the process's kernel manager was set up, so that [`configure`] is no longer possible.
+pub fn is_set_up() -> bool {
+    MANAGER.get().is_some()
+}
+
 /// The helper's side of the gate ([`gate::child`]), with this build's GPU runtime, if it has one, to try kernels on that
 /// are GPU source.
 pub fn gate_child(arguments: impl Iterator<Item = OsString>) -> i32 {

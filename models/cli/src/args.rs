@@ -36,7 +36,8 @@ impl Model {
         OsStringValueParser::new().try_map(Self::parse)
     }
 
-    fn parse(text: OsString) -> Result<Self, String> {
+    /// From the text of an argument.
+    pub fn parse(text: OsString) -> Result<Self, String> {
         match text.to_str().filter(|text| text.starts_with("hf:")) {
             #[cfg(feature = "hub")]
             Some(name) => name.parse().map(Self::Hub),
@@ -73,6 +74,13 @@ pub struct FileArgs {
     /// one of the Hugging Face Hub, which is downloaded once [default: the built-in story model]
     #[arg(long, short, value_name = "PATH", value_parser = Model::parser(), help_heading = "Model")]
     pub model: Option<Model>,
+    #[command(flatten)]
+    pub gaps: GapArgs,
+}
+
+/// What a model's files leave out.
+#[derive(Clone, Debug, Default, Args)]
+pub struct GapArgs {
     /// The feed-forward activation, for files that don't name it: relu2 or silu
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Model")]
     pub hidden_act: Option<GatedActivation>,
@@ -81,16 +89,18 @@ pub struct FileArgs {
     pub pre: Option<String>,
 }
 
-impl FileArgs {
+impl GapArgs {
     /// The flags as options for opening a checkpoint.
     pub fn options(&self) -> OpenOptions {
         OpenOptions { hidden_act: self.hidden_act, pre: self.pre.clone() }
     }
+}
 
+impl FileArgs {
     /// Opens the files and logs their warnings.
     pub fn open(&self) -> anyhow::Result<Checkpoint> {
         match &self.model {
-            Some(model) => Ok(Checkpoint::open(&model.locate()?, &self.options())?),
+            Some(model) => Ok(Checkpoint::open(&model.locate()?, &self.gaps.options())?),
             #[cfg(feature = "default-model")]
             None => Ok(bitnet_burn_engine::embedded::checkpoint()?),
             #[cfg(not(feature = "default-model"))]
@@ -135,11 +145,22 @@ pub struct KernelArgs {
     pub strict: Option<Strict>,
 }
 
-/// The model, the kernels, the device and the context.
+/// The model, and how it is loaded.
 #[derive(Debug, Args)]
 pub struct EngineArgs {
     #[command(flatten)]
     pub file: FileArgs,
+    #[command(flatten)]
+    pub load: LoadArgs,
+    /// Write a receipt for `bitnet receipt check`: the model, the machine, kernels and plugins with their hashes, the
+    /// settings, the prompt and the report. Reads the model's files a second time
+    #[arg(long, value_name = "FILE")]
+    pub receipt: Option<PathBuf>,
+}
+
+/// The kernels, the device and the context.
+#[derive(Debug, Args)]
+pub struct LoadArgs {
     #[command(flatten)]
     pub kernels: KernelArgs,
     /// The device that computes: flex (the CPU), ndarray, wgpu, metal, cuda or rocm, if the cargo feature of that name is
@@ -170,10 +191,6 @@ pub struct EngineArgs {
     /// Ignore the file that `bitnet prepack` wrote, and pack the weights while loading
     #[arg(long, help_heading = "Kernels")]
     pub no_prepacked: bool,
-    /// Write a receipt for `bitnet receipt check`: the model, the machine, kernels and plugins with their hashes, the
-    /// settings, the prompt and the report. Reads the model's files a second time
-    #[arg(long, value_name = "FILE")]
-    pub receipt: Option<PathBuf>,
 }
 
 /// The secret of workers and their clients.
@@ -320,6 +337,32 @@ pub fn positive(text: &str) -> Result<usize, String> {
 fn threads(text: &str) -> Result<usize, String> {
     let at_most = || format!("it must be at most {MAX_THREADS}");
     positive(text).and_then(|n| if n <= MAX_THREADS { Ok(n) } else { Err(at_most()) })
+}
+
+/// Parses a number of bytes: `1500000000`, `1.5GB`, `2GiB`.
+pub fn size(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        unit => {
+            return Err(format!("{unit} is not a unit of size; possible are kB, MB, GB, KiB, MiB and GiB"));
+        }
+    };
+    let number: f64 = number.parse().map_err(|_| "a size is a number with a unit, such as 3GB".to_owned())?;
+    let bytes = number * factor as f64;
+    if (1.0..1e18).contains(&bytes) {
+        Ok(bytes as u64)
+    } else {
+        Err("it must be at least 1 byte, and below 1e18 bytes".into())
+    }
 }
 
 /// Reads the text in a file, or in stdin for `-`.

@@ -94,9 +94,9 @@ struct Output<'a> {
 
 /// The GPU that the suite measures.
 fn gpu(args: &BenchArgs) -> anyhow::Result<Device> {
-    args.engine.secret.use_for_workers()?;
-    match &args.engine.device {
-        Some(DeviceSpec::On(parts)) if args.engine.gpu_layers.is_none() => match &parts[..] {
+    args.engine.load.secret.use_for_workers()?;
+    match &args.engine.load.device {
+        Some(DeviceSpec::On(parts)) if args.engine.load.gpu_layers.is_none() => match &parts[..] {
             [(name, None)] if !name.kind.is_host() => return name.open().map_err(device_error),
             _ => {}
         },

@@ -7,6 +7,7 @@ use anyhow::{Context as _, anyhow};
 use bitnet_burn::backends::manager;
 #[cfg(feature = "remote")]
 use bitnet_burn::backends::remote;
+use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::device::{DeviceError, DeviceKind};
 use bitnet_burn_engine::load::LoadProgress;
 use bitnet_burn_engine::receipt::GenerationRecord;
@@ -16,7 +17,7 @@ use bitnet_burn_manager::{KernelManager, ManagerConfig};
 use clap::ValueEnum as _;
 use serde::Serialize;
 
-use crate::args::{EngineArgs, KernelArgs, LmHead, SecretArgs};
+use crate::args::{EngineArgs, GapArgs, KernelArgs, LmHead, LoadArgs, SecretArgs};
 use crate::{output, settings};
 
 /// The configuration below the flags, with this program as the gate's helper, and the file that it comes from
@@ -89,14 +90,41 @@ impl EngineArgs {
     pub fn open(&self, set: impl FnOnce(EngineOptions) -> EngineOptions) -> anyhow::Result<Engine> {
         let started = Instant::now();
         let checkpoint = self.file.open()?;
+        self.load.open(checkpoint, started, &self.file.gaps, set)
+    }
+
+    /// Writes a receipt of `report`, the whole report of the subcommand `command`, where one was asked for.
+    pub fn write_receipt(
+        &self,
+        engine: &Engine,
+        command: &str,
+        report: &impl Serialize,
+        generation: impl FnOnce() -> Option<GenerationRecord>,
+    ) -> anyhow::Result<()> {
+        let Some(path) = &self.receipt else { return Ok(()) };
+        let receipt = engine.receipt(command, report, generation()).context("cannot make a receipt")?;
+        let text = receipt.to_text()?;
+        output::write_file(Path::new(path), |out| Ok(out.write_all(text.as_bytes())?))
+    }
+}
+
+impl LoadArgs {
+    /// [`EngineArgs::open`] for a checkpoint that is open since `started`. The first model of a process sets its kernels up.
+    pub fn open(
+        &self,
+        checkpoint: Checkpoint,
+        started: Instant,
+        gaps: &GapArgs,
+        set: impl FnOnce(EngineOptions) -> EngineOptions,
+    ) -> anyhow::Result<Engine> {
         let opening = started.elapsed();
         self.secret.use_for_workers()?;
-        let (config, _) = config()?;
-        let mut options = Engine::options()
-            .file(self.file.options())
-            .head(self.lm_head.into())
-            .activations(self.activations)
-            .kernels(self.kernels.over(config), &self.kernels.plugins);
+        let mut options =
+            Engine::options().file(gaps.options()).head(self.lm_head.into()).activations(self.activations);
+        if !manager::is_set_up() {
+            let (config, _) = config()?;
+            options = options.kernels(self.kernels.over(config), &self.kernels.plugins);
+        }
         if let Some(device) = &self.device {
             options = options.device(device.clone());
         }
@@ -153,20 +181,6 @@ impl EngineArgs {
             EngineError::GpuLayers { layers, problem } => anyhow!("--gpu-layers {layers}: {problem}"),
             error => error.into(),
         }
-    }
-
-    /// Writes a receipt of `report`, the whole report of the subcommand `command`, where one was asked for.
-    pub fn write_receipt(
-        &self,
-        engine: &Engine,
-        command: &str,
-        report: &impl Serialize,
-        generation: impl FnOnce() -> Option<GenerationRecord>,
-    ) -> anyhow::Result<()> {
-        let Some(path) = &self.receipt else { return Ok(()) };
-        let receipt = engine.receipt(command, report, generation()).context("cannot make a receipt")?;
-        let text = receipt.to_text()?;
-        output::write_file(Path::new(path), |out| Ok(out.write_all(text.as_bytes())?))
     }
 }
 

@@ -18,6 +18,7 @@ mod plugins;
 mod prepack;
 mod receipt;
 mod run;
+mod serve;
 mod settings;
 mod status;
 mod synth;
@@ -61,6 +62,7 @@ Environment (a flag wins over its variable, and a variable wins over the configu
   BITNET_REMOTE_TIMEOUT
                       seconds without a sign of life until a worker (--device remote:HOST:PORT) is given up;
                       default: 10
+  BITNET_API_KEY      the key that clients of `bitnet serve` must send (--api-key)
   BITNET_WORKER_SECRET
                       the secret that a worker and its clients share (--secret-file)
   BITNET_CONFIG       the configuration file; empty: none; default: the user's config.toml, if it exists
@@ -78,6 +80,7 @@ Exit status: 0 done, 1 error, 2 wrong usage. `plan`, `receipt check` and `train`
 Examples:
   bitnet run --model model.gguf --prompt 'The capital of France is'
   bitnet run --model hf:OWNER/NAME:FILE.gguf --prompt 'The capital of France is'
+  bitnet serve --model model.gguf --listen 127.0.0.1:8080
   bitnet inspect --model model.gguf --check
   bitnet embed --model model.gguf 'One text' 'Another text'
   bitnet synth --shape 2b-4t --out synthetic.gguf
@@ -89,6 +92,7 @@ Examples:
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::RunArgs),
+    Serve(serve::ServeArgs),
     Inspect(inspect::InspectArgs),
     Tokenize(tokenize::TokenizeArgs),
     Embed(embed::EmbedArgs),
@@ -135,6 +139,7 @@ fn program() -> ExitCode {
     }
     let result = match cli.command {
         Command::Run(args) => run::run(args),
+        Command::Serve(args) => serve::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Tokenize(args) => tokenize::run(args),
         Command::Embed(args) => embed::run(args),

@@ -10,7 +10,7 @@ use bitnet_burn_engine::report::ModelSummary;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use crate::args::{FileArgs, KvCacheType, LmHead, ThreadArgs, positive};
+use crate::args::{FileArgs, KvCacheType, LmHead, ThreadArgs, positive, size};
 use crate::engine;
 use crate::output;
 use crate::status::Status;
@@ -118,32 +118,6 @@ impl From<MeasureName> for Measure {
             MeasureName::Afresh => Self::Afresh,
             MeasureName::Nothing => Self::Nothing,
         }
-    }
-}
-
-/// Parses a number of bytes: `1500000000`, `1.5GB`, `2GiB`.
-pub fn size(text: &str) -> Result<u64, String> {
-    let text = text.trim();
-    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "kb" => 1000,
-        "mb" => 1_000_000,
-        "gb" => 1_000_000_000,
-        "kib" => 1 << 10,
-        "mib" => 1 << 20,
-        "gib" => 1 << 30,
-        unit => {
-            return Err(format!("{unit} is not a unit of size; possible are kB, MB, GB, KiB, MiB and GiB"));
-        }
-    };
-    let number: f64 = number.parse().map_err(|_| "a size is a number with a unit, such as 3GB".to_owned())?;
-    let bytes = number * factor as f64;
-    if (1.0..1e18).contains(&bytes) {
-        Ok(bytes as u64)
-    } else {
-        Err("it must be at least 1 byte, and below 1e18 bytes".into())
     }
 }
 

@@ -15,7 +15,7 @@ use bitnet_burn_manager::ManagerConfig;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use crate::args::{EngineArgs, FileArgs, KernelArgs, Model, SecretArgs};
+use crate::args::{EngineArgs, FileArgs, GapArgs, KernelArgs, LoadArgs, Model, SecretArgs};
 use crate::output::{self, columns};
 use crate::status::Status;
 use bitnet_burn_engine::device::DeviceSpec;
@@ -132,8 +132,10 @@ fn file(args: &CheckArgs, sealed: &Sealed) -> FileArgs {
             .model
             .clone()
             .or_else(|| (!is_built_in(&model.path)).then(|| Model::Path(model.path.clone()))),
-        hidden_act: generation.and_then(|g| g.hidden_act),
-        pre: generation.and_then(|g| g.pre.clone()),
+        gaps: GapArgs {
+            hidden_act: generation.and_then(|g| g.hidden_act),
+            pre: generation.and_then(|g| g.pre.clone()),
+        },
     }
 }
 
@@ -173,8 +175,7 @@ fn rerun(
             bail!("the receipt's device is {:?}, which this program does not have", receipt.report.device)
         }
     };
-    let args = EngineArgs {
-        file,
+    let load = LoadArgs {
         kernels,
         device: Some(device),
         gpu_layers: None,
@@ -184,9 +185,9 @@ fn rerun(
         activations: record.activations,
         // Use only the files whose hashes the receipt has.
         no_prepacked: true,
-        receipt: None,
         secret,
     };
+    let args = EngineArgs { file, load, receipt: None };
     let (prompt, context) = (&record.prompt_token_ids, record.context);
     if prompt.len() > context && !record.sliding_window {
         bail!("the receipt's prompt of {} tokens does not fit into its context of {context}", prompt.len());

@@ -8,7 +8,6 @@ use anyhow::{Context as _, bail};
 use bitnet_burn_engine::Engine;
 use bitnet_burn_engine::chat::{ChatTemplate, Message};
 use bitnet_burn_engine::generate::{GenerateOptions, Step};
-use bitnet_burn_engine::receipt::{GenerationRecord, TokensRecord};
 use bitnet_burn_engine::report::RunReport;
 use bitnet_burn_engine::sampling::SamplingConfig;
 use clap::error::ErrorKind;
@@ -177,7 +176,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         bail!(
             "the prompt has {} tokens, the context {context}: shorten the prompt{}",
             prompt.len(),
-            if args.engine.context.is_some() { ", or raise --context" } else { "" }
+            if args.engine.load.context.is_some() { ", or raise --context" } else { "" }
         );
     }
     let options = GenerateOptions {
@@ -259,22 +258,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         })?;
     }
     args.engine.write_receipt(&engine, "run", &report, || {
-        Some(GenerationRecord {
-            prompt_token_ids: prompt.clone(),
-            max_new_tokens,
-            sampling: options.sampling.clone(),
-            stop_tokens: options.stop_tokens.clone(),
-            stop_strings: options.stop_strings.clone(),
-            chunk: options.chunk,
-            context,
-            kv_cache: engine.settings().kv_cache,
-            sliding_window: args.sliding_window,
-            lm_head: args.engine.lm_head.into(),
-            activations: engine.activations(),
-            hidden_act: args.engine.file.hidden_act,
-            pre: args.engine.file.pre.clone(),
-            result: TokensRecord::of(&generation),
-        })
+        Some(engine.generation_record(&prompt, &options, args.sliding_window, &generation))
     })?;
     if args.json {
         let text = engine.tokenizer().is_some().then_some(text.as_str());

@@ -2,7 +2,7 @@
 //!
 //! A model's `chat_template` is Jinja as transformers renders it (`apply_chat_template`): blocks trimmed, Python's values,
 //! operators and string methods, `{% break %}`, `{% continue %}` and `{% generation %}`, the functions `raise_exception`
-//! and `strftime_now` (in UTC), transformers' `tojson`, and the variables `messages`, `tools` and `documents` (none),
+//! and `strftime_now` (in UTC), transformers' `tojson`, and the variables `messages`, `tools`, `documents` (none),
 //! `add_generation_prompt` and the special tokens. minijinja renders it: `source` translates what it reads otherwise,
 //! and `operators`, `methods` and `filters` take the place of its own. What can't be brought to Jinja2's behaviour is
 //! refused; `testdata/chat/differs.json` has the list.
@@ -13,6 +13,7 @@
 //! The text has the special tokens in it, so it is encoded without adding others
 //! (`tokenizer.encode(&text, false)`).
 
+mod dictionary;
 mod engine;
 mod filters;
 mod methods;
@@ -35,6 +36,7 @@ use std::time::SystemTime;
 use minijinja::value::{Enumerator, Object, ObjectRepr, Value};
 use minijinja::{Environment, Error};
 
+pub use self::dictionary::Dictionary;
 use self::engine::Refusal;
 use crate::tokenizer::Tokenizer;
 
@@ -207,7 +209,34 @@ impl ChatTemplate {
         tokens: &TemplateTokens,
         add_generation_prompt: bool,
     ) -> Result<String, ChatError> {
-        let messages: Vec<Value> = messages.iter().map(|m| Value::from_object(m.clone())).collect();
+        let messages = messages.iter().map(|message| Value::from_object(message.clone())).collect();
+        self.render_values(messages, Value::from(()), tokens, add_generation_prompt)
+    }
+
+    /// [`render`](Self::render) for messages that have more than a role and a content, and for tools that the model may
+    /// call, each as its JSON schema. Without tools, the template's `tools` is none.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub fn render_chat(
+        &self,
+        messages: &[Dictionary],
+        tools: &[Dictionary],
+        tokens: &TemplateTokens,
+        add_generation_prompt: bool,
+    ) -> Result<String, ChatError> {
+        let values = |all: &[Dictionary]| all.iter().cloned().map(Value::from).collect::<Vec<_>>();
+        let tools = if tools.is_empty() { Value::from(()) } else { Value::from(values(tools)) };
+        self.render_values(values(messages), tools, tokens, add_generation_prompt)
+    }
+
+    fn render_values(
+        &self,
+        messages: Vec<Value>,
+        tools: Value,
+        tokens: &TemplateTokens,
+        add_generation_prompt: bool,
+    ) -> Result<String, ChatError> {
         let TemplateTokens { bos_token, eos_token, unk_token, pad_token } = tokens;
         let tokens = [
             ("bos_token", bos_token),
@@ -220,7 +249,7 @@ impl ChatTemplate {
             tokens.into_iter().filter_map(|(name, token)| Some((name, Value::from(token.as_deref()?))));
         let others = [
             ("messages", Value::from(messages)),
-            ("tools", Value::from(())),
+            ("tools", tools),
             ("documents", Value::from(())),
             ("add_generation_prompt", Value::from(add_generation_prompt)),
         ];

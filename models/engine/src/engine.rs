@@ -32,15 +32,16 @@ use serde::Serialize;
 pub use self::error::EngineError;
 pub use self::open::{EngineOptions, OpenEvent};
 use crate::chat::{ChatError, ChatTemplate};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::device::DeviceSpec;
-use crate::generate::GenerateOptions;
+use crate::generate::{GenerateOptions, Generation};
+use crate::load::HeadMode;
 use crate::plan::{
     Comparison, DeviceMemory, MachineProfile, MemoryProfile, Placement, PlacementKind, Prediction,
     PredictionOutcome, Requirements, RunSettings,
 };
 use crate::plausible;
-use crate::receipt::{GenerationRecord, Receipt};
+use crate::receipt::{GenerationRecord, ModelRecord, Receipt, TokensRecord};
 use crate::report::{DeviceUsage, Execution, ModelSummary};
 use crate::session::Session;
 use crate::tokenizer::Tokenizer;
@@ -62,6 +63,8 @@ struct Inner {
     summary: ModelSummary,
     load_time: Duration,
     settings: RunSettings,
+    head: HeadMode,
+    file: OpenOptions,
     activations: ActivationRule,
     device: DeviceSpec,
     placement: Placement,
@@ -228,14 +231,27 @@ impl Engine {
                 asked: sequences,
                 room,
                 positions,
-                bytes: inner.requirements.sequence_bytes(
-                    settings.kv_cache,
-                    positions,
-                    inner.requirements.layers,
-                ),
+                bytes: self.sequence_bytes(positions),
             }),
             _ => Ok(()),
         }
+    }
+
+    /// Bytes of the KV cache for a sequence of `positions` positions.
+    pub fn sequence_bytes(&self, positions: usize) -> u64 {
+        let inner = &*self.0;
+        inner.requirements.sequence_bytes(inner.settings.kv_cache, positions, inner.requirements.layers)
+    }
+
+    /// Bytes of memory that were free for KV caches when the engine was opened, as far as that is known.
+    pub fn cache_room(&self) -> Option<u64> {
+        /// Positions of the sequences that the room is measured in.
+        const PIECE: usize = 256;
+        let inner = &*self.0;
+        let machine = MachineProfile { memory: inner.memory_before, ..inner.machine.clone() };
+        let settings = RunSettings { context: PIECE, ..inner.settings };
+        let pieces = inner.placement.sequences(&inner.requirements, &machine, &settings)?;
+        Some(pieces.saturating_mul(self.sequence_bytes(PIECE)))
     }
 
     /// What was measured, with what was predicted for it, where this machine is known: decode behind `at` positions on
@@ -305,6 +321,34 @@ impl Engine {
         Ok(())
     }
 
+    /// What determines a generation's tokens, and their digest, for a receipt. `sliding`: a full context forgot its
+    /// oldest positions.
+    pub fn generation_record(
+        &self,
+        prompt: &[u32],
+        options: &GenerateOptions,
+        sliding: bool,
+        generation: &Generation,
+    ) -> GenerationRecord {
+        let inner = &*self.0;
+        GenerationRecord {
+            prompt_token_ids: prompt.to_vec(),
+            max_new_tokens: options.max_new_tokens,
+            sampling: options.sampling.clone(),
+            stop_tokens: options.stop_tokens.clone(),
+            stop_strings: options.stop_strings.clone(),
+            chunk: options.chunk,
+            context: inner.settings.context,
+            kv_cache: inner.settings.kv_cache,
+            sliding_window: sliding,
+            lm_head: inner.head,
+            activations: self.activations(),
+            hidden_act: inner.file.hidden_act,
+            pre: inner.file.pre.clone(),
+            result: TokensRecord::of(generation),
+        }
+    }
+
     /// A receipt of `report`, the whole report of the subcommand `command`.
     ///
     /// # Errors
@@ -315,7 +359,7 @@ impl Engine {
         report: &impl Serialize,
         generation: Option<GenerationRecord>,
     ) -> std::io::Result<Receipt> {
-        Receipt::new(command, self.checkpoint(), report, generation)
+        Receipt::new(command, ModelRecord::of(self.checkpoint())?, report, generation)
     }
 }
 /// The groups of activations that share a scale in the ternary projections; 0 is a row.

@@ -100,6 +100,21 @@ pub struct Generation {
     pub steps: Vec<Duration>,
 }
 
+impl Generation {
+    /// A generation behind a prompt of `prompt_tokens` tokens that ended before it began.
+    pub(crate) fn empty(prompt_tokens: usize) -> Self {
+        Self {
+            tokens: Vec::new(),
+            finish: Finish::Cancelled,
+            prompt_tokens,
+            cached_tokens: 0,
+            prefill: Duration::ZERO,
+            first_token: None,
+            steps: Vec::new(),
+        }
+    }
+}
+
 /// Computes a prompt in chunks and returns the logits of its last token [1, vocabulary].
 ///
 /// # Errors
@@ -234,15 +249,7 @@ impl<'a> Generator<'a> {
             finished: None,
             started: now,
             clock: now,
-            generation: Generation {
-                tokens: Vec::new(),
-                finish: Finish::Length,
-                prompt_tokens: prompt.len(),
-                cached_tokens: cached,
-                prefill: Duration::ZERO,
-                first_token: None,
-                steps: Vec::new(),
-            },
+            generation: Generation { cached_tokens: cached, ..Generation::empty(prompt.len()) },
         })
     }
 

@@ -3,6 +3,7 @@
 //! - [`Engine`] opens a model with everything that it needs; a [`Session`] generates with it.
 //! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them;
 //!   [`gguf`] and [`hf`] write them.
+//! - [`schedule`]: many requests at once, whose answers do not depend on each other.
 //! - [`embed`](mod@embed): vectors of texts.
 //! - [`tokenizer`], [`chat`], [`sampling`] and [`generate`](mod@generate): prompts in, text out.
 //! - [`plan`]: where a model should run, and how fast it will be.
@@ -29,6 +30,7 @@ mod projection;
 pub mod receipt;
 pub mod report;
 pub mod sampling;
+pub mod schedule;
 mod session;
 pub mod synth;
 pub mod text;

@@ -154,6 +154,18 @@ impl ModelRecord {
         let files = checkpoint.contents().iter().map(FileRecord::of).collect::<io::Result<_>>()?;
         Ok(Self { path: checkpoint.path().to_owned(), files })
     }
+
+    /// That the files of an open checkpoint are still the ones that were opened, as far as the system tells without
+    /// reading them: a record that was made since holds for them.
+    ///
+    /// # Errors
+    /// If a file was replaced or changed.
+    pub fn still_holds(checkpoint: &Checkpoint) -> io::Result<()> {
+        checkpoint.contents().iter().try_for_each(|content| match content {
+            Content::Memory(..) => Ok(()),
+            Content::File(path, identity) => identity.check(path).map_err(io::Error::other),
+        })
+    }
 }
 
 /// The settings of a generation: with the model, they determine its tokens. Also the digest of these tokens.
@@ -294,10 +306,10 @@ impl Receipt {
     /// [`Execution`](crate::report::Execution).
     ///
     /// # Errors
-    /// If the model's files can't be read, or `report` lacks these fields.
+    /// If `report` lacks these fields.
     pub fn new(
         command: &str,
-        checkpoint: &Checkpoint,
+        model: ModelRecord,
         report: &impl Serialize,
         generation: Option<GenerationRecord>,
     ) -> io::Result<Self> {
@@ -314,7 +326,7 @@ impl Receipt {
                     .collect(),
             },
             machine: Machine::here(),
-            model: ModelRecord::of(checkpoint)?,
+            model,
             generation,
             report: serde_json::from_value(serde_json::to_value(report)?)?,
         })

@@ -13,6 +13,7 @@ mod kernels;
 mod plan;
 mod process;
 mod receipt;
+mod serve;
 #[cfg(feature = "remote")]
 mod worker;
 
@@ -61,6 +62,7 @@ impl Place {
             "BITNET_CONFIG",
             "BITNET_REMOTE_TIMEOUT",
             "BITNET_WORKER_SECRET",
+            "BITNET_API_KEY",
             "RUST_LOG",
             "HF_HUB_CACHE",
             "HF_HUB_OFFLINE",

@@ -104,6 +104,12 @@ pub enum EngineError {
         /// Why not.
         problem: String,
     },
+    /// The operating system gave no thread.
+    #[error("the system gives the program no thread: {error}")]
+    Thread {
+        /// What the system said.
+        error: std::io::Error,
+    },
     /// A plan that can't be followed, in strict mode.
     #[error("strict mode (no-fallback): the plan can't be followed")]
     StrictPlan(#[source] DeviceError),

@@ -253,6 +253,8 @@ impl EngineOptions {
             memory_before,
             cache_dir,
             settings,
+            head: options.head,
+            file: self.file,
             activations,
             placement,
             notes,

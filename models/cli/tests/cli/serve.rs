@@ -1,0 +1,499 @@
+//! `bitnet serve`, as its clients see it.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use ureq::Agent;
+
+use crate::Place;
+
+/// A server, and what it said of itself.
+struct Server {
+    child: Child,
+    said: Value,
+    agent: Agent,
+}
+
+impl Server {
+    fn start(place: &Place, more: &[&str]) -> Self {
+        let mut command = place.command(&[&["serve", "--listen", "127.0.0.1:0", "--json"], more].concat());
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let said = serde_json::from_str(&line).unwrap_or_else(|_| {
+            let mut log = String::new();
+            child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+            panic!("{line:?}\n{log}");
+        });
+        // Statuses are answers here.
+        let agent =
+            Agent::config_builder().http_status_as_error(false).timeout_global(Some(Duration::from_secs(60)));
+        Self { child, said, agent: agent.build().into() }
+    }
+
+    fn address(&self) -> &str {
+        self.said["address"].as_str().unwrap()
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address())
+    }
+
+    fn get(&self, path: &str) -> (u16, String) {
+        let mut response = self.agent.get(self.url(path)).call().unwrap();
+        (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
+    }
+
+    fn post_text(&self, path: &str, body: &str) -> (u16, String) {
+        let request = self.agent.post(self.url(path)).header("Content-Type", "application/json");
+        let mut response = request.send(body).unwrap();
+        (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
+    }
+
+    fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let (status, text) = self.post_text(path, &body.to_string());
+        (status, serde_json::from_str(&text).unwrap_or_else(|_| panic!("{status}: {text}")))
+    }
+
+    /// The answer to a request that must succeed.
+    fn ok(&self, path: &str, body: &Value) -> Value {
+        let (status, answer) = self.post(path, body);
+        assert_eq!(status, 200, "{answer}");
+        answer
+    }
+
+    /// The message of a request that must be refused with this status.
+    fn refused(&self, path: &str, body: &Value, status: u16) -> String {
+        let (found, answer) = self.post(path, body);
+        assert_eq!(found, status, "{answer}");
+        answer["error"]["message"].as_str().unwrap().to_owned()
+    }
+
+    /// The chunks of a stream.
+    fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
+        let mut body = body.clone();
+        body["stream"] = json!(true);
+        body["stream_options"] = json!({ "include_usage": true });
+        let (status, text) = self.post_text(path, &body.to_string());
+        assert_eq!(status, 200, "{text}");
+        let events: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+        let (last, chunks) = events.split_last().unwrap();
+        assert_eq!(*last, "[DONE]");
+        chunks.iter().map(|chunk| serde_json::from_str(chunk).unwrap()).collect()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A request whose tokens `run` gives, too.
+fn sampled(prompt: &str) -> Value {
+    json!({ "prompt": prompt, "max_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 5 })
+}
+
+#[test]
+fn answers_are_those_of_run_and_have_receipts() {
+    let place = Place::new();
+    let server = Server::start(&place, &["-m", "model.gguf"]);
+    assert_eq!(server.said["models"], json!(["model"]));
+    let run = place.json(&[
+        "run",
+        "-m",
+        "model.gguf",
+        "-p",
+        "Hello",
+        "-n",
+        "24",
+        "--temperature",
+        "0.8",
+        "--top-p",
+        "0.9",
+        "--seed",
+        "5",
+        "--json",
+    ]);
+    let answer = server.ok("/v1/completions", &sampled("Hello"));
+    assert_eq!(answer["choices"][0]["text"], run["text"]);
+    assert_eq!(answer["usage"]["completion_tokens"], run["token_ids"].as_array().unwrap().len());
+    assert_eq!(answer["usage"]["prompt_tokens"], run["prompt_tokens"]);
+    // A stream says the same.
+    let chunks = server.stream("/v1/completions", &sampled("Hello"));
+    let text: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["text"].as_str()).collect();
+    assert_eq!(text, run["text"].as_str().unwrap());
+    let last = chunks.last().unwrap();
+    assert_eq!(last["usage"]["completion_tokens"], answer["usage"]["completion_tokens"]);
+    // The prompt was at hand.
+    let prompt = run["prompt_tokens"].as_u64().unwrap();
+    assert!(prompt < 9 || last["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 0);
+    // So does `n`, with the next seeds.
+    let mut several = sampled("Hello");
+    several["n"] = json!(3);
+    several["seed"] = json!(4);
+    let several = server.ok("/v1/completions", &several);
+    assert_eq!(several["choices"][1]["text"], run["text"]);
+    // The receipt says it, without the place of the model, and can be checked elsewhere.
+    let id = answer["bitnet"]["receipt"].as_str().unwrap();
+    let (status, receipt) = server.get(&format!("/v1/receipts/{id}"));
+    assert_eq!(status, 200, "{receipt}");
+    assert!(!receipt.contains(place.path("").to_str().unwrap()), "{receipt}");
+    place.write("receipt.json", &receipt);
+    let checked = place.ok(&["receipt", "check", "receipt.json", "--model", "model.gguf", "--rerun"]);
+    assert!(checked.contains("agrees") && checked.contains("tokens"), "{checked}");
+    assert_eq!(several["bitnet"]["receipts"].as_array().unwrap().len(), 3);
+    assert_eq!(server.get("/v1/receipts/none").0, 404);
+}
+
+#[test]
+fn chats_are_rendered_by_the_models_template() {
+    let place = Place::new();
+    let server = Server::start(&place, &["-m", "small=model.gguf"]);
+    let run = place.json(&[
+        "run",
+        "-m",
+        "model.gguf",
+        "--chat",
+        "--system",
+        "S",
+        "-p",
+        "Hi",
+        "-n",
+        "12",
+        "--greedy",
+        "--json",
+    ]);
+    let request = json!({
+        "model": "small",
+        "messages": [
+            { "role": "system", "content": "S" },
+            { "role": "user", "content": [{ "type": "text", "text": "H" }, { "type": "text", "text": "i" }] },
+        ],
+        "max_completion_tokens": 12,
+        "temperature": 0,
+    });
+    let answer = server.ok("/v1/chat/completions", &request);
+    assert_eq!(answer["object"], "chat.completion");
+    assert_eq!(answer["choices"][0]["message"], json!({ "role": "assistant", "content": run["text"] }));
+    assert_eq!(answer["usage"]["prompt_tokens"], run["prompt_tokens"]);
+    let chunks = server.stream("/v1/chat/completions", &request);
+    assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
+    let text: String =
+        chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(text, run["text"].as_str().unwrap());
+    let finish = chunks.iter().find_map(|chunk| chunk["choices"][0]["finish_reason"].as_str());
+    assert_eq!(finish, answer["choices"][0]["finish_reason"].as_str());
+    // Log probabilities of each token.
+    let mut with = request.clone();
+    with["logprobs"] = json!(true);
+    with["top_logprobs"] = json!(2);
+    let with = server.ok("/v1/chat/completions", &with);
+    let content = with["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(content.len() as u64, with["usage"]["completion_tokens"].as_u64().unwrap());
+    assert_eq!(content[0]["top_logprobs"][0]["logprob"], content[0]["logprob"], "greedy");
+    for (change, says) in [
+        (json!({ "messages": [] }), "nothing to answer"),
+        (json!({ "messages": [{ "role": "user" }] }), "it has no content"),
+        (json!({ "messages": [{ "role": "user", "content": [{ "type": "image_url" }] }] }), "\"text\" alone"),
+        (json!({ "tool_choice": "required" }), "tool_choice"),
+        (json!({ "response_format": { "type": "json_object" } }), "response_format"),
+        (json!({ "top_logprobs": 2 }), "needs \"logprobs\""),
+    ] {
+        let mut request = request.clone();
+        request.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        let message = server.refused("/v1/chat/completions", &request, 400);
+        assert!(message.contains(says), "{message}");
+    }
+}
+
+#[test]
+fn a_model_without_a_template_completes_and_says_why_it_can_t_chat() {
+    let place = Place::empty();
+    // The built-in model.
+    let server = Server::start(&place, &[]);
+    assert_eq!(server.said["models"], json!(["stories"]));
+    let (_, models) = server.get("/v1/models");
+    let models: Value = serde_json::from_str(&models).unwrap();
+    assert_eq!(models["data"][0]["bitnet"]["chat"], json!(false));
+    let chat = json!({ "messages": [{ "role": "user", "content": "Hi" }] });
+    let message = server.refused("/v1/chat/completions", &chat, 400);
+    assert!(message.contains("no chat template") && message.contains("/v1/completions"), "{message}");
+    let text =
+        server.ok("/v1/completions", &json!({ "prompt": "There was", "max_tokens": 8, "temperature": 0 }));
+    assert!(text["choices"][0]["text"].as_str().unwrap().len() > 8, "{text}");
+}
+
+#[test]
+fn texts_are_tokens_and_vectors() {
+    let place = Place::new();
+    let server = Server::start(&place, &["-m", "model.gguf"]);
+    let tokens = server.ok("/tokenize", &json!({ "content": "Hello", "add_special": true }));
+    let back = server.ok("/detokenize", &json!({ "tokens": tokens["tokens"] }));
+    assert!(back["content"].as_str().unwrap().ends_with("Hello"));
+    let by_program = place.json(&["embed", "-m", "model.gguf", "Hello", "World", "--json"]);
+    let vectors = server.ok("/v1/embeddings", &json!({ "input": ["Hello", "World"] }));
+    assert_eq!(vectors["data"][1]["index"], 1);
+    let of = |value: &Value| -> Vec<f32> {
+        value.as_array().unwrap().iter().map(|value| value.as_f64().unwrap() as f32).collect()
+    };
+    let text = by_program.to_string();
+    assert!(text.contains(&vectors["data"][0]["embedding"][0].to_string()), "{text}");
+    assert_eq!(of(&vectors["data"][0]["embedding"]).len(), of(&vectors["data"][1]["embedding"]).len());
+    let encoded = server.ok("/v1/embeddings", &json!({ "input": "Hello", "encoding_format": "base64" }));
+    let encoded = encoded["data"][0]["embedding"].as_str().unwrap().len();
+    assert_eq!(encoded, (of(&vectors["data"][0]["embedding"]).len() * 4).div_ceil(3) * 4);
+    assert!(server.refused("/v1/embeddings", &json!({ "input": [] }), 400).contains("input"));
+    assert!(
+        server
+            .refused("/v1/embeddings", &json!({ "input": "a", "dimensions": 3 }), 400)
+            .contains("dimensions")
+    );
+}
+
+#[test]
+fn wrong_requests_are_told_what_to_change() {
+    let place = Place::new();
+    let server = Server::start(&place, &["-m", "model.gguf", "--context", "64"]);
+    let refused = |change: Value, status| {
+        let mut request = sampled("Hello");
+        request.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        server.refused("/v1/completions", &request, status)
+    };
+    for (change, says) in [
+        (json!({ "temperature": -1 }), "temperature is -1"),
+        (json!({ "temperature": "hot" }), "temperature"),
+        (json!({ "max_tokens": 0 }), "at least 1"),
+        (json!({ "max_tokens": -5 }), "max_tokens"),
+        (json!({ "n": 17 }), "1 to 16"),
+        (json!({ "n": 0 }), "1 to 16"),
+        (json!({ "stop": "" }), "stop"),
+        (json!({ "logprobs": 21 }), "at most 20"),
+        (json!({ "presence_penalty": 0.5 }), "repetition_penalty"),
+        (json!({ "logit_bias": { "1": 5 } }), "logit_bias"),
+        (json!({ "best_of": 3 }), "use n"),
+        (json!({ "frobnicate": 1 }), "\"frobnicate\" is not known"),
+        (json!({ "prompt": "" }), "prompt"),
+        (json!({ "prompt": [] }), "1 to 64"),
+        (json!({ "prompt": [4294967295u32] }), "4294967295"),
+        (json!({ "prompt": "x".repeat(500) }), "context"),
+    ] {
+        let message = refused(change.clone(), 400);
+        assert!(message.contains(says), "{change}: {message}");
+    }
+    assert!(refused(json!({ "model": "other" }), 404).contains("there are: model"));
+    // Null is as if it were not there; what changes nothing is taken; 10^9 tokens are as many as fit.
+    let taken = json!({ "stop": null, "user": "me", "max_tokens": 1_000_000_000, "presence_penalty": 0 });
+    let mut request = sampled("Hello");
+    request.as_object_mut().unwrap().extend(taken.as_object().unwrap().clone());
+    let answer = server.ok("/v1/completions", &request);
+    assert!(answer["usage"]["total_tokens"].as_u64().unwrap() <= 65, "{answer}");
+    for body in ["", "{", "[]", "{\"prompt\": \"\u{1}\"", "null", "{\"prompt\": {\"a\": 1}}"] {
+        let (status, text) = server.post_text("/v1/completions", body);
+        assert!(status == 400 && text.contains("invalid_request_error"), "{body}: {status} {text}");
+    }
+    let deep = "[".repeat(100_000);
+    assert_eq!(server.post_text("/v1/completions", &format!("{{\"prompt\": {deep}")).0, 400);
+    let large = format!("{{\"prompt\": \"{}\"}}", "x".repeat(5 << 20));
+    assert_eq!(server.post_text("/v1/completions", &large).0, 413);
+    let request = server.agent.post(server.url("/v1/completions")).header("Content-Type", "text/plain");
+    assert_eq!(request.send("{}").unwrap().status().as_u16(), 415);
+    assert_eq!(server.get("/v1/completions").0, 405);
+    let (status, text) = server.get("/nothing");
+    assert!(status == 404 && text.contains("docs/serving.md"), "{text}");
+    assert_eq!(server.get("/health").0, 200);
+}
+
+/// What comes back for these bytes, until the server closes the connection or nothing comes for a second.
+fn raw(server: &Server, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(server.address()).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    // The server may close first.
+    let _ = stream.write_all(bytes);
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[test]
+fn hostile_bytes_get_an_answer_or_a_closed_connection() {
+    let place = Place::new();
+    let server = Server::start(&place, &["-m", "model.gguf"]);
+    for (bytes, begins) in [
+        (&b"\0\xff\xfe garbage\r\n\r\n"[..], "HTTP/1.1 400"),
+        (b"GET / HTTP/9.9\r\n\r\n", ""),
+        (b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n", "HTTP/1.1 404"),
+        (b"GET /%2e%2e/secret HTTP/1.1\r\nHost: localhost\r\n\r\n", "HTTP/1.1 404"),
+        (b"GET /v1/models HTTP/1.1\r\nHost: rebound.example.org\r\n\r\n", "HTTP/1.1 403"),
+        (b"GET /v1/models HTTP/1.1\r\n\r\n", "HTTP/1.1 403"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", "HTTP/1.1 400"),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\nContent-Type: application/json\r\n\r\n",
+            "HTTP/1.1 413",
+        ),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Type: application/json\r\n\r\n\xff\xfe\xfd\xfc\xfb",
+            "HTTP/1.1 400",
+        ),
+    ] {
+        let answer = raw(&server, bytes);
+        assert!(answer.starts_with(begins), "{:?}: {answer}", String::from_utf8_lossy(bytes));
+    }
+    let long = format!("GET /{} HTTP/1.1\r\nHost: localhost\r\n\r\n", "a".repeat(1 << 20));
+    assert!(!raw(&server, long.as_bytes()).starts_with("HTTP/1.1 200"));
+    // Many connections that say nothing do not keep others from being answered.
+    let idle: Vec<_> = (0..200).map(|_| TcpStream::connect(server.address()).unwrap()).collect();
+    assert_eq!(server.get("/health").0, 200);
+    drop(idle);
+    // Clients that leave in the middle of an answer free their place.
+    for _ in 0..20 {
+        let body =
+            json!({ "prompt": "Hello", "max_tokens": 100_000, "stream": true, "temperature": 0 }).to_string();
+        let mut stream = TcpStream::connect(server.address()).unwrap();
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut first = [0; 12];
+        stream.read_exact(&mut first).unwrap();
+    }
+    let answer = server.ok("/v1/completions", &sampled("Hello"));
+    assert_eq!(answer["choices"].as_array().unwrap().len(), 1);
+    let idle = (0..200).any(|_| {
+        std::thread::sleep(Duration::from_millis(20));
+        server.get("/metrics").1.contains("bitnet_running_requests{model=\"model\"} 0")
+    });
+    assert!(idle, "requests of clients that left go on:\n{}", server.get("/metrics").1);
+}
+
+#[test]
+fn metrics_are_prometheus_s() {
+    let place = Place::new();
+    let server = Server::start(&place, &["-m", "model.gguf"]);
+    server.ok("/v1/completions", &sampled("Hello"));
+    let (status, text) = server.get("/metrics");
+    assert_eq!(status, 200);
+    for line in [
+        "# TYPE bitnet_requests counter",
+        "bitnet_requests_total{model=\"model\",outcome=\"Finished\"} 1",
+        "bitnet_generated_tokens_total{model=\"model\"} 24",
+        "# TYPE bitnet_first_token_seconds histogram",
+        "bitnet_first_token_seconds_count{model=\"model\"} 1",
+        "bitnet_token_seconds_count{model=\"model\"} 23",
+        "bitnet_running_requests{model=\"model\"} 0",
+        "bitnet_fallbacks_total 0",
+        "# EOF",
+    ] {
+        assert!(text.contains(line), "{line}\n{text}");
+    }
+    assert!(text.contains("bitnet_kernel_calls_total{kernel=\""), "{text}");
+    // Each metric is described once.
+    let types: Vec<&str> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
+    assert!(types.iter().enumerate().all(|(i, line)| !types[..i].contains(line)), "{text}");
+}
+
+#[test]
+fn a_key_is_needed_where_there_is_one() {
+    let place = Place::new();
+    place.write("key", "a-key-of-this-test\n");
+    let server = Server::start(&place, &["-m", "model.gguf", "--api-key", "key"]);
+    let (status, text) = server.get("/v1/models");
+    assert!(status == 401 && text.contains("Authorization: Bearer"), "{text}");
+    let with = |key: &str| {
+        let request = server.agent.get(server.url("/v1/models")).header("Authorization", key);
+        request.call().unwrap().status().as_u16()
+    };
+    assert_eq!(with("Bearer a-key-of-this-test"), 200);
+    assert_eq!(with("bearer a-key-of-this-test"), 200);
+    for wrong in ["Bearer a-key-of-this-tes", "Bearer ", "Bearer", "a-key-of-this-test", "Basic YTpi"] {
+        assert_eq!(with(wrong), 401, "{wrong}");
+    }
+    // The page and the health are for everybody.
+    assert_eq!((server.get("/health").0, server.get("/").0), (200, 200));
+    // Other machines need one.
+    let error = place.error(&["serve", "-m", "model.gguf", "--listen", "0.0.0.0:0"]);
+    assert!(error.contains("--api-key FILE") && error.contains("--no-api-key"), "{error}");
+    place.write("short", "abc");
+    let error = place.error(&["serve", "-m", "model.gguf", "--api-key", "short"]);
+    assert!(error.contains("short: an API key has at least 8 characters"), "{error}");
+}
+
+#[test]
+fn several_models_are_loaded_when_they_are_asked_for() {
+    let place = Place::new();
+    place.ok(&["synth", "--shape", "tiny", "--seed", "8", "--out", "other.gguf"]);
+    let size = std::fs::metadata(place.path("model.gguf")).unwrap().len();
+    let memory = (size + size / 2).to_string();
+    let server =
+        Server::start(&place, &["-m", "one=model.gguf", "-m", "two=other.gguf", "--model-memory", &memory]);
+    let states = || -> Vec<String> {
+        let models: Value = serde_json::from_str(&server.get("/v1/models").1).unwrap();
+        let state = |model: &Value| model["bitnet"]["state"].as_str().unwrap().to_owned();
+        models["data"].as_array().unwrap().iter().map(state).collect()
+    };
+    assert_eq!(states(), ["unloaded", "unloaded"]);
+    let ask = |model: &str| {
+        let mut request = sampled("Hello");
+        request["model"] = json!(model);
+        server.ok("/v1/completions", &request)["choices"][0]["text"].clone()
+    };
+    let (one, two) = (ask("one"), ask("two"));
+    assert_ne!(one, two);
+    // There is memory for one of them.
+    assert_eq!(states(), ["unloaded", "ready"]);
+    assert_eq!(ask("one"), one);
+    assert_eq!(states(), ["ready", "unloaded"]);
+    let error = place.error(&["serve", "-m", "a=model.gguf", "-m", "a=other.gguf"]);
+    assert!(error.contains("two models are named \"a\""), "{error}");
+    let error = place.error(&["serve", "-m", "missing.gguf", "--listen", "127.0.0.1:0"]);
+    assert!(error.contains("missing.gguf"), "{error}");
+}
+
+#[test]
+fn the_queue_s_bound_is_felt_and_the_end_is_clean() {
+    let place = Place::new();
+    let mut server = Server::start(&place, &["-m", "model.gguf", "--parallel", "1", "--queue", "1"]);
+    let url = server.url("/v1/completions");
+    let ask = |agent: &Agent| {
+        let request = agent.post(&url).header("Content-Type", "application/json");
+        let body = json!({ "prompt": "Hello", "max_tokens": 400, "temperature": 0, "seed": 1 });
+        let response = request.send(body.to_string()).unwrap();
+        let retry = response.headers().get("Retry-After").map(|seconds| seconds.to_str().unwrap().to_owned());
+        (response.status().as_u16(), retry)
+    };
+    let statuses: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..12).map(|_| scope.spawn(|| ask(&server.agent))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert!(statuses.iter().any(|(status, _)| *status == 200), "{statuses:?}");
+    for (status, retry) in &statuses {
+        assert!(*status == 200 || (*status == 429 && retry.as_deref() == Some("1")), "{statuses:?}");
+    }
+    if cfg!(unix) {
+        let id = server.child.id().to_string();
+        assert!(std::process::Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+        assert!(server.child.wait().unwrap().success());
+        let mut log = String::new();
+        server.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        assert!(!log.contains("panicked"), "{log}");
+    }
+}
+
+#[test]
+fn the_page_is_this_program_s_alone() {
+    let place = Place::new();
+    let server = Server::start(&place, &["-m", "model.gguf"]);
+    for (path, kind) in [("/", "text/html"), ("/style.css", "text/css"), ("/app.js", "text/javascript")] {
+        let mut response = server.agent.get(server.url(path)).call().unwrap();
+        let header = |name: &str| response.headers()[name].to_str().unwrap().to_owned();
+        assert!(header("Content-Type").starts_with(kind));
+        assert!(header("Content-Security-Policy").contains("script-src 'self'"));
+        let text = response.body_mut().read_to_string().unwrap();
+        assert!(text.len() > 1000 && !text.contains("https://"), "{path}");
+    }
+}

@@ -1,0 +1,372 @@
+//! `/v1/chat/completions`: an answer to messages.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use bitnet_burn_engine::chat::Dictionary;
+use bitnet_burn_engine::sampling::StopMatcher;
+use bitnet_burn_engine::schedule::LogProbs;
+use bitnet_burn_engine::{Engine, EngineError};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::ApiError;
+use crate::answer::{Answers, Piece, Usage, finish_reason, unix_time};
+use crate::completions::{Choice, Head, choice_at, token_text};
+use crate::fields::{Body, Common, refuse_unknown};
+use crate::models::Loaded;
+use crate::serve::App;
+use crate::stream::{events, of_bitnet};
+use crate::text::blocking;
+use crate::tool_calls::{self, BEGIN, ToolCall};
+
+/// The most log probabilities for each token.
+const MOST_LOGPROBS: usize = 20;
+
+/// What a message says: text, or parts that are text.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Part {
+    Text {
+        text: String,
+    },
+    #[serde(other)]
+    Other,
+}
+
+/// A message. Its other fields (`name`, `tool_calls`, `tool_call_id`) are the template's business.
+#[derive(Clone, Debug, Deserialize)]
+struct Message {
+    role: String,
+    content: Option<Content>,
+    tool_calls: Option<Vec<WrittenCall>>,
+    #[serde(flatten)]
+    other: Dictionary,
+}
+
+/// A call of a tool in an assistant's message.
+#[derive(Clone, Debug, Deserialize)]
+struct WrittenCall {
+    id: Option<String>,
+    function: WrittenFunction,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct WrittenFunction {
+    name: String,
+    /// A JSON object as text.
+    arguments: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct ResponseFormat {
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+#[derive(Deserialize)]
+pub(crate) struct Request {
+    messages: Vec<Message>,
+    #[serde(flatten)]
+    common: Common,
+    logprobs: Option<bool>,
+    top_logprobs: Option<usize>,
+    tools: Option<Vec<Dictionary>>,
+    tool_choice: Option<Value>,
+    response_format: Option<ResponseFormat>,
+    #[serde(rename = "parallel_tool_calls")]
+    _parallel_tool_calls: Option<bool>,
+    #[serde(flatten)]
+    unknown: Map<String, Value>,
+}
+
+impl Message {
+    /// As the template sees it. transformers gives templates text, and arguments of calls as objects.
+    fn dictionary(self, index: usize) -> Result<Dictionary, ApiError> {
+        let fail = |problem: &str| {
+            let message = format!("message {index} ({}): {problem}", self.role.escape_default());
+            ApiError::field("messages", message)
+        };
+        let mut dictionary = Dictionary::default();
+        dictionary.insert("role", &self.role);
+        let content = match &self.content {
+            Some(Content::Text(text)) => Some(text.clone()),
+            Some(Content::Parts(parts)) => {
+                let mut all = String::new();
+                for part in parts {
+                    match part {
+                        Part::Text { text } => all.push_str(text),
+                        Part::Other => {
+                            return Err(fail("this server takes parts of the type \"text\" alone"));
+                        }
+                    }
+                }
+                Some(all)
+            }
+            None if self.tool_calls.is_some() => None,
+            None => return Err(fail("it has no content")),
+        };
+        dictionary.insert("content", content.unwrap_or_default());
+        if let Some(calls) = &self.tool_calls {
+            let mut all = Vec::with_capacity(calls.len());
+            for call in calls {
+                let arguments: Dictionary = serde_json::from_str(&call.function.arguments)
+                    .map_err(|_| fail("the arguments of a tool call are no JSON object"))?;
+                let mut function = Dictionary::default();
+                function.insert("name", &call.function.name);
+                function.insert("arguments", arguments);
+                let mut written = Dictionary::default();
+                written.insert("type", "function");
+                call.id.iter().for_each(|id| written.insert("id", id));
+                written.insert("function", function);
+                all.push(written);
+            }
+            dictionary.insert("tool_calls", all);
+        }
+        dictionary.extend(self.other);
+        Ok(dictionary)
+    }
+}
+
+impl Request {
+    /// The tools that the model is told of.
+    fn offered(&mut self) -> Result<Vec<Dictionary>, ApiError> {
+        match &self.tool_choice {
+            None | Some(Value::Null) => {}
+            Some(Value::String(choice)) if choice == "auto" => {}
+            Some(Value::String(choice)) if choice == "none" => return Ok(Vec::new()),
+            Some(_) => {
+                let message =
+                    "tool_choice is \"auto\" or \"none\" here: the model decides whether it calls a tool";
+                return Err(ApiError::field("tool_choice", message));
+            }
+        }
+        Ok(self.tools.take().unwrap_or_default())
+    }
+
+    fn logprobs(&self) -> Result<Option<usize>, ApiError> {
+        match (self.logprobs, self.top_logprobs) {
+            (Some(true), top) if top.unwrap_or(0) <= MOST_LOGPROBS => Ok(Some(top.unwrap_or(0))),
+            (Some(true), _) => {
+                Err(ApiError::field("top_logprobs", format!("top_logprobs is at most {MOST_LOGPROBS}")))
+            }
+            (_, None | Some(0)) => Ok(None),
+            _ => Err(ApiError::field("top_logprobs", "top_logprobs needs \"logprobs\": true")),
+        }
+    }
+}
+
+/// `POST /v1/chat/completions`.
+pub(crate) async fn chat(
+    State(app): State<Arc<App>>,
+    Body(mut request): Body<Request>,
+) -> Result<Response, ApiError> {
+    refuse_unknown(&request.unknown)?;
+    if let Some(format) = request.response_format.as_ref().filter(|format| format.kind != "text") {
+        let kind: String = format.kind.chars().take(40).collect();
+        let message = format!("response_format {kind:?} is not supported: leave it out");
+        return Err(ApiError::field("response_format", message));
+    }
+    let logprobs = request.logprobs()?;
+    let tools = request.offered()?;
+    let with_tools = !tools.is_empty();
+    let Request { messages, common, .. } = request;
+    if messages.is_empty() {
+        return Err(ApiError::field("messages", "messages is empty: there is nothing to answer"));
+    }
+    let model = app.models.get(common.model.as_deref()).await?;
+    let requests = {
+        let (app, model, common) = (app.clone(), model.clone(), common.clone());
+        blocking(move || {
+            let messages = messages.into_iter().enumerate().map(|(i, message)| message.dictionary(i));
+            let prompt = prompt(&model, &messages.collect::<Result<Vec<_>, _>>()?, &tools)?;
+            common.requests(model.engine(), &app.options, prompt, (None, logprobs))
+        })
+        .await?
+    };
+    let answers = Answers::start(&app, model, requests)?;
+    let head = Head {
+        id: app.receipts.next_id("chatcmpl"),
+        created: unix_time(),
+        model: answers.model.name.clone(),
+    };
+    if common.streams() {
+        let usage = common.stream_options.unwrap_or_default().include_usage;
+        return Ok(stream(answers, head, usage, with_tools));
+    }
+    collect(answers, &head, with_tools).await
+}
+
+fn prompt(model: &Loaded, messages: &[Dictionary], tools: &[Dictionary]) -> Result<Vec<u32>, ApiError> {
+    let engine = model.engine();
+    let template =
+        model.template.as_ref().map_err(|problem| {
+            let name = &model.name;
+            let message = format!("{name:?} can't chat: {problem}. /v1/completions continues plain text");
+            ApiError::invalid(message.replace(
+                "give one with --chat-template FILE (Jinja), or a plain prompt",
+                "give a plain prompt",
+            ))
+        })?;
+    let tokens = engine.tokenizer().ok_or(EngineError::NoTokenizer)?.template_tokens();
+    let text = template.render_chat(messages, tools, &tokens, true).map_err(EngineError::from)?;
+    Ok(engine.encode(&text, false)?)
+}
+
+/// The whole response at once.
+async fn collect(mut answers: Answers, head: &Head, with_tools: bool) -> Result<Response, ApiError> {
+    let mut choices: Vec<Choice> = Vec::new();
+    while let Some(piece) = answers.next().await {
+        let (choice, text, logprobs) = match piece? {
+            Piece::Token { choice, token, text, logprobs } => {
+                (choice, text, logprobs.map(|logprobs| (token, logprobs)))
+            }
+            Piece::Finished { choice, text, generation, details } => {
+                choice_at(&mut choices, choice).end = Some((generation, details));
+                (choice, text, None)
+            }
+        };
+        let choice = choice_at(&mut choices, choice);
+        choice.text.push_str(&text);
+        choice.logprobs.extend(logprobs);
+    }
+    let engine = answers.model.engine();
+    let entry = |(index, choice): (usize, &Choice)| {
+        let mut finish = choice.end.as_ref().map(|(generation, _)| finish_reason(generation.finish));
+        let (text, calls) = if with_tools { split(&choice.text) } else { (choice.text.as_str(), Vec::new()) };
+        let mut message = json!({ "role": "assistant", "content": text });
+        if !calls.is_empty() {
+            finish = Some("tool_calls");
+            message["tool_calls"] = tool_calls::to_json(&calls, &format!("{}_{index}", head.id), false);
+            if text.is_empty() {
+                message["content"] = Value::Null;
+            }
+        }
+        let logprobs = (!choice.logprobs.is_empty()).then(|| logprobs_of(engine, &choice.logprobs));
+        json!({ "index": index, "message": message, "logprobs": logprobs, "finish_reason": finish })
+    };
+    let entries: Vec<Value> = choices.iter().enumerate().map(entry).collect();
+    let ends: Vec<_> = choices.iter().filter_map(|choice| choice.end.as_ref()).collect();
+    let mut body = head.object("chat.completion");
+    body["choices"] = json!(entries);
+    body["usage"] = json!(Usage::of(ends.iter().map(|(generation, _)| generation)));
+    body["bitnet"] = of_bitnet(ends.iter().map(|(_, details)| details));
+    Ok(Json(body).into_response())
+}
+
+/// The text before the calls of tools, and the calls. What only looks like a call is text.
+fn split(text: &str) -> (&str, Vec<ToolCall>) {
+    match text.find(BEGIN).and_then(|at| Some((at, tool_calls::parse(&text[at..])?))) {
+        Some((at, calls)) => (text[..at].trim_end(), calls),
+        None => (text, Vec::new()),
+    }
+}
+
+fn logprobs_of(engine: &Engine, logprobs: &[(u32, LogProbs)]) -> Value {
+    let of = |token: u32, value: f32| {
+        let text = token_text(engine, token);
+        json!({ "token": text, "logprob": value, "bytes": text.as_bytes() })
+    };
+    let entry = |(token, logprobs): &(u32, LogProbs)| {
+        let mut entry = of(*token, logprobs.chosen);
+        entry["top_logprobs"] = logprobs.top.iter().map(|&(token, value)| of(token, value)).collect();
+        entry
+    };
+    json!({ "content": logprobs.iter().map(entry).collect::<Vec<_>>(), "refusal": null })
+}
+
+/// An answer whose calls of tools are told when they are complete.
+#[derive(Default)]
+struct Held {
+    begun: bool,
+    /// Finds where the first call begins, if tools were offered. It holds back what may become that.
+    matcher: Option<StopMatcher>,
+    /// The whole text, if tools were offered.
+    seen: String,
+}
+
+impl Held {
+    /// The text that may be shown now.
+    fn push(&mut self, text: &str) -> String {
+        let Some(matcher) = &mut self.matcher else { return text.to_owned() };
+        self.seen.push_str(text);
+        matcher.push(text).text
+    }
+
+    /// The text that was held back, and the calls.
+    fn end(&mut self) -> (String, Vec<ToolCall>) {
+        let Some(matcher) = &mut self.matcher else { return (String::new(), Vec::new()) };
+        let calls = self.seen.find(BEGIN).map_or("", |at| &self.seen[at..]);
+        match tool_calls::parse(calls) {
+            Some(calls) => (String::new(), calls),
+            // What only looks like a call is text.
+            None if matcher.stopped().is_some() => (calls.to_owned(), Vec::new()),
+            None => (matcher.flush(), Vec::new()),
+        }
+    }
+}
+
+/// The answers as a stream.
+fn stream(answers: Answers, head: Head, usage: bool, with_tools: bool) -> Response {
+    let last = usage.then(|| head.object("chat.completion.chunk"));
+    let mut held: Vec<Held> = Vec::new();
+    let each = move |answers: &Answers, piece: Piece| {
+        let chunk = |choice: usize, delta: Value, logprobs: Option<Value>, finish: Option<&str>| {
+            let mut chunk = head.object("chat.completion.chunk");
+            chunk["choices"] =
+                json!([{ "index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish }]);
+            chunk
+        };
+        let (Piece::Token { choice, .. } | Piece::Finished { choice, .. }) = &piece;
+        let choice = *choice;
+        if held.len() <= choice {
+            held.resize_with(choice + 1, || Held {
+                // The text is not empty, so this can't fail.
+                matcher: if with_tools { StopMatcher::new([BEGIN]).ok() } else { None },
+                ..Held::default()
+            });
+        }
+        let of_choice = &mut held[choice];
+        let mut chunks = Vec::new();
+        if !of_choice.begun {
+            of_choice.begun = true;
+            chunks.push(chunk(choice, json!({ "role": "assistant", "content": "" }), None, None));
+        }
+        match piece {
+            Piece::Token { token, text, logprobs, .. } => {
+                let text = of_choice.push(&text);
+                let logprobs =
+                    logprobs.map(|logprobs| logprobs_of(answers.model.engine(), &[(token, logprobs)]));
+                if !text.is_empty() || logprobs.is_some() {
+                    chunks.push(chunk(choice, json!({ "content": text }), logprobs, None));
+                }
+            }
+            Piece::Finished { text, generation, .. } => {
+                let mut text = of_choice.push(&text);
+                let (rest, calls) = of_choice.end();
+                text.push_str(&rest);
+                if !text.is_empty() {
+                    chunks.push(chunk(choice, json!({ "content": text }), None, None));
+                }
+                let mut finish = finish_reason(generation.finish);
+                if !calls.is_empty() {
+                    finish = "tool_calls";
+                    let calls = tool_calls::to_json(&calls, &format!("{}_{choice}", head.id), true);
+                    chunks.push(chunk(choice, json!({ "tool_calls": calls }), None, None));
+                }
+                chunks.push(chunk(choice, json!({}), None, Some(finish)));
+            }
+        }
+        chunks
+    };
+    events(answers, each, last)
+}

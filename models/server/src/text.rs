@@ -1,0 +1,99 @@
+//! The models' names, and texts as tokens.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::ApiError;
+use crate::fields::Body;
+use crate::models::Status;
+use crate::serve::App;
+
+fn entry(app: &App, name: &str, status: &Status) -> Value {
+    let mut of_bitnet = json!(status);
+    of_bitnet["loaded"] = json!(matches!(status, Status::Ready { .. }));
+    json!({
+        "id": name,
+        "object": "model",
+        "created": app.started,
+        "owned_by": "bitnet",
+        "bitnet": of_bitnet,
+    })
+}
+
+/// `GET /v1/models`.
+pub(crate) async fn models(State(app): State<Arc<App>>) -> Json<Value> {
+    let all: Vec<Value> = app.models.list().iter().map(|(name, status)| entry(&app, name, status)).collect();
+    Json(json!({ "object": "list", "data": all }))
+}
+
+/// `GET /v1/models/{name}`.
+pub(crate) async fn model(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let found = app.models.list().into_iter().find(|(known, _)| *known == name);
+    match found {
+        Some((name, status)) => Ok(Json(entry(&app, name, &status))),
+        None => Err(ApiError::not_found(
+            "model_not_found",
+            "there is no model of this name; GET /v1/models lists them",
+        )),
+    }
+}
+
+/// A text, and whether special tokens are added around it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Tokenize {
+    model: Option<String>,
+    content: String,
+    #[serde(default)]
+    add_special: bool,
+}
+
+/// `POST /tokenize`.
+pub(crate) async fn tokenize(
+    State(app): State<Arc<App>>,
+    Body(request): Body<Tokenize>,
+) -> Result<Json<Value>, ApiError> {
+    let model = app.models.get(request.model.as_deref()).await?;
+    let tokens = blocking(move || Ok(model.engine().encode(&request.content, request.add_special)?)).await?;
+    Ok(Json(json!({ "tokens": tokens })))
+}
+
+/// Token ids.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Detokenize {
+    model: Option<String>,
+    tokens: Vec<u32>,
+}
+
+/// `POST /detokenize`.
+pub(crate) async fn detokenize(
+    State(app): State<Arc<App>>,
+    Body(request): Body<Detokenize>,
+) -> Result<Json<Value>, ApiError> {
+    let model = app.models.get(request.model.as_deref()).await?;
+    let decode = move || {
+        let engine = model.engine();
+        let tokenizer = engine.tokenizer().ok_or(bitnet_burn_engine::EngineError::NoTokenizer)?;
+        Ok(tokenizer.decode(&request.tokens, false).map_err(bitnet_burn_engine::EngineError::from)?)
+    };
+    let content = blocking(decode).await?;
+    Ok(Json(json!({ "content": content })))
+}
+
+/// Runs what takes long on a thread that may block.
+pub(crate) async fn blocking<T: Send + 'static>(
+    run: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(run).await.unwrap_or_else(|_| {
+        tracing::error!("a request panicked: please report it");
+        Err(ApiError::internal("the server failed on this request; its log has the reason"))
+    })
+}
