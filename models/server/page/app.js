@@ -831,9 +831,11 @@ function startRename(conversation, link) {
   field.onkeydown = (event) => {
     if (event.isComposing || !['Enter', 'Escape'].includes(event.key)) return;
     event.stopPropagation();
+    event.preventDefault(); // Otherwise the key also acts on what gets the focus.
     finish(event.key === 'Enter', true);
   };
   link.replaceWith(field);
+  field.focus();
   field.select();
 }
 
@@ -1001,7 +1003,11 @@ $('settings-reset').onclick = () => {
   }
 };
 $('key-use').onclick = () => $('key').close('use');
-$('key-value').onkeydown = (event) => event.key === 'Enter' && $('key').close('use');
+$('key-value').onkeydown = (event) => {
+  if (event.key !== 'Enter') return;
+  event.preventDefault();
+  $('key').close('use');
+};
 for (const button of document.querySelectorAll('dialog .close')) button.onclick = () => button.closest('dialog').close();
 $('notice-close').onclick = () => notice('');
 document.onkeydown = (event) => {
@@ -1010,6 +1016,8 @@ document.onkeydown = (event) => {
   else stop();
 };
 window.onhashchange = openFromAddress;
+// A page that closes stops its answers, or the browser would break them, and they would count as failed.
+window.onbeforeunload = () => conversations.forEach((conversation) => conversation.run?.control.abort());
 window.onpagehide = () => conversations.forEach((conversation) => conversation.run && save(conversation));
 // Another tab wrote. Texts that this tab is working on stay.
 window.onstorage = ({ key: changed, newValue }) => {
