@@ -147,7 +147,7 @@ let asking = null;
 /** Asks for the server's key, once for all requests that wait for it. */
 function askForKey(refused) {
   asking ??= new Promise((resolve, reject) => {
-    if (refused) $('key-why').textContent = 'The server refused this key. It wants the one that bitnet serve was given as --api-key.';
+    if (refused) $('key-why').textContent = 'The server refused this key. It wants the one that bitnet serve was started with.';
     $('key-value').value = '';
     $('key').returnValue = '';
     $('key').onclose = () => {
@@ -252,6 +252,7 @@ function blocks(source) {
 
 /** Bold, italics and code of a line or paragraph. Marks without a partner stay as they are. */
 function inline(source) {
+  if (source.length > 20000) return [source]; // No paragraph of an answer; it could have more marks than a browser can lay out.
   const parts = [];
   const alone = new Set(); // Marks that have no partner in the rest of the text, so that it is searched only once.
   let plain = 0;
@@ -541,8 +542,12 @@ function paint(conversation = current) {
   if (conversation !== current) return;
   const message = current.messages.at(-1);
   if (current.kind === 'text') {
-    if ($('text').value !== message.content) $('text').value = message.content;
-    if (current.run && atEnd) $('text').scrollTop = $('text').scrollHeight;
+    const field = $('text');
+    const old = field.value;
+    // What is appended moves neither the selection nor the place that the user reads.
+    if (old && message.content.startsWith(old)) field.setRangeText(message.content.slice(old.length), old.length, old.length, 'preserve');
+    else if (old !== message.content) field.value = message.content;
+    if (current.run && atEnd) field.scrollTop = field.scrollHeight;
     showOutcome($('text-outcome').firstElementChild, current, message, true);
   } else if (message) {
     const body = bodies.get(message);
@@ -645,7 +650,7 @@ function show(conversation) {
     });
     const parts = [...bodies.values()];
     if (!parts.length) parts.push(welcome(model));
-    else if (conversation.system.trim()) {
+    if (conversation.system.trim()) {
       const system = element('button', 'system', `System prompt: ${conversation.system.trim()}`);
       system.type = 'button';
       system.onclick = openSettings;
@@ -975,10 +980,12 @@ $('text').onkeydown = (event) => {
   event.preventDefault();
   if (!current.run) continueText();
 };
-$('log').onscroll = () => {
-  atEnd = $('log').scrollHeight - $('log').scrollTop - $('log').clientHeight < 48;
-  $('to-end').hidden = atEnd;
-};
+for (const box of [$('log'), $('text')]) {
+  box.onscroll = () => {
+    atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 48;
+    $('to-end').hidden = atEnd;
+  };
+}
 $('to-end').onclick = () => {
   toEnd();
   focusField();
