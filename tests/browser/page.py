@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException, WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -84,6 +84,7 @@ class Browser(unittest.TestCase):
     """Each test finds the browser as if it had just been installed."""
 
     kind = "chat"
+    preferences = {}  # Of the browser
 
     @classmethod
     def setUpClass(cls):
@@ -91,6 +92,7 @@ class Browser(unittest.TestCase):
         options.binary_location = "/usr/bin/chromium"
         for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--lang=en"):
             options.add_argument(argument)
+        options.add_experimental_option("prefs", cls.preferences)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         cls.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
         cls.addClassCleanup(cls.driver.quit)
@@ -127,7 +129,7 @@ class Browser(unittest.TestCase):
         self.ready()
 
     def ready(self):
-        if OPTIONS.key and not self.script("return sessionStorage.getItem('bitnet.key')"):
+        if OPTIONS.key and not self.script("try { return sessionStorage.getItem('bitnet.key') } catch { return null }"):
             for key in ("wrong", OPTIONS.key):
                 self.wait(lambda: self.one("#key").get_attribute("open"))
                 self.wait(lambda: self.one("#key-value").get_attribute("value") == "")
@@ -488,24 +490,25 @@ class Chat(Browser):
     def press(self, *keys):
         self.driver.switch_to.active_element.send_keys(*keys)
 
-    def tab_to(self, selector, key=Keys.TAB):
-        """Goes to a control with the Tab key, and sees where the focus is on the way."""
+    def tab(self, backwards=False):
+        """Presses Tab. The control that has the focus then can be seen to have it."""
+        keys = webdriver.ActionChains(self.driver)
+        (keys.key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT) if backwards else keys.send_keys(Keys.TAB)).perform()
+        # The field for a message shows it with its frame.
+        seen = self.script(
+            "const it = document.activeElement;"
+            "if (it === document.body) return true;"
+            "const style = getComputedStyle(it.matches('#message') ? it.parentElement : it);"
+            "return it.checkVisibility({ visibilityProperty: true, opacityProperty: true }) && it.offsetWidth > 0 &&"
+            " (style.boxShadow.includes('0px 0px 0px 1px') || (style.outlineStyle !== 'none' && style.outlineWidth !== '0px'));"
+        )
+        self.assertTrue(seen, "the focus cannot be seen on " + self.script("return document.activeElement.outerHTML")[:200])
+
+    def tab_to(self, selector, backwards=False):
         for _ in range(60):
             if self.script("return document.activeElement.matches(arguments[0])", selector):
                 return
-            if key == "shift":
-                webdriver.ActionChains(self.driver).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
-            else:
-                webdriver.ActionChains(self.driver).send_keys(Keys.TAB).perform()
-            # The field for a message shows it with its frame.
-            seen = self.script(
-                "const it = document.activeElement;"
-                "if (it === document.body) return true;"
-                "const style = getComputedStyle(it.matches('#message') ? it.parentElement : it);"
-                "return it.checkVisibility({ visibilityProperty: true, opacityProperty: true }) &&"
-                " (style.boxShadow.includes('0px 0px 0px 1px') || (style.outlineStyle !== 'none' && style.outlineWidth !== '0px'));"
-            )
-            self.assertTrue(seen, "the focus cannot be seen on " + self.script("return document.activeElement.outerHTML")[:200])
+            self.tab(backwards)
         self.fail(f"Tab never reaches {selector}")
 
     def test_keyboard_alone(self):
@@ -524,24 +527,26 @@ class Chat(Browser):
         order += [".question .copy", ".question .edit", "summary", "a.receipt", ".answer .facts .copy", ".regenerate", "#message", "#send"]
         self.driver.refresh()
         self.ready()
-        self.script("document.activeElement.blur()")
         self.script("document.querySelector('.skip').focus()")
-        place = 0
-        for selector in order:
-            self.tab_to(selector)
-            here = self.script("return [...document.querySelectorAll('*')].indexOf(document.activeElement)")
-            self.assertGreaterEqual(here, place, f"{selector} comes too late")
+        place = self.script("window.places = [...document.querySelectorAll('*')]; return places.indexOf(document.activeElement)")
+        for _ in range(60):
+            order = [selector for selector in order if not self.script("return document.activeElement.matches(arguments[0])", selector)]
+            self.tab()
+            here = self.script("return places.indexOf(document.activeElement)")
+            if here <= place:
+                break
             place = here
+        self.assertEqual([], order, "Tab does not reach these, in the page's order")
         # Regenerate, edit, rename, delete.
-        self.tab_to(".regenerate", "shift")
+        self.tab_to(".regenerate", backwards=True)
         self.press(Keys.ENTER)
         self.finished()
-        self.tab_to(".question .edit", "shift")
+        self.tab_to(".question .edit", backwards=True)
         self.press(Keys.ENTER)
         self.press(" again", Keys.ENTER)
         self.wait(lambda: self.texts(".said") == ["Typed again"])
         self.finished()
-        self.tab_to("#list .rename", "shift")
+        self.tab_to("#list .rename", backwards=True)
         self.press(Keys.ENTER)
         self.press(Keys.CONTROL, "a", Keys.NULL, "My name", Keys.ENTER)
         self.wait(lambda: self.texts("#list a") == ["My name"])
@@ -672,6 +677,21 @@ class Chat(Browser):
         # A server may also cut the answer at the context's end, and say so.
         told = self.one(".failure").text or self.one("summary").text
         self.assertTrue(told)
+
+
+class WithoutStorage(Browser):
+    preferences = {"profile.default_content_setting_values.cookies": 2}
+
+    def test_works_and_says_so(self):
+        with self.assertRaisesRegex(WebDriverException, "Access is denied"):
+            self.script("return localStorage.length")
+        self.assertIn("keeps no data", self.one("#notice").text)
+        self.set(max_tokens=8)
+        self.ask("A question")
+        self.ask("Another")
+        self.begin()
+        self.all("#list a")[0].click()
+        self.wait(lambda: self.texts(".said") == ["A question", "Another"])
 
 
 class Completion(Browser):

@@ -50,7 +50,7 @@ function readInfo(value) {
   return read;
 }
 
-/** A conversation from its stored JSON; null if it is none. */
+/** A conversation from its stored JSON; null if the JSON describes no conversation. */
 function readConversation(id, json) {
   let value;
   try {
@@ -154,7 +154,7 @@ function askForKey(refused) {
       asking = null;
       if ($('key').returnValue !== 'use') return reject(new Failure('The server answers only with its key.'));
       const typed = $('key-value').value.trim();
-      key = /^[!-~]*$/.test(typed) ? typed : ''; // Headers take nothing else.
+      key = /^[!-~]*$/.test(typed) ? typed : ''; // Other characters cannot be sent in a header.
       try {
         perTab?.setItem('bitnet.key', key);
       } catch {
@@ -252,9 +252,9 @@ function blocks(source) {
 
 /** Bold, italics and code of a line or paragraph. Marks without a partner stay as they are. */
 function inline(source) {
-  if (source.length > 20000) return [source]; // No paragraph of an answer; it could have more marks than a browser can lay out.
+  if (source.length > 20000) return [source]; // So many marks could freeze the browser.
   const parts = [];
-  const alone = new Set(); // Marks that have no partner in the rest of the text, so that it is searched only once.
+  const alone = new Set(); // Marks without a partner in the rest of the text, which is then searched only once.
   let plain = 0;
   let at = 0;
   const take = (end, next, made) => {
@@ -413,7 +413,7 @@ async function run(conversation) {
     info.end ||= 'stop';
     model.loaded = true;
   } catch (error) {
-    // Facts of the page's own count, since the server's come at the end.
+    // The server's facts come at the end of a stream. Without them the page counts for itself.
     if (progress.pieces > 1) info.speed ??= (progress.pieces - 1) / ((progress.last - progress.first) / 1000 || 1);
     info.end = control.signal.aborted ? 'stopped' : 'error';
     if (info.end === 'error') {
@@ -427,7 +427,7 @@ async function run(conversation) {
     conversation.run = null;
     conversation.updated = Date.now();
     save(conversation);
-    shown(conversation);
+    shown(conversation, message.content.slice(progress.said));
   }
 }
 
@@ -507,10 +507,10 @@ function showOutcome(outcome, conversation, message, last) {
 
   facts.hidden = Boolean(progress) || !info.end || (Boolean(info.error) && !message.content);
   if (facts.hidden) return;
-  const ends = { length: 'cut at the longest length', stopped: message.content ? 'stopped' : 'stopped before the first token', error: 'incomplete', stop: message.content ? '' : 'empty answer' };
-  const local = info.tokens === undefined;
+  const ends = { length: 'cut at the limit', stopped: message.content ? 'stopped' : 'stopped before the first token', error: 'incomplete', stop: message.content ? '' : 'empty answer' };
+  const counted = info.tokens === undefined; // By the page
   const summary = [
-    info.speed !== undefined && `${local ? 'about ' : ''}${number(info.speed, 1)} tokens/s`,
+    info.speed !== undefined && `${counted ? 'about ' : ''}${number(info.speed, 1)} tokens/s`,
     info.tokens !== undefined && `${number(info.tokens)} ${info.tokens === 1 ? 'token' : 'tokens'}`,
     info.kernels.length && info.kernels[0] + (info.kernels.length > 1 ? ` +${info.kernels.length - 1}` : ''),
     ends[info.end] ?? info.end,
@@ -573,8 +573,8 @@ function toEnd() {
   $('log').scrollTop = $('log').scrollHeight;
 }
 
-/** A run began or ended: its conversation, the list and the controls are brought up to date. */
-function shown(conversation) {
+/** A run began or ended: its conversation, the list and the controls are brought up to date. `unsaid` is for screen readers. */
+function shown(conversation, unsaid) {
   showList();
   if (conversation !== current) return;
   const message = conversation.messages.at(-1);
@@ -583,8 +583,8 @@ function shown(conversation) {
     atEnd = true;
   } else if (message) {
     const { info } = message;
-    say(info.error || message.content.slice(info.before ?? 0).split('\n\n').at(-1));
-    say({ stop: 'The answer is complete.', length: 'The answer was cut at the longest length.', stopped: 'Stopped.' }[info.end] ?? '');
+    say(unsaid);
+    say(info.error || ({ stop: 'The answer is complete.', length: 'The answer was cut at the limit.', stopped: 'Stopped.' }[info.end] ?? ''));
   }
   show(conversation);
 }
@@ -650,12 +650,9 @@ function show(conversation) {
     });
     const parts = [...bodies.values()];
     if (!parts.length) parts.push(welcome(model));
-    if (conversation.system.trim()) {
-      const system = element('button', 'system', `System prompt: ${conversation.system.trim()}`);
-      system.type = 'button';
-      system.onclick = openSettings;
-      parts.unshift(system);
-    }
+    const system = conversation.system.trim();
+    $('system-open').hidden = !system;
+    $('system-open').textContent = `System prompt: ${system}`;
     const place = $('messages');
     place.classList.toggle('busy', running);
     parts.forEach((part, i) => place.children[i] !== part && place.insertBefore(part, place.children[i] ?? null));
@@ -967,7 +964,7 @@ $('text').oninput = () => {
   const [message] = current.messages;
   message.content = $('text').value;
   if (message.content && !conversations.has(current.id)) keep(current);
-  // The facts are those of the text as the model left it.
+  // What was known of the continuation no longer fits the text.
   message.info = readInfo();
   current.updated = Date.now();
   save(current);
@@ -995,7 +992,7 @@ $('menu').onclick = openSide;
 $('shade').onclick = closeSide;
 narrow.onchange = closeSide;
 $('model').onchange = () => chooseModel($('model').value);
-$('settings-open').onclick = openSettings;
+$('settings-open').onclick = $('system-open').onclick = openSettings;
 $('system').oninput = () => {
   current.system = settings.system = $('system').value;
   saveSettings();
