@@ -16,7 +16,7 @@ use bitnet_burn_manager::{KernelManager, ManagerConfig};
 use clap::ValueEnum as _;
 use serde::Serialize;
 
-use crate::args::{EngineArgs, KernelArgs, LmHead, SecretArgs};
+use crate::args::{EngineArgs, KernelArgs, LmHead, ReceiptArgs, SecretArgs};
 use crate::{output, settings};
 
 /// The configuration below the flags, with this program as the gate's helper, and the file that it comes from
@@ -154,9 +154,11 @@ impl EngineArgs {
             error => error.into(),
         }
     }
+}
 
+impl ReceiptArgs {
     /// Writes a receipt of `report`, the whole report of the subcommand `command`, where one was asked for.
-    pub fn write_receipt(
+    pub fn write(
         &self,
         engine: &Engine,
         command: &str,

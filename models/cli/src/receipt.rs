@@ -184,7 +184,6 @@ fn rerun(
         activations: record.activations,
         // Use only the files whose hashes the receipt has.
         no_prepacked: true,
-        receipt: None,
         secret,
     };
     let (prompt, context) = (&record.prompt_token_ids, record.context);
