@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use bitnet_burn::CacheType;
 use bitnet_burn::GatedActivation;
+use bitnet_burn_engine::chat::ChatTemplate;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::device::DeviceSpec;
 use bitnet_burn_engine::load::{ActivationRule, HeadMode};
@@ -152,10 +153,6 @@ pub struct EngineArgs {
     pub file: FileArgs,
     #[command(flatten)]
     pub load: LoadArgs,
-    /// Write a receipt for `bitnet receipt check`: the model, the machine, kernels and plugins with their hashes, the
-    /// settings, the prompt and the report. Reads the model's files a second time
-    #[arg(long, value_name = "FILE")]
-    pub receipt: Option<PathBuf>,
 }
 
 /// The kernels, the device and the context.
@@ -191,6 +188,15 @@ pub struct LoadArgs {
     /// Ignore the file that `bitnet prepack` wrote, and pack the weights while loading
     #[arg(long, help_heading = "Kernels")]
     pub no_prepacked: bool,
+}
+
+/// A receipt of what a command did.
+#[derive(Debug, Args)]
+pub struct ReceiptArgs {
+    /// Write a receipt for `bitnet receipt check`: the model, the machine, kernels and plugins with their hashes, the
+    /// settings, the prompt and the report. Reads the model's files a second time
+    #[arg(long, value_name = "FILE")]
+    pub receipt: Option<PathBuf>,
 }
 
 /// The secret of workers and their clients.
@@ -373,6 +379,12 @@ pub fn read_text(path: &Path) -> anyhow::Result<String> {
         return Ok(text);
     }
     std::fs::read_to_string(path).with_context(|| format!("cannot read {} as text", path.display()))
+}
+
+/// Reads a chat template from a file.
+pub fn read_template(path: &Path) -> anyhow::Result<ChatTemplate> {
+    let source = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(ChatTemplate::named(path.display().to_string(), &source)?)
 }
 
 /// Reads token ids from a file. They are separated by commas or white space.

@@ -17,7 +17,7 @@ use clap::Args;
 use serde::Serialize;
 use tempfile::TempDir;
 
-use crate::args::{EngineArgs, Model, positive};
+use crate::args::{EngineArgs, Model, ReceiptArgs, positive};
 use crate::engine::{device_error, remember};
 use crate::output::{self, columns};
 use bitnet_burn_engine::device::DeviceSpec;
@@ -33,6 +33,8 @@ use bitnet_burn_engine::device::DeviceSpec;
 pub struct BenchArgs {
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    receipt: ReceiptArgs,
     /// Tokens of the prompt; 0 measures only decode [default: 128; 512 with --gpu-suite, 24 with --quick]
     #[arg(long, short, value_name = "N")]
     prompt: Option<usize>,
@@ -130,7 +132,7 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
     // Kept until the end, because its file is mapped.
     let mut random = None;
     if gpu.is_some() && args.engine.file.model.is_none() {
-        if args.engine.receipt.is_some() {
+        if args.receipt.receipt.is_some() {
             bail!(
                 "--receipt needs --model: the model of random weights is deleted at the end, so the receipt could not be checked"
             );
@@ -215,7 +217,7 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
         gpu_suite: suite.as_ref(),
         execution: &execution,
     };
-    args.engine.write_receipt(&engine, "bench", &output, || None)?;
+    args.receipt.write(&engine, "bench", &output, || None)?;
     let wrong = suite.as_ref().map_or(0, |suite| suite.matmuls.len() - suite.kernels_right);
     if args.json {
         output::print_json(&output)?;

@@ -9,7 +9,7 @@ use bitnet_burn_engine::text::count;
 use clap::Args;
 use serde::Serialize;
 
-use crate::args::{EngineArgs, positive, read_text};
+use crate::args::{EngineArgs, ReceiptArgs, positive, read_text};
 use crate::logits::npy_header;
 use crate::output;
 
@@ -23,6 +23,8 @@ use crate::output;
 pub struct EmbedArgs {
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    receipt: ReceiptArgs,
     /// The texts [default: each line of stdin]; behind -- they may begin with a hyphen
     #[arg(value_name = "TEXT", conflicts_with = "file")]
     texts: Vec<String>,
@@ -109,7 +111,7 @@ pub fn run(args: EmbedArgs) -> anyhow::Result<()> {
         embeddings: &embeddings,
         execution: engine.execution(),
     };
-    args.engine.write_receipt(&engine, "embed", &output, || None)?;
+    args.receipt.write(&engine, "embed", &output, || None)?;
     if args.json {
         return output::print_json(&output);
     }

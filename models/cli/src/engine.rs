@@ -17,7 +17,7 @@ use bitnet_burn_manager::{KernelManager, ManagerConfig};
 use clap::ValueEnum as _;
 use serde::Serialize;
 
-use crate::args::{EngineArgs, GapArgs, KernelArgs, LmHead, LoadArgs, SecretArgs};
+use crate::args::{EngineArgs, GapArgs, KernelArgs, LmHead, LoadArgs, ReceiptArgs, SecretArgs};
 use crate::{output, settings};
 
 /// The configuration below the flags, with this program as the gate's helper, and the file that it comes from
@@ -91,20 +91,6 @@ impl EngineArgs {
         let started = Instant::now();
         let checkpoint = self.file.open()?;
         self.load.open(checkpoint, started, &self.file.gaps, set)
-    }
-
-    /// Writes a receipt of `report`, the whole report of the subcommand `command`, where one was asked for.
-    pub fn write_receipt(
-        &self,
-        engine: &Engine,
-        command: &str,
-        report: &impl Serialize,
-        generation: impl FnOnce() -> Option<GenerationRecord>,
-    ) -> anyhow::Result<()> {
-        let Some(path) = &self.receipt else { return Ok(()) };
-        let receipt = engine.receipt(command, report, generation()).context("cannot make a receipt")?;
-        let text = receipt.to_text()?;
-        output::write_file(Path::new(path), |out| Ok(out.write_all(text.as_bytes())?))
     }
 }
 
@@ -181,6 +167,22 @@ impl LoadArgs {
             EngineError::GpuLayers { layers, problem } => anyhow!("--gpu-layers {layers}: {problem}"),
             error => error.into(),
         }
+    }
+}
+
+impl ReceiptArgs {
+    /// Writes a receipt of `report`, the whole report of the subcommand `command`, where one was asked for.
+    pub fn write(
+        &self,
+        engine: &Engine,
+        command: &str,
+        report: &impl Serialize,
+        generation: impl FnOnce() -> Option<GenerationRecord>,
+    ) -> anyhow::Result<()> {
+        let Some(path) = &self.receipt else { return Ok(()) };
+        let receipt = engine.receipt(command, report, generation()).context("cannot make a receipt")?;
+        let text = receipt.to_text()?;
+        output::write_file(Path::new(path), |out| Ok(out.write_all(text.as_bytes())?))
     }
 }
 

@@ -17,7 +17,7 @@ const FLAGS: &[(&[&str], &str)] = &[
     (&["--repeat-last-n"], "--repeat-window N"),
     (
         &["-cnv", "--conversation", "-i", "--interactive", "--jinja"],
-        "--chat: the model's chat template, for one answer",
+        "--chat: the model's chat template, for one answer; `bitnet chat` is a conversation",
     ),
     (&["-no-cnv", "--no-conversation"], "nothing: without --chat there is no chat template"),
     (&["-sys", "--system-prompt"], "--system TEXT"),

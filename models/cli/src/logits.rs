@@ -9,7 +9,7 @@ use bitnet_burn_engine::text::human_bytes;
 use clap::Args;
 use serde::Serialize;
 
-use crate::args::{EngineArgs, positive, read_tokens};
+use crate::args::{EngineArgs, ReceiptArgs, positive, read_tokens};
 use crate::output;
 
 /// Write the logits of every position of a token sequence to a NumPy file
@@ -20,6 +20,8 @@ use crate::output;
 pub struct LogitsArgs {
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    receipt: ReceiptArgs,
     /// A file with the token ids, separated by commas or white space
     #[arg(long, value_name = "FILE")]
     tokens_file: PathBuf,
@@ -80,7 +82,7 @@ pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
     bar.finish_and_clear();
     let output =
         Output { model: engine.summary().clone(), out: args.out, shape, execution: engine.execution() };
-    args.engine.write_receipt(&engine, "logits", &output, || None)?;
+    args.receipt.write(&engine, "logits", &output, || None)?;
     if args.json {
         return output::print_json(&output);
     }

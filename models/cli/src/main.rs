@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod chat;
 mod embed;
 mod engine;
 mod export;
@@ -18,6 +19,7 @@ mod plugins;
 mod prepack;
 mod receipt;
 mod run;
+mod sampling;
 mod serve;
 mod settings;
 mod status;
@@ -57,8 +59,8 @@ Environment (a flag wins over its variable, and a variable wins over the configu
   BITNET_STRICT_MODE  turn silent fallbacks into errors (--strict): 1 for all, or a list of no-fallback,
                       quantised-kernels, gated-plugins and plausible-figures, separated by commas
   BITNET_FALLBACK     what to do if a kernel fails or becomes slow: never, on-error, threshold:1.5, adaptive
-  BITNET_CACHE_DIR    directory for measurements and for verdicts on plugins; empty: keep nothing;
-                      default: the user's cache directory
+  BITNET_CACHE_DIR    directory for measurements, verdicts on plugins and the lines typed in `chat`;
+                      empty: keep nothing; default: the user's cache directory
   BITNET_REMOTE_TIMEOUT
                       seconds without a sign of life until a worker (--device remote:HOST:PORT) is given up;
                       default: 10
@@ -80,6 +82,7 @@ Exit status: 0 done, 1 error, 2 wrong usage. `plan`, `receipt check` and `train`
 Examples:
   bitnet run --model model.gguf --prompt 'The capital of France is'
   bitnet run --model hf:OWNER/NAME:FILE.gguf --prompt 'The capital of France is'
+  bitnet chat --model model.gguf
   bitnet serve --model model.gguf --listen 127.0.0.1:8080
   bitnet inspect --model model.gguf --check
   bitnet embed --model model.gguf 'One text' 'Another text'
@@ -92,6 +95,7 @@ Examples:
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::RunArgs),
+    Chat(chat::ChatArgs),
     Serve(serve::ServeArgs),
     Inspect(inspect::InspectArgs),
     Tokenize(tokenize::TokenizeArgs),
@@ -139,6 +143,7 @@ fn program() -> ExitCode {
     }
     let result = match cli.command {
         Command::Run(args) => run::run(args),
+        Command::Chat(args) => chat::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Tokenize(args) => tokenize::run(args),

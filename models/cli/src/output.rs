@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, ErrorKind, IsTerminal as _, Write};
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use anyhow::Context as _;
 use bitnet_burn::ForwardError;
@@ -29,11 +29,48 @@ pub fn start_logging() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        .with_writer(|| Log)
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
         .without_time()
         .with_target(false)
         .init();
+}
+
+/// Log messages that wait, while text is being streamed to a terminal.
+static HELD: Mutex<Option<Vec<u8>>> = Mutex::new(None);
+
+/// Where log messages go: to stderr, or into the messages that wait.
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut *HELD.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(held) => held.write(bytes),
+            None => io::stderr().write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Keeps log messages out of a text that is being streamed. They are written when this is dropped.
+#[must_use]
+pub struct HeldLog(());
+
+impl HeldLog {
+    pub fn new() -> Self {
+        HELD.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default();
+        Self(())
+    }
+}
+
+impl Drop for HeldLog {
+    fn drop(&mut self) {
+        let held = HELD.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let _ = io::stderr().write_all(&held.unwrap_or_default());
+    }
 }
 
 /// Writes a line to stderr, if it is open. Control characters are escaped: the line may hold names and texts from files, and a
@@ -74,6 +111,12 @@ pub fn write(text: &str) -> io::Result<()> {
         Some(mut own) => own.write_all(text.as_bytes()),
         None => io::stdout().lock().write_all(text.as_bytes()),
     }
+}
+
+/// Writes what a model generated to stdout, at once. A terminal does not get its control characters to obey.
+pub fn write_generated(text: &str) -> io::Result<()> {
+    let is_terminal = STDOUT.get().map_or_else(|| io::stdout().is_terminal(), File::is_terminal);
+    if is_terminal { write(&printable(text, &['\n', '\t'])) } else { write(text) }
 }
 
 /// A line on stdout.

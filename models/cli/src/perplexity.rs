@@ -11,7 +11,7 @@ use bitnet_burn_train::{Corpus, Documents};
 use clap::Args;
 use serde::Serialize;
 
-use crate::args::{EngineArgs, positive, read_text, read_tokens};
+use crate::args::{EngineArgs, ReceiptArgs, positive, read_text, read_tokens};
 use crate::output;
 
 /// Measure how well a model predicts a text (perplexity: exp of the mean negative log-likelihood of its tokens)
@@ -27,6 +27,8 @@ use crate::output;
 pub struct PerplexityArgs {
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    receipt: ReceiptArgs,
     /// The text file; - reads stdin
     #[arg(long, short, value_name = "FILE", group = "input")]
     file: Option<PathBuf>,
@@ -175,7 +177,7 @@ pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
         tokens_per_s: computed as f64 / seconds,
         execution: engine.execution(),
     };
-    args.engine.write_receipt(&engine, "perplexity", &output, || None)?;
+    args.receipt.write(&engine, "perplexity", &output, || None)?;
     if args.json {
         return output::print_json(&output);
     }

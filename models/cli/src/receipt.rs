@@ -187,7 +187,7 @@ fn rerun(
         no_prepacked: true,
         secret,
     };
-    let args = EngineArgs { file, load, receipt: None };
+    let args = EngineArgs { file, load };
     let (prompt, context) = (&record.prompt_token_ids, record.context);
     if prompt.len() > context && !record.sliding_window {
         bail!("the receipt's prompt of {} tokens does not fit into its context of {context}", prompt.len());

@@ -1,6 +1,5 @@
 //! `bitnet run`: a prompt in, tokens out.
 
-use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io;
 use std::path::PathBuf;
 
@@ -9,13 +8,13 @@ use bitnet_burn_engine::Engine;
 use bitnet_burn_engine::chat::{ChatTemplate, Message};
 use bitnet_burn_engine::generate::{GenerateOptions, Step};
 use bitnet_burn_engine::report::RunReport;
-use bitnet_burn_engine::sampling::SamplingConfig;
 use clap::error::ErrorKind;
 use clap::{ArgGroup, Args, CommandFactory as _};
 use serde::Serialize;
 
-use crate::args::{EngineArgs, positive, read_tokens};
+use crate::args::{EngineArgs, ReceiptArgs, positive, read_template, read_tokens};
 use crate::output;
+use crate::sampling::SamplingArgs;
 
 /// Generate text behind a prompt
 ///
@@ -28,6 +27,8 @@ use crate::output;
 pub struct RunArgs {
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    receipt: ReceiptArgs,
     /// Take the memory of the KV cache for the whole --context at the start, so that nothing grows later
     #[arg(long, help_heading = "Model")]
     preallocate: bool,
@@ -87,56 +88,6 @@ Examples:
   bitnet run -m model.gguf -p Hello --json | jq .decode_tokens_per_s
   bitnet run -m model.gguf -p Hello --receipt hello.json && bitnet receipt check hello.json --rerun";
 
-/// How a token is drawn. Without any of these flags, the most likely one (greedy).
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Sampling (default: greedy, the most likely token)")]
-struct SamplingArgs {
-    /// The most likely token, which is the default
-    #[arg(long, conflicts_with = "temperature")]
-    greedy: bool,
-    /// Divides the logits; 0 is greedy
-    #[arg(long, value_name = "T")]
-    temperature: Option<f32>,
-    /// Draw from the K most likely tokens only
-    #[arg(long, value_name = "K", requires = "temperature")]
-    top_k: Option<usize>,
-    /// Draw from the most likely tokens that make up this probability
-    #[arg(long, value_name = "P", requires = "temperature")]
-    top_p: Option<f32>,
-    /// Draw from tokens that have at least this fraction of the most likely one's probability
-    #[arg(long, value_name = "P", requires = "temperature")]
-    min_p: Option<f32>,
-    /// Makes tokens that occurred less likely; 1 is off
-    #[arg(long, value_name = "R")]
-    repeat_penalty: Option<f32>,
-    /// How many of the last tokens the penalty looks at; 0 is all of them
-    #[arg(long, value_name = "N", requires = "repeat_penalty")]
-    repeat_window: Option<usize>,
-    /// Seed of the sampler [default: a random one, which the report names]
-    #[arg(long, value_name = "N")]
-    seed: Option<u64>,
-}
-
-impl SamplingArgs {
-    /// `stories`: for the built-in model, which has more than one to tell.
-    fn config(&self, stories: bool) -> anyhow::Result<SamplingConfig> {
-        let mut config = SamplingConfig::greedy();
-        if stories && !self.greedy && self.temperature.is_none() {
-            (config.temperature, config.top_p) = (0.7, 0.95);
-        }
-        config.temperature = self.temperature.unwrap_or(config.temperature);
-        config.top_k = self.top_k.unwrap_or(config.top_k);
-        config.top_p = self.top_p.unwrap_or(config.top_p);
-        config.min_p = self.min_p.unwrap_or(config.min_p);
-        config.repetition_penalty = self.repeat_penalty.unwrap_or(config.repetition_penalty);
-        config.repetition_window = self.repeat_window.unwrap_or(config.repetition_window);
-        // The standard library seeds its hash maps at random.
-        config.seed = self.seed.unwrap_or_else(|| RandomState::new().build_hasher().finish());
-        config.validate()?;
-        Ok(config)
-    }
-}
-
 #[derive(Serialize)]
 struct Output<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -158,11 +109,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     if args.stop.iter().any(String::is_empty) {
         bail!("--stop '': an empty text would stop everything at once");
     }
-    let template = args
-        .chat_template
-        .as_ref()
-        .map(|path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display())))
-        .transpose()?;
+    let template = args.chat_template.as_deref().map(read_template).transpose()?;
     let by_ids = args.tokens_file.is_some() && args.print_ids;
     let engine = args.engine.open(|mut options| {
         if by_ids {
@@ -171,7 +118,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         if let Some(chunk) = args.chunk { options.rows(chunk) } else { options }
     })?;
     let context = engine.settings().context;
-    let prompt = prompt(&args, &engine, template.as_deref())?;
+    let prompt = prompt(&args, &engine, template)?;
     if prompt.len() > context && !args.sliding_window {
         bail!(
             "the prompt has {} tokens, the context {context}: shorten the prompt{}",
@@ -198,7 +145,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     // On a pipe that is closed, the generation ends, and what was generated is reported.
     let mut unwritten = None;
     let mut write = |piece: &str| {
-        unwritten = output::write(piece).err();
+        unwritten = output::write_generated(piece).err();
         unwritten.is_none()
     };
     let generation = if engine.tokenizer().is_some() && !args.print_ids {
@@ -257,7 +204,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
             Ok(writeln!(out)?)
         })?;
     }
-    args.engine.write_receipt(&engine, "run", &report, || {
+    args.receipt.write(&engine, "run", &report, || {
         Some(engine.generation_record(&prompt, &options, args.sliding_window, &generation))
     })?;
     if args.json {
@@ -271,7 +218,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
 }
 
 /// The prompt's tokens.
-fn prompt(args: &RunArgs, engine: &Engine, template: Option<&str>) -> anyhow::Result<Vec<u32>> {
+fn prompt(args: &RunArgs, engine: &Engine, template: Option<ChatTemplate>) -> anyhow::Result<Vec<u32>> {
     if let Some(path) = &args.tokens_file {
         return read_tokens(path, engine.checkpoint().config().vocab_size);
     }
@@ -281,13 +228,7 @@ fn prompt(args: &RunArgs, engine: &Engine, template: Option<&str>) -> anyhow::Re
     if !(args.chat || args.system.is_some() || template.is_some()) {
         return Ok(tokenizer.encode(prompt, true)?);
     }
-    let template = match template {
-        Some(source) => {
-            let file = args.chat_template.iter().map(|path| path.display().to_string()).collect::<String>();
-            ChatTemplate::named(file, source)?
-        }
-        None => engine.chat_template()?,
-    };
+    let template = template.map_or_else(|| engine.chat_template(), Ok)?;
     let system = args.system.iter().map(|text| Message::new("system", text));
     let messages: Vec<_> = system.chain([Message::new("user", prompt)]).collect();
     let text = template.render(&messages, &tokenizer.template_tokens(), true)?;

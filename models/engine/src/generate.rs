@@ -1,6 +1,8 @@
 //! From a prompt to tokens.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bitnet_burn_backends::devices;
@@ -384,6 +386,8 @@ pub struct TextGenerator<'a> {
     stops: StopMatcher,
     /// The end of the text was given, or an error.
     over: bool,
+    /// Ends the generation when it is set.
+    cancelled: Option<Arc<AtomicBool>>,
 }
 
 impl<'a> TextGenerator<'a> {
@@ -398,7 +402,7 @@ impl<'a> TextGenerator<'a> {
     ) -> Result<Self, GenerateError> {
         let decoder = tokenizer.decode_stream_after(prompt, true)?;
         let stops = StopMatcher::new(&tokens.options.stop_strings)?;
-        Ok(Self { tokens, decoder, stops, over: false })
+        Ok(Self { tokens, decoder, stops, over: false, cancelled: None })
     }
 
     /// The text that a step makes certain, which may be none.
@@ -434,6 +438,7 @@ impl<'a> TextGenerator<'a> {
     /// If the model or the sampler fails, or a token can't be decoded. Nothing follows then.
     pub async fn next_async(&mut self) -> Option<Result<String, GenerateError>> {
         while !self.over {
+            self.heed_flag();
             let step = self.tokens.step_async().await;
             if let Some(text) = self.take(step) {
                 return Some(text);
@@ -453,6 +458,17 @@ impl<'a> TextGenerator<'a> {
         self.tokens.cancel();
     }
 
+    /// Ends the generation before the next step once this is set.
+    pub(crate) fn cancel_when(&mut self, flag: Arc<AtomicBool>) {
+        self.cancelled = Some(flag);
+    }
+
+    fn heed_flag(&mut self) {
+        if self.cancelled.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed)) {
+            self.tokens.cancel();
+        }
+    }
+
     /// What was generated so far.
     pub fn generation(&self) -> &Generation {
         self.tokens.generation()
@@ -469,6 +485,7 @@ impl Iterator for TextGenerator<'_> {
 
     fn next(&mut self) -> Option<Self::Item> {
         while !self.over {
+            self.heed_flag();
             let step = self.tokens.step();
             if let Some(text) = self.take(step) {
                 return Some(text);

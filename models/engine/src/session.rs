@@ -1,7 +1,13 @@
 //! A session: prompts, or the turns of a chat, over one KV cache.
 
+mod transcript;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
 use bitnet_burn::{KvCache, SequenceId};
 
+use self::transcript::Transcript;
 use crate::chat::{ChatTemplate, Message};
 use crate::engine::{Engine, EngineError};
 use crate::generate::{GenerateError, GenerateOptions, Generation, Generator, TextGenerator};
@@ -17,6 +23,7 @@ pub struct Session {
     /// The tokens that the cache holds.
     tokens: Vec<u32>,
     messages: Vec<Message>,
+    transcript: Transcript,
     template: Option<ChatTemplate>,
     sliding: bool,
     certain: Certain,
@@ -59,6 +66,7 @@ impl Session {
             sequence: None,
             tokens: Vec::new(),
             messages: Vec::new(),
+            transcript: Transcript::default(),
             template: None,
             sliding: false,
             certain: Certain::default(),
@@ -103,6 +111,11 @@ impl Session {
         self.messages.clear();
     }
 
+    /// Other messages in place of those so far. What they begin with in common is not computed again.
+    pub fn replace(&mut self, messages: Vec<Message>) {
+        self.messages = messages;
+    }
+
     /// Adds a message that the next answer follows: `system`, say, or an `assistant`'s answer.
     pub fn push(&mut self, message: Message) {
         self.messages.push(message);
@@ -122,10 +135,12 @@ impl Session {
     }
 
     /// Answers a message of the user, behind the messages so far. When the answer is complete, [`push`](Self::push) it, so
-    /// that the next turn follows it.
+    /// that the next turn follows it. That turn computes neither the prompt nor the answer again, also where the tokenizer
+    /// would cut the answer's text into other tokens than those that were generated.
     ///
     /// # Errors
-    /// If there is no chat template or it refuses the messages, or the chat is too long for the context.
+    /// If there is no chat template or it refuses the messages, or the chat is too long for the context. The message is not
+    /// added then.
     pub fn chat<'s>(
         &'s mut self,
         message: &str,
@@ -147,12 +162,31 @@ impl Session {
             return Err(EngineError::NoTokenizer);
         };
         self.messages.push(Message::new("user", message));
-        let text = template.render(&self.messages, &tokenizer.template_tokens(), true);
-        let prompt = text.map_err(EngineError::from).and_then(|text| self.engine.encode(&text, false));
+        let prompt = match template.render(&self.messages, &tokenizer.template_tokens(), true) {
+            Ok(text) => {
+                let said = self.messages.iter().rev().nth(1).map(|message| &*message.content);
+                let prompt = self.transcript.prompt(&text, &self.tokens, said, tokenizer);
+                let prompt = prompt.map_err(EngineError::from);
+                prompt.and_then(|prompt| self.check_length(&prompt).map(|()| prompt))
+            }
+            Err(error) => Err(error.into()),
+        };
         if prompt.is_err() {
             self.messages.pop();
         }
         prompt
+    }
+
+    /// That there is a prompt, and that it fits the context.
+    fn check_length(&self, prompt: &[u32]) -> Result<(), EngineError> {
+        let context = self.cache.capacity();
+        if prompt.is_empty() {
+            return Err(GenerateError::EmptyPrompt.into());
+        }
+        if prompt.len() > context && !self.sliding {
+            return Err(EngineError::PromptTooLong { tokens: prompt.len(), context });
+        }
+        Ok(())
     }
 
     /// Generates text behind token ids.
@@ -189,13 +223,7 @@ impl Session {
 
     /// A sequence whose cache holds the longest beginning of `prompt` that is at hand and not in doubt.
     fn resume(&mut self, prompt: &[u32], options: &GenerateOptions) -> Result<SequenceId, EngineError> {
-        let context = self.cache.capacity();
-        if prompt.is_empty() {
-            return Err(GenerateError::EmptyPrompt.into());
-        }
-        if prompt.len() > context && !self.sliding {
-            return Err(EngineError::PromptTooLong { tokens: prompt.len(), context });
-        }
+        self.check_length(prompt)?;
         let held = std::mem::take(&mut self.tokens);
         let manager = self.engine.manager();
         let counts = (manager.unchecked_results(), manager.results_in_doubt());
@@ -251,6 +279,13 @@ impl Text<'_> {
     /// Ends the answer. What was generated stays.
     pub fn cancel(&mut self) {
         self.text.cancel();
+    }
+
+    /// Ends the answer before the next forward pass once this is set, by another thread or a signal. So an answer ends while
+    /// a long prompt is computed, too.
+    pub fn cancel_when(mut self, flag: Arc<AtomicBool>) -> Self {
+        self.text.cancel_when(flag);
+        self
     }
 
     /// What was generated so far.

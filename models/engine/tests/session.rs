@@ -2,11 +2,15 @@
 #![cfg(feature = "default-model")]
 
 use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::task::{Context, Poll, Waker};
 
 use bitnet_burn_engine::chat::{ChatTemplate, Message};
-use bitnet_burn_engine::generate::{Finish, Step};
+use bitnet_burn_engine::generate::{Finish, Generation, Step};
+use bitnet_burn_engine::synth::{self, SynthOptions, SynthScales};
 use bitnet_burn_engine::{Engine, EngineError, GenerateOptions, Session};
+use bitnet_burn_formats::DenseFormat;
 
 fn engine() -> Engine {
     Engine::options().open_built_in().unwrap()
@@ -131,6 +135,117 @@ fn a_chat_keeps_what_was_said() {
     let mut session = engine.session().unwrap().with_template(refusing);
     assert!(matches!(session.chat("Hello", &options), Err(EngineError::Chat(_))));
     assert!(session.messages().is_empty());
+}
+
+/// A model of random weights. Its tokenizer spells every text in bytes; most of what it generates is longer tokens.
+fn random() -> Engine {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model.gguf");
+    let config = synth::shape("tiny").unwrap();
+    let (scales, embedding) = (SynthScales::Tensor, DenseFormat::Q6_K);
+    synth::write(&path, &SynthOptions { config, scales, embedding, seed: 8 }, &|_, _| {}).unwrap();
+    Engine::options().open(path).unwrap()
+}
+
+/// One turn: the answer is pushed as this makes it.
+fn turn(
+    session: &mut Session,
+    message: &str,
+    options: &GenerateOptions,
+    heard: impl Fn(String) -> String,
+) -> Generation {
+    let mut text = session.chat(message, options).unwrap();
+    let content: String = text.by_ref().map(Result::unwrap).collect();
+    let generation = text.finish().generation;
+    session.push(Message::new("assistant", heard(content)));
+    generation
+}
+
+#[test]
+fn a_chat_keeps_the_tokens_that_were_generated() {
+    let engine = random();
+    let options = options(&engine, 20);
+    let plain = engine.chat_template().unwrap();
+    let trimming = "{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {{ m.content | trim }}<|eot_id|>\
+                    {% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}";
+    for template in [plain, ChatTemplate::new(trimming).unwrap()] {
+        let mut session = engine.session().unwrap().with_template(template);
+        let first = turn(&mut session, "Hello", &options, |answer| answer);
+        let content = session.messages()[1].content.clone();
+        assert!(content.starts_with(' ') && engine.encode(&content, false).unwrap() != first.tokens);
+
+        // New are the last token, which was drawn and not computed, and the text behind the answer.
+        let second = turn(&mut session, "Again", &options, |answer| answer);
+        assert_eq!(second.cached_tokens, first.prompt_tokens + 20 - 1);
+        let mut tokens = engine.encode("<|begin_of_text|>User: Hello<|eot_id|>Assistant: ", false).unwrap();
+        tokens.extend(&first.tokens);
+        tokens.extend(engine.encode("<|eot_id|>User: Again<|eot_id|>Assistant: ", false).unwrap());
+        let mut fresh = engine.session().unwrap();
+        let mut generator = fresh.generate_tokens(&tokens, &options).unwrap();
+        while !matches!(generator.step().unwrap(), Step::Finished(_)) {}
+        assert_eq!(generator.generation().tokens, second.tokens);
+
+        // A turn is taken back: another message behind the first answer, which is still there.
+        session.replace(session.messages()[..2].to_vec());
+        let other = turn(&mut session, "Away", &options, |answer| answer);
+        assert_eq!(other.cached_tokens, first.prompt_tokens + 20 + "<User: A".len());
+        assert_eq!(session.messages().len(), 4);
+    }
+}
+
+#[test]
+fn an_answer_that_was_changed_is_computed_as_it_is_now() {
+    let engine = random();
+    let options = options(&engine, 20);
+    for heard in [|answer: String| answer + "!", |_| "No".to_owned(), |_| String::new()] {
+        let mut session = engine.session().unwrap();
+        let first = turn(&mut session, "Hello", &options, heard);
+        let second = turn(&mut session, "Again", &options, heard);
+        assert!(second.cached_tokens >= first.prompt_tokens, "the prompt is kept");
+        let text = session.messages()[1].content.clone();
+        let expected = format!(
+            "<|begin_of_text|>User: Hello<|eot_id|>Assistant: {text}<|eot_id|>User: Again<|eot_id|>Assistant: "
+        );
+        let mut said = engine.session().unwrap();
+        session.messages()[..2].iter().for_each(|message| said.push(message.clone()));
+        let prompt = said.chat_prompt("Again").unwrap();
+        assert_eq!(prompt, engine.encode(&expected, false).unwrap());
+        if text.ends_with('!') {
+            // The tokens of the answer are kept, and spell less.
+            assert_eq!(second.cached_tokens, first.prompt_tokens + 20 - 1);
+        } else {
+            let mut alone = said.generate_tokens(&prompt, &options).unwrap();
+            while !matches!(alone.step().unwrap(), Step::Finished(_)) {}
+            assert_eq!(alone.generation().tokens, second.tokens);
+        }
+    }
+}
+
+#[test]
+fn a_message_that_does_not_fit_is_not_added() {
+    let engine = Engine::options().context(4).open_built_in().unwrap();
+    let template = ChatTemplate::new("{{ messages[-1].content }}").unwrap();
+    let mut session = engine.session().unwrap().with_template(template);
+    let options = options(&engine, 2);
+    let error = session.chat("There was a cat named Pepper", &options).unwrap_err();
+    assert!(matches!(error, EngineError::PromptTooLong { context: 4, .. }), "{error}");
+    assert!(session.messages().is_empty());
+    assert_eq!(turn(&mut session, "There", &options, |answer| answer).tokens.len(), 2);
+}
+
+#[test]
+fn a_flag_ends_an_answer_before_the_next_pass() {
+    let engine = Engine::options().rows(2).open_built_in().unwrap();
+    let options = options(&engine, 16);
+    let prompt = "There was a cat named Pepper who lived";
+    let flag = Arc::new(AtomicBool::new(true));
+    let mut session = engine.session().unwrap();
+    let mut text = session.generate(prompt, &options).unwrap().cancel_when(flag.clone());
+    assert!(text.next().is_none() && ready(text.next_async()).is_none());
+    let generation = text.finish().generation;
+    assert_eq!((generation.finish, generation.tokens.len()), (Finish::Cancelled, 0));
+    // Nothing of the prompt was computed.
+    assert_eq!(answer(&mut session, prompt, &options).2, 0);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The program `bitnet`, as its users and other programs see it: on a small synthetic model, end to end.
 
+mod chat;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod docs;
@@ -524,6 +525,7 @@ fn wrong_usage_is_exit_code_2() {
     }
     for command in [
         "run",
+        "chat",
         "inspect",
         "tokenize",
         "kernels",
@@ -559,7 +561,7 @@ fn habits_of_llama_cpp_are_answered() {
         (&["--n-gpu-layers", "99"], &["llama.cpp's `--n-gpu-layers` is here: --gpu-layers"]),
         (&["-c", "4096"], &["llama.cpp's `-c` is here: --context"]),
         (&["--ctx-size=4096"], &["llama.cpp's `--ctx-size` is here: --context"]),
-        (&["-cnv"], &["llama.cpp's `-cnv` is here: --chat"]),
+        (&["-cnv"], &["llama.cpp's `-cnv` is here: --chat", "bitnet chat"]),
         (&["-tb", "4", "--temp", "0.7"], &["llama.cpp's `-tb` is here: --threads"]),
         (&["--temp", "0.7"], &["llama.cpp's `--temp` is here: --temperature"]),
         (&["-fa", "on"], &["llama.cpp's `-fa` is here: nothing"]),
