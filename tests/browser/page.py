@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tests the chat page of a running `bitnet serve` in headless Chromium.
 
-    python3 -m pip install selenium && apt-get install chromium chromium-driver
+    apt-get install chromium chromium-driver && python3 -m pip install selenium
     tests/browser/page.py URL [URL ...] [--key KEY] [--screenshots FOLDER] [-k PART_OF_A_TEST'S_NAME]
 
 The servers need one model with a chat template and one without; a single server may have both. The tests do not rely on
