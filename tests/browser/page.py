@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tests the chat page of a running `bitnet serve` in headless Chromium.
 
-    python3 -m pip install selenium && apt-get install chromium chromium-driver
+    apt-get install chromium chromium-driver && python3 -m pip install selenium
     tests/browser/page.py URL [URL ...] [--key KEY] [--screenshots FOLDER] [-k PART_OF_A_TEST'S_NAME]
 
 The servers need one model with a chat template and one without; a single server may have both. The tests do not rely on
@@ -11,26 +11,18 @@ what the models say, only that they say something: a model that always ends at o
 import argparse
 import json
 import pathlib
-import re
 import sys
 import time
 import unittest
-import urllib.error
-import urllib.request
 
-from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException, TimeoutException, WebDriverException
-from selenium.webdriver.common.by import By
+sys.dont_write_bytecode = True  # Nothing is left beside this file.
+import browser
+from browser import MODELS, Browser, get
+from selenium.common.exceptions import TimeoutException, WebDriverException
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select, WebDriverWait
 
-OPTIONS = None
-MODELS = {}  # "chat" and "text": (URL, name, tokens of context)
-PATIENCE = 60  # Seconds until something that never happens is an error.
 ATTEMPTS = 12  # A model may end an answer at its first token. Then another seed is tried.
 
-# Roles that a user can act on.
-CONTROLS = {"button", "link", "textbox", "spinbutton", "combobox", "checkbox", "dialog", "DisclosureTriangle", "log", "article"}
 # Records, at each change of the page, how long the last answer is while it is being written.
 RECORD = """
 window.lengths = [];
@@ -68,180 +60,6 @@ return [...document.querySelectorAll(arguments[0])].filter((text) => text.checkV
   return [(Math.max(back, front) + 0.05) / (Math.min(back, front) + 0.05), back, text.outerHTML.slice(0, 80)];
 });
 """
-
-
-def get(url):
-    """Status, headers and body of a GET."""
-    headers = {"Authorization": f"Bearer {OPTIONS.key}"} if OPTIONS.key else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE) as answer:
-            return answer.status, answer.headers, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read().decode()
-
-
-class Browser(unittest.TestCase):
-    """Each test finds the browser as if it had just been installed."""
-
-    kind = "chat"
-    preferences = {}  # Of the browser
-
-    @classmethod
-    def setUpClass(cls):
-        options = webdriver.ChromeOptions()
-        options.binary_location = "/usr/bin/chromium"
-        for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--lang=en"):
-            options.add_argument(argument)
-        options.add_experimental_option("prefs", cls.preferences)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        cls.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
-        cls.addClassCleanup(cls.driver.quit)
-
-    def setUp(self):
-        if self.kind not in MODELS:
-            self.fail(f"none of the servers has a model {'with' if self.kind == 'chat' else 'without'} a chat template")
-        self.url, self.model, self.context = MODELS[self.kind]
-        self.driver.get("about:blank")
-        self.cdp("Storage.clearDataForOrigin", origin=self.url, storageTypes="all")
-        self.cdp("Emulation.setEmulatedMedia", features=[])
-        self.slow(-1)
-        self.size(1280, 800)
-        for log in ("browser", "performance"):
-            self.driver.get_log(log)
-        self.allowed = []  # Parts of messages in the console that this test provokes.
-        self.events = []
-        self.open()
-
-    def tearDown(self):
-        if OPTIONS.screenshots:
-            OPTIONS.screenshots.mkdir(parents=True, exist_ok=True)
-            self.driver.save_screenshot(str(OPTIONS.screenshots / f"{self.id().split('.', 1)[1]}.png"))
-        errors = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-        if OPTIONS.key:
-            self.allowed.append("401")
-        # Includes what the Content-Security-Policy refused.
-        self.assertEqual([], [error for error in errors if not any(part in error for part in self.allowed)], "in the console")
-
-    # What a user does
-
-    def open(self, path=""):
-        self.driver.get(self.url + "/" + path)
-        self.ready()
-
-    def ready(self):
-        if OPTIONS.key and not self.script("try { return sessionStorage.getItem('bitnet.key') } catch { return null }"):
-            for key in ("wrong", OPTIONS.key):
-                self.wait(lambda: self.one("#key").get_attribute("open"))
-                self.wait(lambda: self.one("#key-value").get_attribute("value") == "")
-                self.one("#key-value").send_keys(key, Keys.ENTER)
-        self.wait(lambda: self.one("#model").is_enabled())
-        if self.one("#model").get_attribute("value") != self.model and not self.all(".question"):
-            Select(self.one("#model")).select_by_visible_text(self.model)
-
-    def size(self, width, height, touch=False):
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
-        self.cdp("Emulation.setTouchEmulationEnabled", enabled=touch)
-
-    def set(self, **fields):
-        """Fills fields of the settings."""
-        self.one("#settings-open").click()
-        for name, value in fields.items():
-            field = self.one(f"#{name}")
-            field.clear()
-            field.send_keys(str(value))
-        self.one("#settings .close").click()
-
-    def long(self, seed):
-        """Lets answers be as long as the context has room."""
-        self.set(max_tokens=max(64, self.context // 2), seed=seed)
-
-    def slow(self, bytes_a_second):
-        self.driver.set_network_conditions(offline=False, latency=0, throughput=bytes_a_second)
-
-    def ask(self, content, finish=True):
-        self.one("#message").send_keys(content, Keys.ENTER)
-        if finish:
-            self.finished()
-
-    def finished(self):
-        self.wait(lambda: self.one("#send").get_attribute("aria-label") == "Send" and self.all(".facts"))
-        self.assertEqual([], [failure.text for failure in self.all(".failure") if failure.is_displayed()])
-
-    def begin(self):
-        self.one("#new").click()
-        self.wait(lambda: not self.all(".question"))
-
-    # What a user sees
-
-    def one(self, selector):
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector):
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def texts(self, selector):
-        return [part.get_attribute("textContent") for part in self.all(selector)]
-
-    def messages(self):
-        return self.texts(".said, .prose")
-
-    def drawer_closed(self):
-        return self.script("return getComputedStyle(document.getElementById('side')).visibility") == "hidden"
-
-    def running(self):
-        return self.one("#send").get_attribute("aria-label") == "Stop"
-
-    # Tools
-
-    def wait(self, condition, seconds=PATIENCE):
-        def holds(_):
-            try:
-                return condition()
-            except StaleElementReferenceException:
-                return False
-
-        return WebDriverWait(self.driver, seconds, poll_frequency=0.02).until(holds)
-
-    def script(self, script, *arguments):
-        return self.driver.execute_script(script, *arguments)
-
-    def cdp(self, method, **arguments):
-        return self.driver.execute_cdp_cmd(method, arguments)
-
-    def network(self):
-        """All events of the network since the test began."""
-        self.events += [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [event for event in self.events if event["method"].startswith("Network.")]
-
-    def requests(self):
-        """(id, body) of each request for an answer."""
-        sent = [event["params"] for event in self.network() if event["method"] == "Network.requestWillBeSent"]
-        return [
-            (params["requestId"], json.loads(params["request"]["postData"]))
-            for params in sent
-            if params["request"]["method"] == "POST"
-        ]
-
-    def cancelled(self, request):
-        return any(
-            event["method"] == "Network.loadingFailed"
-            and event["params"]["requestId"] == request
-            and event["params"].get("canceled")
-            for event in self.network()
-        )
-
-    def emulate(self, feature, value):
-        self.cdp("Emulation.setEmulatedMedia", features=[{"name": feature, "value": value}])
-
-    def named(self):
-        """Every control of the accessibility tree has a name. Returns (role, name) of all."""
-        found = []
-        for node in self.cdp("Accessibility.getFullAXTree")["nodes"]:
-            role = node.get("role", {}).get("value")
-            if not node["ignored"] and role in CONTROLS:
-                found.append((role, node.get("name", {}).get("value", "").strip()))
-        self.assertEqual([], [role for role, name in found if not name], f"controls without a name, of {found}")
-        return found
 
 
 class Chat(Browser):
@@ -293,7 +111,8 @@ class Chat(Browser):
         self.assertEqual(200, status)
         json.loads(body)
         link.click()
-        self.wait(lambda: self.one("#receipt-text").get_attribute("textContent") == body)
+        self.wait(lambda: self.one("#receipt-text").get_attribute("textContent").startswith("{"))
+        self.assertEqual(set(json.loads(body)), set(json.loads(self.one("#receipt-text").get_attribute("textContent"))))
         self.assertTrue(self.one("#receipt-save").get_attribute("href").startswith("blob:"))
         self.one("#receipt .close").click()
 
@@ -374,7 +193,8 @@ class Chat(Browser):
         else:
             self.fail("every answer ended before the page was loaded again")
         self.assertFalse(self.running())
-        self.assertTrue(self.messages()[-1].startswith(seen[:-1]), (seen, self.messages()[-1]))
+        # (Marks of Markdown come and go while an answer grows, so the texts themselves may differ.)
+        self.assertGreater(len(self.messages()[-1]), max(0, len(seen) - 16))
 
     def test_edit(self):
         self.set(max_tokens=8)
@@ -453,64 +273,6 @@ class Chat(Browser):
         self.driver.switch_to.window(here)
         self.wait(lambda: self.texts("#list a") == ["Two", "One"])
 
-    def test_narrow_screens(self):
-        self.set(max_tokens=8, system="A system prompt that is longer than the screen is wide, so that it must be cut.")
-        self.ask("W" * 200 + " https://example.com/" + "x" * 200)
-        identity = self.driver.current_url.split("#")[1]
-        long = "`" + "y" * 200 + "`\n\n```\n" + "z" * 300 + "\n```\n\n1. " + "v" * 200
-        self.store(identity, lambda stored: stored["messages"][1].update(content=long))
-        for width, height in ((390, 844), (320, 568)):
-            self.size(width, height, touch=True)
-            self.driver.refresh()
-            self.ready()
-            self.assertEqual([], self.script(OUTSIDE), f"{width} pixels")
-            self.script("document.querySelector('summary').click()")
-            self.assertEqual([], self.script(OUTSIDE), f"{width} pixels, facts")
-            self.one("#settings-open").click()
-            self.assertEqual([], self.script(OUTSIDE), f"{width} pixels, settings")
-            self.one("#settings .close").click()
-            # The list of conversations is a drawer, and out of the way when it is closed.
-            self.assertTrue(self.drawer_closed())
-            self.one("#menu").click()
-            self.wait(lambda: self.one("#new").rect["x"] >= 0)
-            self.assertEqual([], self.script(OUTSIDE), f"{width} pixels, list")
-            self.assertEqual("true", self.one("#menu").get_attribute("aria-expanded"))
-            self.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
-            self.wait(self.drawer_closed)
-            self.one(".question .edit").click()
-            self.assertEqual([], self.script(OUTSIDE), f"{width} pixels, editing")
-
-    def store(self, identity, change):
-        """Changes what the browser keeps of a conversation."""
-        key = f"bitnet.conversation.{identity}"
-        stored = json.loads(self.script("return localStorage.getItem(arguments[0])", key))
-        change(stored)
-        self.script("localStorage.setItem(...arguments)", key, json.dumps(stored))
-
-    def press(self, *keys):
-        self.driver.switch_to.active_element.send_keys(*keys)
-
-    def tab(self, backwards=False):
-        """Presses Tab. The control that has the focus then can be seen to have it."""
-        keys = webdriver.ActionChains(self.driver)
-        (keys.key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT) if backwards else keys.send_keys(Keys.TAB)).perform()
-        # The field for a message shows it with its frame.
-        seen = self.script(
-            "const it = document.activeElement;"
-            "if (it === document.body) return true;"
-            "const style = getComputedStyle(it.matches('#message') ? it.parentElement : it);"
-            "return it.checkVisibility({ visibilityProperty: true, opacityProperty: true }) && it.offsetWidth > 0 &&"
-            " (style.boxShadow.includes('0px 0px 0px 1px') || (style.outlineStyle !== 'none' && style.outlineWidth !== '0px'));"
-        )
-        self.assertTrue(seen, "the focus cannot be seen on " + self.script("return document.activeElement.outerHTML")[:200])
-
-    def tab_to(self, selector, backwards=False):
-        for _ in range(60):
-            if self.script("return document.activeElement.matches(arguments[0])", selector):
-                return
-            self.tab(backwards)
-        self.fail(f"Tab never reaches {selector}")
-
     def test_keyboard_alone(self):
         self.wait(lambda: self.script("return document.activeElement.id") == "message")
         self.tab_to("#settings-open")
@@ -578,7 +340,7 @@ class Chat(Browser):
             found = self.named()
             self.assertIn("dialog", {role for role, _ in found}, dialog)
             self.script("document.getElementById(arguments[0]).close()", dialog)
-        self.size(390, 844, touch=True)
+        self.size(390, 844)
         self.assertIn(("button", "Conversations"), self.named())
         self.assertEqual("polite", self.one("#live").get_attribute("aria-live"))
 
@@ -597,9 +359,7 @@ class Chat(Browser):
                 self.assertEqual([], [(round(contrast, 2), text) for contrast, _, text in measured if contrast < 4.5], scheme)
                 paper = self.script(CONTRAST, "body")[0][1]
                 self.assertTrue(paper < 0.05 if dark else paper > 0.8, f"{scheme}: the page's luminance is {paper}")
-            if OPTIONS.screenshots:
-                OPTIONS.screenshots.mkdir(parents=True, exist_ok=True)
-                self.driver.save_screenshot(str(OPTIONS.screenshots / f"settings_{scheme}.png"))
+            self.picture(f"settings_{scheme}")
             self.one("#settings .close").click()
         moving = "return getComputedStyle(document.querySelector('.waiting'), '::before').animationName"
         self.assertEqual("pulse", self.script(moving))
@@ -679,6 +439,40 @@ class Chat(Browser):
         self.assertTrue(told)
 
 
+class Phone(Browser):
+    def test_narrow_screens(self):
+        self.cdp("Emulation.setTouchEmulationEnabled", enabled=True)
+        self.set(max_tokens=8, system="A system prompt that is longer than the screen is wide, so that it must be cut.")
+        # On a phone, Enter starts a line.
+        self.one("#message").send_keys("W" * 200, Keys.ENTER, "https://example.com/" + "x" * 200)
+        self.assertEqual([], self.messages())
+        self.one("#send").click()
+        self.finished()
+        identity = self.driver.current_url.split("#")[1]
+        long = "`" + "y" * 200 + "`\n\n```\n" + "z" * 300 + "\n```\n\n1. " + "v" * 200
+        self.store(identity, lambda stored: stored["messages"][1].update(content=long))
+        for width, height in ((390, 844), (320, 568)):
+            self.size(width, height, mobile=True)
+            self.driver.refresh()
+            self.ready()
+            self.assertEqual([], self.script(OUTSIDE), f"{width} pixels")
+            self.script("document.querySelector('summary').click()")
+            self.assertEqual([], self.script(OUTSIDE), f"{width} pixels, facts")
+            self.one("#settings-open").click()
+            self.assertEqual([], self.script(OUTSIDE), f"{width} pixels, settings")
+            self.one("#settings .close").click()
+            # The list of conversations is a drawer, and out of the way when it is closed.
+            self.assertTrue(self.drawer_closed())
+            self.one("#menu").click()
+            self.wait(lambda: self.one("#new").rect["x"] >= 0)
+            self.assertEqual([], self.script(OUTSIDE), f"{width} pixels, list")
+            self.assertEqual("true", self.one("#menu").get_attribute("aria-expanded"))
+            self.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+            self.wait(self.drawer_closed)
+            self.one(".question .edit").click()
+            self.assertEqual([], self.script(OUTSIDE), f"{width} pixels, editing")
+
+
 class WithoutStorage(Browser):
     preferences = {"profile.default_content_setting_values.cookies": 2}
 
@@ -732,7 +526,7 @@ class Completion(Browser):
         self.driver.refresh()
         self.ready()
         self.assertEqual("Once upon a time there was", self.value())
-        self.size(320, 568, touch=True)
+        self.size(320, 568)
         self.wait(self.drawer_closed)
         self.assertEqual([], self.script(OUTSIDE))
 
@@ -760,21 +554,26 @@ class Completion(Browser):
 
 
 def main():
-    global OPTIONS
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("urls", nargs="+", metavar="URL")
     parser.add_argument("--key", help="the servers' API key")
     parser.add_argument("--screenshots", type=pathlib.Path, metavar="FOLDER", help="keep a picture of each test's end")
     parser.add_argument("-k", action="append", metavar="PART", help="only tests with this in their name")
-    OPTIONS = parser.parse_args()
-    for url in OPTIONS.urls:
-        status, _, body = get(url.rstrip("/") + "/v1/models")
-        if status != 200:
-            sys.exit(f"{url}: /v1/models answers {status}: {body}")
-        for model in json.loads(body)["data"]:
-            kind = "chat" if model["bitnet"]["chat"] else "text"
-            MODELS.setdefault(kind, (url.rstrip("/"), model["id"], model["bitnet"]["context"]))
-    chosen = [f"-k{part}" for part in OPTIONS.k or []]
+    options = browser.OPTIONS = parser.parse_args()
+    for url in options.urls:
+        url = url.rstrip("/")
+        for loaded in (False, True):
+            status, _, body = get(f"{url}/v1/models")
+            if status != 200:
+                sys.exit(f"{url}: /v1/models answers {status}: {body}")
+            for model in json.loads(body)["data"]:
+                name, facts = model["id"], model["bitnet"]
+                if loaded:
+                    MODELS.setdefault("chat" if facts["chat"] else "text", (url, name, facts["context"]))
+                elif not facts["loaded"]:
+                    # A server says more of a model once it was used.
+                    get(f"{url}/v1/completions", {"model": name, "prompt": "Once", "max_tokens": 1})
+    chosen = [f"-k{part}" for part in options.k or []]
     unittest.main(argv=[sys.argv[0], "-v", *chosen])
 
 

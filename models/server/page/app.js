@@ -117,6 +117,10 @@ function save(conversation) {
   const { id, kind, title, model, system, updated, messages } = conversation;
   if (conversations.has(id)) write(PREFIX + id, { kind, title, model, system, updated, messages });
 }
+function forget({ id }) {
+  conversations.delete(id);
+  local?.removeItem(PREFIX + id);
+}
 const saveSettings = () => write(SETTINGS, settings);
 
 function newConversation(kind) {
@@ -186,8 +190,8 @@ async function request(path, body, signal) {
     }
     const said = text((await response.json().catch(() => null))?.error?.message);
     const wait = Number(response.headers.get('Retry-After')) || undefined;
-    if (response.status === 429) throw new Failure(`The server is busy${wait ? ` and asks to wait ${wait} seconds` : ''}. ${said}`.trim(), wait);
-    throw new Failure(said || `The server answered with status ${response.status}.`);
+    const busy = response.status === 429 && `The server is busy${wait ? ` and asks to wait ${wait} ${wait === 1 ? 'second' : 'seconds'}` : ''}. ${said}`;
+    throw new Failure(busy || said || `The server answered with status ${response.status}.`, wait);
   }
 }
 
@@ -360,10 +364,10 @@ function copyButton(what, button = element('button', 'copy', 'Copy')) {
 // How an answer is computed
 
 let settings = readSettings();
-let models = []; // {id, chat, context, loaded}
+let models = []; // {id, chat, context, loaded}; chat and context are unknown until a model is loaded.
 let current = null;
 
-const kindOf = (model) => (model.chat ? 'chat' : 'text');
+const kindOf = (model) => (model.chat === false ? 'text' : 'chat');
 /** The model that continues a conversation: its own one, or the chosen one, or the first of its kind. */
 function modelOf(conversation) {
   const fit = models.filter((model) => kindOf(model) === conversation.kind);
@@ -394,8 +398,10 @@ async function run(conversation) {
     if (progress.pieces) save(conversation);
   }, 1000);
   const body = { model: model.id, ...settings.sampling, seed, stream: true, stream_options: { include_usage: true } };
-  if (isText) body.prompt = message.content;
-  else {
+  if (isText) {
+    body.prompt = message.content;
+    body.max_tokens ??= 200;
+  } else {
     body.messages = conversation.messages.slice(0, -1).map(({ role, content }) => ({ role, content }));
     if (conversation.system.trim()) body.messages.unshift({ role: 'system', content: conversation.system });
   }
@@ -411,7 +417,6 @@ async function run(conversation) {
     }
     if (!complete) throw new Failure('The connection ended before the answer was complete.');
     info.end ||= 'stop';
-    model.loaded = true;
   } catch (error) {
     // The server's facts come at the end of a stream. Without them the page counts for itself.
     if (progress.pieces > 1) info.speed ??= (progress.pieces - 1) / ((progress.last - progress.first) / 1000 || 1);
@@ -429,6 +434,18 @@ async function run(conversation) {
     save(conversation);
     shown(conversation, message.content.slice(progress.said));
   }
+  if (model.loaded && model.chat !== undefined) return;
+  // Now the server knows more of this model. If it turns out to have no chat template, the question becomes a text.
+  await loadModels();
+  if (kindOf(models.find(({ id }) => id === model.id) ?? model) === conversation.kind || conversation !== current || conversation.messages.length > 2) return;
+  forget(conversation);
+  const [question] = conversation.messages;
+  begin('text');
+  current.messages[0].content = question.content;
+  keep(current);
+  save(current);
+  show(current);
+  notice(`${model.id} has no chat template. It continues texts.`);
 }
 
 /** One chunk of a stream. */
@@ -738,7 +755,7 @@ function start(conversation) {
   keep(conversation);
   conversation.retryAt = 0;
   focusField();
-  run(conversation);
+  return run(conversation);
 }
 
 /** Adds the user's message and an answer that is still empty. */
@@ -748,12 +765,20 @@ function ask(conversation, content) {
 }
 
 /** Computes the last answer, or the last continuation, once more. */
-function again(conversation) {
+async function again(conversation) {
   const message = conversation.messages.at(-1);
   if (conversation.run) return;
   if (!modelOf(conversation)) return loadModels();
-  message.content = conversation.kind === 'text' ? message.content.slice(0, message.info.before) : '';
-  start(conversation);
+  const { content, info } = message;
+  message.content = conversation.kind === 'text' ? content.slice(0, info.before) : '';
+  const without = message.content;
+  await start(conversation);
+  // If nothing came, the earlier answer stays.
+  if (!message.info.error || message.content !== without || content === without) return;
+  message.content = content;
+  message.info = { ...info, error: message.info.error };
+  save(conversation);
+  if (conversation === current) show(conversation);
 }
 
 function send() {
@@ -779,6 +804,7 @@ function edit(conversation, message, i, made) {
   const resend = () => {
     const content = field.value.trim();
     if (!content || conversation.run) return field.focus();
+    if (!modelOf(conversation)) return loadModels();
     conversation.messages.length = i;
     ask(conversation, content);
   };
@@ -846,8 +872,7 @@ function askToDelete(conversation) {
   $('delete-yes').onclick = () => {
     $('delete').close();
     conversation.run?.control.abort();
-    conversations.delete(conversation.id);
-    local?.removeItem(PREFIX + conversation.id);
+    forget(conversation);
     if (conversation === current) begin();
     else showList();
     say('Deleted.');
@@ -896,7 +921,7 @@ async function showReceipt(event, id) {
   event.preventDefault();
   const link = $('receipt-save');
   link.hidden = true;
-  $('receipt-text').textContent = 'Loading';
+  $('receipt-text').textContent = 'Loading. The first receipt of a model takes longer, since its files are hashed.';
   $('receipt').showModal();
   try {
     const body = await (await request(`v1/receipts/${encodeURIComponent(id)}`)).text();
@@ -925,7 +950,7 @@ function chooseModel(id) {
 async function loadModels() {
   try {
     const { data } = await (await request('v1/models')).json();
-    models = data.filter((model) => typeof model?.id === 'string').map(({ id, bitnet }) => ({ id, chat: bitnet?.chat !== false, context: count(bitnet?.context), loaded: bitnet?.loaded !== false }));
+    models = data.filter((model) => typeof model?.id === 'string').map(({ id, bitnet }) => ({ id, chat: bitnet?.chat, context: count(bitnet?.context), loaded: bitnet?.loaded !== false }));
     if (!models.length) throw new Failure('The server has no model.');
   } catch (error) {
     models = [];
