@@ -10,12 +10,12 @@ use bitnet_burn_engine::sampling::StopMatcher;
 use bitnet_burn_engine::schedule::LogProbs;
 use bitnet_burn_engine::{Engine, EngineError};
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::ApiError;
 use crate::answer::{Answers, Piece, Usage, finish_reason, unix_time};
 use crate::completions::{Choice, Head, choice_at, token_text};
-use crate::fields::{Body, Common, refuse_unknown};
+use crate::fields::{Common, Fields};
 use crate::models::Loaded;
 use crate::serve::App;
 use crate::stream::{events, of_bitnet};
@@ -27,7 +27,7 @@ const MOST_LOGPROBS: usize = 20;
 
 /// What a message says: text, or parts that are text.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, or a list of parts with a type")]
 enum Content {
     Text(String),
     Parts(Vec<Part>),
@@ -71,22 +71,6 @@ struct WrittenFunction {
 struct ResponseFormat {
     #[serde(rename = "type")]
     kind: String,
-}
-
-#[derive(Deserialize)]
-pub(crate) struct Request {
-    messages: Vec<Message>,
-    #[serde(flatten)]
-    common: Common,
-    logprobs: Option<bool>,
-    top_logprobs: Option<usize>,
-    tools: Option<Vec<Dictionary>>,
-    tool_choice: Option<Value>,
-    response_format: Option<ResponseFormat>,
-    #[serde(rename = "parallel_tool_calls")]
-    _parallel_tool_calls: Option<bool>,
-    #[serde(flatten)]
-    unknown: Map<String, Value>,
 }
 
 impl Message {
@@ -137,49 +121,50 @@ impl Message {
     }
 }
 
-impl Request {
-    /// The tools that the model is told of.
-    fn offered(&mut self) -> Result<Vec<Dictionary>, ApiError> {
-        match &self.tool_choice {
-            None | Some(Value::Null) => {}
-            Some(Value::String(choice)) if choice == "auto" => {}
-            Some(Value::String(choice)) if choice == "none" => return Ok(Vec::new()),
-            Some(_) => {
-                let message =
-                    "tool_choice is \"auto\" or \"none\" here: the model decides whether it calls a tool";
-                return Err(ApiError::field("tool_choice", message));
-            }
-        }
-        Ok(self.tools.take().unwrap_or_default())
-    }
-
-    fn logprobs(&self) -> Result<Option<usize>, ApiError> {
-        match (self.logprobs, self.top_logprobs) {
-            (Some(true), top) if top.unwrap_or(0) <= MOST_LOGPROBS => Ok(Some(top.unwrap_or(0))),
-            (Some(true), _) => {
-                Err(ApiError::field("top_logprobs", format!("top_logprobs is at most {MOST_LOGPROBS}")))
-            }
-            (_, None | Some(0)) => Ok(None),
-            _ => Err(ApiError::field("top_logprobs", "top_logprobs needs \"logprobs\": true")),
+/// The tools that the model is told of.
+fn tools(fields: &mut Fields) -> Result<Vec<Dictionary>, ApiError> {
+    let tools = fields.take::<Vec<Dictionary>>("tools")?.unwrap_or_default();
+    match fields.take::<Value>("tool_choice")? {
+        None => Ok(tools),
+        Some(choice) if choice == "auto" => Ok(tools),
+        Some(choice) if choice == "none" => Ok(Vec::new()),
+        Some(_) => {
+            let message =
+                "tool_choice is \"auto\" or \"none\" here: the model decides whether it calls a tool";
+            Err(ApiError::field("tool_choice", message))
         }
     }
 }
 
+/// How many of the most likely tokens are told with each token, if its log probability is.
+fn logprobs(fields: &mut Fields) -> Result<Option<usize>, ApiError> {
+    let wanted = fields.take("logprobs")?.unwrap_or(false);
+    let top = fields.take("top_logprobs")?.unwrap_or(0);
+    match (wanted, top) {
+        (_, top) if top > MOST_LOGPROBS => {
+            Err(ApiError::field("top_logprobs", format!("top_logprobs is at most {MOST_LOGPROBS}")))
+        }
+        (true, top) => Ok(Some(top)),
+        (false, 0) => Ok(None),
+        (false, _) => Err(ApiError::field("top_logprobs", "top_logprobs needs \"logprobs\": true")),
+    }
+}
+
 /// `POST /v1/chat/completions`.
-pub(crate) async fn chat(
-    State(app): State<Arc<App>>,
-    Body(mut request): Body<Request>,
-) -> Result<Response, ApiError> {
-    refuse_unknown(&request.unknown)?;
-    if let Some(format) = request.response_format.as_ref().filter(|format| format.kind != "text") {
+pub(crate) async fn chat(State(app): State<Arc<App>>, mut fields: Fields) -> Result<Response, ApiError> {
+    let messages: Vec<Message> = fields.need("messages")?;
+    let common = Common::take(&mut fields)?;
+    let logprobs = logprobs(&mut fields)?;
+    let tools = tools(&mut fields)?;
+    let with_tools = !tools.is_empty();
+    let format = fields.take::<ResponseFormat>("response_format")?;
+    if let Some(format) = format.filter(|format| format.kind != "text") {
         let kind: String = format.kind.chars().take(40).collect();
         let message = format!("response_format {kind:?} is not supported: leave it out");
         return Err(ApiError::field("response_format", message));
     }
-    let logprobs = request.logprobs()?;
-    let tools = request.offered()?;
-    let with_tools = !tools.is_empty();
-    let Request { messages, common, .. } = request;
+    fields.ignore(&["parallel_tool_calls"]);
+    fields.end()?;
     if messages.is_empty() {
         return Err(ApiError::field("messages", "messages is empty: there is nothing to answer"));
     }
@@ -199,9 +184,8 @@ pub(crate) async fn chat(
         created: unix_time(),
         model: answers.model.name.clone(),
     };
-    if common.streams() {
-        let usage = common.stream_options.unwrap_or_default().include_usage;
-        return Ok(stream(answers, head, usage, with_tools));
+    if common.stream {
+        return Ok(stream(answers, head, common.include_usage, with_tools));
     }
     collect(answers, &head, with_tools).await
 }

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::ApiError;
 use crate::answer::{Answers, Piece, Usage, finish_reason, unix_time};
-use crate::fields::{Body, Common, refuse_unknown};
+use crate::fields::{Common, Fields};
 use crate::serve::App;
 use crate::stream::{events, of_bitnet};
 use crate::text::blocking;
@@ -24,25 +24,12 @@ const MOST_LOGPROBS: usize = 20;
 
 /// One or several prompts, as text or as tokens.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, token ids, or a list of either")]
 enum Prompts {
     Text(String),
     Texts(Vec<String>),
     Tokens(Vec<u32>),
     TokenLists(Vec<Vec<u32>>),
-}
-
-#[derive(Deserialize)]
-pub(crate) struct Request {
-    prompt: Prompts,
-    #[serde(flatten)]
-    common: Common,
-    logprobs: Option<usize>,
-    echo: Option<bool>,
-    suffix: Option<Value>,
-    best_of: Option<u64>,
-    #[serde(flatten)]
-    unknown: Map<String, Value>,
 }
 
 impl Prompts {
@@ -63,22 +50,24 @@ const MOST_PROMPTS: usize = 64;
 /// `POST /v1/completions`.
 pub(crate) async fn completions(
     State(app): State<Arc<App>>,
-    Body(request): Body<Request>,
+    mut fields: Fields,
 ) -> Result<Response, ApiError> {
-    refuse_unknown(&request.unknown)?;
-    if request.echo == Some(true) {
-        return Err(ApiError::field("echo", "echo is not supported: leave it out"));
-    }
-    if request.suffix.is_some_and(|suffix| !suffix.is_null()) {
-        return Err(ApiError::field("suffix", "suffix is not supported: leave it out"));
-    }
-    if request.best_of.is_some_and(|best_of| best_of != 1) {
-        return Err(ApiError::field("best_of", "best_of is not supported: use n"));
-    }
-    if request.logprobs.is_some_and(|logprobs| logprobs > MOST_LOGPROBS) {
+    let prompt: Prompts = fields.need("prompt")?;
+    let common = Common::take(&mut fields)?;
+    let logprobs: Option<usize> = fields.take("logprobs")?;
+    if logprobs.is_some_and(|logprobs| logprobs > MOST_LOGPROBS) {
         return Err(ApiError::field("logprobs", format!("logprobs is at most {MOST_LOGPROBS}")));
     }
-    let Request { prompt, common, logprobs, .. } = request;
+    if fields.take("echo")?.unwrap_or(false) {
+        return Err(ApiError::field("echo", "echo is not supported: leave it out"));
+    }
+    if fields.take::<String>("suffix")?.is_some() {
+        return Err(ApiError::field("suffix", "suffix is not supported: leave it out"));
+    }
+    if fields.take::<u64>("best_of")?.is_some_and(|best_of| best_of != 1) {
+        return Err(ApiError::field("best_of", "best_of is not supported: use n"));
+    }
+    fields.end()?;
     let model = app.models.get(common.model.as_deref()).await?;
     let requests = {
         let (app, model, common) = (app.clone(), model.clone(), common.clone());
@@ -101,9 +90,8 @@ pub(crate) async fn completions(
     let mut answers = Answers::start(&app, model, requests)?;
     let head =
         Head { id: app.receipts.next_id("cmpl"), created: unix_time(), model: answers.model.name.clone() };
-    if common.streams() {
-        let usage = common.stream_options.unwrap_or_default().include_usage;
-        return Ok(stream(answers, head, usage));
+    if common.stream {
+        return Ok(stream(answers, head, common.include_usage));
     }
     let mut choices: Vec<Choice> = Vec::new();
     while let Some(piece) = answers.next().await {

@@ -4,51 +4,70 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use bitnet_burn_engine::embed::EmbedOptions;
-use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use bitnet_burn_engine::embed::{EmbedOptions, Embedding};
+use serde::Serialize;
 
 use crate::ApiError;
-use crate::fields::{Body, OneOrMany, refuse_unknown};
+use crate::fields::{Fields, OneOrMany};
 use crate::serve::App;
 use crate::text::blocking;
 
 /// Texts of a request at most.
 const MOST_TEXTS: usize = 2048;
 
-#[derive(Deserialize)]
-pub(crate) struct Request {
-    model: Option<String>,
-    input: OneOrMany<String>,
-    encoding_format: Option<String>,
-    dimensions: Option<usize>,
-    #[serde(rename = "user")]
-    _user: Option<Value>,
-    #[serde(flatten)]
-    unknown: Map<String, Value>,
+/// One of the vectors.
+#[derive(Serialize)]
+struct Entry {
+    object: &'static str,
+    index: usize,
+    embedding: Vector,
+}
+
+/// As numbers, in as many digits as f32 has, or as their bytes in base64.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Vector {
+    Numbers(Vec<f32>),
+    Base64(String),
+}
+
+#[derive(Serialize)]
+pub(crate) struct Answer {
+    object: &'static str,
+    data: Vec<Entry>,
+    model: String,
+    usage: EmbeddingUsage,
+}
+
+#[derive(Serialize)]
+struct EmbeddingUsage {
+    prompt_tokens: usize,
+    total_tokens: usize,
 }
 
 /// `POST /v1/embeddings`.
 pub(crate) async fn embeddings(
     State(app): State<Arc<App>>,
-    Body(request): Body<Request>,
-) -> Result<Json<Value>, ApiError> {
-    refuse_unknown(&request.unknown)?;
-    let as_base64 = match request.encoding_format.as_deref() {
+    mut fields: Fields,
+) -> Result<Json<Answer>, ApiError> {
+    let model: Option<String> = fields.take("model")?;
+    let texts = Vec::from(fields.need::<OneOrMany<String>>("input")?);
+    let as_base64 = match fields.take::<String>("encoding_format")?.as_deref() {
         None | Some("float") => false,
         Some("base64") => true,
         Some(_) => return Err(ApiError::field("encoding_format", "encoding_format is float or base64")),
     };
-    let texts = Vec::from(request.input);
+    let dimensions: Option<usize> = fields.take("dimensions")?;
+    fields.ignore(&["user"]);
+    fields.end()?;
     if texts.is_empty() || texts.len() > MOST_TEXTS {
         let message = format!("input has {} texts, but must have 1 to {MOST_TEXTS}", texts.len());
         return Err(ApiError::field("input", message));
     }
-    let model = app.models.get(request.model.as_deref()).await?;
+    let model = app.models.get(model.as_deref()).await?;
     // One after the other: each uses all threads.
     let _one = model.embedding.lock().await;
     let computing = model.clone();
-    let dimensions = request.dimensions;
     let vectors = blocking(move || {
         let vectors = computing.engine().embed(&texts, &EmbedOptions::default())?;
         match (dimensions, vectors.first()) {
@@ -62,17 +81,19 @@ pub(crate) async fn embeddings(
     })
     .await?;
     let tokens: usize = vectors.iter().map(|vector| vector.tokens).sum();
-    let entry = |(index, vector): (usize, &bitnet_burn_engine::embed::Embedding)| {
-        let embedding = if as_base64 { json!(base64(&vector.values)) } else { json!(vector.values) };
-        json!({ "object": "embedding", "index": index, "embedding": embedding })
+    let entry = |(index, vector): (usize, Embedding)| {
+        let embedding = match as_base64 {
+            true => Vector::Base64(base64(&vector.values)),
+            false => Vector::Numbers(vector.values),
+        };
+        Entry { object: "embedding", index, embedding }
     };
-    let data: Vec<Value> = vectors.iter().enumerate().map(entry).collect();
-    Ok(Json(json!({
-        "object": "list",
-        "data": data,
-        "model": model.name,
-        "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
-    })))
+    Ok(Json(Answer {
+        object: "list",
+        data: vectors.into_iter().enumerate().map(entry).collect(),
+        model: model.name.clone(),
+        usage: EmbeddingUsage { prompt_tokens: tokens, total_tokens: tokens },
+    }))
 }
 
 /// The f32 values in little-endian order, in base64, as OpenAI's clients ask for by default.

@@ -1,48 +1,89 @@
 //! The fields of requests, and what they must be.
 
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::time::Instant;
 
-use axum::extract::rejection::JsonRejection;
+use axum::body::Bytes;
 use axum::extract::{FromRequest, Request as HttpRequest};
-use axum::http::StatusCode;
+use axum::http::{HeaderValue, StatusCode, header};
 use bitnet_burn_engine::Engine;
 use bitnet_burn_engine::schedule::Request;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::ApiError;
 use crate::serve::ServerOptions;
 
-/// A JSON body, whose mistakes are told in the API's shape.
-pub(crate) struct Body<T>(pub T);
+/// The fields of a JSON body. Each is read by its name, so that a mistake is told with it.
+pub(crate) struct Fields(BTreeMap<String, Box<RawValue>>);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+impl<S: Send + Sync> FromRequest<S> for Fields {
     type Rejection = ApiError;
 
     async fn from_request(request: HttpRequest, state: &S) -> Result<Self, ApiError> {
-        match axum::Json::<T>::from_request(request, state).await {
-            Ok(axum::Json(body)) => Ok(Self(body)),
-            Err(JsonRejection::MissingJsonContentType(_)) => Err(ApiError::status(
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                "the body must be JSON: send the header `Content-Type: application/json`",
-            )),
-            Err(error) if error.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(ApiError::status(
-                StatusCode::PAYLOAD_TOO_LARGE,
-                "the body is larger than this server takes",
-            )),
-            Err(error) if error.status() == StatusCode::REQUEST_TIMEOUT => {
-                Err(ApiError::status(StatusCode::REQUEST_TIMEOUT, "the body came too slowly"))
+        let kind = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+        let kind = kind.and_then(|kind| kind.split(|&byte| byte == b';').next());
+        if !kind.is_some_and(|kind| kind.trim_ascii().eq_ignore_ascii_case(b"application/json")) {
+            let message = "the body must be JSON: send the header `Content-Type: application/json`";
+            return Err(ApiError::status(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
+        }
+        let body = Bytes::from_request(request, state).await.map_err(|error| match error.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => too_large(),
+            // It came too slowly, or not to its end.
+            _ => ApiError::status(StatusCode::REQUEST_TIMEOUT, "the body did not come in time"),
+        })?;
+        match serde_json::from_slice(&body) {
+            Ok(fields) => Ok(Self(fields)),
+            Err(error) => Err(ApiError::invalid(format!("the body is no JSON object: {error}"))),
+        }
+    }
+}
+
+/// A body that is larger than the server takes.
+pub(crate) fn too_large() -> ApiError {
+    ApiError::status(StatusCode::PAYLOAD_TOO_LARGE, "the body is larger than this server takes")
+}
+
+impl Fields {
+    /// The value of a field; `None` where it is missing or null.
+    pub(crate) fn take<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, ApiError> {
+        let Some(raw) = self.0.remove(name) else { return Ok(None) };
+        serde_json::from_str(raw.get()).map_err(|error| {
+            // (The error's line and column would count from the value's beginning.)
+            let problem = error.to_string();
+            let problem = problem.split_once(" at line ").map_or(&*problem, |(problem, _)| problem);
+            ApiError::field(name, format!("{name}: {problem}"))
+        })
+    }
+
+    /// The value of a field that must be there.
+    pub(crate) fn need<T: DeserializeOwned>(&mut self, name: &str) -> Result<T, ApiError> {
+        self.take(name)?.ok_or_else(|| ApiError::field(name, format!("the field {name:?} is missing")))
+    }
+
+    /// Takes fields that change nothing here and that clients send.
+    pub(crate) fn ignore(&mut self, names: &[&str]) {
+        names.iter().for_each(|name| drop(self.0.remove(*name)));
+    }
+
+    /// Refuses all other fields, as OpenAI's API does.
+    pub(crate) fn end(self) -> Result<(), ApiError> {
+        match self.0.iter().find(|(_, value)| value.get() != "null") {
+            None => Ok(()),
+            Some((name, _)) => {
+                let name: String = name.chars().take(100).collect();
+                Err(ApiError::field(&name, format!("the field {name:?} is not known here: leave it out")))
             }
-            Err(error) => Err(ApiError::invalid(error.body_text())),
         }
     }
 }
 
 /// One or several.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected one value, or a list of them")]
 pub(crate) enum OneOrMany<T> {
     One(T),
     Many(Vec<T>),
@@ -65,37 +106,21 @@ pub(crate) struct StreamOptions {
 }
 
 /// Fields that chats and completions have in common.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug)]
 pub(crate) struct Common {
     pub model: Option<String>,
+    pub stream: bool,
+    /// Whether the end of a stream says what was used.
+    pub include_usage: bool,
     max_tokens: Option<u64>,
-    max_completion_tokens: Option<u64>,
     temperature: Option<f32>,
     top_p: Option<f32>,
     top_k: Option<u64>,
     min_p: Option<f32>,
     repetition_penalty: Option<f32>,
     seed: Option<i64>,
-    stop: Option<OneOrMany<String>>,
-    n: Option<u64>,
-    pub stream: Option<bool>,
-    pub stream_options: Option<StreamOptions>,
-    presence_penalty: Option<f32>,
-    frequency_penalty: Option<f32>,
-    logit_bias: Option<Map<String, Value>>,
-    // These change nothing here, and clients send them.
-    #[serde(rename = "user")]
-    _user: Option<Value>,
-    #[serde(rename = "store")]
-    _store: Option<Value>,
-    #[serde(rename = "metadata")]
-    _metadata: Option<Value>,
-    #[serde(rename = "service_tier")]
-    _service_tier: Option<Value>,
-    #[serde(rename = "safety_identifier")]
-    _safety_identifier: Option<Value>,
-    #[serde(rename = "prompt_cache_key")]
-    _prompt_cache_key: Option<Value>,
+    stop: Vec<String>,
+    n: u64,
 }
 
 /// The most answers to one request.
@@ -105,22 +130,56 @@ const MOST_STOPS: usize = 16;
 const LONGEST_STOP: usize = 1024;
 
 impl Common {
-    /// Answers that were asked for.
-    pub(crate) fn choices(&self) -> Result<usize, ApiError> {
-        match self.n.unwrap_or(1) {
-            n @ 1..=MOST_CHOICES => Ok(n as usize),
-            n => Err(ApiError::field("n", format!("n is {n}, but must be 1 to {MOST_CHOICES}"))),
+    /// # Errors
+    /// For values that are not supported.
+    pub(crate) fn take(fields: &mut Fields) -> Result<Self, ApiError> {
+        for name in ["presence_penalty", "frequency_penalty"] {
+            if fields.take::<f32>(name)?.is_some_and(|value| value != 0.0) {
+                let message = format!("{name} is not supported: leave it out, or use repetition_penalty");
+                return Err(ApiError::field(name, message));
+            }
         }
-    }
-
-    pub(crate) fn streams(&self) -> bool {
-        self.stream.unwrap_or(false)
+        if fields.take::<Map<String, Value>>("logit_bias")?.is_some_and(|bias| !bias.is_empty()) {
+            return Err(ApiError::field("logit_bias", "logit_bias is not supported: leave it out"));
+        }
+        fields.ignore(&[
+            "user",
+            "store",
+            "metadata",
+            "service_tier",
+            "safety_identifier",
+            "prompt_cache_key",
+        ]);
+        let (new, old) = (fields.take("max_completion_tokens")?, fields.take("max_tokens")?);
+        let stop = fields.take::<OneOrMany<String>>("stop")?.map_or_else(Vec::new, Vec::from);
+        if stop.len() > MOST_STOPS || stop.iter().any(|stop| stop.is_empty() || stop.len() > LONGEST_STOP) {
+            let message = format!("stop takes at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} bytes each");
+            return Err(ApiError::field("stop", message));
+        }
+        let n = fields.take("n")?.unwrap_or(1);
+        if !(1..=MOST_CHOICES).contains(&n) {
+            return Err(ApiError::field("n", format!("n is {n}, but must be 1 to {MOST_CHOICES}")));
+        }
+        Ok(Self {
+            model: fields.take("model")?,
+            stream: fields.take("stream")?.unwrap_or(false),
+            include_usage: fields.take::<StreamOptions>("stream_options")?.unwrap_or_default().include_usage,
+            max_tokens: new.or(old),
+            temperature: fields.take("temperature")?,
+            top_p: fields.take("top_p")?,
+            top_k: fields.take("top_k")?,
+            min_p: fields.take("min_p")?,
+            repetition_penalty: fields.take("repetition_penalty")?,
+            seed: fields.take("seed")?,
+            stop,
+            n,
+        })
     }
 
     /// The request of each answer to this prompt. Each further answer has the next seed.
     ///
     /// # Errors
-    /// For values that are out of range or that are not supported.
+    /// For values that are out of range.
     pub(crate) fn requests(
         &self,
         engine: &Engine,
@@ -128,20 +187,8 @@ impl Common {
         prompt: Vec<u32>,
         (default_tokens, logprobs): (Option<usize>, Option<usize>),
     ) -> Result<Vec<Request>, ApiError> {
-        for (name, value) in
-            [("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)]
-        {
-            if value.is_some_and(|value| value != 0.0) {
-                let message = format!("{name} is not supported: leave it out, or use repetition_penalty");
-                return Err(ApiError::field(name, message));
-            }
-        }
-        if self.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()) {
-            return Err(ApiError::field("logit_bias", "logit_bias is not supported: leave it out"));
-        }
         let mut generate = engine.generate_options();
-        let asked = self.max_completion_tokens.or(self.max_tokens);
-        generate.max_new_tokens = match asked {
+        generate.max_new_tokens = match self.max_tokens {
             Some(0) => return Err(ApiError::field("max_tokens", "max_tokens is 0, but must be at least 1")),
             Some(tokens) => usize::try_from(tokens).unwrap_or(usize::MAX),
             None => default_tokens.unwrap_or(usize::MAX),
@@ -157,30 +204,13 @@ impl Common {
         let random = || RandomState::new().build_hasher().finish() >> 11;
         // A negative seed is as good as another.
         let seed = self.seed.map_or_else(random, |seed| seed as u64);
-        generate.stop_strings = self.stop.clone().map_or_else(Vec::new, Vec::from);
-        if generate.stop_strings.len() > MOST_STOPS
-            || generate.stop_strings.iter().any(|stop| stop.is_empty() || stop.len() > LONGEST_STOP)
-        {
-            let message = format!("stop takes at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} bytes each");
-            return Err(ApiError::field("stop", message));
-        }
+        generate.stop_strings.clone_from(&self.stop);
         let request = |choice| {
             let mut generate = generate.clone();
-            generate.sampling.seed = seed.wrapping_add(choice as u64);
+            generate.sampling.seed = seed.wrapping_add(choice);
             let deadline = Some(Instant::now() + options.request_time);
             Request { prompt: prompt.clone(), options: generate, deadline, logprobs }
         };
-        Ok((0..self.choices()?).map(request).collect())
-    }
-}
-
-/// Refuses fields that this API does not know, as OpenAI's does.
-pub(crate) fn refuse_unknown(fields: &Map<String, Value>) -> Result<(), ApiError> {
-    match fields.iter().find(|(_, value)| !value.is_null()) {
-        None => Ok(()),
-        Some((name, _)) => {
-            let name: String = name.chars().take(100).collect();
-            Err(ApiError::field(&name, format!("the field {name:?} is not known here: leave it out")))
-        }
+        Ok((0..self.n).map(request).collect())
     }
 }

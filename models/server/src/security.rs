@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 
 use crate::ApiError;
+use crate::fields::too_large;
 use crate::serve::App;
 
 /// The digest of the server's key. Digests are compared, so that the time of a comparison says nothing about the key.
@@ -50,6 +51,17 @@ pub(crate) async fn check_host(State(app): State<Arc<App>>, request: Request, ne
                            another machine. Start it with --api-key to serve other names";
             return ApiError::status(StatusCode::FORBIDDEN, message).into_response();
         }
+    }
+    next.run(request).await
+}
+
+/// Refuses a body by its length before it comes.
+pub(crate) async fn check_length(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok());
+    // (What is no number has been refused already.)
+    let length = length.and_then(|length| length.parse::<u64>().ok()).unwrap_or(0);
+    if length > app.options.body_bytes as u64 {
+        return too_large().into_response();
     }
     next.run(request).await
 }

@@ -171,6 +171,7 @@ fn router(app: Arc<App>, cors: Option<tower_http::cors::CorsLayer>) -> Router {
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(app.options.body_bytes))
+        .layer(middleware::from_fn_with_state(app.clone(), security::check_length))
         .layer(RequestBodyTimeoutLayer::new(app.options.receive_time))
         .layer(CatchPanicLayer::custom(|_: Box<dyn std::any::Any + Send>| {
             use axum::response::IntoResponse as _;

@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Path, State};
-use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::ApiError;
-use crate::fields::Body;
+use crate::fields::Fields;
 use crate::models::Status;
 use crate::serve::App;
 
@@ -45,44 +44,33 @@ pub(crate) async fn model(
     }
 }
 
-/// A text, and whether special tokens are added around it.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Tokenize {
-    model: Option<String>,
-    content: String,
-    #[serde(default)]
-    add_special: bool,
-}
-
 /// `POST /tokenize`.
 pub(crate) async fn tokenize(
     State(app): State<Arc<App>>,
-    Body(request): Body<Tokenize>,
+    mut fields: Fields,
 ) -> Result<Json<Value>, ApiError> {
-    let model = app.models.get(request.model.as_deref()).await?;
-    let tokens = blocking(move || Ok(model.engine().encode(&request.content, request.add_special)?)).await?;
+    let model: Option<String> = fields.take("model")?;
+    let content: String = fields.need("content")?;
+    let add_special = fields.take("add_special")?.unwrap_or(false);
+    fields.end()?;
+    let model = app.models.get(model.as_deref()).await?;
+    let tokens = blocking(move || Ok(model.engine().encode(&content, add_special)?)).await?;
     Ok(Json(json!({ "tokens": tokens })))
-}
-
-/// Token ids.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Detokenize {
-    model: Option<String>,
-    tokens: Vec<u32>,
 }
 
 /// `POST /detokenize`.
 pub(crate) async fn detokenize(
     State(app): State<Arc<App>>,
-    Body(request): Body<Detokenize>,
+    mut fields: Fields,
 ) -> Result<Json<Value>, ApiError> {
-    let model = app.models.get(request.model.as_deref()).await?;
+    let model: Option<String> = fields.take("model")?;
+    let tokens: Vec<u32> = fields.need("tokens")?;
+    fields.end()?;
+    let model = app.models.get(model.as_deref()).await?;
     let decode = move || {
         let engine = model.engine();
         let tokenizer = engine.tokenizer().ok_or(bitnet_burn_engine::EngineError::NoTokenizer)?;
-        Ok(tokenizer.decode(&request.tokens, false).map_err(bitnet_burn_engine::EngineError::from)?)
+        Ok(tokenizer.decode(&tokens, false).map_err(bitnet_burn_engine::EngineError::from)?)
     };
     let content = blocking(decode).await?;
     Ok(Json(json!({ "content": content })))

@@ -266,7 +266,9 @@ fn wrong_requests_are_told_what_to_change() {
     };
     for (change, says) in [
         (json!({ "temperature": -1 }), "temperature is -1"),
-        (json!({ "temperature": "hot" }), "temperature"),
+        (json!({ "temperature": "hot" }), "temperature: invalid type: string \"hot\""),
+        (json!({ "prompt": { "a": 1 } }), "prompt: expected a text, token ids"),
+        (json!({ "prompt": null }), "\"prompt\" is missing"),
         (json!({ "max_tokens": 0 }), "at least 1"),
         (json!({ "max_tokens": -5 }), "max_tokens"),
         (json!({ "n": 17 }), "1 to 16"),
@@ -277,7 +279,7 @@ fn wrong_requests_are_told_what_to_change() {
         (json!({ "logit_bias": { "1": 5 } }), "logit_bias"),
         (json!({ "best_of": 3 }), "use n"),
         (json!({ "frobnicate": 1 }), "\"frobnicate\" is not known"),
-        (json!({ "prompt": "" }), "prompt"),
+        (json!({ "prompt": [[]] }), "no tokens"),
         (json!({ "prompt": [] }), "1 to 64"),
         (json!({ "prompt": [4294967295u32] }), "4294967295"),
         (json!({ "prompt": "x".repeat(500) }), "context"),
@@ -298,8 +300,6 @@ fn wrong_requests_are_told_what_to_change() {
     }
     let deep = "[".repeat(100_000);
     assert_eq!(server.post_text("/v1/completions", &format!("{{\"prompt\": {deep}")).0, 400);
-    let large = format!("{{\"prompt\": \"{}\"}}", "x".repeat(5 << 20));
-    assert_eq!(server.post_text("/v1/completions", &large).0, 413);
     let request = server.agent.post(server.url("/v1/completions")).header("Content-Type", "text/plain");
     assert_eq!(request.send("{}").unwrap().status().as_u16(), 415);
     assert_eq!(server.get("/v1/completions").0, 405);
