@@ -36,7 +36,7 @@ impl Model {
         OsStringValueParser::new().try_map(Self::parse)
     }
 
-    fn parse(text: OsString) -> Result<Self, String> {
+    pub fn parse(text: OsString) -> Result<Self, String> {
         match text.to_str().filter(|text| text.starts_with("hf:")) {
             #[cfg(feature = "hub")]
             Some(name) => name.parse().map(Self::Hub),
@@ -100,7 +100,7 @@ impl FileArgs {
 }
 
 /// The number of threads.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct ThreadArgs {
     /// Number of threads that run the kernels [default: one per physical core]
     #[arg(long, short, value_name = "N", value_parser = threads, help_heading = "Kernels")]
@@ -108,7 +108,7 @@ pub struct ThreadArgs {
 }
 
 /// The choice of kernels.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct KernelArgs {
     #[command(flatten)]
     pub threads: ThreadArgs,
@@ -177,7 +177,7 @@ pub struct EngineArgs {
 }
 
 /// The secret of workers and their clients.
-#[derive(Debug, Default, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct SecretArgs {
     /// The file with the secret that a `bitnet worker` and its clients share; only its owner may read it
     #[arg(long, value_name = "FILE", help_heading = "Kernels")]

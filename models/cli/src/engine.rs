@@ -87,16 +87,31 @@ impl EngineArgs {
     /// Opens the engine that the flags describe; `set` has the last word on the options. A progress bar shows how far
     /// loading is.
     pub fn open(&self, set: impl FnOnce(EngineOptions) -> EngineOptions) -> anyhow::Result<Engine> {
+        let (config, _) = config()?;
+        self.open_on(Some(config), set)
+    }
+
+    /// [`open`](Self::open) of one more engine, with the kernels as the first one has set them up.
+    pub fn open_another(&self, set: impl FnOnce(EngineOptions) -> EngineOptions) -> anyhow::Result<Engine> {
+        self.open_on(None, set)
+    }
+
+    fn open_on(
+        &self,
+        kernels: Option<ManagerConfig>,
+        set: impl FnOnce(EngineOptions) -> EngineOptions,
+    ) -> anyhow::Result<Engine> {
         let started = Instant::now();
         let checkpoint = self.file.open()?;
         let opening = started.elapsed();
         self.secret.use_for_workers()?;
-        let (config, _) = config()?;
         let mut options = Engine::options()
             .file(self.file.options())
             .head(self.lm_head.into())
-            .activations(self.activations)
-            .kernels(self.kernels.over(config), &self.kernels.plugins);
+            .activations(self.activations);
+        if let Some(config) = kernels {
+            options = options.kernels(self.kernels.over(config), &self.kernels.plugins);
+        }
         if let Some(device) = &self.device {
             options = options.device(device.clone());
         }
