@@ -231,7 +231,10 @@ pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
         bar.set_position(done as u64);
     });
     bar.finish_and_clear();
-    let comparison = comparison?;
+    let mut comparison = comparison?;
+    if process.is_some() {
+        comparison.layers_absent = Some("another process computed B".to_owned());
+    }
     let tolerance = args.tolerance.as_ref().map(|tolerance| tolerance.judge(&comparison.figures));
     let within_tolerance = tolerance.as_ref().map(|verdicts| verdicts.iter().all(|verdict| verdict.kept));
     let (summary_b, _dir) = match process {
@@ -298,7 +301,7 @@ impl CompareArgs {
         }
     }
 
-    /// The tokens, if some were given: in the vocabulary of each side, and not more than fit a model.
+    /// The tokens, if some were given: not more than fit a model.
     fn tokens(
         &self,
         engines: &[Option<Engine>; 2],
@@ -307,7 +310,8 @@ impl CompareArgs {
         let engines = || engines.iter().flatten();
         let vocabularies = engines().map(|engine| engine.checkpoint().config().vocab_size);
         let vocabularies = vocabularies.chain(files.iter().flatten().map(|file| file.shape()[1]));
-        let vocabulary = vocabularies.min().unwrap_or(0);
+        // If they differ, the comparison says so.
+        let vocabulary = vocabularies.max().unwrap_or(0);
         let mut tokens = match (&self.tokens_file, &self.text) {
             (Some(path), _) => read_tokens(path, vocabulary)?,
             (None, Some(path)) => self.encode(&read_text(path)?, engines())?,
@@ -364,6 +368,8 @@ impl CompareArgs {
         command.arg("--tokens-file").arg(&ids).arg("--out").arg(&out);
         command.args(["--kernel", kernel, "--lm-head", &value_name(engine.lm_head)]);
         command.args(["--activations", &engine.activations.to_string(), "--chunk", &self.chunk.to_string()]);
+        // Its report is not needed.
+        command.arg("--json");
         let mut option = |flag: &str, value: Option<String>| {
             value.into_iter().for_each(|value| {
                 command.args([flag, &value]);
@@ -443,8 +449,7 @@ impl Output {
             }
         }
         let verdict = |verdict: &Verdict| {
-            let found =
-                verdict.found.map_or_else(|| "there is none".to_owned(), |found| format!("{found:.6}"));
+            let found = verdict.found.map_or_else(|| "there is none".to_owned(), number);
             let kept = if verdict.kept { "kept" } else { "BROKEN" };
             ("limit", format!("{}: {kept}, {found}", verdict.limit))
         };
@@ -455,9 +460,17 @@ impl Output {
     }
 }
 
+/// A figure of any size.
+fn number(value: f64) -> String {
+    match value.abs() {
+        0.0 | 1e-3..1e6 => format!("{value:.6}"),
+        _ => format!("{value:.3e}"),
+    }
+}
+
 fn lines(figures: &Figures) -> Vec<(&'static str, String)> {
-    let number = |value: Option<f64>| {
-        value.map_or_else(|| "none: all logits are equal".to_owned(), |v| format!("{v:.9}"))
+    let ratio = |value: Option<f64>| {
+        value.map_or_else(|| "none: a side has no spread".to_owned(), |v| format!("{v:.9}"))
     };
     let at = &figures.max_abs_error_at;
     let largest = format!("{:.3e} at position {}, token {}", figures.max_abs_error, at.position, at.token);
@@ -471,8 +484,8 @@ fn lines(figures: &Figures) -> Vec<(&'static str, String)> {
         ),
     };
     let mut lines = vec![
-        ("correlation", number(figures.correlation)),
-        ("cosine", number(figures.cosine)),
+        ("correlation", ratio(figures.correlation)),
+        ("cosine", ratio(figures.cosine)),
         ("MSE", format!("{:.3e}", figures.mse)),
         ("largest error", largest),
         ("mean error", format!("{:.3e}", figures.mean_abs_error)),

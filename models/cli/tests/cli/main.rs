@@ -1,5 +1,6 @@
 //! The program `bitnet`, as its users and other programs see it: on a small synthetic model, end to end.
 
+mod compare;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod docs;
@@ -529,6 +530,7 @@ fn wrong_usage_is_exit_code_2() {
         "synth",
         "perplexity",
         "logits",
+        "compare",
         "train",
         "export",
         "convert",

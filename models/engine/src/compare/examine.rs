@@ -10,8 +10,8 @@ use std::ops::Range;
 use bitnet_burn::backends::devices;
 use bitnet_burn::backends::ops::{self, BitLinearInput};
 use bitnet_burn::{
-    Attention, BitBlock, BitLinear, BitLinearWeight, BitNet, CacheType, FeedForward, ForwardError, RmsNorm,
-    Seen, Stage,
+    Attention, BitBlock, BitLinear, BitLinearWeight, BitNet, CacheType, FeedForward, ForwardError,
+    GatedActivation, RmsNorm, Seen, Stage,
 };
 use burn::tensor::{Tensor, TensorData};
 
@@ -22,6 +22,10 @@ use crate::generate::{GenerateError, values};
 
 /// Values agree if they differ by less than this part of the largest of their row. Sums in f32 stay below a tenth of it.
 const NOISE: f64 = 2e-5;
+/// They also agree if they differ by no more than this times what their inputs differ by: sums and products of a few values...
+const AMPLIFIED: f64 = 10.0;
+/// ... and attention, whose exponentials amplify errors by the size of the products of queries and keys.
+const AMPLIFIED_BY_ATTENTION: f64 = 100.0;
 /// What an activation may be away from a boundary between codes, in steps: sums in f32 are no more exact near 127.
 const BOUNDARY: f64 = 1e-4;
 /// Candidates of a row that are tried, the nearest to a boundary first.
@@ -34,8 +38,17 @@ const KEPT: usize = 64 << 20;
 pub(super) struct Examiner {
     models: [Engine; 2],
     layers: Layers,
-    /// The layers whose keys and values, or states, part at an earlier position.
-    parted: Vec<bool>,
+    /// What the layers look back at.
+    past: Vec<Past>,
+}
+
+/// Keys and values, or states, of earlier positions of a layer.
+#[derive(Clone, Copy, Debug, Default)]
+struct Past {
+    /// Some part.
+    parted: bool,
+    /// How far those that agree are apart, relative to the largest of their row.
+    noise: f64,
 }
 
 /// The values of a stage on the host, A's and B's.
@@ -66,7 +79,8 @@ enum Kind<'a> {
     Attention,
     DeltaNet,
     Experts,
-    Activation,
+    /// Which power of the gate it grows with.
+    Activation(i32),
 }
 
 /// Why the outputs of a part differ, with the rounding that explains it, and in words.
@@ -96,7 +110,7 @@ impl Examiner {
         if a != b || a.is_empty() {
             return Err("the models have other numbers or shapes of layers".into());
         }
-        Ok(Self { models, layers: Layers::default(), parted: vec![false; a.len()] })
+        Ok(Self { models, layers: Layers::default(), past: vec![Past::default(); a.len()] })
     }
 
     /// Whether nothing more is to be found.
@@ -139,38 +153,60 @@ impl Examiner {
         let stages = on_host(seen)?;
         let parts = parts([models[0].model(), models[1].model()], &stages);
         for (row, position) in positions.enumerate() {
-            let place = match parts.iter().find(|part| part.outputs(&stages, row).differ()) {
+            let found = parts.iter().find(|part| self.parted(part, &stages, row));
+            let place = match found {
                 Some(part) => {
                     let judgement = self.judge(part, &stages, row)?;
                     Some(part.outputs(&stages, row).place(position, (part.layer, part.name), judgement))
                 }
-                None => self.head(position, row, logits),
+                None => self.head(position, row, &stages, logits),
             };
             self.layers.add(place);
             if self.is_done() {
                 break;
             }
             for part in &parts {
-                let parts_later = match part.kind {
+                let kept = match part.kind {
                     Kind::Projection(..) if matches!(part.name, "k_proj" | "v_proj") => {
-                        part.outputs(&stages, row).differ()
+                        part.outputs(&stages, row)
                     }
-                    Kind::DeltaNet => part.inputs(&stages, row).differ(),
-                    _ => false,
+                    Kind::DeltaNet => part.inputs(&stages, row),
+                    _ => continue,
                 };
-                if parts_later {
-                    self.parted[part.layer] = true;
+                // Behind the place where this position parts, its inputs explain nothing.
+                let behind = found.is_some_and(|found| found.at < part.at);
+                let difference = kept.difference();
+                let parted = difference > NOISE && (behind || self.parted(part, &stages, row));
+                let past = &mut self.past[part.layer];
+                match parted {
+                    true => past.parted = true,
+                    false => past.noise = past.noise.max(difference),
                 }
             }
         }
         Ok(())
     }
 
+    /// Whether the outputs of a part are further apart than its inputs explain.
+    fn parted(&self, part: &Part<'_>, stages: &[Values], row: usize) -> bool {
+        let inputs = || part.inputs(stages, row).difference();
+        let explained = match part.kind {
+            Kind::Embedding => 0.0,
+            Kind::Residual(_) => AMPLIFIED * inputs().max(part.residual_before(stages, row)),
+            Kind::Attention | Kind::DeltaNet => {
+                AMPLIFIED_BY_ATTENTION * inputs().max(self.past[part.layer].noise)
+            }
+            Kind::Projection(..) | Kind::Experts | Kind::Activation(_) => AMPLIFIED * inputs(),
+        };
+        part.outputs(stages, row).difference() > NOISE.max(explained)
+    }
+
     /// The place of a position whose layers agree, if its logits don't.
-    fn head(&self, position: usize, row: usize, logits: [&[f32]; 2]) -> Option<Place> {
+    fn head(&self, position: usize, row: usize, stages: &[Values], logits: [&[f32]; 2]) -> Option<Place> {
         let vocabulary = self.models[0].checkpoint().config().vocab_size;
         let rows = Rows { of: logits.map(|all| &all[row * vocabulary..][..vocabulary]), floor: 0.0 };
-        if !rows.differ() {
+        let inputs = stages.last().map_or(0.0, |stage| stage.all(row).difference());
+        if rows.difference() <= NOISE.max(AMPLIFIED * inputs) {
             return None;
         }
         let [a, b] = self.models.each_ref().map(|engine| engine.model().head_description());
@@ -184,18 +220,18 @@ impl Examiner {
         } else {
             Judgement::different("Other weights of the last norm or the output projection.")
         };
-        Some(rows.place(position, (self.parted.len(), "lm_head"), judgement))
+        Some(rows.place(position, (self.past.len(), "lm_head"), judgement))
     }
 
     fn judge(&self, part: &Part<'_>, stages: &[Values], row: usize) -> Result<Judgement, CompareError> {
-        let earlier = self.parted[part.layer.min(self.parted.len() - 1)];
+        let earlier = self.past.get(part.layer).is_some_and(|past| past.parted);
         let caches = self.models.each_ref().map(|engine| engine.settings().kv_cache);
         Ok(match &part.kind {
             Kind::Embedding => Judgement::different("Other embeddings."),
             Kind::Residual(_) => Judgement::different(
                 "What is added agrees, the sum does not: other factors of the residual stream.",
             ),
-            Kind::Activation => Judgement::different("Gate and up agree: another activation function."),
+            Kind::Activation(_) => Judgement::different("Gate and up agree: another activation function."),
             Kind::Experts => Judgement::new(
                 Outcome::Unknown,
                 "Experts are not looked into: another router or expert, or a rounding.",
@@ -263,13 +299,15 @@ impl Examiner {
             }
         }
         let largest = x.iter().flatten().fold(0.0f64, |largest, v| largest.max(v.abs()));
-        if x[0].iter().zip(&x[1]).any(|(a, b)| (a - b).abs() > NOISE * largest) {
+        let apart = x[0].iter().zip(&x[1]).fold(0.0f64, |apart, (a, b)| apart.max((a - b).abs())) / largest;
+        if apart > NOISE.max(AMPLIFIED * inputs.difference()) {
             let meaning =
                 "Its input agrees, and differs behind the norm in front of it: other weights of the norm.";
             return Ok(Judgement::different(meaning));
         }
         if let Some(group) = rules[0]
-            && let Some(rounding) = rounding([&x[0], &x[1]], outputs, group, layers[0])?
+            && let Some(rounding) =
+                rounding([&x[0], &x[1]], NOISE.max(AMPLIFIED * apart), outputs, group, layers[0])?
         {
             let Rounding { input, a, b, activations } = rounding;
             let others = match activations {
@@ -277,9 +315,13 @@ impl Examiner {
                 more => format!(" ({} more like it)", more - 1),
             };
             let meaning = format!(
-                "A rounding to int8 explains it: input {input} is {a:.5} steps in A and {b:.5} in B{others}."
+                "A rounding to int8 explains it: input {input} is {a:.6} steps in A and {b:.6} in B{others}."
             );
             return Ok(Judgement(Outcome::Rounding, Some(rounding), meaning));
+        }
+        if let Some(ratio) = outputs.ratio() {
+            let meaning = format!("B's outputs are {ratio:.6} times A's: another scale of the weights.");
+            return Ok(Judgement::different(meaning));
         }
         if outputs.are_permuted() {
             let meaning =
@@ -348,7 +390,10 @@ fn parts<'a>(models: [&'a BitNet; 2], stages: &[Values]) -> Vec<Part<'a>> {
                     part(name, a.d_output(), Kind::Projection([a, b], norms));
                 }
             }
-            (Stage::Gated, ..) => part("activation", *width, Kind::Activation),
+            (Stage::Gated, ..) => {
+                let squares = models.iter().any(|model| model.config().activation == GatedActivation::Relu2);
+                part("activation", *width, Kind::Activation(if squares { 2 } else { 1 }));
+            }
             (Stage::FeedForward, FeedForward::One(a), FeedForward::One(b)) => {
                 part("down_proj", *width, Kind::Projection([&a.down_proj, &b.down_proj], [None, None]));
             }
@@ -363,20 +408,38 @@ impl Values {
     fn row(&self, row: usize, columns: &Range<usize>) -> [&[f32]; 2] {
         self.of.each_ref().map(|values| &values[row * self.width..][columns.clone()])
     }
+
+    fn all(&self, row: usize) -> Rows<'_> {
+        Rows { of: self.row(row, &(0..self.width)), floor: 0.0 }
+    }
 }
 
 impl Part<'_> {
     fn outputs<'v>(&self, stages: &'v [Values], row: usize) -> Rows<'v> {
+        let inputs = || self.inputs(stages, row);
         let floor = match self.kind {
-            Kind::Residual(factor) => factor.abs() * self.inputs(stages, row).largest(),
+            Kind::Residual(factor) => factor.abs() * inputs().largest(),
+            // The largest product that there can be.
+            Kind::Activation(power) => {
+                let half = |columns: Range<usize>| {
+                    Rows { of: inputs().of.map(|row| &row[columns.clone()]), floor: 0.0 }.largest()
+                };
+                let width = self.columns.len();
+                half(0..width).powi(power) * half(width..2 * width)
+            }
             _ => 0.0,
         };
         Rows { of: stages[self.at].row(row, &self.columns), floor }
     }
 
     fn inputs<'v>(&self, stages: &'v [Values], row: usize) -> Rows<'v> {
-        let stage = &stages[self.at.saturating_sub(1)];
-        Rows { of: stage.row(row, &(0..stage.width)), floor: 0.0 }
+        stages[self.at.saturating_sub(1)].all(row)
+    }
+
+    /// How far the residual stream was apart before something was added to it.
+    fn residual_before(&self, stages: &[Values], row: usize) -> f64 {
+        let residual = |stage: &&Values| matches!(stage.stage, Stage::Input | Stage::Middle);
+        stages[..self.at].iter().rev().find(residual).map_or(0.0, |stage| stage.all(row).difference())
     }
 }
 
@@ -398,9 +461,23 @@ impl Rows<'_> {
         self.of[0].iter().zip(self.of[1]).map(|(&a, &b)| f64::from(b) - f64::from(a))
     }
 
-    fn differ(&self) -> bool {
+    /// The largest error, relative to the largest value.
+    fn difference(&self) -> f64 {
+        match self.errors().fold(0.0f64, |largest, error| largest.max(error.abs())) {
+            0.0 => 0.0,
+            error => error / self.largest(),
+        }
+    }
+
+    /// B divided by A, if that is one number for all.
+    fn ratio(&self) -> Option<f64> {
+        let dot =
+            |[a, b]: [&[f32]; 2]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
+        let [a, b] = self.of;
+        let ratio = dot([a, b]) / dot([a, a]);
         let noise = NOISE * self.largest();
-        self.errors().any(|error| error.abs() > noise)
+        let mut pairs = a.iter().zip(b);
+        pairs.all(|(&a, &b)| (f64::from(b) - ratio * f64::from(a)).abs() <= noise).then_some(ratio)
     }
 
     /// Whether both have the same values in another order.
@@ -410,7 +487,7 @@ impl Rows<'_> {
             sorted.sort_by(f32::total_cmp);
             sorted
         });
-        !Rows { of: [&a, &b], floor: self.floor }.differ()
+        Rows { of: [&a, &b], floor: self.floor }.difference() <= NOISE
     }
 
     fn place(
@@ -480,9 +557,11 @@ fn candidates(x: [&[f64]; 2], group: usize) -> Vec<Candidate> {
     all
 }
 
-/// The activations that A and B round differently, if they explain all of the difference of the outputs.
+/// The activations that A and B round differently, if they explain all of the difference of the outputs but `noise`, relative
+/// to the largest output.
 fn rounding(
     x: [&[f64]; 2],
+    noise: f64,
     outputs: &Rows<'_>,
     group: usize,
     layer: &BitLinear,
@@ -509,7 +588,7 @@ fn rounding(
             rounded.push(candidate);
         }
     }
-    let noise = NOISE * outputs.largest();
+    let noise = noise * outputs.largest();
     let explained = rest.iter().all(|rest| rest.abs() <= noise);
     Ok(rounded.first().filter(|_| explained).map(|first| Rounding {
         input: first.input,

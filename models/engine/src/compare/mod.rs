@@ -216,6 +216,9 @@ pub fn compare(
         let (name_a, name_b) = (a.name(), b.name());
         return Err(CompareError::Vocabulary { name_a, a: vocabulary, name_b, b: b.vocabulary() });
     }
+    if let Some(&token) = tokens.iter().copied().flatten().find(|&&token| token as usize >= vocabulary) {
+        return Err(ForwardError::Token { token, vocabulary }.into());
+    }
     let positions = tokens.map(<[u32]>::len).or(a.positions()).ok_or(CompareError::NoTokens)?;
     for side in [&*a, &*b] {
         if let Some(found) = side.positions().filter(|&found| found != positions) {

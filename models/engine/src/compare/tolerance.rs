@@ -1,6 +1,5 @@
 //! Limits for the figures of a comparison: `correlation>=0.999,kl_mean<=0.01`.
 
-use std::fmt;
 use std::str::FromStr;
 
 use serde::Serialize;
@@ -27,17 +26,13 @@ const NAMES: [&str; 11] = [
 pub struct Tolerance(Vec<Limit>);
 
 /// The smallest or the largest value of a figure.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 struct Limit {
+    /// As it was given.
+    text: String,
     name: &'static str,
     at_least: bool,
     value: f64,
-}
-
-impl fmt::Display for Limit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}{}", self.name, if self.at_least { ">=" } else { "<=" }, self.value)
-    }
 }
 
 /// A limit and what was found.
@@ -65,7 +60,7 @@ impl FromStr for Tolerance {
             let name = known.ok_or_else(|| format!("`{name}`: the names are {}", NAMES.join(", ")))?;
             let number = value.parse().ok().filter(|value: &f64| value.is_finite());
             let value = number.ok_or_else(|| format!("`{value}` is no number"))?;
-            Ok(Limit { name, at_least, value })
+            Ok(Limit { text: text.to_owned(), name, at_least, value })
         };
         text.split(',').map(|text| limit(text.trim())).collect::<Result<_, _>>().map(Self)
     }
@@ -77,7 +72,7 @@ impl Tolerance {
         let verdict = |limit: &Limit| {
             let found = figures.by_name(limit.name);
             let kept = |found: f64| if limit.at_least { found >= limit.value } else { found <= limit.value };
-            Verdict { limit: limit.to_string(), found, kept: found.is_some_and(kept) }
+            Verdict { limit: limit.text.clone(), found, kept: found.is_some_and(kept) }
         };
         self.0.iter().map(verdict).collect()
     }
