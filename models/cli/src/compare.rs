@@ -477,11 +477,15 @@ fn lines(figures: &Figures) -> Vec<(&'static str, String)> {
     let kl = [figures.kl_mean, figures.kl_p99, figures.kl_max].map(|kl| format!("{kl:.3e}"));
     let percent = |share: f64| format!("{:.2} %", 100.0 * share);
     let parting = match &figures.parting {
-        None => "none: the most likely token is the same at every position".to_owned(),
+        None => "nowhere: the most likely token is the same at every position".to_owned(),
         Some(parting) => format!(
             "position {}: A says {} (by {:.4}), B says {} (by {:.4})",
             parting.position, parting.token_a, parting.gap_a, parting.token_b, parting.gap_b
         ),
+    };
+    let apart = match figures.first_apart {
+        None => "nowhere: no error is above 1e-4 of its position's largest logit".to_owned(),
+        Some(position) => format!("from position {position} on: an error above 1e-4 of its largest logit"),
     };
     let mut lines = vec![
         ("correlation", ratio(figures.correlation)),
@@ -498,6 +502,7 @@ fn lines(figures: &Figures) -> Vec<(&'static str, String)> {
     {
         lines.push(("perplexity", format!("{a:.4} of A, {b:.4} of B, ratio {ratio:.6}")));
     }
+    lines.push(("apart", apart));
     lines.push(("they part", parting));
     lines
 }

@@ -22,11 +22,11 @@ use crate::generate::{GenerateError, values};
 
 /// Values agree if they differ by less than this part of the largest of their row. Sums in f32 stay below a tenth of it.
 const NOISE: f64 = 2e-5;
-/// They also agree if they differ by no more than this times what their inputs differ by: sums and products of a few values...
+/// They also agree if they differ by no more than this times what their inputs differ by: sums and products amplify noise.
 const AMPLIFIED: f64 = 10.0;
-/// ... and attention, whose exponentials amplify errors by the size of the products of queries and keys.
+/// The same for attention and gated DeltaNets. Their exponentials amplify noise by the size of the exponents.
 const AMPLIFIED_BY_ATTENTION: f64 = 100.0;
-/// What an activation may be away from a boundary between codes, in steps: sums in f32 are no more exact near 127.
+/// How far an activation may be from a boundary between codes, in steps, to be tried: sums in f32 are no more exact near 127.
 const BOUNDARY: f64 = 1e-4;
 /// Candidates of a row that are tried, the nearest to a boundary first.
 const CANDIDATES: usize = 16;
@@ -45,7 +45,7 @@ pub(super) struct Examiner {
 /// Keys and values, or states, of earlier positions of a layer.
 #[derive(Clone, Copy, Debug, Default)]
 struct Past {
-    /// Some part.
+    /// Whether some of them part.
     parted: bool,
     /// How far those that agree are apart, relative to the largest of their row.
     noise: f64,

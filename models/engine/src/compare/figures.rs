@@ -4,6 +4,8 @@ use serde::Serialize;
 
 /// Tokens whose agreement is counted beside the most likely one's.
 const TOP: usize = 5;
+/// Errors of a position above this part of its largest logit are more than sums in f32 in another order make.
+const APART: f64 = 1e-4;
 
 /// How far the logits of B are from those of A.
 ///
@@ -42,6 +44,9 @@ pub struct Figures {
     pub perplexity_b: Option<f64>,
     /// B's perplexity divided by A's.
     pub perplexity_ratio: Option<f64>,
+    /// The first position with an error of more than 1e-4 of its largest logit's magnitude: in front of it both compute the
+    /// same.
+    pub first_apart: Option<usize>,
     /// The first position whose most likely token differs.
     pub parting: Option<Parting>,
 }
@@ -89,6 +94,7 @@ pub(super) struct Sums {
     top: usize,
     likelihoods: [f64; 2],
     scored: usize,
+    first_apart: Option<usize>,
     parting: Option<Parting>,
 }
 
@@ -101,6 +107,7 @@ impl Sums {
         let sum = |row: &[f32]| row.iter().map(|&v| f64::from(v)).sum::<f64>();
         let mean = [sum(a) / n, sum(b) / n];
         let (mut centred, mut plain) = ([0.0; 3], [0.0; 3]);
+        let (mut worst, mut size) = (0.0f64, 0.0f64);
         for (token, (&a, &b)) in a.iter().zip(b).enumerate() {
             let (a, b) = (f64::from(a), f64::from(b));
             for (sums, x, y) in [(&mut centred, a - mean[0], b - mean[1]), (&mut plain, a, b)] {
@@ -111,10 +118,15 @@ impl Sums {
             let error = (b - a).abs();
             self.squares += error * error;
             self.magnitudes += error;
+            worst = worst.max(error);
+            size = size.max(a.abs()).max(b.abs());
             if error > self.largest {
                 self.largest = error;
                 self.largest_at = LogitPlace { position, token };
             }
+        }
+        if worst > APART * size {
+            self.first_apart.get_or_insert(position);
         }
         // Chan, Golub and LeVeque: sums around the mean of all, from those of two parts.
         let (all, d) = (self.count + n, [mean[0] - self.mean[0], mean[1] - self.mean[1]]);
@@ -183,6 +195,7 @@ impl Sums {
             perplexity_a,
             perplexity_b,
             perplexity_ratio: perplexity_a.zip(perplexity_b).map(|(a, b)| b / a),
+            first_apart: self.first_apart,
             parting: self.parting,
         })
     }
@@ -237,7 +250,7 @@ mod tests {
         assert_eq!((same.mse, same.max_abs_error, same.mean_abs_error), (0.0, 0.0, 0.0));
         assert_eq!((same.kl_mean, same.kl_p99, same.kl_max), (0.0, 0.0, 0.0));
         assert_eq!((same.top1_agreement, same.top5_agreement), (1.0, 1.0));
-        assert_eq!((same.perplexity_ratio, same.parting), (Some(1.0), None));
+        assert_eq!((same.perplexity_ratio, same.first_apart, same.parting), (Some(1.0), None, None));
     }
 
     #[test]
@@ -259,7 +272,7 @@ mod tests {
         let kl = zb.ln() - za.ln() + p * 1.0 + (1.0 / za) * -2.0;
         assert!((got.kl_max - kl).abs() < 1e-12 && (got.kl_mean - kl / 2.0).abs() < 1e-12, "{got:?}");
         assert_eq!(got.kl_p99, got.kl_max);
-        assert_eq!(got.top1_agreement, 0.5);
+        assert_eq!((got.top1_agreement, got.first_apart), (0.5, Some(1)));
         // 0 1 2 3 4 and 1 0 2 3 4.
         assert_eq!(got.top5_agreement, 1.0);
         assert_eq!(
