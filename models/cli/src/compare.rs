@@ -519,8 +519,8 @@ fn lines_of_layers(layers: &Layers) -> Vec<(&'static str, String)> {
         counts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")).collect();
     let compared = format!("{} compared: {}", count(layers.positions as u64, "position"), counts.join(", "));
     let explained = match layers.explained_by_rounding {
-        Some(true) => Some("roundings to int8 explain every difference"),
-        Some(false) => Some("roundings to int8 don't explain it"),
+        Some(true) => Some("activations that are rounded to the other side explain every difference"),
+        Some(false) => Some("activations that are rounded to the other side do not explain it"),
         None => None,
     };
     let mut lines = vec![("layers", compared)];

@@ -255,7 +255,7 @@ fn settings_are_told_apart() {
 
 /// Norms of these layers that differ by float noise: no weight is another, but now and then an activation lies on a boundary.
 fn noisy(layers: std::ops::Range<usize>, noise: f32) -> Damaged {
-    let change = |i: usize, v: f32| v * (1.0 + if (i * 7) % 3 == 0 { noise } else { -0.5 * noise });
+    let change = |i: usize, v: f32| v * (1.0 + if i.is_multiple_of(3) { noise } else { -0.5 * noise });
     let norms = ["attn_norm", "attn_sub_norm", "ffn_norm", "ffn_sub_norm"];
     let names = layers.flat_map(|layer| norms.map(|norm| format!("blk.{layer}.{norm}.weight")));
     names.fold(Damaged::new(), |damaged, name| damaged.floats(&name, change))

@@ -264,6 +264,8 @@ fn quoted(text: &str) -> Result<&str, String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn npy(version: u8, header: &str, data: &[u8]) -> Vec<u8> {
@@ -349,6 +351,24 @@ mod tests {
         ] {
             let error = open(&bytes).err().unwrap();
             assert!(error.contains(expected) && error.contains("x.npy"), "{expected}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_reader_panic(
+            at in 0usize..100,
+            new in proptest::collection::vec(any::<u8>(), 0..12),
+            length in 0usize..160,
+        ) {
+            let mut bytes = npy(1, &header("<f4", "False", "(2, 3)"), &[0; 24]);
+            let at = at.min(bytes.len());
+            let end = (at + new.len()).min(bytes.len());
+            bytes.splice(at..end, new);
+            bytes.truncate(length);
+            if let Ok((_, _, start)) = npy_header(&bytes) {
+                prop_assert!(start <= bytes.len());
+            }
         }
     }
 }
