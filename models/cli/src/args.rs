@@ -111,7 +111,7 @@ impl FileArgs {
 }
 
 /// The number of threads.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct ThreadArgs {
     /// Number of threads that run the kernels [default: one per physical core]
     #[arg(long, short, value_name = "N", value_parser = threads, help_heading = "Kernels")]
@@ -119,7 +119,7 @@ pub struct ThreadArgs {
 }
 
 /// The choice of kernels.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct KernelArgs {
     #[command(flatten)]
     pub threads: ThreadArgs,
@@ -156,7 +156,7 @@ pub struct EngineArgs {
 }
 
 /// The kernels, the device and the context.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct LoadArgs {
     #[command(flatten)]
     pub kernels: KernelArgs,
@@ -200,7 +200,7 @@ pub struct ReceiptArgs {
 }
 
 /// The secret of workers and their clients.
-#[derive(Debug, Default, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct SecretArgs {
     /// The file with the secret that a `bitnet worker` and its clients share; only its owner may read it
     #[arg(long, value_name = "FILE", help_heading = "Kernels")]

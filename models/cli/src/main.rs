@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod chat;
+mod compare;
 mod embed;
 mod engine;
 mod export;
@@ -77,7 +78,7 @@ Environment (a flag wins over its variable, and a variable wins over the configu
   HF_TOKEN_PATH       the file with the token; default: token in HF_HOME
   RUST_LOG            the log messages on stderr, such as `info` or `bitnet_burn_manager=debug`; default: warn
 
-Exit status: 0 done, 1 error, 2 wrong usage. `plan`, `receipt check` and `train` have more.
+Exit status: 0 done, 1 error, 2 wrong usage. `compare`, `plan`, `receipt check` and `train` have more.
 
 Examples:
   bitnet run --model model.gguf --prompt 'The capital of France is'
@@ -89,6 +90,7 @@ Examples:
   bitnet synth --shape 2b-4t --out synthetic.gguf
   bitnet bench --model synthetic.gguf -p 128 -n 64 --threads 1
   bitnet plan --model model.gguf
+  bitnet compare model.gguf logits.npy --tokens-file ids.txt
   bitnet kernels --explain 6912x2560
   bitnet convert model/ --to gguf";
 
@@ -106,6 +108,7 @@ enum Command {
     Synth(synth::SynthArgs),
     Perplexity(perplexity::PerplexityArgs),
     Logits(logits::LogitsArgs),
+    Compare(Box<compare::CompareArgs>),
     Train(train::TrainArgs),
     Export(export::ExportArgs),
     Convert(export::ConvertArgs),
@@ -159,6 +162,7 @@ fn program() -> ExitCode {
         Command::Prepack(args) => prepack::run(args),
         Command::Plugins(args) => plugins::run(args),
         Command::Worker(args) => worker::run(args),
+        Command::Compare(args) => return exit(compare::run(*args)),
         Command::Plan(args) => return exit(plan::run(args)),
         Command::Receipt(args) => return exit(receipt::run(args)),
         Command::GateChild(args) => args.run(),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::bail;
+use bitnet_burn_engine::compare::negative_log_likelihood;
 use bitnet_burn_engine::generate::logits;
 use bitnet_burn_engine::report::{Execution, ModelSummary};
 use bitnet_burn_engine::text::human_seconds;
@@ -219,14 +220,6 @@ fn windows(tokens: usize, context: usize, stride: usize) -> Vec<Window> {
     }
 }
 
-/// -ln softmax(logits)\[target\], in f64; `None` if a logit is not a number.
-fn negative_log_likelihood(logits: &[f32], target: usize) -> Option<f64> {
-    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let sum: f64 = logits.iter().map(|&l| (f64::from(l) - max).exp()).sum();
-    let nll = max + sum.ln() - f64::from(logits[target]);
-    nll.is_finite().then_some(nll)
-}
-
 #[derive(Default)]
 struct Sum {
     count: usize,
@@ -270,14 +263,5 @@ mod tests {
                 assert_eq!(times, usize::from(!first_of_its_window), "{tokens} {context} {stride}: {token}");
             }
         }
-    }
-
-    #[test]
-    fn likelihoods_are_those_of_the_softmax() {
-        let nll = negative_log_likelihood(&[0.0; 8], 3).unwrap();
-        assert!((nll - 8f64.ln()).abs() < 1e-12);
-        assert!(negative_log_likelihood(&[1000.0, 0.0], 0).unwrap() < 1e-12);
-        assert_eq!(negative_log_likelihood(&[f32::NAN, 0.0], 1), None);
-        assert_eq!(negative_log_likelihood(&[f32::INFINITY, 0.0], 1), None);
     }
 }

@@ -163,7 +163,7 @@ fn rows_at_once(chunk: usize, cache: &KvCache) -> usize {
     chunk.min(cache.capacity()).max(1)
 }
 
-fn rows(tokens: &[u32], sequence: SequenceId, position: usize) -> Vec<Row> {
+pub(crate) fn rows(tokens: &[u32], sequence: SequenceId, position: usize) -> Vec<Row> {
     tokens.iter().enumerate().map(|(i, &token)| Row { token, sequence, position: position + i }).collect()
 }
 

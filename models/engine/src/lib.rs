@@ -6,12 +6,14 @@
 //! - [`schedule`]: many requests at once, whose answers do not depend on each other.
 //! - [`embed`](mod@embed): vectors of texts.
 //! - [`tokenizer`], [`chat`], [`sampling`] and [`generate`](mod@generate): prompts in, text out.
+//! - [`compare`](mod@compare): two models, or a model and the logits of another program.
 //! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`report`] and [`receipt`]: what a run measured, and what it was made of.
 
 pub mod bench;
 pub mod chat;
 pub mod checkpoint;
+pub mod compare;
 pub mod device;
 pub mod device_bench;
 pub mod embed;

@@ -11,7 +11,7 @@ use burn::tensor::{Device, Tensor};
 
 use crate::bit_linear::side_by_side;
 use crate::{
-    ActivationRule, Batch, BitDeltaNet, BitLinear, BitLinearConfig, ForwardError, History, KvCache,
+    ActivationRule, Batch, BitDeltaNet, BitLinear, BitLinearConfig, ForwardError, History, KvCache, Stage,
     WeightScale,
 };
 
@@ -191,6 +191,7 @@ impl BitAttention {
     ) -> Result<Tensor<2>, ForwardError> {
         let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
         let qkv = side_by_side(x, Some(norm), batch.quantise, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
+        batch.keep.see(layer, Stage::Qkv, &qkv);
         let (qkv, gates) = self.without_gates(qkv);
         let qkv = self.normed(qkv);
         let turned_here = self.rope && self.rope_dim.is_some();
@@ -216,6 +217,7 @@ impl BitAttention {
             Some(gates) => ops::gated(Tensor::cat(vec![gates, context], 1), GatedActivation::Sigmoid),
             None => context,
         };
+        batch.keep.see(layer, Stage::Context, &context);
         Ok(self.o_proj.forward_rows(context, batch.quantise)?)
     }
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::{Device, Tensor};
 
+use crate::seen::Keep;
 use crate::{ForwardError, KvCache, RotaryEncoding, SequenceId};
 
 /// One row of a forward pass: a token at the next position of its sequence.
@@ -42,6 +43,8 @@ pub struct Batch {
     pub(crate) angles: (Tensor<2>, Tensor<2>),
     /// Whether activations are quantised.
     pub(crate) quantise: bool,
+    /// Where the layers' values are kept, if they are.
+    pub(crate) keep: Keep,
 }
 
 /// Consecutive rows of one sequence.
@@ -63,7 +66,8 @@ impl Batch {
     ) -> Self {
         let positions: Vec<usize> = (0..length).collect();
         let angles = rotary.angles(&positions, length, device);
-        Self { sequences: Vec::new(), context: length, angles, positions, quantise }
+        let keep = Keep::default();
+        Self { sequences: Vec::new(), context: length, angles, positions, quantise, keep }
     }
 
     /// Computes the angles on another device.
@@ -114,6 +118,6 @@ impl Batch {
         let positions: Vec<usize> = rows.iter().map(|row| row.position).collect();
         let context = cache.capacity();
         let angles = rotary.angles(&positions, context, device);
-        Ok(Self { sequences, context, angles, positions, quantise })
+        Ok(Self { sequences, context, angles, positions, quantise, keep: Keep::default() })
     }
 }

@@ -9,7 +9,7 @@ use crate::delta_net::{DeltaNetFloats, values};
 use crate::{
     Attention, Batch, BitAttentionConfig, BitDeltaNetConfig, BitExpertsConfig, BitFeedForward,
     BitFeedForwardConfig, BitLinear, DenseMatrix, FeedForward, FloatPart, ForwardError, GatedActivation,
-    History, ModelConfig, Norm, Projection,
+    History, ModelConfig, Norm, Projection, Stage,
 };
 
 /// Configuration of a [`BitBlock`].
@@ -232,7 +232,14 @@ impl BitBlock {
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
         let scaled = |y: Tensor<2>| if self.residual_scale == 1.0 { y } else { y * self.residual_scale };
-        let x = x.clone() + scaled(self.attention.forward(x, layer, batch, history)?);
-        Ok(x.clone() + scaled(self.feed_forward.forward(x, batch.quantise)?))
+        batch.keep.see(layer, Stage::Input, &x);
+        let attention = self.attention.forward(x.clone(), layer, batch, history)?;
+        batch.keep.see(layer, Stage::Attention, &attention);
+        let x = x + scaled(attention);
+        batch.keep.see(layer, Stage::Middle, &x);
+        let (keep, quantise) = (&batch.keep, batch.quantise);
+        let feed_forward = self.feed_forward.forward_keeping(x.clone(), quantise, layer, keep)?;
+        batch.keep.see(layer, Stage::FeedForward, &feed_forward);
+        Ok(x + scaled(feed_forward))
     }
 }

@@ -7,7 +7,8 @@ use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor};
 
 use crate::bit_linear::side_by_side;
-use crate::{ActivationRule, BitExperts, BitLinear, BitLinearConfig, ForwardError, WeightScale};
+use crate::seen::Keep;
+use crate::{ActivationRule, BitExperts, BitLinear, BitLinearConfig, ForwardError, Stage, WeightScale};
 
 /// Configuration of a [`BitFeedForward`].
 #[derive(Config, Debug)]
@@ -46,8 +47,19 @@ impl FeedForward {
     /// # Errors
     /// If a kernel refuses, or a device fails.
     pub fn forward(&self, x: Tensor<2>, quantise: bool) -> Result<Tensor<2>, ForwardError> {
+        self.forward_keeping(x, quantise, 0, &Keep::default())
+    }
+
+    /// [`forward`](Self::forward) as a part of block `layer`.
+    pub(crate) fn forward_keeping(
+        &self,
+        x: Tensor<2>,
+        quantise: bool,
+        layer: usize,
+        keep: &Keep,
+    ) -> Result<Tensor<2>, ForwardError> {
         match self {
-            Self::One(network) => network.forward(x, quantise),
+            Self::One(network) => network.forward_keeping(x, quantise, layer, keep),
             Self::Experts(experts) => experts.forward(x, quantise),
         }
     }
@@ -130,8 +142,21 @@ impl BitFeedForward {
     /// # Errors
     /// If a kernel refuses.
     pub fn forward(&self, x: Tensor<2>, quantise: bool) -> Result<Tensor<2>, ForwardError> {
+        self.forward_keeping(x, quantise, 0, &Keep::default())
+    }
+
+    fn forward_keeping(
+        &self,
+        x: Tensor<2>,
+        quantise: bool,
+        layer: usize,
+        keep: &Keep,
+    ) -> Result<Tensor<2>, ForwardError> {
         let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
         let gate_up = side_by_side(x, Some(norm), quantise, &[&self.gate_proj, &self.up_proj])?;
-        Ok(self.down_proj.forward_rows(self.gate.apply(gate_up), quantise)?)
+        keep.see(layer, Stage::GateUp, &gate_up);
+        let gated = self.gate.apply(gate_up);
+        keep.see(layer, Stage::Gated, &gated);
+        Ok(self.down_proj.forward_rows(gated, quantise)?)
     }
 }

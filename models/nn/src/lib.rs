@@ -23,6 +23,7 @@ mod parts;
 mod quantisation;
 mod rotary;
 mod rotation;
+mod seen;
 mod trainable;
 mod try_out;
 
@@ -43,6 +44,7 @@ pub use parts::{FloatPart, Norm, Projection};
 pub use quantisation::{ActivationRule, Quantisation};
 pub use rotary::{RopeScaling, RotaryEncoding, RotaryEncodingConfig};
 pub use rotation::Rotation;
+pub use seen::{Seen, Stage};
 pub use trainable::{Parameter, ValuesOf};
 
 pub use bitnet_burn_backends as backends;

@@ -23,9 +23,10 @@ use burn::module::{Module, Param, ParamId};
 use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor, TensorData};
 
+use crate::seen::Keep;
 use crate::{
     Batch, BitBlock, BitLinear, CacheError, CacheType, DenseMatrix, History, KvCache, ModelConfig,
-    RotaryEncoding, RotaryEncodingConfig, Rotation, Row,
+    RotaryEncoding, RotaryEncodingConfig, Rotation, Row, Seen, Stage,
 };
 
 /// Why a forward pass failed.
@@ -196,14 +197,44 @@ impl BitNet {
         wanted: &[usize],
         cache: &mut KvCache,
     ) -> Result<Tensor<2>, ForwardError> {
+        Ok(self.states(rows, wanted, cache, Keep::default())?.0)
+    }
+
+    /// [`forward`](Self::forward) of all rows, with what the layers computed on the way, in the order of the computation:
+    /// to find where two models part.
+    ///
+    /// # Shapes
+    /// The logits are [rows, vocabulary].
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_seen(
+        &self,
+        rows: &[Row],
+        cache: &mut KvCache,
+    ) -> Result<(Tensor<2>, Vec<Seen>), ForwardError> {
+        let all: Vec<usize> = (0..rows.len()).collect();
+        let (states, keep) = self.states(rows, &all, cache, Keep::all())?;
+        Ok((self.logits(states)?, keep.into_seen()))
+    }
+
+    fn states(
+        &self,
+        rows: &[Row],
+        wanted: &[usize],
+        cache: &mut KvCache,
+        keep: Keep,
+    ) -> Result<(Tensor<2>, Keep), ForwardError> {
         self.check_tokens(rows.iter().map(|row| row.token))?;
         let mut batch = Batch::over_cache(rows, cache, &self.rotary, self.quantise, &self.device())?;
+        batch.keep = keep;
         let tokens: Vec<u32> = rows.iter().map(|row| row.token).collect();
         let x = self.hidden(&tokens, &mut batch, &mut History::Cache(cache))?;
+        batch.keep.see(self.blocks.len(), Stage::Input, &x);
         for sequence in &batch.sequences {
             cache.advance(sequence.id, sequence.rows.len())?;
         }
-        self.normalised(select_rows(x, wanted))
+        Ok((self.normalised(select_rows(x, wanted))?, batch.keep))
     }
 
     /// The logits of all rows of whole sequences of `length` tokens each, without a cache: what training

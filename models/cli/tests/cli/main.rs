@@ -1,6 +1,7 @@
 //! The program `bitnet`, as its users and other programs see it: on a small synthetic model, end to end.
 
 mod chat;
+mod compare;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod docs;
@@ -533,6 +534,7 @@ fn wrong_usage_is_exit_code_2() {
         "synth",
         "perplexity",
         "logits",
+        "compare",
         "train",
         "export",
         "convert",
