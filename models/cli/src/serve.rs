@@ -167,9 +167,9 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
 
 async fn serve(mut args: ServeArgs) -> anyhow::Result<()> {
     // First of all, so that a wrong address fails at once.
-    let listener = TcpListener::bind(&args.listen)
-        .await
-        .with_context(|| format!("cannot listen on {}; an address is HOST:PORT", args.listen))?;
+    let listener = TcpListener::bind(&args.listen).await.with_context(|| {
+        format!("cannot listen on {}; an address is HOST:PORT, and port 0 takes a free one", args.listen)
+    })?;
     let address = listener.local_addr().context("the address that the server listens on is unknown")?;
     let options = args.server_options(address)?;
     let load = Arc::new((args.load, args.gaps));

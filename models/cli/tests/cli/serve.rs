@@ -419,7 +419,7 @@ fn a_key_is_needed_where_there_is_one() {
     let error = place.error(&["serve", "-m", "model.gguf", "--listen", "0.0.0.0:0"]);
     assert!(error.contains("--api-key FILE") && error.contains("--no-api-key"), "{error}");
     place.write("short", "abc");
-    let error = place.error(&["serve", "-m", "model.gguf", "--api-key", "short"]);
+    let error = place.error(&["serve", "-m", "model.gguf", "--listen", "127.0.0.1:0", "--api-key", "short"]);
     assert!(error.contains("short: an API key has at least 8 characters"), "{error}");
 }
 
@@ -448,7 +448,8 @@ fn several_models_are_loaded_when_they_are_asked_for() {
     assert_eq!(states(), ["unloaded", "ready"]);
     assert_eq!(ask("one"), one);
     assert_eq!(states(), ["ready", "unloaded"]);
-    let error = place.error(&["serve", "-m", "a=model.gguf", "-m", "a=other.gguf"]);
+    let error =
+        place.error(&["serve", "-m", "a=model.gguf", "-m", "a=other.gguf", "--listen", "127.0.0.1:0"]);
     assert!(error.contains("two models are named \"a\""), "{error}");
     let error = place.error(&["serve", "-m", "missing.gguf", "--listen", "127.0.0.1:0"]);
     assert!(error.contains("missing.gguf"), "{error}");

@@ -2,7 +2,7 @@
 """Tests the chat page of a running `bitnet serve` in headless Chromium.
 
     apt-get install chromium chromium-driver && python3 -m pip install selenium
-    tests/browser/page.py URL [URL ...] [--key KEY] [--screenshots FOLDER] [-k PART_OF_A_TEST'S_NAME]
+    tests/clients/page.py URL [URL ...] [--key KEY] [--screenshots FOLDER] [-k PART_OF_A_TEST'S_NAME]
 
 The servers need one model with a chat template and one without; a single server may have both. The tests do not rely on
 what the models say, only that they say something: a model that always ends at once fails them.
@@ -444,7 +444,7 @@ class Phone(Browser):
         self.cdp("Emulation.setTouchEmulationEnabled", enabled=True)
         self.set(max_tokens=8, system="A system prompt that is longer than the screen is wide, so that it must be cut.")
         # On a phone, Enter starts a line.
-        self.one("#message").send_keys("W" * 200, Keys.ENTER, "https://example.com/" + "x" * 200)
+        self.one("#message").send_keys("W" * 120, Keys.ENTER, "https://example.com/" + "x" * 120)
         self.assertEqual([], self.messages())
         self.one("#send").click()
         self.finished()
