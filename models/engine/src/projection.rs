@@ -43,7 +43,7 @@ impl Ternary {
             Err(error) => return Ok(Err(error)),
         };
         let group = scales.group();
-        let Some(activations) = rule.group(group) else {
+        let Some(activations) = rule.group(group, *k) else {
             return Err(ModelError::Row { tensor: name.clone(), group });
         };
         let scale = MatrixScale::Groups { scales, activations };
@@ -89,6 +89,10 @@ pub(crate) fn linear(
         },
         Weights::Dense(tensor) => {
             let reason = match rule {
+            // One group for the whole row.
+            ActivationRule::Group(_) if rule.group(0, k) == Some(0) => {
+                Ternary { codes, scale: scale.into(), n, k }
+            }
                 ActivationRule::Float => "float activations were asked for".into(),
                 _ if lacks_kernels(rule, device) => "its device has no kernels for many scales".into(),
                 _ => match Ternary::read(&tensor, rule)? {

@@ -234,7 +234,10 @@ pub(super) fn write(
             hf::write_masters(at, model.config(), model.parameters())?;
         }
         Some(quantisation) => {
-            let rule = Some(quantisation.activation_rule());
+            let rule = Some(match &quantisation.activation_rules(model.config())[..] {
+                [rule] => *rule,
+                _ => quantisation.activations,
+            });
             hf::write_values(at, model.config(), rule, model.frozen_parameters())?;
             hf::write_tensors(&at.join(MASTERS), model.config(), model.parameters())?;
         }
