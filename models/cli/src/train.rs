@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use bitnet_burn::WeightScale;
 use bitnet_burn_engine::load::ActivationRule;
 use bitnet_burn_engine::text::{count, human_seconds};
+use bitnet_burn_formats::files;
 use bitnet_burn_train::{Corpus, Documents, Event, Outcome, TrainConfig, Trainer, config_of};
 use clap::Args;
 use serde::Serialize;
@@ -135,6 +136,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let handled = ctrlc::set_handler(move || {
         if handler.swap(true, Ordering::Relaxed) {
             // Asked twice: now.
+            files::discard_unfinished();
             Status::Interrupted.exit();
         }
         eprintln!("\nstopping after this step, with a checkpoint; once more: at once, without");
@@ -150,8 +152,9 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         let rules = quantisation.activation_rules(trainer.model().config());
         let rules: Vec<_> = rules.iter().map(ToString::to_string).collect();
         output::note(format!(
-            "ternary weights with scales by {scale}, activations: {}",
-            config.model.activations
+            "ternary weights with scales by {}, activations: {}",
+            quantisation.scale,
+            rules.join(", ")
         ));
     }
     output::note(format!(
