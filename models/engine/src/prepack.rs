@@ -283,7 +283,7 @@ pub fn write(
         }
         progress(all - 1, all);
         let tensor = head_tensor(checkpoint)?;
-        let head_of_layers = projection::computes_head(checkpoint, head);
+        let head_of_layers = projection::computes_head(checkpoint, head)?;
         if let Some(weights) =
             head_of_layers.then(|| Ternary::of(Weights::Dense(tensor.clone()), rule)).flatten()
         {

@@ -99,7 +99,7 @@ impl Requirements {
             false => format.row_bytes(stored.k).unwrap_or(usize::MAX).saturating_mul(stored.n) as u64,
         };
         // On the host, int8 products need a copy in tiles, in any format, and those with ternary weights a packing.
-        let packed = projection::computes_head(checkpoint, head) && stored.format.is_ternary();
+        let packed = stored.format.is_ternary() && projection::computes_head(checkpoint, head)?;
         let own = output.is_some() || format != stored.format || head.int8_format(stored).is_some() || packed;
         let sizes = DenseBytes {
             embedding: embedding.data.len() as u64,
