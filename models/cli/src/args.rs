@@ -73,7 +73,7 @@ pub struct FileArgs {
     /// one of the Hugging Face Hub, which is downloaded once [default: the built-in story model]
     #[arg(long, short, value_name = "PATH", value_parser = Model::parser(), help_heading = "Model")]
     pub model: Option<Model>,
-    /// The feed-forward activation, for files that don't name it: relu2 or silu
+    /// The feed-forward activation, for files that don't name it: relu2, silu, gelu or gelu_pytorch_tanh
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Model")]
     pub hidden_act: Option<GatedActivation>,
     /// The pre-tokenizer, for GGUF files that don't name it (llama-bpe, gpt-2, qwen2 ...)
@@ -305,7 +305,8 @@ impl From<KvCacheType> for CacheType {
 }
 
 pub fn activation(name: &str) -> Result<GatedActivation, String> {
-    GatedActivation::from_name(name).ok_or_else(|| "possible values: relu2, silu".into())
+    GatedActivation::from_name(name)
+        .ok_or_else(|| "possible values: relu2, silu, gelu, gelu_pytorch_tanh".into())
 }
 
 /// A number of at least 1.

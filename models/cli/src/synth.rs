@@ -68,7 +68,7 @@ pub struct SynthArgs {
     /// Base of the RoPE frequencies
     #[arg(long, value_name = "X", help_heading = "Sizes")]
     rope_theta: Option<f64>,
-    /// The feed-forward activation: relu2 or silu
+    /// The feed-forward activation: relu2, silu, gelu or gelu_pytorch_tanh
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Sizes")]
     hidden_act: Option<GatedActivation>,
     /// Write an output head, instead of using the embedding as one

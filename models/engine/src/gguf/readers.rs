@@ -271,7 +271,8 @@ pub(super) fn warnings(
         let (own, other) = match config.activation {
             GatedActivation::Relu2 => ("squared ReLU", "SiLU"),
             GatedActivation::Silu => ("SiLU", "squared ReLU"),
-            GatedActivation::Sigmoid => ("a sigmoid", "squared ReLU"),
+            GatedActivation::Sigmoid => ("a sigmoid", "another function"),
+            GatedActivation::Gelu | GatedActivation::GeluTanh => ("GELU", "another function"),
         };
         warnings.push(format!(
             "under architecture `{name}`, {} computes {other} where this model has {own}: wrong text, and no error",
