@@ -306,10 +306,12 @@ fn scales(projections: &BTreeMap<String, usize>) -> String {
 
 fn feed_forward(c: &ModelConfig, sub_norms: &str) -> String {
     let one = format!("{}, {}, {sub_norms}", c.intermediate_size, c.activation);
-    let Some(Experts { count, used, intermediate_size, dense_layers, .. }) = &c.options.experts else {
+    let Some(Experts { count, used, intermediate_size, shared, dense_layers, .. }) = &c.options.experts
+    else {
         return one;
     };
-    let experts = format!("{used} of {count} experts of {intermediate_size}, {}", c.activation);
+    let shared = shared.map_or(String::new(), |size| format!(" and a shared one of {size}"));
+    let experts = format!("{used} of {count} experts of {intermediate_size}{shared}, {}", c.activation);
     match dense_layers.len() {
         0 => experts,
         layers => format!("{experts}; {layers} layers without experts: {one}"),

@@ -246,7 +246,9 @@ fn float_part(
     // Outputs of variance 1, decays of a few percent a row, taps that keep the variance.
     let matrix = (3.0 / columns as f32).sqrt();
     let value = |random: &mut SplitMix64| match which {
-        FloatPart::Router | FloatPart::DeltaDecay | FloatPart::DeltaStrength => centred(random) * matrix,
+        FloatPart::Router | FloatPart::SharedRouter | FloatPart::DeltaDecay | FloatPart::DeltaStrength => {
+            centred(random) * matrix
+        }
         FloatPart::DeltaConvolution => centred(random) * (3.0 / rows as f32).sqrt(),
         FloatPart::DeltaRate => -0.1 * unit(random),
         FloatPart::DeltaBias => centred(random),
@@ -374,9 +376,8 @@ fn fnv1a(name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{Checkpoint, OpenOptions, Weights};
+    use crate::checkpoint::{Checkpoint, OpenOptions};
     use crate::tokenizer::Tokenizer;
-    use bitnet_burn_formats::{DenseTensor, canonical, ternary};
 
     #[test]
     fn named_shapes_are_possible() {

@@ -87,6 +87,9 @@ impl Architecture {
     pub(super) fn problem(self, config: &ModelConfig) -> Option<&'static str> {
         let DecoderOptions { qk_norms, qkv_bias, output_bias, experts, windows, .. } = &config.options;
         let DecoderOptions { delta_net, attention_gate, rope_dim, projection_norms, .. } = &config.options;
+        if experts.as_ref().is_some_and(|experts| experts.shared.is_some()) {
+            return Some("has no shared expert, and this model has");
+        }
         let mixed = matches!(self, Self::Qwen3Moe | Self::Maple);
         for (found, expected, lacks, has) in [
             (
