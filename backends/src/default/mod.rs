@@ -95,7 +95,7 @@ fn normal<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
 const GELU_CUBIC: f32 = 0.044_715;
 
 /// 2 sqrt(2 / pi).
-const GELU_FACTOR: f32 = 1.595_769_1;
+const GELU_FACTOR: f32 = 1.595_769;
 
 /// 2 sqrt(2 / pi) * (x + 0.044715 x^3), whose sigmoid is (1 + tanh) / 2 of half of it. x counts as 10 at most, and as -10 at
 /// least: the sigmoid is 0 or 1 there.

@@ -165,7 +165,7 @@ impl Gate for GeluTanh {
     #[inline(always)]
     fn value_and_slope<I: Isa>(self, isa: I, g: f32) -> (f32, f32) {
         /// 2 sqrt(2 / pi)
-        const TWICE: f32 = 1.595_769_1;
+        const TWICE: f32 = 1.595_769;
         const CUBIC: f32 = 0.044_715;
         // Beyond, the sigmoid is 0 or 1. (A NaN stays one.)
         let x = g.clamp(-10.0, 10.0);
