@@ -530,7 +530,7 @@ fn wrong_usage_is_exit_code_2() {
         &["run", "-m", "x", "-p", "y", "--top-k", "5"],
         &["run", "-m", "x", "-p", "y", "--chunk", "0"],
         &["run", "-m", "x", "-p", "y", "--threads", "0"],
-        &["run", "-m", "x", "-p", "y", "--hidden-act", "gelu"],
+        &["run", "-m", "x", "-p", "y", "--hidden-act", "gelu_fast"],
         &["kernels", "--explain", "big"],
         &["synth", "--shape", "huge"],
     ] {
