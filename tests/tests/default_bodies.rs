@@ -67,7 +67,7 @@ fn rms_norm_rope_and_gated_activations_agree() {
     }
     for (m, f) in [(1, 8), (9, 123)] {
         let x: Vec<f32> = random.floats(m * 2 * f).iter().map(|v| v * 8.0).collect();
-        for activation in [GatedActivation::Relu2, GatedActivation::Silu] {
+        for activation in GatedActivation::ALL {
             agree("gated", 1e-6, &|device| ops::gated(tensor(&x, [m, 2 * f], device), activation));
         }
     }

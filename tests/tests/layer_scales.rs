@@ -362,7 +362,7 @@ fn every_kind_moves_between_devices() {
                 let want = values(packed.forward(tensor(&x, [3, k], &from)));
                 let got = values(packed.to_device(&to).forward(tensor(&x, [3, k], &to)));
                 let what = format!("{kind:?} from {from:?} to {to:?}");
-                match kind.activation_group() {
+                match kind.activation_group(256) {
                     Some(_) => assert_eq!(got, want, "{what}"),
                     None => assert_close(&got, &want, &what),
                 }
@@ -399,7 +399,7 @@ fn configurations_are_text_and_layers_print_their_kind() {
         let again: BitLinearConfig = serde_json::from_str(&json).unwrap();
         assert_eq!(again.quantisation(), kind, "{json}");
         let layer = config.init(&device);
-        let activations = match kind.activation_group() {
+        let activations = match kind.activation_group(256) {
             None => "activations: float".to_owned(),
             Some(0) => "activations: row".to_owned(),
             Some(group) => format!("activations: group:{group}"),

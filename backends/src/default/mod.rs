@@ -79,6 +79,29 @@ pub(crate) fn gated<B: Backend>(gate_up: FloatTensor<B>, activation: GatedActiva
             B::float_div(gate, B::float_add_scalar(e, 1f32.into()))
         }
         GatedActivation::Sigmoid => sigmoid::<B>(gate),
+        GatedActivation::Gelu => B::float_mul(normal::<B>(gate.clone()), gate),
+        GatedActivation::GeluTanh => B::float_mul(sigmoid::<B>(tanh_argument::<B>(gate.clone())), gate),
     };
     B::float_mul(gate, up)
+}
+
+/// The normal distribution, (1 + erf(x / sqrt 2)) / 2.
+fn normal<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
+    let erf = B::float_erf(B::float_mul_scalar(x, std::f32::consts::FRAC_1_SQRT_2.into()));
+    B::float_mul_scalar(B::float_add_scalar(erf, 1f32.into()), 0.5f32.into())
+}
+
+/// The cubic term of the GELU with tanh.
+const GELU_CUBIC: f32 = 0.044_715;
+
+/// 2 sqrt(2 / pi).
+const GELU_FACTOR: f32 = 1.595_769;
+
+/// 2 sqrt(2 / pi) * (x + 0.044715 x^3), whose sigmoid is (1 + tanh) / 2 of half of it. x counts as 10 at most, and as -10 at
+/// least: the sigmoid is 0 or 1 there.
+fn tanh_argument<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
+    let x = B::float_clamp(x, (-10f32).into(), 10f32.into());
+    let square = B::float_mul(x.clone(), x.clone());
+    let inner = B::float_add_scalar(B::float_mul_scalar(square, GELU_CUBIC.into()), 1f32.into());
+    B::float_mul_scalar(B::float_mul(x, inner), GELU_FACTOR.into())
 }

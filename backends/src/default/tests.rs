@@ -246,7 +246,7 @@ fn training_is_the_same<B: TernaryBackend>() {
         let (x, dy) = (random(4, m * 2 * f), random(5, m * f));
         let tensor = || floats::<B>(x.clone(), &[m, 2 * f]);
         let d = || floats::<B>(dy.clone(), &[m, f]);
-        for activation in [GatedActivation::Relu2, GatedActivation::Silu] {
+        for activation in GatedActivation::ALL {
             let plain = values::<B>(gated::<B>(tensor(), activation));
             close(&values::<B>(B::gated(tensor(), activation)), &plain, 1e-6, "gated");
             let inputs = [(x.clone(), vec![m, 2 * f])];

@@ -8,7 +8,9 @@ use burn::tensor::{IndexingUpdateOp, Shape};
 
 use super::attention::{causal_weights, rope};
 use super::bit_linear::columns_of;
-use super::{EPSILON, concat, dims, quantise, sigmoid, slice};
+use super::{
+    EPSILON, GELU_CUBIC, GELU_FACTOR, concat, dims, normal, quantise, sigmoid, slice, tanh_argument,
+};
 use crate::extension::{GatedActivation, SelfAttentionArgs};
 
 pub(crate) fn fake_quantise<B: Backend>(x: FloatTensor<B>, group: usize) -> FloatTensor<B> {
@@ -209,6 +211,28 @@ pub(crate) fn gated_backward<B: Backend>(
             let sigmoid = sigmoid::<B>(gate);
             let rest = B::float_add_scalar(B::float_neg(sigmoid.clone()), 1f32.into());
             (sigmoid.clone(), B::float_mul(sigmoid, rest))
+        }
+        GatedActivation::Gelu => {
+            // phi + x * density
+            let phi = normal::<B>(gate.clone());
+            let square = B::float_mul(gate.clone(), gate.clone());
+            let density = B::float_exp(B::float_mul_scalar(square, (-0.5f32).into()));
+            let density =
+                B::float_mul_scalar(density, (std::f32::consts::FRAC_2_SQRT_PI / 8f32.sqrt()).into());
+            let value = B::float_mul(gate.clone(), phi.clone());
+            (value, B::float_add(phi, B::float_mul(gate, density)))
+        }
+        GatedActivation::GeluTanh => {
+            // sigmoid + x * sigmoid * (1 - sigmoid) * the argument's slope
+            let sigmoid = sigmoid::<B>(tanh_argument::<B>(gate.clone()));
+            let rest = B::float_add_scalar(B::float_neg(sigmoid.clone()), 1f32.into());
+            let square = B::float_mul(gate.clone(), gate.clone());
+            let inner =
+                B::float_add_scalar(B::float_mul_scalar(square, (3.0 * GELU_CUBIC).into()), 1f32.into());
+            let inner = B::float_mul_scalar(inner, GELU_FACTOR.into());
+            let value = B::float_mul(gate, sigmoid.clone());
+            let slope = B::float_mul(B::float_mul(value.clone(), rest), inner);
+            (value, B::float_add(sigmoid, slope))
         }
         GatedActivation::Silu => {
             let sigmoid = sigmoid::<B>(gate.clone());

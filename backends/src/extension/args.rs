@@ -231,23 +231,37 @@ pub enum GatedActivation {
     Silu,
     /// `sigmoid(x)`: the gates of an attention's output (Qwen3.5). No feed-forward network that is read has it.
     Sigmoid,
+    /// `x * (1 + erf(x / sqrt(2))) / 2` (arXiv 1606.08415): transformers' `gelu`.
+    Gelu,
+    /// `x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2`, its approximation: transformers' `gelu_pytorch_tanh` and
+    /// `gelu_new`.
+    #[serde(rename = "gelu_pytorch_tanh")]
+    GeluTanh,
 }
 
 impl GatedActivation {
+    /// All of them. A remote device knows them by their place.
+    pub const ALL: [Self; 5] = [Self::Relu2, Self::Silu, Self::Sigmoid, Self::Gelu, Self::GeluTanh];
+
     /// The name in configuration files.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Relu2 => "relu2",
             Self::Silu => "silu",
             Self::Sigmoid => "sigmoid",
+            Self::Gelu => "gelu",
+            Self::GeluTanh => "gelu_pytorch_tanh",
         }
     }
 
-    /// The activation of that name, or `None`. Spellings in use: `relu2`, `relu_squared`, `silu`, `swish`.
+    /// The activation of that name, or `None`. Spellings in use: `relu2`, `relu_squared`, `silu`, `swish`, `gelu`,
+    /// `gelu_new`, `gelu_pytorch_tanh`.
     pub fn from_name(name: &str) -> Option<Self> {
         match name {
             "relu2" | "relu_squared" => Some(Self::Relu2),
             "silu" | "swish" => Some(Self::Silu),
+            "gelu" => Some(Self::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" => Some(Self::GeluTanh),
             _ => None,
         }
     }

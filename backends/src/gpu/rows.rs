@@ -43,14 +43,15 @@ pub(crate) fn rms_norm(x: CubeTensor, weight: CubeTensor, eps: f32) -> CubeTenso
 
 pub(crate) fn gated(gate_up: CubeTensor, activation: GatedActivation) -> CubeTensor {
     let [m, width] = dims(&gate_up);
-    if gate_up.dtype != DType::F32 || m * width == 0 || m * width > u32::MAX as usize {
-        return default::gated::<B>(gate_up, activation);
-    }
     let gate = match activation {
         GatedActivation::Relu2 => Gate::Relu2,
         GatedActivation::Silu => Gate::Silu,
         GatedActivation::Sigmoid => Gate::Sigmoid,
+        GatedActivation::Gelu | GatedActivation::GeluTanh => return default::gated::<B>(gate_up, activation),
     };
+    if gate_up.dtype != DType::F32 || m * width == 0 || m * width > u32::MAX as usize {
+        return default::gated::<B>(gate_up, activation);
+    }
     let (x, f) = (into_contiguous(gate_up), width / 2);
     let params = params_on(&x.device, &x.client, rows::gated_params(m, f));
     // SAFETY: contiguous f32 [m, 2 * f], fewer than 2^32, and the parameters for them.

@@ -40,6 +40,8 @@ pub(crate) fn gated<B: HostBackend>(gate_up: FloatTensor<B>, activation: GatedAc
         GatedActivation::Relu2 => gated::relu2_mul(&values, f, &mut out, &threads()),
         GatedActivation::Silu => gated::silu_mul(&values, f, &mut out, &threads()),
         GatedActivation::Sigmoid => gated::sigmoid_mul(&values, f, &mut out, &threads()),
+        GatedActivation::Gelu => gated::gelu_mul(&values, f, &mut out, &threads()),
+        GatedActivation::GeluTanh => gated::gelu_tanh_mul(&values, f, &mut out, &threads()),
     }
     B::tensor(out, Shape::new([m, f]))
 }

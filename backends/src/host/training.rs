@@ -123,6 +123,8 @@ pub(crate) fn gated_backward<B: HostBackend>(
         }
         GatedActivation::Silu => training::silu_mul_backward(&values, &dy, f, &mut out, &threads()),
         GatedActivation::Sigmoid => training::sigmoid_mul_backward(&values, &dy, f, &mut out, &threads()),
+        GatedActivation::Gelu => training::gelu_mul_backward(&values, &dy, f, &mut out, &threads()),
+        GatedActivation::GeluTanh => training::gelu_tanh_mul_backward(&values, &dy, f, &mut out, &threads()),
     }
     B::tensor(out, Shape::new([m, width]))
 }

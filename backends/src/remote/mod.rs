@@ -33,7 +33,7 @@ pub use worker::{Worker, WorkerError};
 
 /// What both sides have to agree on: the operations below and their arguments belong to a version.
 fn version() -> String {
-    format!("bitnet-burn {}, operations 4", env!("CARGO_PKG_VERSION"))
+    format!("bitnet-burn {}, operations 5", env!("CARGO_PKG_VERSION"))
 }
 
 /// The most bytes of a record between a client and a worker.

@@ -474,9 +474,8 @@ fn delta_net<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Out
 fn gated<B: TernaryBackend + BackendIr>(request: &mut Request<'_, B>) -> Outputs<B> {
     let (gate_up, [_, width]) = request.float("gate and up")?;
     check(width > 0 && width.is_multiple_of(2), || format!("gate and up of {width}"))?;
-    let activations = [GatedActivation::Relu2, GatedActivation::Silu, GatedActivation::Sigmoid];
     let asked = request.size()?;
-    let activation = activations.into_iter().find(|&activation| activation as usize == asked);
+    let activation = GatedActivation::ALL.into_iter().find(|&activation| activation as usize == asked);
     let activation = activation.ok_or_else(|| format!("activation {asked}"))?;
     Ok(vec![Output::Float(B::gated(gate_up, activation))])
 }

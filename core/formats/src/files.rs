@@ -3,6 +3,7 @@
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
@@ -157,11 +158,60 @@ fn unfinished() -> Builder<'static, 'static> {
     builder
 }
 
+/// The unfinished files and directories of this process.
+static PENDING: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn pending() -> MutexGuard<'static, Vec<PathBuf>> {
+    PENDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An unfinished file or directory in [`PENDING`].
+#[derive(Debug)]
+struct Pending(PathBuf);
+
+impl Pending {
+    /// Makes one. It can't be discarded before it is in the list.
+    fn make<T>(
+        make: impl FnOnce() -> io::Result<T>,
+        path: impl FnOnce(&T) -> &Path,
+    ) -> io::Result<(T, Self)> {
+        let mut pending = pending();
+        let made = make()?;
+        let path = path(&made).to_owned();
+        pending.push(path.clone());
+        Ok((made, Self(path)))
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        pending().retain(|path| *path != self.0);
+    }
+}
+
+/// Removes what this process is writing and has not finished, for a process that a signal ends. Threads that write wait
+/// from then on, for the end of the process.
+pub fn discard_unfinished() {
+    let pending = pending();
+    for path in pending.iter() {
+        // A thread may put a file into a directory while it is emptied.
+        for _ in 0..10 {
+            let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+            if removed.is_ok() || !path.exists() {
+                break;
+            }
+        }
+    }
+    // Nothing new begins.
+    std::mem::forget(pending);
+}
+
 /// A directory in which something is written that gets its name when it is complete. Dropped, it is removed. What
 /// a killed process leaves of it, the next one that writes beside it removes.
 #[derive(Debug)]
 pub struct UnfinishedDirectory {
     directory: TempDir,
+    _pending: Pending,
     /// Held while the process lives. Where directories have no locks, leftovers stay.
     _lock: Option<File>,
 }
@@ -174,11 +224,11 @@ impl UnfinishedDirectory {
     pub fn new(parent: &Path) -> io::Result<Self> {
         remove_leftovers(parent);
         loop {
-            let directory = unfinished().tempdir_in(parent)?;
+            let (directory, pending) = Pending::make(|| unfinished().tempdir_in(parent), TempDir::path)?;
             let lock = File::open(directory.path()).and_then(|file| file.lock().map(|()| file)).ok();
             // Between its creation and its lock, another process may have removed it.
             if lock.is_none() || directory.path().exists() {
-                return Ok(Self { directory, _lock: lock });
+                return Ok(Self { directory, _pending: pending, _lock: lock });
             }
         }
     }
@@ -186,6 +236,16 @@ impl UnfinishedDirectory {
     /// Where it is.
     pub fn path(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Gives it its name, at which there is nothing yet.
+    ///
+    /// # Errors
+    /// Those of the system; it is removed then.
+    pub fn rename(self, path: &Path) -> io::Result<()> {
+        fs::rename(self.path(), path)?;
+        let _ = self.directory.keep();
+        Ok(())
     }
 }
 
@@ -224,7 +284,7 @@ fn finish<E: From<io::Error>>(
     write: impl FnOnce(&mut dyn Write) -> Result<(), E>,
 ) -> Result<(), E> {
     remove_leftovers(directory(path));
-    let mut temporary = locked_file(builder, directory(path))?;
+    let (mut temporary, _pending) = locked_file(builder, directory(path))?;
     let mut out = BufWriter::with_capacity(1 << 16, temporary.as_file_mut());
     write(&mut out)?;
     out.flush()?;
@@ -236,20 +296,20 @@ fn finish<E: From<io::Error>>(
 }
 
 /// A temporary file, locked until it is closed: while its process lives, no other one takes it for a leftover.
-fn locked_file(builder: &Builder, dir: &Path) -> io::Result<NamedTempFile> {
+fn locked_file(builder: &Builder, dir: &Path) -> io::Result<(NamedTempFile, Pending)> {
     loop {
-        let file = builder.tempfile_in(dir)?;
+        let (file, pending) = Pending::make(|| builder.tempfile_in(dir), NamedTempFile::path)?;
         // A file system without locks keeps leftovers, too.
         let locked = file.as_file().lock().is_ok();
         // Between its creation and its lock, another process may have removed it.
         if !locked || file.path().exists() {
-            return Ok(file);
+            return Ok((file, pending));
         }
     }
 }
 
-/// Removes the unfinished files in a directory whose writers were killed: those that are not locked.
-fn remove_leftovers(dir: &Path) {
+/// Removes the unfinished files and directories in a directory whose writers were killed: those that are not locked.
+pub fn remove_leftovers(dir: &Path) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name();

@@ -178,6 +178,19 @@ impl Scales {
         self.group
     }
 
+    /// Which weights of a matrix [n, k] share one: all of them, where the rows' scales are equal. (Rows of zeros have any.)
+    ///
+    /// # Panics
+    /// If the matrix has other rows.
+    pub fn shared_by(&self, n: usize, k: usize) -> WeightScale {
+        if self.group > 0 {
+            return WeightScale::Group(self.group);
+        }
+        let mut scales = (0..n).map(|row| self.get(row, 0, k)).filter(|&scale| scale != 0.0);
+        let first = scales.next();
+        if scales.all(|scale| Some(scale) == first) { WeightScale::Tensor } else { WeightScale::Row }
+    }
+
     /// Whether they are f16; they are f32 otherwise.
     pub fn is_half(&self) -> bool {
         self.half

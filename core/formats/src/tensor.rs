@@ -5,7 +5,7 @@ use std::io::{self, Write};
 
 use bytes::Bytes;
 
-use crate::DenseFormat;
+use crate::{DenseFormat, ternary};
 
 /// A ternary matrix, W = scale * codes.
 #[derive(Clone)]
@@ -60,11 +60,7 @@ impl fmt::Debug for DenseTensor {
 impl TernaryTensor {
     /// Number of weights that are zero.
     pub fn zeros(&self) -> u64 {
-        // Code 1 is a pair of bits with the lower one set and the upper one not.
-        let pairs = |byte: u8| u64::from((byte & !(byte >> 1) & 0b01_01_01_01).count_ones());
-        let all: u64 = self.codes.iter().map(|&byte| pairs(byte)).sum();
-        let padding = self.codes.len() as u64 * 4 - self.n as u64 * self.k as u64;
-        all.saturating_sub(padding)
+        ternary::zeros(&self.codes, self.n, self.k)
     }
 }
 

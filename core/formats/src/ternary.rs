@@ -126,6 +126,15 @@ pub fn scaled_from_dense(
     Ok((rows, Scales::from_rows(&folded, n, k, group)?))
 }
 
+/// Number of weights of a matrix [n, k] in canonical rows that are zero.
+pub fn zeros(rows: &[u8], n: usize, k: usize) -> u64 {
+    // Code 1 is a pair of bits with the lower one set and the upper one not.
+    let pairs = |byte: u8| u64::from((byte & !(byte >> 1) & 0b01_01_01_01).count_ones());
+    let all: u64 = rows.iter().map(|&byte| pairs(byte)).sum();
+    let padding = rows.len() as u64 * 4 - n as u64 * k as u64;
+    all.saturating_sub(padding)
+}
+
 /// Checks the bytes of a tensor [n, k]; the bytes of its canonical rows, and of a row of the format.
 fn check_dense(format: DenseFormat, data: &[u8], n: usize, k: usize) -> Result<(usize, usize), FormatError> {
     let name = format.name();

@@ -82,7 +82,7 @@ pub struct FileArgs {
 /// What a model's files leave out.
 #[derive(Clone, Debug, Default, Args)]
 pub struct GapArgs {
-    /// The feed-forward activation, for files that don't name it: relu2 or silu
+    /// The feed-forward activation, for files that don't name it: relu2, silu, gelu or gelu_pytorch_tanh
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Model")]
     pub hidden_act: Option<GatedActivation>,
     /// The pre-tokenizer, for GGUF files that don't name it (llama-bpe, gpt-2, qwen2 ...)
@@ -328,7 +328,8 @@ impl From<KvCacheType> for CacheType {
 }
 
 pub fn activation(name: &str) -> Result<GatedActivation, String> {
-    GatedActivation::from_name(name).ok_or_else(|| "possible values: relu2, silu".into())
+    GatedActivation::from_name(name)
+        .ok_or_else(|| "possible values: relu2, silu, gelu, gelu_pytorch_tanh".into())
 }
 
 /// A number of at least 1.

@@ -11,15 +11,16 @@ use bitnet_burn_engine::synth;
 use bitnet_burn_engine::synth::{SynthOptions, SynthScales};
 use bitnet_burn_engine::text::{count, human_bytes, human_seconds};
 use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_formats::files::UnfinishedDirectory;
 use bitnet_burn_manager::cpu;
 use burn::tensor::Device;
 use clap::Args;
 use serde::Serialize;
-use tempfile::TempDir;
 
 use crate::args::{EngineArgs, Model, ReceiptArgs, positive};
 use crate::engine::{device_error, remember};
 use crate::output::{self, columns};
+use crate::status::discard_when_interrupted;
 use bitnet_burn_engine::device::DeviceSpec;
 
 /// Measure prefill and decode speed, and the memory's read bandwidth
@@ -108,9 +109,10 @@ fn gpu(args: &BenchArgs) -> anyhow::Result<Device> {
 }
 
 /// Writes a model of random weights, for calls without --model.
-fn synthetic(shape: &str) -> anyhow::Result<TempDir> {
-    let dir =
-        tempfile::tempdir().context("cannot make a temporary directory for a model of random weights")?;
+fn synthetic(shape: &str) -> anyhow::Result<UnfinishedDirectory> {
+    discard_when_interrupted()?;
+    let dir = UnfinishedDirectory::new(&std::env::temp_dir())
+        .context("cannot make a temporary directory for a model of random weights")?;
     let config = synth::shape(shape).context("the shape is unknown")?;
     let options = SynthOptions { config, scales: SynthScales::Tensor, embedding: DenseFormat::Q6_K, seed: 0 };
     let bar = output::bar(0, "writing random weights [{bar:30}] {bytes}/{total_bytes}");

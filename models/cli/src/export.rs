@@ -52,7 +52,7 @@ pub struct ConvertArgs {
     /// The model: a GGUF file, or a directory with config.json and safetensors
     #[arg(value_name = "SOURCE")]
     source: PathBuf,
-    /// The feed-forward activation, for files that don't state it: relu2 or silu
+    /// The feed-forward activation, for files that don't state it: relu2, silu, gelu or gelu_pytorch_tanh
     #[arg(long, value_name = "NAME", value_parser = activation)]
     hidden_act: Option<GatedActivation>,
     #[command(flatten)]

@@ -17,6 +17,7 @@
 mod client;
 mod hash;
 mod name;
+mod redirect;
 mod transfer;
 
 use std::io::ErrorKind;

@@ -20,7 +20,8 @@ pub struct InspectArgs {
     file: FileArgs,
     #[command(flatten)]
     _threads: ThreadArgs,
-    /// Read the whole file, and check that every ternary weight is -1, 0 or 1 and every other value is finite
+    /// Read the whole file, and check that every ternary weight is -1, 0 or 1 and every other value is finite. Float
+    /// projections whose values are ternary by tensor, row or group are counted as such
     #[arg(long)]
     check: bool,
     /// List every tensor, instead of one line for the same tensor in all layers
@@ -104,6 +105,8 @@ struct Check {
     tensors: usize,
     ternary_weights: u64,
     zero_weights: u64,
+    /// Projections by the weights that share a scale: `tensor`, `row`, `group:64`.
+    scales: BTreeMap<String, usize>,
     dense_values: u64,
     bytes: u64,
     seconds: f64,
@@ -158,6 +161,7 @@ fn check(checkpoint: &Checkpoint) -> anyhow::Result<Check> {
         tensors: report.tensors,
         ternary_weights: report.ternary_weights,
         zero_weights: report.zero_weights,
+        scales: report.scales,
         dense_values: report.dense_values,
         bytes: report.bytes,
         seconds: started.elapsed().as_secs_f64(),
@@ -253,8 +257,11 @@ impl Report<'_> {
         if let Some(check) = &self.check {
             let zeros = 100.0 * check.zero_weights as f64 / check.ternary_weights.max(1) as f64;
             text.push_str(&format!(
-                "\nChecked: {} tensors, {} ternary weights ({zeros:.1} % zero), {} other values, all valid\n",
-                check.tensors, check.ternary_weights, check.dense_values
+                "\nChecked: {} tensors, {} ternary weights ({zeros:.1} % zero{}), {} other values, all valid\n",
+                check.tensors,
+                check.ternary_weights,
+                scales(&check.scales),
+                check.dense_values
             ));
         }
         text
@@ -287,12 +294,24 @@ impl Report<'_> {
     }
 }
 
+/// `; scales by group:64`, or `; scales by row in 12 projections, tensor in 2 projections`.
+fn scales(projections: &BTreeMap<String, usize>) -> String {
+    let kinds: Vec<_> = match projections.len() {
+        0 => return String::new(),
+        1 => projections.keys().cloned().collect(),
+        _ => projections.iter().map(|(kind, count)| format!("{kind} in {count} projections")).collect(),
+    };
+    format!("; scales by {}", kinds.join(", "))
+}
+
 fn feed_forward(c: &ModelConfig, sub_norms: &str) -> String {
     let one = format!("{}, {}, {sub_norms}", c.intermediate_size, c.activation);
-    let Some(Experts { count, used, intermediate_size, dense_layers, .. }) = &c.options.experts else {
+    let Some(Experts { count, used, intermediate_size, shared, dense_layers, .. }) = &c.options.experts
+    else {
         return one;
     };
-    let experts = format!("{used} of {count} experts of {intermediate_size}, {}", c.activation);
+    let shared = shared.map_or(String::new(), |size| format!(" and a shared one of {size}"));
+    let experts = format!("{used} of {count} experts of {intermediate_size}{shared}, {}", c.activation);
     match dense_layers.len() {
         0 => experts,
         layers => format!("{experts}; {layers} layers without experts: {one}"),

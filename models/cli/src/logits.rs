@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::args::{EngineArgs, ReceiptArgs, positive, read_tokens};
 use crate::output;
+use crate::status::discard_when_interrupted;
 
 /// Write the logits of every position of a token sequence to a NumPy file
 ///
@@ -68,6 +69,7 @@ pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
     let sequence = cache.add_sequence(tokens.len());
     let shape = [tokens.len(), vocabulary];
     let bar = output::bar(tokens.len() as u64, "computing logits [{bar:30}] {pos}/{len}");
+    discard_when_interrupted()?;
     output::write_file(&args.out, |out| {
         out.write_all(&npy_header(shape))?;
         let mut written = Ok(());

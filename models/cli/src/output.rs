@@ -207,7 +207,6 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
     if let Some(error) = cause.downcast_ref::<ExportError>() {
         return match error {
             ExportError::Exists { .. } => Some("--force replaces it, --out writes to another place"),
-            ExportError::NoMasters { .. } => Some("--style packed writes ternary weights"),
             ExportError::Tokenizer(_) => Some("--no-tokenizer writes the model without it"),
             ExportError::Load(error) => of_load(error),
             _ => None,

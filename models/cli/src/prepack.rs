@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::args::{FileArgs, KernelArgs, LmHead};
 use crate::engine::config;
 use crate::output;
+use crate::status::discard_when_interrupted;
 
 /// Pack a model's weights for this machine's kernels, and write them to a file next to the model
 ///
@@ -48,6 +49,7 @@ pub fn run(args: PrepackArgs) -> anyhow::Result<()> {
     args.kernels.configure_with(config()?.0)?;
     let checkpoint = args.file.open()?;
     let started = Instant::now();
+    discard_when_interrupted()?;
     let bar = output::bar(1, "packing {bar:30} {pos}/{len}");
     let summary = prepack::write(&checkpoint, args.lm_head.into(), &mut |done, all| {
         bar.set_length(all as u64);

@@ -2,6 +2,9 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
+use bitnet_burn_formats::files;
+
 /// How the program ends. The command line parser adds status 2 for wrong usage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
@@ -13,7 +16,7 @@ pub enum Status {
     Mismatch = 3,
     /// Done, but results of a plugin are in doubt.
     Doubt = 4,
-    /// A signal stopped training.
+    /// A signal stopped training, or what would have written a large file.
     Interrupted = 130,
 }
 
@@ -24,6 +27,19 @@ impl Status {
         bitnet_burn_manager::expect_exit();
         std::process::exit(self as i32)
     }
+}
+
+/// Catches Ctrl-C and SIGTERM: what is written and not finished is removed, and the process ends. For commands that write large
+/// files; others end by the signal itself.
+///
+/// # Errors
+/// If the system refuses.
+pub fn discard_when_interrupted() -> anyhow::Result<()> {
+    let handler = || {
+        files::discard_unfinished();
+        Status::Interrupted.exit();
+    };
+    ctrlc::set_handler(handler).context("cannot catch Ctrl-C")
 }
 
 impl From<Status> for ExitCode {

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::args::{DenseType, activation, positive};
 use crate::output;
+use crate::status::discard_when_interrupted;
 
 /// Write a GGUF model of random ternary weights, for measurements and tests
 ///
@@ -67,7 +68,7 @@ pub struct SynthArgs {
     /// Base of the RoPE frequencies
     #[arg(long, value_name = "X", help_heading = "Sizes")]
     rope_theta: Option<f64>,
-    /// The feed-forward activation: relu2 or silu
+    /// The feed-forward activation: relu2, silu, gelu or gelu_pytorch_tanh
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Sizes")]
     hidden_act: Option<GatedActivation>,
     /// Write an output head, instead of using the embedding as one
@@ -163,6 +164,7 @@ pub fn run(args: SynthArgs) -> anyhow::Result<()> {
     let options = SynthOptions { config, scales, embedding, seed: args.seed };
     let bar = output::bar(0, "writing [{bar:30}] {bytes}/{total_bytes}");
     let started = std::time::Instant::now();
+    discard_when_interrupted()?;
     let bytes = synth::write(&path, &options, &|done, all| {
         bar.set_length(all);
         bar.set_position(done);

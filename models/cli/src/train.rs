@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use bitnet_burn::{Quantisation, WeightScale};
+use bitnet_burn::WeightScale;
 use bitnet_burn_engine::load::ActivationRule;
 use bitnet_burn_engine::text::{count, human_seconds};
+use bitnet_burn_formats::files;
 use bitnet_burn_train::{Corpus, Documents, Event, Outcome, TrainConfig, Trainer, config_of};
 use clap::Args;
 use serde::Serialize;
@@ -135,6 +136,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let handled = ctrlc::set_handler(move || {
         if handler.swap(true, Ordering::Relaxed) {
             // Asked twice: now.
+            files::discard_unfinished();
             Status::Interrupted.exit();
         }
         eprintln!("\nstopping after this step, with a checkpoint; once more: at once, without");
@@ -146,10 +148,13 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let (vocab_size, training_tokens) = (data.vocab_size, data.training_tokens());
     let bytes: usize = data.validation_texts.iter().map(String::len).sum();
     let bytes_per_token = bytes as f64 / data.validation_tokens().max(1) as f64;
-    if let Some(Quantisation { scale, .. }) = config.model.quantisation().filter(|q| !q.is_bitnet()) {
+    if let Some(quantisation) = config.model.quantisation().filter(|q| !q.is_bitnet()) {
+        let rules = quantisation.activation_rules(trainer.model().config());
+        let rules: Vec<_> = rules.iter().map(ToString::to_string).collect();
         output::note(format!(
-            "ternary weights with scales by {scale}, activations: {}",
-            config.model.activations
+            "ternary weights with scales by {}, activations: {}",
+            quantisation.scale,
+            rules.join(", ")
         ));
     }
     output::note(format!(

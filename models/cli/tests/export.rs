@@ -974,6 +974,14 @@ fn the_program_helps_where_it_refuses() {
         1,
         &["masters", "--style packed"],
     );
+    // A model with many scales has another style.
+    json_of(dir.path(), &["synth", "--scales", "group:64", "--out", "groups.gguf", "--json"]);
+    let master = ["convert", "groups.gguf", "--to", "hf", "--style", "master", "-o", "x"];
+    says(&master, 1, &["masters", "Q2_0", "--style values"]);
+    assert!(!String::from_utf8(bitnet(dir.path(), &master).stderr).unwrap().contains("packed"));
+    json_of(dir.path(), &["convert", "groups.gguf", "--to", "hf", "--style", "values", "-o", "x", "--json"]);
+    std::fs::remove_file(dir.path().join("groups.gguf")).unwrap();
+    std::fs::remove_dir_all(dir.path().join("x")).unwrap();
     says(&["convert", "model", "--to", "gguf", "--style", "packed"], 2, &["--ternary"]);
     says(&["convert", "model", "--to", "hf", "--ternary", "i2_s"], 2, &["--style"]);
     says(&["convert", "model", "--to", "hf", "--architecture", "bitnet"], 2, &["--to gguf", "model_type"]);

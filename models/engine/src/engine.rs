@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bitnet_burn::{ActivationRule, BitBlock, BitLinearWeight, BitNet, KvCache};
+use bitnet_burn::{ActivationRule, BitBlock, BitLinear, BitLinearWeight, BitNet, KvCache};
 use bitnet_burn_backends::devices;
 use bitnet_burn_manager::{KernelManager, ManagerReport};
 use serde::Serialize;
@@ -173,14 +173,21 @@ impl Engine {
         &self.0.summary
     }
 
-    /// How activations are quantised, as an option that does not depend on this version's default.
+    /// How activations are quantised, as an option that does not depend on this version's default: by the groups that are
+    /// computed. A rule that stands for groups of several sizes, as rows and scales of weights allow, remains as it is.
     pub fn activations(&self) -> ActivationRule {
-        let groups = activation_groups(&self.0.model);
-        match (self.0.activations, groups.last()) {
-            (ActivationRule::Model, Some(&group)) if group > 0 => {
+        let model = &self.0.model;
+        let head = model.output.as_ref().and_then(activation_group);
+        let groups: BTreeSet<_> = activation_groups(model).into_iter().chain(head).collect();
+        match (self.0.activations, groups.first(), groups.last()) {
+            (ActivationRule::Model, _, Some(&group)) if group > 0 => {
                 ActivationRule::Group(ActivationRule::GROUP)
             }
-            (rule, _) => rule,
+            (ActivationRule::Group(_), Some(0), Some(0)) => ActivationRule::Row,
+            (ActivationRule::Group(_), Some(first), Some(&last)) if *first == last => {
+                ActivationRule::Group(last)
+            }
+            (rule, ..) => rule,
         }
     }
 
@@ -365,7 +372,12 @@ impl Engine {
 /// The groups of activations that share a scale in the ternary projections; 0 is a row.
 fn activation_groups(model: &BitNet) -> BTreeSet<usize> {
     let layers = model.blocks.iter().flat_map(BitBlock::projections);
-    layers.filter_map(|(_, layer)| Some(layer.matrix()?.scales.activation_group())).collect()
+    layers.filter_map(|(_, layer)| activation_group(layer)).collect()
+}
+
+/// The activations that share a scale in a layer, if it is ternary; 0 is a row.
+fn activation_group(layer: &BitLinear) -> Option<usize> {
+    Some(layer.matrix()?.scales.activation_group())
 }
 
 /// How the activations of the ternary projections are quantised.

@@ -193,7 +193,7 @@ fn float_part(
 ) -> Result<(), GgufWriteError> {
     let (name, tensor) = (float_part_name(layer, which), checkpoint.float_part(layer, which)?);
     match which {
-        FloatPart::Router | FloatPart::DeltaDecay | FloatPart::DeltaStrength => {
+        FloatPart::Router | FloatPart::SharedRouter | FloatPart::DeltaDecay | FloatPart::DeltaStrength => {
             writer.dense(name, tensor)?;
         }
         FloatPart::DeltaConvolution => {

@@ -239,7 +239,7 @@ pub fn load_on(
     let tied =
         output.is_none() && head_rotation.is_none() && options.head.format(&embedding) == embedding.format;
     // Where no activations are declared, a ternary head is computed like the other layers.
-    let ternary_head = match quantise && projection::computes_head(checkpoint, options.head) {
+    let ternary_head = match quantise && projection::computes_head(checkpoint, options.head)? {
         true => {
             let packed = prepacked.as_ref().filter(|_| ops::is_host(device));
             match packed.map(|packed| packed.ternary_head(rule, device)).transpose()?.flatten() {

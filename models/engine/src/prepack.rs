@@ -283,7 +283,7 @@ pub fn write(
         }
         progress(all - 1, all);
         let tensor = head_tensor(checkpoint)?;
-        let head_of_layers = projection::computes_head(checkpoint, head);
+        let head_of_layers = projection::computes_head(checkpoint, head)?;
         if let Some(weights) =
             head_of_layers.then(|| Ternary::of(Weights::Dense(tensor.clone()), rule)).flatten()
         {
@@ -468,15 +468,15 @@ impl Prepacked {
         let (scales, scale) = match &entry.scales {
             None => (ScaleKind::One, MatrixScale::One(entry.scale)),
             Some(stored) => {
-                let Some(activations) = rule.group(stored.group) else { return Ok(None) };
+                let Some(activations) = rule.group(stored.group, entry.k) else { return Ok(None) };
                 let scales = self.scales(entry, stored);
                 let kind = ScaleKind::Groups { weights: stored.group, activations, half: stored.half };
                 (kind, MatrixScale::Groups { scales, activations })
             }
         };
         let of = WeightShape { n: entry.n, k: entry.k, scales };
-        let one = matches!(rule, ActivationRule::Model | ActivationRule::Row);
-        if of.check().is_err() || scales == ScaleKind::One && !one {
+        let by_row = rule == ActivationRule::Model || rule.group(0, entry.k) == Some(0);
+        if of.check().is_err() || scales == ScaleKind::One && !by_row {
             return Ok(None);
         }
         let choice = manager().choose(of, LayoutPolicy::Any)?;

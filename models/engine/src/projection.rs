@@ -8,7 +8,7 @@ use bitnet_burn_manager::{LayoutPolicy, ManagerError, WeightShape};
 use burn::tensor::Device;
 use bytes::Bytes;
 
-use crate::checkpoint::{Checkpoint, Weights};
+use crate::checkpoint::{Checkpoint, LoadError, Weights};
 use crate::head::HeadMode;
 use crate::load::ModelError;
 
@@ -43,7 +43,7 @@ impl Ternary {
             Err(error) => return Ok(Err(error)),
         };
         let group = scales.group();
-        let Some(activations) = rule.group(group) else {
+        let Some(activations) = rule.group(group, *k) else {
             return Err(ModelError::Row { tensor: name.clone(), group });
         };
         let scale = MatrixScale::Groups { scales, activations };
@@ -61,9 +61,16 @@ impl Ternary {
     }
 }
 
-/// Whether an output projection that is ternary is computed like the layers: where no activations are declared.
-pub(crate) fn computes_head(checkpoint: &Checkpoint, head: HeadMode) -> bool {
-    head == HeadMode::File && checkpoint.dense_bytes(0, Projection::first(checkpoint.config())).is_some()
+/// Whether an output projection that is ternary is computed like the layers: where no activations are declared. (Types that
+/// have int8 activations by row with one scale have none with many, which only the values show.)
+///
+/// # Errors
+/// If the first projection can't be read.
+pub(crate) fn computes_head(checkpoint: &Checkpoint, head: HeadMode) -> Result<bool, LoadError> {
+    let first = Projection::first(checkpoint.config());
+    Ok(head == HeadMode::File
+        && (checkpoint.dense_bytes(0, first).is_some()
+            || matches!(checkpoint.weights(0, first)?, Weights::Dense(_))))
 }
 
 /// A layer of a projection's weights, with the kernels that are the fastest on the device.
@@ -82,6 +89,10 @@ pub(crate) fn linear(
                 return Ok(BitLinear::from_matrix(TernaryMatrix::canonical(codes, scale, n, k, device)));
             }
             ActivationRule::Model | ActivationRule::Row => Ternary { codes, scale: scale.into(), n, k },
+            // One group for the whole row.
+            ActivationRule::Group(_) if rule.group(0, k) == Some(0) => {
+                Ternary { codes, scale: scale.into(), n, k }
+            }
             ActivationRule::Group(activations) => {
                 let scales = Scales::from_rows(&vec![scale; n], n, k, 0).map_err(ModelError::Scales)?;
                 Ternary { codes, scale: MatrixScale::Groups { scales, activations }, n, k }

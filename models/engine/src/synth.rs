@@ -246,7 +246,9 @@ fn float_part(
     // Outputs of variance 1, decays of a few percent a row, taps that keep the variance.
     let matrix = (3.0 / columns as f32).sqrt();
     let value = |random: &mut SplitMix64| match which {
-        FloatPart::Router | FloatPart::DeltaDecay | FloatPart::DeltaStrength => centred(random) * matrix,
+        FloatPart::Router | FloatPart::SharedRouter | FloatPart::DeltaDecay | FloatPart::DeltaStrength => {
+            centred(random) * matrix
+        }
         FloatPart::DeltaConvolution => centred(random) * (3.0 / rows as f32).sqrt(),
         FloatPart::DeltaRate => -0.1 * unit(random),
         FloatPart::DeltaBias => centred(random),
@@ -374,9 +376,8 @@ fn fnv1a(name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{Checkpoint, OpenOptions, Weights};
+    use crate::checkpoint::{Checkpoint, OpenOptions};
     use crate::tokenizer::Tokenizer;
-    use bitnet_burn_formats::{DenseTensor, canonical, ternary};
 
     #[test]
     fn named_shapes_are_possible() {
@@ -432,24 +433,15 @@ mod tests {
             assert_eq!(checkpoint.warnings(), [""; 0]);
             assert_eq!(*checkpoint.config(), options.config);
             let report = checkpoint.check().unwrap();
-            let zeros = match scales {
-                Tensor => report.zero_weights as f64 / report.ternary_weights as f64,
-                _ => {
-                    let Weights::Dense(tensor) = checkpoint.weights(0, Projection::Down).unwrap() else {
-                        panic!("it has many scales")
-                    };
-                    let DenseTensor { format, data, n, k, .. } = tensor;
-                    let (codes, found) = ternary::scaled_from_dense(format, &data, n, k).unwrap();
-                    let group =
-                        [(Row, 0), (Group64, 64), (Group128, 128)].into_iter().find(|g| g.0 == scales);
-                    assert_eq!(Some((scales, found.group())), group);
-                    let zeros: usize = codes
-                        .chunks(canonical::row_bytes(k))
-                        .map(|row| (0..k).filter(|&i| canonical::Row(row).weight(i) == 0).count())
-                        .sum();
-                    zeros as f64 / (n * k) as f64
-                }
+            assert_eq!(report.ternary_weights, options.config.ternary_parameters());
+            let shared = match scales {
+                Tensor => "tensor",
+                Row => "row",
+                Group64 => "group:64",
+                Group128 => "group:128",
             };
+            assert_eq!(report.scales, [(shared.to_owned(), 14)].into());
+            let zeros = report.zero_weights as f64 / report.ternary_weights as f64;
             assert!((zeros - 1.0 / 3.0).abs() < 0.01, "{zeros}");
             let tokenizer = Tokenizer::from_source(&checkpoint.tokenizer_source(), 512).unwrap();
             assert_eq!(tokenizer.warnings(), [""; 0]);

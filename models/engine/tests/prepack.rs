@@ -13,7 +13,10 @@ use bitnet_burn_engine::prepack;
 use bitnet_burn_engine::prepack::{PrepackError, Prepacked};
 use bitnet_burn_engine::synth;
 use bitnet_burn_engine::synth::{SynthOptions, SynthScales};
-use bitnet_burn_formats::DenseFormat;
+use bitnet_burn_formats::reference::{ScaledActivations, scaled_matmul};
+use bitnet_burn_formats::{DenseFormat, ternary};
+use bitnet_burn_manager::memory::Activations;
+use burn::tensor::{Tensor, TensorData};
 use support::device;
 use tempfile::TempDir;
 
@@ -104,6 +107,58 @@ fn packed_weights_with_many_scales_give_the_same_bits() {
             load_on(&checkpoint, &devices, &options, &mut |_| {}).unwrap()
         };
         assert!(logits(&other(true)) == logits(&other(false)) && logits(&other(true)) != logits(&plain));
+    }
+}
+
+/// llama.cpp's files do not say that weights with many scales have no int8 activations by row: their values do.
+#[test]
+fn heads_of_ternary_blocks_are_computed_like_layers_with_many_scales() {
+    for embedding in [DenseFormat::TQ1_0, DenseFormat::TQ2_0] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("model.gguf");
+        let config = ModelConfig {
+            intermediate_size: 768,
+            sub_norms: false,
+            activation: GatedActivation::Silu,
+            tied_embeddings: false,
+            ..synth::shape("tiny").unwrap()
+        };
+        let (n, k) = (config.vocab_size, config.hidden_size);
+        let options = SynthOptions { config, scales: SynthScales::Row, embedding, seed: 5 };
+        synth::write(&path, &options, &|_, _| {}).unwrap();
+        let stated = logits(&load(&open(&path), HeadMode::File, false));
+        let mut bytes = std::fs::read(&path).unwrap();
+        let key = b"llama.int8_activations";
+        let at = bytes.windows(key.len()).position(|window| window == key).unwrap();
+        bytes[at..at + key.len()].copy_from_slice(b"other.int8_activations");
+        std::fs::write(&path, bytes).unwrap();
+
+        let checkpoint = open(&path);
+        assert_eq!(checkpoint.config().architecture, "llama");
+        let loaded = load(&checkpoint, HeadMode::File, false);
+        let description = loaded.model.head_description();
+        assert_eq!(description, "ternary (int8 activations by groups of 32)", "{embedding:?}");
+        assert!(logits(&loaded) == stated, "{embedding:?}");
+        // The head alone, against the definition.
+        let x: Vec<f32> = (0..3 * k).map(|i| ((i * 7919) % 1000) as f32 / 300.0 - 1.6).collect();
+        let head = loaded.model.output.as_ref().unwrap();
+        let rows = Tensor::<2>::from_data(TensorData::new(x.clone(), [3, k]), &device());
+        let y = head.forward(rows).into_data().try_to_vec::<f32>().unwrap();
+        let stored = checkpoint.output().unwrap().unwrap();
+        let (codes, scales) = ternary::scaled_from_dense(stored.format, &stored.data, n, k).unwrap();
+        let q = Activations::from_groups(&x, k, 32);
+        let rows =
+            ScaledActivations { m: 3, q: q.q(), stride: q.stride(), group: q.group(), scale: q.scale() };
+        let mut expected = vec![0.0; 3 * n];
+        scaled_matmul(&codes, (n, k), scales.as_sdk(), rows, &mut expected, n);
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        assert!(bits(&y) == bits(&expected), "{embedding:?}");
+
+        let packed: usize =
+            prepack::write(&checkpoint, HeadMode::File, &mut |_, _| {}).unwrap().layouts.values().sum();
+        let mapped = load(&checkpoint, HeadMode::File, true);
+        assert_eq!((packed, mapped.prepacked), (15, 15));
+        assert!(logits(&mapped) == stated, "{embedding:?}");
     }
 }
 

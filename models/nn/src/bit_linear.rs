@@ -210,6 +210,11 @@ impl BitLinear {
         self.quantisation
     }
 
+    /// Activations of a row that share a scale, as [`Quantisation::activation_group`] says.
+    pub fn activation_group(&self) -> Option<usize> {
+        self.quantisation.activation_group(self.d_input)
+    }
+
     /// The same layer with a norm before quantisation.
     pub fn with_norm(self, norm: RmsNorm) -> Self {
         Self { norm: Some(norm), ..self }
@@ -354,7 +359,7 @@ pub(crate) fn side_by_side(
     layers: &[&BitLinear],
 ) -> Result<Tensor<2>, ManagerError> {
     // Without building the matrices: this runs for every layer and token.
-    let state = |layer: &&BitLinear| (discriminant(&layer.weight), layer.quantisation.activation_group());
+    let state = |layer: &&BitLinear| (discriminant(&layer.weight), layer.activation_group());
     let rotation = |layer: &&BitLinear| layer.rotation.as_ref().map(Rotation::id);
     let key = |layer| (state(layer), rotation(layer));
     let alike = layers.iter().all(|layer| key(layer) == key(&layers[0]));
@@ -381,7 +386,7 @@ fn fused(
     let matrices: Option<Vec<_>> = layers.iter().map(|layer| layer.matrix()).collect();
     let y = match matrices {
         Some(matrices) => {
-            let quantise = quantise && layers[0].quantisation.activation_group().is_some();
+            let quantise = quantise && layers[0].activation_group().is_some();
             ops::bit_linear(x, BitLinearInput { norm, quantise }, matrices)?
         }
         None => {
@@ -430,7 +435,7 @@ fn latent_linears(x: Tensor<2>, quantise: bool, layers: &[&BitLinear]) -> Tensor
         })
         .collect();
     let weight = if weights.len() == 1 { weights.remove(0) } else { Tensor::cat(weights, 0) };
-    let x = match layers[0].quantisation.activation_group() {
+    let x = match layers[0].activation_group() {
         Some(group) if quantise => ops::fake_quantise(x, group),
         _ => x,
     };
@@ -462,7 +467,7 @@ impl ModuleDisplay for BitLinear {
         }
         content
             .add("scale", &self.quantisation.scale.to_string())
-            .add("activations", &self.quantisation.activation_rule().to_string())
+            .add("activations", &self.quantisation.activation_rule(self.d_input).to_string())
             .optional()
     }
 }

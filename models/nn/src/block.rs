@@ -9,7 +9,7 @@ use crate::delta_net::{DeltaNetFloats, values};
 use crate::{
     Attention, Batch, BitAttentionConfig, BitDeltaNetConfig, BitExpertsConfig, BitFeedForward,
     BitFeedForwardConfig, BitLinear, DenseMatrix, FeedForward, FloatPart, ForwardError, GatedActivation,
-    History, ModelConfig, Norm, Projection, Stage,
+    History, ModelConfig, Norm, Projection, SharedExpert, Stage,
 };
 
 /// Configuration of a [`BitBlock`].
@@ -124,17 +124,22 @@ impl BitBlock {
                     Ok([gate?, up?, down?])
                 };
                 let experts = (0..of.count).map(expert).collect::<Result<_, E>>()?;
+                let shared = match of.shared {
+                    Some(_) => {
+                        let [gate, up, down] = Projection::SHARED.map(|which| linear(layer, which));
+                        let gate_of = float(layer, FloatPart::SharedRouter)?;
+                        Some(SharedExpert::assemble([gate?, up?, down?], gate_of))
+                    }
+                    None => None,
+                };
                 let norm = norm(Norm::FeedForward(layer))?;
                 let config_of =
                     BitExpertsConfig::new(config.hidden_size, of.intermediate_size, of.count, of.used)
                         .with_renormalise(of.renormalise)
                         .with_clamp(clamp);
-                FeedForward::Experts(config_of.assemble(
-                    norm,
-                    float(layer, FloatPart::Router)?,
-                    experts,
-                    config.activation,
-                ))
+                let router = float(layer, FloatPart::Router)?;
+                let experts = config_of.assemble(norm, router, experts, config.activation);
+                FeedForward::Experts(experts.with_shared(shared))
             }
         };
         Ok(Self { attention, feed_forward, residual_scale: config.options.residual_scale })
@@ -165,7 +170,14 @@ impl BitBlock {
                 all.extend(f.experts.iter().enumerate().flat_map(|(number, expert)| {
                     let [gate, up, down] = Projection::of_expert(number);
                     [(gate, &expert.gate_proj), (up, &expert.up_proj), (down, &expert.down_proj)]
-                }))
+                }));
+                all.extend(f.shared.iter().flat_map(|SharedExpert { expert, .. }| {
+                    [
+                        (Projection::SharedGate, &expert.gate_proj),
+                        (Projection::SharedUp, &expert.up_proj),
+                        (Projection::SharedDown, &expert.down_proj),
+                    ]
+                }));
             }
         }
         all
@@ -196,7 +208,14 @@ impl BitBlock {
                 all.extend(f.experts.iter_mut().enumerate().flat_map(|(number, expert)| {
                     let [gate, up, down] = Projection::of_expert(number);
                     [(gate, &mut expert.gate_proj), (up, &mut expert.up_proj), (down, &mut expert.down_proj)]
-                }))
+                }));
+                all.extend(f.shared.iter_mut().flat_map(|SharedExpert { expert, .. }| {
+                    [
+                        (Projection::SharedGate, &mut expert.gate_proj),
+                        (Projection::SharedUp, &mut expert.up_proj),
+                        (Projection::SharedDown, &mut expert.down_proj),
+                    ]
+                }));
             }
         }
         all
@@ -211,6 +230,7 @@ impl BitBlock {
         }
         if let FeedForward::Experts(experts) = &self.feed_forward {
             all.push((FloatPart::Router, &experts.router));
+            all.extend(experts.shared.iter().map(|shared| (FloatPart::SharedRouter, &shared.gate)));
         }
         all
     }

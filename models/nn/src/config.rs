@@ -339,7 +339,8 @@ impl ModelConfig {
             .options
             .experts
             .as_ref()
-            .map_or(0, |of| sum(&Projection::of_expert(0)).saturating_mul(experts(of) as u64));
+            .map_or(0, |of| sum(&Projection::of_expert(0)).saturating_mul(experts(of) as u64))
+            .saturating_add(sum(&Projection::SHARED));
         [
             (layers - deltas, sum(&Projection::ATTENTION)),
             (deltas, sum(&Projection::DELTA_NET)),
@@ -399,8 +400,14 @@ mod tests {
 
     fn experts(config: &mut ModelConfig) -> &mut Experts {
         let dense_layers = vec![0, 7];
-        let experts =
-            Experts { count: 256, used: 8, intermediate_size: 768, renormalise: true, dense_layers };
+        let experts = Experts {
+            count: 256,
+            used: 8,
+            intermediate_size: 768,
+            renormalise: true,
+            shared: None,
+            dense_layers,
+        };
         config.options.experts.insert(experts)
     }
 

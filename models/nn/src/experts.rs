@@ -45,7 +45,7 @@ pub struct BitExpertsConfig {
 /// A row's experts are the `used` ones with the largest p; of equal ones, those with the lower number. Their p are divided
 /// by their sum if the layer renormalises. The rows of one expert are computed together, and only the weights of experts that
 /// have rows are read. **A row's contributions are added in ascending order of the experts' numbers**, each rounded to f32,
-/// so that its result does not depend on the rows beside it.
+/// so that its result does not depend on the rows beside it. That of a [shared expert](SharedExpert) comes last.
 ///
 /// Made by [`BitExpertsConfig`], or from a checkpoint.
 #[derive(Module, Debug)]
@@ -56,10 +56,35 @@ pub struct BitExperts {
     pub router: DenseMatrix,
     /// The experts.
     pub experts: Vec<BitExpert>,
+    /// What every row passes beside its experts, if there is something.
+    pub shared: Option<SharedExpert>,
     used: usize,
     renormalise: bool,
     #[module(skip)]
     gate: Gate,
+}
+
+/// An expert that computes every row (Qwen2 MoE): sigmoid(gate * x) * down(activation(gate_proj(x)) * up(x)).
+#[derive(Module, Debug)]
+pub struct SharedExpert {
+    /// Its projections.
+    pub expert: BitExpert,
+    /// [1, hidden_size]; it sees float activations.
+    pub gate: DenseMatrix,
+}
+
+impl SharedExpert {
+    /// One of given parts: gate, up and down projections, and the gate of the whole.
+    pub fn assemble([gate_proj, up_proj, down_proj]: [BitLinear; 3], gate: DenseMatrix) -> Self {
+        Self { expert: BitExpert { gate_proj, up_proj, down_proj }, gate }
+    }
+
+    fn forward(&self, x: Tensor<2>, gate: Gate, quantise: bool) -> Result<Tensor<2>, ForwardError> {
+        let logits = self.gate.forward(x.clone());
+        let ones = Tensor::ones(logits.dims(), &logits.device());
+        let weights = ops::gated(Tensor::cat(vec![logits, ones], 1), GatedActivation::Sigmoid);
+        Ok(self.expert.forward(x, gate, quantise)? * weights)
+    }
 }
 
 /// The projections of an expert.
@@ -110,6 +135,7 @@ impl BitExpertsConfig {
             input_norm,
             router,
             experts: experts.into_iter().map(expert).collect(),
+            shared: None,
             used,
             renormalise: self.renormalise,
             gate: Gate { activation, clamp: self.clamp },
@@ -118,6 +144,11 @@ impl BitExpertsConfig {
 }
 
 impl BitExperts {
+    /// The same with a shared expert.
+    pub fn with_shared(self, shared: Option<SharedExpert>) -> Self {
+        Self { shared, ..self }
+    }
+
     /// The layer's contribution to the residual stream. Input and output: [rows, hidden_size].
     ///
     /// The router's choice is made on the host: a GPU is waited for.
@@ -154,7 +185,10 @@ impl BitExperts {
                 out = out.select_assign(0, rows_of, y * weights, IndexingUpdateOp::Add);
             }
         }
-        Ok(out)
+        match &self.shared {
+            Some(shared) => Ok(out + shared.forward(x, self.gate, quantise)?),
+            None => Ok(out),
+        }
     }
 
     /// What the router chooses, `used` experts for each row.
@@ -333,6 +367,80 @@ mod tests {
                 assert!((got - want).abs() < 1e-5, "{experts}, {used}, {i}: {got} {want}");
             }
         }
+    }
+
+    fn shared(device: &Device) -> SharedExpert {
+        let matrix = |seed: usize, [n, k]: [usize; 2], scale: f32| {
+            let values = numbers(seed, n * k).into_iter().map(|v| v * scale).collect();
+            Param::from_tensor(Tensor::<2>::from_data(TensorData::new(values, [n, k]), device))
+        };
+        let of = |seed, shape| BitLinear::latent(matrix(seed, shape, 0.4));
+        let gate = DenseMatrix::trainable(matrix(1999, [1, 16], 1.0));
+        SharedExpert::assemble([of(2000, [40, 16]), of(2100, [40, 16]), of(2200, [16, 40])], gate)
+    }
+
+    #[test]
+    fn a_shared_expert_is_added_with_the_sigmoid_of_its_gate() {
+        let device = Device::flex();
+        let layer = layer(5, 2, true, &device);
+        let x = rows(9, &device);
+        let alone = values(layer.forward(x.clone(), false).unwrap());
+        let both = layer.with_shared(Some(shared(&device)));
+        let got = values(both.forward(x.clone(), false).unwrap());
+        let of = |seed, count: usize, scale: f64| -> Vec<f64> {
+            numbers(seed, count).into_iter().map(|v| f64::from(v) * scale).collect()
+        };
+        let product = |w: &[f64], x: &[f64]| -> Vec<f64> {
+            w.chunks(x.len()).map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum()).collect()
+        };
+        let sigmoid = |v: f64| 1.0 / (1.0 + (-v).exp());
+        for (row, x) in values(x).chunks(16).enumerate() {
+            let x: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+            let scale = (x.iter().map(|x| x * x).sum::<f64>() / 16.0 + both.input_norm.epsilon).sqrt();
+            let x: Vec<f64> = x.iter().map(|x| x / scale).collect();
+            let weight = sigmoid(product(&of(1999, 16, 1.0), &x)[0]);
+            let (gate, up) = (product(&of(2000, 640, 0.4), &x), product(&of(2100, 640, 0.4), &x));
+            let inner = gate.iter().zip(up).map(|(&g, u)| {
+                let g = g.min(0.5);
+                g * sigmoid(g) * u.clamp(-0.5, 0.5)
+            });
+            let y = product(&of(2200, 640, 0.4), &inner.collect::<Vec<f64>>());
+            for (i, y) in y.into_iter().enumerate() {
+                let (got, want) = (f64::from(got[row * 16 + i]), f64::from(alone[row * 16 + i]) + weight * y);
+                assert!((got - want).abs() < 1e-5, "{row}, {i}: {got} {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_pass_the_gate_of_the_shared_expert() {
+        let device = Device::flex().autodiff();
+        let x = rows(6, &device);
+        let layer = layer(4, 2, true, &device);
+        let total = |shared: SharedExpert| {
+            let y = layer.clone().with_shared(Some(shared)).forward(x.clone(), false).unwrap();
+            (y.clone() * y).sum()
+        };
+        let of = shared(&device);
+        let crate::DenseWeight::Float(gate) = &of.gate.weight else { panic!("training") };
+        let gradients = total(of.clone()).backward();
+        let got: Vec<f32> =
+            gate.val().grad(&gradients).expect("of the gate").into_data().iter::<f32>().collect();
+        let weights: Vec<f32> = gate.val().into_data().iter::<f32>().collect();
+        for at in [0, 7, 15] {
+            let moved = |by: f32| {
+                let mut weights = weights.clone();
+                weights[at] += by;
+                let weights = Tensor::<2>::from_data(TensorData::new(weights, [1, 16]), &device);
+                let gate = DenseMatrix::trainable(Param::initialized(ParamId::new(), weights));
+                f64::from(total(SharedExpert { gate, ..of.clone() }).into_scalar::<f32>())
+            };
+            let want = (moved(1e-2) - moved(-1e-2)) / 2e-2;
+            let got = f64::from(got[at]);
+            assert!((got - want).abs() < 0.02 * want.abs().max(0.01), "{at}: {got} {want}");
+        }
+        let crate::BitLinearWeight::Latent(down) = &of.expert.down_proj.weight else { panic!("training") };
+        assert!(down.val().grad(&gradients).is_some(), "the shared expert learns");
     }
 
     /// A row's experts one by one, their contributions added in ascending order of the numbers, or in descending order.

@@ -36,7 +36,7 @@ pub use cache::{CacheError, CacheType, KvCache, SequenceId};
 pub use config::{ConfigError, DecoderOptions, ModelConfig};
 pub use delta_net::{BitDeltaNet, BitDeltaNetConfig, DeltaNetFloats};
 pub use dense::{DenseMatrix, DenseMatrixError, DenseWeight};
-pub use experts::{BitExpert, BitExperts, BitExpertsConfig};
+pub use experts::{BitExpert, BitExperts, BitExpertsConfig, SharedExpert};
 pub use feed_forward::{BitFeedForward, BitFeedForwardConfig, FeedForward};
 pub use model::{BitNet, ForwardError, rms_norm};
 pub use options::{DeltaNet, Experts, SlidingWindows};

@@ -14,6 +14,9 @@ pub fn projection_module(layer: usize, which: Projection) -> String {
             let (number, name) = (which.expert().unwrap_or_default(), which.name());
             return format!("model.layers.{layer}.mlp.experts.{number}.{name}_proj");
         }
+        Projection::SharedGate => "mlp.shared_expert.gate_proj",
+        Projection::SharedUp => "mlp.shared_expert.up_proj",
+        Projection::SharedDown => "mlp.shared_expert.down_proj",
         Projection::DeltaQkv => "linear_attn.in_proj_qkv",
         Projection::DeltaGate => "linear_attn.in_proj_z",
         Projection::DeltaOut => "linear_attn.out_proj",
@@ -48,6 +51,7 @@ pub fn scale_name(layer: usize, which: Projection) -> String {
 pub fn float_part_name(layer: usize, which: FloatPart) -> String {
     let part = match which {
         FloatPart::Router => "mlp.gate.weight",
+        FloatPart::SharedRouter => "mlp.shared_expert_gate.weight",
         FloatPart::DeltaDecay => "linear_attn.in_proj_a.weight",
         FloatPart::DeltaStrength => "linear_attn.in_proj_b.weight",
         FloatPart::DeltaConvolution => "linear_attn.conv1d.weight",

@@ -16,6 +16,10 @@ pub struct Experts {
     pub intermediate_size: usize,
     /// Whether the weights of a row's experts are divided by their sum.
     pub renormalise: bool,
+    /// Width of the feed-forward network that every row passes beside its experts, weighted by the sigmoid of a gate, where
+    /// there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared: Option<usize>,
     /// Layers that have a feed-forward network of their own, of the model's `intermediate_size`, and no experts; ascending.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub dense_layers: Vec<usize>,
@@ -59,11 +63,12 @@ pub struct DeltaNet {
 impl Experts {
     /// What no model can have.
     pub(crate) fn problem(&self, n_layers: usize) -> Option<String> {
-        let Self { count, used, intermediate_size, dense_layers, .. } = self;
+        let Self { count, used, intermediate_size, shared, dense_layers, .. } = self;
         for (name, value, max) in [
             ("experts", *count, limit::EXPERTS),
             ("experts for a row", *used, *count),
             ("values between the projections of an expert", *intermediate_size, limit::INTERMEDIATE),
+            ("values between the projections of the shared expert", shared.unwrap_or(1), limit::INTERMEDIATE),
         ] {
             if value == 0 || value > max {
                 return Some(format!("has {value} {name}; there must be between 1 and {max}"));

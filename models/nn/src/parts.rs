@@ -1,6 +1,6 @@
 //! The parts of a model and the shapes of their weights.
 
-use crate::{DeltaNet, ModelConfig};
+use crate::{DecoderOptions, DeltaNet, ModelConfig};
 
 /// The matrices of a layer, ternary in most models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,6 +31,12 @@ pub enum Projection {
     ExpertUp(usize),
     /// The down projection of an expert: [hidden, intermediate size of experts].
     ExpertDown(usize),
+    /// The gate of the shared expert: [its intermediate size, hidden].
+    SharedGate,
+    /// The up projection of the shared expert: [its intermediate size, hidden].
+    SharedUp,
+    /// The down projection of the shared expert: [hidden, its intermediate size].
+    SharedDown,
 }
 
 impl Projection {
@@ -40,10 +46,13 @@ impl Projection {
     /// The projections of attention.
     pub const ATTENTION: [Self; 4] = [Self::Q, Self::K, Self::V, Self::O];
 
-    /// The projections of every kind of layer: [`ALL`](Self::ALL), a DeltaNet's and the first expert's.
+    /// The projections of every kind of layer: [`ALL`](Self::ALL), a DeltaNet's, the first expert's and the shared one's.
     pub fn every() -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().chain(Self::DELTA_NET).chain(Self::of_expert(0))
+        Self::ALL.into_iter().chain(Self::DELTA_NET).chain(Self::of_expert(0)).chain(Self::SHARED)
     }
+
+    /// The projections of the shared expert.
+    pub const SHARED: [Self; 3] = [Self::SharedGate, Self::SharedUp, Self::SharedDown];
 
     /// The projections of a gated DeltaNet.
     pub const DELTA_NET: [Self; 3] = [Self::DeltaQkv, Self::DeltaGate, Self::DeltaOut];
@@ -61,7 +70,8 @@ impl Projection {
         if config.delta_net(0).is_some() { Self::DeltaQkv } else { Self::Q }
     }
 
-    /// The projections of a layer: attention's or the DeltaNet's, then those of the feed-forward network or of each expert.
+    /// The projections of a layer: attention's or the DeltaNet's, then those of the feed-forward network or of each expert and
+    /// of the shared one.
     pub fn of_layer(layer: usize, config: &ModelConfig) -> Vec<Self> {
         let mut all = match config.delta_net(layer) {
             None => Self::ATTENTION.to_vec(),
@@ -69,7 +79,10 @@ impl Projection {
         };
         match config.experts(layer) {
             None => all.extend(Self::FEED_FORWARD),
-            Some(experts) => all.extend((0..experts.count).flat_map(Self::of_expert)),
+            Some(experts) => {
+                all.extend((0..experts.count).flat_map(Self::of_expert));
+                all.extend(experts.shared.map(|_| Self::SHARED).into_iter().flatten());
+            }
         }
         all
     }
@@ -111,13 +124,17 @@ impl Projection {
             Self::Gate | Self::ExpertGate(_) => "gate",
             Self::Up | Self::ExpertUp(_) => "up",
             Self::Down | Self::ExpertDown(_) => "down",
+            Self::SharedGate => "shared_gate",
+            Self::SharedUp => "shared_up",
+            Self::SharedDown => "shared_down",
         }
     }
 
-    /// (N, K): output and input features. An expert's are 0 in a model without experts, a DeltaNet's in one without.
+    /// (N, K): output and input features. An expert's are 0 in a model without such experts, a DeltaNet's in one without.
     pub fn shape(self, config: &ModelConfig) -> (usize, usize) {
         let of_delta = |size: fn(&DeltaNet) -> usize| config.options.delta_net.as_ref().map_or(0, size);
         let of_expert = || config.options.experts.as_ref().map_or(0, |experts| experts.intermediate_size);
+        let shared = || config.options.experts.as_ref().and_then(|experts| experts.shared).unwrap_or(0);
         match self {
             // With gates, which lie behind the queries of each head.
             Self::Q if config.options.attention_gate => (2 * config.q_size(), config.hidden_size),
@@ -131,6 +148,8 @@ impl Projection {
             Self::Down => (config.hidden_size, config.intermediate_size),
             Self::ExpertGate(_) | Self::ExpertUp(_) => (of_expert(), config.hidden_size),
             Self::ExpertDown(_) => (config.hidden_size, of_expert()),
+            Self::SharedGate | Self::SharedUp => (shared(), config.hidden_size),
+            Self::SharedDown => (config.hidden_size, shared()),
         }
     }
 
@@ -142,6 +161,7 @@ impl Projection {
             Self::Gate | Self::Up | Self::Down => false,
             Self::DeltaQkv | Self::DeltaGate | Self::DeltaOut => false,
             Self::ExpertGate(_) | Self::ExpertUp(_) | Self::ExpertDown(_) => false,
+            Self::SharedGate | Self::SharedUp | Self::SharedDown => false,
         }
     }
 }
@@ -236,6 +256,8 @@ impl Norm {
 pub enum FloatPart {
     /// The router to experts, [experts, hidden].
     Router,
+    /// The gate of the shared expert, [1, hidden].
+    SharedRouter,
     /// The logits of a DeltaNet's decays, [value_heads, hidden].
     DeltaDecay,
     /// The logits of its write strengths, [value_heads, hidden].
@@ -255,7 +277,7 @@ impl FloatPart {
 
     /// Those of every kind of layer.
     pub fn every() -> impl Iterator<Item = Self> {
-        Self::DELTA_NET.into_iter().chain([Self::Router])
+        Self::DELTA_NET.into_iter().chain([Self::Router, Self::SharedRouter])
     }
 
     /// Those of a layer.
@@ -264,22 +286,30 @@ impl FloatPart {
         if config.delta_net(layer).is_some() {
             all.extend(Self::DELTA_NET);
         }
-        if config.experts(layer).is_some() {
+        if let Some(experts) = config.experts(layer) {
             all.push(Self::Router);
+            all.extend(experts.shared.map(|_| Self::SharedRouter));
         }
         all
     }
 
     /// [rows, columns]; 0 rows in a model without.
     pub fn shape(self, config: &ModelConfig) -> [usize; 2] {
-        let Some(delta) = config.options.delta_net.as_ref().filter(|_| self != Self::Router) else {
-            let experts = config.options.experts.as_ref().filter(|_| self == Self::Router);
-            return [experts.map_or(0, |experts| experts.count), config.hidden_size];
-        };
+        let DecoderOptions { experts, delta_net, .. } = &config.options;
+        let of_delta = |size: fn(&DeltaNet) -> usize| delta_net.as_ref().map_or(0, size);
         match self {
-            Self::Router | Self::DeltaDecay | Self::DeltaStrength => [delta.value_heads, config.hidden_size],
-            Self::DeltaConvolution => [delta.taps, delta.channels()],
-            Self::DeltaRate | Self::DeltaBias => [1, delta.value_heads],
+            Self::Router => [experts.as_ref().map_or(0, |experts| experts.count), config.hidden_size],
+            Self::SharedRouter => {
+                let shared = experts.as_ref().and_then(|experts| experts.shared);
+                [usize::from(shared.is_some()), config.hidden_size]
+            }
+            Self::DeltaDecay | Self::DeltaStrength => {
+                [of_delta(|delta| delta.value_heads), config.hidden_size]
+            }
+            Self::DeltaConvolution => [of_delta(|delta| delta.taps), of_delta(DeltaNet::channels)],
+            Self::DeltaRate | Self::DeltaBias => {
+                [usize::from(delta_net.is_some()), of_delta(|delta| delta.value_heads)]
+            }
         }
     }
 
@@ -287,7 +317,7 @@ impl FloatPart {
     pub fn checkpoint_shape(self, config: &ModelConfig) -> Vec<usize> {
         let [rows, columns] = self.shape(config);
         match self {
-            Self::Router | Self::DeltaDecay | Self::DeltaStrength => vec![rows, columns],
+            Self::Router | Self::SharedRouter | Self::DeltaDecay | Self::DeltaStrength => vec![rows, columns],
             Self::DeltaConvolution => vec![columns, 1, rows],
             Self::DeltaRate | Self::DeltaBias => vec![columns],
         }

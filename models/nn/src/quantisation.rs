@@ -22,7 +22,8 @@ pub struct Quantisation {
 impl Quantisation {
     /// Whether it is BitNet's: one scale for all weights, and int8 by row.
     pub fn is_bitnet(self) -> bool {
-        self.scale == WeightScale::Tensor && self.activation_group() == Some(0)
+        self.scale == WeightScale::Tensor
+            && matches!(self.activations, ActivationRule::Model | ActivationRule::Row)
     }
 
     /// Checks that a layer with `d_input` input features can be quantised so.
@@ -65,21 +66,34 @@ impl Quantisation {
         })
     }
 
-    /// Activations of a row that share a scale, 0 for the whole row; `None` where they are not quantised.
-    pub fn activation_group(self) -> Option<usize> {
+    /// Activations of a row of `d_input` values that share a scale, 0 for the whole row; `None` where they are not quantised.
+    pub fn activation_group(self, d_input: usize) -> Option<usize> {
         match (self.scale, self.activations) {
             (WeightScale::Tensor, ActivationRule::Model) => Some(0),
-            (scale, rule) => rule.group(scale.group()),
+            (scale, rule) => rule.group(scale.group(), d_input),
         }
     }
 
-    /// The rule for activations, with what [`ActivationRule::Model`] stands for and with the group that the weights allow.
-    pub fn activation_rule(self) -> ActivationRule {
-        match self.activation_group() {
+    /// The rule by which activations of `d_input` values are computed: what [`ActivationRule::Model`] stands for, with the
+    /// group that the weights and the row allow.
+    pub fn activation_rule(self, d_input: usize) -> ActivationRule {
+        match self.activation_group(d_input) {
             None => ActivationRule::Float,
             Some(0) => ActivationRule::Row,
             Some(group) => ActivationRule::Group(group),
         }
+    }
+
+    /// The rules by which the activations of a model's projections are computed, each once.
+    pub fn activation_rules(self, config: &ModelConfig) -> Vec<ActivationRule> {
+        let mut rules = Vec::new();
+        for which in (0..config.n_layers).flat_map(|layer| Projection::of_layer(layer, config)) {
+            let rule = self.activation_rule(which.shape(config).1);
+            if !rules.contains(&rule) {
+                rules.push(rule);
+            }
+        }
+        rules
     }
 
     /// That of packed weights.
@@ -104,7 +118,7 @@ pub enum ActivationRule {
     /// To int8 with a scale for each row.
     Row,
     /// To int8 with a scale for each group of this many values, a multiple of 32; for weights that share a scale in smaller
-    /// groups, these.
+    /// groups, these; for rows that are not longer, the row.
     Group(usize),
     /// Not at all: what a float reference computes, and slow.
     Float,
@@ -114,10 +128,14 @@ impl ActivationRule {
     /// The values that share a scale of activations, where the model declares nothing.
     pub const GROUP: usize = 32;
 
-    /// Activations that share a scale, for weights with many scales, of which `group` share one; 0 is a row. `None`: the
-    /// rule does not fit such weights, or quantises nothing.
-    pub fn group(self, group: usize) -> Option<usize> {
-        let at_most = |n: usize| if group == 0 { n } else { common(n, group) };
+    /// Activations that share a scale, for rows of `k` weights with many scales, of which `group` share one; 0 is a row.
+    /// `None`: the rule does not fit such weights, or quantises nothing.
+    pub fn group(self, group: usize, k: usize) -> Option<usize> {
+        let at_most = |n: usize| match group {
+            0 if n >= k => 0,
+            0 => n,
+            group => common(n, group),
+        };
         match self {
             Self::Model => Some(at_most(Self::GROUP)),
             Self::Group(n) => Some(at_most(n)),
@@ -128,10 +146,13 @@ impl ActivationRule {
 }
 
 fn is_group(n: usize) -> bool {
-    n > 0 && n < 1 << 23 && n.is_multiple_of(32)
+    n > 0 && n <= LARGEST_GROUP && n.is_multiple_of(32)
 }
 
-const GROUP_TEXT: &str = "a group is a multiple of 32 values, such as group:32";
+/// Rows are shorter.
+const LARGEST_GROUP: usize = 8_388_576;
+
+const GROUP_TEXT: &str = "a group is a multiple of 32 values, such as group:32, and has 8388576 at most";
 
 /// The greatest common divisor.
 fn common(a: usize, b: usize) -> usize {
@@ -204,10 +225,15 @@ mod tests {
 
     #[test]
     fn groups_of_activations_divide_those_of_weights() {
-        assert_eq!([0, 32, 64, 128].map(|g| ActivationRule::Group(64).group(g)), [64, 32, 64, 64].map(Some));
-        assert_eq!(ActivationRule::Group(96).group(64), Some(32));
-        assert_eq!([0, 64].map(|g| ActivationRule::Row.group(g)), [Some(0), None]);
-        assert_eq!(ActivationRule::Float.group(0), None);
+        let of = |rule: ActivationRule, group| rule.group(group, 256);
+        assert_eq!([0, 32, 64, 128].map(|g| of(ActivationRule::Group(64), g)), [64, 32, 64, 64].map(Some));
+        assert_eq!(of(ActivationRule::Group(96), 64), Some(32));
+        assert_eq!([0, 64].map(|g| of(ActivationRule::Row, g)), [Some(0), None]);
+        assert_eq!(of(ActivationRule::Float, 0), None);
+        // A group that is not shorter than the row is the row.
+        assert_eq!([224, 256, 4096].map(|n| of(ActivationRule::Group(n), 0)), [224, 0, 0].map(Some));
+        assert_eq!(of(ActivationRule::Group(4096), 128), Some(128));
+        assert_eq!([32, 31].map(|k| ActivationRule::Model.group(0, k)), [Some(0); 2]);
     }
 
     #[test]
@@ -224,7 +250,7 @@ mod tests {
             (Group(64), ActivationRule::Float, None),
         ] {
             of(scale, rule).check(192).unwrap();
-            assert_eq!(of(scale, rule).activation_group(), group, "{scale}, {rule}");
+            assert_eq!(of(scale, rule).activation_group(192), group, "{scale}, {rule}");
         }
         for (scale, rule, k, expected) in [
             (Group(64), ActivationRule::Model, 96, "`scale` is group:64, which does not divide rows of 96"),
@@ -237,7 +263,7 @@ mod tests {
         }
         for kind in [(0, 0), (0, 96), (64, 32), (128, 128)] {
             let scales = ScaleKind::Groups { weights: kind.0, activations: kind.1, half: true };
-            assert_eq!(Quantisation::of_packed(scales).activation_group(), Some(kind.1));
+            assert_eq!(Quantisation::of_packed(scales).activation_group(192), Some(kind.1));
         }
     }
 }

@@ -190,6 +190,9 @@ impl BitNet {
             }
             if let FeedForward::Experts(experts) = &mut block.feed_forward {
                 experts.router = experts.router.clone().freeze();
+                if let Some(shared) = &mut experts.shared {
+                    shared.gate = shared.gate.clone().freeze();
+                }
             }
         }
         model.embedding = model.embedding.freeze();

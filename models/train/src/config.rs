@@ -62,7 +62,7 @@ pub struct ModelOptions {
     pub rope_theta: f64,
     /// Epsilon of the norms.
     pub rms_norm_eps: f32,
-    /// Of the feed-forward layer: `relu2` or `silu`.
+    /// Of the feed-forward layer: `relu2`, `silu`, `gelu` or `gelu_pytorch_tanh`.
     pub activation: GatedActivation,
     /// RMSNorm before the output and the down projections, as BitNet b1.58 2B-4T has it.
     pub sub_norms: bool,

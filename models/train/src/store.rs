@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use bitnet_burn_formats::files;
+use bitnet_burn_formats::files::{self, UnfinishedDirectory};
 use burn::optim::{ModuleOptimizer, OptimizerRecord};
 use burn::tensor::Bytes;
 use safetensors::{Dtype, SafeTensors};
@@ -27,7 +27,6 @@ const MODEL: &str = "model.safetensors";
 const MASTERS: &str = "masters.safetensors";
 /// As `sha256sum` writes and checks it.
 const CHECKSUMS: &str = "SHA256SUMS";
-const UNFINISHED: &str = ".step-";
 
 /// Whether a run has begun in a directory.
 pub fn is_run(dir: &Path) -> bool {
@@ -58,14 +57,8 @@ pub(super) fn begin(dir: &Path, config: &TrainConfig, data: &Dataset) -> Result<
 }
 
 /// Removes checkpoints that were never finished.
-pub(super) fn clean(dir: &Path) -> Result<(), TrainError> {
-    for (name, path) in entries(&dir.join(CHECKPOINTS))? {
-        if name.starts_with(UNFINISHED) {
-            std::fs::remove_dir_all(&path)
-                .map_err(TrainError::io(&path, "remove the unfinished checkpoint"))?;
-        }
-    }
-    Ok(())
+pub(super) fn clean(dir: &Path) {
+    files::remove_leftovers(&dir.join(CHECKPOINTS));
 }
 
 fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>, TrainError> {
@@ -222,10 +215,8 @@ pub(super) fn write(
     if path.exists() {
         return Ok(path);
     }
-    let temporary = tempfile::Builder::new()
-        .prefix(UNFINISHED)
-        .tempdir_in(&parent)
-        .map_err(TrainError::io(&parent, "make a directory in it"))?;
+    let temporary =
+        UnfinishedDirectory::new(&parent).map_err(TrainError::io(&parent, "make a directory in it"))?;
     let at = temporary.path();
     match config.model.quantisation() {
         // A float twin is no BitNet: nothing must load it as one.
@@ -234,7 +225,10 @@ pub(super) fn write(
             hf::write_masters(at, model.config(), model.parameters())?;
         }
         Some(quantisation) => {
-            let rule = Some(quantisation.activation_rule());
+            let rule = Some(match &quantisation.activation_rules(model.config())[..] {
+                [rule] => *rule,
+                _ => quantisation.activations,
+            });
             hf::write_values(at, model.config(), rule, model.frozen_parameters())?;
             hf::write_tensors(&at.join(MASTERS), model.config(), model.parameters())?;
         }
@@ -263,18 +257,15 @@ pub(super) fn write(
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(at, mode).map_err(TrainError::io(at, "set the permissions"))?;
     }
-    std::fs::rename(at, &path).map_err(TrainError::io(&path, "rename the finished checkpoint"))?;
-    // Renamed: nothing is left to remove.
-    let _ = temporary.keep();
+    temporary.rename(&path).map_err(TrainError::io(&path, "rename the finished checkpoint"))?;
     files::sync_directory(&parent).map_err(TrainError::io(&parent, "flush to the disk"))?;
     let mut old = checkpoints(dir)?;
     old.truncate(old.len().saturating_sub(config.run.keep));
     for (_, path) in old {
-        // Under a name that is no checkpoint's first: a directory that is half removed must not look whole.
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let doomed = parent.join(format!("{UNFINISHED}old-{name}"));
-        let removed = std::fs::rename(&path, &doomed).and_then(|()| std::fs::remove_dir_all(&doomed));
-        removed.map_err(TrainError::io(&path, "remove the old checkpoint"))?;
+        // Away from its name first: a directory that is half removed must not look whole.
+        let removed = UnfinishedDirectory::new(&parent)
+            .and_then(|doomed| std::fs::rename(&path, doomed.path().join("old")).map(|()| doomed));
+        drop(removed.map_err(TrainError::io(&path, "remove the old checkpoint"))?);
     }
     Ok(path)
 }

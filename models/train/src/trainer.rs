@@ -293,7 +293,7 @@ impl Trainer {
         let config = config_of(dir)?;
         config.validate()?;
         let lock = lock(dir)?;
-        store::clean(dir)?;
+        store::clean(dir);
         let tokenizer = dir.join(store::TOKENIZER);
         let tokenizer = std::fs::read(&tokenizer).map_err(TrainError::io(&tokenizer, "read"))?;
         let data = Dataset::new(corpus, &config, Some(tokenizer))?;

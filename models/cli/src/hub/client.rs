@@ -7,14 +7,17 @@ use anyhow::{Context as _, anyhow, bail};
 use hf_hub::Cache;
 use serde::Deserialize;
 use ureq::Agent;
-use ureq::config::RedirectAuthHeaders;
-use ureq::http::{Response, StatusCode, header};
+use ureq::http::{Response, StatusCode, Uri, header};
 
 use super::hash::Hash;
+use super::redirect::redirected;
 use super::{Entry, variable};
 
 /// How long the hub may be silent.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Servers that send on to one another, at most.
+const REDIRECTS: usize = 10;
 
 /// Bytes of a model's list of files at most. (It has about 200 for each.)
 const LISTING_LIMIT: u64 = 32 << 20;
@@ -117,8 +120,9 @@ impl Client {
         }
         let config = Agent::config_builder()
             .http_status_as_error(false)
-            // Never to another server: files come from servers that have signed addresses instead.
-            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+            // They are followed here.
+            .max_redirects(0)
+            .max_redirects_will_error(false)
             .user_agent(concat!("bitnet/", env!("CARGO_PKG_VERSION")))
             .timeout_connect(Some(PATIENCE))
             .timeout_recv_response(Some(PATIENCE))
@@ -173,14 +177,34 @@ impl Client {
     }
 
     fn request(&self, url: &str, start: Option<u64>) -> Result<Response<ureq::Body>, HubError> {
-        let mut request = self.agent.get(url);
-        if let Some(authorization) = &self.authorization {
-            request = request.header(header::AUTHORIZATION, authorization);
+        let mut url: Uri = url.parse().map_err(|error| {
+            HubError::Refused(anyhow!("HF_ENDPOINT: {:?} is no address ({error})", self.endpoint))
+        })?;
+        let mut authorization = self.authorization.as_ref();
+        for _ in 0..=REDIRECTS {
+            let mut request = self.agent.get(&url);
+            if let Some(authorization) = authorization {
+                request = request.header(header::AUTHORIZATION, authorization);
+            }
+            if let Some(start) = start {
+                request = request.header(header::RANGE, format!("bytes={start}-"));
+            }
+            let response = request.call().map_err(|error| self.unreachable(&error))?;
+            let Some(location) = location(&response) else { return Ok(response) };
+            let next = redirected(&url, &location).map_err(|problem| {
+                HubError::Refused(anyhow!(
+                    "{}: {problem}, so nothing was downloaded. Ask whoever runs the proxy, or the server that HF_ENDPOINT \
+                     names",
+                    self.endpoint
+                ))
+            })?;
+            // Never to another server: files come from servers that have signed addresses instead.
+            if (next.scheme(), next.authority()) != (url.scheme(), url.authority()) {
+                authorization = None;
+            }
+            url = next;
         }
-        if let Some(start) = start {
-            request = request.header(header::RANGE, format!("bytes={start}-"));
-        }
-        request.call().map_err(|error| self.unreachable(&error))
+        Err(HubError::Unreachable(format!("{} redirects more than {REDIRECTS} times", self.endpoint)))
     }
 
     fn unreachable(&self, error: &ureq::Error) -> HubError {
@@ -223,6 +247,14 @@ impl Client {
         };
         HubError::Refused(anyhow!(text))
     }
+}
+
+/// Where an answer sends its reader, if it is such an answer: an address, in the server's words.
+fn location(response: &Response<ureq::Body>) -> Option<String> {
+    matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308).then(|| {
+        let location = response.headers().get(header::LOCATION);
+        location.map_or(String::new(), |location| String::from_utf8_lossy(location.as_bytes()).into_owned())
+    })
 }
 
 /// Where the bytes of an answer start: `Content-Range: bytes 100-199/200`.

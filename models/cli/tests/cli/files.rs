@@ -76,3 +76,58 @@ fn a_model_that_is_truncated_while_it_computes_is_named() {
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("model.gguf") && stderr.contains("became shorter"), "{stderr}");
 }
+
+/// Whether something unfinished is there, and not empty.
+#[cfg(unix)]
+fn unfinished(place: &Place) -> bool {
+    let has_bytes = |path: std::path::PathBuf| match std::fs::read_dir(&path) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(_) => std::fs::metadata(&path).is_ok_and(|meta| meta.len() > 0),
+    };
+    let entries = std::fs::read_dir(place.path("")).unwrap().flatten();
+    entries.filter(|e| e.file_name().to_string_lossy().starts_with(".bitnet-")).any(|e| has_bytes(e.path()))
+}
+
+#[cfg(unix)]
+#[test]
+fn what_a_signal_interrupts_leaves_nothing() {
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+    let place = Place::new();
+    let ids: Vec<_> = (0..100_000).map(|id| (id % 500).to_string()).collect();
+    place.write("many.txt", ids.join(" "));
+    place.ok(&["synth", "--context-length", "200000", "--out", "long.gguf"]);
+    let names = || -> Vec<String> {
+        let entries = std::fs::read_dir(place.path("")).unwrap().flatten();
+        let mut names: Vec<_> = entries.map(|e| e.file_name().into_string().unwrap()).collect();
+        // Measurements of kernels are kept there.
+        names.retain(|name| name != "cache");
+        names.sort();
+        names
+    };
+    let before = names();
+    for (signal, args) in [
+        ("-INT", &["synth", "--shape", "2b-4t", "--out", "large.gguf"][..]),
+        ("-TERM", &["synth", "--shape", "2b-4t", "--out", "large.gguf"]),
+        ("-INT", &["logits", "-m", "long.gguf", "--tokens-file", "many.txt", "--out", "large.npy"]),
+        ("-INT", &["convert", "long.gguf", "--to", "gguf", "--embedding", "f32", "--out", "other.gguf"]),
+    ] {
+        let mut child =
+            place.command(args).env("TMPDIR", place.path("")).stderr(Stdio::piped()).spawn().unwrap();
+        let started = Instant::now();
+        while !unfinished(&place) {
+            assert!(child.try_wait().unwrap().is_none(), "{args:?} ended by itself");
+            assert!(started.elapsed() < Duration::from_secs(60), "{args:?} wrote nothing");
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(
+            output.status.code(),
+            Some(if args[0] == "convert" { 1 } else { 130 }),
+            "{args:?}: {stderr}"
+        );
+        assert_eq!(names(), before, "{args:?}: {stderr}");
+    }
+}

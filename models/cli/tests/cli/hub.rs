@@ -24,6 +24,8 @@ struct State {
     files: BTreeMap<String, Vec<u8>>,
     /// The status of every answer, with the hub's code for it.
     refuse: Option<(u16, &'static str)>,
+    /// Where every request is sent on to.
+    redirect: Option<&'static str>,
     /// Connections end after so many bytes of a large file, in the next so many answers.
     cut: (usize, usize),
     /// Large files always come from their beginning.
@@ -127,6 +129,9 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>, port: u16) -> std::io::Re
     };
     if let Some((status, code)) = state.refuse {
         return head(&format!("{status} No"), &format!("X-Error-Code: {code}\r\n"), 0);
+    }
+    if let Some(location) = state.redirect {
+        return head("302 Found", &format!("Location: {location}\r\n"), 0);
     }
     if target == format!("/api/models/{ID}/revision/main?blobs=true") {
         let body = listing(&state.files).to_string();
@@ -432,6 +437,31 @@ fn refusals_say_what_to_do() {
     }
     let stderr = error(hub.tokenize(&place, &name()).env("HF_ENDPOINT", "ftp://x"));
     assert!(stderr.contains("HF_ENDPOINT") && stderr.contains("ftp://x"), "{stderr}");
+}
+
+#[test]
+fn only_http_addresses_are_followed() {
+    let (place, hub) = with_gguf();
+    for (location, scheme) in
+        [("file:///etc/passwd", "`file`"), ("FILE:/etc/passwd", "`FILE`"), ("ftp://localhost/x", "`ftp`")]
+    {
+        hub.set(|state| state.redirect = Some(location));
+        let stderr = error(&mut hub.tokenize(&place, &name()));
+        let origin = hub.endpoint();
+        for part in [location, scheme, &origin, "only http and https are followed", "nothing was downloaded"]
+        {
+            assert!(stderr.contains(part), "{stderr} does not say {part}");
+        }
+        assert_eq!(hub.seen().len(), 1, "asked again after {location}");
+    }
+    hub.set(|state| state.redirect = Some("http://"));
+    assert!(error(&mut hub.tokenize(&place, &name())).contains("is no address"));
+    hub.seen();
+    // Around in a circle: as if nobody were there.
+    hub.set(|state| state.redirect = Some("/around"));
+    let stderr = error(&mut hub.tokenize(&place, &name()));
+    assert!(stderr.contains("redirects more than 10 times"), "{stderr}");
+    assert_eq!(hub.seen().len(), 11);
 }
 
 #[test]

@@ -339,6 +339,23 @@ fn inspect_shows_and_checks() {
         assert!(text.contains(part), "{part}: {text}");
     }
 
+    // Float projections are known by their values.
+    for (scales, shared) in [("row", "row"), ("group:128", "group:128")] {
+        place.ok(&["synth", "--scales", scales, "--intermediate-size", "768", "--out", "many.gguf"]);
+        place.ok(&["convert", "many.gguf", "--to", "hf", "--style", "values", "--force", "--out", "many"]);
+        for model in ["many.gguf", "many"] {
+            let report = place.json(&["inspect", "-m", model, "--check", "--json"]);
+            assert_eq!(report["check"]["ternary_weights"], report["parameters"]["ternary"], "{model}");
+            assert_eq!(report["check"]["scales"], serde_json::json!({shared: 14}), "{model}");
+            let zeros = report["check"]["zero_weights"].as_f64().unwrap()
+                / report["check"]["ternary_weights"].as_f64().unwrap();
+            assert!((0.3..0.37).contains(&zeros), "{model}: {zeros}");
+            assert!(
+                place.ok(&["inspect", "-m", model, "--check"]).contains(&format!("; scales by {shared})"))
+            );
+        }
+    }
+
     // A code that means nothing, in the last projection.
     let mut bytes = std::fs::read(place.path("model.gguf")).unwrap();
     let at = bytes.len() - 256 * 4 - 32 - 5;
@@ -517,7 +534,7 @@ fn wrong_usage_is_exit_code_2() {
         &["run", "-m", "x", "-p", "y", "--top-k", "5"],
         &["run", "-m", "x", "-p", "y", "--chunk", "0"],
         &["run", "-m", "x", "-p", "y", "--threads", "0"],
-        &["run", "-m", "x", "-p", "y", "--hidden-act", "gelu"],
+        &["run", "-m", "x", "-p", "y", "--hidden-act", "gelu_fast"],
         &["kernels", "--explain", "big"],
         &["synth", "--shape", "huge"],
     ] {

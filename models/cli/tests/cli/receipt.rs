@@ -47,6 +47,37 @@ impl Place {
 }
 
 #[test]
+fn activations_are_reported_as_they_are_computed() {
+    let place = Place::new();
+    for (scales, rule, stated, report) in [
+        // The rows are of 256 and 768 values.
+        ("row", "group:4096", "row", "int8 by rows"),
+        ("row", "group:512", "group:512", "int8 by rows, int8 by groups of 512"),
+        ("row", "group:96", "group:96", "int8 by groups of 96"),
+        ("tensor", "group:4096", "row", "int8 by rows"),
+        // Groups of weights allow no larger ones of activations.
+        ("group:64", "group:4096", "group:64", "int8 by groups of 64"),
+        ("group:64", "group:96", "group:32", "int8 by groups of 32"),
+    ] {
+        place.ok(&["synth", "--scales", scales, "--intermediate-size", "768", "--out", "m.gguf"]);
+        let run = ["run", "-m", "m.gguf", "-p", "Hello", "-n", "8", "--greedy", "--print-ids", "--quiet"];
+        let ids = place.ok(&[&run[..], &["--activations", rule, "--receipt", "r.json"]].concat());
+        let receipt: Value = serde_json::from_str(&place.read("r.json")).unwrap();
+        let what = format!("{scales}, {rule}");
+        assert_eq!(receipt["generation"]["activations"], stated, "{what}");
+        assert_eq!(receipt["report"]["activations"], report, "{what}");
+        // What is stated is what was computed.
+        assert_eq!(place.ok(&[&run[..], &["--activations", stated]].concat()), ids, "{what}");
+        let (status, stdout, stderr) = place.check(&["r.json", "--rerun"]);
+        assert_eq!(status, 0, "{what}: {stdout}{stderr}");
+    }
+    let call = ["run", "-m", "m.gguf", "-p", "Hello", "--activations", "group:8388608"];
+    let output = place.command(&call).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && stderr.contains("8388576 at most"), "{stderr}");
+}
+
+#[test]
 fn a_receipt_says_what_ran_and_the_tokens_come_again() {
     let place = Place::new();
     let ids = place.ok(&[&RUN[..], &["--receipt", "r.json"]].concat());

@@ -18,7 +18,8 @@ pub(super) fn choose_activation(
         Some((key, name)) => GatedActivation::from_name(name).ok_or_else(|| LoadError::UnknownActivation {
             path: path.to_owned(),
             problem: format!(
-                "key `{key}` is \"{name}\", an activation that is not supported; supported: relu2, silu"
+                "key `{key}` is \"{name}\", an activation that is not supported; supported: relu2, silu, gelu, \
+                 gelu_pytorch_tanh (gelu_new)"
             ),
         }),
     };

@@ -45,8 +45,11 @@ pub use tokenizer_source::{GgufTokenizer, TokenizerSource};
 
 use bitnet_burn::{ActivationRule, FloatPart, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::gguf::GgufFile;
-use bitnet_burn_formats::{DenseTensor, FileError, FileMap, TernaryTensor, check_canonical, safetensors};
+use bitnet_burn_formats::{
+    DenseTensor, FileError, FileMap, TernaryTensor, WeightScale, check_canonical, safetensors, ternary,
+};
 use bytes::Bytes;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -65,10 +68,21 @@ pub struct CheckReport {
     pub ternary_weights: u64,
     /// Those that are zero.
     pub zero_weights: u64,
+    /// Projections by the weights that share a scale: `tensor`, `row`, `group:64`.
+    pub scales: BTreeMap<String, usize>,
     /// Values of norms, embedding, head and projections that are not ternary, all of them finite.
     pub dense_values: u64,
     /// Bytes of all tensors in the file.
     pub bytes: u64,
+}
+
+impl CheckReport {
+    /// Adds a matrix [n, k] of valid canonical codes.
+    fn count_ternary(&mut self, codes: &[u8], scale: WeightScale, n: usize, k: usize) {
+        self.ternary_weights += n as u64 * k as u64;
+        self.zero_weights += ternary::zeros(codes, n, k);
+        *self.scales.entry(scale.to_string()).or_default() += 1;
+    }
 }
 
 /// A model's files, opened and checked against the model's shape.
@@ -327,8 +341,9 @@ impl Checkpoint {
         self.source.metadata()
     }
 
-    /// Reads everything: that all projections hold nothing but -1, 0 and 1, and that all other weights are
-    /// finite.
+    /// Reads everything: that all packed projections hold nothing but -1, 0 and 1, and that all other weights are
+    /// finite. Projections of floats or blocks count as ternary where each tensor, row or group of them has the values -s,
+    /// 0 and s only.
     ///
     /// # Errors
     /// [`LoadError::NotTernary`], [`LoadError::NotFinite`] or [`LoadError::InvalidScale`] for the first
@@ -352,10 +367,17 @@ impl Checkpoint {
                 match self.weights(layer, which)? {
                     Weights::Ternary(tensor) => {
                         self.check_codes(&tensor)?;
-                        report.ternary_weights += tensor.n as u64 * tensor.k as u64;
-                        report.zero_weights += tensor.zeros();
+                        report.count_ternary(&tensor.codes, WeightScale::Tensor, tensor.n, tensor.k);
                     }
-                    Weights::Dense(tensor) => report.dense_values += self.check_dense(&tensor)?,
+                    Weights::Dense(tensor) => {
+                        let DenseTensor { format, ref data, n, k, .. } = tensor;
+                        match ternary::scaled_from_dense(format, data, n, k) {
+                            Ok((codes, scales)) => {
+                                report.count_ternary(&codes, scales.shared_by(n, k), n, k);
+                            }
+                            Err(_) => report.dense_values += self.check_dense(&tensor)?,
+                        }
+                    }
                 }
                 report.tensors += 1;
                 if which.has_bias(&self.config) {

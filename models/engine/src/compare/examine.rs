@@ -277,7 +277,7 @@ impl Examiner {
         let rules = [0, 1].map(|i| {
             let quantises = self.models[i].model().quantises();
             let packed = matches!(layers[i].weight, BitLinearWeight::Packed(_));
-            layers[i].quantisation().activation_group().filter(|_| quantises && packed)
+            layers[i].activation_group().filter(|_| quantises && packed)
         });
         if rules[0] != rules[1] {
             let [a, b] = rules.map(|rule| match rule {

@@ -87,6 +87,9 @@ impl Architecture {
     pub(super) fn problem(self, config: &ModelConfig) -> Option<&'static str> {
         let DecoderOptions { qk_norms, qkv_bias, output_bias, experts, windows, .. } = &config.options;
         let DecoderOptions { delta_net, attention_gate, rope_dim, projection_norms, .. } = &config.options;
+        if experts.as_ref().is_some_and(|experts| experts.shared.is_some()) {
+            return Some("has no shared expert, and this model has");
+        }
         let mixed = matches!(self, Self::Qwen3Moe | Self::Maple);
         for (found, expected, lacks, has) in [
             (
@@ -271,7 +274,8 @@ pub(super) fn warnings(
         let (own, other) = match config.activation {
             GatedActivation::Relu2 => ("squared ReLU", "SiLU"),
             GatedActivation::Silu => ("SiLU", "squared ReLU"),
-            GatedActivation::Sigmoid => ("a sigmoid", "squared ReLU"),
+            GatedActivation::Sigmoid => ("a sigmoid", "another function"),
+            GatedActivation::Gelu | GatedActivation::GeluTanh => ("GELU", "another function"),
         };
         warnings.push(format!(
             "under architecture `{name}`, {} computes {other} where this model has {own}: wrong text, and no error",

@@ -91,6 +91,8 @@ fn model_type(config: &ModelConfig) -> Result<(&'static str, &'static str), HfWr
         "it has sub-norms, and what BitNet has not"
     } else if maple && experts.is_none() {
         "it has sliding windows, and no experts"
+    } else if experts.as_ref().is_some_and(|experts| experts.shared.is_some()) {
+        "it has a shared expert, and no export writes one yet"
     } else if experts.is_some() && !qk_norms {
         "it has experts, and no norms of queries and keys"
     } else if factors && *qk_norms {
@@ -136,7 +138,8 @@ fn options_of(config: &ModelConfig, model_type: &str, json: &mut Map<String, Val
         set("scale_emb", shortest(options.embedding_scale).into());
         set("dim_model_base", (config.hidden_size as f64 / f64::from(options.logit_divisor)).into());
     }
-    if let Some(Experts { count, used, intermediate_size, renormalise, dense_layers }) = &options.experts {
+    if let Some(Experts { count, used, intermediate_size, renormalise, dense_layers, .. }) = &options.experts
+    {
         set("num_experts", (*count).into());
         set("num_experts_per_tok", (*used).into());
         set("moe_intermediate_size", (*intermediate_size).into());

@@ -99,7 +99,7 @@ impl Requirements {
             false => format.row_bytes(stored.k).unwrap_or(usize::MAX).saturating_mul(stored.n) as u64,
         };
         // On the host, int8 products need a copy in tiles, in any format, and those with ternary weights a packing.
-        let packed = projection::computes_head(checkpoint, head) && stored.format.is_ternary();
+        let packed = stored.format.is_ternary() && projection::computes_head(checkpoint, head)?;
         let own = output.is_some() || format != stored.format || head.int8_format(stored).is_some() || packed;
         let sizes = DenseBytes {
             embedding: embedding.data.len() as u64,
@@ -143,7 +143,10 @@ impl Requirements {
         let (count, used) = experts.map_or((1, 1), |of| (of.count as u64, of.used as u64));
         let feed_forward =
             if experts.is_some() { Projection::of_expert(0) } else { Projection::FEED_FORWARD };
-        let feed_forward = feed_forward.map(|which| (which, count, used));
+        // (The sizes of a shared expert are 0 where there is none.)
+        let shared = Projection::SHARED.map(|which| (which, 1, 1));
+        let feed_forward: Vec<_> =
+            feed_forward.map(|which| (which, count, used)).into_iter().chain(shared).collect();
         let sum_of = |kinds: &[Projection], of: &dyn Fn(usize) -> usize| {
             let each = kinds.iter().map(|which| {
                 let (n, k) = which.shape(config);
@@ -171,7 +174,8 @@ impl Requirements {
         let attention = (3 * q + 3 * kv).max(delta);
         // With experts: the normalised rows, the logits of the router, and of the rows of one expert its inputs and outputs.
         let feed_forward = experts.map_or(3 * inter, |experts| {
-            4 * hidden + experts.count as u64 + 3 * experts.intermediate_size as u64
+            let widest = experts.intermediate_size.max(experts.shared.unwrap_or(0));
+            4 * hidden + experts.count as u64 + 3 * widest as u64
         });
         Self {
             layers: config.n_layers,
@@ -190,7 +194,11 @@ impl Requirements {
                 .map(|kind| config.kv_bytes_per_token(kind) as u64 / config.n_layers.max(1) as u64),
             state_per_layer: config.state_bytes() as u64 / config.n_layers.max(1) as u64,
             row_values: 2 * hidden + attention.max(feed_forward),
-            widest: hidden.max(q).max(experts.map_or(inter, |experts| experts.intermediate_size as u64)),
+            widest: hidden.max(q).max(
+                experts.map_or(inter, |experts| {
+                    experts.intermediate_size.max(experts.shared.unwrap_or(0)) as u64
+                }),
+            ),
             heads: config.n_heads as u64,
             query_values: q,
             windows: config.options.windows.as_ref().map_or((usize::MAX, 0), |windows| {
@@ -369,8 +377,14 @@ mod tests {
         let sizes = DenseBytes { embedding: 0, output: 0, head_read: 0 };
         let plain = Requirements::with(&config, sizes);
         assert_eq!(plain.layer_bytes_read(30), plain.layer_bytes(30));
-        let experts =
-            Experts { count: 64, used: 4, intermediate_size: 768, renormalise: true, dense_layers: vec![0] };
+        let experts = Experts {
+            count: 64,
+            used: 4,
+            intermediate_size: 768,
+            renormalise: true,
+            shared: None,
+            dense_layers: vec![0],
+        };
         config.options.experts = Some(experts);
         let needs = Requirements::with(&config, sizes);
         let attention = plain.layer_weights - 3 * 2560 * 6912;

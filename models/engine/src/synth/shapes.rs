@@ -157,7 +157,8 @@ fn hybrid(size: ModelConfig, [key_heads, value_heads, key_dim, value_dim]: [usiz
 fn maple(size: ModelConfig, count: usize, used: usize, positions: usize) -> ModelConfig {
     let layers: Vec<bool> = (1..=size.n_layers).map(|layer| !layer.is_multiple_of(4)).collect();
     let (intermediate_size, n_layers, config) = (size.intermediate_size, size.n_layers, qwen3(size));
-    let experts = Experts { count, used, intermediate_size, renormalise: true, dense_layers: Vec::new() };
+    let (renormalise, shared, dense_layers) = (true, None, Vec::new());
+    let experts = Experts { count, used, intermediate_size, renormalise, shared, dense_layers };
     ModelConfig {
         architecture: "maple".into(),
         tied_embeddings: false,

@@ -65,8 +65,14 @@ fn gguf_files_say_which_experts_and_windows_there_are() {
     let dir = Dir::new();
     let checkpoint = dir.open_and_check(&maple()).unwrap();
     let config = checkpoint.config();
-    let experts =
-        Experts { count: 3, used: 2, intermediate_size: 64, renormalise: true, dense_layers: Vec::new() };
+    let experts = Experts {
+        count: 3,
+        used: 2,
+        intermediate_size: 64,
+        renormalise: true,
+        shared: None,
+        dense_layers: Vec::new(),
+    };
     assert_eq!(config.options.experts.as_ref(), Some(&experts));
     let windows = SlidingWindows { positions: 4, layers: vec![true, false], global_rope: false };
     assert_eq!(config.options.windows.as_ref(), Some(&windows));
@@ -317,8 +323,14 @@ fn maple_directory() -> Model {
 fn directories_say_which_experts_and_windows_there_are() {
     let config = |model: Model| model.open().unwrap().checkpoint.config().clone();
     let qwen = config(directory());
-    let experts =
-        Experts { count: 3, used: 2, intermediate_size: 12, renormalise: true, dense_layers: Vec::new() };
+    let experts = Experts {
+        count: 3,
+        used: 2,
+        intermediate_size: 12,
+        renormalise: true,
+        shared: None,
+        dense_layers: Vec::new(),
+    };
     assert_eq!(qwen.options.experts.as_ref(), Some(&experts));
     assert!(qwen.options.qk_norms && qwen.options.windows.is_none() && qwen.options.swiglu_clamp.is_empty());
     // transformers' default is plain softmax; Maple's is not.

@@ -408,8 +408,8 @@ fn models_that_contradict_themselves_are_refused() {
         ),
         (
             "unknown activation",
-            model().key("bitnet-b1.58.hidden_act", STRING, string("gelu")),
-            &["hidden_act", "gelu", "relu2, silu"],
+            model().key("bitnet-b1.58.hidden_act", STRING, string("gelu_fast")),
+            &["hidden_act", "gelu_fast", "relu2, silu"],
         ),
         ("no embedding", drop("token_embd.weight"), &["token_embd.weight", "missing"]),
         ("no projection", drop("blk.0.ffn_up.weight"), &["blk.0.ffn_up.weight", "missing"]),

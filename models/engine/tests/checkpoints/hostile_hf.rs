@@ -124,7 +124,7 @@ fn configurations_that_lie_are_refused() {
             p().without("hidden_act"),
             &["hidden_act", "--hidden-act relu2", "--hidden-act silu"],
         ),
-        ("other activation", p().set("hidden_act", json!("gelu")), &["gelu", "relu2, silu"]),
+        ("other activation", p().set("hidden_act", json!("gelu_fast")), &["gelu_fast", "relu2, silu"]),
         ("a bias", p().set("attention_bias", json!(true)), &["attention_bias", "true"]),
         (
             "llama3, no factor",

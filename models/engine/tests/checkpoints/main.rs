@@ -9,3 +9,4 @@ mod hostile_hf;
 mod other_programs_gguf;
 mod other_programs_hf;
 mod projection_norms;
+mod shared_expert;

@@ -11,7 +11,7 @@ use crate::gguf::{Dir, F32, Raw, STRING, U32, string};
 use crate::hf::{Model, assert_refused, f32s};
 
 #[path = "../support/mod.rs"]
-mod support;
+pub mod support;
 
 const HIDDEN: usize = 8;
 const INNER: usize = 12;

@@ -39,7 +39,7 @@ impl BitLinear {
         }
         let largest = |values: &[f32]| values.iter().fold(0f32, |a, v| a.max(v.abs()));
         let scales: Vec<f32> = values.chunks(scale.run(n, k).max(1)).map(largest).collect();
-        let (codes, group) = (Bytes::from(bytes), self.quantisation.activation_group());
+        let (codes, group) = (Bytes::from(bytes), self.activation_group());
         let scale = match (scale, group) {
             // Without a code that is not zero all weights are below half of the smallest scale.
             (WeightScale::Tensor, None | Some(0)) => MatrixScale::One(largest(&scales).max(quant::EPSILON)),

@@ -48,15 +48,17 @@ pub enum ExportError {
     Run(#[from] TrainError),
     /// The masters were asked for, and are gone.
     #[error(
-        "{}: the latent weights (masters) are not in this checkpoint: its projections are ternary already \
-         ({stored_as}), and what was rounded away can't be computed back; export the checkpoint that training \
-         wrote, or write the packed style", path.display()
+        "{}: the latent weights (masters) are not in this checkpoint: it stores its projections as {stored_as}, \
+         and what was rounded away can't be computed back; export the checkpoint that training wrote, or {instead}",
+        path.display()
     )]
     NoMasters {
         /// The checkpoint.
         path: PathBuf,
         /// How it holds its projections.
         stored_as: &'static str,
+        /// The style that holds them.
+        instead: &'static str,
     },
     /// The target stands for other activations than the model's.
     #[error("{}: {format} stands for {stated}, and this model has {found}; {instead}", path.display())]

@@ -56,24 +56,28 @@ pub(super) fn check(checkpoint: &Checkpoint, target: Target) -> Result<(), Expor
             types.dense
         }
         Target::Hf { style: Style::Online, dense } => {
-            if checkpoint.master(0, Projection::first(checkpoint.config()))?.is_none() {
-                let stored_as = match checkpoint.weights(0, Projection::first(checkpoint.config()))? {
-                    Weights::Ternary(tensor) => tensor.stored_as,
-                    Weights::Dense(tensor) => tensor.format.name(),
+            if checkpoint.master(0, Projection::first(config))?.is_none() {
+                let (stored_as, instead) = match checkpoint.weights(0, Projection::first(config))? {
+                    Weights::Ternary(tensor) => (tensor.stored_as, INSTEAD_PACKED),
+                    Weights::Dense(tensor) => (tensor.format.name(), INSTEAD_VALUES),
                 };
-                return Err(ExportError::NoMasters { path: checkpoint.path().to_owned(), stored_as });
+                return Err(ExportError::NoMasters {
+                    path: checkpoint.path().to_owned(),
+                    stored_as,
+                    instead,
+                });
             }
             dense
         }
         Target::Hf { style: Style::Values, dense } => {
             if int8 {
-                return other_activations("a directory of float values", "write the packed style");
+                return other_activations("a directory of float values", INSTEAD_PACKED);
             }
             dense
         }
         Target::Hf { style: Style::PackedAuto | Style::PackedInverse, dense } => {
             if !int8 {
-                return other_activations("the packed style", "write --style values");
+                return other_activations("the packed style", INSTEAD_VALUES);
             }
             if let Some((tensor, n, k)) = all.iter().find(|(_, n, _)| !n.is_multiple_of(4)).cloned() {
                 let instead = match fits_type(TernaryType::I2_S, &all) {
@@ -98,6 +102,12 @@ pub(super) fn check(checkpoint: &Checkpoint, target: Target) -> Result<(), Expor
     }
     Ok(())
 }
+
+/// The style of models with int8 activations by row.
+const INSTEAD_PACKED: &str = "write the packed style (--style packed)";
+
+/// The style of all others.
+const INSTEAD_VALUES: &str = "write float values (--style values)";
 
 /// What to do with a model with int8 activations by row that fits no packed format.
 const NO_TYPE: &str = "neither GGUF's ternary types nor the packed style hold this model; only --style master, \

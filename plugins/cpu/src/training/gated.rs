@@ -1,7 +1,7 @@
 //! Gradients of gated activations.
 
 use super::by_parts;
-use crate::gated::{Gate, Relu2, Sigmoid, Silu};
+use crate::gated::{Gate, Gelu, GeluTanh, Relu2, Sigmoid, Silu};
 use crate::simd::{Isa, Kernel, Level};
 use crate::threads::Threads;
 
@@ -27,6 +27,22 @@ pub fn silu_mul_backward(gate_up: &[f32], dy: &[f32], f: usize, out: &mut [f32],
 /// As [`relu2_mul_backward`].
 pub fn sigmoid_mul_backward(gate_up: &[f32], dy: &[f32], f: usize, out: &mut [f32], threads: &dyn Threads) {
     gated_backward(gate_up, dy, f, out, threads, Sigmoid);
+}
+
+/// The gradient of gelu(gate) * up.
+///
+/// # Panics
+/// As [`relu2_mul_backward`].
+pub fn gelu_mul_backward(gate_up: &[f32], dy: &[f32], f: usize, out: &mut [f32], threads: &dyn Threads) {
+    gated_backward(gate_up, dy, f, out, threads, Gelu);
+}
+
+/// The gradient of gelu(gate) * up, in the approximation with tanh.
+///
+/// # Panics
+/// As [`relu2_mul_backward`].
+pub fn gelu_tanh_mul_backward(gate_up: &[f32], dy: &[f32], f: usize, out: &mut [f32], threads: &dyn Threads) {
+    gated_backward(gate_up, dy, f, out, threads, GeluTanh);
 }
 
 fn gated_backward(

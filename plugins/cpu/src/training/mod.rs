@@ -10,7 +10,9 @@ mod norm;
 mod self_attention;
 
 pub use self::cross_entropy::{cross_entropy, cross_entropy_backward};
-pub use self::gated::{relu2_mul_backward, sigmoid_mul_backward, silu_mul_backward};
+pub use self::gated::{
+    gelu_mul_backward, gelu_tanh_mul_backward, relu2_mul_backward, sigmoid_mul_backward, silu_mul_backward,
+};
 pub use self::norm::{rms_norm_backward, rms_norm_backward_weight};
 pub use self::self_attention::{Shape, self_attention, self_attention_backward};
 use crate::simd::{Isa, exp};

@@ -8,7 +8,7 @@ use super::delta_net::delta_net;
 use super::experts::{experts, has_experts, swiglu_clamp, windows};
 use super::foreign::foreign_parts;
 use super::keys::{string, token, wrong_value};
-use super::names::{LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN3MOE, QWEN35, norm_name};
+use super::names::{LLAMA, MAPLE, MINICPM, QWEN2, QWEN2MOE, QWEN3, QWEN3MOE, QWEN35, norm_name};
 use super::rope::scaling;
 use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig, Norm, Projection};
 use bitnet_burn_formats::FileError;
@@ -17,10 +17,10 @@ use std::collections::HashSet;
 use std::path::Path;
 
 /// The architectures that are read.
-const ARCHITECTURES: [&str; 10] =
-    ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA, MAPLE, MINICPM, QWEN2, QWEN3, QWEN35, QWEN3MOE];
+const ARCHITECTURES: [&str; 11] =
+    ["bitnet-b1.58", "bitnet-25", "bitnet", LLAMA, MAPLE, MINICPM, QWEN2, QWEN2MOE, QWEN3, QWEN35, QWEN3MOE];
 const ARCHITECTURES_TEXT: &str =
-    "bitnet-b1.58, bitnet-25, bitnet, llama, maple, minicpm, qwen2, qwen3, qwen35, qwen3moe";
+    "bitnet-b1.58, bitnet-25, bitnet, llama, maple, minicpm, qwen2, qwen2moe, qwen3, qwen35, qwen3moe";
 /// Keys are looked up under these names too.
 const PREFIXES: [&str; 3] = ["bitnet", "bitnet-b1.58", "bitnet-25"];
 /// Keys that state the activation; llama.cpp defines none for BitNet, converters have their own.

@@ -1,17 +1,18 @@
 //! Experts and sliding windows, from keys.
 //!
-//! The keys are llama.cpp's. It renormalises the weights of a row's experts in every file of these architectures.
+//! The keys are llama.cpp's. It renormalises the weights of a row's experts in every file of these architectures but `qwen2moe`,
+//! in none of whose files it does.
 
 use super::super::error::LoadError;
 use super::config::Keys;
-use super::names::{MAPLE, QWEN3MOE};
+use super::names::{MAPLE, QWEN2MOE, QWEN3MOE};
 use bitnet_burn::{Experts, SlidingWindows};
 use bitnet_burn_formats::gguf::Value;
 
 /// Keys of other mixtures that would change the result, and the numbers that change nothing. 1 is softmax.
 const NEUTRAL: [(&str, &[f64]); 8] = [
     ("expert_shared_count", &[0.0]),
-    ("expert_shared_feed_forward_length", &[0.0]),
+    (SHARED_SIZE, &[0.0]),
     ("expert_weights_scale", &[0.0, 1.0]),
     ("expert_gating_func", &[0.0, 1.0]),
     ("expert_group_count", &[0.0, 1.0]),
@@ -20,9 +21,12 @@ const NEUTRAL: [(&str, &[f64]); 8] = [
     ("moe_every_n_layers", &[0.0, 1.0]),
 ];
 
+/// The width of the shared expert.
+const SHARED_SIZE: &str = "expert_shared_feed_forward_length";
+
 /// Whether a model of the architecture has experts.
 pub(super) fn has_experts(architecture: &str) -> bool {
-    matches!(architecture, QWEN3MOE | MAPLE)
+    matches!(architecture, QWEN2MOE | QWEN3MOE | MAPLE)
 }
 
 /// The experts of the architectures that have some.
@@ -34,7 +38,9 @@ pub(super) fn experts(
     if !has_experts(architecture) {
         return Ok(None);
     }
-    for (suffix, neutral) in NEUTRAL {
+    let has_shared = architecture == QWEN2MOE;
+    for (suffix, neutral) in NEUTRAL.into_iter().filter(|(suffix, _)| !(has_shared && *suffix == SHARED_SIZE))
+    {
         let Some((key, value)) = keys.find(suffix) else { continue };
         let found = value.as_f64().or(value.as_u64().map(|v| v as f64));
         if !found.is_some_and(|found| neutral.contains(&found)) {
@@ -46,19 +52,25 @@ pub(super) fn experts(
         }
     }
     if let Some((key, value)) = keys.find("expert_weights_norm")
-        && value.as_bool() != Some(true)
+        && value.as_bool() != Some(!has_shared)
     {
-        return Err(keys.unsupported(key, value, "true, or no such key"));
+        return Err(keys.unsupported(key, value, &format!("{}, or no such key", !has_shared)));
     }
+    // As llama.cpp does, where the key is missing.
+    let shared = match has_shared {
+        true => Some(keys.size(SHARED_SIZE)?.or(intermediate_size).ok_or_else(|| keys.missing(SHARED_SIZE))?),
+        false => None,
+    };
     let used = keys.required_size("expert_used_count")?;
     let intermediate_size = match (keys.size("expert_feed_forward_length")?, intermediate_size) {
         (Some(size), _) => size,
         // As llama.cpp does.
-        (None, Some(size)) if architecture == QWEN3MOE && used > 0 => size / used,
+        (None, Some(size)) if architecture != MAPLE && used > 0 => size / used,
         _ => return Err(keys.missing("expert_feed_forward_length")),
     };
     let count = keys.required_size("expert_count")?;
-    Ok(Some(Experts { count, used, intermediate_size, renormalise: true, dense_layers: Vec::new() }))
+    let (renormalise, dense_layers) = (!has_shared, Vec::new());
+    Ok(Some(Experts { count, used, intermediate_size, renormalise, shared, dense_layers }))
 }
 
 /// The sliding windows of Maple.

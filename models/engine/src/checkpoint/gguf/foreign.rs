@@ -8,7 +8,7 @@ use bitnet_burn_formats::gguf::GgufFile;
 use std::collections::BTreeSet;
 
 /// Keys that a part of the reader takes, without the architecture's name.
-const KEYS: [&str; 37] = [
+const KEYS: [&str; 38] = [
     "attention.causal",
     "attention.head_count",
     "attention.head_count_kv",
@@ -23,6 +23,7 @@ const KEYS: [&str; 37] = [
     "embedding_scale",
     "expert_count",
     "expert_feed_forward_length",
+    "expert_shared_feed_forward_length",
     "expert_used_count",
     "expert_weights_norm",
     "feed_forward.activation",

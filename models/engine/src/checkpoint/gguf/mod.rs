@@ -468,6 +468,7 @@ fn stored_shape(which: FloatPart, config: &ModelConfig) -> Vec<usize> {
     let [rows, columns] = which.shape(config);
     match which {
         FloatPart::DeltaConvolution => vec![columns, rows],
+        FloatPart::SharedRouter => vec![columns],
         _ => which.checkpoint_shape(config),
     }
 }

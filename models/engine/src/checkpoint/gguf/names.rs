@@ -17,6 +17,8 @@ pub(crate) const QWEN3: &str = "qwen3";
 /// Llama's shape with factors of embedding, residuals and logits; q and k in Llama's order.
 pub(crate) const MINICPM: &str = "minicpm";
 
+/// Qwen2's shape with experts, and a shared one.
+pub(crate) const QWEN2MOE: &str = "qwen2moe";
 /// Qwen3's shape with experts.
 pub(crate) const QWEN3MOE: &str = "qwen3moe";
 /// Qwen3's shape with experts, and with sliding windows and RoPE in some layers.
@@ -57,6 +59,7 @@ pub fn projection_name(layer: usize, which: Projection) -> String {
 pub(crate) fn float_part_name(layer: usize, which: FloatPart) -> String {
     let part = match which {
         FloatPart::Router => "ffn_gate_inp.weight",
+        FloatPart::SharedRouter => "ffn_gate_inp_shexp.weight",
         FloatPart::DeltaDecay => "ssm_alpha.weight",
         FloatPart::DeltaStrength => "ssm_beta.weight",
         FloatPart::DeltaConvolution => "ssm_conv1d.weight",
@@ -112,6 +115,9 @@ pub(super) fn projection_stem(layer: usize, which: Projection) -> String {
         Projection::ExpertGate(_) => "ffn_gate_exps",
         Projection::ExpertUp(_) => "ffn_up_exps",
         Projection::ExpertDown(_) => "ffn_down_exps",
+        Projection::SharedGate => "ffn_gate_shexp",
+        Projection::SharedUp => "ffn_up_shexp",
+        Projection::SharedDown => "ffn_down_shexp",
     };
     format!("blk.{layer}.{part}")
 }

@@ -5,7 +5,7 @@ use super::super::error::LoadError;
 use super::super::source::OpenOptions;
 use super::delta_net::delta_net;
 use super::experts::{MAPLE_CLAMP, experts, windows};
-use super::fields::{Fields, MAPLE, QWEN3_5, QWEN3_MOE};
+use super::fields::{Fields, MAPLE, QWEN2_MOE, QWEN3_5, QWEN3_MOE};
 use super::names::is_sub_norm;
 use super::style::has_norms;
 use bitnet_burn::names::HEAD;
@@ -281,8 +281,12 @@ fn options_of(
     }
     let mut options = DecoderOptions {
         qk_norms: matches!(architecture, "qwen3" | QWEN3_5 | QWEN3_MOE | MAPLE),
-        qkv_bias: attention_bias || architecture == "qwen2",
-        output_bias: attention_bias && architecture != "qwen2",
+        qkv_bias: match architecture {
+            "qwen2" => true,
+            QWEN2_MOE => fields.bool("qkv_bias")?.unwrap_or(true),
+            _ => attention_bias,
+        },
+        output_bias: attention_bias && !matches!(architecture, "qwen2" | QWEN2_MOE),
         ..DecoderOptions::default()
     };
     if architecture == "minicpm" {

@@ -1,11 +1,11 @@
 //! Experts and sliding windows, from `config.json`.
 //!
-//! The keys are those of transformers' Qwen3 MoE. Maple has them, too, and `layer_types`, `sliding_window` and
+//! The keys are those of transformers' Qwen2 MoE, which has a shared expert, and Qwen3 MoE. Maple has them, too, and `layer_types`, `sliding_window` and
 //! `nope_on_global_attention`; no configuration of a published Maple was at hand, so that these follow llama.cpp's
 //! converter.
 
 use super::super::error::LoadError;
-use super::fields::{Fields, MAPLE, QWEN3_MOE};
+use super::fields::{Fields, MAPLE, QWEN2_MOE, QWEN3_MOE};
 use bitnet_burn::{Experts, SlidingWindows};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -20,7 +20,7 @@ const MANY: usize = 1 << 16;
 const NEUTRAL: [(&str, f64); 9] = [
     ("num_shared_experts", 0.0),
     ("n_shared_experts", 0.0),
-    ("shared_expert_intermediate_size", 0.0),
+    (SHARED_SIZE, 0.0),
     ("first_k_dense_replace", 0.0),
     ("moe_layer_freq", 1.0),
     ("n_group", 1.0),
@@ -29,16 +29,20 @@ const NEUTRAL: [(&str, f64); 9] = [
     ("swiglu_limit", MAPLE_CLAMP as f64),
 ];
 
+/// The width of the shared expert.
+const SHARED_SIZE: &str = "shared_expert_intermediate_size";
+
 /// The experts of the model types that have some.
 pub(super) fn experts(
     fields: Fields<'_>,
     architecture: &str,
     n_layers: usize,
 ) -> Result<Option<Experts>, LoadError> {
-    if !matches!(architecture, QWEN3_MOE | MAPLE) {
+    if !matches!(architecture, QWEN2_MOE | QWEN3_MOE | MAPLE) {
         return Ok(None);
     }
-    for (key, neutral) in NEUTRAL {
+    let has_shared = architecture == QWEN2_MOE;
+    for (key, neutral) in NEUTRAL.into_iter().filter(|(key, _)| !(has_shared && *key == SHARED_SIZE)) {
         let other = key == "swiglu_limit" && architecture != MAPLE;
         if let Some(found) = fields.float(key)?.filter(|&found| found != neutral || other) {
             let supported = if other { "a model without it".into() } else { neutral.to_string() };
@@ -61,6 +65,7 @@ pub(super) fn experts(
         used: fields.required_size("num_experts_per_tok")?,
         intermediate_size: fields.required_size("moe_intermediate_size")?,
         renormalise,
+        shared: if has_shared { Some(fields.required_size(SHARED_SIZE)?) } else { None },
         dense_layers: dense_layers(fields, n_layers)?,
     }))
 }

@@ -6,12 +6,16 @@ use serde_json::Value;
 use std::path::Path;
 
 /// The models that are read.
-const MODEL_TYPES: [&str; 8] = ["bitnet", "llama", MAPLE, "minicpm", "qwen2", "qwen3", QWEN3_5, QWEN3_MOE];
-const MODEL_TYPES_TEXT: &str = "bitnet, llama, maple, minicpm, qwen2, qwen3, qwen3_5_text, qwen3_moe";
+const MODEL_TYPES: [&str; 9] =
+    ["bitnet", "llama", MAPLE, "minicpm", "qwen2", QWEN2_MOE, "qwen3", QWEN3_5, QWEN3_MOE];
+const MODEL_TYPES_TEXT: &str =
+    "bitnet, llama, maple, minicpm, qwen2, qwen2_moe, qwen3, qwen3_5_text, qwen3_moe";
 /// Experts, and sliding windows in some layers.
 pub(super) const MAPLE: &str = "maple";
 /// Gated DeltaNets in place of the attention of most layers.
 pub(super) const QWEN3_5: &str = "qwen3_5_text";
+/// Qwen2 with experts, and a shared one.
+pub(super) const QWEN2_MOE: &str = "qwen2_moe";
 /// Qwen3 with experts.
 pub(super) const QWEN3_MOE: &str = "qwen3_moe";
 

@@ -403,7 +403,10 @@ impl Source for HfModel {
 
     fn float_part(&self, layer: usize, which: FloatPart) -> Result<DenseTensor, LoadError> {
         let tensor = self.dense(&float_part_name(layer, which), FLOATS)?;
-        if matches!(which, FloatPart::Router | FloatPart::DeltaDecay | FloatPart::DeltaStrength) {
+        if matches!(
+            which,
+            FloatPart::Router | FloatPart::SharedRouter | FloatPart::DeltaDecay | FloatPart::DeltaStrength
+        ) {
             return Ok(tensor);
         }
         let values = which.from_checkpoint(&floats(&self.dir, &tensor)?, &self.config);
