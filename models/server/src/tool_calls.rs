@@ -62,7 +62,7 @@ mod tests {
     fn calls_are_read_whole_or_not_at_all() {
         let one = "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Bern\", \"a\": 1}}\n</tool_call>";
         let weather = ToolCall { name: "weather".into(), arguments: "{\"city\": \"Bern\", \"a\": 1}".into() };
-        assert_eq!(parse(one).unwrap(), [weather.clone()]);
+        assert_eq!(parse(one).unwrap(), std::slice::from_ref(&weather));
         assert_eq!(parse(&format!("{one}\n{one}\n")).unwrap(), [weather.clone(), weather]);
         for other in [
             "",

@@ -371,9 +371,8 @@ impl Scheduler {
         }
         // Counted here, so that the bound of the queue holds while the scheduler's thread computes.
         self.shared.stats().waiting += 1;
-        let sent = self.submissions.as_ref().map(|sender| sender.send(submitted));
-        match sent {
-            Some(Ok(())) => Ok(ticket),
+        match &self.submissions {
+            Some(sender) if sender.send(submitted).is_ok() => Ok(ticket),
             _ => Err(SubmitError::Stopped),
         }
     }

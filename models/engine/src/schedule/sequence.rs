@@ -38,20 +38,17 @@ pub(super) struct Rows {
 }
 
 impl<'e> Running<'e> {
-    /// Begins a request with a sequence whose cache holds the first `computed` tokens of the prompt.
+    /// Begins a request with a sequence whose cache holds the first `computed` tokens of the prompt. `decoder` continues
+    /// the prompt.
     pub(super) fn new(
         engine: &'e Engine,
         submitted: Submitted,
-        sequence: SequenceId,
-        computed: usize,
-    ) -> Result<Self, (Submitted, GenerateError)> {
+        (sequence, computed): (SequenceId, usize),
+        decoder: Option<DecodeStream<'e>>,
+    ) -> Self {
         let prompt = &submitted.request.prompt;
-        let decoder = match engine.tokenizer().map(|t| t.decode_stream_after(prompt, true)).transpose() {
-            Ok(decoder) => decoder,
-            Err(error) => return Err((submitted, error.into())),
-        };
         let now = Instant::now();
-        Ok(Self {
+        Self {
             sequence,
             history: prompt.clone(),
             computed,
@@ -63,7 +60,7 @@ impl<'e> Running<'e> {
             last_token: now,
             in_doubt: engine.manager().results_in_doubt(),
             submitted,
-        })
+        }
     }
 
     /// Bytes of KV cache that it may need.

@@ -6,14 +6,15 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
-use bitnet_burn::{ForwardError, KvCache};
+use bitnet_burn::{ForwardError, KvCache, SequenceId};
 
 use super::draft::RowCosts;
 use super::kept::{KeptSequences, WORTH, common};
 use super::sequence::{Rows, Running};
-use super::{Event, RequestError, SchedulerOptions, Shared, Submitted};
+use super::{Event, Request, RequestError, SchedulerOptions, Shared, Submitted};
 use crate::engine::Engine;
 use crate::generate::{Finish, GenerateError, values};
+use crate::tokenizer::DecodeStream;
 
 /// Earlier prompts that are kept at most: each is compared with each new prompt.
 const MOST_KEPT: usize = 256;
@@ -146,42 +147,48 @@ impl<'e> Work<'e> {
             }
             let Some(submitted) = self.waiting.pop_front() else { return };
             self.leave_queue(|_| ());
-            if let Err((mut submitted, error)) = self.begin(submitted, room) {
-                self.shared.stats().failed += 1;
-                (submitted.on_event)(Event::Failed(error.into()));
-            }
+            self.begin(submitted, room);
         }
     }
 
     /// Begins a request, from the longest beginning of its prompt that is at hand; `room` bytes are left for what is kept.
-    fn begin(&mut self, submitted: Submitted, room: u64) -> Result<(), (Submitted, GenerateError)> {
-        let prompt = &submitted.request.prompt;
-        let (sequence, computed) = match self.resume(prompt, room) {
-            Ok(Some(resumed)) => resumed,
-            Ok(None) => {
-                let new = submitted.request.options.max_new_tokens.min(FIRST_TOKENS);
+    fn begin(&mut self, mut submitted: Submitted, room: u64) {
+        let (sequence, decoder) = match self.prepare(&submitted.request, room) {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                self.shared.stats().failed += 1;
+                return (submitted.on_event)(Event::Failed(error.into()));
+            }
+        };
+        {
+            let mut stats = self.shared.stats();
+            stats.reused_tokens += sequence.1 as u64;
+            stats.reused_prompts += u64::from(sequence.1 > 0);
+        }
+        self.running.push(Running::new(self.engine, submitted, sequence, decoder));
+    }
+
+    /// A sequence for a request, how much of the prompt its cache holds, and what decodes the answer.
+    fn prepare(
+        &mut self,
+        request: &Request,
+        room: u64,
+    ) -> Result<((SequenceId, usize), Option<DecodeStream<'e>>), GenerateError> {
+        let prompt = &request.prompt;
+        // First, so that no sequence is left behind.
+        let decoder = self.engine.tokenizer().map(|t| t.decode_stream_after(prompt, true)).transpose()?;
+        let sequence = match self.resume(prompt, room)? {
+            Some(resumed) => resumed,
+            None => {
+                let new = request.options.max_new_tokens.min(FIRST_TOKENS);
                 (self.cache.add_sequence(prompt.len().saturating_add(new)), 0)
             }
-            Err(error) => return Err((submitted, error)),
         };
-        let running = Running::new(self.engine, submitted, sequence, computed).inspect_err(|_| {
-            // The sequence was made above, so it is there.
-            drop(self.cache.remove(sequence));
-        })?;
-        let mut stats = self.shared.stats();
-        stats.reused_tokens += computed as u64;
-        stats.reused_prompts += u64::from(computed > 0);
-        drop(stats);
-        self.running.push(running);
-        Ok(())
+        Ok((sequence, decoder))
     }
 
     /// A sequence whose cache holds a beginning of `prompt`, and how much of it.
-    fn resume(
-        &mut self,
-        prompt: &[u32],
-        room: u64,
-    ) -> Result<Option<(bitnet_burn::SequenceId, usize)>, GenerateError> {
+    fn resume(&mut self, prompt: &[u32], room: u64) -> Result<Option<(SequenceId, usize)>, GenerateError> {
         // Results that came into doubt must not reach later answers.
         let in_doubt = self.engine.manager().results_in_doubt();
         if in_doubt != self.in_doubt {
@@ -374,7 +381,6 @@ mod tests {
     use super::*;
     use crate::GenerateOptions;
     use crate::sampling::{Sampler, StopMatcher};
-    use crate::schedule::Request;
 
     #[test]
     fn guesses_that_are_right_save_steps_and_change_no_token() {
