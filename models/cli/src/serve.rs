@@ -72,8 +72,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Server")]
     max_tokens: Option<usize>,
     /// Seconds that a request may take, with its time in the queue [default: 600]
-    #[arg(long, value_name = "SECONDS", value_parser = positive, help_heading = "Server")]
-    request_time: Option<usize>,
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Server")]
+    request_time: Option<Duration>,
     /// Memory of each model's KV cache, with what it keeps of earlier prompts (such as 4GB) [default: of 16 full contexts, or
     /// three quarters of the free memory]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Server")]
@@ -83,8 +83,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Server")]
     model_memory: Option<u64>,
     /// Unload a model that nobody asked for this long [default: never]
-    #[arg(long, value_name = "SECONDS", value_parser = positive, help_heading = "Server")]
-    idle_time: Option<usize>,
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Server")]
+    idle_time: Option<Duration>,
     /// Tokens that are guessed ahead from the text so far, at most; 0 for none. They change no answer [default: 8]
     #[arg(long, value_name = "N", help_heading = "Server")]
     draft: Option<usize>,
@@ -136,6 +136,14 @@ fn name_of(path: &Path) -> String {
     name.unwrap_or_default().to_string_lossy().into_owned()
 }
 
+/// From a second to a year.
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse() {
+        Ok(seconds @ 1..=31_536_000) => Ok(Duration::from_secs(seconds)),
+        _ => Err("it must be a number from 1 to 31536000".into()),
+    }
+}
+
 /// Bytes of a model's files.
 fn bytes_of(path: &Path) -> u64 {
     let size = |path: &Path| std::fs::metadata(path).map_or(0, |meta| meta.len());
@@ -177,6 +185,8 @@ async fn serve(mut args: ServeArgs) -> anyhow::Result<()> {
     for NamedModel { name, model } in std::mem::take(&mut args.models) {
         // What is missing of a model on the hub is downloaded before the server is ready.
         let path = model.locate()?.into_owned();
+        // Before anybody asks for it.
+        std::fs::metadata(&path).with_context(|| format!("--model: cannot open {}", path.display()))?;
         let load = load.clone();
         let bytes = bytes_of(&path);
         let open = move || open(&load.0, &load.1, |gaps| Ok(Checkpoint::open(&path, &gaps.options())?));
@@ -190,7 +200,7 @@ async fn serve(mut args: ServeArgs) -> anyhow::Result<()> {
         sources,
         ModelsOptions {
             memory: args.model_memory,
-            idle: args.idle_time.map(|seconds| Duration::from_secs(seconds as u64)),
+            idle: args.idle_time,
             scheduler: SchedulerLimits {
                 parallel: args.parallel,
                 queue: args.queue,
@@ -279,13 +289,11 @@ impl ServeArgs {
         let defaults = ServerOptions::default();
         Ok(ServerOptions {
             // A proxy on this machine sends its own names, so a key is enough.
-            local_names_only: local && api_key.is_none() && !self.no_api_key,
+            local_names_only: local && api_key.is_none(),
             api_key,
             cors: self.cors.clone(),
             max_tokens: self.max_tokens.unwrap_or(defaults.max_tokens),
-            request_time: self
-                .request_time
-                .map_or(defaults.request_time, |seconds| Duration::from_secs(seconds as u64)),
+            request_time: self.request_time.unwrap_or(defaults.request_time),
             ..defaults
         })
     }
@@ -299,6 +307,17 @@ impl ServeArgs {
             Some(path) => {
                 let key = std::fs::read_to_string(path)
                     .with_context(|| format!("--api-key: cannot read {} as text", path.display()))?;
+                #[cfg(unix)]
+                {
+                    use std::os::unix::fs::PermissionsExt as _;
+                    let mode = std::fs::metadata(path).map_or(0, |meta| meta.permissions().mode());
+                    if mode & 0o077 != 0 {
+                        let path = path.display();
+                        bail!(
+                            "--api-key {path}: other users may read it; make it private with: chmod 600 {path}"
+                        );
+                    }
+                }
                 (key, path.display().to_string())
             }
             None => match std::env::var("BITNET_API_KEY") {

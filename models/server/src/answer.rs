@@ -20,6 +20,8 @@ pub(crate) struct Answers {
     events: UnboundedReceiver<(usize, Event)>,
     tickets: Vec<Ticket>,
     choices: Vec<Choice>,
+    /// Answers to each prompt.
+    per_prompt: usize,
     left: usize,
     started: Instant,
 }
@@ -46,14 +48,13 @@ pub(crate) struct PromptDetails {
 }
 
 impl Usage {
-    /// Of a prompt and its answers.
-    pub(crate) fn of<'a>(generations: impl Iterator<Item = &'a Generation>) -> Self {
+    /// Of prompts and their answers.
+    pub(crate) fn of<'a>(ends: impl Iterator<Item = (&'a Generation, &'a Details)>) -> Self {
         let mut usage = Self::default();
-        for generation in generations {
-            // Choices share their prompt, and what was at hand of it for the first.
-            if usage.prompt_tokens == 0 {
-                usage.prompt_tokens = generation.prompt_tokens;
-                usage.prompt_tokens_details.cached_tokens = generation.cached_tokens;
+        for (generation, details) in ends {
+            if details.begins_prompt {
+                usage.prompt_tokens += generation.prompt_tokens;
+                usage.prompt_tokens_details.cached_tokens += generation.cached_tokens;
             }
             usage.completion_tokens += generation.tokens.len();
         }
@@ -68,7 +69,7 @@ pub(crate) struct Details {
     /// For `/v1/receipts/ID`.
     pub receipt: String,
     /// The seed, with which the same request has the same answer.
-    pub seed: u64,
+    pub seed: i64,
     /// The kernels that have computed since the model was loaded.
     pub kernels: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -78,6 +79,9 @@ pub(crate) struct Details {
     /// Whether a plugin's kernel turned out to be wrong meanwhile, so that the answer may be.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub in_doubt: bool,
+    /// Whether this is the first answer to its prompt, which is counted once.
+    #[serde(skip)]
+    pub begins_prompt: bool,
 }
 
 /// A piece of an answer.
@@ -94,12 +98,21 @@ pub(crate) enum Piece {
 }
 
 impl Answers {
-    /// Hands the requests to the model's scheduler.
+    /// Hands the requests to the model's scheduler; `per_prompt` of them follow each other with the same prompt.
     pub(crate) fn start(
         app: &Arc<App>,
         model: Arc<Loaded>,
         requests: Vec<Request>,
+        per_prompt: usize,
     ) -> Result<Self, ApiError> {
+        let most = model.scheduler.options().queue;
+        if requests.len() > most {
+            let message = format!(
+                "this asks for {} answers at once, and at most {most} may wait here: ask for fewer",
+                requests.len()
+            );
+            return Err(ApiError::invalid(message));
+        }
         let (sender, events) = unbounded_channel();
         let left = requests.len();
         let mut answers = Self {
@@ -108,6 +121,7 @@ impl Answers {
             events,
             tickets: Vec::with_capacity(left),
             choices: Vec::with_capacity(left),
+            per_prompt: per_prompt.max(1),
             left,
             started: Instant::now(),
         };
@@ -170,11 +184,13 @@ impl Answers {
         let stored = Stored::new(&self.model, request, generation.clone(), execution);
         Details {
             receipt: self.app.receipts.store(stored),
-            seed: request.options.sampling.seed,
+            // As requests give it.
+            seed: request.options.sampling.seed as i64,
             kernels,
             first_token_seconds: generation.first_token.map(|time| time.as_secs_f64()),
             decode_tokens_per_second: (decode > 0.0).then(|| generation.steps.len() as f64 / decode),
             in_doubt,
+            begins_prompt: choice.is_multiple_of(self.per_prompt),
         }
     }
 }

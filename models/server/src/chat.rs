@@ -96,7 +96,7 @@ impl Message {
                 }
                 Some(all)
             }
-            None if self.tool_calls.is_some() => None,
+            None if self.role == "assistant" => None,
             None => return Err(fail("it has no content")),
         };
         dictionary.insert("content", content.unwrap_or_default());
@@ -170,15 +170,15 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, mut fields: Fields) -> Res
     }
     let model = app.models.get(common.model.as_deref()).await?;
     let requests = {
-        let (app, model, common) = (app.clone(), model.clone(), common.clone());
-        blocking(move || {
+        let (of_app, model, common) = (app.clone(), model.clone(), common.clone());
+        blocking(&app, move || {
             let messages = messages.into_iter().enumerate().map(|(i, message)| message.dictionary(i));
             let prompt = prompt(&model, &messages.collect::<Result<Vec<_>, _>>()?, &tools)?;
-            common.requests(model.engine(), &app.options, prompt, (None, logprobs))
+            common.requests(model.engine(), &of_app.options, prompt, (None, logprobs))
         })
         .await?
     };
-    let answers = Answers::start(&app, model, requests)?;
+    let answers = Answers::start(&app, model, requests, common.choices())?;
     let head = Head {
         id: app.receipts.next_id("chatcmpl"),
         created: unix_time(),
@@ -242,7 +242,7 @@ async fn collect(mut answers: Answers, head: &Head, with_tools: bool) -> Result<
     let ends: Vec<_> = choices.iter().filter_map(|choice| choice.end.as_ref()).collect();
     let mut body = head.object("chat.completion");
     body["choices"] = json!(entries);
-    body["usage"] = json!(Usage::of(ends.iter().map(|(generation, _)| generation)));
+    body["usage"] = json!(Usage::of(ends.iter().map(|(generation, details)| (generation, details))));
     body["bitnet"] = of_bitnet(ends.iter().map(|(_, details)| details));
     Ok(Json(body).into_response())
 }
@@ -258,7 +258,9 @@ fn split(text: &str) -> (&str, Vec<ToolCall>) {
 fn logprobs_of(engine: &Engine, logprobs: &[(u32, LogProbs)]) -> Value {
     let of = |token: u32, value: f32| {
         let text = token_text(engine, token);
-        json!({ "token": text, "logprob": value, "bytes": text.as_bytes() })
+        // A part of a character has bytes that its text does not tell.
+        let bytes = (!text.contains('\u{fffd}')).then_some(text.as_bytes());
+        json!({ "token": text, "logprob": value, "bytes": bytes })
     };
     let entry = |(token, logprobs): &(u32, LogProbs)| {
         let mut entry = of(*token, logprobs.chosen);

@@ -70,8 +70,8 @@ pub(crate) async fn completions(
     fields.end()?;
     let model = app.models.get(common.model.as_deref()).await?;
     let requests = {
-        let (app, model, common) = (app.clone(), model.clone(), common.clone());
-        blocking(move || {
+        let (of_app, model, common) = (app.clone(), model.clone(), common.clone());
+        blocking(&app, move || {
             let prompts = prompt.tokens(model.engine())?;
             if prompts.is_empty() || prompts.len() > MOST_PROMPTS {
                 let message =
@@ -81,13 +81,13 @@ pub(crate) async fn completions(
             let mut requests = Vec::new();
             for prompt in prompts {
                 let limits = (Some(DEFAULT_TOKENS), logprobs);
-                requests.extend(common.requests(model.engine(), &app.options, prompt, limits)?);
+                requests.extend(common.requests(model.engine(), &of_app.options, prompt, limits)?);
             }
             Ok(requests)
         })
         .await?
     };
-    let mut answers = Answers::start(&app, model, requests)?;
+    let mut answers = Answers::start(&app, model, requests, common.choices())?;
     let head =
         Head { id: app.receipts.next_id("cmpl"), created: unix_time(), model: answers.model.name.clone() };
     if common.stream {
@@ -118,7 +118,7 @@ pub(crate) async fn completions(
     let ends = || choices.iter().filter_map(|choice| choice.end.as_ref());
     let mut body = head.object("text_completion");
     body["choices"] = json!(entries);
-    body["usage"] = json!(Usage::of(ends().map(|(generation, _)| generation)));
+    body["usage"] = json!(Usage::of(ends().map(|(generation, details)| (generation, details))));
     body["bitnet"] = of_bitnet(ends().map(|(_, details)| details).collect::<Vec<_>>().into_iter());
     Ok(Json(body).into_response())
 }

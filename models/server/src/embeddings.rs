@@ -1,6 +1,8 @@
 //! `/v1/embeddings`: vectors of texts.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use axum::Json;
 use axum::extract::State;
@@ -11,6 +13,19 @@ use crate::ApiError;
 use crate::fields::{Fields, OneOrMany};
 use crate::serve::App;
 use crate::text::blocking;
+
+/// Texts between two looks at the clock and at the client.
+const AT_ONCE: usize = 16;
+
+/// Tells the computing thread that the client has left.
+#[derive(Default)]
+struct Left(Arc<AtomicBool>);
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 /// Texts of a request at most.
 const MOST_TEXTS: usize = 2048;
@@ -65,11 +80,21 @@ pub(crate) async fn embeddings(
         return Err(ApiError::field("input", message));
     }
     let model = app.models.get(model.as_deref()).await?;
-    // One after the other: each uses all threads.
-    let _one = model.embedding.lock().await;
+    let one = tokio::time::timeout(app.options.request_time, model.embedding.clone().lock_owned()).await;
+    let one = one.map_err(|_| ApiError::busy("other embeddings are being computed: try again later"))?;
     let computing = model.clone();
-    let vectors = blocking(move || {
-        let vectors = computing.engine().embed(&texts, &EmbedOptions::default())?;
+    let (deadline, left) = (Instant::now() + app.options.request_time, Left::default());
+    let client_left = left.0.clone();
+    let vectors = blocking(&app, move || {
+        let _one = one;
+        let embedder = computing.engine().embedder(&EmbedOptions::default())?;
+        let mut vectors = Vec::with_capacity(texts.len());
+        for texts in texts.chunks(AT_ONCE) {
+            if client_left.load(Ordering::Relaxed) || Instant::now() > deadline {
+                return Err(ApiError::timeout("the time for this request has passed: send fewer texts"));
+            }
+            vectors.extend(embedder.embed(texts)?);
+        }
         match (dimensions, vectors.first()) {
             (Some(asked), Some(vector)) if asked != vector.values.len() => {
                 let message =

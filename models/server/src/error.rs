@@ -4,6 +4,8 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bitnet_burn_engine::EngineError;
+use bitnet_burn_engine::generate::GenerateError;
+use bitnet_burn_engine::sampling::SamplingError;
 use bitnet_burn_engine::schedule::{RequestError, SubmitError};
 use serde::Serialize;
 
@@ -56,6 +58,11 @@ impl ApiError {
     pub fn key() -> Self {
         let message = "this server needs its API key: send the header `Authorization: Bearer KEY`";
         Self::new(StatusCode::UNAUTHORIZED, "authentication_error", Some("invalid_api_key"), message.into())
+    }
+
+    /// The time for the request has passed.
+    pub fn timeout(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", Some("timeout"), message.into())
     }
 
     /// The server has too much to do.
@@ -117,6 +124,9 @@ impl From<EngineError> for ApiError {
                 error.body.code = Some("context_length_exceeded");
                 error
             }
+            EngineError::Generate(GenerateError::Sampling(SamplingError::Setting { name, .. })) => {
+                Self::field(name, error.to_string())
+            }
             // These are about the request: prompt, sampling, messages.
             EngineError::Generate(_)
             | EngineError::Chat(_)
@@ -136,9 +146,7 @@ impl From<EngineError> for ApiError {
 impl From<RequestError> for ApiError {
     fn from(error: RequestError) -> Self {
         match error {
-            RequestError::Deadline { .. } => {
-                Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", Some("timeout"), error.to_string())
-            }
+            RequestError::Deadline { .. } => Self::timeout(error.to_string()),
             RequestError::Stopped => Self::unavailable(error.to_string()),
             error => {
                 tracing::error!("a request failed: {error}");

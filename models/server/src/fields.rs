@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request as HttpRequest};
@@ -17,6 +17,9 @@ use serde_json::{Map, Value};
 use crate::ApiError;
 use crate::serve::ServerOptions;
 
+/// Time for a whole body.
+const BODY_TIME: Duration = Duration::from_secs(60);
+
 /// The fields of a JSON body. Each is read by its name, so that a mistake is told with it.
 pub(crate) struct Fields(BTreeMap<String, Box<RawValue>>);
 
@@ -30,10 +33,12 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
             let message = "the body must be JSON: send the header `Content-Type: application/json`";
             return Err(ApiError::status(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }
-        let body = Bytes::from_request(request, state).await.map_err(|error| match error.status() {
+        let body = tokio::time::timeout(BODY_TIME, Bytes::from_request(request, state)).await;
+        let body =
+            body.map_err(|_| ApiError::status(StatusCode::REQUEST_TIMEOUT, "the body did not come in time"))?;
+        let body = body.map_err(|error| match error.status() {
             StatusCode::PAYLOAD_TOO_LARGE => too_large(),
-            // It came too slowly, or not to its end.
-            _ => ApiError::status(StatusCode::REQUEST_TIMEOUT, "the body did not come in time"),
+            _ => ApiError::invalid("the body is malformed, not complete, or came too slowly"),
         })?;
         match serde_json::from_slice(&body) {
             Ok(fields) => Ok(Self(fields)),
@@ -83,7 +88,7 @@ impl Fields {
 
 /// One or several.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged, expecting = "expected one value, or a list of them")]
+#[serde(untagged, expecting = "expected a text, or a list of texts")]
 pub(crate) enum OneOrMany<T> {
     One(T),
     Many(Vec<T>),
@@ -174,6 +179,11 @@ impl Common {
             stop,
             n,
         })
+    }
+
+    /// Answers to each prompt.
+    pub(crate) fn choices(&self) -> usize {
+        self.n as usize
     }
 
     /// The request of each answer to this prompt. Each further answer has the next seed.

@@ -64,8 +64,8 @@ pub(crate) struct Loaded {
     pub scheduler: Scheduler,
     /// `Err` says why there is none.
     pub template: Result<ChatTemplate, String>,
-    /// Embeddings are computed one request after the other.
-    pub embedding: tokio::sync::Mutex<()>,
+    /// Embeddings are computed one request after the other: each uses all threads.
+    pub embedding: Arc<tokio::sync::Mutex<()>>,
     /// The hashes of its files, once they were asked for.
     pub record: OnceLock<ModelRecord>,
 }
@@ -102,7 +102,22 @@ pub struct Models {
     options: ModelsOptions,
     /// One model is loaded at a time: loading takes all threads, and the memory must be counted.
     loading: tokio::sync::Mutex<()>,
+    /// New requests pass it. It is closed while a model waits for the memory of others.
+    gate: tokio::sync::RwLock<()>,
 }
+
+/// Why a model is not there.
+#[derive(Debug)]
+enum NotLoaded {
+    /// It can't be loaded.
+    Failed(LoadError),
+    /// Requests for other models use the memory.
+    Busy,
+}
+
+/// How often a model that waits for memory looks for it, and how long it waits.
+const LOOK: Duration = Duration::from_millis(20);
+const WAIT: Duration = Duration::from_secs(60);
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // What they hold is replaced as a whole.
@@ -113,7 +128,7 @@ impl Models {
     /// Models of different names.
     ///
     /// # Errors
-    /// If there is none, or two have the same name.
+    /// If there is none, two have the same name, or one is larger than the memory for all.
     pub fn new(sources: Vec<ModelSource>, options: ModelsOptions) -> Result<Self, String> {
         if sources.is_empty() {
             return Err("a server needs at least one model".into());
@@ -129,8 +144,19 @@ impl Models {
             status: Mutex::new(Status::Unloaded),
             used: Mutex::new(Instant::now()),
         };
+        if let Some((memory, large)) =
+            options.memory.and_then(|memory| Some((memory, sources.iter().find(|s| s.bytes > memory)?)))
+        {
+            let (name, bytes) = (&large.name, large.bytes);
+            return Err(format!("{name:?} has {bytes} bytes, and all models together may take {memory}"));
+        }
         let entries = sources.into_iter().map(entry).collect();
-        Ok(Self { entries, options, loading: tokio::sync::Mutex::default() })
+        Ok(Self {
+            entries,
+            options,
+            loading: tokio::sync::Mutex::default(),
+            gate: tokio::sync::RwLock::default(),
+        })
     }
 
     /// The names and what is known of the models, in their order.
@@ -143,8 +169,12 @@ impl Models {
     ///
     /// # Errors
     /// If it can't be loaded.
-    pub async fn load_first(&self) -> Result<(), LoadError> {
-        self.load(&self.entries[0]).await.map(drop)
+    pub async fn load_first(self: &Arc<Self>) -> Result<(), LoadError> {
+        match self.load(0).await {
+            Ok(_) => Ok(()),
+            Err(NotLoaded::Failed(error)) => Err(error),
+            Err(NotLoaded::Busy) => Err("other models use the memory".into()),
+        }
     }
 
     /// The models that are loaded now.
@@ -154,36 +184,65 @@ impl Models {
     }
 
     /// The model of this name; the first one where a request names none.
-    pub(crate) async fn get(&self, name: Option<&str>) -> Result<Arc<Loaded>, ApiError> {
-        let entry = match name {
-            None => &self.entries[0],
-            Some(name) => self.entries.iter().find(|entry| entry.source.name == name).ok_or_else(|| {
-                let names: Vec<_> = self.entries.iter().map(|entry| entry.source.name.as_str()).collect();
-                let name: String = name.chars().take(100).collect();
-                let message = format!("there is no model named {name:?}; there are: {}", names.join(", "));
-                ApiError::not_found("model_not_found", message)
-            })?,
+    pub(crate) async fn get(self: &Arc<Self>, name: Option<&str>) -> Result<Arc<Loaded>, ApiError> {
+        let index = match name {
+            None => 0,
+            Some(name) => {
+                self.entries.iter().position(|entry| entry.source.name == name).ok_or_else(|| {
+                    let names: Vec<_> = self.entries.iter().map(|entry| entry.source.name.as_str()).collect();
+                    let name: String = name.chars().take(100).collect();
+                    let message =
+                        format!("there is no model named {name:?}; there are: {}", names.join(", "));
+                    ApiError::not_found("model_not_found", message)
+                })?
+            }
         };
-        self.load(entry).await.map_err(|error| {
-            let name = &entry.source.name;
-            tracing::error!("model {name}: {error}");
-            ApiError::unavailable(format!(
-                "the model {name:?} can't be loaded; the server's log has the reason"
-            ))
+        self.load(index).await.map_err(|problem| {
+            let name = &self.entries[index].source.name;
+            match problem {
+                NotLoaded::Busy => ApiError::busy(format!(
+                    "the model {name:?} is not loaded, and requests for other models use the memory: try again later"
+                )),
+                NotLoaded::Failed(error) => {
+                    tracing::error!("model {name}: {error}");
+                    ApiError::unavailable(format!(
+                        "the model {name:?} can't be loaded; the server's log has the reason"
+                    ))
+                }
+            }
         })
     }
 
-    async fn load(&self, entry: &Entry) -> Result<Arc<Loaded>, LoadError> {
+    async fn load(self: &Arc<Self>, index: usize) -> Result<Arc<Loaded>, NotLoaded> {
+        drop(self.gate.read().await);
+        let entry = &self.entries[index];
         *locked(&entry.used) = Instant::now();
         if let Some(loaded) = &*entry.loaded.lock().await {
             return Ok(loaded.clone());
         }
+        // A task of its own: it goes on when the client that asked leaves.
+        let this = self.clone();
+        let task = tokio::spawn(async move { this.load_now(index).await });
+        task.await.unwrap_or_else(|_| Err(NotLoaded::Failed("loading panicked: please report it".into())))
+    }
+
+    async fn load_now(&self, index: usize) -> Result<Arc<Loaded>, NotLoaded> {
         let _one = self.loading.lock().await;
-        let mut slot = entry.loaded.lock().await;
-        if let Some(loaded) = &*slot {
+        let entry = &self.entries[index];
+        if let Some(loaded) = &*entry.loaded.lock().await {
             return Ok(loaded.clone());
         }
-        self.make_room(entry)?;
+        if !self.make_room(index) {
+            // New requests wait, so that those that run come to an end.
+            let _closed = self.gate.write().await;
+            let begun = Instant::now();
+            while !self.make_room(index) {
+                if begun.elapsed() > WAIT {
+                    return Err(NotLoaded::Busy);
+                }
+                tokio::time::sleep(LOOK).await;
+            }
+        }
         *locked(&entry.status) = Status::Loading;
         let (source, limits) = (entry.source.clone(), self.options.scheduler);
         let result = tokio::task::spawn_blocking(move || open(&source, limits)).await;
@@ -197,33 +256,30 @@ impl Models {
                 Status::Failed { problem: "it can't be loaded; the server's log has the reason".into() }
             }
         };
-        let loaded = Arc::new(result?);
-        *slot = Some(loaded.clone());
+        let loaded = Arc::new(result.map_err(NotLoaded::Failed)?);
+        *entry.loaded.lock().await = Some(loaded.clone());
         Ok(loaded)
     }
 
-    /// Unloads the least recently used models that no request uses, until there is memory for another one.
-    fn make_room(&self, wanted: &Entry) -> Result<(), LoadError> {
-        let Some(memory) = self.options.memory else { return Ok(()) };
+    /// Unloads the least recently used models that no request uses, until there is memory for another one. `false` if there
+    /// is not.
+    fn make_room(&self, wanted: usize) -> bool {
+        let Some(memory) = self.options.memory else { return true };
+        let needed = self.entries[wanted].source.bytes;
         loop {
             let loaded = self.entries.iter().filter(|entry| match entry.loaded.try_lock() {
                 Ok(loaded) => loaded.is_some(),
-                // It is being looked up: it is loaded, or it is the wanted one.
-                Err(_) => !std::ptr::eq(*entry, wanted),
+                // It is being looked up.
+                Err(_) => true,
             });
             let taken: u64 = loaded.map(|entry| entry.source.bytes).sum();
-            let needed = wanted.source.bytes;
             if taken.saturating_add(needed) <= memory {
-                return Ok(());
+                return true;
             }
             let mut idle: Vec<&Entry> = self.entries.iter().collect();
             idle.sort_by_key(|entry| *locked(&entry.used));
             if !idle.into_iter().any(Entry::unload) {
-                return Err(format!(
-                    "it needs {needed} bytes, and of the {memory} bytes for models {taken} are in use: raise \
-                     --model-memory, or try again later"
-                )
-                .into());
+                return false;
             }
         }
     }
@@ -268,7 +324,7 @@ fn open(source: &ModelSource, limits: SchedulerLimits) -> Result<Loaded, LoadErr
         name: source.name.clone(),
         scheduler,
         template,
-        embedding: tokio::sync::Mutex::default(),
+        embedding: Arc::default(),
         record: OnceLock::new(),
     })
 }

@@ -126,7 +126,6 @@ pub(crate) async fn receipt(
         ApiError::not_found("receipt_not_found", message)
     })?;
     // It may read and hash gigabytes.
-    let text = tokio::task::spawn_blocking(move || stored.text()).await;
-    let text = text.unwrap_or_else(|_| Err(ApiError::internal("the receipt can't be made")))?;
+    let text = crate::text::blocking(&app, move || stored.text()).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use sha2::{Digest as _, Sha256};
-use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 use crate::ApiError;
 use crate::fields::too_large;
@@ -90,8 +90,8 @@ pub(crate) fn cors(origins: &[String]) -> Result<Option<CorsLayer>, String> {
         };
         AllowOrigin::list(origins.iter().map(parse).collect::<Result<Vec<_>, _>>()?)
     };
-    let headers: [HeaderName; 2] = [header::AUTHORIZATION, header::CONTENT_TYPE];
-    let layer = CorsLayer::new().allow_origin(allowed).allow_headers(headers);
+    // Clients send headers of their own, such as OpenAI's `x-stainless-lang`.
+    let layer = CorsLayer::new().allow_origin(allowed).allow_headers(AllowHeaders::mirror_request());
     Ok(Some(layer.allow_methods([Method::GET, Method::POST])))
 }
 

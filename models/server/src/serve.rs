@@ -15,6 +15,7 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tokio_io_timeout::TimeoutStream;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::timeout::RequestBodyTimeoutLayer;
 
@@ -42,6 +43,8 @@ pub struct ServerOptions {
     pub connections: usize,
     /// Time to send a request's head, and time between two pieces of its body.
     pub receive_time: Duration,
+    /// Time in which a client must take a part of what is sent to it.
+    pub send_time: Duration,
     /// Time for an answer, from its request on.
     pub request_time: Duration,
     /// Time that answers have to finish when the server is told to stop.
@@ -49,8 +52,8 @@ pub struct ServerOptions {
 }
 
 impl Default for ServerOptions {
-    /// No key, local names only, no other origins, 4 MiB, as many tokens as the context holds, 512 connections, 10 s, ten
-    /// minutes, 10 s.
+    /// No key, local names only, no other origins, 4 MiB, as many tokens as the context holds, 512 connections, 10 s, 30 s,
+    /// ten minutes, 10 s.
     fn default() -> Self {
         Self {
             api_key: None,
@@ -60,6 +63,7 @@ impl Default for ServerOptions {
             max_tokens: usize::MAX,
             connections: 512,
             receive_time: Duration::from_secs(10),
+            send_time: Duration::from_secs(30),
             request_time: Duration::from_secs(600),
             stop_time: Duration::from_secs(10),
         }
@@ -73,8 +77,13 @@ pub(crate) struct App {
     pub key: Option<Key>,
     pub metrics: Metrics,
     pub receipts: Receipts,
+    /// Of work that takes a thread for long.
+    pub turns: Arc<Semaphore>,
     pub started: u64,
 }
+
+/// Texts that are cut into tokens, receipts that are made and batches that are embedded at once.
+const TURNS: usize = 4;
 
 /// How often idle models are looked for.
 const IDLE_CHECK: Duration = Duration::from_secs(5);
@@ -95,6 +104,7 @@ pub async fn serve(
         key: options.api_key.as_deref().map(Key::new),
         metrics: Metrics::new(),
         receipts: Receipts::default(),
+        turns: Arc::new(Semaphore::new(TURNS)),
         started: crate::answer::unix_time(),
         models,
         options,
@@ -133,7 +143,10 @@ pub async fn serve(
             tracing::debug!("{error}");
         }
         let service = TowerToHyperService::new(router.clone());
-        let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+        // A client that does not read loses its connection.
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(app.options.send_time));
+        let connection = builder.serve_connection(TokioIo::new(Box::pin(stream)), service).into_owned();
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             if let Err(error) = connection.await {

@@ -54,7 +54,7 @@ pub(crate) fn events(
         }
         if let Some(mut last) = usage {
             last["choices"] = json!([]);
-            last["usage"] = json!(Usage::of(ends.iter().map(|(generation, _)| generation)));
+            last["usage"] = json!(Usage::of(ends.iter().map(|(generation, details)| (generation, details))));
             last["bitnet"] = of_bitnet(ends.iter().map(|(_, details)| details));
             drop(sender.send(data(&last)).await);
         }

@@ -147,6 +147,11 @@ fn answers_are_those_of_run_and_have_receipts() {
     let checked = place.ok(&["receipt", "check", "receipt.json", "--model", "model.gguf", "--rerun"]);
     assert!(checked.contains("agrees") && checked.contains("tokens"), "{checked}");
     assert_eq!(several["bitnet"]["receipts"].as_array().unwrap().len(), 3);
+    assert_eq!(several["usage"]["prompt_tokens"], run["prompt_tokens"], "one prompt");
+    let mut two = sampled("Hello");
+    two["prompt"] = json!(["Hello", "Hello"]);
+    let two = server.ok("/v1/completions", &two);
+    assert_eq!(two["usage"]["prompt_tokens"].as_u64(), Some(2 * prompt));
     assert_eq!(server.get("/v1/receipts/none").0, 404);
 }
 
@@ -281,6 +286,7 @@ fn wrong_requests_are_told_what_to_change() {
         (json!({ "frobnicate": 1 }), "\"frobnicate\" is not known"),
         (json!({ "prompt": [[]] }), "no tokens"),
         (json!({ "prompt": [] }), "1 to 64"),
+        (json!({ "prompt": vec!["a"; 64], "n": 16 }), "at most 256 may wait"),
         (json!({ "prompt": [4294967295u32] }), "4294967295"),
         (json!({ "prompt": "x".repeat(500) }), "context"),
     ] {
@@ -288,6 +294,10 @@ fn wrong_requests_are_told_what_to_change() {
         assert!(message.contains(says), "{change}: {message}");
     }
     assert!(refused(json!({ "model": "other" }), 404).contains("there are: model"));
+    let (_, answer) = server.post("/v1/completions", &json!({ "prompt": "a", "temperature": -1 }));
+    assert_eq!(answer["error"]["param"], "temperature");
+    let answer = server.ok("/v1/completions", &json!({ "prompt": "a", "seed": -1, "max_tokens": 1 }));
+    assert_eq!(answer["bitnet"]["seed"], -1);
     // Null is as if it were not there; what changes nothing is taken; 10^9 tokens are as many as fit.
     let taken = json!({ "stop": null, "user": "me", "max_tokens": 1_000_000_000, "presence_penalty": 0 });
     let mut request = sampled("Hello");
@@ -397,10 +407,21 @@ fn metrics_are_prometheus_s() {
     assert!(types.iter().enumerate().all(|(i, line)| !types[..i].contains(line)), "{text}");
 }
 
+/// A file that only its owner may read.
+fn private(place: &Place, name: &str, text: &str) {
+    place.write(name, text);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        let mode = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(place.path(name), mode).unwrap();
+    }
+}
+
 #[test]
 fn a_key_is_needed_where_there_is_one() {
     let place = Place::new();
-    place.write("key", "a-key-of-this-test\n");
+    private(&place, "key", "a-key-of-this-test\n");
     let server = Server::start(&place, &["-m", "model.gguf", "--api-key", "key"]);
     let (status, text) = server.get("/v1/models");
     assert!(status == 401 && text.contains("Authorization: Bearer"), "{text}");
@@ -418,7 +439,7 @@ fn a_key_is_needed_where_there_is_one() {
     // Other machines need one.
     let error = place.error(&["serve", "-m", "model.gguf", "--listen", "0.0.0.0:0"]);
     assert!(error.contains("--api-key FILE") && error.contains("--no-api-key"), "{error}");
-    place.write("short", "abc");
+    private(&place, "short", "abc");
     let error = place.error(&["serve", "-m", "model.gguf", "--listen", "127.0.0.1:0", "--api-key", "short"]);
     assert!(error.contains("short: an API key has at least 8 characters"), "{error}");
 }
@@ -448,10 +469,20 @@ fn several_models_are_loaded_when_they_are_asked_for() {
     assert_eq!(states(), ["unloaded", "ready"]);
     assert_eq!(ask("one"), one);
     assert_eq!(states(), ["ready", "unloaded"]);
+    // Many at once for both: none starves.
+    std::thread::scope(|scope| {
+        for i in 0..8 {
+            let (ask, one, two) = (&ask, &one, &two);
+            scope.spawn(move || match i % 2 {
+                0 => assert_eq!(ask("one"), *one),
+                _ => assert_eq!(ask("two"), *two),
+            });
+        }
+    });
     let error =
         place.error(&["serve", "-m", "a=model.gguf", "-m", "a=other.gguf", "--listen", "127.0.0.1:0"]);
     assert!(error.contains("two models are named \"a\""), "{error}");
-    let error = place.error(&["serve", "-m", "missing.gguf", "--listen", "127.0.0.1:0"]);
+    let error = place.error(&["serve", "-m", "model.gguf", "-m", "missing.gguf", "--listen", "127.0.0.1:0"]);
     assert!(error.contains("missing.gguf"), "{error}");
 }
 
