@@ -116,6 +116,7 @@ pub fn run(args: ChatArgs) -> anyhow::Result<()> {
                 output::note("Ctrl-D or /quit ends the program.");
                 continue;
             }
+            Next::NoText => Err(anyhow!("the line is no UTF-8 text, so it is left out")),
             Next::Input(Input::Command(command)) if command == "/quit" => break,
             Next::Input(Input::Command(command)) => chat.command(&command),
             Next::Input(Input::Message(message)) if message.is_empty() => continue,
@@ -314,10 +315,11 @@ fn messages_of(messages: &[Message]) -> String {
 /// The messages of a file that `/save` wrote.
 fn read(path: &Path) -> anyhow::Result<Vec<Message>> {
     let mut bytes = Vec::new();
-    let file = File::open(path)?;
-    if !file.metadata()?.is_file() {
+    // Before it is opened: to open a pipe would wait for its other end.
+    if !std::fs::metadata(path)?.is_file() {
         bail!("it is no file");
     }
+    let file = File::open(path)?;
     file.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_BYTES {
         bail!("it has more than {} MiB, so it is no conversation", MAX_BYTES >> 20);

@@ -1,6 +1,6 @@
 //! What the user says: lines of a terminal, with editing and a history, or lines of any other stdin.
 
-use std::io::{self, StdinLock};
+use std::io::{self, BufRead as _, StdinLock};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
@@ -52,6 +52,8 @@ impl Input {
 #[derive(Debug)]
 pub enum Next {
     Input(Input),
+    /// A line that is no text.
+    NoText,
     /// Ctrl-C, where nothing was being answered.
     Interrupted,
     End,
@@ -60,7 +62,7 @@ pub enum Next {
 /// Where inputs come from.
 pub enum Lines {
     Terminal(Box<Terminal>),
-    Script(io::Lines<StdinLock<'static>>),
+    Script(io::Split<StdinLock<'static>>),
 }
 
 /// A terminal with its line editor.
@@ -73,7 +75,7 @@ pub struct Terminal {
 impl Lines {
     /// Lines of stdin.
     pub fn script() -> Self {
-        Self::Script(io::stdin().lines())
+        Self::Script(io::stdin().lock().split(b'\n'))
     }
 
     /// Lines of the terminal. Its history is kept in this file, if there is one.
@@ -105,10 +107,16 @@ impl Lines {
                     Ok(line) => lines.push_str(&line),
                     Err(ReadlineError::Interrupted) => return Ok(Next::Interrupted),
                     Err(ReadlineError::Eof) => return Ok(Next::End),
+                    Err(ReadlineError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
+                        return Ok(Next::NoText);
+                    }
                     Err(error) => return Err(error).context("cannot read from the terminal"),
                 },
                 Self::Script(stdin) => match stdin.next() {
-                    Some(line) => lines.push_str(&line.context("cannot read a line of text from stdin")?),
+                    Some(line) => match String::from_utf8(line.context("cannot read from stdin")?) {
+                        Ok(line) => lines.push_str(line.strip_suffix('\r').unwrap_or(&line)),
+                        Err(_) => return Ok(Next::NoText),
+                    },
                     None if lines.is_empty() => return Ok(Next::End),
                     None => {
                         bail!("stdin ends within a message: after a backslash, or before the second {QUOTES}")

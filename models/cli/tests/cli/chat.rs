@@ -16,12 +16,12 @@ fn endless() -> Place {
 }
 
 /// What a conversation writes to stdout and stderr, and its exit status.
-fn chat(place: &Place, args: &[&str], stdin: &str) -> (String, String, Option<i32>) {
+fn chat(place: &Place, args: &[&str], stdin: impl AsRef<[u8]>) -> (String, String, Option<i32>) {
     let call = [&["chat", "-m", "model.gguf"][..], args].concat();
     let mut command = place.command(&call);
     command.env("RUST_LOG", "error").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
-    child.stdin.take().unwrap().write_all(stdin.as_bytes()).unwrap();
+    child.stdin.take().unwrap().write_all(stdin.as_ref()).unwrap();
     let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
     (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap(), status.code())
 }
@@ -126,6 +126,10 @@ fn what_fails_is_said_and_the_conversation_goes_on() {
     assert!(log.contains("The context is full, so the answer ends here. /undo"), "{log}");
     let answers: Vec<&str> = answers.lines().collect();
     assert_eq!((answers.len(), answers[0]), (2, answers[1]));
+    // A line that is no text is left out.
+    let (answers, log, status) = chat(&place, &["-n", "4"], b"\xff\nHello\n");
+    assert_eq!((status, answers.lines().count()), (Some(1), 1), "{log}");
+    assert!(log.contains("the line is no UTF-8 text"), "{log}");
     let (_, log, status) = chat(&place, &[], "one\\\n");
     assert_eq!(status, Some(1));
     assert!(log.contains("stdin ends within a message"), "{log}");
