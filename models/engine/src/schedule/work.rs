@@ -397,6 +397,7 @@ mod tests {
             let (sender, events) = channel();
             work.waiting.push_back(Submitted {
                 sampler: Sampler::new(options.sampling.clone()).unwrap(),
+                constrained: None,
                 stops: StopMatcher::new::<&str>([]).unwrap(),
                 request: Request::new(prompt.clone(), options),
                 bytes: 0,
