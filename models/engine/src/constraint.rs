@@ -89,7 +89,7 @@ pub enum ConstraintError {
 /// The largest description, in bytes.
 const LARGEST: usize = 64 << 10;
 /// White space between two tokens of JSON at most. Small models never end it otherwise.
-const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,64}";
+const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,20}";
 /// States of the lexer for one answer at most: each takes 1 or 2 KB.
 const LEXER_STATES: usize = 50_000;
 /// Compiled constraints that are kept.

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bitnet_burn_engine::EngineError;
+use bitnet_burn_engine::generate::GenerateError;
 use bitnet_burn_engine::schedule::{RequestError, SubmitError};
 use serde::Serialize;
 
@@ -138,6 +139,9 @@ impl From<RequestError> for ApiError {
         match error {
             RequestError::Deadline { .. } => {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", Some("timeout"), error.to_string())
+            }
+            RequestError::Generate(error) if matches!(*error, GenerateError::Constraint(_)) => {
+                Self::invalid(error.to_string())
             }
             RequestError::Stopped => Self::unavailable(error.to_string()),
             error => {
