@@ -308,7 +308,7 @@ fn readable(problem: &str) -> String {
     short
 }
 
-/// Constrains one answer.
+/// Constrains one answer. (It has two kilobytes.)
 pub(crate) struct Constrained {
     kind: &'static str,
     matcher: Matcher,

@@ -158,12 +158,12 @@ impl Engine {
     pub(crate) fn constrain(
         &self,
         constraint: Option<&Constraint>,
-    ) -> Result<Option<Constrained>, EngineError> {
+    ) -> Result<Option<Box<Constrained>>, EngineError> {
         let Some(constraint) = constraint else { return Ok(None) };
         let tokenizer = self.tokenizer().ok_or(EngineError::NoTokenizer)?;
         let constraints = self.0.constraints.get_or_init(|| Constraints::new(tokenizer)).as_ref();
         let constrained = constraints.map_err(Clone::clone).and_then(|all| all.of(constraint));
-        Ok(Some(constrained.map_err(GenerateError::from)?))
+        Ok(Some(Box::new(constrained.map_err(GenerateError::from)?)))
     }
 
     /// The model.

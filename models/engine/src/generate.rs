@@ -212,7 +212,7 @@ pub struct Generator<'a> {
     options: &'a GenerateOptions,
     sampler: Sampler,
     /// By the options' constraint.
-    constrained: Option<Constrained>,
+    constrained: Option<Box<Constrained>>,
     /// The prompt and the tokens behind it.
     history: Vec<u32>,
     /// The logits that the last token was drawn from.
@@ -274,7 +274,7 @@ impl<'a> Generator<'a> {
     }
 
     /// Draws tokens that the options' constraint allows.
-    pub(crate) fn constrained(mut self, constrained: Option<Constrained>) -> Self {
+    pub(crate) fn constrained(mut self, constrained: Option<Box<Constrained>>) -> Self {
         self.constrained = constrained;
         self
     }
@@ -309,7 +309,7 @@ impl<'a> Generator<'a> {
         if let Some(finish) = self.finished {
             return Ok(Pass::Done(Step::Finished(finish)));
         }
-        if self.constrained.as_ref().is_some_and(Constrained::is_complete) {
+        if self.constrained.as_ref().is_some_and(|constrained| constrained.is_complete()) {
             return Ok(Pass::Done(self.finish(Finish::Constraint)));
         }
         if self.options.constraint.is_some() && self.constrained.is_none() {

@@ -252,7 +252,7 @@ struct Submitted {
     request: Request,
     /// Made where errors still reach the caller.
     sampler: Sampler,
-    constrained: Option<Constrained>,
+    constrained: Option<Box<Constrained>>,
     stops: StopMatcher,
     /// Of the KV cache for all of its positions.
     bytes: u64,
