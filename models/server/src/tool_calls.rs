@@ -65,7 +65,7 @@ mod tests {
     fn calls_are_read_whole_or_not_at_all() {
         let one = "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Bern\", \"a\": 1}}\n</tool_call>";
         let weather = ToolCall { name: "weather".into(), arguments: "{\"city\": \"Bern\", \"a\": 1}".into() };
-        assert_eq!(parse(one).unwrap(), [weather.clone()]);
+        assert_eq!(parse(one).unwrap(), std::slice::from_ref(&weather));
         assert_eq!(parse(&format!("{one}\n{one}\n")).unwrap(), [weather.clone(), weather]);
         let odd = "<tool_call>{\"name\": \"a\", \"arguments\": {\"b\": \"</tool_call>\"}}</tool_call>";
         let arguments = "{\"b\": \"</tool_call>\"}".into();

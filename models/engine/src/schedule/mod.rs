@@ -274,7 +274,7 @@ pub struct Scheduler {
     engine: Engine,
     options: SchedulerOptions,
     shared: Arc<Shared>,
-    submissions: Option<mpsc::Sender<Submitted>>,
+    submissions: Option<mpsc::Sender<Box<Submitted>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -368,7 +368,8 @@ impl Scheduler {
         let cancelled = Arc::new(AtomicBool::new(false));
         let ticket = Ticket(cancelled.clone());
         let at = Instant::now();
-        let submitted = Submitted { request, sampler, constrained, stops, bytes, cancelled, on_event, at };
+        let submitted =
+            Box::new(Submitted { request, sampler, constrained, stops, bytes, cancelled, on_event, at });
         if self.shared.stopping.load(Ordering::Relaxed) {
             return Err(SubmitError::Stopped);
         }

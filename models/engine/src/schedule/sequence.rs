@@ -14,7 +14,7 @@ use crate::tokenizer::DecodeStream;
 
 /// A request while it is computed.
 pub(super) struct Running<'e> {
-    submitted: Submitted,
+    submitted: Box<Submitted>,
     pub(super) sequence: SequenceId,
     /// The prompt and the tokens behind it.
     history: Vec<u32>,
@@ -41,10 +41,10 @@ impl<'e> Running<'e> {
     /// Begins a request with a sequence whose cache holds the first `computed` tokens of the prompt.
     pub(super) fn new(
         engine: &'e Engine,
-        submitted: Submitted,
+        submitted: Box<Submitted>,
         sequence: SequenceId,
         computed: usize,
-    ) -> Result<Self, (Submitted, GenerateError)> {
+    ) -> Result<Self, (Box<Submitted>, GenerateError)> {
         let prompt = &submitted.request.prompt;
         let decoder = match engine.tokenizer().map(|t| t.decode_stream_after(prompt, true)).transpose() {
             Ok(decoder) => decoder,
@@ -182,7 +182,7 @@ impl<'e> Running<'e> {
     }
 
     fn draw(&mut self, logits: &[f32], first_of_step: bool) -> Result<Option<Finish>, GenerateError> {
-        let Submitted { request, sampler, constrained, at, .. } = &mut self.submitted;
+        let Submitted { request, sampler, constrained, at, .. } = &mut *self.submitted;
         let options = &request.options;
         let generation = &mut self.generation;
         let now = Instant::now();
