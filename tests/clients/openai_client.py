@@ -9,6 +9,7 @@ named, and the exit status is 1 then. All requests together take a few seconds w
 """
 
 import asyncio
+import json
 import sys
 import traceback
 
@@ -208,7 +209,26 @@ def tools_may_be_offered():
     assert answer.message.content is not None or answer.message.tool_calls
     assert all(chunk.object for chunk in chat(tools=[WEATHER], stream=True))
     assert chat(tools=[WEATHER], tool_choice="none").choices[0].message.tool_calls is None
-    refused(openai.BadRequestError, lambda: chat(tools=[WEATHER], tool_choice="required"), 400, "tool_choice")
+    # Then it must call one, unless the limit cuts it.
+    forced = chat(tools=[WEATHER], tool_choice="required", max_tokens=200).choices[0]
+    if forced.finish_reason == "tool_calls":
+        [call] = forced.message.tool_calls
+        assert call.function.name == "weather" and isinstance(json.loads(call.function.arguments)["city"], str)
+    else:
+        assert forced.finish_reason == "length"
+    refused(openai.BadRequestError, lambda: chat(tool_choice="required"), 400, "tool_choice")
+
+
+@check
+def answers_have_the_form_that_is_asked_for():
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    choice = chat(response_format=form, max_tokens=100).choices[0]
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(choice.message.content)["ok"], bool)
+    assert complete(max_tokens=40, extra_body={"choice": ["yes", "no"]}).choices[0].text in ("yes", "no")
+    wrong = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "no such type"}}}
+    refused(openai.BadRequestError, lambda: chat(response_format=wrong), 400)
 
 
 @check

@@ -295,7 +295,7 @@ impl Chat {
                 count(generation.tokens.len() as u64, "token")
             )),
             Finish::Cancelled => output::note("Stopped. The answer stays as far as it is shown."),
-            Finish::StopToken | Finish::StopString => {}
+            Finish::StopToken | Finish::StopString | Finish::Constraint => {}
         }
     }
 }

@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod chat;
 mod compare;
+mod constraint;
 mod embed;
 mod engine;
 mod export;

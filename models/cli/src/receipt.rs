@@ -197,7 +197,7 @@ fn rerun(
     let chunk = record.chunk.clamp(1, prompt.len().max(1));
     let engine = args.open(|options| {
         let options = options.rows(chunk);
-        if by_text { options } else { options.without_tokenizer() }
+        if by_text || record.constraint.is_some() { options } else { options.without_tokenizer() }
     })?;
     let options = GenerateOptions {
         max_new_tokens: record.max_new_tokens,
@@ -205,6 +205,7 @@ fn rerun(
         sampling: record.sampling.clone(),
         stop_tokens: record.stop_tokens.clone(),
         stop_strings: record.stop_strings.clone(),
+        constraint: record.constraint.clone(),
     };
     let mut session = engine.session()?;
     if record.sliding_window {

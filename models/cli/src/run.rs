@@ -13,6 +13,7 @@ use clap::{ArgGroup, Args, CommandFactory as _};
 use serde::Serialize;
 
 use crate::args::{EngineArgs, ReceiptArgs, positive, read_template, read_tokens};
+use crate::constraint::ConstraintArgs;
 use crate::output;
 use crate::sampling::SamplingArgs;
 
@@ -75,6 +76,8 @@ pub struct RunArgs {
     #[arg(long, short)]
     quiet: bool,
     #[command(flatten)]
+    constraint: ConstraintArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -85,6 +88,8 @@ Examples:
   bitnet run -m model.gguf -p 'The capital of France is' -n 32
   bitnet run -m model.gguf --chat -p 'Why is the sky blue?' --temperature 0.7 --top-p 0.9
   bitnet run -m model.gguf --tokens-file prompt.txt --greedy --print-ids
+  bitnet run -m model.gguf --chat -p 'Is the sky blue?' --choice Yes --choice No
+  bitnet run -m model.gguf --chat -p 'Name a city in Italy' --json-schema city.json
   bitnet run -m model.gguf -p Hello --json | jq .decode_tokens_per_s
   bitnet run -m model.gguf -p Hello --receipt hello.json && bitnet receipt check hello.json --rerun";
 
@@ -110,7 +115,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         bail!("--stop '': an empty text would stop everything at once");
     }
     let template = args.chat_template.as_deref().map(read_template).transpose()?;
-    let by_ids = args.tokens_file.is_some() && args.print_ids;
+    let constraint = args.constraint.constraint()?;
+    let by_ids = args.tokens_file.is_some() && args.print_ids && constraint.is_none();
     let engine = args.engine.open(|mut options| {
         if by_ids {
             options = options.without_tokenizer();
@@ -131,6 +137,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         sampling,
         stop_tokens: if args.ignore_eos { Vec::new() } else { engine.end_tokens() },
         stop_strings: args.stop.clone(),
+        constraint,
         ..engine.generate_options()
     };
     let mut session = engine.session()?;

@@ -21,7 +21,7 @@ mod open;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bitnet_burn::{ActivationRule, BitBlock, BitLinear, BitLinearWeight, BitNet, KvCache};
@@ -33,8 +33,9 @@ pub use self::error::EngineError;
 pub use self::open::{EngineOptions, OpenEvent};
 use crate::chat::{ChatError, ChatTemplate};
 use crate::checkpoint::{Checkpoint, OpenOptions};
+use crate::constraint::{Constrained, Constraint, ConstraintError, Constraints};
 use crate::device::DeviceSpec;
-use crate::generate::{GenerateOptions, Generation};
+use crate::generate::{GenerateError, GenerateOptions, Generation};
 use crate::load::HeadMode;
 use crate::plan::{
     Comparison, DeviceMemory, MachineProfile, MemoryProfile, Placement, PlacementKind, Prediction,
@@ -57,6 +58,8 @@ struct Inner {
     refused: Vec<String>,
     checkpoint: Checkpoint,
     tokenizer: Option<Tokenizer>,
+    /// Made when the first answer needs it.
+    constraints: OnceLock<Result<Constraints, ConstraintError>>,
     model: BitNet,
     /// Matrices that were mapped from the file of packed weights.
     prepacked: usize,
@@ -141,6 +144,26 @@ impl Engine {
         let source = tokenizer.chat_template().ok_or(ChatError::NoTemplate)?;
         let name = format!("the chat template of {}", self.checkpoint().path().display());
         Ok(ChatTemplate::named(name, source)?)
+    }
+
+    /// Checks that answers can have this form, and compiles it for them.
+    ///
+    /// # Errors
+    /// If there is no tokenizer, or the constraint is not valid, too large or can't be written with the model's tokens.
+    pub fn check_constraint(&self, constraint: &Constraint) -> Result<(), EngineError> {
+        self.constrain(Some(constraint)).map(|_| ())
+    }
+
+    /// What constrains one answer, if anything does.
+    pub(crate) fn constrain(
+        &self,
+        constraint: Option<&Constraint>,
+    ) -> Result<Option<Box<Constrained>>, EngineError> {
+        let Some(constraint) = constraint else { return Ok(None) };
+        let tokenizer = self.tokenizer().ok_or(EngineError::NoTokenizer)?;
+        let constraints = self.0.constraints.get_or_init(|| Constraints::new(tokenizer)).as_ref();
+        let constrained = constraints.map_err(Clone::clone).and_then(|all| all.of(constraint));
+        Ok(Some(Box::new(constrained.map_err(GenerateError::from)?)))
     }
 
     /// The model.
@@ -344,6 +367,7 @@ impl Engine {
             sampling: options.sampling.clone(),
             stop_tokens: options.stop_tokens.clone(),
             stop_strings: options.stop_strings.clone(),
+            constraint: options.constraint.clone(),
             chunk: options.chunk,
             context: inner.settings.context,
             kv_cache: inner.settings.kv_cache,

@@ -11,6 +11,7 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpoint;
+use crate::constraint::{Constrained, Constraint, ConstraintError};
 use crate::load::DEFAULT_CHUNK;
 use crate::sampling::{Sampler, SamplingConfig, SamplingError, StopMatcher};
 use crate::tokenizer::{DecodeStream, Tokenizer, TokenizerError};
@@ -29,6 +30,9 @@ pub enum GenerateError {
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// The form that the answer must have.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
     /// A file of the model was truncated while it computed.
     #[error(transparent)]
     File(#[from] FileError),
@@ -53,6 +57,8 @@ pub struct GenerateOptions {
     pub stop_tokens: Vec<u32>,
     /// Texts that end the generation (they are not part of it).
     pub stop_strings: Vec<String>,
+    /// The form that the answer must have, if any. Stop strings may still end it before it is complete.
+    pub constraint: Option<Constraint>,
 }
 
 impl Default for GenerateOptions {
@@ -63,6 +69,7 @@ impl Default for GenerateOptions {
             sampling: SamplingConfig::greedy(),
             stop_tokens: Vec::new(),
             stop_strings: Vec::new(),
+            constraint: None,
         }
     }
 }
@@ -77,6 +84,8 @@ pub enum Finish {
     StopToken,
     /// A stop string.
     StopString,
+    /// The constraint is fulfilled, and nothing can follow.
+    Constraint,
     /// The context is full.
     Context,
     /// The caller had enough.
@@ -202,6 +211,8 @@ pub struct Generator<'a> {
     sequence: SequenceId,
     options: &'a GenerateOptions,
     sampler: Sampler,
+    /// By the options' constraint.
+    constrained: Option<Box<Constrained>>,
     /// The prompt and the tokens behind it.
     history: Vec<u32>,
     /// The logits that the last token was drawn from.
@@ -246,6 +257,7 @@ impl<'a> Generator<'a> {
             sequence,
             options,
             sampler,
+            constrained: None,
             history: prompt.to_vec(),
             logits: Vec::new(),
             finished: None,
@@ -258,6 +270,12 @@ impl<'a> Generator<'a> {
     /// Ends with an error if one of these files turns out to be truncated.
     pub fn reading(mut self, checkpoint: &'a Checkpoint) -> Self {
         self.checkpoint = Some(checkpoint);
+        self
+    }
+
+    /// Draws tokens that the options' constraint allows.
+    pub(crate) fn constrained(mut self, constrained: Option<Box<Constrained>>) -> Self {
+        self.constrained = constrained;
         self
     }
 
@@ -290,6 +308,12 @@ impl<'a> Generator<'a> {
     fn forward(&mut self) -> Result<Pass, GenerateError> {
         if let Some(finish) = self.finished {
             return Ok(Pass::Done(Step::Finished(finish)));
+        }
+        if self.constrained.as_ref().is_some_and(|constrained| constrained.is_complete()) {
+            return Ok(Pass::Done(self.finish(Finish::Constraint)));
+        }
+        if self.options.constraint.is_some() && self.constrained.is_none() {
+            return Err(ConstraintError::NoEngine.into());
         }
         let done = self.cache.length(self.sequence).map_err(ForwardError::from)?;
         let prompt = self.generation.prompt_tokens;
@@ -336,10 +360,18 @@ impl<'a> Generator<'a> {
         if self.options.max_new_tokens == 0 {
             return Ok(self.finish(Finish::Length));
         }
-        let token = self.sampler.sample(&self.logits, &self.history)?;
+        let logits = match &mut self.constrained {
+            None => Some(&self.logits[..]),
+            Some(constrained) => constrained.mask(&self.logits, &self.options.stop_tokens)?,
+        };
+        let Some(logits) = logits else { return Ok(self.finish(Finish::Constraint)) };
+        let token = self.sampler.sample(logits, &self.history)?;
         generation.first_token.get_or_insert_with(|| self.started.elapsed());
         if self.options.stop_tokens.contains(&token) {
             return Ok(self.finish(Finish::StopToken));
+        }
+        if let Some(constrained) = &mut self.constrained {
+            constrained.take(token)?;
         }
         generation.tokens.push(token);
         self.history.push(token);

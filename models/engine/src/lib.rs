@@ -7,6 +7,7 @@
 //! - [`embed`](mod@embed): vectors of texts.
 //! - [`tokenizer`], [`chat`], [`sampling`] and [`generate`](mod@generate): prompts in, text out.
 //! - [`compare`](mod@compare): two models, or a model and the logits of another program.
+//! - [`constraint`]: answers of a given form, such as a JSON schema.
 //! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`report`] and [`receipt`]: what a run measured, and what it was made of.
 
@@ -14,6 +15,7 @@ pub mod bench;
 pub mod chat;
 pub mod checkpoint;
 pub mod compare;
+pub mod constraint;
 pub mod device;
 pub mod device_bench;
 pub mod embed;
@@ -38,6 +40,7 @@ pub mod synth;
 pub mod text;
 pub mod tokenizer;
 
+pub use constraint::{Constraint, ConstraintError};
 pub use engine::{Engine, EngineError, EngineOptions, OpenEvent};
 pub use generate::GenerateOptions;
 pub use session::{Answer, Session, Text};

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{Checkpoint, Content};
+use crate::constraint::Constraint;
 use crate::generate::{Finish, Generation};
 use crate::load::{ActivationRule, HeadMode};
 use crate::sampling::SamplingConfig;
@@ -182,6 +183,9 @@ pub struct GenerationRecord {
     pub stop_tokens: Vec<u32>,
     /// Texts that end the generation.
     pub stop_strings: Vec<String>,
+    /// The form that the answer had to have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub constraint: Option<Constraint>,
     /// Rows of the prompt that were computed at once.
     pub chunk: usize,
     /// Positions of the KV cache.

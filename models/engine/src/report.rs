@@ -398,6 +398,7 @@ impl fmt::Display for RunReport {
             Finish::Length => "reached the requested number",
             Finish::StopToken => "ended by the model",
             Finish::StopString => "ended by a stop string",
+            Finish::Constraint => "complete by the constraint",
             Finish::Context => "ended because the context is full",
             Finish::Cancelled => "cancelled",
         };

@@ -198,11 +198,12 @@ impl Session {
         prompt: &[u32],
         options: &'s GenerateOptions,
     ) -> Result<Text<'s>, EngineError> {
+        let constrained = self.engine.constrain(options.constraint.as_ref())?;
         let sequence = self.resume(prompt, options)?;
         let Self { engine, cache, tokens, .. } = self;
         let tokenizer = engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
         let generator = Generator::new(engine.model(), prompt, sequence, cache, options)?;
-        let generator = generator.reading(engine.checkpoint());
+        let generator = generator.reading(engine.checkpoint()).constrained(constrained);
         let text = TextGenerator::new(generator, tokenizer, prompt)?;
         Ok(Text { engine, tokens, text })
     }
@@ -216,9 +217,10 @@ impl Session {
         prompt: &[u32],
         options: &'s GenerateOptions,
     ) -> Result<Generator<'s>, EngineError> {
+        let constrained = self.engine.constrain(options.constraint.as_ref())?;
         let sequence = self.resume(prompt, options)?;
         let generator = Generator::new(self.engine.model(), prompt, sequence, &mut self.cache, options)?;
-        Ok(generator.reading(self.engine.checkpoint()))
+        Ok(generator.reading(self.engine.checkpoint()).constrained(constrained))
     }
 
     /// A sequence whose cache holds the longest beginning of `prompt` that is at hand and not in doubt.

@@ -204,7 +204,7 @@ impl Drop for Answers {
 /// OpenAI's word for the end of an answer.
 pub(crate) fn finish_reason(finish: Finish) -> &'static str {
     match finish {
-        Finish::StopToken | Finish::StopString => "stop",
+        Finish::StopToken | Finish::StopString | Finish::Constraint => "stop",
         // (Nobody sees the end of a cancelled answer but in a race.)
         Finish::Length | Finish::Context | Finish::Cancelled => "length",
     }

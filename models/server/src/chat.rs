@@ -10,11 +10,13 @@ use bitnet_burn_engine::sampling::StopMatcher;
 use bitnet_burn_engine::schedule::LogProbs;
 use bitnet_burn_engine::{Engine, EngineError};
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use crate::ApiError;
 use crate::answer::{Answers, Piece, Usage, finish_reason, unix_time};
 use crate::completions::{Choice, Head, choice_at, token_text};
+use crate::constraints::{self, Asked, ToolChoice};
 use crate::fields::{Common, Fields};
 use crate::models::Loaded;
 use crate::serve::App;
@@ -67,12 +69,6 @@ struct WrittenFunction {
     arguments: String,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-struct ResponseFormat {
-    #[serde(rename = "type")]
-    kind: String,
-}
-
 impl Message {
     /// As the template sees it. transformers gives templates text, and arguments of calls as objects.
     fn dictionary(self, index: usize) -> Result<Dictionary, ApiError> {
@@ -121,19 +117,16 @@ impl Message {
     }
 }
 
-/// The tools that the model is told of.
-fn tools(fields: &mut Fields) -> Result<Vec<Dictionary>, ApiError> {
-    let tools = fields.take::<Vec<Dictionary>>("tools")?.unwrap_or_default();
-    match fields.take::<Value>("tool_choice")? {
-        None => Ok(tools),
-        Some(choice) if choice == "auto" => Ok(tools),
-        Some(choice) if choice == "none" => Ok(Vec::new()),
-        Some(_) => {
-            let message =
-                "tool_choice is \"auto\" or \"none\" here: the model decides whether it calls a tool";
-            Err(ApiError::field("tool_choice", message))
-        }
-    }
+/// The tools that the model is told of, and the form of the answer if it must call one.
+fn tools(fields: &mut Fields) -> Result<(Vec<Dictionary>, Option<Asked>), ApiError> {
+    let raw = fields.take::<Box<RawValue>>("tools")?;
+    let call = match constraints::tool_choice(fields, raw.as_deref())? {
+        ToolChoice::None => return Ok((Vec::new(), None)),
+        ToolChoice::Auto => None,
+        ToolChoice::Call(constraint) => Some(("tools", constraint)),
+    };
+    let tools = raw.map_or(Ok(Vec::new()), |raw| serde_json::from_str(raw.get()));
+    Ok((tools.map_err(|error| ApiError::field("tools", format!("tools: {error}")))?, call))
 }
 
 /// How many of the most likely tokens are told with each token, if its log probability is.
@@ -153,16 +146,13 @@ fn logprobs(fields: &mut Fields) -> Result<Option<usize>, ApiError> {
 /// `POST /v1/chat/completions`.
 pub(crate) async fn chat(State(app): State<Arc<App>>, mut fields: Fields) -> Result<Response, ApiError> {
     let messages: Vec<Message> = fields.need("messages")?;
-    let common = Common::take(&mut fields)?;
+    let mut common = Common::take(&mut fields)?;
     let logprobs = logprobs(&mut fields)?;
-    let tools = tools(&mut fields)?;
-    let with_tools = !tools.is_empty();
-    let format = fields.take::<ResponseFormat>("response_format")?;
-    if let Some(format) = format.filter(|format| format.kind != "text") {
-        let kind: String = format.kind.chars().take(40).collect();
-        let message = format!("response_format {kind:?} is not supported: leave it out");
-        return Err(ApiError::field("response_format", message));
+    let (tools, call) = tools(&mut fields)?;
+    if let Some(call) = call {
+        common.constraint = constraints::one(common.constraint, call)?;
     }
+    let with_tools = !tools.is_empty();
     fields.ignore(&["parallel_tool_calls"]);
     fields.end()?;
     if messages.is_empty() {

@@ -147,6 +147,9 @@ impl From<RequestError> for ApiError {
     fn from(error: RequestError) -> Self {
         match error {
             RequestError::Deadline { .. } => Self::timeout(error.to_string()),
+            RequestError::Generate(error) if matches!(*error, GenerateError::Constraint(_)) => {
+                Self::invalid(error.to_string())
+            }
             RequestError::Stopped => Self::unavailable(error.to_string()),
             error => {
                 tracing::error!("a request failed: {error}");

@@ -7,14 +7,16 @@ use std::time::{Duration, Instant};
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request as HttpRequest};
 use axum::http::{HeaderValue, StatusCode, header};
-use bitnet_burn_engine::Engine;
+use bitnet_burn_engine::generate::GenerateError;
 use bitnet_burn_engine::schedule::Request;
+use bitnet_burn_engine::{Engine, EngineError};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::ApiError;
+use crate::constraints::{self, Asked};
 use crate::serve::ServerOptions;
 
 /// Time for a whole body.
@@ -126,6 +128,8 @@ pub(crate) struct Common {
     seed: Option<i64>,
     stop: Vec<String>,
     n: u64,
+    /// The form of the answers, and the field that asks for it.
+    pub constraint: Option<Asked>,
 }
 
 /// The most answers to one request.
@@ -178,6 +182,7 @@ impl Common {
             seed: fields.take("seed")?,
             stop,
             n,
+            constraint: constraints::take(fields)?,
         })
     }
 
@@ -215,6 +220,15 @@ impl Common {
         // A negative seed is as good as another.
         let seed = self.seed.map_or_else(random, |seed| seed as u64);
         generate.stop_strings.clone_from(&self.stop);
+        if let Some((field, constraint)) = &self.constraint {
+            engine.check_constraint(constraint).map_err(|error| match error {
+                EngineError::Generate(GenerateError::Constraint(error)) => {
+                    ApiError::field(field, format!("{field}: {error}"))
+                }
+                error => error.into(),
+            })?;
+            generate.constraint = Some(constraint.clone());
+        }
         let request = |choice| {
             let mut generate = generate.clone();
             generate.sampling.seed = seed.wrapping_add(choice);

@@ -28,8 +28,11 @@ pub(crate) fn parse(text: &str) -> Option<Vec<ToolCall>> {
     let mut rest = text.trim();
     let mut calls = Vec::new();
     while !rest.is_empty() {
-        let (body, after) = rest.strip_prefix(BEGIN)?.split_once(END)?;
-        let Written { name, arguments } = serde_json::from_str(body.trim()).ok()?;
+        // The JSON says where it ends: its texts may hold anything.
+        let body = rest.strip_prefix(BEGIN)?;
+        let mut json = serde_json::Deserializer::from_str(body).into_iter::<Written>();
+        let Written { name, arguments } = json.next()?.ok()?;
+        let after = body[json.byte_offset()..].trim_start().strip_prefix(END)?;
         let arguments = arguments.get();
         arguments.starts_with('{').then_some(())?;
         calls.push(ToolCall { name, arguments: arguments.to_owned() });
@@ -64,6 +67,9 @@ mod tests {
         let weather = ToolCall { name: "weather".into(), arguments: "{\"city\": \"Bern\", \"a\": 1}".into() };
         assert_eq!(parse(one).unwrap(), std::slice::from_ref(&weather));
         assert_eq!(parse(&format!("{one}\n{one}\n")).unwrap(), [weather.clone(), weather]);
+        let odd = "<tool_call>{\"name\": \"a\", \"arguments\": {\"b\": \"</tool_call>\"}}</tool_call>";
+        let arguments = "{\"b\": \"</tool_call>\"}".into();
+        assert_eq!(parse(odd).unwrap(), [ToolCall { name: "a".into(), arguments }]);
         for other in [
             "",
             "text",

@@ -78,6 +78,38 @@ fn activations_are_reported_as_they_are_computed() {
 }
 
 #[test]
+fn an_answer_of_a_given_form_comes_again() {
+    let place = Place::new();
+    place.write(
+        "schema.json",
+        r#"{"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4}"#,
+    );
+    let run = ["run", "-m", "model.gguf", "-p", "Hello", "--temperature", "1", "--seed", "2", "--quiet"];
+    for (form, valid) in [
+        (&["--json-schema", "schema.json"][..], "["),
+        (&["--regex", "x[0-9]+y"], "x"),
+        (&["--choice", "x yes", "--choice", "x no"], "x "),
+    ] {
+        let text = place.ok(&[&run[..], form, &["--receipt", "r.json"]].concat());
+        assert!(text.starts_with(valid), "{text}");
+        assert!(place.read("r.json").contains("\"constraint\": {"));
+        let (status, checked, _) = place.check(&["r.json", "--rerun"]);
+        assert_eq!(status, 0, "{checked}");
+        // By ids, where nothing else needs the tokenizer.
+        let ids = place.ok(&[&run[..], form, &["--print-ids"]].concat());
+        assert!(ids.split_whitespace().count() > 2, "{ids}");
+    }
+    // Another form gives other tokens.
+    let mut receipt: Value = serde_json::from_str(&place.read("r.json")).unwrap();
+    receipt["generation"]["constraint"] = json!({ "regex": "[0-9]{9}" });
+    place.write_sealed("other.json", receipt);
+    assert_eq!(place.check(&["other.json", "--rerun"]).0, 3);
+    // Without one, receipts are as before.
+    place.ok(&[&run[..], &["--receipt", "plain.json"]].concat());
+    assert!(!place.read("plain.json").contains("constraint"));
+}
+
+#[test]
 fn a_receipt_says_what_ran_and_the_tokens_come_again() {
     let place = Place::new();
     let ids = place.ok(&[&RUN[..], &["--receipt", "r.json"]].concat());

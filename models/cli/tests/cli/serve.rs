@@ -205,13 +205,112 @@ fn chats_are_rendered_by_the_models_template() {
         (json!({ "messages": [] }), "nothing to answer"),
         (json!({ "messages": [{ "role": "user" }] }), "it has no content"),
         (json!({ "messages": [{ "role": "user", "content": [{ "type": "image_url" }] }] }), "\"text\" alone"),
-        (json!({ "tool_choice": "required" }), "tool_choice"),
-        (json!({ "response_format": { "type": "json_object" } }), "response_format"),
+        (json!({ "tool_choice": "required" }), "needs tools"),
+        (json!({ "tool_choice": "sometimes" }), "tool_choice is \"auto\", \"none\""),
+        (json!({ "response_format": { "type": "xml" } }), "response_format"),
         (json!({ "top_logprobs": 2 }), "needs \"logprobs\""),
     ] {
         let mut request = request.clone();
         request.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
         let message = server.refused("/v1/chat/completions", &request, 400);
+        assert!(message.contains(says), "{message}");
+    }
+}
+
+#[test]
+fn answers_have_the_form_that_is_asked_for() {
+    let place = Place::new();
+    let server = Server::start(&place, &["-m", "model.gguf"]);
+    let chat = |change: Value| {
+        let mut request = json!({
+            "messages": [{ "role": "user", "content": "Hi" }], "seed": 3, "max_tokens": 200,
+        });
+        request.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        request
+    };
+    let schema = json!({
+        "type": "object",
+        "properties": {
+            "name": { "type": "string", "pattern": "^[a-z]{1,8}$" },
+            "age": { "type": "integer", "minimum": 0, "maximum": 120 },
+        },
+        "required": ["name", "age"],
+        "additionalProperties": false,
+    });
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "person", "strict": true, "schema": schema } });
+    let request = chat(json!({ "response_format": format }));
+    let answer = server.ok("/v1/chat/completions", &request);
+    let text = answer["choices"][0]["message"]["content"].as_str().unwrap();
+    let person: Value = serde_json::from_str(text).unwrap();
+    assert!(person["age"].as_u64().unwrap() <= 120 && person["name"].as_str().unwrap().len() <= 8, "{text}");
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    // A stream says the same, the receipt has the schema, and `receipt check` computes the answer again.
+    let chunks = server.stream("/v1/chat/completions", &request);
+    let streamed: String =
+        chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(streamed, text);
+    let (_, receipt) = server.get(&format!("/v1/receipts/{}", answer["bitnet"]["receipt"].as_str().unwrap()));
+    assert!(receipt.contains("json_schema"), "{receipt}");
+    place.write("receipt.json", &receipt);
+    let checked = place.ok(&["receipt", "check", "receipt.json", "--model", "model.gguf", "--rerun"]);
+    assert!(checked.contains("agrees") && checked.contains("tokens"), "{checked}");
+    // Cut by the limit.
+    let mut cut = request.clone();
+    cut["max_tokens"] = json!(3);
+    let cut = server.ok("/v1/chat/completions", &cut);
+    assert_eq!(cut["choices"][0]["finish_reason"], "length");
+    // Completions, in each other form, several at once.
+    for (field, value, allowed) in [
+        ("choice", json!(["yes", "no"]), &["yes", "no"][..]),
+        ("regex", json!("(ab){1,2}"), &["ab", "abab"]),
+        ("grammar", json!("start: \"a\" | \"b\" \"c\""), &["a", "bc"]),
+    ] {
+        let mut request = json!({ "prompt": "Hello", "n": 4, "seed": 1 });
+        request[field] = value;
+        let answer = server.ok("/v1/completions", &request);
+        for choice in answer["choices"].as_array().unwrap() {
+            assert!(allowed.contains(&choice["text"].as_str().unwrap()), "{choice}");
+            assert_eq!(choice["finish_reason"], "stop");
+        }
+    }
+    // A tool that must be called.
+    let tools = json!([
+        { "type": "function", "function": { "name": "weather", "parameters": {
+            "type": "object", "properties": { "place": { "enum": ["Bern", "Oslo"] } },
+            "required": ["place"], "additionalProperties": false,
+        } } },
+        { "type": "function", "function": { "name": "now", "parameters": {
+            "type": "object", "additionalProperties": false,
+        } } },
+    ]);
+    for choice in [json!("required"), json!({ "type": "function", "function": { "name": "weather" } })] {
+        let named = choice.is_object();
+        let answer =
+            server.ok("/v1/chat/completions", &chat(json!({ "tools": tools, "tool_choice": choice })));
+        assert_eq!(answer["choices"][0]["finish_reason"], "tool_calls");
+        let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
+        let arguments: Value = serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap();
+        match call["name"].as_str().unwrap() {
+            "weather" => assert!(["Bern", "Oslo"].contains(&arguments["place"].as_str().unwrap())),
+            name => assert!(name == "now" && !named && arguments == json!({})),
+        }
+    }
+    for (change, says) in [
+        (json!({ "regex": "(" }), "regex: the regular expression can't be used"),
+        (json!({ "regex": "a", "choice": ["b"] }), "exclude each other"),
+        (json!({ "choice": "b" }), "choice: "),
+        (json!({ "tools": tools, "tool_choice": "required", "regex": "a" }), "exclude each other"),
+        (
+            json!({ "tools": tools, "tool_choice": { "function": { "name": "none" } } }),
+            "no function \"none\"",
+        ),
+        (json!({ "response_format": { "type": "json_schema" } }), "with json_schema: {\"schema\""),
+        (
+            json!({ "response_format": { "type": "json_schema", "json_schema": { "schema": { "type": "frog" } } } }),
+            "response_format: the JSON schema can't be used",
+        ),
+    ] {
+        let message = server.refused("/v1/chat/completions", &chat(change), 400);
         assert!(message.contains(says), "{message}");
     }
 }

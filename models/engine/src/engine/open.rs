@@ -1,7 +1,7 @@
 //! How an engine is opened: files, device, plan, kernels, model.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bitnet_burn::CacheType;
@@ -262,6 +262,7 @@ impl EngineOptions {
             refused,
             checkpoint,
             tokenizer,
+            constraints: OnceLock::new(),
             model,
             prepacked,
             tuning,

@@ -44,6 +44,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::constraint::Constrained;
 use crate::engine::{Engine, EngineError};
 use crate::generate::{GenerateError, GenerateOptions, Generation};
 use crate::sampling::{Sampler, StopMatcher};
@@ -251,6 +252,7 @@ struct Submitted {
     request: Request,
     /// Made where errors still reach the caller.
     sampler: Sampler,
+    constrained: Option<Box<Constrained>>,
     stops: StopMatcher,
     /// Of the KV cache for all of its positions.
     bytes: u64,
@@ -272,7 +274,7 @@ pub struct Scheduler {
     engine: Engine,
     options: SchedulerOptions,
     shared: Arc<Shared>,
-    submissions: Option<mpsc::Sender<Submitted>>,
+    submissions: Option<mpsc::Sender<Box<Submitted>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -353,6 +355,7 @@ impl Scheduler {
         if let Some(&token) = request.prompt.iter().find(|&&token| token as usize >= vocabulary) {
             return Err(EngineError::from(bitnet_burn::ForwardError::Token { token, vocabulary }).into());
         }
+        let constrained = self.engine.constrain(request.options.constraint.as_ref())?;
         let sampler = Sampler::new(request.options.sampling.clone()).map_err(GenerateError::from);
         let sampler = sampler.map_err(EngineError::from)?;
         let stops = StopMatcher::new(&request.options.stop_strings).map_err(GenerateError::from);
@@ -365,7 +368,8 @@ impl Scheduler {
         let cancelled = Arc::new(AtomicBool::new(false));
         let ticket = Ticket(cancelled.clone());
         let at = Instant::now();
-        let submitted = Submitted { request, sampler, stops, bytes, cancelled, on_event, at };
+        let submitted =
+            Box::new(Submitted { request, sampler, constrained, stops, bytes, cancelled, on_event, at });
         if self.shared.stopping.load(Ordering::Relaxed) {
             return Err(SubmitError::Stopped);
         }

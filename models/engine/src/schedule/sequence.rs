@@ -14,7 +14,7 @@ use crate::tokenizer::DecodeStream;
 
 /// A request while it is computed.
 pub(super) struct Running<'e> {
-    submitted: Submitted,
+    submitted: Box<Submitted>,
     pub(super) sequence: SequenceId,
     /// The prompt and the tokens behind it.
     history: Vec<u32>,
@@ -42,7 +42,7 @@ impl<'e> Running<'e> {
     /// the prompt.
     pub(super) fn new(
         engine: &'e Engine,
-        submitted: Submitted,
+        submitted: Box<Submitted>,
         (sequence, computed): (SequenceId, usize),
         decoder: Option<DecodeStream<'e>>,
     ) -> Self {
@@ -179,7 +179,7 @@ impl<'e> Running<'e> {
     }
 
     fn draw(&mut self, logits: &[f32], first_of_step: bool) -> Result<Option<Finish>, GenerateError> {
-        let Submitted { request, sampler, at, .. } = &mut self.submitted;
+        let Submitted { request, sampler, constrained, at, .. } = &mut *self.submitted;
         let options = &request.options;
         let generation = &mut self.generation;
         let now = Instant::now();
@@ -193,11 +193,20 @@ impl<'e> Running<'e> {
         if options.max_new_tokens == 0 {
             return Ok(Some(Finish::Length));
         }
-        let token = sampler.sample(logits, &self.history)?;
+        let allowed = match constrained {
+            None => Some(logits),
+            Some(constrained) => constrained.mask(logits, &options.stop_tokens)?,
+        };
+        let Some(allowed) = allowed else { return Ok(Some(Finish::Constraint)) };
+        let token = sampler.sample(allowed, &self.history)?;
         generation.first_token.get_or_insert(now - *at);
         if options.stop_tokens.contains(&token) {
             return Ok(Some(Finish::StopToken));
         }
+        let complete = match constrained {
+            None => false,
+            Some(constrained) => constrained.take(token)?,
+        };
         generation.tokens.push(token);
         self.history.push(token);
         let logprobs = request.logprobs.map(|top| log_probs(logits, token, top));
@@ -210,6 +219,7 @@ impl<'e> Running<'e> {
         (self.submitted.on_event)(Event::Token { token, text: output.text, logprobs });
         Ok(match output.stopped {
             Some(_) => Some(Finish::StopString),
+            None if complete => Some(Finish::Constraint),
             None => length.then_some(Finish::Length),
         })
     }

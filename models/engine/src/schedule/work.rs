@@ -32,7 +32,7 @@ pub(super) struct Work<'e> {
     cache: KvCache,
     shared: &'e Shared,
     running: Vec<Running<'e>>,
-    waiting: VecDeque<Submitted>,
+    waiting: VecDeque<Box<Submitted>>,
     kept: KeptSequences,
     costs: RowCosts,
     /// The manager's count of results in doubt.
@@ -60,7 +60,7 @@ impl<'e> Work<'e> {
     }
 
     /// Works until the scheduler is dropped.
-    pub(super) fn run(&mut self, submissions: &Receiver<Submitted>) {
+    pub(super) fn run(&mut self, submissions: &Receiver<Box<Submitted>>) {
         while self.receive(submissions) {
             self.give_up();
             self.admit();
@@ -78,7 +78,7 @@ impl<'e> Work<'e> {
     }
 
     /// Takes new requests; waits for one where there is nothing to compute. `false` when the scheduler is dropped.
-    fn receive(&mut self, submissions: &Receiver<Submitted>) -> bool {
+    fn receive(&mut self, submissions: &Receiver<Box<Submitted>>) -> bool {
         if self.running.is_empty() {
             let first = match self.waiting.is_empty() {
                 true => submissions.recv().ok(),
@@ -152,7 +152,7 @@ impl<'e> Work<'e> {
     }
 
     /// Begins a request, from the longest beginning of its prompt that is at hand; `room` bytes are left for what is kept.
-    fn begin(&mut self, mut submitted: Submitted, room: u64) {
+    fn begin(&mut self, mut submitted: Box<Submitted>, room: u64) {
         let (sequence, decoder) = match self.prepare(&submitted.request, room) {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -401,15 +401,16 @@ mod tests {
             let limits = SchedulerOptions::of(&engine);
             let mut work = Work::new(&engine, limits, engine.cache().unwrap(), &shared);
             let (sender, events) = channel();
-            work.waiting.push_back(Submitted {
+            work.waiting.push_back(Box::new(Submitted {
                 sampler: Sampler::new(options.sampling.clone()).unwrap(),
+                constrained: None,
                 stops: StopMatcher::new::<&str>([]).unwrap(),
                 request: Request::new(prompt.clone(), options),
                 bytes: 0,
                 cancelled: Arc::new(AtomicBool::new(false)),
                 on_event: Box::new(move |event| sender.send(event).unwrap()),
                 at: Instant::now(),
-            });
+            }));
             work.admit();
             while !work.running.is_empty() {
                 // Whatever this machine takes: a row more costs nothing.

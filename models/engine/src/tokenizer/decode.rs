@@ -72,6 +72,15 @@ impl Pieces {
         self.push(&[], kind);
     }
 
+    /// The bytes of each of the first `count` ids' tokens; none for special tokens, and for ids without a token.
+    pub(super) fn texts(&self, count: usize) -> Vec<Vec<u8>> {
+        let of = |id| match self.get(id) {
+            Some((bytes, Kind::Normal | Kind::Byte)) => bytes.to_vec(),
+            _ => Vec::new(),
+        };
+        (0..count as u32).map(of).collect()
+    }
+
     fn get(&self, id: u32) -> Option<(&[u8], Kind)> {
         let id = id as usize;
         let start = match id.checked_sub(1) {

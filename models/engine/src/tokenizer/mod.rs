@@ -221,6 +221,15 @@ impl Tokenizer {
         &self.end_of_generation
     }
 
+    /// The bytes that each token stands for in a text, by id; none for special tokens. `None` if the tokenizer's decoder
+    /// is one in which tokens have no bytes of their own.
+    pub(crate) fn token_bytes(&self) -> Option<Vec<Vec<u8>>> {
+        match &self.decoder {
+            Decoder::Pieces(pieces) => Some(pieces.texts(self.vocab_size)),
+            Decoder::Library => None,
+        }
+    }
+
     /// How many tokens the model has.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
