@@ -59,7 +59,7 @@ pub struct ServeArgs {
     /// Let everybody ask who reaches an address other than this machine's own
     #[arg(long, conflicts_with = "api_key", help_heading = "Server")]
     no_api_key: bool,
-    /// Let web pages of this origin use the API (https://example.org; * for all). Can be repeated
+    /// Let web pages of this origin, such as `https://example.org`, use the API; * for all. Can be repeated
     #[arg(long, value_name = "ORIGIN", help_heading = "Server")]
     cors: Vec<String>,
     /// Requests that are computed at once [default: 16]
