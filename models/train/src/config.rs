@@ -470,7 +470,7 @@ mod tests {
             ("run.steps=many", "u64"),
             ("run.sequence_length=257", "256"),
             ("model.n_kv_heads=3", "n_kv_heads"),
-            ("model.activation=gelu", "relu2"),
+            ("model.activation=tanh", "relu2"),
             ("model.scales=group:96", "32, 64, 128 or 256"),
             ("model.scales=group:256", "does not divide rows of 640 weights (down projections [256, 640])"),
             ("model.activations=int8", "model, row, group:N, float"),
