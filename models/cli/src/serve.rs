@@ -82,7 +82,7 @@ pub struct ServeArgs {
     /// another one [default: all stay loaded]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Server")]
     model_memory: Option<u64>,
-    /// Unload a model that nobody asked for this long [default: never]
+    /// Unload a model that was not used for this long [default: never]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Server")]
     idle_time: Option<Duration>,
     /// Tokens that are guessed ahead from the text so far, at most; 0 for none. They change no answer [default: 8]

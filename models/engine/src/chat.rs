@@ -214,7 +214,7 @@ impl ChatTemplate {
     }
 
     /// [`render`](Self::render) for messages that have more than a role and a content, and for tools that the model may
-    /// call, each as its JSON schema. Without tools, the template's `tools` is none.
+    /// call, each as its JSON schema. Without tools, the template's variable `tools` is Jinja's `none`.
     ///
     /// # Errors
     /// As [`render`](Self::render).

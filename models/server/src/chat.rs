@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::ApiError;
 use crate::answer::{Answers, Piece, Usage, finish_reason, unix_time};
-use crate::completions::{Choice, Head, choice_at, token_text};
+use crate::completions::{Choice, Head, collected, token_text};
 use crate::constraints::{self, Asked, ToolChoice};
 use crate::fields::{Common, Fields};
 use crate::models::Loaded;
@@ -198,21 +198,7 @@ fn prompt(model: &Loaded, messages: &[Dictionary], tools: &[Dictionary]) -> Resu
 
 /// The whole response at once.
 async fn collect(mut answers: Answers, head: &Head, with_tools: bool) -> Result<Response, ApiError> {
-    let mut choices: Vec<Choice> = Vec::new();
-    while let Some(piece) = answers.next().await {
-        let (choice, text, logprobs) = match piece? {
-            Piece::Token { choice, token, text, logprobs } => {
-                (choice, text, logprobs.map(|logprobs| (token, logprobs)))
-            }
-            Piece::Finished { choice, text, generation, details } => {
-                choice_at(&mut choices, choice).end = Some((generation, details));
-                (choice, text, None)
-            }
-        };
-        let choice = choice_at(&mut choices, choice);
-        choice.text.push_str(&text);
-        choice.logprobs.extend(logprobs);
-    }
+    let choices = collected(&mut answers).await?;
     let engine = answers.model.engine();
     let entry = |(index, choice): (usize, &Choice)| {
         let mut finish = choice.end.as_ref().map(|(generation, _)| finish_reason(generation.finish));

@@ -93,21 +93,7 @@ pub(crate) async fn completions(
     if common.stream {
         return Ok(stream(answers, head, common.include_usage));
     }
-    let mut choices: Vec<Choice> = Vec::new();
-    while let Some(piece) = answers.next().await {
-        let (choice, text, logprobs) = match piece? {
-            Piece::Token { choice, token, text, logprobs } => {
-                (choice, text, logprobs.map(|logprobs| (token, logprobs)))
-            }
-            Piece::Finished { choice, text, generation, details } => {
-                choice_at(&mut choices, choice).end = Some((generation, details));
-                (choice, text, None)
-            }
-        };
-        let choice = choice_at(&mut choices, choice);
-        choice.text.push_str(&text);
-        choice.logprobs.extend(logprobs);
-    }
+    let choices = collected(&mut answers).await?;
     let engine = answers.model.engine();
     let entry = |(index, choice): (usize, &Choice)| {
         let logprobs = (!choice.logprobs.is_empty()).then(|| logprobs_of(engine, &choice.logprobs));
@@ -145,8 +131,28 @@ pub(crate) struct Choice {
     pub end: Option<(bitnet_burn_engine::generate::Generation, crate::answer::Details)>,
 }
 
+/// All answers, when they are complete.
+pub(crate) async fn collected(answers: &mut Answers) -> Result<Vec<Choice>, ApiError> {
+    let mut choices: Vec<Choice> = Vec::new();
+    while let Some(piece) = answers.next().await {
+        let (choice, text, logprobs) = match piece? {
+            Piece::Token { choice, token, text, logprobs } => {
+                (choice, text, logprobs.map(|logprobs| (token, logprobs)))
+            }
+            Piece::Finished { choice, text, generation, details } => {
+                choice_at(&mut choices, choice).end = Some((generation, details));
+                (choice, text, None)
+            }
+        };
+        let choice = choice_at(&mut choices, choice);
+        choice.text.push_str(&text);
+        choice.logprobs.extend(logprobs);
+    }
+    Ok(choices)
+}
+
 /// The answer of this index.
-pub(crate) fn choice_at(choices: &mut Vec<Choice>, index: usize) -> &mut Choice {
+fn choice_at(choices: &mut Vec<Choice>, index: usize) -> &mut Choice {
     if choices.len() <= index {
         choices.resize_with(index + 1, Choice::default);
     }

@@ -62,7 +62,7 @@ pub struct SchedulerLimits {
 pub(crate) struct Loaded {
     pub name: String,
     pub scheduler: Scheduler,
-    /// `Err` says why there is none.
+    /// Or the reason why the model has no template.
     pub template: Result<ChatTemplate, String>,
     /// Embeddings are computed one request after the other: each uses all threads.
     pub embedding: Arc<tokio::sync::Mutex<()>>,

@@ -83,7 +83,7 @@ enum Kind<'a> {
     Activation(i32),
 }
 
-/// Why the outputs of a part differ, with the rounding that explains it, and in words.
+/// Why the outputs of a part differ: the rounding that explains it, and a sentence for people.
 struct Judgement(Outcome, Option<Rounding>, String);
 
 impl Judgement {
