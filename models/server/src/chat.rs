@@ -182,15 +182,10 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, mut fields: Fields) -> Res
 
 fn prompt(model: &Loaded, messages: &[Dictionary], tools: &[Dictionary]) -> Result<Vec<u32>, ApiError> {
     let engine = model.engine();
-    let template =
-        model.template.as_ref().map_err(|problem| {
-            let name = &model.name;
-            let message = format!("{name:?} can't chat: {problem}. /v1/completions continues plain text");
-            ApiError::invalid(message.replace(
-                "give one with --chat-template FILE (Jinja), or a plain prompt",
-                "give a plain prompt",
-            ))
-        })?;
+    let template = model.template.as_ref().map_err(|problem| {
+        let name = &model.name;
+        ApiError::invalid(format!("{name:?} can't chat: {problem}. /v1/completions continues plain text"))
+    })?;
     let tokens = engine.tokenizer().ok_or(EngineError::NoTokenizer)?.template_tokens();
     let text = template.render_chat(messages, tools, &tokens, true).map_err(EngineError::from)?;
     Ok(engine.encode(&text, false)?)

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bitnet_burn_engine::Engine;
-use bitnet_burn_engine::chat::ChatTemplate;
+use bitnet_burn_engine::chat::{ChatError, ChatTemplate};
 use bitnet_burn_engine::receipt::ModelRecord;
 use bitnet_burn_engine::schedule::{Scheduler, SchedulerOptions};
 use serde::Serialize;
@@ -319,7 +319,12 @@ fn open(source: &ModelSource, limits: SchedulerLimits) -> Result<Loaded, LoadErr
         ..defaults
     };
     let scheduler = Scheduler::start(&engine, options)?;
-    let template = engine.chat_template().map_err(|error| error.to_string());
+    // Its errors are shown to clients, so they name no path.
+    let template = match engine.tokenizer().map(ChatTemplate::of) {
+        Some(Ok(template)) => Ok(template),
+        None | Some(Err(ChatError::NoTemplate)) => Err("the model has no chat template".to_owned()),
+        Some(Err(error)) => Err(error.to_string()),
+    };
     Ok(Loaded {
         name: source.name.clone(),
         scheduler,

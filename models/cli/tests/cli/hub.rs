@@ -457,7 +457,7 @@ fn only_http_addresses_are_followed() {
     hub.set(|state| state.redirect = Some("http://"));
     assert!(error(&mut hub.tokenize(&place, &name())).contains("is no address"));
     hub.seen();
-    // Redirections in a circle: the error is that of a server that cannot be reached.
+    // Redirections in a circle come to an end.
     hub.set(|state| state.redirect = Some("/around"));
     let stderr = error(&mut hub.tokenize(&place, &name()));
     assert!(stderr.contains("redirects more than 10 times"), "{stderr}");
