@@ -365,7 +365,7 @@ impl<'a> Generator<'a> {
             Some(constrained) => constrained.mask(&self.logits, &self.options.stop_tokens)?,
         };
         let Some(logits) = logits else { return Ok(self.finish(Finish::Constraint)) };
-        let token = self.sampler.sample(logits, &self.history)?;
+        let token = self.sampler.sample(logits, &self.history, generation.tokens.len())?;
         generation.first_token.get_or_insert_with(|| self.started.elapsed());
         if self.options.stop_tokens.contains(&token) {
             return Ok(self.finish(Finish::StopToken));

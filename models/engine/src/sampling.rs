@@ -5,18 +5,20 @@
 //! arXiv 1909.05858):
 //!
 //! 1. **repetition penalty** on the raw logits, because its definition depends on their sign;
-//! 2. **temperature**, so that the truncations below see the distribution that is drawn from;
-//! 3. **top-k**, which depends on the order only (and so makes everything after it cheap);
-//! 4. **softmax** in f64 over what is left;
-//! 5. **top-p**: the smallest set of most likely tokens whose probabilities sum to at least p;
-//! 6. **min-p**: tokens with at least min_p times the probability of the most likely one;
-//! 7. **draw** from the renormalised rest.
+//! 2. **presence penalty, frequency penalty and bias**, which are added (OpenAI's API);
+//! 3. **temperature**, so that the truncations below see the distribution that is drawn from;
+//! 4. **top-k**, which depends on the order only (and so makes everything after it cheap);
+//! 5. **softmax** in f64 over what is left;
+//! 6. **top-p**: the smallest set of most likely tokens whose probabilities sum to at least p;
+//! 7. **min-p**: tokens with at least min_p times the probability of the most likely one;
+//! 8. **draw** from the renormalised rest.
 //!
 //! The same seed, logits and history give the same tokens on every platform: the generator
 //! (xoshiro256++) and the exponential function are written out here, since `rand`'s `StdRng` may change with
 //! its version and the C library's `exp` differs between systems in the last bit.
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 
 /// How the next token is chosen. The default is greedy.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -34,8 +36,22 @@ pub struct SamplingConfig {
     pub repetition_penalty: f32,
     /// How many of the last tokens the repetition penalty looks at; 0 is all of them.
     pub repetition_window: usize,
+    /// Subtracted from the logits of tokens that the answer has; 0 is off. The prompt does not count.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub presence_penalty: f32,
+    /// Subtracted from the logit of a token as often as the answer has it; 0 is off. The prompt does not count.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub logit_bias: BTreeMap<u32, f32>,
     /// The seed of the generator.
     pub seed: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_zero(value: &f32) -> bool {
+    *value == 0.0
 }
 
 impl Default for SamplingConfig {
@@ -47,6 +63,9 @@ impl Default for SamplingConfig {
             min_p: 0.0,
             repetition_penalty: 1.0,
             repetition_window: 0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: BTreeMap::new(),
             seed: 0,
         }
     }
@@ -73,7 +92,21 @@ impl SamplingConfig {
         let m = self.min_p;
         check("min_p", m, (0.0..=1.0).contains(&m), "between 0 (off) and 1")?;
         let r = self.repetition_penalty;
-        check("repetition_penalty", r, r.is_finite() && r > 0.0, "a finite number more than 0 (1 is off)")
+        check("repetition_penalty", r, r.is_finite() && r > 0.0, "a finite number more than 0 (1 is off)")?;
+        let finite = "a finite number (0 is off)";
+        check("presence_penalty", self.presence_penalty, self.presence_penalty.is_finite(), finite)?;
+        check("frequency_penalty", self.frequency_penalty, self.frequency_penalty.is_finite(), finite)?;
+        self.logit_bias
+            .values()
+            .try_for_each(|&bias| check("logit_bias", bias, bias.is_finite(), "finite numbers"))
+    }
+
+    /// Whether logits are changed before anything is cut off or drawn.
+    fn changes_logits(&self) -> bool {
+        self.repetition_penalty != 1.0
+            || self.presence_penalty != 0.0
+            || self.frequency_penalty != 0.0
+            || !self.logit_bias.is_empty()
     }
 }
 
@@ -106,6 +139,14 @@ pub enum SamplingError {
     #[error("all {n} logits are -inf: there is no token to choose")]
     AllExcluded {
         /// How many there are.
+        n: usize,
+    },
+    /// A token of the bias is not in the vocabulary.
+    #[error("logit_bias has token {id}, but there are {n} tokens")]
+    Bias {
+        /// The token.
+        id: u32,
+        /// How many tokens there are.
         n: usize,
     },
     /// A token of the history is not in the vocabulary.
@@ -146,7 +187,7 @@ fn by_rank(a: &Candidate, b: &Candidate) -> Ordering {
 /// # use bitnet_burn_engine::sampling::{Sampler, SamplingConfig};
 /// let config = SamplingConfig { temperature: 0.7, top_p: 0.9, seed: 1, ..Default::default() };
 /// let mut sampler = Sampler::new(config)?;
-/// let token = sampler.sample(&[0.5, 3.0, -1.0, 2.5], &[])?;
+/// let token = sampler.sample(&[0.5, 3.0, -1.0, 2.5], &[], 0)?;
 /// assert!(token < 4);
 /// # Ok::<(), bitnet_burn_engine::sampling::SamplingError>(())
 /// ```
@@ -179,12 +220,13 @@ impl Sampler {
     ///
     /// # Arguments
     /// - `logits`: one per token of the vocabulary; -inf excludes a token
-    /// - `history`: the tokens so far, prompt included, oldest first; only the repetition penalty reads them
+    /// - `history`: the tokens so far, prompt included, oldest first; only penalties read them
+    /// - `answer`: how many of the last ones are the answer's
     ///
     /// # Errors
     /// If there is nothing to choose from: no logits, a NaN or +inf among them, all of them -inf, or a token
-    /// of the penalty's window that has no logit.
-    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, SamplingError> {
+    /// of a penalty or of the bias that has no logit.
+    pub fn sample(&mut self, logits: &[f32], history: &[u32], answer: usize) -> Result<u32, SamplingError> {
         if logits.is_empty() {
             return Err(SamplingError::Empty);
         }
@@ -194,29 +236,12 @@ impl Sampler {
             return Err(SamplingError::NotFinite { id: id as u32, value: logits[id] });
         }
 
-        let config = &self.config;
-        let penalised = config.repetition_penalty != 1.0 && !history.is_empty();
-        if penalised {
-            let window = match config.repetition_window {
-                0 => history,
-                n => &history[history.len().saturating_sub(n)..],
-            };
-            self.logits.clear();
-            self.logits.extend_from_slice(logits);
-            self.window.clear();
-            self.window.extend_from_slice(window);
-            self.window.sort_unstable();
-            self.window.dedup();
-            for &id in &self.window {
-                let n = logits.len();
-                let logit = self.logits.get_mut(id as usize).ok_or(SamplingError::History { id, n })?;
-                let penalty = config.repetition_penalty;
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
-                // A penalty below 1 can carry a huge logit beyond f32.
-                *logit = logit.min(f32::MAX);
-            }
+        let changed = self.config.changes_logits();
+        if changed {
+            self.change(logits, history, answer)?;
         }
-        let logits = if penalised { &self.logits[..] } else { logits };
+        let config = &self.config;
+        let logits = if changed { &self.logits[..] } else { logits };
 
         let (best, max) = argmax(logits);
         if max == f32::NEG_INFINITY {
@@ -261,6 +286,52 @@ impl Sampler {
         }
         Ok(chosen)
     }
+
+    /// The logits with penalties and bias, in `self.logits`.
+    fn change(&mut self, logits: &[f32], history: &[u32], answer: usize) -> Result<(), SamplingError> {
+        let Self { config, logits: changed, window, .. } = self;
+        changed.clear();
+        changed.extend_from_slice(logits);
+        let n = logits.len();
+        let mut logit = |id: u32, change: &dyn Fn(f32) -> f32| -> Option<()> {
+            let logit = changed.get_mut(id as usize)?;
+            // A huge logit could be carried beyond f32.
+            *logit = change(*logit).min(f32::MAX);
+            Some(())
+        };
+        let last = |count: usize| &history[history.len().saturating_sub(count)..];
+        if config.repetition_penalty != 1.0 {
+            let penalty = config.repetition_penalty;
+            sort(
+                window,
+                if config.repetition_window == 0 { history } else { last(config.repetition_window) },
+            );
+            window.dedup();
+            for &id in &*window {
+                logit(id, &|l| if l > 0.0 { l / penalty } else { l * penalty })
+                    .ok_or(SamplingError::History { id, n })?;
+            }
+        }
+        if config.presence_penalty != 0.0 || config.frequency_penalty != 0.0 {
+            sort(window, last(answer));
+            for same in window.chunk_by(|a, b| a == b) {
+                let (id, times) = (same[0], same.len() as f32);
+                logit(id, &|l| l - config.presence_penalty - times * config.frequency_penalty)
+                    .ok_or(SamplingError::History { id, n })?;
+            }
+        }
+        for (&id, bias) in &config.logit_bias {
+            logit(id, &|l| l + bias).ok_or(SamplingError::Bias { id, n })?;
+        }
+        Ok(())
+    }
+}
+
+/// `tokens` in order, in place of what `sorted` had.
+fn sort(sorted: &mut Vec<u32>, tokens: &[u32]) {
+    sorted.clear();
+    sorted.extend_from_slice(tokens);
+    sorted.sort_unstable();
 }
 
 /// The largest logit and the lowest id that has it; id 0 if all are -inf.
@@ -520,7 +591,7 @@ mod tests {
     fn counts(sampler: &mut Sampler, logits: &[f32], history: &[u32], draws: usize) -> Vec<usize> {
         let mut counts = vec![0; logits.len()];
         for _ in 0..draws {
-            counts[sampler.sample(logits, history).unwrap() as usize] += 1;
+            counts[sampler.sample(logits, history, 0).unwrap() as usize] += 1;
         }
         counts
     }
@@ -549,25 +620,25 @@ mod tests {
     #[test]
     fn greedy_takes_the_lowest_id_among_equals() {
         let mut greedy = Sampler::new(SamplingConfig::greedy()).unwrap();
-        assert_eq!(greedy.sample(&[1.0, 3.0, 3.0, 2.0], &[]), Ok(1));
-        assert_eq!(greedy.sample(&[-0.0, 0.0], &[]), Ok(0));
-        assert_eq!(greedy.sample(&[f32::NEG_INFINITY, -5.0], &[]), Ok(1));
-        assert_eq!(sampler(|c| c.top_k = 1).sample(&[1.0, 3.0, 3.0], &[]), Ok(1));
+        assert_eq!(greedy.sample(&[1.0, 3.0, 3.0, 2.0], &[], 0), Ok(1));
+        assert_eq!(greedy.sample(&[-0.0, 0.0], &[], 0), Ok(0));
+        assert_eq!(greedy.sample(&[f32::NEG_INFINITY, -5.0], &[], 0), Ok(1));
+        assert_eq!(sampler(|c| c.top_k = 1).sample(&[1.0, 3.0, 3.0], &[], 0), Ok(1));
     }
 
     #[test]
     fn garbage_is_an_error() {
         for config in [SamplingConfig::greedy(), SamplingConfig { temperature: 1.0, ..Default::default() }] {
             let mut s = Sampler::new(config).unwrap();
-            assert_eq!(s.sample(&[], &[]), Err(SamplingError::Empty));
-            let nan = s.sample(&[0.0, f32::NAN], &[]);
+            assert_eq!(s.sample(&[], &[], 0), Err(SamplingError::Empty));
+            let nan = s.sample(&[0.0, f32::NAN], &[], 0);
             assert!(matches!(nan, Err(SamplingError::NotFinite { id: 1, .. })));
-            let infinite = s.sample(&[f32::INFINITY, 0.0], &[]);
+            let infinite = s.sample(&[f32::INFINITY, 0.0], &[], 0);
             assert!(matches!(infinite, Err(SamplingError::NotFinite { id: 0, .. })));
-            let excluded = s.sample(&[f32::NEG_INFINITY; 3], &[]);
+            let excluded = s.sample(&[f32::NEG_INFINITY; 3], &[], 0);
             assert_eq!(excluded, Err(SamplingError::AllExcluded { n: 3 }));
         }
-        let foreign = sampler(|c| c.repetition_penalty = 1.1).sample(&[0.0, 1.0], &[2]);
+        let foreign = sampler(|c| c.repetition_penalty = 1.1).sample(&[0.0, 1.0], &[2], 0);
         assert_eq!(foreign, Err(SamplingError::History { id: 2, n: 2 }));
     }
 
@@ -607,8 +678,11 @@ mod tests {
         let counts = counts(&mut sampler(|c| c.temperature = 0.5), &logits_of(&weights), &[], 20_000);
         assert!(chi_square(&counts, &weights.map(|w| w * w)) < 18.4, "{counts:?}");
         // So close to 0 that every other weight vanishes.
-        assert_eq!(sampler(|c| c.temperature = 1e-30).sample(&[0.0, 1.0, 0.999], &[]), Ok(1));
-        assert_eq!(sampler(|c| c.temperature = f32::MIN_POSITIVE).sample(&[f32::MAX, f32::MIN], &[]), Ok(0));
+        assert_eq!(sampler(|c| c.temperature = 1e-30).sample(&[0.0, 1.0, 0.999], &[], 0), Ok(1));
+        assert_eq!(
+            sampler(|c| c.temperature = f32::MIN_POSITIVE).sample(&[f32::MAX, f32::MIN], &[], 0),
+            Ok(0)
+        );
     }
 
     #[test]
@@ -645,7 +719,7 @@ mod tests {
         let logits = logits_of(&[0.4, 0.25, 0.199, 0.151]);
         let counts = counts(&mut sampler(|c| c.min_p = 0.5), &logits, &[], 6_000);
         assert!(chi_square(&counts, &[0.4, 0.25, 0.0, 0.0]) < 15.1, "{counts:?}");
-        assert_eq!(sampler(|c| c.min_p = 1.0).sample(&logits, &[]), Ok(0));
+        assert_eq!(sampler(|c| c.min_p = 1.0).sample(&logits, &[], 0), Ok(0));
     }
 
     #[test]
@@ -669,7 +743,7 @@ mod tests {
                 repetition_window: window,
                 ..Default::default()
             };
-            Sampler::new(config).unwrap().sample(logits, history).unwrap()
+            Sampler::new(config).unwrap().sample(logits, history, 0).unwrap()
         };
         assert_eq!(greedy(2.0, 0, &[3.0, 1.6], &[0]), 1);
         assert_eq!(greedy(2.0, 0, &[3.0, 1.4], &[0, 0, 0]), 0);
@@ -677,6 +751,24 @@ mod tests {
         assert_eq!(greedy(2.0, 2, &[3.0, 1.6, 0.0], &[0, 2, 2]), 0);
         assert_eq!(greedy(2.0, 3, &[3.0, 1.6, 0.0], &[0, 2, 2]), 1);
         assert_eq!(greedy(1e-30, 0, &[f32::MAX, 1.0], &[0]), 0);
+    }
+
+    #[test]
+    fn presence_and_frequency_count_the_answer_and_a_bias_is_added() {
+        // The answer is the last three tokens: 1 once, 0 twice.
+        let (logits, history) = ([3.0, 2.9, 2.5, 2.4], [3, 1, 0, 0]);
+        let choose = |set: &dyn Fn(&mut SamplingConfig)| {
+            let mut config = SamplingConfig::greedy();
+            set(&mut config);
+            Sampler::new(config).unwrap().sample(&logits, &history, 3)
+        };
+        assert_eq!(choose(&|_| ()), Ok(0));
+        assert_eq!(choose(&|c| c.presence_penalty = 0.3), Ok(0), "both lose the same");
+        assert_eq!(choose(&|c| c.frequency_penalty = 0.3), Ok(1), "2.4 and 2.6");
+        assert_eq!(choose(&|c| (c.presence_penalty, c.frequency_penalty) = (0.3, 0.3)), Ok(2));
+        assert_eq!(choose(&|c| c.logit_bias = [(3, 0.7)].into()), Ok(3));
+        assert_eq!(choose(&|c| c.logit_bias = [(0, -100.0)].into()), Ok(1));
+        assert_eq!(choose(&|c| c.logit_bias = [(4, 1.0)].into()), Err(SamplingError::Bias { id: 4, n: 4 }));
     }
 
     #[test]
@@ -688,7 +780,7 @@ mod tests {
         let logits: Vec<f32> = (0..50).map(|i| ((i * 37 % 50) as f32) / 10.0).collect();
         let draw = |seed: u64| {
             let mut s = sampler(|c| c.seed = seed);
-            (0..8).map(|_| s.sample(&logits, &[]).unwrap()).collect::<Vec<_>>()
+            (0..8).map(|_| s.sample(&logits, &[], 0).unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(draw(1), draw(1));
         assert_ne!(draw(1), draw(2));

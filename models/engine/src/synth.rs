@@ -313,7 +313,8 @@ fn tokenizer(writer: &mut GgufWriter<'_>, config: &ModelConfig) -> Result<(), Wr
     writer.set("tokenizer.ggml.add_bos_token", true)?;
     writer.set(
         "tokenizer.chat_template",
-        "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}: \
+        "{{ bos_token }}{% for tool in tools or [] %}Tool: {{ tool.function.name }}<|eot_id|>{% endfor %}\
+         {% for message in messages %}{{ message.role | capitalize }}: \
          {{ message.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}",
     )?;
     Ok(())

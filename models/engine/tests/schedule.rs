@@ -45,6 +45,9 @@ fn requests(engine: &Engine) -> Vec<Request> {
                 options.max_new_tokens = 10 + 13 * i;
                 if i == 1 {
                     options.sampling.repetition_penalty = 1.2;
+                    options.sampling.presence_penalty = 0.3;
+                    options.sampling.frequency_penalty = 0.2;
+                    options.sampling.logit_bias = [(97, 1.5)].into();
                 }
                 if i == 4 {
                     options.stop_strings = vec![" the".into()];

@@ -149,6 +149,7 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, mut fields: Fields) -> Res
     let mut common = Common::take(&mut fields)?;
     let logprobs = logprobs(&mut fields)?;
     let (tools, call) = tools(&mut fields)?;
+    let may_call = call.is_none() && !tools.is_empty();
     if let Some(call) = call {
         common.constraint = constraints::one(common.constraint, call)?;
     }
@@ -163,7 +164,7 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, mut fields: Fields) -> Res
         let (of_app, model, common) = (app.clone(), model.clone(), common.clone());
         blocking(&app, move || {
             let messages = messages.into_iter().enumerate().map(|(i, message)| message.dictionary(i));
-            let prompt = prompt(&model, &messages.collect::<Result<Vec<_>, _>>()?, &tools)?;
+            let prompt = prompt(&model, &messages.collect::<Result<Vec<_>, _>>()?, &tools, may_call)?;
             common.requests(model.engine(), &of_app.options, prompt, (None, logprobs))
         })
         .await?
@@ -180,14 +181,30 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, mut fields: Fields) -> Res
     collect(answers, &head, with_tools).await
 }
 
-fn prompt(model: &Loaded, messages: &[Dictionary], tools: &[Dictionary]) -> Result<Vec<u32>, ApiError> {
+/// The tokens that the answer follows. Tools that the model `may_call` must be in them; where it must call one, it can't
+/// avoid that.
+fn prompt(
+    model: &Loaded,
+    messages: &[Dictionary],
+    tools: &[Dictionary],
+    may_call: bool,
+) -> Result<Vec<u32>, ApiError> {
     let engine = model.engine();
     let template = model.template.as_ref().map_err(|problem| {
         let name = &model.name;
         ApiError::invalid(format!("{name:?} can't chat: {problem}. /v1/completions continues plain text"))
     })?;
     let tokens = engine.tokenizer().ok_or(EngineError::NoTokenizer)?.template_tokens();
-    let text = template.render_chat(messages, tools, &tokens, true).map_err(EngineError::from)?;
+    let render = |tools| template.render_chat(messages, tools, &tokens, true).map_err(EngineError::from);
+    let text = render(tools)?;
+    if may_call && render(&[])? == text {
+        let name = &model.name;
+        let message = format!(
+            "the chat template of {name:?} does not tell the model of tools: describe them in a system message, or leave \
+             `tools` out"
+        );
+        return Err(ApiError::field("tools", message));
+    }
     Ok(engine.encode(&text, false)?)
 }
 

@@ -13,7 +13,6 @@ use bitnet_burn_engine::{Engine, EngineError};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
-use serde_json::{Map, Value};
 
 use crate::ApiError;
 use crate::constraints::{self, Asked};
@@ -125,6 +124,9 @@ pub(crate) struct Common {
     top_k: Option<u64>,
     min_p: Option<f32>,
     repetition_penalty: Option<f32>,
+    presence_penalty: f32,
+    frequency_penalty: f32,
+    logit_bias: BTreeMap<u32, f32>,
     seed: Option<i64>,
     stop: Vec<String>,
     n: u64,
@@ -142,14 +144,19 @@ impl Common {
     /// # Errors
     /// For values that are not supported.
     pub(crate) fn take(fields: &mut Fields) -> Result<Self, ApiError> {
-        for name in ["presence_penalty", "frequency_penalty"] {
-            if fields.take::<f32>(name)?.is_some_and(|value| value != 0.0) {
-                let message = format!("{name} is not supported: leave it out, or use repetition_penalty");
-                return Err(ApiError::field(name, message));
+        let penalty = |fields: &mut Fields, name: &str| -> Result<f32, ApiError> {
+            let value = fields.take::<f32>(name)?.unwrap_or(0.0);
+            match (-2.0..=2.0).contains(&value) {
+                true => Ok(value),
+                false => Err(ApiError::field(name, format!("{name} is {value}, but must be -2 to 2"))),
             }
-        }
-        if fields.take::<Map<String, Value>>("logit_bias")?.is_some_and(|bias| !bias.is_empty()) {
-            return Err(ApiError::field("logit_bias", "logit_bias is not supported: leave it out"));
+        };
+        let presence_penalty = penalty(fields, "presence_penalty")?;
+        let frequency_penalty = penalty(fields, "frequency_penalty")?;
+        let logit_bias = fields.take::<BTreeMap<u32, f32>>("logit_bias")?.unwrap_or_default();
+        if let Some((token, bias)) = logit_bias.iter().find(|(_, bias)| !(-100.0..=100.0).contains(*bias)) {
+            let message = format!("logit_bias of token {token} is {bias}, but must be -100 to 100");
+            return Err(ApiError::field("logit_bias", message));
         }
         fields.ignore(&[
             "user",
@@ -179,6 +186,9 @@ impl Common {
             top_k: fields.take("top_k")?,
             min_p: fields.take("min_p")?,
             repetition_penalty: fields.take("repetition_penalty")?,
+            presence_penalty,
+            frequency_penalty,
+            logit_bias,
             seed: fields.take("seed")?,
             stop,
             n,
@@ -215,6 +225,14 @@ impl Common {
         sampling.top_k = self.top_k.unwrap_or(0).try_into().unwrap_or(usize::MAX);
         sampling.min_p = self.min_p.unwrap_or(0.0);
         sampling.repetition_penalty = self.repetition_penalty.unwrap_or(1.0);
+        sampling.presence_penalty = self.presence_penalty;
+        sampling.frequency_penalty = self.frequency_penalty;
+        sampling.logit_bias.clone_from(&self.logit_bias);
+        let vocabulary = engine.checkpoint().config().vocab_size;
+        if let Some(token) = self.logit_bias.keys().find(|&&token| token as usize >= vocabulary) {
+            let message = format!("logit_bias has token {token}, and the model has {vocabulary} tokens");
+            return Err(ApiError::field("logit_bias", message));
+        }
         // The standard library seeds its hash maps at random. (Of 53 bits, so that it is exact in JavaScript.)
         let random = || RandomState::new().build_hasher().finish() >> 11;
         // A negative seed is as good as another.

@@ -316,6 +316,31 @@ fn answers_have_the_form_that_is_asked_for() {
 }
 
 #[test]
+fn tools_that_a_template_does_not_tell_of_are_refused() {
+    let place = Place::new();
+    let model = place.path("model.gguf");
+    let mut bytes = std::fs::read(&model).unwrap();
+    let (tells, silent) = (&b"in tools or []"[..], b"in [          ]");
+    assert_eq!(tells.len() + 1, silent.len());
+    let at = bytes.windows(tells.len()).position(|window| window == tells).unwrap();
+    // The space behind it goes.
+    bytes[at..=at + tells.len()].copy_from_slice(silent);
+    std::fs::write(&model, bytes).unwrap();
+    let server = Server::start(&place, &["-m", "model.gguf"]);
+    let mut chat = json!({
+        "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 4,
+        "tools": [{ "type": "function", "function": { "name": "now", "parameters": { "type": "object" } } }],
+    });
+    let message = server.refused("/v1/chat/completions", &chat, 400);
+    assert!(message.contains("does not tell the model of tools"), "{message}");
+    // It need not know of the only one that it can call, nor of those that it can't.
+    for choice in ["none", "required"] {
+        chat["tool_choice"] = choice.into();
+        server.ok("/v1/chat/completions", &chat);
+    }
+}
+
+#[test]
 fn a_model_without_a_template_completes_and_says_why_it_can_t_chat() {
     let place = Place::empty();
     // The built-in model.
@@ -339,6 +364,10 @@ fn texts_are_tokens_and_vectors() {
     let tokens = server.ok("/tokenize", &json!({ "content": "Hello", "add_special": true }));
     let back = server.ok("/detokenize", &json!({ "tokens": tokens["tokens"] }));
     assert!(back["content"].as_str().unwrap().ends_with("Hello"));
+    // A bias of 100 leaves the sampler no choice.
+    let token = &server.ok("/tokenize", &json!({ "content": "~", "add_special": false }))["tokens"][0];
+    let biased = json!({ "prompt": "Hello", "max_tokens": 3, "logit_bias": { token.to_string(): 100 } });
+    assert_eq!(server.ok("/v1/completions", &biased)["choices"][0]["text"], "~~~");
     let by_program = place.json(&["embed", "-m", "model.gguf", "Hello", "World", "--json"]);
     let vectors = server.ok("/v1/embeddings", &json!({ "input": ["Hello", "World"] }));
     assert_eq!(vectors["data"][1]["index"], 1);
@@ -379,8 +408,11 @@ fn wrong_requests_are_told_what_to_change() {
         (json!({ "n": 0 }), "1 to 16"),
         (json!({ "stop": "" }), "stop"),
         (json!({ "logprobs": 21 }), "at most 20"),
-        (json!({ "presence_penalty": 0.5 }), "repetition_penalty"),
-        (json!({ "logit_bias": { "1": 5 } }), "logit_bias"),
+        (json!({ "presence_penalty": 2.5 }), "-2 to 2"),
+        (json!({ "frequency_penalty": -3 }), "-2 to 2"),
+        (json!({ "logit_bias": { "1": 500 } }), "-100 to 100"),
+        (json!({ "logit_bias": { "99999999": 5 } }), "logit_bias has token 99999999"),
+        (json!({ "logit_bias": { "the": 5 } }), "logit_bias"),
         (json!({ "best_of": 3 }), "use n"),
         (json!({ "frobnicate": 1 }), "\"frobnicate\" is not known"),
         (json!({ "prompt": [[]] }), "no tokens"),

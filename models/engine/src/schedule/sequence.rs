@@ -198,7 +198,7 @@ impl<'e> Running<'e> {
             Some(constrained) => constrained.mask(logits, &options.stop_tokens)?,
         };
         let Some(allowed) = allowed else { return Ok(Some(Finish::Constraint)) };
-        let token = sampler.sample(allowed, &self.history)?;
+        let token = sampler.sample(allowed, &self.history, generation.tokens.len())?;
         generation.first_token.get_or_insert(now - *at);
         if options.stop_tokens.contains(&token) {
             return Ok(Some(Finish::StopToken));
