@@ -41,6 +41,6 @@ pub use bitnet_burn_cpu::peak;
 
 pub use extension::{
     AttentionArgs, BitLinearArgs, CacheTensor, CacheType, CachedAttention, DeltaNetArgs, DeltaNetOutput,
-    DeltaNetShape, DeltaNetTensors, DeltaNetWeights, DenseArgs, GatedActivation, InputNorm, Matrix,
-    MatrixKernels, NoInt8, SelfAttentionArgs, TernaryBackend, TernaryWeight, WeightGroup,
+    DeltaNetShape, DeltaNetTensors, DeltaNetWeights, DenseArgs, GatedActivation, HostKernels, InputNorm,
+    Matrix, MatrixKernels, NoInt8, SelfAttentionArgs, TernaryBackend, TernaryWeight, WeightGroup,
 };

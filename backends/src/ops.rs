@@ -19,7 +19,7 @@ use crate::extension::{
 };
 
 pub use self::delta_net::{DeltaNetParameters, DeltaNetState, delta_net};
-pub use self::ternary::{BitLinearInput, MatrixScale, TernaryMatrix, bit_linear, holds_f16};
+pub use self::ternary::{BitLinearInput, MatrixScale, Packing, TernaryMatrix, bit_linear, holds_f16};
 
 /// Bytes as a tensor of U32 words, without a copy where they are aligned and whole words.
 pub fn words(bytes: bytes::Bytes, shape: [usize; 2], device: &Device) -> Tensor<2, Int> {

@@ -1,12 +1,13 @@
 //! Arguments of the operations that hold no tensors: shapes, kernels, types.
 
 use std::fmt;
-use std::sync::Arc;
+use std::ops::Deref;
+use std::sync::{Arc, OnceLock};
 
 pub use bitnet_burn_cpu::delta_net::Shape as DeltaNetShape;
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_formats::dense_tiles::{TiledFormat, tiled_bytes};
-use bitnet_burn_manager::{CpuKernels, ScaleKind};
+use bitnet_burn_manager::{CpuKernels, Packed, ScaleKind};
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
@@ -26,10 +27,56 @@ pub struct Matrix {
 #[derive(Clone, Debug)]
 pub enum MatrixKernels {
     /// Those of the CPU.
-    Host(Arc<CpuKernels>),
+    Host(HostKernels),
     /// Those of plugins that are GPU source.
     #[cfg(feature = "cube")]
     Gpu(Arc<crate::gpu::GpuMatrix>),
+}
+
+/// The CPU's kernels for a matrix: those that its codes are laid out for, and, once they have packed it too, faster ones.
+#[derive(Clone, Debug)]
+pub struct HostKernels {
+    choice: Arc<CpuKernels>,
+    faster: Option<Arc<OnceLock<Repacked>>>,
+}
+
+/// A matrix in the layout of other kernels.
+#[derive(Debug)]
+pub(crate) struct Repacked {
+    pub choice: Arc<CpuKernels>,
+    pub weights: Packed,
+}
+
+impl HostKernels {
+    /// Kernels that read canonical codes, until faster ones have packed them into the cell. (Clones share it.)
+    pub(crate) fn until(choice: Arc<CpuKernels>, faster: Arc<OnceLock<Repacked>>) -> Self {
+        Self { choice, faster: Some(faster) }
+    }
+
+    /// The kernels that compute the next call.
+    pub fn computing(&self) -> &Arc<CpuKernels> {
+        self.repacked().map_or(&self.choice, |repacked| &repacked.choice)
+    }
+
+    /// The matrix as faster kernels packed it, if they have.
+    pub(crate) fn repacked(&self) -> Option<&Repacked> {
+        self.faster.as_ref()?.get()
+    }
+}
+
+impl From<Arc<CpuKernels>> for HostKernels {
+    fn from(choice: Arc<CpuKernels>) -> Self {
+        Self { choice, faster: None }
+    }
+}
+
+/// Those that the codes are laid out for.
+impl Deref for HostKernels {
+    type Target = Arc<CpuKernels>;
+
+    fn deref(&self) -> &Arc<CpuKernels> {
+        &self.choice
+    }
 }
 
 impl MatrixKernels {

@@ -1,28 +1,30 @@
 //! The ternary linear layer, by the manager's kernels.
 
-use std::sync::Arc;
-
-use bitnet_burn_manager::{CpuKernels, Job, KernelManager, LayoutPolicy, ManagerError, WeightShape};
+use bitnet_burn_manager::{Job, KernelManager, LayoutPolicy, ManagerError, Packed, WeightShape};
 use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
 
 use super::{HostBackend, dims, quantise, with_activations};
 use crate::default;
-use crate::extension::{BitLinearArgs, InputNorm, MatrixKernels, TernaryWeight, WeightGroup};
+use crate::extension::{
+    BitLinearArgs, HostKernels, InputNorm, MatrixKernels, Repacked, TernaryWeight, WeightGroup,
+};
 use crate::manager::{leave_error, manager};
 
 /// The kernels that were chosen for the matrices, or now are.
-fn choices(manager: &KernelManager, args: &BitLinearArgs) -> Result<Vec<Arc<CpuKernels>>, ManagerError> {
+fn choices(manager: &KernelManager, args: &BitLinearArgs) -> Result<Vec<HostKernels>, ManagerError> {
     args.matrices
         .iter()
         .map(|matrix| match &matrix.choice {
-            Some(MatrixKernels::Host(choice)) => Ok(choice.clone()),
+            Some(MatrixKernels::Host(kernels)) => Ok(kernels.clone()),
             // Weights that were packed for a GPU are canonical when they come here (`ops::bit_linear`).
-            _ => manager.choose(
-                WeightShape { n: matrix.n, k: args.k, scales: matrix.scales },
-                LayoutPolicy::Canonical,
-            ),
+            _ => manager
+                .choose(
+                    WeightShape { n: matrix.n, k: args.k, scales: matrix.scales },
+                    LayoutPolicy::Canonical,
+                )
+                .map(HostKernels::from),
         })
         .collect()
 }
@@ -56,8 +58,16 @@ pub(crate) fn bit_linear<B: HostBackend>(
         .iter()
         .zip(&words)
         .zip(&choices)
-        .map(|((scales, words), choice)| {
-            let bytes: &[u8] = bytemuck::cast_slice(words);
+        .map(|((scales, words), kernels)| {
+            // Once: it may become packed meanwhile.
+            let (choice, packed) = match kernels.repacked() {
+                Some(Repacked { choice, weights }) => (choice, Some(weights)),
+                None => (&**kernels, None),
+            };
+            let bytes = match packed {
+                Some(Packed::Private(weights)) => weights.as_slice(),
+                Some(Packed::Canonical) | None => bytemuck::cast_slice(words),
+            };
             let job = Job {
                 choice,
                 // Words are whole; a private packing may end within one.
@@ -95,7 +105,7 @@ fn failed<B: HostBackend>(error: ManagerError, m: usize, n: usize) -> FloatTenso
 fn canonical_weights<B: HostBackend>(
     manager: &KernelManager,
     weights: Vec<TernaryWeight<B>>,
-    choices: &[Arc<CpuKernels>],
+    choices: &[HostKernels],
     k: usize,
 ) -> Result<WeightGroup<B>, ManagerError> {
     let mut canonical = Vec::with_capacity(weights.len());

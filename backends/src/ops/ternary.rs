@@ -1,6 +1,6 @@
 //! Ternary matrices on a device, and the linear layer of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 
 use bitnet_burn_formats::{Scales, canonical};
 use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed, ScaleKind, WeightShape};
@@ -14,7 +14,8 @@ use super::{is_host, words};
 #[cfg(feature = "cube")]
 use crate::devices;
 use crate::extension::{
-    BitLinearArgs, InputNorm, Matrix, MatrixKernels, TernaryBackend, TernaryWeight, WeightGroup,
+    BitLinearArgs, HostKernels, InputNorm, Matrix, MatrixKernels, Repacked, TernaryBackend, TernaryWeight,
+    WeightGroup,
 };
 use crate::manager::{forget_error, manager, take_error};
 
@@ -177,7 +178,7 @@ impl TernaryMatrix {
         let (scale, scales) = scale.into().on(device);
         let (choice, packed) = if is_host(device) {
             let (choice, packed) = manager().choose_and_pack(WeightShape { n, k, scales }, policy, &codes)?;
-            (MatrixKernels::Host(choice), packed)
+            (MatrixKernels::Host(choice.into()), packed)
         } else {
             // (The kernels of GPUs are for one scale.)
             let one = scales == ScaleKind::One;
@@ -195,6 +196,26 @@ impl TernaryMatrix {
                 Ok(Self::packed(choice, bytes::Bytes::from_owner(buffer), scale, (n, k), device))
             }
         }
+    }
+
+    /// Canonical codes that compute at once, where they lie, with kernels that nobody measured; and what packs them for the
+    /// fastest kernels, which compute from then on. `None` where that can't be
+    /// ([`choose_unmeasured`](bitnet_burn_manager::KernelManager::choose_unmeasured)), and on devices outside of host memory.
+    ///
+    /// # Panics
+    /// If the bytes are not [N, K] in the canonical layout.
+    pub fn in_place(
+        codes: bytes::Bytes,
+        scale: f32,
+        n: usize,
+        k: usize,
+        device: &Device,
+    ) -> Option<(Self, Packing)> {
+        let choice = is_host(device).then(|| manager().choose_unmeasured((n, k))).flatten()?;
+        let faster = Arc::new(OnceLock::new());
+        let packing = Packing { codes: codes.clone(), of: (n, k).into(), faster: Arc::downgrade(&faster) };
+        let choice = Some(MatrixKernels::Host(HostKernels::until(choice, faster)));
+        Some((Self { choice, ..Self::canonical(codes, scale, n, k, device) }, packing))
     }
 
     fn packed(
@@ -222,7 +243,7 @@ impl TernaryMatrix {
         assert_eq!(packed.len(), choice.weight_bytes(), "bytes of packed weights");
         let (shape, scale) = (choice.shape(), scale.into().on(device));
         assert_eq!(scale.1, choice.weight_shape().scales, "the scales that the kernels were chosen for");
-        Self::packed(MatrixKernels::Host(choice), packed, scale, shape, device)
+        Self::packed(MatrixKernels::Host(choice.into()), packed, scale, shape, device)
     }
 
     /// The same matrix with canonical codes, for saving it or for another device.
@@ -267,6 +288,46 @@ impl TernaryMatrix {
 
     fn into_weight(self) -> TernaryWeight<Dispatch> {
         TernaryWeight { codes: self.codes.into_dispatch(), scale: self.scale.into_dispatch() }
+    }
+}
+
+/// What packs a matrix that [computes already](TernaryMatrix::in_place).
+#[derive(Debug)]
+pub struct Packing {
+    codes: bytes::Bytes,
+    of: WeightShape,
+    faster: Weak<OnceLock<Repacked>>,
+}
+
+impl Packing {
+    /// The matrix's shape: output and input features.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.of.n, self.of.k)
+    }
+
+    /// The canonical codes.
+    pub fn codes(&self) -> &bytes::Bytes {
+        &self.codes
+    }
+
+    /// Whether anybody still has the matrix.
+    pub fn is_needed(&self) -> bool {
+        self.faster.strong_count() > 0
+    }
+
+    /// Chooses the fastest kernels for prompts of up to `rows` rows, measuring them where that has not been done on this
+    /// machine, and packs the codes for them. The matrix's next call uses them; its results stay the same bits.
+    ///
+    /// # Errors
+    /// If no kernel may compute the shape, or it can't be packed. The matrix computes as before then.
+    pub fn run(self, rows: usize) -> Result<(), ManagerError> {
+        let (choice, packed) = manager().choose_and_pack(self.of, LayoutPolicy::Any, &self.codes)?;
+        manager().warm_up(&choice, rows);
+        if let Some(faster) = self.faster.upgrade() {
+            // Nobody else fills the cell.
+            let _ = faster.set(Repacked { choice, weights: packed });
+        }
+        Ok(())
     }
 }
 

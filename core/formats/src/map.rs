@@ -44,15 +44,36 @@ impl FileMap {
         }
     }
 
+    /// [`release`](Self::release) for a part of the file, if it is one of this file's.
+    pub fn release_part(&self, part: &[u8]) {
+        #[cfg(unix)]
+        if let Some(offset) = self.offset_of(part) {
+            // SAFETY: as in `release`. Pages are given back whole, and those at the ends come back when they are read.
+            let given = unsafe {
+                self.0.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, part.len())
+            };
+            if let Err(error) = given {
+                tracing::debug!(%error, "pages of the model stay in memory");
+            }
+        }
+        #[cfg(not(unix))]
+        let _ = part;
+    }
+
+    /// Where a part of this file begins; `None` for other bytes.
+    pub fn offset_of(&self, part: &[u8]) -> Option<usize> {
+        let offset = (part.as_ptr() as usize).wrapping_sub(self.0.map.as_ptr() as usize);
+        (offset < self.0.map.len()).then_some(offset)
+    }
+
     /// Takes the advice of huge pages back for a part of the file, if it is one of this file's.
     pub fn read_by_parts(&self, part: &[u8]) {
-        let offset = (part.as_ptr() as usize).wrapping_sub(self.0.map.as_ptr() as usize);
         #[cfg(target_os = "linux")]
-        if offset < self.0.map.len() {
+        if let Some(offset) = self.offset_of(part) {
             let _ = self.0.map.advise_range(memmap2::Advice::NoHugePage, offset, part.len());
         }
         #[cfg(not(target_os = "linux"))]
-        let _ = offset;
+        let _ = part;
     }
 
     /// Which file is mapped.

@@ -12,7 +12,7 @@ use anyhow::{Context as _, anyhow, bail};
 use bitnet_burn_engine::chat::{ChatError, Message};
 use bitnet_burn_engine::generate::{Finish, GenerateOptions};
 use bitnet_burn_engine::text::count;
-use bitnet_burn_engine::{Answer, Engine, EngineError, Session};
+use bitnet_burn_engine::{Answer, Engine, EngineError, EngineOptions, Session};
 use clap::Args;
 
 use self::lines::{Input, Lines, Next};
@@ -72,7 +72,7 @@ const MAX_BYTES: u64 = 16 << 20;
 pub fn run(args: ChatArgs) -> anyhow::Result<()> {
     let sampling = args.sampling.config(false)?;
     let template = args.chat_template.as_deref().map(read_template).transpose()?;
-    let engine = args.engine.open(|options| options)?;
+    let engine = args.engine.open(EngineOptions::packed_in_background)?;
     let model = engine.checkpoint().path().display().to_string();
     let template = match template.map_or_else(|| engine.chat_template(), Ok) {
         Err(EngineError::Chat(ChatError::NoTemplate)) => bail!(

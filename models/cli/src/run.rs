@@ -117,7 +117,8 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let template = args.chat_template.as_deref().map(read_template).transpose()?;
     let constraint = args.constraint.constraint()?;
     let by_ids = args.tokens_file.is_some() && args.print_ids && constraint.is_none();
-    let engine = args.engine.open(|mut options| {
+    let engine = args.engine.open(|options| {
+        let mut options = options.packed_in_background();
         if by_ids {
             options = options.without_tokenizer();
         }

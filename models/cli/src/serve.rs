@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
-use bitnet_burn_engine::Engine;
 use bitnet_burn_engine::checkpoint::Checkpoint;
+use bitnet_burn_engine::{Engine, EngineOptions};
 use bitnet_burn_server::{ModelSource, Models, ModelsOptions, SchedulerLimits, ServerOptions};
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
@@ -259,8 +259,8 @@ fn open(
     checkpoint: impl FnOnce(&GapArgs) -> anyhow::Result<Checkpoint>,
 ) -> Result<Engine, bitnet_burn_server::LoadError> {
     let started = Instant::now();
-    let engine =
-        checkpoint(gaps).and_then(|checkpoint| load.open(checkpoint, started, gaps, |options| options));
+    let engine = checkpoint(gaps)
+        .and_then(|checkpoint| load.open(checkpoint, started, gaps, EngineOptions::packed_in_background));
     engine.map_err(|error| Box::new(Shown(error)).into())
 }
 

@@ -61,6 +61,9 @@ struct Inner {
     /// Made when the first answer needs it.
     constraints: OnceLock<Result<Constraints, ConstraintError>>,
     model: BitNet,
+    /// Packs what computes in place, until the engine is dropped.
+    #[allow(dead_code, reason = "its end stops it")]
+    packer: Option<open::Packer>,
     /// Matrices that were mapped from the file of packed weights.
     prepacked: usize,
     summary: ModelSummary,

@@ -1,6 +1,8 @@
 //! From a checkpoint to a model: devices, packed weights, the output projection, and the choice of kernels.
 
 use std::cell::RefCell;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use bitnet_burn::ActivationRule;
 use bitnet_burn::{
@@ -8,9 +10,9 @@ use bitnet_burn::{
     RmsNorm, Rotation, rms_norm,
 };
 use bitnet_burn_backends::manager::manager;
-use bitnet_burn_backends::ops;
+use bitnet_burn_backends::ops::{self, Packing, TernaryMatrix};
 use bitnet_burn_backends::{MatrixKernels, devices};
-use bitnet_burn_formats::{DenseFormat, DenseTensor, FormatError};
+use bitnet_burn_formats::{DenseFormat, DenseTensor, FileMap, FormatError};
 use bitnet_burn_manager::{LayoutPolicy, ManagerError, ScaleKind};
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -100,6 +102,9 @@ pub struct LoadOptions {
     pub head: HeadMode,
     /// Whether weights that were [packed before](crate::prepack) are taken from the file beside the model.
     pub prepacked: bool,
+    /// Whether projections in host memory whose rows can be read where they lie in a mapped file compute with those, by
+    /// kernels that nobody measured, until [`Loaded::packings`] has run. Results are the same bits before and after.
+    pub in_place: bool,
 }
 
 impl Default for LoadOptions {
@@ -109,6 +114,7 @@ impl Default for LoadOptions {
             max_rows: DEFAULT_CHUNK,
             head: HeadMode::File,
             prepacked: true,
+            in_place: false,
         }
     }
 }
@@ -132,6 +138,51 @@ pub struct Loaded {
     pub model: BitNet,
     /// Matrices that were mapped from the file of [packed weights](crate::prepack) beside the checkpoint.
     pub prepacked: usize,
+    /// What is left to pack, of projections that compute [in place](LoadOptions::in_place).
+    pub packings: Packings,
+}
+
+/// Measurements and packings that a model can do without, and is faster with.
+#[derive(Default)]
+pub struct Packings {
+    /// Each with the file that its rows are in.
+    left: Vec<(Packing, FileMap)>,
+    rows: usize,
+}
+
+impl fmt::Debug for Packings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Packings").field("matrices", &self.len()).finish_non_exhaustive()
+    }
+}
+
+impl Packings {
+    /// Number of matrices.
+    pub fn len(&self) -> usize {
+        self.left.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.left.is_empty()
+    }
+
+    /// Measures kernels where that has not been done on this machine, and packs one matrix after the other, until all are
+    /// packed, `stop` is set or nobody has the model. The file's pages of packed rows are given back.
+    pub fn run(self, stop: &AtomicBool) {
+        for (packing, map) in self.left {
+            if stop.load(Ordering::Relaxed) || !packing.is_needed() {
+                return;
+            }
+            let ((n, k), codes) = (packing.shape(), packing.codes().clone());
+            match packing.run(self.rows) {
+                Ok(()) => map.release_part(&codes),
+                Err(error) => {
+                    tracing::warn!("a matrix [{n}, {k}] is read where it lies from now on: {error}");
+                }
+            }
+        }
+    }
 }
 
 /// Loads a checkpoint's model onto a device, with the kernels that are the fastest there. Weights that the
@@ -188,7 +239,28 @@ pub fn load_on(
         }
         projection::linear(checkpoint.weights(layer, which)?, rule, LayoutPolicy::Any, device)
     };
-    if quantise {
+    let packings = RefCell::<Vec<(Packing, FileMap)>>::default();
+    let in_place = |layer: usize, which: Projection| -> Result<Option<BitLinear>, ModelError> {
+        let device = &devices.layers[layer];
+        if !options.in_place || prepacked.is_some() || !ops::is_host(device) {
+            return Ok(None);
+        }
+        let weights = checkpoint.weights(layer, which)?;
+        let Some((codes, scale, n, k)) = projection::with_one_scale(&weights, rule) else { return Ok(None) };
+        let Some(map) = checkpoint.map_of(codes) else { return Ok(None) };
+        let placed = TernaryMatrix::in_place(codes.clone(), scale, n, k, device);
+        Ok(placed.map(|(matrix, packing)| {
+            packings.borrow_mut().push((packing, map));
+            BitLinear::from_matrix(matrix)
+        }))
+    };
+    let all_in_place = quantise && in_place(0, Projection::first(&config))?.is_some();
+    packings.borrow_mut().clear();
+    let weights = |layer: usize, which: Projection| match in_place(layer, which)? {
+        Some(layer) => Ok(layer),
+        None => weights(layer, which),
+    };
+    if quantise && !all_in_place {
         let on_host = (0..config.n_layers).filter(|&layer| ops::is_host(&devices.layers[layer]));
         choose_kernels(&config, options.max_rows, on_host, weights, progress)?;
     }
@@ -285,7 +357,8 @@ pub fn load_on(
     let norm = norm(Norm::Output)?;
     let model = BitNet::assemble(config, quantise, embedding, blocks, norm, output)
         .with_embedding_rotation(rotation(Rotated::Embedding, device));
-    Ok(Loaded { model, prepacked: prepacked.map_or(0, |prepacked| prepacked.used()) })
+    let packings = Packings { left: packings.into_inner(), rows: options.max_rows };
+    Ok(Loaded { model, prepacked: prepacked.map_or(0, |prepacked| prepacked.used()), packings })
 }
 
 /// The output projection of a loaded model.
@@ -368,6 +441,7 @@ pub fn release_packings(model: &mut BitNet, checkpoint: &Checkpoint) -> Result<u
             let Some(matrix) = layer.matrix() else { continue };
             // What a GPU's memory holds, is not this memory.
             let Some(MatrixKernels::Host(choice)) = matrix.choice else { continue };
+            let choice = choice.computing();
             if choice.layout().is_none() {
                 continue;
             }

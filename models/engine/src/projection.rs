@@ -73,6 +73,18 @@ pub(crate) fn computes_head(checkpoint: &Checkpoint, head: HeadMode) -> Result<b
             || matches!(checkpoint.weights(0, first)?, Weights::Dense(_))))
 }
 
+/// Canonical codes with one scale, and their output and input features, if the weights are such and kernels for them compute
+/// with activations by this rule.
+pub(crate) fn with_one_scale(weights: &Weights, rule: ActivationRule) -> Option<(&Bytes, f32, usize, usize)> {
+    let Weights::Ternary(TernaryTensor { codes, scale, n, k, .. }) = weights else { return None };
+    let by_row = match rule {
+        ActivationRule::Float => false,
+        ActivationRule::Model | ActivationRule::Row => true,
+        ActivationRule::Group(_) => rule.group(0, *k) == Some(0),
+    };
+    by_row.then_some((codes, *scale, *n, *k))
+}
+
 /// A layer of a projection's weights, with the kernels that are the fastest on the device.
 ///
 /// # Errors

@@ -3,18 +3,23 @@
 mod support;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
-use bitnet_burn::CacheType;
 use bitnet_burn::Row;
+use bitnet_burn::{BitLinear, CacheType};
 use bitnet_burn::{DecoderOptions, GatedActivation, ModelConfig};
+use bitnet_burn_backends::MatrixKernels;
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
-use bitnet_burn_engine::load::{ActivationRule, HeadMode, LoadOptions, Loaded, ModelDevices, load_on};
+use bitnet_burn_engine::load::{
+    ActivationRule, HeadMode, LoadOptions, LoadProgress, Loaded, ModelDevices, load_on,
+};
 use bitnet_burn_engine::prepack;
 use bitnet_burn_engine::prepack::{PrepackError, Prepacked};
 use bitnet_burn_engine::synth;
 use bitnet_burn_engine::synth::{SynthOptions, SynthScales};
 use bitnet_burn_formats::reference::{ScaledActivations, scaled_matmul};
 use bitnet_burn_formats::{DenseFormat, ternary};
+use bitnet_burn_manager::CpuKernels;
 use bitnet_burn_manager::memory::Activations;
 use burn::tensor::{Tensor, TensorData};
 use support::device;
@@ -256,4 +261,44 @@ fn a_model_in_memory_has_no_place_for_it() {
     let error = prepack::write(&checkpoint, HeadMode::File, &mut |_, _| {}).unwrap_err();
     assert!(matches!(error, PrepackError::InMemory(_)), "{error}");
     assert!(Prepacked::beside(&checkpoint).unwrap().is_none());
+}
+
+#[test]
+fn a_model_computes_in_place_before_it_is_packed_with_the_same_bits() {
+    let directory = tempfile::tempdir().unwrap();
+    let checkpoint = open(&model(&directory, 5));
+    let in_place = || {
+        let options = LoadOptions { in_place: true, ..LoadOptions::default() };
+        let layers = vec![device(); checkpoint.config().n_layers];
+        load_on(&checkpoint, &ModelDevices { layers, dense: device() }, &options, &mut |progress| {
+            assert!(matches!(progress, LoadProgress::Packing(..)), "nothing is measured");
+        })
+    };
+    // The layouts of the kernels that compute, and of the codes that the layers hold.
+    let layouts = |loaded: &Loaded| -> Vec<(Option<String>, Option<String>)> {
+        let layout = |layer: &BitLinear| match layer.matrix().unwrap().choice {
+            Some(MatrixKernels::Host(kernels)) => {
+                let name = |choice: &CpuKernels| choice.layout().map(str::to_owned);
+                (name(kernels.computing()), name(&kernels))
+            }
+            choice => panic!("{choice:?}"),
+        };
+        loaded.model.blocks.iter().flat_map(|block| block.projections()).map(|(_, l)| layout(l)).collect()
+    };
+    let mut loaded = in_place().unwrap();
+    let before = logits(&loaded);
+    assert!(layouts(&loaded).iter().all(|layouts| *layouts == (None, None)));
+    let packings = std::mem::take(&mut loaded.packings);
+    assert_eq!(packings.len(), 7 * checkpoint.config().n_layers);
+    packings.run(&AtomicBool::new(false));
+    assert_eq!(logits(&loaded), before);
+    let packed = load(&checkpoint, HeadMode::File, false);
+    assert_eq!(logits(&packed), before);
+    for (now, (layout, _)) in layouts(&loaded).into_iter().zip(layouts(&packed)) {
+        assert_eq!(now, (layout, None), "computed as if packed at once, and kept in place");
+    }
+    // What is stopped stays in place.
+    let mut stopped = in_place().unwrap();
+    std::mem::take(&mut stopped.packings).run(&AtomicBool::new(true));
+    assert_eq!(logits(&stopped), before);
 }

@@ -15,6 +15,8 @@ pub struct CpuKernels {
     pub(super) of: WeightShape,
     /// The private layout, with a kernel that packs it; `None` for canonical weights in place.
     pub(super) packer: Option<Arc<Entry>>,
+    /// Whether kernels may be measured for it.
+    pub(super) measures: bool,
     weight_bytes: usize,
     /// Without what the manager keeps behind the packing.
     own_bytes: usize,
@@ -64,12 +66,18 @@ impl CpuKernels {
         Self {
             of,
             packer,
+            measures: true,
             weight_bytes,
             own_bytes,
             slots: Default::default(),
             fallback_weights: Mutex::default(),
             matrices: Matrices::default(),
         }
+    }
+
+    /// Canonical weights, whose kernels are not measured.
+    pub(super) fn unmeasured(of: WeightShape) -> Self {
+        Self { measures: false, ..Self::new(of, None) }
     }
 
     /// Output and input features.

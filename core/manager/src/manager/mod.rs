@@ -27,6 +27,7 @@ mod selection;
 mod slot;
 mod tune_cpu;
 mod tuner;
+mod unmeasured;
 mod walls;
 mod watch;
 mod weights;

@@ -146,6 +146,9 @@ impl KernelManager {
     /// The ranking for `m` rows of a choice's shape, measured at the first use.
     pub(super) fn ranking<'a>(&self, choice: &'a CpuKernels, m: usize) -> &'a Ranking {
         choice.slot(m).ranking(self.policy, || {
+            if !choice.measures {
+                return self.known_ranking(m, choice.of);
+            }
             let policy = if choice.packer.is_some() { LayoutPolicy::Any } else { LayoutPolicy::Canonical };
             let mut ranking = self.rank(m, choice.of, policy);
             ranking.candidates.retain(|c| choice.is_read_by(&c.entry));

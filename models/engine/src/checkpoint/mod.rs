@@ -290,6 +290,11 @@ impl Checkpoint {
         self.source.maps().into_iter().for_each(FileMap::release);
     }
 
+    /// The map of the file that these bytes are a part of; `None` for bytes that were read or made of it.
+    pub(crate) fn map_of(&self, part: &[u8]) -> Option<FileMap> {
+        self.source.maps().into_iter().find(|map| map.offset_of(part).is_some()).cloned()
+    }
+
     /// That no part of a mapped file was missing when it was read. (A program must
     /// [outlive](bitnet_burn_formats::outlive_truncation) that first.)
     ///

@@ -1,6 +1,7 @@
 //! How an engine is opened: files, device, plan, kernels, model.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use burn::tensor::Device;
 use super::{Engine, EngineError, Inner};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::device::{DeviceKind, DeviceName, DeviceSpec};
-use crate::load::{ActivationRule, DEFAULT_CHUNK, HeadMode, LoadOptions, LoadProgress};
+use crate::load::{ActivationRule, DEFAULT_CHUNK, HeadMode, LoadOptions, LoadProgress, Packings};
 use crate::plan::{
     COMMON_CONTEXT, CPU, MachineProfile, Measure, PlacedModel, Placement, Plan, PlanRequest, Prediction,
     Requirements, RunSettings,
@@ -131,6 +132,14 @@ impl EngineOptions {
         self
     }
 
+    /// Opens without waiting for measurements and packings: projections whose rows can be read where they lie in the file do
+    /// that, while a thread packs them for the fastest kernels. The first token is there sooner, and those until all is packed
+    /// take longer. Results are the same bits.
+    pub fn packed_in_background(mut self) -> Self {
+        self.load.in_place = true;
+        self
+    }
+
     /// Sets the process's kernel manager up, with the plugins in these files and directories. That is possible once in a
     /// process, before its first use; without this, the manager is as it is, or as the environment says.
     pub fn kernels(mut self, config: ManagerConfig, plugins: &[PathBuf]) -> Self {
@@ -236,7 +245,7 @@ impl EngineOptions {
                 }
                 on_event(OpenEvent::Progress(progress));
             })?;
-        let PlacedModel { model, prepacked, placement, notes: failed, .. } = placed;
+        let PlacedModel { model, prepacked, packings, placement, notes: failed } = placed;
         for note in &failed {
             on_event(OpenEvent::Warning(note.clone()));
         }
@@ -265,6 +274,7 @@ impl EngineOptions {
             constraints: OnceLock::new(),
             model,
             prepacked,
+            packer: Packer::start(packings),
             tuning,
             before,
         })))
@@ -362,6 +372,39 @@ impl EngineOptions {
             [(_, None)] => refuse(format!("the device {spec} is no GPU")),
             _ => refuse(format!("the devices {spec} say it already")),
         }
+    }
+}
+
+/// The thread that packs what computes in place.
+#[derive(Debug)]
+pub(super) struct Packer {
+    stop: Arc<AtomicBool>,
+}
+
+impl Packer {
+    fn start(packings: Packings) -> Option<Self> {
+        if packings.is_empty() {
+            return None;
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::Builder::new().name("packing".into());
+        match thread.spawn(move || packings.run(&stopped)) {
+            Ok(_) => Some(Self { stop }),
+            Err(error) => {
+                tracing::warn!(
+                    "weights are read where they lie: the thread that packs them can't be started: {error}"
+                );
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Packer {
+    /// The thread ends with the matrix that it packs. Nobody waits for it.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 

@@ -7,7 +7,7 @@ use burn::tensor::Device;
 use super::placement::{Placement, PlacementKind};
 use super::{CPU, RunSettings};
 use crate::checkpoint::Checkpoint;
-use crate::load::{LoadOptions, LoadProgress, Loaded, ModelDevices, ModelError, load_on};
+use crate::load::{LoadOptions, LoadProgress, Loaded, ModelDevices, ModelError, Packings, load_on};
 use crate::text::count;
 use bitnet_burn::BitNet;
 
@@ -18,6 +18,8 @@ pub struct PlacedModel {
     pub model: BitNet,
     /// Number of matrices that were mapped from the file of packed weights next to the checkpoint.
     pub prepacked: usize,
+    /// What is left to pack.
+    pub packings: Packings,
     /// The placement that was used in the end.
     pub placement: Placement,
     /// If this is not the requested placement: the reasons, as sentences.
@@ -93,9 +95,10 @@ impl PlacedModel {
                 Err(problem) => failed(placement, problem),
             }
         })
-        .map(|(Loaded { model, prepacked }, placement, notes)| Self {
+        .map(|(Loaded { model, prepacked, packings }, placement, notes)| Self {
             model,
             prepacked,
+            packings,
             placement,
             notes,
         })
