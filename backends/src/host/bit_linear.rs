@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bitnet_burn_manager::profile::{self, Operation};
 use bitnet_burn_manager::{CpuKernels, Job, KernelManager, LayoutPolicy, ManagerError, WeightShape};
 use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
@@ -34,6 +35,7 @@ pub(crate) fn bit_linear<B: HostBackend>(
     args: BitLinearArgs,
 ) -> FloatTensor<B> {
     let [m, k] = dims(&x);
+    let _span = profile::span_of(Operation::TernaryMatmul, || shapes(&args));
     let weights = weights.into_vec();
     let total = args.total_n();
     let manager = manager();
@@ -76,13 +78,22 @@ pub(crate) fn bit_linear<B: HostBackend>(
             InputNorm::Rms(weight) => Some(B::floats(weight)),
         };
         let norm = weight.as_deref().map(|weight| (weight, args.eps));
-        quantise(&values, k, norm, activations.resize_groups(m, k, args.activation_group()));
+        {
+            let _span = profile::span(Operation::Quantisation);
+            quantise(&values, k, norm, activations.resize_groups(m, k, args.activation_group()));
+        }
         manager.matmul(&jobs, activations, &mut y, total)
     });
     match result {
         Ok(()) => B::tensor(y, Shape::new([m, total])),
         Err(error) => failed::<B>(error, m, total),
     }
+}
+
+/// The matrices as a profile names them: N x K of each.
+fn shapes(args: &BitLinearArgs) -> String {
+    let shapes: Vec<String> = args.matrices.iter().map(|matrix| format!("{}x{}", matrix.n, args.k)).collect();
+    shapes.join(" + ")
 }
 
 /// Leaves the error for the caller, and NaN for whoever does not ask.
