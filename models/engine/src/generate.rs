@@ -362,6 +362,8 @@ impl<'a> Generator<'a> {
         let generation = &mut self.generation;
         if generation.tokens.is_empty() {
             generation.prefill = self.started.elapsed();
+            // Until something is drawn.
+            generation.end_to_end = generation.prefill;
         } else {
             generation.steps.push(self.clock.elapsed());
         }

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use bitnet_burn_engine::Engine;
-use bitnet_burn_engine::bench::{Against, BenchReport, Figure, Record, Requirement, Requirements, Unit};
+use bitnet_burn_engine::bench::{
+    Against, BenchOptions, BenchReport, Figure, Record, Requirement, Requirements, Settings, Unit,
+};
 use bitnet_burn_engine::text::count;
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
@@ -15,24 +17,34 @@ use serde::Serialize;
 
 /// What happens with the figures.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Judging")]
 pub struct JudgeArgs {
     /// Add this measurement to a history: a line of JSON with the machine, the program, the settings and the report
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = "Judging", value_name = "FILE")]
     pub record: Option<PathBuf>,
     /// Compare prefill, decode and memory with the last program in a history that --record wrote, with the same machine and
     /// settings. Speeds are divided by the machine's speed in each round. If something is worse by more than --tolerance,
     /// beyond noise, the exit status is 3
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = "Judging", value_name = "FILE")]
     pub against: Option<PathBuf>,
     /// The largest loss that --against, --against-program and --soak accept, as a part of 1
-    #[arg(long, value_name = "FRACTION", default_value = "0.05", value_parser = fraction)]
+    #[arg(
+        long,
+        help_heading = "Judging",
+        value_name = "FRACTION",
+        default_value = "0.05",
+        value_parser = fraction
+    )]
     pub tolerance: f64,
     /// Required figures, separated by commas, such as decode>=15,first-token<=0.2s,peak-memory<=1.2GB; or a TOML file of
     /// lines such as decode = ">= 15". The names: decode, prefill (tokens/s), first-token, start-to-first-token, token-p50,
     /// token-p95, token-p99, token-max, load (s, ms, us), peak-memory, kv-cache, bytes-per-token (kB, MB, GB), of-bandwidth
     /// (0 to 1). If one is missed, the exit status is 3
-    #[arg(long, value_name = "LIST", value_parser = OsStringValueParser::new().try_map(requirements))]
+    #[arg(
+        long,
+        help_heading = "Judging",
+        value_name = "LIST",
+        value_parser = OsStringValueParser::new().try_map(requirements)
+    )]
     pub require: Option<Requirements>,
 }
 
@@ -71,6 +83,13 @@ fn requirements(text: OsString) -> Result<Requirements, String> {
     text.to_str().ok_or("it is not valid UTF-8")?.parse()
 }
 
+/// What a measurement is compared with.
+pub struct Prepared {
+    settings: Settings,
+    /// Empty without `--against`.
+    baseline: Vec<Record>,
+}
+
 /// What was found.
 #[derive(Default, Serialize)]
 pub struct Judgement {
@@ -99,9 +118,6 @@ impl JudgeArgs {
         if let Some(figure) = self.require.iter().flat_map(Requirements::figures).find(unmeasured) {
             bail!("--require {figure}: it is measured with {}", figure.needs());
         }
-        if let Some(path) = &self.against {
-            Record::read(path).context("--against")?;
-        }
         if let Some(path) = &self.record {
             let opened = OpenOptions::new().append(true).create(true).open(path);
             opened.with_context(|| format!("--record: cannot write {}", path.display()))?;
@@ -109,8 +125,18 @@ impl JudgeArgs {
         Ok(())
     }
 
+    /// What the measurement is compared with, which is looked for before it is made.
+    pub fn prepare(&self, engine: &Engine, options: &BenchOptions) -> anyhow::Result<Prepared> {
+        let settings = Settings::of(engine, options);
+        let baseline = match &self.against {
+            Some(path) => Record::baseline(path, &settings).context("--against")?,
+            None => Vec::new(),
+        };
+        Ok(Prepared { settings, baseline })
+    }
+
     /// Compares, judges and records a measurement.
-    pub fn judge(&self, engine: &Engine, report: &BenchReport) -> anyhow::Result<Judgement> {
+    pub fn judge(&self, prepared: Prepared, report: &BenchReport) -> anyhow::Result<Judgement> {
         let mut judgement = Judgement::default();
         if let Some(required) = &self.require {
             let not_measured = |figure: Figure| {
@@ -119,12 +145,9 @@ impl JudgeArgs {
             judgement.require = required.judge(report).map_err(not_measured)?;
         }
         if self.record.is_some() || self.against.is_some() {
-            let record = Record::new(engine, report.clone());
+            let record = Record::new(prepared.settings, report.clone());
             let record = record.context("cannot read this program's file, whose hash is recorded")?;
-            if let Some(path) = &self.against {
-                let baseline = record.baseline(path).context("--against")?;
-                judgement.against = Against::of(&baseline, &record, self.tolerance);
-            }
+            judgement.against = Against::of(&prepared.baseline, &record, self.tolerance);
             if let Some(path) = &self.record {
                 record.append(path).context("--record")?;
             }

@@ -262,13 +262,14 @@ fn measure(mut args: BenchArgs) -> anyhow::Result<ExitCode> {
     if let Some(duration) = args.soak {
         return soak(&args, &engine, &options, duration);
     }
+    let prepared = args.judge.prepare(&engine, &options)?;
     let report = report(&args, &engine, &options, gpu.as_ref())?;
     drop(random);
     args.receipt.write(&engine, "bench", &report, || None)?;
     if let (Some(path), Some(profile)) = (&args.trace, &report.result.profile) {
         output::write_file(path, |out| Ok(profile.write_trace(out)?))?;
     }
-    let judgement = args.judge.judge(&engine, &report)?;
+    let judgement = args.judge.judge(prepared, &report)?;
     if args.json {
         output::print_json(&Output { report: &report, judgement: &judgement })?;
     } else {

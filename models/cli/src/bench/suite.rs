@@ -19,22 +19,22 @@ use crate::page::{self, escape};
 
 /// Several runs, and where their table goes.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Suite")]
 pub struct SuiteArgs {
     /// Measure all runs that a TOML file lists, each in a process of its own, and print one table in Markdown. A run is
     /// [[run]] with args = ["-m", "model.gguf", "--threads", "1"], and a name if it should have one. Flags of this command
     /// are those of all runs
     #[arg(
         long,
+        help_heading = "Suite",
         value_name = "FILE",
         conflicts_with_all = ["record", "against", "require", "profile", "receipt", "gpu_suite", "ab", "against_program", "soak"]
     )]
     pub suite: Option<PathBuf>,
     /// Write the table of --suite to a file
-    #[arg(long, value_name = "FILE", requires = "suite")]
+    #[arg(long, help_heading = "Suite", value_name = "FILE", requires = "suite")]
     markdown: Option<PathBuf>,
     /// Write the table of --suite with bars as an HTML page
-    #[arg(long, value_name = "FILE", requires = "suite")]
+    #[arg(long, help_heading = "Suite", value_name = "FILE", requires = "suite")]
     html: Option<PathBuf>,
 }
 

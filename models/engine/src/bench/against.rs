@@ -88,7 +88,7 @@ impl Against {
 
 /// Whether something became worse by more than the tolerance.
 pub fn is_worse(changes: &[Change]) -> bool {
-    changes.iter().any(|change| change.verdict == Verdict::Slower)
+    changes.iter().any(|change| change.verdict == Verdict::Worse)
 }
 
 /// A speed, and what it is divided by in a round.
@@ -142,10 +142,13 @@ fn speed(figure: Figure, before: &[&BenchReport], now: &BenchReport, tolerance: 
     })
 }
 
-/// Memory has no noise that more rounds would show: the median before, and the value now.
+/// Memory has no noise that more rounds would show: the median before, and the value now. Measuring kernels takes memory, so
+/// runs that did are compared with runs that did.
 fn memory(before: &[&BenchReport], now: &BenchReport, tolerance: f64) -> Option<Change> {
     let figure = Figure::PeakMemory;
-    let before: Vec<f64> = before.iter().filter_map(|report| figure.of(report)).collect();
+    let tuned = |report: &BenchReport| report.execution.tuning.measured > 0;
+    let alike = before.iter().filter(|report| tuned(report) == tuned(now));
+    let before: Vec<f64> = alike.filter_map(|report| figure.of(report)).collect();
     let now = figure.of(now)?;
     let spread = Spread::of(&before)?;
     let value = spread.median / now;
@@ -239,7 +242,7 @@ mod tests {
         let seen: Vec<_> = changes.iter().map(|c| (c.figure, c.verdict, c.rounds)).collect();
         assert_eq!(
             seen,
-            [(Figure::Decode, Verdict::Slower, [8, 8]), (Figure::PeakMemory, Verdict::Slower, [8, 8])]
+            [(Figure::Decode, Verdict::Worse, [8, 8]), (Figure::PeakMemory, Verdict::Worse, [8, 8])]
         );
         assert!(is_worse(&changes) && (changes[0].ratio.ratio - 0.8).abs() < 1e-9);
         let same: Vec<_> = turns.iter().map(|(before, _)| (*before, *before)).collect();

@@ -58,22 +58,22 @@ impl Ratio {
     pub fn verdict(self, tolerance: f64) -> Verdict {
         let Some([low, high]) = self.interval else { return Verdict::TooFewRounds };
         match () {
-            () if high < 1.0 - tolerance => Verdict::Slower,
-            () if low > 1.0 + tolerance => Verdict::Faster,
+            () if high < 1.0 - tolerance => Verdict::Worse,
+            () if low > 1.0 + tolerance => Verdict::Better,
             () if low >= 1.0 - tolerance && high <= 1.0 + tolerance => Verdict::Same,
             () => Verdict::Noise,
         }
     }
 }
 
-/// What a comparison of two speeds found.
+/// What a comparison found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
     /// The whole interval is beyond the tolerance.
-    Slower,
+    Worse,
     /// Likewise, in the other direction.
-    Faster,
+    Better,
     /// The whole interval is within the tolerance.
     Same,
     /// The interval reaches from within the tolerance to beyond it: the noise is too large to tell.
@@ -85,8 +85,8 @@ pub enum Verdict {
 impl std::fmt::Display for Verdict {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Slower => "slower",
-            Self::Faster => "faster",
+            Self::Worse => "worse",
+            Self::Better => "better",
             Self::Same => "the same",
             Self::Noise => "no difference beyond noise",
             Self::TooFewRounds => "too few rounds to tell",
@@ -117,15 +117,15 @@ mod tests {
     #[test]
     fn verdicts_need_the_whole_interval() {
         let verdict = |low, high| Ratio { ratio: 1.0, interval: Some([low, high]) }.verdict(0.05);
-        assert_eq!(verdict(0.5, 0.94), Verdict::Slower);
+        assert_eq!(verdict(0.5, 0.94), Verdict::Worse);
         assert_eq!(verdict(0.5, 0.96), Verdict::Noise);
         assert_eq!(verdict(0.96, 1.04), Verdict::Same);
         assert_eq!(verdict(0.96, 1.2), Verdict::Noise);
-        assert_eq!(verdict(1.06, 1.2), Verdict::Faster);
+        assert_eq!(verdict(1.06, 1.2), Verdict::Better);
         // Equal speeds with noise.
         let noisy = [0.8, 0.9, 1.0, 1.1, 1.2];
         assert_eq!(Ratio::of_groups(&noisy, &noisy).unwrap().verdict(0.05), Verdict::Noise);
         let slow: Vec<f64> = noisy.iter().map(|speed| speed / 3.0).collect();
-        assert_eq!(Ratio::of_groups(&noisy, &slow).unwrap().verdict(0.05), Verdict::Slower);
+        assert_eq!(Ratio::of_groups(&noisy, &slow).unwrap().verdict(0.05), Verdict::Worse);
     }
 }

@@ -10,7 +10,7 @@ use bitnet_burn_formats::files;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::BenchReport;
+use super::{BenchOptions, BenchReport};
 use crate::Engine;
 use crate::checkpoint::Content;
 use crate::receipt::Machine;
@@ -138,29 +138,41 @@ pub struct Settings {
     pub lm_head: String,
     /// How activations were quantised.
     pub activations: String,
+    /// Further context lengths, which take memory, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub contexts: Vec<usize>,
+    /// Numbers of sequences at once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub batches: Vec<usize>,
+    /// Further lengths of the prompt.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prompts: Vec<usize>,
 }
 
 impl Settings {
-    /// The settings of a measurement.
-    pub fn of(engine: &Engine, report: &BenchReport) -> Self {
+    /// The settings of a measurement that is to be made.
+    pub fn of(engine: &Engine, options: &BenchOptions) -> Self {
         let bytes = |content: &Content| match content {
             Content::Memory(_, bytes) => bytes.len() as u64,
             Content::File(path, _) => std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
         };
         let path = engine.checkpoint().path();
-        let (result, execution) = (&report.result, &report.execution);
+        let execution = engine.execution();
         Self {
             model: path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
             model_bytes: engine.checkpoint().contents().iter().map(bytes).sum(),
-            device: execution.device.clone(),
+            device: execution.device,
             threads: execution.threads,
             pinned: execution.pinned,
-            prompt_tokens: result.prompt_tokens,
-            generated_tokens: result.generated_tokens,
-            chunk: result.chunk,
-            kv_cache: engine.settings().kv_cache,
-            lm_head: execution.lm_head.clone().unwrap_or_default(),
-            activations: execution.activations.clone().unwrap_or_default(),
+            prompt_tokens: options.prompt_tokens,
+            generated_tokens: options.generated_tokens,
+            chunk: options.chunk,
+            kv_cache: options.kv_cache,
+            lm_head: execution.lm_head.unwrap_or_default(),
+            activations: execution.activations.unwrap_or_default(),
+            contexts: options.contexts.clone(),
+            batches: options.batches.clone(),
+            prompts: options.prompts.clone(),
         }
     }
 }
@@ -172,8 +184,9 @@ fn difference(there: &impl Serialize, here: &impl Serialize) -> Option<String> {
         _ => Map::new(),
     };
     let (there, here) = (fields(serde_json::to_value(there)), fields(serde_json::to_value(here)));
-    let (name, value) = there.iter().find(|(name, value)| here.get(*name) != Some(*value))?;
-    Some(format!("{name} is {value}, and here {}", here.get(name).unwrap_or(&Value::Null)))
+    let name = there.keys().chain(here.keys()).find(|name| there.get(*name) != here.get(*name))?;
+    let show = |fields: &Map<String, Value>| fields.get(name).map_or("nothing".to_owned(), Value::to_string);
+    Some(format!("{name} is {}, and here {}", show(&there), show(&here)))
 }
 
 /// A line of a history.
@@ -198,13 +211,13 @@ impl Record {
     ///
     /// # Errors
     /// If the program's file can't be read.
-    pub fn new(engine: &Engine, report: BenchReport) -> io::Result<Self> {
+    pub fn new(settings: Settings, report: BenchReport) -> io::Result<Self> {
         Ok(Self {
             bitnet_bench: VERSION,
             unix_time: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             program: Build::here()?,
             machine: Machine::here(),
-            settings: Settings::of(engine, &report),
+            settings,
             report,
         })
     }
@@ -257,23 +270,24 @@ impl Record {
         Ok(records)
     }
 
-    /// The records of a history that this one can be compared with: those of the same machine and settings, by the program
-    /// that measured them last.
+    /// The records of a history that a measurement of this machine with these settings can be compared with: those of the
+    /// program that measured the same last.
     ///
     /// # Errors
     /// If the file can't be read, or there is none.
-    pub fn baseline(&self, path: &Path) -> Result<Vec<Self>, RecordError> {
+    pub fn baseline(path: &Path, settings: &Settings) -> Result<Vec<Self>, RecordError> {
         let mut records = Self::read(path)?;
         let none = |problem: String| RecordError::NoBaseline { path: path.to_owned(), problem };
         let Some(last) = records.last() else {
             return Err(none("there is no record; --record writes one".into()));
         };
-        let cpu = |record: &Self| (record.machine.cpu.clone(), record.machine.architecture.clone());
-        let problem = match (cpu(last) == cpu(self), difference(&last.settings, &self.settings)) {
-            (false, _) => format!("the processor is {}, and here {}", last.machine.cpu, self.machine.cpu),
+        let here = Machine::here();
+        let same_cpu = |there: &Machine| (&there.cpu, &there.architecture) == (&here.cpu, &here.architecture);
+        let problem = match (same_cpu(&last.machine), difference(&last.settings, settings)) {
+            (false, _) => format!("the processor is {}, and here {}", last.machine.cpu, here.cpu),
             (true, difference) => difference.unwrap_or_default(),
         };
-        records.retain(|record| cpu(record) == cpu(self) && record.settings == self.settings);
+        records.retain(|record| same_cpu(&record.machine) && record.settings == *settings);
         let Some(program) = records.last().map(|record| record.program.clone()) else {
             return Err(none(format!(
                 "no record has the same machine and settings. In the last one, {problem}. Record a baseline with --record"

@@ -192,7 +192,7 @@ impl Soak {
                 end.iter().filter_map(divided).collect()
             };
             let ratio = Ratio::of_groups(&normalised(ends[0]), &normalised(ends[1]))?;
-            let flat = ratio.verdict(tolerance) != Verdict::Slower;
+            let flat = ratio.verdict(tolerance) != Verdict::Worse;
             Some(Trend { quantity, first, last, ratio: Some(ratio), flat })
         };
         let trends: Vec<Trend> = [
