@@ -146,7 +146,8 @@ impl JudgeArgs {
         }
         if self.record.is_some() || self.against.is_some() {
             let record = Record::new(prepared.settings, report.clone());
-            let record = record.context("cannot read this program's file, whose hash is recorded")?;
+            let record =
+                record.context("cannot look at this program's file, whose size and time are recorded")?;
             judgement.against = Against::of(&prepared.baseline, &record, self.tolerance);
             if let Some(path) = &self.record {
                 record.append(path).context("--record")?;

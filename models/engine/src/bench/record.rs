@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bitnet_burn::CacheType;
-use bitnet_burn_formats::files;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -84,8 +83,10 @@ pub struct Build {
     /// The revision of its source, if the build was given one (`BITNET_REVISION`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
-    /// SHA-256 of its file: builds of one revision may differ.
-    pub sha256: String,
+    /// Size of its file: builds of one revision may differ.
+    pub bytes: u64,
+    /// When its file was modified: milliseconds since 1970.
+    pub modified_ms: u64,
 }
 
 impl Build {
@@ -94,21 +95,22 @@ impl Build {
     /// # Errors
     /// If its file can't be read.
     pub fn here() -> io::Result<Self> {
-        let (_, sha256) = files::sha256_of_file(&std::env::current_exe()?)?;
+        let file = std::fs::metadata(std::env::current_exe()?)?;
+        let modified = file.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             revision: option_env!("BITNET_REVISION").map(str::to_owned),
-            sha256,
+            bytes: file.len(),
+            modified_ms: u64::try_from(modified.as_millis()).unwrap_or(u64::MAX),
         })
     }
 }
 
 impl std::fmt::Display for Build {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let short = |text: &str| text.chars().take(12).collect::<String>();
         match &self.revision {
-            Some(revision) => write!(f, "bitnet {} ({})", self.version, short(revision)),
-            None => write!(f, "bitnet {} (file {})", self.version, short(&self.sha256)),
+            Some(revision) => write!(f, "bitnet {} ({revision})", self.version),
+            None => write!(f, "bitnet {} (modified at Unix time {})", self.version, self.modified_ms / 1000),
         }
     }
 }
