@@ -5,7 +5,7 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A GPU, or what stands in for one.
 #[derive(Clone, Debug)]
@@ -120,7 +120,7 @@ pub fn peak(device: &Device) -> (Option<f64>, Option<f64>) {
 }
 
 /// What a GPU's runtime has of its memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Bytes of tensors.
     pub in_use_bytes: u64,

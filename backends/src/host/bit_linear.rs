@@ -1,5 +1,6 @@
 //! The ternary linear layer, by the manager's kernels.
 
+use bitnet_burn_manager::profile::{self, Operation};
 use bitnet_burn_manager::{Job, KernelManager, LayoutPolicy, ManagerError, Packed, WeightShape};
 use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
@@ -36,6 +37,7 @@ pub(crate) fn bit_linear<B: HostBackend>(
     args: BitLinearArgs,
 ) -> FloatTensor<B> {
     let [m, k] = dims(&x);
+    let _span = profile::span_of(Operation::TernaryMatmul, || shapes(&args));
     let weights = weights.into_vec();
     let total = args.total_n();
     let manager = manager();
@@ -86,13 +88,22 @@ pub(crate) fn bit_linear<B: HostBackend>(
             InputNorm::Rms(weight) => Some(B::floats(weight)),
         };
         let norm = weight.as_deref().map(|weight| (weight, args.eps));
-        quantise(&values, k, norm, activations.resize_groups(m, k, args.activation_group()));
+        {
+            let _span = profile::span(Operation::Quantisation);
+            quantise(&values, k, norm, activations.resize_groups(m, k, args.activation_group()));
+        }
         manager.matmul(&jobs, activations, &mut y, total)
     });
     match result {
         Ok(()) => B::tensor(y, Shape::new([m, total])),
         Err(error) => failed::<B>(error, m, total),
     }
+}
+
+/// The matrices as a profile names them: N x K of each.
+fn shapes(args: &BitLinearArgs) -> String {
+    let shapes: Vec<String> = args.matrices.iter().map(|matrix| format!("{}x{}", matrix.n, args.k)).collect();
+    shapes.join(" + ")
 }
 
 /// Leaves the error for the caller, and NaN for whoever does not ask.

@@ -1,6 +1,7 @@
 //! [`TernaryBackend`] for the backends of host memory.
 
 use bitnet_burn_formats::WeightScale;
+use bitnet_burn_manager::profile::{self, Operation};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
 use super::{attention, bit_linear, dense, rows, training};
@@ -94,6 +95,7 @@ macro_rules! fast_bodies {
             }
 
             fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+                let _span = profile::span(Operation::Norm);
                 rows::rms_norm::<Self>(x, weight, eps)
             }
 
@@ -103,6 +105,7 @@ macro_rules! fast_bodies {
                 block: usize,
                 inverse: bool,
             ) -> FloatTensor<Self> {
+                let _span = profile::span(Operation::Hadamard);
                 rows::hadamard::<Self>(x, signs, block, inverse)
             }
 
@@ -112,6 +115,7 @@ macro_rules! fast_bodies {
                 sin: FloatTensor<Self>,
                 head_dim: usize,
             ) -> FloatTensor<Self> {
+                let _span = profile::span(Operation::Rope);
                 attention::rope::<Self>(x, cos, sin, head_dim)
             }
 
@@ -120,6 +124,7 @@ macro_rules! fast_bodies {
                 rows: FloatTensor<Self>,
                 position: usize,
             ) -> CacheTensor<Self> {
+                let _span = profile::span(Operation::KvCache);
                 attention::cache_append::<Self>(cache, rows, position)
             }
 
@@ -129,6 +134,7 @@ macro_rules! fast_bodies {
                 values: CacheTensor<Self>,
                 args: AttentionArgs,
             ) -> FloatTensor<Self> {
+                let _span = profile::span(Operation::Attention);
                 attention::attention::<Self>(q, keys, values, args)
             }
 
@@ -138,10 +144,12 @@ macro_rules! fast_bodies {
                 state: DeltaNetTensors<Self>,
                 args: DeltaNetArgs,
             ) -> DeltaNetOutput<Self> {
+                let _span = profile::span(Operation::DeltaNet);
                 attention::delta_net::<Self>(rows, weights, state, &args)
             }
 
             fn gated(gate_up: FloatTensor<Self>, activation: GatedActivation) -> FloatTensor<Self> {
+                let _span = profile::span(Operation::Activation);
                 rows::gated::<Self>(gate_up, activation)
             }
 
@@ -158,6 +166,7 @@ macro_rules! fast_bodies {
                 ids: IntTensor<Self>,
                 args: DenseArgs,
             ) -> FloatTensor<Self> {
+                let _span = profile::span(Operation::Embedding);
                 dense::dense_rows::<Self>(words, ids, args)
             }
         }

@@ -2,6 +2,7 @@
 
 use bitnet_burn_cpu::dense;
 use bitnet_burn_formats::dense_tiles::TiledFormat;
+use bitnet_burn_manager::profile::{self, Operation};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::Shape;
 
@@ -24,13 +25,17 @@ pub(crate) fn dense_linear<B: HostBackend>(
         SLOW.call_once(|| tracing::warn!(?args, "weights for int8 activations that are not in tiles: slow"));
         return default::dense_linear::<B>(x, words, &args);
     }
+    let _span = profile::span_of(Operation::DenseMatmul, || format!("{n}x{k} {}", format.name()));
     let m = dims(&x)[0];
     let words = B::words(&words);
     let mut y = vec![0f32; m * n];
     let (weights, values) = (raw(&words, &args), B::floats(&x));
     match TiledFormat::of(format).filter(|_| int8) {
         Some(format) => with_activations(|activations| {
-            quantise(&values, k, None, activations.resize(m, k));
+            {
+                let _span = profile::span(Operation::Quantisation);
+                quantise(&values, k, None, activations.resize(m, k));
+            }
             let x = dense::int8::Activations {
                 k,
                 q: activations.q(),

@@ -15,6 +15,7 @@ pub mod memory;
 pub mod plugin;
 pub mod pool;
 mod process;
+pub mod profile;
 pub mod store;
 mod strict;
 mod temporary;

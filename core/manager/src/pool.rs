@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use core_affinity::CoreId;
 
 use crate::cpu;
+use crate::profile::{self, Operation};
 
 /// How long an idle worker spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(50);
@@ -160,6 +161,7 @@ impl Pool {
             shared.wake.notify_all();
         }
         shared.drain(task, tasks);
+        let _waiting = profile::span(Operation::Waiting);
         shared.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0u32;
         while shared.state.load(Ordering::Acquire) & COUNT != 0 {

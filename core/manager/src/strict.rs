@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Strict mode: what is an error, where the default is to go on with something slower or less certain.
 ///
@@ -22,7 +22,7 @@ use serde::Serialize;
 /// assert_eq!(strict.to_string(), "no-fallback, gated-plugins");
 /// # Ok::<(), &'static str>(())
 /// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Strict {
     /// The kernel that was chosen computes: neither another one nor the reference takes over where it
     /// fails, and a shape that no kernel computes is an error.

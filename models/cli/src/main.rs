@@ -15,6 +15,7 @@ mod inspect;
 mod kernels;
 mod logits;
 mod output;
+mod page;
 mod perplexity;
 mod plan;
 mod plugins;
@@ -31,6 +32,8 @@ mod train;
 mod worker;
 
 use std::process::ExitCode;
+use std::sync::OnceLock;
+use std::time::Instant;
 
 use bitnet_burn::backends::manager::results_in_doubt;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
@@ -79,7 +82,8 @@ Environment (a flag wins over its variable, and a variable wins over the configu
   HF_TOKEN_PATH       the file with the token; default: token in HF_HOME
   RUST_LOG            the log messages on stderr, such as `info` or `bitnet_burn_manager=debug`; default: warn
 
-Exit status: 0 done, 1 error, 2 wrong usage. `compare`, `plan`, `receipt check` and `train` have more.
+Exit status: 0 done, 1 error, 2 wrong usage. `bench`, `compare`, `plan`, `receipt check` and `train`
+have more.
 
 Examples:
   bitnet run --model model.gguf --prompt 'The capital of France is'
@@ -104,7 +108,7 @@ enum Command {
     Tokenize(tokenize::TokenizeArgs),
     Embed(embed::EmbedArgs),
     Kernels(kernels::KernelsArgs),
-    Bench(bench::BenchArgs),
+    Bench(Box<bench::BenchArgs>),
     Plan(plan::PlanArgs),
     Synth(synth::SynthArgs),
     Perplexity(perplexity::PerplexityArgs),
@@ -124,7 +128,16 @@ enum Command {
 /// The stack of all that the program does. The main thread's own may be too small: `ulimit -s`, or Windows' 1 MiB.
 const STACK: usize = 8 << 20;
 
+/// When the program started.
+static STARTED: OnceLock<Instant> = OnceLock::new();
+
+/// When the program started: what runs before `main` is not counted.
+pub(crate) fn started() -> Instant {
+    *STARTED.get_or_init(Instant::now)
+}
+
 fn main() -> ExitCode {
+    started();
     let thread = std::thread::Builder::new().name("main".into()).stack_size(STACK).spawn(program);
     match thread {
         // (A panic has been told, and has this status in all Rust programs.)
@@ -153,7 +166,6 @@ fn program() -> ExitCode {
         Command::Tokenize(args) => tokenize::run(args),
         Command::Embed(args) => embed::run(args),
         Command::Kernels(args) => kernels::run(args),
-        Command::Bench(args) => bench::run(args),
         Command::Synth(args) => synth::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Logits(args) => logits::run(args),
@@ -163,6 +175,7 @@ fn program() -> ExitCode {
         Command::Prepack(args) => prepack::run(args),
         Command::Plugins(args) => plugins::run(args),
         Command::Worker(args) => worker::run(args),
+        Command::Bench(args) => return exit(bench::run(*args)),
         Command::Compare(args) => return exit(compare::run(*args)),
         Command::Plan(args) => return exit(plan::run(args)),
         Command::Receipt(args) => return exit(receipt::run(args)),

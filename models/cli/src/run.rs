@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use bitnet_burn_engine::Engine;
@@ -125,7 +126,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         if let Some(chunk) = args.chunk { options.rows(chunk) } else { options }
     })?;
     let context = engine.settings().context;
+    let clock = Instant::now();
     let prompt = prompt(&args, &engine, template)?;
+    let tokenisation = args.tokens_file.is_none().then(|| clock.elapsed());
     if prompt.len() > context && !args.sliding_window {
         bail!(
             "the prompt has {} tokens, the context {context}: shorten the prompt{}",
@@ -149,6 +152,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         session = session.sliding();
     }
 
+    let request = Instant::now();
     let mut text = String::new();
     // On a pipe that is closed, the generation ends, and what was generated is reported.
     let mut unwritten = None;
@@ -199,6 +203,11 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let mut report = RunReport::new(engine.summary().clone(), &generation, engine.execution());
     report.load_seconds = Some(engine.load_time().as_secs_f64());
     report.seed = (options.sampling.temperature > 0.0).then_some(options.sampling.seed);
+    report.start_to_first_token_seconds = generation
+        .first_token
+        .map(|first| (request.saturating_duration_since(crate::started()) + first).as_secs_f64());
+    report.tokenisation_seconds = tokenisation.map(|time| time.as_secs_f64());
+    report.end_to_end_seconds += report.tokenisation_seconds.unwrap_or_default();
     report.kv_cache_bytes = Some(session.cache_bytes());
     report.execution.memory = engine.memory(session.cache_bytes(), options.chunk.min(prompt.len()));
     // A sliding window looks back over no more than that.

@@ -12,7 +12,7 @@ pub enum Status {
     Done = 0,
     /// An error, whose message is on stderr; or a check that could not be made.
     Error = 1,
-    /// `compare`: a limit is broken. `plan`: the model does not fit. `receipt check`: something differs from the receipt.
+    /// `bench`: something became worse, or a required figure is missed. `compare`: a limit is broken. `plan`: the model does not fit. `receipt check`: something differs from the receipt.
     Mismatch = 3,
     /// Done, but results of a plugin are in doubt.
     Doubt = 4,

@@ -9,7 +9,7 @@ use bitnet_burn_formats::canonical;
 use bitnet_burn_formats::random::SplitMix64;
 use burn::module::Param;
 use burn::tensor::{Device, Distribution, Tensor};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::bench::Spread;
 use crate::text::{count, human_bytes, human_seconds};
@@ -44,7 +44,7 @@ impl DeviceBenchOptions {
 }
 
 /// The time of one kernel for one matrix.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MatmulTime {
     /// Rows of activations.
     pub m: usize,
@@ -57,21 +57,21 @@ pub struct MatmulTime {
     /// Bytes of the weights in the kernel's layout.
     pub weight_bytes: u64,
     /// Seconds per launch; absent if there is a problem.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seconds: Option<Spread>,
     /// Bytes of the weights over the median time, as a fraction of the read bandwidth.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fraction_of_bandwidth: Option<f64>,
     /// 10^9 multiply-adds a second, from the median time.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub multiply_adds_g_per_s: Option<f64>,
     /// Why it was not timed: it can't run, or its results are wrong.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
 }
 
 /// The time of a layer's operation as models call it: quantisation, and the chosen kernels of its matrices.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OperationTime {
     /// The projections that share their activations: `q/k/v`, `o`, `gate/up`, `down`.
     pub projections: String,
@@ -90,7 +90,7 @@ pub struct OperationTime {
 }
 
 /// The speed of an operation in elements a second.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ElementRate {
     /// Rows.
     pub rows: usize,
@@ -101,7 +101,7 @@ pub struct ElementRate {
 }
 
 /// The results of [`run`].
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceBench {
     /// 10^9 bytes a second that the device reads from its memory.
     pub read_gb_per_s: f64,
@@ -120,7 +120,7 @@ pub struct DeviceBench {
     /// Packing latent weights on the device: [`BitLinear::pack`], where the host does most of the work.
     pub pack: ElementRate,
     /// Decode speed of the whole model as a fraction of the bandwidth's limit, if it was measured.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decode_fraction_of_bandwidth: Option<f64>,
 }
 

@@ -109,6 +109,12 @@ pub struct Generation {
     pub first_token: Option<Duration>,
     /// Time of each following forward pass, with sampling.
     pub steps: Vec<Duration>,
+    /// Time to draw each token, with what ended the generation.
+    pub sampling: Vec<Duration>,
+    /// Time to make text of all tokens, if that was made.
+    pub detokenisation: Option<Duration>,
+    /// Time until the last token was drawn.
+    pub end_to_end: Duration,
 }
 
 impl Generation {
@@ -122,6 +128,9 @@ impl Generation {
             prefill: Duration::ZERO,
             first_token: None,
             steps: Vec::new(),
+            sampling: Vec::new(),
+            detokenisation: None,
+            end_to_end: Duration::ZERO,
         }
     }
 }
@@ -353,6 +362,8 @@ impl<'a> Generator<'a> {
         let generation = &mut self.generation;
         if generation.tokens.is_empty() {
             generation.prefill = self.started.elapsed();
+            // Until something is drawn.
+            generation.end_to_end = generation.prefill;
         } else {
             generation.steps.push(self.clock.elapsed());
         }
@@ -366,6 +377,8 @@ impl<'a> Generator<'a> {
         };
         let Some(logits) = logits else { return Ok(self.finish(Finish::Constraint)) };
         let token = self.sampler.sample(logits, &self.history, generation.tokens.len())?;
+        generation.sampling.push(self.clock.elapsed());
+        generation.end_to_end = self.started.elapsed();
         generation.first_token.get_or_insert_with(|| self.started.elapsed());
         if self.options.stop_tokens.contains(&token) {
             return Ok(self.finish(Finish::StopToken));
@@ -480,7 +493,9 @@ impl<'a> TextGenerator<'a> {
     }
 
     fn take(&mut self, step: Result<Step, GenerateError>) -> Option<Result<String, GenerateError>> {
+        let clock = Instant::now();
         let text = step.and_then(|step| self.text_of(&step)).transpose();
+        *self.tokens.generation.detokenisation.get_or_insert_default() += clock.elapsed();
         self.over |= matches!(text, Some(Err(_)));
         text
     }

@@ -10,7 +10,7 @@ use bitnet_burn_backends::devices::Usage;
 use bitnet_burn_manager::{
     Doubt, Event, Fallback, KernelReport, ManagerReport, REFERENCE, Strict, peak_memory,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpoint;
 use crate::generate::{Finish, Generation};
@@ -18,14 +18,14 @@ use crate::plan::{DeviceMemory, Placement, PredictionOutcome};
 use crate::text::{count, human_bytes, human_seconds, line};
 
 /// The model that ran.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelSummary {
     /// The file or directory.
     pub path: PathBuf,
     /// The architecture that the file names.
     pub architecture: String,
     /// The model's name, if the file has one.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
 
@@ -42,12 +42,16 @@ impl ModelSummary {
 }
 
 /// Seconds per token, as percentiles.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Latency {
     /// The median.
     pub p50: f64,
     /// The 95th percentile.
     pub p95: f64,
+    /// The 99th percentile.
+    pub p99: f64,
+    /// The largest.
+    pub max: f64,
 }
 
 impl Latency {
@@ -59,30 +63,38 @@ impl Latency {
             let index = (sorted.len() * percent).div_ceil(100).max(1) - 1;
             sorted.get(index).map(Duration::as_secs_f64)
         };
-        Some(Self { p50: rank(50)?, p95: rank(95)? })
+        Some(Self { p50: rank(50)?, p95: rank(95)?, p99: rank(99)?, max: rank(100)? })
+    }
+}
+
+/// `median 12.1 ms, 95 % below 13.0 ms, 99 % below 15.2 ms, at most 20.1 ms`.
+impl fmt::Display for Latency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [p50, p95, p99, max] = [self.p50, self.p95, self.p99, self.max].map(human_seconds);
+        write!(f, "median {p50}, 95 % below {p95}, 99 % below {p99}, at most {max}")
     }
 }
 
 /// Where the measurements of kernels come from.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Tuning {
     /// Number of signatures (shape, rows, threads) that were measured in this run.
     pub measured: u64,
     /// Number of signatures whose measurements came from the cache file.
     pub from_cache: u64,
     /// Seconds that looking up and measuring took while the model was loaded.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
     /// The cache file, if there is one.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_file: Option<PathBuf>,
     /// The problem with the cache file, if there is one.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_problem: Option<String>,
 }
 
 /// Memory that a GPU's runtime took from the device.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceUsage {
     /// `wgpu:0` ...
     pub device: String,
@@ -101,35 +113,35 @@ impl DeviceUsage {
 }
 
 /// Which devices and kernels computed, and what replaced them if they failed.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Execution {
     /// `flex`, `ndarray`, `wgpu` ...; several devices with their numbers of layers: `wgpu:0=12,flex=18`.
     pub device: String,
     /// Which layers ran on which device, if there were several devices.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub placement: Option<Placement>,
     /// Why the devices differ from the requested ones, if they do.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub placement_notes: Vec<String>,
     /// Memory of each device by purpose, computed from the shapes. Weights that kernels read directly from the mapped file
     /// are in the page cache.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub memory: Vec<DeviceMemory>,
     /// Memory that the runtimes of GPUs had taken at the end.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub device_usage: Vec<DeviceUsage>,
     /// Measured speed compared with the prediction, if the machine was measured.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prediction: Option<PredictionOutcome>,
     /// How the output projection was computed, if it was: `file (Q6_K, f32 activations)`.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lm_head: Option<String>,
     /// How the activations of ternary projections were quantised: `int8 by rows`, `int8 by groups of 32`, `f32`.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activations: Option<String>,
     /// Projections that were computed with f32 activations: those that are not ternary. Their number
     /// by format, `196 x Q8_0`.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dense_projections: Option<String>,
     /// Number of matrices that were mapped from the file of packed weights.
     pub prepacked: usize,
@@ -146,18 +158,18 @@ pub struct Execution {
     /// Kernels that failed, and the kernels that took over.
     pub fallbacks: Vec<Fallback>,
     /// Other events of kernels: demotions, races, quarantine, short memory ...
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<Event>,
     /// Results of plugins that were found wrong later, and that nothing had compared: any of them may be wrong.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub doubts: Vec<Doubt>,
     /// Seed of the places where results of plugins were compared, if plugins computed.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub comparison_seed: Option<u64>,
     /// Where the measurements that chose the kernels come from.
     pub tuning: Tuning,
     /// Refused plugins and kernels of plugins, with the reasons.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub refused_plugins: Vec<String>,
 }
 
@@ -206,9 +218,15 @@ impl Execution {
     }
 }
 
-/// The report of a generation.
-#[derive(Clone, Debug, Serialize)]
+/// The version of the reports of `run` and `bench`. It changes when a field that was there gets another meaning or goes away;
+/// fields may be added.
+pub const SCHEMA: u32 = 1;
+
+/// The report of a generation. It reads back from its JSON.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RunReport {
+    /// [`SCHEMA`].
+    pub schema: u32,
     /// The model.
     pub model: ModelSummary,
     /// Number of tokens of the prompt.
@@ -218,29 +236,45 @@ pub struct RunReport {
     /// Why it ended.
     pub finish: Finish,
     /// The seed of the sampler, if sampling was random.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
     /// Seconds from opening the files until the model was ready.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub load_seconds: Option<f64>,
     /// Seconds for the prompt.
     pub prefill_seconds: f64,
     /// Tokens of the prompt a second.
     pub prefill_tokens_per_s: f64,
     /// Seconds from the start of the prompt to the first new token.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_token_seconds: Option<f64>,
+    /// Seconds from the start of the process to the first new token, with loading. Absent for a process that does more than
+    /// that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_to_first_token_seconds: Option<f64>,
+    /// Seconds to make tokens of the prompt's text, if it was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenisation_seconds: Option<f64>,
     /// Tokens a second after the first one, which belongs to the prompt.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decode_tokens_per_s: Option<f64>,
     /// Seconds per token after the first one.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_seconds: Option<Latency>,
+    /// Seconds to draw each token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling_seconds: Option<Latency>,
+    /// Seconds to make text of all tokens, if text was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detokenisation_seconds: Option<f64>,
+    /// Seconds from the start of the prompt to the end of the last token, with the caller's time between tokens, and with
+    /// tokenisation where the report has it.
+    pub end_to_end_seconds: f64,
     /// Bytes of the KV cache.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_cache_bytes: Option<usize>,
     /// Peak of the process's resident memory, with mapped files; absent if the system does not report it.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_rss_bytes: Option<u64>,
     /// Devices and kernels.
     #[serde(flatten)]
@@ -253,6 +287,7 @@ impl RunReport {
         let decode: Duration = generation.steps.iter().sum();
         let prefill_seconds = generation.prefill.as_secs_f64();
         Self {
+            schema: SCHEMA,
             model,
             prompt_tokens: generation.prompt_tokens,
             generated_tokens: generation.tokens.len(),
@@ -262,9 +297,14 @@ impl RunReport {
             prefill_seconds,
             prefill_tokens_per_s: generation.prompt_tokens as f64 / prefill_seconds,
             first_token_seconds: generation.first_token.map(|d| d.as_secs_f64()),
+            start_to_first_token_seconds: None,
+            tokenisation_seconds: None,
             decode_tokens_per_s: (!generation.steps.is_empty())
                 .then(|| generation.steps.len() as f64 / decode.as_secs_f64()),
             token_seconds: Latency::of(&generation.steps),
+            sampling_seconds: Latency::of(&generation.sampling),
+            detokenisation_seconds: generation.detokenisation.map(|d| d.as_secs_f64()),
+            end_to_end_seconds: generation.end_to_end.as_secs_f64(),
             kv_cache_bytes: None,
             peak_rss_bytes: peak_memory(),
             execution,
@@ -413,12 +453,24 @@ impl fmt::Display for RunReport {
         let (rate, time) = (self.prefill_tokens_per_s, human_seconds(self.prefill_seconds));
         line(f, "prefill", format_args!("{rate:.1} tokens/s ({prompt} in {time})"))?;
         if let Some(seconds) = self.first_token_seconds {
-            line(f, "first token", human_seconds(seconds))?;
+            let start = self.start_to_first_token_seconds.map(human_seconds);
+            let start =
+                start.map(|start| format!(" ({start} from the start of the program)")).unwrap_or_default();
+            line(f, "first token", format_args!("{}{start}", human_seconds(seconds)))?;
         }
-        if let (Some(rate), Some(Latency { p50, p95 })) = (self.decode_tokens_per_s, self.token_seconds) {
-            let (p50, p95) = (human_seconds(p50), human_seconds(p95));
-            line(f, "decode", format_args!("{rate:.1} tokens/s (a token: median {p50}, 95 % below {p95})"))?;
+        if let (Some(rate), Some(latency)) = (self.decode_tokens_per_s, self.token_seconds) {
+            line(f, "decode", format_args!("{rate:.1} tokens/s (a token: {latency})"))?;
         }
+        if let Some(latency) = self.sampling_seconds {
+            line(f, "sampling", format_args!("a token: {latency}"))?;
+        }
+        let text = [("to tokens", self.tokenisation_seconds), ("from tokens", self.detokenisation_seconds)];
+        let text = text.map(|(what, seconds)| seconds.map(|s| format!("{what} {}", human_seconds(s))));
+        let text: Vec<String> = text.into_iter().flatten().collect();
+        if !text.is_empty() {
+            line(f, "text", text.join(", "))?;
+        }
+        line(f, "end to end", human_seconds(self.end_to_end_seconds))?;
         if let Some(bytes) = self.kv_cache_bytes {
             line(f, "KV cache", human_bytes(bytes as u64))?;
         }
@@ -437,8 +489,9 @@ mod tests {
     fn percentiles_are_nearest_ranks() {
         let steps = |n: u64| (1..=n).rev().map(Duration::from_secs).collect::<Vec<_>>();
         assert_eq!(Latency::of(&[]), None);
-        assert_eq!(Latency::of(&steps(1)), Some(Latency { p50: 1.0, p95: 1.0 }));
-        assert_eq!(Latency::of(&steps(20)), Some(Latency { p50: 10.0, p95: 19.0 }));
-        assert_eq!(Latency::of(&steps(100)), Some(Latency { p50: 50.0, p95: 95.0 }));
+        let latency = |[p50, p95, p99, max]: [f64; 4]| Some(Latency { p50, p95, p99, max });
+        assert_eq!(Latency::of(&steps(1)), latency([1.0; 4]));
+        assert_eq!(Latency::of(&steps(20)), latency([10.0, 19.0, 20.0, 20.0]));
+        assert_eq!(Latency::of(&steps(200)), latency([100.0, 190.0, 198.0, 200.0]));
     }
 }

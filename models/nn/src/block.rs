@@ -1,5 +1,6 @@
 //! One transformer block.
 
+use bitnet_burn_manager::profile::{self, Operation, Part};
 use burn::config::Config;
 use burn::module::Module;
 use burn::nn::RmsNorm;
@@ -253,13 +254,23 @@ impl BitBlock {
     ) -> Result<Tensor<2>, ForwardError> {
         let scaled = |y: Tensor<2>| if self.residual_scale == 1.0 { y } else { y * self.residual_scale };
         batch.keep.see(layer, Stage::Input, &x);
-        let attention = self.attention.forward(x.clone(), layer, batch, history)?;
+        let attention = {
+            let _part = profile::part(Part::Attention);
+            self.attention.forward(x.clone(), layer, batch, history)?
+        };
         batch.keep.see(layer, Stage::Attention, &attention);
-        let x = x + scaled(attention);
+        let x = {
+            let _span = profile::span(Operation::Residual);
+            x + scaled(attention)
+        };
         batch.keep.see(layer, Stage::Middle, &x);
         let (keep, quantise) = (&batch.keep, batch.quantise);
-        let feed_forward = self.feed_forward.forward_keeping(x.clone(), quantise, layer, keep)?;
+        let feed_forward = {
+            let _part = profile::part(Part::FeedForward);
+            self.feed_forward.forward_keeping(x.clone(), quantise, layer, keep)?
+        };
         batch.keep.see(layer, Stage::FeedForward, &feed_forward);
+        let _span = profile::span(Operation::Residual);
         Ok(x + scaled(feed_forward))
     }
 }

@@ -19,6 +19,7 @@
 
 use bitnet_burn_backends::{devices, ops};
 use bitnet_burn_manager::ManagerError;
+use bitnet_burn_manager::profile::{self, Operation, Part};
 use burn::module::{Module, Param, ParamId};
 use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -262,6 +263,7 @@ impl BitNet {
         batch: &mut Batch,
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
+        let embedding = profile::span(Operation::Embedding);
         let mut x = self.embedding.rows(tokens);
         if let Some(rotation) = &self.embedding_rotation {
             x = rotation.inverse(x);
@@ -269,6 +271,7 @@ impl BitNet {
         if self.config.options.embedding_scale != 1.0 {
             x = x * self.config.options.embedding_scale;
         }
+        drop(embedding);
         let mut here = self.device();
         for (i, block) in self.blocks.iter().enumerate() {
             let device = block.device();
@@ -284,6 +287,7 @@ impl BitNet {
 
     /// Behind the last norm, on the device of the output projection.
     fn normalised(&self, x: Tensor<2>) -> Result<Tensor<2>, ForwardError> {
+        let _part = profile::part(Part::Head);
         let device = self.device();
         let x = if self.blocks.last().is_some_and(|block| block.device() != device) {
             moved(x, &device)?
@@ -294,6 +298,7 @@ impl BitNet {
     }
 
     fn logits(&self, x: Tensor<2>) -> Result<Tensor<2>, ForwardError> {
+        let _part = profile::part(Part::Head);
         let logits = match &self.output {
             None => self.embedding.forward(x),
             Some(output) => output.forward_rows(x, self.quantise)?,

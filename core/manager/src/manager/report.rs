@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::config::FallbackPolicy;
 use crate::strict::Strict;
@@ -11,7 +11,7 @@ use crate::strict::Strict;
 pub const REFERENCE: &str = "reference";
 
 /// Whether a kernel may compute.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", content = "reason", rename_all = "snake_case")]
 pub enum Status {
     /// Checked, and a candidate.
@@ -25,7 +25,7 @@ pub enum Status {
 }
 
 /// Failures of a kernel by kind. With [`KernelReport::calls`], which counts the others, that is a rate.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failures {
     /// A status other than OK.
     pub status: u64,
@@ -51,7 +51,7 @@ impl Failures {
 }
 
 /// What can happen to kernels in use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EventKind {
     /// The kernel failed or was too slow for a shape: others compute it for a while.
@@ -73,16 +73,16 @@ pub enum EventKind {
 }
 
 /// Something that happened in use.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
     /// What.
     pub kind: EventKind,
     /// `plugin/kernel`; `None` where it concerns none in particular.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<String>,
     /// Shape: rows (of the last time), output and input features; events of a shape and
     /// [bucket](super::BUCKETS) of rows are one.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shape: Option<(usize, usize, usize)>,
     /// Why, the last time.
     pub reason: String,
@@ -91,7 +91,7 @@ pub struct Event {
 }
 
 /// A kernel that failed in use, and what took over.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Fallback {
     /// The kernel that failed.
     pub kernel: String,
@@ -107,7 +107,7 @@ pub struct Fallback {
 
 /// Results of a plugin that was quarantined in use, which callers had got before and which nothing had compared: any of
 /// them may be wrong.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Doubt {
     /// `plugin/kernel`.
     pub kernel: String,
@@ -118,7 +118,7 @@ pub struct Doubt {
 }
 
 /// A kernel as reports show it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct KernelReport {
     /// `plugin/kernel`.
     pub kernel: String,
@@ -127,7 +127,7 @@ pub struct KernelReport {
     /// "built in", or the file.
     pub origin: String,
     /// SHA-256 of the file.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
     /// Where it runs: `cpu`, `wgsl` or `cuda`.
     pub target: String,

@@ -6,6 +6,7 @@ mod compare;
 mod cuda;
 mod docs;
 mod embed;
+mod figures;
 mod files;
 #[cfg(feature = "wgpu")]
 mod gpu;
@@ -22,6 +23,7 @@ mod worker;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use bitnet_burn_engine::report::{RunReport, SCHEMA};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -158,7 +160,15 @@ fn run_is_the_same_twice_and_streams_what_it_reports() {
     for key in ["load_seconds", "prefill_tokens_per_s", "first_token_seconds", "decode_tokens_per_s"] {
         assert!(report[key].as_f64().unwrap() > 0.0, "{key}");
     }
-    assert!(report["token_seconds"]["p50"].as_f64() <= report["token_seconds"]["p95"].as_f64());
+    let percentiles =
+        ["p50", "p95", "p99", "max"].map(|part| report["token_seconds"][part].as_f64().unwrap());
+    assert!(percentiles.is_sorted(), "{percentiles:?}");
+    assert!(report["start_to_first_token_seconds"].as_f64() >= report["first_token_seconds"].as_f64());
+    assert!(report["end_to_end_seconds"].as_f64() >= report["first_token_seconds"].as_f64());
+    for key in ["tokenisation_seconds", "detokenisation_seconds"] {
+        assert!(report[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+    assert!(report["sampling_seconds"]["p50"].as_f64().unwrap() > 0.0 && report["schema"] == 1);
     assert!(report["seed"].is_null(), "greedy has no seed");
     assert_eq!(report["model"]["architecture"], "bitnet-b1.58");
     assert_eq!(report["device"], "flex");
@@ -169,8 +179,9 @@ fn run_is_the_same_twice_and_streams_what_it_reports() {
     // last.
     let calls: u64 = kernels.iter().map(|k| k["calls"].as_u64().unwrap()).sum();
     assert_eq!(calls, 14 * ids.len() as u64);
-    let written: Value = serde_json::from_slice(&std::fs::read(place.path("report.json")).unwrap()).unwrap();
-    assert_eq!(written["generated_tokens"], ids.len());
+    let written: RunReport =
+        serde_json::from_slice(&std::fs::read(place.path("report.json")).unwrap()).unwrap();
+    assert_eq!((written.schema, written.generated_tokens), (SCHEMA, ids.len()));
 }
 
 #[test]

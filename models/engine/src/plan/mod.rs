@@ -145,7 +145,7 @@ pub struct RunSettings {
 }
 
 /// Memory that a device needs, by purpose, in bytes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceMemory {
     /// `cpu`, or a GPU.
     pub device: String,

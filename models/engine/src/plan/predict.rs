@@ -7,7 +7,7 @@
 //! result is a bound. For the CPU it is scaled down by the fraction that an earlier `bench` reached
 //! ([`CpuRate`](super::CpuRate)).
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::machine::MachineProfile;
 use super::placement::Placement;
@@ -29,7 +29,7 @@ pub struct Prediction {
 }
 
 /// How a prediction was computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Basis {
     /// From the roofline alone: an upper bound.
@@ -119,7 +119,7 @@ fn rate(machine: &MachineProfile, device: &str, threads: usize) -> Option<Rate> 
 }
 
 /// A predicted and a measured speed.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Comparison {
     /// Predicted tokens a second.
     pub predicted: f64,
@@ -138,7 +138,7 @@ impl Comparison {
 }
 
 /// The measured speed of a run, compared with the prediction.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PredictionOutcome {
     /// How the prediction was computed.
     pub basis: Basis,

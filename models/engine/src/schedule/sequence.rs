@@ -200,6 +200,7 @@ impl<'e> Running<'e> {
         let Some(allowed) = allowed else { return Ok(Some(Finish::Constraint)) };
         let token = sampler.sample(allowed, &self.history, generation.tokens.len())?;
         generation.first_token.get_or_insert(now - *at);
+        generation.end_to_end = now - *at;
         if options.stop_tokens.contains(&token) {
             return Ok(Some(Finish::StopToken));
         }

@@ -1,27 +1,35 @@
 //! `bitnet bench`: measures how fast a model runs on this machine.
 
+mod judge;
+mod suite;
+mod text;
+mod turns;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
 use anyhow::{Context as _, bail};
-use bitnet_burn::ModelConfig;
-use bitnet_burn_engine::bench;
-use bitnet_burn_engine::bench::{BenchOptions, BenchResult, DecodeAt, DecodeBatch, Spread};
-use bitnet_burn_engine::device_bench;
-use bitnet_burn_engine::device_bench::{DeviceBench, DeviceBenchOptions};
-use bitnet_burn_engine::report::{Execution, ModelSummary};
-use bitnet_burn_engine::synth;
-use bitnet_burn_engine::synth::{SynthOptions, SynthScales};
-use bitnet_burn_engine::text::{count, human_bytes, human_seconds};
+use bitnet_burn_engine::Engine;
+use bitnet_burn_engine::bench::{self, BenchOptions, BenchReport, BenchResult, Spread};
+use bitnet_burn_engine::device::DeviceSpec;
+use bitnet_burn_engine::device_bench::{self, DeviceBench, DeviceBenchOptions};
+use bitnet_burn_engine::report::SCHEMA;
+use bitnet_burn_engine::synth::{self, SynthOptions, SynthScales};
+use bitnet_burn_engine::text::count;
+use bitnet_burn_engine::tokenizer::Tokenizer;
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_formats::files::UnfinishedDirectory;
-use bitnet_burn_manager::cpu;
 use burn::tensor::Device;
 use clap::Args;
 use serde::Serialize;
 
+use self::judge::{JudgeArgs, Judgement, duration};
+use self::suite::SuiteArgs;
 use crate::args::{EngineArgs, Model, ReceiptArgs, positive};
 use crate::engine::{device_error, remember};
-use crate::output::{self, columns};
-use crate::status::discard_when_interrupted;
-use bitnet_burn_engine::device::DeviceSpec;
+use crate::output;
+use crate::status::{Status, discard_when_interrupted};
 
 /// Measure prefill and decode speed, and the memory's read bandwidth
 ///
@@ -42,6 +50,8 @@ pub struct BenchArgs {
     /// Tokens generated after the prompt; 0 measures only prefill [default: 64; 4 with --quick]
     #[arg(long, short = 'n', value_name = "N")]
     generate: Option<usize>,
+    #[command(flatten)]
+    suite: SuiteArgs,
     /// Number of repetitions [default: 5; 1 with --quick]
     #[arg(long, short, value_name = "N", value_parser = positive)]
     repetitions: Option<usize>,
@@ -51,6 +61,48 @@ pub struct BenchArgs {
     /// Also measure decode of these numbers of sequences at once, once each; every sequence has its own prompt
     #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = positive)]
     batches: Vec<usize>,
+    /// Also measure the latency of requests with prompts of these lengths, once each
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = positive)]
+    prompts: Vec<usize>,
+    /// Show where the time goes, by operation, part of the model and shape, for prefill and decode. It is measured in further
+    /// repetitions. The model must be on the CPU
+    #[arg(long)]
+    profile: bool,
+    /// Write the operations of the last profiled repetition as a Chrome trace, for Perfetto (ui.perfetto.dev) or
+    /// chrome://tracing
+    #[arg(long, value_name = "FILE", requires = "profile")]
+    trace: Option<PathBuf>,
+    #[command(flatten)]
+    judge: JudgeArgs,
+    /// Compare with another build of this program, in turns: each turn is a process of each, with the other flags. -r is the
+    /// number of turns [default: 8]. If this program is worse by more than --tolerance, beyond noise, the exit status is 3
+    #[arg(
+        long,
+        value_name = "PATH",
+        help_heading = "Judging",
+        conflicts_with_all = ["record", "against", "require", "profile", "receipt", "gpu_suite", "ab"]
+    )]
+    against_program: Option<PathBuf>,
+    /// Compare two kernels (see `bitnet kernels`) on the model, in turns likewise
+    #[arg(
+        long,
+        value_names = ["KERNEL_A", "KERNEL_B"],
+        num_args = 2,
+        help_heading = "Judging",
+        conflicts_with_all = ["record", "against", "require", "profile", "receipt", "gpu_suite", "kernel"]
+    )]
+    ab: Option<Vec<String>>,
+    /// Repeat for so long (90s, 30min, 1h), and compare the first third of the time with the last: memory, file descriptors,
+    /// threads, prefill and decode. If one grows, or becomes slower by more than --tolerance, the exit status is 3
+    #[arg(
+        long,
+        value_name = "TIME",
+        value_parser = duration,
+        help_heading = "Judging",
+        conflicts_with_all = ["record", "against", "require", "profile", "receipt", "gpu_suite", "ab", "against_program",
+            "repetitions", "contexts", "batches", "prompts"]
+    )]
+    soak: Option<Duration>,
     /// Allocate every sequence's KV cache for the whole --context at the start, so that it does not grow during the
     /// measurement
     #[arg(long)]
@@ -75,24 +127,29 @@ pub struct BenchArgs {
 }
 
 const EXAMPLES: &str = "\
+Exit status: 3 if something is worse than --against or --against-program allow, misses --require, or is not flat
+in --soak.
+
 Examples:
   bitnet bench -m model.gguf -p 128 -n 64 --threads 1 --repetitions 5
   bitnet bench -m model.gguf -p 512 -n 0                        # only prefill
   bitnet bench -m model.gguf --contexts 128,512,2048 --json | jq .decode_by_context
   bitnet bench -m model.gguf --batches 1,2,4,8,16               # sequences at once
+  bitnet bench -m model.gguf --prompts 16,128,1024              # latency by the length of the prompt
+  bitnet bench -m model.gguf --profile --trace trace.json       # where the time goes
+  bitnet bench -m model.gguf --record history.jsonl
+  bitnet bench -m model.gguf --against history.jsonl --require 'decode>=15,first-token<=0.2s'
+  bitnet bench -m model.gguf --against-program ./older-bitnet
+  bitnet bench --suite runs.toml --html figures.html
+  bitnet bench -m model.gguf --soak 1h
   bitnet bench --gpu-suite --device cuda --json > gpu.json      # everything about a GPU";
 
 #[derive(Serialize)]
 struct Output<'a> {
-    model: &'a ModelSummary,
-    config: &'a ModelConfig,
-    load_seconds: f64,
     #[serde(flatten)]
-    result: &'a BenchResult,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    gpu_suite: Option<&'a DeviceBench>,
+    report: &'a BenchReport,
     #[serde(flatten)]
-    execution: &'a Execution,
+    judgement: &'a Judgement,
 }
 
 /// The GPU that the suite measures.
@@ -126,10 +183,23 @@ fn synthetic(shape: &str) -> anyhow::Result<UnfinishedDirectory> {
 
 const MODEL: &str = "random.gguf";
 
-pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
+pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
     if cfg!(debug_assertions) {
         output::warning("this program was built without optimisation: add --release to the cargo command");
     }
+    if let Some(older) = &args.against_program {
+        return turns::against_program(&args, older);
+    }
+    if let Some([a, b]) = args.ab.as_deref() {
+        return turns::kernels(&args, a, b);
+    }
+    if let Some(path) = &args.suite.suite {
+        return suite::run(&args, path).map(|()| Status::Done.into());
+    }
+    measure(args)
+}
+
+fn measure(mut args: BenchArgs) -> anyhow::Result<ExitCode> {
     let gpu = args.gpu_suite.then(|| gpu(&args)).transpose()?;
     // Kept until the end, because its file is mapped.
     let mut random = None;
@@ -149,17 +219,27 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
         (true, true) => (24, 4, 1, &[1, 3]),
     };
     let (prompt, generate) = (args.prompt.unwrap_or(prompt), args.generate.unwrap_or(generate));
+    args.judge.check(prompt, generate)?;
     let batches = if args.batches.is_empty() { batches.to_vec() } else { args.batches.clone() };
     let engine = args.engine.open(|options| {
         let options = options.without_tokenizer();
         if let Some(chunk) = args.chunk { options.rows(chunk) } else { options }
     })?;
+    if args.profile && !engine.model().is_host() {
+        bail!(
+            "--profile measures the CPU, and the model is on {}: leave --device out",
+            engine.execution().device
+        );
+    }
     let mut options = BenchOptions {
         prompt_tokens: prompt,
         generated_tokens: generate,
         repetitions: args.repetitions.unwrap_or(repetitions),
         contexts: args.contexts.clone(),
         batches,
+        prompts: args.prompts.clone(),
+        profile: args.profile,
+        process_start: Some(crate::started()),
         chunk: engine.settings().rows,
         context: engine.settings().context,
         kv_cache: engine.settings().kv_cache,
@@ -179,58 +259,117 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
             false => format!("--batches {most}"),
         })?;
     }
+    if let Some(duration) = args.soak {
+        return soak(&args, &engine, &options, duration);
+    }
+    let prepared = args.judge.prepare(&engine, &options)?;
+    let report = report(&args, &engine, &options, gpu.as_ref())?;
+    drop(random);
+    args.receipt.write(&engine, "bench", &report, || None)?;
+    if let (Some(path), Some(profile)) = (&args.trace, &report.result.profile) {
+        output::write_file(path, |out| Ok(profile.write_trace(out)?))?;
+    }
+    let judgement = args.judge.judge(prepared, &report)?;
+    if args.json {
+        output::print_json(&Output { report: &report, judgement: &judgement })?;
+    } else {
+        let mut text = text::report(&report);
+        if let Some(suite) = &report.gpu_suite {
+            text.push_str(&format!("\n{suite}"));
+        }
+        text.push_str(&judgement.text());
+        output::print(text.trim_end())?;
+    }
+    if let Some(suite) = &report.gpu_suite {
+        all_right(suite.matmuls.len() - suite.kernels_right)?;
+    }
+    Ok(if judgement.failed() { Status::Mismatch } else { Status::Done }.into())
+}
+
+/// Runs the model for long.
+fn soak(
+    args: &BenchArgs,
+    engine: &Engine,
+    options: &BenchOptions,
+    duration: Duration,
+) -> anyhow::Result<ExitCode> {
+    let bar = output::bar(duration.as_secs(), "soaking [{bar:30}] {elapsed} of {len} s");
+    let soak = bench::soak(
+        engine.model(),
+        tokenizer(engine).as_ref(),
+        options,
+        (duration, args.judge.tolerance),
+        &mut |elapsed| bar.set_position(elapsed.as_secs()),
+    )?;
+    bar.finish_and_clear();
+    match args.json {
+        true => output::print_json(&soak)?,
+        false => output::print(soak.to_string().trim_end())?,
+    }
+    Ok(if soak.flat { Status::Done } else { Status::Mismatch }.into())
+}
+
+/// The model's tokenizer. Only the latency of texts needs it, and not every model has one.
+fn tokenizer(engine: &Engine) -> Option<Tokenizer> {
+    let checkpoint = engine.checkpoint();
+    Tokenizer::from_source(&checkpoint.tokenizer_source(), checkpoint.config().vocab_size).ok()
+}
+
+/// Measures the model, and the GPU by itself if one is given.
+fn report(
+    args: &BenchArgs,
+    engine: &Engine,
+    options: &BenchOptions,
+    gpu: Option<&Device>,
+) -> anyhow::Result<BenchReport> {
+    let (prompt, generate) = (options.prompt_tokens, options.generated_tokens);
+    let checkpoint = engine.checkpoint();
+    let tokenizer = tokenizer(engine);
     let bar = output::bar(0, "measuring [{bar:30}] {pos}/{len}");
-    let result = bench::run(engine.model(), &options, &mut |done, all| {
+    let result = bench::run(engine.model(), tokenizer.as_ref(), options, &mut |done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
     // Before the suite, so that the report covers the model alone.
     let mut execution = engine.execution();
-    let suite = gpu.map(|gpu| {
-        let options = if args.quick { DeviceBenchOptions::quick() } else { DeviceBenchOptions::default() };
-        let bar = output::bar(0, "measuring the GPU [{bar:30}] {pos}/{len}");
-        let mut suite = device_bench::run(&gpu, engine.checkpoint().config(), &options, &mut |done, all| {
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
-        })?;
-        bar.finish_and_clear();
-        suite.decode_fraction_of_bandwidth =
-            (result.decode_tokens_per_s.filter(|_| !engine.model().is_host()))
-                .map(|rate| rate.median * result.bytes_per_token as f64 / (suite.read_gb_per_s * 1e9));
-        anyhow::Ok(suite)
-    });
-    let suite = suite.transpose()?;
-    drop(random);
+    let gpu_suite = gpu.map(|gpu| gpu_suite(args, engine, &result, gpu)).transpose()?;
     execution.memory = engine.memory(result.kv_cache_bytes, options.chunk.min(prompt.max(1)));
     let median = |spread: Option<Spread>| spread.map(|spread| spread.median);
     let at = prompt + generate / 2;
     let (rate, prompt_rate) = (median(result.decode_tokens_per_s), median(result.prefill_tokens_per_s));
     execution.prediction = engine.outcome(at, rate, prompt_rate);
-    remember(&engine, &execution, at, rate, prompt_rate);
+    remember(engine, &execution, at, rate, prompt_rate);
     let decodes = result.decode_by_context.iter().map(|at| at.decode_tokens_per_s);
     let decode = decodes.chain(result.decode_tokens_per_s.map(|spread| spread.max)).reduce(f64::max);
     engine.check_figures(&execution, result.prefill_tokens_per_s.map(|spread| spread.max), decode)?;
-    let output = Output {
-        model: engine.summary(),
-        config: engine.checkpoint().config(),
+    Ok(BenchReport {
+        schema: SCHEMA,
+        model: engine.summary().clone(),
+        config: checkpoint.config().clone(),
         load_seconds: engine.load_time().as_secs_f64(),
-        result: &result,
-        gpu_suite: suite.as_ref(),
-        execution: &execution,
-    };
-    args.receipt.write(&engine, "bench", &output, || None)?;
-    let wrong = suite.as_ref().map_or(0, |suite| suite.matmuls.len() - suite.kernels_right);
-    if args.json {
-        output::print_json(&output)?;
-        return all_right(wrong);
-    }
-    let mut text = text(engine.summary(), engine.load_time().as_secs_f64(), &result, &execution);
-    if let Some(suite) = &suite {
-        text.push_str(&format!("\n{suite}"));
-    }
-    output::print(text.trim_end())?;
-    all_right(wrong)
+        result,
+        gpu_suite,
+        execution,
+    })
+}
+
+fn gpu_suite(
+    args: &BenchArgs,
+    engine: &Engine,
+    result: &BenchResult,
+    gpu: &Device,
+) -> anyhow::Result<DeviceBench> {
+    let options = if args.quick { DeviceBenchOptions::quick() } else { DeviceBenchOptions::default() };
+    let bar = output::bar(0, "measuring the GPU [{bar:30}] {pos}/{len}");
+    let mut suite = device_bench::run(gpu, engine.checkpoint().config(), &options, &mut |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    suite.decode_fraction_of_bandwidth = (result.decode_tokens_per_s.filter(|_| !engine.model().is_host()))
+        .map(|rate| rate.median * result.bytes_per_token as f64 / (suite.read_gb_per_s * 1e9));
+    Ok(suite)
 }
 
 /// An error if a kernel of the suite was wrong or could not run.
@@ -242,62 +381,4 @@ fn all_right(wrong: usize) -> anyhow::Result<()> {
             count(wrong as u64, "kernel")
         ),
     }
-}
-
-fn text(model: &ModelSummary, load_seconds: f64, result: &BenchResult, execution: &Execution) -> String {
-    let mut rows = vec![vec!["".into(), "median".into(), "min".into(), "max".into(), "".into()]];
-    let mut spread = |label: String, spread: Option<Spread>, unit: &str| {
-        if let Some(Spread { median, min, max }) = spread {
-            let digits = |value: f64| format!("{value:.2}");
-            rows.push(vec![label, digits(median), digits(min), digits(max), unit.into()]);
-        }
-    };
-    let BenchResult { prompt_tokens: p, generated_tokens: n, .. } = result;
-    spread(format!("prefill {p}"), result.prefill_tokens_per_s, "tokens/s");
-    spread(format!("decode {n}"), result.decode_tokens_per_s, "tokens/s");
-    spread("memory read".into(), Some(result.read_bandwidth_gb_per_s), "GB/s");
-    let mut text = columns(&rows);
-    for DecodeAt { context, decode_tokens_per_s, .. } in &result.decode_by_context {
-        text.push_str(&format!("decode {n} at a context of {context}: {decode_tokens_per_s:.2} tokens/s\n"));
-    }
-    for DecodeBatch { sequences, decode_tokens_per_s, .. } in &result.decode_by_batch {
-        text.push_str(&format!(
-            "decode {n} for {} at once: {decode_tokens_per_s:.2} tokens/s in all\n",
-            count(*sequences as u64, "sequence")
-        ));
-    }
-    text.push('\n');
-    let row = |label: &str, value: String| vec![label.to_owned(), value];
-    let parts = &result.bytes_per_token_parts;
-    let name = model.name.as_ref().map(|name| format!(", {name}")).unwrap_or_default();
-    let mut rows = vec![
-        row("model", format!("{} ({}{name})", model.path.display(), model.architecture)),
-        row("repetitions", result.repetitions.to_string()),
-        row(
-            "bytes/token",
-            format!(
-                "{} (projections {}, head {}, norms {})",
-                human_bytes(result.bytes_per_token),
-                human_bytes(parts.projections),
-                human_bytes(parts.head),
-                human_bytes(parts.norms)
-            ),
-        ),
-    ];
-    if let Some(fraction) = result.decode_fraction_of_bandwidth {
-        let cached = cpu::last_level_cache().is_some_and(|cache| result.bytes_per_token < cache as u64);
-        let cached = if cached { " (but the weights fit into the cache)" } else { "" };
-        rows.push(row(
-            "decode",
-            format!("{:.0} % of the limit that the bandwidth sets{cached}", fraction * 100.0),
-        ));
-    }
-    rows.push(row("load", human_seconds(load_seconds)));
-    rows.push(row("KV cache", human_bytes(result.kv_cache_bytes as u64)));
-    if let Some(bytes) = result.peak_rss_bytes {
-        rows.push(row("peak memory", human_bytes(bytes)));
-    }
-    text.push_str(&columns(&rows));
-    text.push_str(&execution.to_string());
-    text
 }
