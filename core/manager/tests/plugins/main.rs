@@ -7,6 +7,7 @@ mod adapt;
 mod attacks;
 mod beyond;
 mod gpu;
+mod grown;
 mod hostile;
 mod policy;
 mod support;
