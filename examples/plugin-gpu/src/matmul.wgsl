@@ -1,0 +1,1 @@
+../../../models/cli/templates/wgsl/matmul.wgsl
