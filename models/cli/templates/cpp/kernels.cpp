@@ -21,15 +21,16 @@
 namespace {
 
 constexpr uint64_t ROWS = 32, STEP = 16, STEP_BYTES = 128;
-// Rows of activations that share the unpacking of the weights.
-constexpr uint64_t M = 4;
+// Rows of activations that share the unpacking of the weights, at most.
+constexpr uint64_t MOST = 4;
 
-using Sums = std::array<std::array<int32_t, ROWS>, M>;
+using Activations = std::array<const int8_t *, MOST>;
+using Sums = std::array<std::array<int32_t, ROWS>, MOST>;
 
 // Sums of codes times activations: a block of 32 rows, and M rows of activations.
-using Multiply = void (*)(const uint8_t *block, uint64_t steps, const std::array<const int8_t *, M> &x, Sums &sums);
+using Multiply = void (*)(const uint8_t *block, uint64_t steps, const Activations &x, Sums &sums);
 
-void portable(const uint8_t *block, uint64_t steps, const std::array<const int8_t *, M> &x, Sums &sums) {
+template <uint64_t M> void portable(const uint8_t *block, uint64_t steps, const Activations &x, Sums &sums) {
     sums = {};
     for (uint64_t j = 0; j < steps; j++)
         for (uint64_t m = 0; m < M; m++)
@@ -43,8 +44,8 @@ void portable(const uint8_t *block, uint64_t steps, const std::array<const int8_
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) void avx2(const uint8_t *block, uint64_t steps,
-                                          const std::array<const int8_t *, M> &x, Sums &sums) {
+template <uint64_t M>
+__attribute__((target("avx2"))) void avx2(const uint8_t *block, uint64_t steps, const Activations &x, Sums &sums) {
     // Until 16-bit sums must be widened: a step adds four pairs of at most 2 * 128 to each, and 15 times that is in range.
     constexpr uint64_t FLUSH = 15;
     const __m256i mask = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
@@ -77,18 +78,18 @@ __attribute__((target("avx2"))) void avx2(const uint8_t *block, uint64_t steps,
 #endif
 
 // The loop over a tile. Activations are zero up to whole steps and beyond, so what the layout has behind K is harmless.
-template <Multiply multiply>
+template <Multiply one, Multiply four>
 bitnet_status_t run(const bitnet_weights_t *w, const bitnet_activations_t *x, const uint8_t *, const bitnet_output_t *y,
                     const bitnet_tile_t *tile, const bitnet_message_t *) {
     const uint64_t steps = (w->k + STEP - 1) / STEP;
     for (uint64_t n = tile->n0; n < tile->n1; n += ROWS)
-        for (uint64_t m = tile->m0; m < tile->m1; m += M) {
-            const uint64_t rows = std::min(ROWS, tile->n1 - n), count = std::min(M, tile->m1 - m);
-            std::array<const int8_t *, M> q;
+        for (uint64_t m = tile->m0; m < tile->m1; m += MOST) {
+            const uint64_t rows = std::min(ROWS, tile->n1 - n), count = std::min(MOST, tile->m1 - m);
+            Activations q;
             // Rows that are not there are computed as the last one, and not stored.
-            for (uint64_t i = 0; i < M; i++) q[i] = x->q + (m + std::min(i, count - 1)) * x->stride;
+            for (uint64_t i = 0; i < MOST; i++) q[i] = x->q + (m + std::min(i, count - 1)) * x->stride;
             Sums sums;
-            multiply(w->data + n / ROWS * steps * STEP_BYTES, steps, q, sums);
+            (count == 1 ? one : four)(w->data + n / ROWS * steps * STEP_BYTES, steps, q, sums);
             for (uint64_t i = 0; i < count; i++) {
                 // Two products, in this order.
                 const float scale = w->scale * x->scale[m + i];
@@ -116,9 +117,9 @@ constexpr bitnet_kernel_t kernel(const char *name, const char *features, decltyp
     return kernel;
 }
 
-constexpr bitnet_kernel_t for_any = kernel("portable", nullptr, run<portable>);
+constexpr bitnet_kernel_t for_any = kernel("portable", nullptr, run<portable<1>, portable<4>>);
 #if defined(__x86_64__)
-constexpr bitnet_kernel_t for_avx2 = kernel("avx2", "avx2", run<avx2>);
+constexpr bitnet_kernel_t for_avx2 = kernel("avx2", "avx2", run<avx2<1>, avx2<4>>);
 constexpr const bitnet_kernel_t *kernels[] = {&for_avx2, &for_any};
 #else
 constexpr const bitnet_kernel_t *kernels[] = {&for_any};
