@@ -102,11 +102,16 @@ pub(super) struct Weighed<K> {
     pub packer: K,
     /// Its fastest kernel for each of the [`Objective`]'s rows, with its median and its fastest run.
     pub fastest: Vec<Option<(K, (u64, u64))>>,
+    /// The first of its times is beyond the limit.
+    is_out: bool,
 }
 
 impl<K> Weighed<K> {
-    /// The [`Objective`]'s cost, by a time of each kernel; `None` if there is not one for each term.
+    /// The [`Objective`]'s cost, by a time of each kernel; `None` if there is not one for each term, or it is out.
     pub fn cost(&self, terms: &[(usize, f64)], time: impl Fn((u64, u64)) -> u64) -> Option<f64> {
+        if self.is_out {
+            return None;
+        }
         let each = terms.iter().zip(&self.fastest);
         each.map(|(&(rows, weight), fastest)| {
             let (_, times) = fastest.as_ref()?;
@@ -324,7 +329,7 @@ impl Tuner {
             let layout = contest.layout(&kernel);
             if layouts.iter().all(|known| known.layout != layout) {
                 let fastest = vec![None; terms.len()];
-                layouts.push(Weighed { layout, packer: kernel, fastest });
+                layouts.push(Weighed { layout, packer: kernel, fastest, is_out: false });
             }
         }
         if layouts.len() < 2 {
@@ -340,6 +345,15 @@ impl Tuner {
                         known.fastest[i] = Some((kernel.clone(), (median, min)));
                     }
                 }
+            }
+        }
+        if let Some(limit) = self.objective.limit() {
+            let first = |layout: &Weighed<C::Kernel>| {
+                layout.fastest[0].as_ref().map(|(_, (median, _))| *median as f64)
+            };
+            let lowest = layouts.iter().filter_map(first).fold(f64::INFINITY, f64::min);
+            for layout in &mut layouts {
+                layout.is_out = first(layout).is_some_and(|time| time > lowest * limit);
             }
         }
         let cost =

@@ -9,6 +9,7 @@ mod beyond;
 mod gpu;
 mod grown;
 mod hostile;
+mod objective;
 mod policy;
 mod support;
 mod templates;
