@@ -10,7 +10,7 @@ use serde::Serialize;
 ///
 /// | | cost | a model that |
 /// | --- | --- | --- |
-/// | `Balanced` | t(1) + 2 t(32) / 32, where t(1) is at most 1.15 times the lowest | reads two tokens of prompts for each token that it writes |
+/// | `Balanced` | t(1) + 2 t(32) / 32, times 1.25 where t(1) is more than 1.15 times the lowest | reads two tokens of prompts for each token that it writes |
 /// | `Decode` | t(1) | writes |
 /// | `Prefill` | t(32) / 32 | reads |
 /// | `Throughput` | t(8) / 8 + 2 t(32) / 32 | does as with `Balanced`, for eight requests at once |
@@ -42,16 +42,16 @@ impl Objective {
         }
     }
 
-    /// How many times longer than the lowest the first of the times may be, if it is limited: prompts do not make a model
-    /// write slowly.
-    pub(super) fn limit(self) -> Option<f64> {
-        (self == Self::Balanced).then_some(1.15)
+    /// How many times longer than the lowest the first of the times may be, and what the cost is multiplied by if it is longer:
+    /// a model should write slowly only if prompts gain much.
+    pub(super) fn limit(self) -> Option<(f64, f64)> {
+        (self == Self::Balanced).then_some((1.15, 1.25))
     }
 
     /// The cost as a formula.
     pub fn rule(self) -> &'static str {
         match self {
-            Self::Balanced => "t(1) + 2 t(32) / 32, where t(1) is at most 1.15 times the lowest",
+            Self::Balanced => "t(1) + 2 t(32) / 32, times 1.25 where t(1) is more than 1.15 times the lowest",
             Self::Decode => "t(1)",
             Self::Prefill => "t(32) / 32",
             Self::Throughput => "t(8) / 8 + 2 t(32) / 32",
@@ -92,6 +92,6 @@ pub struct LayoutCost {
     pub layout: Option<String>,
     /// Rows, and the fastest kernel for them with its median time in nanoseconds.
     pub fastest: Vec<(usize, Option<(String, u64)>)>,
-    /// What the [`Objective`] makes of the times, in nanoseconds; `None` if one of them is not known, or beyond its limit.
+    /// What the [`Objective`] makes of the times, in nanoseconds; `None` if one of them is not known.
     pub cost: Option<f64>,
 }

@@ -102,20 +102,17 @@ pub(super) struct Weighed<K> {
     pub packer: K,
     /// Its fastest kernel for each of the [`Objective`]'s rows, with its median and its fastest run.
     pub fastest: Vec<Option<(K, (u64, u64))>>,
-    /// The first of its times is beyond the limit.
-    is_out: bool,
+    /// What its cost is multiplied by.
+    factor: f64,
 }
 
 impl<K> Weighed<K> {
-    /// The [`Objective`]'s cost, by a time of each kernel; `None` if there is not one for each term, or it is out.
+    /// The [`Objective`]'s cost, by a time of each kernel; `None` if there is not one for each term.
     pub fn cost(&self, terms: &[(usize, f64)], time: impl Fn((u64, u64)) -> u64) -> Option<f64> {
-        if self.is_out {
-            return None;
-        }
         let each = terms.iter().zip(&self.fastest);
         each.map(|(&(rows, weight), fastest)| {
             let (_, times) = fastest.as_ref()?;
-            Some(weight * time(*times) as f64 / rows as f64)
+            Some(self.factor * weight * time(*times) as f64 / rows as f64)
         })
         .sum()
     }
@@ -329,7 +326,7 @@ impl Tuner {
             let layout = contest.layout(&kernel);
             if layouts.iter().all(|known| known.layout != layout) {
                 let fastest = vec![None; terms.len()];
-                layouts.push(Weighed { layout, packer: kernel, fastest, is_out: false });
+                layouts.push(Weighed { layout, packer: kernel, fastest, factor: 1.0 });
             }
         }
         if layouts.len() < 2 {
@@ -347,13 +344,15 @@ impl Tuner {
                 }
             }
         }
-        if let Some(limit) = self.objective.limit() {
+        if let Some((limit, factor)) = self.objective.limit() {
             let first = |layout: &Weighed<C::Kernel>| {
                 layout.fastest[0].as_ref().map(|(_, (median, _))| *median as f64)
             };
             let lowest = layouts.iter().filter_map(first).fold(f64::INFINITY, f64::min);
             for layout in &mut layouts {
-                layout.is_out = first(layout).is_some_and(|time| time > lowest * limit);
+                if first(layout).is_some_and(|time| time > lowest * limit) {
+                    layout.factor = factor;
+                }
             }
         }
         let cost =
