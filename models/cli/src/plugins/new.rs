@@ -131,7 +131,9 @@ fn files(lang: Lang, name: &str) -> Vec<(String, String)> {
     let library = name.replace('-', "_");
     let renamed = |text: &str| {
         let named = text.replace(&format!("\"{}\"", lang.template_name()), &format!("\"{name}\""));
-        named.replace("example_kernels_cpp", &library).replace("example_kernels_c", &library)
+        // The longest first.
+        let libraries = ["example_kernels_cpp", "example_kernels_c", "example_kernels"];
+        libraries.iter().fold(named, |text, name| text.replace(name, &library))
     };
     let mut files: Vec<(String, String)> =
         lang.files().iter().map(|(path, text)| ((*path).to_owned(), renamed(text))).collect();
