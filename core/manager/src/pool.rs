@@ -59,6 +59,8 @@ unsafe impl Send for Shared {}
 thread_local! {
     /// Whether this thread is running a task: a job started from within one runs inline.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
+    /// Number of this thread in its pool; 0 for callers.
+    static NUMBER: Cell<usize> = const { Cell::new(0) };
 }
 
 impl Pool {
@@ -114,6 +116,7 @@ impl Pool {
                 // Without pinning there is no receiver.
                 let _ = send.send(if pinned { Ok(()) } else { Err(core) });
                 drop(send);
+                NUMBER.set(i);
                 shared.work();
             })?);
         }
@@ -129,6 +132,13 @@ impl Pool {
     /// Number of threads, the caller's included.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// In a task of this pool: the number of the thread that runs it, below [`threads`](Self::threads). No other task of the
+    /// job runs on a thread of this number at the same time.
+    pub fn thread(&self) -> usize {
+        // A worker of another pool, whose number may be higher, runs a job inline: alone.
+        NUMBER.get().min(self.workers.len())
     }
 
     /// Runs `task(0)` to `task(tasks - 1)`, each once, on the pool's threads and the caller's, and

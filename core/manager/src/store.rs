@@ -12,7 +12,7 @@
 //!
 //! ```text
 //! <sha256>/plugin.so            the copy
-//! <sha256>/verdict-<key>.json   the gate's verdict for this CPU's features, the ABI and the gate's version
+//! <sha256>/verdict-<key>.json   the gate's verdict for this CPU's features, the ABI, the gate's version and the configuration
 //! ```
 
 use std::io::{Read as _, Write as _};
@@ -44,6 +44,8 @@ pub struct PluginConfig {
     /// The program that tries plugins ([`gate::child`]). Without one, only plugins with a verdict are
     /// loaded.
     pub helper: Option<PathBuf>,
+    /// What plugins get that ask for their configuration: any text without NUL. A verdict holds for the same text alone.
+    pub configuration: String,
     /// How long one case of the gate may take, before the plugin counts as hanging.
     pub patience: Duration,
     /// Names the GPU that kernels for GPUs would run on, or says why there is none, as the helper does. Verdicts
@@ -59,6 +61,7 @@ impl Default for PluginConfig {
             user_dir: None,
             pins: None,
             helper: None,
+            configuration: String::new(),
             patience: Duration::from_secs(10),
             gpu: None,
         }
@@ -67,8 +70,8 @@ impl Default for PluginConfig {
 
 impl PluginConfig {
     /// The defaults, changed by `BITNET_PLUGINS` (`off`; `on`; `user`: also the user's directory),
-    /// `BITNET_PLUGIN_PATH` (absolute paths, separated as in `PATH`) and `BITNET_PLUGIN_PINS` (a file;
-    /// empty: none; unset: the user's, if there is one).
+    /// `BITNET_PLUGIN_PATH` (absolute paths, separated as in `PATH`), `BITNET_PLUGIN_PINS` (a file;
+    /// empty: none; unset: the user's, if there is one) and `BITNET_PLUGIN_CONFIG` (any text).
     ///
     /// # Errors
     /// If a variable holds something else than it should.
@@ -82,6 +85,7 @@ impl PluginConfig {
             "user" => config.user_dir = default_user_dir(),
             other => return Err(wrong("BITNET_PLUGINS", other, "off, on or user")),
         }
+        config.configuration = var("BITNET_PLUGIN_CONFIG")?.unwrap_or_default();
         let path = std::env::var_os("BITNET_PLUGIN_PATH").unwrap_or_default();
         for entry in std::env::split_paths(&path) {
             // An empty entry means the working directory in PATH. Here it means nothing.
@@ -333,7 +337,10 @@ impl PluginStore {
     }
 
     fn verdict_file(&self, sha256: &str) -> Option<PathBuf> {
-        let key = format!("{}\n{}\n{GATE_VERSION}", features().join(","), gate::host_abi());
+        let mut key = format!("{}\n{}\n{GATE_VERSION}", features().join(","), gate::host_abi());
+        if !self.config.configuration.is_empty() {
+            key = format!("{key}\n{}", self.config.configuration);
+        }
         let key = &files::sha256(key.as_ref())[..16];
         let root = self.root.as_deref().or_else(|| Some(self.temporary.get()?.path()))?;
         Some(root.join(sha256).join(format!("verdict-{key}.json")))

@@ -124,6 +124,7 @@ fn report() -> Report {
         kernels: vec![kernel],
         refusal: Some(refusal),
         warnings: vec!["a warning".into()],
+        log: Vec::new(),
         seconds: 0.5,
     }
 }

@@ -140,7 +140,8 @@ pub fn descriptor(data: &[u8]) -> bool {
         let has = |bit: u32| functions >> bit & 1 == 0;
         let kernel = abi::Kernel {
             struct_size: match input.byte() {
-                0..60 => abi::KERNEL_SIZE_1_0 as u64,
+                0..40 => abi::KERNEL_SIZE_1_0 as u64,
+                40..80 => abi::KERNEL_SIZE_1_1 as u64,
                 _ => input.number(size_of::<abi::Kernel>() as u64),
             },
             name: memory.string(input),
@@ -159,6 +160,9 @@ pub fn descriptor(data: &[u8]) -> bool {
             prepare: has(5).then_some(prepare),
             run: has(6).then_some(run),
             gpu,
+            context: std::ptr::null(),
+            packed_size_of: has(7).then_some(workspace_size),
+            scratch_size: has(4).then_some(workspace_size),
         };
         kernels.push(memory.place(&kernel, kernel.struct_size, 8));
     }

@@ -14,7 +14,7 @@ use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_burn_engine::device::DeviceSpec;
 use bitnet_burn_engine::load::{ActivationRule, HeadMode};
 use bitnet_burn_formats::DenseFormat;
-use bitnet_burn_manager::{MAX_THREADS, Strict};
+use bitnet_burn_manager::{MAX_THREADS, Objective, Strict};
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
@@ -133,6 +133,10 @@ pub struct KernelArgs {
     /// Load a kernel plugin, or all plugins of a directory. This runs their code. Can be repeated
     #[arg(long = "plugin", value_name = "PATH", help_heading = "Kernels")]
     pub plugins: Vec<PathBuf>,
+    /// What the layout of weights is chosen for: `decode` (one token after the other), `prefill` (prompts), `throughput` (many
+    /// requests at once), or `balanced`. `bitnet kernels --explain` shows the rule [default: balanced]
+    #[arg(long, value_name = "GOAL", help_heading = "Kernels")]
+    pub optimise_for: Option<Objective>,
     /// Turn silent fallbacks into errors: all of them, or a list of no-fallback, quantised-kernels,
     /// gated-plugins and plausible-figures, separated by commas
     #[arg(

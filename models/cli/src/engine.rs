@@ -39,6 +39,9 @@ impl KernelArgs {
         if self.kernel.is_some() {
             config.force.clone_from(&self.kernel);
         }
+        if let Some(objective) = self.optimise_for {
+            config.objective = objective;
+        }
         if let Some(strict) = self.strict {
             config.strict = strict;
         }

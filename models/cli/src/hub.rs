@@ -46,6 +46,28 @@ struct Entry {
     bytes: u64,
 }
 
+/// The bytes at an `http` or `https` address, at most `limit`; `None` if there is nothing.
+pub fn address(url: &str, limit: u64) -> anyhow::Result<Option<Vec<u8>>> {
+    let server = url.split('/').take(3).collect::<Vec<_>>().join("/");
+    finished(|| Client::of_server(server).download(url, limit))
+}
+
+/// The bytes of any file of a repository of the hub, at most `limit`; `None` if there is no such file.
+pub fn file(id: &str, file: &str, limit: u64) -> anyhow::Result<Option<Vec<u8>>> {
+    let client = Client::from_environment()?;
+    finished(|| client.download(&client.address(id, file), limit))
+}
+
+fn finished(download: impl FnOnce() -> Result<Option<Vec<u8>>, HubError>) -> anyhow::Result<Option<Vec<u8>>> {
+    if is_set("HF_HUB_OFFLINE") {
+        bail!("HF_HUB_OFFLINE is set, so nothing is downloaded");
+    }
+    download().map_err(|error| match error {
+        HubError::Refused(error) => error,
+        HubError::Unreachable(why) => anyhow!(why),
+    })
+}
+
 /// Downloads what is missing of a model's files, and gives the path to open.
 pub fn get(name: &HubName) -> anyhow::Result<PathBuf> {
     let cached = Cached::new(name)?;

@@ -15,8 +15,8 @@ use bitnet_burn_engine::text::{count, human_bytes};
 use bitnet_burn_formats::canonical;
 use bitnet_burn_manager::cpu;
 use bitnet_burn_manager::{
-    Candidate, KernelManager, KernelReport, LayoutPolicy, ManagerReport, REFERENCE, Ranking, ScaleKind,
-    Source, Status, Strict, WeightShape, rotation_bytes,
+    Candidate, KernelManager, KernelReport, LayoutCost, LayoutPolicy, ManagerReport, Objective, REFERENCE,
+    Ranking, ScaleKind, Source, Status, Strict, WeightShape, rotation_bytes,
 };
 use clap::Args;
 use serde::Serialize;
@@ -158,7 +158,39 @@ struct Explanation {
     /// The layout of the weights in memory.
     layout: String,
     weight_bytes: usize,
+    /// What the layouts competed on.
+    objective: Objective,
+    /// The cost that the objective compares, with t(M) as the time of a layout's fastest kernel for M rows.
+    rule: &'static str,
+    /// The layouts, the chosen one first.
+    layouts: Vec<LayoutRow>,
     candidates: Vec<CandidateRow>,
+    /// Kernels that say why they do not compute this.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    not_for_this: Vec<NotForThis>,
+}
+
+/// A layout that competed.
+#[derive(Serialize)]
+struct LayoutRow {
+    layout: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cost_ns: Option<f64>,
+    /// Its fastest kernel for each number of rows that the rule names.
+    fastest: Vec<FastestRow>,
+}
+
+#[derive(Serialize)]
+struct FastestRow {
+    rows: usize,
+    kernel: String,
+    median_ns: u64,
+}
+
+#[derive(Serialize)]
+struct NotForThis {
+    kernel: String,
+    reason: String,
 }
 
 #[derive(Serialize)]
@@ -178,17 +210,17 @@ struct CandidateRow {
 
 /// The speed that a time corresponds to.
 #[derive(Clone, Copy, Serialize)]
-struct Speed {
+pub struct Speed {
     /// In 10^9 a second: bytes of weights at 2 bits, or multiply-adds.
     g_per_s: f64,
     /// As a fraction of the machine's limit.
     #[serde(skip_serializing_if = "Option::is_none")]
-    of_roof: Option<f64>,
+    pub of_roof: Option<f64>,
 }
 
 /// What limits the speed of a matmul.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Limit {
+pub enum Limit {
     /// The time to read the weights once.
     Memory,
     /// The time to compute the products.
@@ -197,7 +229,7 @@ enum Limit {
 
 impl Limit {
     /// The limit for a number of rows. Up to 4 rows, candidates are timed with weights that are read from memory.
-    fn of(rows: usize) -> Self {
+    pub fn of(rows: usize) -> Self {
         if rows <= 4 { Self::Memory } else { Self::MultiplyAdds }
     }
 
@@ -215,7 +247,7 @@ impl Limit {
         }
     }
 
-    fn speed(self, (m, n, k): (usize, usize, usize), ns: u64, roof: &Roof) -> Speed {
+    pub fn speed(self, (m, n, k): (usize, usize, usize), ns: u64, roof: &Roof) -> Speed {
         let work = match self {
             Self::Memory => n * canonical::row_bytes(k),
             Self::MultiplyAdds => m * n * k,
@@ -314,6 +346,18 @@ fn explain(manager: &KernelManager, m: usize, weights: Weights, roof: &Roof) -> 
     let of = WeightShape { n, k, scales: kind };
     let choice = manager.choose(of, LayoutPolicy::Any)?;
     let ranking = manager.explain(m, of);
+    let objective = manager.config().objective;
+    let layout_row = |LayoutCost { layout: name, fastest, cost }: LayoutCost| LayoutRow {
+        layout: layout(name.as_deref()).to_owned(),
+        cost_ns: cost,
+        fastest: fastest
+            .into_iter()
+            .filter_map(|(rows, fastest)| {
+                let (kernel, median_ns) = fastest?;
+                Some(FastestRow { rows, kernel, median_ns })
+            })
+            .collect(),
+    };
     let best = ranking.candidates.iter().filter_map(|c| c.measurement.median_ns).min();
     let chosen = ranking.candidates.iter().find(|c| c.layout() == choice.layout());
     let rows = match ranking.source {
@@ -338,6 +382,14 @@ fn explain(manager: &KernelManager, m: usize, weights: Weights, roof: &Roof) -> 
         reason: reason(&ranking, chosen),
         layout: layout(choice.layout()).to_owned(),
         weight_bytes: choice.weight_bytes(),
+        objective,
+        rule: objective.rule(),
+        layouts: manager.layouts(of).into_iter().map(layout_row).collect(),
+        not_for_this: manager
+            .reasons(m, of)
+            .into_iter()
+            .map(|(kernel, reason)| NotForThis { kernel, reason })
+            .collect(),
         candidates: ranking.candidates.iter().map(row).collect(),
         source: ranking.source,
     })
@@ -373,9 +425,8 @@ fn reason(ranking: &Ranking, chosen: Option<&Candidate>) -> String {
             )
         }
         Some((other, faster)) => format!(
-            "the fastest in the layout {}. The layout is chosen by the speed for one row; within noise of 5 to 15 %, by \
-             the speed for 32 rows and the memory; layouts that are 4 times slower for 32 rows are excluded. {} in {} \
-             would be {} as fast here",
+            "the fastest in the layout {}, which has the lowest cost, or the fewest bytes of those within noise (5 to 15 %). \
+             {} in {} would be {} as fast here",
             layout(chosen.layout()),
             other.kernel(),
             layout(other.layout()),
@@ -495,7 +546,33 @@ impl Explanation {
             })
             .collect();
         text.push_str(&columns(&rows));
+        if self.layouts.len() > 1 {
+            text.push_str(&format!(
+                "    layouts compete on {} (--optimise-for {}):\n",
+                self.rule, self.objective
+            ));
+            let rows: Vec<_> = self.layouts.iter().map(|row| row.cells(layout)).collect();
+            text.push_str(&columns(&rows));
+        }
+        for NotForThis { kernel, reason } in &self.not_for_this {
+            text.push_str(&format!("    {kernel} does not compute this: {reason}\n"));
+        }
         text
+    }
+}
+
+impl LayoutRow {
+    fn cells(&self, chosen: &str) -> Vec<String> {
+        let mark = if self.layout == chosen { "*" } else { " " };
+        let microseconds = |ns: f64| format!("{:.1} us", ns / 1e3);
+        let fastest = self.fastest.iter().map(|FastestRow { rows, kernel, median_ns }| {
+            format!("t({rows}) = {} by {kernel}", microseconds(*median_ns as f64))
+        });
+        vec![
+            format!("    {mark} {}", self.layout),
+            self.cost_ns.map_or("no cost".into(), microseconds),
+            fastest.collect::<Vec<_>>().join(", "),
+        ]
     }
 }
 

@@ -60,6 +60,8 @@ Environment (a flag wins over its variable, and a variable wins over the configu
   BITNET_PLUGINS      off: load no kernel plugins; user: also load those in the user's plugin directory
   BITNET_PLUGIN_PATH  kernel plugins: absolute files and directories, separated as in PATH (--plugin)
   BITNET_PLUGIN_PINS  file of SHA-256 pins: refuse all other plugins (`bitnet plugins trust`)
+  BITNET_PLUGIN_CONFIG
+                      text for kernel plugins that ask for their configuration, such as name.key=value;name.other=value
   BITNET_CPU_MASK     CPU features to ignore, separated by commas
   BITNET_STRICT_MODE  turn silent fallbacks into errors (--strict): 1 for all, or a list of no-fallback,
                       quantised-kernels, gated-plugins and plausible-figures, separated by commas

@@ -1,5 +1,11 @@
 //! `bitnet plugins`: manages, checks and measures kernel plugins.
 
+mod judge;
+mod keep;
+mod new;
+mod publishers;
+mod source;
+
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -20,7 +26,7 @@ use crate::engine::config;
 use crate::kernels::Shape;
 use crate::output::{self, columns};
 
-/// Check, list, measure, pin and forget kernel plugins
+/// Write, check, install, list, measure, judge, pin and forget kernel plugins
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct PluginsArgs {
@@ -30,17 +36,25 @@ pub struct PluginsArgs {
 
 const EXAMPLES: &str = "\
 Examples:
+  bitnet plugins new my-kernels --lang rust
   bitnet plugins verify ./libmy_kernels.so
+  bitnet plugins add https://example.org/libmy_kernels.so
   bitnet plugins bench ./libmy_kernels.so --shape 6912x2560 --threads 1
+  bitnet plugins judge ./libmy_kernels.so --task task.json --history judged.jsonl
   bitnet plugins trust ./libmy_kernels.so
   bitnet plugins list
   bitnet plugins forget ./libmy_kernels.so";
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    New(new::NewArgs),
+    Add(keep::AddArgs),
+    Update(keep::UpdateArgs),
+    Remove(keep::RemoveArgs),
     Verify(VerifyArgs),
     List(ListArgs),
     Bench(BenchArgs),
+    Judge(judge::JudgeArgs),
     Trust(TrustArgs),
     Forget(ForgetArgs),
 }
@@ -64,6 +78,11 @@ struct VerifyArgs {
 /// List the plugins that were tried on this machine with their verdicts, and the places where plugins are loaded from
 #[derive(Debug, Args)]
 struct ListArgs {
+    /// List the installed plugins instead, and whether their sources have others now
+    #[arg(long)]
+    outdated: bool,
+    #[command(flatten)]
+    lock: keep::LockFileArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -85,11 +104,18 @@ struct BenchArgs {
     json: bool,
 }
 
-/// Pin a plugin's SHA-256 in the pins file. While this file exists, all plugins that are not in it are refused
+/// Pin a plugin's SHA-256, or trust a publisher
+///
+/// While there is a pins file, all plugins that are not in it are refused. While a publisher is trusted, `add` and `update` install
+/// only plugins with a signature of a trusted publisher.
 #[derive(Debug, Args)]
 struct TrustArgs {
-    /// The plugin's file
+    /// The plugin's file; or a publisher's public key of minisign, or the .pub file that has it
+    #[arg(value_name = "FILE|PUBLISHER")]
     file: PathBuf,
+    /// A name for the publisher
+    #[arg(long, default_value = "")]
+    name: String,
 }
 
 /// Remove a plugin's pin, its verdicts (including a quarantine), and the copy of its file
@@ -114,9 +140,14 @@ impl GateChildArgs {
 
 pub fn run(args: PluginsArgs) -> anyhow::Result<()> {
     match args.command {
+        Command::New(args) => new::run(&args),
+        Command::Add(args) => keep::add(&args),
+        Command::Update(args) => keep::update(&args),
+        Command::Remove(args) => keep::remove(&args),
         Command::Verify(args) => verify(args),
         Command::List(args) => list(&args),
         Command::Bench(args) => bench(args),
+        Command::Judge(args) => judge::run(&args),
         Command::Trust(args) => trust(&args),
         Command::Forget(args) => forget(&args),
     }
@@ -175,6 +206,9 @@ fn describe(report: &Report) -> String {
     for warning in &report.warnings {
         let _ = writeln!(text, "warning: {warning}");
     }
+    for line in &report.log {
+        let _ = writeln!(text, "log: {line}");
+    }
     let verdict = match &report.refusal {
         Some(_) => "refused",
         None if report.passed() => "passed",
@@ -213,6 +247,22 @@ fn open_store(config: &ManagerConfig) -> PluginStore {
 }
 
 fn list(args: &ListArgs) -> anyhow::Result<()> {
+    if args.outdated {
+        let plugins = keep::outdated(&args.lock)?;
+        if args.json {
+            #[derive(Serialize)]
+            struct Output {
+                plugins: Vec<keep::Outdated>,
+            }
+            return output::print_json(&Output { plugins });
+        }
+        let lines: Vec<String> = plugins.iter().map(keep::Outdated::text).collect();
+        return output::print(if lines.is_empty() {
+            "no plugins are installed".into()
+        } else {
+            lines.join("\n")
+        });
+    }
     let (config, config_file) = config()?;
     let store = open_store(&config);
     let output = ListOutput {
@@ -341,15 +391,9 @@ struct Timed {
     median_ns: u64,
 }
 
-fn bench(args: BenchArgs) -> anyhow::Result<()> {
-    let kernel_args = KernelArgs {
-        threads: args.threads,
-        pin: false,
-        kernel: None,
-        plugins: vec![args.file.clone()],
-        strict: None,
-    };
-    // Use a temporary cache, so that no earlier measurement is used and this one is not kept.
+/// The configuration for a measurement of one plugin, and the place of its cache: no earlier measurement is used, and this one
+/// is not kept.
+fn alone() -> anyhow::Result<(ManagerConfig, tempfile::TempDir)> {
     let cache = tempfile::tempdir().context("cannot make a temporary directory")?;
     let (mut config, _) = config()?;
     config.cache_dir = Some(cache.path().to_owned());
@@ -357,6 +401,19 @@ fn bench(args: BenchArgs) -> anyhow::Result<()> {
     config.force = None;
     config.plugins.path.clear();
     config.plugins.user_dir = None;
+    Ok((config, cache))
+}
+
+fn bench(args: BenchArgs) -> anyhow::Result<()> {
+    let kernel_args = KernelArgs {
+        threads: args.threads,
+        pin: false,
+        kernel: None,
+        plugins: vec![args.file.clone()],
+        optimise_for: None,
+        strict: None,
+    };
+    let (config, _cache) = alone()?;
     let (manager, refused) = kernel_args.configure_with(config)?;
     if let Some(reason) = refused.first() {
         bail!("{reason}");
@@ -435,6 +492,9 @@ fn pins(file: &Path) -> anyhow::Result<Vec<(String, String)>> {
 }
 
 fn trust(args: &TrustArgs) -> anyhow::Result<()> {
+    if let Some(key) = publishers::public_key(&args.file)? {
+        return publishers::trust(key, &args.name);
+    }
     let (mut config, _) = config()?;
     let file = pins_file(&config)?;
     config.plugins.pins = None;

@@ -49,6 +49,7 @@ struct ConfigFile {
     plugin_path: Option<Vec<PathBuf>>,
     /// The inner option is the pins file; `None` means no pins.
     plugin_pins: Option<Option<PathBuf>>,
+    plugin_config: Option<String>,
     threads: Option<usize>,
     pin: Option<bool>,
     kernel: Option<String>,
@@ -65,8 +66,7 @@ enum Plugins {
     User,
 }
 
-const KEYS: &str =
-    "plugins, plugin_path, plugin_pins, threads, pin, kernel, strict_mode, fallback, cache_dir";
+const KEYS: &str = "plugins, plugin_path, plugin_pins, plugin_config, threads, pin, kernel, strict_mode, fallback, cache_dir";
 
 impl ConfigFile {
     fn parse(text: &str) -> anyhow::Result<Self> {
@@ -90,6 +90,10 @@ impl ConfigFile {
                     settings.plugin_path = Some(paths.ok_or_else(|| wrong(&"a list of absolute paths"))?);
                 }
                 "plugin_pins" => settings.plugin_pins = Some(place(value).map_err(|e| wrong(&e))?),
+                "plugin_config" => {
+                    let text = value.as_str().filter(|text| !text.contains('\0'));
+                    settings.plugin_config = Some(text.ok_or_else(|| wrong(&"text without NUL"))?.to_owned());
+                }
                 "cache_dir" => settings.cache_dir = Some(place(value).map_err(|e| wrong(&e))?),
                 "pin" => settings.pin = Some(value.as_bool().ok_or_else(|| wrong(&"true or false"))?),
                 "threads" => {
@@ -134,6 +138,7 @@ impl ConfigFile {
         });
         set(is_set, "BITNET_PLUGIN_PATH", self.plugin_path, |path| plugins.path = path);
         set(is_set, "BITNET_PLUGIN_PINS", self.plugin_pins, |pins| plugins.pins = pins);
+        set(is_set, "BITNET_PLUGIN_CONFIG", self.plugin_config, |text| plugins.configuration = text);
         set(is_set, "BITNET_THREADS", self.threads, |threads| config.threads = threads);
         set(is_set, "BITNET_PIN", self.pin, |pin| config.pin = pin);
         set(is_set, "BITNET_KERNEL", self.kernel, |kernel| config.force = Some(kernel));
@@ -156,7 +161,7 @@ fn place(value: &Value) -> Result<Option<PathBuf>, &'static str> {
 mod tests {
     use super::*;
 
-    const ALL: &str = "plugins = 'user'\nplugin_path = ['/a', '/b.so']\nplugin_pins = ''\nthreads = 3\npin = true\n\
+    const ALL: &str = "plugins = 'user'\nplugin_path = ['/a', '/b.so']\nplugin_pins = ''\nplugin_config = 'a.b=1'\nthreads = 3\npin = true\n\
                        kernel = 'cpu/x'\nstrict_mode = 'gated-plugins'\ncache_dir = '/c'\n";
 
     #[test]
@@ -169,6 +174,7 @@ mod tests {
         assert_eq!(config.cache_dir.as_deref(), Some(Path::new("/c")));
         assert_eq!(config.plugins.path, [Path::new("/a"), Path::new("/b.so")]);
         assert_eq!((config.plugins.user_dir, config.plugins.pins), (store::default_user_dir(), None));
+        assert_eq!(config.plugins.configuration, "a.b=1");
 
         let mut config = ManagerConfig::default();
         ConfigFile::parse(ALL).unwrap().apply(&mut config, &|variable| variable != "BITNET_THREADS");

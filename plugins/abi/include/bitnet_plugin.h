@@ -1,10 +1,11 @@
-/* The C ABI of bitnet-burn's kernels, version 1.2.
+/* The C ABI of bitnet-burn's kernels, version 1.3.
  *
  * A plugin is a shared library that exports one function,
  *
  *     const bitnet_plugin_t *bitnet_plugin(void);
  *
- * which returns the same descriptor on every call. What a kernel must compute, bit for bit:
+ * which returns the same descriptor on every call. Since 1.3 it may also export bitnet_plugin_for_host, at the end.
+ * What a kernel must compute, bit for bit:
  *
  *     y[m, n] = (float)(sum over k of q[m, k] * c[n, k]) * (s * a[m])
  *
@@ -33,7 +34,7 @@ extern "C" {
 #endif
 
 #define BITNET_ABI_MAJOR 1u
-#define BITNET_ABI_MINOR 2u
+#define BITNET_ABI_MINOR 3u
 
 #define BITNET_OPERATION_TERNARY_MATMUL 1u
 /* Since 1.2: scales of groups of weights (G) and of activations (g); each G is a whole number of g.
@@ -68,6 +69,39 @@ static inline int bitnet_canonical_weight(const uint8_t *row, uint64_t k) {
     return ((row[k / 128 * 32 + k % 32] >> (6 - 2 * (k % 128 / 32))) & 3) - 1;
 }
 
+/* A buffer of the host's for a message: UTF-8, NUL-terminated. May be null before 1.3. */
+typedef struct bitnet_message {
+    uint64_t struct_size;
+    char *text;
+    uint64_t capacity;
+    const void *context; /* since 1.3: that of the kernel that is called */
+} bitnet_message_t;
+
+/* Public layouts (since 1.3): names for bitnet_kernel_t.layout. Blocks of 32 rows, aligned to 64 bytes; row_granule is a
+ * multiple of 32. Rows and weights that are not there fill blocks up.
+ *
+ * Both: a lane is 4 bytes of one row; the lanes of step j of the 32 rows of block b are at
+ *     data + (b * steps + j) * 128 + 4 * (row % 32), steps = ceil(k / weights of a step).
+ * t2x32: a step has 16 weights of each row. Byte i of its lane has, in bits 2t+1..2t, the code of weight 16j + 4t + i, for
+ * t in 0..3. Filled up with code 1.
+ * t5x32: a step has 20. Byte i has the codes c0..c4 of the weights 20j + 4t + i, t in 0..4: with x = c0 + 3 c1 + 9 c2 + 27 c3
+ * it is x + 64 c4 where x < 64, and 3 x + c4 where not. Filled up with code 0: sums of codes times activations, which are
+ * zero there, do not notice. */
+#define BITNET_LAYOUT_T2X32 "cpu/t2x32"
+#define BITNET_LAYOUT_T5X32 "cpu/t5x32"
+static inline int bitnet_t2x32_weight(const uint8_t *data, uint64_t k_total, uint64_t n, uint64_t k) {
+    const uint8_t *lane = data + (n / 32 * ((k_total + 15) / 16) + k / 16) * 128 + n % 32 * 4;
+    return (lane[k % 4] >> (k % 16 / 4 * 2) & 3) - 1;
+}
+static inline int bitnet_t5x32_weight(const uint8_t *data, uint64_t k_total, uint64_t n, uint64_t k) {
+    static const uint8_t power[4] = {1, 3, 9, 27};
+    const uint8_t *lane = data + (n / 32 * ((k_total + 19) / 20) + k / 20) * 128 + n % 32 * 4;
+    uint8_t byte = lane[k % 4], t = (uint8_t)(k % 20 / 4);
+    uint8_t x = byte < 192 ? byte % 64 : (uint8_t)(64 + (byte - 192) / 3);
+    uint8_t last = byte < 192 ? byte / 64 : (uint8_t)((byte - 192) % 3);
+    return (t < 4 ? x / power[t] % 3 : last) - 1;
+}
+
 /* An [m, k] by transposed [n, k] product. */
 typedef struct bitnet_signature {
     uint64_t struct_size;
@@ -81,6 +115,9 @@ typedef struct bitnet_signature {
     uint64_t activation_group; /* as bitnet_activations_t.group */
     uint32_t scale_format;     /* as bitnet_weights_t.scale_format */
     uint32_t reserved;         /* 0 */
+    /* Since 1.3. */
+    const void *context;             /* that of the kernel that is asked */
+    const bitnet_message_t *message; /* where supports says why not, in a few words; null if nobody asks */
 } bitnet_signature_t;
 
 /* Quantised activations, filled by the host. */
@@ -126,14 +163,12 @@ typedef struct bitnet_tile {
     uint64_t struct_size;
     uint64_t n0, n1; /* output features: n0 and n1 are multiples of row_granule, or n1 == n */
     uint64_t m0, m1; /* activation rows */
+    /* Since 1.3. */
+    uint32_t thread;       /* of the call, below threads; no other call of the matmul has it at the same time */
+    uint32_t reserved;     /* 0 */
+    uint8_t *scratch;      /* the thread's during the call; holds anything; aligned to 64; null if scratch_size is 0 */
+    uint64_t scratch_size; /* as the kernel's scratch_size said */
 } bitnet_tile_t;
-
-/* A buffer of the host's for a message: UTF-8, NUL-terminated. May be null. */
-typedef struct bitnet_message {
-    uint64_t struct_size;
-    char *text;
-    uint64_t capacity;
-} bitnet_message_t;
 
 /* Since 1.1. A kernel as text, which the host compiles and launches on the model's device, as
  * (ceil(n / tile_n), ceil(m / tile_m), 1) workgroups, with six buffers in this order: @group(0) @binding(0..5)
@@ -160,7 +195,9 @@ typedef struct bitnet_gpu {
 typedef struct bitnet_kernel {
     uint64_t struct_size;
     const char *name;     /* unique in the plugin, [A-Za-z0-9._-]{1,63} */
-    const char *layout;   /* name of the private packing, or NULL: canonical weights in place */
+    /* Name of the private packing, or NULL: canonical weights in place. Since 1.3, for CPUs, also BITNET_LAYOUT_T2X32 or
+     * BITNET_LAYOUT_T5X32, which the host packs. */
+    const char *layout;
     const char *features; /* comma-separated, or NULL: of the CPU in Rust's names ("avx2,fma"); of a GPU,
                              "subgroups" (of at least 8 threads) and "shader-f16" are known */
     uint32_t operation;
@@ -168,7 +205,7 @@ typedef struct bitnet_kernel {
     uint64_t weight_alignment; /* of packed weights: a power of two up to 4096 */
     uint64_t row_granule;      /* ranges of output features begin at multiples of it */
     int32_t (*supports)(const bitnet_signature_t *signature); /* 1 or 0 */
-    /* The next three are NULL if layout is NULL. */
+    /* The next three are NULL if layout is NULL, or a public one. */
     uint64_t (*packed_size)(uint64_t n, uint64_t k); /* 0: can't */
     bitnet_status_t (*pack)(const bitnet_weights_t *canonical, uint8_t *packed, uint64_t n0,
                             uint64_t n1, const bitnet_message_t *message);
@@ -184,6 +221,12 @@ typedef struct bitnet_kernel {
                            const bitnet_tile_t *tile, const bitnet_message_t *message);
     /* Since 1.1: NULL for the CPU. Not NULL for a GPU; workspace_size, prepare and run are NULL then. */
     const bitnet_gpu_t *gpu;
+    /* Since 1.3, each of them or NULL. Anything, which the host hands to every function of the kernel. */
+    const void *context;
+    /* As packed_size, of n and k (m is 1), with the context; called instead of it. */
+    uint64_t (*packed_size_of)(const bitnet_signature_t *signature);
+    /* Bytes of scratch for each thread; depends on m, n and k alone. */
+    uint64_t (*scratch_size)(const bitnet_signature_t *signature);
 } bitnet_kernel_t;
 
 typedef struct bitnet_plugin {
@@ -197,11 +240,33 @@ typedef struct bitnet_plugin {
 } bitnet_plugin_t;
 
 #if defined(_WIN32)
-__declspec(dllexport)
+#define BITNET_EXPORT __declspec(dllexport)
 #elif defined(__GNUC__)
-__attribute__((visibility("default")))
+#define BITNET_EXPORT __attribute__((visibility("default")))
+#else
+#define BITNET_EXPORT
 #endif
-const bitnet_plugin_t *bitnet_plugin(void);
+
+BITNET_EXPORT const bitnet_plugin_t *bitnet_plugin(void);
+
+/* Since 1.3: the host; lives as long as the process. */
+typedef struct bitnet_host {
+    uint64_t struct_size;
+    uint32_t abi_major;
+    uint32_t abi_minor;
+    const char *version;       /* of bitnet-burn */
+    const char *configuration; /* what the user configured (BITNET_PLUGIN_CONFIG), the same text for all plugins */
+    const char *cpu_features;  /* of this CPU, separated by commas */
+    /* Writes a line of up to 4095 bytes to the host's log; on any thread, at any time. */
+    void (*log)(const struct bitnet_host *host, uint32_t level, const char *text);
+} bitnet_host_t;
+#define BITNET_LOG_ERROR 1u
+#define BITNET_LOG_WARNING 2u
+#define BITNET_LOG_INFO 3u
+#define BITNET_LOG_DEBUG 4u
+
+/* Since 1.3, optional: called once, instead of bitnet_plugin. Returns the descriptor, which it may build for this machine. */
+BITNET_EXPORT const bitnet_plugin_t *bitnet_plugin_for_host(const bitnet_host_t *host);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,4 @@
-//! The C ABI, version 1.2. `include/bitnet_plugin.h` declares the same types for C; a test compiles
+//! The C ABI, version 1.3. `include/bitnet_plugin.h` declares the same types for C; a test compiles
 //! it and compares every size and offset.
 //!
 //! # Compatibility
@@ -15,21 +15,60 @@
 //!   floating-point environment as it found it.
 //! * Inputs are never written: they may be mapped read-only. Nothing is read beyond the stated sizes.
 //! * No panic and no exception crosses the boundary.
+//! * A field that is marked "since 1.3" is there if `struct_size` covers it.
 //! * The descriptor and everything it points to are immutable and live as long as the library is
 //!   loaded; the host never unloads a library whose kernels it has used.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 
 /// Major version: a plugin of another major version is refused.
 pub const ABI_MAJOR: u32 = 1;
 /// Minor version: counts the compatible additions to the major version.
-pub const ABI_MINOR: u32 = 2;
+pub const ABI_MINOR: u32 = 3;
 
 /// Name of the function that a plugin exports: [`EntryFn`].
 pub const ENTRY_SYMBOL: &str = "bitnet_plugin";
 
 /// The plugin's one exported function: returns its descriptor, the same on every call.
 pub type EntryFn = unsafe extern "C" fn() -> *const Plugin;
+
+/// Name of the function that a plugin may export besides, since 1.3: [`HostEntryFn`]. A host that knows it calls it instead
+/// of [`ENTRY_SYMBOL`].
+pub const HOST_ENTRY_SYMBOL: &str = "bitnet_plugin_for_host";
+
+/// Gets to know the host, and returns the descriptor, which it may build for this machine. Called once.
+pub type HostEntryFn = unsafe extern "C" fn(*const Host) -> *const Plugin;
+
+/// [`Host::log`]: something failed.
+pub const LOG_ERROR: u32 = 1;
+/// [`Host::log`]: something that a user should know.
+pub const LOG_WARNING: u32 = 2;
+/// [`Host::log`]: what happens.
+pub const LOG_INFO: u32 = 3;
+/// [`Host::log`]: for the plugin's author.
+pub const LOG_DEBUG: u32 = 4;
+
+/// The host, as a plugin gets to know it (since 1.3). It lives as long as the process.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Host {
+    /// `sizeof(Host)` of the host.
+    pub struct_size: u64,
+    /// [`ABI_MAJOR`] of the host.
+    pub abi_major: u32,
+    /// [`ABI_MINOR`] of the host.
+    pub abi_minor: u32,
+    /// Version of bitnet-burn: "0.1.0".
+    pub version: *const c_char,
+    /// What the user configured for plugins (`BITNET_PLUGIN_CONFIG`), empty by default. The host does not look into it.
+    /// All plugins get the same text: look for entries that begin with your name.
+    pub configuration: *const c_char,
+    /// The features of this CPU, separated by commas, by the names that [`Kernel::features`] has.
+    pub cpu_features: *const c_char,
+    /// Writes a line to the host's log: this host, a `LOG_*`, and UTF-8 text of up to 4095 bytes. May be called on any thread, at
+    /// any time.
+    pub log: Option<unsafe extern "C" fn(host: *const Host, level: u32, text: *const c_char)>,
+}
 
 /// [`Kernel::operation`]: y = ternary weights times int8 activations.
 pub const OPERATION_TERNARY_MATMUL: u32 = 1;
@@ -114,6 +153,10 @@ pub struct Signature {
     pub scale_format: u32,
     /// Zero.
     pub reserved: u32,
+    /// Since 1.3: [`Kernel::context`] of the kernel that is asked.
+    pub context: *const c_void,
+    /// Since 1.3: where `supports` says why it answers 0, in a few words; null if the host does not ask.
+    pub message: *const Message,
 }
 
 /// Quantised activations: `m` rows of `k` int8 values, with what absmax quantisation found.
@@ -199,6 +242,16 @@ pub struct Tile {
     pub m0: u64,
     /// End of the activation rows.
     pub m1: u64,
+    /// Since 1.3: number of the thread that makes the call, below [`Signature::threads`]. No other call of the matmul has it
+    /// at the same time.
+    pub thread: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Since 1.3: [`Kernel::scratch_size`] bytes, aligned to 64, which belong to the thread during the call and hold
+    /// anything before. Null where that is 0.
+    pub scratch: *mut u8,
+    /// Since 1.3: bytes at `scratch`.
+    pub scratch_size: u64,
 }
 
 /// A buffer of the host's for a message: UTF-8, NUL-terminated, cut off at the capacity.
@@ -211,6 +264,8 @@ pub struct Message {
     pub text: *mut c_char,
     /// Its size in bytes, with the NUL.
     pub capacity: u64,
+    /// Since 1.3: [`Kernel::context`] of the kernel that is called.
+    pub context: *const c_void,
 }
 
 /// A kernel as source text, which the host compiles and launches on the device that a model is on.
@@ -271,7 +326,9 @@ pub struct Kernel {
     pub struct_size: u64,
     /// Name, unique within the plugin: `[A-Za-z0-9._-]{1,63}`.
     pub name: *const c_char,
-    /// Name of the private packing (same alphabet), or null for the canonical layout.
+    /// Name of the private packing (same alphabet), or null for the canonical layout. Since 1.3 also the name of a
+    /// [public layout](crate::layouts), such as "cpu/t2x32", for kernels of CPUs: the host packs it, and `packed_size`, `pack` and
+    /// `unpack` are null.
     pub layout: *const c_char,
     /// Features that it needs, separated by commas, or null: of the CPU, in Rust's names ("avx2,fma"); of a
     /// GPU, "subgroups" (of at least 8 threads) and "shader-f16" are known. The host never runs it where one of them is lacking. What
@@ -334,10 +391,20 @@ pub struct Kernel {
     /// Since 1.1: the text of a kernel for a GPU, null for the CPU. `workspace_size`, `prepare` and
     /// `run` are null where this is not.
     pub gpu: *const Gpu,
+    /// Since 1.3: anything of the plugin's, or null. The host hands it to every function of the kernel: in [`Signature`] or
+    /// [`Message`]. So one function can serve many kernels, which differ in what their contexts hold. Immutable.
+    pub context: *const c_void,
+    /// Since 1.3: as `packed_size`, of the signature's `n` and `k` (`m` is 1), with the context. Where it is not null, the host
+    /// calls it instead of `packed_size`, which is for older hosts and may be null.
+    pub packed_size_of: Option<unsafe extern "C" fn(*const Signature) -> u64>,
+    /// Since 1.3: bytes of scratch for each thread ([`Tile::scratch`]). Depends on `m`, `n` and `k` alone. Null: none.
+    pub scratch_size: Option<unsafe extern "C" fn(*const Signature) -> u64>,
 }
 
 /// `sizeof(Kernel)` in version 1.0: all fields before `gpu`.
 pub const KERNEL_SIZE_1_0: usize = std::mem::offset_of!(Kernel, gpu);
+/// `sizeof(Kernel)` in versions 1.1 and 1.2: all fields before `context`.
+pub const KERNEL_SIZE_1_1: usize = std::mem::offset_of!(Kernel, context);
 
 // SAFETY: read-only views of buffers that nobody writes while a call uses them (module contract).
 unsafe impl Sync for Activations {}
@@ -347,6 +414,19 @@ unsafe impl Send for Activations {}
 unsafe impl Sync for Weights {}
 // SAFETY: as above.
 unsafe impl Send for Weights {}
+
+// SAFETY: as above; the scratch belongs to the call.
+unsafe impl Sync for Tile {}
+// SAFETY: as above.
+unsafe impl Send for Tile {}
+// SAFETY: plain data; the context is immutable, and the message belongs to the call.
+unsafe impl Sync for Signature {}
+// SAFETY: as above.
+unsafe impl Send for Signature {}
+// SAFETY: strings and a function that live as long as the process and belong to no thread.
+unsafe impl Sync for Host {}
+// SAFETY: as above.
+unsafe impl Send for Host {}
 
 // SAFETY: a kernel descriptor is immutable data; the strings and functions that it points to live as
 // long as the library (module contract).
@@ -394,6 +474,25 @@ impl Signature {
             activation_group: 0,
             scale_format: SCALE_F32,
             reserved: 0,
+            context: std::ptr::null(),
+            message: std::ptr::null(),
+        }
+    }
+}
+
+impl Tile {
+    /// Output features and rows of activations, for thread 0 without scratch.
+    pub fn new(n: std::ops::Range<usize>, m: std::ops::Range<usize>) -> Self {
+        Self {
+            struct_size: size_of::<Self>() as u64,
+            n0: n.start as u64,
+            n1: n.end as u64,
+            m0: m.start as u64,
+            m1: m.end as u64,
+            thread: 0,
+            reserved: 0,
+            scratch: std::ptr::null_mut(),
+            scratch_size: 0,
         }
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! * [`abi`]: the `#[repr(C)]` types. `include/bitnet_plugin.h` is the same contract for C.
 //! * [`canonical`]: the canonical weight layout (I2_S rows) that every kernel packs from.
+//! * [`layouts`]: the packings that kernels of all plugins may share.
 //! * [`features`]: the names of CPU features, and which of them this machine has.
 //! * [`sdk`]: a safe trait to implement, and the macros that turn it into a plugin:
 //!
@@ -50,7 +51,25 @@
 pub mod abi;
 pub mod canonical;
 pub mod features;
+pub mod layouts;
 pub mod sdk;
+
+/// The header for C: `bitnet_plugin.h`.
+pub const HEADER: &str = include_str!("../include/bitnet_plugin.h");
+
+/// This crate's sources by their paths, for projects that contain a copy of it.
+pub const SOURCES: [(&str, &str); 10] = [
+    ("src/lib.rs", include_str!("lib.rs")),
+    ("src/abi.rs", include_str!("abi.rs")),
+    ("src/canonical.rs", include_str!("canonical.rs")),
+    ("src/features.rs", include_str!("features.rs")),
+    ("src/layouts.rs", include_str!("layouts.rs")),
+    ("src/layouts/t2x32.rs", include_str!("layouts/t2x32.rs")),
+    ("src/layouts/t5x32.rs", include_str!("layouts/t5x32.rs")),
+    ("src/sdk.rs", include_str!("sdk.rs")),
+    ("src/sdk/host.rs", include_str!("sdk/host.rs")),
+    ("src/sdk/operands.rs", include_str!("sdk/operands.rs")),
+];
 
 // The example of the README runs with the tests.
 #[cfg(doctest)]

@@ -2,13 +2,21 @@
 //! name it in [`plugin!`](crate::plugin), and export the plugin from a `cdylib` with
 //! [`export_plugin!`](crate::export_plugin). Panics are caught at the boundary and become a status.
 
+mod host;
+mod operands;
+
 use std::ffi::{CStr, c_char};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+pub use self::host::{HostRef, Level, Logger, build_plugin, plugin_for_host};
+pub use self::operands::{
+    ActivationsRef, OutputTile, Scales, WeightsRef, f16_value, group_length, groups, groups_fit, scale_count,
+};
+pub use crate::abi::Signature;
 use crate::abi::{
     self, Activations, Gpu, Kernel, Message, Output, STATUS_FAILED, STATUS_INVALID_ARGUMENT, STATUS_OK,
-    STATUS_PANICKED, STATUS_UNSUPPORTED, Signature, Status, Tile, Weights,
+    STATUS_PANICKED, STATUS_UNSUPPORTED, Status, Tile, Weights,
 };
 use crate::canonical;
 
@@ -45,7 +53,8 @@ pub type KernelResult = Result<(), KernelError>;
 pub trait TernaryKernel: Send + Sync + 'static {
     /// Name, unique within the plugin: `[A-Za-z0-9._-]{1,63}`.
     const NAME: &'static CStr;
-    /// Name of the private packing, or `None` for a kernel that reads canonical weights in place.
+    /// Name of the private packing, or `None` for a kernel that reads canonical weights in place. For a
+    /// [public layout](crate::layouts) the host packs, and `granule_bytes`, `pack` and `unpack` are not asked.
     const LAYOUT: Option<&'static CStr> = None;
     /// CPU features that it needs, in Rust's names, separated by commas; empty for none.
     const FEATURES: &'static CStr = c"";
@@ -56,9 +65,15 @@ pub trait TernaryKernel: Send + Sync + 'static {
     /// `OPERATION_*`: what it computes.
     const OPERATION: u32 = abi::OPERATION_TERNARY_MATMUL;
 
-    /// Whether it can compute this.
+    /// Whether it can compute this. For a [public layout](crate::layouts), the answer may depend on `m`: a kernel may be for
+    /// decode alone, or for prompts.
     fn supports(_signature: &Signature) -> bool {
         true
+    }
+
+    /// Why it can't, in a few words, for the reports of people who expected it to.
+    fn why_not(_signature: &Signature) -> Option<String> {
+        None
     }
 
     /// Bytes that [`Self::ROW_GRANULE`] rows of `k` weights take in the private packing.
@@ -79,6 +94,12 @@ pub trait TernaryKernel: Send + Sync + 'static {
 
     /// Bytes of workspace for `m` rows of `k` activations. Weights that share activations share it.
     fn workspace_size(_m: usize, _k: usize) -> usize {
+        0
+    }
+
+    /// Bytes of scratch that each thread has in [`run`](Self::run), by [`OutputTile::with_scratch`], for `m` rows of activations and
+    /// weights [n, k].
+    fn scratch_size(_m: usize, _n: usize, _k: usize) -> usize {
         0
     }
 
@@ -141,9 +162,15 @@ pub trait GpuKernel: Send + Sync + 'static {
     /// `pack` and `unpack` get ranges of output features that begin at multiples of this.
     const ROW_GRANULE: usize = 1;
 
-    /// Whether it can compute this.
+    /// Whether it can compute this. For a [public layout](crate::layouts), the answer may depend on `m`: a kernel may be for
+    /// decode alone, or for prompts.
     fn supports(_signature: &Signature) -> bool {
         true
+    }
+
+    /// Why it can't, in a few words, for the reports of people who expected it to.
+    fn why_not(_signature: &Signature) -> Option<String> {
+        None
     }
 
     /// Bytes that [`Self::ROW_GRANULE`] rows of `k` weights take in the private packing.
@@ -162,346 +189,11 @@ pub trait GpuKernel: Send + Sync + 'static {
     }
 }
 
-/// A weight matrix, canonical or privately packed.
-#[derive(Clone, Copy, Debug)]
-pub struct WeightsRef<'a> {
-    n: usize,
-    k: usize,
-    scale: f32,
-    data: &'a [u8],
-    scales: Scales<'a>,
-}
-
-/// The scales of [`OPERATION_SCALED_TERNARY_MATMUL`](abi::OPERATION_SCALED_TERNARY_MATMUL), laid out as
-/// [`Weights::scales`] says.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Scales<'a> {
-    /// None: one scale for all, [`WeightsRef::scale`].
-    None,
-    /// f32.
-    F32 {
-        /// Weights of a row that share a scale; 0 for the whole row.
-        group: usize,
-        /// The scales.
-        values: &'a [f32],
-    },
-    /// The bits of IEEE half precision.
-    F16 {
-        /// As above.
-        group: usize,
-        /// The scales.
-        values: &'a [u16],
-    },
-}
-
-/// Groups in a row of `k` values; a `group` of 0 is the whole row.
-pub const fn groups(k: usize, group: usize) -> usize {
-    if group == 0 { 1 } else { k.div_ceil(group) }
-}
-
-/// Values of a group, but for the last of a row; a `group` of 0 is the whole row of `k`.
-pub const fn group_length(k: usize, group: usize) -> usize {
-    if group == 0 { k } else { group }
-}
-
-/// Whether a group of weights is a whole number of groups of activations, which are multiples of 32; 0 is a whole row.
-pub const fn groups_fit(weights: usize, activations: usize) -> bool {
-    match (weights, activations) {
-        (0, 0) => true,
-        (_, 0) => false,
-        (weights, activations) => activations.is_multiple_of(32) && weights.is_multiple_of(activations),
-    }
-}
-
-/// Number of scales of an [n, k] matrix with the padding of the last block of rows, or `None` where that overflows.
-pub const fn scale_count(n: usize, k: usize, group: usize) -> Option<usize> {
-    match n.checked_next_multiple_of(abi::SCALE_ROWS) {
-        Some(rows) => rows.checked_mul(groups(k, group)),
-        None => None,
-    }
-}
-
-/// The value of a finite half-precision number, exactly.
-#[inline(always)]
-pub const fn f16_value(bits: u16) -> f32 {
-    // The exponent's bias differs by 112; the product puts it right, also for subnormal numbers.
-    let magnitude = f32::from_bits((bits as u32 & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
-    f32::from_bits(magnitude.to_bits() | (bits as u32 & 0x8000) << 16)
-}
-
-impl Scales<'_> {
-    /// Weights of a row that share a scale; 0 for the whole row.
-    pub fn group(&self) -> usize {
-        match self {
-            Self::None => 0,
-            Self::F32 { group, .. } | Self::F16 { group, .. } => *group,
-        }
-    }
-
-    /// The scales of the block of [`SCALE_ROWS`](abi::SCALE_ROWS) rows that begins at row n0, of group `g` of `groups`.
-    ///
-    /// # Panics
-    /// If there are no such scales.
-    #[inline(always)]
-    pub fn block(&self, n0: usize, g: usize, groups: usize) -> [f32; abi::SCALE_ROWS] {
-        let at = (n0 / abi::SCALE_ROWS * groups + g) * abi::SCALE_ROWS;
-        match self {
-            Self::None => panic!("a matrix with one scale has no blocks of them"),
-            Self::F32 { values, .. } => *values[at..].first_chunk().expect("a whole block"),
-            Self::F16 { values, .. } => {
-                let bits: &[u16; abi::SCALE_ROWS] = values[at..].first_chunk().expect("a whole block");
-                bits.map(f16_value)
-            }
-        }
-    }
-}
-
-impl<'a> WeightsRef<'a> {
-    /// A view of packed bytes.
-    pub fn new(n: usize, k: usize, scale: f32, data: &'a [u8]) -> Self {
-        Self { n, k, scale, data, scales: Scales::None }
-    }
-
-    /// The same with many scales.
-    pub fn with_scales(self, scales: Scales<'a>) -> Self {
-        Self { scales, ..self }
-    }
-
-    /// The scales of groups.
-    pub fn scales(&self) -> Scales<'a> {
-        self.scales
-    }
-
-    /// Output features.
-    pub fn n(&self) -> usize {
-        self.n
-    }
-
-    /// Input features.
-    pub fn k(&self) -> usize {
-        self.k
-    }
-
-    /// weight = code * scale.
-    pub fn scale(&self) -> f32 {
-        self.scale
-    }
-
-    /// The packed bytes.
-    pub fn data(&self) -> &'a [u8] {
-        self.data
-    }
-
-    /// Row `n` of canonical weights.
-    ///
-    /// # Panics
-    /// If the bytes are fewer than the canonical layout needs.
-    pub fn canonical_row(&self, n: usize) -> canonical::Row<'a> {
-        let bytes = canonical::row_bytes(self.k);
-        let from = n.checked_mul(bytes).expect("a row that a machine can address");
-        canonical::Row(&self.data[from..][..bytes])
-    }
-
-    /// The same as the C ABI passes it.
-    pub fn as_abi(&self) -> Weights {
-        Weights {
-            struct_size: size_of::<Weights>() as u64,
-            n: self.n as u64,
-            k: self.k as u64,
-            data: self.data.as_ptr(),
-            size: self.data.len() as u64,
-            scale: self.scale,
-            scale_format: match self.scales {
-                Scales::F16 { .. } => abi::SCALE_F16,
-                _ => abi::SCALE_F32,
-            },
-            group: self.scales.group() as u64,
-            scales: match self.scales {
-                Scales::None => std::ptr::null(),
-                Scales::F32 { values, .. } => values.as_ptr().cast(),
-                Scales::F16 { values, .. } => values.as_ptr().cast(),
-            },
-        }
-    }
-
-    /// # Safety
-    /// `raw` is filled as [`Weights`] says, and its data outlives `'a`.
-    unsafe fn from_abi(raw: &Weights) -> Self {
-        // SAFETY: the caller's promise.
-        let data = unsafe { std::slice::from_raw_parts(raw.data, raw.size as usize) };
-        let (n, k, group) = (raw.n as usize, raw.k as usize, raw.group as usize);
-        let count = scale_count(n, k, group).unwrap_or(0);
-        let scales = if raw.scales.is_null() {
-            Scales::None
-        } else if raw.scale_format == abi::SCALE_F16 {
-            // SAFETY: that many scales of this type, aligned (ABI); the caller promises the lifetime.
-            Scales::F16 { group, values: unsafe { std::slice::from_raw_parts(raw.scales.cast(), count) } }
-        } else {
-            // SAFETY: as above.
-            Scales::F32 { group, values: unsafe { std::slice::from_raw_parts(raw.scales.cast(), count) } }
-        };
-        Self { n, k, scale: raw.scale, data, scales }
-    }
-}
-
-/// Quantised activations.
-#[derive(Clone, Copy, Debug)]
-pub struct ActivationsRef<'a> {
-    m: usize,
-    k: usize,
-    stride: usize,
-    q: &'a [i8],
-    scale: &'a [f32],
-    sum: &'a [i32],
-    group: usize,
-    group_scale: &'a [f32],
-    group_sum: &'a [i32],
-}
-
-impl<'a> ActivationsRef<'a> {
-    /// # Safety
-    /// `raw` is filled as [`Activations`] says, and its buffers outlive `'a`.
-    pub unsafe fn from_abi(raw: &Activations) -> Self {
-        let (m, stride, group) = (raw.m as usize, raw.stride as usize, raw.group as usize);
-        // Without them (a host of an older version), a row is one group.
-        let (group_scale, group_sum) = match raw.group_scale.is_null() {
-            true => (raw.scale, raw.sum),
-            false => (raw.group_scale, raw.group_sum),
-        };
-        let count = m * groups(raw.k as usize, group);
-        // SAFETY: m rows of stride bytes and the slack behind them are readable (ABI), as are m scales
-        // and m sums, and as many of the groups; the caller promises the lifetime.
-        unsafe {
-            Self {
-                m,
-                k: raw.k as usize,
-                stride,
-                q: std::slice::from_raw_parts(raw.q, m * stride),
-                scale: std::slice::from_raw_parts(raw.scale, m),
-                sum: std::slice::from_raw_parts(raw.sum, m),
-                group,
-                group_scale: std::slice::from_raw_parts(group_scale, count),
-                group_sum: std::slice::from_raw_parts(group_sum, count),
-            }
-        }
-    }
-
-    /// Rows.
-    pub fn m(&self) -> usize {
-        self.m
-    }
-
-    /// Values a row.
-    pub fn k(&self) -> usize {
-        self.k
-    }
-
-    /// Bytes from one row to the next: `k` rounded up to a multiple of 64.
-    pub fn stride(&self) -> usize {
-        self.stride
-    }
-
-    /// Row `m`, `k` values.
-    pub fn row(&self, m: usize) -> &'a [i8] {
-        &self.q[m * self.stride..][..self.k]
-    }
-
-    /// Row `m` with the zeros behind it, [`stride`](Self::stride) values, aligned to 64 bytes; another
-    /// [`abi::ACTIVATION_SLACK`] bytes behind it may be read.
-    pub fn padded_row(&self, m: usize) -> &'a [i8] {
-        &self.q[m * self.stride..][..self.stride]
-    }
-
-    /// The rows `rows` as [`padded_row`](Self::padded_row) has them, one after the other.
-    pub fn padded_rows(&self, rows: Range<usize>) -> &'a [i8] {
-        &self.q[rows.start * self.stride..rows.end * self.stride]
-    }
-
-    /// Row `m`'s scale, absmax / 127.
-    pub fn scale(&self, m: usize) -> f32 {
-        self.scale[m]
-    }
-
-    /// Sum of row `m`'s values.
-    pub fn sum(&self, m: usize) -> i32 {
-        self.sum[m]
-    }
-
-    /// Values that share a scale; 0 for the whole row.
-    pub fn group(&self) -> usize {
-        self.group
-    }
-
-    /// The scales of row `m`'s groups.
-    pub fn group_scales(&self, m: usize) -> &'a [f32] {
-        let count = groups(self.k, self.group);
-        &self.group_scale[m * count..][..count]
-    }
-
-    /// The sums of row `m`'s groups.
-    pub fn group_sums(&self, m: usize) -> &'a [i32] {
-        let count = groups(self.k, self.group);
-        &self.group_sum[m * count..][..count]
-    }
-}
-
-/// The part of the output that one call computes.
-#[derive(Debug)]
-pub struct OutputTile {
-    y: *mut f32,
-    stride: usize,
-    n: Range<usize>,
-    m: Range<usize>,
-}
-
-impl OutputTile {
-    /// # Safety
-    /// The elements y[m * stride + n] with (m, n) in the tile are writable, and nobody else accesses
-    /// them while this value lives.
-    pub unsafe fn from_abi(output: &Output, tile: &Tile) -> Self {
-        Self {
-            y: output.y,
-            stride: output.stride as usize,
-            n: tile.n0 as usize..tile.n1 as usize,
-            m: tile.m0 as usize..tile.m1 as usize,
-        }
-    }
-
-    /// Output features to compute.
-    pub fn rows_n(&self) -> Range<usize> {
-        self.n.clone()
-    }
-
-    /// Activation rows to compute.
-    pub fn rows_m(&self) -> Range<usize> {
-        self.m.clone()
-    }
-
-    /// The place of y[m, n]; y[m, n..rows_n().end] follows it.
-    ///
-    /// # Panics
-    /// If (m, n) is outside the tile.
-    pub fn at(&mut self, m: usize, n: usize) -> *mut f32 {
-        assert!(self.m.contains(&m) && self.n.contains(&n), "({m}, {n}) is outside the tile");
-        // SAFETY: inside the tile, which `from_abi`'s caller promised to be within the output.
-        unsafe { self.y.add(m * self.stride + n) }
-    }
-
-    /// Stores y[m, n] from the exact integer sum.
-    ///
-    /// # Panics
-    /// If (m, n) is outside the tile.
-    pub fn set(&mut self, m: usize, n: usize, sum: i32, w: &WeightsRef, x: &ActivationsRef) {
-        let place = self.at(m, n);
-        // SAFETY: `at` checked that the element belongs to the tile, which nobody else accesses.
-        unsafe { *place = sum as f32 * (w.scale() * x.scale(m)) }
-    }
-}
-
 /// What both kinds of kernels do on the host.
-trait Packing {
+pub(crate) trait Packing {
     const ROW_GRANULE: usize;
     fn supports(signature: &Signature) -> bool;
+    fn why_not(signature: &Signature) -> Option<String>;
     fn granule_bytes(k: usize) -> usize;
     fn pack(canonical: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult;
     fn unpack(packed: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult;
@@ -517,6 +209,10 @@ macro_rules! packing {
 
             fn supports(signature: &Signature) -> bool {
                 K::supports(signature)
+            }
+
+            fn why_not(signature: &Signature) -> Option<String> {
+                K::why_not(signature)
             }
 
             fn granule_bytes(k: usize) -> usize {
@@ -539,7 +235,10 @@ packing!(OnGpu, GpuKernel);
 
 /// The descriptor of a kernel for the CPU, as far as its packing fills it.
 const fn descriptor<P: Packing>(name: &'static CStr, layout: Option<&'static CStr>) -> Kernel {
-    let private = layout.is_some();
+    let private = match layout {
+        Some(name) => !is_public(name),
+        None => false,
+    };
     Kernel {
         struct_size: size_of::<Kernel>() as u64,
         name: name.as_ptr(),
@@ -560,7 +259,23 @@ const fn descriptor<P: Packing>(name: &'static CStr, layout: Option<&'static CSt
         prepare: None,
         run: None,
         gpu: std::ptr::null(),
+        context: std::ptr::null(),
+        packed_size_of: None,
+        scratch_size: None,
     }
+}
+
+/// Whether a layout's name is that of a public one: only those have a slash.
+const fn is_public(name: &CStr) -> bool {
+    let bytes = name.to_bytes();
+    let mut i = 0;
+    while i < bytes.len() {
+        if bytes[i] == b'/' {
+            return true;
+        }
+        i += 1;
+    }
+    false
 }
 
 /// The descriptor of a kernel type. Used by [`plugin!`](crate::plugin).
@@ -571,6 +286,7 @@ pub const fn kernel<K: TernaryKernel>() -> Kernel {
         operation: K::OPERATION,
         weight_alignment: if private { K::WEIGHT_ALIGNMENT as u64 } else { abi::CANONICAL_ALIGNMENT as u64 },
         workspace_size: Some(workspace_size::<K>),
+        scratch_size: Some(scratch_size::<K>),
         prepare: Some(prepare::<K>),
         run: Some(run::<K>),
         ..descriptor::<OnCpu<K>>(K::NAME, K::LAYOUT)
@@ -621,18 +337,24 @@ unsafe fn read<T: Copy>(from: *const T) -> T {
 unsafe extern "C" fn supports<P: Packing>(signature: *const Signature) -> i32 {
     // SAFETY: the host passes a filled signature.
     let signature = unsafe { read(signature) };
-    catch_unwind(|| P::supports(&signature)).unwrap_or(false).into()
+    let supports = catch_unwind(|| P::supports(&signature)).unwrap_or(false);
+    // SAFETY: null, or a message that the host filled.
+    if let Some(message) = unsafe { signature.message.as_ref() }.filter(|_| !supports) {
+        let why = catch_unwind(|| P::why_not(&signature)).ok().flatten();
+        why.into_iter().for_each(|why| write_message(message, &why));
+    }
+    supports.into()
 }
 
 fn private_size<P: Packing>(n: usize, k: usize) -> Option<usize> {
     n.div_ceil(P::ROW_GRANULE).checked_mul(P::granule_bytes(k))
 }
 
-unsafe extern "C" fn packed_size<P: Packing>(n: u64, k: u64) -> u64 {
+pub(crate) unsafe extern "C" fn packed_size<P: Packing>(n: u64, k: u64) -> u64 {
     catch_unwind(|| private_size::<P>(n as usize, k as usize)).ok().flatten().unwrap_or(0) as u64
 }
 
-unsafe extern "C" fn pack<P: Packing>(
+pub(crate) unsafe extern "C" fn pack<P: Packing>(
     canonical: *const Weights,
     packed: *mut u8,
     n0: u64,
@@ -654,7 +376,7 @@ unsafe extern "C" fn pack<P: Packing>(
     })
 }
 
-unsafe extern "C" fn unpack<P: Packing>(
+pub(crate) unsafe extern "C" fn unpack<P: Packing>(
     packed: *const Weights,
     canonical: *mut u8,
     n0: u64,
@@ -676,6 +398,12 @@ unsafe extern "C" fn workspace_size<K: TernaryKernel>(signature: *const Signatur
     // SAFETY: the host passes a filled signature.
     let signature = unsafe { read(signature) };
     catch_unwind(|| K::workspace_size(signature.m as usize, signature.k as usize) as u64).unwrap_or(0)
+}
+
+unsafe extern "C" fn scratch_size<K: TernaryKernel>(signature: *const Signature) -> u64 {
+    // SAFETY: the host passes a filled signature.
+    let Signature { m, n, k, .. } = unsafe { read(signature) };
+    catch_unwind(|| K::scratch_size(m as usize, n as usize, k as usize) as u64).unwrap_or(0)
 }
 
 unsafe extern "C" fn prepare<K: TernaryKernel>(
@@ -709,8 +437,9 @@ unsafe extern "C" fn run<K: TernaryKernel>(
     guarded(message, || {
         // SAFETY: the host passes filled structs whose buffers live during the call, and gives the
         // tile to this call alone.
-        let (raw, weights, mut tile) =
-            unsafe { (read(x), WeightsRef::from_abi(&read(weights)), OutputTile::from_abi(&*y, &*tile)) };
+        let (raw, weights, mut tile) = unsafe {
+            (read(x), WeightsRef::from_abi(&read(weights)), OutputTile::from_abi(&*y, &read(tile)))
+        };
         let size = K::workspace_size(raw.m as usize, raw.k as usize);
         let workspace = match size {
             0 => &[][..],
@@ -803,9 +532,28 @@ macro_rules! plugin {
     };
 }
 
-/// Exports a plugin's descriptor from a `cdylib`: the one symbol that the host looks for.
+/// Exports a plugin's descriptor from a `cdylib`: the symbol that the host looks for.
+///
+/// With a function behind it (`export_plugin!(PLUGIN, for_host: build)`), hosts from 1.3 on get what that returns instead: it gets
+/// a [`HostRef`](crate::sdk::HostRef) and gives the descriptor, for example by [`build_plugin`](crate::sdk::build_plugin).
 #[macro_export]
 macro_rules! export_plugin {
+    ($plugin:path, for_host: $build:path) => {
+        $crate::export_plugin!($plugin);
+
+        /// The entry point that bitnet-burn looks for first.
+        ///
+        /// # Safety
+        /// `host` is the host's own, filled.
+        // SAFETY: the symbol is this ABI's own name, and a cdylib exports it once.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn bitnet_plugin_for_host(
+            host: *const $crate::abi::Host,
+        ) -> *const $crate::abi::Plugin {
+            // SAFETY: the caller's promise.
+            unsafe { $crate::sdk::plugin_for_host(host, $build) }
+        }
+    };
     ($plugin:path) => {
         /// The entry point that bitnet-burn looks for.
         // SAFETY: the symbol is this ABI's own name, and a cdylib exports it once.

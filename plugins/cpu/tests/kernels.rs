@@ -298,18 +298,13 @@ fn check(case: &Case, kernel: &Kernel, random: &mut Random) {
         Output { struct_size: size_of::<Output>() as u64, y: y.as_mut_ptr().cast(), stride: stride as u64 };
     for (n0, n1) in partition(case.n, kernel.row_granule as usize, random) {
         for (m0, m1) in partition(case.m, 1, random) {
-            let tile = Tile {
-                struct_size: size_of::<Tile>() as u64,
-                n0: n0 as u64,
-                n1: n1 as u64,
-                m0: m0 as u64,
-                m1: m1 as u64,
-            };
+            let tile = Tile::new(n0..n1, m0..m1);
             let mut buffer = [0 as c_char; 200];
             let message = Message {
                 struct_size: size_of::<Message>() as u64,
                 text: buffer.as_mut_ptr(),
                 capacity: buffer.len() as u64,
+                context: std::ptr::null(),
             };
             // SAFETY: as above; tiles run one after the other.
             let status =
@@ -461,7 +456,7 @@ fn kernels_for_other_cpus_refuse_to_run() {
         let workspace = Buffer::new(size as usize, WORKSPACE_ALIGNMENT);
         let mut y = Buffer::new(4 * 2 * 40, 4);
         let output = Output { struct_size: size_of::<Output>() as u64, y: y.as_mut_ptr().cast(), stride: 40 };
-        let tile = Tile { struct_size: size_of::<Tile>() as u64, n0: 0, n1: 40, m0: 0, m1: 2 };
+        let tile = Tile::new(0..40, 0..2);
         // SAFETY: as above.
         let status = unsafe {
             kernel.run.unwrap()(&weights, &x, workspace.as_ptr(), &output, &tile, std::ptr::null())
@@ -503,13 +498,14 @@ fn broken_arguments_are_refused_with_a_message() {
         let mut workspace = Buffer::new(4096, WORKSPACE_ALIGNMENT);
         let mut y = Buffer::new(4 * 2 * 40, 4);
         let output = Output { struct_size: size_of::<Output>() as u64, y: y.as_mut_ptr().cast(), stride: 40 };
-        let tile = Tile { struct_size: size_of::<Tile>() as u64, n0: 0, n1: 40, m0: 0, m1: 2 };
+        let tile = Tile::new(0..40, 0..2);
         let status_of = |weights: Weights, x: Activations, tile: Tile| {
             let mut buffer = [0 as c_char; 200];
             let message = Message {
                 struct_size: size_of::<Message>() as u64,
                 text: buffer.as_mut_ptr(),
                 capacity: buffer.len() as u64,
+                context: std::ptr::null(),
             };
             // SAFETY: every buffer is at least as large as the structs say; what is wrong is refused.
             let status =
@@ -608,8 +604,7 @@ fn check_scaled(m: usize, n: usize, k: usize, of: Groups, values: Values, seed: 
             Output { struct_size: size_of::<Output>() as u64, y: y.as_mut_ptr().cast(), stride: n as u64 };
         for (n0, n1) in partition(n, kernel.row_granule as usize, &mut random) {
             for (m0, m1) in partition(m, 1, &mut random) {
-                let [n0, n1, m0, m1] = [n0, n1, m0, m1].map(|at| at as u64);
-                let tile = Tile { struct_size: size_of::<Tile>() as u64, n0, n1, m0, m1 };
+                let tile = Tile::new(n0..n1, m0..m1);
                 // SAFETY: as above; tiles run one after the other.
                 let status = unsafe {
                     kernel.run.unwrap()(
@@ -730,7 +725,7 @@ fn groups_that_do_not_fit_are_refused() {
             };
             let mut y = [0f32; 32];
             let y = Output { struct_size: size_of::<Output>() as u64, y: y.as_mut_ptr(), stride: 32 };
-            let tile = Tile { struct_size: size_of::<Tile>() as u64, n0: 0, n1: 32, m0: 0, m1: 1 };
+            let tile = Tile::new(0..32, 0..1);
             // SAFETY: filled structs with buffers of their sizes.
             let status =
                 unsafe { kernel.run.unwrap()(&w, &x, std::ptr::null(), &y, &tile, std::ptr::null()) };

@@ -13,7 +13,7 @@ use bitnet_burn_plugin::{canonical, sdk};
 use super::environment;
 use super::guard::{Place, Walled, Walls};
 use crate::float::FloatControl;
-use crate::manager::{ScaleKind, WeightShape};
+use crate::manager::{ScaleKind, ThreadScratch, WeightShape};
 use crate::memory::Activations;
 use crate::plugin::{Kernel, KernelFailure};
 use crate::pool::Pool;
@@ -237,7 +237,10 @@ pub(super) fn check(
         }
     }
     if tried == 0 {
-        return Err(format!("it supports none of the {offered} cases that kernels are tried on"));
+        let (m, n, k) = SHAPES[SHAPES.len() / 2];
+        let why = kernel.why_not(&Signature::ternary(m as u64, n as u64, k as u64, 1));
+        let why = why.map_or(String::new(), |why| format!("; of [{m}, {k}] x [{n}, {k}]ᵀ it says: {why}"));
+        return Err(format!("it supports none of the {offered} cases that kernels are tried on{why}"));
     }
     Ok(tried)
 }
@@ -465,6 +468,22 @@ impl Case {
         workspace.check()?;
         freeze(&mut workspace)?;
 
+        let size = kernel.scratch_size(&signature(self, pool)).map_err(|failure| failure.to_string())?;
+        let other = Signature { threads: 1, ..signature(self, pool) };
+        if kernel.scratch_size(&other).map_err(|failure| failure.to_string())? != size {
+            return Err("scratch_size depends on more than m, n and k".into());
+        }
+        if size > crate::plugin::max_workspace(m, x.stride()) {
+            return Err(KernelFailure::Workspace { bytes: size }.to_string());
+        }
+        // One between walls for each thread.
+        let scratch = (0..pool.threads())
+            .filter(|_| size > 0)
+            .map(|_| self.walled("a thread's scratch", size, WORKSPACE_ALIGNMENT));
+        let mut scratch: Vec<Walled> = scratch.collect::<Result<_, _>>()?;
+        let of_threads: Vec<ThreadScratch> =
+            scratch.iter_mut().map(|buffer| ThreadScratch::new(buffer.as_mut_ptr(), size)).collect();
+
         // Some columns of another matrix on the left, as when several share an output.
         let (column, stride) = (2, n + 5);
         let count = column + (m - 1) * stride + n;
@@ -491,8 +510,14 @@ impl Case {
             failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(reason);
         };
         let run = |tile: &Tile| {
-            // SAFETY: filled structs, buffers as large as the ABI says, tiles that do not overlap.
-            let result = unsafe { kernel.run(&abi_weights, &abi_x, prepared.as_ptr(), output.get(), tile) };
+            let thread = pool.thread();
+            let mut tile = Tile { thread: thread as u32, ..*tile };
+            if let Some(scratch) = of_threads.get(thread) {
+                // Its own buffer's first.
+                tile = scratch.give(tile, 0);
+            }
+            // SAFETY: filled structs, buffers as large as the ABI says, tiles that do not overlap, scratch of the thread.
+            let result = unsafe { kernel.run(&abi_weights, &abi_x, prepared.as_ptr(), output.get(), &tile) };
             if let Err(error) = result {
                 fail(error.to_string());
             }
@@ -504,7 +529,8 @@ impl Case {
         if let Some(reason) = failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
             return Err(reason);
         }
-        for buffer in [&packed, &q, &scale, &sum, &workspace, &y].into_iter().chain(&of_groups) {
+        let all = [&packed, &q, &scale, &sum, &workspace, &y].into_iter().chain(&of_groups).chain(&scratch);
+        for buffer in all {
             buffer.check()?;
         }
         let values: Vec<f32> =
@@ -568,13 +594,7 @@ impl Case {
         let mut tiles = Vec::new();
         for n0 in (0..self.n).step_by(rows_n) {
             for m0 in (0..self.m).step_by(rows_m) {
-                tiles.push(Tile {
-                    struct_size: size_of::<Tile>() as u64,
-                    n0: n0 as u64,
-                    n1: (n0 + rows_n).min(self.n) as u64,
-                    m0: m0 as u64,
-                    m1: (m0 + rows_m).min(self.m) as u64,
-                });
+                tiles.push(Tile::new(n0..(n0 + rows_n).min(self.n), m0..(m0 + rows_m).min(self.m)));
             }
         }
         tiles

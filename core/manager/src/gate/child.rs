@@ -10,7 +10,7 @@ use super::environment;
 use super::{Event, GATE_VERSION, GPU_FOLLOWS, NO_GPU_RUNTIME, cases, declared, gpu, host_abi};
 use crate::cpu;
 use crate::gpu::GpuDevice;
-use crate::plugin::{Kernel, Plugin, Target};
+use crate::plugin::{Kernel, LogLevel, Plugin, Target, log_to};
 use crate::pool::Pool;
 use crate::process::take_stdout;
 
@@ -44,19 +44,32 @@ pub fn child_with_gpu(
     mut arguments: impl Iterator<Item = OsString>,
     open: &dyn Fn() -> Result<Box<dyn GpuDevice>, String>,
 ) -> i32 {
-    let (Some(library), Some(origin), None) = (arguments.next(), arguments.next(), arguments.next()) else {
-        eprintln!("the gate's helper takes a library and the name to call it by");
+    let (Some(library), Some(origin), Some(configuration), None) =
+        (arguments.next(), arguments.next(), arguments.next(), arguments.next())
+    else {
+        eprintln!("the gate's helper takes a library, the name to call it by, and a configuration for it");
         return 2;
     };
-    let mut out = match own_output() {
-        Ok(out) => Reporter(out),
+    let out = match own_output() {
+        Ok(out) => Reporter(Arc::new(out)),
         Err(error) => {
             eprintln!("the gate's helper can't set itself up: {error}");
             return 2;
         }
     };
     out.say(&Event::Hello { gate: GATE_VERSION, abi: host_abi() });
-    match try_plugin(library.into(), origin.into(), open, &mut out) {
+    let log = out.clone();
+    log_to(move |level, text| {
+        let level = match level {
+            LogLevel::Error => "error",
+            LogLevel::Warning => "warning",
+            LogLevel::Info => "info",
+            LogLevel::Debug => "debug",
+        };
+        log.say(&Event::Log { line: format!("{level}: {text}") });
+    });
+    let configuration = configuration.to_string_lossy();
+    match try_plugin(library.into(), origin.into(), &configuration, open, &out) {
         Ok(()) => {
             out.say(&Event::Done);
             0
@@ -71,13 +84,14 @@ pub fn child_with_gpu(
 fn try_plugin(
     library: PathBuf,
     origin: PathBuf,
+    configuration: &str,
     open: &dyn Fn() -> Result<Box<dyn GpuDevice>, String>,
-    out: &mut Reporter,
+    out: &Reporter,
 ) -> Result<(), String> {
     let pool = Pool::new(THREADS).map_err(|error| format!("the gate has no threads: {error}"))?;
     let threads = environment::threads();
     out.say(&Event::Trying { what: "loading it".into() });
-    let plugin = Plugin::load_as(&library, &origin).map_err(|error| {
+    let plugin = Plugin::load_as(&library, &origin, configuration).map_err(|error| {
         // Its source says what the loader said; and the parent names the file itself.
         let text = error.to_string();
         text.strip_prefix(&format!("plugin {}: ", origin.display())).map(str::to_owned).unwrap_or(text)
@@ -157,14 +171,15 @@ fn try_plugin(
 }
 
 /// Where events go.
-struct Reporter(File);
+#[derive(Clone)]
+struct Reporter(Arc<File>);
 
 impl Reporter {
-    fn say(&mut self, event: &Event) {
+    fn say(&self, event: &Event) {
         let mut line = serde_json::to_vec(event).expect("an event is plain data");
         line.push(b'\n');
         // In one write, so that a crash can't leave half a line. If the parent is gone, the line is not needed.
-        let _ = self.0.write_all(&line);
+        let _ = (&*self.0).write_all(&line);
     }
 }
 

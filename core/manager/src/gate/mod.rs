@@ -41,7 +41,7 @@ pub(crate) use self::guard::{Place, Walled, Walls};
 use crate::plugin::{Kernel, shared_statics, shown};
 
 /// Changes with what the gate looks at. Verdicts of another version are ignored.
-pub const GATE_VERSION: u32 = 4;
+pub const GATE_VERSION: u32 = 5;
 
 /// First argument of the helper program, before the library and the name that messages call it by.
 pub const CHILD_COMMAND: &str = "gate-child";
@@ -65,6 +65,8 @@ enum Event {
     Trying { what: String },
     /// The descriptor is valid.
     Plugin { name: String, version: String, abi: String },
+    /// What the plugin writes to the host's log.
+    Log { line: String },
     /// All cases of a kernel went well.
     Kernel {
         kernel: String,
@@ -112,9 +114,15 @@ pub struct Report {
     /// What is no reason to refuse the plugin, and its author should know.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+    /// What it wrote to the host's log: the first [`MAX_LOG`] lines.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub log: Vec<String>,
     /// How long it took.
     pub seconds: f64,
 }
+
+/// Lines of a plugin's log that a [`Report`] keeps.
+pub const MAX_LOG: usize = 64;
 
 impl Report {
     /// Whether a kernel was tried on this machine, and all that were tried are right. A plugin of which nothing could be
@@ -252,6 +260,7 @@ pub(crate) fn host_abi() -> String {
 /// * `library`: the file that will be loaded if it passes
 /// * `origin`: the path that messages name
 /// * `sha256`: the hash of the file
+/// * `configuration`: what the user configured for plugins
 /// * `patience`: how long one case may take; the whole may take twelve times as long
 ///
 /// # Errors
@@ -261,6 +270,7 @@ pub(crate) fn examine(
     library: &Path,
     origin: &Path,
     sha256: &str,
+    configuration: &str,
     patience: Duration,
 ) -> Result<Report, GateError> {
     let started = Instant::now();
@@ -275,10 +285,11 @@ pub(crate) fn examine(
         kernels: Vec::new(),
         refusal: None,
         warnings: std::fs::read(library).ok().and_then(|bytes| shared_statics(&bytes)).into_iter().collect(),
+        log: Vec::new(),
         seconds: 0.0,
     };
     let mut command = Command::new(helper);
-    command.arg(CHILD_COMMAND).arg(library).arg(origin);
+    command.arg(CHILD_COMMAND).arg(library).arg(origin).arg(configuration);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // A group of its own: what a plugin starts ends with it.
     #[cfg(unix)]
@@ -376,6 +387,11 @@ impl<'a> Conversation<'a> {
                         Event::Plugin { name, version, abi } => {
                             let [name, version, abi] = [name, version, abi].map(|text| shown(&text));
                             report.plugin = Some(Description { name, version, abi });
+                        }
+                        Event::Log { line } => {
+                            if report.log.len() < MAX_LOG {
+                                report.log.push(shown(&line));
+                            }
                         }
                         // As it is: it is compared with the device in use.
                         Event::Gpu { words } => report.gpu = Some(words),

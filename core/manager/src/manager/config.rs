@@ -9,6 +9,7 @@ use std::time::Duration;
 use bitnet_burn_plugin::features::{self, Features, UnknownFeature};
 use serde::Serialize;
 
+use super::objective::Objective;
 use super::probe::{Machine, Probe};
 use crate::error::ManagerError;
 use crate::store::{self, PluginConfig};
@@ -42,6 +43,8 @@ pub struct ManagerConfig {
     /// Time that tuning may take in all; what is not measured by then is ranked by the nearest
     /// measurement.
     pub tune_budget: Duration,
+    /// What the layout of weights is chosen for.
+    pub objective: Objective,
     /// What happens when the kernel in use fails or becomes slow.
     pub fallback: FallbackPolicy,
     /// Seed of the places where results of plugins from files are compared. `None`: another one for every manager; its
@@ -62,6 +65,7 @@ impl Default for ManagerConfig {
             cache_dir: None,
             plugins: PluginConfig::default(),
             tune_budget: Duration::from_secs(10),
+            objective: Objective::default(),
             fallback: FallbackPolicy::default(),
             seed: None,
             probe: Arc::new(Machine),

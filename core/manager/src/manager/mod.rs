@@ -17,6 +17,7 @@ mod execute;
 mod gpu;
 mod matrices;
 mod measurement;
+mod objective;
 mod packing;
 mod parts;
 mod probe;
@@ -44,14 +45,16 @@ pub use self::config::{FallbackPolicy, MAX_THREADS, ManagerConfig};
 pub use self::cpu_kernels::CpuKernels;
 pub use self::gpu::{DEFAULT_BODY, GpuKernel};
 pub use self::measurement::{Measurement, Source};
+pub use self::objective::{LayoutCost, Objective};
 pub use self::packing::checksum;
+pub(crate) use self::parts::ThreadScratch;
 pub use self::probe::{Machine, Memory, Probe, peak_memory};
 pub(crate) use self::registry::Entry;
 pub use self::report::{
     Doubt, Event, EventKind, Failures, Fallback, KernelReport, ManagerReport, REFERENCE, Status,
 };
 pub use self::slot::{PROBATION_AFTER, RACE_TURNS, TIMED_EVERY, TRIAL_CALLS, WINDOW};
-pub use self::tune_cpu::{Candidate, Ranking, rotation_bytes};
+pub use self::tune_cpu::{Candidate, Ranking, Turns, rotation_bytes};
 pub use self::tuner::{Contest, Inputs, Standings, Unfit};
 pub use self::weights::{Job, Scale, ScaleKind, WeightShape};
 use crate::cpu;

@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use bitnet_burn_plugin::abi::{self, Output, Tile};
+use bitnet_burn_plugin::abi::{self, Output, Tile, WORKSPACE_ALIGNMENT};
 use bitnet_burn_plugin::canonical;
 use smallvec::{SmallVec, smallvec};
 
@@ -113,28 +113,96 @@ pub(super) fn run_parts(
         workspaces.push((part.kernel, workspace));
     }
 
-    // SAFETY: filled activations; a part that has not failed has a workspace, which `prepare` filled; the caller has
-    // checked the output.
+    // Of all threads, one after the other.
+    let mut thread_scratch: Few<Option<(AlignedBytes, ThreadScratch)>> = Few::new();
+    for (part, failure) in parts.iter().zip(&mut failures) {
+        let size = part.kernel.scratch_size(&part.of.signature(m, pool.threads()));
+        thread_scratch.push(match size {
+            Ok(0) => None,
+            Ok(size) if size <= max_workspace(m, x.stride()) => {
+                let mut buffer = scratch.take(ThreadScratch::bytes(size, pool.threads()));
+                let shared = ThreadScratch::new(buffer.as_mut_ptr(), size);
+                Some((buffer, shared))
+            }
+            Ok(bytes) => {
+                failure.get_or_insert(KernelFailure::Workspace { bytes });
+                None
+            }
+            Err(reason) => {
+                failure.get_or_insert(reason);
+                None
+            }
+        });
+    }
+
+    // SAFETY: filled activations; a part that has not failed has a workspace, which `prepare` filled, and the scratch that
+    // it asked for; the caller has checked the output.
     unsafe {
-        let workspace = |i: usize| workspaces[workspace_of[i]].1.as_ptr();
-        run_tiles(pool, parts, &abi_x, workspace, (y.as_mut_ptr(), stride), &mut failures);
+        let buffers = |i: usize| Buffers {
+            workspace: workspaces[workspace_of[i]].1.as_ptr(),
+            scratch: thread_scratch[i].as_ref().map(|(_, shared)| *shared),
+        };
+        run_tiles(pool, parts, &abi_x, buffers, (y.as_mut_ptr(), stride), &mut failures);
     }
     for (_, workspace) in workspaces {
         scratch.give_back(workspace);
     }
+    for (buffer, _) in thread_scratch.into_iter().flatten() {
+        scratch.give_back(buffer);
+    }
     failures
+}
+
+/// What a kernel has beside its operands.
+pub(super) struct Buffers {
+    pub workspace: *const u8,
+    pub scratch: Option<ThreadScratch>,
+}
+
+/// The scratch of a kernel's threads, one after the other.
+#[derive(Clone, Copy)]
+pub(crate) struct ThreadScratch {
+    first: *mut u8,
+    size: usize,
+}
+
+// SAFETY: each thread gets a part of its own of a buffer that outlives the matmul.
+unsafe impl Send for ThreadScratch {}
+// SAFETY: as above.
+unsafe impl Sync for ThreadScratch {}
+
+impl ThreadScratch {
+    /// Bytes for a number of threads with `size` each.
+    pub fn bytes(size: usize, threads: usize) -> usize {
+        Self::stride(size) * threads
+    }
+
+    fn stride(size: usize) -> usize {
+        size.next_multiple_of(WORKSPACE_ALIGNMENT)
+    }
+
+    /// Of as many [`bytes`](Self::bytes), aligned to 64.
+    pub fn new(first: *mut u8, size: usize) -> Self {
+        Self { first, size }
+    }
+
+    /// A tile with the scratch of a thread.
+    pub fn give(self, tile: Tile, thread: usize) -> Tile {
+        let scratch = self.first.wrapping_add(thread * Self::stride(self.size));
+        Tile { scratch, scratch_size: self.size as u64, ..tile }
+    }
 }
 
 /// Runs the kernels of the parts that have not failed, tile by tile on all threads, and notes failures.
 ///
 /// # Safety
-/// `x` and its buffers are filled. `workspace` gives the workspace of a part, which `prepare` filled. The output, a
-/// pointer and the elements from row to row, has `x.m` rows; the parts' columns are within them and disjoint.
+/// `x` and its buffers are filled. `buffers` gives the workspace of a part, which `prepare` filled, and the scratch that its
+/// kernel asked for. The output, a pointer and the elements from row to row, has `x.m` rows; the parts' columns are within them and disjoint.
 pub(super) unsafe fn run_tiles(
     pool: &Pool,
     parts: &[Part],
     x: &abi::Activations,
-    workspace: impl Fn(usize) -> *const u8 + Sync,
+    buffers: impl Fn(usize) -> Buffers + Sync,
     (y, stride): (*mut f32, usize),
     failures: &mut Few<Option<KernelFailure>>,
 ) {
@@ -144,7 +212,7 @@ pub(super) unsafe fn run_tiles(
     let messages: Mutex<Vec<(usize, KernelFailure)>> = Mutex::default();
     let skip: Few<bool> = failures.iter().map(Option::is_some).collect();
     pool.run(grid.tasks(), &|task| {
-        let (i, tile) = grid.tile(task);
+        let (i, mut tile) = grid.tile(task);
         if skip[i] || first_failure[i].load(Ordering::Relaxed) != 0 {
             return;
         }
@@ -154,9 +222,15 @@ pub(super) unsafe fn run_tiles(
             y: output.at(part.column),
             stride: stride as u64,
         };
+        let Buffers { workspace, scratch } = buffers(i);
+        let thread = pool.thread();
+        tile.thread = thread as u32;
+        if let Some(scratch) = scratch {
+            tile = scratch.give(tile, thread);
+        }
         // SAFETY: the structs are filled and their buffers live until `pool.run` returns (the caller's promise); the
         // grid's tiles are disjoint and within [m, n] of the part, whose columns are its own.
-        if let Err(failure) = unsafe { part.kernel.run(&part.weights, x, workspace(i), &y, &tile) } {
+        if let Err(failure) = unsafe { part.kernel.run(&part.weights, x, workspace, &y, &tile) } {
             first_failure[i].store(1, Ordering::Relaxed);
             lock(&messages).push((i, failure));
         }
@@ -213,13 +287,6 @@ impl Grid {
         let (rows, ranges, n, first) = self.parts[i];
         let (block, range) = ((task - first) / ranges, (task - first) % ranges);
         let (n0, m0) = (range * rows, block * self.m_block);
-        let tile = Tile {
-            struct_size: size_of::<Tile>() as u64,
-            n0: n0 as u64,
-            n1: (n0 + rows).min(n) as u64,
-            m0: m0 as u64,
-            m1: (m0 + self.m_block).min(self.m) as u64,
-        };
-        (i, tile)
+        (i, Tile::new(n0..(n0 + rows).min(n), m0..(m0 + self.m_block).min(self.m)))
     }
 }

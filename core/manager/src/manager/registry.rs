@@ -112,7 +112,7 @@ impl KernelManager {
         if let Some(refusal) = verdict.refusal {
             return Err(PluginError::Refused { path: path.to_owned(), refusal });
         }
-        self.enter(Plugin::load_as(&stored.library, &stored.origin)?, &|kernel| {
+        self.enter(Plugin::load_as(&stored.library, &stored.origin, &config.configuration)?, &|kernel| {
             // A kernel for a GPU can be used where the gate had one to try it on.
             let tried = verdict.kernels.iter().find(|result| result.kernel == kernel.id());
             let Some(tried) = tried.filter(|tried| tried.declared == gate::declared(kernel)) else {
@@ -147,7 +147,8 @@ impl KernelManager {
         let Some(helper) = &config.helper else {
             return Err(PluginError::Unverified { path: path.to_owned() });
         };
-        let report = gate::examine(helper, &stored.library, &stored.origin, &stored.sha256, config.patience)
+        let (library, origin, sha256) = (&stored.library, &stored.origin, &stored.sha256);
+        let report = gate::examine(helper, library, origin, sha256, &config.configuration, config.patience)
             .map_err(|source| PluginError::Gate { path: path.to_owned(), source })?;
         tracing::info!(plugin = %path.display(), passed = report.passed(), seconds = report.seconds, "gate");
         for warning in &report.warnings {

@@ -8,9 +8,10 @@ use bitnet_burn_plugin::canonical;
 
 use super::registry::names;
 use super::tune_cpu::CpuContest;
+use super::tuner::Weighed;
 use super::{
-    BUCKETS, CpuKernels, Entry, FallbackPolicy, KernelManager, LayoutPolicy, ManagerError, Packed, Ranking,
-    ScaleKind, Status, WeightShape, bucket, lock, packing,
+    BUCKETS, CpuKernels, Entry, FallbackPolicy, KernelManager, LayoutCost, LayoutPolicy, ManagerError,
+    Packed, Ranking, ScaleKind, Status, WeightShape, bucket, lock, packing,
 };
 use crate::gate;
 use crate::memory::PageBuffer;
@@ -78,7 +79,9 @@ impl KernelManager {
                         _ => "is for weights with many scales".into(),
                     }
                 }
-                Status::Ready if !entry.kernel.supports(&signature) => "does not support the shape".into(),
+                Status::Ready if !entry.kernel.supports(&signature) => {
+                    entry.kernel.why_not(&signature).unwrap_or_else(|| "does not support the shape".into())
+                }
                 Status::Ready => "failed in use, or the weights are not aligned as it asks".into(),
             };
             reasons.push(format!("{}: {why}", entry.kernel.id()));
@@ -96,11 +99,7 @@ impl KernelManager {
     }
 
     /// Chooses kernels for weights of a shape, `(n, k)` for those with one scale, measuring where that has not been done on
-    /// this machine:
-    /// which layout decides the speed of decode (M = 1); within noise of each other, that of prefill
-    /// (M = 32); within noise again, the lower memory use. Noise is how much longer the median of the fastest
-    /// took than its fastest run, at least 5 % and at most 15 %. A layout that makes prefill more than 4 times
-    /// slower is out, however fast its decode. While [memory is low](Self::memory_is_low), the layout is the
+    /// this machine: the [`Objective`](super::Objective) says in which layout. While [memory is low](Self::memory_is_low), it is the
     /// canonical one, if there is a kernel for it.
     ///
     /// # Errors
@@ -247,6 +246,36 @@ impl KernelManager {
             None => Ok(weights.to_vec()),
             Some(entry) => packing::unpack(entry, &self.pool, choice.of.n, choice.of.k, weights),
         }
+    }
+
+    /// The layouts that compete for weights of a shape, the chosen one first. There is one alone where nothing was measured.
+    pub fn layouts(&self, of: impl Into<WeightShape>) -> Vec<LayoutCost> {
+        let terms = self.tuner.objective().terms();
+        let weighed =
+            self.tuner.layouts(&CpuContest { manager: self, of: of.into(), policy: LayoutPolicy::Any });
+        let layout = |weighed: &Weighed<Arc<Entry>>| {
+            let fastest = terms.iter().zip(&weighed.fastest).map(|(&(rows, _), fastest)| {
+                let time =
+                    |(entry, (median, _)): &(Arc<Entry>, (u64, u64))| (entry.kernel.id().to_owned(), *median);
+                (rows, fastest.as_ref().map(time))
+            });
+            LayoutCost {
+                layout: weighed.layout.as_ref().map(|(name, _)| name.clone()),
+                fastest: fastest.collect(),
+                cost: weighed.cost(terms, |(median, _)| median),
+            }
+        };
+        weighed.iter().map(layout).collect()
+    }
+
+    /// The kernels that are ready and say why they don't compute `m` rows with weights of a shape, with their reasons.
+    pub fn reasons(&self, m: usize, of: impl Into<WeightShape>) -> Vec<(String, String)> {
+        let signature = self.signature(m, of.into());
+        let entries = self.entries();
+        let ready = entries.iter().filter(|entry| entry.ready() && entry.kernel.target() == Target::Cpu);
+        ready
+            .filter_map(|entry| Some((entry.kernel.id().into(), entry.kernel.why_not(&signature)?)))
+            .collect()
     }
 
     /// Why: the candidates for `m` rows and weights of a shape, the fastest first, with their measurements.

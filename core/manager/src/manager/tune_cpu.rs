@@ -107,28 +107,8 @@ impl Contest for CpuContest<'_> {
     }
 
     fn inputs<'a>(&'a self, m: usize, entries: &'a [Arc<Entry>]) -> Box<dyn Inputs + 'a> {
-        let WeightShape { n, k, scales: kind } = self.of;
-        let mut random = SplitMix64::new((n * 31 + k) as u64);
-        let weights = random.weights(n, k);
-        let x = Activations::random(&mut random, m, k, kind.activation_group());
-        let scales = random_scales(self.of, &mut random);
-        let expected = Sample::new(&weights, (n, k), scale_of(&scales), &x, &mut random);
-        // Decode finds its weights in memory, not in cache: rotate over copies that no cache holds.
-        let one = n * canonical::row_bytes(k);
-        let copies = if m <= 4 { (rotation_bytes() / one).clamp(1, 64) } else { 1 };
-        let (y, layouts) = (vec![0f32; m * n], Vec::new());
-        Box::new(CpuInputs {
-            manager: self.manager,
-            of: self.of,
-            entries,
-            weights,
-            scales,
-            x,
-            y,
-            expected,
-            copies,
-            layouts,
-        })
+        let seed = (self.of.n * 31 + self.of.k) as u64;
+        Box::new(CpuInputs::new(self.manager, self.of, entries, m, &mut SplitMix64::new(seed)))
     }
 }
 
@@ -187,6 +167,32 @@ impl Inputs for CpuInputs<'_> {
 }
 
 impl<'a> CpuInputs<'a> {
+    fn new(
+        manager: &'a KernelManager,
+        of: WeightShape,
+        entries: &'a [Arc<Entry>],
+        m: usize,
+        random: &mut SplitMix64,
+    ) -> Self {
+        let WeightShape { n, k, scales: kind } = of;
+        let weights = random.weights(n, k);
+        let x = Activations::random(random, m, k, kind.activation_group());
+        let scales = random_scales(of, random);
+        let expected = Sample::new(&weights, (n, k), scale_of(&scales), &x, random);
+        // Decode finds its weights in memory, not in cache: rotate over copies that no cache holds.
+        let one = n * canonical::row_bytes(k);
+        let copies = if m <= 4 { (rotation_bytes() / one).clamp(1, 64) } else { 1 };
+        let (y, layouts) = (vec![0f32; m * n], Vec::new());
+        Self { manager, of, entries, weights, scales, x, y, expected, copies, layouts }
+    }
+
+    /// Other activations.
+    fn renew(&mut self, random: &mut SplitMix64) {
+        let WeightShape { n, k, scales: kind } = self.of;
+        self.x = Activations::random(random, self.x.m(), k, kind.activation_group());
+        self.expected = Sample::new(&self.weights, (n, k), scale_of(&self.scales), &self.x, random);
+    }
+
     fn layout(&self, kernel: usize) -> Layout<'a> {
         let kernel = &self.entries[kernel].kernel;
         (kernel.layout(), kernel.weight_bytes(self.of.n, self.of.k))
@@ -272,6 +278,50 @@ impl KernelManager {
         let contest = CpuContest { manager: self, of, policy: LayoutPolicy::Any };
         let times = times.iter().map(|&(rank, time)| (identity(&ranking.candidates[rank].entry), time));
         self.tuner.remeasured(&contest.signature(ranking.rows), times);
+    }
+}
+
+/// Nanoseconds of each turn of a kernel, or why it did not run to the end.
+pub type Turns = Result<Vec<u64>, String>;
+
+impl KernelManager {
+    /// Lets kernels (`plugin/kernel`) compute `m` rows with weights of a shape in turn, `turns` times each, in another order and
+    /// with other activations in each turn, after one that is not counted. Weights and activations follow from the seed. Every
+    /// result is compared with the reference in random places, outside of the time.
+    ///
+    /// The result has the times of those that can compute the shape, by name.
+    pub fn race(
+        &self,
+        m: usize,
+        of: impl Into<WeightShape>,
+        kernels: &[&str],
+        turns: usize,
+        seed: u64,
+    ) -> Vec<(String, Turns)> {
+        let of = of.into();
+        let mut entries = self.candidates(m, of, LayoutPolicy::Any);
+        entries.retain(|entry| kernels.contains(&entry.kernel.id()));
+        let mut random = SplitMix64::new(seed);
+        let mut inputs = CpuInputs::new(self, of, &entries, m, &mut random);
+        let admit = |inputs: &mut CpuInputs<'_>, i: usize| inputs.admit(i).map_err(|unfit| unfit.reason);
+        let mut results: Vec<Turns> =
+            (0..entries.len()).map(|i| admit(&mut inputs, i).map(|()| Vec::new())).collect();
+        for turn in 0..=turns {
+            inputs.renew(&mut random);
+            let first = random.below(entries.len().max(1) as u64) as usize;
+            for i in (0..entries.len()).map(|i| (first + i) % entries.len()) {
+                let Ok(times) = &mut results[i] else { continue };
+                inputs.y.fill(f32::NAN);
+                let time = inputs.run(i, turn);
+                let checked = time.and_then(|time| inputs.expected.compare(&inputs.y).map(|()| time));
+                match checked {
+                    Ok(time) if turn > 0 => times.push(time),
+                    Ok(_) => {}
+                    Err(reason) => results[i] = Err(reason),
+                }
+            }
+        }
+        entries.iter().map(|entry| entry.kernel.id().to_owned()).zip(results).collect()
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::cache::Cache;
 use super::measurement::{Measurement, Source};
-use super::{BUCKETS, ManagerConfig, Probe, bucket, lock};
+use super::{BUCKETS, ManagerConfig, Objective, Probe, bucket, lock};
 
 /// Runs before the clock counts, and counted runs at most.
 const WARM_UP: usize = 5;
@@ -22,8 +22,7 @@ const CLEARLY_SLOWER: f64 = 1.3;
 /// After this many runs of both, a kernel whose fastest run took longer than the slowest of the best is out too:
 /// for kernels that are equally fast the odds are 1 in 924 (12 over 6).
 const SEPARATE: usize = 6;
-/// A kernel this many times slower for fewer rows is not tried for more, and a layout whose kernels are this much
-/// slower for prompts is not chosen.
+/// A kernel this many times slower for fewer rows is not tried for more.
 const HOPELESS: f64 = 4.0;
 /// Time for one signature, whatever its size.
 const SIGNATURE_BUDGET: Duration = Duration::from_millis(600);
@@ -95,6 +94,30 @@ pub struct Standings<K> {
     pub source: Source,
 }
 
+/// A layout of weights, with the first kernel that packs it.
+#[derive(Clone, Debug)]
+pub(super) struct Weighed<K> {
+    /// The private layout with its bytes; `None` for canonical.
+    pub layout: Option<(String, usize)>,
+    pub packer: K,
+    /// Its fastest kernel for each of the [`Objective`]'s rows, with its median and its fastest run.
+    pub fastest: Vec<Option<(K, (u64, u64))>>,
+    /// What its cost is multiplied by.
+    factor: f64,
+}
+
+impl<K> Weighed<K> {
+    /// The [`Objective`]'s cost, by a time of each kernel; `None` if there is not one for each term.
+    pub fn cost(&self, terms: &[(usize, f64)], time: impl Fn((u64, u64)) -> u64) -> Option<f64> {
+        let each = terms.iter().zip(&self.fastest);
+        each.map(|(&(rows, weight), fastest)| {
+            let (_, times) = fastest.as_ref()?;
+            Some(self.factor * weight * time(*times) as f64 / rows as f64)
+        })
+        .sum()
+    }
+}
+
 /// Measures kernels against each other, and keeps the results.
 #[derive(Debug)]
 pub(super) struct Tuner {
@@ -102,6 +125,7 @@ pub(super) struct Tuner {
     /// One measurement at a time: two would measure each other.
     turn: Mutex<()>,
     probe: Arc<dyn Probe>,
+    objective: Objective,
     /// Nanoseconds for measurements, and those spent.
     budget: u64,
     spent: AtomicU64,
@@ -113,6 +137,7 @@ impl Tuner {
             cache: Mutex::new(Cache::open(config.cache_dir.as_deref())),
             turn: Mutex::new(()),
             probe: config.probe.clone(),
+            objective: config.objective,
             budget: config.tune_budget.as_nanos() as u64,
             spent: AtomicU64::new(0),
         }
@@ -305,51 +330,66 @@ impl Tuner {
         measurements
     }
 
-    /// A kernel that packs the layout that weights should have; `None` for the canonical one.
-    /// [`KernelManager::choose`](super::KernelManager::choose) says which layout that is.
-    pub fn packer<C: Contest>(&self, contest: &C) -> Option<C::Kernel> {
-        struct Layout<K> {
-            layout: Option<(String, usize)>,
-            kernel: K,
-            /// Median and fastest run of its fastest kernel, for decode and for prefill.
-            times: [(u64, u64); 2],
-        }
-        // Decode first: the time for measuring may be spent behind it.
-        const ROWS: [usize; 2] = [1, 32];
-        let mut layouts: Vec<Layout<C::Kernel>> = Vec::new();
-        // Some kernels are for decode alone, some for prompts.
-        for kernel in ROWS.iter().flat_map(|&rows| contest.kernels(rows)) {
+    /// The layouts that weights can have, the one that they should have first: the [`Objective`] says which.
+    pub fn layouts<C: Contest>(&self, contest: &C) -> Vec<Weighed<C::Kernel>> {
+        let terms = self.objective.terms();
+        let mut layouts: Vec<Weighed<C::Kernel>> = Vec::new();
+        // Some kernels are for decode alone, some for prompts. The first rows come first: the time for measuring may be spent
+        // behind them.
+        for kernel in terms.iter().flat_map(|&(rows, _)| contest.kernels(rows)) {
             let layout = contest.layout(&kernel);
             if layouts.iter().all(|known| known.layout != layout) {
-                layouts.push(Layout { layout, kernel, times: [(u64::MAX, u64::MAX); 2] });
+                let fastest = vec![None; terms.len()];
+                layouts.push(Weighed { layout, packer: kernel, fastest, factor: 1.0 });
             }
         }
-        if layouts.len() > 1 {
-            for (i, rows) in ROWS.into_iter().enumerate() {
-                for (kernel, measurement) in self.rank(contest, rows).kernels {
-                    let (Some(median), Some(min)) = (measurement.median_ns, measurement.min_ns) else {
-                        continue;
-                    };
-                    let layout = contest.layout(&kernel);
-                    for known in layouts.iter_mut().filter(|known| known.layout == layout) {
-                        known.times[i] = known.times[i].min((median, min));
+        if layouts.len() < 2 {
+            return layouts;
+        }
+        for (i, &(rows, _)) in terms.iter().enumerate() {
+            for (kernel, measurement) in self.rank(contest, rows).kernels {
+                let (Some(median), Some(min)) = (measurement.median_ns, measurement.min_ns) else { continue };
+                let layout = contest.layout(&kernel);
+                for known in layouts.iter_mut().filter(|known| known.layout == layout) {
+                    let faster = known.fastest[i].as_ref().is_none_or(|(_, best)| (median, min) < *best);
+                    if faster {
+                        known.fastest[i] = Some((kernel.clone(), (median, min)));
                     }
                 }
             }
-            let fastest = |layouts: &[Layout<C::Kernel>], i: usize| {
-                layouts.iter().map(|known| known.times[i]).min().unwrap_or((u64::MAX, u64::MAX))
-            };
-            let (prefill, _) = fastest(&layouts, 1);
-            layouts.retain(|known| known.times[1].0 as f64 <= prefill as f64 * HOPELESS);
-            for i in 0..2 {
-                let (median, min) = fastest(&layouts, i);
-                let noise = (median as f64 / min.max(1) as f64).clamp(1.05, 1.15);
-                layouts.retain(|known| known.times[i].0 as f64 <= median as f64 * noise);
-            }
-            // Canonical weights are there anyway.
-            layouts.sort_by_key(|known| known.layout.as_ref().map_or(0, |(_, bytes)| *bytes));
         }
-        layouts.into_iter().next().filter(|chosen| chosen.layout.is_some()).map(|chosen| chosen.kernel)
+        if let Some((limit, factor)) = self.objective.limit() {
+            let first = |layout: &Weighed<C::Kernel>| {
+                layout.fastest[0].as_ref().map(|(_, (median, _))| *median as f64)
+            };
+            let lowest = layouts.iter().filter_map(first).fold(f64::INFINITY, f64::min);
+            for layout in &mut layouts {
+                if first(layout).is_some_and(|time| time > lowest * limit) {
+                    layout.factor = factor;
+                }
+            }
+        }
+        let cost =
+            |layout: &Weighed<C::Kernel>| layout.cost(terms, |(median, _)| median).unwrap_or(f64::INFINITY);
+        layouts.sort_by(|a, b| cost(a).total_cmp(&cost(b)));
+        let (lowest, fastest) = (cost(&layouts[0]), layouts[0].cost(terms, |(_, min)| min));
+        let noise = (lowest / fastest.unwrap_or(lowest).max(1.0)).clamp(1.05, 1.15);
+        // Where nothing was measured, the lowest cost is infinite.
+        let alike = layouts.iter().take_while(|&layout| cost(layout) <= lowest * noise).count();
+        // Canonical weights are there anyway.
+        layouts[..alike].sort_by_key(|known| known.layout.as_ref().map_or(0, |(_, bytes)| *bytes));
+        layouts
+    }
+
+    /// A kernel that packs the layout that weights should have; `None` for the canonical one.
+    pub fn packer<C: Contest>(&self, contest: &C) -> Option<C::Kernel> {
+        let chosen = self.layouts(contest).into_iter().next()?;
+        chosen.layout.is_some().then_some(chosen.packer)
+    }
+
+    /// What layouts compete on.
+    pub fn objective(&self) -> Objective {
+        self.objective
     }
 
     /// Live calls have timed some of the kernels of a signature, by name, on the scale of its measurements: who asks

@@ -14,7 +14,7 @@ use bitnet_burn_plugin::abi::{
 
 use super::adapt::Turn;
 use super::packing::{self, SharedBytes};
-use super::parts::{Few, Part, run_tiles};
+use super::parts::{Buffers, Few, Part, ThreadScratch, run_tiles};
 use super::{Entry, Job, KernelManager, ManagerError, abi_weights};
 use crate::gate::{Place, Stage, Walled, Walls};
 use crate::memory::Activations;
@@ -168,24 +168,31 @@ impl KernelManager {
         unsafe { part.kernel.prepare(&abi_x, workspace.as_mut_ptr()) }?;
         check([&workspace])?;
         workspace.freeze()?;
+        let size = part.kernel.scratch_size(&signature)?;
+        if size > max_workspace(m, x.stride()) {
+            return Err(KernelFailure::Workspace { bytes: size }.into());
+        }
+        let bytes = ThreadScratch::bytes(size, self.pool.threads());
+        let mut scratch = walled("the scratch", bytes, WORKSPACE_ALIGNMENT, margin)?;
+        let of_threads = (size > 0).then(|| ThreadScratch::new(scratch.as_mut_ptr(), size));
         let outputs = m.checked_mul(n).and_then(|outputs| outputs.checked_mul(4));
         let outputs = outputs.ok_or_else(|| std::io::Error::other("an output of more than 2^64 bytes"))?;
         let mut y = walled("the output", outputs, 4, outputs)?;
         let mut failures: Few<Option<KernelFailure>> = Few::from_iter([None]);
         let (prepared, out) = (SharedBytes(workspace.as_mut_ptr()), y.as_mut_ptr().cast());
-        // SAFETY: filled activations, the workspace that was prepared, and an output of m rows of n, all of which live
+        // SAFETY: filled activations, the workspace that was prepared, scratch for all threads, and an output of m rows of n, all of which live
         // until the call returns; the only part's columns are the n.
         unsafe {
             run_tiles(
                 &self.pool,
                 std::slice::from_ref(part),
                 &abi_x,
-                |_| prepared.pointer().cast_const(),
+                |_| Buffers { workspace: prepared.pointer().cast_const(), scratch: of_threads },
                 (out, n),
                 &mut failures,
             )
         };
-        check([&q, &scale, &sum, &workspace, &y])?;
+        check([&q, &scale, &sum, &workspace, &scratch, &y])?;
         failures.remove(0).map_or(Ok(y), |failure| Err(failure.into()))
     }
 

@@ -430,6 +430,7 @@ impl KernelManager {
                 kernels: Vec::new(),
                 refusal,
                 warnings: Vec::new(),
+                log: Vec::new(),
                 seconds: 0.0,
             },
         };

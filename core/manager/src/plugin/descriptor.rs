@@ -4,12 +4,13 @@ use std::ffi::c_char;
 use std::sync::Arc;
 
 use bitnet_burn_plugin::abi::{
-    ABI_MAJOR, Gpu as RawGpu, KERNEL_SIZE_1_0, Kernel as RawKernel, MAX_WEIGHT_ALIGNMENT,
+    ABI_MAJOR, Gpu as RawGpu, KERNEL_SIZE_1_0, KERNEL_SIZE_1_1, Kernel as RawKernel, MAX_WEIGHT_ALIGNMENT,
     OPERATION_SCALED_TERNARY_MATMUL, OPERATION_TERNARY_MATMUL, Plugin as RawPlugin, TARGET_CPU,
     TARGET_CUBECL, TARGET_CUDA, TARGET_WGSL,
 };
+use bitnet_burn_plugin::layouts;
 
-use super::{Declared, GpuSource, Origin, Plugin, PluginError, shown};
+use super::{Declared, GpuSource, Layout, Origin, Plugin, PluginError, shown};
 
 impl Plugin {
     /// Checks a descriptor.
@@ -57,7 +58,7 @@ impl Plugin {
                 return Err(invalid(format!("kernel {i} is null")));
             }
             // SAFETY: a non-null pointer is valid (the caller's promise).
-            let kernel = unsafe { check_kernel(i, pointer) }.map_err(&invalid)?;
+            let kernel = unsafe { check_kernel(&name, i, pointer) }.map_err(&invalid)?;
             if kernels.iter().any(|k| k.name == kernel.name) {
                 return Err(invalid(format!("two kernels are named `{}`", kernel.name)));
             }
@@ -84,34 +85,78 @@ unsafe fn known_fields<T: Copy>(pointer: *const T, size: u64) -> T {
 
 /// # Safety
 /// `pointer` points to the beginning of a kernel of any minor version, whose pointers are null or valid.
-unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, String> {
+unsafe fn check_kernel(plugin: &str, i: usize, pointer: *const RawKernel) -> Result<Declared, String> {
     // SAFETY: the first field of every version.
     let size = unsafe { (&raw const (*pointer).struct_size).read() };
     if size < KERNEL_SIZE_1_0 as u64 || size > 1 << 16 {
         return Err(format!("struct_size of kernel {i} is {size}, ABI {ABI_MAJOR}.0 has {KERNEL_SIZE_1_0}"));
     }
     // A part of a later version's fields counts as none of them.
-    let size = if size < size_of::<RawKernel>() as u64 { KERNEL_SIZE_1_0 as u64 } else { size };
+    let versions = [size_of::<RawKernel>(), KERNEL_SIZE_1_1].map(|version| version as u64);
+    let size = versions.into_iter().find(|&version| size >= version).unwrap_or(KERNEL_SIZE_1_0 as u64);
     // SAFETY: `size` is what it says it has; null pointers, absent functions and zeros are valid.
     let mut kernel = unsafe { known_fields(pointer, size) };
     let name = name(kernel.name, &format!("the name of kernel {i}"))?;
-    let layout = match kernel.layout.is_null() {
-        true => None,
-        false => Some(self::name(kernel.layout, &format!("the layout of kernel `{name}`"))?),
-    };
-    if layout.is_some() && (kernel.packed_size.is_none() || kernel.pack.is_none() || kernel.unpack.is_none())
-    {
-        return Err(format!("kernel `{name}` has a private layout but not packed_size, pack and unpack"));
-    }
-    if layout.is_none() {
-        // Canonical weights have their own size.
-        kernel.packed_size = None;
-    }
     let features = match kernel.features.is_null() {
         true => String::new(),
         false => text(kernel.features, 255)
             .ok_or_else(|| format!("the features of kernel `{name}` are no text of at most 255 bytes"))?,
     };
+    let features = shown(&features);
+    let features = features.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
+    let known_operation =
+        matches!(kernel.operation, OPERATION_TERNARY_MATMUL | OPERATION_SCALED_TERNARY_MATMUL);
+    let known_target = matches!(kernel.target, TARGET_CPU | TARGET_WGSL | TARGET_CUDA | TARGET_CUBECL);
+    let layout = match kernel.layout.is_null() {
+        true => Layout::Canonical,
+        false => check_layout(plugin, &name, &kernel)?,
+    };
+    if !known_operation || !known_target || matches!(layout, Layout::Unknown(_)) {
+        // Of a later version: its fields may mean something else, and the host calls none of its functions.
+        let (operation, target) = (kernel.operation, kernel.target);
+        // SAFETY: zeros are a valid descriptor.
+        let raw = RawKernel {
+            operation,
+            target,
+            weight_alignment: 1,
+            row_granule: 1,
+            ..unsafe { std::mem::zeroed() }
+        };
+        return Ok(Declared { name, layout, features, gpu: None, raw });
+    }
+    match &layout {
+        Layout::Public(public) => {
+            if kernel.target != TARGET_CPU
+                || !kernel.row_granule.is_multiple_of(layouts::BLOCK_ROWS as u64)
+                || kernel.weight_alignment > layouts::ALIGNMENT as u64
+            {
+                return Err(format!(
+                    "kernel `{name}` reads the public layout {}: that takes target {TARGET_CPU} (the CPU), a row granule that \
+                     is a multiple of {}, and weights aligned to at most {}; it has target {}, {} and {}",
+                    public.name,
+                    layouts::BLOCK_ROWS,
+                    layouts::ALIGNMENT,
+                    kernel.target,
+                    kernel.row_granule,
+                    kernel.weight_alignment
+                ));
+            }
+            kernel.weight_alignment = layouts::ALIGNMENT as u64;
+            (kernel.packed_size, kernel.packed_size_of) = (Some(public.packed_size), None);
+            (kernel.pack, kernel.unpack) = (Some(public.pack), Some(public.unpack));
+        }
+        Layout::Private(_) => {
+            let sized = kernel.packed_size.is_some() || kernel.packed_size_of.is_some();
+            if !sized || kernel.pack.is_none() || kernel.unpack.is_none() {
+                return Err(format!(
+                    "kernel `{name}` has a private layout but not packed_size, pack and unpack"
+                ));
+            }
+        }
+        // Canonical weights have their own size.
+        Layout::Canonical => (kernel.packed_size, kernel.packed_size_of) = (None, None),
+        Layout::Unknown(_) => {}
+    }
     if !kernel.weight_alignment.is_power_of_two() || kernel.weight_alignment > MAX_WEIGHT_ALIGNMENT {
         return Err(format!(
             "kernel `{name}` asks for weights aligned to {}; it must be a power of two up to \
@@ -125,24 +170,40 @@ unsafe fn check_kernel(i: usize, pointer: *const RawKernel) -> Result<Declared, 
             kernel.row_granule
         ));
     }
-    // What a later version computes may take other functions, and the host calls none of them.
-    let known = matches!(kernel.operation, OPERATION_TERNARY_MATMUL | OPERATION_SCALED_TERNARY_MATMUL);
-    if known && (kernel.supports.is_none() || (kernel.target == TARGET_CPU && kernel.run.is_none())) {
+    if kernel.supports.is_none() || (kernel.target == TARGET_CPU && kernel.run.is_none()) {
         return Err(format!("kernel `{name}` lacks `supports` or `run`"));
     }
     if kernel.workspace_size.is_none() && kernel.prepare.is_some() {
         return Err(format!("kernel `{name}` prepares a workspace but has no workspace_size"));
     }
     let gpu = match kernel.target {
-        TARGET_WGSL | TARGET_CUDA | TARGET_CUBECL if known => {
+        TARGET_WGSL | TARGET_CUDA | TARGET_CUBECL => {
             // SAFETY: null, or valid (the caller's promise).
             Some(Arc::new(unsafe { check_gpu(&name, kernel.gpu) }?))
         }
         _ => None,
     };
-    let features = shown(&features);
-    let features = features.split(',').map(|f| f.trim().to_owned()).filter(|f| !f.is_empty()).collect();
     Ok(Declared { name, layout, features, gpu, raw: kernel })
+}
+
+/// What a kernel says of the layout of its weights.
+///
+/// # Errors
+/// If it is no name.
+fn check_layout(plugin: &str, kernel: &str, raw: &RawKernel) -> Result<Layout, String> {
+    let what = format!("the layout of kernel `{kernel}`");
+    // A name with a slash is that of a public layout, by which `cpu`'s own are called, too.
+    let full = text(raw.layout, 127).unwrap_or_default();
+    let Some((owner, short)) = full.split_once('/') else {
+        let name = format!("{plugin}/{}", name(raw.layout, &what)?);
+        return Ok(layouts::find(&name).map_or(Layout::Private(name), Layout::Public));
+    };
+    let valid = is_name(owner) && is_name(short);
+    match layouts::find(&full) {
+        Some(public) => Ok(Layout::Public(public)),
+        None if valid => Ok(Layout::Unknown(full)),
+        None => Err(format!("{what} is neither a name nor two with a slash")),
+    }
 }
 
 /// Bytes that the text of a GPU kernel may have.
@@ -213,11 +274,13 @@ fn text(pointer: *const c_char, limit: usize) -> Option<String> {
     std::str::from_utf8(bytes).ok().map(str::to_owned)
 }
 
+fn is_name(name: &str) -> bool {
+    (1..=63).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
 fn name(pointer: *const c_char, what: &str) -> Result<String, String> {
     text(pointer, 63)
-        .filter(|name| {
-            !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
-        })
+        .filter(|name| is_name(name))
         .ok_or_else(|| format!("{what} is not 1 to 63 of A-Z, a-z, 0-9, '.', '_', '-'"))
 }
 
@@ -315,6 +378,9 @@ mod tests {
                 prepare: None,
                 run: None,
                 gpu: std::ptr::null(),
+                context: std::ptr::null(),
+                packed_size_of: None,
+                scratch_size: None,
             };
             // Complete kernels, or none of the three: what differs between them is what is checked.
             let kernel = match has_pack {
@@ -401,9 +467,12 @@ mod tests {
                 prepare: None,
                 run: None,
                 gpu: if present { &raw const gpu } else { std::ptr::null() },
+                context: std::ptr::null(),
+                packed_size_of: None,
+                scratch_size: None,
             };
             // SAFETY: a kernel whose pointers are null or valid.
-            let checked = unsafe { check_kernel(0, &raw const kernel) };
+            let checked = unsafe { check_kernel("plugin", 0, &raw const kernel) };
             let known = target != TARGET_CUDA + 1;
             match checked {
                 Err(error) => prop_assert!(known && error.contains("`text`"), "{error}"),
@@ -411,7 +480,7 @@ mod tests {
                 Ok(declared) if !known => prop_assert!(declared.gpu.is_none()),
                 Ok(declared) => {
                     let gpu = declared.gpu.expect("a text");
-                    prop_assert!(present && kernel_size == size_of::<RawKernel>());
+                    prop_assert!(present && kernel_size >= KERNEL_SIZE_1_1);
                     prop_assert!(!gpu.text.is_empty() && !gpu.entry.is_empty() && gpu.tile_n > 0 && gpu.tile_m > 0);
                     prop_assert!((1..=1024).contains(&gpu.workgroup.iter().map(|&w| u64::from(w)).product::<u64>()));
                     prop_assert_eq!(gpu.grid(1, 1), [1, 1, 1]);

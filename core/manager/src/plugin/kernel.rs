@@ -1,7 +1,7 @@
 //! A kernel of a checked plugin, and calls of its functions.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_void};
 use std::sync::{Arc, Mutex};
 
 use bitnet_burn_plugin::abi::{
@@ -10,11 +10,12 @@ use bitnet_burn_plugin::abi::{
     TARGET_WGSL,
 };
 
-use super::{Declared, GpuSource, Origin, Plugin, Target, shown};
+use super::{Declared, GpuSource, Layout, Origin, Plugin, Target, shown};
 use crate::float::FloatControl;
 use crate::process::{Call, within};
+use bitnet_burn_plugin::layouts::PUBLIC;
 
-/// Bytes of workspace that a kernel may ask for, for `m` rows of activations `stride` bytes apart.
+/// Bytes of workspace, or of scratch, that a kernel may ask for, for `m` rows of activations `stride` bytes apart.
 pub(crate) fn max_workspace(m: usize, stride: usize) -> usize {
     64 * (m + 64) * (stride + 4096)
 }
@@ -53,7 +54,7 @@ pub struct Kernel {
     id: &'static str,
     /// Whether its plugin came from a file.
     from_file: bool,
-    layout: Option<String>,
+    layout: Layout,
     features: Vec<String>,
     gpu: Option<Arc<GpuSource>>,
     plugin: Arc<Plugin>,
@@ -132,22 +133,44 @@ fn kept<T>(call: Option<Call>, f: impl FnOnce() -> T) -> Result<T, KernelFailure
     FloatControl::kept_by(|| within(call, f)).map_err(|reason| KernelFailure::Forbidden { reason })
 }
 
-/// Calls `f` with a message buffer and turns its status into a result.
-fn call(call: Option<Call>, f: impl FnOnce(*const Message) -> Status) -> Result<(), KernelFailure> {
+/// Calls `f` with a message buffer, which holds the kernel's context, too; what it returns, and the message.
+fn with_message<T>(
+    call: Option<Call>,
+    context: *const c_void,
+    f: impl FnOnce(*const Message) -> T,
+    is_needed: impl FnOnce(&T) -> bool,
+) -> Result<(T, String), KernelFailure> {
     let mut buffer = [0 as c_char; 256];
     let message = Message {
         struct_size: size_of::<Message>() as u64,
         text: buffer.as_mut_ptr(),
         capacity: buffer.len() as u64,
+        context,
     };
-    let status = kept(call, || f(&raw const message))?;
-    if status == STATUS_OK {
-        return Ok(());
+    let result = kept(call, || f(&raw const message))?;
+    if !is_needed(&result) {
+        return Ok((result, String::new()));
     }
     buffer[buffer.len() - 1] = 0;
     // SAFETY: the last byte is NUL.
     let message = unsafe { CStr::from_ptr(buffer.as_ptr()) }.to_string_lossy();
-    Err(KernelFailure::Status { status, message: shown(&message) })
+    Ok((result, shown(&message)))
+}
+
+/// Calls `f` with a message buffer and turns its status into a result.
+fn call(
+    call: Option<Call>,
+    context: *const c_void,
+    f: impl FnOnce(*const Message) -> Status,
+) -> Result<(), KernelFailure> {
+    match with_message(call, context, f, |status| *status != STATUS_OK)? {
+        (STATUS_OK, _) => Ok(()),
+        (status, message) => Err(KernelFailure::Status { status, message }),
+    }
+}
+
+fn sizes(signature: &Signature) -> [usize; 3] {
+    [signature.m as usize, signature.n as usize, signature.k as usize]
 }
 
 impl Kernel {
@@ -155,7 +178,7 @@ impl Kernel {
         Self {
             id: format!("{}/{}", plugin.name, declared.name).leak(),
             from_file: matches!(plugin.origin, Origin::File { .. }),
-            layout: declared.layout.as_ref().map(|layout| format!("{}/{layout}", plugin.name)),
+            layout: declared.layout.clone(),
             features: declared.features.clone(),
             gpu: declared.gpu.clone(),
             plugin: plugin.clone(),
@@ -191,9 +214,9 @@ impl Kernel {
         self.gpu.as_deref()
     }
 
-    /// `plugin/layout` of its private packing; `None` for the canonical layout.
+    /// `plugin/layout` of its private packing, or a public layout; `None` for the canonical layout.
     pub fn layout(&self) -> Option<&str> {
-        self.layout.as_deref()
+        self.layout.name()
     }
 
     /// Features that it needs, of the CPU or of the GPU.
@@ -214,8 +237,8 @@ impl Kernel {
     /// Alignment of its weights in bytes.
     pub fn weight_alignment(&self) -> usize {
         match self.layout {
-            Some(_) => self.raw.weight_alignment as usize,
-            None => abi::CANONICAL_ALIGNMENT,
+            Layout::Canonical => abi::CANONICAL_ALIGNMENT,
+            _ => self.raw.weight_alignment as usize,
         }
     }
 
@@ -238,8 +261,12 @@ impl Kernel {
                 ));
             }
         }
-        match target {
-            target @ Target::Unknown(_) => Some(format!("it is for {target}, which this host does not know")),
+        match (target, &self.layout) {
+            (Target::Unknown(_), _) => Some(format!("it is for {target}, which this host does not know")),
+            (_, Layout::Unknown(layout)) => Some(format!(
+                "it reads the public layout {layout}, which this host does not know (ABI {ABI_MAJOR}.{ABI_MINOR} has {})",
+                PUBLIC.each_ref().map(|layout| layout.name).join(" and ")
+            )),
             _ => None,
         }
     }
@@ -264,9 +291,27 @@ impl Kernel {
         if self.raw.operation != signature.operation {
             return Ok(false);
         }
-        let call = self.call("supports", [signature.m as usize, signature.n as usize, signature.k as usize]);
+        let signature = self.asked(signature);
         // SAFETY: a filled signature (ABI).
-        kept(call, || unsafe { supports(signature) } == 1)
+        kept(self.call("supports", sizes(&signature)), || unsafe { supports(&raw const signature) } == 1)
+    }
+
+    /// Why it does not compute this, in its own words, if it has some.
+    pub fn why_not(&self, signature: &Signature) -> Option<String> {
+        let supports = self.raw.supports.filter(|_| self.raw.operation == signature.operation)?;
+        let call = self.call("supports", sizes(signature));
+        let ask = |message| {
+            let signature = Signature { message, ..self.asked(signature) };
+            // SAFETY: a filled signature (ABI).
+            unsafe { supports(&raw const signature) }
+        };
+        let (answer, why) = with_message(call, self.raw.context, ask, |answer| *answer != 1).ok()?;
+        (answer != 1 && !why.is_empty()).then_some(why)
+    }
+
+    /// A signature as this kernel gets it.
+    fn asked(&self, signature: &Signature) -> Signature {
+        Signature { context: self.raw.context, ..*signature }
     }
 
     /// Bytes of its packing of an [n, k] matrix, of the canonical layout if it has none of its own;
@@ -280,15 +325,24 @@ impl Kernel {
     /// # Errors
     /// If the size is impossible, or it did something forbidden.
     pub(crate) fn packed_bytes(&self, n: usize, k: usize) -> PackedBytes {
-        let Some(packed_size) = self.raw.packed_size else {
+        let (with_context, plain) = (self.raw.packed_size_of, self.raw.packed_size);
+        if with_context.is_none() && plain.is_none() {
             return Ok(bitnet_burn_plugin::canonical::matrix_bytes(n, k));
-        };
+        }
         // Asked once: buffers are sized, filled and read by the same answer.
         let mut sizes = self.sizes.lock().unwrap_or_else(|e| e.into_inner());
         let known = sizes.entry((n, k)).or_insert_with(|| {
-            // SAFETY: takes two numbers (ABI).
-            let size =
-                kept(self.call("packed_size", [0, n, k]), || unsafe { packed_size(n as u64, k as u64) })?;
+            let signature = Signature {
+                operation: self.raw.operation,
+                ..self.asked(&Signature::ternary(1, n as u64, k as u64, 1))
+            };
+            let size = kept(self.call("packed_size", [0, n, k]), || match (with_context, plain) {
+                // SAFETY: takes a filled signature (ABI).
+                (Some(packed_size), _) => unsafe { packed_size(&raw const signature) },
+                // SAFETY: takes two numbers (ABI).
+                (None, Some(packed_size)) => unsafe { packed_size(n as u64, k as u64) },
+                (None, None) => 0,
+            })?;
             check_packed_size(n, k, size)
         });
         known.clone()
@@ -309,7 +363,9 @@ impl Kernel {
         let pack = self.raw.pack.expect("checked with the layout");
         let at = self.call("pack", [0, canonical.n as usize, canonical.k as usize]);
         // SAFETY: the caller's promise, and filled weights.
-        call(at, |message| unsafe { pack(canonical, packed, rows.start as u64, rows.end as u64, message) })
+        call(at, self.raw.context, |message| unsafe {
+            pack(canonical, packed, rows.start as u64, rows.end as u64, message)
+        })
     }
 
     /// Unpacks rows `rows` to the canonical layout. Concurrent calls take disjoint ranges that begin at
@@ -327,7 +383,9 @@ impl Kernel {
         let unpack = self.raw.unpack.expect("checked with the layout");
         let at = self.call("unpack", [0, packed.n as usize, packed.k as usize]);
         // SAFETY: the caller's promise.
-        call(at, |message| unsafe { unpack(packed, canonical, rows.start as u64, rows.end as u64, message) })
+        call(at, self.raw.context, |message| unsafe {
+            unpack(packed, canonical, rows.start as u64, rows.end as u64, message)
+        })
     }
 
     /// Bytes of workspace that it asks for.
@@ -335,11 +393,27 @@ impl Kernel {
     /// # Errors
     /// If it did something forbidden.
     pub(crate) fn workspace_size(&self, signature: &Signature) -> Result<usize, KernelFailure> {
-        let Some(size) = self.raw.workspace_size else { return Ok(0) };
-        let call =
-            self.call("workspace_size", [signature.m as usize, signature.n as usize, signature.k as usize]);
+        self.asked_size(self.raw.workspace_size, "workspace_size", signature)
+    }
+
+    /// Bytes of scratch that it asks for, for each thread.
+    ///
+    /// # Errors
+    /// If it did something forbidden.
+    pub(crate) fn scratch_size(&self, signature: &Signature) -> Result<usize, KernelFailure> {
+        self.asked_size(self.raw.scratch_size, "scratch_size", signature)
+    }
+
+    fn asked_size(
+        &self,
+        size: Option<unsafe extern "C" fn(*const Signature) -> u64>,
+        function: &'static str,
+        signature: &Signature,
+    ) -> Result<usize, KernelFailure> {
+        let Some(size) = size else { return Ok(0) };
+        let signature = self.asked(signature);
         // SAFETY: a filled signature (ABI).
-        kept(call, || unsafe { size(signature) } as usize)
+        kept(self.call(function, sizes(&signature)), || unsafe { size(&raw const signature) } as usize)
     }
 
     /// # Safety
@@ -354,7 +428,7 @@ impl Kernel {
             Some(prepare) => {
                 let at = self.call("prepare", [x.m as usize, 0, x.k as usize]);
                 // SAFETY: the caller's promise.
-                call(at, |message| unsafe { prepare(x, workspace, message) })
+                call(at, self.raw.context, |message| unsafe { prepare(x, workspace, message) })
             }
         }
     }
@@ -373,7 +447,7 @@ impl Kernel {
         let run = self.raw.run.expect("checked: it is for the CPU");
         let at = self.call("run", [x.m as usize, weights.n as usize, weights.k as usize]);
         // SAFETY: the caller's promise.
-        call(at, |message| unsafe { run(weights, x, workspace, y, tile, message) })
+        call(at, self.raw.context, |message| unsafe { run(weights, x, workspace, y, tile, message) })
     }
 }
 
@@ -385,7 +459,7 @@ mod tests {
     fn messages_are_cut_and_failures_speak() {
         let say = |bytes: &[u8], status| {
             let at = Some(Call { kernel: "test", function: "run", shape: [0; 3] });
-            call(at, |message| {
+            call(at, std::ptr::null(), |message| {
                 // SAFETY: `call` passes a filled message.
                 let message = unsafe { &*message };
                 for (i, &byte) in bytes.iter().enumerate().take(message.capacity as usize) {

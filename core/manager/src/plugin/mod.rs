@@ -4,16 +4,21 @@
 mod descriptor;
 mod elf;
 mod error;
+mod host;
 mod kernel;
 mod text;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bitnet_burn_plugin::abi::{ENTRY_SYMBOL, EntryFn, Kernel as RawKernel, Plugin as RawPlugin};
+use bitnet_burn_plugin::abi::{
+    ENTRY_SYMBOL, EntryFn, HOST_ENTRY_SYMBOL, HostEntryFn, Kernel as RawKernel, Plugin as RawPlugin,
+};
+use bitnet_burn_plugin::layouts::PublicLayout;
 
 pub(crate) use self::elf::shared_statics;
 pub use self::error::PluginError;
+pub(crate) use self::host::{LogLevel, log_to};
 pub use self::kernel::Kernel;
 pub(crate) use self::kernel::{KernelFailure, max_workspace};
 pub(crate) use self::text::shown;
@@ -58,11 +63,34 @@ pub struct Plugin {
 #[derive(Debug)]
 struct Declared {
     name: String,
-    layout: Option<String>,
+    layout: Layout,
     features: Vec<String>,
     gpu: Option<Arc<GpuSource>>,
     /// As much of the descriptor as plugin and host both know; zeros behind that.
     raw: RawKernel,
+}
+
+/// How a kernel's weights lie.
+#[derive(Clone, Debug)]
+enum Layout {
+    /// Canonical, in place.
+    Canonical,
+    /// `plugin/name`: a packing of the plugin's own.
+    Private(String),
+    /// One that every plugin may read, and the host packs.
+    Public(&'static PublicLayout),
+    /// A public one of a later version.
+    Unknown(String),
+}
+
+impl Layout {
+    fn name(&self) -> Option<&str> {
+        match self {
+            Self::Canonical => None,
+            Self::Private(name) | Self::Unknown(name) => Some(name),
+            Self::Public(public) => Some(public.name),
+        }
+    }
 }
 
 /// Where a kernel runs.
@@ -127,8 +155,8 @@ impl Plugin {
 
     /// Loads `library`, an absolute path (which keeps the system's library search out of it), a copy of the
     /// file `origin`, and checks its descriptor. This runs the library's code: only the gate's child does it
-    /// with one that the gate has not passed.
-    pub(crate) fn load_as(library: &Path, origin: &Path) -> Result<Self, PluginError> {
+    /// with one that the gate has not passed. A plugin that asks gets the `configuration`.
+    pub(crate) fn load_as(library: &Path, origin: &Path, configuration: &str) -> Result<Self, PluginError> {
         let path = || origin.to_owned();
         let bytes = std::fs::read(library).map_err(|source| PluginError::Read { path: path(), source })?;
         let sha256 = files::sha256(&bytes);
@@ -136,12 +164,20 @@ impl Plugin {
         let loaded = FloatControl::kept_by(|| {
             let library = open(library)
                 .map_err(|error| PluginError::Load { path: path(), reason: shown(&loaders_words(&error)) })?;
-            // SAFETY: the symbol has this type in every plugin (ABI).
-            let entry = unsafe { library.get::<EntryFn>(ENTRY_SYMBOL.as_bytes()) }
-                .map(|symbol| *symbol)
-                .map_err(|_| PluginError::NoEntry { path: path() })?;
-            // SAFETY: the entry point takes nothing and returns the descriptor (ABI).
-            let descriptor = unsafe { entry() };
+            // SAFETY: the symbols have these types in every plugin (ABI).
+            let entries = unsafe {
+                (
+                    library.get::<HostEntryFn>(HOST_ENTRY_SYMBOL.as_bytes()).map(|symbol| *symbol),
+                    library.get::<EntryFn>(ENTRY_SYMBOL.as_bytes()).map(|symbol| *symbol),
+                )
+            };
+            let descriptor = match entries {
+                // SAFETY: it takes a filled host that lives as long as the process, and returns the descriptor (ABI).
+                (Ok(entry), _) => unsafe { entry(host::describe(origin, configuration)) },
+                // SAFETY: it takes nothing, and returns the descriptor (ABI).
+                (Err(_), Ok(entry)) => unsafe { entry() },
+                (Err(_), Err(_)) => return Err(PluginError::NoEntry { path: path() }),
+            };
             // The descriptor lives in the library, and other libraries may have been told about it.
             std::mem::forget(library);
             Ok(descriptor)

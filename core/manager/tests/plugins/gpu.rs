@@ -50,7 +50,7 @@ fn without_a_gpu_the_kernels_for_the_cpu_are_left() {
         (
             "fused",
             &["NAME=\"fused\"", "OPERATION=3", "TARGET=BITNET_TARGET_CPU"],
-            "it computes operation 3, which this host does not know (ABI 1.2 has 1, ternary matmul, and 2, ternary matmul with \
+            "it computes operation 3, which this host does not know (ABI 1.3 has 1, ternary matmul, and 2, ternary matmul with \
              many scales)",
         ),
     ] {
@@ -66,7 +66,7 @@ fn without_a_gpu_the_kernels_for_the_cpu_are_left() {
     // The verdict says what was not tried.
     let sha256 = report.kernels[1].sha256.clone().unwrap();
     let verdict = manager.store().verdict(&sha256).unwrap();
-    assert!(verdict.passed() && verdict.gate == gate::GATE_VERSION && verdict.plugin.unwrap().abi == "1.2");
+    assert!(verdict.passed() && verdict.gate == gate::GATE_VERSION && verdict.plugin.unwrap().abi == "1.3");
     assert!(verdict.kernels[0].cases > 0 && verdict.kernels[0].device.is_none());
     assert!(verdict.kernels[1].unavailable.as_ref().unwrap().contains("no GPU runtime"));
     assert!(verdict.gpu.unwrap().contains("no GPU runtime"));

@@ -83,7 +83,7 @@ fn a_plugin_of_which_nothing_could_be_tried_has_not_passed() {
 
 #[test]
 fn the_documentation_lists_all_names_of_features_and_no_others() {
-    let page = std::fs::read_to_string(package().join("../../docs/plugins.md")).unwrap();
+    let page = std::fs::read_to_string(package().join("../../docs/plugins-abi.md")).unwrap();
     let (_, section) = page.split_once("### Names of CPU features\n").expect("the section");
     let (table, _) = section.split_once("\n#").expect("the next section");
     let names: Vec<&str> = table.split('`').skip(1).step_by(2).collect();
@@ -166,8 +166,8 @@ fn statics_that_plugins_would_share_are_warned_of() {
 
 /// Macros of testdata/plugin.c, and what the refusal must say.
 const BROKEN: [(&str, &[&str], &str); 21] = [
-    ("major", &["MAJOR=9"], "built for ABI 9.2, and this host speaks ABI 1.2"),
-    ("old", &["MAJOR=0"], "built for ABI 0.2, and this host speaks ABI 1.2"),
+    ("major", &["MAJOR=9"], "built for ABI 9.3, and this host speaks ABI 1.3"),
+    ("old", &["MAJOR=0"], "built for ABI 0.3, and this host speaks ABI 1.3"),
     ("symbol", &["NO_SYMBOL"], "it does not export `bitnet_plugin`"),
     ("descriptor", &["NULL_DESCRIPTOR"], "the entry point returned no descriptor"),
     ("name", &["NAME=NULL"], "the plugin's name is not 1 to 63 of"),
@@ -585,18 +585,20 @@ macro_rules! layout {
 
 layout! {
     Signature = "signature" {
-        struct_size, operation, threads, m, n, k, weight_group, activation_group, scale_format, reserved
+        struct_size, operation, threads, m, n, k, weight_group, activation_group, scale_format, reserved,
+        context, message
     }
     Activations = "activations" { struct_size, m, k, stride, q, scale, sum, group, group_scale, group_sum }
     Weights = "weights" { struct_size, n, k, data, size, scale, scale_format, group, scales }
     Output = "output" { struct_size, y, stride }
-    Tile = "tile" { struct_size, n0, n1, m0, m1 }
-    Message = "message" { struct_size, text, capacity }
+    Tile = "tile" { struct_size, n0, n1, m0, m1, thread, reserved, scratch, scratch_size }
+    Message = "message" { struct_size, text, capacity, context }
     Kernel = "kernel" {
         struct_size, name, layout, features, operation, target, weight_alignment, row_granule, supports,
-        packed_size, pack, unpack, workspace_size, prepare, run, gpu
+        packed_size, pack, unpack, workspace_size, prepare, run, gpu, context, packed_size_of, scratch_size
     }
     Gpu = "gpu" { struct_size, source, entry, workgroup, tile_n, tile_m, reserved }
+    Host = "host" { struct_size, abi_major, abi_minor, version, configuration, cpu_features, log }
     Plugin = "plugin" { struct_size, abi_major, abi_minor, name, version, kernels, kernel_count }
 }
 
@@ -633,6 +635,10 @@ fn the_c_header_lays_every_struct_out_as_rust_does() {
         ("BITNET_TARGET_WGSL", u64::from(abi::TARGET_WGSL)),
         ("BITNET_TARGET_CUDA", u64::from(abi::TARGET_CUDA)),
         ("BITNET_GPU_ACTIVATION_BLOCK", abi::GPU_ACTIVATION_BLOCK as u64),
+        ("BITNET_LOG_ERROR", u64::from(abi::LOG_ERROR)),
+        ("BITNET_LOG_WARNING", u64::from(abi::LOG_WARNING)),
+        ("BITNET_LOG_INFO", u64::from(abi::LOG_INFO)),
+        ("BITNET_LOG_DEBUG", u64::from(abi::LOG_DEBUG)),
         ("BITNET_OK", abi::STATUS_OK as u64),
         ("BITNET_UNSUPPORTED", abi::STATUS_UNSUPPORTED as u64),
         ("BITNET_INVALID_ARGUMENT", abi::STATUS_INVALID_ARGUMENT as u64),

@@ -60,7 +60,7 @@ pub fn build_foreign(source: &Path, dir: &Path, flags: &[&str]) -> PathBuf {
     path
 }
 
-fn build_source(source: &str, include: &Path, dir: &Path, name: &str, flags: &[&str]) -> PathBuf {
+pub fn build_source(source: &str, include: &Path, dir: &Path, name: &str, flags: &[&str]) -> PathBuf {
     let path = dir.join(format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX));
     let mut command = Command::new(compiler());
     command.args([

@@ -118,18 +118,36 @@ impl Client {
         if !["http://", "https://"].iter().any(|scheme| endpoint.starts_with(scheme)) {
             bail!("HF_ENDPOINT: {endpoint:?} does not begin with https:// or http://");
         }
-        let config = Agent::config_builder()
-            .http_status_as_error(false)
-            // They are followed here.
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .user_agent(concat!("bitnet/", env!("CARGO_PKG_VERSION")))
-            .timeout_connect(Some(PATIENCE))
-            .timeout_recv_response(Some(PATIENCE))
-            .timeout_per_read(Some(PATIENCE))
-            .build();
         let authorization = token()?.map(|token| format!("Bearer {token}"));
-        Ok(Self { agent: config.into(), endpoint, authorization })
+        Ok(Self { agent: agent(), endpoint, authorization })
+    }
+
+    /// Of any server, which gets no token.
+    pub fn of_server(endpoint: String) -> Self {
+        Self { agent: agent(), endpoint, authorization: None }
+    }
+
+    /// Where a file of the hub is, at the newest commit.
+    pub fn address(&self, id: &str, file: &str) -> String {
+        format!("{}/{id}/resolve/{}/{}", self.endpoint, super::BRANCH, encoded(file))
+    }
+
+    /// All bytes at an address, at most `limit`; `None` if there is nothing.
+    pub fn download(&self, url: &str, limit: u64) -> Result<Option<Vec<u8>>, HubError> {
+        let mut response = self.request(url, None)?;
+        match response.status() {
+            StatusCode::OK => {}
+            StatusCode::NOT_FOUND => return Ok(None),
+            status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
+                return Err(HubError::Unreachable(format!("{url} answers with status {status}")));
+            }
+            status => return Err(HubError::Refused(anyhow!("{url}: unexpected answer, status {status}"))),
+        }
+        let body = response.body_mut().with_config().limit(limit).read_to_vec();
+        body.map(Some).map_err(|error| match error {
+            ureq::Error::BodyExceedsLimit(_) => HubError::Refused(anyhow!("{url}: more than {limit} bytes")),
+            error => self.unreachable(&error),
+        })
     }
 
     /// The files of a model at its newest commit.
@@ -198,6 +216,9 @@ impl Client {
                     self.endpoint
                 ))
             })?;
+            if (url.scheme_str(), next.scheme_str()) == (Some("https"), Some("http")) {
+                return Err(HubError::Refused(anyhow!("{url} redirects to {next}, which is not encrypted")));
+            }
             // Never to another server: files come from servers that have signed addresses instead.
             if (next.scheme(), next.authority()) != (url.scheme(), url.authority()) {
                 authorization = None;
@@ -247,6 +268,20 @@ impl Client {
         };
         HubError::Refused(anyhow!(text))
     }
+}
+
+/// Follows no redirects: they are followed here.
+fn agent() -> Agent {
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .user_agent(concat!("bitnet/", env!("CARGO_PKG_VERSION")))
+        .timeout_connect(Some(PATIENCE))
+        .timeout_recv_response(Some(PATIENCE))
+        .timeout_per_read(Some(PATIENCE))
+        .build();
+    config.into()
 }
 
 /// Where an answer sends its reader, if it is such an answer: an address, in the server's words.

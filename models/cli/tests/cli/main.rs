@@ -12,8 +12,11 @@ mod files;
 mod gpu;
 #[cfg(feature = "hub")]
 mod hub;
+#[cfg(feature = "hub")]
+mod keep;
 mod kernels;
 mod plan;
+mod plugins;
 mod process;
 mod receipt;
 mod serve;
@@ -60,6 +63,7 @@ impl Place {
             "BITNET_PLUGINS",
             "BITNET_PLUGIN_PATH",
             "BITNET_PLUGIN_PINS",
+            "BITNET_PLUGIN_CONFIG",
             "BITNET_CPU_MASK",
             "BITNET_STRICT_MODE",
             "BITNET_FALLBACK",
@@ -770,7 +774,7 @@ fn a_plugin_is_verified_listed_measured_pinned_and_forgotten() {
         return;
     }
     let text = place.ok(&["plugins", "verify", "good.so"]);
-    for part in ["example-c 0.1.0, ABI 1.2", "example-c/portable", "cases passed", "passed by gate "] {
+    for part in ["example-c 0.1.0, ABI 1.3", "example-c/portable", "cases passed", "passed by gate "] {
         assert!(text.contains(part), "{text}");
     }
     let good = place.json(&["plugins", "verify", "--json", "good.so"]);

@@ -9,11 +9,11 @@ use std::array::from_fn;
 use bitnet_burn_plugin::abi::{
     ACTIVATION_ALIGNMENT, OPERATION_SCALED_TERNARY_MATMUL, OPERATION_TERNARY_MATMUL, SCALE_ROWS, Signature,
 };
-use bitnet_burn_plugin::canonical;
 use bitnet_burn_plugin::sdk::{
     ActivationsRef, KernelError, KernelResult, OutputTile, Scales, WeightsRef, group_length, groups,
     groups_fit,
 };
+use bitnet_burn_plugin::{canonical, layouts};
 
 use crate::ternary::tile::{self, BLOCK_ROWS, STEP_BYTES};
 
@@ -200,8 +200,8 @@ impl<'a> TileJob<'a> {
     ) -> Result<Self, KernelError> {
         check(w, x, y)?;
         let steps = w.k().div_ceil(step);
-        tile::check_range(w, &y.rows_n())?;
-        tile::check_packed(w, steps * step_bytes)?;
+        layouts::check_range(w, &y.rows_n())?;
+        layouts::check_packed(w, steps * step_bytes)?;
         Ok(Self { w, x, y, steps, step_bytes })
     }
 
@@ -550,7 +550,7 @@ impl<'a> RowJob<'a> {
 /// Computes a tile of a matmul with many scales from canonical weights, one output after the other.
 pub(crate) fn scaled_rows(w: &WeightsRef, x: &ActivationsRef, y: &mut OutputTile) -> KernelResult {
     check(w, x, y)?;
-    tile::check_canonical(w)?;
+    layouts::check_canonical(w)?;
     let (groups, k) = (Groups::new(w, x)?, w.k());
     let mut weights = vec![0i8; k];
     for n in y.rows_n() {

@@ -25,11 +25,11 @@
 use std::ffi::CStr;
 use std::ops::Range;
 
-use bitnet_burn_plugin::canonical;
 use bitnet_burn_plugin::sdk::{ActivationsRef, KernelError, KernelResult, OutputTile, WeightsRef};
+use bitnet_burn_plugin::{canonical, layouts};
 
 use crate::ternary::generic::{self, TileJob};
-use crate::ternary::tile::{self, BLOCK_ROWS};
+use crate::ternary::tile::BLOCK_ROWS;
 
 /// The name in the ABI of the layout with groups of `G`.
 pub const fn layout<const G: usize>() -> &'static CStr {
@@ -99,8 +99,8 @@ const fn decode<const G: usize>(index: u8) -> [i8; G] {
 /// # Errors
 /// If the range or a buffer's length does not fit.
 pub fn pack<const G: usize>(w: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
-    tile::check_range(w, &rows)?;
-    tile::check_canonical(w)?;
+    layouts::check_range(w, &rows)?;
+    layouts::check_canonical(w)?;
     let (row_bytes, bytes) = (canonical::row_bytes(w.k()), block_bytes::<G>(w.k()));
     if out.len() != rows.len().div_ceil(BLOCK_ROWS) * bytes {
         return Err(KernelError::invalid(format!("a packing of {} bytes has the wrong size", out.len())));
@@ -137,8 +137,8 @@ pub fn pack<const G: usize>(w: &WeightsRef, rows: Range<usize>, out: &mut [u8]) 
 /// # Errors
 /// If the range or a buffer's length does not fit.
 pub fn unpack<const G: usize>(w: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResult {
-    tile::check_range(w, &rows)?;
-    tile::check_packed(w, block_bytes::<G>(w.k()))?;
+    layouts::check_range(w, &rows)?;
+    layouts::check_packed(w, block_bytes::<G>(w.k()))?;
     let (row_bytes, bytes) = (canonical::row_bytes(w.k()), block_bytes::<G>(w.k()));
     if out.len() != rows.len() * row_bytes {
         return Err(KernelError::invalid(format!(

@@ -3,8 +3,8 @@
 //! | kernels | weights | idea |
 //! | --- | --- | --- |
 //! | `i2s-*` | canonical (I2_S) rows, read where they lie | GEMV one weight row after the other, GEMM in register blocks of up to 4 x 4 rows |
-//! | `t2-*` | the private packing `t2x32` ([`tile`]) | 32 weight rows at a time, one per 32-bit lane: no horizontal sums, one sequential stream |
-//! | `t5-*` | the private packing `t5x32` ([`trits`]) | the same with five weights a byte, where a byte permutation decodes them |
+//! | `t2-*` | the layout `t2x32` ([`tile`]) | 32 weight rows at a time, one per 32-bit lane: no horizontal sums, one sequential stream |
+//! | `t5-*` | the layout `t5x32` ([`trits`]) | the same with five weights a byte, where a byte permutation decodes them |
 //! | `t2-*-scaled`, `i2s-scalar-scaled` | the same | a scale for each row or group of weights, and of activations |
 //! | `tl1-*`, `tl2-*` | the private packings `tl1x32` and `tl2x32` (`lut`) | no products: two or three weights at a time are looked up in tables of the activations' sums |
 //!
@@ -12,14 +12,15 @@
 //! byte dot-product instructions want, and subtract the activations' sum: dot = sum(c * x) - sum(x).
 //!
 //! `generic` holds the loops over tiles, written once; `arch` says, per instruction set, how one block is multiplied;
-//! [`tile`], [`trits`] and `lut` are the private packings.
+//! [`tile`] and [`trits`] are public layouts, which other plugins may read, and `lut` is a private packing.
 
 pub(crate) mod arch;
 mod generic;
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub mod lut;
-pub mod tile;
 pub mod trits;
+
+pub use bitnet_burn_plugin::layouts::t2x32 as tile;
 
 use std::ffi::CStr;
 

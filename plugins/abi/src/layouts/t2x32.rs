@@ -1,4 +1,4 @@
-//! The private packing `t2x32` ("T2"): 2 bits a weight, in tiles of 16 rows, two tiles to a block.
+//! The public layout `cpu/t2x32` ("T2"): 2 bits a weight, in tiles of 16 rows, two tiles to a block.
 //!
 //! A 64-byte vector j of a tile holds the weights k = 16j .. 16j+15 of its 16 rows, row r in the 32-bit
 //! lane r. Byte i of a lane is
@@ -21,24 +21,27 @@
 use std::ffi::CStr;
 use std::ops::Range;
 
-use bitnet_burn_plugin::canonical;
-use bitnet_burn_plugin::sdk::{KernelError, KernelResult, WeightsRef};
+use super::{check_canonical, check_packed, check_range};
+use crate::canonical;
+use crate::sdk::{KernelError, KernelResult, WeightsRef};
 
-/// The layout's name in the ABI.
+pub use super::BLOCK_ROWS;
+
+/// The layout's name within the plugin `cpu`.
 pub const LAYOUT: &CStr = c"t2x32";
-/// Weight rows in a block: two tiles of 16.
-pub const BLOCK_ROWS: usize = 32;
 /// Weights of a row in a step, one 32-bit lane.
 pub const STEP: usize = 16;
 /// Bytes of a block's step: one 64-byte vector for each of the two tiles.
 pub const STEP_BYTES: usize = 128;
 
 /// Steps of a block of rows of `k` weights.
+#[inline]
 pub const fn steps(k: usize) -> usize {
     k.div_ceil(STEP)
 }
 
 /// Bytes of a block of rows of `k` weights.
+#[inline]
 pub const fn block_bytes(k: usize) -> usize {
     steps(k) * STEP_BYTES
 }
@@ -185,35 +188,6 @@ pub fn unpack(w: &WeightsRef, rows: Range<usize>, out: &mut [u8]) -> KernelResul
                 }
             }
         }
-    }
-    Ok(())
-}
-
-/// That `rows` are whole blocks of `w`, but for a last one cut off at N.
-pub(crate) fn check_range(w: &WeightsRef, rows: &Range<usize>) -> KernelResult {
-    let ends_well = rows.end == w.n() || (rows.end < w.n() && rows.end.is_multiple_of(BLOCK_ROWS));
-    if rows.start > rows.end || !rows.start.is_multiple_of(BLOCK_ROWS) || !ends_well {
-        return Err(KernelError::invalid(format!("rows {rows:?} of {} are not whole blocks of 32", w.n())));
-    }
-    Ok(())
-}
-
-/// That `w` has all bytes of canonical weights.
-pub(crate) fn check_canonical(w: &WeightsRef) -> KernelResult {
-    if canonical::matrix_bytes(w.n(), w.k()).is_none_or(|bytes| w.data().len() < bytes) {
-        return Err(KernelError::invalid(format!(
-            "{} bytes are too few for canonical weights",
-            w.data().len()
-        )));
-    }
-    Ok(())
-}
-
-/// That `w` has all its blocks of `block_bytes`.
-pub(crate) fn check_packed(w: &WeightsRef, block_bytes: usize) -> KernelResult {
-    let needed = w.n().div_ceil(BLOCK_ROWS).checked_mul(block_bytes);
-    if needed.is_none_or(|bytes| w.data().len() < bytes) {
-        return Err(KernelError::invalid(format!("{} bytes are too few for packed weights", w.data().len())));
     }
     Ok(())
 }
