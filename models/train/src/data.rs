@@ -127,7 +127,9 @@ impl Dataset {
                 let document = std::iter::once(begin).chain(encoding.get_ids().iter().copied());
                 document.chain(end).collect()
             };
-            Ok(encodings.iter().map(tokens).collect())
+            let tokens: Vec<Vec<u32>> = encodings.iter().map(tokens).collect();
+            known(tokens.iter().flatten(), size)?;
+            Ok(tokens)
         };
         let validation_texts = validation.iter().map(|&text| text.to_owned()).collect();
         let chat = chat.filter(|_| config.data.task == Task::Sft);
@@ -137,7 +139,9 @@ impl Dataset {
                 number += 1;
                 chat.window(text, number, length)
             });
-            windows.filter_map(Result::transpose).collect()
+            let windows = windows.filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()?;
+            known(windows.iter().flat_map(|window| window.inputs.iter().chain(&window.targets)), size)?;
+            Ok(windows)
         };
         let mut documents = Vec::new();
         for texts in training {
@@ -287,6 +291,17 @@ fn pools(sources: Vec<Tokens>, weights: &[f64], length: usize) -> Result<Vec<Poo
         Ok(Pool { sequences: (tokens - 1) / length, documents, share })
     };
     groups.into_iter().enumerate().map(pool).collect()
+}
+
+/// A tokenizer may have more tokens than its model.
+fn known<'a>(mut tokens: impl Iterator<Item = &'a u32>, size: usize) -> Result<(), TrainError> {
+    match tokens.find(|&&token| token as usize >= size) {
+        None => Ok(()),
+        Some(token) => {
+            let problem = format!("the text has its token {token}, and the model's embedding {size} rows");
+            Err(TrainError::Tokenizer { problem })
+        }
+    }
 }
 
 /// A tokenizer whose own token separates documents.

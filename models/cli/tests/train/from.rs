@@ -73,6 +73,16 @@ fn a_run_from_a_model_keeps_its_tokenizer_and_resumes() {
     refuse(&mut train("bad", "text.txt", &[]), &["text.txt"]);
     refuse(&mut train("bad", "none", &[]), &["none"]);
     let tokenizer = dir.path("first/checkpoints/step-00000008/tokenizer.json");
+    // A token that the embedding has no row for.
+    let original = std::fs::read_to_string(&tokenizer).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&original).unwrap();
+    let added = json["added_tokens"].as_array_mut().unwrap();
+    added.push(serde_json::json!({
+        "id": 300, "content": "fox", "special": false, "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": false,
+    }));
+    std::fs::write(&tokenizer, json.to_string()).unwrap();
+    refuse(&mut train("bad", "first", &[]), &["token 300", "300 rows"]);
     std::fs::remove_file(&tokenizer).unwrap();
     refuse(&mut train("bad", "first", &[]), &["step-00000008", "it has no tokenizer"]);
     assert!(!dir.path("bad").exists());

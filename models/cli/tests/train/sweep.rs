@@ -56,3 +56,20 @@ fn a_plan_states_the_memory_before_anything_is_read() {
         &["run.accumulate"],
     );
 }
+
+#[test]
+fn accumulating_gives_the_gradients_of_the_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = ["1", "4"].map(|parts| {
+        let parts = format!("run.accumulate={parts}");
+        let config = tiny(&["model.n_layers=1", "run.steps=2", &parts]);
+        let mut trainer =
+            Trainer::start(&dir.path().join(&parts), config, &corpus(), &Device::flex()).unwrap();
+        [trainer.step().unwrap(), trainer.step().unwrap()]
+    });
+    for (whole, parts) in rows[0].iter().zip(&rows[1]) {
+        let close = |a: f64, b: f64| (a / b - 1.0).abs() < 1e-4;
+        assert!(close(whole.loss, parts.loss), "{whole:?} {parts:?}");
+        assert!(close(whole.gradient_norm, parts.gradient_norm), "{whole:?} {parts:?}");
+    }
+}
