@@ -484,6 +484,9 @@ impl TrainConfig {
             let problem = format!("is {}; it must be above 0 and at most 0.5", self.data.validation);
             return fail("data.validation", problem);
         }
+        if !self.model.from.as_os_str().is_empty() && !self.tokenizer.file.as_os_str().is_empty() {
+            return fail("tokenizer.file", "is set; a run from a model keeps the model's tokenizer".into());
+        }
         if self.data.task == Task::Sft && self.model.from.as_os_str().is_empty() {
             return fail(
                 "data.task",

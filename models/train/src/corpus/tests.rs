@@ -9,7 +9,7 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 
 use super::*;
-use crate::config::Documents;
+use crate::config::{Documents, Task};
 
 #[test]
 fn one_document_gives_its_end() {
@@ -185,4 +185,38 @@ fn validation_may_have_sources_of_its_own() {
     let (training, kept) = corpus.split(0.1, 1, false);
     assert_eq!((training[0].len(), kept), (40, vec!["three"]));
     assert_ne!(corpus.sha256(), plain.sha256());
+}
+
+/// Lists of objects, as data sets of conversations have them.
+#[test]
+fn conversations_are_read_from_tables_and_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let (table, lines) = (dir.path().join("a.parquet"), dir.path().join("a.jsonl"));
+    let schema =
+        "message rows { OPTIONAL group messages (LIST) { REPEATED group list { OPTIONAL group element {
+        OPTIONAL BYTE_ARRAY role (UTF8); OPTIONAL BYTE_ARRAY content (UTF8); } } } }";
+    let schema = Arc::new(parse_message_type(schema).unwrap());
+    let file = std::fs::File::create(&table).unwrap();
+    let mut writer = SerializedFileWriter::new(file, schema, Arc::default()).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    for texts in [["user", "assistant"], ["Hi", "Hello"]] {
+        let mut column = group.next_column().unwrap().unwrap();
+        let texts = texts.map(ByteArray::from);
+        // One row with two messages, and one without a list.
+        column.typed::<ByteArrayType>().write_batch(&texts, Some(&[4, 4, 0]), Some(&[0, 1, 0])).unwrap();
+        column.close().unwrap();
+    }
+    group.close().unwrap();
+    writer.close().unwrap();
+    let expected = r#"[{"role":"user","content":"Hi"},{"role":"assistant","content":"Hello"}]"#;
+    std::fs::write(&lines, format!("{{\"messages\": {expected}}}\n{{\"messages\": null}}\n")).unwrap();
+    let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    for path in [table, lines] {
+        let options = DataOptions { task: Task::Sft, bad_rows: 1, ..DataOptions::default() };
+        let corpus = read(&[&path], &options).unwrap();
+        assert_eq!((corpus.documents().len(), corpus.bad_row_count()), (1, 1));
+        assert_eq!(value(&corpus.documents()[0]), value(expected));
+        let text = DataOptions { column: "messages".into(), ..DataOptions::default() };
+        assert!(read(&[&path], &text).unwrap_err().contains("is a list"));
+    }
 }
