@@ -38,7 +38,8 @@ fn grid(path: &Path) -> anyhow::Result<Vec<Vec<String>>> {
         });
         let settings: Vec<String> = settings.collect();
         let with = |point: &Vec<String>| {
-            let settings = settings.iter().map(|setting| [&point[..], &[setting.clone()]].concat());
+            let settings =
+                settings.iter().map(|setting| [&point[..], std::slice::from_ref(setting)].concat());
             settings.collect::<Vec<_>>()
         };
         all = all.iter().flat_map(with).collect();
@@ -87,12 +88,12 @@ pub fn run(
             output::note("stopped; the same command continues the sweep");
             Status::Interrupted.exit();
         }
-        let losses = trainer.metrics().rows().iter().filter_map(|row| row.validation_loss);
+        let mut losses = trainer.metrics().rows().iter().filter_map(|row| row.validation_loss);
         let point = Point {
             directory: dir.display().to_string(),
             settings: settings.clone(),
             steps: trainer.steps_done(),
-            validation_loss: losses.last(),
+            validation_loss: losses.next_back(),
         };
         let loss = point.validation_loss.map_or("-".into(), |loss| format!("{loss:.4}"));
         output::note(format!("{} of {}: {settings}: validation loss {loss}", number + 1, runs.len()));
