@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod compare;
 mod constraint;
+mod distill;
 mod embed;
 mod engine;
 mod export;
@@ -26,6 +27,7 @@ mod sampling;
 mod serve;
 mod settings;
 mod status;
+mod sweep;
 mod synth;
 mod tokenize;
 mod train;
@@ -117,6 +119,7 @@ enum Command {
     Logits(logits::LogitsArgs),
     Compare(Box<compare::CompareArgs>),
     Train(train::TrainArgs),
+    Distill(distill::DistillArgs),
     Export(export::ExportArgs),
     Convert(export::ConvertArgs),
     Prepack(prepack::PrepackArgs),
@@ -172,6 +175,7 @@ fn program() -> ExitCode {
         Command::Perplexity(args) => perplexity::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Train(args) => train::run(args),
+        Command::Distill(args) => distill::run(args),
         Command::Export(args) => export::export(args),
         Command::Convert(args) => export::convert(args),
         Command::Prepack(args) => prepack::run(args),

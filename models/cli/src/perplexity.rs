@@ -8,7 +8,7 @@ use bitnet_burn_engine::compare::negative_log_likelihood;
 use bitnet_burn_engine::generate::logits;
 use bitnet_burn_engine::report::{Execution, ModelSummary};
 use bitnet_burn_engine::text::human_seconds;
-use bitnet_burn_train::{Corpus, Documents};
+use bitnet_burn_train::{Corpus, DataOptions, Documents};
 use clap::Args;
 use serde::Serialize;
 
@@ -84,7 +84,11 @@ struct Output {
 pub fn run(args: PerplexityArgs) -> anyhow::Result<()> {
     let text = args.file.as_deref().map(read_text).transpose()?;
     let documents = match &args.documents {
-        Some(path) => Some(Corpus::read(std::slice::from_ref(path), Documents::Line)?),
+        Some(path) => {
+            let mut options = DataOptions::default();
+            options.documents = Documents::Line;
+            Some(Corpus::read(std::slice::from_ref(path), &options)?)
+        }
         None => None,
     };
     let wants_tokenizer = text.is_some() || documents.is_some();

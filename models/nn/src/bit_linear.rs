@@ -91,6 +91,8 @@ pub struct BitLinear {
     d_output: usize,
     #[module(skip)]
     quantisation: Quantisation,
+    #[module(skip)]
+    quantised_share: f32,
 }
 
 /// The weights of a [`BitLinear`].
@@ -145,6 +147,7 @@ impl BitLinearConfig {
             d_input: k,
             d_output: n,
             quantisation: self.quantisation(),
+            quantised_share: 1.0,
         }
     }
 }
@@ -159,7 +162,7 @@ impl BitLinear {
 
     fn of(weight: BitLinearWeight, [n, k]: [usize; 2], quantisation: Quantisation) -> Self {
         let (bias, norm, rotation) = (None, None, None);
-        Self { weight, bias, norm, rotation, d_input: k, d_output: n, quantisation }
+        Self { weight, bias, norm, rotation, d_input: k, d_output: n, quantisation, quantised_share: 1.0 }
     }
 
     /// A layer in the packed state, without norm and bias.
@@ -208,6 +211,13 @@ impl BitLinear {
     /// How it quantises. (Dense layers quantise nothing.)
     pub fn quantisation(&self) -> Quantisation {
         self.quantisation
+    }
+
+    /// Sets how far training quantises: a layer in the training state computes with `x + share * (quantised(x) - x)` for
+    /// weights and activations. 1, the default, is what [`pack`](Self::pack) keeps; a share that rises from 0 to 1 lets a
+    /// float model become ternary step by step (the warm-up of Llama3-8B-1.58).
+    pub fn set_quantised_share(&mut self, share: f32) {
+        self.quantised_share = share;
     }
 
     /// Activations of a row that share a scale, as [`Quantisation::activation_group`] says.
@@ -426,7 +436,8 @@ fn latent_linears(x: Tensor<2>, quantise: bool, layers: &[&BitLinear]) -> Tensor
         .iter()
         .map(|layer| match &layer.weight {
             BitLinearWeight::Latent(weight) if quantise => {
-                ops::ternarise(weight.val(), layer.quantisation.scale)
+                let scale = layer.quantisation.scale;
+                partly(weight.val(), layer.quantised_share, |weight| ops::ternarise(weight, scale))
             }
             BitLinearWeight::Latent(weight) => weight.val(),
             BitLinearWeight::Packed(_) | BitLinearWeight::Dense(_) => {
@@ -436,10 +447,19 @@ fn latent_linears(x: Tensor<2>, quantise: bool, layers: &[&BitLinear]) -> Tensor
         .collect();
     let weight = if weights.len() == 1 { weights.remove(0) } else { Tensor::cat(weights, 0) };
     let x = match layers[0].activation_group() {
-        Some(group) if quantise => ops::fake_quantise(x, group),
+        Some(group) if quantise => partly(x, layers[0].quantised_share, |x| ops::fake_quantise(x, group)),
         _ => x,
     };
     x.matmul(weight.transpose())
+}
+
+/// x + share * (quantised(x) - x), with the gradient of x.
+fn partly(x: Tensor<2>, share: f32, quantise: impl FnOnce(Tensor<2>) -> Tensor<2>) -> Tensor<2> {
+    if share >= 1.0 {
+        return quantise(x);
+    }
+    let fixed = x.clone().detach();
+    x + (quantise(fixed.clone()) - fixed) * share
 }
 
 impl ModuleDisplay for BitLinear {

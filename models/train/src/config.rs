@@ -31,6 +31,8 @@ pub struct TrainConfig {
     pub tokenizer: TokenizerOptions,
     /// The text.
     pub data: DataOptions,
+    /// Learning from another model.
+    pub distill: DistillOptions,
     /// AdamW and its schedule.
     pub optimizer: OptimizerOptions,
     /// Steps, evaluations and checkpoints.
@@ -42,6 +44,9 @@ pub struct TrainConfig {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct ModelOptions {
+    /// A model to begin with, a GGUF file, a Hugging Face directory or a training run: its sizes and its tokenizer take the
+    /// place of those in the configuration. Empty: from nothing.
+    pub from: PathBuf,
     /// The model's name in exported files.
     pub name: String,
     /// Width of the residual stream. (I2_S files need multiples of 128.)
@@ -76,6 +81,9 @@ pub struct ModelOptions {
     /// How activations are quantised: `model` (`row` with one scale for each tensor, else `group:32`), `row`, `group:N` or
     /// `float`.
     pub activations: ActivationRule,
+    /// Steps over which quantisation is blended in, for a model that begins as floats: step i computes with i / N of it.
+    /// 0: quantised from the start.
+    pub quantisation_warmup: u64,
 }
 
 impl ModelOptions {
@@ -89,6 +97,7 @@ impl ModelOptions {
 impl Default for ModelOptions {
     fn default() -> Self {
         Self {
+            from: PathBuf::new(),
             name: "bitnet-burn".into(),
             hidden_size: 256,
             intermediate_size: 640,
@@ -105,8 +114,53 @@ impl Default for ModelOptions {
             ternary: true,
             scales: WeightScale::Tensor,
             activations: ActivationRule::Model,
+            quantisation_warmup: 0,
         }
     }
+}
+
+/// Learning from another model: a student with ternary projections from a teacher of the same vocabulary.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct DistillOptions {
+    /// The model to learn from; empty: none. Without `model.from` the student begins with its weights.
+    pub teacher: PathBuf,
+    /// Whether the student gets RMSNorms before its output and down projections, as BitDistill (arXiv 2510.13998) has it.
+    pub sub_norms: bool,
+    /// How the first ternary weights are chosen: `calibrated` or `absmean`.
+    pub initial: Initial,
+    /// Weight of the loss on the text, -ln p.
+    pub cross_entropy: f64,
+    /// Weight of the divergence from the teacher's probabilities.
+    pub logits: f64,
+    /// Both models' logits are divided by this for the divergence, which is multiplied by its square.
+    pub temperature: f64,
+}
+
+impl Default for DistillOptions {
+    fn default() -> Self {
+        Self {
+            teacher: PathBuf::new(),
+            sub_norms: false,
+            initial: Initial::Calibrated,
+            cross_entropy: 1.0,
+            logits: 1.0,
+            temperature: 1.0,
+        }
+    }
+}
+
+/// How the first ternary weights of a distillation are chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Initial {
+    /// With the scales that keep the outputs of each layer on the text. With a warm-up of quantisation as `Absmean`: it begins
+    /// with the float weights themselves.
+    #[default]
+    Calibrated,
+    /// As BitNet's rule makes them of the float weights.
+    Absmean,
 }
 
 /// The tokenizer: a given one, or one trained on the text (byte-level BPE).
@@ -126,7 +180,7 @@ impl Default for TokenizerOptions {
     }
 }
 
-/// How files of plain text are cut into documents. JSON Lines have one in the `text` of every line.
+/// How files of plain text are cut into documents. JSON Lines and Parquet have one in every row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Documents {
@@ -144,17 +198,59 @@ pub enum Documents {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct DataOptions {
+    /// What is learned: `text`, or conversations (`sft`), of which the assistant's part counts.
+    pub task: Task,
+    /// The Jinja template of conversations, for a model that has none; empty: the model's own.
+    pub chat_template: PathBuf,
     /// How plain text is cut into documents: `file`, `paragraph` or `line`.
     pub documents: Documents,
+    /// The key in JSON Lines and the column in Parquet. Empty: `text`, and for conversations `messages`, a list of objects
+    /// with `role` and `content`.
+    pub column: String,
+    /// Rows of JSON Lines and Parquet that may be left out because they hold no text.
+    pub bad_rows: u64,
+    /// The shares in which sequences are drawn from the sources of text, a number for each; empty: each document once an
+    /// epoch.
+    pub weights: Vec<f64>,
     /// The share of the documents that is kept for validation, above 0 and up to 0.5. Of fewer than 20
-    /// documents, it is the last part of each.
+    /// documents, it is the last part of each. Unused where there is text for validation.
     pub validation: f64,
 }
 
 impl Default for DataOptions {
     fn default() -> Self {
-        Self { documents: Documents::File, validation: 0.02 }
+        Self {
+            task: Task::Text,
+            chat_template: PathBuf::new(),
+            documents: Documents::File,
+            column: String::new(),
+            bad_rows: 0,
+            weights: Vec::new(),
+            validation: 0.02,
+        }
     }
+}
+
+impl DataOptions {
+    /// The key of documents in JSON Lines, and the column in Parquet.
+    pub fn column(&self) -> &str {
+        match (&self.column[..], self.task) {
+            ("", Task::Text) => "text",
+            ("", Task::Sft) => "messages",
+            (column, _) => column,
+        }
+    }
+}
+
+/// What is learned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Task {
+    /// Text: each token.
+    #[default]
+    Text,
+    /// Conversations: what the assistant says.
+    Sft,
 }
 
 /// AdamW with the two stages of the BitNet b1.58 reports ("The Era of 1-bit LLMs: Training Tips, Code and
@@ -210,12 +306,20 @@ pub struct RunOptions {
     pub steps: u64,
     /// Sequences a step.
     pub batch_size: usize,
+    /// Parts of a step's sequences that are computed one after the other, to save memory. It divides `batch_size`.
+    pub accumulate: usize,
     /// Tokens of a sequence; 0: the model's context.
     pub sequence_length: usize,
     /// Steps between evaluations on the validation set.
     pub evaluate_every: u64,
     /// Sequences of the validation set that an evaluation looks at; 0: all.
     pub evaluation_sequences: usize,
+    /// Evaluations without a better validation loss after which the run ends; 0: never.
+    pub patience: u64,
+    /// Prompts that the model continues at each evaluation.
+    pub samples: Vec<String>,
+    /// Tokens that it writes.
+    pub sample_tokens: usize,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
     /// Checkpoints that are kept, the newest ones.
@@ -227,9 +331,13 @@ impl Default for RunOptions {
         Self {
             steps: 1500,
             batch_size: 16,
+            accumulate: 1,
             sequence_length: 0,
             evaluate_every: 100,
             evaluation_sequences: 128,
+            patience: 0,
+            samples: Vec::new(),
+            sample_tokens: 40,
             checkpoint_every: 250,
             keep: 2,
         }
@@ -342,6 +450,7 @@ impl TrainConfig {
         for (key, value) in [
             ("run.steps", run.steps),
             ("run.batch_size", run.batch_size as u64),
+            ("run.accumulate", run.accumulate as u64),
             ("run.evaluate_every", run.evaluate_every),
             ("run.checkpoint_every", run.checkpoint_every),
             ("run.keep", run.keep as u64),
@@ -349,6 +458,13 @@ impl TrainConfig {
             if value == 0 {
                 return fail(key, "is 0; it must be at least 1".into());
             }
+        }
+        if !run.batch_size.is_multiple_of(run.accumulate) {
+            let problem = format!(
+                "is {}, which does not divide the {} sequences of a step",
+                run.accumulate, run.batch_size
+            );
+            return fail("run.accumulate", problem);
         }
         let (length, context) = (self.sequence_length(), self.model.context_length);
         if length < 2 || length > context {
@@ -368,6 +484,18 @@ impl TrainConfig {
             let problem = format!("is {}; it must be above 0 and at most 0.5", self.data.validation);
             return fail("data.validation", problem);
         }
+        if !self.model.from.as_os_str().is_empty() && !self.tokenizer.file.as_os_str().is_empty() {
+            return fail("tokenizer.file", "is set; a run from a model keeps the model's tokenizer".into());
+        }
+        if self.data.task == Task::Sft && self.model.from.as_os_str().is_empty() {
+            return fail(
+                "data.task",
+                "is sft; conversations need a model to begin with (`model.from`)".into(),
+            );
+        }
+        if let Some(weight) = self.data.weights.iter().find(|w| !(w.is_finite() && **w > 0.0)) {
+            return fail("data.weights", format!("has {weight}; weights are finite and above 0"));
+        }
         for (key, value, max) in [
             ("optimizer.learning_rate", optimizer.learning_rate, 1.0),
             ("optimizer.second_stage", optimizer.second_stage, 1.0),
@@ -377,6 +505,9 @@ impl TrainConfig {
             ("optimizer.beta2", f64::from(optimizer.beta2), 0.99999),
             ("optimizer.epsilon", f64::from(optimizer.epsilon), 1.0),
             ("optimizer.gradient_clipping", optimizer.gradient_clipping, 1e9),
+            ("distill.cross_entropy", self.distill.cross_entropy, 1e6),
+            ("distill.logits", self.distill.logits, 1e6),
+            ("distill.temperature", self.distill.temperature, 1e3),
         ] {
             if !(0.0..=max).contains(&value) {
                 return fail(key, format!("is {value}; it must lie between 0 and {max}"));
@@ -384,6 +515,15 @@ impl TrainConfig {
         }
         if optimizer.learning_rate == 0.0 {
             return fail("optimizer.learning_rate", "is 0; nothing would be learned".into());
+        }
+        if self.distill.temperature == 0.0 {
+            return fail("distill.temperature", "is 0; logits are divided by it".into());
+        }
+        if self.distill.cross_entropy + self.distill.logits == 0.0 {
+            return fail(
+                "distill.logits",
+                "and `distill.cross_entropy` are 0; nothing would be learned".into(),
+            );
         }
         if optimizer.epsilon == 0.0 {
             return fail("optimizer.epsilon", "is 0; a step could divide by zero".into());
@@ -421,6 +561,23 @@ impl TrainConfig {
             if self.second_stage(step) { 2.0 * o.second_stage * o.learning_rate } else { o.learning_rate };
         // The first stage falls as if it were to end with the run; the second one begins half-way.
         (peak * rest).max(o.final_learning_rate)
+    }
+
+    /// How far a step quantises, from 0: lambda = min(step / N, 1), as in the warm-up of Llama3-8B-1.58 (Hugging Face,
+    /// "Fine-tuning LLMs to 1.58bit").
+    pub fn quantised_share(&self, step: u64) -> f64 {
+        match self.model.quantisation_warmup {
+            0 => 1.0,
+            warmup => (step as f64 / warmup as f64).min(1.0),
+        }
+    }
+
+    /// Whether a run chooses its first scales by the outputs of the layers.
+    pub(crate) fn calibrates(&self) -> bool {
+        let d = &self.distill;
+        d.initial == Initial::Calibrated
+            && self.model.quantisation_warmup == 0
+            && d.teacher == self.model.from
     }
 
     /// Whether a step is in the second half.
@@ -476,6 +633,13 @@ mod tests {
             ("model.activations=int8", "model, row, group:N, float"),
             ("data.validation=0.9", "0.5"),
             ("data.documents=page", "paragraph"),
+            ("data.weights=[1, 0]", "above 0"),
+            ("data.weights=1", "sequence"),
+            ("data.bad_rows=-1", "data.bad_rows"),
+            ("data.task=sft", "model.from"),
+            ("distill.temperature=0", "divided by it"),
+            ("distill.initial=best", "calibrated"),
+            ("run.accumulate=3", "does not divide the 16"),
             ("tokenizer.vocab_size=100", "257"),
             ("optimizer.learning_rate=nan", "learning_rate"),
             ("optimizer.learning_rate=0", "learning_rate"),

@@ -20,10 +20,17 @@ pub struct Row {
     pub tokens: u64,
     /// Mean -ln p of the step's tokens, before the step.
     pub loss: f64,
+    /// Mean divergence of the step's tokens from the teacher's probabilities, in nats (times the temperature squared), before
+    /// the step.
+    pub divergence: Option<f64>,
     /// Learning rate.
     pub learning_rate: f64,
     /// Norm of all gradients, before clipping.
     pub gradient_norm: f64,
+    /// How far weights and activations were quantised: 1 is ternary and int8.
+    pub quantised: f64,
+    /// The share of the ternary codes that this step changed; of steps before an evaluation.
+    pub flipped: Option<f64>,
     /// Tokens a second of this step.
     pub tokens_per_second: f64,
     /// Mean -ln p of a token of the validation set, after the step.
@@ -203,8 +210,11 @@ mod tests {
             step,
             tokens: step * 100,
             loss: 5.0 / step as f64,
+            divergence: None,
             learning_rate: 1e-3,
             gradient_norm: 1.0,
+            quantised: 1.0,
+            flipped: None,
             tokens_per_second: 10.0,
             validation_loss: step.is_multiple_of(2).then_some(4.0 / step as f64),
             validation_perplexity: None,

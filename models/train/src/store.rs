@@ -13,18 +13,25 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::calibrate::LayerFit;
+use crate::config::Task;
+use crate::export::TOKENIZER_FILES;
+use crate::origin::TokenizerFiles;
 use crate::{Dataset, TrainConfig, TrainError};
-use bitnet_burn::{BitNet, Quantisation};
+use bitnet_burn::{BitNet, ModelConfig, Quantisation};
 use bitnet_burn_engine::hf;
 
 const CONFIG: &str = "config.toml";
 pub(super) const TOKENIZER: &str = "tokenizer.json";
+pub(super) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 const VALIDATION: &str = "validation.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 const OPTIMIZER: &str = "optimizer.bpk";
 const STATE: &str = "training.json";
 const MODEL: &str = "model.safetensors";
 const MASTERS: &str = "masters.safetensors";
+const MODEL_CONFIG: &str = "model.json";
+const FITS: &str = "layers.csv";
 /// As `sha256sum` writes and checks it.
 const CHECKSUMS: &str = "SHA256SUMS";
 
@@ -45,15 +52,54 @@ pub fn config_of(dir: &Path) -> Result<TrainConfig, TrainError> {
     TrainConfig::read(&dir.join(CONFIG))
 }
 
-/// Writes what a run begins with. The configuration comes last: without it there is no run.
-pub(super) fn begin(dir: &Path, config: &TrainConfig, data: &Dataset) -> Result<(), TrainError> {
+/// Writes what a run begins with: for a run from a model also what that is, and its tokenizer's files. The configuration comes
+/// last: without it there is no run.
+pub(super) fn begin(
+    dir: &Path,
+    config: &TrainConfig,
+    data: &Dataset,
+    origin: Option<&(ModelConfig, TokenizerFiles)>,
+) -> Result<(), TrainError> {
     let checkpoints = dir.join(CHECKPOINTS);
     std::fs::create_dir_all(&checkpoints).map_err(TrainError::io(&checkpoints, "make the directory"))?;
-    let lines: String =
-        data.validation_texts.iter().map(|text| json!({ "text": text }).to_string() + "\n").collect();
+    let line = |text: &String| match (config.data.task, serde_json::from_str::<serde_json::Value>(text)) {
+        (Task::Sft, Ok(messages)) => json!({ "messages": messages }).to_string() + "\n",
+        _ => json!({ "text": text }).to_string() + "\n",
+    };
+    let lines: String = data.validation_texts.iter().map(line).collect();
     write_file(&dir.join(VALIDATION), lines.as_bytes())?;
     write_file(&dir.join(TOKENIZER), &data.tokenizer_json)?;
+    if let Some((model, files)) = origin {
+        for (name, bytes) in files {
+            write_file(&dir.join(name), bytes)?;
+        }
+        write_file(&dir.join(MODEL_CONFIG), format!("{:#}\n", json!(model)).as_bytes())?;
+    }
     write_file(&dir.join(CONFIG), config.to_toml().as_bytes())
+}
+
+/// What the model of a run is that did not begin from nothing.
+pub(super) fn model_config(dir: &Path) -> Result<Option<ModelConfig>, TrainError> {
+    let path = dir.join(MODEL_CONFIG);
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(TrainError::io(&path, "read")(error)),
+    };
+    let wrong = |problem: String| TrainError::Model { path: path.clone(), problem };
+    let config: ModelConfig = serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))?;
+    config.validate().map_err(|error| wrong(error.to_string()))?;
+    Ok(Some(config))
+}
+
+/// Writes what ternary weights lose before training.
+pub(super) fn write_fits(dir: &Path, fits: &[LayerFit]) -> Result<(), TrainError> {
+    let path = dir.join(FITS);
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    let written = fits.iter().try_for_each(|fit| writer.serialize(fit));
+    let failed = |error: String| TrainError::io(&path, "write")(std::io::Error::other(error));
+    written.map_err(|error| failed(error.to_string()))?;
+    write_file(&path, &writer.into_inner().map_err(|error| failed(error.to_string()))?)
 }
 
 /// Removes checkpoints that were never finished.
@@ -165,7 +211,16 @@ fn masters_file(config: &TrainConfig) -> &'static str {
 
 /// Reads the float masters of a checkpoint.
 pub(super) fn parameters(checkpoint: &Path, config: &TrainConfig) -> Result<Parameters, TrainError> {
-    let path = checkpoint.join(masters_file(config));
+    read_masters(checkpoint.join(masters_file(config)))
+}
+
+/// The float masters that a checkpoint has in a file of their own.
+pub(super) fn extra_masters(checkpoint: &Path) -> Result<Option<Parameters>, TrainError> {
+    let path = checkpoint.join(MASTERS);
+    if path.exists() { read_masters(path).map(Some) } else { Ok(None) }
+}
+
+fn read_masters(path: PathBuf) -> Result<Parameters, TrainError> {
     let bytes = std::fs::read(&path).map_err(TrainError::io(&path, "read"))?;
     let wrong = |problem: String| TrainError::Checkpoint { path: path.clone(), problem };
     let file = SafeTensors::deserialize(&bytes).map_err(|error| wrong(error.to_string()))?;
@@ -181,10 +236,10 @@ pub(super) fn parameters(checkpoint: &Path, config: &TrainConfig) -> Result<Para
 }
 
 impl Parameters {
-    pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>, TrainError> {
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, TrainError> {
         let wrong = |problem: String| TrainError::Checkpoint { path: self.path.clone(), problem };
-        match self.tensors.remove(name) {
-            Some((found, values)) if found == shape => Ok(values),
+        match self.tensors.get(name) {
+            Some((found, values)) if found == shape => Ok(values.clone()),
             Some((found, _)) => Err(wrong(format!(
                 "tensor `{name}` is {found:?}; the run's model and vocabulary ask for {shape:?}"
             ))),
@@ -234,6 +289,7 @@ pub(super) fn write(
         }
     }
     hf::write_bytes(&at.join(TOKENIZER), &data.tokenizer_json)?;
+    // The other files of the tokenizer are those of the model that the run began with, if it began with one.
     let tokenizer_config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": crate::END_OF_TEXT,
@@ -241,7 +297,16 @@ pub(super) fn write(
         "clean_up_tokenization_spaces": false,
         "model_max_length": config.model.context_length,
     });
-    hf::write_json(&at.join("tokenizer_config.json"), &tokenizer_config)?;
+    if !dir.join(MODEL_CONFIG).exists() {
+        hf::write_json(&at.join("tokenizer_config.json"), &tokenizer_config)?;
+    }
+    for name in TOKENIZER_FILES.iter().filter(|&&name| name != TOKENIZER) {
+        let file = dir.join(name);
+        if file.exists() {
+            let bytes = std::fs::read(&file).map_err(TrainError::io(&file, "read"))?;
+            hf::write_bytes(&at.join(name), &bytes)?;
+        }
+    }
     let record = optimizer
         .to_record()
         .into_bytes()

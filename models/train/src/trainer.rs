@@ -7,7 +7,7 @@
 //! use burn::tensor::Device;
 //!
 //! let config = TrainConfig::default();
-//! let corpus = Corpus::read(&["stories.txt".into()], config.data.documents)?;
+//! let corpus = Corpus::read(&["stories.txt".into()], &config.data)?;
 //! let mut trainer = Trainer::start("run".as_ref(), config, &corpus, &Device::flex())?;
 //! trainer.run(&AtomicBool::new(false), &mut |event| {
 //!     if let Event::Evaluation { step, evaluation } = event {
@@ -23,6 +23,7 @@
 //! masters (or, where these are in a file of their own, ternary values), beside the optimiser's state. A checkpoint is there as
 //! a whole or not at all.
 
+use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,100 +31,19 @@ use std::time::{Duration, Instant};
 
 use bitnet_burn_backends::ops;
 use bitnet_burn_formats::random::SplitMix64;
-use burn::module::{Module, ModuleVisitor, Param, ParamGroup, ParamId};
-use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
-use burn::tensor::{Device, Tensor};
+use burn::module::Module;
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::tensor::{Device, Tensor, TensorData};
 
 use bitnet_burn::{BitNet, ForwardError, ModelConfig, names};
-use bitnet_burn_engine::hf::HfWriteError;
 
+use crate::calibrate::{LayerFit, calibrate};
+use crate::distill::Teacher;
+use crate::optimizer::{Optimizer, Scale, SquareSum, scalar};
+use crate::origin::{self, Origin};
 use crate::store::{self, config_of, is_run, newest};
-use crate::{Corpus, Dataset, Epoch, Metrics, MetricsRow, TrainConfig, Window};
-
-/// Why training did not start, or ended.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TrainError {
-    /// The operating system refused.
-    #[error("{}: cannot {action}: {error}", path.display())]
-    Io {
-        /// The file or directory.
-        path: PathBuf,
-        /// What was attempted.
-        action: &'static str,
-        /// The system's answer.
-        error: std::io::Error,
-    },
-    /// A key or value that a run can't have.
-    #[error("{place}: {problem}")]
-    Config {
-        /// The file, the key or the assignment.
-        place: String,
-        /// What is wrong.
-        problem: String,
-    },
-    /// A file of text.
-    #[error("{}: {problem}", path.display())]
-    Text {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong, and where.
-        problem: String,
-    },
-    /// The tokenizer.
-    #[error("the tokenizer: {problem}")]
-    Tokenizer {
-        /// What is wrong.
-        problem: String,
-    },
-    /// Too little text.
-    #[error("{problem}")]
-    TooLittle {
-        /// How much there is, and how much is needed.
-        problem: String,
-    },
-    /// The directory of the run.
-    #[error("{}: {problem}", path.display())]
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// What is wrong.
-        problem: String,
-    },
-    /// A checkpoint that can't be continued from.
-    #[error("{}: {problem}", path.display())]
-    Checkpoint {
-        /// The file or directory.
-        path: PathBuf,
-        /// What is wrong.
-        problem: String,
-    },
-    /// A checkpoint that could not be written.
-    #[error("the checkpoint was not written: {0}")]
-    Write(#[from] HfWriteError),
-    /// The loss is no longer a number.
-    #[error(
-        "step {step}: the loss is {loss}: training has diverged; resume from the last checkpoint, or start again \
-         with a lower `optimizer.learning_rate` (it is {learning_rate:e})"
-    )]
-    Diverged {
-        /// The step.
-        step: u64,
-        /// The loss.
-        loss: f32,
-        /// The learning rate of the step.
-        learning_rate: f64,
-    },
-    /// The forward pass.
-    #[error(transparent)]
-    Forward(#[from] ForwardError),
-}
-
-impl TrainError {
-    pub(crate) fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
-        move |error| Self::Io { path: path.to_owned(), action, error }
-    }
-}
+use crate::watch::{self, Sample, Samples};
+use crate::{Batch, Corpus, Dataset, Epoch, Metrics, MetricsRow, TrainConfig, TrainError, Window};
 
 /// The mean loss over a set of sequences.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -158,6 +78,8 @@ pub enum Event<'a> {
         /// The result.
         evaluation: Evaluation,
     },
+    /// The model wrote a text.
+    Sample(&'a Sample),
     /// A checkpoint was written.
     Checkpoint(&'a Path),
 }
@@ -169,6 +91,8 @@ pub enum Outcome {
     Done,
     /// It was asked to stop, and wrote a checkpoint.
     Stopped,
+    /// The validation loss no longer fell, as `run.patience` says; it wrote a checkpoint.
+    Converged,
 }
 
 /// A training run.
@@ -181,106 +105,77 @@ pub struct Trainer {
     data: Dataset,
     epoch: Epoch,
     model: BitNet,
+    teacher: Option<Teacher>,
+    fits: Vec<LayerFit>,
+    untrained: Option<Evaluation>,
     optimizer: Optimizer,
     /// Steps done.
     step: u64,
     metrics: Metrics,
-}
-
-/// AdamW, with weight decay for the matrices alone.
-#[derive(Clone)]
-struct Optimizer(ModuleOptimizer);
-
-impl std::fmt::Debug for Optimizer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("AdamW")
-    }
-}
-
-impl Optimizer {
-    fn new(config: &TrainConfig, step: u64, model: &BitNet) -> Self {
-        let o = &config.optimizer;
-        let adam = AdamWConfig::new().with_beta_1(o.beta1).with_beta_2(o.beta2).with_epsilon(o.epsilon);
-        let decaying = adam.clone().with_weight_decay(config.weight_decay(step)).build();
-        let mut norms = Vectors(Vec::new());
-        model.visit(&mut norms);
-        let group = ParamGroup::from_ids(norms.0);
-        Self(ModuleOptimizer::from(decaying).with_group(group, adam.with_weight_decay(0.0).build(), None))
-    }
-}
-
-/// Collects the parameters that are vectors: the norms.
-struct Vectors(Vec<ParamId>);
-
-impl ModuleVisitor for Vectors {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if D == 1 {
-            self.0.push(param.id);
-        }
-    }
-}
-
-/// Adds up the squares of all gradients.
-struct SquareSum<'a> {
-    grads: &'a GradientsParams,
-    sum: f64,
-}
-
-impl ModuleVisitor for SquareSum<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(grad) = self.grads.get::<D>(param.id) {
-            self.sum += f64::from(scalar(grad.square().sum()));
-        }
-    }
-}
-
-/// Multiplies all gradients.
-struct Scale<'a> {
-    grads: &'a mut GradientsParams,
-    factor: f64,
-}
-
-impl ModuleVisitor for Scale<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(grad) = self.grads.remove::<D>(param.id) {
-            self.grads.register(param.id, grad * self.factor);
-        }
-    }
-}
-
-fn scalar(tensor: Tensor<1>) -> f32 {
-    tensor.into_data().iter::<f32>().next().expect("a scalar has a value")
+    samples: Samples,
 }
 
 impl Trainer {
     /// Begins a run in a directory, which is made and must not hold one.
     ///
     /// # Errors
-    /// If the configuration, the text or the tokenizer is wrong, or the directory can't be written.
+    /// If the configuration, the text, the tokenizer or a model that it names is wrong, or the directory can't be written.
     pub fn start(
         dir: &Path,
-        config: TrainConfig,
+        mut config: TrainConfig,
         corpus: &Corpus,
         device: &Device,
     ) -> Result<Self, TrainError> {
-        config.validate()?;
         if is_run(dir) {
             return Err(TrainError::Directory {
                 path: dir.to_owned(),
                 problem: "there is a training run in it; resume that, or choose another directory".into(),
             });
         }
-        let data = Dataset::new(corpus, &config, None)?;
-        let model_config = config.model_config(data.vocab_size, data.end_of_text);
+        for path in [&mut config.model.from, &mut config.distill.teacher] {
+            if !path.as_os_str().is_empty() {
+                *path = origin::absolute(path)?;
+            }
+        }
+        if config.model.from.as_os_str().is_empty() {
+            config.model.from = config.distill.teacher.clone();
+        }
+        let origin = Origin::of(&config, device)?;
+        let begin = match &origin {
+            None => None,
+            Some(origin) => {
+                let mut files = origin.tokenizer_files()?;
+                let template = &config.data.chat_template;
+                if !template.as_os_str().is_empty() {
+                    let text = std::fs::read(template).map_err(TrainError::io(template, "read"))?;
+                    files.retain(|(name, _)| name != store::CHAT_TEMPLATE);
+                    files.push((store::CHAT_TEMPLATE.into(), text));
+                }
+                Some((origin.adopt(&mut config)?, files))
+            }
+        };
+        config.validate()?;
+        let (data, model_config) = match &begin {
+            None => {
+                let data = Dataset::new(corpus, &config, None)?;
+                let model_config = config.model_config(data.vocab_size, data.begin);
+                (data, model_config)
+            }
+            Some((model, files)) => {
+                let vocabulary = origin::vocabulary(files, config.data.task, model, &config.model.from)?;
+                (Dataset::new(corpus, &config, Some(vocabulary))?, model.clone())
+            }
+        };
         let in_config = |error: bitnet_burn::ConfigError| TrainError::Config {
             place: format!("`model.{}`", error.field),
             problem: error.problem,
         };
         model_config.validate().map_err(in_config)?;
+        let teacher = Teacher::of(&config, &data, &model_config, device)?;
         std::fs::create_dir_all(dir).map_err(TrainError::io(dir, "make the directory"))?;
         let lock = lock(dir)?;
-        store::begin(dir, &config, &data)?;
-        Self::fresh(dir, lock, config, data, &model_config, device)
+        store::begin(dir, &config, &data, begin.as_ref())?;
+        Self::fresh(dir, lock, (config, data, model_config), (origin, teacher), device)
     }
 
     /// Continues the run in a directory from its newest checkpoint, or from the beginning if it has none:
@@ -296,55 +191,113 @@ impl Trainer {
         store::clean(dir);
         let tokenizer = dir.join(store::TOKENIZER);
         let tokenizer = std::fs::read(&tokenizer).map_err(TrainError::io(&tokenizer, "read"))?;
-        let data = Dataset::new(corpus, &config, Some(tokenizer))?;
-        let model_config = config.model_config(data.vocab_size, data.end_of_text);
+        let (data, model_config) = match store::model_config(dir)? {
+            None => {
+                let data = Dataset::new(corpus, &config, Some(crate::data::separated(tokenizer)?))?;
+                let model_config = config.model_config(data.vocab_size, data.begin);
+                (data, model_config)
+            }
+            Some(model) => {
+                let files = origin::files_in(dir)?;
+                let vocabulary = origin::vocabulary(&files, config.data.task, &model, dir)?;
+                (Dataset::new(corpus, &config, Some(vocabulary))?, model)
+            }
+        };
+        let teacher = Teacher::of(&config, &data, &model_config, device)?;
         let Some(path) = newest(dir)? else {
-            return Self::fresh(dir, lock, config, data, &model_config, device);
+            let origin = Origin::of(&config, device)?;
+            return Self::fresh(dir, lock, (config, data, model_config), (origin, teacher), device);
         };
         let state = store::State::read(&path)?;
         state.check(&path, &config, &data)?;
-        let mut values = store::parameters(&path, &config)?;
+        let values = store::parameters(&path, &config)?;
         let device = device.clone().autodiff();
         let quantisation = config.model.quantisation();
         let model = BitNet::trainable(&model_config, quantisation, &device, &mut |name, shape| {
-            values.take(name, shape)
+            values.get(name, shape)
         })?;
         let optimizer = Optimizer::new(&config, state.step, &model);
         let optimizer = Optimizer(optimizer.0.load_record(store::optimizer(&path)?));
         let metrics = Metrics::resume(dir, state.step)?;
-        let epoch = Epoch::default();
+        let samples = Samples::resume(dir, state.step)?;
         Ok(Self {
             dir: dir.to_owned(),
             _lock: lock,
             config,
             data,
-            epoch,
+            epoch: Epoch::default(),
             model,
+            teacher,
+            fits: Vec::new(),
+            untrained: None,
             optimizer,
             step: state.step,
             metrics,
+            samples,
         })
     }
 
     fn fresh(
         dir: &Path,
         lock: File,
-        config: TrainConfig,
-        data: Dataset,
-        model_config: &ModelConfig,
+        (config, data, model_config): (TrainConfig, Dataset, ModelConfig),
+        (origin, teacher): (Option<Origin>, Option<Teacher>),
         device: &Device,
     ) -> Result<Self, TrainError> {
         let mut random = SplitMix64::new(config.seed);
+        let quantisation = config.model.quantisation();
+        let (mut chosen, mut fits) = (BTreeMap::new(), Vec::new());
+        if let (Some(origin), Some(teacher), Some(quantisation)) = (&origin, &teacher, quantisation)
+            && config.calibrates()
+        {
+            // The beginning of the training text.
+            let text = data.batch(0, 1, &mut Epoch::default()).inputs;
+            let found = calibrate((origin, &teacher.model), &model_config, quantisation, &text)?;
+            (chosen, fits) = (found.values, found.fits);
+            store::write_fits(dir, &fits)?;
+        }
+        let mut untrained = None;
+        if let (Some(origin), Some(_)) = (&origin, &teacher) {
+            let plain = BitNet::trainable(
+                &model_config,
+                quantisation,
+                &device.clone().autodiff(),
+                &mut |name, shape| match chosen.get(name).filter(|_| !origin.has(name)) {
+                    Some(gains) => Ok(gains.clone()),
+                    None if origin.has(name) => origin.values(name, shape),
+                    None => Ok(vec![1.0; shape.iter().product()]),
+                },
+            )?;
+            untrained = Some(measure(&plain.valid(), &data, &config)?);
+        }
         let model = BitNet::trainable::<TrainError>(
-            model_config,
-            config.model.quantisation(),
+            &model_config,
+            quantisation,
             &device.clone().autodiff(),
-            &mut |name, shape| Ok(initial(name, shape, &mut random)),
+            &mut |name, shape| match (chosen.remove(name), &origin) {
+                (Some(values), _) => Ok(values),
+                (None, Some(origin)) if origin.has(name) => origin.values(name, shape),
+                (None, _) => Ok(initial(name, shape, &mut random)),
+            },
         )?;
         let optimizer = Optimizer::new(&config, 0, &model);
         let metrics = Metrics::resume(dir, 0)?;
-        let epoch = Epoch::default();
-        Ok(Self { dir: dir.to_owned(), _lock: lock, config, data, epoch, model, optimizer, step: 0, metrics })
+        let samples = Samples::resume(dir, 0)?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            _lock: lock,
+            config,
+            data,
+            epoch: Epoch::default(),
+            model,
+            teacher,
+            fits,
+            untrained,
+            optimizer,
+            step: 0,
+            metrics,
+            samples,
+        })
     }
 
     /// The configuration of the run.
@@ -372,6 +325,26 @@ impl Trainer {
         self.model
     }
 
+    /// How well the ternary weights that a distillation begins with stand for the teacher's; empty for other runs, and after
+    /// resuming.
+    pub fn fits(&self) -> &[LayerFit] {
+        &self.fits
+    }
+
+    /// The loss of a distillation's origin on the validation set when it is made ternary by absmean, and not trained; `None` for
+    /// other runs, and after resuming.
+    pub fn untrained(&self) -> Option<Evaluation> {
+        self.untrained
+    }
+
+    /// The loss of the teacher on the validation set, if there is one.
+    ///
+    /// # Errors
+    /// If a forward pass fails.
+    pub fn evaluate_teacher(&self) -> Result<Option<Evaluation>, TrainError> {
+        self.teacher.as_ref().map(|teacher| measure(&teacher.model, &self.data, &self.config)).transpose()
+    }
+
     /// What was measured so far.
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
@@ -383,25 +356,30 @@ impl Trainer {
     /// If the loss is not finite; the model is unchanged then.
     pub fn step(&mut self) -> Result<MetricsRow, TrainError> {
         let start = Instant::now();
-        let (step, length) = (self.step, self.config.sequence_length());
+        let step = self.step;
         let learning_rate = self.config.learning_rate(step);
         if step > 0 && self.config.weight_decay(step) != self.config.weight_decay(step - 1) {
             let record = self.optimizer.0.to_record();
             self.optimizer = Optimizer(Optimizer::new(&self.config, step, &self.model).0.load_record(record));
         }
-        let (inputs, targets) = self.data.batch(step, self.config.run.batch_size, &mut self.epoch);
-        let logits = self.model.forward_sequences(&inputs, length)?;
-        let loss = ops::cross_entropy(logits, &targets).mean();
-        let value = scalar(loss.clone().detach());
-        if !value.is_finite() {
-            return Err(TrainError::Diverged { step: step + 1, loss: value, learning_rate });
+        let quantised = self.config.quantised_share(step);
+        set_share(&mut self.model, quantised);
+        let batch = self.data.batch(step, self.config.run.batch_size, &mut self.epoch);
+        let (losses, mut grads) = self.gradients(&batch)?;
+        let diverged = |loss: f32| TrainError::Diverged {
+            step: step + 1,
+            loss,
+            learning_rate,
+            checkpoint: newest(&self.dir).unwrap_or_default(),
+        };
+        if !losses.objective.is_finite() {
+            return Err(diverged(losses.objective as f32));
         }
-        let mut grads = GradientsParams::from_grads(loss.backward(), &self.model);
         let mut squares = SquareSum { grads: &grads, sum: 0.0 };
         self.model.visit(&mut squares);
         let norm = squares.sum.sqrt();
         if !norm.is_finite() {
-            return Err(TrainError::Diverged { step: step + 1, loss: f32::NAN, learning_rate });
+            return Err(diverged(f32::NAN));
         }
         let limit = self.config.optimizer.gradient_clipping;
         if limit > 0.0 && norm > limit {
@@ -412,28 +390,80 @@ impl Trainer {
         let seconds = start.elapsed().as_secs_f64();
         Ok(MetricsRow {
             step: self.step,
-            tokens: self.step * inputs.len() as u64,
-            loss: f64::from(value),
+            tokens: self.step * batch.inputs.len() as u64,
+            loss: losses.text,
+            divergence: losses.teacher,
             learning_rate,
             gradient_norm: norm,
-            tokens_per_second: inputs.len() as f64 / seconds,
+            quantised,
+            flipped: None,
+            tokens_per_second: batch.inputs.len() as f64 / seconds,
             validation_loss: None,
             validation_perplexity: None,
         })
     }
 
-    /// Measures the model on the validation set, in its training state (or what is asked for of it:
+    /// The losses of a step and their gradients, of `run.accumulate` parts of its sequences one after the other.
+    fn gradients(&self, batch: &Batch) -> Result<(Losses, GradientsParams), TrainError> {
+        let (length, parts) = (self.config.sequence_length(), self.config.run.accumulate);
+        let rows = self.config.run.batch_size / parts * length;
+        let counted = |counts: &[bool]| counts.iter().filter(|&&counts| counts).count().max(1) as f64;
+        let all = batch.counts.as_deref().map(counted);
+        let mut sum = Losses::default();
+        let mut accumulator = GradientsAccumulator::new();
+        for (part, (inputs, targets)) in batch.inputs.chunks(rows).zip(batch.targets.chunks(rows)).enumerate()
+        {
+            let counts = batch.counts.as_ref().map(|counts| &counts[part * rows..(part + 1) * rows]);
+            // The part's share of the mean.
+            let share = match (counts, all) {
+                (Some(counts), Some(all)) => counted(counts) / all,
+                _ => 1.0 / parts as f64,
+            };
+            let mean = |losses: Tensor<1>| match counts {
+                None => losses.mean(),
+                Some(counts) => {
+                    let mask: Vec<f32> = counts.iter().map(|&counts| f32::from(u8::from(counts))).collect();
+                    let mask = Tensor::from_data(TensorData::new(mask, [rows]), &losses.device());
+                    (losses * mask).sum() / counted(counts)
+                }
+            };
+            let logits = self.model.forward_sequences(inputs, length)?;
+            let options = &self.config.distill;
+            let divergence = match &self.teacher {
+                Some(teacher) => {
+                    let input = (inputs, length);
+                    Some(mean(teacher.divergence(logits.clone(), input, options.temperature)?))
+                }
+                None => None,
+            };
+            let text = mean(ops::cross_entropy(logits, targets));
+            sum.text += f64::from(scalar(text.clone().detach())) * share;
+            let objective = match divergence {
+                Some(divergence) => {
+                    *sum.teacher.get_or_insert(0.0) += f64::from(scalar(divergence.clone().detach())) * share;
+                    text * options.cross_entropy + divergence * options.logits
+                }
+                None => text,
+            };
+            sum.objective += f64::from(scalar(objective.clone().detach()));
+            if parts == 1 {
+                return Ok((sum, GradientsParams::from_grads(objective.backward(), &self.model)));
+            }
+            let grads = (objective * share).backward();
+            accumulator.accumulate(&self.model, GradientsParams::from_grads(grads, &self.model));
+        }
+        Ok((sum, accumulator.grads()))
+    }
+
+    /// Measures the model on the validation set, quantised as it will be served (or what is asked for of it:
     /// `run.evaluation_sequences`).
     ///
     /// # Errors
     /// If a forward pass fails.
     pub fn evaluate(&self) -> Result<Evaluation, TrainError> {
-        let windows = self.data.validation();
-        let count = match self.config.run.evaluation_sequences {
-            0 => windows.len(),
-            count => count.min(windows.len()),
-        };
-        Ok(evaluate(&self.model.valid(), &windows[..count], self.config.run.batch_size)?)
+        let mut model = self.model.valid();
+        set_share(&mut model, 1.0);
+        measure(&model, &self.data, &self.config)
     }
 
     /// Writes a checkpoint, and drops those that are older than the ones to keep.
@@ -463,13 +493,30 @@ impl Trainer {
                 self.metrics.plot(&self.config.model.name)?;
                 return Ok(Outcome::Stopped);
             }
+            if self.stagnates() {
+                observe(Event::Checkpoint(&self.checkpoint()?));
+                self.metrics.plot(&self.config.model.name)?;
+                return Ok(Outcome::Converged);
+            }
+            let last = self.step + 1 == run.steps;
+            let evaluates = last || (self.step + 1).is_multiple_of(run.evaluate_every);
+            let codes = (evaluates && self.config.model.ternary).then(|| watch::codes(&mut self.model));
             let mut row = self.step()?;
-            let last = self.step == run.steps;
-            if last || self.step.is_multiple_of(run.evaluate_every) {
+            if evaluates {
+                row.flipped = codes.map(|codes| watch::flipped(&codes, &watch::codes(&mut self.model)));
                 let evaluation = self.evaluate()?;
                 row.validation_loss = Some(evaluation.loss());
                 row.validation_perplexity = Some(evaluation.perplexity());
                 observe(Event::Evaluation { step: self.step, evaluation });
+                for prompt in &run.samples {
+                    let mut model = self.model.valid();
+                    set_share(&mut model, 1.0);
+                    let (json, begin) = (&self.data.tokenizer_json, self.data.begin);
+                    let text = watch::sample(&model, json, (begin, prompt), run.sample_tokens)?;
+                    let sample = Sample { step: self.step, prompt: prompt.clone(), text };
+                    observe(Event::Sample(&sample));
+                    self.samples.add(sample)?;
+                }
             }
             self.metrics.add(row.clone())?;
             observe(Event::Step(&row));
@@ -482,6 +529,32 @@ impl Trainer {
             }
         }
         Ok(Outcome::Done)
+    }
+
+    /// Whether the last evaluations brought no better validation loss, as many as `run.patience` says.
+    fn stagnates(&self) -> bool {
+        let losses: Vec<f64> = self.metrics.rows().iter().filter_map(|row| row.validation_loss).collect();
+        let best = losses.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(at, _)| at);
+        let patience = self.config.run.patience;
+        patience > 0 && losses.len() > best && (losses.len() - 1 - best) as u64 >= patience
+    }
+}
+
+/// The means of a step's tokens, in nats.
+#[derive(Clone, Copy, Default)]
+struct Losses {
+    /// What the gradients are of.
+    objective: f64,
+    /// -ln p.
+    text: f64,
+    /// From the teacher.
+    teacher: Option<f64>,
+}
+
+/// Sets how far training quantises the projections.
+fn set_share(model: &mut BitNet, share: f64) {
+    for block in &mut model.blocks {
+        block.projections_mut().into_iter().for_each(|(_, layer)| layer.set_quantised_share(share as f32));
     }
 }
 
@@ -511,6 +584,16 @@ fn initial(name: &str, shape: &[usize], random: &mut SplitMix64) -> Vec<f32> {
     (0..n * k).map(|_| (uniform() * width) as f32).collect()
 }
 
+/// The loss of a model on what a run measures of its validation set.
+fn measure(model: &BitNet, data: &Dataset, config: &TrainConfig) -> Result<Evaluation, TrainError> {
+    let windows = data.validation();
+    let count = match config.run.evaluation_sequences {
+        0 => windows.len(),
+        count => count.min(windows.len()),
+    };
+    Ok(evaluate(model, &windows[..count], config.run.batch_size / config.run.accumulate)?)
+}
+
 /// The loss of a model, in either state, over sequences; `batch_size` of them at a time.
 ///
 /// # Errors
@@ -527,9 +610,9 @@ pub fn evaluate(model: &BitNet, windows: &[Window], batch_size: usize) -> Result
             .collect();
         let losses: Vec<f32> = ops::cross_entropy(logits, &targets).into_data().iter::<f32>().collect();
         for (window, losses) in batch.iter().zip(losses.chunks(length)) {
-            let counted = &losses[..window.targets.len()];
-            evaluation.nats += counted.iter().map(|&loss| f64::from(loss)).sum::<f64>();
-            evaluation.tokens += counted.len();
+            let counted = losses.iter().zip(&window.counts).filter(|&(_, counts)| *counts);
+            evaluation.nats += counted.map(|(&loss, _)| f64::from(loss)).sum::<f64>();
+            evaluation.tokens += window.counted();
         }
     }
     Ok(evaluation)

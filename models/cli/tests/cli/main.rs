@@ -568,6 +568,7 @@ fn wrong_usage_is_exit_code_2() {
         "logits",
         "compare",
         "train",
+        "distill",
         "export",
         "convert",
         "plugins",

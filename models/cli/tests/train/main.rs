@@ -1,6 +1,13 @@
 //! Training runs, by the library and by the program: interrupted, killed, resumed, and given bad input.
 #![cfg(feature = "flex")]
 
+mod data;
+mod distill;
+mod from;
+mod sft;
+mod sweep;
+mod watch;
+
 use bitnet_burn_engine::load::load;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -78,6 +85,15 @@ impl Dir {
         command.args(args).current_dir(self.0.path()).env("BITNET_CACHE_DIR", self.path("cache"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
+    }
+
+    /// Takes the newest checkpoint of a run away and resumes it; says whether it comes back with the same weights.
+    fn comes_back(&self, run: &str) -> bool {
+        let (step, path) = train::checkpoints(&self.path(run)).unwrap().pop().unwrap();
+        let before = self.weights(run, step);
+        std::fs::remove_dir_all(path).unwrap();
+        succeed(&mut self.bitnet(&["train", "--resume", run]));
+        before == self.weights(run, step)
     }
 
     /// The weights of a run at a step.
@@ -333,15 +349,42 @@ fn a_full_disk_leaves_the_last_checkpoint() {
     assert!(dir.weights("run", 4) == dir.weights("whole", 4));
 }
 
+/// A command that fails, and whose message has all of these parts.
+fn refuse(command: &mut Command, expected: &[&str]) {
+    let output = command.output().unwrap();
+    let text = stderr(&output);
+    assert!(!output.status.success() && !text.contains("panicked"), "{command:?}: {text}");
+    expected.iter().for_each(|part| assert!(text.contains(part), "{command:?}: {part} in {text}"));
+}
+
+fn json(output: &Output) -> serde_json::Value {
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn divergence_names_the_last_good_checkpoint() {
+    let dir = Dir::new();
+    // Weight decay that multiplies weights by -9.
+    let changes = [
+        "model.n_layers=1",
+        "run.steps=200",
+        "run.checkpoint_every=10",
+        "optimizer.learning_rate=1",
+        "optimizer.weight_decay=10",
+        "optimizer.warmup_steps=0",
+    ];
+    refuse(
+        &mut dir.train("run", &changes),
+        &["diverged", "the last good checkpoint is", "run/checkpoints/step-000000"],
+    );
+    let (step, _) = train::checkpoints(&dir.path("run")).unwrap().pop().unwrap();
+    assert!(step.is_multiple_of(10) && step < 200, "{step}");
+    check_checkpoints(&dir.path("run"));
+}
+
 #[test]
 fn bad_input_is_named_and_leaves_nothing() {
     let dir = Dir::new();
-    let refuse = |command: &mut Command, expected: &[&str]| {
-        let output = command.output().unwrap();
-        let text = stderr(&output);
-        assert!(!output.status.success() && !text.contains("panicked"), "{command:?}: {text}");
-        expected.iter().for_each(|part| assert!(text.contains(part), "{command:?}: {part} in {text}"));
-    };
     std::fs::write(dir.path("empty.txt"), "").unwrap();
     std::fs::write(dir.path("bytes.txt"), b"one\ntwo \xff three").unwrap();
     std::fs::write(dir.path("short.txt"), "Hello.").unwrap();
