@@ -181,23 +181,28 @@ impl BitNet {
     /// If the weights can't be read back from their device.
     pub fn pack(self) -> Result<Self, ManagerError> {
         let mut model = if self.device().is_autodiff() { self.valid() } else { self };
-        for block in &mut model.blocks {
-            for (_, layer) in block.projections_mut() {
-                *layer = layer.clone().pack()?;
+        for (i, block) in model.blocks.iter_mut().enumerate() {
+            for (which, layer) in block.projections_mut() {
+                *layer = layer.clone().pack().map_err(|error| match error {
+                    ManagerError::Operands(problem) => {
+                        ManagerError::Operands(format!("{}: {problem}", names::projection_module(i, which)))
+                    }
+                    error => error,
+                })?;
             }
             if let Attention::DeltaNet(delta) = &mut block.attention {
-                *delta = delta.clone().freeze();
+                *delta = delta.clone().into_stored();
             }
             if let FeedForward::Experts(experts) = &mut block.feed_forward {
-                experts.router = experts.router.clone().freeze();
+                experts.router = experts.router.clone().into_stored();
                 if let Some(shared) = &mut experts.shared {
-                    shared.gate = shared.gate.clone().freeze();
+                    shared.gate = shared.gate.clone().into_stored();
                 }
             }
         }
-        model.embedding = model.embedding.freeze();
+        model.embedding = model.embedding.into_stored();
         model.output = model.output.map(|output| match output.weight {
-            BitLinearWeight::Dense(matrix) => BitLinear::dense(matrix.freeze()),
+            BitLinearWeight::Dense(matrix) => BitLinear::dense(matrix.into_stored()),
             _ => output,
         });
         Ok(model)

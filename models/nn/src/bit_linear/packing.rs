@@ -7,7 +7,8 @@ use burn::module::Param;
 use burn::tensor::{Tensor, TensorData};
 use bytes::Bytes;
 
-use super::{BitLinear, BitLinearWeight};
+use super::packed::scale_kind;
+use super::{BitLinear, BitLinearWeight, PackedWeight, in_f32};
 
 impl BitLinear {
     /// The layer with its weights frozen: exactly the codes and the scales that the training state's
@@ -16,7 +17,8 @@ impl BitLinear {
     /// another state stays as it is.
     ///
     /// # Errors
-    /// If no kernel may compute the layer (in strict mode), memory is short, or a weight is a NaN or infinite.
+    /// If no kernel may compute the layer (in strict mode), memory is short, or a parameter has a NaN or an infinity: the
+    /// error names the parameter and the place.
     ///
     /// # Panics
     /// If the tensors can't be read back from their device.
@@ -25,10 +27,19 @@ impl BitLinear {
         let ((n, k), scale) = ((self.d_output, self.d_input), self.quantisation.scale);
         // Packed weights are constants, on the device without gradients.
         let device = weight.val().device().without_autodiff();
-        let values: Vec<f32> =
-            ops::ternarise(weight.val().detach(), scale).into_data().iter::<f32>().collect();
+        let latent = in_f32(weight.val().detach());
+        check_finite(&format!("weight [{n}, {k}] (parameter {})", weight.id), latent.clone(), k)?;
+        if let Some(bias) = &self.bias {
+            check_finite(&format!("bias [{n}] (parameter {})", bias.id), bias.val().detach(), n)?;
+        }
+        if let Some(norm) = &self.norm {
+            let gamma = &norm.gamma;
+            check_finite(&format!("norm.gamma [{k}] (parameter {})", gamma.id), gamma.val().detach(), k)?;
+        }
+        let values: Vec<f32> = ops::ternarise(latent, scale).into_data().iter::<f32>().collect();
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-            let problem = format!("a scale of weights [{n}, {k}], at row {}, is not finite", at / k);
+            let problem =
+                format!("a scale of weights [{n}, {k}], at row {}, is beyond the range of f32", at / k);
             return Err(ManagerError::Operands(problem));
         }
         let codes: Vec<i8> = values.iter().map(|&v| i8::from(v > 0.0) - i8::from(v < 0.0)).collect();
@@ -39,29 +50,62 @@ impl BitLinear {
         }
         let largest = |values: &[f32]| values.iter().fold(0f32, |a, v| a.max(v.abs()));
         let scales: Vec<f32> = values.chunks(scale.run(n, k).max(1)).map(largest).collect();
-        let (codes, group) = (Bytes::from(bytes), self.activation_group());
-        let scale = match (scale, group) {
+        let codes = Bytes::from(bytes);
+        let scale = match scale_kind(self.quantisation, k) {
             // Without a code that is not zero all weights are below half of the smallest scale.
-            (WeightScale::Tensor, None | Some(0)) => MatrixScale::One(largest(&scales).max(quant::EPSILON)),
-            _ => {
+            ScaleKind::One => MatrixScale::One(largest(&scales).max(quant::EPSILON)),
+            ScaleKind::Groups { activations, .. } => {
                 let rows = if scale == WeightScale::Tensor { scales.repeat(n) } else { scales };
                 // In f32, so that the layer can move to any device.
                 let scales = Scales::f32_from_rows(&rows, n, k, scale.group());
                 let scales = scales.map_err(|error| ManagerError::Operands(error.to_string()))?;
-                MatrixScale::Groups { activations: group.unwrap_or(scales.group()), scales }
+                MatrixScale::Groups { activations, scales }
             }
         };
-        let matrix = match group {
+        let matrix = match self.activation_group() {
             Some(_) => TernaryMatrix::prepared(codes, scale, n, k, &device)?,
             None => TernaryMatrix::canonical(codes, scale, n, k, &device),
         };
-        Ok(Self { weight: Self::from_matrix(matrix).weight, ..self })
+        let training = weight.val().device().is_autodiff();
+        let weight = PackedWeight::new(matrix, self.quantisation, training);
+        Ok(Self { weight: BitLinearWeight::Packed(weight), ..self })
+    }
+
+    /// The layer with packed weights in the layout of the kernels that are the fastest on this machine, such as after loading
+    /// a record, which is canonical. Float activations have no kernels. A layer in another state stays as it is.
+    ///
+    /// # Errors
+    /// As [`pack`](Self::pack), or if the kernel that packed the weights before can't unpack them.
+    ///
+    /// # Panics
+    /// If the weights can't be read back from their device.
+    pub fn repack(self) -> Result<Self, ManagerError> {
+        let quantised = self.activation_group().is_some();
+        self.with_layout(|matrix| if quantised { matrix.repacked() } else { matrix.into_canonical() })
+    }
+
+    /// The layer with packed weights in the canonical layout, as records have them. A layer in another state stays as it is.
+    ///
+    /// # Errors
+    /// If the kernel that packed the weights can't unpack them.
+    pub fn into_canonical(self) -> Result<Self, ManagerError> {
+        self.with_layout(TernaryMatrix::into_canonical)
+    }
+
+    fn with_layout(
+        self,
+        layout: impl FnOnce(TernaryMatrix) -> Result<TernaryMatrix, ManagerError>,
+    ) -> Result<Self, ManagerError> {
+        let BitLinearWeight::Packed(weight) = self.weight else { return Ok(self) };
+        let matrix = layout(weight.matrix())?;
+        Ok(Self { weight: BitLinearWeight::Packed(weight.with_layout(matrix)), ..self })
     }
 
     /// The layer in the training state, to train it further: latent weights of which the forward pass
     /// makes exactly the codes and the scales that were packed (with a negative scale, their opposites). What the weights
     /// were before packing is gone: all that share a scale and a code share a magnitude (but for one, which makes the mean
-    /// exact). A layer in another state stays as it is.
+    /// exact). They have gradients where the layer is in training: if it was packed there, or after
+    /// [`train`](burn::module::Module::train). A layer in another state stays as it is.
     ///
     /// # Errors
     /// If the kernel that packed the weights can't unpack them, or they have scales that training can't make: in
@@ -70,7 +114,8 @@ impl BitLinear {
     /// # Panics
     /// If the weights can't be read back from their device.
     pub fn unpack(self) -> Result<Self, ManagerError> {
-        let Some(matrix) = self.matrix() else { return Ok(self) };
+        let BitLinearWeight::Packed(weight) = &self.weight else { return Ok(self) };
+        let (matrix, training) = (weight.matrix(), weight.training);
         let ((n, k), scale) = ((self.d_output, self.d_input), self.quantisation.scale);
         let wrong = |problem: String| ManagerError::Operands(format!("weights [{n}, {k}] {problem}"));
         if let Err(error) = self.quantisation.check(k) {
@@ -78,6 +123,7 @@ impl BitLinear {
         }
         let matrix = matrix.into_canonical()?;
         let device = matrix.codes.device();
+        let device = if training { device.autodiff() } else { device };
         let stored: Vec<f32> = matrix.scale.into_data().iter::<f32>().collect();
         let scales = match matrix.scales {
             ScaleKind::One => stored,
@@ -110,6 +156,21 @@ impl BitLinear {
         }
         let weights = Tensor::from_data(TensorData::new(weights, [n, k]), &device);
         Ok(Self { weight: BitLinearWeight::Latent(Param::from_tensor(weights)), ..self })
+    }
+}
+
+/// # Errors
+/// If a parameter, with rows of `columns` values, has a NaN or an infinity.
+fn check_finite<const D: usize>(name: &str, values: Tensor<D>, columns: usize) -> Result<(), ManagerError> {
+    let data = values.into_data();
+    match data.iter::<f32>().enumerate().find(|(_, value)| !value.is_finite()) {
+        None => Ok(()),
+        Some((at, value)) => {
+            let (row, column) = (at / columns, at % columns);
+            Err(ManagerError::Operands(format!(
+                "{name} is {value} at row {row}, column {column}: a model that diverged can't be packed"
+            )))
+        }
     }
 }
 
