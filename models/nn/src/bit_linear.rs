@@ -1,19 +1,22 @@
 //! The BitNet linear layer ("The Era of 1-bit LLMs", arXiv 2402.17764; quantisers as in arXiv
 //! 2504.12285, section 2).
 
+mod import;
 mod packed;
 mod packing;
 
 use std::mem::discriminant;
 
+use bitnet_burn_backends::devices;
 use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
 use bitnet_burn_formats::WeightScale;
 use bitnet_burn_manager::{ManagerError, ScaleKind};
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param};
-use burn::nn::{Linear, RmsNorm, RmsNormConfig};
+use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{DType, Device, Tensor};
 
+pub use self::import::ImportError;
 pub use self::packed::PackedWeight;
 use crate::{ActivationRule, ConfigError, DenseMatrix, Quantisation, Rotation};
 
@@ -119,9 +122,10 @@ impl BitLinearConfig {
     /// A layer in the training state.
     ///
     /// # Panics
-    /// If the layer has no input or no output features, or can't be quantised so: [`Quantisation::check`] says why.
+    /// If the layer has no input or no output features, or can't be quantised so ([`Quantisation::check`] says why), or this
+    /// build has no operations for the device: the message names the feature.
     pub fn init(&self, device: &Device) -> BitLinear {
-        let [n, k] = self.checked();
+        let [n, k] = self.checked(device);
         let weight = self.initializer.init_with([n, k], Some(k), Some(n), device);
         self.with_weight(BitLinearWeight::Latent(weight), device)
     }
@@ -132,12 +136,15 @@ impl BitLinearConfig {
     /// # Panics
     /// As [`init`](Self::init).
     pub fn init_packed(&self, device: &Device) -> BitLinear {
-        let [n, k] = self.checked();
+        let [n, k] = self.checked(device);
         let weight = PackedWeight::uninitialized([n, k], self.quantisation(), device);
         self.with_weight(BitLinearWeight::Packed(weight), device)
     }
 
-    fn checked(&self) -> [usize; 2] {
+    fn checked(&self, device: &Device) -> [usize; 2] {
+        if let Some(problem) = devices::unsupported(device) {
+            panic!("BitLinearConfig: {problem}");
+        }
         let (n, k) = (self.d_output, self.d_input);
         assert!(n > 0 && k > 0, "BitLinearConfig: d_input is {k} and d_output {n}; both must be at least 1");
         self.quantisation().check(k).unwrap_or_else(|error| panic!("BitLinearConfig: {error}"));
@@ -182,16 +189,6 @@ impl BitLinear {
     pub fn dense(matrix: DenseMatrix) -> Self {
         let shape = [matrix.args().n, matrix.args().k];
         Self::of(BitLinearWeight::Dense(matrix), shape, Quantisation::default())
-    }
-
-    /// A layer in the training state with the weights and the bias of a `Linear`, for quantisation-aware
-    /// fine-tuning. (Burn keeps a `Linear`'s weight as [d_input, d_output]; it is transposed.)
-    pub fn from_linear(linear: Linear) -> Self {
-        let weight = linear.weight.val();
-        let device = weight.device();
-        // A tensor of its own: contiguous, and a leaf of the graph.
-        let weight = Tensor::<2>::from_data(weight.transpose().into_data(), &device);
-        Self { bias: linear.bias, ..Self::latent(Param::from_tensor(weight)) }
     }
 
     /// The same layer in the training state, quantised in another way.
@@ -495,7 +492,7 @@ mod tests {
         let device = Device::flex();
         let linear = burn::nn::LinearConfig::new(12, 5).init(&device);
         let weight: Vec<f32> = linear.weight.val().into_data().iter::<f32>().collect();
-        let layer = BitLinear::from_linear(linear);
+        let layer = BitLinear::from_linear(linear).unwrap();
         assert_eq!((layer.d_input(), layer.d_output(), layer.bias.is_some()), (12, 5, true));
         let BitLinearWeight::Latent(latent) = &layer.weight else { panic!("it is trained further") };
         let latent: Vec<f32> = latent.val().into_data().iter::<f32>().collect();

@@ -24,12 +24,13 @@ mod quantisation;
 mod rotary;
 mod rotation;
 mod seen;
+mod ternarise;
 mod trainable;
 mod try_out;
 
 pub use attention::{Attention, BitAttention, BitAttentionConfig};
 pub use batch::{Batch, History, Row};
-pub use bit_linear::{BitLinear, BitLinearConfig, BitLinearWeight, PackedWeight};
+pub use bit_linear::{BitLinear, BitLinearConfig, BitLinearWeight, ImportError, PackedWeight};
 pub use block::{BitBlock, BitBlockConfig};
 pub use burn::nn::{RmsNorm, RmsNormConfig};
 pub use cache::{CacheError, CacheType, KvCache, SequenceId};
@@ -45,6 +46,7 @@ pub use quantisation::{ActivationRule, Quantisation};
 pub use rotary::{RopeScaling, RotaryEncoding, RotaryEncodingConfig};
 pub use rotation::Rotation;
 pub use seen::{Seen, Stage};
+pub use ternarise::{Ternarise, Ternary};
 pub use trainable::{Parameter, ValuesOf};
 
 pub use bitnet_burn_backends as backends;

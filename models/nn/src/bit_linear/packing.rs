@@ -4,11 +4,12 @@ use bitnet_burn_backends::ops::{self, MatrixScale, TernaryMatrix};
 use bitnet_burn_formats::{Scales, WeightScale, canonical, quant};
 use bitnet_burn_manager::{ManagerError, ScaleKind};
 use burn::module::Param;
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use bytes::Bytes;
 
 use super::packed::scale_kind;
 use super::{BitLinear, BitLinearWeight, PackedWeight, in_f32};
+use crate::Quantisation;
 
 impl BitLinear {
     /// The layer with its weights frozen: exactly the codes and the scales that the training state's
@@ -43,29 +44,14 @@ impl BitLinear {
             return Err(ManagerError::Operands(problem));
         }
         let codes: Vec<i8> = values.iter().map(|&v| i8::from(v > 0.0) - i8::from(v < 0.0)).collect();
-        let mut bytes = vec![0u8; n * canonical::row_bytes(k)];
-        let rows = codes.chunks_exact(k);
-        for (codes, row) in rows.zip(bytes.chunks_exact_mut(canonical::row_bytes(k))) {
-            canonical::pack_row(codes, row);
-        }
         let largest = |values: &[f32]| values.iter().fold(0f32, |a, v| a.max(v.abs()));
-        let scales: Vec<f32> = values.chunks(scale.run(n, k).max(1)).map(largest).collect();
-        let codes = Bytes::from(bytes);
-        let scale = match scale_kind(self.quantisation, k) {
+        let mut scales: Vec<f32> = values.chunks(scale.run(n, k)).map(largest).collect();
+        if scale_kind(self.quantisation, k) == ScaleKind::One {
             // Without a code that is not zero all weights are below half of the smallest scale.
-            ScaleKind::One => MatrixScale::One(largest(&scales).max(quant::EPSILON)),
-            ScaleKind::Groups { activations, .. } => {
-                let rows = if scale == WeightScale::Tensor { scales.repeat(n) } else { scales };
-                // In f32, so that the layer can move to any device.
-                let scales = Scales::f32_from_rows(&rows, n, k, scale.group());
-                let scales = scales.map_err(|error| ManagerError::Operands(error.to_string()))?;
-                MatrixScale::Groups { activations, scales }
-            }
-        };
-        let matrix = match self.activation_group() {
-            Some(_) => TernaryMatrix::prepared(codes, scale, n, k, &device)?,
-            None => TernaryMatrix::canonical(codes, scale, n, k, &device),
-        };
+            scales[0] = scales[0].max(quant::EPSILON);
+        }
+        let codes = canonical_rows(&codes, k);
+        let matrix = matrix_of(codes, scales, [n, k], self.quantisation, &device)?;
         let training = weight.val().device().is_autodiff();
         let weight = PackedWeight::new(matrix, self.quantisation, training);
         Ok(Self { weight: BitLinearWeight::Packed(weight), ..self })
@@ -121,29 +107,9 @@ impl BitLinear {
         if let Err(error) = self.quantisation.check(k) {
             return Err(wrong(format!("can't be trained further: {error}")));
         }
-        let matrix = matrix.into_canonical()?;
         let device = matrix.codes.device();
         let device = if training { device.autodiff() } else { device };
-        let stored: Vec<f32> = matrix.scale.into_data().iter::<f32>().collect();
-        let scales = match matrix.scales {
-            ScaleKind::One => stored,
-            ScaleKind::Groups { weights, .. } => {
-                let bytes = stored.iter().flat_map(|scale| scale.to_le_bytes()).collect::<Vec<_>>();
-                let stored = Scales::stored(bytes.into(), false, n, k, weights);
-                let stored = stored.map_err(|error| ManagerError::Operands(error.to_string()))?;
-                let count = k.checked_div(weights).unwrap_or(1);
-                (0..n * count).map(|at| stored.get(at / count, at % count, k)).collect()
-            }
-        };
-        if scale == WeightScale::Tensor && scales.iter().any(|&other| other != scales[0]) {
-            return Err(wrong("have scales that differ, in a layer that was made with one".into()));
-        }
-        let words: Vec<u32> = matrix.codes.into_data().iter::<i64>().map(|word| word as u32).collect();
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let mut codes = vec![0i8; n * k];
-        for (codes, row) in codes.chunks_exact_mut(k).zip(bytes.chunks_exact(canonical::row_bytes(k))) {
-            canonical::unpack_row(row, codes);
-        }
+        let (codes, scales) = codes_and_scales(matrix, scale)?;
         let mut weights = Vec::with_capacity(n * k);
         for (codes, scale) in codes.chunks(scale.run(n, k)).zip(scales) {
             if scale != 0.0 && scale.abs() < quant::EPSILON {
@@ -157,6 +123,74 @@ impl BitLinear {
         let weights = Tensor::from_data(TensorData::new(weights, [n, k]), &device);
         Ok(Self { weight: BitLinearWeight::Latent(Param::from_tensor(weights)), ..self })
     }
+}
+
+/// Codes in the canonical layout.
+pub(super) fn canonical_rows(codes: &[i8], k: usize) -> Bytes {
+    let row_bytes = canonical::row_bytes(k);
+    let mut bytes = vec![0u8; codes.len() / k * row_bytes];
+    for (codes, row) in codes.chunks_exact(k).zip(bytes.chunks_exact_mut(row_bytes)) {
+        canonical::pack_row(codes, row);
+    }
+    bytes.into()
+}
+
+/// A matrix of canonical rows, with a scale for each run of weights that share one: packed for the kernels of this machine,
+/// where activations are quantised.
+pub(super) fn matrix_of(
+    codes: Bytes,
+    scales: Vec<f32>,
+    [n, k]: [usize; 2],
+    quantisation: Quantisation,
+    device: &Device,
+) -> Result<TernaryMatrix, ManagerError> {
+    let scale = match scale_kind(quantisation, k) {
+        ScaleKind::One => MatrixScale::One(scales[0]),
+        ScaleKind::Groups { weights, activations, .. } => {
+            let rows = if quantisation.scale == WeightScale::Tensor { scales.repeat(n) } else { scales };
+            // In f32, so that the layer can move to any device.
+            let scales = Scales::f32_from_rows(&rows, n, k, weights);
+            let scales = scales.map_err(|error| ManagerError::Operands(error.to_string()))?;
+            MatrixScale::Groups { activations, scales }
+        }
+    };
+    match quantisation.activation_group(k) {
+        Some(_) => TernaryMatrix::prepared(codes, scale, n, k, device),
+        None => Ok(TernaryMatrix::canonical(codes, scale, n, k, device)),
+    }
+}
+
+/// The codes of a matrix, and the scale of each run of them that shares one by `scale`.
+pub(super) fn codes_and_scales(
+    matrix: TernaryMatrix,
+    scale: WeightScale,
+) -> Result<(Vec<i8>, Vec<f32>), ManagerError> {
+    let TernaryMatrix { codes, scale: stored, n, k, scales, .. } = matrix.into_canonical()?;
+    let stored: Vec<f32> = stored.into_data().iter::<f32>().collect();
+    let mut scales = match scales {
+        ScaleKind::One => stored,
+        ScaleKind::Groups { weights, .. } => {
+            let bytes = stored.iter().flat_map(|scale| scale.to_le_bytes()).collect::<Vec<_>>();
+            let stored = Scales::stored(bytes.into(), false, n, k, weights);
+            let stored = stored.map_err(|error| ManagerError::Operands(error.to_string()))?;
+            let count = k.checked_div(weights).unwrap_or(1);
+            (0..n * count).map(|at| stored.get(at / count, at % count, k)).collect()
+        }
+    };
+    if scale == WeightScale::Tensor {
+        if scales.iter().any(|&other| other != scales[0]) {
+            let problem = "have scales that differ, in a layer that was made with one";
+            return Err(ManagerError::Operands(format!("weights [{n}, {k}] {problem}")));
+        }
+        scales.truncate(1);
+    }
+    let words: Vec<u32> = codes.into_data().iter::<i64>().map(|word| word as u32).collect();
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let mut codes = vec![0i8; n * k];
+    for (codes, row) in codes.chunks_exact_mut(k).zip(bytes.chunks_exact(canonical::row_bytes(k))) {
+        canonical::unpack_row(row, codes);
+    }
+    Ok((codes, scales))
 }
 
 /// # Errors
@@ -192,7 +226,7 @@ fn latent(codes: &[i8], scale: f32) -> Vec<f32> {
 
 #[cfg(all(test, feature = "flex"))]
 mod tests {
-    use burn::tensor::{Device, Distribution};
+    use burn::tensor::Distribution;
 
     use super::*;
     use crate::BitLinearConfig;
