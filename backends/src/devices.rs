@@ -228,7 +228,9 @@ fn of_missing(device: &str) -> String {
         Some((_, feature)) => {
             format!("bitnet-burn was built without its feature `{feature}`, which the device {device} needs")
         }
-        None => format!("bitnet-burn has no operations for the device {device}; use Flex, NdArray or a GPU of CubeCL's"),
+        None => format!(
+            "bitnet-burn has no operations for the device {device}; use Flex, NdArray or a GPU of CubeCL's"
+        ),
     }
 }
 

@@ -35,8 +35,9 @@ fn private_devices() -> Vec<Device> {
             ManagerConfig { threads: 2, cache_dir: None, tune_budget: Duration::ZERO, ..from_env.clone() };
         let force = from_env.force.unwrap_or_else(|| {
             let kernels = manager::with_built_in_kernels(config.clone()).unwrap().report().kernels;
-            let private =
-                |kernel: &KernelReport| is_ready(kernel) && kernel.many_scales && kernel.layout != "canonical";
+            let private = |kernel: &KernelReport| {
+                is_ready(kernel) && kernel.many_scales && kernel.layout != "canonical"
+            };
             kernels.into_iter().find(private).expect("a kernel with a packing of its own").kernel
         });
         manager::configure(ManagerConfig { force: Some(force), ..config }, &[]).unwrap();
@@ -244,7 +245,10 @@ fn records_that_do_not_fit_are_refused_with_a_reason() {
         (old([48, 16]), "older than version 1"),
         (with(0, 2), "has version 2, and this version of bitnet-burn reads version 1"),
         (with(2, 250), "the record has weights [48, 250] with scale tensor and activations row"),
-        (with(3, 0), "with scale row and activations row, and this layer has weights [48, 256] with scale tensor"),
+        (
+            with(3, 0),
+            "with scale row and activations row, and this layer has weights [48, 256] with scale tensor",
+        ),
         (with(3, 64), "scale group:64"),
         (with(4, 32), "activations group:32"),
         (with(4, -1), "activations float"),
@@ -299,9 +303,10 @@ fn partial_records_change_only_what_they_have() {
     let half = source.clone().into_record_group(ParamGroup::from_path("weight.Packed.words"));
     assert_eq!(partial(half), (outputs(&target, &device), true));
     source
-        .save_into(&mut SafetensorsStore::from_file(&path).filter(
-            burn::store::PathFilter::new().with_regex("words|bias|norm"),
-        ))
+        .save_into(
+            &mut SafetensorsStore::from_file(&path)
+                .filter(burn::store::PathFilter::new().with_regex("words|bias|norm")),
+        )
         .unwrap();
     let mut loaded = target;
     let result = loaded.load_from(&mut SafetensorsStore::from_file(&path).allow_partial(true)).unwrap();
@@ -485,7 +490,16 @@ fn records_cross_backends() {
     let path = dir.path().join("layer.bpk");
     let (host, gpu) = (flex(), Device::wgpu(Default::default()));
     let words = |layer: &BitLinear| {
-        layer.clone().into_canonical().unwrap().matrix().unwrap().codes.into_data().iter::<i64>().collect::<Vec<_>>()
+        layer
+            .clone()
+            .into_canonical()
+            .unwrap()
+            .matrix()
+            .unwrap()
+            .codes
+            .into_data()
+            .iter::<i64>()
+            .collect::<Vec<_>>()
     };
     for kind in KINDS {
         for (from, to) in [(&host, &gpu), (&gpu, &host)] {

@@ -4,8 +4,8 @@
 use bitnet_burn::backends::ops::{MatrixScale, TernaryMatrix};
 use bitnet_burn::{
     ActivationRule, BitAttention, BitAttentionConfig, BitExpert, BitExpertsConfig, BitFeedForward,
-    BitFeedForwardConfig, BitLinear, BitLinearConfig, BitLinearWeight, Quantisation,
-    RmsNormConfig, WeightScale,
+    BitFeedForwardConfig, BitLinear, BitLinearConfig, BitLinearWeight, Quantisation, RmsNormConfig,
+    WeightScale,
 };
 use bitnet_burn_formats::{Scales, quant};
 use bitnet_burn_tests::*;

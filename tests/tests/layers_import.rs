@@ -119,9 +119,8 @@ fn weights_that_are_ternary_already_stay_as_they_are() {
 fn codes_and_scales_become_a_packed_layer() {
     let (n, k, device) = (3, 64, flex());
     let codes = Random(5).ternary(n * k);
-    let ints = |codes: Vec<i64>| {
-        Tensor::<2, Int>::from_data(TensorData::new(codes, [n, k]), (&device, DType::I64))
-    };
+    let ints =
+        |codes: Vec<i64>| Tensor::<2, Int>::from_data(TensorData::new(codes, [n, k]), (&device, DType::I64));
     let codes: Vec<i64> = codes.into_iter().map(i64::from).collect();
     let x = tensor::<2>(6, [2, k], &device);
     for shape in [[1, 1], [n, 1], [n, 2]] {

@@ -3,9 +3,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bitnet_burn::{
-    Batch, BitAttention, BitAttentionConfig, BitBlockConfig, BitFeedForwardConfig, BitLinear, BitLinearConfig,
-    BitNet, CacheType, ForwardError, GatedActivation, History, KvCache, ModelConfig, Quantisation,
-    RmsNormConfig, RotaryEncoding, RotaryEncodingConfig, Row, WeightScale,
+    Batch, BitAttention, BitAttentionConfig, BitBlockConfig, BitFeedForwardConfig, BitLinear,
+    BitLinearConfig, BitNet, CacheType, ForwardError, GatedActivation, History, KvCache, ModelConfig,
+    Quantisation, RmsNormConfig, RotaryEncoding, RotaryEncodingConfig, Row, WeightScale,
 };
 use bitnet_burn_tests::*;
 use burn::module::{Module, Param};
@@ -63,8 +63,7 @@ fn a_block_computes_whole_sequences_and_rows_over_a_cache() {
         let sequence = cache.add_sequence(0);
         let mut got = Vec::new();
         for (from, to) in [(0, 4), (4, 5), (5, 6)] {
-            let rows: Vec<Row> =
-                (from..to).map(|position| Row { token: 0, sequence, position }).collect();
+            let rows: Vec<Row> = (from..to).map(|position| Row { token: 0, sequence, position }).collect();
             let batch = Batch::over_cache(&rows, &mut cache, &rotary(), true, &device).unwrap();
             let x = x.clone().slice([from..to, 0..64]);
             let y = block.forward(x, 0, &batch, &mut History::Cache(&mut cache)).unwrap();
@@ -115,7 +114,8 @@ fn biases_and_norms_of_projections_are_applied() {
         let plain = BitFeedForwardConfig::new(64, 96).init(&device);
         for at in 0..3 {
             let mut changed = plain.clone();
-            let part = [&mut changed.gate_proj, &mut changed.up_proj, &mut changed.down_proj].into_iter().nth(at);
+            let part =
+                [&mut changed.gate_proj, &mut changed.up_proj, &mut changed.down_proj].into_iter().nth(at);
             let part = part.unwrap();
             *part = with(part, which);
             let got = values(changed.forward(x.clone(), true).unwrap());
@@ -195,10 +195,8 @@ fn half_precision_in_gives_half_precision_out() {
             Batch::whole_sequences(3, &rotary(), true, &device),
         );
         assert_eq!(network.forward(half.clone(), true).unwrap().dtype(), dtype);
-        let block = BitBlockConfig::new(
-            BitAttentionConfig::new(64, 4, 2, 16),
-            BitFeedForwardConfig::new(64, 96),
-        );
+        let block =
+            BitBlockConfig::new(BitAttentionConfig::new(64, 4, 2, 16), BitFeedForwardConfig::new(64, 96));
         let mut none = History::None { length: 3 };
         let y = block.init(&device).forward(half.clone(), 0, &batch, &mut none).unwrap();
         assert_eq!(y.dtype(), dtype);
@@ -219,7 +217,8 @@ fn rows_batches_and_caches_that_do_not_fit_are_errors() {
     let whole = Batch::whole_sequences(3, &rotary(), true, &device);
     let error = |result: Result<Tensor<2>, ForwardError>| result.unwrap_err().to_string();
     let none = |length| History::None { length };
-    for (rows, length, expected) in [(4, 3, "no whole sequences of 3"), (4, 4, "sequences of 4 rows"), (0, 0, "of 0 rows")]
+    for (rows, length, expected) in
+        [(4, 3, "no whole sequences of 3"), (4, 4, "sequences of 4 rows"), (0, 0, "of 0 rows")]
     {
         let error = error(layer.forward(x(rows), 0, &whole, &mut none(length)));
         assert!(error.contains(expected), "{error}");
@@ -234,9 +233,15 @@ fn rows_batches_and_caches_that_do_not_fit_are_errors() {
     for (result, expected) in [
         (layer.forward(x(3), 0, &batch, &mut none(3)), "use History::Cache"),
         (layer.forward(x(2), 0, &batch, &mut History::Cache(&mut own)), "2 rows for a batch of 3"),
-        (layer.forward(x(3), 1, &batch, &mut History::Cache(&mut own)), "layer 1 of a model; the cache has 1"),
+        (
+            layer.forward(x(3), 1, &batch, &mut History::Cache(&mut own)),
+            "layer 1 of a model; the cache has 1",
+        ),
         (layer.forward(x(3), 0, &batch, &mut History::Cache(&mut cache([1, 4, 16]))), "2 key heads of 16"),
-        (layer.forward(x(3), 0, &batch, &mut History::Cache(&mut cache([1, 2, 16]))), "belongs to another cache"),
+        (
+            layer.forward(x(3), 0, &batch, &mut History::Cache(&mut cache([1, 2, 16]))),
+            "belongs to another cache",
+        ),
     ] {
         let error = error(result);
         assert!(error.contains(expected), "{expected}: {error}");

@@ -90,12 +90,7 @@ impl Batch {
     ///
     /// # Arguments
     /// * `quantise`: whether weights and activations are quantised; `false` is the float twin of layers in the training state
-    pub fn whole_sequences(
-        length: usize,
-        rotary: &RotaryEncoding,
-        quantise: bool,
-        device: &Device,
-    ) -> Self {
+    pub fn whole_sequences(length: usize, rotary: &RotaryEncoding, quantise: bool, device: &Device) -> Self {
         let positions: Vec<usize> = (0..length).collect();
         let angles = rotary.angles(&positions, length, device);
         let keep = Keep::default();

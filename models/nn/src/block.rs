@@ -9,7 +9,8 @@ use crate::bit_linear::{in_dtype, in_f32};
 use crate::delta_net::{DeltaNetFloats, values};
 use crate::{
     Attention, Batch, BitAttentionConfig, BitDeltaNetConfig, BitExpertsConfig, BitFeedForward,
-    BitFeedForwardConfig, BitLinear, DenseMatrix, FeedForward, FloatPart, ForwardError, History, ModelConfig, Norm, Projection, SharedExpert, Stage,
+    BitFeedForwardConfig, BitLinear, DenseMatrix, FeedForward, FloatPart, ForwardError, History, ModelConfig,
+    Norm, Projection, SharedExpert, Stage,
 };
 
 /// Configuration of a [`BitBlock`].

@@ -279,7 +279,9 @@ impl KvCache {
                 "layer {layer} has {} key heads of {} values; the cache has {} of {}",
                 heads[0], heads[1], own[0], own[1]
             )),
-            (Some(_), true) => foreign(format!("layer {layer} is attention; the cache has a DeltaNet's state")),
+            (Some(_), true) => {
+                foreign(format!("layer {layer} is attention; the cache has a DeltaNet's state"))
+            }
             (None, false) => foreign(format!("layer {layer} is a DeltaNet; the cache has keys and values")),
             _ => Ok(()),
         }

@@ -4,7 +4,8 @@ use bitnet_burn_backends::ops::{self, DenseError};
 use bitnet_burn_backends::{DenseArgs, NoInt8};
 use bitnet_burn_formats::{DenseFormat, DenseTensor};
 use burn::module::{
-    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param, ParamId,
+    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param,
+    ParamId,
 };
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use bytes::Bytes;

@@ -66,7 +66,9 @@ impl Reparameterizer for Ternarise {
         }
         let k = param.lazy_shape()[0];
         if let Some(problem) = self.scale.problem(k) {
-            panic!("Ternarise: the scale of `{path}` is {problem}; exclude it, or choose another kind of scale");
+            panic!(
+                "Ternarise: the scale of `{path}` is {problem}; exclude it, or choose another kind of scale"
+            );
         }
         (param, Some(Ternary { scale: self.scale }))
     }

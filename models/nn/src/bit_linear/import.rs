@@ -127,11 +127,14 @@ impl BitLinear {
                 _ => {}
             }
         }
-        let latent = Param::from_tensor(Tensor::from_data(values, (&device, dtype))).set_require_grad(trained);
+        let latent =
+            Param::from_tensor(Tensor::from_data(values, (&device, dtype))).set_require_grad(trained);
         let layer = Self::latent(latent);
         Ok(with_bias(match ternarised {
             None => layer,
-            Some(scale) => layer.with_quantisation(Quantisation { scale, activations: ActivationRule::Float })?,
+            Some(scale) => {
+                layer.with_quantisation(Quantisation { scale, activations: ActivationRule::Float })?
+            }
         }))
     }
 
@@ -190,7 +193,8 @@ impl BitLinear {
             let problem = format!("the scale {} of row {} is not finite", scales[at], at / found[1]);
             return Err(ManagerError::Operands(problem).into());
         }
-        let matrix = matrix_of(super::packing::canonical_rows(&ternary, k), scales, [n, k], quantisation, &device)?;
+        let matrix =
+            matrix_of(super::packing::canonical_rows(&ternary, k), scales, [n, k], quantisation, &device)?;
         let weight = PackedWeight::new(matrix, quantisation, false);
         Ok(Self::of(BitLinearWeight::Packed(weight), [n, k], quantisation))
     }
@@ -222,7 +226,8 @@ impl BitLinear {
                 let matrix: TernaryMatrix = weight.matrix();
                 let (codes, scales) = super::packing::codes_and_scales(matrix, scale)?;
                 let runs = codes.chunks(scale.run(n, k)).zip(&scales);
-                let values = runs.flat_map(|(codes, &s)| codes.iter().map(move |&c| f32::from(c) * s)).collect();
+                let values =
+                    runs.flat_map(|(codes, &s)| codes.iter().map(move |&c| f32::from(c) * s)).collect();
                 (TensorData::new(values, [n, k]), device)
             }
             BitLinearWeight::Dense(matrix) => {

@@ -12,7 +12,8 @@ use bitnet_burn_backends::{MatrixKernels, devices};
 use bitnet_burn_formats::{WeightScale, canonical, check_canonical, scales};
 use bitnet_burn_manager::ScaleKind;
 use burn::module::{
-    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param, ParamId,
+    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param,
+    ParamId,
 };
 use burn::tensor::{DType, Device, Int, Shape, Tensor, TensorData};
 
@@ -68,9 +69,11 @@ impl PackedWeight {
         let kind = scale_kind(quantisation, k);
         let count = match kind {
             ScaleKind::One => 1,
-            ScaleKind::Groups { weights, .. } => scales::stored_bytes(false, n, k, weights)
-                .unwrap_or_else(|| panic!("weights [{n}, {k}] have more scales than memory has bytes"))
-                / 4,
+            ScaleKind::Groups { weights, .. } => {
+                scales::stored_bytes(false, n, k, weights)
+                    .unwrap_or_else(|| panic!("weights [{n}, {k}] have more scales than memory has bytes"))
+                    / 4
+            }
         };
         let words = canonical::row_bytes(k) / 4;
         let zeros = move |device: &Device, _| {
@@ -319,9 +322,11 @@ impl Module for PackedWeight {
                 Ok(loaded) => return Self { format: format.id, ..loaded },
                 Err(reason) => reason,
             },
-            (false, ..) => "the record has no `format`: it was saved by a bitnet-burn older than version 1 of records, \
+            (false, ..) => {
+                "the record has no `format`: it was saved by a bitnet-burn older than version 1 of records, \
                             which may have written the packing of one machine; save it again from its source"
-                .into(),
+                    .into()
+            }
             (true, ..) => "`words` and `scale` are loaded together or not at all".into(),
         };
         refuse(mapper, &reason, &self.codes.lazy_device());
