@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cube", feature = "remote"))]
 use burn::backend::DispatchDevice;
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::Serialize;
@@ -219,14 +220,14 @@ pub fn unsupported(device: &Device) -> Option<String> {
 /// What a backend lacks, by the name that its devices print.
 fn of_missing(device: &str) -> String {
     let features = [
-        ("Flex", "flex"),
-        ("NdArray", "ndarray"),
-        ("Cube", "wgpu` (or `metal`, `cuda`, `rocm"),
-        ("Remote", "remote"),
+        ("Flex", "`flex`"),
+        ("NdArray", "`ndarray`"),
+        ("Cube", "`wgpu` (or `metal`, `cuda`, `rocm`)"),
+        ("Remote", "`remote`"),
     ];
     match features.into_iter().find(|(name, _)| device.contains(name)) {
         Some((_, feature)) => {
-            format!("bitnet-burn was built without its feature `{feature}`, which the device {device} needs")
+            format!("bitnet-burn was built without its feature {feature}, which the device {device} needs")
         }
         None => format!(
             "bitnet-burn has no operations for the device {device}; use Flex, NdArray or a GPU of CubeCL's"

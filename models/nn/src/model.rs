@@ -238,11 +238,14 @@ impl BitNet {
         keep: Keep,
     ) -> Result<(Tensor<2>, Keep), ForwardError> {
         self.check_tokens(rows.iter().map(|row| row.token))?;
-        if wanted.is_empty() {
-            return Err(ForwardError::NothingWanted);
-        }
-        if let Some(&wanted) = wanted.iter().find(|&&wanted| wanted >= rows.len()) {
-            return Err(ForwardError::Wanted { wanted, rows: rows.len() });
+        // (Without rows, that is what is wrong: the batch says so.)
+        if !rows.is_empty() {
+            if wanted.is_empty() {
+                return Err(ForwardError::NothingWanted);
+            }
+            if let Some(&wanted) = wanted.iter().find(|&&wanted| wanted >= rows.len()) {
+                return Err(ForwardError::Wanted { wanted, rows: rows.len() });
+            }
         }
         let (layers, found) = (self.blocks.len(), cache.devices().len());
         if layers != found {
