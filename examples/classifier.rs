@@ -43,10 +43,14 @@ trait Layer: Module + ModuleDisplay + Sync + 'static {
     fn forward(&self, x: Tensor<2>) -> Tensor<2>;
 }
 
+/// With a norm before quantisation, which keeps the activations' range steady.
+fn layer(inputs: usize, outputs: usize) -> BitLinearConfig {
+    BitLinearConfig::new(inputs, outputs).with_norm(true)
+}
+
 impl Layer for BitLinear {
-    /// With a norm before quantisation, which keeps the activations' range steady.
     fn new(inputs: usize, outputs: usize, device: &Device) -> Self {
-        BitLinearConfig::new(inputs, outputs).with_norm(true).init(device)
+        layer(inputs, outputs).init(device)
     }
 
     fn forward(&self, x: Tensor<2>) -> Tensor<2> {
@@ -100,13 +104,10 @@ impl Classifier<BitLinear> {
         Ok(Self { first: self.first.pack()?, second: self.second.pack()?, third: self.third.pack()? })
     }
 
-    /// For a file: packed in the layout that every machine reads.
-    fn into_canonical(self) -> anyhow::Result<Self> {
-        Ok(Self {
-            first: self.first.into_canonical()?,
-            second: self.second.into_canonical()?,
-            third: self.third.into_canonical()?,
-        })
+    /// To load a file into.
+    fn init_packed(hidden: usize, device: &Device) -> Self {
+        let layer = |inputs, outputs| layer(inputs, outputs).init_packed(device);
+        Self { first: layer(PIXELS, hidden), second: layer(hidden, hidden), third: layer(hidden, CLASSES) }
     }
 }
 
@@ -210,10 +211,10 @@ fn run(size: Size, directory: &Path) -> anyhow::Result<Report> {
     let packed = ternary.clone().pack()?;
     println!("{packed}");
 
-    // Into a file and back, into a model of the same shape: its own values are replaced.
+    // Into a file and back.
     let path = directory.join("classifier.safetensors");
-    packed.clone().into_canonical()?.save_into(&mut SafetensorsStore::from_file(&path).overwrite(true))?;
-    let mut loaded = Classifier::<BitLinear>::new(size.hidden, &device).pack()?.into_canonical()?;
+    packed.save_into(&mut SafetensorsStore::from_file(&path).overwrite(true))?;
+    let mut loaded = Classifier::init_packed(size.hidden, &device);
     loaded.load_from(&mut SafetensorsStore::from_file(&path))?;
     let outputs = packed.forward(images.clone());
     let difference: f32 = (outputs.clone() - loaded.forward(images.clone())).abs().max().into_scalar();

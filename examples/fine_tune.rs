@@ -40,12 +40,12 @@ impl Mlp {
     }
 
     /// The conversion: every layer keeps its weights and its bias, and sees them as ternary from now on.
-    fn into_ternary(self) -> BitMlp {
-        BitMlp {
-            first: BitLinear::from_linear(self.first),
-            second: BitLinear::from_linear(self.second),
-            third: BitLinear::from_linear(self.third),
-        }
+    fn into_ternary(self) -> anyhow::Result<BitMlp> {
+        Ok(BitMlp {
+            first: BitLinear::from_linear(self.first)?,
+            second: BitLinear::from_linear(self.second)?,
+            third: BitLinear::from_linear(self.third)?,
+        })
     }
 }
 
@@ -109,7 +109,7 @@ fn run(hidden: usize, images: usize, [epochs, tuning_epochs]: [usize; 2]) -> any
     let (images, labels) = batch(&digits(2, 2000), &device);
 
     let float = train(Mlp::new(hidden, &autodiff), &training, epochs, &autodiff);
-    let converted = float.clone().into_ternary();
+    let converted = float.clone().into_ternary()?;
     let tuned = train(converted.clone(), &training, tuning_epochs, &autodiff);
 
     // `valid` leaves autodiff: testing is inference.

@@ -4,6 +4,8 @@ use std::cell::Cell;
 use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+#[cfg(any(feature = "flex", feature = "ndarray", feature = "cube", feature = "remote"))]
+use burn::backend::DispatchDevice;
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
@@ -197,6 +199,40 @@ pub fn name(device: &Device) -> String {
         return format!("{REMOTE}{address}");
     }
     format!("{device:?}")
+}
+
+/// Why layers can't compute on a device: this build has no operations for its backend.
+pub fn unsupported(device: &Device) -> Option<String> {
+    match device.clone().without_autodiff().as_dispatch() {
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => None,
+        #[cfg(feature = "ndarray")]
+        DispatchDevice::NdArray(_) => None,
+        #[cfg(feature = "cube")]
+        DispatchDevice::Cube(_) => None,
+        #[cfg(feature = "remote")]
+        DispatchDevice::Remote(_) => None,
+        #[allow(unreachable_patterns, reason = "with all of Burn's backends there is no other")]
+        _ => Some(of_missing(&format!("{device:?}"))),
+    }
+}
+
+/// What a backend lacks, by the name that its devices print.
+fn of_missing(device: &str) -> String {
+    let features = [
+        ("Flex", "`flex`"),
+        ("NdArray", "`ndarray`"),
+        ("Cube", "`wgpu` (or `metal`, `cuda`, `rocm`)"),
+        ("Remote", "`remote`"),
+    ];
+    match features.into_iter().find(|(name, _)| device.contains(name)) {
+        Some((_, feature)) => {
+            format!("bitnet-burn was built without its feature {feature}, which the device {device} needs")
+        }
+        None => format!(
+            "bitnet-burn has no operations for the device {device}; use Flex, NdArray or a GPU of CubeCL's"
+        ),
+    }
 }
 
 /// Whether a device is on a worker.
@@ -400,6 +436,16 @@ mod found {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_built_in_is_named() {
+        let why = |device: &str| of_missing(device);
+        assert!(why("NdArray(Cpu)").contains("its feature `ndarray`"));
+        assert!(why("Cube(Wgpu)").contains("its feature `wgpu` (or `metal`, `cuda`, `rocm`)"));
+        assert!(why("LibTorch(Cpu)").contains("no operations for the device LibTorch(Cpu)"));
+        #[cfg(feature = "flex")]
+        assert_eq!(unsupported(&Device::flex()), None);
+    }
 
     #[test]
     fn what_panics_quietly_is_an_error_wherever_it_is() {

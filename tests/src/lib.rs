@@ -2,6 +2,11 @@
 
 pub mod reference;
 
+/// The programs of this page run with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/layers.md")]
+struct LayersPage;
+
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};

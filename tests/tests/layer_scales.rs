@@ -4,8 +4,8 @@
 use bitnet_burn::backends::ops::{MatrixScale, TernaryMatrix};
 use bitnet_burn::{
     ActivationRule, BitAttention, BitAttentionConfig, BitExpert, BitExpertsConfig, BitFeedForward,
-    BitFeedForwardConfig, BitLinear, BitLinearConfig, BitLinearWeight, GatedActivation, Quantisation,
-    RmsNormConfig, WeightScale,
+    BitFeedForwardConfig, BitLinear, BitLinearConfig, BitLinearWeight, Quantisation, RmsNormConfig,
+    WeightScale,
 };
 use bitnet_burn_formats::{Scales, quant};
 use bitnet_burn_tests::*;
@@ -272,13 +272,13 @@ fn every_kind_survives_both_kinds_of_file() {
                 .with_bias(Param::from_tensor(tensor(&random.floats(n), [n], &device)))
                 .with_norm(RmsNormConfig::new(k).init(&device));
             latent.norm.as_mut().unwrap().gamma = Param::from_tensor(tensor(&random.floats(k), [k], &device));
-            let packed = latent.clone().pack().unwrap().into_canonical().unwrap();
+            let packed = latent.clone().pack().unwrap();
             let input = tensor(&random.floats(5 * k), [5, k], &device);
             for (state, layer) in [("latent", latent), ("packed", packed)] {
                 let want = values(layer.forward(input.clone()));
                 let other = || match state {
                     "latent" => config.init(&device),
-                    _ => config.init(&device).pack().unwrap().into_canonical().unwrap(),
+                    _ => config.init_packed(&device),
                 };
                 let path = dir.path().join(state);
                 let loaded = [
@@ -325,9 +325,7 @@ fn scales_in_f16_load_into_a_trained_layer() {
     let x = tensor(&random.floats(3 * k), [3, k], &device);
     let store = || SafetensorsStore::from_file(dir.path().join("packed"));
     layer.save_into(&mut store()).unwrap();
-    let mut loaded =
-        BitLinearConfig::new(k, n).with_scale(WeightScale::Group(64)).init(&device).pack().unwrap();
-    loaded = loaded.into_canonical().unwrap();
+    let mut loaded = BitLinearConfig::new(k, n).with_scale(WeightScale::Group(64)).init_packed(&device);
     loaded.load_from(&mut store()).unwrap();
     assert_eq!(values(loaded.forward(x.clone())), values(layer.forward(x)));
 }
@@ -338,7 +336,7 @@ fn a_file_of_another_kind_is_refused() {
     let path = dir.path().join("packed");
     let packed = |scale: WeightScale| {
         let layer = BitLinearConfig::new(256, 40).with_scale(scale).init(&flex());
-        layer.pack().unwrap().into_canonical().unwrap()
+        layer.pack().unwrap()
     };
     let store = || SafetensorsStore::from_file(&path).overwrite(true);
     packed(WeightScale::Group(64)).save_into(&mut store()).unwrap();
@@ -379,9 +377,9 @@ fn layers_of_transformers_pass_their_kind_on() {
     let attention = BitAttentionConfig::new(32, 2, 1, 16).with_scale(scale).with_activations(activations);
     let attention = attention.init(&device);
     let network = BitFeedForwardConfig::new(32, 64).with_scale(scale).with_activations(activations);
-    let network = network.init(GatedActivation::Relu2, &device);
+    let network = network.init(&device);
     let experts = BitExpertsConfig::new(32, 64, 2, 1).with_scale(scale).with_activations(activations);
-    let experts = experts.init(GatedActivation::Relu2, &device);
+    let experts = experts.init(&device);
     let BitExpert { gate_proj, up_proj, down_proj } = &experts.experts[1];
     let BitAttention { q_proj, k_proj, v_proj, o_proj, .. } = &attention;
     let BitFeedForward { gate_proj: gate, up_proj: up, down_proj: down, .. } = &network;
@@ -430,7 +428,7 @@ fn weights_that_are_no_numbers_are_not_packed() {
     weights[130] = f32::NAN;
     for kind in kinds(64) {
         let error = layer(&weights, [4, 64], kind, &flex()).pack().unwrap_err();
-        assert!(error.to_string().contains("weights [4, 64]"), "{error}");
+        assert!(error.to_string().contains("weight [4, 64]"), "{error}");
     }
 }
 

@@ -31,16 +31,15 @@ fn both_states_survive_both_kinds_of_file() {
     for device in host_devices() {
         for (k, n) in [(256, 48), (70, 9)] {
             let latent = layer(k, n, &device);
-            // For another machine: a private packing is one kernel's own.
-            let packed = latent.clone().pack().unwrap().into_canonical().unwrap();
+            let packed = latent.clone().pack().unwrap();
             for (state, layer) in [("latent", latent), ("packed", packed)] {
                 let want = values(layer.forward(input(k, &device)));
                 // A layer of other weights, in the same state.
                 let other = || {
-                    let other = BitLinearConfig::new(k, n).with_bias(true).with_norm(true).init(&device);
+                    let other = BitLinearConfig::new(k, n).with_bias(true).with_norm(true);
                     match state {
-                        "latent" => other,
-                        _ => other.pack().unwrap().into_canonical().unwrap(),
+                        "latent" => other.init(&device),
+                        _ => other.init_packed(&device),
                     }
                 };
                 assert_ne!(values(other().forward(input(k, &device))), want);

@@ -269,6 +269,28 @@ impl TernaryMatrix {
         Ok(Self { codes, choice: None, ..self })
     }
 
+    /// The same matrix in the layout that the fastest kernels for its device read, as [`prepared`](Self::prepared) chooses it.
+    ///
+    /// # Errors
+    /// As [`prepared`](Self::prepared), or if the kernel that packed it can't unpack it.
+    ///
+    /// # Panics
+    /// If the matrix can't be read back from its device.
+    pub fn repacked(self) -> Result<Self, ManagerError> {
+        let Self { codes, scale, n, k, scales, .. } = self.into_canonical()?;
+        let (device, half) = (codes.device(), scale.dtype() == DType::F16);
+        let bytes = |data: TensorData| bytes::Bytes::copy_from_slice(data.as_bytes());
+        let scale = match scales {
+            ScaleKind::One => MatrixScale::One(scale.into_scalar::<f32>()),
+            ScaleKind::Groups { weights, activations, .. } => {
+                let scales = Scales::stored(bytes(scale.into_data()), half, n, k, weights);
+                let scales = scales.map_err(|error| ManagerError::Operands(error.to_string()))?;
+                MatrixScale::Groups { scales, activations }
+            }
+        };
+        Self::prepared(bytes(codes.into_data()), scale, n, k, &device)
+    }
+
     /// As kernels on the device that it is on read it: a private packing of another device's kernels is unpacked.
     fn where_it_is(self) -> Result<Self, ManagerError> {
         let host = is_host(&self.codes.device());

@@ -29,9 +29,65 @@ pub(crate) fn parsed<T: FromStr>(
     }
 }
 
+/// The project's variables. Those of its tests begin with `BITNET_TEST_`.
+const KNOWN: [&str; 17] = [
+    "BITNET_API_KEY",
+    "BITNET_BLESS",
+    "BITNET_CACHE_DIR",
+    "BITNET_CONFIG",
+    "BITNET_CPU_MASK",
+    "BITNET_FALLBACK",
+    "BITNET_GOLDEN_DIR",
+    "BITNET_KERNEL",
+    "BITNET_PIN",
+    "BITNET_PLUGINS",
+    "BITNET_PLUGIN_PATH",
+    "BITNET_PLUGIN_PINS",
+    "BITNET_REMOTE_TIMEOUT",
+    "BITNET_REVISION",
+    "BITNET_STRICT_MODE",
+    "BITNET_THREADS",
+    "BITNET_WORKER_SECRET",
+];
+
+/// Logs variables that look like the project's, and that nothing reads.
+pub(crate) fn warn_of_unknown() {
+    for name in unknown(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok())) {
+        tracing::warn!("{name} is set, and no variable of bitnet-burn has this name: is it misspelt?");
+    }
+}
+
+fn unknown(names: impl Iterator<Item = String>) -> impl Iterator<Item = String> {
+    names.filter(|name| {
+        name.starts_with("BITNET_") && !name.starts_with("BITNET_TEST_") && !KNOWN.contains(&name.as_str())
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn misspelt_names_are_found() {
+        let names = ["BITNET_THREAD", "BITNET_THREADS", "BITNET_TEST_OUT", "BITNET", "PATH"];
+        let found: Vec<_> = unknown(names.into_iter().map(str::to_owned)).collect();
+        assert_eq!(found, ["BITNET_THREAD"]);
+    }
+
+    #[test]
+    fn the_documentation_has_the_same_names() {
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/environment.md");
+        let page = std::fs::read_to_string(page).unwrap();
+        let mut names: Vec<&str> = page
+            .split('`')
+            .skip(1)
+            .step_by(2)
+            .filter(|name| name.starts_with("BITNET_") && !name.starts_with("BITNET_TEST_"))
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names, KNOWN);
+    }
 
     #[cfg(unix)]
     #[test]

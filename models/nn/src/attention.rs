@@ -9,7 +9,7 @@ use burn::module::Module;
 use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor};
 
-use crate::bit_linear::side_by_side;
+use crate::bit_linear::{check_features, in_dtype, in_f32, side_by_side};
 use crate::{
     ActivationRule, Batch, BitDeltaNet, BitLinear, BitLinearConfig, ForwardError, History, KvCache, Stage,
     WeightScale,
@@ -87,6 +87,12 @@ pub struct BitAttentionConfig {
     /// Whether the context is multiplied by the sigmoid of gates, which q_proj has behind the queries of each head.
     #[config(default = false)]
     pub gate: bool,
+    /// Whether q_proj, k_proj and v_proj have a bias.
+    #[config(default = false)]
+    pub qkv_bias: bool,
+    /// Whether o_proj has one.
+    #[config(default = false)]
+    pub output_bias: bool,
     /// Weights of a projection that share a scale.
     #[config(default = "WeightScale::Tensor")]
     pub scale: WeightScale,
@@ -130,16 +136,23 @@ pub struct BitAttention {
 
 impl BitAttentionConfig {
     /// A layer in the training state.
+    ///
+    /// # Panics
+    /// If a projection can't be quantised so, or has no features; or as [`assemble`](Self::assemble).
     pub fn init(&self, device: &Device) -> BitAttention {
         let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
         let linear = |d_in, d_out| {
             BitLinearConfig::new(d_in, d_out).with_scale(self.scale).with_activations(self.activations)
         };
         let projections = [
-            linear(self.hidden_size, if self.gate { 2 * q } else { q }).init(device),
-            linear(self.hidden_size, kv).init(device),
-            linear(self.hidden_size, kv).init(device),
-            linear(q, self.hidden_size).with_norm(self.sub_norm).with_norm_eps(self.eps).init(device),
+            linear(self.hidden_size, if self.gate { 2 * q } else { q }).with_bias(self.qkv_bias).init(device),
+            linear(self.hidden_size, kv).with_bias(self.qkv_bias).init(device),
+            linear(self.hidden_size, kv).with_bias(self.qkv_bias).init(device),
+            linear(q, self.hidden_size)
+                .with_bias(self.output_bias)
+                .with_norm(self.sub_norm)
+                .with_norm_eps(self.eps)
+                .init(device),
         ];
         let norm = |size| RmsNormConfig::new(size).with_epsilon(self.eps).init(device);
         let qk_norms = self.qk_norms.then(|| [norm(self.head_dim), norm(self.head_dim)]);
@@ -147,12 +160,27 @@ impl BitAttentionConfig {
     }
 
     /// A layer of given parts: the norms of queries and keys where they have some; q, k, v and o (with its norm).
+    ///
+    /// # Panics
+    /// If the key heads do not divide the query heads, or the projections have other sizes.
     pub fn assemble(
         &self,
         input_norm: RmsNorm,
         qk_norms: Option<[RmsNorm; 2]>,
         projections: [BitLinear; 4],
     ) -> BitAttention {
+        let (heads, kv_heads, d) = (self.n_heads, self.n_kv_heads, self.head_dim);
+        assert!(
+            kv_heads > 0 && heads.is_multiple_of(kv_heads),
+            "BitAttention: {heads} query heads over {kv_heads} key heads"
+        );
+        let (hidden, q) = (self.hidden_size, heads * d);
+        let q_rows = if self.gate { 2 * q } else { q };
+        let expected = [[q_rows, hidden], [kv_heads * d, hidden], [kv_heads * d, hidden], [hidden, q]];
+        for ((layer, expected), name) in projections.iter().zip(expected).zip(["q", "k", "v", "o"]) {
+            let found = [layer.d_output(), layer.d_input()];
+            assert!(found == expected, "BitAttention: {name}_proj must be {expected:?}; it is {found:?}");
+        }
         let [q_proj, k_proj, v_proj, o_proj] = projections;
         let [q_norm, k_norm] = qk_norms.map_or([None, None], |norms| norms.map(Some));
         BitAttention {
@@ -181,7 +209,10 @@ impl BitAttention {
     /// x and output: [rows of the batch, hidden_size].
     ///
     /// # Errors
-    /// If a kernel or the cache refuses.
+    /// If rows, batch and history do not fit together, or a kernel or the cache refuses.
+    ///
+    /// # Panics
+    /// If the input has other features, or the batch was made with a rotary encoding of another size.
     pub fn forward(
         &self,
         x: Tensor<2>,
@@ -189,7 +220,20 @@ impl BitAttention {
         batch: &Batch,
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
-        let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
+        let (m, dtype) = (x.dims()[0], x.dtype());
+        check_features("BitAttention", self.q_proj.d_input(), &x.dims());
+        batch.check(m, layer, Some([self.n_kv_heads, self.head_dim]), history)?;
+        if m == 0 {
+            return Ok(x);
+        }
+        if self.rope {
+            let (turned, found) = (self.rope_dim.unwrap_or(self.head_dim), 2 * batch.angles.0.dims()[1]);
+            assert!(
+                turned == found,
+                "BitAttention: RoPE turns {turned} values of a head; the batch's rotary encoding is for {found}"
+            );
+        }
+        let (x, norm) = (in_f32(x), (in_f32(self.input_norm.gamma.val()), self.input_norm.epsilon as f32));
         let qkv = side_by_side(x, Some(norm), batch.quantise, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
         batch.keep.see(layer, Stage::Qkv, &qkv);
         let (qkv, gates) = self.without_gates(qkv);
@@ -218,7 +262,7 @@ impl BitAttention {
             None => context,
         };
         batch.keep.see(layer, Stage::Context, &context);
-        Ok(self.o_proj.forward_rows(context, batch.quantise)?)
+        Ok(in_dtype(self.o_proj.forward_rows(context, batch.quantise)?, dtype))
     }
 
     /// Queries, keys and values, and the gates, which lie behind the queries of each head.
@@ -269,7 +313,7 @@ impl BitAttention {
                 let (part, size) = (qkv.clone().slice([0..m, columns.clone()]), columns.len());
                 let Some(norm) = norm else { return part };
                 let heads = part.reshape([m * size / d, d]);
-                ops::rms_norm(heads, norm.gamma.val(), norm.epsilon as f32).reshape([m, size])
+                ops::rms_norm(heads, in_f32(norm.gamma.val()), norm.epsilon as f32).reshape([m, size])
             };
             let parts = [
                 part(0..keys, self.q_norm.as_ref()),

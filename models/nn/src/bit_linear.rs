@@ -1,19 +1,23 @@
 //! The BitNet linear layer ("The Era of 1-bit LLMs", arXiv 2402.17764; quantisers as in arXiv
 //! 2504.12285, section 2).
 
+mod import;
+mod packed;
 mod packing;
 
 use std::mem::discriminant;
 
-use bitnet_burn_backends::MatrixKernels;
+use bitnet_burn_backends::devices;
 use bitnet_burn_backends::ops::{self, BitLinearInput, TernaryMatrix};
 use bitnet_burn_formats::WeightScale;
 use bitnet_burn_manager::{ManagerError, ScaleKind};
 use burn::config::Config;
-use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
-use burn::nn::{Linear, RmsNorm, RmsNormConfig};
-use burn::tensor::{DType, Device, Int, Tensor};
+use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param};
+use burn::nn::{RmsNorm, RmsNormConfig};
+use burn::tensor::{DType, Device, Tensor};
 
+pub use self::import::ImportError;
+pub use self::packed::PackedWeight;
 use crate::{ActivationRule, ConfigError, DenseMatrix, Quantisation, Rotation};
 
 /// Weight and epsilon of the norm that an input passes.
@@ -111,20 +115,6 @@ pub enum BitLinearWeight {
     Dense(DenseMatrix),
 }
 
-/// Frozen ternary weights.
-#[derive(Module, Debug)]
-pub struct PackedWeight {
-    /// U32 words: canonical rows [d_output, ceil(d_input / 128) * 8], or [1, words] in the private
-    /// packing of the kernel that was chosen for this machine.
-    pub codes: Param<Tensor<2, Int>>,
-    /// weight = code * scale: `[1]`, or many in blocks of 32 rows, as [`Scales`](crate::formats::Scales) has them.
-    pub scale: Param<Tensor<1>>,
-    #[module(skip)]
-    scales: ScaleKind,
-    #[module(skip)]
-    choice: Option<MatrixKernels>,
-}
-
 impl BitLinearConfig {
     /// How the layer quantises.
     pub fn quantisation(&self) -> Quantisation {
@@ -134,13 +124,39 @@ impl BitLinearConfig {
     /// A layer in the training state.
     ///
     /// # Panics
-    /// If the layer can't be quantised so: [`Quantisation::check`] says why.
+    /// If the layer has no input or no output features, or can't be quantised so ([`Quantisation::check`] says why), or this
+    /// build has no operations for the device: the message names the feature.
     pub fn init(&self, device: &Device) -> BitLinear {
+        let [n, k] = self.checked(device);
+        let weight = self.initializer.init_with([n, k], Some(k), Some(n), device);
+        self.with_weight(BitLinearWeight::Latent(weight), device)
+    }
+
+    /// A layer in the packed state to load a record into, without initialising, packing or measuring anything before. Until
+    /// then its weights are zeros.
+    ///
+    /// # Panics
+    /// As [`init`](Self::init).
+    pub fn init_packed(&self, device: &Device) -> BitLinear {
+        let [n, k] = self.checked(device);
+        let weight = PackedWeight::uninitialized([n, k], self.quantisation(), device);
+        self.with_weight(BitLinearWeight::Packed(weight), device)
+    }
+
+    fn checked(&self, device: &Device) -> [usize; 2] {
+        if let Some(problem) = devices::unsupported(device) {
+            panic!("BitLinearConfig: {problem}");
+        }
         let (n, k) = (self.d_output, self.d_input);
+        assert!(n > 0 && k > 0, "BitLinearConfig: d_input is {k} and d_output {n}; both must be at least 1");
         self.quantisation().check(k).unwrap_or_else(|error| panic!("BitLinearConfig: {error}"));
-        let init = |shape: [usize; 2]| self.initializer.init_with(shape, Some(k), Some(n), device);
+        [n, k]
+    }
+
+    fn with_weight(&self, weight: BitLinearWeight, device: &Device) -> BitLinear {
+        let (n, k) = (self.d_output, self.d_input);
         BitLinear {
-            weight: BitLinearWeight::Latent(init([n, k])),
+            weight,
             bias: self.bias.then(|| Param::from_tensor(Tensor::zeros([n], device))),
             norm: self.norm.then(|| RmsNormConfig::new(k).with_epsilon(self.norm_eps).init(device)),
             rotation: None,
@@ -167,30 +183,15 @@ impl BitLinear {
 
     /// A layer in the packed state, without norm and bias.
     pub fn from_matrix(matrix: TernaryMatrix) -> Self {
-        let TernaryMatrix { codes, scale, n, k, scales, choice } = matrix;
-        let weight = PackedWeight {
-            codes: Param::initialized(ParamId::new(), codes),
-            scale: Param::initialized(ParamId::new(), scale.set_require_grad(false)),
-            scales,
-            choice,
-        };
-        Self::of(BitLinearWeight::Packed(weight), [n, k], Quantisation::of_packed(scales))
+        let (shape, quantisation) = ([matrix.n, matrix.k], Quantisation::of_packed(matrix.scales));
+        let weight = PackedWeight::new(matrix, quantisation, false);
+        Self::of(BitLinearWeight::Packed(weight), shape, quantisation)
     }
 
     /// A layer that is not ternary, without norm and bias.
     pub fn dense(matrix: DenseMatrix) -> Self {
         let shape = [matrix.args().n, matrix.args().k];
         Self::of(BitLinearWeight::Dense(matrix), shape, Quantisation::default())
-    }
-
-    /// A layer in the training state with the weights and the bias of a `Linear`, for quantisation-aware
-    /// fine-tuning. (Burn keeps a `Linear`'s weight as [d_input, d_output]; it is transposed.)
-    pub fn from_linear(linear: Linear) -> Self {
-        let weight = linear.weight.val();
-        let device = weight.device();
-        // A tensor of its own: contiguous, and a leaf of the graph.
-        let weight = Tensor::<2>::from_data(weight.transpose().into_data(), &device);
-        Self { bias: linear.bias, ..Self::latent(Param::from_tensor(weight)) }
     }
 
     /// The same layer in the training state, quantised in another way.
@@ -253,8 +254,8 @@ impl BitLinear {
     /// Applies the layer.
     ///
     /// # Shapes
-    /// - input: `[..., d_input]`
-    /// - output: `[..., d_output]`
+    /// - input: `[..., d_input]`, F32, F16 or BF16
+    /// - output: `[..., d_output]` of the same type. (The layer computes in F32.)
     ///
     /// # Panics
     /// If the input has other features, or in strict mode if no kernel may compute the layer
@@ -268,12 +269,16 @@ impl BitLinear {
     /// # Errors
     /// In strict mode, if no kernel may compute the layer.
     pub fn try_forward<const D: usize>(&self, input: Tensor<D>) -> Result<Tensor<D>, ManagerError> {
-        let mut shape = input.dims();
+        let (mut shape, dtype) = (input.dims(), input.dtype());
+        check_features("BitLinear", self.d_input, &shape);
         let rows: usize = shape[..D - 1].iter().product();
-        let x = input.reshape([rows, self.d_input]);
-        let y = self.forward_rows(x, true)?;
         shape[D - 1] = self.d_output;
-        Ok(y.reshape(shape))
+        if rows == 0 {
+            return Ok(Tensor::zeros(shape, (&input.device(), dtype)));
+        }
+        let x = in_f32(input).reshape([rows, self.d_input]);
+        let y = self.forward_rows(x, true)?;
+        Ok(in_dtype(y.reshape(shape), dtype))
     }
 
     /// [`try_forward`](Self::try_forward) of rows [M, d_input], with or without quantising them to int8.
@@ -293,7 +298,7 @@ impl BitLinear {
 
     /// The norm as the fused operation takes it.
     pub(crate) fn norm_input(&self) -> InputNorm {
-        self.norm.as_ref().map(|norm| (norm.gamma.val(), norm.epsilon as f32))
+        self.norm.as_ref().map(|norm| (in_f32(norm.gamma.val()), norm.epsilon as f32))
     }
 
     /// Bytes of the weights with their scales, which a forward pass of one row reads.
@@ -325,40 +330,28 @@ impl BitLinear {
     pub fn matrix(&self) -> Option<TernaryMatrix> {
         match &self.weight {
             BitLinearWeight::Latent(_) | BitLinearWeight::Dense(_) => None,
-            BitLinearWeight::Packed(weight) => {
-                let scale = weight.scale.val();
-                let mut scales = weight.scales;
-                if let ScaleKind::Groups { half, .. } = &mut scales {
-                    // Those of a file that was loaded since may be of the other type.
-                    *half = scale.dtype() == DType::F16;
-                }
-                Some(TernaryMatrix {
-                    codes: weight.codes.val(),
-                    scale,
-                    n: self.d_output,
-                    k: self.d_input,
-                    scales,
-                    choice: weight.choice.clone(),
-                })
-            }
+            BitLinearWeight::Packed(weight) => Some(weight.matrix()),
         }
     }
+}
 
-    /// The layer with packed weights in the canonical layout, which every machine and device reads: for
-    /// saving it, or before it moves to another device. (A private packing that has moved is unpacked at
-    /// every call.) A layer in another state stays as it is.
-    ///
-    /// # Errors
-    /// If the kernel that packed the weights can't unpack them.
-    pub fn into_canonical(self) -> Result<Self, ManagerError> {
-        match self.matrix() {
-            None => Ok(self),
-            Some(matrix) => {
-                let weight = Self::from_matrix(matrix.into_canonical()?).weight;
-                Ok(Self { weight, ..self })
-            }
-        }
-    }
+/// # Panics
+/// If an input has other features than a layer.
+pub(crate) fn check_features(layer: &str, expected: usize, found: &[usize]) {
+    assert!(
+        found.last() == Some(&expected),
+        "{layer}: expected an input of [..., {expected}], found {found:?}"
+    );
+}
+
+/// What layers compute with.
+pub(crate) fn in_f32<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    in_dtype(x, DType::F32)
+}
+
+/// In the type that the input had.
+pub(crate) fn in_dtype<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
+    if x.dtype() == dtype { x } else { x.cast(dtype) }
 }
 
 /// Layers over one input, which passes `norm` first, if there is one; their outputs stand side by side: [M, sum of d_output].
@@ -420,7 +413,7 @@ fn fused(
     }
     let device = y.device();
     let bias = |layer: &&BitLinear| match &layer.bias {
-        Some(bias) => bias.val(),
+        Some(bias) => in_f32(bias.val()),
         None => Tensor::zeros([layer.d_output], &device),
     };
     Ok(y + Tensor::cat(layers.iter().map(bias).collect(), 0).unsqueeze())
@@ -437,9 +430,9 @@ fn latent_linears(x: Tensor<2>, quantise: bool, layers: &[&BitLinear]) -> Tensor
         .map(|layer| match &layer.weight {
             BitLinearWeight::Latent(weight) if quantise => {
                 let scale = layer.quantisation.scale;
-                partly(weight.val(), layer.quantised_share, |weight| ops::ternarise(weight, scale))
+                partly(in_f32(weight.val()), layer.quantised_share, |weight| ops::ternarise(weight, scale))
             }
-            BitLinearWeight::Latent(weight) => weight.val(),
+            BitLinearWeight::Latent(weight) => in_f32(weight.val()),
             BitLinearWeight::Packed(_) | BitLinearWeight::Dense(_) => {
                 panic!("a frozen layer beside one in the training state")
             }
@@ -519,7 +512,7 @@ mod tests {
         let device = Device::flex();
         let linear = burn::nn::LinearConfig::new(12, 5).init(&device);
         let weight: Vec<f32> = linear.weight.val().into_data().iter::<f32>().collect();
-        let layer = BitLinear::from_linear(linear);
+        let layer = BitLinear::from_linear(linear).unwrap();
         assert_eq!((layer.d_input(), layer.d_output(), layer.bias.is_some()), (12, 5, true));
         let BitLinearWeight::Latent(latent) = &layer.weight else { panic!("it is trained further") };
         let latent: Vec<f32> = latent.val().into_data().iter::<f32>().collect();

@@ -6,11 +6,12 @@ use burn::module::Module;
 use burn::nn::RmsNorm;
 use burn::tensor::{Device, Tensor};
 
+use crate::bit_linear::{in_dtype, in_f32};
 use crate::delta_net::{DeltaNetFloats, values};
 use crate::{
     Attention, Batch, BitAttentionConfig, BitDeltaNetConfig, BitExpertsConfig, BitFeedForward,
-    BitFeedForwardConfig, BitLinear, DenseMatrix, FeedForward, FloatPart, ForwardError, GatedActivation,
-    History, ModelConfig, Norm, Projection, SharedExpert, Stage,
+    BitFeedForwardConfig, BitLinear, DenseMatrix, FeedForward, FloatPart, ForwardError, History, ModelConfig,
+    Norm, Projection, SharedExpert, Stage,
 };
 
 /// Configuration of a [`BitBlock`].
@@ -36,10 +37,13 @@ pub struct BitBlock {
 
 impl BitBlockConfig {
     /// A block in the training state.
-    pub fn init(&self, activation: GatedActivation, device: &Device) -> BitBlock {
+    ///
+    /// # Panics
+    /// If a projection can't be quantised so, or sizes do not fit together.
+    pub fn init(&self, device: &Device) -> BitBlock {
         BitBlock {
             attention: Attention::Softmax(self.attention.init(device)),
-            feed_forward: FeedForward::One(self.feed_forward.init(activation, device)),
+            feed_forward: FeedForward::One(self.feed_forward.init(device)),
             residual_scale: 1.0,
         }
     }
@@ -137,9 +141,10 @@ impl BitBlock {
                 let config_of =
                     BitExpertsConfig::new(config.hidden_size, of.intermediate_size, of.count, of.used)
                         .with_renormalise(of.renormalise)
+                        .with_activation(config.activation)
                         .with_clamp(clamp);
                 let router = float(layer, FloatPart::Router)?;
-                let experts = config_of.assemble(norm, router, experts, config.activation);
+                let experts = config_of.assemble(norm, router, experts);
                 FeedForward::Experts(experts.with_shared(shared))
             }
         };
@@ -252,6 +257,8 @@ impl BitBlock {
         batch: &Batch,
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
+        let dtype = x.dtype();
+        let x = in_f32(x);
         let scaled = |y: Tensor<2>| if self.residual_scale == 1.0 { y } else { y * self.residual_scale };
         batch.keep.see(layer, Stage::Input, &x);
         let attention = {
@@ -271,6 +278,6 @@ impl BitBlock {
         };
         batch.keep.see(layer, Stage::FeedForward, &feed_forward);
         let _span = profile::span(Operation::Residual);
-        Ok(x + scaled(feed_forward))
+        Ok(in_dtype(x + scaled(feed_forward), dtype))
     }
 }

@@ -1,5 +1,7 @@
 //! The KV cache: what attention has seen of each sequence, and what gated DeltaNets remember of it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 pub use bitnet_burn_backends::CacheType;
 use bitnet_burn_backends::devices;
 use bitnet_burn_backends::ops::{self, CacheLayer, DeltaNetState};
@@ -42,11 +44,18 @@ pub enum CacheError {
     /// There is no such sequence.
     #[error("there is no sequence {0} in the KV cache")]
     Unknown(usize),
+    /// It was made for another model, or a sequence is another cache's.
+    #[error("the KV cache does not fit: {0}")]
+    Foreign(String),
 }
 
 /// Names a sequence in a [`KvCache`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SequenceId(pub(crate) usize);
+pub struct SequenceId {
+    slot: usize,
+    /// The cache's number.
+    cache: u64,
+}
 
 /// Keys and values by sequence and layer, [kv heads, room, head_dim] each, on the layer's device.
 ///
@@ -57,6 +66,8 @@ pub struct SequenceId(pub(crate) usize);
 /// [`snapshot`](Self::snapshot), [`truncate`](Self::truncate).
 #[derive(Debug)]
 pub struct KvCache {
+    /// Tells caches apart, so that none takes another's sequence for its own.
+    number: u64,
     slots: Vec<Option<Slot>>,
     n_kv_heads: usize,
     head_dim: usize,
@@ -134,8 +145,11 @@ impl KvCache {
                 return Err(CacheError::Type { cache_type, device: devices::name(device) });
             }
         }
+        static CACHES: AtomicU64 = AtomicU64::new(0);
+        let number = CACHES.fetch_add(1, Ordering::Relaxed);
         let (slots, delta_nets, sliding, preallocated) = (Vec::new(), Vec::new(), false, false);
         Ok(Self {
+            number,
             slots,
             n_kv_heads,
             head_dim,
@@ -228,7 +242,7 @@ impl KvCache {
             self.slots.len() - 1
         });
         self.slots[free] = Some(slot);
-        SequenceId(free)
+        SequenceId { slot: free, cache: self.number }
     }
 
     fn empty(&self, room: usize, device: &Device, arena: &PageArena) -> CacheLayer {
@@ -237,11 +251,40 @@ impl KvCache {
     }
 
     fn slot(&self, id: SequenceId) -> Result<&Slot, CacheError> {
-        self.slots.get(id.0).and_then(Option::as_ref).ok_or(CacheError::Unknown(id.0))
+        self.own(id)?;
+        self.slots.get(id.slot).and_then(Option::as_ref).ok_or(CacheError::Unknown(id.slot))
     }
 
     fn slot_mut(&mut self, id: SequenceId) -> Result<&mut Slot, CacheError> {
-        self.slots.get_mut(id.0).and_then(Option::as_mut).ok_or(CacheError::Unknown(id.0))
+        self.own(id)?;
+        self.slots.get_mut(id.slot).and_then(Option::as_mut).ok_or(CacheError::Unknown(id.slot))
+    }
+
+    fn own(&self, id: SequenceId) -> Result<(), CacheError> {
+        match id.cache == self.number {
+            true => Ok(()),
+            false => Err(CacheError::Foreign(format!("sequence {} belongs to another cache", id.slot))),
+        }
+    }
+
+    /// Checks that a layer finds what it needs: keys and values of so many heads, or a DeltaNet's state.
+    pub(crate) fn check(&self, layer: usize, heads: Option<[usize; 2]>) -> Result<(), CacheError> {
+        let foreign = |problem: String| Err(CacheError::Foreign(problem));
+        let (layers, own) = (self.devices.len(), [self.n_kv_heads, self.head_dim]);
+        if layer >= layers {
+            return foreign(format!("layer {layer} of a model; the cache has {layers} layers"));
+        }
+        match (heads, self.has_delta_net(layer)) {
+            (Some(heads), false) if heads != own => foreign(format!(
+                "layer {layer} has {} key heads of {} values; the cache has {} of {}",
+                heads[0], heads[1], own[0], own[1]
+            )),
+            (Some(_), true) => {
+                foreign(format!("layer {layer} is attention; the cache has a DeltaNet's state"))
+            }
+            (None, false) => foreign(format!("layer {layer} is a DeltaNet; the cache has keys and values")),
+            _ => Ok(()),
+        }
     }
 
     /// Positions of a sequence that are there: all, but for a sliding window.
@@ -325,7 +368,7 @@ impl KvCache {
     /// If there is no such sequence.
     pub fn remove(&mut self, id: SequenceId) -> Result<(), CacheError> {
         self.slot(id)?;
-        self.slots[id.0] = None;
+        self.slots[id.slot] = None;
         Ok(())
     }
 

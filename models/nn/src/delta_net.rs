@@ -185,6 +185,7 @@ impl BitDeltaNet {
         batch: &Batch,
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
+        batch.check(x.dims()[0], layer, None, history)?;
         let normed = ops::rms_norm(x, self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
         let projections = [&self.qkv_proj, &self.gate_proj];
         let projected = side_by_side(normed.clone(), None, batch.quantise, &projections)?;
@@ -238,9 +239,9 @@ impl BitDeltaNet {
     }
 
     /// The same with its matrices of floats frozen.
-    pub(crate) fn freeze(mut self) -> Self {
-        self.decay_proj = self.decay_proj.freeze();
-        self.strength_proj = self.strength_proj.freeze();
+    pub(crate) fn into_stored(mut self) -> Self {
+        self.decay_proj = self.decay_proj.into_stored();
+        self.strength_proj = self.strength_proj.into_stored();
         self
     }
 }

@@ -3,7 +3,10 @@
 use bitnet_burn_backends::ops::{self, DenseError};
 use bitnet_burn_backends::{DenseArgs, NoInt8};
 use bitnet_burn_formats::{DenseFormat, DenseTensor};
-use burn::module::{Module, Param, ParamId};
+use burn::module::{
+    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param,
+    ParamId,
+};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use bytes::Bytes;
 
@@ -32,14 +35,12 @@ pub enum DenseMatrixError {
 }
 
 /// A matrix [N, K], see [`DenseWeight`] for its two states.
-#[derive(Module, Debug)]
+#[derive(Clone, Debug)]
 pub struct DenseMatrix {
     /// The weights.
     pub weight: DenseWeight,
-    #[module(skip)]
     args: DenseArgs,
     /// The format that the weights had before they were requantised.
-    #[module(skip)]
     from: Option<DenseFormat>,
 }
 
@@ -123,11 +124,12 @@ impl DenseMatrix {
         Self { weight: DenseWeight::Float(weight), args: DenseArgs::new(DenseFormat::F32, n, k), from: None }
     }
 
-    /// The same with its weights frozen, as F32 on the device without gradients.
+    /// The same with its weights stored as F32 on the device without gradients, where they are constants. (Burn's
+    /// [`freeze`](Module::freeze) keeps a parameter and stops its gradients.)
     ///
     /// # Panics
     /// If the weights can't be read back from their device.
-    pub fn freeze(self) -> Self {
+    pub fn into_stored(self) -> Self {
         let DenseWeight::Float(weight) = &self.weight else { return self };
         let device = weight.val().device().without_autodiff();
         let values: Vec<f32> = weight.val().into_data().iter::<f32>().collect();
@@ -189,3 +191,64 @@ impl DenseMatrix {
         }
     }
 }
+
+/// As the derive makes it, but for the weights of a file, which count as parameters although they are words.
+impl Module for DenseMatrix {
+    fn num_params(&self) -> usize {
+        self.args.n * self.args.k
+    }
+
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        visitor.enter_module("weight", "Struct:DenseMatrix");
+        self.weight.visit(visitor);
+        visitor.exit_module("weight", "Struct:DenseMatrix");
+    }
+
+    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
+        mapper.enter_module("weight", "Struct:DenseMatrix");
+        let weight = self.weight.map(mapper);
+        mapper.exit_module("weight", "Struct:DenseMatrix");
+        Self { weight, ..self }
+    }
+
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        self.weight.collect_devices(devices)
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        Self { weight: self.weight.to_device(device), ..self }
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        Self { weight: self.weight.fork(device), ..self }
+    }
+
+    fn valid(&self) -> Self {
+        Self { weight: self.weight.valid(), ..*self }
+    }
+
+    fn train(self) -> Self {
+        Self { weight: self.weight.train(), ..self }
+    }
+
+    fn materialize(self) -> Self {
+        Self { weight: self.weight.materialize(), ..self }
+    }
+}
+
+impl ModuleDisplayDefault for DenseMatrix {
+    fn content(&self, content: Content) -> Option<Content> {
+        let DenseArgs { format, n, k, .. } = self.args;
+        let state = match self.weight {
+            DenseWeight::Float(_) => "training",
+            DenseWeight::Stored(_) => format.name(),
+        };
+        content.add("n", &n).add("k", &k).add("weights", &state.to_owned()).optional()
+    }
+
+    fn num_params(&self) -> usize {
+        Module::num_params(self)
+    }
+}
+
+impl ModuleDisplay for DenseMatrix {}

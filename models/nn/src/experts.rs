@@ -8,7 +8,7 @@ use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::activation::softmax;
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 
-use crate::bit_linear::side_by_side;
+use crate::bit_linear::{check_features, in_dtype, in_f32, side_by_side};
 use crate::feed_forward::Gate;
 use crate::{ActivationRule, BitLinear, BitLinearConfig, DenseMatrix, ForwardError, WeightScale};
 
@@ -26,6 +26,9 @@ pub struct BitExpertsConfig {
     /// Whether the weights of a row's experts are divided by their sum.
     #[config(default = true)]
     pub renormalise: bool,
+    /// What joins gate and up. Default: BitNet's squared ReLU.
+    #[config(default = "GatedActivation::Relu2")]
+    pub activation: GatedActivation,
     /// Gates are at most this, and what they are multiplied by lies between minus this and this.
     pub clamp: Option<f32>,
     /// Weights of a projection that share a scale.
@@ -100,7 +103,7 @@ pub struct BitExpert {
 
 impl BitExpertsConfig {
     /// A layer in the training state.
-    pub fn init(&self, activation: GatedActivation, device: &Device) -> BitExperts {
+    pub fn init(&self, device: &Device) -> BitExperts {
         let linear = |d_in, d_out| {
             let config = BitLinearConfig::new(d_in, d_out);
             config.with_scale(self.scale).with_activations(self.activations).init(device)
@@ -112,7 +115,7 @@ impl BitExpertsConfig {
         let initializer = Initializer::KaimingUniform { gain: 1.0 / 3f64.sqrt(), fan_out_only: false };
         let router = initializer.init_with(shape, Some(self.hidden_size), Some(self.experts), device);
         let norm = RmsNormConfig::new(self.hidden_size).with_epsilon(self.eps).init(device);
-        self.assemble(norm, DenseMatrix::trainable(router), experts, activation)
+        self.assemble(norm, DenseMatrix::trainable(router), experts)
     }
 
     /// A layer of given parts: gate, up and down of each expert.
@@ -124,7 +127,6 @@ impl BitExpertsConfig {
         input_norm: RmsNorm,
         router: DenseMatrix,
         experts: Vec<[BitLinear; 3]>,
-        activation: GatedActivation,
     ) -> BitExperts {
         let (count, routed, used) = (experts.len(), router.args().n, self.used);
         assert!(count == self.experts && routed == count, "{count} experts, a router to {routed}: {self:?}");
@@ -138,7 +140,7 @@ impl BitExpertsConfig {
             shared: None,
             used,
             renormalise: self.renormalise,
-            gate: Gate { activation, clamp: self.clamp },
+            gate: Gate { activation: self.activation, clamp: self.clamp },
         }
     }
 }
@@ -156,9 +158,14 @@ impl BitExperts {
     /// # Errors
     /// If a kernel refuses, or a device fails.
     pub fn forward(&self, x: Tensor<2>, quantise: bool) -> Result<Tensor<2>, ForwardError> {
+        check_features("BitExperts", self.router.args().k, &x.dims());
         let device = x.device();
         let [rows, _] = x.dims();
-        let x = ops::rms_norm(x, self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
+        if rows == 0 {
+            return Ok(x);
+        }
+        let dtype = x.dtype();
+        let x = ops::rms_norm(in_f32(x), self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
         let logits = self.router.forward(x.clone());
         let chosen = self.choose(logits.clone())?;
         let tracked = device.is_autodiff().then(|| self.tracked_weights(logits, &chosen));
@@ -186,8 +193,8 @@ impl BitExperts {
             }
         }
         match &self.shared {
-            Some(shared) => Ok(out + shared.forward(x, self.gate, quantise)?),
-            None => Ok(out),
+            Some(shared) => Ok(in_dtype(out + shared.forward(x, self.gate, quantise)?, dtype)),
+            None => Ok(in_dtype(out, dtype)),
         }
     }
 
@@ -310,12 +317,12 @@ mod tests {
         };
         BitExpertsConfig::new(16, 24, experts, used)
             .with_renormalise(renormalise)
+            .with_activation(GatedActivation::Silu)
             .with_clamp(Some(0.5))
             .assemble(
                 RmsNormConfig::new(16).init(device),
                 DenseMatrix::trainable(matrix(999, [experts, 16], 1.0)),
                 (0..experts).map(expert).collect(),
-                GatedActivation::Silu,
             )
     }
 
@@ -469,7 +476,7 @@ mod tests {
             up_proj: pack(&expert.up_proj),
             down_proj: pack(&expert.down_proj),
         });
-        let (experts, router) = (packed.collect(), layer.router.clone().freeze());
+        let (experts, router) = (packed.collect(), layer.router.clone().into_stored());
         let layer = BitExperts { experts, router, ..layer };
         let x = rows(37, &device);
         let whole = values(layer.forward(x.clone(), true).unwrap());

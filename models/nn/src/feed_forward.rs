@@ -6,7 +6,7 @@ use burn::module::Module;
 use burn::nn::{RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor};
 
-use crate::bit_linear::side_by_side;
+use crate::bit_linear::{check_features, in_dtype, in_f32, side_by_side};
 use crate::seen::Keep;
 use crate::{ActivationRule, BitExperts, BitLinear, BitLinearConfig, ForwardError, Stage, WeightScale};
 
@@ -17,6 +17,14 @@ pub struct BitFeedForwardConfig {
     pub hidden_size: usize,
     /// Size between the projections.
     pub intermediate_size: usize,
+    /// What joins gate and up. Default: BitNet's squared ReLU.
+    #[config(default = "GatedActivation::Relu2")]
+    pub activation: GatedActivation,
+    /// Gates are at most this, and what they are multiplied by lies between minus this and this.
+    pub clamp: Option<f32>,
+    /// Whether the projections have a bias.
+    #[config(default = false)]
+    pub bias: bool,
     /// Whether the gated activation passes an RMSNorm before the down projection.
     #[config(default = true)]
     pub sub_norm: bool,
@@ -111,9 +119,13 @@ impl Gate {
 
 impl BitFeedForwardConfig {
     /// A layer in the training state.
-    pub fn init(&self, activation: GatedActivation, device: &Device) -> BitFeedForward {
+    ///
+    /// # Panics
+    /// If a projection can't be quantised so, or has no features.
+    pub fn init(&self, device: &Device) -> BitFeedForward {
         let linear = |d_in, d_out| {
-            BitLinearConfig::new(d_in, d_out).with_scale(self.scale).with_activations(self.activations)
+            let config = BitLinearConfig::new(d_in, d_out).with_bias(self.bias);
+            config.with_scale(self.scale).with_activations(self.activations)
         };
         let up = || linear(self.hidden_size, self.intermediate_size).init(device);
         let down = linear(self.intermediate_size, self.hidden_size)
@@ -121,14 +133,25 @@ impl BitFeedForwardConfig {
             .with_norm_eps(self.eps)
             .init(device);
         let norm = RmsNormConfig::new(self.hidden_size).with_epsilon(self.eps).init(device);
-        BitFeedForward::assemble(norm, [up(), up(), down], activation)
+        BitFeedForward::assemble(norm, [up(), up(), down], self.activation).with_clamp(self.clamp)
     }
 }
 
 impl BitFeedForward {
     /// A layer of given parts: gate, up and down (with its norm).
+    ///
+    /// # Panics
+    /// If their sizes do not fit together.
     pub fn assemble(input_norm: RmsNorm, projections: [BitLinear; 3], activation: GatedActivation) -> Self {
         let [gate_proj, up_proj, down_proj] = projections;
+        let shape = |layer: &BitLinear| [layer.d_output(), layer.d_input()];
+        let [f, k] = shape(&gate_proj);
+        assert!(
+            shape(&up_proj) == [f, k] && shape(&down_proj) == [k, f],
+            "BitFeedForward: gate_proj is [{f}, {k}], so up_proj must be too, and down_proj [{k}, {f}]; they are {:?} and {:?}",
+            shape(&up_proj),
+            shape(&down_proj)
+        );
         Self { input_norm, gate_proj, up_proj, down_proj, gate: Gate { activation, clamp: None } }
     }
 
@@ -137,10 +160,14 @@ impl BitFeedForward {
         Self { gate: Gate { clamp, ..self.gate }, ..self }
     }
 
-    /// The layer's contribution to the residual stream. Input and output: [rows, hidden_size].
+    /// The layer's contribution to the residual stream. Input and output: [rows, hidden_size]. With `quantise` set to false,
+    /// weights and activations stay floats: the float twin of a layer in the training state.
     ///
     /// # Errors
     /// If a kernel refuses.
+    ///
+    /// # Panics
+    /// If the input has other features.
     pub fn forward(&self, x: Tensor<2>, quantise: bool) -> Result<Tensor<2>, ForwardError> {
         self.forward_keeping(x, quantise, 0, &Keep::default())
     }
@@ -152,11 +179,17 @@ impl BitFeedForward {
         layer: usize,
         keep: &Keep,
     ) -> Result<Tensor<2>, ForwardError> {
-        let norm = (self.input_norm.gamma.val(), self.input_norm.epsilon as f32);
+        let [rows, _] = x.dims();
+        check_features("BitFeedForward", self.gate_proj.d_input(), &x.dims());
+        if rows == 0 {
+            return Ok(x);
+        }
+        let dtype = x.dtype();
+        let (x, norm) = (in_f32(x), (in_f32(self.input_norm.gamma.val()), self.input_norm.epsilon as f32));
         let gate_up = side_by_side(x, Some(norm), quantise, &[&self.gate_proj, &self.up_proj])?;
         keep.see(layer, Stage::GateUp, &gate_up);
         let gated = self.gate.apply(gate_up);
         keep.see(layer, Stage::Gated, &gated);
-        Ok(self.down_proj.forward_rows(gated, quantise)?)
+        Ok(in_dtype(self.down_proj.forward_rows(gated, quantise)?, dtype))
     }
 }

@@ -51,6 +51,17 @@ pub enum ForwardError {
     /// A device failed.
     #[error("a device failed: {0}")]
     Device(String),
+    /// A row whose result is wanted, and that is not there.
+    #[error("the result of row {wanted} is wanted; the rows are 0..{rows}")]
+    Wanted {
+        /// The row.
+        wanted: usize,
+        /// The number of rows.
+        rows: usize,
+    },
+    /// No result is wanted.
+    #[error("no row is wanted; name at least one, such as the last")]
+    NothingWanted,
     /// Rows that do not continue their sequences.
     #[error("row {row}: {problem}")]
     Rows {
@@ -173,8 +184,9 @@ impl BitNet {
     /// The output is [wanted, vocabulary].
     ///
     /// # Errors
-    /// If a row does not continue its sequence, a token is not in the vocabulary, the context is
-    /// full, or a kernel refuses. The sequences' lengths are unchanged then.
+    /// If a row does not continue its sequence, a token is not in the vocabulary, `wanted` is empty or names a row that is
+    /// not there, the cache is another model's, the context is full, or a kernel refuses. The sequences' lengths are
+    /// unchanged then.
     pub fn forward(
         &self,
         rows: &[Row],
@@ -227,14 +239,26 @@ impl BitNet {
         keep: Keep,
     ) -> Result<(Tensor<2>, Keep), ForwardError> {
         self.check_tokens(rows.iter().map(|row| row.token))?;
+        // (Without rows, that is what is wrong: the batch says so.)
+        if !rows.is_empty() {
+            if wanted.is_empty() {
+                return Err(ForwardError::NothingWanted);
+            }
+            if let Some(&wanted) = wanted.iter().find(|&&wanted| wanted >= rows.len()) {
+                return Err(ForwardError::Wanted { wanted, rows: rows.len() });
+            }
+        }
+        let (layers, found) = (self.blocks.len(), cache.devices().len());
+        if layers != found {
+            let problem = format!("it has {found} layers, and the model {layers}");
+            return Err(CacheError::Foreign(problem).into());
+        }
         let mut batch = Batch::over_cache(rows, cache, &self.rotary, self.quantise, &self.device())?;
         batch.keep = keep;
         let tokens: Vec<u32> = rows.iter().map(|row| row.token).collect();
         let x = self.hidden(&tokens, &mut batch, &mut History::Cache(cache))?;
         batch.keep.see(self.blocks.len(), Stage::Input, &x);
-        for sequence in &batch.sequences {
-            cache.advance(sequence.id, sequence.rows.len())?;
-        }
+        batch.finish(cache)?;
         Ok((self.normalised(select_rows(x, wanted))?, batch.keep))
     }
 
@@ -247,13 +271,52 @@ impl BitNet {
     /// # Errors
     /// If a token is not in the vocabulary, the tokens are not whole sequences, or a kernel refuses.
     pub fn forward_sequences(&self, tokens: &[u32], length: usize) -> Result<Tensor<2>, ForwardError> {
+        self.logits(self.hidden_states(tokens, length)?)
+    }
+
+    /// [`forward_sequences`](Self::forward_sequences) without the output projection: the hidden states behind the last norm,
+    /// with gradients in training. The mean over a sequence's rows is an embedding of its text:
+    /// `states.reshape([sequences, length, hidden]).mean_dim(1)`.
+    ///
+    /// # Shapes
+    /// tokens: [sequences * length]; the output is [sequences * length, hidden].
+    ///
+    /// # Errors
+    /// As [`forward_sequences`](Self::forward_sequences).
+    pub fn hidden_states(&self, tokens: &[u32], length: usize) -> Result<Tensor<2>, ForwardError> {
+        Ok(self.sequences_states(tokens, length, Keep::default())?.0)
+    }
+
+    /// [`forward_sequences`](Self::forward_sequences), with what the layers computed on the way, in the order of the
+    /// computation. In training these have gradients, too: for losses on layers, as in distillation.
+    ///
+    /// # Errors
+    /// As [`forward_sequences`](Self::forward_sequences).
+    pub fn forward_sequences_seen(
+        &self,
+        tokens: &[u32],
+        length: usize,
+    ) -> Result<(Tensor<2>, Vec<Seen>), ForwardError> {
+        let (states, keep) = self.sequences_states(tokens, length, Keep::all())?;
+        Ok((self.logits(states)?, keep.into_seen()))
+    }
+
+    fn sequences_states(
+        &self,
+        tokens: &[u32],
+        length: usize,
+        keep: Keep,
+    ) -> Result<(Tensor<2>, Keep), ForwardError> {
         self.check_tokens(tokens.iter().copied())?;
         if length == 0 || tokens.is_empty() || !tokens.len().is_multiple_of(length) {
             let problem = format!("{} tokens are not whole sequences of {length}", tokens.len());
             return Err(ForwardError::Rows { row: 0, problem });
         }
         let mut batch = Batch::whole_sequences(length, &self.rotary, self.quantise, &self.device());
-        self.logits(self.normalised(self.hidden(tokens, &mut batch, &mut History::None { length })?)?)
+        batch.keep = keep;
+        let x = self.hidden(tokens, &mut batch, &mut History::None { length })?;
+        batch.keep.see(self.blocks.len(), Stage::Input, &x);
+        Ok((self.normalised(x)?, batch.keep))
     }
 
     /// The residual stream behind the last block, on that block's device.
@@ -275,6 +338,12 @@ impl BitNet {
         let mut here = self.device();
         for (i, block) in self.blocks.iter().enumerate() {
             let device = block.device();
+            if let History::Cache(cache) = history
+                && cache.devices()[i] != device
+            {
+                let problem = format!("its layer {i} is on another device than the model's");
+                return Err(CacheError::Foreign(problem).into());
+            }
             if device != here {
                 x = moved(x, &device)?;
                 batch.move_to(&self.rotary, &device);

@@ -45,12 +45,12 @@ impl BitNet {
         let matrix = |name: &str, shape: (usize, usize)| -> Result<Param<Tensor<2>>, E> {
             let shape = [shape.0, shape.1];
             let data = TensorData::new((values.borrow_mut())(name, &shape)?, shape);
-            Ok(Param::initialized(number(), Tensor::from_data(data, device).require_grad()))
+            Ok(Param::initialized(number(), Tensor::from_data(data, device)).set_require_grad(true))
         };
         let norm = |which: Norm| -> Result<RmsNorm, E> {
             let weight = (values.borrow_mut())(&names::norm_name(which), &[which.len(config)])?;
             let mut norm = rms_norm(weight, config.rms_norm_eps, device);
-            norm.gamma = Param::initialized(number(), norm.gamma.into_value().require_grad());
+            norm.gamma = Param::initialized(number(), norm.gamma.into_value()).set_require_grad(true);
             Ok(norm)
         };
         let linear = |layer: usize, which: Projection| -> Result<BitLinear, E> {
@@ -63,8 +63,8 @@ impl BitNet {
             let name = names::float_part_name(layer, which);
             let stored = (values.borrow_mut())(&name, &which.checkpoint_shape(config))?;
             let data = TensorData::new(which.from_checkpoint(&stored, config), which.shape(config));
-            let tensor = Tensor::from_data(data, device).require_grad();
-            Ok(DenseMatrix::trainable(Param::initialized(number(), tensor)))
+            let weight = Param::initialized(number(), Tensor::from_data(data, device));
+            Ok(DenseMatrix::trainable(weight.set_require_grad(true)))
         };
         let table = (config.vocab_size, config.hidden_size);
         let embedding = DenseMatrix::trainable(matrix(names::EMBEDDING, table)?);
@@ -181,23 +181,28 @@ impl BitNet {
     /// If the weights can't be read back from their device.
     pub fn pack(self) -> Result<Self, ManagerError> {
         let mut model = if self.device().is_autodiff() { self.valid() } else { self };
-        for block in &mut model.blocks {
-            for (_, layer) in block.projections_mut() {
-                *layer = layer.clone().pack()?;
+        for (i, block) in model.blocks.iter_mut().enumerate() {
+            for (which, layer) in block.projections_mut() {
+                *layer = layer.clone().pack().map_err(|error| match error {
+                    ManagerError::Operands(problem) => {
+                        ManagerError::Operands(format!("{}: {problem}", names::projection_module(i, which)))
+                    }
+                    error => error,
+                })?;
             }
             if let Attention::DeltaNet(delta) = &mut block.attention {
-                *delta = delta.clone().freeze();
+                *delta = delta.clone().into_stored();
             }
             if let FeedForward::Experts(experts) = &mut block.feed_forward {
-                experts.router = experts.router.clone().freeze();
+                experts.router = experts.router.clone().into_stored();
                 if let Some(shared) = &mut experts.shared {
-                    shared.gate = shared.gate.clone().freeze();
+                    shared.gate = shared.gate.clone().into_stored();
                 }
             }
         }
-        model.embedding = model.embedding.freeze();
+        model.embedding = model.embedding.into_stored();
         model.output = model.output.map(|output| match output.weight {
-            BitLinearWeight::Dense(matrix) => BitLinear::dense(matrix.freeze()),
+            BitLinearWeight::Dense(matrix) => BitLinear::dense(matrix.into_stored()),
             _ => output,
         });
         Ok(model)

@@ -14,7 +14,7 @@ use super::probe::{Machine, Probe};
 use crate::error::ManagerError;
 use crate::store::{self, PluginConfig};
 use crate::strict::Strict;
-use crate::variables::{parsed, var};
+use crate::variables::{parsed, var, warn_of_unknown};
 
 /// [`FallbackPolicy::Adaptive`] races when a kernel takes this many times longer than expected.
 pub(super) const DRIFT: f64 = 1.5;
@@ -90,6 +90,7 @@ impl ManagerConfig {
     /// # Errors
     /// If a variable holds something else than it should.
     pub fn from_env() -> Result<Self, ManagerError> {
+        warn_of_unknown();
         let mut config = Self::default();
         let expected = "a number of threads, at most 1024";
         if let Some(threads) = parsed::<usize>("BITNET_THREADS", |_| expected)? {
