@@ -87,7 +87,7 @@ fn serve(
     }
 
     let mut count = 0;
-    for _ in 0..limit {
+    for answered in 0..limit {
         // The rows of a prompt the first time, then one row for each new token; and the last row of each.
         let (mut rows, mut last) = (Vec::new(), Vec::new());
         for (sequence, request) in requests.iter_mut().filter(|(_, request)| !request.ended) {
@@ -106,7 +106,7 @@ fn serve(
         let logits: Vec<f32> = engine.model().forward(&rows, &last, &mut cache)?.into_data().iter().collect();
         let live = requests.iter_mut().filter(|(_, request)| !request.ended);
         for ((_, request), logits) in live.zip(logits.chunks_exact(engine.model().config().vocab_size)) {
-            let token = request.sampler.sample(logits, &request.tokens)?;
+            let token = request.sampler.sample(logits, &request.tokens, answered)?;
             request.tokens.push(token);
             count += 1;
             request.ended = ends.contains(&token) || request.tokens.len() == context;

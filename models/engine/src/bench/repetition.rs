@@ -208,7 +208,7 @@ impl<'t> Draw<'t> {
         let clock = Instant::now();
         let token = {
             let _span = profile::span(Operation::Sampling);
-            self.sampler.sample(logits, &[])?
+            self.sampler.sample(logits, &[], 0)?
         };
         timed.sampling.push(clock.elapsed());
         if let Some(text) = &mut self.text {
