@@ -648,7 +648,7 @@ fn the_second_start_measures_nothing_and_a_damaged_cache_is_survived() {
     assert_eq!(second["tuning"]["measured"], 0);
     assert_eq!(second["tuning"]["from_cache"], first["tuning"]["measured"]);
     let said = place.command(&call[..9]).output().unwrap();
-    assert!(String::from_utf8_lossy(&said.stderr).contains("measured nothing"));
+    assert!(String::from_utf8_lossy(&said.stdout).contains("measured nothing"));
     // `run` measures while it answers, and may end before that does.
     let run = place.json(&["run", "-m", "model.gguf", "-p", "Hello", "-n", "2", "--json"]);
     assert_eq!(run["tuning"]["measured"], 0);
