@@ -30,7 +30,7 @@ pub(crate) fn parsed<T: FromStr>(
 }
 
 /// The project's variables. Those of its tests begin with `BITNET_TEST_`.
-const KNOWN: [&str; 17] = [
+const KNOWN: [&str; 18] = [
     "BITNET_API_KEY",
     "BITNET_BLESS",
     "BITNET_CACHE_DIR",
@@ -41,6 +41,7 @@ const KNOWN: [&str; 17] = [
     "BITNET_KERNEL",
     "BITNET_PIN",
     "BITNET_PLUGINS",
+    "BITNET_PLUGIN_CONFIG",
     "BITNET_PLUGIN_PATH",
     "BITNET_PLUGIN_PINS",
     "BITNET_REMOTE_TIMEOUT",
