@@ -85,6 +85,7 @@ pub(crate) struct Details {
 }
 
 /// A piece of an answer.
+#[allow(clippy::large_enum_variant, reason = "it is taken apart at once")]
 pub(crate) enum Piece {
     /// A token and the text that is certain now.
     Token {

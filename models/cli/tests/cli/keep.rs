@@ -23,8 +23,8 @@ impl Server {
     fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let (files, requests): (Arc<Mutex<BTreeMap<String, Vec<u8>>>>, Arc<Mutex<usize>>) =
-            Default::default();
+        let files = Arc::<Mutex<BTreeMap<String, Vec<u8>>>>::default();
+        let requests = Arc::<Mutex<usize>>::default();
         let (shared, counted) = (files.clone(), requests.clone());
         std::thread::spawn(move || {
             for mut stream in listener.incoming().flatten() {

@@ -181,7 +181,8 @@ pub fn in_turns(turns: &[(Figures, Figures)], tolerance: f64) -> Vec<Change> {
         };
         Some(Change { figure, before, now, rounds, normalised, verdict: ratio.verdict(tolerance), ratio })
     };
-    let figures: [(Figure, fn(&Figures) -> Option<f64>); 3] = [
+    type Read = fn(&Figures) -> Option<f64>;
+    let figures: [(Figure, Read); 3] = [
         (Figure::Prefill, |figures| figures.prefill_tokens_per_s.map(|spread| spread.median)),
         (Figure::Decode, |figures| figures.decode_tokens_per_s.map(|spread| spread.median)),
         (Figure::PeakMemory, |figures| figures.peak_rss_bytes.map(|bytes| bytes as f64)),
