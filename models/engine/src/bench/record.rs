@@ -194,7 +194,7 @@ fn difference(there: &impl Serialize, here: &impl Serialize) -> Option<String> {
 /// A line of a history.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
-    /// [`VERSION`].
+    /// The version of the format, 1 at present.
     pub bitnet_bench: u32,
     /// When it was measured: seconds since 1970.
     pub unix_time: u64,
