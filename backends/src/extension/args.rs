@@ -44,6 +44,10 @@ pub struct HostKernels {
 #[derive(Debug)]
 pub(crate) struct Repacked {
     pub choice: Arc<CpuKernels>,
+    #[cfg_attr(
+        not(any(feature = "flex", feature = "ndarray")),
+        allow(dead_code, reason = "nothing computes here")
+    )]
     pub weights: Packed,
 }
 
