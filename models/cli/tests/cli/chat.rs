@@ -297,3 +297,28 @@ mod terminal {
         }
     }
 }
+
+#[test]
+fn the_chat_template_is_rendered() {
+    let place = Place::new();
+    let report =
+        place.json(&["run", "-m", "model.gguf", "--chat", "--system", "S", "-p", "Hi", "-n", "1", "--json"]);
+    let ids: Vec<String> =
+        report["prompt_token_ids"].as_array().unwrap().iter().map(Value::to_string).collect();
+    let text = place.ok(&["tokenize", "-m", "model.gguf", "--decode", &ids.join(",")]);
+    assert_eq!(text, "<|begin_of_text|>System: S<|eot_id|>User: Hi<|eot_id|>Assistant: \n");
+    place.write("template", "{{ messages[0].content }}!");
+    let report = place.json(&[
+        "run",
+        "-m",
+        "model.gguf",
+        "--chat-template",
+        "template",
+        "-p",
+        "Hi",
+        "-n",
+        "1",
+        "--json",
+    ]);
+    assert_eq!(report["prompt_token_ids"], serde_json::json!([72, 105, 33]));
+}

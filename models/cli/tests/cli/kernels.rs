@@ -1,6 +1,7 @@
-//! `bitnet kernels`: the list, the explanations, the page; and the configuration below them.
+//! `bitnet kernels`: the list, the explanations, the page; the configuration below them, what is remembered of measurements,
+//! and strict mode.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -183,4 +184,85 @@ fn the_configuration_file_is_below_the_environment_and_the_flags() {
         mode(file.parent().unwrap(), 0o755);
         assert_eq!(place.json(&list)["threads"], 1);
     }
+}
+
+#[test]
+fn the_second_start_measures_nothing_and_a_damaged_cache_is_survived() {
+    let place = Place::new();
+    let call = ["bench", "-m", "model.gguf", "-p", "8", "-n", "2", "-r", "1", "--json"];
+    let first = place.json(&call);
+    assert!(first["tuning"]["measured"].as_u64().unwrap() > 0);
+    let second = place.json(&call);
+    assert_eq!(second["tuning"]["measured"], 0);
+    assert_eq!(second["tuning"]["from_cache"], first["tuning"]["measured"]);
+    let said = place.command(&call[..9]).output().unwrap();
+    assert!(String::from_utf8_lossy(&said.stdout).contains("measured nothing"));
+    // `run` measures while it answers, and may end before that does.
+    let run = place.json(&["run", "-m", "model.gguf", "-p", "Hello", "-n", "2", "--json"]);
+    assert_eq!(run["tuning"]["measured"], 0);
+
+    let cache = PathBuf::from(second["tuning"]["cache_file"].as_str().unwrap());
+    assert!(cache.starts_with(place.path("cache")));
+    std::fs::write(&cache, "{ half a fi").unwrap();
+    let third = place.json(&call);
+    assert!(third["tuning"]["measured"].as_u64().unwrap() > 0);
+    assert!(third["tuning"]["cache_problem"].as_str().unwrap().contains("damaged"));
+    let fourth = place.json(&call);
+    assert_eq!(
+        (&fourth["tuning"]["measured"], &fourth["tuning"]["cache_problem"]),
+        (&0.into(), &Value::Null)
+    );
+    std::fs::remove_file(&cache).unwrap();
+    assert!(place.json(&call)["tuning"]["measured"].as_u64().unwrap() > 0);
+}
+
+/// The kernels' status says which CPU features there are; a mask takes them away.
+#[test]
+fn strict_mode_names_what_is_missing() {
+    let place = Place::new();
+    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "2", "--json", "--kernel", "t2-scalar"];
+    let scalar = json(&ok(place.command(&call).env("BITNET_STRICT_MODE", "1")));
+    assert_eq!((&scalar["strict"]["no_fallback"], &scalar["reference_calls"]), (&true.into(), &0.into()));
+
+    let kernels = place.json(&["kernels", "--json"]);
+    let fast = kernels["kernels"].as_array().unwrap().iter().find_map(|kernel| {
+        let features = kernel["features"].as_array().unwrap();
+        features.first().map(|f| (kernel["kernel"].as_str().unwrap(), f.as_str().unwrap()))
+    });
+    let Some((kernel, feature)) = fast else { return };
+    let mut call = call;
+    call[9] = kernel;
+    let stderr = error(place.command(&call).env("BITNET_STRICT_MODE", "1").env("BITNET_CPU_MASK", feature));
+    for part in ["strict mode", kernel, feature, "masked", "hint: "] {
+        assert!(stderr.contains(part), "{part}: {stderr}");
+    }
+    let report = json(&ok(place.command(&call).env("BITNET_CPU_MASK", feature)));
+    assert!(report["reference_calls"].as_u64().unwrap() > 0);
+    assert_eq!(report["kernels"][0]["kernel"], "reference");
+    assert_eq!(report["token_ids"], scalar["token_ids"]);
+}
+
+/// Figures that are true pass; what is strict is in every report.
+#[test]
+fn strictness_is_chosen_on_the_command_line_and_reported() {
+    let place = Place::new();
+    let run = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "4", "--json"];
+    let all = place.json(&[&run[..], &["--strict"]].concat());
+    for name in ["no_fallback", "quantised_kernels", "gated_plugins", "plausible_figures"] {
+        assert_eq!(all["strict"][name], true, "{name}");
+    }
+    let some = place.json(&[&run[..], &["--strict=plausible-figures", "--receipt", "r.json"]].concat());
+    assert_eq!(
+        (&some["strict"]["plausible_figures"], &some["strict"]["no_fallback"]),
+        (&true.into(), &false.into())
+    );
+    let receipt: Value = serde_json::from_slice(&std::fs::read(place.path("r.json")).unwrap()).unwrap();
+    assert_eq!(receipt["report"]["strict"], some["strict"]);
+    let mut weaker = place.command(&[&run[..], &["--strict=0"]].concat());
+    assert_eq!(json(&ok(weaker.env("BITNET_STRICT_MODE", "1")))["strict"]["no_fallback"], false);
+    let bench = ["bench", "-m", "model.gguf", "-p", "8", "-n", "2", "--repetitions", "1", "--strict"];
+    assert!(place.ok(&bench).contains("strict mode (no-fallback, "));
+    let usage = place.command(&[&run[..], &["--strict=very"]].concat()).output().unwrap();
+    assert_eq!(usage.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&usage.stderr).contains("plausible-figures"));
 }

@@ -1,8 +1,10 @@
-//! Projects with kernels, and judging them.
+//! Plugins: projects with kernels, judging them, what the gate keeps out, and what is remembered.
 
-use std::process::Command;
+use std::process::{Command, Output};
 
-use super::{Place, plugin};
+use serde_json::Value;
+
+use super::{BROKEN, Place, TEMPLATE, error, json, ok, plugin};
 
 const GROWN: &str = "core/manager/testdata/grown.c";
 
@@ -158,4 +160,175 @@ fn a_kernel_says_why_it_does_not_compute_and_is_named_beside_the_one_that_does()
         verified.contains("log: info: bitnet-burn ") && verified.contains("as 'grown.only=prompts'"),
         "{verified}"
     );
+}
+
+#[test]
+fn a_refused_plugin_does_not_keep_the_others_from_being_used() {
+    let place = Place::new();
+    let name = format!("not_a_library.{}", std::env::consts::DLL_EXTENSION);
+    place.write(&name, "nothing of the kind");
+    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "2", "--json"];
+    let plain = place.json(&call);
+    let with_flag = place.command(&[&call[..], &["--plugin", &name]].concat()).output().unwrap();
+    assert!(String::from_utf8_lossy(&with_flag.stderr).contains("not a loadable library"));
+    let report = json(std::str::from_utf8(&with_flag.stdout).unwrap());
+    assert_eq!(report["token_ids"], plain["token_ids"]);
+    assert!(report["refused_plugins"][0].as_str().unwrap().contains(&name));
+
+    // The same through a directory in the environment; in strict mode it is an error.
+    let directory = place.0.path();
+    let report = json(&ok(place.command(&call).env("BITNET_PLUGIN_PATH", directory)));
+    assert_eq!(report["refused_plugins"].as_array().unwrap().len(), 1);
+    let mut strict = place.command(&call);
+    let stderr = error(strict.env("BITNET_PLUGIN_PATH", directory).env("BITNET_STRICT_MODE", "1"));
+    assert!(stderr.contains("strict mode") && stderr.contains(&name), "{stderr}");
+    let listed = place.json(&["kernels", "--json", "--plugin", "missing.so"]);
+    assert!(listed["refused_plugins"][0].as_str().unwrap().contains("missing.so"));
+}
+
+#[test]
+fn a_plugin_is_verified_listed_measured_pinned_and_forgotten() {
+    let place = Place::empty();
+    if !plugin(&place, "good.so", TEMPLATE, &[])
+        || !plugin(&place, "bad.so", BROKEN, &["-DIN_RUN=if (w->n == 33) abort()"])
+    {
+        return;
+    }
+    let text = place.ok(&["plugins", "verify", "good.so"]);
+    for part in ["example-c 0.1.0, ABI 1.3", "example-c/portable", "cases passed", "passed by gate "] {
+        assert!(text.contains(part), "{text}");
+    }
+    let good = place.json(&["plugins", "verify", "--json", "good.so"]);
+    assert_eq!((&good["passed"], &good["plugin"]["name"]), (&true.into(), &"example-c".into()));
+    let hash = good["sha256"].as_str().unwrap().to_owned();
+
+    // Refused: the exit status, the message, and the report.
+    let stderr = place.error(&["plugins", "verify", "bad.so"]);
+    assert!(stderr.contains("kernel example/plain, [1, 129] x [33, 129]ᵀ"), "{stderr}");
+    let output = place.command(&["plugins", "verify", "--json", "bad.so"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let bad = json(std::str::from_utf8(&output.stdout).unwrap());
+    assert_eq!((&bad["passed"], &bad["refusal"]["stage"]), (&false.into(), &"before".into()));
+    assert!(bad["refusal"]["reason"].as_str().unwrap().contains("signal 6 (SIGABRT)"), "{bad}");
+
+    let bench =
+        place.json(&["plugins", "bench", "good.so", "--shape", "1x256x512", "--threads", "1", "--json"]);
+    let result = &bench["results"][0];
+    assert!(result["plugin"]["kernel"].as_str().unwrap().starts_with("example-c/"), "{bench}");
+    assert!(result["built_in"]["kernel"].as_str().unwrap().starts_with("cpu/"), "{bench}");
+    assert!(result["speedup"].as_f64().unwrap() > 0.0);
+    let table = place.ok(&["plugins", "bench", "good.so", "--shape", "1x256x512", "--threads", "1"]);
+    assert!(table.contains("SPEEDUP") && table.contains("example-c/"), "{table}");
+
+    let listed = place.json(&["plugins", "list", "--json"]);
+    let known = listed["plugins"].as_array().unwrap();
+    assert_eq!((known.len(), &listed["pins"]), (2, &Value::Null));
+    let text = place.ok(&["plugins", "list"]);
+    for part in ["example-c", "passed, ", "refused", &hash[..16], "SIGABRT", "pins: none"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+
+    // Pinned: nothing else is loaded, in any program.
+    let kernels = |file: &str| place.json(&["kernels", "--json", "--plugin", file]);
+    let listed = |report: &Value| {
+        let kernels = report["kernels"].as_array().unwrap();
+        kernels
+            .iter()
+            .any(|kernel| kernel["kernel"] == "example-c/portable" && kernel["status"]["state"] == "ready")
+    };
+    assert!(plugin(&place, "other.so", TEMPLATE, &["-DNDEBUG", "-O1"]));
+    assert!(listed(&kernels("other.so")));
+    let text = place.ok(&["plugins", "trust", "good.so"]);
+    assert!(text.contains(&hash) && text.contains("1 plugin pinned in"), "{text}");
+    let refused = kernels("other.so");
+    assert!(!listed(&refused));
+    assert!(refused["refused_plugins"][0].as_str().unwrap().contains("`bitnet plugins trust` adds it"));
+    assert!(listed(&kernels("good.so")));
+    assert!(listed(&json(&ok(place
+        .command(&["kernels", "--json", "--plugin", "other.so"])
+        .env("BITNET_PLUGIN_PINS", "")))));
+    // A pin is not needed to be tried.
+    assert!(place.ok(&["plugins", "verify", "other.so"]).contains("passed by gate"));
+
+    let output = place.command(&["plugins", "forget", &hash[..8]]).output().unwrap();
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("has no pins any more"));
+    assert!(!place.ok(&["plugins", "list"]).contains(&hash[..16]));
+    assert!(!listed(&kernels("good.so")), "the file of pins is there, and empty");
+    std::fs::remove_dir_all(place.path("config")).unwrap();
+    assert!(listed(&kernels("good.so")));
+    place.ok(&["plugins", "forget", "bad.so"]);
+    assert!(place.error(&["plugins", "forget", "bad.so"]).contains("no plugin with SHA-256"));
+    assert!(place.error(&["plugins", "forget", "abc"]).contains("cannot read abc"));
+    assert!(place.error(&["plugins", "forget", "0123456789"]).contains("see `bitnet plugins list`"));
+    assert!(place.error(&["plugins", "verify", "missing.so"]).contains("missing.so"));
+
+    // A name that is no feature's: nothing was tried, so nothing has passed.
+    assert!(plugin(&place, "feature.so", BROKEN, &["-DFEATURES=\"avx2,lzcnt\""]));
+    let output = place.command(&["plugins", "verify", "feature.so"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        text.contains("lzcnt (unknown name; the host knows") && text.contains("not tried by gate"),
+        "{text}"
+    );
+    assert!(String::from_utf8_lossy(&output.stderr).contains("tried no kernel of this plugin"));
+}
+
+#[test]
+fn generation_goes_on_under_hostile_plugins_and_switches_work() {
+    let place = Place::new();
+    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "4", "--json"];
+    let plain = place.json(&call);
+    if !plugin(&place, "crash.so", BROKEN, &["-DNAME=\"crash\"", "-DIN_RUN=if (w->n == 640) abort()"])
+        || !plugin(&place, "good.so", TEMPLATE, &[])
+    {
+        return;
+    }
+    std::fs::create_dir(place.path("plugins")).unwrap();
+    for file in ["crash.so", "good.so"] {
+        std::fs::rename(place.path(file), place.path("plugins").join(file)).unwrap();
+    }
+    // A directory on the command line; the good one forced, so that it is what computes.
+    let run = |extra: &[&str], env: &[(&str, &str)]| {
+        let mut command = place.command(&[&call[..], extra].concat());
+        command.envs(env.iter().copied());
+        command.output().unwrap()
+    };
+    let output = run(&["--plugin", "plugins", "--kernel", "example-c/portable"], &[]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("crash.so") && stderr.contains("signal 6 (SIGABRT)"), "{stderr}");
+    let report = json(std::str::from_utf8(&output.stdout).unwrap());
+    assert_eq!(report["token_ids"], plain["token_ids"]);
+    assert_eq!(report["kernels"][0]["kernel"], "example-c/portable");
+    assert_eq!(report["kernels"][0]["sha256"].as_str().unwrap().len(), 64);
+    assert_eq!(
+        (&report["reference_calls"], report["refused_plugins"].as_array().unwrap().len()),
+        (&0.into(), 1)
+    );
+
+    // From the environment: absolute paths only.
+    let path = place.path("plugins");
+    let absolute = [("BITNET_PLUGIN_PATH", path.to_str().unwrap())];
+    let names = |output: &Output| String::from_utf8_lossy(&output.stdout).into_owned();
+    let kernels = |env: &[(&str, &str)]| {
+        let mut command = place.command(&["kernels", "--json"]);
+        names(&command.envs(env.iter().copied()).output().unwrap())
+    };
+    assert!(kernels(&absolute).contains("example-c/portable"));
+    let stderr = error(place.command(&["kernels"]).env("BITNET_PLUGIN_PATH", "plugins"));
+    assert!(stderr.contains("BITNET_PLUGIN_PATH=plugins: expected absolute paths"), "{stderr}");
+    // Off is off.
+    assert!(!kernels(&[absolute[0], ("BITNET_PLUGINS", "off")]).contains("example-c"));
+    let output = run(&["--plugin", "plugins/good.so"], &[("BITNET_PLUGINS", "off")]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("plugins are switched off"));
+    assert!(error(place.command(&["kernels"]).env("BITNET_PLUGINS", "maybe")).contains("off, on or user"));
+    // The user's directory, when it is asked for.
+    let user = place.path("data").join("bitnet-burn/plugins");
+    if cfg!(target_os = "linux") {
+        std::fs::create_dir_all(&user).unwrap();
+        std::fs::rename(path.join("good.so"), user.join("good.so")).unwrap();
+        assert!(!kernels(&[]).contains("example-c"));
+        assert!(kernels(&[("BITNET_PLUGINS", "user")]).contains("example-c/portable"));
+    }
 }
