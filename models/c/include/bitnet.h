@@ -5,12 +5,11 @@
  *
  * - Texts are UTF-8. Those that the caller passes end with a zero byte. They are copied where they are kept.
  * - Functions that can fail return a status. `bitnet_error` has the message of the last failure in the calling thread.
- * - No function panics or unwinds into the caller, and none may be called from a signal handler but
- *   `bitnet_session_cancel`.
+ * - No function panics or unwinds into the caller. In a signal handler, only `bitnet_session_cancel` may be called.
  * - An engine can be used by any number of threads at once. One thread at a time generates with a session; others get
  *   BITNET_BUSY.
  * - Structures begin with `size`, their size in the caller's program: `bitnet_generate_options o = {.size = sizeof o};`.
- *   What is zero has its default. Later versions append fields and read none behind `size`.
+ *   A field that is zero has its default. Later versions append fields, and read no field behind `size`.
  * - The environment variables BITNET_* have the same meaning as for the program `bitnet`.
  */
 #ifndef BITNET_H
@@ -122,15 +121,14 @@ typedef bool (*bitnet_on_text)(const char *text, size_t length, void *user);
 /* The version of this library, such as "0.1.0". */
 const char *bitnet_version(void);
 
-/* The message of the last failure in this thread. It is valid until the next failure in this thread, and empty if there
- * was none. */
+/* The message of the last failure in this thread: empty before the first one, and valid until the next one. */
 const char *bitnet_error(void);
 
 /* Opens a GGUF file or a Hugging Face directory. `path` NULL: the model that this library carries. `options` NULL: the
  * defaults. */
 bitnet_status bitnet_open(const char *path, const bitnet_open_options *options, bitnet_engine **engine);
 
-/* Frees an engine. Its sessions stay usable. NULL is nothing. */
+/* Frees an engine. Its sessions stay usable. NULL is ignored. */
 void bitnet_engine_free(bitnet_engine *engine);
 
 /* The tokens of a text. `count` gets their number, also if `capacity` is less (BITNET_TOO_SHORT; nothing is written to
@@ -145,11 +143,11 @@ bitnet_status bitnet_detokenize(const bitnet_engine *engine, const uint32_t *tok
 
 bitnet_status bitnet_session_new(const bitnet_engine *engine, bitnet_session **session);
 
-/* Frees a session that no thread generates with. NULL is nothing. */
+/* Frees a session. No thread may be generating with it. NULL is ignored. */
 void bitnet_session_free(bitnet_session *session);
 
 /* Generates text behind a prompt. What the prompt has in common with the last one and its answer is not computed again.
- * `options` NULL: the defaults; `on_text` NULL: nobody is told; `result` NULL: nobody asks. */
+ * Without `options` the defaults hold. `on_text` and `result` may be NULL, too. */
 bitnet_status bitnet_generate(bitnet_session *session, const char *prompt, const bitnet_generate_options *options,
                               bitnet_on_text on_text, void *user, bitnet_result *result);
 

@@ -1,4 +1,4 @@
-//! The engine for programs in C. `include/bitnet.h` describes each function; this file holds what it promises.
+//! The engine for programs in C. `include/bitnet.h` describes each function, and what callers must keep. Nothing here is for Rust.
 
 mod options;
 
@@ -13,13 +13,12 @@ use bitnet_burn_engine::chat::Message;
 use bitnet_burn_engine::generate::Finish;
 use bitnet_burn_engine::{Answer, Engine, EngineError, GenerateOptions, Session, Text};
 
-pub use options::{GenerateOptionsC, OpenOptionsC};
+use options::{GenerateOptionsC, OpenOptionsC};
 
 /// `bitnet_status`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the header has them")]
-pub enum Status {
+enum Status {
     Ok = 0,
     Invalid = 1,
     Failed = 2,
@@ -118,24 +117,18 @@ unsafe fn copy<T: Copy>(
     Ok(())
 }
 
-/// `bitnet_version`.
 #[unsafe(no_mangle)]
-pub extern "C" fn bitnet_version() -> *const c_char {
+extern "C" fn bitnet_version() -> *const c_char {
     concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
 }
 
-/// `bitnet_error`.
 #[unsafe(no_mangle)]
-pub extern "C" fn bitnet_error() -> *const c_char {
+extern "C" fn bitnet_error() -> *const c_char {
     ERROR.with(|error| error.borrow().as_ptr())
 }
 
-/// `bitnet_open`.
-///
-/// # Safety
-/// As the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bitnet_open(
+unsafe extern "C" fn bitnet_open(
     path: *const c_char,
     options: *const OpenOptionsC,
     engine: *mut *mut Engine,
@@ -159,12 +152,8 @@ pub unsafe extern "C" fn bitnet_open(
     })
 }
 
-/// `bitnet_engine_free`.
-///
-/// # Safety
-/// As the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bitnet_engine_free(engine: *mut Engine) {
+unsafe extern "C" fn bitnet_engine_free(engine: *mut Engine) {
     // SAFETY: it came from `bitnet_open`, and this is its last use.
     let engine = (!engine.is_null()).then(|| unsafe { Box::from_raw(engine) });
     call(|| {
@@ -173,12 +162,8 @@ pub unsafe extern "C" fn bitnet_engine_free(engine: *mut Engine) {
     });
 }
 
-/// `bitnet_tokenize`.
-///
-/// # Safety
-/// As the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bitnet_tokenize(
+unsafe extern "C" fn bitnet_tokenize(
     engine: *const Engine,
     text: *const c_char,
     special: bool,
@@ -196,12 +181,8 @@ pub unsafe extern "C" fn bitnet_tokenize(
     })
 }
 
-/// `bitnet_detokenize`.
-///
-/// # Safety
-/// As the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bitnet_detokenize(
+unsafe extern "C" fn bitnet_detokenize(
     engine: *const Engine,
     tokens: *const u32,
     count: usize,
@@ -227,7 +208,7 @@ pub unsafe extern "C" fn bitnet_detokenize(
 
 /// `bitnet_session`.
 #[derive(Debug)]
-pub struct SessionC {
+struct SessionC {
     session: Mutex<Session>,
     engine: Engine,
     cancelled: Arc<AtomicBool>,
@@ -249,12 +230,8 @@ impl SessionC {
     }
 }
 
-/// `bitnet_session_new`.
-///
-/// # Safety
-/// As the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bitnet_session_new(engine: *const Engine, session: *mut *mut SessionC) -> Status {
+unsafe extern "C" fn bitnet_session_new(engine: *const Engine, session: *mut *mut SessionC) -> Status {
     call(|| {
         // SAFETY: as the header asks.
         let session = unsafe { place("session", session) }?;
@@ -267,12 +244,8 @@ pub unsafe extern "C" fn bitnet_session_new(engine: *const Engine, session: *mut
     })
 }
 
-/// `bitnet_session_free`.
-///
-/// # Safety
-/// As the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bitnet_session_free(session: *mut SessionC) {
+unsafe extern "C" fn bitnet_session_free(session: *mut SessionC) {
     // SAFETY: it came from `bitnet_session_new`, and this is its last use.
     let session = (!session.is_null()).then(|| unsafe { Box::from_raw(session) });
     call(|| {
@@ -282,20 +255,19 @@ pub unsafe extern "C" fn bitnet_session_free(session: *mut SessionC) {
 }
 
 /// `bitnet_on_text`.
-pub type OnText = Option<unsafe extern "C" fn(text: *const c_char, length: usize, user: *mut c_void) -> bool>;
+type OnText = Option<unsafe extern "C" fn(text: *const c_char, length: usize, user: *mut c_void) -> bool>;
 
 /// `bitnet_result`, behind its size.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-#[allow(missing_docs, reason = "the header has them")]
-pub struct ResultC {
-    pub size: usize,
-    pub finish: c_int,
-    pub prompt_tokens: u32,
-    pub cached_tokens: u32,
-    pub generated_tokens: u32,
-    pub prefill_seconds: f64,
-    pub decode_seconds: f64,
+struct ResultC {
+    size: usize,
+    finish: c_int,
+    prompt_tokens: u32,
+    cached_tokens: u32,
+    generated_tokens: u32,
+    prefill_seconds: f64,
+    decode_seconds: f64,
 }
 
 impl ResultC {
@@ -382,12 +354,8 @@ unsafe fn generate(
     })
 }
 
-/// `bitnet_generate`.
-///
-/// # Safety
-/// As the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bitnet_generate(
+unsafe extern "C" fn bitnet_generate(
     session: *mut SessionC,
     prompt: *const c_char,
     options: *const GenerateOptionsC,
@@ -406,12 +374,8 @@ pub unsafe extern "C" fn bitnet_generate(
     })
 }
 
-/// `bitnet_chat`.
-///
-/// # Safety
-/// As the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bitnet_chat(
+unsafe extern "C" fn bitnet_chat(
     session: *mut SessionC,
     message: *const c_char,
     options: *const GenerateOptionsC,
@@ -444,12 +408,8 @@ pub unsafe extern "C" fn bitnet_chat(
     })
 }
 
-/// `bitnet_session_push`.
-///
-/// # Safety
-/// As the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bitnet_session_push(
+unsafe extern "C" fn bitnet_session_push(
     session: *mut SessionC,
     role: *const c_char,
     content: *const c_char,
@@ -465,12 +425,8 @@ pub unsafe extern "C" fn bitnet_session_push(
     })
 }
 
-/// `bitnet_session_reset`.
-///
-/// # Safety
-/// As the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bitnet_session_reset(session: *mut SessionC) -> Status {
+unsafe extern "C" fn bitnet_session_reset(session: *mut SessionC) -> Status {
     call(|| {
         // SAFETY: as the header asks.
         let session = unsafe { argument("session", session) }?;
@@ -481,12 +437,8 @@ pub unsafe extern "C" fn bitnet_session_reset(session: *mut SessionC) -> Status 
     })
 }
 
-/// `bitnet_session_cancel`.
-///
-/// # Safety
-/// As the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bitnet_session_cancel(session: *mut SessionC) {
+unsafe extern "C" fn bitnet_session_cancel(session: *mut SessionC) {
     // SAFETY: as the header asks.
     if let Some(session) = unsafe { session.as_ref() } {
         session.cancelled.store(true, Ordering::Relaxed);

@@ -12,37 +12,35 @@ use bitnet_burn_engine::{Constraint, Engine, EngineError, EngineOptions, Generat
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::ManagerConfig;
 
-use crate::{Failure, Status, text};
+use crate::{Failure, text};
 
 /// `bitnet_open_options`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-#[allow(missing_docs, reason = "the header has them")]
-pub struct OpenOptionsC {
-    pub size: usize,
-    pub threads: u32,
-    pub context: u32,
-    pub kv_cache: c_int,
-    pub lm_head: c_int,
-    pub device: *const c_char,
+pub(crate) struct OpenOptionsC {
+    size: usize,
+    threads: u32,
+    context: u32,
+    kv_cache: c_int,
+    lm_head: c_int,
+    device: *const c_char,
 }
 
 /// `bitnet_generate_options`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-#[allow(missing_docs, reason = "the header has them")]
-pub struct GenerateOptionsC {
-    pub size: usize,
-    pub max_new_tokens: u32,
-    pub temperature: f32,
-    pub top_k: u32,
-    pub top_p: f32,
-    pub min_p: f32,
-    pub repetition_penalty: f32,
-    pub seed: u64,
-    pub stop: *const *const c_char,
-    pub stop_count: usize,
-    pub json_schema: *const c_char,
+pub(crate) struct GenerateOptionsC {
+    size: usize,
+    max_new_tokens: u32,
+    temperature: f32,
+    top_k: u32,
+    top_p: f32,
+    min_p: f32,
+    repetition_penalty: f32,
+    seed: u64,
+    stop: *const *const c_char,
+    stop_count: usize,
+    json_schema: *const c_char,
 }
 
 /// Structures of C that begin with their size, for which zeroes are valid.
@@ -163,10 +161,7 @@ pub(crate) unsafe fn generate(
     sampling.validate().map_err(|error| Failure::invalid(error.to_string()))?;
     if options.stop_count > 0 {
         if options.stop.is_null() {
-            return Err(Failure(
-                Status::Invalid,
-                format!("`stop` is NULL, and `stop_count` {}", options.stop_count),
-            ));
+            return Err(Failure::invalid(format!("`stop` is NULL, and `stop_count` {}", options.stop_count)));
         }
         // SAFETY: as the header asks.
         let stop = unsafe { std::slice::from_raw_parts(options.stop, options.stop_count) };
