@@ -62,8 +62,7 @@ struct Inner {
     constraints: OnceLock<Result<Constraints, ConstraintError>>,
     model: BitNet,
     /// Packs what computes in place, until the engine is dropped.
-    #[allow(dead_code, reason = "its end stops it")]
-    packer: Option<open::Packer>,
+    _packer: Option<open::Packer>,
     /// Matrices that were mapped from the file of packed weights.
     prepacked: usize,
     summary: ModelSummary,

@@ -239,8 +239,7 @@ pub fn load_on(
         }
         projection::linear(checkpoint.weights(layer, which)?, rule, LayoutPolicy::Any, device)
     };
-    let packings = RefCell::<Vec<(Packing, FileMap)>>::default();
-    let in_place = |layer: usize, which: Projection| -> Result<Option<BitLinear>, ModelError> {
+    let in_place = |layer: usize, which: Projection| -> Result<Option<_>, ModelError> {
         let device = &devices.layers[layer];
         if !options.in_place || prepacked.is_some() || !ops::is_host(device) {
             return Ok(None);
@@ -249,21 +248,22 @@ pub fn load_on(
         let Some((codes, scale, n, k)) = projection::with_one_scale(&weights, rule) else { return Ok(None) };
         let Some(map) = checkpoint.map_of(codes) else { return Ok(None) };
         let placed = TernaryMatrix::in_place(codes.clone(), scale, n, k, device);
-        Ok(placed.map(|(matrix, packing)| {
-            packings.borrow_mut().push((packing, map));
-            BitLinear::from_matrix(matrix)
-        }))
+        Ok(placed.map(|(matrix, packing)| (BitLinear::from_matrix(matrix), (packing, map))))
     };
-    let all_in_place = quantise && in_place(0, Projection::first(&config))?.is_some();
-    packings.borrow_mut().clear();
+    if quantise {
+        let on_host = (0..config.n_layers).filter(|&layer| ops::is_host(&devices.layers[layer]));
+        let is_in_place = |layer, which| Ok(in_place(layer, which)?.is_some());
+        choose_kernels(&config, options.max_rows, on_host, is_in_place, &weights, progress)?;
+    }
+    let mut packings = Packings { left: Vec::new(), rows: options.max_rows };
+    let left = RefCell::new(&mut packings.left);
     let weights = |layer: usize, which: Projection| match in_place(layer, which)? {
-        Some(layer) => Ok(layer),
+        Some((layer, packing)) => {
+            left.borrow_mut().push(packing);
+            Ok(layer)
+        }
         None => weights(layer, which),
     };
-    if quantise && !all_in_place {
-        let on_host = (0..config.n_layers).filter(|&layer| ops::is_host(&devices.layers[layer]));
-        choose_kernels(&config, options.max_rows, on_host, weights, progress)?;
-    }
     // One rotation for each width, which all layers of a device share.
     let rotations: RefCell<Vec<(Signs, Device, Rotation)>> = RefCell::default();
     let rotation = |of: Rotated, device: &Device| {
@@ -357,7 +357,6 @@ pub fn load_on(
     let norm = norm(Norm::Output)?;
     let model = BitNet::assemble(config, quantise, embedding, blocks, norm, output)
         .with_embedding_rotation(rotation(Rotated::Embedding, device));
-    let packings = Packings { left: packings.into_inner(), rows: options.max_rows };
     Ok(Loaded { model, prepacked: prepacked.map_or(0, |prepacked| prepacked.used()), packings })
 }
 
@@ -378,11 +377,13 @@ fn head(
     Ok(DenseMatrix::int8_prepacked(tensor, format, tiles, device)?)
 }
 
-/// Measures the kernels on the shapes of the projections of these layers, where that has not been done on this machine.
+/// Measures the kernels on the shapes of the projections of these layers, where that has not been done on this machine. What
+/// computes in place does not wait for it.
 fn choose_kernels(
     config: &ModelConfig,
     max_rows: usize,
     layers: impl Iterator<Item = usize>,
+    is_in_place: impl Fn(usize, Projection) -> Result<bool, ModelError>,
     linear: impl Fn(usize, Projection) -> Result<BitLinear, ModelError>,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(), ModelError> {
@@ -391,9 +392,12 @@ fn choose_kernels(
         .flat_map(|layer| Projection::of_layer(layer, config).into_iter().map(move |which| (layer, which)));
     for (layer, projection) in all {
         let shape = projection.shape(config);
-        if shapes.iter().all(|(known, ..)| *known != shape) {
+        if shapes.iter().all(|(known, ..)| *known != shape) && !is_in_place(layer, projection)? {
             shapes.push((shape, layer, projection));
         }
+    }
+    if shapes.is_empty() {
+        return Ok(());
     }
     for (i, &(_, layer, which)) in shapes.iter().enumerate() {
         progress(LoadProgress::Tuning(i, shapes.len()));

@@ -274,7 +274,7 @@ impl EngineOptions {
             constraints: OnceLock::new(),
             model,
             prepacked,
-            packer: Packer::start(packings),
+            _packer: Packer::start(packings),
             tuning,
             before,
         })))
