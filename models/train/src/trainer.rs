@@ -216,13 +216,23 @@ impl Trainer {
         let model = BitNet::trainable(&model_config, quantisation, &device, &mut |name, shape| {
             values.get(name, shape)
         })?;
-        let optimizer = Optimizer::new(&config, state.step, &model);
-        let optimizer = Optimizer(optimizer.0.load_record(store::optimizer(&path)?));
-        let metrics = Metrics::resume(dir, state.step)?;
-        let samples = Samples::resume(dir, state.step)?;
+        let record = store::optimizer(&path)?;
+        let trainer = Self::at(state.step, dir, lock, (config, data), (model, teacher))?;
+        Ok(Self { optimizer: Optimizer(trainer.optimizer.0.load_record(record)), ..trainer })
+    }
+
+    /// A run in its directory after so many steps, with a new optimizer.
+    fn at(
+        step: u64,
+        dir: &Path,
+        lock: File,
+        (config, data): (TrainConfig, Dataset),
+        (model, teacher): (BitNet, Option<Teacher>),
+    ) -> Result<Self, TrainError> {
         Ok(Self {
             dir: dir.to_owned(),
             _lock: lock,
+            optimizer: Optimizer::new(&config, step, &model),
             config,
             data,
             epoch: Epoch::default(),
@@ -230,10 +240,9 @@ impl Trainer {
             teacher,
             fits: Vec::new(),
             untrained: None,
-            optimizer,
-            step: state.step,
-            metrics,
-            samples,
+            step,
+            metrics: Metrics::resume(dir, step)?,
+            samples: Samples::resume(dir, step)?,
         })
     }
 
@@ -280,24 +289,7 @@ impl Trainer {
                 (None, _) => Ok(initial(name, shape, &mut random)),
             },
         )?;
-        let optimizer = Optimizer::new(&config, 0, &model);
-        let metrics = Metrics::resume(dir, 0)?;
-        let samples = Samples::resume(dir, 0)?;
-        Ok(Self {
-            dir: dir.to_owned(),
-            _lock: lock,
-            config,
-            data,
-            epoch: Epoch::default(),
-            model,
-            teacher,
-            fits,
-            untrained,
-            optimizer,
-            step: 0,
-            metrics,
-            samples,
-        })
+        Ok(Self { fits, untrained, ..Self::at(0, dir, lock, (config, data), (model, teacher))? })
     }
 
     /// The configuration of the run.
