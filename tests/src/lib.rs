@@ -21,7 +21,7 @@ use bitnet_burn_engine::generate;
 use bitnet_burn_engine::generate::GenerateOptions;
 use bitnet_burn_engine::load::LoadOptions;
 use bitnet_burn_manager::{KernelManager, ManagerConfig};
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor, TensorData};
 use safetensors::{Dtype, SafeTensors};
 
 /// The process's kernel manager as tests want it: two threads, nothing on disk, and nothing measured,
@@ -322,4 +322,34 @@ pub fn greedy(model: &BitNet, prompt: &[u32], count: usize) -> Vec<u32> {
     let options = GenerateOptions { max_new_tokens: count, ..GenerateOptions::default() };
     let go_on = &mut |_: u32, _: &[f32]| ControlFlow::Continue(());
     generate::generate(model, prompt, sequence, &mut cache, &options, go_on).unwrap().tokens
+}
+
+/// Burn's Flex.
+pub fn flex() -> Device {
+    host_devices().swap_remove(0)
+}
+
+/// A tensor of these values.
+pub fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
+}
+
+/// A tensor of values that a seed stands for.
+pub fn random_tensor<const D: usize>(seed: u64, shape: [usize; D], device: &Device) -> Tensor<D> {
+    tensor(&Random(seed).floats(shape.iter().product()), shape, device)
+}
+
+/// The values of a tensor of floats.
+pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+/// That values differ by at most `tolerance` of the largest.
+///
+/// # Panics
+/// If they do not.
+pub fn close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
+    let largest = want.iter().fold(0f32, |a, v| a.max(v.abs()));
+    let difference = max_difference(got, want);
+    assert!(difference <= tolerance * largest, "{what}: {difference:e} of {largest:e}");
 }

@@ -11,15 +11,7 @@ use bitnet_burn_formats::quant;
 use bitnet_burn_formats::{DenseFormat, canonical};
 use bitnet_burn_manager::memory::PageArena;
 use bitnet_burn_tests::*;
-use burn::tensor::{Device, Tensor, TensorData};
-
-fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
-}
-
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().iter::<f32>().collect()
-}
+use burn::tensor::{Device, Tensor};
 
 fn empty(cache_type: CacheType, shape: [usize; 3], device: &Device) -> CacheLayer {
     CacheLayer::zeros(cache_type, shape, device, &PageArena::default())

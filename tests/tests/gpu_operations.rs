@@ -8,25 +8,10 @@ use bitnet_burn::backends::{AttentionArgs, CacheType, DenseArgs, GatedActivation
 use bitnet_burn_formats::DenseFormat;
 use bitnet_burn_manager::memory::PageArena;
 use bitnet_burn_tests::*;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor};
 
 fn gpu() -> Device {
     Device::wgpu(Default::default())
-}
-
-fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
-}
-
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().iter::<f32>().collect()
-}
-
-/// Within `tolerance` of the largest value.
-fn close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
-    let largest = want.iter().fold(0f32, |a, v| a.max(v.abs()));
-    let difference = max_difference(got, want);
-    assert!(difference <= tolerance * largest, "{what}: {difference:e} of {largest:e}");
 }
 
 /// An operation on the GPU as on the host.

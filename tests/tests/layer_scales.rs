@@ -13,7 +13,7 @@ use burn::module::{Module, Param};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::store::{BurnpackStore, ModuleSnapshot, SafetensorsStore};
 use burn::tensor::activation::relu;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor};
 
 const SCALES: [WeightScale; 6] = [
     WeightScale::Tensor,
@@ -38,19 +38,6 @@ fn kinds(k: usize) -> impl Iterator<Item = Quantisation> {
     let all =
         SCALES.into_iter().flat_map(|scale| RULES.map(|activations| Quantisation { scale, activations }));
     all.filter(move |kind| kind.check(k).is_ok())
-}
-
-/// Flex, with the kernels of tests.
-fn flex() -> Device {
-    host_devices().swap_remove(0)
-}
-
-fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
-}
-
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().iter::<f32>().collect()
 }
 
 /// Weights of which each group of 32 has a size of its own, so that kinds of scales differ; some groups are zeros, some

@@ -15,25 +15,6 @@ use burn::tensor::activation::{gelu, softmax};
 use burn::tensor::quantization::{Calibration, QuantScheme, QuantValue};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-fn flex() -> Device {
-    host_devices().swap_remove(0)
-}
-
-fn tensor<const D: usize>(seed: u64, shape: [usize; D], device: &Device) -> Tensor<D> {
-    let count = shape.iter().product();
-    Tensor::from_data(TensorData::new(Random(seed).floats(count), shape), device)
-}
-
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().iter::<f32>().collect()
-}
-
-fn close(a: &[f32], b: &[f32], what: &str) {
-    let largest = b.iter().fold(0f32, |a, v| a.max(v.abs()));
-    let difference = max_difference(a, b);
-    assert!(difference <= 1e-4 * largest, "{what}: {difference:e} of {largest:e}");
-}
-
 /// A `Linear` of these weights [k, n].
 fn linear(weight: Tensor<2>) -> Linear {
     Linear { weight: Param::from_tensor(weight), bias: None }
@@ -59,7 +40,7 @@ fn a_linear_keeps_its_type_and_whether_it_is_trained() {
     let autodiff = flex().autodiff();
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for trained in [true, false] {
-            let mut from = linear(tensor(1, [64, 8], &autodiff).cast(dtype).detach());
+            let mut from = linear(random_tensor(1, [64, 8], &autodiff).cast(dtype).detach());
             from.weight = from.weight.set_require_grad(trained);
             let is_trained = |layer: BitLinear| {
                 let BitLinearWeight::Latent(weight) = layer.weight else { panic!("it is trained further") };
@@ -77,7 +58,7 @@ fn a_linear_keeps_its_type_and_whether_it_is_trained() {
 #[test]
 fn what_would_be_lost_is_refused() {
     let device = flex();
-    let lora = linear(tensor(1, [64, 8], &device)).apply_lora(Lora::new(2, 4.0));
+    let lora = linear(random_tensor(1, [64, 8], &device)).apply_lora(Lora::new(2, 4.0));
     let error = BitLinear::from_linear(lora.clone()).unwrap_err();
     assert!(matches!(&error, ImportError::Reparameterization { name, .. } if name == "lora"), "{error}");
     assert!(error.to_string().contains("materialize"), "{error}");
@@ -91,7 +72,7 @@ fn what_would_be_lost_is_refused() {
 fn weights_that_are_ternary_already_stay_as_they_are() {
     let (n, k) = (6, 256);
     for device in [flex(), flex().autodiff()] {
-        let x = tensor::<2>(4, [3, k], &device);
+        let x = random_tensor::<2>(4, [3, k], &device);
         for scale in [
             WeightScale::Tensor,
             WeightScale::Row,
@@ -103,9 +84,9 @@ fn weights_that_are_ternary_already_stay_as_they_are() {
             let want = values(from.forward(x.clone()));
             let layer = float(BitLinear::from_linear(from).unwrap());
             assert_eq!(layer.quantisation().scale, scale);
-            close(&values(layer.forward(x.clone())), &want, &format!("{scale}"));
+            close(&format!("{scale}"), &values(layer.forward(x.clone())), &want, 1e-4);
             let packed = layer.clone().pack().unwrap();
-            close(&values(packed.forward(x.clone())), &want, &format!("packed {scale}"));
+            close(&format!("packed {scale}"), &values(packed.forward(x.clone())), &want, 1e-4);
             // And back.
             for state in [layer, packed] {
                 let back = state.into_linear().unwrap();
@@ -122,14 +103,14 @@ fn codes_and_scales_become_a_packed_layer() {
     let ints =
         |codes: Vec<i64>| Tensor::<2, Int>::from_data(TensorData::new(codes, [n, k]), (&device, DType::I64));
     let codes: Vec<i64> = codes.into_iter().map(i64::from).collect();
-    let x = tensor::<2>(6, [2, k], &device);
+    let x = random_tensor::<2>(6, [2, k], &device);
     for shape in [[1, 1], [n, 1], [n, 2]] {
-        let scales = tensor::<2>(7, shape, &device);
+        let scales = random_tensor::<2>(7, shape, &device);
         let each = scales.clone().repeat_dim(0, n / shape[0]).repeat_dim(1, 1);
         let each = each.reshape([n, shape[1], 1]).repeat_dim(2, k / shape[1]).reshape([n, k]);
         let want = values(x.clone().matmul((ints(codes.clone()).float() * each).transpose()));
         let layer = BitLinear::from_ternary(ints(codes.clone()), scales, ActivationRule::Float).unwrap();
-        close(&values(layer.forward(x.clone())), &want, &format!("{shape:?}"));
+        close(&format!("{shape:?}"), &values(layer.forward(x.clone())), &want, 1e-4);
     }
     let from = |codes: Vec<i64>, scales: Tensor<2>, activations| {
         BitLinear::from_ternary(ints(codes), scales, activations).unwrap_err().to_string()
@@ -154,19 +135,19 @@ fn what_burn_quantised_to_ternary_computes_on_our_kernels_and_goes_back() {
     let quantise = |linear: Linear, calibration, value| {
         linear.quantize_weights(&mut Quantizer::new(calibration, scheme(value)))
     };
-    let from = quantise(linear(tensor(8, [k, n], &device)), Calibration::AbsMean, QuantValue::Q2S);
+    let from = quantise(linear(random_tensor(8, [k, n], &device)), Calibration::AbsMean, QuantValue::Q2S);
     let want = from.weight.val().dequantize();
     let layer = float(BitLinear::from_linear(from).unwrap()).pack().unwrap();
     assert_eq!(layer.quantisation().scale, WeightScale::Tensor);
     let back = layer.clone().into_linear().unwrap();
     assert_eq!(values(back.weight.val()), values(want.clone()));
-    let x = tensor::<2>(9, [2, k], &device);
-    close(&values(layer.forward(x.clone())), &values(x.matmul(want.clone())), "float activations");
+    let x = random_tensor::<2>(9, [2, k], &device);
+    close("float activations", &values(layer.forward(x.clone())), &values(x.matmul(want.clone())), 1e-4);
     // To Burn's quantisation again, without loss.
     let again = quantise(back, Calibration::MinMax, QuantValue::Q2S);
     assert!(matches!(again.weight.val().dtype(), DType::QFloat(_)));
     assert_eq!(values(again.weight.val().dequantize()), values(want));
-    let eight = quantise(linear(tensor(8, [k, n], &device)), Calibration::MinMax, QuantValue::Q8S);
+    let eight = quantise(linear(random_tensor(8, [k, n], &device)), Calibration::MinMax, QuantValue::Q8S);
     let error = BitLinear::from_linear(eight).unwrap_err();
     assert!(matches!(error, ImportError::Quantised { n: 16, k: 64, .. }), "{error}");
 }
@@ -314,9 +295,9 @@ fn burns_transformer_becomes_ternary_trains_and_packs() {
         let (x, _) = data(1, 32, &device);
         let want = values(valid.forward(x.clone()));
         // Burn's own way: the ternary values as floats.
-        close(&values(valid.clone().materialize().forward(x.clone())), &want, "materialised");
+        close("materialised", &values(valid.clone().materialize().forward(x.clone())), &want, 1e-4);
         let exact = Packed::new(valid.clone(), ActivationRule::Float);
-        close(&values(exact.forward(x)), &want, "packed, float activations");
+        close("packed, float activations", &values(exact.forward(x)), &want, 1e-4);
         let fast = Packed::new(valid, ActivationRule::Row);
         let (after, packed) = (of(&model, &device), accuracy(&device, |x| fast.forward(x)));
         println!("{device:?}: fine-tuned {after}, packed with int8 {packed}");

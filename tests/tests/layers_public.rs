@@ -9,26 +9,7 @@ use bitnet_burn::{
 };
 use bitnet_burn_tests::*;
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Tensor, TensorData};
-
-fn flex() -> Device {
-    host_devices().swap_remove(0)
-}
-
-fn tensor<const D: usize>(seed: u64, shape: [usize; D], device: &Device) -> Tensor<D> {
-    let count = shape.iter().product();
-    Tensor::from_data(TensorData::new(Random(seed).floats(count), shape), device)
-}
-
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().iter::<f32>().collect()
-}
-
-fn close(a: &[f32], b: &[f32], what: &str) {
-    let largest = b.iter().fold(0f32, |a, v| a.max(v.abs()));
-    let difference = max_difference(a, b);
-    assert!(difference <= 1e-4 * largest, "{what}: {difference:e} of {largest:e}");
-}
+use burn::tensor::{DType, Device, Tensor};
 
 /// The message of a panic.
 fn panic_of<T>(work: impl FnOnce() -> T) -> String {
@@ -56,7 +37,7 @@ fn a_block_computes_whole_sequences_and_rows_over_a_cache() {
             BitFeedForwardConfig::new(64, 96).with_activation(GatedActivation::Silu).with_bias(true),
         );
         let block = config.init(&device);
-        let x = tensor(1, [6, 64], &device);
+        let x = random_tensor(1, [6, 64], &device);
         let batch = Batch::whole_sequences(6, &rotary(), true, &device);
         let want = values(block.forward(x.clone(), 0, &batch, &mut History::None { length: 6 }).unwrap());
         let mut cache = KvCache::new([1, 2, 16], 64, CacheType::F32, &device).unwrap();
@@ -71,7 +52,7 @@ fn a_block_computes_whole_sequences_and_rows_over_a_cache() {
             got.extend(values(y));
         }
         assert_eq!(cache.length(sequence).unwrap(), 6);
-        close(&got, &want, "over a cache");
+        close("over a cache", &got, &want, 1e-4);
     }
 }
 
@@ -80,14 +61,14 @@ fn a_block_computes_whole_sequences_and_rows_over_a_cache() {
 fn biases_and_norms_of_projections_are_applied() {
     let device = flex();
     let batch = Batch::whole_sequences(3, &rotary(), true, &device);
-    let x = tensor(2, [3, 64], &device);
+    let x = random_tensor(2, [3, 64], &device);
     let with = |layer: &BitLinear, which: &str| {
         let (n, k) = (layer.d_output(), layer.d_input());
         match which {
-            "bias" => layer.clone().with_bias(Param::from_tensor(tensor(3, [n], &device) * 100.0)),
+            "bias" => layer.clone().with_bias(Param::from_tensor(random_tensor(3, [n], &device) * 100.0)),
             _ => {
                 let mut norm = RmsNormConfig::new(k).init(&device);
-                norm.gamma = Param::from_tensor(tensor(4, [k], &device));
+                norm.gamma = Param::from_tensor(random_tensor(4, [k], &device));
                 layer.clone().with_norm(norm)
             }
         }
@@ -109,7 +90,7 @@ fn biases_and_norms_of_projections_are_applied() {
             for part in [&mut changed.q_proj, &mut changed.k_proj, &mut changed.v_proj, &mut changed.o_proj] {
                 *part = part.clone().pack().unwrap();
             }
-            close(&attend(&changed), &got, &format!("packed, {which} of projection {at}"));
+            close(&format!("packed, {which} of projection {at}"), &attend(&changed), &got, 1e-4);
         }
         let plain = BitFeedForwardConfig::new(64, 96).init(&device);
         for at in 0..3 {
@@ -124,7 +105,7 @@ fn biases_and_norms_of_projections_are_applied() {
                 *part = part.clone().pack().unwrap();
             }
             let packed = values(changed.forward(x.clone(), true).unwrap());
-            close(&packed, &got, &format!("packed, {which} of projection {at}"));
+            close(&format!("packed, {which} of projection {at}"), &packed, &got, 1e-4);
         }
     }
 }
@@ -135,19 +116,19 @@ fn a_wrong_shape_names_the_layer_and_both_shapes() {
     let linear = BitLinearConfig::new(256, 8).init(&device);
     for layer in [linear.clone(), linear.pack().unwrap()] {
         // As many values as the layer takes.
-        let message = panic_of(|| layer.forward(tensor::<3>(1, [2, 4, 128], &device)));
+        let message = panic_of(|| layer.forward(random_tensor::<3>(1, [2, 4, 128], &device)));
         assert_eq!(message, "BitLinear: expected an input of [..., 256], found [2, 4, 128]");
     }
     let network = BitFeedForwardConfig::new(64, 96).init(&device);
-    let message = panic_of(|| network.forward(tensor(1, [2, 32], &device), true));
+    let message = panic_of(|| network.forward(random_tensor(1, [2, 32], &device), true));
     assert_eq!(message, "BitFeedForward: expected an input of [..., 64], found [2, 32]");
     let attention = attention(&device);
     let batch = Batch::whole_sequences(2, &rotary(), true, &device);
     let none = || History::None { length: 2 };
-    let message = panic_of(|| attention.forward(tensor(1, [2, 32], &device), 0, &batch, &mut none()));
+    let message = panic_of(|| attention.forward(random_tensor(1, [2, 32], &device), 0, &batch, &mut none()));
     assert_eq!(message, "BitAttention: expected an input of [..., 64], found [2, 32]");
     let other = Batch::whole_sequences(2, &RotaryEncodingConfig::new(8).init(), true, &device);
-    let message = panic_of(|| attention.forward(tensor(1, [2, 64], &device), 0, &other, &mut none()));
+    let message = panic_of(|| attention.forward(random_tensor(1, [2, 64], &device), 0, &other, &mut none()));
     assert!(message.contains("RoPE turns 16 values of a head") && message.contains("for 8"), "{message}");
     for (config, expected) in [
         (BitLinearConfig::new(0, 8), "d_input is 0"),
@@ -181,7 +162,7 @@ fn a_batch_of_no_rows_gives_no_rows() {
 fn half_precision_in_gives_half_precision_out() {
     let device = flex();
     for dtype in [DType::F16, DType::BF16] {
-        let x = tensor::<2>(5, [3, 64], &device);
+        let x = random_tensor::<2>(5, [3, 64], &device);
         let half = x.clone().cast(dtype);
         let layer = BitLinearConfig::new(64, 8).with_bias(true).with_norm(true).init(&device);
         for layer in [layer.clone(), layer.pack().unwrap()] {
@@ -213,7 +194,7 @@ fn half_precision_in_gives_half_precision_out() {
 fn rows_batches_and_caches_that_do_not_fit_are_errors() {
     let device = flex();
     let layer = attention(&device);
-    let x = |rows: usize| tensor::<2>(6, [rows, 64], &device);
+    let x = |rows: usize| random_tensor::<2>(6, [rows, 64], &device);
     let whole = Batch::whole_sequences(3, &rotary(), true, &device);
     let error = |result: Result<Tensor<2>, ForwardError>| result.unwrap_err().to_string();
     let none = |length| History::None { length };

@@ -10,10 +10,6 @@ fn input(k: usize, device: &Device) -> Tensor<2> {
     Tensor::from_data(TensorData::new(Random(3).floats(5 * k), [5, k]), device)
 }
 
-fn values(tensor: Tensor<2>) -> Vec<f32> {
-    tensor.into_data().iter::<f32>().collect()
-}
-
 /// A layer with everything that it can have, in the training state.
 fn layer(k: usize, n: usize, device: &Device) -> BitLinear {
     let mut layer = BitLinearConfig::new(k, n).with_bias(true).with_norm(true).init(device);
