@@ -33,7 +33,7 @@ struct Reader(Ticket);
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        // Nobody reads any more.
+        // The client has left, or has read everything.
         self.0.cancel();
     }
 }

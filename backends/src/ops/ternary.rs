@@ -198,9 +198,9 @@ impl TernaryMatrix {
         }
     }
 
-    /// Canonical codes that compute at once, where they lie, with kernels that nobody measured; and what packs them for the
-    /// fastest kernels, which compute from then on. `None` where that can't be
-    /// ([`choose_unmeasured`](bitnet_burn_manager::KernelManager::choose_unmeasured)), and on devices outside of host memory.
+    /// A matrix that computes at once, with the canonical codes where they lie and with kernels that were not measured; and
+    /// the packing for the fastest kernels, which is still to be [run](Packing::run). `None` on devices outside of host memory,
+    /// and where [`choose_unmeasured`](bitnet_burn_manager::KernelManager::choose_unmeasured) has no kernel.
     ///
     /// # Panics
     /// If the bytes are not [N, K] in the canonical layout.
@@ -313,7 +313,7 @@ impl TernaryMatrix {
     }
 }
 
-/// What packs a matrix that [computes already](TernaryMatrix::in_place).
+/// The packing of a matrix that [computes already](TernaryMatrix::in_place).
 #[derive(Debug)]
 pub struct Packing {
     codes: bytes::Bytes,
@@ -332,7 +332,7 @@ impl Packing {
         &self.codes
     }
 
-    /// Whether anybody still has the matrix.
+    /// Whether the matrix still exists.
     pub fn is_needed(&self) -> bool {
         self.faster.strong_count() > 0
     }
@@ -346,7 +346,7 @@ impl Packing {
         let (choice, packed) = manager().choose_and_pack(self.of, LayoutPolicy::Any, &self.codes)?;
         manager().warm_up(&choice, rows);
         if let Some(faster) = self.faster.upgrade() {
-            // Nobody else fills the cell.
+            // It was empty: this packing is the only one of its matrix.
             let _ = faster.set(Repacked { choice, weights: packed });
         }
         Ok(())

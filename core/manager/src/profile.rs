@@ -111,7 +111,7 @@ pub struct Span {
     pub operation: Operation,
     /// The part of the model around it.
     pub part: Part,
-    /// Shapes of the matrices; empty where there are none.
+    /// Shapes of the matrices. Empty for operations without matrices.
     pub detail: String,
     /// When it began, from the start of the recording.
     pub start: Duration,

@@ -513,7 +513,7 @@ impl Case {
             let thread = pool.thread();
             let mut tile = Tile { thread: thread as u32, ..*tile };
             if let Some(scratch) = of_threads.get(thread) {
-                // Its own buffer's first.
+                // Each thread has a buffer of its own here, and this is the first scratch in it.
                 tile = scratch.give(tile, 0);
             }
             // SAFETY: filled structs, buffers as large as the ABI says, tiles that do not overlap, scratch of the thread.

@@ -11,7 +11,7 @@ impl KernelManager {
     /// that of earlier measurements, or else that of their registration (the widest instructions first).
     ///
     /// `None` where that would be slow or is not allowed: for weights with many scales, whose canonical kernels are scalar,
-    /// and where a kernel is forced or none fits.
+    /// where a kernel is forced, and where no kernel fits.
     pub fn choose_unmeasured(&self, of: impl Into<WeightShape>) -> Option<Arc<CpuKernels>> {
         let of = of.into();
         if self.config.force.is_some() || of.scales != ScaleKind::One || of.check().is_err() {

@@ -164,7 +164,7 @@ impl TernaryKernel for Prefill {
         y.with_scratch(|scratch, y| {
             assert_eq!((scratch.len(), scratch.as_ptr() as usize % 64), (w.n(), 0));
             let rows = y.rows_n();
-            // Nobody else writes into it meanwhile.
+            // No other thread writes to it.
             scratch[rows.clone()].fill(thread);
             let mut weights = vec![0u8; rows.len() * bitnet_burn_plugin::canonical::row_bytes(w.k())];
             layouts::t2x32::unpack(w, rows.clone(), &mut weights)?;
