@@ -5,6 +5,7 @@
 //! instruction set that carries `#[target_feature]`, and so with that function's instructions.
 
 use std::array::from_fn;
+use std::ops::Range;
 
 use bitnet_burn_plugin::abi::{
     ACTIVATION_ALIGNMENT, OPERATION_SCALED_TERNARY_MATMUL, OPERATION_TERNARY_MATMUL, SCALE_ROWS, Signature,
@@ -74,7 +75,7 @@ impl<'a> Groups<'a> {
     }
 
     /// The groups of activations in group `g` of the weights.
-    fn within(&self, g: usize) -> std::ops::Range<usize> {
+    fn within(&self, g: usize) -> Range<usize> {
         g * self.per_weights..self.activations.min((g + 1) * self.per_weights)
     }
 }
@@ -98,6 +99,72 @@ pub(crate) trait TileMicro {
     unsafe fn gemm<const M: usize>(w: *const u8, steps: usize, x: [*const i8; M]) -> [[i32; BLOCK_ROWS]; M] {
         // SAFETY: the caller's promise, row by row.
         x.map(|x| unsafe { Self::gemv(w, steps, x) })
+    }
+
+    /// Adds the products of a group that shares scales, `steps` steps, with `M` activation rows to `t`: with the sum `s` of
+    /// a row's activations and their scale `a`, t = fma(sum(c * x) - s, a, t).
+    ///
+    /// # Safety
+    /// As on the trait, for each `x`; the CPU has `fma`, too, where this is not the function below.
+    #[inline(always)]
+    unsafe fn add_group<const M: usize>(
+        w: *const u8,
+        steps: usize,
+        x: [*const i8; M],
+        s: [i32; M],
+        a: [f32; M],
+        t: &mut [[f32; BLOCK_ROWS]; M],
+    ) {
+        // SAFETY: the caller's promise.
+        let sums =
+            unsafe { if M == 1 { [Self::gemv(w, steps, x[0]); M] } else { Self::gemm::<M>(w, steps, x) } };
+        for i in 0..M {
+            for (t, sum) in t[i].iter_mut().zip(sums[i]) {
+                *t = (sum.wrapping_sub(s[i]) as f32).mul_add(a[i], *t);
+            }
+        }
+    }
+
+    /// Whether the functions below are there: where unpacking takes a good part of [`gemm`](Self::gemm), a prompt
+    /// unpacks a piece of the weights once, and all of its rows read that from the first-level cache.
+    const UNPACKS: bool = false;
+
+    /// Writes the codes of at most [`UNPACKED_STEPS`] steps out as bytes, in the order in which
+    /// [`gemm_unpacked`](Self::gemm_unpacked) reads them.
+    ///
+    /// # Safety
+    /// As on the trait.
+    #[inline(always)]
+    unsafe fn unpack(_w: *const u8, _steps: usize, _codes: &mut Codes) {
+        unreachable!("it does not unpack");
+    }
+
+    /// What [`gemm`](Self::gemm) returns, from the codes that [`unpack`](Self::unpack) wrote for these steps.
+    ///
+    /// # Safety
+    /// As on the trait, for each `x`; `steps` is at most [`UNPACKED_STEPS`].
+    #[inline(always)]
+    unsafe fn gemm_unpacked<const M: usize>(
+        _codes: &Codes,
+        _steps: usize,
+        _x: [*const i8; M],
+    ) -> [[i32; BLOCK_ROWS]; M] {
+        unreachable!("it does not unpack");
+    }
+}
+
+/// Steps whose codes, a byte each, take half of a first-level cache of 32 KiB.
+pub(crate) const UNPACKED_STEPS: usize = 32;
+/// Activation rows that share unpacked weights.
+const UNPACKED_ROWS: usize = 128;
+
+/// The codes of [`UNPACKED_STEPS`] steps, a byte each.
+#[repr(align(64))]
+pub(crate) struct Codes(pub(crate) [u8; UNPACKED_STEPS * tile::STEP * BLOCK_ROWS]);
+
+impl Codes {
+    fn zeros() -> Self {
+        Self([0; UNPACKED_STEPS * tile::STEP * BLOCK_ROWS])
     }
 }
 
@@ -229,6 +296,13 @@ impl<'a> TileJob<'a> {
             for n in ns.clone().step_by(BLOCK_ROWS) {
                 let mut m = chunk.start;
                 while m < chunk.end {
+                    if K::UNPACKS && chunk.end - m > 2 * K::MR {
+                        let end = chunk.end.min(m + UNPACKED_ROWS);
+                        // SAFETY: the caller's promise; (m, n) begins a block of the tile with rows up to `end`.
+                        unsafe { self.unpacked_block::<K>(m..end, n) };
+                        m = end;
+                        continue;
+                    }
                     let rows = (chunk.end - m).min(K::MR).min(8);
                     // SAFETY: the caller's promise; (m, n) begins a block of the tile and has `rows` rows.
                     unsafe {
@@ -266,6 +340,58 @@ impl<'a> TileJob<'a> {
             if M == 1 { [K::gemv(weights, steps, rows[0]); M] } else { K::gemm::<M>(weights, steps, rows) }
         };
         self.store(m, n, &sums);
+    }
+
+    /// Computes y[rows, n .. n + 32], cut off at the tile's end; at most [`UNPACKED_ROWS`] rows.
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`.
+    #[inline(always)]
+    unsafe fn unpacked_block<K: TileMicro>(&mut self, rows: Range<usize>, n: usize) {
+        let weights = self.weights(n);
+        let mut codes = Codes::zeros();
+        let mut sums = [[0i32; BLOCK_ROWS]; UNPACKED_ROWS];
+        for from in (0..self.steps).step_by(UNPACKED_STEPS) {
+            let steps = UNPACKED_STEPS.min(self.steps - from);
+            // SAFETY: a block has `self.steps` steps. Features: the caller.
+            unsafe { K::unpack(weights.add(from * STEP_BYTES), steps, &mut codes) };
+            for m in rows.clone().step_by(K::MR.min(4)) {
+                let sums = &mut sums[m - rows.start..];
+                // SAFETY: the caller's promise; the rows are the tile's.
+                unsafe {
+                    match (rows.end - m).min(K::MR) {
+                        1 => self.add_unpacked::<K, 1>(m, &codes, from, steps, sums),
+                        2 => self.add_unpacked::<K, 2>(m, &codes, from, steps, sums),
+                        3 => self.add_unpacked::<K, 3>(m, &codes, from, steps, sums),
+                        _ => self.add_unpacked::<K, 4>(m, &codes, from, steps, sums),
+                    }
+                }
+            }
+        }
+        self.store(rows.start, n, &sums[..rows.len()]);
+    }
+
+    /// Adds the products of the steps from `from` with the rows m .. m + M to the sums.
+    ///
+    /// # Safety
+    /// The CPU has the features of `K`.
+    #[inline(always)]
+    unsafe fn add_unpacked<K: TileMicro, const M: usize>(
+        &self,
+        m: usize,
+        codes: &Codes,
+        from: usize,
+        steps: usize,
+        sums: &mut [[i32; BLOCK_ROWS]],
+    ) {
+        let rows: [*const i8; M] = from_fn(|i| self.x.padded_row(m + i).as_ptr());
+        // SAFETY: as in `block`, from the activations of step `from`.
+        let products = unsafe { K::gemm_unpacked::<M>(codes, steps, rows.map(|x| x.add(from * tile::STEP))) };
+        for (sums, products) in sums.iter_mut().zip(products) {
+            for (sum, product) in sums.iter_mut().zip(products) {
+                *sum = sum.wrapping_add(product);
+            }
+        }
     }
 
     /// Computes the tile with many scales. The layout has [`STEP`](tile::STEP) weights of a row in a step.
@@ -326,15 +452,9 @@ impl<'a> TileJob<'a> {
                 // SAFETY: a block has k.div_ceil(STEP) steps, and `from` begins one, since groups but the last are whole
                 // steps (`groups_fit`). Of the last step's activations those behind the k of a row are its padding (`check`),
                 // the next row's, or the slack behind the last row. Features: the caller.
-                let sums = unsafe {
+                unsafe {
                     let (w, x) = (weights.add(from / tile::STEP * STEP_BYTES), rows.map(|x| x.add(from)));
-                    if M == 1 { [K::gemv(w, steps, x[0]); M] } else { K::gemm::<M>(w, steps, x) }
-                };
-                for i in 0..M {
-                    let (a, s) = (a[i][part], s[i][part]);
-                    for (t, sum) in t[i].iter_mut().zip(sums[i]) {
-                        *t = (sum.wrapping_sub(s) as f32).mul_add(a, *t);
-                    }
+                    K::add_group::<M>(w, steps, x, s.map(|s| s[part]), a.map(|a| a[part]), &mut t);
                 }
             }
             let scales = groups.scales.block(n, g, groups.weights);
@@ -584,10 +704,7 @@ pub(crate) fn rows_in_cache(stride: usize) -> usize {
 
 /// `range` in pieces of `length`.
 #[inline(always)]
-pub(crate) fn chunks(
-    range: std::ops::Range<usize>,
-    length: usize,
-) -> impl Iterator<Item = std::ops::Range<usize>> {
+pub(crate) fn chunks(range: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> {
     let end = range.end;
     range.step_by(length).map(move |start| start..end.min(start + length))
 }

@@ -6,7 +6,7 @@ use bitnet_burn_plugin::canonical::{BLOCK, BLOCK_BYTES};
 
 use super::kernels;
 use super::ymm::{ROW_PREFETCH, TILE_PREFETCH, first, groups, load_rows, split, totals};
-use crate::ternary::generic::{RowMicro, TileMicro, row_bytes};
+use crate::ternary::generic::{Codes, RowMicro, TileMicro, row_bytes};
 use crate::ternary::tile::{BLOCK_ROWS, STEP, STEP_BYTES};
 
 /// The products with `vpmaddubsw ymm`.
@@ -28,6 +28,9 @@ kernels!(
 const FLUSH_SCALED: usize = 8;
 /// The same where each adds four products of codes up to 2: four pairs of 2 * -128 are -2048.
 const FLUSH_PLAIN: usize = 16;
+
+/// Bytes of the codes of a step's 16 rows.
+const TILE_CODES: usize = 16 * STEP;
 
 impl TileMicro for Micro {
     const MR: usize = 4;
@@ -124,6 +127,122 @@ impl TileMicro for Micro {
             sums
         }
     }
+
+    #[inline(always)]
+    unsafe fn add_group<const M: usize>(
+        w: *const u8,
+        steps: usize,
+        x: [*const i8; M],
+        s: [i32; M],
+        a: [f32; M],
+        t: &mut [[f32; BLOCK_ROWS]; M],
+    ) {
+        // SAFETY: as in `gemv`, for each of the rows; and `fma`.
+        unsafe {
+            match steps {
+                2 => add_steps::<M, 2>(w, x, s, a, t),
+                4 => add_steps::<M, 4>(w, x, s, a, t),
+                8 => add_steps::<M, 8>(w, x, s, a, t),
+                _ => {
+                    let sums = match M {
+                        1 => [<Self as TileMicro>::gemv(w, steps, x[0]); M],
+                        _ => <Self as TileMicro>::gemm::<M>(w, steps, x),
+                    };
+                    for m in 0..M {
+                        for part in 0..4 {
+                            let sum = _mm256_loadu_si256(sums[m][8 * part..].as_ptr().cast());
+                            add_scaled(&mut t[m], part, sum, s[m], a[m]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    const UNPACKS: bool = true;
+
+    #[inline(always)]
+    unsafe fn unpack(w: *const u8, steps: usize, codes: &mut Codes) {
+        let codes = &mut codes.0[..2 * steps * TILE_CODES];
+        let (first, second) = codes.split_at_mut(steps * TILE_CODES);
+        // SAFETY: the caller promises the features and `steps` steps of 128 bytes at w; `first` and `second` have 256
+        // bytes for each.
+        unsafe {
+            let mask = _mm256_set1_epi8(3);
+            for (tile, codes) in [first, second].into_iter().enumerate() {
+                for j in 0..steps {
+                    let w = w.add(j * STEP_BYTES + 64 * tile);
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
+                    let v = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())];
+                    let out = codes.as_mut_ptr().add(j * TILE_CODES).cast::<__m256i>();
+                    for half in 0..2 {
+                        let v = v[half];
+                        _mm256_store_si256(out.add(half), _mm256_and_si256(v, mask));
+                        _mm256_store_si256(
+                            out.add(2 + half),
+                            _mm256_and_si256(_mm256_srli_epi16::<2>(v), mask),
+                        );
+                        _mm256_store_si256(
+                            out.add(4 + half),
+                            _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask),
+                        );
+                        _mm256_store_si256(
+                            out.add(6 + half),
+                            _mm256_and_si256(_mm256_srli_epi16::<6>(v), mask),
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn gemm_unpacked<const M: usize>(
+        codes: &Codes,
+        steps: usize,
+        x: [*const i8; M],
+    ) -> [[i32; BLOCK_ROWS]; M] {
+        let codes = codes.0[..2 * steps * TILE_CODES].as_ptr();
+        // SAFETY: the caller promises the features and 16 activations for each step at each x; the codes are two tiles
+        // of `steps` times 256 bytes (checked above), aligned to 64.
+        unsafe {
+            let mut sums = [[0; BLOCK_ROWS]; M];
+            for tile in 0..2 {
+                let codes = codes.add(tile * steps * TILE_CODES).cast::<__m256i>();
+                let mut wide = [[_mm256_setzero_si256(); 2]; M];
+                let mut start = 0;
+                while start < steps {
+                    let end = steps.min(start + FLUSH_PLAIN);
+                    let mut acc = [[_mm256_setzero_si256(); 2]; M];
+                    for j in start..end {
+                        for t in 0..4 {
+                            let codes = codes.add(8 * j + 2 * t);
+                            let codes = [_mm256_load_si256(codes), _mm256_load_si256(codes.add(1))];
+                            for m in 0..M {
+                                let x = x[m].add(j * STEP + 4 * t).cast::<i32>().read_unaligned();
+                                let x = _mm256_set1_epi32(x);
+                                dot(&mut acc[m][0], codes[0], x);
+                                dot(&mut acc[m][1], codes[1], x);
+                            }
+                        }
+                    }
+                    for m in 0..M {
+                        for half in 0..2 {
+                            flush(&mut wide[m][half], acc[m][half]);
+                        }
+                    }
+                    start = end;
+                }
+                for m in 0..M {
+                    for half in 0..2 {
+                        let out = sums[m][16 * tile + 8 * half..].as_mut_ptr();
+                        _mm256_storeu_si256(out.cast(), wide[m][half]);
+                    }
+                }
+            }
+            sums
+        }
+    }
 }
 
 impl RowMicro for Micro {
@@ -185,6 +304,93 @@ impl RowMicro for Micro {
             }
             split(wide)
         }
+    }
+}
+
+/// [`TileMicro::add_group`] over `STEPS` steps, at most 8: nothing is flushed in between.
+///
+/// # Safety
+/// The CPU has AVX2 and FMA; `STEPS` steps of 128 bytes can be read at `w`, and 16 activations for each at each `x`.
+#[inline(always)]
+unsafe fn add_steps<const M: usize, const STEPS: usize>(
+    w: *const u8,
+    x: [*const i8; M],
+    s: [i32; M],
+    a: [f32; M],
+    t: &mut [[f32; BLOCK_ROWS]; M],
+) {
+    const { assert!(STEPS <= FLUSH_SCALED && STEPS <= FLUSH_PLAIN) }
+    // SAFETY: the caller's promise; a prefetch may have any address.
+    unsafe {
+        let zero = _mm256_setzero_si256();
+        let broadcast = |m: usize, j: usize, t: usize| {
+            _mm256_set1_epi32(x[m].add(j * STEP + 4 * t).cast::<i32>().read_unaligned())
+        };
+        if M == 1 {
+            // As in `gemv`.
+            let masks = [_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c)];
+            let mut sums = [zero; 4];
+            for (part, sum) in sums.iter_mut().enumerate() {
+                let mut acc = [zero; 2];
+                for j in 0..STEPS {
+                    let w = w.add(j * STEP_BYTES + 32 * part);
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
+                    let v = _mm256_loadu_si256(w.cast());
+                    let u = _mm256_srli_epi16::<4>(v);
+                    for i in 0..2 {
+                        dot(&mut acc[i], _mm256_and_si256(v, masks[i]), broadcast(0, j, i));
+                        dot(&mut acc[i], _mm256_and_si256(u, masks[i]), broadcast(0, j, 2 + i));
+                    }
+                }
+                let mut wide = [zero; 2];
+                flush(&mut wide[0], acc[0]);
+                flush(&mut wide[1], acc[1]);
+                *sum = _mm256_add_epi32(wide[0], _mm256_srai_epi32::<2>(wide[1]));
+            }
+            for (part, sum) in sums.into_iter().enumerate() {
+                add_scaled(&mut t[0], part, sum, s[0], a[0]);
+            }
+            return;
+        }
+        let mask = _mm256_set1_epi8(3);
+        for tile in 0..2 {
+            let mut acc = [[zero; 2]; M];
+            for j in 0..STEPS {
+                let w = w.add(j * STEP_BYTES + 64 * tile);
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
+                let mut v = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())];
+                for t in 0..4 {
+                    let codes = [_mm256_and_si256(v[0], mask), _mm256_and_si256(v[1], mask)];
+                    for m in 0..M {
+                        let x = broadcast(m, j, t);
+                        dot(&mut acc[m][0], codes[0], x);
+                        dot(&mut acc[m][1], codes[1], x);
+                    }
+                    v = [_mm256_srli_epi16::<2>(v[0]), _mm256_srli_epi16::<2>(v[1])];
+                }
+            }
+            for m in 0..M {
+                for half in 0..2 {
+                    let mut sum = zero;
+                    flush(&mut sum, acc[m][half]);
+                    add_scaled(&mut t[m], 2 * tile + half, sum, s[m], a[m]);
+                }
+            }
+        }
+    }
+}
+
+/// Part `part` of eight values in `t`: t = fma(sum - s, a, t).
+///
+/// # Safety
+/// The CPU has AVX2 and FMA.
+#[inline(always)]
+unsafe fn add_scaled(t: &mut [f32; BLOCK_ROWS], part: usize, sum: __m256i, s: i32, a: f32) {
+    let t = t[8 * part..][..8].as_mut_ptr();
+    // SAFETY: the caller's promise; `t` has eight values.
+    unsafe {
+        let sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_set1_epi32(s)));
+        _mm256_storeu_ps(t, _mm256_fmadd_ps(sum, _mm256_set1_ps(a), _mm256_loadu_ps(t)));
     }
 }
 
