@@ -2,8 +2,6 @@
 //! they are as text. Without an adapter this fails: whoever builds the feature wants it tested.
 #![cfg(feature = "wgpu")]
 
-use std::ffi::CString;
-
 use bitnet_burn::CacheType;
 use bitnet_burn::backends::manager;
 use bitnet_burn_engine::checkpoint::Checkpoint;
@@ -15,6 +13,7 @@ use bitnet_burn_manager::memory::Activations;
 use bitnet_burn_manager::plugin::{Plugin, Target};
 use bitnet_burn_manager::{KernelManager, ManagerConfig};
 use bitnet_burn_plugin::abi;
+use bitnet_burn_plugin::sdk::build_plugin;
 use bitnet_burn_tests::reference::{Mutation, Reference};
 use bitnet_burn_tests::*;
 use burn::tensor::Device;
@@ -63,24 +62,10 @@ fn logits_and_greedy_tokens_are_those_of_transformers() {
     assert!(used("cube/gemv") && used("cube/gemm"), "{report:?}");
 }
 
-/// The plugin of the CubeCL kernels, with their WGSL texts in their places.
+/// The plugin of the CubeCL kernels as text.
 fn lowered() -> &'static abi::Plugin {
-    let text = |text: String| CString::new(text).unwrap().into_raw().cast_const();
-    let plugin = bitnet_burn_cube::PLUGIN;
-    let kernels = bitnet_burn_cube::texts().into_iter().enumerate().map(|(i, (_, (wgsl, _)))| {
-        let wgsl = wgsl.unwrap();
-        // SAFETY: a descriptor that is linked in: its kernels are static, and each has a GPU part.
-        let (kernel, gpu) = unsafe {
-            let kernel = **plugin.kernels.add(i);
-            (kernel, *kernel.gpu)
-        };
-        let gpu = abi::Gpu { source: text(wgsl.source), entry: text(wgsl.entry), ..gpu };
-        let gpu: *const abi::Gpu = Box::leak(Box::new(gpu));
-        let kernel: &'static _ = Box::leak(Box::new(abi::Kernel { target: abi::TARGET_WGSL, gpu, ..kernel }));
-        std::ptr::from_ref(kernel)
-    });
-    let kernels: Vec<_> = kernels.collect();
-    Box::leak(Box::new(abi::Plugin { kernels: kernels.leak().as_ptr(), ..plugin }))
+    let kernels = bitnet_burn_cube::texts();
+    build_plugin(c"cube-text", c"0.1.0", kernels.iter().flat_map(|kernel| kernel.descriptors()).collect())
 }
 
 #[test]

@@ -40,15 +40,12 @@ fn compile(text: &Text, folder: &Path) -> std::path::PathBuf {
 }
 
 /// The kernels of a plugin with their texts, as far as `matches` goes.
-fn kernels(
-    plugin: &abi::Plugin,
-    texts: Vec<(&'static str, bitnet_burn_cube::Texts)>,
-) -> Vec<(abi::Gpu, Text)> {
+fn kernels(plugin: &abi::Plugin, texts: Vec<bitnet_burn_cube::Lowered>) -> Vec<(abi::Gpu, Text)> {
     let gpu = |i: usize| {
         // SAFETY: a descriptor that is linked in: its kernels are static, and each has a GPU part.
         unsafe { *(**plugin.kernels.add(i)).gpu }
     };
-    texts.into_iter().enumerate().map(|(i, (_, (_, cuda)))| (gpu(i), cuda.unwrap())).collect()
+    texts.into_iter().enumerate().map(|(i, kernel)| (gpu(i), kernel.texts.1.unwrap())).collect()
 }
 
 #[test]

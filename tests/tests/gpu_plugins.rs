@@ -10,8 +10,12 @@ use bitnet_burn::backends::manager;
 use bitnet_burn::{BitLinear, BitLinearWeight, CacheType};
 use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::load::LoadOptions;
+use bitnet_burn_formats::random::SplitMix64;
+use bitnet_burn_formats::reference;
 use bitnet_burn_manager::KernelManager;
-use bitnet_burn_manager::plugin::PluginError;
+use bitnet_burn_manager::gpu::{GpuOperands, close};
+use bitnet_burn_manager::memory::Activations;
+use bitnet_burn_manager::plugin::{PluginError, Target};
 use bitnet_burn_manager::store::PluginConfig;
 use bitnet_burn_manager::{ManagerConfig, Status};
 use bitnet_burn_tests::reference::{Mutation, Reference};
@@ -62,6 +66,22 @@ fn build_template(dir: &Path) -> PathBuf {
         std::env::consts::DLL_PREFIX,
         std::env::consts::DLL_SUFFIX
     ))
+}
+
+/// The library of the CubeCL kernels, which is built with the tests of the workspace.
+fn cube_plugin() -> PathBuf {
+    let name = format!("{}cube_plugin{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    let profile = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().to_owned();
+    let path = profile.join("examples").join(name);
+    if !path.exists() {
+        let package = ["build", "-p", "bitnet-burn-cube", "--features", "lower", "--example", "cube_plugin"];
+        let target = profile.parent().unwrap();
+        run(Command::new(env!("CARGO"))
+            .args(package)
+            .current_dir(repository())
+            .env("CARGO_TARGET_DIR", target));
+    }
+    path
 }
 
 fn config(cache: &Path) -> ManagerConfig {
@@ -159,6 +179,39 @@ fn what_the_device_lacks_leaves_the_kernels_for_the_cpu() {
         assert_eq!((reports[1].target.as_str(), &reports[1].status), ("wgsl", &Status::Ready), "{name}");
         let verdict = manager.verify_plugin(&path).unwrap();
         assert!(verdict.kernels[1].cases == 68 && verdict.kernels[1].device.is_some(), "{verdict:?}");
+    }
+}
+
+/// CubeCL's kernels without the program's CubeCL.
+#[test]
+fn the_cubecl_kernels_load_from_a_library() {
+    let dir = tempfile::tempdir().unwrap();
+    let manager = KernelManager::new(config(&dir.path().join("cache"))).unwrap();
+    let reports = manager.load_plugin(&cube_plugin()).unwrap();
+    let of = |target: &str| reports.iter().filter(|kernel| kernel.target == target).collect::<Vec<_>>();
+    let (wgsl, cuda) = (of("wgsl"), of("cuda"));
+    assert_eq!((wgsl.len(), cuda.len()), (9, 9), "{reports:?}");
+    for kernel in cuda {
+        assert!(matches!(kernel.status, Status::Unavailable(_)), "CUDA on wgpu: {kernel:?}");
+    }
+    let ready = wgsl.iter().filter(|kernel| kernel.status == Status::Ready).count();
+    // Those that need subgroups may be unavailable.
+    assert!(ready >= 7, "{wgsl:?}");
+    // Two rows, and a shape that the gate has not.
+    let (mut random, (m, n, k)) = (SplitMix64::new(5), (2, 70, 300));
+    let weights = random.weights(n, k);
+    let x: Vec<f32> = (0..m * k).map(|_| random.below(2001) as f32 / 100.0 - 10.0).collect();
+    let x = Activations::from_rows(&x, k);
+    let mut want = vec![0f32; m * n];
+    reference::matmul(&weights, n, k, 0.37, x.q(), x.stride(), x.scale(), m, &mut want, n);
+    let device = bitnet_burn::backends::gpu::open_gpu().unwrap();
+    let kernels = manager.gpu_kernels(Target::Wgsl, (m, n, k));
+    assert!(kernels.len() >= 5, "{} kernels", kernels.len());
+    for kernel in kernels {
+        let mut y = vec![f32::NAN; m * n];
+        device.run(kernel.kernel(), &GpuOperands::new(&weights, 0.37, &x, n, n, 0), &mut y).unwrap();
+        let id = kernel.kernel().id();
+        assert!(y.iter().zip(&want).all(|(got, want)| close(*got, *want)), "{id}: {y:?}, {want:?}");
     }
 }
 

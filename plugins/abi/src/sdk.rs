@@ -5,7 +5,7 @@
 mod host;
 mod operands;
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, CString, c_char};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -121,6 +121,16 @@ pub enum Language {
     Cuda,
     /// A function of the host's own CubeCL. Not for libraries that are loaded from files.
     CubeCl,
+}
+
+impl Language {
+    const fn target(self) -> u32 {
+        match self {
+            Language::Wgsl => abi::TARGET_WGSL,
+            Language::Cuda => abi::TARGET_CUDA,
+            Language::CubeCl => abi::TARGET_CUBECL,
+        }
+    }
 }
 
 /// Text that ends with a NUL, as [`GpuKernel::SOURCE`] takes it:
@@ -309,13 +319,27 @@ impl<K: GpuKernel> OnGpu<K> {
 pub const fn gpu_kernel<K: GpuKernel>() -> Kernel {
     Kernel {
         features: K::FEATURES.as_ptr(),
-        target: match K::LANGUAGE {
-            Language::Wgsl => abi::TARGET_WGSL,
-            Language::Cuda => abi::TARGET_CUDA,
-            Language::CubeCl => abi::TARGET_CUBECL,
-        },
+        target: K::LANGUAGE.target(),
         gpu: OnGpu::<K>::GPU,
         ..descriptor::<OnGpu<K>>(K::NAME, K::LAYOUT)
+    }
+}
+
+/// The same for a text that is written at run time: the name, the language, the text and its entry point instead of those of
+/// `K`. For [`build_plugin`]. It is never freed, as the ABI asks.
+pub fn gpu_kernel_in<K: GpuKernel>(
+    name: CString,
+    language: Language,
+    source: CString,
+    entry: CString,
+) -> Kernel {
+    let leak = |text: CString| Box::leak(text.into_boxed_c_str()).as_ptr();
+    let gpu: &Gpu = OnGpu::<K>::GPU;
+    Kernel {
+        name: leak(name),
+        target: language.target(),
+        gpu: Box::leak(Box::new(Gpu { source: leak(source), entry: leak(entry), ..*gpu })),
+        ..gpu_kernel::<K>()
     }
 }
 

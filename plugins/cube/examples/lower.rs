@@ -10,7 +10,7 @@ use std::path::PathBuf;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let folder = std::env::args_os().nth(1).map(PathBuf::from).ok_or("the folder to write to is missing")?;
     std::fs::create_dir_all(&folder)?;
-    let kernels = bitnet_burn_cube::texts().into_iter().map(|(name, texts)| (name.to_owned(), texts));
+    let kernels = bitnet_burn_cube::texts().into_iter().map(|kernel| (kernel.entry.to_owned(), kernel.texts));
     for (name, texts) in kernels.chain(bitnet_burn_cube::lower::operations()) {
         for (extension, text) in [("wgsl", texts.0?), ("cu", texts.1?)] {
             // What it was made for is a part of the name.
@@ -20,8 +20,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             println!("{}: {}", path.display(), text.entry);
         }
     }
-    for (name, (_, text)) in bitnet_burn_cube::matrix_unit_texts() {
-        let (path, text) = (folder.join(name).with_extension("cu"), text?);
+    for kernel in bitnet_burn_cube::matrix_unit_texts() {
+        let (path, text) = (folder.join(kernel.entry).with_extension("cu"), kernel.texts.1?);
         std::fs::write(&path, text.source)?;
         println!("{}: {}", path.display(), text.entry);
     }

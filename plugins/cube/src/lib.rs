@@ -3,7 +3,8 @@
 //!
 //! They are kernels like any others: the host's manager compares, measures and chooses them (`PLUGIN`), and hands them
 //! the buffers that [`bitnet_burn_plugin::abi::Gpu`] describes. Only their launch is not text but a function of the
-//! host's own CubeCL (`launch`), so that a library that is loaded from a file can't have them.
+//! host's own CubeCL (`launch`). A library that is loaded from a file can't have that; the example `cube_plugin` is such a
+//! library, with the same kernels as WGSL and CUDA C++ (feature `lower`).
 //!
 //! Beside them, as functions that the host calls without choosing: RMSNorm, quantisation and gated activation
 //! (`rows`), attention over a KV cache on the device (`attention`), and the embedding and output projection in the
@@ -24,8 +25,14 @@ mod matrix;
 pub mod rows;
 
 use std::ffi::CStr;
+#[cfg(feature = "lower")]
+use std::ffi::CString;
 
+#[cfg(feature = "lower")]
+use bitnet_burn_plugin::abi::Kernel;
 use bitnet_burn_plugin::abi::Signature;
+#[cfg(feature = "lower")]
+use bitnet_burn_plugin::sdk::gpu_kernel_in;
 use bitnet_burn_plugin::sdk::{GpuKernel, Language, source};
 use cubecl::client::Client;
 use cubecl::prelude::*;
@@ -48,9 +55,38 @@ pub struct Buffers {
     pub y: Handle,
 }
 
-/// A kernel in WGSL and in CUDA C++.
+/// A function in WGSL and in CUDA C++.
 #[cfg(feature = "lower")]
 pub type Texts = (Result<lower::Text, lower::LowerError>, Result<lower::Text, lower::LowerError>);
+
+/// A kernel as text.
+#[cfg(feature = "lower")]
+#[derive(Debug)]
+pub struct Lowered {
+    /// Its name here.
+    pub name: &'static str,
+    /// Its entry point here. (A text has its own.)
+    pub entry: &'static str,
+    /// The texts.
+    pub texts: Texts,
+    /// Its descriptor with another name, language, text and entry point.
+    descriptor: fn(CString, Language, CString, CString) -> Kernel,
+}
+
+#[cfg(feature = "lower")]
+impl Lowered {
+    /// The kernels of a loadable plugin, `NAME-wgsl` and `NAME-cuda`, as far as there are texts.
+    pub fn descriptors(&self) -> Vec<Kernel> {
+        let texts = [("wgsl", Language::Wgsl, &self.texts.0), ("cuda", Language::Cuda, &self.texts.1)];
+        let of = |text: &str| CString::new(text).ok();
+        let kernel = |(suffix, language, text): (&str, Language, &Result<lower::Text, lower::LowerError>)| {
+            let text = text.as_ref().ok()?;
+            let name = of(&format!("{}-{suffix}", self.name))?;
+            Some((self.descriptor)(name, language, of(&text.source)?, of(&text.entry)?))
+        };
+        texts.into_iter().filter_map(kernel).collect()
+    }
+}
 
 /// Threads along K in [`kernels::gemv`], and ranges of output features side by side.
 const GEMV_THREADS: [u32; 2] = [32, 8];
@@ -98,7 +134,7 @@ macro_rules! plugin {
 
         $(#[$texts_doc])*
         #[cfg(feature = "lower")]
-        pub fn $texts() -> Vec<(&'static str, Texts)> {
+        pub fn $texts() -> Vec<Lowered> {
             vec![$({
                 let kernel = || {
                     let (settings, device, target) = lower::offline([$threads_x, $threads_y, 1]);
@@ -107,7 +143,12 @@ macro_rules! plugin {
                         settings, device, target, weights, scale, x, rows, params, y, $a, $b,
                     )
                 };
-                ($entry.to_str().expect("ASCII"), ($wgsl(&kernel()), lower::cuda(&kernel())))
+                Lowered {
+                    name: $name.to_str().expect("ASCII"),
+                    entry: $entry.to_str().expect("ASCII"),
+                    texts: ($wgsl(&kernel()), lower::cuda(&kernel())),
+                    descriptor: gpu_kernel_in::<$type>,
+                }
             }),+]
         }
 
