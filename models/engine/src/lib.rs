@@ -4,6 +4,7 @@
 //! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them;
 //!   [`gguf`] and [`hf`] write them.
 //! - [`schedule`]: many requests at once, whose answers do not depend on each other.
+//! - [`speculate`]: tokens that are guessed and checked.
 //! - [`embed`](mod@embed): vectors of texts.
 //! - [`tokenizer`], [`chat`], [`sampling`] and [`generate`](mod@generate): prompts in, text out.
 //! - [`compare`](mod@compare): two models, or a model and the logits of another program.
@@ -26,6 +27,7 @@ pub mod generate;
 pub mod gguf;
 mod head;
 pub mod hf;
+mod kept;
 pub mod load;
 pub mod plan;
 pub mod plausible;
@@ -36,6 +38,7 @@ pub mod report;
 pub mod sampling;
 pub mod schedule;
 mod session;
+pub mod speculate;
 pub mod synth;
 pub mod text;
 pub mod tokenizer;

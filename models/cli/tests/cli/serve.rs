@@ -11,14 +11,14 @@ use ureq::Agent;
 use crate::Place;
 
 /// A server, and what it said of itself.
-struct Server {
+pub struct Server {
     child: Child,
     said: Value,
     agent: Agent,
 }
 
 impl Server {
-    fn start(place: &Place, more: &[&str]) -> Self {
+    pub fn start(place: &Place, more: &[&str]) -> Self {
         let mut command = place.command(&[&["serve", "--listen", "127.0.0.1:0", "--json"], more].concat());
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
@@ -42,7 +42,7 @@ impl Server {
         format!("http://{}{path}", self.address())
     }
 
-    fn get(&self, path: &str) -> (u16, String) {
+    pub fn get(&self, path: &str) -> (u16, String) {
         let mut response = self.agent.get(self.url(path)).call().unwrap();
         (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
     }
@@ -59,7 +59,7 @@ impl Server {
     }
 
     /// The answer to a request that must succeed.
-    fn ok(&self, path: &str, body: &Value) -> Value {
+    pub fn ok(&self, path: &str, body: &Value) -> Value {
         let (status, answer) = self.post(path, body);
         assert_eq!(status, 200, "{answer}");
         answer
@@ -73,7 +73,7 @@ impl Server {
     }
 
     /// The chunks of a stream.
-    fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
+    pub fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
         let mut body = body.clone();
         body["stream"] = json!(true);
         body["stream_options"] = json!({ "include_usage": true });
