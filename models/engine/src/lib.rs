@@ -9,6 +9,7 @@
 //! - [`tokenizer`], [`chat`], [`sampling`] and [`generate`](mod@generate): prompts in, text out.
 //! - [`compare`](mod@compare): two models, or a model and the logits of another program.
 //! - [`constraint`]: answers of a given form, such as a JSON schema.
+//! - [`tools`]: calls of functions in answers.
 //! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`report`] and [`receipt`]: what a run measured, and what it was made of.
 
@@ -42,6 +43,7 @@ pub mod speculate;
 pub mod synth;
 pub mod text;
 pub mod tokenizer;
+pub mod tools;
 
 pub use constraint::{Constraint, ConstraintError};
 pub use engine::{Engine, EngineError, EngineOptions, OpenEvent};

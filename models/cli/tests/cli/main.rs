@@ -21,6 +21,7 @@ mod process;
 mod receipt;
 mod serve;
 mod speculate;
+mod tools;
 #[cfg(feature = "remote")]
 mod worker;
 
