@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use bitnet_burn_engine::chat::Dictionary;
 use bitnet_burn_engine::schedule::LogProbs;
 use bitnet_burn_engine::tools::CallForm;
@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use crate::ApiError;
 use crate::answer::{Answers, Piece, Usage, finish_reason, unix_time};
 use crate::completions::{Choice, Head, collected, token_text};
+use crate::connection::Client;
 use crate::constraints::{self, ToolChoice};
 use crate::fields::{Common, Fields};
 use crate::models::Loaded;
@@ -143,7 +144,11 @@ fn logprobs(fields: &mut Fields) -> Result<Option<usize>, ApiError> {
 }
 
 /// `POST /v1/chat/completions`.
-pub(crate) async fn chat(State(app): State<Arc<App>>, mut fields: Fields) -> Result<Response, ApiError> {
+pub(crate) async fn chat(
+    State(app): State<Arc<App>>,
+    Extension(client): Extension<Client>,
+    mut fields: Fields,
+) -> Result<Response, ApiError> {
     let messages: Vec<Message> = fields.need("messages")?;
     let mut common = Common::take(&mut fields)?;
     let logprobs = logprobs(&mut fields)?;
@@ -189,7 +194,7 @@ pub(crate) async fn chat(State(app): State<Arc<App>>, mut fields: Fields) -> Res
     if common.stream {
         return Ok(stream(answers, head, common.include_usage, offered));
     }
-    collect(answers, &head, offered).await
+    collect(answers, &client, &head, offered).await
 }
 
 /// The tokens that the answer follows, `begun` last. Tools that the model `may_call` must be in them; where it must call one,
@@ -222,8 +227,13 @@ fn prompt(
 }
 
 /// The whole response at once.
-async fn collect(mut answers: Answers, head: &Head, offered: Option<Offered>) -> Result<Response, ApiError> {
-    let choices = collected(&mut answers).await?;
+async fn collect(
+    mut answers: Answers,
+    client: &Client,
+    head: &Head,
+    offered: Option<Offered>,
+) -> Result<Response, ApiError> {
+    let choices = collected(&mut answers, client).await?;
     let engine = answers.model.engine();
     let entry = |(index, choice): (usize, &Choice)| {
         let mut finish = choice.end.as_ref().map(|(generation, _)| finish_reason(generation.finish));
@@ -251,9 +261,7 @@ async fn collect(mut answers: Answers, head: &Head, offered: Option<Offered>) ->
 
 fn logprobs_of(engine: &Engine, logprobs: &[(u32, LogProbs)]) -> Value {
     let of = |token: u32, value: f32| {
-        let text = token_text(engine, token);
-        // A part of a character has bytes that its text does not tell.
-        let bytes = (!text.contains('\u{fffd}')).then_some(text.as_bytes());
+        let (text, bytes) = token_text(engine, token);
         json!({ "token": text, "logprob": value, "bytes": bytes })
     };
     let entry = |(token, logprobs): &(u32, LogProbs)| {

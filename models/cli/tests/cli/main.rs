@@ -2,6 +2,7 @@
 
 mod chat;
 mod compare;
+mod connections;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod docs;
