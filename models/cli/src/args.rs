@@ -194,6 +194,19 @@ pub struct LoadArgs {
     pub no_prepacked: bool,
 }
 
+/// Tokens that are guessed ahead and checked.
+#[derive(Clone, Debug, Args)]
+pub struct DraftArgs {
+    /// A smaller model with the same tokenizer, which guesses tokens ahead: the model checks several in one forward pass.
+    /// This changes no token, and is done where it is measured to pay. On the CPU
+    #[arg(long, value_name = "PATH", value_parser = Model::parser(), help_heading = "Model")]
+    pub draft_model: Option<Model>,
+    /// Tokens that are guessed ahead at most, from the text so far and by --draft-model; 0 for none. They change no answer
+    /// [default: 8 with --draft-model and in `serve`, or else 0]
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    pub draft: Option<usize>,
+}
+
 /// A receipt of what a command did.
 #[derive(Debug, Args)]
 pub struct ReceiptArgs {

@@ -11,12 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context as _, anyhow, bail};
 use bitnet_burn_engine::chat::{ChatError, Message};
 use bitnet_burn_engine::generate::{Finish, GenerateOptions};
+use bitnet_burn_engine::speculate::DraftCounts;
 use bitnet_burn_engine::text::count;
-use bitnet_burn_engine::{Answer, Engine, EngineError, EngineOptions, Session};
+use bitnet_burn_engine::{Answer, Engine, EngineError, Session};
 use clap::Args;
 
 use self::lines::{Input, Lines, Next};
-use crate::args::{EngineArgs, positive, read_template};
+use crate::args::{DraftArgs, EngineArgs, positive, read_template};
 use crate::output;
 use crate::sampling::SamplingArgs;
 
@@ -32,6 +33,8 @@ use crate::sampling::SamplingArgs;
 pub struct ChatArgs {
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    draft: DraftArgs,
     /// The system's message
     #[arg(long, value_name = "TEXT", help_heading = "Chat")]
     system: Option<String>,
@@ -72,7 +75,8 @@ const MAX_BYTES: u64 = 16 << 20;
 pub fn run(args: ChatArgs) -> anyhow::Result<()> {
     let sampling = args.sampling.config(false)?;
     let template = args.chat_template.as_deref().map(read_template).transpose()?;
-    let engine = args.engine.open(EngineOptions::packed_in_background)?;
+    let draft = args.draft.open(&args.engine.load, &args.engine.file.gaps)?;
+    let engine = args.engine.open(|options| options.packed_in_background().draft_model(draft))?;
     let model = engine.checkpoint().path().display().to_string();
     let template = match template.map_or_else(|| engine.chat_template(), Ok) {
         Err(EngineError::Chat(ChatError::NoTemplate)) => bail!(
@@ -81,7 +85,7 @@ pub fn run(args: ChatArgs) -> anyhow::Result<()> {
         ),
         template => template?,
     };
-    let mut session = engine.session()?.with_template(template);
+    let mut session = args.draft.session(&engine)?.with_template(template);
     session.replace(args.system.iter().map(|text| Message::new("system", text)).collect());
 
     let terminal = std::io::stdin().is_terminal();
@@ -278,8 +282,12 @@ impl Chat {
         if !self.quiet {
             let speed =
                 report.decode_tokens_per_s.map_or_else(String::new, |speed| format!(" at {speed:.1}/s"));
+            let guessed = match generation.drafts.total() {
+                DraftCounts { drafted: 0, .. } => String::new(),
+                DraftCounts { drafted, accepted } => format!(", {accepted} of {drafted} guesses right"),
+            };
             output::note(format_args!(
-                "[tokens: prompt {} computed, {} reused; answer {}{speed}; context {used} of {context}]",
+                "[tokens: prompt {} computed, {} reused; answer {}{speed}{guessed}; context {used} of {context}]",
                 generation.prompt_tokens - generation.cached_tokens,
                 generation.cached_tokens,
                 generation.tokens.len(),

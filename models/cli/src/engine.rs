@@ -9,15 +9,15 @@ use bitnet_burn::backends::manager;
 use bitnet_burn::backends::remote;
 use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::device::{DeviceError, DeviceKind};
-use bitnet_burn_engine::load::LoadProgress;
+use bitnet_burn_engine::load::{ActivationRule, LoadProgress};
 use bitnet_burn_engine::receipt::GenerationRecord;
 use bitnet_burn_engine::report::Execution;
-use bitnet_burn_engine::{Engine, EngineError, EngineOptions, OpenEvent};
+use bitnet_burn_engine::{Engine, EngineError, EngineOptions, OpenEvent, Session};
 use bitnet_burn_manager::{KernelManager, ManagerConfig};
 use clap::ValueEnum as _;
 use serde::Serialize;
 
-use crate::args::{EngineArgs, GapArgs, KernelArgs, LmHead, LoadArgs, ReceiptArgs, SecretArgs};
+use crate::args::{DraftArgs, EngineArgs, GapArgs, KernelArgs, LmHead, LoadArgs, ReceiptArgs, SecretArgs};
 use crate::{output, settings};
 
 /// The configuration below the flags, with this program as the gate's helper, and the file that it comes from
@@ -167,9 +167,38 @@ impl LoadArgs {
                 let mode = mode.map_or_else(String::new, |value| value.get_name().to_owned());
                 anyhow!("--lm-head {mode} quantises activations, --activations float leaves them: choose one")
             }
+            EngineError::DraftTokenizer { .. }
+            | EngineError::DraftNoTokenizer { .. }
+            | EngineError::DraftDevice => anyhow!("--draft-model: {error}"),
             EngineError::GpuLayers { layers, problem } => anyhow!("--gpu-layers {layers}: {problem}"),
             error => error.into(),
         }
+    }
+}
+
+impl DraftArgs {
+    /// Opens the draft model, if there is one, as `load` says, but with a context, activations and an output projection of
+    /// its own: they change no token.
+    pub fn open(&self, load: &LoadArgs, gaps: &GapArgs) -> anyhow::Result<Option<Engine>> {
+        let Some(model) = &self.draft_model else { return Ok(None) };
+        let open = || {
+            let started = Instant::now();
+            let checkpoint = Checkpoint::open(&model.locate()?, &gaps.options())?;
+            let load = LoadArgs {
+                context: None,
+                lm_head: LmHead::File,
+                activations: ActivationRule::Model,
+                ..load.clone()
+            };
+            load.open(checkpoint, started, gaps, EngineOptions::packed_in_background)
+        };
+        open().map(Some).context("--draft-model")
+    }
+
+    /// A session that guesses as the flags say.
+    pub fn session(&self, engine: &Engine) -> anyhow::Result<Session> {
+        let session = engine.session()?;
+        Ok(if let Some(most) = self.draft { session.draft(most)? } else { session })
     }
 }
 

@@ -32,9 +32,11 @@ const FLAGS: &[(&[&str], &str)] = &[
     (&["-dev", "-mg", "--main-gpu", "-sm", "--split-mode", "-ts", "--tensor-split"], "--device"),
     (&["-hf", "-hfr", "--hf-repo"], "--model hf:OWNER/NAME:FILE.gguf"),
     (
-        &["-lcs", "-lcd", "--lookup-cache-static", "-md", "--model-draft"],
-        "nothing: there is no speculative decoding",
+        &["-lcs", "-lcd", "--lookup-cache-static", "--lookup-cache-dynamic"],
+        "nothing: what repeats itself is looked up in the text so far (--draft)",
     ),
+    (&["-md", "--model-draft", "--spec-draft-model"], "--draft-model PATH"),
+    (&["--draft-max", "--draft-n", "--spec-draft-n-max"], "--draft N"),
 ];
 
 /// What a number below zero means to llama.cpp, and how that is said here.

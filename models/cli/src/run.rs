@@ -13,7 +13,7 @@ use clap::error::ErrorKind;
 use clap::{ArgGroup, Args, CommandFactory as _};
 use serde::Serialize;
 
-use crate::args::{EngineArgs, ReceiptArgs, positive, read_template, read_tokens};
+use crate::args::{DraftArgs, EngineArgs, ReceiptArgs, positive, read_template, read_tokens};
 use crate::constraint::ConstraintArgs;
 use crate::output;
 use crate::sampling::SamplingArgs;
@@ -29,6 +29,8 @@ use crate::sampling::SamplingArgs;
 pub struct RunArgs {
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    draft: DraftArgs,
     #[command(flatten)]
     receipt: ReceiptArgs,
     /// Take the memory of the KV cache for the whole --context at the start, so that nothing grows later
@@ -91,6 +93,7 @@ Examples:
   bitnet run -m model.gguf --tokens-file prompt.txt --greedy --print-ids
   bitnet run -m model.gguf --chat -p 'Is the sky blue?' --choice Yes --choice No
   bitnet run -m model.gguf --chat -p 'Name a city in Italy' --json-schema city.json
+  bitnet run -m large.gguf --draft-model small.gguf -p 'The capital of France is'
   bitnet run -m model.gguf -p Hello --json | jq .decode_tokens_per_s
   bitnet run -m model.gguf -p Hello --receipt hello.json && bitnet receipt check hello.json --rerun";
 
@@ -117,9 +120,10 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     }
     let template = args.chat_template.as_deref().map(read_template).transpose()?;
     let constraint = args.constraint.constraint()?;
-    let by_ids = args.tokens_file.is_some() && args.print_ids && constraint.is_none();
+    let draft = args.draft.open(&args.engine.load, &args.engine.file.gaps)?;
+    let by_ids = args.tokens_file.is_some() && args.print_ids && constraint.is_none() && draft.is_none();
     let engine = args.engine.open(|options| {
-        let mut options = options.packed_in_background();
+        let mut options = options.packed_in_background().draft_model(draft);
         if by_ids {
             options = options.without_tokenizer();
         }
@@ -144,7 +148,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         constraint,
         ..engine.generate_options()
     };
-    let mut session = engine.session()?;
+    let mut session = args.draft.session(&engine)?;
     if args.preallocate {
         session = session.preallocated().context("--preallocate")?;
     }

@@ -15,7 +15,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
-use crate::args::{GapArgs, LoadArgs, Model, positive, size};
+use crate::args::{DraftArgs, GapArgs, LoadArgs, Model, positive, size};
 use crate::output;
 use crate::status::Status;
 
@@ -47,6 +47,8 @@ pub struct ServeArgs {
     gaps: GapArgs,
     #[command(flatten)]
     load: LoadArgs,
+    #[command(flatten)]
+    draft: DraftArgs,
     /// The address to listen on; port 0 takes a free port
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8080", help_heading = "Server")]
     listen: String,
@@ -85,9 +87,6 @@ pub struct ServeArgs {
     /// Unload a model that was not used for this long [default: never]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Server")]
     idle_time: Option<Duration>,
-    /// Tokens that are guessed ahead from the text so far, at most; 0 for none. They change no answer [default: 8]
-    #[arg(long, value_name = "N", help_heading = "Server")]
-    draft: Option<usize>,
 }
 
 const EXAMPLES: &str = "\
@@ -180,7 +179,13 @@ async fn serve(mut args: ServeArgs) -> anyhow::Result<()> {
     })?;
     let address = listener.local_addr().context("the address that the server listens on is unknown")?;
     let options = args.server_options(address)?;
-    let load = Arc::new((args.load, args.gaps));
+    if args.draft.draft_model.is_some() && args.models.len() > 1 {
+        bail!("--draft-model guesses for one model: serve {} models by as many servers", args.models.len());
+    }
+    // What is missing of it is downloaded before the server is ready.
+    let of_draft = args.draft.draft_model.as_ref().map(Model::locate).transpose()?;
+    let draft_bytes = of_draft.map_or(0, |path| bytes_of(&path));
+    let load = Arc::new(Loading { load: args.load, gaps: args.gaps, draft: args.draft.clone() });
     let mut sources = Vec::new();
     for NamedModel { name, model } in std::mem::take(&mut args.models) {
         // What is missing of a model on the hub is downloaded before the server is ready.
@@ -188,8 +193,8 @@ async fn serve(mut args: ServeArgs) -> anyhow::Result<()> {
         // Before anybody asks for it.
         std::fs::metadata(&path).with_context(|| format!("--model: cannot open {}", path.display()))?;
         let load = load.clone();
-        let bytes = bytes_of(&path);
-        let open = move || open(&load.0, &load.1, |gaps| Ok(Checkpoint::open(&path, &gaps.options())?));
+        let bytes = bytes_of(&path) + draft_bytes;
+        let open = move || load.open(|gaps| Ok(Checkpoint::open(&path, &gaps.options())?));
         sources.push(ModelSource { name, bytes, open: Box::new(open) });
     }
     if sources.is_empty() {
@@ -205,7 +210,7 @@ async fn serve(mut args: ServeArgs) -> anyhow::Result<()> {
                 parallel: args.parallel,
                 queue: args.queue,
                 cache_bytes: args.cache_memory,
-                draft: args.draft,
+                draft: args.draft.draft,
             },
         },
     );
@@ -253,25 +258,37 @@ impl std::fmt::Display for Shown {
 
 impl std::error::Error for Shown {}
 
-fn open(
-    load: &LoadArgs,
-    gaps: &GapArgs,
-    checkpoint: impl FnOnce(&GapArgs) -> anyhow::Result<Checkpoint>,
-) -> Result<Engine, bitnet_burn_server::LoadError> {
-    let started = Instant::now();
-    let engine = checkpoint(gaps)
-        .and_then(|checkpoint| load.open(checkpoint, started, gaps, EngineOptions::packed_in_background));
-    engine.map_err(|error| Box::new(Shown(error)).into())
+/// How models are opened.
+struct Loading {
+    load: LoadArgs,
+    gaps: GapArgs,
+    draft: DraftArgs,
+}
+
+impl Loading {
+    fn open(
+        &self,
+        checkpoint: impl FnOnce(&GapArgs) -> anyhow::Result<Checkpoint>,
+    ) -> Result<Engine, bitnet_burn_server::LoadError> {
+        let engine = || {
+            let draft = self.draft.open(&self.load, &self.gaps)?;
+            let started = Instant::now();
+            let checkpoint = checkpoint(&self.gaps)?;
+            let set = |options: EngineOptions| options.packed_in_background().draft_model(draft);
+            self.load.open(checkpoint, started, &self.gaps, set)
+        };
+        engine().map_err(|error: anyhow::Error| Box::new(Shown(error)).into())
+    }
 }
 
 #[cfg(feature = "default-model")]
-fn built_in(load: Arc<(LoadArgs, GapArgs)>) -> anyhow::Result<ModelSource> {
-    let open = move || open(&load.0, &load.1, |_| Ok(bitnet_burn_engine::embedded::checkpoint()?));
+fn built_in(load: Arc<Loading>) -> anyhow::Result<ModelSource> {
+    let open = move || load.open(|_| Ok(bitnet_burn_engine::embedded::checkpoint()?));
     Ok(ModelSource { name: "stories".into(), bytes: 0, open: Box::new(open) })
 }
 
 #[cfg(not(feature = "default-model"))]
-fn built_in(_: Arc<(LoadArgs, GapArgs)>) -> anyhow::Result<ModelSource> {
+fn built_in(_: Arc<Loading>) -> anyhow::Result<ModelSource> {
     bail!("--model is missing, and this build has no built-in model (feature default-model)")
 }
 

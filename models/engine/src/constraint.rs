@@ -99,24 +99,6 @@ const MOST_KEPT: usize = 16;
 const STACK: usize = 256 << 20;
 
 impl Constraint {
-    /// An answer that calls one of these functions: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Each
-    /// has a name and the schema of its arguments, an object; without a schema, any object will do.
-    pub fn tool_call(functions: impl IntoIterator<Item = (String, Option<Value>)>) -> Self {
-        let (mut calls, mut rules) = (Vec::new(), String::new());
-        for (i, (name, schema)) in functions.into_iter().enumerate() {
-            let mut schema = json_schema(schema.unwrap_or_else(|| json!({})));
-            if let Value::Object(fields) = &mut schema {
-                fields.entry("type").or_insert_with(|| json!("object"));
-            }
-            calls.push(format!("call_{i}"));
-            let head = lark_text(&format!("{{\"name\": {}, \"arguments\": ", json!(name)));
-            rules
-                .push_str(&format!("call_{i}: {head} arguments_{i} \"}}\"\narguments_{i}: %json {schema}\n"));
-        }
-        let calls = calls.join(" | ");
-        Self::Grammar(format!("start: \"<tool_call>\" ({calls}) \"</tool_call>\"\n{rules}"))
-    }
-
     fn kind(&self) -> &'static str {
         match self {
             Self::Json => "JSON",
@@ -168,12 +150,12 @@ impl Constraint {
 }
 
 /// A text as Lark writes it: as JSON does, with an escape more.
-fn lark_text(text: &str) -> String {
+pub(crate) fn lark_text(text: &str) -> String {
     json!(text).to_string().replace('\x7f', "\\u007f")
 }
 
 /// A schema whose white space is limited, unless it says something about that itself.
-fn json_schema(schema: Value) -> Value {
+pub(crate) fn json_schema(schema: Value) -> Value {
     let mut schema = if schema == true { json!({}) } else { schema };
     if let Value::Object(fields) = &mut schema {
         fields.entry("x-guidance").or_insert_with(|| json!({ "whitespace_pattern": WHITE_SPACE }));

@@ -61,6 +61,8 @@ struct Inner {
     /// Made when the first answer needs it.
     constraints: OnceLock<Result<Constraints, ConstraintError>>,
     model: BitNet,
+    /// Guesses tokens ahead.
+    draft: Option<Engine>,
     /// Packs what computes in place, until the engine is dropped.
     _packer: Option<open::Packer>,
     /// Matrices that were mapped from the file of packed weights.
@@ -103,7 +105,7 @@ impl Engine {
     /// # Errors
     /// If a device does not support the KV cache's type.
     pub fn session(&self) -> Result<Session, EngineError> {
-        Ok(Session::new(self.clone(), self.cache()?))
+        Session::new(self.clone(), self.cache()?)
     }
 
     /// An empty KV cache of this engine's context and type.
@@ -171,6 +173,11 @@ impl Engine {
     /// The model.
     pub fn model(&self) -> &BitNet {
         &self.0.model
+    }
+
+    /// The model that guesses tokens ahead, if there is one.
+    pub fn draft_model(&self) -> Option<&Self> {
+        self.0.draft.as_ref()
     }
 
     /// The files that it was read from.

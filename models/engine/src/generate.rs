@@ -1,8 +1,8 @@
 //! From a prompt to tokens.
 
+mod text;
+
 use std::ops::ControlFlow;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bitnet_burn_backends::devices;
@@ -10,11 +10,13 @@ use bitnet_burn_formats::FileError;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
+pub use self::text::TextGenerator;
 use crate::checkpoint::Checkpoint;
 use crate::constraint::{Constrained, Constraint, ConstraintError};
 use crate::load::DEFAULT_CHUNK;
-use crate::sampling::{Sampler, SamplingConfig, SamplingError, StopMatcher};
-use crate::tokenizer::{DecodeStream, Tokenizer, TokenizerError};
+use crate::sampling::{Sampler, SamplingConfig, SamplingError};
+use crate::speculate::{self, Drafts, Guesses, Speculation};
+use crate::tokenizer::{Tokenizer, TokenizerError};
 use bitnet_burn::{BitNet, ForwardError, Row};
 use bitnet_burn::{KvCache, SequenceId};
 
@@ -115,6 +117,8 @@ pub struct Generation {
     pub detokenisation: Option<Duration>,
     /// Time until the last token was drawn.
     pub end_to_end: Duration,
+    /// Tokens that were guessed ahead.
+    pub drafts: Drafts,
 }
 
 impl Generation {
@@ -131,6 +135,7 @@ impl Generation {
             sampling: Vec::new(),
             detokenisation: None,
             end_to_end: Duration::ZERO,
+            drafts: Drafts::default(),
         }
     }
 }
@@ -207,7 +212,8 @@ pub enum Step {
     Finished(Finish),
 }
 
-/// Generates tokens step by step: each step is one forward pass, and the token that is drawn from its logits.
+/// Generates tokens step by step: each step is one forward pass, and the token that is drawn from its logits. (A token that
+/// was [guessed](crate::speculate) right needs no pass of its own.)
 ///
 /// [`generate`] and [`generate_text`] call [`step`](Self::step) in a loop. An asynchronous caller awaits
 /// [`step_async`](Self::step_async) instead. To cancel, stop stepping, or say so by [`cancel`](Self::cancel).
@@ -222,13 +228,20 @@ pub struct Generator<'a> {
     sampler: Sampler,
     /// By the options' constraint.
     constrained: Option<Box<Constrained>>,
+    speculation: Option<(&'a mut Speculation, &'a mut Guesses)>,
     /// The prompt and the tokens behind it.
     history: Vec<u32>,
-    /// The logits that the last token was drawn from.
+    /// The logits of the last forward pass: of the last token, and of each that was guessed behind it.
     logits: Vec<f32>,
+    /// The rows that these logits are of.
+    rows: usize,
+    /// The one that the last token was drawn from.
+    row: usize,
     finished: Option<Finish>,
     started: Instant,
     clock: Instant,
+    /// The beginning of the last forward pass.
+    pass: Instant,
     generation: Generation,
 }
 
@@ -237,8 +250,10 @@ pub struct Generator<'a> {
 enum Pass {
     /// No token is due yet.
     Done(Step),
-    /// A token is drawn from these logits [1, vocabulary].
+    /// A token is drawn from the first of these logits [rows, vocabulary].
     Logits(Tensor<2>),
+    /// The last token was guessed right: the next one is drawn from the next row's logits.
+    Guessed,
 }
 
 impl<'a> Generator<'a> {
@@ -267,11 +282,15 @@ impl<'a> Generator<'a> {
             options,
             sampler,
             constrained: None,
+            speculation: None,
             history: prompt.to_vec(),
             logits: Vec::new(),
+            rows: 1,
+            row: 0,
             finished: None,
             started: now,
             clock: now,
+            pass: now,
             generation: Generation { cached_tokens: cached, ..Generation::empty(prompt.len()) },
         })
     }
@@ -288,6 +307,15 @@ impl<'a> Generator<'a> {
         self
     }
 
+    /// Guesses tokens ahead. The cache must not be a sliding window, and must be able to go back.
+    pub(crate) fn guessing(mut self, speculation: Option<(&'a mut Speculation, &'a mut Guesses)>) -> Self {
+        self.speculation = speculation;
+        if let Some((_, guesses)) = &mut self.speculation {
+            guesses.forget();
+        }
+        self
+    }
+
     /// Computes one chunk of the prompt, or one token.
     ///
     /// # Errors
@@ -295,7 +323,12 @@ impl<'a> Generator<'a> {
     pub fn step(&mut self) -> Result<Step, GenerateError> {
         match self.forward()? {
             Pass::Done(step) => Ok(step),
-            Pass::Logits(logits) => self.draw(values(logits)?),
+            Pass::Logits(logits) => {
+                let logits = values(logits)?;
+                self.take(logits)?;
+                self.draw()
+            }
+            Pass::Guessed => self.draw(),
         }
     }
 
@@ -309,8 +342,10 @@ impl<'a> Generator<'a> {
             Pass::Logits(logits) => {
                 let device = |error: &dyn std::fmt::Debug| GenerateError::Device(format!("{error:?}"));
                 let data = logits.into_data_async().await.map_err(|error| device(&error))?;
-                self.draw(data.try_to_vec::<f32>().map_err(|error| device(&error))?)
+                self.take(data.try_to_vec::<f32>().map_err(|error| device(&error))?)?;
+                self.draw()
             }
+            Pass::Guessed => self.draw(),
         }
     }
 
@@ -324,13 +359,17 @@ impl<'a> Generator<'a> {
         if self.options.constraint.is_some() && self.constrained.is_none() {
             return Err(ConstraintError::NoEngine.into());
         }
-        let done = self.cache.length(self.sequence).map_err(ForwardError::from)?;
         let prompt = self.generation.prompt_tokens;
         let first = self.generation.tokens.is_empty();
+        if !first && self.generation.tokens.len() >= self.options.max_new_tokens {
+            return Ok(Pass::Done(self.finish(Finish::Length)));
+        }
+        if self.is_guessed() {
+            self.row += 1;
+            return Ok(Pass::Guessed);
+        }
+        let done = self.cache.length(self.sequence).map_err(ForwardError::from)?;
         if !first {
-            if self.generation.tokens.len() >= self.options.max_new_tokens {
-                return Ok(Pass::Done(self.finish(Finish::Length)));
-            }
             if !self.cache.has_room(self.sequence).map_err(ForwardError::from)? {
                 return Ok(Pass::Done(self.finish(Finish::Context)));
             }
@@ -345,20 +384,84 @@ impl<'a> Generator<'a> {
                 end = end.min(prompt - 1);
             }
         }
-        let chunk = &self.history[done..end];
-        let rows = rows(chunk, self.sequence, done);
-        let logits = self.model.forward(&rows, &[rows.len() - 1], self.cache)?;
-        if done + rows.len() < self.history.len() {
-            return Ok(Pass::Done(Step::Prompt { done: done + rows.len(), all: prompt }));
+        if !first {
+            self.guess(done)?;
         }
+        let chunk = &self.history[done..end];
+        let guesses = self.speculation.as_ref().map_or(&[][..], |(_, guesses)| guesses.tokens());
+        let guessed = rows(guesses, self.sequence, end);
+        let mut rows = rows(chunk, self.sequence, done);
+        let last = rows.len() - 1;
+        rows.extend(guessed);
+        let wanted: Vec<usize> = (last..rows.len()).collect();
+        self.pass = Instant::now();
+        let logits = self.model.forward(&rows, &wanted, self.cache)?;
+        if end < self.history.len() {
+            return Ok(Pass::Done(Step::Prompt { done: end, all: prompt }));
+        }
+        self.rows = wanted.len();
         Ok(Pass::Logits(logits))
     }
 
-    fn draw(&mut self, logits: Vec<f32>) -> Result<Step, GenerateError> {
+    /// Guesses what follows the last token, of which `done` positions are computed.
+    fn guess(&mut self, done: usize) -> Result<(), GenerateError> {
+        let Some((speculation, guesses)) = &mut self.speculation else { return Ok(()) };
+        let generated = self.generation.tokens.len();
+        // The last token of the answer is drawn, but not computed.
+        let left = self.options.max_new_tokens.saturating_sub(generated + 1);
+        let answer = speculate::Answer {
+            guesses,
+            history: &self.history,
+            generated,
+            most: left.min(self.cache.capacity().saturating_sub(done + 1)),
+            sampler: &self.sampler,
+            stop_tokens: &self.options.stop_tokens,
+        };
+        speculation.guess(1, vec![answer])
+    }
+
+    /// Whether the last token was guessed, so that the next row's logits follow it.
+    fn is_guessed(&self) -> bool {
+        let guessed = self.speculation.as_ref().and_then(|(_, guesses)| guesses.tokens().get(self.row));
+        guessed.is_some() && guessed == self.history.last()
+    }
+
+    /// Takes the logits of a pass.
+    fn take(&mut self, logits: Vec<f32>) -> Result<(), GenerateError> {
         if let Some(checkpoint) = self.checkpoint {
             checkpoint.intact()?;
         }
-        self.logits = logits;
+        (self.logits, self.row) = (logits, 0);
+        if let Some((speculation, _)) = &mut self.speculation
+            && !self.generation.tokens.is_empty()
+        {
+            speculation.costs.learn(self.rows, self.pass.elapsed().as_secs_f64());
+        }
+        Ok(())
+    }
+
+    /// Draws a token from the logits of the present row. Guesses that it shows to be wrong are forgotten.
+    fn draw(&mut self) -> Result<Step, GenerateError> {
+        let step = self.draw_token()?;
+        if let Some((_, guesses)) = &mut self.speculation
+            && !guesses.tokens().is_empty()
+        {
+            let right = match step {
+                Step::Token(token) => guesses.tokens().get(self.row) == Some(&token),
+                _ => false,
+            };
+            if !right {
+                let drafted = guesses.tokens().len();
+                let kind = guesses.learn(self.row);
+                self.generation.drafts.add(kind, drafted, self.row);
+                let computed = self.history.len() - usize::from(matches!(step, Step::Token(_)));
+                self.cache.truncate(self.sequence, computed).map_err(ForwardError::from)?;
+            }
+        }
+        Ok(step)
+    }
+
+    fn draw_token(&mut self) -> Result<Step, GenerateError> {
         let generation = &mut self.generation;
         if generation.tokens.is_empty() {
             generation.prefill = self.started.elapsed();
@@ -371,9 +474,10 @@ impl<'a> Generator<'a> {
         if self.options.max_new_tokens == 0 {
             return Ok(self.finish(Finish::Length));
         }
+        let logits = of_row(&self.logits, self.row, self.rows);
         let logits = match &mut self.constrained {
-            None => Some(&self.logits[..]),
-            Some(constrained) => constrained.mask(&self.logits, &self.options.stop_tokens)?,
+            None => Some(logits),
+            Some(constrained) => constrained.mask(logits, &self.options.stop_tokens)?,
         };
         let Some(logits) = logits else { return Ok(self.finish(Finish::Constraint)) };
         let token = self.sampler.sample(logits, &self.history, generation.tokens.len())?;
@@ -399,7 +503,7 @@ impl<'a> Generator<'a> {
 
     /// The logits that the last token was drawn from.
     pub fn logits(&self) -> &[f32] {
-        &self.logits
+        of_row(&self.logits, self.row, self.rows)
     }
 
     /// Ends the generation. What was generated stays.
@@ -420,126 +524,10 @@ impl<'a> Generator<'a> {
     }
 }
 
-/// The text of a generation, as it becomes certain: never half a character, and never a part of what turns out to be a
-/// stop string. Special tokens are not shown.
-///
-/// It is an iterator over pieces of text. [`next_async`](Self::next_async) is for asynchronous callers.
-#[derive(Debug)]
-pub struct TextGenerator<'a> {
-    tokens: Generator<'a>,
-    decoder: DecodeStream<'a>,
-    stops: StopMatcher,
-    /// The end of the text was given, or an error.
-    over: bool,
-    /// Ends the generation when it is set.
-    cancelled: Option<Arc<AtomicBool>>,
-}
-
-impl<'a> TextGenerator<'a> {
-    /// The text of a generation; `prompt` is what that continues.
-    ///
-    /// # Errors
-    /// If a stop string is empty, or the prompt has a token that the tokenizer lacks.
-    pub fn new(
-        tokens: Generator<'a>,
-        tokenizer: &'a Tokenizer,
-        prompt: &[u32],
-    ) -> Result<Self, GenerateError> {
-        let decoder = tokenizer.decode_stream_after(prompt, true)?;
-        let stops = StopMatcher::new(&tokens.options.stop_strings)?;
-        Ok(Self { tokens, decoder, stops, over: false, cancelled: None })
-    }
-
-    /// The text that a step makes certain, which may be none.
-    fn text_of(&mut self, step: &Step) -> Result<Option<String>, GenerateError> {
-        let (text, last) = match step {
-            Step::Prompt { .. } => return Ok(None),
-            Step::Token(token) => (self.decoder.push(*token)?, false),
-            Step::Finished(Finish::Cancelled | Finish::StopString) => {
-                self.over = true;
-                return Ok(None);
-            }
-            Step::Finished(_) => (self.decoder.flush()?, true),
-        };
-        self.over = last;
-        let mut shown = String::new();
-        if let Some(text) = text {
-            let output = self.stops.push(&text);
-            shown = output.text;
-            if output.stopped.is_some() {
-                self.tokens.finish(Finish::StopString);
-                self.over = true;
-            }
-        }
-        if last && self.stops.stopped().is_none() {
-            shown.push_str(&self.stops.flush());
-        }
-        Ok(Some(shown).filter(|text| !text.is_empty()))
-    }
-
-    /// The next piece of text; `None` at the end.
-    ///
-    /// # Errors
-    /// If the model or the sampler fails, or a token can't be decoded. Nothing follows then.
-    pub async fn next_async(&mut self) -> Option<Result<String, GenerateError>> {
-        while !self.over {
-            self.heed_flag();
-            let step = self.tokens.step_async().await;
-            if let Some(text) = self.take(step) {
-                return Some(text);
-            }
-        }
-        None
-    }
-
-    fn take(&mut self, step: Result<Step, GenerateError>) -> Option<Result<String, GenerateError>> {
-        let clock = Instant::now();
-        let text = step.and_then(|step| self.text_of(&step)).transpose();
-        *self.tokens.generation.detokenisation.get_or_insert_default() += clock.elapsed();
-        self.over |= matches!(text, Some(Err(_)));
-        text
-    }
-
-    /// Ends the generation. What was generated stays.
-    pub fn cancel(&mut self) {
-        self.tokens.cancel();
-    }
-
-    /// Ends the generation before the next step once this is set.
-    pub(crate) fn cancel_when(&mut self, flag: Arc<AtomicBool>) {
-        self.cancelled = Some(flag);
-    }
-
-    fn heed_flag(&mut self) {
-        if self.cancelled.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed)) {
-            self.tokens.cancel();
-        }
-    }
-
-    /// What was generated so far.
-    pub fn generation(&self) -> &Generation {
-        self.tokens.generation()
-    }
-
-    /// What was generated.
-    pub fn into_generation(self) -> Generation {
-        self.tokens.into_generation()
-    }
-}
-
-impl Iterator for TextGenerator<'_> {
-    type Item = Result<String, GenerateError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        while !self.over {
-            self.heed_flag();
-            let step = self.tokens.step();
-            if let Some(text) = self.take(step) {
-                return Some(text);
-            }
-        }
-        None
-    }
+/// One row of logits [rows, vocabulary].
+fn of_row(logits: &[f32], row: usize, rows: usize) -> &[f32] {
+    let vocabulary = logits.len() / rows;
+    &logits[row * vocabulary..(row + 1) * vocabulary]
 }
 
 /// Generates tokens behind a prompt. `on_token` sees each as it comes, with the logits that it was

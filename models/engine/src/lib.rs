@@ -4,10 +4,12 @@
 //! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them;
 //!   [`gguf`] and [`hf`] write them.
 //! - [`schedule`]: many requests at once, whose answers do not depend on each other.
+//! - [`speculate`]: tokens that are guessed and checked.
 //! - [`embed`](mod@embed): vectors of texts.
 //! - [`tokenizer`], [`chat`], [`sampling`] and [`generate`](mod@generate): prompts in, text out.
 //! - [`compare`](mod@compare): two models, or a model and the logits of another program.
 //! - [`constraint`]: answers of a given form, such as a JSON schema.
+//! - [`tools`]: calls of functions in answers.
 //! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`report`] and [`receipt`]: what a run measured, and what it was made of.
 
@@ -26,6 +28,7 @@ pub mod generate;
 pub mod gguf;
 mod head;
 pub mod hf;
+mod kept;
 pub mod load;
 pub mod plan;
 pub mod plausible;
@@ -36,9 +39,11 @@ pub mod report;
 pub mod sampling;
 pub mod schedule;
 mod session;
+pub mod speculate;
 pub mod synth;
 pub mod text;
 pub mod tokenizer;
+pub mod tools;
 
 pub use constraint::{Constraint, ConstraintError};
 pub use engine::{Engine, EngineError, EngineOptions, OpenEvent};

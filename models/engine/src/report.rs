@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::Checkpoint;
 use crate::generate::{Finish, Generation};
 use crate::plan::{DeviceMemory, Placement, PredictionOutcome};
+use crate::speculate::{DraftCounts, Drafts};
 use crate::text::{count, human_bytes, human_seconds, line};
 
 /// The model that ran.
@@ -261,6 +262,9 @@ pub struct RunReport {
     /// Seconds per token after the first one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_seconds: Option<Latency>,
+    /// Tokens that were guessed ahead, if any were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drafts: Option<Drafts>,
     /// Seconds to draw each token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampling_seconds: Option<Latency>,
@@ -302,6 +306,7 @@ impl RunReport {
             decode_tokens_per_s: (!generation.steps.is_empty())
                 .then(|| generation.steps.len() as f64 / decode.as_secs_f64()),
             token_seconds: Latency::of(&generation.steps),
+            drafts: Some(generation.drafts).filter(|drafts| drafts.total().drafted > 0),
             sampling_seconds: Latency::of(&generation.sampling),
             detokenisation_seconds: generation.detokenisation.map(|d| d.as_secs_f64()),
             end_to_end_seconds: generation.end_to_end.as_secs_f64(),
@@ -460,6 +465,14 @@ impl fmt::Display for RunReport {
         }
         if let (Some(rate), Some(latency)) = (self.decode_tokens_per_s, self.token_seconds) {
             line(f, "decode", format_args!("{rate:.1} tokens/s (a token: {latency})"))?;
+        }
+        if let Some(Drafts { look_up, model }) = self.drafts {
+            let kinds = [("look-up", look_up), ("draft model", model)];
+            let of = |(kind, counts): (&str, DraftCounts)| {
+                let DraftCounts { drafted, accepted } = counts;
+                (drafted > 0).then(|| format!("{accepted} of {drafted} by {kind}"))
+            };
+            line(f, "guessed", kinds.into_iter().filter_map(of).collect::<Vec<_>>().join(", "))?;
         }
         if let Some(latency) = self.sampling_seconds {
             line(f, "sampling", format_args!("a token: {latency}"))?;

@@ -220,6 +220,11 @@ impl Sampler {
         &self.config
     }
 
+    /// Draws with the random numbers that `other` will draw with.
+    pub(crate) fn follow(&mut self, other: &Self) {
+        self.random.clone_from(&other.random);
+    }
+
     /// Chooses the next token.
     ///
     /// # Arguments

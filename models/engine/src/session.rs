@@ -12,6 +12,7 @@ use crate::chat::{ChatTemplate, Message};
 use crate::engine::{Engine, EngineError};
 use crate::generate::{GenerateError, GenerateOptions, Generation, Generator, TextGenerator};
 use crate::report::RunReport;
+use crate::speculate::{DEFAULT_DRAFT, Guesses, Speculation};
 
 /// Prompts, or the turns of a chat, over one KV cache. What a prompt has in common with what the cache holds is not
 /// computed again; the results are the same, bit for bit.
@@ -27,6 +28,8 @@ pub struct Session {
     template: Option<ChatTemplate>,
     sliding: bool,
     certain: Certain,
+    speculation: Option<Speculation>,
+    guesses: Guesses,
 }
 
 /// Which positions of the cache hold no result of a plugin that nothing compared. They stay when results come into doubt.
@@ -59,7 +62,8 @@ impl Certain {
 }
 
 impl Session {
-    pub(crate) fn new(engine: Engine, cache: KvCache) -> Self {
+    pub(crate) fn new(engine: Engine, cache: KvCache) -> Result<Self, EngineError> {
+        let draft = if engine.draft_model().is_some() { DEFAULT_DRAFT } else { 0 };
         Self {
             engine,
             cache,
@@ -70,7 +74,22 @@ impl Session {
             template: None,
             sliding: false,
             certain: Certain::default(),
+            speculation: None,
+            guesses: Guesses::default(),
         }
+        .draft(draft)
+    }
+
+    /// Guesses at most so many tokens ahead ([`speculate`](crate::speculate)); 0: none. Without this, a session guesses if its
+    /// engine has a draft model. On GPUs, in models with gated DeltaNets and in sliding windows nothing is guessed.
+    ///
+    /// # Errors
+    /// If the device of the draft model does not support its KV cache's type.
+    pub fn draft(mut self, most: usize) -> Result<Self, EngineError> {
+        let most = if self.sliding || self.cache.needs_snapshots() { 0 } else { most };
+        self.speculation = Speculation::new(&self.engine, most)?;
+        self.guesses = Guesses::default();
+        Ok(self)
     }
 
     /// Takes the KV cache's memory for the whole context now, so that nothing grows later.
@@ -87,6 +106,7 @@ impl Session {
     pub fn sliding(mut self) -> Self {
         self.cache = self.cache.sliding();
         self.sliding = true;
+        self.speculation = None;
         self
     }
 
@@ -200,10 +220,11 @@ impl Session {
     ) -> Result<Text<'s>, EngineError> {
         let constrained = self.engine.constrain(options.constraint.as_ref())?;
         let sequence = self.resume(prompt, options)?;
-        let Self { engine, cache, tokens, .. } = self;
+        let Self { engine, cache, tokens, speculation, guesses, .. } = self;
         let tokenizer = engine.tokenizer().ok_or(EngineError::NoTokenizer)?;
         let generator = Generator::new(engine.model(), prompt, sequence, cache, options)?;
         let generator = generator.reading(engine.checkpoint()).constrained(constrained);
+        let generator = generator.guessing(speculation.as_mut().map(|speculation| (speculation, guesses)));
         let text = TextGenerator::new(generator, tokenizer, prompt)?;
         Ok(Text { engine, tokens, text })
     }
@@ -219,8 +240,10 @@ impl Session {
     ) -> Result<Generator<'s>, EngineError> {
         let constrained = self.engine.constrain(options.constraint.as_ref())?;
         let sequence = self.resume(prompt, options)?;
-        let generator = Generator::new(self.engine.model(), prompt, sequence, &mut self.cache, options)?;
-        Ok(generator.reading(self.engine.checkpoint()).constrained(constrained))
+        let Self { engine, cache, speculation, guesses, .. } = self;
+        let generator = Generator::new(engine.model(), prompt, sequence, cache, options)?;
+        let generator = generator.reading(engine.checkpoint()).constrained(constrained);
+        Ok(generator.guessing(speculation.as_mut().map(|speculation| (speculation, guesses))))
     }
 
     /// A sequence whose cache holds the longest beginning of `prompt` that is at hand and not in doubt.

@@ -10,6 +10,7 @@ use bitnet_burn_engine::schedule::{
     BatchError, Completion, Request, Scheduler, SchedulerOptions, SubmitError,
 };
 use bitnet_burn_engine::synth::{self, SynthOptions, SynthScales};
+use bitnet_burn_engine::tools::{CallForm, Tool};
 use bitnet_burn_engine::{Constraint, ConstraintError, Engine, EngineError, GenerateOptions};
 use bitnet_burn_formats::DenseFormat;
 use serde_json::{Value, json};
@@ -181,29 +182,62 @@ fn every_kind_of_constraint_holds() {
         let whole = serde_json::from_str::<serde_json::Map<String, Value>>(&text).is_ok();
         assert_eq!(whole, finish != Finish::Length, "{text}");
     }
-    let functions = [
-        (
-            "weather".to_owned(),
-            Some(json!({
-                "properties": { "place": { "$ref": "#/$defs/place" } },
-                "required": ["place"],
-                "additionalProperties": false,
-                "$defs": { "place": { "enum": ["Bern", "Oslo"] } },
-            })),
-        ),
-        ("t\"ime".to_owned(), Some(json!({ "type": "object", "additionalProperties": false }))),
+}
+
+#[test]
+fn calls_of_tools_have_the_model_s_form() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = random_model(dir.path());
+    let place = json!({
+        "properties": { "place": { "$ref": "#/$defs/place" }, "days": { "type": "integer", "minimum": 1, "maximum": 9 } },
+        "required": ["place"],
+        "additionalProperties": false,
+        "$defs": { "place": { "enum": ["Bern", "Oslo"] } },
+    });
+    let tools = [
+        Tool { name: "weather".into(), parameters: Some(place) },
+        Tool {
+            name: "t-ime".into(),
+            parameters: Some(json!({ "type": "object", "additionalProperties": false })),
+        },
     ];
-    let calls = texts(&engine, &Constraint::tool_call(functions), 8);
-    for (text, _) in &calls {
-        let call =
-            text.strip_prefix("<tool_call>").and_then(|text| text.strip_suffix("</tool_call>")).unwrap();
-        let call: Value = serde_json::from_str(call).unwrap();
-        match call["name"].as_str().unwrap() {
-            "weather" => assert!(["Bern", "Oslo"].contains(&call["arguments"]["place"].as_str().unwrap())),
-            name => assert_eq!((name, &call["arguments"]), ("t\"ime", &json!({}))),
+    for form in [CallForm::Hermes, CallForm::Xml, CallForm::Llama, CallForm::Mistral, CallForm::MistralArgs] {
+        // The first one alone, too: a random model may never choose it.
+        let mut answers = texts(&engine, &form.constraint(&tools), 6);
+        answers.extend(texts(&engine, &form.constraint(&tools[..1]), 6));
+        // (It may also write much white space.)
+        answers.retain(|(_, finish)| *finish != Finish::Length);
+        assert!(answers.len() > 3, "{form:?}: {answers:?}");
+        for (text, _) in &answers {
+            let calls = form.parse(&format!("{}{text}", form.prompt()), &tools);
+            let Some([call]) = calls.as_deref() else { panic!("{form:?}: {text}") };
+            let arguments: Value = serde_json::from_str(&call.arguments).unwrap();
+            match call.name.as_str() {
+                "weather" => {
+                    assert!(["Bern", "Oslo"].contains(&arguments["place"].as_str().unwrap()));
+                    assert!(
+                        arguments.get("days").is_none_or(|days| (1..=9).contains(&days.as_i64().unwrap()))
+                    );
+                }
+                name => assert_eq!((name, &arguments), ("t-ime", &json!({}))),
+            }
         }
     }
-    assert!(calls.iter().any(|(text, _)| text.contains("weather")));
+    // Texts that are written as they are.
+    let note = json!({ "properties": { "text": { "type": "string" }, "kind": { "enum": ["a", "b"] } },
+        "required": ["kind", "text"] });
+    let tools = [Tool { name: "note".into(), parameters: Some(note) }];
+    let mut request = request(&engine, "There was", CallForm::Xml.constraint(&tools), 3);
+    request.options.max_new_tokens = 2000;
+    request.options.sampling.temperature = 2.0;
+    let answer = answers(&engine, vec![request]).remove(0).unwrap();
+    if answer.generation.finish == Finish::Constraint {
+        let calls = CallForm::Xml.parse(&answer.text, &tools).unwrap();
+        let arguments: Value = serde_json::from_str(&calls[0].arguments).unwrap();
+        assert!(arguments["text"].is_string() && ["a", "b"].contains(&arguments["kind"].as_str().unwrap()));
+    } else {
+        assert!(answer.text.starts_with("<tool_call>\n<function=note>\n<parameter="), "{}", answer.text);
+    }
 }
 
 #[test]

@@ -24,6 +24,8 @@ pub(crate) struct Answers {
     per_prompt: usize,
     left: usize,
     started: Instant,
+    /// Special tokens whose text belongs to the answers.
+    shown: Vec<(u32, &'static str)>,
 }
 
 /// One of the answers.
@@ -125,6 +127,7 @@ impl Answers {
             per_prompt: per_prompt.max(1),
             left,
             started: Instant::now(),
+            shown: Vec::new(),
         };
         for (choice, request) in requests.into_iter().enumerate() {
             let sender = sender.clone();
@@ -138,6 +141,16 @@ impl Answers {
         Ok(answers)
     }
 
+    /// Gives these special tokens, as far as the model has them, a text in the answers.
+    pub(crate) fn show(&mut self, special: &[&'static str]) {
+        let Some(tokenizer) = self.model.engine().tokenizer() else { return };
+        // Others have it already.
+        let is_hidden = |id: u32| tokenizer.decode(&[id], true).is_ok_and(|text| text.is_empty());
+        let found =
+            special.iter().filter_map(|&text| Some((tokenizer.id(text).filter(|&id| is_hidden(id))?, text)));
+        self.shown = found.collect();
+    }
+
     /// What comes next; `None` when all answers are complete.
     pub(crate) async fn next(&mut self) -> Option<Result<Piece, ApiError>> {
         if self.left == 0 {
@@ -147,8 +160,11 @@ impl Answers {
         let stopped = (0, Event::Failed(RequestError::Stopped));
         let (choice, event) = self.events.recv().await.unwrap_or(stopped);
         Some(match event {
-            Event::Token { token, text, logprobs } => {
+            Event::Token { token, mut text, logprobs } => {
                 self.measure(choice);
+                if let Some((_, special)) = self.shown.iter().find(|(id, _)| *id == token) {
+                    text.push_str(special);
+                }
                 Ok(Piece::Token { choice, token, text, logprobs })
             }
             Event::Finished { text, generation, in_doubt } => {

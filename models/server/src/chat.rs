@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use bitnet_burn_engine::chat::Dictionary;
-use bitnet_burn_engine::sampling::StopMatcher;
 use bitnet_burn_engine::schedule::LogProbs;
+use bitnet_burn_engine::tools::CallForm;
 use bitnet_burn_engine::{Engine, EngineError};
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -16,13 +16,14 @@ use serde_json::{Value, json};
 use crate::ApiError;
 use crate::answer::{Answers, Piece, Usage, finish_reason, unix_time};
 use crate::completions::{Choice, Head, collected, token_text};
-use crate::constraints::{self, Asked, ToolChoice};
+use crate::connection::Client;
+use crate::constraints::{self, ToolChoice};
 use crate::fields::{Common, Fields};
 use crate::models::Loaded;
 use crate::serve::App;
 use crate::stream::{events, of_bitnet};
 use crate::text::blocking;
-use crate::tool_calls::{self, BEGIN, ToolCall};
+use crate::tool_calls::{self, Held, Offered};
 
 /// The most log probabilities for each token.
 const MOST_LOGPROBS: usize = 20;
@@ -117,16 +118,15 @@ impl Message {
     }
 }
 
-/// The tools that the model is told of, and the form of the answer if it must call one.
-fn tools(fields: &mut Fields) -> Result<(Vec<Dictionary>, Option<Asked>), ApiError> {
+/// The tools that the model is told of, as the template sees them, and what becomes of them.
+fn tools(fields: &mut Fields) -> Result<(Vec<Dictionary>, ToolChoice), ApiError> {
     let raw = fields.take::<Box<RawValue>>("tools")?;
-    let call = match constraints::tool_choice(fields, raw.as_deref())? {
-        ToolChoice::None => return Ok((Vec::new(), None)),
-        ToolChoice::Auto => None,
-        ToolChoice::Call(constraint) => Some(("tools", constraint)),
-    };
+    let choice = constraints::tool_choice(fields, raw.as_deref())?;
+    if matches!(choice, ToolChoice::None) {
+        return Ok((Vec::new(), choice));
+    }
     let tools = raw.map_or(Ok(Vec::new()), |raw| serde_json::from_str(raw.get()));
-    Ok((tools.map_err(|error| ApiError::field("tools", format!("tools: {error}")))?, call))
+    Ok((tools.map_err(|error| ApiError::field("tools", format!("tools: {error}")))?, choice))
 }
 
 /// How many of the most likely tokens are told with each token, if its log probability is.
@@ -144,50 +144,67 @@ fn logprobs(fields: &mut Fields) -> Result<Option<usize>, ApiError> {
 }
 
 /// `POST /v1/chat/completions`.
-pub(crate) async fn chat(State(app): State<Arc<App>>, mut fields: Fields) -> Result<Response, ApiError> {
+pub(crate) async fn chat(
+    State(app): State<Arc<App>>,
+    Extension(client): Extension<Client>,
+    mut fields: Fields,
+) -> Result<Response, ApiError> {
     let messages: Vec<Message> = fields.need("messages")?;
     let mut common = Common::take(&mut fields)?;
     let logprobs = logprobs(&mut fields)?;
-    let (tools, call) = tools(&mut fields)?;
-    let may_call = call.is_none() && !tools.is_empty();
-    if let Some(call) = call {
-        common.constraint = constraints::one(common.constraint, call)?;
+    let (tools, choice) = tools(&mut fields)?;
+    if let (Some((other, _)), ToolChoice::Call(_)) = (&common.constraint, &choice) {
+        return Err(constraints::both(other, "tools"));
     }
-    let with_tools = !tools.is_empty();
     fields.ignore(&["parallel_tool_calls"]);
     fields.end()?;
     if messages.is_empty() {
         return Err(ApiError::field("messages", "messages is empty: there is nothing to answer"));
     }
     let model = app.models.get(common.model.as_deref()).await?;
+    let form = model.call_form;
+    let may_call = matches!(&choice, ToolChoice::Auto(tools) if !tools.is_empty());
+    let offered = match choice {
+        ToolChoice::Auto(tools) if may_call => Some(Offered { form, tools, begun: "" }),
+        ToolChoice::Auto(_) | ToolChoice::None => None,
+        ToolChoice::Call(tools) => {
+            common.constraint = Some(("tools", form.constraint(&tools)));
+            Some(Offered { form, tools, begun: form.prompt() })
+        }
+    };
+    let begun = offered.as_ref().map_or("", |offered| offered.begun);
     let requests = {
         let (of_app, model, common) = (app.clone(), model.clone(), common.clone());
         blocking(&app, move || {
             let messages = messages.into_iter().enumerate().map(|(i, message)| message.dictionary(i));
-            let prompt = prompt(&model, &messages.collect::<Result<Vec<_>, _>>()?, &tools, may_call)?;
+            let prompt = prompt(&model, &messages.collect::<Result<Vec<_>, _>>()?, &tools, may_call, begun)?;
             common.requests(model.engine(), &of_app.options, prompt, (None, logprobs))
         })
         .await?
     };
-    let answers = Answers::start(&app, model, requests, common.choices())?;
+    let mut answers = Answers::start(&app, model, requests, common.choices())?;
+    if offered.is_some() {
+        answers.show(form.special());
+    }
     let head = Head {
         id: app.receipts.next_id("chatcmpl"),
         created: unix_time(),
         model: answers.model.name.clone(),
     };
     if common.stream {
-        return Ok(stream(answers, head, common.include_usage, with_tools));
+        return Ok(stream(answers, head, common.include_usage, offered));
     }
-    collect(answers, &head, with_tools).await
+    collect(answers, &client, &head, offered).await
 }
 
-/// The tokens that the answer follows. Tools that the model `may_call` must be in them; where it must call one, it can't
-/// avoid that.
+/// The tokens that the answer follows, `begun` last. Tools that the model `may_call` must be in them; where it must call one,
+/// it can't avoid that.
 fn prompt(
     model: &Loaded,
     messages: &[Dictionary],
     tools: &[Dictionary],
     may_call: bool,
+    begun: &str,
 ) -> Result<Vec<u32>, ApiError> {
     let engine = model.engine();
     let template = model.template.as_ref().map_err(|problem| {
@@ -196,7 +213,7 @@ fn prompt(
     })?;
     let tokens = engine.tokenizer().ok_or(EngineError::NoTokenizer)?.template_tokens();
     let render = |tools| template.render_chat(messages, tools, &tokens, true).map_err(EngineError::from);
-    let text = render(tools)?;
+    let mut text = render(tools)?;
     if may_call && render(&[])? == text {
         let name = &model.name;
         let message = format!(
@@ -205,23 +222,30 @@ fn prompt(
         );
         return Err(ApiError::field("tools", message));
     }
+    text.push_str(begun);
     Ok(engine.encode(&text, false)?)
 }
 
 /// The whole response at once.
-async fn collect(mut answers: Answers, head: &Head, with_tools: bool) -> Result<Response, ApiError> {
-    let choices = collected(&mut answers).await?;
+async fn collect(
+    mut answers: Answers,
+    client: &Client,
+    head: &Head,
+    offered: Option<Offered>,
+) -> Result<Response, ApiError> {
+    let choices = collected(&mut answers, client).await?;
     let engine = answers.model.engine();
     let entry = |(index, choice): (usize, &Choice)| {
         let mut finish = choice.end.as_ref().map(|(generation, _)| finish_reason(generation.finish));
-        let (text, calls) = if with_tools { split(&choice.text) } else { (choice.text.as_str(), Vec::new()) };
-        let mut message = json!({ "role": "assistant", "content": text });
-        if !calls.is_empty() {
+        let mut message = json!({ "role": "assistant", "content": choice.text });
+        if let Some(offered) = &offered
+            && let (text, calls) = offered.split(&choice.text)
+            && !calls.is_empty()
+        {
             finish = Some("tool_calls");
-            message["tool_calls"] = tool_calls::to_json(&calls, &format!("{}_{index}", head.id), false);
-            if text.is_empty() {
-                message["content"] = Value::Null;
-            }
+            let id = format!("{}_{index}", head.id);
+            message["tool_calls"] = tool_calls::to_json(offered.form, &calls, &id, false);
+            message["content"] = if text.is_empty() { Value::Null } else { text.into() };
         }
         let logprobs = (!choice.logprobs.is_empty()).then(|| logprobs_of(engine, &choice.logprobs));
         json!({ "index": index, "message": message, "logprobs": logprobs, "finish_reason": finish })
@@ -235,19 +259,9 @@ async fn collect(mut answers: Answers, head: &Head, with_tools: bool) -> Result<
     Ok(Json(body).into_response())
 }
 
-/// The text before the calls of tools, and the calls. What only looks like a call is text.
-fn split(text: &str) -> (&str, Vec<ToolCall>) {
-    match text.find(BEGIN).and_then(|at| Some((at, tool_calls::parse(&text[at..])?))) {
-        Some((at, calls)) => (text[..at].trim_end(), calls),
-        None => (text, Vec::new()),
-    }
-}
-
 fn logprobs_of(engine: &Engine, logprobs: &[(u32, LogProbs)]) -> Value {
     let of = |token: u32, value: f32| {
-        let text = token_text(engine, token);
-        // A part of a character has bytes that its text does not tell.
-        let bytes = (!text.contains('\u{fffd}')).then_some(text.as_bytes());
+        let (text, bytes) = token_text(engine, token);
         json!({ "token": text, "logprob": value, "bytes": bytes })
     };
     let entry = |(token, logprobs): &(u32, LogProbs)| {
@@ -258,41 +272,12 @@ fn logprobs_of(engine: &Engine, logprobs: &[(u32, LogProbs)]) -> Value {
     json!({ "content": logprobs.iter().map(entry).collect::<Vec<_>>(), "refusal": null })
 }
 
-/// An answer whose calls of tools are told when they are complete.
-#[derive(Default)]
-struct Held {
-    begun: bool,
-    /// Finds where the first call begins, if tools were offered. It holds back what may become that.
-    matcher: Option<StopMatcher>,
-    /// The whole text, if tools were offered.
-    seen: String,
-}
-
-impl Held {
-    /// The text that may be shown now.
-    fn push(&mut self, text: &str) -> String {
-        let Some(matcher) = &mut self.matcher else { return text.to_owned() };
-        self.seen.push_str(text);
-        matcher.push(text).text
-    }
-
-    /// The text that was held back, and the calls.
-    fn end(&mut self) -> (String, Vec<ToolCall>) {
-        let Some(matcher) = &mut self.matcher else { return (String::new(), Vec::new()) };
-        let calls = self.seen.find(BEGIN).map_or("", |at| &self.seen[at..]);
-        match tool_calls::parse(calls) {
-            Some(calls) => (String::new(), calls),
-            // What only looks like a call is text.
-            None if matcher.stopped().is_some() => (calls.to_owned(), Vec::new()),
-            None => (matcher.flush(), Vec::new()),
-        }
-    }
-}
-
 /// The answers as a stream.
-fn stream(answers: Answers, head: Head, usage: bool, with_tools: bool) -> Response {
+fn stream(answers: Answers, head: Head, usage: bool, offered: Option<Offered>) -> Response {
     let last = usage.then(|| head.object("chat.completion.chunk"));
-    let mut held: Vec<Held> = Vec::new();
+    let form = offered.as_ref().map_or(CallForm::Hermes, |offered| offered.form);
+    // With whether it has begun.
+    let mut held: Vec<(bool, Held)> = Vec::new();
     let each = move |answers: &Answers, piece: Piece| {
         let chunk = |choice: usize, delta: Value, logprobs: Option<Value>, finish: Option<&str>| {
             let mut chunk = head.object("chat.completion.chunk");
@@ -303,16 +288,12 @@ fn stream(answers: Answers, head: Head, usage: bool, with_tools: bool) -> Respon
         let (Piece::Token { choice, .. } | Piece::Finished { choice, .. }) = &piece;
         let choice = *choice;
         if held.len() <= choice {
-            held.resize_with(choice + 1, || Held {
-                // The text is not empty, so this can't fail.
-                matcher: if with_tools { StopMatcher::new([BEGIN]).ok() } else { None },
-                ..Held::default()
-            });
+            held.resize_with(choice + 1, || (false, Held::new(offered.as_ref())));
         }
-        let of_choice = &mut held[choice];
+        let (begun, of_choice) = &mut held[choice];
         let mut chunks = Vec::new();
-        if !of_choice.begun {
-            of_choice.begun = true;
+        if !*begun {
+            *begun = true;
             chunks.push(chunk(choice, json!({ "role": "assistant", "content": "" }), None, None));
         }
         match piece {
@@ -334,7 +315,7 @@ fn stream(answers: Answers, head: Head, usage: bool, with_tools: bool) -> Respon
                 let mut finish = finish_reason(generation.finish);
                 if !calls.is_empty() {
                     finish = "tool_calls";
-                    let calls = tool_calls::to_json(&calls, &format!("{}_{choice}", head.id), true);
+                    let calls = tool_calls::to_json(form, &calls, &format!("{}_{choice}", head.id), true);
                     chunks.push(chunk(choice, json!({ "tool_calls": calls }), None, None));
                 }
                 chunks.push(chunk(choice, json!({}), None, Some(finish)));

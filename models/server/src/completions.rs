@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use bitnet_burn_engine::Engine;
 use bitnet_burn_engine::schedule::LogProbs;
 use serde::Deserialize;
@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::ApiError;
 use crate::answer::{Answers, Piece, Usage, finish_reason, unix_time};
+use crate::connection::Client;
 use crate::fields::{Common, Fields};
 use crate::serve::App;
 use crate::stream::{events, of_bitnet};
@@ -50,6 +51,7 @@ const MOST_PROMPTS: usize = 64;
 /// `POST /v1/completions`.
 pub(crate) async fn completions(
     State(app): State<Arc<App>>,
+    Extension(client): Extension<Client>,
     mut fields: Fields,
 ) -> Result<Response, ApiError> {
     let prompt: Prompts = fields.need("prompt")?;
@@ -93,7 +95,7 @@ pub(crate) async fn completions(
     if common.stream {
         return Ok(stream(answers, head, common.include_usage));
     }
-    let choices = collected(&mut answers).await?;
+    let choices = collected(&mut answers, &client).await?;
     let engine = answers.model.engine();
     let entry = |(index, choice): (usize, &Choice)| {
         let logprobs = (!choice.logprobs.is_empty()).then(|| logprobs_of(engine, &choice.logprobs));
@@ -131,10 +133,17 @@ pub(crate) struct Choice {
     pub end: Option<(bitnet_burn_engine::generate::Generation, crate::answer::Details)>,
 }
 
-/// All answers, when they are complete.
-pub(crate) async fn collected(answers: &mut Answers) -> Result<Vec<Choice>, ApiError> {
+/// All answers, when they are complete. Nobody waits for them when the client has left.
+pub(crate) async fn collected(answers: &mut Answers, client: &Client) -> Result<Vec<Choice>, ApiError> {
     let mut choices: Vec<Choice> = Vec::new();
-    while let Some(piece) = answers.next().await {
+    let left = client.left();
+    tokio::pin!(left);
+    loop {
+        let piece = tokio::select! {
+            piece = answers.next() => piece,
+            () = &mut left => return Err(ApiError::invalid("the client has left")),
+        };
+        let Some(piece) = piece else { break };
         let (choice, text, logprobs) = match piece? {
             Piece::Token { choice, token, text, logprobs } => {
                 (choice, text, logprobs.map(|logprobs| (token, logprobs)))
@@ -159,18 +168,21 @@ fn choice_at(choices: &mut Vec<Choice>, index: usize) -> &mut Choice {
     &mut choices[index]
 }
 
-/// A token's text, as far as it is text.
-pub(crate) fn token_text(engine: &Engine, token: u32) -> String {
-    let text = engine.tokenizer().and_then(|tokenizer| tokenizer.decode(&[token], false).ok());
-    text.unwrap_or_default()
+/// A token's text, as far as it is text, and its bytes, if it has bytes of its own.
+pub(crate) fn token_text(engine: &Engine, token: u32) -> (String, Option<&[u8]>) {
+    let Some(tokenizer) = engine.tokenizer() else { return (String::new(), None) };
+    match tokenizer.bytes(token) {
+        Some(bytes) => (String::from_utf8_lossy(bytes).into_owned(), Some(bytes)),
+        None => (tokenizer.decode(&[token], false).unwrap_or_default(), None),
+    }
 }
 
 fn logprobs_of(engine: &Engine, logprobs: &[(u32, LogProbs)]) -> Value {
     let top = |logprobs: &LogProbs| -> Map<String, Value> {
-        logprobs.top.iter().map(|&(token, value)| (token_text(engine, token), json!(value))).collect()
+        logprobs.top.iter().map(|&(token, value)| (token_text(engine, token).0, json!(value))).collect()
     };
     json!({
-        "tokens": logprobs.iter().map(|(token, _)| token_text(engine, *token)).collect::<Vec<_>>(),
+        "tokens": logprobs.iter().map(|(token, _)| token_text(engine, *token).0).collect::<Vec<_>>(),
         "token_logprobs": logprobs.iter().map(|(_, logprobs)| logprobs.chosen).collect::<Vec<_>>(),
         "top_logprobs": logprobs.iter().map(|(_, logprobs)| top(logprobs)).collect::<Vec<_>>(),
     })

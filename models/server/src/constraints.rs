@@ -1,6 +1,7 @@
 //! The fields of a request that give its answer a form.
 
 use bitnet_burn_engine::Constraint;
+use bitnet_burn_engine::tools::Tool;
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -50,18 +51,20 @@ pub(crate) fn take(fields: &mut Fields) -> Result<Option<Asked>, ApiError> {
 }
 
 /// At most one of them.
-pub(crate) fn one(before: Option<Asked>, next: Asked) -> Result<Option<Asked>, ApiError> {
+fn one(before: Option<Asked>, next: Asked) -> Result<Option<Asked>, ApiError> {
     match before {
         None => Ok(Some(next)),
-        Some((other, _)) => {
-            let message = format!("{other} and {} exclude each other: an answer has one form", next.0);
-            Err(ApiError::field(next.0, message))
-        }
+        Some((other, _)) => Err(both(other, next.0)),
     }
 }
 
+/// Two fields that give the answer a form.
+pub(crate) fn both(one: &str, other: &'static str) -> ApiError {
+    ApiError::field(other, format!("{one} and {other} exclude each other: an answer has one form"))
+}
+
 #[derive(Deserialize)]
-struct Tool {
+struct Written {
     function: Function,
 }
 
@@ -81,26 +84,26 @@ struct Name {
     name: String,
 }
 
-/// What `tool_choice` says.
+/// What `tools` and `tool_choice` say.
 pub(crate) enum ToolChoice {
-    /// The model decides.
-    Auto,
     /// The model is told of no tool.
     None,
-    /// It must call a tool.
-    Call(Constraint),
+    /// The model decides.
+    Auto(Vec<Tool>),
+    /// It must call one of these.
+    Call(Vec<Tool>),
 }
 
 /// What becomes of these tools, a list as JSON.
 pub(crate) fn tool_choice(fields: &mut Fields, tools: Option<&RawValue>) -> Result<ToolChoice, ApiError> {
     const FIELD: &str = "tool_choice";
-    let Some(choice) = fields.take::<Value>(FIELD)? else { return Ok(ToolChoice::Auto) };
-    let name = match choice.as_str() {
-        Some("auto") => return Ok(ToolChoice::Auto),
+    let choice = fields.take::<Value>(FIELD)?.unwrap_or_else(|| "auto".into());
+    let (must, name) = match choice.as_str() {
         Some("none") => return Ok(ToolChoice::None),
-        Some("required") => None,
+        Some("auto") => (false, None),
+        Some("required") => (true, None),
         _ => match serde_json::from_value(choice) {
-            Ok(Named { function: Name { name } }) => Some(name),
+            Ok(Named { function: Name { name } }) => (true, Some(name)),
             Err(_) => {
                 let message = "tool_choice is \"auto\", \"none\", \"required\", or {\"type\": \"function\", \"function\": \
                     {\"name\": ...}}";
@@ -109,19 +112,24 @@ pub(crate) fn tool_choice(fields: &mut Fields, tools: Option<&RawValue>) -> Resu
         },
     };
     let tools = tools.map_or("[]", RawValue::get);
-    let tools: Vec<Tool> = serde_json::from_str(tools)
+    let tools: Vec<Written> = serde_json::from_str(tools)
         .map_err(|_| ApiError::field("tools", "tools: each needs a function with a name"))?;
-    let mut functions: Vec<_> =
-        tools.into_iter().map(|tool| (tool.function.name, tool.function.parameters)).collect();
-    if let Some(name) = &name {
-        functions.retain(|(known, _)| known == name);
+    let tools = tools
+        .into_iter()
+        .map(|Written { function: Function { name, parameters } }| Tool { name, parameters });
+    let mut tools: Vec<Tool> = tools.collect();
+    if !must {
+        return Ok(ToolChoice::Auto(tools));
     }
-    if functions.is_empty() {
+    if let Some(name) = &name {
+        tools.retain(|tool| tool.name == *name);
+    }
+    if tools.is_empty() {
         let message = match name {
             Some(name) => format!("tool_choice: tools has no function {name:?}"),
             None => "tool_choice \"required\" needs tools".to_owned(),
         };
         return Err(ApiError::field(FIELD, message));
     }
-    Ok(ToolChoice::Call(Constraint::tool_call(functions)))
+    Ok(ToolChoice::Call(tools))
 }

@@ -13,6 +13,7 @@
 mod answer;
 mod chat;
 mod completions;
+mod connection;
 mod constraints;
 mod embeddings;
 mod error;

@@ -7,6 +7,7 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use bitnet_burn_engine::schedule::SchedulerStats;
+use bitnet_burn_engine::speculate::DraftCounts;
 use prometheus_client::encoding::text::{encode, encode_registry};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use prometheus_client::metrics::counter::Counter;
@@ -43,6 +44,19 @@ enum Outcome {
 struct ByOutcome {
     model: String,
     outcome: Outcome,
+}
+
+/// Where guesses come from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+enum Source {
+    LookUp,
+    DraftModel,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BySource {
+    model: String,
+    source: Source,
 }
 
 type Histograms = Family<ByModel, Histogram, fn() -> Histogram>;
@@ -102,16 +116,25 @@ impl Metrics {
 
 type Value = fn(&SchedulerStats) -> u64;
 
-const COUNTERS: [(&str, &str, Value); 9] = [
+const COUNTERS: [(&str, &str, Value); 7] = [
     ("prompt_tokens", "Tokens of prompts that were computed", |s| s.prompt_tokens),
     ("reused_tokens", "Tokens of prompts that the cache had", |s| s.reused_tokens),
     ("reused_prompts", "Prompts of which the cache had a beginning", |s| s.reused_prompts),
     ("generated_tokens", "Tokens of answers", |s| s.generated_tokens),
-    ("drafted_tokens", "Tokens that were guessed ahead", |s| s.drafted_tokens),
-    ("accepted_tokens", "Guessed tokens that were right", |s| s.accepted_tokens),
     ("cancelled_requests", "Answers whose clients left", |s| s.cancelled),
     ("steps", "Forward passes", |s| s.steps),
     ("rows", "Rows of all forward passes", |s| s.rows),
+];
+
+type Count = fn(&DraftCounts) -> u64;
+
+const DRAFTS: [(&str, &str, Count); 2] = [
+    ("drafted_tokens", "Tokens that were guessed ahead, by where the guesses came from", |counts| {
+        counts.drafted
+    }),
+    ("accepted_tokens", "Guessed tokens that were right, by where the guesses came from", |counts| {
+        counts.accepted
+    }),
 ];
 
 const GAUGES: [(&str, &str, Value); 4] = [
@@ -135,6 +158,17 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Api
         let family = Family::<ByModel, Counter>::default();
         for (model, stats) in &stats {
             family.get_or_create(model).inc_by(value(stats));
+        }
+        now.register(name, help, family);
+    }
+    for (name, help, value) in DRAFTS {
+        let family = Family::<BySource, Counter>::default();
+        for (ByModel { model }, stats) in &stats {
+            let sources =
+                [(Source::LookUp, &stats.drafts.look_up), (Source::DraftModel, &stats.drafts.model)];
+            for (source, counts) in sources {
+                family.get_or_create(&BySource { model: model.clone(), source }).inc_by(value(counts));
+            }
         }
         now.register(name, help, family);
     }

@@ -7,6 +7,7 @@ use bitnet_burn_engine::Engine;
 use bitnet_burn_engine::chat::{ChatError, ChatTemplate};
 use bitnet_burn_engine::receipt::ModelRecord;
 use bitnet_burn_engine::schedule::{Scheduler, SchedulerOptions};
+use bitnet_burn_engine::tools::CallForm;
 use serde::Serialize;
 
 use crate::ApiError;
@@ -64,6 +65,8 @@ pub(crate) struct Loaded {
     pub scheduler: Scheduler,
     /// Or the reason why the model has no template.
     pub template: Result<ChatTemplate, String>,
+    /// How it calls tools.
+    pub call_form: CallForm,
     /// Embeddings are computed one request after the other: each uses all threads.
     pub embedding: Arc<tokio::sync::Mutex<()>>,
     /// The hashes of its files, once they were asked for.
@@ -325,10 +328,12 @@ fn open(source: &ModelSource, limits: SchedulerLimits) -> Result<Loaded, LoadErr
         None | Some(Err(ChatError::NoTemplate)) => Err("the model has no chat template".to_owned()),
         Some(Err(error)) => Err(error.to_string()),
     };
+    let source_of_template = engine.tokenizer().and_then(|tokenizer| tokenizer.chat_template());
     Ok(Loaded {
         name: source.name.clone(),
         scheduler,
         template,
+        call_form: CallForm::of(source_of_template.unwrap_or_default()),
         embedding: Arc::default(),
         record: OnceLock::new(),
     })

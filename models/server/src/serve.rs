@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::http::StatusCode;
+use axum::http::{Request, StatusCode};
 use axum::middleware;
 use axum::routing::{get, post};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -16,9 +16,11 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
+use tower::ServiceExt as _;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::timeout::RequestBodyTimeoutLayer;
 
+use crate::connection::Client;
 use crate::metrics::Metrics;
 use crate::models::Models;
 use crate::receipts::Receipts;
@@ -142,7 +144,11 @@ pub async fn serve(
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!("{error}");
         }
-        let service = TowerToHyperService::new(router.clone());
+        let (client, stream) = Client::of(stream);
+        let service = TowerToHyperService::new(router.clone().map_request(move |mut request: Request<_>| {
+            request.extensions_mut().insert(client.clone());
+            request
+        }));
         // A client that does not read loses its connection.
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(app.options.send_time));

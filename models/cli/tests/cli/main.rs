@@ -2,6 +2,7 @@
 
 mod chat;
 mod compare;
+mod connections;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod docs;
@@ -20,6 +21,8 @@ mod plugins;
 mod process;
 mod receipt;
 mod serve;
+mod speculate;
+mod tools;
 #[cfg(feature = "remote")]
 mod worker;
 
@@ -576,6 +579,7 @@ fn habits_of_llama_cpp_are_answered() {
         (&["--temp", "0.7"], &["llama.cpp's `--temp` is here: --temperature"]),
         (&["-fa", "on"], &["llama.cpp's `-fa` is here: nothing"]),
         (&["-no-cnv"], &["llama.cpp's `-no-cnv` is here: nothing"]),
+        (&["--model-draft", "small.gguf"], &["llama.cpp's `--model-draft` is here: --draft-model"]),
     ] {
         let args = [&["run", "-m", "x", "-p", "y"][..], more].concat();
         let Output { status, stderr, .. } = place.command(&args).output().unwrap();

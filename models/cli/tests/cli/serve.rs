@@ -1,7 +1,6 @@
 //! `bitnet serve`, as its clients see it.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -11,14 +10,14 @@ use ureq::Agent;
 use crate::Place;
 
 /// A server, and what it said of itself.
-struct Server {
+pub struct Server {
     child: Child,
     said: Value,
     agent: Agent,
 }
 
 impl Server {
-    fn start(place: &Place, more: &[&str]) -> Self {
+    pub fn start(place: &Place, more: &[&str]) -> Self {
         let mut command = place.command(&[&["serve", "--listen", "127.0.0.1:0", "--json"], more].concat());
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
@@ -34,7 +33,7 @@ impl Server {
         Self { child, said, agent: agent.build().into() }
     }
 
-    fn address(&self) -> &str {
+    pub fn address(&self) -> &str {
         self.said["address"].as_str().unwrap()
     }
 
@@ -42,7 +41,7 @@ impl Server {
         format!("http://{}{path}", self.address())
     }
 
-    fn get(&self, path: &str) -> (u16, String) {
+    pub fn get(&self, path: &str) -> (u16, String) {
         let mut response = self.agent.get(self.url(path)).call().unwrap();
         (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
     }
@@ -59,7 +58,7 @@ impl Server {
     }
 
     /// The answer to a request that must succeed.
-    fn ok(&self, path: &str, body: &Value) -> Value {
+    pub fn ok(&self, path: &str, body: &Value) -> Value {
         let (status, answer) = self.post(path, body);
         assert_eq!(status, 200, "{answer}");
         answer
@@ -73,7 +72,7 @@ impl Server {
     }
 
     /// The chunks of a stream.
-    fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
+    pub fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
         let mut body = body.clone();
         body["stream"] = json!(true);
         body["stream_options"] = json!({ "include_usage": true });
@@ -94,7 +93,7 @@ impl Drop for Server {
 }
 
 /// A request whose tokens `run` gives, too.
-fn sampled(prompt: &str) -> Value {
+pub fn sampled(prompt: &str) -> Value {
     json!({ "prompt": prompt, "max_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 5 })
 }
 
@@ -368,6 +367,13 @@ fn texts_are_tokens_and_vectors() {
     let token = &server.ok("/tokenize", &json!({ "content": "~", "add_special": false }))["tokens"][0];
     let biased = json!({ "prompt": "Hello", "max_tokens": 3, "logit_bias": { token.to_string(): 100 } });
     assert_eq!(server.ok("/v1/completions", &biased)["choices"][0]["text"], "~~~");
+    // A part of a character has bytes that its text does not tell.
+    let part = json!({ "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 1, "logprobs": true,
+        "top_logprobs": 1, "logit_bias": { "195": 100 } });
+    let part = &server.ok("/v1/chat/completions", &part)["choices"][0]["logprobs"]["content"][0];
+    assert_eq!((&part["token"], &part["bytes"]), (&json!("\u{fffd}"), &json!([195])));
+    let top = &part["top_logprobs"][0];
+    assert!(top["bytes"].as_array().is_some_and(|bytes| !bytes.is_empty()), "{top}");
     let by_program = place.json(&["embed", "-m", "model.gguf", "Hello", "World", "--json"]);
     let vectors = server.ok("/v1/embeddings", &json!({ "input": ["Hello", "World"] }));
     assert_eq!(vectors["data"][1]["index"], 1);
@@ -447,95 +453,6 @@ fn wrong_requests_are_told_what_to_change() {
     let (status, text) = server.get("/nothing");
     assert!(status == 404 && text.contains("docs/serving.md"), "{text}");
     assert_eq!(server.get("/health").0, 200);
-}
-
-/// What comes back for these bytes, until the server closes the connection or nothing comes for a second.
-fn raw(server: &Server, bytes: &[u8]) -> String {
-    let mut stream = TcpStream::connect(server.address()).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
-    // The server may close first.
-    let _ = stream.write_all(bytes);
-    let mut answer = Vec::new();
-    let _ = stream.read_to_end(&mut answer);
-    String::from_utf8_lossy(&answer).into_owned()
-}
-
-#[test]
-fn hostile_bytes_get_an_answer_or_a_closed_connection() {
-    let place = Place::new();
-    let server = Server::start(&place, &["-m", "model.gguf"]);
-    for (bytes, begins) in [
-        (&b"\0\xff\xfe garbage\r\n\r\n"[..], "HTTP/1.1 400"),
-        (b"GET / HTTP/9.9\r\n\r\n", ""),
-        (b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n", "HTTP/1.1 404"),
-        (b"GET /%2e%2e/secret HTTP/1.1\r\nHost: localhost\r\n\r\n", "HTTP/1.1 404"),
-        (b"GET /v1/models HTTP/1.1\r\nHost: rebound.example.org\r\n\r\n", "HTTP/1.1 403"),
-        (b"GET /v1/models HTTP/1.1\r\n\r\n", "HTTP/1.1 403"),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", "HTTP/1.1 400"),
-        (
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\nContent-Type: application/json\r\n\r\n",
-            "HTTP/1.1 413",
-        ),
-        (
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Type: application/json\r\n\r\n\xff\xfe\xfd\xfc\xfb",
-            "HTTP/1.1 400",
-        ),
-    ] {
-        let answer = raw(&server, bytes);
-        assert!(answer.starts_with(begins), "{:?}: {answer}", String::from_utf8_lossy(bytes));
-    }
-    let long = format!("GET /{} HTTP/1.1\r\nHost: localhost\r\n\r\n", "a".repeat(1 << 20));
-    assert!(!raw(&server, long.as_bytes()).starts_with("HTTP/1.1 200"));
-    // Many connections that say nothing do not keep others from being answered.
-    let idle: Vec<_> = (0..200).map(|_| TcpStream::connect(server.address()).unwrap()).collect();
-    assert_eq!(server.get("/health").0, 200);
-    drop(idle);
-    // Clients that leave in the middle of an answer free their place.
-    for _ in 0..20 {
-        let body =
-            json!({ "prompt": "Hello", "max_tokens": 100_000, "stream": true, "temperature": 0 }).to_string();
-        let mut stream = TcpStream::connect(server.address()).unwrap();
-        let head = format!(
-            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        );
-        stream.write_all(head.as_bytes()).unwrap();
-        let mut first = [0; 12];
-        stream.read_exact(&mut first).unwrap();
-    }
-    let answer = server.ok("/v1/completions", &sampled("Hello"));
-    assert_eq!(answer["choices"].as_array().unwrap().len(), 1);
-    let idle = (0..200).any(|_| {
-        std::thread::sleep(Duration::from_millis(20));
-        server.get("/metrics").1.contains("bitnet_running_requests{model=\"model\"} 0")
-    });
-    assert!(idle, "requests of clients that left go on:\n{}", server.get("/metrics").1);
-}
-
-#[test]
-fn metrics_are_prometheus_s() {
-    let place = Place::new();
-    let server = Server::start(&place, &["-m", "model.gguf"]);
-    server.ok("/v1/completions", &sampled("Hello"));
-    let (status, text) = server.get("/metrics");
-    assert_eq!(status, 200);
-    for line in [
-        "# TYPE bitnet_requests counter",
-        "bitnet_requests_total{model=\"model\",outcome=\"Finished\"} 1",
-        "bitnet_generated_tokens_total{model=\"model\"} 24",
-        "# TYPE bitnet_first_token_seconds histogram",
-        "bitnet_first_token_seconds_count{model=\"model\"} 1",
-        "bitnet_token_seconds_count{model=\"model\"} 23",
-        "bitnet_running_requests{model=\"model\"} 0",
-        "bitnet_fallbacks_total 0",
-        "# EOF",
-    ] {
-        assert!(text.contains(line), "{line}\n{text}");
-    }
-    assert!(text.contains("bitnet_kernel_calls_total{kernel=\""), "{text}");
-    // Each metric is described once.
-    let types: Vec<&str> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
-    assert!(types.iter().enumerate().all(|(i, line)| !types[..i].contains(line)), "{text}");
 }
 
 /// A file that only its owner may read.

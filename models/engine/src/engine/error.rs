@@ -104,6 +104,33 @@ pub enum EngineError {
         /// Why not.
         problem: String,
     },
+    /// A draft model with other tokens.
+    #[error(
+        "the draft model has another tokenizer: token {id} is {model:?} in the model, and {draft:?} in the draft model; it \
+         must have the same tokens"
+    )]
+    DraftTokenizer {
+        /// The first token that differs.
+        id: u32,
+        /// Its text in the model.
+        model: String,
+        /// Its text in the draft model.
+        draft: String,
+    },
+    /// Tokens that can't be compared.
+    #[error(
+        "a draft model must have the model's tokens, and the {of} has no tokenizer that says which they are"
+    )]
+    DraftNoTokenizer {
+        /// Which of the two.
+        of: &'static str,
+    },
+    /// A draft model for a GPU.
+    #[error(
+        "a draft model works on the CPU alone: on a GPU, rows that are computed together may differ from single ones, and \
+         so might the tokens"
+    )]
+    DraftDevice,
     /// The operating system gave no thread.
     #[error("the system gives the program no thread: {error}")]
     Thread {

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bitnet_burn::CacheType;
-use bitnet_burn_backends::{devices, manager};
+use bitnet_burn_backends::{devices, manager, ops};
 use bitnet_burn_manager::ManagerConfig;
 use burn::tensor::Device;
 
@@ -44,6 +44,7 @@ pub struct EngineOptions {
     measured_context: Option<usize>,
     kv_cache: Option<CacheType>,
     kernels: Option<(ManagerConfig, Vec<PathBuf>)>,
+    draft: Option<Engine>,
 }
 
 impl Default for EngineOptions {
@@ -59,6 +60,7 @@ impl Default for EngineOptions {
             measured_context: None,
             kv_cache: None,
             kernels: None,
+            draft: None,
         }
     }
 }
@@ -147,6 +149,13 @@ impl EngineOptions {
         self
     }
 
+    /// A smaller model with the same tokenizer, which guesses tokens ahead ([`speculate`](crate::speculate)). It changes no
+    /// token.
+    pub fn draft_model(mut self, draft: impl Into<Option<Engine>>) -> Self {
+        self.draft = draft.into();
+        self
+    }
+
     /// Opens a GGUF file or a Hugging Face directory, chooses the kernels and loads the model.
     ///
     /// # Errors
@@ -228,6 +237,9 @@ impl EngineOptions {
             .tokenizer
             .then(|| Tokenizer::from_source(&checkpoint.tokenizer_source(), checkpoint.config().vocab_size))
             .transpose()?;
+        if let Some(draft) = &self.draft {
+            check_draft(draft, tokenizer.as_ref(), &opened)?;
+        }
         let options = LoadOptions { max_rows: settings.rows, ..self.load };
         let activations = options.activations;
         let (mut tuning_since, mut tuning) = (None, None);
@@ -273,6 +285,7 @@ impl EngineOptions {
             tokenizer,
             constraints: OnceLock::new(),
             model,
+            draft: self.draft,
             prepacked,
             _packer: Packer::start(packings),
             tuning,
@@ -373,6 +386,29 @@ impl EngineOptions {
             _ => refuse(format!("the devices {spec} say it already")),
         }
     }
+}
+
+/// That a draft model can guess for a model with this tokenizer on these devices.
+fn check_draft(
+    draft: &Engine,
+    tokenizer: Option<&Tokenizer>,
+    devices: &[(String, Device)],
+) -> Result<(), EngineError> {
+    let host = devices.iter().all(|(_, device)| ops::is_host(device));
+    if !host || !draft.model().is_host() {
+        return Err(EngineError::DraftDevice);
+    }
+    let tokenizer = tokenizer.ok_or(EngineError::DraftNoTokenizer { of: "model" })?;
+    let of_draft = draft.tokenizer().ok_or(EngineError::DraftNoTokenizer { of: "draft model" })?;
+    // What only one of them has at its end fills its embedding up.
+    let both = tokenizer.vocab_size().min(of_draft.vocab_size()) as u32;
+    let differs = |id| match (tokenizer.token(id), of_draft.token(id)) {
+        (Some(model), Some(draft)) if model != draft => {
+            Some(EngineError::DraftTokenizer { id, model, draft })
+        }
+        _ => None,
+    };
+    (0..both).find_map(differs).map_or(Ok(()), Err)
 }
 
 /// The thread that packs what computes in place.

@@ -8,8 +8,8 @@
 //! - A request is admitted when the KV cache has memory for all of its positions. Until then it waits, in order. A request
 //!   that runs is never dropped for want of memory.
 //! - Prompts that begin like an earlier one start from its cache. The least recently used beginnings give way first.
-//! - Answers that repeat a part of their own text or prompt are computed several tokens at once (`draft`): the tokens
-//!   that were guessed are checked in one forward pass, and are the same as without guessing.
+//! - Tokens are guessed ahead and checked, several in one forward pass ([`speculate`](crate::speculate)): they are the same
+//!   as without guessing.
 //!
 //! ```
 //! use bitnet_burn_engine::Engine;
@@ -31,8 +31,6 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod draft;
-mod kept;
 mod sequence;
 mod work;
 
@@ -48,6 +46,7 @@ use crate::constraint::Constrained;
 use crate::engine::{Engine, EngineError};
 use crate::generate::{GenerateError, GenerateOptions, Generation};
 use crate::sampling::{Sampler, StopMatcher};
+use crate::speculate::{DEFAULT_DRAFT, Drafts, Speculation};
 use crate::text::human_bytes;
 use work::Work;
 
@@ -78,7 +77,7 @@ impl SchedulerOptions {
             parallel,
             queue: 256,
             cache_bytes: Some(full.min(free)),
-            draft: 8,
+            draft: DEFAULT_DRAFT,
         }
     }
 }
@@ -232,9 +231,7 @@ pub struct SchedulerStats {
     /// Tokens that were generated.
     pub generated_tokens: u64,
     /// Tokens that were guessed ahead.
-    pub drafted_tokens: u64,
-    /// Of these, the ones that were right.
-    pub accepted_tokens: u64,
+    pub drafts: Drafts,
     /// Forward passes.
     pub steps: u64,
     /// Rows of all forward passes.
@@ -284,19 +281,16 @@ impl Scheduler {
     /// # Errors
     /// If a device does not support the KV cache's type, or the system gives no thread.
     pub fn start(engine: &Engine, options: SchedulerOptions) -> Result<Self, EngineError> {
-        let options = SchedulerOptions {
-            rows: options.rows.max(1),
-            parallel: options.parallel.max(1),
-            draft: if engine.model().is_host() { options.draft } else { 0 },
-            ..options
-        };
+        let options =
+            SchedulerOptions { rows: options.rows.max(1), parallel: options.parallel.max(1), ..options };
         let cache = engine.cache()?;
+        let speculation = Speculation::new(engine, options.draft)?;
         let shared = Arc::new(Shared::default());
         let (submissions, receiver) = mpsc::channel();
         let thread = {
             let (engine, shared) = (engine.clone(), shared.clone());
             std::thread::Builder::new().name("scheduler".into()).stack_size(8 << 20).spawn(move || {
-                let mut work = Work::new(&engine, options, cache, &shared);
+                let mut work = Work::new(&engine, options, cache, speculation, &shared);
                 // The requests' callers are told, as their functions are dropped.
                 if catch_unwind(AssertUnwindSafe(|| work.run(&receiver))).is_err() {
                     shared.stopping.store(true, Ordering::Relaxed);
@@ -361,7 +355,9 @@ impl Scheduler {
         let stops = StopMatcher::new(&request.options.stop_strings).map_err(GenerateError::from);
         let stops = stops.map_err(EngineError::from)?;
         let new = request.options.max_new_tokens.min(context - tokens);
-        let bytes = self.engine.sequence_bytes(tokens + new);
+        let of_draft = self.engine.draft_model().filter(|_| self.options.draft > 0);
+        let bytes = self.engine.sequence_bytes(tokens + new)
+            + of_draft.map_or(0, |draft| draft.sequence_bytes(tokens + new));
         if let Some(limit) = self.options.cache_bytes.filter(|&limit| bytes > limit) {
             return Err(SubmitError::TooLarge { new, bytes, limit });
         }

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use bitnet_burn::{ForwardError, KvCache, Row, SequenceId};
 
-use super::draft::{Acceptance, look_up};
 use super::{Event, LogProbs, RequestError, Submitted};
 use crate::engine::Engine;
-use crate::generate::{Finish, GenerateError, Generation};
+use crate::generate::{Finish, GenerateError, Generation, rows};
+use crate::speculate::{self, Drafts, Guesses, Speculation};
 use crate::tokenizer::DecodeStream;
 
 /// A request while it is computed.
@@ -21,8 +21,7 @@ pub(super) struct Running<'e> {
     /// Of these, the tokens that the cache holds.
     computed: usize,
     /// Guessed tokens of this step, which the cache is to hold for a moment.
-    draft: Vec<u32>,
-    acceptance: Acceptance,
+    guesses: Guesses,
     decoder: Option<DecodeStream<'e>>,
     generation: Generation,
     admitted: Instant,
@@ -52,8 +51,7 @@ impl<'e> Running<'e> {
             sequence,
             history: prompt.clone(),
             computed,
-            draft: Vec::new(),
-            acceptance: Acceptance::new(),
+            guesses: Guesses::default(),
             decoder,
             generation: Generation { cached_tokens: computed, ..Generation::empty(prompt.len()) },
             admitted: now,
@@ -80,6 +78,11 @@ impl<'e> Running<'e> {
 
     pub(super) fn generated(&self) -> usize {
         self.generation.tokens.len()
+    }
+
+    /// Tokens that were guessed so far.
+    pub(super) fn drafts(&self) -> Drafts {
+        self.generation.drafts
     }
 
     /// The tokens that the cache holds.
@@ -117,65 +120,61 @@ impl<'e> Running<'e> {
         Ok(Rows { rows: self.rows(end), wanted: usize::from(end == prompt) })
     }
 
-    /// The last token, and `draft` guesses of what follows, where they can be made.
-    pub(super) fn answer_rows(&mut self, draft: impl Fn(Acceptance) -> usize, cache: &KvCache) -> Rows {
+    /// The answer, to be guessed on.
+    pub(super) fn to_guess(&mut self, cache: &KvCache) -> speculate::Answer<'_> {
         let room = cache.capacity().saturating_sub(self.computed + 1);
+        let generated = self.generation.tokens.len();
+        let options = &self.submitted.request.options;
         // The last token of the answer is drawn, but not computed.
-        let left = self.submitted.request.options.max_new_tokens.saturating_sub(self.generated() + 1);
-        let most = draft(self.acceptance).min(room).min(left);
-        self.draft.clear();
-        if !cache.needs_snapshots() {
-            let found = look_up(&self.history, most.max(1));
-            if most == 0 && !found.is_empty() {
-                self.acceptance.idle();
-            }
-            self.draft.extend_from_slice(&found[..found.len().min(most)]);
+        let left = options.max_new_tokens.saturating_sub(generated + 1);
+        speculate::Answer {
+            guesses: &mut self.guesses,
+            history: &self.history,
+            generated,
+            most: room.min(left),
+            sampler: &self.submitted.sampler,
+            stop_tokens: &options.stop_tokens,
         }
-        let mut rows = self.rows(self.history.len());
-        for &token in &self.draft {
-            rows.push(Row { token, sequence: self.sequence, position: self.computed + rows.len() });
-        }
-        Rows { wanted: rows.len(), rows }
+    }
+
+    /// The last token, and the guesses of what follows.
+    pub(super) fn answer_rows(&self) -> Rows {
+        let mut all = self.rows(self.history.len());
+        all.extend(rows(self.guesses.tokens(), self.sequence, self.history.len()));
+        Rows { wanted: all.len(), rows: all }
     }
 
     fn rows(&self, end: usize) -> Vec<Row> {
-        let row = |position: usize| Row { token: self.history[position], sequence: self.sequence, position };
-        (self.computed..end).map(row).collect()
-    }
-
-    /// Number of guesses of this step.
-    pub(super) fn drafted(&self) -> usize {
-        self.draft.len()
+        rows(&self.history[self.computed..end], self.sequence, self.computed)
     }
 
     /// Takes the logits of a step, [wanted, vocabulary] row by row, and draws from them. The cache is cut to the tokens that
-    /// were drawn. Gives the number of guesses that were right, and why the answer is over, if it is.
+    /// were drawn. Gives why the answer is over, if it is.
     pub(super) fn take(
         &mut self,
         rows: usize,
         logits: &[f32],
         vocabulary: usize,
         cache: &mut KvCache,
-    ) -> Result<(usize, Option<Finish>), GenerateError> {
-        let draft = std::mem::take(&mut self.draft);
-        self.computed += rows - draft.len();
+    ) -> Result<Option<Finish>, GenerateError> {
+        let guessed = self.guesses.tokens().len();
+        self.computed += rows - guessed;
         let (mut accepted, mut finish) = (0, None);
         for (i, logits) in logits.chunks_exact(vocabulary).enumerate() {
             finish = self.draw(logits, i == 0)?;
             // The next row's logits hold only if its token is what was drawn.
-            if finish.is_some() || draft.get(i) != self.history.last() {
+            if finish.is_some() || self.guesses.tokens().get(i) != self.history.last() {
                 break;
             }
             accepted += 1;
         }
-        if !draft.is_empty() {
-            self.acceptance.learn(draft.len(), accepted);
+        if guessed > 0 {
+            let kind = self.guesses.learn(accepted);
+            self.generation.drafts.add(kind, guessed, accepted);
             self.computed += accepted;
             cache.truncate(self.sequence, self.computed).map_err(ForwardError::from)?;
         }
-        self.draft = draft;
-        self.draft.clear();
-        Ok((accepted, finish))
+        Ok(finish)
     }
 
     fn draw(&mut self, logits: &[f32], first_of_step: bool) -> Result<Option<Finish>, GenerateError> {
@@ -241,6 +240,11 @@ impl<'e> Running<'e> {
         self.generation.finish = finish;
         let generation = self.generation.clone();
         (self.submitted.on_event)(Event::Finished { text, generation, in_doubt: in_doubt != self.in_doubt });
+    }
+
+    /// Leaves what the draft model's cache has of the text.
+    pub(super) fn leave(&mut self, speculation: &mut Speculation) {
+        speculation.end(&mut self.guesses);
     }
 
     /// Ends the request with an error.

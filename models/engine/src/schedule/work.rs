@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use bitnet_burn::{ForwardError, KvCache, SequenceId};
 
-use super::draft::RowCosts;
-use super::kept::{KeptSequences, WORTH, common};
 use super::sequence::{Rows, Running};
 use super::{Event, Request, RequestError, SchedulerOptions, Shared, Submitted};
 use crate::engine::Engine;
 use crate::generate::{Finish, GenerateError, values};
+use crate::kept::{KeptSequences, WORTH, common};
+use crate::speculate::Speculation;
 use crate::tokenizer::DecodeStream;
 
 /// Earlier prompts that are kept at most: each is compared with each new prompt.
@@ -34,7 +34,7 @@ pub(super) struct Work<'e> {
     running: Vec<Running<'e>>,
     waiting: VecDeque<Box<Submitted>>,
     kept: KeptSequences,
-    costs: RowCosts,
+    speculation: Option<Speculation>,
     /// The manager's count of results in doubt.
     in_doubt: u64,
 }
@@ -44,6 +44,7 @@ impl<'e> Work<'e> {
         engine: &'e Engine,
         options: SchedulerOptions,
         cache: KvCache,
+        speculation: Option<Speculation>,
         shared: &'e Shared,
     ) -> Self {
         Self {
@@ -54,7 +55,7 @@ impl<'e> Work<'e> {
             running: Vec::new(),
             waiting: VecDeque::new(),
             kept: KeptSequences::default(),
-            costs: RowCosts::default(),
+            speculation,
             in_doubt: engine.manager().results_in_doubt(),
         }
     }
@@ -211,7 +212,7 @@ impl<'e> Work<'e> {
             (Some((_, running)), _) => Some(self.cache.fork(running).map_err(ForwardError::from)?),
             _ => None,
         };
-        self.kept.shrink(room, MOST_KEPT, &mut self.cache)?;
+        self.shrink_kept(room)?;
         let Some(sequence) = sequence else { return Ok(None) };
         // (Of a model with gated DeltaNets, less may be left.)
         let computed = self.cache.truncate(sequence, length).map_err(ForwardError::from)?;
@@ -223,10 +224,9 @@ impl<'e> Work<'e> {
         if self.running.is_empty() {
             return;
         }
-        let began = Instant::now();
         let parts = match self.parts() {
             Ok(parts) => parts,
-            Err(error) => return self.fail_all(error.into()),
+            Err(error) => return self.fail_all(error),
         };
         let mut rows = Vec::new();
         let mut wanted = Vec::new();
@@ -239,6 +239,7 @@ impl<'e> Work<'e> {
             rows.len() - parts.iter().map(|(i, part)| self.answer_rows_of(*i, part)).sum::<usize>();
         // A step without a complete prompt or an answer has no logits to read, but a forward pass gives some.
         let asked = if wanted.is_empty() { &[rows.len() - 1][..] } else { &wanted[..] };
+        let began = Instant::now();
         let logits = self.engine.model().forward(&rows, asked, &mut self.cache).map_err(GenerateError::from);
         let logits =
             logits.and_then(|logits| if wanted.is_empty() { Ok(Vec::new()) } else { values(logits) });
@@ -250,8 +251,8 @@ impl<'e> Work<'e> {
             Ok(logits) => logits,
             Err(error) => return self.fail_all(error),
         };
-        if in_prompts == 0 {
-            self.costs.learn(rows.len(), began.elapsed().as_secs_f64());
+        if let Some(speculation) = self.speculation.as_mut().filter(|_| in_prompts == 0) {
+            speculation.costs.learn(rows.len(), began.elapsed().as_secs_f64());
         }
         {
             let mut stats = self.shared.stats();
@@ -266,16 +267,13 @@ impl<'e> Work<'e> {
             let (of_part, others) = rest.split_at(part.wanted * vocabulary);
             rest = others;
             let running = &mut self.running[i];
-            let (drafted, before) = (running.drafted(), running.generated());
+            let (drafts, before) = (running.drafts(), running.generated());
             let taken = running.take(part.rows.len(), of_part, vocabulary, &mut self.cache);
             let mut stats = self.shared.stats();
-            stats.drafted_tokens += drafted as u64;
+            stats.drafts += running.drafts().since(drafts);
             stats.generated_tokens += (running.generated() - before) as u64;
             match taken {
-                Ok((accepted, finish)) => {
-                    stats.accepted_tokens += accepted as u64;
-                    over.extend(finish.map(|finish| (i, Ok(finish))));
-                }
+                Ok(finish) => over.extend(finish.map(|finish| (i, Ok(finish)))),
                 Err(error) => over.push((i, Err(error))),
             }
         }
@@ -294,9 +292,18 @@ impl<'e> Work<'e> {
 
     /// The rows of the next step, by the index of their request, in its order: a row of each answer with its guesses, and
     /// equal shares of what is left for the prompts.
-    fn parts(&mut self) -> Result<Vec<(usize, Rows)>, ForwardError> {
+    fn parts(&mut self) -> Result<Vec<(usize, Rows)>, GenerateError> {
         let answers = self.running.iter().filter(|running| !running.in_prompt()).count();
         let prompts = self.running.len() - answers;
+        // Beside prompts there is nothing to gain: the step is long, and limited by arithmetic.
+        if prompts == 0
+            && !self.cache.needs_snapshots()
+            && let Some(speculation) = &mut self.speculation
+        {
+            let cache = &self.cache;
+            let all = self.running.iter_mut().map(|running| running.to_guess(cache)).collect();
+            speculation.guess(answers, all)?;
+        }
         let mut left = self.options.rows.saturating_sub(answers).max(usize::from(answers == 0));
         let mut shares = prompts;
         let mut parts = Vec::with_capacity(self.running.len());
@@ -309,10 +316,7 @@ impl<'e> Work<'e> {
                 left = left.saturating_sub(part.rows.len());
                 parts.push((i, part));
             } else {
-                // Beside prompts there is nothing to gain: the step is long, and limited by arithmetic.
-                let (costs, most) = (&self.costs, if prompts == 0 { self.options.draft } else { 0 });
-                let draft = |acceptance| costs.best(answers, acceptance, most);
-                parts.push((i, running.answer_rows(draft, &self.cache)));
+                parts.push((i, running.answer_rows()));
             }
         }
         Ok(parts)
@@ -329,15 +333,29 @@ impl<'e> Work<'e> {
             }
         }
         running.finish(finish, self.engine.manager().results_in_doubt());
+        self.leave(&mut running);
         let sequence = running.sequence;
         let tokens = running.into_computed();
         let bytes = self.engine.sequence_bytes(tokens.len().next_power_of_two());
         self.kept.keep(sequence, tokens, bytes);
         let promised: u64 = self.running.iter().map(Running::bytes).sum();
         let room = self.options.cache_bytes.unwrap_or(u64::MAX).saturating_sub(promised);
-        if let Err(error) = self.kept.shrink(room, MOST_KEPT, &mut self.cache) {
+        if let Err(error) = self.shrink_kept(room) {
             tracing::error!("a sequence of the KV cache can't be removed: {error}; please report it");
         }
+    }
+
+    fn leave(&mut self, running: &mut Running<'e>) {
+        if let Some(speculation) = &mut self.speculation {
+            running.leave(speculation);
+        }
+    }
+
+    /// Forgets earlier prompts until they take at most `room` bytes.
+    fn shrink_kept(&mut self, room: u64) -> Result<(), GenerateError> {
+        self.kept.shrink(room, MOST_KEPT, &mut self.cache)?;
+        let left = room.saturating_sub(self.kept.bytes());
+        self.speculation.as_mut().map_or(Ok(()), |speculation| speculation.shrink(left))
     }
 
     /// Ends a request with an error.
@@ -345,6 +363,7 @@ impl<'e> Work<'e> {
         let mut running = self.running.remove(i);
         self.shared.stats().failed += 1;
         running.fail(error);
+        self.leave(&mut running);
         // It was there until now.
         drop(self.cache.remove(running.sequence));
     }
@@ -366,9 +385,10 @@ impl<'e> Work<'e> {
 
     fn count(&mut self) {
         let promised: u64 = self.running.iter().map(Running::bytes).sum();
+        let of_draft = self.speculation.as_ref().map_or(0, Speculation::kept_bytes);
         let mut stats = self.shared.stats();
         stats.running = self.running.len();
-        stats.cache_bytes = promised + self.kept.bytes();
+        stats.cache_bytes = promised + self.kept.bytes() + of_draft;
         stats.kept = self.kept.len();
     }
 }
@@ -399,7 +419,8 @@ mod tests {
 
             let shared = Shared::default();
             let limits = SchedulerOptions::of(&engine);
-            let mut work = Work::new(&engine, limits, engine.cache().unwrap(), &shared);
+            let speculation = Speculation::new(&engine, limits.draft).unwrap();
+            let mut work = Work::new(&engine, limits, engine.cache().unwrap(), speculation, &shared);
             let (sender, events) = channel();
             work.waiting.push_back(Box::new(Submitted {
                 sampler: Sampler::new(options.sampling.clone()).unwrap(),
@@ -414,17 +435,17 @@ mod tests {
             work.admit();
             while !work.running.is_empty() {
                 // Whatever this machine takes: a row more costs nothing.
-                work.costs = RowCosts::default();
-                (1..=16).for_each(|rows| work.costs.learn(rows, 1.0));
+                work.speculation.as_mut().unwrap().rows_cost_nothing();
                 work.give_up();
                 work.step();
             }
             let tokens: Vec<u32> = events.try_iter().filter_map(token).collect();
             assert_eq!(tokens, expected);
             let stats = *shared.stats();
-            assert!(stats.accepted_tokens > 0 && stats.accepted_tokens < stats.drafted_tokens, "{stats:?}");
+            let counts = stats.drafts.look_up;
+            assert!(counts.accepted > 0 && counts.accepted < counts.drafted, "{stats:?}");
             // The prompt's step gives a token, and each later step one and those that were guessed right.
-            assert_eq!(stats.steps + stats.accepted_tokens, stats.generated_tokens, "{stats:?}");
+            assert_eq!(stats.steps + counts.accepted, stats.generated_tokens, "{stats:?}");
         }
     }
 

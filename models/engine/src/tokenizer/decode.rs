@@ -81,7 +81,8 @@ impl Pieces {
         (0..count as u32).map(of).collect()
     }
 
-    fn get(&self, id: u32) -> Option<(&[u8], Kind)> {
+    /// A token's bytes, and what it is.
+    pub(super) fn get(&self, id: u32) -> Option<(&[u8], Kind)> {
         let id = id as usize;
         let start = match id.checked_sub(1) {
             None => 0,

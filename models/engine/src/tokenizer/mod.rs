@@ -230,6 +230,15 @@ impl Tokenizer {
         }
     }
 
+    /// The bytes that a token stands for; of a special token, its name's. They may be a part of a character. `None` for an id
+    /// without a token, and if the tokenizer's decoder is one in which tokens have no bytes of their own.
+    pub fn bytes(&self, id: u32) -> Option<&[u8]> {
+        match &self.decoder {
+            Decoder::Pieces(pieces) => pieces.get(id).map(|(bytes, _)| bytes),
+            Decoder::Library => None,
+        }
+    }
+
     /// How many tokens the model has.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size

@@ -1,46 +1,21 @@
-//! Guessing the next tokens by looking them up in the text so far, and how many guesses are worth their rows.
-//!
-//! Text that copies or edits something repeats runs of tokens. Where the last tokens occurred before, what followed them is
-//! the guess (prompt look-up decoding). A guess that is wrong costs its row of the forward pass and nothing else: the
-//! sampler draws each token from the same logits, in the same order, as without guesses.
-
-/// The longest and the shortest run of tokens that is looked up.
-const LONGEST: usize = 4;
-const SHORTEST: usize = 2;
-/// Tokens that are searched, from the end. A search of them takes microseconds.
-const SEARCHED: usize = 8192;
-
-/// What followed the latest earlier occurrence of the last tokens of `history`: at most `most` tokens. Longer runs are
-/// looked up first.
-pub(super) fn look_up(history: &[u32], most: usize) -> &[u32] {
-    let from = history.len().saturating_sub(SEARCHED);
-    let text = &history[from..];
-    for length in (SHORTEST..=LONGEST.min(text.len().saturating_sub(1))).rev() {
-        let (before, last) = text.split_at(text.len() - length);
-        // Occurrences may overlap the last tokens, but not be them.
-        let found = (0..before.len()).rev().find(|&at| text[at..at + length] == *last);
-        if let Some(at) = found {
-            let next = at + length;
-            return &text[next..(next + most).min(text.len())];
-        }
-    }
-    &[]
-}
+//! How many guesses are worth their rows: what was accepted so far, and what forward passes took.
 
 /// How often the guesses of one answer were right.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Acceptance(f64);
+pub(crate) struct Acceptance(f64);
+
+impl Default for Acceptance {
+    fn default() -> Self {
+        Self(0.5)
+    }
+}
 
 impl Acceptance {
     /// The share of new guesses in the average.
     const SHARE: f64 = 0.2;
 
-    pub(super) const fn new() -> Self {
-        Self(0.5)
-    }
-
     /// Of `drafted` guesses, the first `accepted` were right.
-    pub(super) fn learn(&mut self, drafted: usize, accepted: usize) {
+    pub(crate) fn learn(&mut self, drafted: usize, accepted: usize) {
         // Guesses behind a wrong one say nothing.
         for right in (0..drafted.min(accepted + 1)).map(|guess| guess < accepted) {
             self.0 += Self::SHARE * (f64::from(u8::from(right)) - self.0);
@@ -49,7 +24,7 @@ impl Acceptance {
     }
 
     /// There was something to guess, and it was not tried: slowly, it becomes worth a try again.
-    pub(super) fn idle(&mut self) {
+    pub(crate) fn idle(&mut self) {
         if self.0 < 0.3 {
             self.0 += 0.005;
         }
@@ -62,15 +37,15 @@ impl Acceptance {
 }
 
 /// Seconds of forward passes that compute answers alone, by their rows.
-#[derive(Clone, Debug, Default)]
-pub(super) struct RowCosts(Vec<f64>);
+#[derive(Debug, Default)]
+pub(crate) struct RowCosts(Vec<f64>);
 
 impl RowCosts {
     /// What each further row costs, relative to the first, until it was measured.
     const UNKNOWN: f64 = 0.1;
     const SHARE: f64 = 0.2;
 
-    pub(super) fn learn(&mut self, rows: usize, seconds: f64) {
+    pub(crate) fn learn(&mut self, rows: usize, seconds: f64) {
         if self.0.len() <= rows {
             self.0.resize(rows + 1, 0.0);
         }
@@ -87,35 +62,39 @@ impl RowCosts {
 
     /// How many guesses one answer should have in a step that has `rows` rows without them, so that all answers together
     /// get the most tokens a second.
-    pub(super) fn best(&self, rows: usize, acceptance: Acceptance, most: usize) -> usize {
-        let Some(plain) = self.of(rows) else { return 0 };
-        let rate = |drafted: usize| {
-            let others = (rows - 1) as f64;
-            let cost = self.of(rows + drafted).unwrap_or(f64::INFINITY);
-            (others + acceptance.expected(drafted)) * plain / cost
-        };
-        (0..=most).max_by(|&a, &b| rate(a).total_cmp(&rate(b)).then(b.cmp(&a))).unwrap_or(0)
+    pub(crate) fn best(&self, rows: usize, acceptance: Acceptance, most: usize) -> usize {
+        let others = (rows - 1) as f64;
+        best(most, |drafted| Some((others + acceptance.expected(drafted)) / self.of(rows + drafted)?))
     }
+}
+
+/// The same for guesses of a draft model, of which all `rows` answers get as many: each takes a pass of `draft`.
+pub(crate) fn best_of_model(
+    target: &RowCosts,
+    draft: &RowCosts,
+    rows: usize,
+    acceptance: Acceptance,
+    most: usize,
+) -> usize {
+    let Some(pass) = draft.of(rows) else {
+        // One measures it.
+        return if target.of(rows).is_some() { most.min(1) } else { 0 };
+    };
+    best(most, |drafted| {
+        let seconds = target.of(rows * (drafted + 1))? + drafted as f64 * pass;
+        Some(acceptance.expected(drafted) / seconds)
+    })
+}
+
+/// The number of guesses, 0 to `most`, with the highest rate, and the fewest among equals. 0 if rates are not known yet.
+fn best(most: usize, rate: impl Fn(usize) -> Option<f64>) -> usize {
+    let rates = (0..=most).map_while(|drafted| Some((drafted, rate(drafted)?)));
+    rates.max_by(|(a, x), (b, y)| x.total_cmp(y).then(b.cmp(a))).map_or(0, |(drafted, _)| drafted)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_followed_the_longest_run_is_the_guess() {
-        assert_eq!(look_up(&[1, 2, 3, 4, 5, 1, 2], 3), [3, 4, 5]);
-        assert_eq!(look_up(&[1, 2, 3, 4, 5, 1, 2], 9), [3, 4, 5, 1, 2]);
-        // The latest of equally long runs.
-        assert_eq!(look_up(&[1, 2, 3, 1, 2, 4, 1, 2], 1), [4]);
-        // A longer run wins over a later one.
-        assert_eq!(look_up(&[7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2], 1), [3]);
-        // A run that overlaps itself.
-        assert_eq!(look_up(&[5, 5, 5], 4), [5]);
-        for nothing in [&[][..], &[1], &[1, 2], &[1, 2, 3, 4], &[1, 1]] {
-            assert!(look_up(nothing, 4).is_empty(), "{nothing:?}");
-        }
-    }
 
     #[test]
     fn guesses_are_made_where_they_pay() {
@@ -134,8 +113,30 @@ mod tests {
     }
 
     #[test]
+    fn a_draft_model_guesses_where_both_models_times_say_so() {
+        let costs = |first: f64, further: f64| {
+            let mut costs = RowCosts::default();
+            (1..=40).for_each(|rows| costs.learn(rows, first + further * (rows - 1) as f64));
+            costs
+        };
+        let (target, nothing) = (costs(1.0, 0.05), RowCosts::default());
+        let worth =
+            |target, draft, rows, acceptance| best_of_model(target, draft, rows, Acceptance(acceptance), 8);
+        assert_eq!(worth(&nothing, &nothing, 1, 0.9), 0, "a step without guesses is measured first");
+        assert_eq!(worth(&target, &nothing, 1, 0.9), 1, "then one guess");
+        let fast = costs(0.05, 0.005);
+        assert_eq!(worth(&target, &fast, 1, 0.98), 8);
+        assert!((1..8).contains(&worth(&target, &fast, 1, 0.5)));
+        assert_eq!(worth(&target, &fast, 1, 0.05), 0);
+        // As slow as the model that checks.
+        assert_eq!(worth(&target, &target, 1, 0.98), 0);
+        // Several answers together have more rows to pay for.
+        assert!(worth(&target, &fast, 4, 0.6) < worth(&target, &fast, 1, 0.6));
+    }
+
+    #[test]
     fn acceptance_follows_what_happens() {
-        let mut acceptance = Acceptance::new();
+        let mut acceptance = Acceptance::default();
         (0..20).for_each(|_| acceptance.learn(4, 4));
         assert!(acceptance.0 > 0.9);
         (0..40).for_each(|_| acceptance.learn(4, 0));

@@ -1,12 +1,11 @@
-//! The caches of earlier requests, whose beginnings later prompts may share.
+//! The caches of earlier texts, whose beginnings later prompts may share.
 
-use bitnet_burn::{KvCache, SequenceId};
+use bitnet_burn::{ForwardError, KvCache, SequenceId};
 
 use crate::generate::GenerateError;
-use bitnet_burn::ForwardError;
 
 /// Tokens in common that are worth a copy of the cache.
-pub(super) const WORTH: usize = 8;
+pub(crate) const WORTH: usize = 8;
 
 /// A sequence that no request uses any more.
 #[derive(Debug)]
@@ -20,31 +19,31 @@ struct Kept {
 
 /// Sequences that no request uses any more.
 #[derive(Debug, Default)]
-pub(super) struct KeptSequences {
+pub(crate) struct KeptSequences {
     all: Vec<Kept>,
     clock: u64,
 }
 
 /// How many tokens two texts have in common at their beginning.
-pub(super) fn common(a: &[u32], b: &[u32]) -> usize {
+pub(crate) fn common(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 impl KeptSequences {
     /// Keeps a sequence whose cache holds `tokens` in `bytes` bytes.
-    pub(super) fn keep(&mut self, sequence: SequenceId, tokens: Vec<u32>, bytes: u64) {
+    pub(crate) fn keep(&mut self, sequence: SequenceId, tokens: Vec<u32>, bytes: u64) {
         self.clock += 1;
         self.all.push(Kept { sequence, tokens, bytes, used: self.clock });
     }
 
     /// The longest beginning of `prompt` that one of them holds: its length, and which it is.
-    pub(super) fn find(&self, prompt: &[u32]) -> Option<(usize, usize)> {
+    pub(crate) fn find(&self, prompt: &[u32]) -> Option<(usize, usize)> {
         let found = self.all.iter().enumerate().map(|(i, kept)| (common(&kept.tokens, prompt), i));
         found.max_by_key(|&(length, i)| (length, self.all[i].used)).filter(|&(length, _)| length >= WORTH)
     }
 
     /// A sequence that holds what the one at `index` holds: itself, if it is a beginning of `prompt`, or else a fork.
-    pub(super) fn take(
+    pub(crate) fn take(
         &mut self,
         index: usize,
         prompt: &[u32],
@@ -59,16 +58,16 @@ impl KeptSequences {
     }
 
     /// Their bytes.
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.all.iter().map(|kept| kept.bytes).sum()
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.all.len()
     }
 
     /// Forgets the least recently used ones until they take at most `bytes` bytes and are at most `count`.
-    pub(super) fn shrink(
+    pub(crate) fn shrink(
         &mut self,
         bytes: u64,
         count: usize,
