@@ -180,6 +180,9 @@ async fn serve(mut args: ServeArgs) -> anyhow::Result<()> {
     })?;
     let address = listener.local_addr().context("the address that the server listens on is unknown")?;
     let options = args.server_options(address)?;
+    if args.load.adapter.is_some() && args.models.len() > 1 {
+        bail!("--adapter is for one model, and {} are to be served", args.models.len());
+    }
     let load = Arc::new((args.load, args.gaps));
     let mut sources = Vec::new();
     for NamedModel { name, model } in std::mem::take(&mut args.models) {

@@ -1,7 +1,10 @@
 //! What a training run is made of: a TOML or JSON file, each key with a default, unknown keys refused.
 
+mod lora;
+
 use std::path::{Path, PathBuf};
 
+pub use self::lora::LoraOptions;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
@@ -33,6 +36,8 @@ pub struct TrainConfig {
     pub data: DataOptions,
     /// Learning from another model.
     pub distill: DistillOptions,
+    /// Adapters in place of weights.
+    pub lora: LoraOptions,
     /// AdamW and its schedule.
     pub optimizer: OptimizerOptions,
     /// Steps, evaluations and checkpoints.
@@ -528,6 +533,7 @@ impl TrainConfig {
         if optimizer.epsilon == 0.0 {
             return fail("optimizer.epsilon", "is 0; a step could divide by zero".into());
         }
+        self.lora.check(self)?;
         let model = self.model_config(2, 0);
         let wrong =
             |key: &str, problem: String| TrainError::Config { place: format!("`model.{key}`"), problem };

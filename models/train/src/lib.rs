@@ -10,6 +10,7 @@ mod data;
 mod distill;
 mod error;
 pub mod export;
+mod lora;
 mod memory;
 mod metrics;
 mod optimizer;
@@ -21,8 +22,8 @@ mod watch;
 
 pub use calibrate::LayerFit;
 pub use config::{
-    DataOptions, DistillOptions, Documents, Initial, ModelOptions, OptimizerOptions, RunOptions, Task,
-    TokenizerOptions, TrainConfig,
+    DataOptions, DistillOptions, Documents, Initial, LoraOptions, ModelOptions, OptimizerOptions, RunOptions,
+    Task, TokenizerOptions, TrainConfig,
 };
 pub use corpus::{BadRow, Corpus};
 pub(crate) use data::Vocabulary;

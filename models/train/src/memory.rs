@@ -5,7 +5,7 @@ use burn::tensor::Device;
 use serde::Serialize;
 
 use crate::origin::{self, Origin};
-use crate::{TrainConfig, TrainError};
+use crate::{TrainConfig, TrainError, lora};
 
 /// The memory of a run's parts, in bytes. Activations are an estimate: what the backward pass needs of each layer's rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -26,14 +26,25 @@ pub struct MemoryPlan {
     pub logits: u64,
     /// The teacher's weights, as their files hold them.
     pub teacher: u64,
+    /// The weights of a model that adapters are trained for, as its files hold them.
+    pub base: u64,
 }
 
 impl MemoryPlan {
     /// All parts together. The text and its tokens, 4 bytes each, come on top.
     pub fn total(&self) -> u64 {
-        let Self { parameters: _, weights, gradients, optimizer, ternary, activations, logits, teacher } =
-            *self;
-        [weights, gradients, optimizer, ternary, activations, logits, teacher]
+        let Self {
+            parameters: _,
+            weights,
+            gradients,
+            optimizer,
+            ternary,
+            activations,
+            logits,
+            teacher,
+            base,
+        } = *self;
+        [weights, gradients, optimizer, ternary, activations, logits, teacher, base]
             .into_iter()
             .fold(0, u64::saturating_add)
     }
@@ -46,7 +57,8 @@ impl MemoryPlan {
         if config.model.from.as_os_str().is_empty() {
             config.model.from.clone_from(&config.distill.teacher);
         }
-        let model = match Origin::of(&config, device)? {
+        let origin = Origin::of(&config, device)?;
+        let model = match &origin {
             Some(origin) => origin.adopt(&mut config)?,
             None => config.model_config(config.tokenizer.vocab_size, 0),
         };
@@ -56,7 +68,20 @@ impl MemoryPlan {
             true => 0,
             false => origin::open(path)?.tensors().iter().map(|tensor| tensor.bytes).sum(),
         };
-        Ok(Self::of_model(&config, &model, teacher))
+        let plan = Self::of_model(&config, &model, teacher);
+        let Some(origin) = origin.filter(|_| config.lora.is_used()) else { return Ok(plan) };
+        let parameters = lora::parameters(&config.lora, &model)?;
+        // As many copies of each as of the weights.
+        let copies = plan.gradients / plan.weights.max(1);
+        Ok(Self {
+            parameters,
+            weights: parameters.saturating_mul(4),
+            gradients: parameters.saturating_mul(4).saturating_mul(copies),
+            optimizer: parameters.saturating_mul(8),
+            ternary: 0,
+            base: origin.bytes(),
+            ..plan
+        })
     }
 
     fn of_model(config: &TrainConfig, model: &ModelConfig, teacher: u64) -> Self {
@@ -95,6 +120,7 @@ impl MemoryPlan {
             activations: per_row.saturating_mul(4).saturating_mul(rows as u64),
             logits: product(&[logits, 4, rows, model.vocab_size]),
             teacher,
+            base: 0,
         }
     }
 }

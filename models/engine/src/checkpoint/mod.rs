@@ -28,6 +28,7 @@ mod embed;
 mod error;
 pub(crate) mod gguf;
 pub(crate) mod hf;
+mod merged;
 mod missing;
 mod source;
 #[cfg(test)]
@@ -39,6 +40,7 @@ pub use embed::{EMBED_COMPANIONS, EmbedDefaults, Pooling};
 pub use error::LoadError;
 pub(crate) use hf::EXTENSION;
 pub use hf::{COMPANIONS, Style};
+pub use merged::MergeLoss;
 pub use source::{Content, OpenOptions, Rotated, Signs, TensorInfo, Weights};
 pub(crate) use tokenizer_source::{END_OF_GENERATION, end_of_generation};
 pub use tokenizer_source::{GgufTokenizer, TokenizerSource};
@@ -57,7 +59,7 @@ use std::sync::OnceLock;
 use gguf::GgufModel;
 use hf::HfModel;
 use source::Source;
-use values::{decode_finite, floats};
+use values::{decode_finite, f32_tensor, floats};
 
 /// What [`Checkpoint::check`] went through; getting one means that nothing was wrong.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
