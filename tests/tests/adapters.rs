@@ -48,7 +48,7 @@ fn what_peft_saved_computes_what_transformers_does() {
             let adapter = (name != "base").then(|| open(&golden(name)).unwrap());
             let model = with_adapter(adapter.as_ref(), ActivationRule::Float, &device);
             let found = logits(&model, &tokens, 256);
-            close(&format!("{name} on {device:?}"), &found, &goldens[name].values, 2e-5);
+            close(&format!("{name} on {device:?}"), &found, &goldens[name].values, 1e-5);
             // With int8 activations, packed: near it, and far from the model without the adapter.
             let model = with_adapter(adapter.as_ref(), ActivationRule::Model, &device);
             assert!(model.blocks[0].projections().iter().all(|(_, layer)| layer.matrix().is_some()));
@@ -266,7 +266,7 @@ fn wrong_adapters_are_refused_by_name() {
         ("rank_pattern", json!({"q_proj": 0.5}), "`rank_pattern`"),
         ("alpha_pattern", json!({"q_proj": 4, "self_attn.q_proj": 5}), "both fit"),
         ("r", json!(0), "1 to 65536"),
-        ("r", json!(5), "ask for [5, 64]"),
+        ("r", json!(5), "ask for [5, 32]"),
         ("r", json!("REMOVED"), "`r` is missing"),
         ("lora_alpha", json!("x"), "a number"),
     ] {

@@ -66,7 +66,10 @@ impl Config {
             None | Some(Value::Null) => {}
             Some(Value::String(task)) if task == "CAUSAL_LM" => {}
             _ => {
-                return Err(wrong("task_type", "adapters of causal language models (\"CAUSAL_LM\") are read"));
+                return Err(wrong(
+                    "task_type",
+                    "adapters of causal language models (\"CAUSAL_LM\") are read",
+                ));
             }
         }
         match keys.get("bias") {

@@ -5,6 +5,7 @@ transformers computes with and without them.
     python make_adapter.py
 """
 
+import copy
 import json
 import os
 import shutil
@@ -45,12 +46,12 @@ with torch.no_grad():
         parameter.copy_(parameter.bfloat16().float())
 base = os.path.join(here, "base")
 shutil.rmtree(base, ignore_errors=True)
-model.bfloat16().save_pretrained(base)
-model = model.float()
+# A copy: RoPE's frequencies stay F32 in the model.
+copy.deepcopy(model).bfloat16().save_pretrained(base)
 os.remove(os.path.join(base, "generation_config.json"))
 
 tokens = torch.tensor([[0, 5, 17, 40, 3, 3, 29, 11, 46, 8, 22, 35]])
-results = {"tokens": tokens[0].int().contiguous()}
+results = {"tokens": tokens[0].contiguous()}
 
 
 def logits(model):
