@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bitnet_burn::{
-    ActivationRule, Adapter, AdapterValues, BitLinear, BitNet, CacheType, DenseWeight, Projection, Row,
+    ActivationRule, Adapter, AdapterValues, BitLinear, BitNet, CacheType, DenseMatrix, Projection, Row,
 };
 use bitnet_burn_backends::ops;
 use bitnet_burn_engine::adapter::{self, AdapterOptions, targets_named};
@@ -43,14 +43,18 @@ fn logits(model: &BitNet, tokens: &[u32], chunk: usize) -> Vec<f32> {
 fn what_peft_saved_computes_what_transformers_does() {
     let goldens = read_goldens(&golden("logits.safetensors"));
     let tokens = goldens["tokens"].ids();
-    for device in devices() {
+    let gpus = [
+        #[cfg(feature = "wgpu")]
+        Device::wgpu(Default::default()),
+    ];
+    for device in devices().into_iter().chain(gpus) {
         for name in ["base", "plain", "patterns"] {
             let adapter = (name != "base").then(|| open(&golden(name)).unwrap());
             let model = with_adapter(adapter.as_ref(), ActivationRule::Float, &device);
             let found = logits(&model, &tokens, 256);
             close(&format!("{name} on {device:?}"), &found, &goldens[name].values, 1e-5);
             // With int8 activations, packed: near it, and far from the model without the adapter.
-            let model = with_adapter(adapter.as_ref(), ActivationRule::Model, &device);
+            let model = with_adapter(adapter.as_ref(), ActivationRule::Group(32), &device);
             assert!(model.blocks[0].projections().iter().all(|(_, layer)| layer.matrix().is_some()));
             close(&format!("{name}, int8"), &logits(&model, &tokens, 256), &goldens[name].values, 0.1);
         }
@@ -202,11 +206,10 @@ fn gradients_are_those_of_float_weights() {
         let dy = tensor::<2>(&weights_of_y, [m, n], &device);
         let grads = (layer.forward(x.clone()) * dy.clone()).sum().backward();
         let found = layer.adapter.as_ref().unwrap();
-        let gradient = |weight: &DenseWeight| match weight {
-            DenseWeight::Float(weight) => values(weight.val().grad(&grads).unwrap()),
-            DenseWeight::Stored(_) => panic!("it is trained"),
+        let gradient = |matrix: &DenseMatrix| {
+            values(matrix.float_weight().expect("it is trained").val().grad(&grads).unwrap())
         };
-        let found = [values(x.grad(&grads).unwrap()), gradient(&found.a.weight), gradient(&found.b.weight)];
+        let found = [values(x.grad(&grads).unwrap()), gradient(&found.a), gradient(&found.b)];
 
         let scale =
             |at: usize| if groups == 0 { scales[0] } else { scales[at / k * groups + at % k * groups / k] };

@@ -139,8 +139,8 @@ impl DenseMatrix {
         Self::new(DenseTensor { name, n, k, format, data: data.into() }, &device)
     }
 
-    /// The weights of a matrix in the training state.
-    pub(crate) fn float_weight(&self) -> Option<&Param<Tensor<2>>> {
+    /// The weights of a matrix in the training state; `None` for stored ones.
+    pub fn float_weight(&self) -> Option<&Param<Tensor<2>>> {
         match &self.weight {
             DenseWeight::Float(weight) => Some(weight),
             DenseWeight::Stored(_) => None,
