@@ -323,6 +323,36 @@ fn wrong_adapters_are_refused_by_name() {
     assert!(open(&golden("base")).unwrap_err().contains("there is no adapter_config.json"));
 }
 
+/// Damage at any place gives an error or an adapter, and nothing else.
+#[test]
+fn damaged_adapters_do_no_harm() {
+    let mut random = Random(9);
+    for name in [adapter::CONFIG, adapter::WEIGHTS] {
+        let dir = copy();
+        let good = std::fs::read(dir.path().join(name)).unwrap();
+        let mut refused = 0;
+        for _ in 0..400 {
+            let mut bytes = good.clone();
+            // The header of the matrices is what is read with care.
+            let within = bytes.len().min(3000);
+            for _ in 0..=random.below(3) {
+                let at = random.below(within);
+                bytes[at] = if random.below(2) == 0 {
+                    random.below(256) as u8
+                } else {
+                    b"0129[]{},:\""[random.below(11)]
+                };
+            }
+            if random.below(8) == 0 {
+                bytes.truncate(random.below(good.len()));
+            }
+            std::fs::write(dir.path().join(name), bytes).unwrap();
+            refused += usize::from(open(dir.path()).is_err());
+        }
+        assert!(refused > 100, "{name}: {refused}");
+    }
+}
+
 /// The golden adapter, in a directory of its own.
 fn copy() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();

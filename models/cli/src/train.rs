@@ -47,14 +47,14 @@ pub struct TrainArgs {
     task: Option<Task>,
     /// Train LoRA adapters of this rank for the model of --from, and leave its weights as they are. Checkpoints are adapters in
     /// PEFT's format, for `--adapter` of the other commands (lora.rank)
-    #[arg(long, value_name = "RANK", value_parser = positive, requires = "from", conflicts_with_all = ["resume", "float", "scales"])]
+    #[arg(long, value_name = "RANK", value_parser = positive, conflicts_with_all = ["resume", "float", "scales"])]
     lora: Option<usize>,
     /// An adapter's output is multiplied by A / RANK [default: RANK] (lora.alpha)
-    #[arg(long, value_name = "A", requires = "lora")]
+    #[arg(long, value_name = "A", conflicts_with = "resume")]
     lora_alpha: Option<f64>,
     /// The projections that get adapters, separated by commas: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and
     /// down_proj [default: all-linear] (lora.targets)
-    #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "lora")]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', conflicts_with = "resume")]
     lora_targets: Vec<String>,
     /// Train the float twin of the model, to compare with (model.ternary = false)
     #[arg(long, conflicts_with = "resume")]

@@ -643,6 +643,8 @@ mod tests {
             ("data.weights=1", "sequence"),
             ("data.bad_rows=-1", "data.bad_rows"),
             ("data.task=sft", "model.from"),
+            ("lora.rank=4", "model.from"),
+            ("lora.alpha=4", "`lora.rank`: is 0"),
             ("distill.temperature=0", "divided by it"),
             ("distill.initial=best", "calibrated"),
             ("run.accumulate=3", "does not divide the 16"),

@@ -86,6 +86,8 @@ fn adapters_learn_while_the_model_stays_and_are_served() {
         assert!(checked.to_string().contains("adapter adapter_model.safetensors"), "{checked}");
         let sha256 = bitnet_burn_formats::files::sha256_of_file(&checkpoint.join(WEIGHTS)).unwrap().1;
         assert!(checked["receipt"].to_string().contains(&sha256));
+        let output = dir.bitnet(&["inspect", "-m", path]).output().unwrap();
+        assert!(stderr(&output).contains("this is an adapter"), "{}", stderr(&output));
         let other = dir.adapter("run", 20);
         let output =
             dir.bitnet(&[&check[..], &["--adapter", other.to_str().unwrap()]].concat()).output().unwrap();
@@ -180,6 +182,8 @@ fn what_no_adapter_can_be_is_refused_before_anything_is_written() {
         );
         assert!(!dir.path("run").exists(), "{expected}");
     }
+    let output = dir.bitnet(&["train", "--from", "base", "--lora-alpha", "3", "--plan"]).output().unwrap();
+    assert!(stderr(&output).contains("`lora.rank`: is 0"), "{}", stderr(&output));
     // A plan of the memory; the model's weights are neither floats nor trained.
     let plan =
         json(&succeed(&mut dir.bitnet(&["train", "--from", "base", "--lora", "3", "--plan", "--json"])));

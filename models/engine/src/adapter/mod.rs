@@ -183,6 +183,11 @@ impl Adapter {
         &self.projections
     }
 
+    /// Bytes that its matrices take where they compute.
+    pub fn bytes(&self) -> u64 {
+        self.projections.iter().map(|of| 4 * (of.values.a.len() + of.values.b.len()) as u64).sum()
+    }
+
     /// The matrices for a projection, if it has some.
     pub fn get(&self, layer: usize, which: Projection) -> Option<&AdapterValues> {
         let found = self.projections.iter().find(|of| (of.layer, of.which) == (layer, which));

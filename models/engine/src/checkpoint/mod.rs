@@ -56,6 +56,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use crate::adapter;
 use gguf::GgufModel;
 use hf::HfModel;
 use source::Source;
@@ -465,6 +466,11 @@ fn gguf_in_directory(path: &Path) -> Result<Option<PathBuf>, LoadError> {
     match &files[..] {
         [file] => Ok(Some(file.clone())),
         [] if config => Ok(None),
+        [] if has(adapter::CONFIG) => {
+            let problem =
+                "this is an adapter, which belongs to a model: name that one, and the adapter with --adapter";
+            Err(no_model(problem.into()))
+        }
         [] => Err(no_model("the directory has neither a config.json nor a GGUF file".into())),
         several => match bitnet_burn_formats::gguf::first_part(several) {
             Some(first) => Ok(Some(first.clone())),

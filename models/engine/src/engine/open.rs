@@ -196,10 +196,13 @@ impl EngineOptions {
             Some(context) if context <= trained => context,
             Some(asked) => return Err(EngineError::Context { asked, trained }),
         };
+        let mut requirements = Requirements::of(&checkpoint, self.load.head)?;
         if let Some(path) = &self.adapter {
-            self.load.adapter = Some(Arc::new(Adapter::open(path, checkpoint.config())?));
+            let adapter = Adapter::open(path, checkpoint.config())?;
+            let of_layer = adapter.bytes().div_ceil(requirements.layers.max(1) as u64);
+            requirements.layer_norms = requirements.layer_norms.saturating_add(of_layer);
+            self.load.adapter = Some(Arc::new(adapter));
         }
-        let requirements = Requirements::of(&checkpoint, self.load.head)?;
         let mut config = match &self.kernels {
             Some((config, _)) => config.clone(),
             None => manager::manager().config().clone(),
