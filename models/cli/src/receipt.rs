@@ -164,7 +164,11 @@ fn model(receipt: &Receipt, file: &FileArgs, adapter: Option<&Path>) -> Vec<Chec
     match file.open().and_then(record) {
         Ok(at_hand) => receipt.check_model(&at_hand),
         Err(error) => {
-            let why = format!("{}; --model and --adapter name what is at hand", output::in_one_line(error));
+            let hint = match adapter {
+                None => "--model names the model at hand",
+                Some(_) => "--model and --adapter name what is at hand",
+            };
+            let why = format!("{}; {hint}", output::in_one_line(error));
             vec![Check::unchecked(format!("model {shown}"), why)]
         }
     }

@@ -313,6 +313,9 @@ pub struct RunOptions {
     pub batch_size: usize,
     /// Parts of a step's sequences that are computed one after the other, to save memory. It divides `batch_size`.
     pub accumulate: usize,
+    /// Whether the backward pass computes each block again, so that only the blocks' inputs are kept: less memory for a third
+    /// more time, and the same gradients.
+    pub recompute: bool,
     /// Tokens of a sequence; 0: the model's context.
     pub sequence_length: usize,
     /// Steps between evaluations on the validation set.
@@ -337,6 +340,7 @@ impl Default for RunOptions {
             steps: 1500,
             batch_size: 16,
             accumulate: 1,
+            recompute: false,
             sequence_length: 0,
             evaluate_every: 100,
             evaluation_sequences: 128,

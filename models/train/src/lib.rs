@@ -15,6 +15,7 @@ mod memory;
 mod metrics;
 mod optimizer;
 mod origin;
+mod recompute;
 mod sft;
 mod store;
 mod trainer;

@@ -109,6 +109,12 @@ impl MemoryPlan {
         others += model.hidden_size as u64 + product(&[tables, model.vocab_size, model.hidden_size]);
         let parameters = projections.saturating_add(others);
         let rows = config.run.batch_size / config.run.accumulate.max(1) * config.sequence_length();
+        let layers = model.n_layers.max(1) as u64;
+        let activations = match config.run.recompute {
+            false => per_row,
+            // The inputs of all, and what one layer keeps.
+            true => per_row / layers + layers.saturating_mul(model.hidden_size as u64),
+        };
         let logits = if teacher > 0 { 6 } else { 3 };
         let accumulated = if config.run.accumulate > 1 { 2 } else { 1 };
         Self {
@@ -117,7 +123,7 @@ impl MemoryPlan {
             gradients: parameters.saturating_mul(4 * accumulated),
             optimizer: parameters.saturating_mul(8),
             ternary: if config.model.ternary { projections.saturating_mul(4) } else { 0 },
-            activations: per_row.saturating_mul(4).saturating_mul(rows as u64),
+            activations: activations.saturating_mul(4).saturating_mul(rows as u64),
             logits: product(&[logits, 4, rows, model.vocab_size]),
             teacher,
             base: 0,
@@ -142,6 +148,9 @@ mod tests {
         let parts = MemoryPlan::of(config.clone(), &Device::flex()).unwrap();
         assert_eq!((parts.activations, parts.logits), (whole.activations / 4, whole.logits / 4));
         assert!(parts.total() < whole.total() && parts.weights == whole.weights);
+        config.set("run.recompute=true").unwrap();
+        let recomputed = MemoryPlan::of(config.clone(), &Device::flex()).unwrap();
+        assert!(recomputed.activations < parts.activations && recomputed.logits == parts.logits);
         config.set("run.batch_size=0").unwrap();
         assert!(MemoryPlan::of(config, &Device::flex()).is_err());
     }

@@ -43,7 +43,9 @@ use crate::optimizer::{Optimizer, Scale, SquareSum, scalar};
 use crate::origin::{self, Origin};
 use crate::store::{self, config_of, is_run, newest};
 use crate::watch::{self, Sample, Samples};
-use crate::{Batch, Corpus, Dataset, Epoch, Metrics, MetricsRow, TrainConfig, TrainError, Window, lora};
+use crate::{
+    Batch, Corpus, Dataset, Epoch, Metrics, MetricsRow, TrainConfig, TrainError, Window, lora, recompute,
+};
 
 /// The mean loss over a set of sequences.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -452,30 +454,39 @@ impl Trainer {
                     (losses * mask).sum() / counted(counts)
                 }
             };
-            let logits = self.model.forward_sequences(inputs, length)?;
-            let options = &self.config.distill;
-            let divergence = match &self.teacher {
-                Some(teacher) => {
-                    let input = (inputs, length);
-                    Some(mean(teacher.divergence(logits.clone(), input, options.temperature)?))
-                }
-                None => None,
+            let objective = |logits: Tensor<2>| -> Result<(Tensor<1>, Losses), TrainError> {
+                let options = &self.config.distill;
+                let divergence = match &self.teacher {
+                    Some(teacher) => {
+                        let input = (inputs, length);
+                        Some(mean(teacher.divergence(logits.clone(), input, options.temperature)?))
+                    }
+                    None => None,
+                };
+                let text = mean(ops::cross_entropy(logits, targets));
+                let value = |loss: &Tensor<1>| f64::from(scalar(loss.clone().detach()));
+                let mut losses = Losses { text: value(&text) * share, ..Losses::default() };
+                let objective = match divergence {
+                    Some(divergence) => {
+                        losses.teacher = Some(value(&divergence) * share);
+                        text * options.cross_entropy + divergence * options.logits
+                    }
+                    None => text,
+                };
+                losses.objective = value(&objective);
+                Ok((if parts == 1 { objective } else { objective * share }, losses))
             };
-            let text = mean(ops::cross_entropy(logits, targets));
-            sum.text += f64::from(scalar(text.clone().detach())) * share;
-            let objective = match divergence {
-                Some(divergence) => {
-                    *sum.teacher.get_or_insert(0.0) += f64::from(scalar(divergence.clone().detach())) * share;
-                    text * options.cross_entropy + divergence * options.logits
-                }
-                None => text,
+            let (losses, grads) = if self.config.run.recompute {
+                recompute::gradients(&self.model, inputs, length, objective)?
+            } else {
+                let (objective, losses) = objective(self.model.forward_sequences(inputs, length)?)?;
+                (losses, GradientsParams::from_grads(objective.backward(), &self.model))
             };
-            sum.objective += f64::from(scalar(objective.clone().detach()));
+            sum.add(losses);
             if parts == 1 {
-                return Ok((sum, GradientsParams::from_grads(objective.backward(), &self.model)));
+                return Ok((sum, grads));
             }
-            let grads = (objective * share).backward();
-            accumulator.accumulate(&self.model, GradientsParams::from_grads(grads, &self.model));
+            accumulator.accumulate(&self.model, grads);
         }
         Ok((sum, accumulator.grads()))
     }
@@ -575,6 +586,16 @@ struct Losses {
     text: f64,
     /// From the teacher.
     teacher: Option<f64>,
+}
+
+impl Losses {
+    fn add(&mut self, other: Self) {
+        self.objective += other.objective;
+        self.text += other.text;
+        if let Some(teacher) = other.teacher {
+            *self.teacher.get_or_insert(0.0) += teacher;
+        }
+    }
 }
 
 /// Sets how far training quantises the projections.

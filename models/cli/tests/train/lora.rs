@@ -147,6 +147,14 @@ fn an_interrupted_run_of_adapters_comes_to_the_same_bits() {
         let read = |run: &str| std::fs::read(dir.adapter(run, 8).join(name)).unwrap();
         assert!(read("whole") == read("parts"), "{name}");
     }
+    // Computing blocks again changes no bit, nor where weights learn.
+    succeed(&mut dir.lora("again", &["--steps", "8", "--set", "run.recompute=true"]));
+    let read = |run: &str| std::fs::read(dir.adapter(run, 8).join(WEIGHTS)).unwrap();
+    assert!(read("whole") == read("again"), "run.recompute");
+    let small = ["run.steps=4", "model.tied_embeddings=false"];
+    succeed(&mut dir.train("kept", &small));
+    succeed(&mut dir.train("recomputed", &[&small[..], &["run.recompute=true"]].concat()));
+    assert!(dir.weights("kept", 4) == dir.weights("recomputed", 4), "run.recompute of weights");
     // A checkpoint that was changed, and a model that was.
     let fails = |run: &str, expected: &str| {
         let output = dir.bitnet(&["train", "--resume", run]).output().unwrap();
