@@ -16,7 +16,11 @@ impl Dir {
 
     /// `bitnet train --lora` from it.
     fn lora(&self, run: &str, more: &[&str]) -> Command {
-        let mut command = self.bitnet(&["train", "--from", "base", "--lora", "3", "--lora-alpha", "6"]);
+        self.lora_from("base", run, more)
+    }
+
+    fn lora_from(&self, model: &str, run: &str, more: &[&str]) -> Command {
+        let mut command = self.bitnet(&["train", "--from", model, "--lora", "3", "--lora-alpha", "6"]);
         command.args(["--text", "text.txt", "--documents", "line", "--out", run, "--batch", "4"]);
         command.args(["--set", "optimizer.learning_rate=0.01", "--set", "optimizer.warmup_steps=4"]);
         command.args(["--set", "run.checkpoint_every=4", "--set", "run.evaluate_every=4"]).args(more);
@@ -133,6 +137,31 @@ fn adapters_learn_while_the_model_stays_and_are_served() {
             dir.answer(&["-m", args[7]]);
         }
     }
+}
+
+/// GGUF files of `llama` have the rows of q and k in another order; adapters have the order of Hugging Face's checkpoints.
+#[test]
+fn an_adapter_is_the_same_whatever_file_the_model_is_in() {
+    let dir = Dir::new();
+    dir.base(&["model.sub_norms=false", "model.activation=silu"]);
+    succeed(&mut dir.bitnet(&[
+        "export",
+        "first",
+        "--to",
+        "gguf",
+        "--embedding",
+        "f32",
+        "--out",
+        "base.gguf",
+    ]));
+    let inspected = succeed(&mut dir.bitnet(&["inspect", "-m", "base.gguf", "--json"]));
+    assert!(String::from_utf8_lossy(&inspected.stdout).contains("\"llama\""));
+    succeed(&mut dir.lora("of-hf", &["--steps", "6"]));
+    succeed(&mut dir.lora_from("base.gguf", "of-gguf", &["--steps", "6"]));
+    let read = |run: &str| std::fs::read(dir.adapter(run, 6).join(WEIGHTS)).unwrap();
+    assert!(read("of-hf") == read("of-gguf"));
+    let answer = dir.answer(&["-m", "base", "--adapter", "of-hf"]);
+    assert_eq!(answer, dir.answer(&["-m", "base.gguf", "--adapter", "of-hf"]));
 }
 
 #[test]

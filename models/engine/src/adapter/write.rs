@@ -55,7 +55,7 @@ pub fn write(
             if let Some(value) = values.iter().find(|value| !value.is_finite()) {
                 return Err(wrong(format!("holds {value}")));
             }
-            writer.tensor(&name, Dtype::F32, &shape, move |out| {
+            writer.tensor(name, Dtype::F32, &shape, move |out| {
                 values.iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
             })?;
         }
