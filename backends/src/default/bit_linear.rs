@@ -40,7 +40,7 @@ pub(crate) fn bit_linear<B: Backend>(
             let scale = B::float_reshape(weight.scale, Shape::new([1, 1]));
             return B::float_mul(sums, B::float_mul(a.clone(), scale));
         };
-        let scales = by_rows::<B>(weight.scale, matrix.n);
+        let scales = scales_by_rows::<B>(weight.scale, matrix.n);
         let mut parts = columns(args.k, group).zip(&x);
         let terms = columns(args.k, weights).enumerate().map(|(g, columns)| {
             let within = parts.by_ref().take(groups(columns.len(), group));
@@ -63,7 +63,7 @@ fn columns(k: usize, group: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Columns of a matrix.
-pub(super) fn columns_of<B: Backend>(x: &FloatTensor<B>, columns: Range<usize>) -> FloatTensor<B> {
+pub(crate) fn columns_of<B: Backend>(x: &FloatTensor<B>, columns: Range<usize>) -> FloatTensor<B> {
     let [rows, width] = dims(x)[..] else { panic!("a matrix") };
     if columns == (0..width) {
         return x.clone();
@@ -72,7 +72,7 @@ pub(super) fn columns_of<B: Backend>(x: &FloatTensor<B>, columns: Range<usize>) 
 }
 
 /// Scales in blocks of 32 rows as [n, groups] in f32.
-fn by_rows<B: Backend>(scales: FloatTensor<B>, n: usize) -> FloatTensor<B> {
+pub(crate) fn scales_by_rows<B: Backend>(scales: FloatTensor<B>, n: usize) -> FloatTensor<B> {
     let (count, blocks) = (dims(&scales)[0], n.div_ceil(SCALE_ROWS));
     let groups = count / (blocks * SCALE_ROWS);
     let scales = B::float_cast(scales, FloatDType::F32);
@@ -95,7 +95,7 @@ fn float_product<B: Backend>(
         let scale = B::float_reshape(weight.scale, Shape::new([1, 1]));
         return B::float_mul(B::float_matmul(x, turn(codes)), scale);
     };
-    let scales = by_rows::<B>(weight.scale, n);
+    let scales = scales_by_rows::<B>(weight.scale, n);
     let (count, group) = (dims(&scales)[1], group_length(k, weights));
     let scales =
         B::float_expand(B::float_reshape(scales, Shape::new([n, count, 1])), Shape::new([n, count, group]));

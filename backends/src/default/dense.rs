@@ -33,6 +33,15 @@ pub(crate) fn decoded_linear<B: Backend>(
     B::float_mul(B::float_matmul(q, weights), scale)
 }
 
+pub(crate) fn dense_linear_backward<B: Backend>(
+    dy: FloatTensor<B>,
+    words: IntTensor<B>,
+    args: &DenseArgs,
+) -> FloatTensor<B> {
+    let words = if args.tiled { rows_of_tiles::<B>(words, args) } else { words };
+    B::float_matmul(dy, decode::<B>(words, args))
+}
+
 pub(crate) fn dense_rows<B: Backend>(
     words: IntTensor<B>,
     ids: IntTensor<B>,

@@ -17,11 +17,11 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{FloatDType, Shape, Slice};
 
 pub(crate) use self::attention::{attention, cache_append, cached_attention, rope};
-pub(crate) use self::bit_linear::{bit_linear, bit_linear_backward};
+pub(crate) use self::bit_linear::{bit_linear, bit_linear_backward, columns_of, scales_by_rows};
 pub(crate) use self::delta_net::delta_net;
 #[cfg(feature = "cube")]
 pub(crate) use self::dense::decoded_linear;
-pub(crate) use self::dense::{dense_linear, dense_rows};
+pub(crate) use self::dense::{dense_linear, dense_linear_backward, dense_rows};
 pub(crate) use self::hadamard::hadamard;
 pub(crate) use self::training::{
     cross_entropy, cross_entropy_backward, fake_quantise, gated_backward, rms_norm_backward,

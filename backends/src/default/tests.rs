@@ -451,6 +451,21 @@ fn int8_activations_are_the_same<B: TernaryBackend>() {
                 values::<B>(dense_linear::<B>(input(), words(&bytes), &args)),
             ];
             assert_eq!(results[1..], [&results[1]; 3].map(Vec::clone), "tiles are the same weights");
+            // The gradient for the input: dy * W.
+            let dy: Vec<f32> = numbers(9, m * n, 2001).map(small).collect();
+            let mut dx = vec![0f32; m * k];
+            for (dy, dx) in dy.chunks_exact(n).zip(dx.chunks_exact_mut(k)) {
+                for (dy, w) in dy.iter().zip(decoded.chunks_exact(k)) {
+                    dx.iter_mut().zip(w).for_each(|(dx, w)| *dx += dy * w);
+                }
+            }
+            let dy = || floats::<B>(dy.clone(), &[m, n]);
+            for (words, args) in [(words(&tiles), tiled), (words(&bytes), args)] {
+                let fast = values::<B>(B::dense_linear_backward(dy(), words.clone(), args));
+                close(&fast, &dx, 1e-5, "dense backward");
+                let default = values::<B>(dense_linear_backward::<B>(dy(), words, &args));
+                close(&default, &dx, 1e-5, "dense backward by default");
+            }
             for (row, x) in x.chunks_exact(k).enumerate() {
                 let mut q = vec![0; k];
                 let (scale, _) = quant::absmax_row(x, &mut q);

@@ -9,7 +9,8 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, Backend};
 
 use super::{
-    BitLinearArgs, GatedActivation, InputNorm, SelfAttentionArgs, TernaryBackend, TernaryWeight, WeightGroup,
+    BitLinearArgs, DenseArgs, GatedActivation, InputNorm, SelfAttentionArgs, TernaryBackend, TernaryWeight,
+    WeightGroup,
 };
 
 #[derive(Debug)]
@@ -47,6 +48,22 @@ impl<B: Backend> Backward<B, 1> for StraightThrough {
         let dy = grads.consume::<B>(&ops.node);
         if let Some(node) = node_x {
             grads.register::<B>(node.id, dy);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct DenseLinearBackward;
+
+impl<B: TernaryBackend> Backward<B, 1> for DenseLinearBackward {
+    type State = (IntTensor<B>, DenseArgs);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [node_x] = ops.parents;
+        let dy = grads.consume::<B>(&ops.node);
+        let (words, args) = ops.state;
+        if let Some(node) = node_x {
+            grads.register::<B>(node.id, B::dense_linear_backward(dy, words, args));
         }
     }
 }
@@ -142,6 +159,15 @@ impl<B: TernaryBackend, C: CheckpointStrategy> TernaryBackend for Autodiff<B, C>
                 prep.finish((saved, args), y)
             }
             OpsKind::UnTracked(prep) => prep.finish(forward(x.into_primitive(), saved)),
+        }
+    }
+
+    fn dense_linear(x: FloatTensor<Self>, words: IntTensor<Self>, args: DenseArgs) -> FloatTensor<Self> {
+        let prep = DenseLinearBackward.prepare::<C>([x.node()]).compute_bound();
+        let y = B::dense_linear(x.into_primitive(), words.clone(), args);
+        match prep.stateful() {
+            OpsKind::Tracked(prep) => prep.finish((words, args), y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
 

@@ -355,6 +355,20 @@ pub trait TernaryBackend: burn::backend::Backend {
         default::dense_linear::<Self>(x, words, &args)
     }
 
+    /// The gradient of [`dense_linear`](Self::dense_linear) for its input, with quantisation passed as if it were not there:
+    /// dy * W.
+    ///
+    /// # Shapes
+    /// dy [M, N]; the output is [M, K].
+    #[fusion(dtype = dy, shape = by_rows(dy, args.k))]
+    fn dense_linear_backward(
+        dy: FloatTensor<Self>,
+        words: IntTensor<Self>,
+        args: DenseArgs,
+    ) -> FloatTensor<Self> {
+        default::dense_linear_backward::<Self>(dy, words, &args)
+    }
+
     /// Rows of W, decoded to f32: an embedding.
     ///
     /// # Shapes

@@ -1,7 +1,9 @@
 //! The ternary linear layer, by the manager's kernels.
 
+use bitnet_burn_formats::canonical;
 use bitnet_burn_manager::profile::{self, Operation};
-use bitnet_burn_manager::{Job, KernelManager, LayoutPolicy, ManagerError, Packed, WeightShape};
+use bitnet_burn_manager::{Job, KernelManager, LayoutPolicy, ManagerError, Packed, ScaleKind, WeightShape};
+use bitnet_burn_plugin::sdk::group_length;
 use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
@@ -138,6 +140,7 @@ fn canonical_weights<B: HostBackend>(
     Ok(WeightGroup::from_vec(canonical))
 }
 
+/// The gradient for the input, of a few rows of the weights as floats at a time.
 pub(crate) fn bit_linear_backward<B: HostBackend>(
     dy: FloatTensor<B>,
     weights: WeightGroup<B>,
@@ -148,7 +151,67 @@ pub(crate) fn bit_linear_backward<B: HostBackend>(
     match choices(manager, &args)
         .and_then(|choices| canonical_weights::<B>(manager, weights.into_vec(), &choices, args.k))
     {
-        Ok(weights) => default::bit_linear_backward::<B>(dy, weights, &args),
+        Ok(weights) => unpacked_backward::<B>(dy, weights, &args),
         Err(error) => failed::<B>(error, m, args.k),
     }
+}
+
+/// [`bit_linear_backward`] with canonical codes.
+fn unpacked_backward<B: HostBackend>(
+    dy: FloatTensor<B>,
+    weights: WeightGroup<B>,
+    args: &BitLinearArgs,
+) -> FloatTensor<B> {
+    let (k, row_bytes) = (args.k, canonical::row_bytes(args.k));
+    let mut column = 0;
+    let mut codes = vec![0i8; k];
+    let mut dx = None;
+    for (weight, matrix) in weights.into_vec().into_iter().zip(&args.matrices) {
+        let words = B::words(&weight.codes);
+        let rows: &[u8] = bytemuck::cast_slice(&words);
+        let (group, scales) = match matrix.scales {
+            ScaleKind::One => (0, vec![B::floats(&weight.scale)[0]; matrix.n]),
+            ScaleKind::Groups { weights, .. } => {
+                let scales = default::scales_by_rows::<B>(weight.scale, matrix.n);
+                (weights, B::floats(&scales).into_owned())
+            }
+        };
+        let (groups, group) = (scales.len() / matrix.n, group_length(k, group));
+        let mut scales = scales.chunks_exact(groups);
+        let mut rows = rows.chunks_exact(row_bytes);
+        dx = backward_tiles::<B>(dx, (&dy, column), (matrix.n, k), |values| {
+            canonical::unpack_row(rows.next().expect("a row of codes"), &mut codes);
+            let scales = scales.next().expect("scales of a row");
+            let parts = values.chunks_mut(group).zip(codes.chunks(group)).zip(scales);
+            for ((values, codes), scale) in parts {
+                values.iter_mut().zip(codes).for_each(|(value, &code)| *value = f32::from(code) * scale);
+            }
+        });
+        column += matrix.n;
+    }
+    dx.expect("WeightGroup holds one to three matrices")
+}
+
+/// Rows of weights that are floats at a time.
+const TILE: usize = 256;
+
+/// Adds to `dx` the columns of dy from `column` on times weights [n, k], whose rows `decode` gives one after the other.
+pub(super) fn backward_tiles<B: HostBackend>(
+    mut dx: Option<FloatTensor<B>>,
+    (dy, column): (&FloatTensor<B>, usize),
+    (n, k): (usize, usize),
+    mut decode: impl FnMut(&mut [f32]),
+) -> Option<FloatTensor<B>> {
+    for from in (0..n).step_by(TILE) {
+        let rows = TILE.min(n - from);
+        let mut values = vec![0f32; rows * k];
+        values.chunks_exact_mut(k).for_each(&mut decode);
+        let part = default::columns_of::<B>(dy, column + from..column + from + rows);
+        let product = B::float_matmul(part, B::tensor(values, Shape::new([rows, k])));
+        dx = Some(match dx {
+            Some(dx) => B::float_add(dx, product),
+            None => product,
+        });
+    }
+    dx
 }

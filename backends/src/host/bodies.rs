@@ -161,6 +161,14 @@ macro_rules! fast_bodies {
                 dense::dense_linear::<Self>(x, words, args)
             }
 
+            fn dense_linear_backward(
+                dy: FloatTensor<Self>,
+                words: IntTensor<Self>,
+                args: DenseArgs,
+            ) -> FloatTensor<Self> {
+                dense::dense_linear_backward::<Self>(dy, words, args)
+            }
+
             fn dense_rows(
                 words: IntTensor<Self>,
                 ids: IntTensor<Self>,

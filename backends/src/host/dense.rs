@@ -6,6 +6,7 @@ use bitnet_burn_manager::profile::{self, Operation};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::Shape;
 
+use super::bit_linear::backward_tiles;
 use super::{HostBackend, dims, quantise, threads, with_activations};
 use crate::default;
 use crate::extension::DenseArgs;
@@ -47,6 +48,26 @@ pub(crate) fn dense_linear<B: HostBackend>(
         None => dense::floats::linear(format, weights, n, k, &values, m, &mut y, n, &threads()),
     }
     B::tensor(y, Shape::new([m, args.n]))
+}
+
+/// The gradient for the input, of a few rows of the weights as floats at a time.
+pub(crate) fn dense_linear_backward<B: HostBackend>(
+    dy: FloatTensor<B>,
+    words: IntTensor<B>,
+    args: DenseArgs,
+) -> FloatTensor<B> {
+    if args.tiled {
+        return default::dense_linear_backward::<B>(dy, words, &args);
+    }
+    let DenseArgs { format, n, k, .. } = args;
+    let words = B::words(&words);
+    let row_bytes = format.row_bytes(k).expect("checked when the tensor was made");
+    let mut rows = raw(&words, &args).chunks_exact(row_bytes);
+    let dx = backward_tiles::<B>(None, (&dy, 0), (n, k), |values| {
+        let row = rows.next().expect("a row of the weights");
+        format.decode_row(row, values).expect("a row of the format's length");
+    });
+    dx.unwrap_or_else(|| B::tensor(vec![0.0; dims(&dy)[0] * k], Shape::new([dims(&dy)[0], k])))
 }
 
 pub(crate) fn dense_rows<B: HostBackend>(

@@ -171,6 +171,10 @@ pub struct LoadArgs {
     pub device: Option<DeviceSpec>,
     #[command(flatten)]
     pub secret: SecretArgs,
+    /// A LoRA adapter, which is added to the model's projections: a directory as PEFT writes it, or a run of `bitnet train
+    /// --lora`
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    pub adapter: Option<PathBuf>,
     /// Number of layers on the GPU; the others are on the CPU. With all layers, the embedding and the output projection
     /// are on the GPU, too
     #[arg(long, value_name = "N", help_heading = "Kernels")]

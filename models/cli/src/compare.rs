@@ -12,7 +12,7 @@ use bitnet_burn_engine::compare::{
 };
 use bitnet_burn_engine::device::DeviceSpec;
 use bitnet_burn_engine::load::ActivationRule;
-use bitnet_burn_engine::report::ModelSummary;
+use bitnet_burn_engine::report::{AdapterSummary, ModelSummary};
 use bitnet_burn_engine::text::count;
 use bitnet_burn_engine::{Engine, EngineOptions};
 use clap::builder::{OsStringValueParser, TypedValueParser};
@@ -91,6 +91,9 @@ struct BArgs {
     /// B's --activations
     #[arg(long, value_name = "RULE", help_heading = "Settings of B")]
     b_activations: Option<ActivationRule>,
+    /// B's --adapter
+    #[arg(long, value_name = "DIR", help_heading = "Settings of B")]
+    b_adapter: Option<PathBuf>,
     /// B's --hidden-act
     #[arg(long, value_name = "NAME", value_parser = activation, help_heading = "Settings of B")]
     b_hidden_act: Option<GatedActivation>,
@@ -152,6 +155,8 @@ enum Summary {
         device: String,
         lm_head: Option<String>,
         activations: Option<String>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        adapter: Option<AdapterSummary>,
         kv_cache: String,
     },
     /// A model that another process computed.
@@ -242,6 +247,7 @@ impl CompareArgs {
             ("--b-kv-cache", of.b_kv_cache.is_some()),
             ("--b-lm-head", of.b_lm_head.is_some()),
             ("--b-activations", of.b_activations.is_some()),
+            ("--b-adapter", of.b_adapter.is_some()),
             ("--b-hidden-act", of.b_hidden_act.is_some()),
             ("--b-kernel", of.b_kernel.is_some()),
         ];
@@ -275,6 +281,7 @@ impl CompareArgs {
                 kv_cache: of.and_then(|b| b.b_kv_cache).or(self.load.kv_cache),
                 lm_head: of.and_then(|b| b.b_lm_head).unwrap_or(self.load.lm_head),
                 activations: of.and_then(|b| b.b_activations).unwrap_or(self.load.activations),
+                adapter: of.and_then(|b| b.b_adapter.clone()).or(self.load.adapter.clone()),
                 ..self.load.clone()
             },
         }
@@ -361,6 +368,9 @@ impl CompareArgs {
         load.kernels.plugins.iter().for_each(|plugin| {
             command.arg("--plugin").arg(plugin);
         });
+        load.adapter.iter().for_each(|adapter| {
+            command.arg("--adapter").arg(adapter);
+        });
         load.secret.secret_file.iter().for_each(|file| {
             command.arg("--secret-file").arg(file);
         });
@@ -388,6 +398,7 @@ impl Summary {
             device: execution.device,
             lm_head: execution.lm_head,
             activations: execution.activations,
+            adapter: execution.adapter,
             kv_cache: value_name(KvCacheType::from(engine.settings().kv_cache)),
         }
     }
@@ -398,12 +409,15 @@ impl fmt::Display for Summary {
         match self {
             Self::Logits { path } => write!(f, "{path} (logits)"),
             Self::Process { path, kernel } => write!(f, "{path} (kernel {kernel}, in another process)"),
-            Self::Model { model, device, lm_head, activations, kv_cache } => {
+            Self::Model { model, device, lm_head, activations, adapter, kv_cache } => {
                 write!(f, "{} ({device}", model.path.display())?;
                 for (name, value) in [("activations", activations), ("lm_head", lm_head)] {
                     if let Some(value) = value {
                         write!(f, ", {name} {value}")?;
                     }
+                }
+                if let Some(adapter) = adapter {
+                    write!(f, ", adapter {adapter}")?;
                 }
                 write!(f, ", KV cache {kv_cache})")
             }

@@ -14,6 +14,7 @@ use bitnet_burn_engine::receipt::GenerationRecord;
 use bitnet_burn_engine::report::Execution;
 use bitnet_burn_engine::{Engine, EngineError, EngineOptions, OpenEvent, Session};
 use bitnet_burn_manager::{KernelManager, ManagerConfig};
+use bitnet_burn_train::export::newest_checkpoint;
 use clap::ValueEnum as _;
 use serde::Serialize;
 
@@ -113,6 +114,9 @@ impl LoadArgs {
         if !manager::is_set_up() {
             let (config, _) = config()?;
             options = options.kernels(self.kernels.over(config), &self.kernels.plugins);
+        }
+        if let Some(adapter) = &self.adapter {
+            options = options.adapter(newest_checkpoint(adapter)?);
         }
         if let Some(device) = &self.device {
             options = options.device(device.clone());

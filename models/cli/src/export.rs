@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use bitnet_burn::GatedActivation;
-use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions};
+use bitnet_burn_engine::adapter::Adapter;
+use bitnet_burn_engine::checkpoint::{Checkpoint, MergeLoss, OpenOptions};
 use bitnet_burn_engine::gguf::{Architecture, GgufTypes, TernaryType};
 use bitnet_burn_engine::hf::Style;
 use bitnet_burn_engine::text::{human_bytes, human_seconds};
@@ -16,6 +17,7 @@ use bitnet_burn_train::export;
 use bitnet_burn_train::export::{ExportOptions, Progress, Summary, Target};
 use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 
 use crate::args::{DenseType, activation};
 use crate::output::{self, columns};
@@ -90,6 +92,10 @@ struct OutputArgs {
     /// GGUF: where the type can't hold the weights exactly, write the nearest that it can hold
     #[arg(long)]
     requantise: bool,
+    /// Merge a LoRA adapter into the model: W + scale * B * A becomes ternary again, by the nearest weights, and the summary
+    /// says what of the adapter is left. Use it unmerged (--adapter of the other commands) to lose nothing
+    #[arg(long, value_name = "DIR")]
+    merge_adapter: Option<PathBuf>,
     /// Type of the embedding, and of the output head where that is not tied [default: as in the source, or like the
     /// other ternary weights if it is ternary]
     #[arg(long, value_enum, value_name = "TYPE")]
@@ -275,8 +281,16 @@ fn run(source: &Path, options: OpenOptions, args: OutputArgs) -> anyhow::Result<
     let checkpoint = export::newest_checkpoint(source)?;
     let is_run = checkpoint != source;
     let checkpoint = Checkpoint::open(&checkpoint, &OpenOptions { pre: args.pre.clone(), ..options })?;
+    let (checkpoint, merged) = match &args.merge_adapter {
+        None => (checkpoint, Vec::new()),
+        Some(path) => {
+            let adapter = Adapter::open(&export::newest_checkpoint(path)?, checkpoint.config())?;
+            checkpoint.merged(&adapter)?
+        }
+    };
     let (target, kind) = args.target(&checkpoint)?;
-    let out = args.out.unwrap_or_else(|| format!("{name}-{kind}").into());
+    let middle = if merged.is_empty() { "" } else { "-merged" };
+    let out = args.out.unwrap_or_else(|| format!("{name}{middle}-{kind}").into());
     let options = ExportOptions {
         // A checkpoint of a run is named by its step.
         name: args.name.or_else(|| is_run.then_some(name).filter(|_| checkpoint.config().name.is_none())),
@@ -304,10 +318,43 @@ fn run(source: &Path, options: OpenOptions, args: OutputArgs) -> anyhow::Result<
     bar.finish_and_clear();
     let summary = result?;
     if args.json {
-        return output::print_json(&summary);
+        return output::print_json(&Output { summary: &summary, merged: &merged });
+    }
+    if !merged.is_empty() {
+        output::note(merge_text(&merged).trim_end());
     }
     output::note(text(&summary, checkpoint.path(), started.elapsed().as_secs_f64()).trim_end());
     Ok(())
+}
+
+#[derive(Serialize)]
+struct Output<'a> {
+    #[serde(flatten)]
+    summary: &'a Summary,
+    /// What merging an adapter did to each projection, and to all.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    merged: &'a [MergeLoss],
+}
+
+/// What is left of an adapter.
+fn merge_text(losses: &[MergeLoss]) -> String {
+    let Some(all) = losses.last() else { return String::new() };
+    let head = ["  merged", "adapter, of the weights", "lost, of the sum", "adapter kept", "codes changed"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    rows.extend(losses.iter().map(|loss| {
+        let percent = |share: f64| format!("{:.2} %", 100.0 * share);
+        let MergeLoss { projection, update, error, kept, flipped } = loss;
+        let figures = [update, error, kept, flipped].map(|share| percent(*share));
+        [format!("  {projection}")].into_iter().chain(figures).collect()
+    }));
+    let mut text = columns(&rows);
+    if all.kept < 0.5 {
+        text.push_str(
+            "  warning: ternary weights round most of this adapter away; --adapter of the other commands adds it unmerged, \
+             without a loss\n",
+        );
+    }
+    text
 }
 
 /// The source's name: of its directory, or of its file without the extension.

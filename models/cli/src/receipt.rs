@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use bitnet_burn::backends::manager::with_built_in_kernels;
+use bitnet_burn_engine::adapter::Adapter;
 use bitnet_burn_engine::checkpoint::Checkpoint;
 use bitnet_burn_engine::generate::{GenerateOptions, Step};
 use bitnet_burn_engine::receipt::{
@@ -55,6 +56,9 @@ struct CheckArgs {
     /// model that the receipt names]
     #[arg(long, short, value_name = "PATH", value_parser = Model::parser())]
     model: Option<Model>,
+    /// The adapter at hand [default: the one that the receipt names]
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Generate the tokens again and compare them (only for receipts of `run`)
     #[arg(long)]
     rerun: bool,
@@ -92,7 +96,9 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
     }
     let mut checks = vec![sealed.check()];
     let file = file(&args, &sealed);
-    let of_model = model(receipt, &file);
+    let recorded = receipt.model.adapter.as_ref();
+    let adapter = recorded.map(|recorded| args.adapter.clone().unwrap_or_else(|| recorded.path.clone()));
+    let of_model = model(receipt, &file, adapter.as_deref());
     let same_model = of_model.iter().all(|check| check.outcome == CheckOutcome::Agrees);
     checks.extend(of_model);
     let (plugins, _) = ManagerConfig::default().plugins.find(&args.kernels.plugins);
@@ -102,7 +108,7 @@ fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
     drop(built_in);
     if let (true, Some(record)) = (args.rerun, &receipt.generation) {
         checks.push(match same_model {
-            true => record.result.check(&rerun(receipt, record, file, args.kernels, args.secret)?),
+            true => record.result.check(&rerun(receipt, record, (file, adapter), args.kernels, args.secret)?),
             false => {
                 Check::unchecked("tokens", "not generated again, because the model differs or is missing")
             }
@@ -146,8 +152,11 @@ fn is_built_in(path: &Path) -> bool {
     return false;
 }
 
-fn model(receipt: &Receipt, file: &FileArgs) -> Vec<Check> {
-    let record = |checkpoint: Checkpoint| Ok(ModelRecord::of(&checkpoint)?);
+fn model(receipt: &Receipt, file: &FileArgs, adapter: Option<&Path>) -> Vec<Check> {
+    let record = |checkpoint: Checkpoint| {
+        let adapter = adapter.map(|path| Adapter::open(path, checkpoint.config())).transpose()?;
+        Ok(ModelRecord::of(&checkpoint)?.with_adapter(adapter.as_ref())?)
+    };
     let shown = match &file.model {
         Some(model) => model.to_string(),
         None => receipt.model.path.display().to_string(),
@@ -155,7 +164,11 @@ fn model(receipt: &Receipt, file: &FileArgs) -> Vec<Check> {
     match file.open().and_then(record) {
         Ok(at_hand) => receipt.check_model(&at_hand),
         Err(error) => {
-            let why = format!("{}; --model names the model at hand", output::in_one_line(error));
+            let hint = match adapter {
+                None => "--model names the model at hand",
+                Some(_) => "--model and --adapter name what is at hand",
+            };
+            let why = format!("{}; {hint}", output::in_one_line(error));
             vec![Check::unchecked(format!("model {shown}"), why)]
         }
     }
@@ -165,7 +178,7 @@ fn model(receipt: &Receipt, file: &FileArgs) -> Vec<Check> {
 fn rerun(
     receipt: &Receipt,
     record: &GenerationRecord,
-    file: FileArgs,
+    (file, adapter): (FileArgs, Option<PathBuf>),
     kernels: KernelArgs,
     secret: SecretArgs,
 ) -> anyhow::Result<TokensRecord> {
@@ -185,6 +198,7 @@ fn rerun(
         activations: record.activations,
         // Use only the files whose hashes the receipt has.
         no_prepacked: true,
+        adapter,
         secret,
     };
     let args = EngineArgs { file, load };

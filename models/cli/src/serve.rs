@@ -179,6 +179,9 @@ async fn serve(mut args: ServeArgs) -> anyhow::Result<()> {
     })?;
     let address = listener.local_addr().context("the address that the server listens on is unknown")?;
     let options = args.server_options(address)?;
+    if args.load.adapter.is_some() && args.models.len() > 1 {
+        bail!("--adapter is for one model, and {} are to be served", args.models.len());
+    }
     if args.draft.draft_model.is_some() && args.models.len() > 1 {
         bail!("--draft-model guesses for one model: serve {} models by as many servers", args.models.len());
     }

@@ -31,6 +31,8 @@ use bitnet_burn_engine::device::{DeviceKind, DeviceName};
 /// With --from, training goes on with a model: BitNet's from its float masters or from its packed weights, a float model by
 /// making it ternary. The model's sizes and its tokenizer are kept.
 ///
+/// With --lora, the model stays as it is, and small adapters for it are trained.
+///
 /// Ctrl-C writes a checkpoint and ends; --resume continues to the same bits as if nothing had happened.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -43,6 +45,17 @@ pub struct TrainArgs {
     /// What to learn: text, or sft: conversations, of which the assistant's part counts (data.task)
     #[arg(long, value_name = "TASK", value_parser = task, conflicts_with = "resume")]
     task: Option<Task>,
+    /// Train LoRA adapters of this rank for the model of --from, and leave its weights as they are. Checkpoints are adapters in
+    /// PEFT's format, for `--adapter` of the other commands (lora.rank)
+    #[arg(long, value_name = "RANK", value_parser = positive, conflicts_with_all = ["resume", "float", "scales"])]
+    lora: Option<usize>,
+    /// An adapter's output is multiplied by A / RANK [default: RANK] (lora.alpha)
+    #[arg(long, value_name = "A", conflicts_with = "resume")]
+    lora_alpha: Option<f64>,
+    /// The projections that get adapters, separated by commas: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and
+    /// down_proj [default: all-linear] (lora.targets)
+    #[arg(long, value_name = "LIST", value_delimiter = ',', conflicts_with = "resume")]
+    lora_targets: Vec<String>,
     /// Train the float twin of the model, to compare with (model.ternary = false)
     #[arg(long, conflicts_with = "resume")]
     float: bool,
@@ -126,6 +139,7 @@ Examples:
   bitnet train --text 'web/*.parquet' code.jsonl.zst --weights 3 1 --out run
   bitnet train --from model.gguf --text book.txt --out run
   bitnet train --from llama/ --task sft --text chats.jsonl --out run
+  bitnet train --from model.gguf --lora 8 --text book.txt --out adapter
   bitnet train --resume run
   bitnet train --print-config > run.toml
   bitnet export run --to gguf --out model.gguf";
@@ -171,13 +185,22 @@ struct Output {
 }
 
 pub fn run(args: TrainArgs) -> anyhow::Result<()> {
-    let TrainArgs { run, from, task, float } = args;
+    let TrainArgs { run, from, task, lora, lora_alpha, lora_targets, float } = args;
     train(run, |config| {
         if let Some(task) = task {
             config.data.task = task;
         }
         if let Some(from) = from {
             config.model.from = from;
+        }
+        if let Some(rank) = lora {
+            config.lora.rank = rank;
+        }
+        if let Some(alpha) = lora_alpha {
+            config.lora.alpha = alpha;
+        }
+        if !lora_targets.is_empty() {
+            config.lora.targets = lora_targets;
         }
         if float {
             config.model.ternary = false;
@@ -233,13 +256,22 @@ pub fn train(args: RunArgs, change: impl FnOnce(&mut TrainConfig)) -> anyhow::Re
     };
     drop(corpus);
     let config = trainer.config().clone();
-    let (parameters, data) = (parameters(&trainer), trainer.data());
+    let (parameters, data) = (trainer.parameters(), trainer.data());
     let (vocab_size, training_tokens) = (data.vocab_size, data.training_tokens());
     let bytes: usize = data.validation_texts.iter().map(String::len).sum();
     // Of conversations, a part counts.
     let bytes_per_token =
         (config.data.task == Task::Text).then(|| bytes as f64 / data.validation_tokens().max(1) as f64);
-    if let Some(quantisation) = config.model.quantisation().filter(|q| !q.is_bitnet()) {
+    let lora = &config.lora;
+    if lora.is_used() {
+        output::note(format!(
+            "adapters of rank {} for {}; the model's own weights stay as they are",
+            lora.rank,
+            lora.targets.join(", ")
+        ));
+    }
+    let quantisation = config.model.quantisation().filter(|q| !q.is_bitnet() && !lora.is_used());
+    if let Some(quantisation) = quantisation {
         let rules = quantisation.activation_rules(trainer.model().config());
         let rules: Vec<_> = rules.iter().map(ToString::to_string).collect();
         output::note(format!(
@@ -377,6 +409,9 @@ fn plan(plan: &MemoryPlan, json: bool) -> anyhow::Result<()> {
     ];
     if plan.teacher > 0 {
         rows.push(row("teacher", plan.teacher));
+    }
+    if plan.base > 0 {
+        rows.push(row("the model as it is", plan.base));
     }
     rows.push(row("together, beside the text", plan.total()));
     output::print(output::columns(&rows).trim_end())
@@ -523,11 +558,6 @@ impl Sources {
         }
         Ok(corpus.with_validation(Corpus::read(&self.validation, &config.data)?))
     }
-}
-
-fn parameters(trainer: &Trainer) -> u64 {
-    let config = trainer.model().config();
-    config.ternary_parameters() + config.dense_parameters()
 }
 
 fn human_count(n: u64) -> String {

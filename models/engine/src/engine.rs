@@ -31,6 +31,7 @@ use serde::Serialize;
 
 pub use self::error::EngineError;
 pub use self::open::{EngineOptions, OpenEvent};
+use crate::adapter::Adapter;
 use crate::chat::{ChatError, ChatTemplate};
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::constraint::{Constrained, Constraint, ConstraintError, Constraints};
@@ -43,7 +44,7 @@ use crate::plan::{
 };
 use crate::plausible;
 use crate::receipt::{GenerationRecord, ModelRecord, Receipt, TokensRecord};
-use crate::report::{DeviceUsage, Execution, ModelSummary};
+use crate::report::{AdapterSummary, DeviceUsage, Execution, ModelSummary};
 use crate::session::Session;
 use crate::tokenizer::Tokenizer;
 
@@ -73,6 +74,7 @@ struct Inner {
     head: HeadMode,
     file: OpenOptions,
     activations: ActivationRule,
+    adapter: Option<Arc<Adapter>>,
     device: DeviceSpec,
     placement: Placement,
     notes: Vec<String>,
@@ -185,6 +187,11 @@ impl Engine {
         &self.0.checkpoint
     }
 
+    /// The adapter that is added to its projections.
+    pub fn adapter(&self) -> Option<&Adapter> {
+        self.0.adapter.as_deref()
+    }
+
     /// Its tokenizer.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.0.tokenizer.as_ref()
@@ -236,6 +243,7 @@ impl Engine {
         execution.lm_head = Some(inner.model.head_description());
         execution.activations = activations(&inner.model);
         execution.dense_projections = dense_projections(&inner.model);
+        execution.adapter = self.adapter().map(AdapterSummary::of);
         execution.prepacked = inner.prepacked;
         execution.tuning.seconds = inner.tuning.map(|time| time.as_secs_f64());
         execution.refused_plugins.clone_from(&inner.refused);
@@ -399,7 +407,15 @@ impl Engine {
         report: &impl Serialize,
         generation: Option<GenerationRecord>,
     ) -> std::io::Result<Receipt> {
-        Receipt::new(command, ModelRecord::of(self.checkpoint())?, report, generation)
+        Receipt::new(command, self.model_record()?, report, generation)
+    }
+
+    /// The files of the model and of its adapter with their hashes, for receipts.
+    ///
+    /// # Errors
+    /// If they can't be read again.
+    pub fn model_record(&self) -> std::io::Result<ModelRecord> {
+        ModelRecord::of(self.checkpoint())?.with_adapter(self.adapter())
     }
 }
 /// The groups of activations that share a scale in the ternary projections; 0 is a row.

@@ -3,6 +3,7 @@
 //! - [`Engine`] opens a model with everything that it needs; a [`Session`] generates with it.
 //! - [`checkpoint`] opens GGUF files and Hugging Face directories; [`load`](mod@load) makes models of them;
 //!   [`gguf`] and [`hf`] write them.
+//! - [`adapter`]: LoRA adapters, which are added to a model's projections.
 //! - [`schedule`]: many requests at once, whose answers do not depend on each other.
 //! - [`speculate`]: tokens that are guessed and checked.
 //! - [`embed`](mod@embed): vectors of texts.
@@ -13,6 +14,7 @@
 //! - [`plan`]: where a model should run, and how fast it will be.
 //! - [`report`] and [`receipt`]: what a run measured, and what it was made of.
 
+pub mod adapter;
 pub mod bench;
 pub mod chat;
 pub mod checkpoint;

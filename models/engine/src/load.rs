@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use bitnet_burn::ActivationRule;
@@ -17,6 +18,7 @@ use bitnet_burn_manager::{LayoutPolicy, ManagerError, ScaleKind};
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
 
+use crate::adapter::Adapter;
 use crate::checkpoint::{Checkpoint, LoadError, Rotated, Signs};
 pub use crate::head::HeadMode;
 use crate::prepack::Prepacked;
@@ -105,6 +107,8 @@ pub struct LoadOptions {
     /// Whether projections in host memory whose rows can be read where they lie in a mapped file compute with those, by
     /// kernels that nobody measured, until [`Loaded::packings`] has run. Results are the same bits before and after.
     pub in_place: bool,
+    /// What is added to the outputs of projections.
+    pub adapter: Option<Arc<Adapter>>,
 }
 
 impl Default for LoadOptions {
@@ -115,6 +119,7 @@ impl Default for LoadOptions {
             head: HeadMode::File,
             prepacked: true,
             in_place: false,
+            adapter: None,
         }
     }
 }
@@ -281,13 +286,18 @@ pub fn load_on(
             Some(rotation) => weights(layer, which)?.with_rotation(rotation),
             None => weights(layer, which)?,
         };
-        if !which.has_bias(&config) {
-            return Ok(linear);
-        }
-        let bias = checkpoint.bias(layer, which)?;
-        let bias = TensorData::new(bias, [linear.d_output()]);
-        let bias = Tensor::<1>::from_data(bias, &devices.layers[layer]);
-        Ok(linear.with_bias(Param::initialized(ParamId::new(), bias)))
+        let linear = if which.has_bias(&config) {
+            let bias = checkpoint.bias(layer, which)?;
+            let bias = TensorData::new(bias, [linear.d_output()]);
+            let bias = Tensor::<1>::from_data(bias, &devices.layers[layer]);
+            linear.with_bias(Param::initialized(ParamId::new(), bias))
+        } else {
+            linear
+        };
+        Ok(match options.adapter.as_ref().and_then(|adapter| adapter.get(layer, which)) {
+            Some(values) => linear.with_adapter(bitnet_burn::Adapter::new(values, &devices.layers[layer])),
+            None => linear,
+        })
     };
     let float = |layer: usize, which: FloatPart| -> Result<DenseMatrix, ModelError> {
         Ok(DenseMatrix::new(checkpoint.float_part(layer, which)?, &devices.layers[layer]))

@@ -15,6 +15,7 @@ use bitnet_burn_manager::{KernelReport, REFERENCE, Status};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::adapter::Adapter;
 use crate::checkpoint::{Checkpoint, Content};
 use crate::constraint::Constraint;
 use crate::generate::{Finish, Generation};
@@ -144,6 +145,19 @@ pub struct ModelRecord {
     pub path: PathBuf,
     /// Every file that the model was read from.
     pub files: Vec<FileRecord>,
+    /// The adapter that was added to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterRecord>,
+}
+
+/// A LoRA adapter that was added to a model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterRecord {
+    /// The directory, as the user gave it.
+    pub path: PathBuf,
+    /// Its files.
+    pub files: Vec<FileRecord>,
 }
 
 impl ModelRecord {
@@ -153,7 +167,19 @@ impl ModelRecord {
     /// If a file can't be read, or is not the one that was opened any more.
     pub fn of(checkpoint: &Checkpoint) -> io::Result<Self> {
         let files = checkpoint.contents().iter().map(FileRecord::of).collect::<io::Result<_>>()?;
-        Ok(Self { path: checkpoint.path().to_owned(), files })
+        Ok(Self { path: checkpoint.path().to_owned(), files, adapter: None })
+    }
+
+    /// With the adapter that is added to the model, whose files are hashed.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
+    pub fn with_adapter(self, adapter: Option<&Adapter>) -> io::Result<Self> {
+        let record = |adapter: &Adapter| {
+            let files = adapter.contents().iter().map(FileRecord::of).collect::<io::Result<_>>()?;
+            Ok::<_, io::Error>(AdapterRecord { path: adapter.path().to_owned(), files })
+        };
+        Ok(Self { adapter: adapter.map(record).transpose()?, ..self })
     }
 
     /// That the files of an open checkpoint are still the ones that were opened, as far as the system tells without
@@ -452,28 +478,15 @@ impl Check {
 }
 
 impl Receipt {
-    /// Compares the model's files with those of a model at hand. If the model is a single file, its name may differ.
+    /// Compares the model's files, and its adapter's, with those of a model at hand. If the model is a single file, its name
+    /// may differ.
     pub fn check_model(&self, at_hand: &ModelRecord) -> Vec<Check> {
-        let show = |file: &FileRecord| format!("{} bytes, sha256 {}", file.bytes, file.sha256);
-        let compare = |expected: &FileRecord, found: Option<&FileRecord>| {
-            let what = format!("model {}", expected.name);
-            match found {
-                None => Check::differs(what, show(expected), "no such file"),
-                Some(found) if (found.bytes, &found.sha256) == (expected.bytes, &expected.sha256) => {
-                    Check::agrees(what)
-                }
-                Some(found) => Check::differs(what, show(expected), show(found)),
-            }
-        };
-        let files = &self.model.files;
-        if let ([expected], [found]) = (&files[..], &at_hand.files[..]) {
-            return vec![compare(expected, Some(found))];
-        }
-        let named = |files: &[FileRecord], name: &str| files.iter().find(|file| file.name == name).cloned();
-        let recorded = files.iter().map(|file| compare(file, named(&at_hand.files, &file.name).as_ref()));
-        let new = at_hand.files.iter().filter(|file| named(files, &file.name).is_none());
-        let new = new.map(|file| Check::differs(format!("model {}", file.name), "no such file", show(file)));
-        recorded.chain(new).collect()
+        let adapter =
+            |of: &Option<AdapterRecord>| of.iter().flat_map(|of| of.files.clone()).collect::<Vec<_>>();
+        let (recorded, found) = (adapter(&self.model.adapter), adapter(&at_hand.adapter));
+        let mut checks = check_files("model", &self.model.files, &at_hand.files);
+        checks.extend(check_files("adapter", &recorded, &found));
+        checks
     }
 
     /// Compares the plugins whose kernels computed with the files at hand and with the files that the receipt
@@ -541,6 +554,29 @@ impl Receipt {
         };
         built_in.map(compare).collect()
     }
+}
+
+/// Compares recorded files with those at hand. If there is a single one, its name may differ.
+fn check_files(kind: &str, recorded: &[FileRecord], at_hand: &[FileRecord]) -> Vec<Check> {
+    let show = |file: &FileRecord| format!("{} bytes, sha256 {}", file.bytes, file.sha256);
+    let compare = |expected: &FileRecord, found: Option<&FileRecord>| {
+        let what = format!("{kind} {}", expected.name);
+        match found {
+            None => Check::differs(what, show(expected), "no such file"),
+            Some(found) if (found.bytes, &found.sha256) == (expected.bytes, &expected.sha256) => {
+                Check::agrees(what)
+            }
+            Some(found) => Check::differs(what, show(expected), show(found)),
+        }
+    };
+    if let ([expected], [found]) = (recorded, at_hand) {
+        return vec![compare(expected, Some(found))];
+    }
+    let named = |files: &[FileRecord], name: &str| files.iter().find(|file| file.name == name).cloned();
+    let checks = recorded.iter().map(|file| compare(file, named(at_hand, &file.name).as_ref()));
+    let new = at_hand.iter().filter(|file| named(recorded, &file.name).is_none());
+    let new = new.map(|file| Check::differs(format!("{kind} {}", file.name), "no such file", show(file)));
+    checks.chain(new).collect()
 }
 
 impl TokensRecord {

@@ -12,6 +12,7 @@ use bitnet_burn_manager::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
 use crate::generate::{Finish, Generation};
 use crate::plan::{DeviceMemory, Placement, PredictionOutcome};
@@ -113,6 +114,49 @@ impl DeviceUsage {
     }
 }
 
+/// A LoRA adapter that was added to a model's projections.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdapterSummary {
+    /// Its directory.
+    pub path: PathBuf,
+    /// SHA-256 of its matrices' file.
+    pub sha256: String,
+    /// Projections that it adds to.
+    pub projections: usize,
+    /// Their ranks: one, or the least and the largest.
+    pub ranks: Vec<usize>,
+}
+
+impl AdapterSummary {
+    /// What there is to say of an adapter.
+    pub fn of(adapter: &Adapter) -> Self {
+        let mut ranks: Vec<usize> = adapter.projections().iter().map(|of| of.values.rank).collect();
+        ranks.sort_unstable();
+        let mut ranks = vec![ranks.first().copied(), ranks.last().copied()];
+        ranks.dedup();
+        Self {
+            path: adapter.path().to_owned(),
+            sha256: adapter.sha256().to_owned(),
+            projections: adapter.projections().len(),
+            ranks: ranks.into_iter().flatten().collect(),
+        }
+    }
+}
+
+impl fmt::Display for AdapterSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ranks: Vec<_> = self.ranks.iter().map(usize::to_string).collect();
+        write!(
+            f,
+            "{}, rank {} on {}, sha256 {}",
+            self.path.display(),
+            ranks.join(" to "),
+            count(self.projections as u64, "projection"),
+            self.sha256
+        )
+    }
+}
+
 /// Which devices and kernels computed, and what replaced them if they failed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Execution {
@@ -144,6 +188,9 @@ pub struct Execution {
     /// by format, `196 x Q8_0`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dense_projections: Option<String>,
+    /// The adapter that was added to the projections.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterSummary>,
     /// Number of matrices that were mapped from the file of packed weights.
     pub prepacked: usize,
     /// Number of threads that ran the kernels.
@@ -197,6 +244,7 @@ impl Execution {
             lm_head: None,
             activations: None,
             dense_projections: None,
+            adapter: None,
             prepacked: 0,
             threads: after.threads,
             pinned: after.pinned,
@@ -395,6 +443,9 @@ impl fmt::Display for Execution {
         }
         if let Some(dense) = &self.dense_projections {
             line(f, "f32 activations", format_args!("projections: {dense}"))?;
+        }
+        if let Some(adapter) = &self.adapter {
+            line(f, "adapter", adapter)?;
         }
         if self.prepacked > 0 {
             line(f, "prepacked", format_args!("{} matrices, mapped", self.prepacked))?;

@@ -18,7 +18,7 @@ use burn::tensor::{DType, Device, Tensor};
 
 pub use self::import::ImportError;
 pub use self::packed::PackedWeight;
-use crate::{ActivationRule, ConfigError, DenseMatrix, Quantisation, Rotation};
+use crate::{ActivationRule, Adapter, ConfigError, DenseMatrix, Quantisation, Rotation};
 
 /// Weight and epsilon of the norm that an input passes.
 type InputNorm = Option<(Tensor<1>, f32)>;
@@ -91,6 +91,8 @@ pub struct BitLinear {
     pub norm: Option<RmsNorm>,
     /// Rotation of the input, behind the norm.
     pub rotation: Option<Rotation>,
+    /// What is added to the output.
+    pub adapter: Option<Adapter>,
     d_input: usize,
     d_output: usize,
     #[module(skip)]
@@ -160,6 +162,7 @@ impl BitLinearConfig {
             bias: self.bias.then(|| Param::from_tensor(Tensor::zeros([n], device))),
             norm: self.norm.then(|| RmsNormConfig::new(k).with_epsilon(self.norm_eps).init(device)),
             rotation: None,
+            adapter: None,
             d_input: k,
             d_output: n,
             quantisation: self.quantisation(),
@@ -177,8 +180,9 @@ impl BitLinear {
     }
 
     fn of(weight: BitLinearWeight, [n, k]: [usize; 2], quantisation: Quantisation) -> Self {
-        let (bias, norm, rotation) = (None, None, None);
-        Self { weight, bias, norm, rotation, d_input: k, d_output: n, quantisation, quantised_share: 1.0 }
+        let (bias, norm, rotation, adapter) = (None, None, None, None);
+        let (d_input, d_output, quantised_share) = (k, n, 1.0);
+        Self { weight, bias, norm, rotation, adapter, d_input, d_output, quantisation, quantised_share }
     }
 
     /// A layer in the packed state, without norm and bias.
@@ -241,6 +245,19 @@ impl BitLinear {
         Self { bias: Some(bias), ..self }
     }
 
+    /// The same layer with an adapter.
+    ///
+    /// # Panics
+    /// If the adapter has other features.
+    pub fn with_adapter(self, adapter: Adapter) -> Self {
+        let (found, expected) = ([adapter.b.args().n, adapter.a.args().k], [self.d_output, self.d_input]);
+        assert!(
+            found == expected && adapter.b.args().k == adapter.rank(),
+            "BitLinear: an adapter for {found:?} (output and input features) of a layer of {expected:?}"
+        );
+        Self { adapter: Some(adapter), ..self }
+    }
+
     /// Input features.
     pub fn d_input(&self) -> usize {
         self.d_input
@@ -283,8 +300,11 @@ impl BitLinear {
 
     /// [`try_forward`](Self::try_forward) of rows [M, d_input], with or without quantising them to int8.
     pub(crate) fn forward_rows(&self, x: Tensor<2>, quantise: bool) -> Result<Tensor<2>, ManagerError> {
-        let (x, norm) = self.rotated(x, self.norm_input());
-        fused(x, norm, quantise, &[self])
+        let layers = &[self];
+        adapted(x, self.norm_input(), layers, |x, norm| {
+            let (x, norm) = self.rotated(x, norm);
+            fused(x, norm, quantise, layers)
+        })
     }
 
     /// The rotated input, or, where there is no rotation, the input and the norm that it still has to pass.
@@ -367,15 +387,41 @@ pub(crate) fn side_by_side(
     let key = |layer| (state(layer), rotation(layer));
     let alike = layers.iter().all(|layer| key(layer) == key(&layers[0]));
     if alike && layers.iter().all(|layer| layer.norm.is_none()) {
-        let (x, norm) = layers[0].rotated(x, norm);
-        return fused(x, norm, quantise, layers);
+        return adapted(x, norm, layers, |x, norm| {
+            let (x, norm) = layers[0].rotated(x, norm);
+            fused(x, norm, quantise, layers)
+        });
     }
-    let x = match norm {
-        Some((gamma, eps)) => ops::rms_norm(x, gamma, eps),
-        None => x,
-    };
+    let x = normalised(x, norm);
     let outputs: Result<_, _> = layers.iter().map(|layer| layer.forward_rows(x.clone(), quantise)).collect();
     Ok(Tensor::cat(outputs?, 1))
+}
+
+fn normalised(x: Tensor<2>, norm: InputNorm) -> Tensor<2> {
+    match norm {
+        Some((gamma, eps)) => ops::rms_norm(x, gamma, eps),
+        None => x,
+    }
+}
+
+/// What `forward` makes of the input, and what the layers' adapters add to their outputs, which stand side by side.
+fn adapted(
+    x: Tensor<2>,
+    norm: InputNorm,
+    layers: &[&BitLinear],
+    forward: impl FnOnce(Tensor<2>, InputNorm) -> Result<Tensor<2>, ManagerError>,
+) -> Result<Tensor<2>, ManagerError> {
+    if layers.iter().all(|layer| layer.adapter.is_none()) {
+        return forward(x, norm);
+    }
+    let y = forward(x.clone(), norm.clone())?;
+    let (x, rows, device) = (normalised(x, norm), y.dims()[0], y.device());
+    let part = |layer: &&BitLinear| match &layer.adapter {
+        Some(adapter) => adapter.forward(x.clone()),
+        None => Tensor::zeros([rows, layer.d_output], &device),
+    };
+    let mut parts: Vec<_> = layers.iter().map(part).collect();
+    Ok(y + if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, 1) })
 }
 
 /// Layers of one state and with the same activations over one input, in one operation: they share the normalised and
@@ -393,10 +439,7 @@ fn fused(
             ops::bit_linear(x, BitLinearInput { norm, quantise }, matrices)?
         }
         None => {
-            let x = match norm {
-                Some((gamma, eps)) => ops::rms_norm(x, gamma, eps),
-                None => x,
-            };
+            let x = normalised(x, norm);
             let dense = |layer: &&BitLinear| match &layer.weight {
                 BitLinearWeight::Dense(matrix) => Some(matrix.forward(x.clone())),
                 _ => None,
@@ -474,6 +517,7 @@ impl ModuleDisplay for BitLinear {
             .add("d_output", &self.d_output)
             .add("bias", &self.bias.is_some())
             .add("norm", &self.norm.is_some())
+            .add("adapter", &self.adapter.is_some())
             .add("state", &state.to_owned());
         if self.dense_matrix().is_some() {
             return content.optional();

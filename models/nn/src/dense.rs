@@ -139,6 +139,14 @@ impl DenseMatrix {
         Self::new(DenseTensor { name, n, k, format, data: data.into() }, &device)
     }
 
+    /// The weights of a matrix in the training state; `None` for stored ones.
+    pub fn float_weight(&self) -> Option<&Param<Tensor<2>>> {
+        match &self.weight {
+            DenseWeight::Float(weight) => Some(weight),
+            DenseWeight::Stored(_) => None,
+        }
+    }
+
     /// Format and shape, and whether activations are quantised.
     pub fn args(&self) -> DenseArgs {
         self.args

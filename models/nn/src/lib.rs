@@ -31,6 +31,7 @@
 //! threads, measures, reads variables that begin with `BITNET_` and keeps what it measured in the user's cache directory.
 //! [`configure`](backends::manager::configure) chooses otherwise. Third parties can bring their own kernels as plugins.
 
+mod adapter;
 mod attention;
 mod batch;
 mod bit_linear;
@@ -53,6 +54,7 @@ mod ternarise;
 mod trainable;
 mod try_out;
 
+pub use adapter::{Adapter, AdapterValues};
 pub use attention::{Attention, BitAttention, BitAttentionConfig};
 pub use batch::{Batch, History, Row};
 pub use bit_linear::{BitLinear, BitLinearConfig, BitLinearWeight, ImportError, PackedWeight};

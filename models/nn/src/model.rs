@@ -307,11 +307,7 @@ impl BitNet {
         length: usize,
         keep: Keep,
     ) -> Result<(Tensor<2>, Keep), ForwardError> {
-        self.check_tokens(tokens.iter().copied())?;
-        if length == 0 || tokens.is_empty() || !tokens.len().is_multiple_of(length) {
-            let problem = format!("{} tokens are not whole sequences of {length}", tokens.len());
-            return Err(ForwardError::Rows { row: 0, problem });
-        }
+        self.check_sequences(tokens, length)?;
         let mut batch = Batch::whole_sequences(length, &self.rotary, self.quantise, &self.device());
         batch.keep = keep;
         let x = self.hidden(tokens, &mut batch, &mut History::None { length })?;
@@ -326,15 +322,7 @@ impl BitNet {
         batch: &mut Batch,
         history: &mut History<'_>,
     ) -> Result<Tensor<2>, ForwardError> {
-        let embedding = profile::span(Operation::Embedding);
-        let mut x = self.embedding.rows(tokens);
-        if let Some(rotation) = &self.embedding_rotation {
-            x = rotation.inverse(x);
-        }
-        if self.config.options.embedding_scale != 1.0 {
-            x = x * self.config.options.embedding_scale;
-        }
-        drop(embedding);
+        let mut x = self.embedded(tokens);
         let mut here = self.device();
         for (i, block) in self.blocks.iter().enumerate() {
             let device = block.device();
@@ -352,6 +340,55 @@ impl BitNet {
             x = block.forward(x, i, batch, history)?;
         }
         Ok(x)
+    }
+
+    /// What goes into the first block.
+    fn embedded(&self, tokens: &[u32]) -> Tensor<2> {
+        let _span = profile::span(Operation::Embedding);
+        let mut x = self.embedding.rows(tokens);
+        if let Some(rotation) = &self.embedding_rotation {
+            x = rotation.inverse(x);
+        }
+        match self.config.options.embedding_scale {
+            1.0 => x,
+            scale => x * scale,
+        }
+    }
+
+    /// What goes into the first block for tokens of whole sequences: [`forward_sequences`](Self::forward_sequences) is this,
+    /// [`forward_block`](Self::forward_block) for each block, and [`logits_of`](Self::logits_of).
+    ///
+    /// # Errors
+    /// As [`forward_sequences`](Self::forward_sequences).
+    pub fn embed_sequences(&self, tokens: &[u32], length: usize) -> Result<Tensor<2>, ForwardError> {
+        self.check_sequences(tokens, length)?;
+        Ok(self.embedded(tokens))
+    }
+
+    /// A block over the rows of whole sequences of `length` each, which are on the block's device.
+    ///
+    /// # Errors
+    /// If there is no such block, the rows are not whole sequences, or a kernel refuses.
+    pub fn forward_block(
+        &self,
+        block: usize,
+        x: Tensor<2>,
+        length: usize,
+    ) -> Result<Tensor<2>, ForwardError> {
+        let Some(layer) = self.blocks.get(block) else {
+            let problem = format!("block {block} of a model of {}", self.blocks.len());
+            return Err(ForwardError::Rows { row: 0, problem });
+        };
+        let batch = Batch::whole_sequences(length, &self.rotary, self.quantise, &layer.device());
+        layer.forward(x, block, &batch, &mut History::None { length })
+    }
+
+    /// The logits of what comes out of the last block.
+    ///
+    /// # Errors
+    /// If a device or a kernel fails.
+    pub fn logits_of(&self, x: Tensor<2>) -> Result<Tensor<2>, ForwardError> {
+        self.logits(self.normalised(x)?)
     }
 
     /// Behind the last norm, on the device of the output projection.
@@ -376,6 +413,15 @@ impl BitNet {
             1.0 => logits,
             divisor => logits / divisor,
         })
+    }
+
+    fn check_sequences(&self, tokens: &[u32], length: usize) -> Result<(), ForwardError> {
+        self.check_tokens(tokens.iter().copied())?;
+        if length == 0 || tokens.is_empty() || !tokens.len().is_multiple_of(length) {
+            let problem = format!("{} tokens are not whole sequences of {length}", tokens.len());
+            return Err(ForwardError::Rows { row: 0, problem });
+        }
+        Ok(())
     }
 
     fn check_tokens(&self, mut tokens: impl Iterator<Item = u32>) -> Result<(), ForwardError> {

@@ -10,7 +10,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::model::rms_norm;
 use crate::{
-    Attention, BitBlock, BitLinear, BitLinearWeight, BitNet, DenseMatrix, DenseWeight, FeedForward,
+    Adapter, Attention, BitBlock, BitLinear, BitLinearWeight, BitNet, DenseMatrix, DenseWeight, FeedForward,
     FloatPart, ModelConfig, Norm, Projection, Quantisation, names,
 };
 
@@ -189,6 +189,7 @@ impl BitNet {
                     }
                     error => error,
                 })?;
+                layer.adapter = layer.adapter.take().map(Adapter::into_stored);
             }
             if let Attention::DeltaNet(delta) = &mut block.attention {
                 *delta = delta.clone().into_stored();

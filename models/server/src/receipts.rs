@@ -57,7 +57,7 @@ impl Stored {
                 record
             }
             None => {
-                let record = ModelRecord::of(engine.checkpoint()).map_err(|error| fail(&error))?;
+                let record = engine.model_record().map_err(|error| fail(&error))?;
                 model.record.get_or_init(|| record)
             }
         };
@@ -66,6 +66,12 @@ impl Stored {
         // No path of this machine leaves it.
         let mut record = record.clone();
         record.path = file_name(&record.path);
+        if let Some(adapter) = &mut record.adapter {
+            adapter.path = file_name(&adapter.path);
+        }
+        if let Some(adapter) = &mut report.execution.adapter {
+            adapter.path = file_name(&adapter.path);
+        }
         report.model.path = file_name(&report.model.path);
         report.execution.tuning.cache_file = None;
         for kernel in &mut report.execution.kernels {

@@ -1,7 +1,10 @@
 //! What a training run is made of: a TOML or JSON file, each key with a default, unknown keys refused.
 
+mod lora;
+
 use std::path::{Path, PathBuf};
 
+pub use self::lora::LoraOptions;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
@@ -33,6 +36,8 @@ pub struct TrainConfig {
     pub data: DataOptions,
     /// Learning from another model.
     pub distill: DistillOptions,
+    /// Adapters in place of weights.
+    pub lora: LoraOptions,
     /// AdamW and its schedule.
     pub optimizer: OptimizerOptions,
     /// Steps, evaluations and checkpoints.
@@ -308,6 +313,9 @@ pub struct RunOptions {
     pub batch_size: usize,
     /// Parts of a step's sequences that are computed one after the other, to save memory. It divides `batch_size`.
     pub accumulate: usize,
+    /// Whether the backward pass computes each block again, so that only the blocks' inputs are kept: less memory for a third
+    /// more time, and the same gradients.
+    pub recompute: bool,
     /// Tokens of a sequence; 0: the model's context.
     pub sequence_length: usize,
     /// Steps between evaluations on the validation set.
@@ -332,6 +340,7 @@ impl Default for RunOptions {
             steps: 1500,
             batch_size: 16,
             accumulate: 1,
+            recompute: false,
             sequence_length: 0,
             evaluate_every: 100,
             evaluation_sequences: 128,
@@ -528,6 +537,7 @@ impl TrainConfig {
         if optimizer.epsilon == 0.0 {
             return fail("optimizer.epsilon", "is 0; a step could divide by zero".into());
         }
+        self.lora.check(self)?;
         let model = self.model_config(2, 0);
         let wrong =
             |key: &str, problem: String| TrainError::Config { place: format!("`model.{key}`"), problem };
@@ -637,6 +647,8 @@ mod tests {
             ("data.weights=1", "sequence"),
             ("data.bad_rows=-1", "data.bad_rows"),
             ("data.task=sft", "model.from"),
+            ("lora.rank=4", "model.from"),
+            ("lora.alpha=4", "`lora.rank`: is 0"),
             ("distill.temperature=0", "divided by it"),
             ("distill.initial=best", "calibrated"),
             ("run.accumulate=3", "does not divide the 16"),

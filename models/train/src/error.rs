@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bitnet_burn::ForwardError;
+use bitnet_burn_engine::adapter::AdapterError;
 use bitnet_burn_engine::checkpoint::LoadError;
 use bitnet_burn_engine::hf::HfWriteError;
 
@@ -75,6 +76,9 @@ pub enum TrainError {
     /// A checkpoint that could not be written.
     #[error("the checkpoint was not written: {0}")]
     Write(#[from] HfWriteError),
+    /// An adapter.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
     /// A model to begin with or to learn from.
     #[error("{}: {problem}", path.display())]
     Model {

@@ -10,10 +10,12 @@ mod data;
 mod distill;
 mod error;
 pub mod export;
+mod lora;
 mod memory;
 mod metrics;
 mod optimizer;
 mod origin;
+mod recompute;
 mod sft;
 mod store;
 mod trainer;
@@ -21,8 +23,8 @@ mod watch;
 
 pub use calibrate::LayerFit;
 pub use config::{
-    DataOptions, DistillOptions, Documents, Initial, ModelOptions, OptimizerOptions, RunOptions, Task,
-    TokenizerOptions, TrainConfig,
+    DataOptions, DistillOptions, Documents, Initial, LoraOptions, ModelOptions, OptimizerOptions, RunOptions,
+    Task, TokenizerOptions, TrainConfig,
 };
 pub use corpus::{BadRow, Corpus};
 pub(crate) use data::Vocabulary;

@@ -5,7 +5,7 @@ use burn::tensor::Device;
 use serde::Serialize;
 
 use crate::origin::{self, Origin};
-use crate::{TrainConfig, TrainError};
+use crate::{TrainConfig, TrainError, lora};
 
 /// The memory of a run's parts, in bytes. Activations are an estimate: what the backward pass needs of each layer's rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -26,14 +26,25 @@ pub struct MemoryPlan {
     pub logits: u64,
     /// The teacher's weights, as their files hold them.
     pub teacher: u64,
+    /// The weights of a model that adapters are trained for, as its files hold them.
+    pub base: u64,
 }
 
 impl MemoryPlan {
     /// All parts together. The text and its tokens, 4 bytes each, come on top.
     pub fn total(&self) -> u64 {
-        let Self { parameters: _, weights, gradients, optimizer, ternary, activations, logits, teacher } =
-            *self;
-        [weights, gradients, optimizer, ternary, activations, logits, teacher]
+        let Self {
+            parameters: _,
+            weights,
+            gradients,
+            optimizer,
+            ternary,
+            activations,
+            logits,
+            teacher,
+            base,
+        } = *self;
+        [weights, gradients, optimizer, ternary, activations, logits, teacher, base]
             .into_iter()
             .fold(0, u64::saturating_add)
     }
@@ -46,7 +57,8 @@ impl MemoryPlan {
         if config.model.from.as_os_str().is_empty() {
             config.model.from.clone_from(&config.distill.teacher);
         }
-        let model = match Origin::of(&config, device)? {
+        let origin = Origin::of(&config, device)?;
+        let model = match &origin {
             Some(origin) => origin.adopt(&mut config)?,
             None => config.model_config(config.tokenizer.vocab_size, 0),
         };
@@ -56,7 +68,20 @@ impl MemoryPlan {
             true => 0,
             false => origin::open(path)?.tensors().iter().map(|tensor| tensor.bytes).sum(),
         };
-        Ok(Self::of_model(&config, &model, teacher))
+        let plan = Self::of_model(&config, &model, teacher);
+        let Some(origin) = origin.filter(|_| config.lora.is_used()) else { return Ok(plan) };
+        let parameters = lora::parameters(&config.lora, &model)?;
+        // As many copies of each as of the weights.
+        let copies = plan.gradients / plan.weights.max(1);
+        Ok(Self {
+            parameters,
+            weights: parameters.saturating_mul(4),
+            gradients: parameters.saturating_mul(4).saturating_mul(copies),
+            optimizer: parameters.saturating_mul(8),
+            ternary: 0,
+            base: origin.bytes(),
+            ..plan
+        })
     }
 
     fn of_model(config: &TrainConfig, model: &ModelConfig, teacher: u64) -> Self {
@@ -84,6 +109,12 @@ impl MemoryPlan {
         others += model.hidden_size as u64 + product(&[tables, model.vocab_size, model.hidden_size]);
         let parameters = projections.saturating_add(others);
         let rows = config.run.batch_size / config.run.accumulate.max(1) * config.sequence_length();
+        let layers = model.n_layers.max(1) as u64;
+        let activations = match config.run.recompute {
+            false => per_row,
+            // The inputs of all, and what one layer keeps.
+            true => per_row / layers + layers.saturating_mul(model.hidden_size as u64),
+        };
         let logits = if teacher > 0 { 6 } else { 3 };
         let accumulated = if config.run.accumulate > 1 { 2 } else { 1 };
         Self {
@@ -92,9 +123,10 @@ impl MemoryPlan {
             gradients: parameters.saturating_mul(4 * accumulated),
             optimizer: parameters.saturating_mul(8),
             ternary: if config.model.ternary { projections.saturating_mul(4) } else { 0 },
-            activations: per_row.saturating_mul(4).saturating_mul(rows as u64),
+            activations: activations.saturating_mul(4).saturating_mul(rows as u64),
             logits: product(&[logits, 4, rows, model.vocab_size]),
             teacher,
+            base: 0,
         }
     }
 }
@@ -116,6 +148,9 @@ mod tests {
         let parts = MemoryPlan::of(config.clone(), &Device::flex()).unwrap();
         assert_eq!((parts.activations, parts.logits), (whole.activations / 4, whole.logits / 4));
         assert!(parts.total() < whole.total() && parts.weights == whole.weights);
+        config.set("run.recompute=true").unwrap();
+        let recomputed = MemoryPlan::of(config.clone(), &Device::flex()).unwrap();
+        assert!(recomputed.activations < parts.activations && recomputed.logits == parts.logits);
         config.set("run.batch_size=0").unwrap();
         assert!(MemoryPlan::of(config, &Device::flex()).is_err());
     }

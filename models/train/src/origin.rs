@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use bitnet_burn::backends::ops::{MatrixScale, TernaryMatrix};
 use bitnet_burn::formats::{DenseTensor, Scales, ternary};
 use bitnet_burn::{
-    ActivationRule, BitLinear, BitLinearWeight, FloatPart, ModelConfig, Norm, Projection, Quantisation,
-    WeightScale, names,
+    ActivationRule, BitLinear, BitLinearWeight, BitNet, FloatPart, ModelConfig, Norm, Projection,
+    Quantisation, WeightScale, names,
 };
 use bitnet_burn_engine::checkpoint::{Checkpoint, OpenOptions, TokenizerSource, Weights};
+use bitnet_burn_engine::load::{LoadOptions, load};
+use bitnet_burn_engine::receipt::ModelRecord;
 use bitnet_burn_engine::tokenizer::translate;
 use burn::tensor::Device;
 
@@ -117,19 +119,19 @@ impl Origin {
         if path.as_os_str().is_empty() {
             return Ok(None);
         }
-        Self::new(open(path)?, device).map(Some)
+        Self::new(open(path)?, config.lora.is_used(), device).map(Some)
     }
 
-    fn new(checkpoint: Checkpoint, device: &Device) -> Result<Self, TrainError> {
+    fn new(checkpoint: Checkpoint, frozen: bool, device: &Device) -> Result<Self, TrainError> {
         let (path, config) = (checkpoint.path(), checkpoint.config());
-        if checkpoint.is_rotated() {
+        if checkpoint.is_rotated() && !frozen {
             return Err(wrong(
                 path,
                 "its weights are rotated by a Hadamard transform, which training has not",
             ));
         }
         let biased = Projection::every().find(|which| which.has_bias(config));
-        if let Some(which) = biased {
+        if let Some(which) = biased.filter(|_| !frozen) {
             let problem = format!("its {} projections have biases, which training has not", which.name());
             return Err(wrong(path, problem));
         }
@@ -143,6 +145,23 @@ impl Origin {
         self.checkpoint.path()
     }
 
+    /// Its files with their hashes, as JSON.
+    pub fn record(&self) -> Result<Vec<u8>, TrainError> {
+        let record = ModelRecord::of(&self.checkpoint).map_err(TrainError::io(self.path(), "read"))?;
+        Ok(format!("{:#}\n", serde_json::json!(record)).into_bytes())
+    }
+
+    /// The model as it computes, on the device without gradients.
+    pub fn frozen(&self, activations: ActivationRule) -> Result<BitNet, TrainError> {
+        let options = LoadOptions { activations, prepacked: false, ..LoadOptions::default() };
+        load(&self.checkpoint, &self.device, &options, &mut |_| {}).map_err(|error| wrong(self.path(), error))
+    }
+
+    /// Bytes of its tensors, as the files hold them.
+    pub fn bytes(&self) -> u64 {
+        self.checkpoint.tensors().iter().map(|tensor| tensor.bytes).sum()
+    }
+
     /// Its tokenizer's files.
     pub fn tokenizer_files(&self) -> Result<TokenizerFiles, TrainError> {
         tokenizer_files(&self.checkpoint)
@@ -152,7 +171,8 @@ impl Origin {
     pub fn adopt(&self, config: &mut TrainConfig) -> Result<ModelConfig, TrainError> {
         let (found, default) = (self.checkpoint.config(), ModelOptions::default());
         let m = &mut config.model;
-        if let Some(Quantisation { scale, activations }) = self.quantisation()?.filter(|_| m.ternary) {
+        let quantisation = if config.lora.is_used() { None } else { self.quantisation()? };
+        if let Some(Quantisation { scale, activations }) = quantisation.filter(|_| m.ternary) {
             if m.scales != default.scales && m.scales != scale {
                 let problem = format!(
                     "its weights share a scale by {scale}; it can't be trained further with {}",

@@ -16,10 +16,11 @@ use serde_json::json;
 use crate::calibrate::LayerFit;
 use crate::config::Task;
 use crate::export::TOKENIZER_FILES;
-use crate::origin::TokenizerFiles;
-use crate::{Dataset, TrainConfig, TrainError};
+use crate::origin::{Origin, TokenizerFiles};
+use crate::{Dataset, TrainConfig, TrainError, lora};
 use bitnet_burn::{BitNet, ModelConfig, Quantisation};
-use bitnet_burn_engine::hf;
+use bitnet_burn_engine::receipt::{FileRecord, ModelRecord};
+use bitnet_burn_engine::{adapter, hf};
 
 const CONFIG: &str = "config.toml";
 pub(super) const TOKENIZER: &str = "tokenizer.json";
@@ -30,6 +31,8 @@ const OPTIMIZER: &str = "optimizer.bpk";
 const STATE: &str = "training.json";
 const MODEL: &str = "model.safetensors";
 const MASTERS: &str = "masters.safetensors";
+/// The files of a model that adapters are trained for, with their hashes.
+pub(super) const BASE: &str = "base.json";
 const MODEL_CONFIG: &str = "model.json";
 const FITS: &str = "layers.csv";
 /// As `sha256sum` writes and checks it.
@@ -76,6 +79,26 @@ pub(super) fn begin(
         write_file(&dir.join(MODEL_CONFIG), format!("{:#}\n", json!(model)).as_bytes())?;
     }
     write_file(&dir.join(CONFIG), config.to_toml().as_bytes())
+}
+
+/// Whether a model is still the one that adapters were begun for.
+pub(super) fn check_base(dir: &Path, origin: &Origin) -> Result<(), TrainError> {
+    let path = dir.join(BASE);
+    let stated = std::fs::read(&path).map_err(TrainError::io(&path, "read"))?;
+    let files = |json: &[u8]| -> Result<Vec<FileRecord>, TrainError> {
+        let record = serde_json::from_slice::<ModelRecord>(json);
+        let wrong = |error: serde_json::Error| TrainError::Checkpoint {
+            path: path.clone(),
+            problem: error.to_string(),
+        };
+        Ok(record.map_err(wrong)?.files)
+    };
+    if files(&stated)? == files(&origin.record()?)? {
+        return Ok(());
+    }
+    let problem =
+        format!("it has changed since the run began: its files are not those in {}", path.display());
+    Err(TrainError::Model { path: origin.path().to_owned(), problem })
 }
 
 /// What the model of a run is that did not begin from nothing.
@@ -274,6 +297,7 @@ pub(super) fn write(
         UnfinishedDirectory::new(&parent).map_err(TrainError::io(&parent, "make a directory in it"))?;
     let at = temporary.path();
     match config.model.quantisation() {
+        _ if config.lora.is_used() => lora::write(at, config, model)?,
         // A float twin is no BitNet: nothing must load it as one.
         None => hf::write_values(at, model.config(), None, model.parameters())?,
         Some(quantisation) if quantisation.is_bitnet() => {
@@ -355,7 +379,9 @@ fn check_sums(checkpoint: &Path) -> Result<(), TrainError> {
     let differs = stated.lines().find(|line| !found.lines().any(|found| found == *line)).map(name);
     let unstated = || {
         let stated: Vec<_> = stated.lines().map(name).collect();
-        [STATE, OPTIMIZER, MODEL].map(str::to_owned).into_iter().find(|name| !stated.contains(name))
+        let weights =
+            if stated.iter().any(|name| name == adapter::CONFIG) { adapter::WEIGHTS } else { MODEL };
+        [STATE, OPTIMIZER, weights].map(str::to_owned).into_iter().find(|name| !stated.contains(name))
     };
     let Some(name) = differs.or_else(unstated) else { return Ok(()) };
     let problem = format!(

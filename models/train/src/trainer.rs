@@ -43,7 +43,9 @@ use crate::optimizer::{Optimizer, Scale, SquareSum, scalar};
 use crate::origin::{self, Origin};
 use crate::store::{self, config_of, is_run, newest};
 use crate::watch::{self, Sample, Samples};
-use crate::{Batch, Corpus, Dataset, Epoch, Metrics, MetricsRow, TrainConfig, TrainError, Window};
+use crate::{
+    Batch, Corpus, Dataset, Epoch, Metrics, MetricsRow, TrainConfig, TrainError, Window, lora, recompute,
+};
 
 /// The mean loss over a set of sequences.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -151,6 +153,9 @@ impl Trainer {
                     files.retain(|(name, _)| name != store::CHAT_TEMPLATE);
                     files.push((store::CHAT_TEMPLATE.into(), text));
                 }
+                if config.lora.is_used() {
+                    files.push((store::BASE.into(), origin.record()?));
+                }
                 Some((origin.adopt(&mut config)?, files))
             }
         };
@@ -171,6 +176,9 @@ impl Trainer {
             problem: error.problem,
         };
         model_config.validate().map_err(in_config)?;
+        if config.lora.is_used() {
+            lora::parameters(&config.lora, &model_config)?;
+        }
         let teacher = Teacher::of(&config, &data, &model_config, device)?;
         std::fs::create_dir_all(dir).map_err(TrainError::io(dir, "make the directory"))?;
         let lock = lock(dir)?;
@@ -204,18 +212,32 @@ impl Trainer {
             }
         };
         let teacher = Teacher::of(&config, &data, &model_config, device)?;
+        let frozen = match config.lora.is_used() {
+            true => Origin::of(&config, device)?,
+            false => None,
+        };
+        if let Some(origin) = &frozen {
+            store::check_base(dir, origin)?;
+        }
         let Some(path) = newest(dir)? else {
-            let origin = Origin::of(&config, device)?;
+            let origin = match frozen {
+                Some(origin) => Some(origin),
+                None => Origin::of(&config, device)?,
+            };
             return Self::fresh(dir, lock, (config, data, model_config), (origin, teacher), device);
         };
         let state = store::State::read(&path)?;
         state.check(&path, &config, &data)?;
-        let values = store::parameters(&path, &config)?;
-        let device = device.clone().autodiff();
-        let quantisation = config.model.quantisation();
-        let model = BitNet::trainable(&model_config, quantisation, &device, &mut |name, shape| {
-            values.get(name, shape)
-        })?;
+        let model = match &frozen {
+            Some(origin) => lora::model(origin, &config, &lora::resumed(&path, &config, &model_config)?)?,
+            None => {
+                let values = store::parameters(&path, &config)?;
+                let (device, quantisation) = (device.clone().autodiff(), config.model.quantisation());
+                BitNet::trainable(&model_config, quantisation, &device, &mut |name, shape| {
+                    values.get(name, shape)
+                })?
+            }
+        };
         let record = store::optimizer(&path)?;
         let trainer = Self::at(state.step, dir, lock, (config, data), (model, teacher))?;
         Ok(Self { optimizer: Optimizer(trainer.optimizer.0.load_record(record)), ..trainer })
@@ -253,6 +275,10 @@ impl Trainer {
         (origin, teacher): (Option<Origin>, Option<Teacher>),
         device: &Device,
     ) -> Result<Self, TrainError> {
+        if let Some(origin) = origin.as_ref().filter(|_| config.lora.is_used()) {
+            let model = lora::model(origin, &config, &lora::fresh(&config, &model_config)?)?;
+            return Self::at(0, dir, lock, (config, data), (model, teacher));
+        }
         let mut random = SplitMix64::new(config.seed);
         let quantisation = config.model.quantisation();
         let (mut chosen, mut fits) = (BTreeMap::new(), Vec::new());
@@ -300,6 +326,15 @@ impl Trainer {
     /// The tokens of the run.
     pub fn data(&self) -> &Dataset {
         &self.data
+    }
+
+    /// The number of values that are trained.
+    pub fn parameters(&self) -> u64 {
+        let model = self.model.config();
+        match self.config.lora.is_used() {
+            true => lora::parameters(&self.config.lora, model).unwrap_or_default(),
+            false => model.ternary_parameters() + model.dense_parameters(),
+        }
     }
 
     /// Steps done.
@@ -419,30 +454,39 @@ impl Trainer {
                     (losses * mask).sum() / counted(counts)
                 }
             };
-            let logits = self.model.forward_sequences(inputs, length)?;
-            let options = &self.config.distill;
-            let divergence = match &self.teacher {
-                Some(teacher) => {
-                    let input = (inputs, length);
-                    Some(mean(teacher.divergence(logits.clone(), input, options.temperature)?))
-                }
-                None => None,
+            let objective = |logits: Tensor<2>| -> Result<(Tensor<1>, Losses), TrainError> {
+                let options = &self.config.distill;
+                let divergence = match &self.teacher {
+                    Some(teacher) => {
+                        let input = (inputs, length);
+                        Some(mean(teacher.divergence(logits.clone(), input, options.temperature)?))
+                    }
+                    None => None,
+                };
+                let text = mean(ops::cross_entropy(logits, targets));
+                let value = |loss: &Tensor<1>| f64::from(scalar(loss.clone().detach()));
+                let mut losses = Losses { text: value(&text) * share, ..Losses::default() };
+                let objective = match divergence {
+                    Some(divergence) => {
+                        losses.teacher = Some(value(&divergence) * share);
+                        text * options.cross_entropy + divergence * options.logits
+                    }
+                    None => text,
+                };
+                losses.objective = value(&objective);
+                Ok((if parts == 1 { objective } else { objective * share }, losses))
             };
-            let text = mean(ops::cross_entropy(logits, targets));
-            sum.text += f64::from(scalar(text.clone().detach())) * share;
-            let objective = match divergence {
-                Some(divergence) => {
-                    *sum.teacher.get_or_insert(0.0) += f64::from(scalar(divergence.clone().detach())) * share;
-                    text * options.cross_entropy + divergence * options.logits
-                }
-                None => text,
+            let (losses, grads) = if self.config.run.recompute {
+                recompute::gradients(&self.model, inputs, length, objective)?
+            } else {
+                let (objective, losses) = objective(self.model.forward_sequences(inputs, length)?)?;
+                (losses, GradientsParams::from_grads(objective.backward(), &self.model))
             };
-            sum.objective += f64::from(scalar(objective.clone().detach()));
+            sum.add(losses);
             if parts == 1 {
-                return Ok((sum, GradientsParams::from_grads(objective.backward(), &self.model)));
+                return Ok((sum, grads));
             }
-            let grads = (objective * share).backward();
-            accumulator.accumulate(&self.model, GradientsParams::from_grads(grads, &self.model));
+            accumulator.accumulate(&self.model, grads);
         }
         Ok((sum, accumulator.grads()))
     }
@@ -492,7 +536,8 @@ impl Trainer {
             }
             let last = self.step + 1 == run.steps;
             let evaluates = last || (self.step + 1).is_multiple_of(run.evaluate_every);
-            let codes = (evaluates && self.config.model.ternary).then(|| watch::codes(&mut self.model));
+            let ternarises = self.config.model.ternary && !self.config.lora.is_used();
+            let codes = (evaluates && ternarises).then(|| watch::codes(&mut self.model));
             let mut row = self.step()?;
             if evaluates {
                 row.flipped = codes.map(|codes| watch::flipped(&codes, &watch::codes(&mut self.model)));
@@ -541,6 +586,16 @@ struct Losses {
     text: f64,
     /// From the teacher.
     teacher: Option<f64>,
+}
+
+impl Losses {
+    fn add(&mut self, other: Self) {
+        self.objective += other.objective;
+        self.text += other.text;
+        if let Some(teacher) = other.teacher {
+            *self.teacher.get_or_insert(0.0) += teacher;
+        }
+    }
 }
 
 /// Sets how far training quantises the projections.

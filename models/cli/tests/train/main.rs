@@ -4,6 +4,7 @@
 mod data;
 mod distill;
 mod from;
+mod lora;
 mod sft;
 mod sweep;
 mod watch;

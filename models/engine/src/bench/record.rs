@@ -140,6 +140,9 @@ pub struct Settings {
     pub lm_head: String,
     /// How activations were quantised.
     pub activations: String,
+    /// SHA-256 of the adapter that was added.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
     /// Further context lengths, which take memory, too.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub contexts: Vec<usize>,
@@ -172,6 +175,7 @@ impl Settings {
             kv_cache: options.kv_cache,
             lm_head: execution.lm_head.unwrap_or_default(),
             activations: execution.activations.unwrap_or_default(),
+            adapter: execution.adapter.map(|adapter| adapter.sha256),
             contexts: options.contexts.clone(),
             batches: options.batches.clone(),
             prompts: options.prompts.clone(),

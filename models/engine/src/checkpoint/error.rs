@@ -135,6 +135,14 @@ pub enum LoadError {
         /// The value.
         value: f32,
     },
+    /// Weights that can't be changed.
+    #[error("tensor `{tensor}` can't be merged with an adapter: {problem}")]
+    Unmerged {
+        /// The tensor.
+        tensor: String,
+        /// Why.
+        problem: String,
+    },
     /// A layer that the model does not have was asked for.
     #[error("{}: layer {layer} was asked for; the model has {n_layers}", path.display())]
     NoSuchLayer {

@@ -28,6 +28,7 @@ mod embed;
 mod error;
 pub(crate) mod gguf;
 pub(crate) mod hf;
+mod merged;
 mod missing;
 mod source;
 #[cfg(test)]
@@ -39,6 +40,7 @@ pub use embed::{EMBED_COMPANIONS, EmbedDefaults, Pooling};
 pub use error::LoadError;
 pub(crate) use hf::EXTENSION;
 pub use hf::{COMPANIONS, Style};
+pub use merged::MergeLoss;
 pub use source::{Content, OpenOptions, Rotated, Signs, TensorInfo, Weights};
 pub(crate) use tokenizer_source::{END_OF_GENERATION, end_of_generation};
 pub use tokenizer_source::{GgufTokenizer, TokenizerSource};
@@ -54,10 +56,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use crate::adapter;
 use gguf::GgufModel;
 use hf::HfModel;
 use source::Source;
-use values::{decode_finite, floats};
+use values::{decode_finite, f32_tensor, floats};
 
 /// What [`Checkpoint::check`] went through; getting one means that nothing was wrong.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -463,6 +466,11 @@ fn gguf_in_directory(path: &Path) -> Result<Option<PathBuf>, LoadError> {
     match &files[..] {
         [file] => Ok(Some(file.clone())),
         [] if config => Ok(None),
+        [] if has(adapter::CONFIG) => {
+            let problem =
+                "this is an adapter, which belongs to a model: name that one, and the adapter with --adapter";
+            Err(no_model(problem.into()))
+        }
         [] => Err(no_model("the directory has neither a config.json nor a GGUF file".into())),
         several => match bitnet_burn_formats::gguf::first_part(several) {
             Some(first) => Ok(Some(first.clone())),

@@ -3,6 +3,7 @@
 use bitnet_burn::{CacheError, ForwardError};
 use bitnet_burn_backends::manager;
 
+use crate::adapter::AdapterError;
 use crate::chat::ChatError;
 use crate::checkpoint::LoadError;
 use crate::device::DeviceError;
@@ -23,6 +24,9 @@ pub enum EngineError {
     /// The model.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The adapter.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),

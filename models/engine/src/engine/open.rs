@@ -11,6 +11,7 @@ use bitnet_burn_manager::ManagerConfig;
 use burn::tensor::Device;
 
 use super::{Engine, EngineError, Inner};
+use crate::adapter::Adapter;
 use crate::checkpoint::{Checkpoint, OpenOptions};
 use crate::device::{DeviceKind, DeviceName, DeviceSpec};
 use crate::load::{ActivationRule, DEFAULT_CHUNK, HeadMode, LoadOptions, LoadProgress, Packings};
@@ -36,6 +37,7 @@ pub enum OpenEvent {
 pub struct EngineOptions {
     file: OpenOptions,
     tokenizer: bool,
+    adapter: Option<PathBuf>,
     load: LoadOptions,
     rows: Option<usize>,
     device: Option<DeviceSpec>,
@@ -52,6 +54,7 @@ impl Default for EngineOptions {
         Self {
             file: OpenOptions::default(),
             tokenizer: true,
+            adapter: None,
             load: LoadOptions::default(),
             rows: None,
             device: None,
@@ -75,6 +78,12 @@ impl EngineOptions {
     /// Without a tokenizer: prompts are token ids then.
     pub fn without_tokenizer(mut self) -> Self {
         self.tokenizer = false;
+        self
+    }
+
+    /// With the LoRA [adapter](crate::adapter) in this directory, which is added to the model's projections.
+    pub fn adapter(mut self, path: impl Into<PathBuf>) -> Self {
+        self.adapter = Some(path.into());
         self
     }
 
@@ -196,7 +205,13 @@ impl EngineOptions {
             Some(context) if context <= trained => context,
             Some(asked) => return Err(EngineError::Context { asked, trained }),
         };
-        let requirements = Requirements::of(&checkpoint, self.load.head)?;
+        let mut requirements = Requirements::of(&checkpoint, self.load.head)?;
+        if let Some(path) = &self.adapter {
+            let adapter = Adapter::open(path, checkpoint.config())?;
+            let of_layer = adapter.bytes().div_ceil(requirements.layers.max(1) as u64);
+            requirements.layer_norms = requirements.layer_norms.saturating_add(of_layer);
+            self.load.adapter = Some(Arc::new(adapter));
+        }
         let mut config = match &self.kernels {
             Some((config, _)) => config.clone(),
             None => manager::manager().config().clone(),
@@ -277,6 +292,7 @@ impl EngineOptions {
             head: options.head,
             file: self.file,
             activations,
+            adapter: options.adapter,
             placement,
             notes,
             manager,

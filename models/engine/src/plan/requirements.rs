@@ -23,7 +23,7 @@ pub struct Requirements {
     pub layer_projections: u64,
     /// What a token reads of them: all; of experts, those that compute it.
     pub layer_read: u64,
-    /// The norms of one layer, and its other parts that are floats: a router to experts, say.
+    /// The norms of one layer, and its other parts that are floats: a router to experts, an adapter's matrices.
     pub layer_norms: u64,
     /// Number of ternary weights of one layer that a token is multiplied by.
     pub layer_weights: u64,

@@ -68,6 +68,9 @@ pub enum ImportError {
     /// The layer computes more than a `Linear` does.
     #[error("a Linear has no {0}; apply it before the Linear, and take it from the layer first")]
     NotLinear(&'static str),
+    /// The layer has an adapter, which is no part of its weights.
+    #[error("the layer has an adapter, which a Linear would lose; take it from the layer first")]
+    Adapter,
     /// Weights and activations do not fit together.
     #[error(transparent)]
     Quantisation(#[from] ConfigError),
@@ -204,7 +207,7 @@ impl BitLinear {
     /// outputs differ by the layer's quantisation of activations.
     ///
     /// # Errors
-    /// If the layer has a norm or a rotation, or its packed weights can't be unpacked.
+    /// If the layer has a norm, a rotation or an adapter, or its packed weights can't be unpacked.
     ///
     /// # Panics
     /// If the weights can't be read back from their device.
@@ -214,6 +217,9 @@ impl BitLinear {
         }
         if self.rotation.is_some() {
             return Err(ImportError::NotLinear("rotation"));
+        }
+        if self.adapter.is_some() {
+            return Err(ImportError::Adapter);
         }
         let ([n, k], scale) = ([self.d_output, self.d_input], self.quantisation.scale);
         let (values, device) = match &self.weight {
