@@ -5,6 +5,7 @@
 //!
 //! Notation everywhere: M rows of activations (tokens), N output features, K input features.
 
+mod contained;
 pub mod cpu;
 mod error;
 mod float;
@@ -16,6 +17,7 @@ pub mod plugin;
 pub mod pool;
 mod process;
 pub mod profile;
+mod sandbox;
 pub mod store;
 mod strict;
 mod temporary;

@@ -46,6 +46,45 @@ pub fn take_stdout() -> io::Result<File> {
     Ok(File::from(handle))
 }
 
+/// Prepares a process that is going to hold a plugin: it leaves no core dump, has no descriptor beyond the first three and
+/// `kept`, and, on Linux, ends with its parent.
+///
+/// # Errors
+/// Those of the system.
+#[cfg(unix)]
+pub(crate) fn keep_alone(kept: Option<libc::c_int>) -> io::Result<()> {
+    let check = |result: libc::c_int| match result {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    };
+    // SAFETY: system calls that concern this process alone.
+    unsafe {
+        // Crashing is what this process is for.
+        let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        check(libc::setrlimit(libc::RLIMIT_CORE, &raw const limit))?;
+        #[cfg(target_os = "linux")]
+        {
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+            // What the parent left open. (Before Linux 5.9 there is no such call; descriptors of Rust programs are
+            // closed by `exec`.)
+            let close =
+                |from: libc::c_uint, to: libc::c_uint| libc::syscall(libc::SYS_close_range, from, to, 0);
+            match kept.and_then(|kept| libc::c_uint::try_from(kept).ok()).filter(|kept| *kept > 2) {
+                None => close(3, libc::c_uint::MAX),
+                Some(kept) => {
+                    if kept > 3 {
+                        close(3, kept - 1);
+                    }
+                    close(kept + 1, libc::c_uint::MAX)
+                }
+            };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = kept;
+    Ok(())
+}
+
 /// What a plugin is asked to do: its kernel's name, its function, and M, N and K (0 where there is none).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Call {

@@ -35,6 +35,9 @@ use bitnet_burn_formats::files;
 pub struct PluginConfig {
     /// Whether plugins are loaded from files at all.
     pub enabled: bool,
+    /// Whether each computes in a process of its own, which reaches no files, no network and no other processes. Where that is
+    /// not possible, a plugin is refused. The process is the [`helper`](Self::helper).
+    pub contained: bool,
     /// Files and directories to load from, beside those that a caller names.
     pub path: Vec<PathBuf>,
     /// The user's plugin directory, if it is to be loaded from; it need not exist.
@@ -57,6 +60,7 @@ impl Default for PluginConfig {
     fn default() -> Self {
         Self {
             enabled: true,
+            contained: false,
             path: Vec::new(),
             user_dir: None,
             pins: None,
@@ -69,7 +73,7 @@ impl Default for PluginConfig {
 }
 
 impl PluginConfig {
-    /// The defaults, changed by `BITNET_PLUGINS` (`off`; `on`; `user`: also the user's directory),
+    /// The defaults, changed by `BITNET_PLUGINS` (see [`switch`](Self::switch)),
     /// `BITNET_PLUGIN_PATH` (absolute paths, separated as in `PATH`), `BITNET_PLUGIN_PINS` (a file;
     /// empty: none; unset: the user's, if there is one) and `BITNET_PLUGIN_CONFIG` (any text).
     ///
@@ -79,12 +83,8 @@ impl PluginConfig {
         let mut config = Self::default();
         let wrong =
             |name, value: &str, expected| ManagerError::Config { name, value: value.into(), expected };
-        match var("BITNET_PLUGINS")?.unwrap_or_default().as_str() {
-            "" | "on" | "1" => {}
-            "off" | "0" => config.enabled = false,
-            "user" => config.user_dir = default_user_dir(),
-            other => return Err(wrong("BITNET_PLUGINS", other, "off, on or user")),
-        }
+        let switches = var("BITNET_PLUGINS")?.unwrap_or_default();
+        config.switch(&switches).map_err(|expected| wrong("BITNET_PLUGINS", &switches, expected))?;
         config.configuration = var("BITNET_PLUGIN_CONFIG")?.unwrap_or_default();
         let path = std::env::var_os("BITNET_PLUGIN_PATH").unwrap_or_default();
         for entry in std::env::split_paths(&path) {
@@ -106,6 +106,31 @@ impl PluginConfig {
             None => default_pins().filter(|file| file.exists()),
         };
         Ok(config)
+    }
+
+    /// Switches plugins `off` or `on`; `on` is also `user`, `contained`, or both with a comma: those of the user's directory
+    /// are loaded, too; each plugin computes in a process of its own.
+    ///
+    /// # Errors
+    /// What the text should be.
+    pub fn switch(&mut self, text: &str) -> Result<(), &'static str> {
+        let (mut enabled, mut contained, mut user) = (true, false, false);
+        match text.trim() {
+            "" | "on" | "1" => {}
+            "off" | "0" => enabled = false,
+            text => {
+                for name in text.split(',') {
+                    match name.trim() {
+                        "user" => user = true,
+                        "contained" => contained = true,
+                        _ => return Err("off, on or user, contained, or \"user,contained\""),
+                    }
+                }
+            }
+        }
+        (self.enabled, self.contained) = (enabled, contained);
+        self.user_dir = default_user_dir().filter(|_| user);
+        Ok(())
     }
 
     /// The libraries to load, in the order in which they are: those that the caller names (files and

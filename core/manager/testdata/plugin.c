@@ -86,7 +86,8 @@ __attribute__((unused)) static float cached_scale(const bitnet_weights_t *w) {
 /* Time that passes for a test: its clock is the length of this file, in nanoseconds. */
 static void tick(uint64_t ns) {
     FILE *file = fopen(CLOCK_FILE, "a");
-    if (!file || fseek(file, 0, SEEK_END) || ftruncate(fileno(file), ftell(file) + (long)ns)) abort();
+    if (!file) return; /* The gate's child opens none. */
+    if (fseek(file, 0, SEEK_END) || ftruncate(fileno(file), ftell(file) + (long)ns)) abort();
     fclose(file);
 }
 #endif

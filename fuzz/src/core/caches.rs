@@ -4,7 +4,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bitnet_burn_manager::gate::{Description, GATE_VERSION, KernelResult, Refusal, Report, Stage};
+use bitnet_burn_manager::gate::{
+    Confinement, Description, GATE_VERSION, KernelResult, Refusal, Report, Stage,
+};
 use bitnet_burn_manager::store::{PluginConfig, PluginStore, read_pins, write_pins};
 use bitnet_burn_manager::{KernelManager, ManagerConfig, cpu};
 use bitnet_burn_plugin::abi::{ABI_MAJOR, ABI_MINOR};
@@ -121,6 +123,7 @@ fn report() -> Report {
         plugin: Some(Description { name: "plugin".into(), version: "1".into(), abi: "1.0".into() }),
         gpu: None,
         helper: "helper".into(),
+        confinement: Confinement { layers: vec!["a layer".into()], missing: Vec::new() },
         kernels: vec![kernel],
         refusal: Some(refusal),
         warnings: vec!["a warning".into()],

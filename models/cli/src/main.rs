@@ -37,7 +37,8 @@ use std::process::ExitCode;
 use std::sync::OnceLock;
 use std::time::Instant;
 
-use bitnet_burn::backends::manager::results_in_doubt;
+use bitnet_burn::backends::manager::{gate_child, results_in_doubt};
+use bitnet_burn_manager::gate;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::status::Status;
@@ -59,7 +60,8 @@ Environment (a flag wins over its variable, and a variable wins over the configu
   BITNET_THREADS      number of threads that run the kernels (--threads); default: one per physical core
   BITNET_PIN          1: pin each kernel thread to a core of its own (--pin)
   BITNET_KERNEL       use only this kernel (--kernel)
-  BITNET_PLUGINS      off: load no kernel plugins; user: also load those in the user's plugin directory
+  BITNET_PLUGINS      off: load no kernel plugins; user: also load those in the user's plugin directory;
+                      contained: each computes in a confined process of its own (Linux); user,contained: both
   BITNET_PLUGIN_PATH  kernel plugins: absolute files and directories, separated as in PATH (--plugin)
   BITNET_PLUGIN_PINS  file of SHA-256 pins: refuse all other plugins (`bitnet plugins trust`)
   BITNET_PLUGIN_CONFIG
@@ -126,8 +128,6 @@ enum Command {
     Plugins(plugins::PluginsArgs),
     Worker(worker::WorkerArgs),
     Receipt(receipt::ReceiptArgs),
-    #[command(hide = true)]
-    GateChild(plugins::GateChildArgs),
 }
 
 /// The stack of all that the program does. The main thread's own may be too small: `ulimit -s`, or Windows' 1 MiB.
@@ -143,6 +143,12 @@ pub(crate) fn started() -> Instant {
 
 fn main() -> ExitCode {
     started();
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == gate::CHILD_COMMAND) {
+        // Plugins are tried, or computed with, in this process, on its first thread: it confines itself.
+        output::start_logging();
+        std::process::exit(gate_child(arguments));
+    }
     let thread = std::thread::Builder::new().name("main".into()).stack_size(STACK).spawn(program);
     match thread {
         // (A panic has been told, and has this status in all Rust programs.)
@@ -158,11 +164,8 @@ fn program() -> ExitCode {
     bitnet_burn_formats::outlive_truncation();
     let cli = parse();
     output::start_logging();
-    // The gate's child does both in its own way.
-    if !matches!(cli.command, Command::GateChild(_)) {
-        output::take_stdout();
-        bitnet_burn_manager::guard_process();
-    }
+    output::take_stdout();
+    bitnet_burn_manager::guard_process();
     let result = match cli.command {
         Command::Run(args) => run::run(args),
         Command::Chat(args) => chat::run(args),
@@ -185,7 +188,6 @@ fn program() -> ExitCode {
         Command::Compare(args) => return exit(compare::run(*args)),
         Command::Plan(args) => return exit(plan::run(args)),
         Command::Receipt(args) => return exit(receipt::run(args)),
-        Command::GateChild(args) => args.run(),
     };
     exit(result.map(|()| Status::Done.into()))
 }

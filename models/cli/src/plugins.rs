@@ -6,13 +6,11 @@ mod new;
 mod publishers;
 mod source;
 
-use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use bitnet_burn::backends::manager;
 use bitnet_burn_formats::files;
 use bitnet_burn_manager::KernelManager;
 use bitnet_burn_manager::gate::{Report, Stage};
@@ -125,19 +123,6 @@ struct ForgetArgs {
     plugin: String,
 }
 
-/// Try a kernel plugin in this process. `bitnet` starts this for the gate
-#[derive(Debug, Args)]
-pub struct GateChildArgs {
-    arguments: Vec<OsString>,
-}
-
-impl GateChildArgs {
-    /// Does not return, because the plugin runs in this process.
-    pub fn run(self) -> ! {
-        std::process::exit(manager::gate_child(self.arguments.into_iter()))
-    }
-}
-
 pub fn run(args: PluginsArgs) -> anyhow::Result<()> {
     match args.command {
         Command::New(args) => new::run(&args),
@@ -203,6 +188,12 @@ fn describe(report: &Report) -> String {
         })
         .collect();
     text.push_str(&columns(&rows));
+    for layer in &report.confinement.layers {
+        let _ = writeln!(text, "confined by {layer}");
+    }
+    for reason in &report.confinement.missing {
+        let _ = writeln!(text, "not confined by {reason}");
+    }
     for warning in &report.warnings {
         let _ = writeln!(text, "warning: {warning}");
     }
@@ -231,6 +222,8 @@ struct ListOutput {
     #[serde(skip_serializing_if = "Option::is_none")]
     config_file: Option<PathBuf>,
     enabled: bool,
+    /// Whether plugins compute in processes of their own.
+    contained: bool,
     /// Files and directories from the environment or the configuration.
     path: Vec<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -268,6 +261,7 @@ fn list(args: &ListArgs) -> anyhow::Result<()> {
     let output = ListOutput {
         config_file,
         enabled: config.plugins.enabled,
+        contained: config.plugins.contained,
         path: config.plugins.path.clone(),
         user_dir: config.plugins.user_dir.clone(),
         pins: config.plugins.pins.clone(),
@@ -325,6 +319,11 @@ impl ListOutput {
         }
         if !self.enabled {
             text.push_str("plugins are off (BITNET_PLUGINS=off, or plugins = \"off\")\n");
+        }
+        if self.contained {
+            text.push_str(
+                "each plugin computes in a process of its own (BITNET_PLUGINS=contained, or plugins = \"contained\")\n",
+            );
         }
         for place in &self.path {
             let _ = writeln!(text, "loaded from: {} (BITNET_PLUGIN_PATH, or plugin_path)", place.display());

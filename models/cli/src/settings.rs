@@ -7,7 +7,7 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail};
-use bitnet_burn_manager::store;
+use bitnet_burn_manager::store::{self, PluginConfig};
 use bitnet_burn_manager::{FallbackPolicy, Strict};
 use bitnet_burn_manager::{MAX_THREADS, ManagerConfig};
 use toml::{Table, Value};
@@ -45,7 +45,8 @@ fn file() -> Option<PathBuf> {
 /// The content of the file.
 #[derive(Debug, Default, PartialEq)]
 struct ConfigFile {
-    plugins: Option<Plugins>,
+    /// As [`PluginConfig::switch`] takes it.
+    plugins: Option<String>,
     plugin_path: Option<Vec<PathBuf>>,
     /// The inner option is the pins file; `None` means no pins.
     plugin_pins: Option<Option<PathBuf>>,
@@ -59,13 +60,6 @@ struct ConfigFile {
     cache_dir: Option<Option<PathBuf>>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Plugins {
-    Off,
-    On,
-    User,
-}
-
 const KEYS: &str = "plugins, plugin_path, plugin_pins, plugin_config, threads, pin, kernel, strict_mode, fallback, cache_dir";
 
 impl ConfigFile {
@@ -75,12 +69,10 @@ impl ConfigFile {
             let wrong = |expected: &dyn Display| anyhow!("{key} = {value}: expected {expected}");
             match key.as_str() {
                 "plugins" => {
-                    settings.plugins = Some(match value.as_str() {
-                        Some("off") => Plugins::Off,
-                        Some("on") => Plugins::On,
-                        Some("user") => Plugins::User,
-                        _ => return Err(wrong(&"\"off\", \"on\" or \"user\"")),
-                    });
+                    let expected = "off, on or user, contained, or \"user,contained\"";
+                    let text = value.as_str().ok_or_else(|| wrong(&expected))?;
+                    PluginConfig::default().switch(text).map_err(|expected| wrong(&expected))?;
+                    settings.plugins = Some(text.to_owned());
                 }
                 "plugin_path" => {
                     let absolute = |value: &Value| {
@@ -131,10 +123,8 @@ impl ConfigFile {
             }
         }
         let plugins = &mut config.plugins;
-        set(is_set, "BITNET_PLUGINS", self.plugins, |which| match which {
-            Plugins::Off => plugins.enabled = false,
-            Plugins::On => {}
-            Plugins::User => plugins.user_dir = store::default_user_dir(),
+        set(is_set, "BITNET_PLUGINS", self.plugins, |text| {
+            plugins.switch(&text).expect("checked when it was read")
         });
         set(is_set, "BITNET_PLUGIN_PATH", self.plugin_path, |path| plugins.path = path);
         set(is_set, "BITNET_PLUGIN_PINS", self.plugin_pins, |pins| plugins.pins = pins);
@@ -161,7 +151,7 @@ fn place(value: &Value) -> Result<Option<PathBuf>, &'static str> {
 mod tests {
     use super::*;
 
-    const ALL: &str = "plugins = 'user'\nplugin_path = ['/a', '/b.so']\nplugin_pins = ''\nplugin_config = 'a.b=1'\nthreads = 3\npin = true\n\
+    const ALL: &str = "plugins = 'user, contained'\nplugin_path = ['/a', '/b.so']\nplugin_pins = ''\nplugin_config = 'a.b=1'\nthreads = 3\npin = true\n\
                        kernel = 'cpu/x'\nstrict_mode = 'gated-plugins'\ncache_dir = '/c'\n";
 
     #[test]
@@ -174,6 +164,7 @@ mod tests {
         assert_eq!(config.cache_dir.as_deref(), Some(Path::new("/c")));
         assert_eq!(config.plugins.path, [Path::new("/a"), Path::new("/b.so")]);
         assert_eq!((config.plugins.user_dir, config.plugins.pins), (store::default_user_dir(), None));
+        assert!(config.plugins.enabled && config.plugins.contained);
         assert_eq!(config.plugins.configuration, "a.b=1");
 
         let mut config = ManagerConfig::default();
@@ -189,7 +180,8 @@ mod tests {
             ("threads = 0", "threads = 0: expected a number from 1 to 1024"),
             ("pin = 1", "pin = 1: expected true or false"),
             ("threads = '2'", "threads = \"2\": expected a number"),
-            ("plugins = true", "plugins = true: expected \"off\", \"on\" or \"user\""),
+            ("plugins = true", "plugins = true: expected off, on or user, contained"),
+            ("plugins = 'user,container'", "expected off, on or user, contained, or \"user,contained\""),
             ("plugin_path = '/a'", "plugin_path = \"/a\": expected a list of absolute paths"),
             ("plugin_path = ['a']", "expected a list of absolute paths"),
             ("cache_dir = 'here'", "cache_dir = \"here\": expected an absolute path, or \"\""),

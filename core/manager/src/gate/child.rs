@@ -3,23 +3,39 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::environment;
-use super::{Event, GATE_VERSION, GPU_FOLLOWS, NO_GPU_RUNTIME, cases, declared, gpu, host_abi};
+use super::{
+    Confinement, Event, FOR_GPU, GATE_VERSION, GPU_FOLLOWS, NO_GPU_RUNTIME, cases, declared, gpu, host_abi,
+};
+use crate::contained::{self, Contained, Held};
 use crate::cpu;
 use crate::gpu::GpuDevice;
-use crate::plugin::{Kernel, LogLevel, Plugin, Target, log_to};
+use crate::plugin::{Kernel, Plugin, Target, log_to};
 use crate::pool::Pool;
+#[cfg(unix)]
+use crate::process::keep_alone;
 use crate::process::take_stdout;
+use crate::sandbox::Confined;
+
+/// How long a packing of a kernel for GPUs may take. (The parent has a limit for the whole case.)
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Threads that compute at once.
 const THREADS: usize = 4;
+/// The stack of what tries the plugin: a program's first thread may have a small one.
+const STACK: usize = 8 << 20;
+
+/// Opens the GPU to try kernels on, or says why there is none.
+type Open<'a> = &'a dyn Fn() -> Result<Box<dyn GpuDevice>, String>;
 
 /// The helper's side of the gate's first stage: `arguments` are those behind
 /// [`CHILD_COMMAND`](super::CHILD_COMMAND). Loads and tries the plugin, and reports on stdout. Nothing
-/// else may run in this process: the plugin may end it at any time.
+/// else may run in this process: the plugin may end it at any time. Call it on the program's first thread, before there are
+/// others: on Linux the process is confined, and what was started before would not be.
 ///
 /// ```no_run
 /// use bitnet_burn_manager::gate;
@@ -30,25 +46,39 @@ const THREADS: usize = 4;
 /// }
 /// ```
 ///
+/// The same process holds a plugin that computes [contained](crate::store::PluginConfig::contained).
+///
 /// Returns the status for the process to end with: 0 if the plugin passed, 1 if not, 2 if the arguments
 /// or the system are at fault.
 ///
 /// Kernels for GPUs are not tried, and not used: [`child_with_gpu`] tries them.
 pub fn child(arguments: impl Iterator<Item = OsString>) -> i32 {
-    child_with_gpu(arguments, &|| Err(NO_GPU_RUNTIME.into()))
+    begin(arguments, None)
 }
 
-/// [`child`], with a GPU to try kernels on that are GPU source. `open` is called if there are such kernels, after those
-/// for the CPU; its error says why there is no GPU.
+/// [`child`], with a GPU to try kernels on that are GPU source. `open` is called if there are such kernels, in a process of
+/// their own, after those for the CPU; its error says why there is no GPU.
 pub fn child_with_gpu(
-    mut arguments: impl Iterator<Item = OsString>,
+    arguments: impl Iterator<Item = OsString>,
     open: &dyn Fn() -> Result<Box<dyn GpuDevice>, String>,
 ) -> i32 {
-    let (Some(library), Some(origin), Some(configuration), None) =
-        (arguments.next(), arguments.next(), arguments.next(), arguments.next())
+    begin(arguments, Some(open))
+}
+
+fn begin(mut arguments: impl Iterator<Item = OsString>, open: Option<Open>) -> i32 {
+    let (Some(library), Some(origin), Some(configuration), role, None) =
+        (arguments.next(), arguments.next(), arguments.next(), arguments.next(), arguments.next())
     else {
         eprintln!("the gate's helper takes a library, the name to call it by, and a configuration for it");
         return 2;
+    };
+    let (library, origin) = (PathBuf::from(library), PathBuf::from(origin));
+    let configuration = configuration.to_string_lossy();
+    let role = role.map(|role| role.to_string_lossy().into_owned());
+    let for_gpu = match role.as_deref() {
+        None => false,
+        Some(FOR_GPU) => true,
+        Some(role) => return contained::hold(&library, &origin, &configuration, role),
     };
     let out = match own_output() {
         Ok(out) => Reporter(Arc::new(out)),
@@ -59,17 +89,13 @@ pub fn child_with_gpu(
     };
     out.say(&Event::Hello { gate: GATE_VERSION, abi: host_abi() });
     let log = out.clone();
-    log_to(move |level, text| {
-        let level = match level {
-            LogLevel::Error => "error",
-            LogLevel::Warning => "warning",
-            LogLevel::Info => "info",
-            LogLevel::Debug => "debug",
-        };
-        log.say(&Event::Log { line: format!("{level}: {text}") });
-    });
-    let configuration = configuration.to_string_lossy();
-    match try_plugin(library.into(), origin.into(), &configuration, open, &out) {
+    log_to(move |level, text| log.say(&Event::Log { line: format!("{level}: {text}") }));
+    let tried = match (for_gpu, open) {
+        (true, Some(open)) => try_on_gpu(&library, &origin, &configuration, open, &out),
+        (true, None) => Err(NO_GPU_RUNTIME.into()),
+        (false, _) => try_confined(&library, &origin, &configuration, open.is_some(), &out),
+    };
+    match tried {
         Ok(()) => {
             out.say(&Event::Done);
             0
@@ -81,21 +107,55 @@ pub fn child_with_gpu(
     }
 }
 
-fn try_plugin(
-    library: PathBuf,
-    origin: PathBuf,
+/// Confines the process, and then tries the plugin.
+fn try_confined(
+    library: &Path,
+    origin: &Path,
     configuration: &str,
-    open: &dyn Fn() -> Result<Box<dyn GpuDevice>, String>,
+    has_gpu: bool,
+    out: &Reporter,
+) -> Result<(), String> {
+    // It opens what it counts with.
+    environment::threads();
+    let mut confined = Confined::new(library);
+    let confinement = match &confined {
+        Ok(confined) => confined.confinement.clone(),
+        Err(reason) => Confinement { layers: Vec::new(), missing: vec![reason.clone()] },
+    };
+    out.say(&Event::Confined { confinement });
+    // Threads that it starts are confined as it is.
+    let mut work = || try_plugin((library, origin, configuration), has_gpu, &mut confined, out);
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, &mut work);
+        let thread = thread.map_err(|error| format!("the gate has no thread: {error}"))?;
+        thread.join().unwrap_or_else(|_| Err("the gate itself failed".into()))
+    })
+}
+
+/// Loads the library, and says so.
+fn load(
+    (library, origin, configuration): (&Path, &Path, &str),
+    confined: &mut Result<Confined, String>,
+) -> Result<Plugin, String> {
+    let plugin = Plugin::load_as(library, origin, configuration).map_err(|error| {
+        // Its source says what the loader said; and the parent names the file itself.
+        let text = error.to_string();
+        text.strip_prefix(&format!("plugin {}: ", origin.display())).map(str::to_owned).unwrap_or(text)
+    })?;
+    confined.as_mut().map_or(Ok(()), Confined::loaded)?;
+    Ok(plugin)
+}
+
+fn try_plugin(
+    library: (&Path, &Path, &str),
+    has_gpu: bool,
+    confined: &mut Result<Confined, String>,
     out: &Reporter,
 ) -> Result<(), String> {
     let pool = Pool::new(THREADS).map_err(|error| format!("the gate has no threads: {error}"))?;
     let threads = environment::threads();
     out.say(&Event::Trying { what: "loading it".into() });
-    let plugin = Plugin::load_as(&library, &origin, configuration).map_err(|error| {
-        // Its source says what the loader said; and the parent names the file itself.
-        let text = error.to_string();
-        text.strip_prefix(&format!("plugin {}: ", origin.display())).map(str::to_owned).unwrap_or(text)
-    })?;
+    let plugin = load(library, confined)?;
     if let Some(more) = environment::more_threads_than(threads) {
         return Err(format!("it started {more} threads when it was loaded"));
     }
@@ -108,8 +168,7 @@ fn try_plugin(
     kernels.retain(|kernel| {
         let unknown = kernel.unknown();
         if let Some(reason) = &unknown {
-            let reason = reason.clone();
-            out.say(&Event::Unavailable { kernel: kernel.id().into(), declared: declared(kernel), reason });
+            out.cannot(kernel, reason.clone());
         }
         unknown.is_none()
     });
@@ -118,7 +177,7 @@ fn try_plugin(
     for kernel in for_cpu {
         let id = kernel.id();
         if let Some(missing) = cpu::lacking(kernel.features(), &[]) {
-            out.say(&Event::Unavailable { kernel: id.into(), declared: declared(&kernel), reason: missing });
+            out.cannot(&kernel, missing);
             continue;
         }
         out.say(&Event::Trying { what: format!("kernel {id}") });
@@ -130,30 +189,78 @@ fn try_plugin(
     if others.is_empty() {
         return Ok(());
     }
-    // A driver starts threads: from here on, new threads are not counted against the plugin.
+    if !has_gpu {
+        out.say(&Event::Gpu { words: NO_GPU_RUNTIME.into() });
+        for kernel in &others {
+            out.cannot(kernel, format!("it is for {}, and {NO_GPU_RUNTIME}", kernel.target()));
+        }
+        return Ok(());
+    }
+    for kernel in &others {
+        let id = kernel.id();
+        out.say(&Event::Trying { what: format!("kernel {id}") });
+        gpu::check_packing(kernel, &mut |case| {
+            out.say(&Event::Trying { what: format!("kernel {id}, {case}") });
+        })?;
+    }
+    out.say(&Event::GpuFollows);
+    Ok(())
+}
+
+/// Tries the kernels that are GPU source. The driver needs files and devices, so the library is in another process, where that
+/// can be confined.
+fn try_on_gpu(
+    library: &Path,
+    origin: &Path,
+    configuration: &str,
+    open: Open,
+    out: &Reporter,
+) -> Result<(), String> {
+    out.say(&Event::Trying { what: "loading it".into() });
+    let helper = std::env::current_exe().map_err(|error| format!("the gate can't find itself: {error}"))?;
+    let held = Contained::start(Held {
+        helper: &helper,
+        library,
+        origin,
+        configuration,
+        threads: 1,
+        pin: false,
+        patience: PATIENCE,
+    });
+    let plugin = match held {
+        Ok(contained) => {
+            // (Messages name the file by its path.)
+            Plugin::contained(contained, origin, String::new()).map_err(|error| error.to_string())?
+        }
+        Err(reason) => {
+            tracing::warn!(reason, "the plugin is not contained");
+            load((library, origin, configuration), &mut Err(reason))?
+        }
+    };
+    let mut kernels = Arc::new(plugin).kernels();
+    kernels.retain(|kernel| kernel.unknown().is_none() && kernel.target() != Target::Cpu);
     out.say(&Event::Trying { what: "opening the GPU".into() });
     eprint!("{GPU_FOLLOWS}");
     let device = open();
     let words = device.as_ref().map_or_else(Clone::clone, |device| device.name());
     out.say(&Event::Gpu { words });
-    for kernel in others {
+    for kernel in kernels {
         let id = kernel.id();
         let device = match &device {
             Ok(device) if device.target() == kernel.target() => device,
             Ok(device) => {
                 let reason =
                     format!("it is for {}, and {} takes {}", kernel.target(), device.name(), device.target());
-                out.say(&Event::Unavailable { kernel: id.into(), declared: declared(&kernel), reason });
+                out.cannot(&kernel, reason);
                 continue;
             }
             Err(reason) => {
-                let reason = format!("it is for {}, and {reason}", kernel.target());
-                out.say(&Event::Unavailable { kernel: id.into(), declared: declared(&kernel), reason });
+                out.cannot(&kernel, format!("it is for {}, and {reason}", kernel.target()));
                 continue;
             }
         };
         if let Some(missing) = device.lacking(&kernel) {
-            out.say(&Event::Unavailable { kernel: id.into(), declared: declared(&kernel), reason: missing });
+            out.cannot(&kernel, missing);
             continue;
         }
         out.say(&Event::Trying { what: format!("kernel {id}") });
@@ -181,6 +288,11 @@ impl Reporter {
         // In one write, so that a crash can't leave half a line. If the parent is gone, the line is not needed.
         let _ = (&*self.0).write_all(&line);
     }
+
+    /// A kernel can't be tried here.
+    fn cannot(&self, kernel: &Kernel, reason: String) {
+        self.say(&Event::Unavailable { kernel: kernel.id().into(), declared: declared(kernel), reason });
+    }
 }
 
 /// Takes stdout away from the plugin, and makes this process end quietly when it has to.
@@ -190,19 +302,7 @@ fn own_output() -> std::io::Result<File> {
     {
         use std::os::fd::AsRawFd as _;
 
-        let check = |result: libc::c_int| match result {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        };
-        // SAFETY: system calls that concern this process alone.
-        unsafe {
-            // No core dumps: crashing is what this process is for.
-            let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-            check(libc::setrlimit(libc::RLIMIT_CORE, &raw const limit))?;
-            // Ends with the parent.
-            #[cfg(target_os = "linux")]
-            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
-        }
+        keep_alone(Some(out.as_raw_fd()))?;
         super::guard::faults::install(out.as_raw_fd())?;
     }
     Ok(out)

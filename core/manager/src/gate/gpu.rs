@@ -14,6 +14,26 @@ use bitnet_burn_formats::reference;
 const COLUMN: usize = 2;
 const OTHERS: usize = 5;
 
+/// Packs and unpacks the weights of the cases that a kernel supports, between walls, announcing each.
+///
+/// # Errors
+/// What is wrong with the case that was announced last.
+pub(super) fn check_packing(
+    kernel: &Kernel,
+    announce: &mut dyn FnMut(&dyn std::fmt::Display),
+) -> Result<(), String> {
+    let mut random = SplitMix64::new(0x6b17);
+    for case in cases::of_gpus() {
+        let (m, n, k) = case.shape();
+        let signature = Signature::ternary(m as u64, n as u64, k as u64, 1);
+        if kernel.claims(&signature).map_err(|failure| failure.to_string())? {
+            announce(&format_args!("[{m}, {k}] x [{n}, {k}]ᵀ, {}", case.values()));
+            case.weights(kernel, &case.inputs(&mut random).0)?;
+        }
+    }
+    Ok(())
+}
+
 /// Tries a kernel on the cases that it supports, announcing each; how many there were.
 ///
 /// Each is run twice. With all scales 1 the outputs are the sums, which f32 holds exactly: they must be equal to
@@ -72,12 +92,19 @@ fn run(
 }
 
 impl Case {
-    /// Canonical weights as the kernel reads them: packed between walls, and unpacked again, if it packs.
+    /// Canonical weights as the kernel reads them: if it packs, packed between walls, and unpacked again.
     fn weights(&self, kernel: &Kernel, canonical: &[u8]) -> Result<Vec<u8>, String> {
         if kernel.layout().is_none() {
             return Ok(canonical.to_vec());
         }
         let (_, n, k) = self.shape();
+        if let Some(contained) = kernel.contained() {
+            // The child before this one has tried it between walls.
+            let size = kernel.packed_bytes(n, k).map_err(|failure| failure.to_string())?;
+            let mut packed = vec![0; size.ok_or("it supports the shape, and can't pack it")?];
+            let result = contained.pack(kernel, (n, k), canonical, &mut packed);
+            return result.map(|()| packed).map_err(|failure| format!("pack: {failure}"));
+        }
         let walled = self.input("the canonical weights", canonical, CANONICAL_ALIGNMENT)?;
         Ok(self.pack(kernel, &walled, n, k)?.bytes().to_vec())
     }

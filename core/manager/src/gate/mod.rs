@@ -14,10 +14,11 @@
 //!
 //! Kernels that are GPU source go through the same stages, where the helper has a GPU
 //! ([`child_with_gpu`]): a text can hang a device or, since it is compiled without bounds checks, crash a driver
-//! that runs in the process, too.
+//! that runs in the process, too. A second child does that, which loads no library: a driver can't be confined.
 //!
-//! The second and third are the [manager](crate::KernelManager)'s. All three find mistakes, not malice: a
-//! plugin is native code, and runs with the rights of the program.
+//! The second and third are the [manager](crate::KernelManager)'s. All three find mistakes, not malice. On Linux the child
+//! is [confined](crate::sandbox) before it loads the library, so that a plugin that is only tried reaches nothing; what
+//! passes is native code, and runs with the rights of the program, unless it is [contained](crate::contained).
 
 mod cases;
 mod child;
@@ -39,12 +40,17 @@ pub(crate) use self::cases::{check_in_process, difference};
 pub use self::child::{child, child_with_gpu};
 pub(crate) use self::guard::{Place, Walled, Walls};
 use crate::plugin::{Kernel, shared_statics, shown};
+pub use crate::sandbox::Confinement;
 
 /// Changes with what the gate looks at. Verdicts of another version are ignored.
-pub const GATE_VERSION: u32 = 5;
+pub const GATE_VERSION: u32 = 6;
 
-/// First argument of the helper program, before the library and the name that messages call it by.
+/// First argument of the helper program, before the library, the name that messages call it by, the configuration, and
+/// what the child is for, if that is not to try the plugin.
 pub const CHILD_COMMAND: &str = "gate-child";
+
+/// What a child is for: to try the kernels that are GPU source.
+const FOR_GPU: &str = "gpu";
 
 /// Why a helper without a GPU runtime did not try a kernel for one.
 pub(crate) const NO_GPU_RUNTIME: &str = "the gate's helper has no GPU runtime";
@@ -61,6 +67,8 @@ const WHOLE: u32 = 12;
 enum Event {
     /// The first line.
     Hello { gate: u32, abi: String },
+    /// What it is confined by, before it loads the library.
+    Confined { confinement: Confinement },
     /// What comes next, before it is tried.
     Trying { what: String },
     /// The descriptor is valid.
@@ -75,6 +83,8 @@ enum Event {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         device: Option<String>,
     },
+    /// The kernels for GPUs are for another child.
+    GpuFollows,
     /// The GPU that the others are tried on, or why there is none.
     Gpu { words: String },
     /// A kernel that this machine, or this helper, can't run.
@@ -106,6 +116,9 @@ pub struct Report {
     pub gpu: Option<String>,
     /// The program that tried it: path, size and time of modification.
     pub helper: String,
+    /// What that process was confined by when it loaded the library.
+    #[serde(default)]
+    pub confinement: Confinement,
     /// Kernels that were tried, or can't be on this machine.
     pub kernels: Vec<KernelResult>,
     /// Why the plugin is refused; `None` if it passed.
@@ -238,7 +251,7 @@ pub(crate) fn declared(kernel: &Kernel) -> String {
     let text = kernel.gpu().map_or(String::new(), |gpu| files::sha256(format!("{gpu:?}").as_ref()));
     format!(
         "{} {} [{}] aligned to {}, granule {} {text}",
-        kernel.layout().unwrap_or("canonical"),
+        kernel.declared_layout().unwrap_or("canonical"),
         kernel.target(),
         kernel.features().join(","),
         kernel.weight_alignment(),
@@ -282,22 +295,43 @@ pub(crate) fn examine(
         plugin: None,
         gpu: None,
         helper: identity(helper),
+        confinement: Confinement::default(),
         kernels: Vec::new(),
         refusal: None,
         warnings: std::fs::read(library).ok().and_then(|bytes| shared_statics(&bytes)).into_iter().collect(),
         log: Vec::new(),
         seconds: 0.0,
     };
-    let mut command = Command::new(helper);
-    command.arg(CHILD_COMMAND).arg(library).arg(origin).arg(configuration);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // A group of its own: what a plugin starts ends with it.
-    #[cfg(unix)]
-    std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let child = command.spawn().map_err(|source| GateError::Start { helper: helper.to_owned(), source })?;
-    report.refusal = Conversation::start(child, helper).listen(&mut report, started, patience)?;
+    let mut converse = |role: Option<&str>| -> Result<bool, GateError> {
+        let mut command = Command::new(helper);
+        command.arg(CHILD_COMMAND).arg(library).arg(origin).arg(configuration).args(role);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if role.is_none() {
+            keep_secrets(&mut command);
+        }
+        // A group of its own: what a plugin starts ends with it.
+        #[cfg(unix)]
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let child =
+            command.spawn().map_err(|source| GateError::Start { helper: helper.to_owned(), source })?;
+        let mut conversation = Conversation::start(child, helper);
+        report.refusal = conversation.listen(&mut report, started, patience)?;
+        Ok(report.refusal.is_none() && conversation.gpu_follows)
+    };
+    if converse(None)? {
+        converse(Some(FOR_GPU))?;
+    }
     report.seconds = started.elapsed().as_secs_f64();
     Ok(report)
+}
+
+/// Keeps this process's environment from one that holds a plugin, but for what programs start with and log by.
+pub(crate) fn keep_secrets(command: &mut Command) {
+    if cfg!(unix) {
+        command.env_clear();
+        let kept = ["LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "RUST_LOG", "RUST_BACKTRACE", "NO_COLOR"];
+        command.envs(kept.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
+    }
 }
 
 /// What arrives from the child.
@@ -314,6 +348,8 @@ struct Conversation<'a> {
     helper: &'a Path,
     heard: std::sync::mpsc::Receiver<Heard>,
     words: std::sync::mpsc::Receiver<Words>,
+    /// It leaves kernels for GPUs to another child.
+    gpu_follows: bool,
 }
 
 /// The last words on stderr, where stdout ends, too.
@@ -343,17 +379,18 @@ impl<'a> Conversation<'a> {
         // Threads of their own: a plugin that keeps a pipe open must not hold anybody up.
         std::thread::spawn(move || stdout.map(|pipe| lines(pipe, &out)));
         std::thread::spawn(move || stderr.map(|pipe| err.send(last_words(pipe))));
-        Self { child, reaped: false, helper, heard, words }
+        Self { child, reaped: false, helper, heard, words, gpu_follows: false }
     }
 
     /// Listens until the child has ended, one way or another.
     fn listen(
-        mut self,
+        &mut self,
         report: &mut Report,
         started: Instant,
         patience: Duration,
     ) -> Result<Option<Refusal>, GateError> {
-        let protocol = |reason: String| GateError::Protocol { helper: self.helper.to_owned(), reason };
+        let helper = self.helper;
+        let protocol = |reason: String| GateError::Protocol { helper: helper.to_owned(), reason };
         let mut greeted = false;
         let (mut trying, mut fault, mut done) = (None, None, false);
         // Whatever arrives may be the plugin's words.
@@ -383,6 +420,8 @@ impl<'a> Conversation<'a> {
                         Event::Hello { gate, abi } => {
                             return Err(protocol(format!("it has gate version {gate} and ABI {abi}")));
                         }
+                        // (A second child holds no plugin.)
+                        Event::Confined { confinement } => report.confinement = confinement,
                         Event::Trying { what } => trying = Some(what),
                         Event::Plugin { name, version, abi } => {
                             let [name, version, abi] = [name, version, abi].map(|text| shown(&text));
@@ -393,6 +432,7 @@ impl<'a> Conversation<'a> {
                                 report.log.push(shown(&line));
                             }
                         }
+                        Event::GpuFollows => self.gpu_follows = true,
                         // As it is: it is compared with the device in use.
                         Event::Gpu { words } => report.gpu = Some(words),
                         Event::Kernel { kernel, declared, cases, device } => {
@@ -434,8 +474,9 @@ impl<'a> Conversation<'a> {
         }
         if done && status.success() {
             let printed = self.words().plugin;
-            if !printed.is_empty() {
-                report.warnings.push(format!("it prints to stdout or stderr: {}", shown(&printed)));
+            let warning = format!("it prints to stdout or stderr: {}", shown(&printed));
+            if !printed.is_empty() && !report.warnings.contains(&warning) {
+                report.warnings.push(warning);
             }
             return Ok(None);
         }
@@ -550,7 +591,7 @@ fn last_lines(text: &[u8]) -> String {
 }
 
 /// How a process ended.
-fn end_of(status: ExitStatus, fault: Option<String>) -> String {
+pub(crate) fn end_of(status: ExitStatus, fault: Option<String>) -> String {
     #[cfg(unix)]
     if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&status) {
         let name = match signal {

@@ -47,7 +47,10 @@ pub use self::gpu::{DEFAULT_BODY, GpuKernel};
 pub use self::measurement::{Measurement, Source};
 pub use self::objective::{LayoutCost, Objective};
 pub use self::packing::checksum;
-pub(crate) use self::parts::ThreadScratch;
+#[cfg_attr(not(target_os = "linux"), allow(unused_imports, reason = "nothing is contained elsewhere"))]
+pub(crate) use self::packing::{SharedBytes, by_granules};
+#[cfg_attr(not(target_os = "linux"), allow(unused_imports, reason = "nothing is contained elsewhere"))]
+pub(crate) use self::parts::{Few, Part, Scratch, ThreadScratch, run_here};
 pub use self::probe::{Machine, Memory, Probe, peak_memory};
 pub(crate) use self::registry::Entry;
 pub use self::report::{

@@ -42,7 +42,7 @@ pub fn checksum(bytes: &[u8]) -> u64 {
 }
 
 /// Runs `work` on ranges of output features that begin at the kernel's granules, on all threads.
-pub(super) fn by_granules(
+pub(crate) fn by_granules(
     kernel: &Kernel,
     pool: &Pool,
     n: usize,
@@ -77,6 +77,10 @@ pub(super) fn pack(
     let size = stored_bytes(entry, n, k).ok_or_else(|| {
         ManagerError::Operands(format!("kernel {} can't pack weights [{n}, {k}]", kernel.id()))
     })?;
+    let arena = match kernel.contained() {
+        Some(contained) if kernel.gpu().is_none() => contained.arena(),
+        _ => arena,
+    };
     let packed = match entry.watch {
         // It is going to be sealed.
         Some(_) => arena.allocate_pages(size),
@@ -84,14 +88,22 @@ pub(super) fn pack(
     };
     let mut packed =
         packed.map_err(|source| ManagerError::System { what: "memory for packed weights", source })?;
-    let canonical = abi_weights(n, k, 1.0, weights);
-    let out = SharedBytes(packed.as_mut_slice().as_mut_ptr());
-    by_granules(kernel, pool, n, &|rows| {
-        // SAFETY: the buffer has the size and the alignment that the kernel asked for, and the ranges
-        // are disjoint and begin at granules.
-        unsafe { kernel.pack(&canonical, out.pointer(), rows) }
-    })
-    .map_err(|error| ManagerError::Pack {
+    let result = match kernel.packs_elsewhere() {
+        Some(contained) => {
+            let own = kernel.weight_bytes(n, k).unwrap_or(0);
+            contained.pack(kernel, (n, k), weights, &mut packed.as_mut_slice()[..own])
+        }
+        None => {
+            let canonical = abi_weights(n, k, 1.0, weights);
+            let out = SharedBytes(packed.as_mut_slice().as_mut_ptr());
+            by_granules(kernel, pool, n, &|rows| {
+                // SAFETY: the buffer has the size and the alignment that the kernel asked for, and the ranges
+                // are disjoint and begin at granules.
+                unsafe { kernel.pack(&canonical, out.pointer(), rows) }
+            })
+        }
+    };
+    result.map_err(|error| ManagerError::Pack {
         kernel: kernel.id().into(),
         n,
         k,
@@ -102,7 +114,7 @@ pub(super) fn pack(
 
 /// A buffer that tasks write disjoint parts of.
 #[derive(Clone, Copy)]
-pub(super) struct SharedBytes(pub *mut u8);
+pub(crate) struct SharedBytes(pub *mut u8);
 
 // SAFETY: the tasks of `pack` write disjoint parts of a buffer that outlives them.
 unsafe impl Send for SharedBytes {}
@@ -164,7 +176,12 @@ fn unpack_unsealed(
         return Err(fail(format!("they are {} bytes, not {stored:?}", packed.len())));
     }
     let mut canonical = vec![0; n * canonical::row_bytes(k)];
-    let weights = abi_weights(n, k, 1.0, own_bytes(entry, n, k, packed));
+    let packed = own_bytes(entry, n, k, packed);
+    if let Some(contained) = kernel.packs_elsewhere() {
+        let result = contained.unpack(kernel, (n, k), packed, &mut canonical);
+        return result.map(|()| canonical).map_err(|error| fail(error.to_string()));
+    }
+    let weights = abi_weights(n, k, 1.0, packed);
     let out = SharedBytes(canonical.as_mut_ptr());
     by_granules(kernel, pool, n, &|rows| {
         // SAFETY: filled weights of the kernel's own size, room for all canonical rows, and disjoint

@@ -18,11 +18,11 @@ const ACTIVATION_BLOCK: usize = 480 << 10;
 const MIN_TASK_BYTES: usize = 16 << 10;
 
 /// One for each matrix of a matmul: there are at most three in a model, so that nothing is allocated.
-pub(super) type Few<T> = SmallVec<[T; 4]>;
+pub(crate) type Few<T> = SmallVec<[T; 4]>;
 
 /// Workspaces, kept from call to call.
 #[derive(Debug, Default)]
-pub(super) struct Scratch(Mutex<Vec<AlignedBytes>>);
+pub(crate) struct Scratch(Mutex<Vec<AlignedBytes>>);
 
 impl Scratch {
     fn take(&self, size: usize) -> AlignedBytes {
@@ -42,7 +42,8 @@ impl Scratch {
 }
 
 /// One kernel on one matrix, writing columns `column..column + n` of the output.
-pub(super) struct Part<'a> {
+#[derive(Clone, Copy)]
+pub(crate) struct Part<'a> {
     pub kernel: &'a Kernel,
     /// What the kernel was chosen for.
     pub of: WeightShape,
@@ -65,7 +66,8 @@ impl SharedOutput {
     }
 }
 
-/// Runs kernels over shared activations in one fork-join. Returns each part's failure, if it failed.
+/// Runs kernels over shared activations in one fork-join, and those of each contained plugin in its process. Returns each
+/// part's failure, if it failed.
 ///
 /// The caller has checked that `y` holds `x.m()` rows of `stride`, and that every part's columns are
 /// within the stride and disjoint from the others'.
@@ -77,8 +79,45 @@ pub(super) fn run_parts(
     y: &mut [f32],
     stride: usize,
 ) -> Few<Option<KernelFailure>> {
-    let m = x.m();
-    let abi_x = x.as_abi();
+    let here = |parts: &[Part], y: &mut [f32]| {
+        // SAFETY: filled activations, and an output that holds the parts' columns (the caller's promise).
+        unsafe { run_here(pool, scratch, parts, &x.as_abi(), (y.as_mut_ptr(), stride)) }
+    };
+    if parts.iter().all(|part| part.kernel.contained().is_none()) {
+        return here(parts, y);
+    }
+    let mut failures: Few<Option<KernelFailure>> = parts.iter().map(|_| None).collect();
+    let mut left: Few<usize> = (0..parts.len()).collect();
+    while let Some(&first) = left.first() {
+        let process = |part: &Part| part.kernel.contained().map(std::ptr::from_ref);
+        let same = |&i: &usize| process(&parts[i]) == process(&parts[first]);
+        let numbers: Few<usize> = left.iter().copied().filter(same).collect();
+        left.retain(|i| !numbers.contains(i));
+        let together: Few<Part> = numbers.iter().map(|&i| parts[i]).collect();
+        let results = match parts[first].kernel.contained() {
+            None => here(&together, y),
+            Some(contained) => contained.multiply(&together, x, y, stride),
+        };
+        for (i, result) in numbers.into_iter().zip(results) {
+            failures[i] = result;
+        }
+    }
+    failures
+}
+
+/// Runs kernels of this process over shared activations in one fork-join. Returns each part's failure, if it failed.
+///
+/// # Safety
+/// The activations and the parts' weights are filled, and live during the call. `y` and the elements from row to row are an
+/// output of `x.m` rows, and every part's columns are within them and disjoint from the others'.
+pub(crate) unsafe fn run_here(
+    pool: &Pool,
+    scratch: &Scratch,
+    parts: &[Part],
+    x: &abi::Activations,
+    (y, stride): (*mut f32, usize),
+) -> Few<Option<KernelFailure>> {
+    let (m, x_stride) = (x.m as usize, x.stride as usize);
     let mut failures: Few<Option<KernelFailure>> = parts.iter().map(|_| None).collect();
 
     // Parts of one kernel share its workspace.
@@ -102,13 +141,13 @@ pub(super) fn run_parts(
                 continue;
             }
         };
-        if size > max_workspace(m, x.stride()) {
+        if size > max_workspace(m, x_stride) {
             failures[i] = Some(KernelFailure::Workspace { bytes: size });
             continue;
         }
         let mut workspace = scratch.take(size);
         // SAFETY: filled activations, and a workspace of the size that the kernel asked for.
-        failures[i] = unsafe { part.kernel.prepare(&abi_x, workspace.as_mut_ptr()) }.err();
+        failures[i] = unsafe { part.kernel.prepare(x, workspace.as_mut_ptr()) }.err();
         workspace_of[i] = workspaces.len();
         workspaces.push((part.kernel, workspace));
     }
@@ -119,7 +158,7 @@ pub(super) fn run_parts(
         let size = part.kernel.scratch_size(&part.of.signature(m, pool.threads()));
         thread_scratch.push(match size {
             Ok(0) => None,
-            Ok(size) if size <= max_workspace(m, x.stride()) => {
+            Ok(size) if size <= max_workspace(m, x_stride) => {
                 let mut buffer = scratch.take(ThreadScratch::bytes(size, pool.threads()));
                 let shared = ThreadScratch::new(buffer.as_mut_ptr(), size);
                 Some((buffer, shared))
@@ -136,13 +175,13 @@ pub(super) fn run_parts(
     }
 
     // SAFETY: filled activations; a part that has not failed has a workspace, which `prepare` filled, and the scratch that
-    // it asked for; the caller has checked the output.
+    // it asked for; the output is as the caller promises.
     unsafe {
         let buffers = |i: usize| Buffers {
             workspace: workspaces[workspace_of[i]].1.as_ptr(),
             scratch: thread_scratch[i].as_ref().map(|(_, shared)| *shared),
         };
-        run_tiles(pool, parts, &abi_x, buffers, (y.as_mut_ptr(), stride), &mut failures);
+        run_tiles(pool, parts, x, buffers, (y, stride), &mut failures);
     }
     for (_, workspace) in workspaces {
         scratch.give_back(workspace);

@@ -8,6 +8,7 @@ use bitnet_burn_plugin::abi::{OPERATION_SCALED_TERNARY_MATMUL, Signature};
 
 use super::report::{self, Failures};
 use super::{KernelManager, KernelReport, ManagerError, Status, lock, walls, watch};
+use crate::contained::{Contained, Held};
 use crate::cpu;
 use crate::gate;
 use crate::plugin::{Kernel, Origin, Plugin, PluginError, Target};
@@ -112,7 +113,11 @@ impl KernelManager {
         if let Some(refusal) = verdict.refusal {
             return Err(PluginError::Refused { path: path.to_owned(), refusal });
         }
-        self.enter(Plugin::load_as(&stored.library, &stored.origin, &config.configuration)?, &|kernel| {
+        let plugin = match config.contained {
+            false => Plugin::load_as(&stored.library, &stored.origin, &config.configuration)?,
+            true => self.contain(path, &stored)?,
+        };
+        self.enter(plugin, &|kernel| {
             // A kernel for a GPU can be used where the gate had one to try it on.
             let tried = verdict.kernels.iter().find(|result| result.kernel == kernel.id());
             let Some(tried) = tried.filter(|tried| tried.declared == gate::declared(kernel)) else {
@@ -131,6 +136,26 @@ impl KernelManager {
                 (None, None) => Status::Ready,
             }
         })
+    }
+
+    /// A plugin in a process of its own.
+    fn contain(&self, path: &Path, stored: &store::Stored) -> Result<Plugin, PluginError> {
+        let config = self.store.config();
+        let refused = |reason: String| PluginError::Contained { path: path.to_owned(), reason };
+        let helper = config
+            .helper
+            .as_deref()
+            .ok_or_else(|| refused("no helper program is configured that could hold it".into()))?;
+        let contained = Contained::start(Held {
+            helper,
+            library: &stored.library,
+            origin: &stored.origin,
+            configuration: &config.configuration,
+            threads: self.pool.threads(),
+            pin: self.config.pin,
+            patience: config.patience,
+        });
+        Plugin::contained(contained.map_err(refused)?, &stored.origin, stored.sha256.clone())
     }
 
     /// Runs the gate on a plugin's file, whatever is known of it, keeps the verdict, and gives it back.

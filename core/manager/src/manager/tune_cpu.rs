@@ -9,6 +9,7 @@ use super::parts::{Part, Scratch, run_parts};
 use super::tuner::{Contest, Inputs, Standings, Unfit};
 use super::weights::rows;
 use super::{BUCKETS, Entry, KernelManager, LayoutPolicy, Scale, ScaleKind, WeightShape, lock, packing};
+use crate::contained::Contained;
 use crate::cpu;
 use crate::gate::Stage;
 use crate::memory::{Activations, PageArena, PageBuffer};
@@ -239,10 +240,11 @@ fn copies(
     weights: &[u8],
     copies: usize,
 ) -> Result<Vec<PageBuffer>, String> {
-    let arena = PageArena::default();
+    let ordinary = PageArena::default();
+    let arena = entry.kernel.contained().map_or(&ordinary, Contained::arena);
     let first = if entry.kernel.layout().is_some() {
         manager.pack_between_walls(entry, n, k, weights).map_err(|e| e.to_string())?;
-        packing::pack(entry, &manager.pool, &arena, n, k, weights).map_err(|e| e.to_string())?
+        packing::pack(entry, &manager.pool, arena, n, k, weights).map_err(|e| e.to_string())?
     } else {
         let mut buffer = arena.allocate(weights.len() + MISALIGNED, 64).map_err(|e| e.to_string())?;
         buffer.as_mut_slice()[MISALIGNED..].copy_from_slice(weights);

@@ -4,6 +4,8 @@
 //! The kernel packs, unpacks or multiplies with buffers of its own, behind which lie marked bytes and then pages that end
 //! the process when they are touched. If a mark has changed, the plugin is in quarantine before it gets buffers that
 //! others use. Otherwise a product is copied to where it belongs; a packing is made again.
+//!
+//! A contained plugin has no buffers of this process to write beside.
 
 use std::collections::HashSet;
 use std::sync::{RwLock, atomic::Ordering};
@@ -91,7 +93,7 @@ impl KernelManager {
         y: &mut [f32],
         stride: usize,
     ) -> Result<bool, KernelFailure> {
-        if turn.entry.watch.is_none() {
+        if turn.entry.watch.is_none() || turn.entry.kernel.contained().is_some() {
             return Ok(false);
         }
         // The same again, most of the time. (No rank and no rows at all are a choice's zero.)
@@ -124,7 +126,7 @@ impl KernelManager {
         x: &Activations,
     ) -> Result<Option<Walled>, KernelFailure> {
         let shape = (Some(x.m()), part.weights.n as usize, x.k());
-        if entry.watch.is_none() || entry.tried.knows(shape) {
+        if entry.watch.is_none() || entry.kernel.contained().is_some() || entry.tried.knows(shape) {
             return Ok(None);
         }
         match self.try_run(part, x) {
@@ -209,7 +211,7 @@ impl KernelManager {
         weights: &[u8],
     ) -> Result<(), ManagerError> {
         let shape = (None, n, k);
-        if entry.watch.is_none() || entry.tried.knows(shape) {
+        if entry.watch.is_none() || entry.kernel.contained().is_some() || entry.tried.knows(shape) {
             return Ok(());
         }
         match self.try_packing(entry, n, k, weights) {

@@ -427,6 +427,7 @@ impl KernelManager {
                 plugin: None,
                 gpu: None,
                 helper: String::new(),
+                confinement: gate::Confinement::default(),
                 kernels: Vec::new(),
                 refusal,
                 warnings: Vec::new(),

@@ -6,12 +6,31 @@
 
 use std::io::{Error, ErrorKind};
 use std::ops::Range;
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::sync::{Arc, Mutex};
 
 use memmap2::MmapMut;
 
 const CHUNK: usize = 64 << 20;
-const HUGE_PAGE: usize = 2 << 20;
+pub(super) const HUGE_PAGE: usize = 2 << 20;
+
+/// Where the chunks of an arena come from, if they are not ordinary memory.
+pub(crate) trait Chunks: Keep {
+    /// `size` bytes of zeros, a multiple of huge pages and aligned to one, which belong to the caller for as long as it keeps
+    /// what comes with them.
+    ///
+    /// # Errors
+    /// If there are none.
+    fn chunk(&self, size: usize) -> std::io::Result<(*mut u8, Kept)>;
+}
+
+/// What keeps a chunk's memory.
+pub(crate) type Kept = Box<dyn Keep>;
+
+/// Anything that does.
+pub(crate) trait Keep: std::fmt::Debug + Send + Sync + UnwindSafe + RefUnwindSafe {}
+
+impl<T: std::fmt::Debug + Send + Sync + UnwindSafe + RefUnwindSafe> Keep for T {}
 
 /// Hands out page-backed buffers for packed weights, and for KV caches.
 ///
@@ -25,16 +44,17 @@ pub struct PageArena {
     committed: bool,
     /// Sealed parts of chunks that are not read-only yet.
     sealed: Mutex<Vec<(Arc<Chunk>, Range<usize>)>>,
+    source: Option<Box<dyn Chunks>>,
 }
 
 #[derive(Debug)]
 struct Chunk {
-    map: MmapMut,
     base: *mut u8,
     size: usize,
+    _memory: Kept,
 }
 
-// SAFETY: the pointer is into `map`, which the chunk owns; disjoint parts are handed out.
+// SAFETY: the pointer is into memory that the chunk owns; disjoint parts are handed out.
 unsafe impl Send for Chunk {}
 // SAFETY: as above.
 unsafe impl Sync for Chunk {}
@@ -54,6 +74,12 @@ impl PageArena {
     /// page.
     pub fn committed() -> Self {
         Self { committed: true, ..Self::default() }
+    }
+
+    /// Buffers in memory of another kind.
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "other systems have no other kind"))]
+    pub(crate) fn of(source: impl Chunks + 'static) -> Self {
+        Self { source: Some(Box::new(source)), ..Self::default() }
     }
 
     /// A zeroed buffer of `size` bytes, aligned to `alignment` (a power of two up to 2 MiB).
@@ -121,7 +147,7 @@ impl PageArena {
                 return Ok(PageBuffer { chunk: chunk.clone(), offset, size, sealed: false });
             }
         }
-        let chunk = Arc::new(Chunk::new(size.max(CHUNK))?);
+        let chunk = Arc::new(Chunk::new(size.max(CHUNK), self.source.as_deref())?);
         // A buffer that fills its own chunk leaves the shared one to the small ones.
         if size < CHUNK {
             *current = Some((chunk.clone(), size));
@@ -131,7 +157,7 @@ impl PageArena {
 }
 
 impl Chunk {
-    fn new(size: usize) -> std::io::Result<Self> {
+    fn new(size: usize, source: Option<&dyn Chunks>) -> std::io::Result<Self> {
         // With a page more, so that there is an aligned beginning.
         let sizes = size
             .checked_next_multiple_of(HUGE_PAGE)
@@ -141,19 +167,23 @@ impl Chunk {
             let problem = format!("{size} bytes exceed the memory of any machine");
             return Err(Error::new(ErrorKind::OutOfMemory, problem));
         };
+        if let Some(source) = source {
+            let (base, memory) = source.chunk(size)?;
+            return Ok(Self { base, size, _memory: memory });
+        }
         let mut map = MmapMut::map_anon(mapped)?;
         // Advice: a system without huge pages is slower, not wrong.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         let start = map.as_mut_ptr();
         let base = start.wrapping_add(start.align_offset(HUGE_PAGE));
-        Ok(Self { map, base, size })
+        Ok(Self { base, size, _memory: Box::new(map) })
     }
 
     #[cfg(unix)]
     fn protect(&self, range: Range<usize>) -> std::io::Result<()> {
         debug_assert!(range.end <= self.size && range.start.is_multiple_of(page_size()));
-        // SAFETY: whole pages of this chunk's map, and no `&mut` to them is left: whoever seals a buffer gives that up.
+        // SAFETY: whole pages of this chunk's memory, and no `&mut` to them is left: whoever seals a buffer gives that up.
         match unsafe { libc::mprotect(self.base.add(range.start).cast(), range.len(), libc::PROT_READ) } {
             0 => Ok(()),
             _ => Err(std::io::Error::last_os_error()),
@@ -180,8 +210,8 @@ fn page_size() -> usize {
 impl PageBuffer {
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
-        debug_assert!(self.offset + self.size <= self.chunk.size && self.chunk.size <= self.chunk.map.len());
-        // SAFETY: the range lies within the chunk's map, which lives as long as `self`, and no other
+        debug_assert!(self.offset + self.size <= self.chunk.size);
+        // SAFETY: the range lies within the chunk's memory, which lives as long as `self`, and no other
         // buffer was given any of it.
         unsafe { std::slice::from_raw_parts(self.chunk.base.add(self.offset), self.size) }
     }

@@ -64,7 +64,7 @@ impl Plugin {
             }
             kernels.push(kernel);
         }
-        Ok(Self { name, version, abi: (major, minor), origin, kernels })
+        Ok(Self { name, version, abi: (major, minor), origin, kernels, contained: None })
     }
 }
 

@@ -154,6 +154,17 @@ pub enum PluginError {
         /// Why.
         source: GateError,
     },
+    /// It can't be held in a process of its own.
+    #[error(
+        "plugin {}: it can't be contained (BITNET_PLUGINS=contained): {reason}; without `contained`, it is loaded into the \
+         program itself", path.display()
+    )]
+    Contained {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The gate found it wrong.
     #[error("plugin {}: {}: {refusal}", path.display(), match refusal.stage {
         Stage::Before => "the gate refuses it",

@@ -29,6 +29,17 @@ pub(crate) enum LogLevel {
     Debug,
 }
 
+impl std::fmt::Display for LogLevel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Error => "error",
+            Self::Warning => "warning",
+            Self::Info => "info",
+            Self::Debug => "debug",
+        })
+    }
+}
+
 type Sink = Box<dyn Fn(LogLevel, &str) + Send + Sync>;
 
 /// Where lines go instead of this process's log.

@@ -11,6 +11,7 @@ use bitnet_burn_plugin::abi::{
 };
 
 use super::{Declared, GpuSource, Layout, Origin, Plugin, Target, shown};
+use crate::contained::Contained;
 use crate::float::FloatControl;
 use crate::process::{Call, within};
 use bitnet_burn_plugin::layouts::PUBLIC;
@@ -27,7 +28,7 @@ type PackedBytes = Result<Option<usize>, KernelFailure>;
 ///
 /// # Errors
 /// If that many bytes can't hold the weights (log2(3) bits each), or are absurdly many.
-fn check_packed_size(n: usize, k: usize, size: u64) -> PackedBytes {
+pub(crate) fn check_packed_size(n: usize, k: usize, size: u64) -> PackedBytes {
     if size == 0 {
         return Ok(None);
     }
@@ -54,7 +55,12 @@ pub struct Kernel {
     id: &'static str,
     /// Whether its plugin came from a file.
     from_file: bool,
+    /// Which of the plugin's kernels it is.
+    number: usize,
+    /// How its weights lie.
     layout: Layout,
+    /// What the plugin says of that.
+    declared_layout: Layout,
     features: Vec<String>,
     gpu: Option<Arc<GpuSource>>,
     plugin: Arc<Plugin>,
@@ -174,17 +180,55 @@ fn sizes(signature: &Signature) -> [usize; 3] {
 }
 
 impl Kernel {
-    pub(super) fn new(plugin: &Arc<Plugin>, declared: &Declared) -> Self {
+    pub(super) fn new(plugin: &Arc<Plugin>, number: usize, declared: &Declared) -> Self {
+        let (mut layout, mut raw) = (declared.layout.clone(), declared.raw);
+        if plugin.contained.is_some() && raw.target == TARGET_CPU {
+            // Its process reads a copy of its own, which this one makes. (No plugin can name a layout with a plus.)
+            let copy = |name: &str| Layout::Private(format!("{}/+{}", plugin.name, name.replace('/', ".")));
+            match &layout {
+                Layout::Canonical => {
+                    layout = copy("canonical");
+                    raw.packed_size = Some(copies::size);
+                    raw.pack = Some(copies::copy);
+                    raw.unpack = Some(copies::copy);
+                }
+                Layout::Public(public) => layout = copy(public.name),
+                Layout::Private(_) | Layout::Unknown(_) => {}
+            }
+        }
         Self {
             id: format!("{}/{}", plugin.name, declared.name).leak(),
             from_file: matches!(plugin.origin, Origin::File { .. }),
-            layout: declared.layout.clone(),
+            number,
+            layout,
+            declared_layout: declared.layout.clone(),
             features: declared.features.clone(),
             gpu: declared.gpu.clone(),
             plugin: plugin.clone(),
-            raw: declared.raw,
+            raw,
             sizes: Mutex::default(),
         }
+    }
+
+    /// The process that holds it, if that is not this one.
+    pub(crate) fn contained(&self) -> Option<&Contained> {
+        self.plugin.contained.as_deref()
+    }
+
+    /// The process that packs its weights, if this one does not.
+    pub(crate) fn packs_elsewhere(&self) -> Option<&Contained> {
+        self.contained().filter(|_| matches!(self.declared_layout, Layout::Private(_)))
+    }
+
+    /// Which of the plugin's kernels it is.
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "nothing is contained elsewhere"))]
+    pub(crate) fn number(&self) -> u64 {
+        self.number as u64
+    }
+
+    /// [`layout`](Self::layout), as the plugin declares it.
+    pub(crate) fn declared_layout(&self) -> Option<&str> {
+        self.declared_layout.name()
     }
 
     /// `plugin/kernel`.
@@ -236,7 +280,7 @@ impl Kernel {
 
     /// Alignment of its weights in bytes.
     pub fn weight_alignment(&self) -> usize {
-        match self.layout {
+        match self.declared_layout {
             Layout::Canonical => abi::CANONICAL_ALIGNMENT,
             _ => self.raw.weight_alignment as usize,
         }
@@ -261,7 +305,7 @@ impl Kernel {
                 ));
             }
         }
-        match (target, &self.layout) {
+        match (target, &self.declared_layout) {
             (Target::Unknown(_), _) => Some(format!("it is for {target}, which this host does not know")),
             (_, Layout::Unknown(layout)) => Some(format!(
                 "it reads the public layout {layout}, which this host does not know (ABI {ABI_MAJOR}.{ABI_MINOR} has {})",
@@ -291,6 +335,9 @@ impl Kernel {
         if self.raw.operation != signature.operation {
             return Ok(false);
         }
+        if let Some(contained) = self.contained() {
+            return contained.claims(self, signature);
+        }
         let signature = self.asked(signature);
         // SAFETY: a filled signature (ABI).
         kept(self.call("supports", sizes(&signature)), || unsafe { supports(&raw const signature) } == 1)
@@ -299,6 +346,9 @@ impl Kernel {
     /// Why it does not compute this, in its own words, if it has some.
     pub fn why_not(&self, signature: &Signature) -> Option<String> {
         let supports = self.raw.supports.filter(|_| self.raw.operation == signature.operation)?;
+        if let Some(contained) = self.contained() {
+            return contained.why_not(self, signature);
+        }
         let call = self.call("supports", sizes(signature));
         let ask = |message| {
             let signature = Signature { message, ..self.asked(signature) };
@@ -332,6 +382,9 @@ impl Kernel {
         // Asked once: buffers are sized, filled and read by the same answer.
         let mut sizes = self.sizes.lock().unwrap_or_else(|e| e.into_inner());
         let known = sizes.entry((n, k)).or_insert_with(|| {
+            if let Some(contained) = self.packs_elsewhere() {
+                return contained.packed_bytes(self, (n, k));
+            }
             let signature = Signature {
                 operation: self.raw.operation,
                 ..self.asked(&Signature::ternary(1, n as u64, k as u64, 1))
@@ -448,6 +501,34 @@ impl Kernel {
         let at = self.call("run", [x.m as usize, weights.n as usize, weights.k as usize]);
         // SAFETY: the caller's promise.
         call(at, self.raw.context, |message| unsafe { run(weights, x, workspace, y, tile, message) })
+    }
+}
+
+/// The packing of weights that stay canonical.
+mod copies {
+    use bitnet_burn_plugin::abi::{Message, STATUS_OK, Status, Weights};
+    use bitnet_burn_plugin::canonical;
+
+    pub unsafe extern "C" fn size(n: u64, k: u64) -> u64 {
+        canonical::matrix_bytes(n as usize, k as usize).unwrap_or(0) as u64
+    }
+
+    /// # Safety
+    /// As for any kernel's `pack` and `unpack`.
+    pub unsafe extern "C" fn copy(
+        from: *const Weights,
+        to: *mut u8,
+        n0: u64,
+        n1: u64,
+        _: *const Message,
+    ) -> Status {
+        // SAFETY: filled weights, as many rows of which as they say can be read, and written at `to`.
+        unsafe {
+            let row = canonical::row_bytes((*from).k as usize);
+            let (start, bytes) = (n0 as usize * row, (n1 - n0) as usize * row);
+            std::ptr::copy_nonoverlapping((*from).data.add(start), to.add(start), bytes);
+        }
+        STATUS_OK
     }
 }
 

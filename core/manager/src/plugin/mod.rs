@@ -1,6 +1,7 @@
 //! The host's side of the plugin ABI: loads a library, and believes nothing that its descriptor says
 //! before it was checked.
 
+mod describe;
 mod descriptor;
 mod elf;
 mod error;
@@ -15,13 +16,16 @@ use bitnet_burn_plugin::abi::{
     ENTRY_SYMBOL, EntryFn, HOST_ENTRY_SYMBOL, HostEntryFn, Kernel as RawKernel, Plugin as RawPlugin,
 };
 use bitnet_burn_plugin::layouts::PublicLayout;
+use serde::{Deserialize, Serialize};
 
+pub(crate) use self::describe::Described;
 pub(crate) use self::elf::shared_statics;
 pub use self::error::PluginError;
-pub(crate) use self::host::{LogLevel, log_to};
+pub(crate) use self::host::log_to;
 pub use self::kernel::Kernel;
-pub(crate) use self::kernel::{KernelFailure, max_workspace};
+pub(crate) use self::kernel::{KernelFailure, check_packed_size, max_workspace};
 pub(crate) use self::text::shown;
+use crate::contained::Contained;
 use crate::float::FloatControl;
 use bitnet_burn_formats::files;
 
@@ -48,7 +52,7 @@ impl std::fmt::Display for Origin {
     }
 }
 
-/// A plugin whose descriptor was checked. Its library stays loaded for the rest of the process.
+/// A plugin whose descriptor was checked. Its library stays loaded for the rest of the process, or is in another one.
 #[derive(Debug)]
 pub struct Plugin {
     name: String,
@@ -57,6 +61,8 @@ pub struct Plugin {
     abi: (u32, u32),
     origin: Origin,
     kernels: Vec<Declared>,
+    /// The process that holds its library, if that is not this one.
+    contained: Option<Arc<Contained>>,
 }
 
 /// A kernel of a checked descriptor.
@@ -121,7 +127,7 @@ impl std::fmt::Display for Target {
 }
 
 /// The text of a kernel for a GPU. [`Gpu`](bitnet_burn_plugin::abi::Gpu) says which buffers it gets.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GpuSource {
     /// The text.
     pub text: String,
@@ -216,7 +222,11 @@ impl Plugin {
     }
 
     pub(crate) fn kernels(self: &Arc<Self>) -> Vec<Kernel> {
-        self.kernels.iter().map(|declared| Kernel::new(self, declared)).collect()
+        self.kernels
+            .iter()
+            .enumerate()
+            .map(|(number, declared)| Kernel::new(self, number, declared))
+            .collect()
     }
 }
 

@@ -6,6 +6,8 @@
 mod adapt;
 mod attacks;
 mod beyond;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod contained;
 mod gpu;
 mod grown;
 mod hostile;

@@ -15,7 +15,7 @@ use bitnet_burn_manager::store::{PluginConfig, read_pins, write_pins};
 use bitnet_burn_manager::{ManagerConfig, Status, Strict};
 use bitnet_burn_plugin::abi;
 
-const SHAPES: [(usize, usize, usize); 6] =
+pub const SHAPES: [(usize, usize, usize); 6] =
     [(1, 1, 1), (1, 100, 784), (2, 33, 129), (7, 64, 256), (40, 19, 1000), (1, 640, 2560)];
 
 #[test]
@@ -212,7 +212,7 @@ fn every_broken_descriptor_is_refused_with_the_reason() {
 }
 
 /// The library of `bitnet-burn-cpu-plugin`, built into the target directory that this test is in.
-fn cpu_plugin() -> &'static Path {
+pub fn cpu_plugin() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
         // .../<target>/<profile>/deps/<this test>

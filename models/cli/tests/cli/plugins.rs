@@ -198,6 +198,8 @@ fn a_plugin_is_verified_listed_measured_pinned_and_forgotten() {
     for part in ["example-c 0.1.0, ABI 1.3", "example-c/portable", "cases passed", "passed by gate "] {
         assert!(text.contains(part), "{text}");
     }
+    #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+    assert!(text.contains("confined by seccomp: no sockets") && text.contains("landlock"), "{text}");
     let good = place.json(&["plugins", "verify", "--json", "good.so"]);
     assert_eq!((&good["passed"], &good["plugin"]["name"]), (&true.into(), &"example-c".into()));
     let hash = good["sha256"].as_str().unwrap().to_owned();

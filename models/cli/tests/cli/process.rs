@@ -48,6 +48,47 @@ fn a_kernel_that_ends_the_process_is_named() {
     }
 }
 
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[test]
+fn a_contained_kernel_that_ends_its_process_does_not_end_the_program() {
+    let place = Place::new();
+    let call = ["run", "-m", "model.gguf", "-p", "Hello", "-n", "50", "--ignore-eos", "--greedy", "--json"];
+    let plain = place.json(&call);
+    for (i, (what, reason)) in [
+        ("exit(0);", "it ended the process with status 0"),
+        ("raise(SIGSEGV);", "it crashed with signal 11 (SIGSEGV)"),
+        // It reads a file of the user's, and starts a program: neither comes to anything.
+        ("if (fopen(\"model.gguf\", \"r\") || system(\"touch started\") == 0) y->y[0] += 1;", ""),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let define = format!("-DIN_RUN=if (w->n == 640 && w->k == 256 && TIMES(calls) >= 20) {{ {what} }}");
+        let file = format!("bad{i}.so");
+        if !plugin(&place, &file, BROKEN, &[&define]) {
+            return;
+        }
+        let more = ["--threads", "1", "--plugin", &file, "--kernel", "example/plain"];
+        let mut command = place.command(&[&call[..], &more].concat());
+        let output = command.env("BITNET_PLUGINS", "contained").output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        let report = json(std::str::from_utf8(&output.stdout).unwrap());
+        assert_eq!(report["token_ids"], plain["token_ids"], "{what}: {stderr}");
+        let events = report["events"].to_string();
+        match reason {
+            "" => assert!(output.status.success() && !events.contains("uarantined"), "{stderr} {events}"),
+            // Earlier results are in doubt.
+            reason => {
+                assert_eq!(output.status.code(), Some(4), "{what}: {stderr}");
+                assert!(events.contains(reason), "{what}: {events}");
+            }
+        }
+    }
+    assert!(!std::path::Path::new(&place.path("started")).exists());
+    let text = place.command(&["plugins", "list"]).env("BITNET_PLUGINS", "contained").output().unwrap();
+    assert!(String::from_utf8(text.stdout).unwrap().contains("each plugin computes in a process of its own"));
+}
+
 #[cfg(unix)]
 #[test]
 fn a_small_stack_is_enough() {
