@@ -181,8 +181,8 @@ impl LoadArgs {
 }
 
 impl DraftArgs {
-    /// Opens the draft model, if there is one, as `load` says, but with a context, activations and an output projection of
-    /// its own: they change no token.
+    /// Opens the draft model, if there is one, as `load` says, but without its adapter, and with a context, activations and an
+    /// output projection of its own: they change no token.
     pub fn open(&self, load: &LoadArgs, gaps: &GapArgs) -> anyhow::Result<Option<Engine>> {
         let Some(model) = &self.draft_model else { return Ok(None) };
         let open = || {
@@ -192,6 +192,7 @@ impl DraftArgs {
                 context: None,
                 lm_head: LmHead::File,
                 activations: ActivationRule::Model,
+                adapter: None,
                 ..load.clone()
             };
             load.open(checkpoint, started, gaps, EngineOptions::packed_in_background)
