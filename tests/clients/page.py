@@ -11,6 +11,7 @@ what the models say, only that they say something: a model that always ends at o
 import argparse
 import json
 import pathlib
+import re
 import sys
 import time
 import unittest
@@ -64,10 +65,14 @@ return [...document.querySelectorAll(arguments[0])].filter((text) => text.checkV
 
 class Chat(Browser):
     def test_headers_allow_no_foreign_code(self):
-        for path in ("/", "/style.css", "/app.js"):
+        paths = ["/", "/page/style.css", "/page/app.js"]
+        for path in paths:  # Grows by the modules that a module names.
             status, headers, body = get(self.url + path)
+            named = ["/page/" + name for name in re.findall(r"from '\./([\w.]+)'", body)]
+            paths += [name for name in dict.fromkeys(named) if name not in paths]
             self.assertEqual(200, status, path)
             self.assertNotRegex(body, r"""(?:src|href|url)\s*[=(]\s*["']?(?:https?:)?//""", f"{path} names another server")
+        self.assertGreater(len(paths), 5)
         policy = get(self.url + "/")[1]["Content-Security-Policy"]
         for part in ("default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'", "base-uri 'none'"):
             self.assertIn(part, policy)

@@ -1,7 +1,10 @@
 //! The chat page, from the binary.
 
-use axum::http::{HeaderValue, header};
+use axum::http::{HeaderValue, Uri, header};
 use axum::response::{IntoResponse, Response};
+
+use crate::ApiError;
+use crate::serve::unknown_path;
 
 /// Scripts, styles and connections of this server alone.
 const POLICY: HeaderValue = HeaderValue::from_static(
@@ -26,12 +29,29 @@ pub(crate) async fn index() -> Response {
     file("text/html; charset=utf-8", include_str!("../page/index.html"))
 }
 
-/// `GET /style.css`.
-pub(crate) async fn style() -> Response {
-    file("text/css; charset=utf-8", include_str!("../page/style.css"))
-}
+/// The files beside it, by name.
+const FILES: [(&str, &str); 13] = [
+    ("style.css", include_str!("../page/style.css")),
+    ("actions.js", include_str!("../page/actions.js")),
+    ("app.js", include_str!("../page/app.js")),
+    ("dialogs.js", include_str!("../page/dialogs.js")),
+    ("dom.js", include_str!("../page/dom.js")),
+    ("handlers.js", include_str!("../page/handlers.js")),
+    ("list.js", include_str!("../page/list.js")),
+    ("markdown.js", include_str!("../page/markdown.js")),
+    ("requests.js", include_str!("../page/requests.js")),
+    ("run.js", include_str!("../page/run.js")),
+    ("state.js", include_str!("../page/state.js")),
+    ("store.js", include_str!("../page/store.js")),
+    ("view.js", include_str!("../page/view.js")),
+];
 
-/// `GET /app.js`.
-pub(crate) async fn script() -> Response {
-    file("text/javascript; charset=utf-8", include_str!("../page/app.js"))
+/// `GET /page/{name}`.
+pub(crate) async fn beside(uri: Uri) -> Result<Response, ApiError> {
+    let name = uri.path().rsplit('/').next().unwrap_or_default();
+    match FILES.iter().find(|(known, _)| *known == name) {
+        Some((name, text)) if name.ends_with(".js") => Ok(file("text/javascript; charset=utf-8", text)),
+        Some((_, text)) => Ok(file("text/css; charset=utf-8", text)),
+        None => Err(unknown_path(uri).await),
+    }
 }

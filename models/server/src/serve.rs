@@ -185,8 +185,7 @@ fn router(app: Arc<App>, cors: Option<tower_http::cors::CorsLayer>) -> Router {
         .merge(api)
         .route("/health", get(health::health))
         .route("/", get(page::index))
-        .route("/style.css", get(page::style))
-        .route("/app.js", get(page::script))
+        .route("/page/{name}", get(page::beside))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(app.options.body_bytes))
@@ -205,7 +204,7 @@ fn router(app: Arc<App>, cors: Option<tower_http::cors::CorsLayer>) -> Router {
     router.layer(middleware::from_fn_with_state(app.clone(), security::check_host)).with_state(app)
 }
 
-async fn unknown_path(uri: axum::http::Uri) -> ApiError {
+pub(crate) async fn unknown_path(uri: axum::http::Uri) -> ApiError {
     let path: String = uri.path().chars().take(100).collect();
     ApiError::not_found(
         "unknown_url",

@@ -568,12 +568,32 @@ fn the_queue_s_bound_is_felt_and_the_end_is_clean() {
 fn the_page_is_this_program_s_alone() {
     let place = Place::new();
     let server = Server::start(&place, &["-m", "model.gguf"]);
-    for (path, kind) in [("/", "text/html"), ("/style.css", "text/css"), ("/app.js", "text/javascript")] {
+    let get = |path: &str, kind: &str| {
         let mut response = server.agent.get(server.url(path)).call().unwrap();
         let header = |name: &str| response.headers()[name].to_str().unwrap().to_owned();
-        assert!(header("Content-Type").starts_with(kind));
+        assert!(header("Content-Type").starts_with(kind), "{path}");
         assert!(header("Content-Security-Policy").contains("script-src 'self'"));
+        // Modules of two versions never meet.
+        assert_eq!(header("Cache-Control"), "no-cache");
         let text = response.body_mut().read_to_string().unwrap();
-        assert!(text.len() > 1000 && !text.contains("https://"), "{path}");
+        assert!(text.len() > 100 && !text.contains("https://"), "{path}");
+        text
+    };
+    let index = get("/", "text/html");
+    assert!(index.contains("\"page/style.css\"") && index.contains("\"page/app.js\""));
+    get("/page/style.css", "text/css");
+    // All modules that the first one needs.
+    let mut modules = vec!["app.js".to_owned()];
+    let mut at = 0;
+    while let Some(module) = modules.get(at) {
+        let text = get(&format!("/page/{module}"), "text/javascript");
+        let imported = text.lines().filter_map(|line| line.split_once("} from './")?.1.strip_suffix("';"));
+        let new: Vec<String> =
+            imported.filter(|name| !modules.iter().any(|m| m == name)).map(str::to_owned).collect();
+        modules.extend(new);
+        at += 1;
     }
+    assert!(modules.len() > 5, "{modules:?}");
+    let (status, message) = server.get("/page/none.js");
+    assert!(status == 404 && message.contains("/page/none.js"), "{message}");
 }

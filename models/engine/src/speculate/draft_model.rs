@@ -92,14 +92,14 @@ impl DraftModel {
     }
 
     /// Guesses for these texts: each pass computes a token of each.
-    pub(super) fn guess(&mut self, mut wanted: Vec<Wanted<'_>>) -> Result<(), GenerateError> {
+    pub(super) fn guess(&mut self, wanted: Vec<Wanted<'_>>) -> Result<(), GenerateError> {
         let config = self.engine.checkpoint().config();
         let (own_vocabulary, capacity) = (config.vocab_size, self.cache.capacity());
         let mut room = self.engine.settings().rows;
         let mut all_rows = Vec::new();
         // Those whose text is complete, with the row of its last token.
         let mut ready: Vec<(Wanted<'_>, usize)> = Vec::new();
-        for wanted in wanted.drain(..) {
+        for wanted in wanted {
             let history = wanted.history;
             if room == 0 || history.len() > capacity {
                 continue;
