@@ -166,10 +166,15 @@ impl Shared {
         while control.turn() != turn {
             std::hint::spin_loop();
             spins = spins.wrapping_add(1);
-            if spins.is_multiple_of(64) && since.elapsed() > WATCH {
+            if !spins.is_multiple_of(64) {
+                continue;
+            }
+            if since.elapsed() > WATCH {
                 control.child_sleeps(turn.wrapping_sub(1));
                 since = Instant::now();
             }
+            // The caller may be on the same core.
+            std::thread::yield_now();
         }
     }
 

@@ -14,13 +14,15 @@ use super::call::{
 };
 use super::process::Process;
 use super::{Held, MAX_PARTS};
+use crate::cpu;
 use crate::gate::{CHILD_COMMAND, keep_secrets};
 use crate::manager::{Few, Part};
 use crate::memory::{Activations, PageArena, SharedFile, Space};
 use crate::plugin::{Described, Kernel, KernelFailure, check_packed_size};
 
-/// How long a call is watched before the caller sleeps. It yields to other threads meanwhile.
-const WATCH: Duration = Duration::from_millis(1);
+/// How long a call is watched before the caller sleeps: if there is a core for that beside those of the child's threads, and
+/// if not. It yields to other threads meanwhile.
+const WATCH: [Duration; 2] = [Duration::from_millis(1), Duration::from_micros(20)];
 /// How often a caller that sleeps looks whether the child is still there.
 const LOOK: Duration = Duration::from_millis(20);
 /// What a slow kernel takes for one multiplication. It is counted to the time that a call may take.
@@ -43,6 +45,7 @@ pub(crate) struct Contained {
     arguments: [std::ffi::OsString; 4],
     name: String,
     patience: Duration,
+    watch: Duration,
 }
 
 #[derive(Default)]
@@ -83,6 +86,7 @@ impl Contained {
             arguments: [held.library.into(), held.origin.into(), held.configuration.into(), role.into()],
             name: held.origin.file_name().map_or("plugin".into(), |name| name.to_string_lossy().into_owned()),
             patience: held.patience,
+            watch: WATCH[usize::from(held.threads >= cpu::physical_cores())],
         };
         let mut state = State::default();
         contained.described = contained.begin(&mut state)?;
@@ -177,7 +181,7 @@ impl Contained {
                     false => format!("it hangs: this took more than {:.0} s", patience.as_secs_f64()),
                 };
             }
-            match waited < WATCH {
+            match waited < self.watch {
                 true => std::thread::yield_now(),
                 false => control.host_sleeps(turn.wrapping_sub(1), LOOK.min(patience - waited)),
             }

@@ -7,6 +7,7 @@
 //! Nothing that the process writes is believed: its description is [checked](crate::plugin::Plugin::from_descriptor) as a
 //! library's is, its results are compared as those of any plugin, and sizes and places are this process's own. If it ends, or
 //! does not answer in time, that is a fault of the kernel.
+#![cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "nothing is confined elsewhere"))]
 
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod call;
