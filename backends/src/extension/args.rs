@@ -2,6 +2,9 @@
 
 use std::fmt;
 use std::ops::Deref;
+use std::sync::atomic::AtomicBool;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 pub use bitnet_burn_cpu::delta_net::Shape as DeltaNetShape;
@@ -37,7 +40,16 @@ pub enum MatrixKernels {
 #[derive(Clone, Debug)]
 pub struct HostKernels {
     choice: Arc<CpuKernels>,
-    faster: Option<Arc<OnceLock<Repacked>>>,
+    faster: Option<Arc<Faster>>,
+}
+
+/// Faster kernels of a matrix that computes already.
+#[derive(Debug, Default)]
+pub(crate) struct Faster {
+    /// The matrix, once they have packed it.
+    pub packed: OnceLock<Repacked>,
+    /// Whether the matrix has been asked for in a call.
+    pub called: AtomicBool,
 }
 
 /// A matrix in the layout of other kernels.
@@ -52,8 +64,8 @@ pub(crate) struct Repacked {
 }
 
 impl HostKernels {
-    /// Kernels that read canonical codes, until faster ones have packed them into the cell. (Clones share it.)
-    pub(crate) fn until(choice: Arc<CpuKernels>, faster: Arc<OnceLock<Repacked>>) -> Self {
+    /// Kernels that read canonical codes, until faster ones have packed them. (Clones share those.)
+    pub(crate) fn until(choice: Arc<CpuKernels>, faster: Arc<Faster>) -> Self {
         Self { choice, faster: Some(faster) }
     }
 
@@ -64,7 +76,15 @@ impl HostKernels {
 
     /// The matrix as faster kernels packed it, if they have.
     pub(crate) fn repacked(&self) -> Option<&Repacked> {
-        self.faster.as_ref()?.get()
+        self.faster.as_ref()?.packed.get()
+    }
+
+    /// The same for a call that begins.
+    #[cfg(any(feature = "flex", feature = "ndarray"))]
+    pub(crate) fn called(&self) -> Option<&Repacked> {
+        let faster = self.faster.as_ref()?;
+        faster.called.store(true, Ordering::Relaxed);
+        faster.packed.get()
     }
 }
 

@@ -14,11 +14,11 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 #[cfg(feature = "fusion")]
 use burn::tensor::{DType, Shape};
 
-pub(crate) use self::args::Repacked;
 pub use self::args::{
     AttentionArgs, BitLinearArgs, CacheType, DeltaNetArgs, DeltaNetShape, DenseArgs, GatedActivation,
     HostKernels, Matrix, MatrixKernels, NoInt8, SelfAttentionArgs,
 };
+pub(crate) use self::args::{Faster, Repacked};
 pub use self::tensors::{
     CacheTensor, CachedAttention, DeltaNetOutput, DeltaNetTensors, DeltaNetWeights, InputNorm, TernaryWeight,
     WeightGroup,

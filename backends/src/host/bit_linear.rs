@@ -64,7 +64,7 @@ pub(crate) fn bit_linear<B: HostBackend>(
         .zip(&choices)
         .map(|((scales, words), kernels)| {
             // Once: it may become packed meanwhile.
-            let (choice, packed) = match kernels.repacked() {
+            let (choice, packed) = match kernels.called() {
                 Some(Repacked { choice, weights }) => (choice, Some(weights)),
                 None => (&**kernels, None),
             };

@@ -1,6 +1,7 @@
 //! Ternary matrices on a device, and the linear layer of them.
 
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use bitnet_burn_formats::{Scales, canonical};
 use bitnet_burn_manager::{CpuKernels, LayoutPolicy, ManagerError, Packed, ScaleKind, WeightShape};
@@ -14,8 +15,8 @@ use super::{is_host, words};
 #[cfg(feature = "cube")]
 use crate::devices;
 use crate::extension::{
-    BitLinearArgs, HostKernels, InputNorm, Matrix, MatrixKernels, Repacked, TernaryBackend, TernaryWeight,
-    WeightGroup,
+    BitLinearArgs, Faster, HostKernels, InputNorm, Matrix, MatrixKernels, Repacked, TernaryBackend,
+    TernaryWeight, WeightGroup,
 };
 use crate::manager::{forget_error, manager, take_error};
 
@@ -212,7 +213,7 @@ impl TernaryMatrix {
         device: &Device,
     ) -> Option<(Self, Packing)> {
         let choice = is_host(device).then(|| manager().choose_unmeasured((n, k))).flatten()?;
-        let faster = Arc::new(OnceLock::new());
+        let faster = Arc::new(Faster::default());
         let packing = Packing { codes: codes.clone(), of: (n, k).into(), faster: Arc::downgrade(&faster) };
         let choice = Some(MatrixKernels::Host(HostKernels::until(choice, faster)));
         Some((Self { choice, ..Self::canonical(codes, scale, n, k, device) }, packing))
@@ -318,7 +319,7 @@ impl TernaryMatrix {
 pub struct Packing {
     codes: bytes::Bytes,
     of: WeightShape,
-    faster: Weak<OnceLock<Repacked>>,
+    faster: Weak<Faster>,
 }
 
 impl Packing {
@@ -337,6 +338,11 @@ impl Packing {
         self.faster.strong_count() > 0
     }
 
+    /// Whether the matrix has computed, or is about to.
+    pub fn has_computed(&self) -> bool {
+        self.faster.upgrade().is_some_and(|faster| faster.called.load(Ordering::Relaxed))
+    }
+
     /// Chooses the fastest kernels for prompts of up to `rows` rows, measuring them where that has not been done on this
     /// machine, and packs the codes for them. The matrix's next call uses them; its results stay the same bits.
     ///
@@ -347,7 +353,7 @@ impl Packing {
         manager().warm_up(&choice, rows);
         if let Some(faster) = self.faster.upgrade() {
             // It was empty: this packing is the only one of its matrix.
-            let _ = faster.set(Repacked { choice, weights: packed });
+            let _ = faster.packed.set(Repacked { choice, weights: packed });
         }
         Ok(())
     }

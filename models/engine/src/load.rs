@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 pub use bitnet_burn::ActivationRule;
 use bitnet_burn::{
@@ -161,6 +162,9 @@ impl fmt::Debug for Packings {
     }
 }
 
+/// How long packing waits for the first call of a model.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 impl Packings {
     /// Number of matrices.
     pub fn len(&self) -> usize {
@@ -172,9 +176,18 @@ impl Packings {
         self.left.is_empty()
     }
 
-    /// Measures kernels where that has not been done on this machine, and packs one matrix after the other, until all are
-    /// packed, `stop` is set or nobody has the model. The file's pages of packed rows are given back.
+    /// Waits until the model has computed once, but at most a second: the first token comes sooner if all cores compute
+    /// it. Then it measures kernels where that has not been done on this machine, and packs one matrix after the other, until
+    /// all are packed, `stop` is set or nobody has the model. The file's pages of packed rows are given back.
     pub fn run(self, stop: &AtomicBool) {
+        let waiting_since = Instant::now();
+        let idle = |(packing, _): &(Packing, FileMap)| packing.is_needed() && !packing.has_computed();
+        while self.left.last().is_some_and(idle)
+            && waiting_since.elapsed() < PATIENCE
+            && !stop.load(Ordering::Relaxed)
+        {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         for (packing, map) in self.left {
             if stop.load(Ordering::Relaxed) || !packing.is_needed() {
                 return;
