@@ -160,6 +160,7 @@ const UNPACKED_ROWS: usize = 128;
 
 /// The codes of [`UNPACKED_STEPS`] steps, a byte each.
 #[repr(align(64))]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only AVX2 unpacks"))]
 pub(crate) struct Codes(pub(crate) [u8; UNPACKED_STEPS * tile::STEP * BLOCK_ROWS]);
 
 impl Codes {
