@@ -63,7 +63,13 @@ impl Confined {
     }
 }
 
-#[cfg(all(test, target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+// Not under an emulator, which can't run itself again: statically linked tests are emulated ones.
+#[cfg(all(
+    test,
+    target_os = "linux",
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    not(target_feature = "crt-static")
+))]
 mod tests {
     use std::fs::File;
     use std::net::TcpListener;
