@@ -107,7 +107,7 @@ Examples:
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     Chat(chat::ChatArgs),
     Serve(serve::ServeArgs),
     Inspect(inspect::InspectArgs),
@@ -167,7 +167,7 @@ fn program() -> ExitCode {
     output::take_stdout();
     bitnet_burn_manager::guard_process();
     let result = match cli.command {
-        Command::Run(args) => run::run(args),
+        Command::Run(args) => run::run(*args),
         Command::Chat(args) => chat::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Inspect(args) => inspect::run(args),

@@ -369,10 +369,8 @@ impl<'a> Generator<'a> {
             return Ok(Pass::Guessed);
         }
         let done = self.cache.length(self.sequence).map_err(ForwardError::from)?;
-        if !first {
-            if !self.cache.has_room(self.sequence).map_err(ForwardError::from)? {
-                return Ok(Pass::Done(self.finish(Finish::Context)));
-            }
+        if !first && !self.cache.has_room(self.sequence).map_err(ForwardError::from)? {
+            return Ok(Pass::Done(self.finish(Finish::Context)));
         }
         let chunk = if first { rows_at_once(self.options.chunk, self.cache) } else { 1 };
         let mut end = (done + chunk).min(self.history.len());

@@ -271,7 +271,7 @@ pub fn load_on(
     if quantise {
         let on_host = (0..config.n_layers).filter(|&layer| ops::is_host(&devices.layers[layer]));
         let is_in_place = |layer, which| Ok(in_place(layer, which)?.is_some());
-        choose_kernels(&config, options.max_rows, on_host, is_in_place, &weights, progress)?;
+        choose_kernels(&config, options.max_rows, on_host, is_in_place, weights, progress)?;
     }
     let mut packings = Packings { left: Vec::new(), rows: options.max_rows };
     let left = RefCell::new(&mut packings.left);

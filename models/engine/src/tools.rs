@@ -372,8 +372,8 @@ mod tests {
         read(
             CallForm::Hermes,
             &[
-                (one, &[weather.clone()]),
-                (&format!("{one}\n{one}\n"), &[weather.clone(), weather]),
+                (one, std::slice::from_ref(&weather)),
+                (&format!("{one}\n{one}\n"), &[weather.clone(), weather.clone()]),
                 (odd, &[call("a", "{\"b\": \"</tool_call>\"}")]),
             ],
         );
@@ -398,11 +398,11 @@ mod tests {
         read(
             CallForm::Llama,
             &[
-                (one, &[weather.clone()]),
-                (typed, &[weather.clone()]),
-                (&format!("<|python_tag|>{one}"), &[weather.clone()]),
+                (one, std::slice::from_ref(&weather)),
+                (typed, std::slice::from_ref(&weather)),
+                (&format!("<|python_tag|>{one}"), std::slice::from_ref(&weather)),
                 (&format!("{one}; {one}"), &[weather.clone(), weather.clone()]),
-                (&format!("<|python_tag|>{one}\n<|python_tag|>{typed}"), &[weather.clone(), weather]),
+                (&format!("<|python_tag|>{one}\n<|python_tag|>{typed}"), &[weather.clone(), weather.clone()]),
                 ("<|python_tag|>{\"name\": \"other\", \"arguments\": {}}", &[call("other", "{}")]),
             ],
         );
@@ -426,7 +426,7 @@ mod tests {
         read(
             CallForm::Mistral,
             &[
-                (one, &[weather.clone()]),
+                (one, std::slice::from_ref(&weather)),
                 (
                     "[TOOL_CALLS][{\"name\": \"weather\", \"arguments\": {\"city\": \"Bern\"}}, {\"name\": \"now\", \
                      \"arguments\": {}}]",
@@ -437,10 +437,10 @@ mod tests {
         read(
             CallForm::MistralArgs,
             &[
-                ("[TOOL_CALLS]weather[ARGS]{\"city\": \"Bern\"}", &[weather.clone()]),
+                ("[TOOL_CALLS]weather[ARGS]{\"city\": \"Bern\"}", std::slice::from_ref(&weather)),
                 (
                     "[TOOL_CALLS]weather[CALL_ID]123456789[ARGS]{\"city\": \"Bern\"}[TOOL_CALLS]now[ARGS]{}",
-                    &[weather, call("now", "{}")],
+                    &[weather.clone(), call("now", "{}")],
                 ),
             ],
         );
@@ -464,8 +464,8 @@ mod tests {
         read(
             CallForm::Xml,
             &[
-                (text, &[weather.clone()]),
-                (&format!("{text}\n{text}"), &[weather.clone(), weather]),
+                (text, std::slice::from_ref(&weather)),
+                (&format!("{text}\n{text}"), &[weather.clone(), weather.clone()]),
                 ("<function=now>\n</function>", &[call("now", "{}")]),
                 (
                     "<function=weather>\n<parameter=days>\nmany\n</parameter>\n</function>",

@@ -130,7 +130,7 @@ impl Space {
         let first = file.base().wrapping_add(start);
         let start = start + first.align_offset(HUGE_PAGE);
         let end = start + (file.most() - start) / HUGE_PAGE * HUGE_PAGE;
-        Self { file, free: Mutex::new(vec![start..end]) }
+        Self { file, free: Mutex::new(std::iter::once(start..end).collect()) }
     }
 }
 

@@ -121,7 +121,7 @@ impl<'e> Running<'e> {
     }
 
     /// The answer, to be guessed on.
-    pub(super) fn to_guess(&mut self, cache: &KvCache) -> speculate::Answer<'_> {
+    pub(super) fn guessable(&mut self, cache: &KvCache) -> speculate::Answer<'_> {
         let room = cache.capacity().saturating_sub(self.computed + 1);
         let generated = self.generation.tokens.len();
         let options = &self.submitted.request.options;

@@ -301,7 +301,7 @@ impl<'e> Work<'e> {
             && let Some(speculation) = &mut self.speculation
         {
             let cache = &self.cache;
-            let all = self.running.iter_mut().map(|running| running.to_guess(cache)).collect();
+            let all = self.running.iter_mut().map(|running| running.guessable(cache)).collect();
             speculation.guess(answers, all)?;
         }
         let mut left = self.options.rows.saturating_sub(answers).max(usize::from(answers == 0));

@@ -319,7 +319,7 @@ unsafe fn add_steps<const M: usize, const STEPS: usize>(
     a: [f32; M],
     t: &mut [[f32; BLOCK_ROWS]; M],
 ) {
-    const { assert!(STEPS <= FLUSH_SCALED && STEPS <= FLUSH_PLAIN) }
+    const { assert!(STEPS <= FLUSH_SCALED && FLUSH_SCALED <= FLUSH_PLAIN) }
     // SAFETY: the caller's promise; a prefetch may have any address.
     unsafe {
         let zero = _mm256_setzero_si256();
