@@ -17,8 +17,8 @@
 //! that runs in the process, too. A second child does that, which loads no library: a driver can't be confined.
 //!
 //! The second and third are the [manager](crate::KernelManager)'s. All three find mistakes, not malice. On Linux the child
-//! is [confined](crate::sandbox) before it loads the library, so that a plugin that is only tried reaches nothing; what
-//! passes is native code, and runs with the rights of the program, unless it is [contained](crate::contained).
+//! is confined (`sandbox`) before it loads the library, so that a plugin that is only tried reaches nothing; what
+//! passes is native code, and runs with the rights of the program, unless it is contained (`contained`).
 
 mod cases;
 mod child;
