@@ -17,7 +17,9 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{FloatDType, Shape, Slice};
 
 pub(crate) use self::attention::{attention, cache_append, cached_attention, rope};
-pub(crate) use self::bit_linear::{bit_linear, bit_linear_backward, columns_of, scales_by_rows};
+pub(crate) use self::bit_linear::{bit_linear, bit_linear_backward};
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+pub(crate) use self::bit_linear::{columns_of, scales_by_rows};
 pub(crate) use self::delta_net::delta_net;
 #[cfg(feature = "cube")]
 pub(crate) use self::dense::decoded_linear;
