@@ -23,7 +23,9 @@ pub(crate) use self::elf::shared_statics;
 pub use self::error::PluginError;
 pub(crate) use self::host::log_to;
 pub use self::kernel::Kernel;
-pub(crate) use self::kernel::{KernelFailure, check_packed_size, max_workspace};
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(crate) use self::kernel::check_packed_size;
+pub(crate) use self::kernel::{KernelFailure, max_workspace};
 pub(crate) use self::text::shown;
 use crate::contained::Contained;
 use crate::float::FloatControl;
