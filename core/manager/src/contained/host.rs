@@ -27,7 +27,7 @@ const WATCH: [Duration; 2] = [Duration::from_millis(1), Duration::from_micros(20
 const LOOK: Duration = Duration::from_millis(20);
 /// What a slow kernel takes for one multiplication. It is counted to the time that a call may take.
 const WORK: Duration = Duration::from_nanos(4);
-/// Bytes for what the plugin says of itself.
+/// Bytes for the plugin's descriptor.
 const DESCRIPTION: usize = 16 << 20;
 /// Bytes of buffers that are kept from call to call.
 const KEPT: usize = 64 << 20;
@@ -119,16 +119,16 @@ impl Contained {
         }
         let length = usize::try_from(self.control().value()).unwrap_or(usize::MAX);
         if length > DESCRIPTION {
-            return Err("what it says of itself is too long".into());
+            return Err("its descriptor is too long".into());
         }
         let mut text = vec![0u8; length];
         // SAFETY: within the part of the file that exists; the bytes are copied, whatever they are.
         unsafe { self.output().copy_to_nonoverlapping(text.as_mut_ptr(), length) };
         serde_json::from_slice(&text)
-            .map_err(|error| format!("what it says of itself can't be read: {error}"))
+            .map_err(|error| format!("its descriptor can't be read: {error}"))
     }
 
-    /// What the plugin says of itself.
+    /// The plugin's descriptor.
     pub fn described(&self) -> &Described {
         &self.described
     }
@@ -272,7 +272,7 @@ impl Contained {
         if state.fault.is_some() && state.starts < STARTS {
             match self.begin(&mut state) {
                 Ok(described) if described == self.described => {}
-                Ok(_) => state.fault = Some("it says something else of itself than before".into()),
+                Ok(_) => state.fault = Some("its descriptor differs from the first one".into()),
                 Err(reason) => state.fault = Some(reason),
             }
         }

@@ -10,7 +10,7 @@ use crate::manager::{Few, Part};
 use crate::memory::{Activations, PageArena};
 use crate::plugin::{Described, Kernel, KernelFailure};
 
-/// There is none.
+/// Plugins are not contained on this system, so this has no values.
 #[derive(Debug)]
 pub(crate) enum Contained {}
 

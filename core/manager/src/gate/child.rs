@@ -29,7 +29,7 @@ const THREADS: usize = 4;
 /// The stack of what tries the plugin: a program's first thread may have a small one.
 const STACK: usize = 8 << 20;
 
-/// Opens the GPU to try kernels on, or says why there is none.
+/// Opens the GPU that kernels are tried on. The error says why there is no GPU.
 type Open<'a> = &'a dyn Fn() -> Result<Box<dyn GpuDevice>, String>;
 
 /// The helper's side of the gate's first stage: `arguments` are those behind

@@ -20,7 +20,7 @@ pub(crate) trait Chunks: Keep {
     /// what comes with them.
     ///
     /// # Errors
-    /// If there are none.
+    /// If the system or the space has no such memory left.
     fn chunk(&self, size: usize) -> std::io::Result<(*mut u8, Kept)>;
 }
 

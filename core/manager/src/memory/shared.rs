@@ -19,7 +19,8 @@ pub(crate) struct SharedFile {
 }
 
 impl SharedFile {
-    /// A file of `size` bytes that can grow to `most`. Nobody can make it shorter, so that no access of this process misses.
+    /// A file of `size` bytes that can grow to `most`. It can't be made shorter, so accesses of this
+    /// process never fall behind its end.
     ///
     /// # Errors
     /// Those of the system.
@@ -149,8 +150,8 @@ impl Chunks for Arc<Space> {
         let base = self.file.base().wrapping_add(start);
         // SAFETY: advice for whole pages of our own map: a system without huge pages here is slower, not wrong.
         unsafe { libc::madvise(base.cast(), size, libc::MADV_HUGEPAGE) };
-        // What was there before, or an arena has made read-only.
-        // SAFETY: whole pages of our own map that belong to nobody now.
+        // An arena that had these pages before may have made them read-only.
+        // SAFETY: whole pages of our own map, which were free until now.
         match unsafe { libc::mprotect(base.cast(), size, libc::PROT_READ | libc::PROT_WRITE) } {
             0 => Ok((base, Box::new(Taken { space: self.clone(), range: start..start + size }))),
             _ => Err(Error::last_os_error()),

@@ -1,5 +1,5 @@
-//! What a plugin says of itself, as text between processes: the host of a [contained](crate::contained) plugin never sees the
-//! library's own descriptor. It makes one from the text, and checks that as any other.
+//! A plugin's descriptor as text between processes. The host of a [contained](crate::contained) plugin never sees the
+//! library's own descriptor. It makes one from the text, and checks it like any other.
 #![cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "nothing is confined elsewhere"))]
 
 use std::ffi::{CString, c_char};
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{GpuSource, Layout, Origin, Plugin, PluginError};
 use crate::contained::Contained;
 
-/// A plugin in words.
+/// A plugin's descriptor as plain data.
 #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Described {
     name: String,
@@ -37,7 +37,7 @@ struct DescribedKernel {
 }
 
 impl Plugin {
-    /// The plugin in words.
+    /// The descriptor as plain data.
     pub(crate) fn describe(&self) -> Described {
         let kernels = self.kernels.iter().map(|kernel| DescribedKernel {
             name: kernel.name.clone(),

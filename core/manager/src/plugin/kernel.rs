@@ -59,7 +59,7 @@ pub struct Kernel {
     number: usize,
     /// How its weights lie.
     layout: Layout,
-    /// What the plugin says of that.
+    /// The layout that the plugin declared.
     declared_layout: Layout,
     features: Vec<String>,
     gpu: Option<Arc<GpuSource>>,
