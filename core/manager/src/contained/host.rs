@@ -124,8 +124,7 @@ impl Contained {
         let mut text = vec![0u8; length];
         // SAFETY: within the part of the file that exists; the bytes are copied, whatever they are.
         unsafe { self.output().copy_to_nonoverlapping(text.as_mut_ptr(), length) };
-        serde_json::from_slice(&text)
-            .map_err(|error| format!("its descriptor can't be read: {error}"))
+        serde_json::from_slice(&text).map_err(|error| format!("its descriptor can't be read: {error}"))
     }
 
     /// The plugin's descriptor.

@@ -162,7 +162,7 @@ fn identity(helper: &Path) -> String {
     format!("{} ({bytes} bytes, {} ms)", helper.display(), at.as_millis())
 }
 
-/// What a plugin says of itself.
+/// A plugin's descriptor, as reports show it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Description {
     /// Its name.

@@ -64,7 +64,7 @@ impl Plugin {
     /// The plugin of the file `origin` that another process holds.
     ///
     /// # Errors
-    /// If what it says of itself breaks the ABI.
+    /// If its descriptor breaks the ABI.
     pub(crate) fn contained(
         contained: Arc<Contained>,
         origin: &Path,
