@@ -87,42 +87,9 @@ impl TileMicro for Micro {
     unsafe fn gemm<const M: usize>(w: *const u8, steps: usize, x: [*const i8; M]) -> [[i32; BLOCK_ROWS]; M] {
         // SAFETY: as in `gemv`, for each of the rows.
         unsafe {
-            let mask = _mm256_set1_epi8(3);
             let mut sums = [[0; BLOCK_ROWS]; M];
             for tile in 0..2 {
-                let mut wide = [[_mm256_setzero_si256(); 2]; M];
-                let mut start = 0;
-                while start < steps {
-                    let end = steps.min(start + FLUSH_PLAIN);
-                    let mut acc = [[_mm256_setzero_si256(); 2]; M];
-                    for j in start..end {
-                        let w = w.add(j * STEP_BYTES + 64 * tile);
-                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
-                        let mut v = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())];
-                        for t in 0..4 {
-                            let codes = [_mm256_and_si256(v[0], mask), _mm256_and_si256(v[1], mask)];
-                            for m in 0..M {
-                                let x = x[m].add(j * STEP + 4 * t).cast::<i32>().read_unaligned();
-                                let x = _mm256_set1_epi32(x);
-                                dot(&mut acc[m][0], codes[0], x);
-                                dot(&mut acc[m][1], codes[1], x);
-                            }
-                            v = [_mm256_srli_epi16::<2>(v[0]), _mm256_srli_epi16::<2>(v[1])];
-                        }
-                    }
-                    for m in 0..M {
-                        for half in 0..2 {
-                            flush(&mut wide[m][half], acc[m][half]);
-                        }
-                    }
-                    start = end;
-                }
-                for m in 0..M {
-                    for half in 0..2 {
-                        let out = sums[m][16 * tile + 8 * half..].as_mut_ptr();
-                        _mm256_storeu_si256(out.cast(), wide[m][half]);
-                    }
-                }
+                store(&mut sums, tile, tile_sums(Packed::new(w, tile), steps, x));
             }
             sums
         }
@@ -168,28 +135,13 @@ impl TileMicro for Micro {
         // SAFETY: the caller promises the features and `steps` steps of 128 bytes at w; `first` and `second` have 256
         // bytes for each.
         unsafe {
-            let mask = _mm256_set1_epi8(3);
             for (tile, codes) in [first, second].into_iter().enumerate() {
                 for j in 0..steps {
-                    let w = w.add(j * STEP_BYTES + 64 * tile);
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
-                    let v = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())];
                     let out = codes.as_mut_ptr().add(j * TILE_CODES).cast::<__m256i>();
-                    for half in 0..2 {
-                        let v = v[half];
-                        _mm256_store_si256(out.add(half), _mm256_and_si256(v, mask));
-                        _mm256_store_si256(
-                            out.add(2 + half),
-                            _mm256_and_si256(_mm256_srli_epi16::<2>(v), mask),
-                        );
-                        _mm256_store_si256(
-                            out.add(4 + half),
-                            _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask),
-                        );
-                        _mm256_store_si256(
-                            out.add(6 + half),
-                            _mm256_and_si256(_mm256_srli_epi16::<6>(v), mask),
-                        );
+                    for t in 0..4 {
+                        let codes = Packed::new(w, tile).load(j, t);
+                        _mm256_store_si256(out.add(2 * t), codes[0]);
+                        _mm256_store_si256(out.add(2 * t + 1), codes[1]);
                     }
                 }
             }
@@ -202,45 +154,153 @@ impl TileMicro for Micro {
         steps: usize,
         x: [*const i8; M],
     ) -> [[i32; BLOCK_ROWS]; M] {
-        let codes = codes.0[..2 * steps * TILE_CODES].as_ptr();
+        let codes = &codes.0[..2 * steps * TILE_CODES];
         // SAFETY: the caller promises the features and 16 activations for each step at each x; the codes are two tiles
         // of `steps` times 256 bytes (checked above), aligned to 64.
         unsafe {
             let mut sums = [[0; BLOCK_ROWS]; M];
-            for tile in 0..2 {
-                let codes = codes.add(tile * steps * TILE_CODES).cast::<__m256i>();
-                let mut wide = [[_mm256_setzero_si256(); 2]; M];
-                let mut start = 0;
-                while start < steps {
-                    let end = steps.min(start + FLUSH_PLAIN);
-                    let mut acc = [[_mm256_setzero_si256(); 2]; M];
-                    for j in start..end {
-                        for t in 0..4 {
-                            let codes = codes.add(8 * j + 2 * t);
-                            let codes = [_mm256_load_si256(codes), _mm256_load_si256(codes.add(1))];
-                            for m in 0..M {
-                                let x = x[m].add(j * STEP + 4 * t).cast::<i32>().read_unaligned();
-                                let x = _mm256_set1_epi32(x);
-                                dot(&mut acc[m][0], codes[0], x);
-                                dot(&mut acc[m][1], codes[1], x);
-                            }
-                        }
-                    }
-                    for m in 0..M {
-                        for half in 0..2 {
-                            flush(&mut wide[m][half], acc[m][half]);
-                        }
-                    }
-                    start = end;
-                }
-                for m in 0..M {
-                    for half in 0..2 {
-                        let out = sums[m][16 * tile + 8 * half..].as_mut_ptr();
-                        _mm256_storeu_si256(out.cast(), wide[m][half]);
-                    }
-                }
+            for (tile, codes) in codes.chunks_exact(steps * TILE_CODES).enumerate() {
+                store(&mut sums, tile, tile_sums(Unpacked(codes.as_ptr()), steps, x));
             }
             sums
+        }
+    }
+}
+
+/// The codes of a tile of 16 rows.
+trait TileCodes: Copy {
+    /// Codes of eight rows and eight more, of weights 4t to 4t + 3 of step `j`.
+    ///
+    /// # Safety
+    /// The CPU has AVX2, and the tile has more than `j` steps.
+    unsafe fn load(self, j: usize, t: usize) -> [__m256i; 2];
+}
+
+/// As the layout has them.
+#[derive(Clone, Copy)]
+struct Packed(*const u8);
+
+impl Packed {
+    /// Tile 0 or 1 of a block.
+    fn new(w: *const u8, tile: usize) -> Self {
+        Self(w.wrapping_add(64 * tile))
+    }
+}
+
+impl TileCodes for Packed {
+    #[inline(always)]
+    unsafe fn load(self, j: usize, t: usize) -> [__m256i; 2] {
+        // SAFETY: the caller's promise: a step has 64 bytes for a tile; a prefetch may have any address.
+        unsafe {
+            let w = self.0.add(j * STEP_BYTES);
+            if t == 0 {
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
+            }
+            // (A closure would not have the features, and would be called.)
+            [shifted(_mm256_loadu_si256(w.cast()), t), shifted(_mm256_loadu_si256(w.add(32).cast()), t)]
+        }
+    }
+}
+
+/// A byte each.
+#[derive(Clone, Copy)]
+struct Unpacked(*const u8);
+
+impl TileCodes for Unpacked {
+    #[inline(always)]
+    unsafe fn load(self, j: usize, t: usize) -> [__m256i; 2] {
+        // SAFETY: the caller's promise: a step has 256 bytes, aligned to 64.
+        unsafe {
+            let codes = self.0.add(j * TILE_CODES).cast::<__m256i>().add(2 * t);
+            [_mm256_load_si256(codes), _mm256_load_si256(codes.add(1))]
+        }
+    }
+}
+
+/// Codes at the bits 2t and 2t + 1 of each byte; `t` is below 4.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn shifted(v: __m256i, t: usize) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let v = match t {
+            0 => v,
+            1 => _mm256_srli_epi16::<2>(v),
+            2 => _mm256_srli_epi16::<4>(v),
+            _ => _mm256_srli_epi16::<6>(v),
+        };
+        _mm256_and_si256(v, _mm256_set1_epi8(3))
+    }
+}
+
+/// Sums of a tile's 16 rows with `M` activation rows.
+///
+/// # Safety
+/// The CPU has AVX2; the tile has `steps` steps, and there are 16 activations for each at each `x`.
+#[inline(always)]
+unsafe fn tile_sums<C: TileCodes, const M: usize>(
+    codes: C,
+    steps: usize,
+    x: [*const i8; M],
+) -> [[__m256i; 2]; M] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut wide = [[_mm256_setzero_si256(); 2]; M];
+        let mut start = 0;
+        while start < steps {
+            let end = steps.min(start + FLUSH_PLAIN);
+            let mut acc = [[_mm256_setzero_si256(); 2]; M];
+            for j in start..end {
+                add_step(&mut acc, codes, j, x);
+            }
+            for m in 0..M {
+                for half in 0..2 {
+                    flush(&mut wide[m][half], acc[m][half]);
+                }
+            }
+            start = end;
+        }
+        wide
+    }
+}
+
+/// Adds the products of step `j` of a tile to 16-bit sums.
+///
+/// # Safety
+/// As for [`tile_sums`].
+#[inline(always)]
+unsafe fn add_step<C: TileCodes, const M: usize>(
+    acc: &mut [[__m256i; 2]; M],
+    codes: C,
+    j: usize,
+    x: [*const i8; M],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for t in 0..4 {
+            let codes = codes.load(j, t);
+            for m in 0..M {
+                let x = _mm256_set1_epi32(x[m].add(j * STEP + 4 * t).cast::<i32>().read_unaligned());
+                dot(&mut acc[m][0], codes[0], x);
+                dot(&mut acc[m][1], codes[1], x);
+            }
+        }
+    }
+}
+
+/// Stores the sums of tile 0 or 1.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn store<const M: usize>(sums: &mut [[i32; BLOCK_ROWS]; M], tile: usize, of_tile: [[__m256i; 2]; M]) {
+    for m in 0..M {
+        for half in 0..2 {
+            let out = sums[m][16 * tile + 8 * half..][..8].as_mut_ptr();
+            // SAFETY: the caller's promise; there are eight values.
+            unsafe { _mm256_storeu_si256(out.cast(), of_tile[m][half]) };
         }
     }
 }
@@ -323,10 +383,10 @@ unsafe fn add_steps<const M: usize, const STEPS: usize>(
     // SAFETY: the caller's promise; a prefetch may have any address.
     unsafe {
         let zero = _mm256_setzero_si256();
-        let broadcast = |m: usize, j: usize, t: usize| {
-            _mm256_set1_epi32(x[m].add(j * STEP + 4 * t).cast::<i32>().read_unaligned())
-        };
         if M == 1 {
+            let broadcast = |j: usize, t: usize| {
+                _mm256_set1_epi32(x[0].add(j * STEP + 4 * t).cast::<i32>().read_unaligned())
+            };
             // As in `gemv`.
             let masks = [_mm256_set1_epi8(0x03), _mm256_set1_epi8(0x0c)];
             let mut sums = [zero; 4];
@@ -338,8 +398,8 @@ unsafe fn add_steps<const M: usize, const STEPS: usize>(
                     let v = _mm256_loadu_si256(w.cast());
                     let u = _mm256_srli_epi16::<4>(v);
                     for i in 0..2 {
-                        dot(&mut acc[i], _mm256_and_si256(v, masks[i]), broadcast(0, j, i));
-                        dot(&mut acc[i], _mm256_and_si256(u, masks[i]), broadcast(0, j, 2 + i));
+                        dot(&mut acc[i], _mm256_and_si256(v, masks[i]), broadcast(j, i));
+                        dot(&mut acc[i], _mm256_and_si256(u, masks[i]), broadcast(j, 2 + i));
                     }
                 }
                 let mut wide = [zero; 2];
@@ -352,22 +412,10 @@ unsafe fn add_steps<const M: usize, const STEPS: usize>(
             }
             return;
         }
-        let mask = _mm256_set1_epi8(3);
         for tile in 0..2 {
             let mut acc = [[zero; 2]; M];
             for j in 0..STEPS {
-                let w = w.add(j * STEP_BYTES + 64 * tile);
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(TILE_PREFETCH).cast());
-                let mut v = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())];
-                for t in 0..4 {
-                    let codes = [_mm256_and_si256(v[0], mask), _mm256_and_si256(v[1], mask)];
-                    for m in 0..M {
-                        let x = broadcast(m, j, t);
-                        dot(&mut acc[m][0], codes[0], x);
-                        dot(&mut acc[m][1], codes[1], x);
-                    }
-                    v = [_mm256_srli_epi16::<2>(v[0]), _mm256_srli_epi16::<2>(v[1])];
-                }
+                add_step(&mut acc, Packed::new(w, tile), j, x);
             }
             for m in 0..M {
                 for half in 0..2 {
